@@ -1,1 +1,1 @@
-"""Suites, benchmarks and the leaderboard: rows of many models side by side."""
+"""Suites, benchmarks and the leaderboard, which compare many models."""

@@ -13,7 +13,7 @@ from llmrec.recipe.shared import RESAMPLES
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Two run folders, and where their differences go."""
+    """Two run folders, and the output of their differences."""
 
     a: Annotated[Path, About(argument=True, metavar="RUN_A", help="A finished run folder.")]
     b: Annotated[Path, About(argument=True, metavar="RUN_B", help="Another one, over the same cases.")]

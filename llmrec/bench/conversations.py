@@ -1,4 +1,4 @@
-"""Makes the rows of a suite of conversations: simulated users of the data, several managers, and one recommender.
+"""Makes the rows of a conversation suite: simulated users, several dialogue managers, and one recommender.
 
 Simulated users are those of `llmrec.chat.audience`, managers those of `llmrec.chat.opening`.
 """
@@ -42,22 +42,22 @@ from llmrec.records import Record
 from llmrec.results import Figure
 from llmrec.terminal import works_in
 
-# What does not affect the conversations of a row.
+# Keys that do not affect the conversations of a row.
 _SILENT = {"chat", "description", "rows", "pairs", "bootstrap"}
 TABLE = "conversations"
 
 
 class Talk(Record):
-    """One conversation, as figures need it.
+    """The data of one conversation for figures.
 
     Attributes:
-        seed: Of the draw of users.
-        hit: The turn whose list held the target, from 1; None: none did.
-        tokens: Read and written by a language model.
-        calls: How often each tool was called.
-        unread: Calls that do not parse.
-        outside: Shown items that are not in the catalogue.
-        named: Lines of the user that name the target, or nearly.
+        seed: Seed of the sample of users.
+        hit: The turn whose list contained the target, from 1; None for no hit.
+        tokens: Tokens read and written by language models.
+        calls: Number of calls by tool.
+        unread: Number of calls that do not parse.
+        outside: Number of shown items that are not in the catalogue.
+        named: Number of user messages that name the target, exactly or nearly.
     """
 
     seed: int
@@ -74,7 +74,7 @@ class Talk(Record):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the rows of a suite share: data, catalogue and recommender."""
+    """The data, catalogue and recommender that the rows of a suite share."""
 
     page: ChatSuite
     data: SplitDataset
@@ -83,7 +83,7 @@ class Setting:
 
     @staticmethod
     def of(page: ChatSuite, models: Models) -> Setting:
-        """Return the setting over a recommender that is open."""
+        """Return the setting of an open recommender."""
         assert models.data is not None
         facts = Facts(models.items)
         tools = Tools(facts, ModelLists(Catalogue(models.items), asking(models)))
@@ -91,14 +91,14 @@ class Setting:
 
     @cached_property
     def guests(self) -> Mapping[int, Sequence[Guest]]:
-        """The users of each seed, as many as the row with most of them has; fewer are the first of these."""
+        """The simulated users of each seed; a row takes the first of them."""
         page = self.page
         most = max(row.users or page.users for row in page.rows)
         draw = partial(guests, self.data, self.tools.facts, most, split=page.split, past=page.past, liked=page.liked)
         return {seed: draw(seed) for seed in page.seeds}
 
     def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[Talk]:
-        """Hold the conversations of a row, and report each to ``out``."""
+        """Run the conversations of a row, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
         with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
@@ -112,16 +112,16 @@ class Setting:
 
 
 def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
-    """Hold the conversations of every row that are not there yet, and yield all rows.
+    """Run the missing conversations of every row, and yield all rows.
 
     Args:
         page: From `llmrec.recipe.load.load_chat`.
-        out: Where finished rows are kept.
-        say: Receives a line on each row when it is done.
+        out: Folder of finished rows.
+        say: Called with a line on each finished row.
 
     Raises:
         RecipeError: If the recipe, the recommender or a field of a row cannot be used.
-        DataError: If the data cannot be, or their items have no fields to talk about.
+        DataError: If the data cannot be used, or its items have no fields to talk about.
     """
     recipe, items = load_recipe(page.recipe, page.overrides), None if page.items is None else Path(page.items)
     if items is not None and not items.is_file():
@@ -166,7 +166,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 
 
 def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
-    """Return the conversations of a stored row with the same key, or hold them and store what figures need."""
+    """Return the conversations of a stored row with the same key, or run and store them."""
     asked = row.model_dump(mode="json", exclude={"name"})
     key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
 
@@ -178,7 +178,7 @@ def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any
 
 
 def _model(name: str | None) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of the files of a model's folder; nothing for a name."""
+    """Return names, sizes and times of the files of a model's folder; empty for a model name."""
     if name is None or name in MANAGERS or not (folder := Path(name)).is_dir():
         return []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
@@ -211,7 +211,7 @@ def _parses(call: Call) -> bool:
 
 
 def metric_of(page: ChatSuite, turns: int) -> str:
-    """Return the name of the share of conversations one of whose first lists held what was wanted."""
+    """Return the name of the metric: the share of conversations with a hit in their first lists."""
     return f"Hit@{page.k}-in-{turns}"
 
 
@@ -221,7 +221,7 @@ def _within(talks: Sequence[Talk], turns: int) -> NDArray[np.float64]:
 
 
 def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow:
-    """Return a row's figures; intervals resample users, who may have come with several seeds."""
+    """Return a row's figures; intervals resample users, who may occur with several seeds."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
     calls: Counter[str] = Counter()
@@ -255,7 +255,7 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow
 
 
 def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
-    """Return a row with a value for each conversation; users of one seed are drawn anew with the next."""
+    """Return a row with a value for each conversation; each seed samples users again."""
     requests = [(talk.seed, talk.user) for talk in talks]
     return MadeRow(
         row_of(page, row, talks), {TABLE: Sample(_within(talks, page.turns), [talk.user for talk in talks], requests)}
@@ -263,7 +263,7 @@ def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
 
 
 def tables_of(page: ChatSuite, rows: Sequence[MadeRow]) -> list[BenchmarkTable]:
-    """Return the one table of a page."""
+    """Return the single table of a suite."""
     samples = [row.samples[TABLE] for row in rows]
     return [
         BenchmarkTable(

@@ -1,4 +1,4 @@
-"""Compares the rows of a benchmark, whatever they are, and writes one result and its pages.
+"""Compares the rows of any benchmark, and writes its result and pages.
 
 Rows are made in `llmrec.bench.models`, `llmrec.bench.recipes` and `llmrec.bench.conversations`.
 """
@@ -34,20 +34,20 @@ log = logging.getLogger(__name__)
 Page = Suite | Benchmark | ChatSuite
 T = TypeVar("T")
 
-# Slices of targets: requests for one item are drawn together.
+# Prefixes of slices of targets, which are resampled by target.
 _OF_TARGETS = ("count:", "words:")
-# That of targets without training interactions.
+# The slice of targets without training interactions.
 _COLD = "count:0-0"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row's values of the requests of a table, on the metric that its rows are compared by.
+    """A row's request values in a table, on the metric of its comparisons.
 
     Attributes:
         values: Shape (n,), or (seeds, n).
         users: The user of each request.
-        requests: Their ids.
+        requests: The request ids.
     """
 
     values: NDArray[np.float64]
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class MadeRow:
-    """A row, and its values by table."""
+    """A row and its values by table."""
 
     row: BenchmarkRow
     samples: Mapping[str, Sample]
@@ -65,7 +65,7 @@ class MadeRow:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of the requests of a table: a mask over them by name, and the item that each request is for."""
+    """Slices of the requests of a table: a mask by name, and the target of each request."""
 
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     targets: Sequence[str] = ()
@@ -73,15 +73,15 @@ class Parts:
 
 @dataclass(frozen=True)
 class Made:
-    """All rows of a benchmark, or those that there are so far.
+    """All rows of a benchmark, or those finished so far.
 
     Attributes:
-        tables: Without what the comparisons could have detected.
+        tables: The tables, without detectable differences.
         rows: The rows.
         facts: Further fields of the result.
-        parts: What planned comparisons are taken apart by.
-        missing: Runs that are still to come.
-        seconds: Spent on these rows in all calls.
+        parts: Slices of planned comparisons.
+        missing: Number of runs to come.
+        seconds: Time spent on these rows in all calls.
     """
 
     tables: Sequence[BenchmarkTable]
@@ -94,25 +94,25 @@ class Made:
 
 @dataclass(frozen=True)
 class Ran:
-    """A finished benchmark: its result, and the written files by what they are."""
+    """A finished benchmark: its result, and the written files by kind."""
 
     results: BenchmarkResult
     files: dict[str, Path]
 
 
 def name_of(page: Page) -> str:
-    """Return the name of a page."""
+    """Return the name of a benchmark page."""
     return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
 
 
 def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
-    """Compare the rows that there are, and write the result with its pages.
+    """Compare the available rows, and write the result with its pages.
 
     Args:
-        page: The page.
+        page: The benchmark page.
         made: The rows.
-        results: Folder for ``<name>.json``; pages and pictures are written beside it.
-        seconds: Spent in this call.
+        results: Folder for ``<name>.json``; pages and pictures are written to its parent folder.
+        seconds: Time spent in this call.
     """
     kind = "suite" if isinstance(page, Suite) else "benchmark" if isinstance(page, Benchmark) else "chat"
     result = BenchmarkResult(
@@ -148,10 +148,10 @@ def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Cal
     """Return a stored row with the same key, or make it and store it.
 
     Args:
-        path: Its file.
+        path: The file of the row.
         key: See `llmrec.fingerprint.fingerprint`.
-        read: Returns the row of what is stored.
-        make: Returns what is to be stored.
+        read: Returns the row of stored content.
+        make: Returns the content to store.
     """
     stored = read_stage(path, key, read)
     if stored is None:
@@ -166,7 +166,7 @@ def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Cal
 
 
 def compared(page: Page, made: Made) -> dict[str, Any]:
-    """Compare the rows: planned comparisons of all tables as one family, then those that are exploratory.
+    """Compare the rows: planned comparisons of all tables as one family, then exploratory ones.
 
     Returns:
         Fields of a result.
@@ -211,7 +211,7 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
 
 
 def _unrun(page: Page, made: Made) -> int:
-    """Return how many planned comparisons have rows that were not run, or not yet."""
+    """Return the number of planned comparisons with rows that were not run, or not yet."""
     tables = [{row.row.name for row in made.rows if table.name in row.samples} for table in made.tables]
     absent = [pair for pair in page.pairs if not any(names.issuperset(names_of(pair)) for names in tables)]
     if isinstance(page, Suite):
@@ -247,9 +247,9 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
 
 
 def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
-    """Return the comparisons of a page in one table, with None for one on requests of which there are none.
+    """Return the comparisons of a page in one table, with None for one without requests.
 
-    Rows that were not run, or have no figure, are compared with none.
+    Rows that were not run or have no figure are not compared.
     """
     rows, comparisons = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
     for asked in pairs:
@@ -261,7 +261,7 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
         if isinstance(asked, PartialPair):
             cold = asked.items == "cold"
             places = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
-            # Cold events are few and crowd on few items, so that the item is the unit.
+            # Cold-start events are few and concentrate on few items, so the item is the sampling unit.
             owners = [(made.parts.targets if cold else contrast.users)[place] for place in places]
             clusters = len(set(owners)) if cold else None
             frame = frame.model_copy(update={"items": asked.items, "n": len(places), "clusters": clusters})
@@ -276,10 +276,10 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
 def _described(
     page: Page, table: BenchmarkTable, made: Made, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
 ) -> list[Contrast]:
-    """Return what is described and not tested.
+    """Return the exploratory comparisons.
 
-    Of runs of recipes these are the language models compared with the best baseline, unless that is planned; of models
-    under one protocol the best one compared with every other.
+    For runs of recipes these compare the language models with the best baseline, unless that is planned; for models
+    under one protocol they compare the best one with every other.
     """
     rows = _standings(table, made)
     if isinstance(page, ChatSuite):
@@ -304,7 +304,7 @@ def _filled(
     parts: Parts,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
-    """Yield comparisons with their figures; those over all requests with where the difference comes from."""
+    """Yield comparisons with their figures; those over all requests also with slices."""
     for (frame, contrast), pair in zip(asked, numbers, strict=True):
         if contrast is None or pair is None:
             yield frame
@@ -315,7 +315,7 @@ def _filled(
 
 
 def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice, ...]:
-    """Return a comparison over some of its requests; without a figure where they are too few to say anything."""
+    """Return a comparison by slice; slices with too few requests have no figure."""
     slices = []
     for name, mask in parts.masks.items():
         places = np.flatnonzero(mask).tolist()
@@ -332,6 +332,6 @@ def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice
 
 
 def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:
-    """Return a comparison on some of its requests, which ``owners`` are resampled by."""
+    """Return a comparison on some of its requests, resampled by ``owners``."""
     one, other = (replace(row, values=row.values[..., list(places)]) for row in (contrast.a, contrast.b))
     return Contrast(contrast.metric, one, other, owners)

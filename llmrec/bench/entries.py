@@ -1,4 +1,4 @@
-"""What benchmarks add to the registry."""
+"""Registry entries of benchmarks."""
 
 from llmrec.entries import Command
 

@@ -1,4 +1,4 @@
-"""Fits the rows of a suite that are not baselines: models that a recipe fine-tunes, mixtures and ensembles of rows."""
+"""Fits the rows of a suite that are not baselines: fine-tuned models of recipes, mixtures and ensembles."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Validation users that choose the weights of a mixture, an unbiased sample: each costs every member a search.
+# Number of validation users for the weights of a mixture, a random sample: each costs a search per member.
 _CHOOSING = 5000
-# Scores of a member that ensembles are fitted to, requests times items: 120 MB in single precision.
+# The most scores of a member for fitting an ensemble, requests times items: 120 MB in single precision.
 _WEIGHING = 30_000_000
-# How the scores of a baseline become probabilities of the next item.
+# Conversions of a baseline's scores to probabilities of the next item.
 _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
     "counts": from_counts,
     "logits": from_logits,
@@ -55,7 +55,7 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _read_by(recipe: Recipe) -> Mapping[str, Any]:
-    """Return the inputs of a recipe's cache key: its keys, and hashes over the files and plug-ins that they name."""
+    """Return the inputs of a recipe's cache key: its keys, and hashes of the files and plug-ins that they name."""
     families = recipe.tasks.present()
     templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
     index = recipe.index
@@ -71,19 +71,19 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def family(suite: Suite) -> Family:
-    """Return the family whose predictors a suite compares; a full ranking is of the next item."""
+    """Return the family of a suite's predictors; a full ranking is of the next item."""
     return family_of("sequential" if suite.task == "ranking" else suite.task)
 
 
 @dataclass
 class Models:
-    """Fits rows; members of ensembles are fitted once for a split and a seed, and kept until the suite is done.
+    """Fits rows; members of ensembles are fitted once per split and seed, and cached until the suite is done.
 
     Attributes:
         suite: The suite.
-        folder: Where models and their rankings are kept, so that a killed suite resumes.
+        folder: Folder of models and their rankings, from which a killed suite resumes.
         chosen: Parameters of finished rows, by label and table.
-        earlier: Seconds that earlier calls spent on the models and fits of this one.
+        earlier: Seconds that earlier calls spent on models and fits that this one reuses.
     """
 
     suite: Suite
@@ -100,9 +100,9 @@ class Models:
         Args:
             row: The row.
             data: The split to fit it on.
-            seed: Of everything random in it, and in the members of a mixture.
-            table: The table of its figures; members of a mixture have the parameters that were chosen for it.
-            parameters: What was chosen for it; of a mixture, its ``weights``; of an ensemble the keys ``form``, ``of``
+            seed: Seed of the row, and of the members of a mixture.
+            table: The table of its figures; members of a mixture have the parameters chosen for it.
+            parameters: The chosen parameters; for a mixture its ``weights``, for an ensemble the keys ``form``, ``of``
                 and ``parts``, the table whose parameters its members have.
         """
         if row.fuse:
@@ -121,14 +121,14 @@ class Models:
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
-        """Keep a fitted row that a mixture or ensemble needs later; others would only take memory."""
+        """Cache a fitted row that a mixture or ensemble needs later; others would only use memory."""
         if any(row.label in other.parts for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
             if not any(model is entry for entry in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Choose the weights of a mixture or ensemble on validation; a fine-tuned model has nothing left to choose."""
+        """Choose the weights of a mixture or ensemble on validation; a fine-tuned model has nothing to choose."""
         if row.fuse:
             return self._weighed(row, data, tables)
         if not row.mix:
@@ -148,7 +148,7 @@ class Models:
         return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
 
     def inputs(self, row: SuiteRow) -> Any:
-        """Return the inputs of a row's cache key beyond its keys: the recipe, the files it reads, or its members."""
+        """Return further inputs of a row's cache key: the recipe, the files it reads, or its members."""
         if row.recipe:
             return _read_by(self._recipe(row)[0])
         if row.baseline is not None:
@@ -156,7 +156,7 @@ class Models:
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
 
     def read(self, row: SuiteRow) -> list[Hashes]:
-        """Return hashes over the files that a baseline reads besides the data, also under the values of its grid."""
+        """Return hashes of the files that a baseline reads in addition to the data, including those of its grid."""
         values = [
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
@@ -164,7 +164,7 @@ class Models:
         return [result for entry in every if (result := hashes_of(str(row.baseline), entry))]
 
     def reads(self, row: SuiteRow) -> Reads:
-        """Return what a row knows items by; an ensemble knows what its members know."""
+        """Return what a row reads of items; an ensemble reads what its members read."""
         if row.parts:
             return widest([self.reads(self._row(label)) for label in row.parts])
         if row.baseline is not None:
@@ -172,32 +172,32 @@ class Models:
         recipe = self._recipe(row)[0]
         if recipe.model.shape is None:
             return "language model"
-        # From scratch: the rows of its items start from the vectors of their texts, or at random.
+        # Trained from scratch: item embeddings are initialised from text vectors, or at random.
         return "texts" if recipe.index is None or recipe.index.tokens == "vectors" else "events"
 
     def stochastic(self, row: SuiteRow) -> bool:
-        """Whether another seed gives other figures."""
+        """Return whether another seed gives different figures."""
         if row.baseline is not None:
             return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
         return not row.parts or any(self.stochastic(self._row(label)) for label in row.parts)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
-        """Return a split whose validation rows are those of the users that choose parameters and epochs."""
+        """Return a split whose validation rows are those of the users for choosing parameters and epochs."""
         if not any(row.fuse for row in self.suite.rows):
             return data
         return self._halves(data)[0]
 
     def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
-        """Return a split with the validation users that choose parameters, and one with those that weigh ensembles."""
+        """Return a split with the validation users for parameters, and one with those for ensemble weights."""
         if data.fingerprint not in self._split:
             self._split[data.fingerprint] = halves(data, self.suite.reserved)
         return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> Background:
-        """Return the counts and vectors that list metrics need of a split, made once.
+        """Return the cached counts and vectors of a split for list metrics.
 
         Raises:
-            LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is not there.
+            LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is missing.
         """
         if data.fingerprint not in self._backgrounds:
             wanted = self.suite.diversity
@@ -217,14 +217,14 @@ class Models:
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
         """Fit an ensemble for each table; its trials are the forms.
 
-        Its members have the parameters that were chosen for the table, or for another one: where items of the history
-        can be ranked, the ensemble itself weighs them, and its members need not.
+        Its members have the parameters chosen for the table, or for another one: if items of the history can be ranked,
+        the ensemble itself weights them, and its members need not.
         """
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         seed = self.suite.seeds[0]
         for table in tables:
-            # Tables for which some part has other parameters.
+            # Tables for which some member has different parameters.
             differing = {str([self.chosen[label][of] for label in row.fuse]): of for of in (*reversed(tables), table)}
             results: list[tuple[Tried, str]] = []
             for of in sorted(differing.values(), key=(table, *tables).index):
@@ -253,14 +253,14 @@ class Models:
         Args:
             row: The ensemble.
             data: The split.
-            seed: Of its members.
+            seed: Seed of its members.
             table: Its table.
             of: The table for which the parameters of its members were chosen.
             dissect: See `CatalogueEnsemble.fit`.
-            only: The form that was chosen; None: choose it.
+            only: The chosen form; None to choose it.
 
         Raises:
-            RecipeError: If a member is itself an ensemble.
+            RecipeError: If a member is an ensemble.
         """
         models = {}
         for label in row.fuse:
@@ -287,7 +287,7 @@ class Models:
         return result
 
     def _kind(self, label: str) -> Kind:
-        """Return what the scores of a row mean to an ensemble."""
+        """Return the kind of a row's scores for an ensemble."""
         name = self._row(label).baseline
         return "beams" if name is None else kind_of(name)
 
@@ -300,7 +300,7 @@ class Models:
         return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
 
     def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
-        """Return tables in groups for which every member of a mixture has the same parameters."""
+        """Return groups of tables in which every member of a mixture has the same parameters."""
         result: dict[str, list[str]] = {}
         for table in tables:
             result.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
@@ -312,7 +312,7 @@ class Models:
         """Return a function from requests to probabilities of items, shape (n, items).
 
         Raises:
-            RecipeError: If the scores of a row cannot be read as such.
+            RecipeError: If the scores of a row cannot be converted to probabilities.
         """
         model = self.fit(row, data, seed, table, self.chosen[row.label][table])
         if row.baseline is None:
@@ -330,7 +330,7 @@ class Models:
         return lambda requests: _PROBABILITIES[made.SCORES](model.scores(requests))
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
-        """Return a row's recipe, and the keys of it that tables show."""
+        """Return a row's recipe, and its keys for display in tables."""
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
             raise RecipeError(
@@ -347,7 +347,7 @@ class Models:
         return recipe, shown
 
     def _tuned(self, row: SuiteRow, data: SplitDataset, seed: int) -> CatalogueScorer:
-        """Fine-tune a recipe's model on the suite's data, or reuse that of an earlier call, and open it for search."""
+        """Fine-tune a recipe's model on the suite's data, or reuse an earlier one, and open it for search."""
         recipe = self._recipe(row)[0].model_copy(update={"seed": seed, "data": self.suite.data})
         section = recipe.eval.model_copy(update={"arms": ("tuned",), "backend": "hf", "scorer": "hf"})
         recipe = recipe.model_copy(update={"eval": section})

@@ -1,7 +1,7 @@
-"""The pages of benchmarks: each has its own, except suites, which share the leaderboard and the page of slices.
+"""The pages of benchmarks: one each, except for suites, which share the leaderboard and the page of slices.
 
-Results are files that others may have written: the templates escape every text, except what is `Markup` here, whose
-parts have passed `escape.cell` or `escape.code`. The templates are ``benchmark.md.j2``, ``leaderboard.md.j2`` and
+Results are untrusted files: the templates escape every text except `Markup`, whose parts have passed `escape.cell` or
+`escape.code`. The templates are ``benchmark.md.j2``, ``leaderboard.md.j2`` and
 ``slices.md.j2``.
 """
 
@@ -68,7 +68,7 @@ _HEADINGS = {
 _KINDS: dict[Reads | None, str] = {**KINDS, "texts": "texts too", None: "not said"}
 _TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
 _LEADERBOARD, _SLICES = "LEADERBOARD.md", "SLICES.md"
-# What Markdown makes an anchor of without changing it.
+# Names that Markdown uses as anchors unchanged.
 _ANCHOR = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
 
 
@@ -76,10 +76,10 @@ _ANCHOR = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
 
 
 def read_results(folder: Path) -> list[BenchmarkResult]:
-    """Return every result of a benchmark in a folder; other files there are left alone.
+    """Return every benchmark result in a folder; other files are ignored.
 
     Raises:
-        DataError: If a file is not JSON, or a result lacks something.
+        DataError: If a file is not JSON or a result is incomplete.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
     results = []
@@ -96,10 +96,10 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
 
 
 def result_of(content: Mapping[str, object]) -> BenchmarkResult:
-    """Return what a benchmark wrote as checked records.
+    """Return the content of a benchmark's file as validated records.
 
     Raises:
-        DataError: If it lacks something.
+        DataError: If it is incomplete.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
     name = flat(str(content.get("benchmark")))
@@ -128,9 +128,9 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
 
 
 def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
-    """Refuse a table whose rows lack its metric or were measured under different protocols."""
+    """Reject a table whose rows lack its metric or were measured under different protocols."""
     rows = [(row, row.tables[table.name]) for row in result.rows if table.name in row.tables]
-    # A row of a recipe may have other metrics beside the one that all are compared by.
+    # Rows of recipes may have further metrics in addition to that of the comparisons.
     names = table.metrics if result.kind == "suite" else (table.metric,)
     whole = result.kind == "benchmark" or len(rows) == len(result.rows)
     if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
@@ -153,13 +153,13 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
 
 
 def rewrite(folder: Path) -> list[Path]:
-    """Write the leaderboard and the benchmarks' pages beside a folder of results, and return them.
+    """Write the leaderboard and the benchmarks' pages next to a folder of results, and return them.
 
     Args:
-        folder: Such as ``eval/results``; no page is written for any other folder, such as that of a run.
+        folder: The folder ``eval/results``; no page is written for another folder, such as that of a run.
 
     Raises:
-        DataError: If a file is not JSON, or lacks something.
+        DataError: If a file is not JSON or is incomplete.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
     if not folder.is_dir() or (folder / "results.json").is_file():
@@ -174,14 +174,14 @@ def rewrite(folder: Path) -> list[Path]:
 
 
 def shared_pages(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> dict[str, str]:
-    """Return the pages that all suites share, by file name; nothing without a suite."""
+    """Return the pages that all suites share, by file name; empty without suites."""
     if not any(result.kind == "suite" for result in results):
         return {}
     return {_LEADERBOARD: leaderboard(results, references), _SLICES: slices_page(results)}
 
 
 def own_pages(result: BenchmarkResult) -> dict[str, str]:
-    """Return a benchmark's page and pictures, by file name; a suite has none."""
+    """Return a benchmark's page and pictures by file name; a suite has none."""
     if result.kind == "suite":
         return {}
     pictures = {_picture(result, table): _drawn(result, table) for table in result.tables if _plot(result, table)}
@@ -189,7 +189,7 @@ def own_pages(result: BenchmarkResult) -> dict[str, str]:
 
 
 def leaderboard(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> str:
-    """Return the page of all suites.
+    """Return the leaderboard page of all suites.
 
     Args:
         results: From `read_results`.
@@ -212,7 +212,7 @@ def _engine() -> ImmutableSandboxedEnvironment:
 
 
 def _view(result: BenchmarkResult, references: Sequence[Reference] = ()) -> dict[str, Any]:
-    """Return what the template shows of a benchmark."""
+    """Return the template variables of a benchmark."""
     tuned = [row for row in result.rows if row.arm == "tuned"]
     return {
         "result": result,
@@ -247,11 +247,11 @@ def _heading(result: BenchmarkResult, table: BenchmarkTable) -> str:
 
 
 def _exploratory(users: int, seeds: int) -> str:
-    """Say that a table is exploratory, with what it has too few of; nothing where it has enough.
+    """Return a note that a table is exploratory and has too few users or seeds; empty if it has enough.
 
     Args:
-        users: Whose requests it holds.
-        seeds: Of its rows that learn with any randomness.
+        users: Number of users of the table.
+        seeds: Number of seeds of its stochastic rows.
     """
     few = [f"{users:,} users, fewer than {USERS}"] if users < USERS else []
     few += [f"{seeds} training {'seed' if seeds == 1 else 'seeds'}, fewer than {SEEDS}"] if seeds < SEEDS else []
@@ -261,11 +261,11 @@ def _exploratory(users: int, seeds: int) -> str:
 
 
 def _chosen(result: BenchmarkResult) -> list[str]:
-    """Say how the parameters of a suite's rows came about."""
+    """Return a sentence on how the parameters of a suite's rows were chosen."""
     names = [table.name for table in result.tables]
     tuned = [row for row in result.rows if row.trials]
     lines = []
-    # Ensembles have trials of each table by itself.
+    # Ensembles have separate trials for each table.
     if tuned and all(
         any(trial.values.get(name) is not None for trial in row.trials) for row in tuned for name in names
     ):
@@ -286,7 +286,7 @@ Column = tuple[str, Callable[[BenchmarkRow, RowFigures], str]]
 
 
 def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
-    """Return the rows of a table, best first; kinds of rows are apart where there are several."""
+    """Return the rows of a table, best first, separated by kind if there are several."""
     rows, columns = result.standings(table), _columns(result, table)
     kinds = [kind for kind in get_args(Reads) if any(row.reads == kind for row, _ in rows)]
     if len(kinds) > 1:
@@ -300,7 +300,7 @@ def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
 
 
 def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
-    """Return the columns of a table: those of which some row has something to show."""
+    """Return the columns of a table that are not empty."""
     entries = result.standings(table)
     rows, figures = [row for row, _ in entries], [entry for _, entry in entries]
     columns: list[Column] = [("predictor" if result.kind == "suite" else "row", _name)]
@@ -366,9 +366,9 @@ def _range(figure: Figure) -> str:
 
 
 def _less(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
-    """Return by row the best row less the row, or of language models the row less the best baseline.
+    """Return by row the difference best row − row, or for language models row − best baseline.
 
-    Nothing where two rows have one name.
+    Empty if two rows have the same name.
     """
     names = [row.name for row in result.rows]
     if len(set(names)) < len(names):
@@ -385,7 +385,7 @@ def _parameters(figures: RowFigures) -> str:
     chosen = ", ".join(
         f"{name} {value}{' (end of its grid)' if name in figures.border else ''}"
         for name, value in settings(figures.parameters)
-        # Of an ensemble that is one member alone it says which; the other forms are of all.
+        # The form names the member of an ensemble with a single member; other forms use all members.
         if name != "of" or value != figures.parameters.get("form")
     )
     return cell(chosen or "none")
@@ -394,7 +394,7 @@ def _parameters(figures: RowFigures) -> str:
 def _cost(
     entries: Sequence[tuple[BenchmarkRow, RowFigures]], row: BenchmarkRow, figures: RowFigures, name: str, form: str
 ) -> str:
-    """Return a cost a request; a baseline reads no tokens, and an ensemble costs what its members cost too."""
+    """Return a cost per request; a baseline reads no tokens, and the cost of an ensemble includes its members."""
     if row.arm == "baseline" and name != "seconds_per_request":
         return DASH
     return f"{_with_members(entries, figures, name):{form}}"
@@ -411,7 +411,7 @@ def _dialogue(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
 
 
 def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Say which figures of a table are not defined, of which rows and why."""
+    """Return sentences on the undefined figures of a table: their rows and reasons."""
     rows = result.standings(table)
     figures = [
         (row.name, name, own.metrics[name]) for row, own in rows for name in table.metrics if name in own.metrics
@@ -421,7 +421,7 @@ def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
 
 
 def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Show the weights of every ensemble of a table, what each member contributes, and what the ensemble costs."""
+    """Return the weights, member contributions and costs of a table's ensembles."""
     rows, blocks = {row.name: row for row in result.rows}, list[str]()
     for row in result.rows:
         fusion = row.tables[table.name].fusion if table.name in row.tables else None
@@ -457,7 +457,7 @@ def _limited(value: float | None, low: float | None, high: float | None, digits:
 
 
 def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Show rows that find items without training interactions, and their figures on all other requests."""
+    """Return the rows that find cold-start items, with their figures on all other requests."""
     metrics, rows = table.metrics, list[tuple[float, list[str]]]()
     entries = result.standings(table)
     shown = [name for name in entries[0][1].metrics if name.startswith(("Exposure@", "ColdItems@"))]
@@ -487,7 +487,7 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _compared(pair: BenchmarkPair) -> str:
-    """Return a comparison in one line; one that was not planned has no p and verdict."""
+    """Return a comparison in one line; an exploratory one has no p and verdict."""
     ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}"
     if pair.n == 0:
         return Markup(f"{ends}: there is no such request")
@@ -498,7 +498,7 @@ def _compared(pair: BenchmarkPair) -> str:
 
 
 def _where(pair: BenchmarkPair) -> str:
-    """Say on which requests a comparison is, where they are not all."""
+    """Return the subset of requests of a comparison in words; empty for all requests."""
     if pair.users is not None:
         return f", {pair.users:,} users{', exploratory' if pair.users < USERS else ''}"
     if pair.items is None:
@@ -524,9 +524,9 @@ def _drawn(result: BenchmarkResult, table: BenchmarkTable) -> str:
 
 
 def _plot(result: BenchmarkResult, table: BenchmarkTable) -> CostPlot | None:
-    """Return quality by tokens a request; None where fewer than two rows read any.
+    """Return the plot of quality by tokens per request; None if fewer than two rows read tokens.
 
-    The line joins rows that no other row beats at the same or a lower cost, which alone are named.
+    The line connects the Pareto-optimal rows, and only these are named.
     """
     entries, metric = result.standings(table), table.metric
     costs = [
@@ -565,11 +565,11 @@ def _plot(result: BenchmarkResult, table: BenchmarkTable) -> CostPlot | None:
 
 
 def frontier(rows: Sequence[tuple[float, str, float]], metric: str) -> list[str]:
-    """Return the rows that no other row beats at the same or a lower cost, cheapest first (the Pareto front).
+    """Return the Pareto front, cheapest first: rows that none of the same or lower cost outperforms.
 
     Args:
-        rows: Cost, name and value of each.
-        metric: Says which values are better.
+        rows: Cost, name and value of each row.
+        metric: The metric, which determines whether higher is better.
     """
     sign, best, front = -1 if lower(metric) else 1, -math.inf, []
     for _, name, value in sorted(rows, key=lambda row: (row[0], -sign * row[2])):
@@ -583,7 +583,7 @@ def frontier(rows: Sequence[tuple[float, str, float]], metric: str) -> list[str]
 
 
 def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
-    """Show published rows of one treatment of the history; those on other interactions are apart, page by page."""
+    """Return published rows of one treatment of the history, with those on other data separated by page."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
     same = [row for page in fitting if _same_data(page, result) for row in page.rows if row.seen == seen]
@@ -598,7 +598,7 @@ def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str,
 
 
 def _fits(page: Reference, result: BenchmarkResult) -> bool:
-    # A suite without candidates has one table, and its references name that.
+    # A suite without candidates has one table, which its references name.
     protocol = result.protocol
     if protocol is None:
         return False
@@ -607,12 +607,12 @@ def _fits(page: Reference, result: BenchmarkResult) -> bool:
 
 
 def _same_data(page: Reference, result: BenchmarkResult) -> bool:
-    """Whether a page counts as many users, items and interactions as the suite read."""
+    """Return whether a page reports the same numbers of users, items and interactions as the suite."""
     return all(getattr(result.data, what) == count for what, count in page.counts.items())
 
 
 def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
-    """Return published rows, best first by the last metric that they print."""
+    """Return published rows, best first by their last metric."""
 
     def key(row: Published) -> tuple[int, bool, float]:
         last = next((number for number, name in enumerate(reversed(metrics)) if name in row.values), len(metrics))
@@ -635,7 +635,7 @@ def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
 
 
 def _glance(suites: Sequence[BenchmarkResult]) -> str:
-    """Return a table of suites in the order given: of each the best row of each kind, with links to its section."""
+    """Return a table of suites in the given order, with the best row of each kind and links to sections."""
     kinds = [kind for kind in (*get_args(Reads), None) if any(row.reads == kind for s in suites for row in s.rows)]
     lines = []
     for result in suites:
@@ -654,7 +654,7 @@ def _glance(suites: Sequence[BenchmarkResult]) -> str:
 
 
 def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], result: BenchmarkResult, table: BenchmarkTable) -> str:
-    """Return the best row's name and figure, and whether it has too few seeds where its suite has enough."""
+    """Return the best row's name and figure, marked if it has fewer seeds than required."""
     if not entries or (value := entries[0][1].value(table.metric)) is None:
         return DASH
     row, protocol = entries[0][0], result.protocol
@@ -664,14 +664,14 @@ def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], result: BenchmarkR
 
 @dataclass(frozen=True)
 class SliceView:
-    """Planned comparisons of a suite between rows that read different things, each with its table of slices."""
+    """Planned comparisons of a suite between rows of different kinds, each with its table of slices."""
 
     result: BenchmarkResult
     comparisons: Mapping[str, str]
 
 
 def slices_page(results: Sequence[BenchmarkResult]) -> str:
-    """Return the Markdown page; suites of which no planned comparison joins two kinds of rows are not on it."""
+    """Return the Markdown page of slices; suites without planned comparisons of two kinds are omitted."""
     suites = sorted((result for result in results if result.kind == "suite"), key=lambda result: result.benchmark)
     views = [SliceView(result, tables) for result in suites if (tables := _slices(result))]
     return _engine().get_template("slices.md.j2").render(views=views)

@@ -1,4 +1,4 @@
-"""Makes the rows of a benchmark of recipes: runs on the same cases, with what each row costs."""
+"""Makes the rows of a benchmark of recipes: runs on the same cases, with the cost of each row."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llmrec.recipe.load import load_recipe
 from llmrec.results import Figure, Results, Row
 
 Shared = tuple[str, str, str, str | None]
-"""What rows of one table share: family, headline metric, its signature, and the hash of the candidates, if any."""
+"""The key of a table: family, headline metric, its signature, and the hash of the candidates, if any."""
 
 _UNEQUAL = (
     "asked different users, or about different items of theirs; give them the same data, split, seed, eval.users and "
     "questions a user"
 )
-# Metrics that the page shows after the one that rows are compared by.
+# Metrics that the page shows after that of the comparisons.
 _SHOWN = 3
 
 
@@ -37,9 +37,9 @@ class Point:
     """One run: a recipe with its changes.
 
     Attributes:
-        run: Where it comes from.
-        changes: The point of the grid, by key.
-        seed: Value of ``train.seed``; None: the recipe's own.
+        run: The entry of the benchmark.
+        changes: The hyperparameter setting of the grid, by key.
+        seed: Value of ``train.seed``; None for that of the recipe.
     """
 
     run: BenchmarkRun
@@ -68,15 +68,15 @@ class Line:
     """One row of a table, over all its seeds.
 
     Attributes:
-        table: Family and protocol: rows of one table may be compared.
-        name: Unique in its table.
-        label: Of the run that it is a row of; empty for a baseline, which every run may have.
-        run: Of the run whose results had it first.
-        figures: Rows of results.json, one a seed.
-        values: Per-request values by metric, one mapping a seed.
+        table: Family and protocol: rows of one table are comparable.
+        name: Name, unique in its table.
+        label: Label of its run; empty for a baseline, which every run may have.
+        run: The run whose results had it first.
+        figures: Rows of results.json, one per seed.
+        values: Per-request values by metric, one mapping per seed.
         users: The user of each request.
-        requests: Their ids: a user may have several.
-        members: Of an ensemble, the names of the rows that it joins.
+        requests: The request ids: a user may have several.
+        members: Names of the members of an ensemble.
     """
 
     table: Shared
@@ -91,14 +91,14 @@ class Line:
 
 
 def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, quiet: bool = False) -> Iterator[Made]:
-    """Make every run that is not there yet, and yield the rows after each of them.
+    """Make every missing run, and yield the rows after each of them.
 
-    A killed benchmark resumes with the row that it was at: each run resumes as any run does.
+    A killed benchmark resumes at the interrupted run, as any run does.
 
     Args:
         benchmark: From `llmrec.recipe.load.load_benchmark`.
-        out: Where the run folders are.
-        say: Receives a line on each run when it is done.
+        out: Folder of the run folders.
+        say: Called with a line on each finished run.
         quiet: Show no progress bars.
 
     Raises:
@@ -106,7 +106,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
     """
     todo = list(points(benchmark))
     _refuse_shared_folders(benchmark, todo)
-    recipes = [recipe_of(benchmark, point, out) for point in todo]  # every mistake is found before the first hour
+    recipes = [recipe_of(benchmark, point, out) for point in todo]  # all errors are found before the first run
     lines: dict[tuple[Shared, str], Line] = {}
     spent = 0.0
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
@@ -120,10 +120,10 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
 
 
 def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
-    """Refuse pairs that no table holds, once all that was made is written.
+    """Reject pairs that are in no table, after all results are written.
 
     Raises:
-        RecipeError: If there is one; the message names the row that is missing and the closest one.
+        RecipeError: If there is one; the message names the missing row and the closest one.
     """
     tables: dict[Shared, set[str]] = {}
     for table, name in lines:
@@ -144,7 +144,7 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
-    """Yield the runs of a benchmark, one seed after the other, so that a killed one has whole tables."""
+    """Yield the runs of a benchmark seed by seed, so that a killed benchmark has complete tables."""
     seeds = sorted({seed for run in benchmark.runs for seed in run.seeds})
     for now in (None, *seeds):
         for run in benchmark.runs:
@@ -155,7 +155,7 @@ def points(benchmark: Benchmark) -> Iterator[Point]:
 
 
 def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
-    """Refuse runs whose names differ in signs alone that a folder's name cannot hold."""
+    """Reject runs whose names differ only in characters that a folder name cannot contain."""
     known: dict[str, Point] = {}
     for point in todo:
         other = known.setdefault(point.folder, point)
@@ -169,7 +169,7 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
 
 
 def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
-    """Return the recipe of a point; ``out`` is where the folders of runs are.
+    """Return the recipe of a run; ``out`` is the folder of run folders.
 
     Raises:
         RecipeError: If a key or a value is wrong; the message names the run.
@@ -194,7 +194,7 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
 
 
 def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
-    """Return the folder of the run that a point builds on: that of its seed, or the only one."""
+    """Return the folder of the run that a run builds on: that of its seed, or the only one."""
     first = next(run for run in benchmark.runs if run.name == name)
     return out / _folder(first.name, point.seed if first.seeds else None)
 
@@ -211,7 +211,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
         baseline = row.arm == "baseline"
         label = "" if baseline else point.label
         yield Line(
-            # The metric's signature holds split, candidates and whatever else two figures must share.
+            # The metric's signature has split, candidates and everything else that two figures must share.
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
             name=_name(row, point.label),
             label=label,
@@ -225,14 +225,14 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
 
 
 def _name(row: Row, label: str) -> str:
-    """Return what a row of a run is called in tables."""
+    """Return the name of a run's row in tables."""
     return " · ".join(
         [row.predictor, *([] if row.arm == "baseline" else [(row.template or "").partition("/")[2], label])]
     )
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
-    """Add a row: another seed of one that is there, a baseline that every run has, or a new one."""
+    """Add a row: another seed of an existing one, a baseline that every run has, or a new one."""
     known = lines.setdefault((line.table, line.name), line)
     if known is line:
         return
@@ -242,21 +242,21 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
         known.figures += line.figures
         known.values += line.values
     elif known.run != line.run and not _alike(known, line):
-        # Such as an ensemble of other members.
+        # For example an ensemble of different members.
         _add(lines, replace(line, name=f"{line.name} · {line.run}"))
 
 
 def _alike(one: Line, other: Line) -> bool:
-    """Whether a baseline has the same values in two runs, but for what another order of additions makes of them."""
+    """Return whether a baseline has the same values in two runs, up to rounding."""
     metric = one.table[1]
     return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
 def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Made:
-    """Return tables and rows; a row of several tables is one, and is called alike in them.
+    """Return tables and rows; a row in several tables is one row with one name.
 
     Raises:
-        RecipeError: If the runs of one table asked different users or items.
+        RecipeError: If the runs of one table have different users or items.
     """
     by_table: dict[Shared, list[Line]] = {}
     for line in lines:
@@ -344,7 +344,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _bare(figure: Figure) -> Figure:
-    """Return a figure without its signature, which the table has."""
+    """Return a figure without its signature, which is stored with the table."""
     return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 

@@ -1,7 +1,7 @@
 """The frozen record of a benchmark's result, which the pages read.
 
-A page of any kind (``suite``, ``benchmark`` or ``chat``) writes this one record: rows are models, each with its figures
-in one table or several. As in `llmrec.results`, unknown keys are ignored, and what is not set is not written.
+A page of any kind (``suite``, ``benchmark`` or ``chat``) writes this record: rows are models, each with its figures in
+one or more tables. As in `llmrec.results`, unknown keys are ignored and unset fields are not written.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from llmrec.registry import lower
 from llmrec.results import Fact, Figure, FusionWeights, Pair, Reads
 
 Setting = str | bool | int | float | list[float] | list[str] | dict[str, Plain] | None
-"""A parameter of a row."""
+"""The value of a row's parameter."""
 
 
 class Trial(Record):
-    """A point of a grid, and its values on the validation split by table."""
+    """A hyperparameter setting of a grid, and its validation values by table."""
 
     parameters: dict[str, Setting]
     values: dict[str, Number] = Field(default_factory=dict)
@@ -31,12 +31,12 @@ class RowFigures(Record):
 
     Attributes:
         n: Number of requests.
-        cold: Means over requests whose target has no training interaction, and their number.
-        parameters: What was chosen for this table.
+        cold: Means over requests whose target has no training interactions, and their number.
+        parameters: The parameters chosen for this table.
         border: Parameters whose value is at an end of its grid.
-        fusion: The weights of an ensemble; None for any other row.
-        members: Of an ensemble, the rows of the table that it joins.
-        tokens_per_request: Of the row itself, without an ensemble's members, like the next two.
+        fusion: The weights of an ensemble; None for other rows.
+        members: The rows of the table that are members of an ensemble.
+        tokens_per_request: Tokens without those of an ensemble's members, like the next two.
     """
 
     metrics: dict[str, Figure]
@@ -53,7 +53,7 @@ class RowFigures(Record):
     seconds_per_request: float = 0.0
 
     def value(self, metric: str) -> float | None:
-        """Return a figure's value; None where it is undefined."""
+        """Return a figure's value; None if it is undefined."""
         return self.metrics[metric].value
 
 
@@ -61,14 +61,14 @@ class Dialogues(Record):
     """The conversations of a row.
 
     Attributes:
-        manager: What chooses the tools.
-        ranker: The language model that graded the first items of each list; None: the recommender ordered them alone.
-        knows: Fields that the users know; none: all.
-        conversations: How many there are.
-        users: Different ones, over all seeds.
-        turns: Of a conversation.
-        turns_to_a_hit: Of those that had one; None: none had.
-        calls: How often each tool was called.
+        manager: The dialogue manager, which chooses the tools.
+        ranker: The language model that reranked the first items of each list; None for the recommender's order.
+        knows: Fields that the users know; empty for all.
+        conversations: Number of conversations.
+        users: Number of different users over all seeds.
+        turns: Mean turns of a conversation.
+        turns_to_a_hit: Mean turns to a hit of those with one; None without hits.
+        calls: Number of calls by tool.
     """
 
     manager: str
@@ -89,17 +89,17 @@ class BenchmarkRow(Record):
     """One model, over all its seeds.
 
     Attributes:
-        reads: What it knows items by.
-        trials: What was tried on validation; empty where there was nothing to choose.
+        reads: What it reads of items.
+        trials: Trials on validation; empty if there was nothing to choose.
         chosen_by: The metric by which the parameters were chosen.
-        encoder: How a text encoder made its vectors, where it reads texts with one; see `Embedder.record`.
+        encoder: Settings of its text encoder, if it reads texts with one; see `Embedder.record`.
         seeds: Number of training seeds.
         fewer_seeds: Whether it is stochastic and was fitted with fewer seeds than the page has.
         arm: The setting of a row of a recipe, such as ``tuned``.
-        run: The run that it is a row of; empty for a baseline, which every run has.
+        run: Its run; empty for a baseline, which every run has.
         tables: Its figures by table.
-        seconds: By stage.
-        dialogues: Of a row of conversations.
+        seconds: Seconds by stage.
+        dialogues: Statistics of a row of conversations.
     """
 
     name: str
@@ -123,16 +123,16 @@ class BenchmarkRow(Record):
 
 
 class BenchmarkTable(Record):
-    """Rows that were measured on the same requests under the same protocol, and so may be compared.
+    """Comparable rows, measured on the same requests under the same protocol.
 
     Attributes:
-        name: Unique in the file: the treatment of the history of a full ranking, or the task.
-        metric: What rows are compared by.
-        metrics: What the page shows.
-        signature: Of the metric that rows are compared by, where all rows share it.
-        candidates: Hash of the candidate sets, if there are any.
-        best_baseline: The row that language models are compared with; None where the best row is compared with all.
-        detectable: What the comparisons could have detected.
+        name: Unique name: the treatment of the history of a full ranking, or the task.
+        metric: The metric of comparisons.
+        metrics: The metrics that the page shows.
+        signature: Signature of ``metric``, if all rows share it.
+        candidates: Hash of the candidate sets, if any.
+        best_baseline: The row that language models are compared with; None if the best row is compared with all.
+        detectable: The sentence on detectable differences.
     """
 
     name: str
@@ -153,7 +153,7 @@ class PairSlice(Record):
     Attributes:
         name: See `llmrec.evaluate.slices.target_slices`.
         n: Number of requests.
-        clusters: Number of different targets, where these are drawn together.
+        clusters: Number of different targets, if resampled by target.
     """
 
     name: str
@@ -165,16 +165,16 @@ class PairSlice(Record):
 
 
 class BenchmarkPair(Pair):
-    """Two rows of a table, compared by its metric.
+    """The comparison of two rows of a table by its metric.
 
     Attributes:
-        table: Its name.
-        items: Where the comparison is on some requests alone: those whose target has no training interaction, with
-            intervals clustered by target, or all others.
-        n: Number of requests, where these are not all of the table; 0: there are none, and no figure.
-        users: Number of users, where these are not all of the table.
-        clusters: Number of different targets, where they are drawn together.
-        slices: Where the difference comes from; of comparisons over all requests of a ranking.
+        table: Name of the table.
+        items: The subset of requests, if any: those whose target has no training interactions, with intervals
+            clustered by target, or all others.
+        n: Number of requests, if not all of the table; 0 for none, and no figure.
+        users: Number of users, if not all of the table.
+        clusters: Number of different targets, if resampled by target.
+        slices: The difference by slice, for comparisons over all requests of a ranking.
     """
 
     table: str
@@ -190,7 +190,7 @@ class BenchmarkPair(Pair):
 
 
 class Size(Record):
-    """Size of the data."""
+    """The size of the data."""
 
     users: int
     items: int
@@ -198,12 +198,12 @@ class Size(Record):
 
 
 class BenchmarkProtocol(Record):
-    """What all rows share.
+    """The protocol that all rows share.
 
     Attributes:
-        users: Evaluated users; of conversations those of a seed.
-        fields: Of the items that can be talked about, and how many items have each.
-        past: Last items that a simulated user's profile begins with.
+        users: Number of evaluated users; for conversations per seed.
+        fields: Fields of items that can be talked about, and the number of items with each.
+        past: Number of latest items at the start of a simulated user's profile.
     """
 
     split: str
@@ -222,20 +222,20 @@ class BenchmarkProtocol(Record):
 
 
 class BenchmarkResult(Record):
-    """The whole of a benchmark's file.
+    """The content of a benchmark's file.
 
     Attributes:
-        kind: Of its page.
-        hash: Of its page.
-        data: None where runs may differ in it.
+        kind: Kind of its page.
+        hash: Hash of its page.
+        data: The data; None if runs may differ in it.
         pairs: The planned comparisons, tested as one family over all tables.
-        comparisons: Described and not tested: the best row with every other, or language models with the best baseline.
-        explored: What was thought of after the test split was seen: described and not tested.
-        missing: Runs that are still to come.
+        comparisons: Exploratory: the best row with every other, or language models with the best baseline.
+        explored: Exploratory: comparisons conceived after the test split was seen.
+        missing: Number of runs to come.
         skipped: Rows of the page that were not run.
-        unrun: Planned comparisons with such rows; the others are corrected as if these had been tested too.
+        unrun: Number of planned comparisons with such rows; the correction counts them as tested.
         references: Pages of published figures.
-        notes: What else a reader must know.
+        notes: Further notes for the reader.
     """
 
     kind: Literal["suite", "benchmark", "chat"]
@@ -262,7 +262,7 @@ class BenchmarkResult(Record):
     notes: tuple[str, ...] = ()
 
     def standings(self, table: BenchmarkTable) -> list[tuple[BenchmarkRow, RowFigures]]:
-        """Return the rows of a table with their figures there, the best first and undefined ones last."""
+        """Return the rows of a table with their figures, best first and undefined ones last."""
         results = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
         return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
 

@@ -1,4 +1,4 @@
-"""Published figures, which the leaderboard prints beside results of the same protocol."""
+"""Published figures, which the leaderboard shows with results of the same protocol."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llmrec.resources import resource
 
 
 class Page(BaseModel):
-    """Frozen base of the pages under eval/references."""
+    """Frozen base of the records of eval/references."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Published(Page):
-    """One published row. ``seen``: whether items of the history could be ranked, as far as the source tells."""
+    """One published row; ``seen`` is whether items of the history could be ranked, if the source says."""
 
     system: str
     source: str
@@ -31,14 +31,14 @@ class Published(Page):
 
 
 class Protocol(Page):
-    """What a reference's rows share."""
+    """The protocol that a reference's rows share."""
 
     split: str
     candidates: str
 
 
 class Reference(Page):
-    """One page of published figures on one data set."""
+    """Published figures on one data set, from one file."""
 
     reference: str
     data: str
@@ -48,16 +48,16 @@ class Reference(Page):
 
 
 def all_references(folder: Path | None = None) -> dict[str, Reference]:
-    """Return every page of published figures by its name."""
+    """Return all references by name."""
     pages = sorted((folder or resource("eval", "references")).glob("*.yaml"))
     return {page.stem: load_reference(page) for page in pages}
 
 
 def reference(name: str) -> Reference:
-    """Return a page of published figures by its name.
+    """Return a reference by name.
 
     Raises:
-        RecipeError: If there is no such page.
+        RecipeError: If it does not exist.
     """
     folder = resource("eval", "references")
     path = folder / f"{name}.yaml"
@@ -72,10 +72,10 @@ def reference(name: str) -> Reference:
 
 
 def load_reference(path: Path) -> Reference:
-    """Read a page of published figures.
+    """Read a reference from its file.
 
     Raises:
-        DataError: If it cannot be read or does not have this form.
+        DataError: If it cannot be read or has another format.
     """
     try:
         return Reference.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])

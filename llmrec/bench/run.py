@@ -1,4 +1,4 @@
-"""Runs or checks a benchmark of any kind: makes its rows, compares them, and writes its result and pages."""
+"""Runs or checks benchmarks of any kind: makes rows, compares them, and writes the result with its pages."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 def run_benchmark(
     page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
 ) -> Ran:
-    """Make every row that is not there yet, compare the rows, and write the result with its pages.
+    """Make every missing row, compare the rows, and write the result with its pages.
 
     Args:
         page: From `llmrec.recipe.load`.
-        out: Where finished rows are kept, so that a killed benchmark resumes.
-        results: Folder for ``<name>.json``; pages and pictures are written beside it.
-        say: Receives a line on each row when it is done.
+        out: Folder of finished rows, from which a killed benchmark resumes.
+        results: Folder for ``<name>.json``; pages and pictures are written to its parent folder.
+        say: Called with a line on each finished row.
         quiet: Show no progress bars of runs.
 
     Raises:
-        RecipeError: If a key of the page, or what it names, cannot be used.
-        DataError: If the data cannot be.
+        RecipeError: If a key of the page, or a component that it names, cannot be used.
+        DataError: If the data cannot be used.
     """
     begin, ran = time.monotonic(), None
     if note := of_another(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
         say(note)
-    # What there is so far is written each time, so that a killed benchmark of recipes has a page.
+    # Intermediate results are written each time, so that a killed benchmark of recipes has a page.
     for made in _rows(page, out, say, quiet=quiet):
         ran = write(page, made, results, time.monotonic() - begin)
     assert ran is not None
@@ -58,17 +58,17 @@ def _rows(page: Page, out: Path, say: Callable[[str], None], *, quiet: bool) -> 
 def run_page(
     kind: Literal["suite", "benchmark", "chat"], path: str, overrides: Sequence[str], out: Path | None, results: Path
 ) -> None:
-    """Run the page of a benchmark, as ``llmrec eval`` does.
+    """Run a benchmark page, as ``llmrec eval`` does.
 
     Args:
         kind: From `llmrec.recipe.load.kind_of_page`.
-        path: Its file.
+        path: The file of the page.
         overrides: Changed keys.
-        out: Where finished rows are kept; None: below ``runs``.
+        out: Folder of finished rows; None for one below ``runs``.
         results: Folder for its results.
 
     Raises:
-        LlmrecError: If a key is wrong, or what it names cannot be used.
+        LlmrecError: If a key is wrong, or a component that it names cannot be used.
     """
     load: dict[str, Callable[..., Page]] = {"suite": load_suite, "benchmark": load_benchmark, "chat": load_chat}
     page = load[kind](path, overrides)
@@ -79,10 +79,10 @@ def run_page(
 
 
 def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides: Sequence[str]) -> None:
-    """Check a suite, a benchmark or a suite of conversations, and the recipes that it names.
+    """Check a suite, a benchmark or a conversation suite, and the recipes that it names.
 
     Raises:
-        RecipeError: If a key or a value is wrong, of the page or of one that it names.
+        RecipeError: If a key or value of the page, or of a recipe that it names, is wrong.
     """
     if kind == "suite":
         suite = load_suite(page, overrides)

@@ -1,4 +1,4 @@
-"""`llmrec compare` and `llmrec.compare`: two finished runs over the same cases, row by row, paired by user."""
+"""Implements `llmrec compare` and `llmrec.compare`: two finished runs, row by row, paired by user."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ NOTE = "95 % intervals of A − B, paired by user and not corrected for the numb
 
 
 class RunPair(Pair, Compared):
-    """A row of run A minus a row of run B on one metric; ``a`` and ``b`` are the ids of the rows.
+    """The difference of a row of run A and one of run B on a metric; ``a`` and ``b`` are row ids.
 
     Attributes:
         a_value: The figure of the row of A.
         b_value: The figure of the row of B.
-        users: How many users both were asked about.
-        best: Whether these are the rows that stand for the two runs: in each the model's own best row, or without a
-            language model the best one.
+        users: Number of users.
+        best: Whether these are the main rows of the two runs: the best row of the model alone, or without a language
+            model the best one.
     """
 
     a_value: float
@@ -49,14 +49,14 @@ class RunPair(Pair, Compared):
 
 
 class ComparedRuns(Displayed, Record):
-    """What `llmrec.compare` returns.
+    """The result of `llmrec.compare`.
 
     Attributes:
         a: The folder of run A.
         b: The folder of run B.
-        headline: For each task that both runs have, the metric that its rows are ordered by.
-        differences: For each task the best rows of both runs, then each row that both have, on every metric of both.
-        only_a: Ids of the rows of those tasks that only A has.
+        headline: The headline metric of each task that both runs have.
+        differences: For each task the best rows of both runs, then each common row, on every common metric.
+        only_a: Ids of the rows of these tasks that only A has.
         only_b: Ids of those that only B has.
     """
 
@@ -81,14 +81,14 @@ class ComparedRuns(Displayed, Record):
 def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> ComparedRuns:
     """Compare two finished runs on the same users, items, candidates and split: A − B, paired by user.
 
-    No model is asked and no data are read: the values of every request are in the run folders. Nobody planned these
-    comparisons, so each has an unadjusted 95 % interval and no verdict.
+    No model is run and no data are read: the values of every request are in the run folders. The comparisons are not
+    planned, so each has an unadjusted 95 % interval and no verdict.
 
     Args:
-        a: A run folder, or what `llmrec.run` returned.
-        b: Another one.
-        resamples: Of the users, for the intervals.
-        seed: Of the resamples.
+        a: A run folder, or the result of `llmrec.run`.
+        b: Another run.
+        resamples: Number of resamples of the users, for the intervals.
+        seed: Seed of the resamples.
 
     Returns:
         The differences by task, row and metric.
@@ -126,7 +126,7 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
 
 
 def _pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, bool]]:
-    """Yield the best rows of both runs, and then each row that both have."""
+    """Yield the best rows of both runs, then each common row."""
     best, rival = (headline(results, task).model or results.standings(task)[0] for results in (one, other))
     yield best, rival, True
     known = {row.id: row for row in other.rows if row.task == task}
@@ -140,7 +140,7 @@ def _differences(
 ) -> Iterator[RunPair]:
     one, other = rows
     users = [record.user_id for record in one.records]
-    # The metric that the table shows comes first.
+    # The headline metric comes first.
     for name in sorted(set(one.values) & set(other.values), key=lambda name: (name != first, name)):
         a, b = (Standing(row.figures.id, _value(row, name), np.asarray(row.values[name])) for row in rows)
         if a.value is None or b.value is None:
@@ -195,7 +195,7 @@ def _refuse_other_cases(runs: Sequence[Path], rows: tuple[ResultRow, ResultRow])
 
 
 def _protocol(signature: str) -> str:
-    """Return a signature without the version of llmrec, which does not set figures apart."""
+    """Return a signature without the version of llmrec, in which comparable figures may differ."""
     try:
         version = parse_signature(signature).version
     except ValueError:
@@ -216,7 +216,7 @@ def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str)
 
 
 def tables(found: ComparedRuns) -> Iterator[Table]:
-    """Yield a table a task: its headline metric for the best rows and for every row that both runs have."""
+    """Yield a table per task: its headline metric for the best rows and for every common row."""
     from rich.text import Text
 
     from llmrec.report.table import plain, table_of
@@ -251,7 +251,7 @@ def _name(row_id: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A difference as a file has it."""
+    """A row of the file of differences."""
 
     task: str
     metric: str
@@ -267,10 +267,10 @@ class Line:
 
 
 def write(found: ComparedRuns, path: Path) -> None:
-    """Write every difference as a row of a table.
+    """Write every difference as a row of a table file.
 
     Raises:
-        DataError: If the file's name ends in nothing that is known, or the file is not one of `llmrec compare`.
+        DataError: If the file extension is unknown, or the existing file is not one of `llmrec compare`.
     """
     check_out(path, (), option="--to", by="compare")
     lines = [

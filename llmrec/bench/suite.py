@@ -1,4 +1,4 @@
-"""Makes the rows of a suite: each is tuned on validation for each table, fitted with every seed, and measured.
+"""Makes the rows of a suite: each is tuned on validation per table, fitted with every seed, and evaluated.
 
 `llmrec.baselines.tune` chooses a baseline's parameters; `llmrec.bench.models` fits recipes and ensembles.
 """
@@ -53,21 +53,21 @@ from llmrec.tasks.family import answers
 from llmrec.terminal import works_in
 from llmrec.types import Case, Interaction, Probability, Rating
 
-# What the one table of these tasks is called; rankings have one for each treatment of the history.
+# The name of the single table of these tasks; rankings have one for each treatment of the history.
 TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
 _KINDS: Mapping[str, Kind] = {"rating": "rating", "ctr": "probability"}
 
-# What does not affect a row's figures.
+# Keys that do not affect a row's figures.
 _SILENT = {"suite", "description", "plugins", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
-# By request, or by seed and request.
+# Shape (requests,) or (seeds, requests).
 Values: TypeAlias = list[float] | list[list[float]]
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished row, and its values by table and metric, as `llmrec.evaluate.compare.sampled` takes them."""
+    """A finished row, and its values by table and metric for `llmrec.evaluate.compare.sampled`."""
 
     row: BenchmarkRow
     values: Mapping[str, Mapping[str, Values]]
@@ -75,7 +75,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Once:
-    """One table of a row with one seed; for rankings also the figures of items without training interactions."""
+    """One table of a row with one seed; for rankings also the figures of cold-start items."""
 
     evaluated: Evaluated
     cold: Mapping[str, float] | None = None
@@ -83,18 +83,18 @@ class Once:
 
 @dataclass(frozen=True)
 class Trials:
-    """The points that tuning has tried, in a file, so that a killed suite does not fit them again."""
+    """The tried hyperparameter settings of tuning, in a file, so that a killed suite does not fit them again."""
 
     path: Path
     key: str
 
     def known(self) -> list[Tried]:
-        """Return the points of an earlier call for the same row."""
+        """Return the settings tried by an earlier call for the same row."""
         stored = read_stage(self.path, self.key, _tried)
         return _tried(stored) if stored else []
 
     def keep(self, trials: Sequence[Tried]) -> None:
-        """Store all points."""
+        """Store all tried settings."""
         points = [{"parameters": dict(trial.parameters), "values": dict(trial.values)} for trial in trials]
         write_checked(self.path, {"key": self.key, "trials": points})
 
@@ -104,16 +104,15 @@ def _tried(stored: Mapping[str, Any]) -> list[Tried]:
 
 
 def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
-    """Make every row that is not there yet, and yield all of them.
+    """Make every missing row, and yield all rows.
 
     Args:
         suite: From `llmrec.recipe.load.load_suite`.
-        out: Where finished rows are kept, so that a killed suite resumes.
-        say: Receives a line on each row when it is done.
+        out: Folder of finished rows, from which a killed suite resumes.
+        say: Called with a line on each finished row.
 
     Raises:
-        RecipeError: If a row names no baseline of the task or a parameter that it does not have, or a reference page is
-            missing.
+        RecipeError: If a row names an unknown baseline or parameter, or a reference is missing.
         DataError: If the data cannot be used.
     """
     check_rows(suite)
@@ -139,7 +138,7 @@ def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[
 
 
 def check_rows(suite: Suite) -> None:
-    """Refuse rows that name no baseline of the task, or a parameter that it does not have.
+    """Reject rows that name an unknown baseline of the task, or an unknown parameter.
 
     Raises:
         RecipeError: If there is one; the message names the suite and the row.
@@ -208,7 +207,7 @@ def _line(suite: Suite, row: BenchmarkRow) -> str:
 
 
 def _shown(figure: Figure) -> str:
-    """Return a figure for the terminal; one that is undefined with its reason."""
+    """Return a figure for the terminal, or the reason why it is undefined."""
     return f"{figure.value:.4f}" if figure.value is not None else f"undefined ({figure.undefined})"
 
 
@@ -222,7 +221,7 @@ def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, Split
         "suite",
         made_by=[(BASELINES, row.baseline)] if row.baseline else [],
         packages={name: version for name, version in versions().items() if name in _MATTERS},
-        # Without defaults, so that a new key of the page does not make finished rows again.
+        # Without defaults, so that a new key of the page does not invalidate finished rows.
         row=row.model_dump(exclude_defaults=True),
         grid=grid_of(suite, row) if row.baseline else None,
         parts=[models.chosen[label] for label in row.parts],
@@ -243,14 +242,14 @@ def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, Split
 
 
 def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials) -> Done:
-    """Tune a row on the first split, fit what was chosen with every seed and on every split, and measure it.
+    """Tune a row on the first split, fit it with every seed on every split, and evaluate it.
 
     Args:
         suite: The suite.
         row: The row.
         splits: By seed of the tie rule.
-        models: What fits rows that are no baselines.
-        tried: The points that an earlier call has tried; new ones are added.
+        models: Fits rows that are not baselines.
+        tried: The settings tried by earlier calls; new ones are added.
     """
     first = suite.split_seeds[0]
     seconds: dict[str, float] = {}
@@ -265,7 +264,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
         drawn = models.stochastic(row)
         seeds = suite.seeds_of(row) if drawn else suite.seeds[:1]
         measure = partial(_measured, models, row, tuned, seconds)
-        # Tuning has fitted the chosen point with the first seed.
+        # Tuning has fitted the chosen setting with the first seed.
         runs = [measure(splits[first], seed, seed == seeds[0]) for seed in seeds]
         others = [measure(splits[seed], suite.seeds[0], False) for seed in suite.split_seeds[1:]]
     tables = {}
@@ -290,7 +289,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
 
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
-    """Return how the text encoder that a row names makes its vectors, by the key of the record; nothing without one."""
+    """Return the record field with the settings of a row's text encoder; empty without one."""
     name = lookup(BASELINES, row.baseline, "baseline").text_encoder(row.parameters) if row.baseline else None
     if name is None:
         return {}
@@ -303,7 +302,7 @@ def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:
-    """Return the declared grid, with the values that the row names itself, and its parameters fixed."""
+    """Return the declared grid, with the values of the row's own grid and its fixed parameters."""
     declared = {**lookup(BASELINES, str(row.baseline), "baseline").GRID, **_ascending(row.grid)} if row.tune else {}
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
     fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
@@ -318,7 +317,7 @@ def _ascending(grid: Grid) -> Grid:
 
 
 def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tuned:
-    """Choose parameters for each table."""
+    """Return the parameters chosen for each table."""
     grid, tables = grid_of(suite, row), tables_of(suite)
     if all(len(values) == 1 for values in grid.values()):
         only = Choice({name: values[0] for name, values in grid.items()})
@@ -343,10 +342,10 @@ def _measured(
     seed: int,
     first: bool,
 ) -> dict[str, Once]:
-    """Fit what was chosen and measure it, tables of the same choice together; ``first``: with the seed of tuning."""
+    """Fit and evaluate the choice, jointly for tables with equal choices; ``first`` is for the tuning seed."""
     results: dict[str, Once] = {}
     together: dict[str, list[str]] = {}
-    # A mixture has parts of its own for each table, whatever its weights are.
+    # A mixture has separate members for each table, whatever its weights are.
     for table, choice in tuned.choices.items():
         together.setdefault(f"{table if row.parts else ''}{dict(choice.parameters)}", []).append(table)
     for tables in together.values():
@@ -399,17 +398,17 @@ def _measure(
 
 
 def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
-    """Return the held-out interactions of the suite's users as requests, less those that have no truth.
+    """Return the held-out interactions of the suite's users as requests, without those that have no truth.
 
     Raises:
-        RecipeError: If no user has as long a history as the suite asks for.
+        RecipeError: If no user has a history of the length that the suite requires.
     """
     cases, held_out = [], data.holdouts(suite.split)
-    # A user may have several held-out interactions: all of them are asked about, or none.
+    # A user may have several held-out interactions: all of them are requests, or none.
     for held in held_out.of(None if suite.users is None else held_out.first_users(suite.users)):
         truth = _truth(suite, data, held)
         if truth is None:
-            continue  # there is nothing to compare an answer with
+            continue  # without truth there is nothing to compare with
         request = request_of(data, held, suite.split, item=None if suite.task == "ranking" else held.item_id)
         if len(request.history) >= suite.min_history:
             cases.append(Case(request=request, truth=truth))
@@ -432,7 +431,7 @@ def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float |
 
 
 def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> RowFigures:
-    """Average a convention's figures over seeds; over tie rules of the split give the range."""
+    """Return a convention's figures averaged over seeds, with their range over tie rules of the split."""
     first = runs[0].evaluated.figures
     users = [record.user_id for record in runs[0].evaluated.records]
     metrics = {
@@ -459,7 +458,7 @@ def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Ro
 
 
 def _values(runs: Sequence[Once]) -> dict[str, Values]:
-    """Return values by request, averaged over seeds; of metrics that are no means of them, the values of each seed."""
+    """Return values by request, averaged over seeds; for metrics that are not means, those of each seed."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:
         if name in runs[0].evaluated.values:
@@ -475,7 +474,7 @@ def _mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def _peak() -> Iterator[list[float]]:
-    """Watch this process's memory; the list's one entry is the highest resident size in bytes seen."""
+    """Monitor this process's memory; the list's single entry is the peak resident size in bytes."""
     process, over = psutil.Process(), threading.Event()
     peak = [float(process.memory_info().rss)]
 
@@ -493,17 +492,17 @@ def _peak() -> Iterator[list[float]]:
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:
-    """Return the names of a suite's tables: the conventions about the history, or the one of ratings or yes/no."""
+    """Return the names of a suite's tables: the conventions about the history, or one for ratings or yes/no."""
     return TABLES.get(suite.task, suite.seen)
 
 
 def metrics_of(suite: Suite) -> list[str]:
-    """Return the metrics of a suite's tables, the one that it is sorted by last."""
+    """Return the metrics of a suite's tables, the sort metric last."""
     if suite.task in _KINDS:
         return [*reversed(compared_metrics(_KINDS[suite.task]))]
     return [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
 
 
 def headline_of(suite: Suite) -> str:
-    """Return the metric that rows are compared by."""
+    """Return the metric of comparisons."""
     return f"NDCG@{max(suite.cutoffs)}" if suite.task == "ranking" else metrics_of(suite)[-1]
