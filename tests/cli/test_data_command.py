@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import shop
-from tests.test_cli import llmrec
+from tests.command import llmrec
 
 RECIPE = """
 name: shop

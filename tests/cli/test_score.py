@@ -28,8 +28,8 @@ from llmrec.recipe.load import dump, load_recipe
 from llmrec.types import Ranking
 from tests.answer.rank_cases import jsonl
 from tests.cli.test_rank_classic import BASELINES, CHANGES, records_of
+from tests.command import llmrec as command
 from tests.facts import Facts, raises
-from tests.test_cli import llmrec as command
 
 LISTS = {"u1": ["a", "b", "c"], "u2": ["d", "a"], "u3": ["b"], "u9": ["a"]}
 TRUTH = {"u1": ["b", "c", "x"], "u2": ["a"], "u4": ["a"]}
