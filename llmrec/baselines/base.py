@@ -1,4 +1,4 @@
-"""What baselines share: a config, what `fit` stored, numbered items, and the way scores become rankings."""
+"""What baselines share: the config, the fitted state, item indices, and the conversion of scores to rankings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOP = 100
 
 # Cells of a block of dense scores: 32 MB of float64.
 _CELLS = 1 << 22
-# Steps that are counted at a time, and up to which they are counted in double precision.
+# Transitions counted per block, and the largest number of them that is counted in double precision.
 _STEPS, _EXACT = 1 << 24, 1 << 26
 # Popularity adds at most this share of a request's smallest score.
 _FILLER = 2.0**-20
@@ -51,12 +51,12 @@ class Trainable(Protocol):
     """A predictor that learns from training interactions."""
 
     def fit(self, data: SplitDataset) -> None:
-        """Learn from ``data``'s training interactions and nothing else."""
+        """Learn from the training interactions of ``data`` only."""
         ...
 
 
 class NoParameters(Section):
-    """The config of a baseline with nothing to set."""
+    """The config of a baseline without parameters."""
 
 
 class _HasCatalogue(Protocol):
@@ -71,14 +71,14 @@ S = TypeVar("S", bound=_HasCatalogue)
 
 @dataclass(frozen=True)
 class Auto:
-    """A setting of a baseline that `llmrec auto` tries.
+    """A hyperparameter setting of a baseline that `llmrec auto` tries.
 
     Attributes:
-        cost: Place among all settings, the quickest first.
-        label: What tells it from the baseline's other settings.
+        cost: Position in the order of all settings, the quickest first.
+        label: Distinguishes it from the baseline's other settings.
         fixed: Parameters that are not tuned.
-        items: The largest catalogue that it is tried on; None: any.
-        seconds: The smallest budget that it is tried in.
+        items: The largest catalogue on which it is tried; None: any.
+        seconds: The smallest time budget with which it is tried.
     """
 
     cost: int
@@ -89,24 +89,26 @@ class Auto:
 
 
 class Baseline(Generic[C, M]):
-    """What every baseline has beside ``fit`` and ``answer``.
+    """The base class of baselines; subclasses add ``fit`` and ``answer``.
 
     Attributes:
-        name: As recipes and tables call it.
-        stochastic: Whether another seed gives other figures.
-        GRID: Values by parameter that `tuning.tune` tries: numbers ascending, the default among them.
-        READS: What it knows items by: the events of users alone; texts too, through a fixed encoder that learned
-            nothing from these data or through counts of words; or a language model whose pretrained weights it tunes.
-        SCORES: How the scores of a ranker are read where several are joined: at least 0, as shares of one another, or
-            on a scale of logarithms, where a difference of 1 is a factor.
-        FITS: How many points tuning may fit; None: as many as its search meets.
-        AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
-        MIXES: Its scores are counts or logits of the next item, as `SCORES` says, so that mixtures can take them for
-            probabilities.
-        AUTO: Settings that `llmrec auto` tries, by what they cost.
-        FITS_ON: What ``fit`` reads of a split: training rows alone, or validation rows too, as what stops a network.
-        looked_at: Users whose validation interactions chose an epoch or a parameter; they do not weigh it in a fusion.
-        recalled: Seconds that its fit took when it was made, where it was kept from then; else 0.
+        name: Its name in recipes and tables.
+        stochastic: Whether results depend on the seed.
+        GRID: Values by parameter that `tuning.tune` tries: numbers ascending, including the default.
+        READS: How items are represented: by interactions alone; also by texts, through an encoder that is not trained
+            on these data or through word counts; or by a language model whose pretrained weights it fine-tunes.
+        SCORES: The scale of a ranker's scores in an ensemble: ``counts``, at least 0, compared by ratio; or ``logits``,
+            compared by difference.
+        FITS: The maximum number of settings that tuning fits; None: unlimited.
+        AT_ANSWER: Parameters that ``answer`` reads and ``fit`` does not; see `with_config`.
+        MIXES: Its scores are counts or logits of the next item, according to `SCORES`, so that mixtures can convert
+            them to probabilities.
+        AUTO: Hyperparameter settings that `llmrec auto` tries, by cost.
+        FITS_ON: The rows of a split that ``fit`` reads: training rows only, or also validation rows, for early
+            stopping.
+        looked_at: Users whose validation interactions chose an epoch or a parameter; they do not determine its ensemble
+            weight.
+        recalled: The original duration of its fit in seconds if a stored fit was restored; else 0.
         Config: Its parameters with their defaults and bounds.
     """
 
@@ -125,11 +127,11 @@ class Baseline(Generic[C, M]):
     recalled: float = 0.0
 
     def __init__(self, config: C | None = None, *, seed: int = 0) -> None:
-        """Set up.
+        """Create a baseline that is not fitted yet.
 
         Args:
             config: The parameters; None for the defaults.
-            seed: Of everything random in it.
+            seed: The random seed.
         """
         self._config: C = config or self.Config()
         self._seed = seed
@@ -142,20 +144,20 @@ class Baseline(Generic[C, M]):
 
     @classmethod
     def reads(cls, config: C) -> Reads:
-        """Return what it knows items by under a config: `READS`, unless a parameter decides that."""
+        """Return how it represents items with a config: `READS`, unless a parameter decides that."""
         return cls.READS
 
     @classmethod
     def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
-        """Return the text encoder that parameters name, a folder of features included; None: none."""
+        """Return the text encoder named by the parameters, or a feature store; None: none."""
         name = parameters.get("encoder")
         return None if name is None or name == LSA else str(name)
 
     def with_config(self, config: C) -> Self:
-        """Return a copy under another config that shares what ``fit`` stored: it answers as if fitted with that config.
+        """Return a copy with another config that shares the fitted state: it answers as if fitted with that config.
 
         Raises:
-            RecipeError: If a parameter outside `AT_ANSWER` differs, which takes another fit.
+            RecipeError: If a parameter outside `AT_ANSWER` differs, which requires another fit.
         """
         before, after = self._config.model_dump(), config.model_dump()
         fixed = [key for key in after if after[key] != before[key] and key not in self.AT_ANSWER]
@@ -174,7 +176,7 @@ class Baseline(Generic[C, M]):
 
     @property
     def _fitted(self) -> M:
-        """What ``fit`` stored.
+        """The fitted state.
 
         Raises:
             RuntimeError: If ``fit`` was not called.
@@ -185,7 +187,7 @@ class Baseline(Generic[C, M]):
 
 
 class ScoredBaseline(Baseline[C, S]):
-    """A baseline that scores the whole catalogue: it needs ``fit`` and ``scores``, and ranks by the scores."""
+    """A baseline that ranks by scores of the whole catalogue; subclasses define ``fit`` and ``scores``."""
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -197,41 +199,41 @@ class ScoredBaseline(Baseline[C, S]):
         raise NotImplementedError
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items come last."""
+        """Rank the candidates, or the catalogue without the history; unknown items come last."""
         return rank_all(requests, self._fitted.catalogue, self.scores)
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Every item of the dataset, sorted by id, so that numbering does not depend on the order of rows."""
+    """All items of the dataset, sorted by id, so that their indices do not depend on the order of rows."""
 
     ids: tuple[str, ...]
     index: Mapping[str, int]
 
     @staticmethod
     def of(data: SplitDataset) -> Catalogue:
-        """Number the items of a dataset."""
+        """Return the catalogue of a dataset."""
         ids = tuple(sorted(data.dataset.items))
         return Catalogue(ids=ids, index={item: index for index, item in enumerate(ids)})
 
     def places(self, items: Iterable[str]) -> NDArray[np.int64]:
-        """Return each item's number, -1 for an unknown one."""
+        """Return the index of each item, -1 for an unknown one."""
         return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
 
     def history(self, request: Request) -> NDArray[np.int64]:
-        """Return the numbers of the items of a request's history, oldest first; unknown ones are left out."""
+        """Return the item indices of a request's history, oldest first, without unknown items."""
         result = self.places(event.item_id for event in request.history)
         return result[result >= 0]
 
 
 @dataclass(frozen=True)
 class Log:
-    """Training interactions as numbers, user by user, oldest first.
+    """Training interactions as indices, grouped by user, oldest first.
 
     Attributes:
-        users: Number of the user of each row; users are numbered in sorted order.
-        items: Number of the item of each row.
-        times: Timestamp of each row; NaN where there is none.
+        users: User index of each row; users are indexed in sorted order.
+        items: Item index of each row.
+        times: Timestamp of each row; NaN if it has none.
         user_count: Number of users.
     """
 
@@ -242,7 +244,7 @@ class Log:
 
     @staticmethod
     def of(data: SplitDataset, catalogue: Catalogue) -> Log:
-        """Number the training interactions."""
+        """Return the training interactions of a split as indices."""
         _, result = codes(data.train["user_id"])
         present = np.bincount(result) > 0
         users = (np.cumsum(present) - 1).astype(np.int32)[result]
@@ -254,21 +256,21 @@ class Log:
         return Log(users=users, items=items, times=times, user_count=int(present.sum()))
 
     def matrix(self, columns: int) -> Any:
-        """Return how often each user had each item, sparse, shape (users, columns)."""
+        """Return how often each user interacted with each item, sparse, shape (users, columns)."""
         ends = np.concatenate([[0], np.cumsum(np.bincount(self.users, minlength=self.user_count))])
         shape = (self.user_count, columns)
-        # Rows lie user by user already; the indices are the matrix's own, since it sorts them.
+        # Rows are already grouped by user; the indices are copied, since the matrix sorts them in place.
         result = sparse.csr_array((np.ones(len(self.items)), self.items.copy(), ends.astype(np.int32)), shape=shape)
         result.sum_duplicates()
         return result
 
     def steps(self, gap: int, size: int, weight: float = 1.0) -> Any:
-        """Return how often each item followed another so many places later, times a weight, sparse, (items, items)."""
+        """Return the weighted counts of item j following item i at a given distance, sparse, shape (items, items)."""
         whole = max(0, len(self.items) - gap)
-        # Of a hundred million steps half the digits are enough; the sums take a third less.
+        # Single precision suffices for a hundred million transitions, and the sums take a third less memory.
         kind = np.float64 if whole <= _EXACT else np.float32
         total = sparse.csr_array((size, size), dtype=kind)
-        # In blocks: as pairs of numbers all steps would take several times the memory of their sums.
+        # In blocks: all transitions as index pairs would take several times the memory of their sums.
         for start in range(0, max(1, whole), _STEPS):
             part, after = (slice(start + by, min(start + _STEPS, whole) + by) for by in (0, gap))
             same = self.users[after] == self.users[part]
@@ -279,7 +281,7 @@ class Log:
         return total
 
     def binary(self, columns: int) -> Any:
-        """Return whether each user had each item as 0 or 1, sparse, shape (users, columns)."""
+        """Return a binary matrix of the items that each user interacted with, sparse, shape (users, columns)."""
         result = self.matrix(columns)
         result.data[:] = 1.0
         return result
@@ -291,14 +293,14 @@ def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
 
 
 def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Let popularity order what scores leave open: items without a score, and items of equal scores.
+    """Break ties by popularity, among items without a score and among items of equal scores.
 
-    What it adds to an item is below a millionth of the smallest score of the request, so that an item without a score
-    stays below every item that has one, however popular it is.
+    The amount added to an item is below a millionth of the smallest score of the request, so that an item without a
+    score ranks below every item with one, regardless of its popularity.
 
     Args:
-        scores: At least 0, shape (b, items).
-        popular: Training interactions of each item, shape (items,).
+        scores: Non-negative scores, shape (b, items).
+        popular: Number of training interactions of each item, shape (items,).
     """
     least = np.min(scores, axis=1, keepdims=True, where=scores > 0, initial=np.inf)
     least[np.isinf(least)] = 1.0
@@ -308,13 +310,13 @@ def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Warm:
-    """The items with training interactions: all that a model of vectors or weights can know.
+    """The items with training interactions, the only ones for which item embeddings or weights can be learned.
 
     Attributes:
         catalogue: The whole catalogue.
-        places: Catalogue number of each warm item, ascending, shape (warm,).
-        column: Warm number of each catalogue item, -1 for a cold one, shape (items,).
-        popular: Training interactions of each warm item by those of the most popular one, shape (warm,).
+        places: Catalogue index of each warm item, ascending, shape (warm,).
+        column: Warm index of each catalogue item, -1 for a cold-start item, shape (items,).
+        popular: Training interactions of each warm item, divided by the maximum, shape (warm,).
     """
 
     catalogue: Catalogue
@@ -324,7 +326,7 @@ class Warm:
 
     @staticmethod
     def of(log: Log, catalogue: Catalogue) -> Warm:
-        """Number the warm items."""
+        """Return the warm items of a log."""
         result = counts(log, catalogue)
         places = np.flatnonzero(result)
         column = np.full(len(catalogue.ids), -1, dtype=np.int64)
@@ -332,24 +334,24 @@ class Warm:
         return Warm(catalogue=catalogue, places=places, column=column, popular=result[places] / result.max(initial=1.0))
 
     def log(self, log: Log) -> Log:
-        """Return the same interactions with warm numbers."""
+        """Return the same interactions with warm indices."""
         return Log(
             users=log.users, items=self.column[log.items].astype(np.int32), times=log.times, user_count=log.user_count
         )
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
-        """Return the warm items of each history, oldest first; others are left out."""
+        """Return the warm items of each history, oldest first, without other items."""
         numbers = [self.column[self.catalogue.history(request)] for request in requests]
         return [result[result >= 0] for result in numbers]
 
     def spread(
         self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.floating[Any]]:
-        """Return scores of the whole catalogue, cold items lowest; popularity decides for a history without warm ones.
+        """Return scores of the whole catalogue, cold-start items lowest; by popularity without warm history items.
 
         Args:
-            scores: Of the warm items, shape (b, warm).
-            histories: As `histories` gives them.
+            scores: Scores of the warm items, shape (b, warm).
+            histories: The result of `histories`.
         """
         scores[[index for index, history in enumerate(histories) if not len(history)]] = self.popular
         lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
@@ -359,18 +361,18 @@ class Warm:
 
 
 def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64) -> Any:
-    """Weigh the items of each history by ``decay**age``, the last one by 1; an item that occurs twice counts as late.
+    """Weigh the items of each history by ``decay**age``, 1 for the last; a repeated item counts at its latest position.
 
     Args:
-        histories: As `Warm.histories` gives them.
+        histories: The result of `Warm.histories`.
         columns: Number of items.
-        decay: Factor from one item to the one before; 1 gives 1 for each item of a history.
-        dtype: Of the weights.
+        decay: Factor from one item to the previous one; 1 weighs all items of a history by 1.
+        dtype: The type of the weights.
 
     Returns:
         Sparse matrix of shape (b, columns).
     """
-    # Turned round, so that the first place of an item is its latest; columns come sorted, whatever else is asked.
+    # Reversed, so that the first position of an item is its latest; columns are sorted regardless of other requests.
     latest = [np.unique(history[::-1], return_index=True) for history in histories]
     items = np.concatenate([np.empty(0, dtype=np.int64), *(result for result, _ in latest)])
     ages = np.concatenate([np.empty(0, dtype=np.int64), *(ages for _, ages in latest)])
@@ -381,13 +383,13 @@ def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, d
 
 
 def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:
-    """Weigh the last events of each history: the latest by 1, the one before by ``decay``, and so on.
+    """Weigh the last events of each history: the latest by 1, the previous one by ``decay``, and so on.
 
     Args:
         requests: Requests with histories, oldest first.
-        catalogue: The numbering.
-        window: How many of the latest events count; an event with an unknown item takes its place but weighs nothing.
-        decay: Factor from one event to the one before.
+        catalogue: The item indices.
+        window: Number of latest events that count; an event with an unknown item takes a position but has no weight.
+        decay: Factor from one event to the previous one.
 
     Returns:
         Sparse matrix of shape (requests, items); an item that occurs twice has the sum of its weights.
@@ -404,7 +406,7 @@ def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay
 
 
 def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) -> list[Answer]:
-    """Answer every request, a block at a time, with the scores that a baseline gives the catalogue."""
+    """Rank for every request by the scores of a baseline, block by block."""
     block = max(1, _CELLS // max(1, len(catalogue.ids)))
     answers: list[Answer] = []
     for start in range(0, len(requests), block):
@@ -415,7 +417,7 @@ def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) 
 
 
 def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:
-    """Sort items by score, best first, equal ones by id; all of them are kept."""
+    """Return all items sorted by score, best first, ties by id."""
     values = scores.tolist()
     order = sorted(range(len(items)), key=lambda place: (-values[place], items[place]))
     return Ranking(
@@ -437,7 +439,7 @@ def refusal(request: Request) -> Unparsed | None:
 
 
 def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
-    """Return the numbers of all items that are not in the request's history."""
+    """Return the indices of all items outside the request's history."""
     keep = np.ones(len(catalogue.ids), dtype=bool)
     keep[catalogue.history(request)] = False
     return np.flatnonzero(keep)
@@ -446,15 +448,15 @@ def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
 def top_of(
     request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
 ) -> Ranking:
-    """Keep the best `TOP` of numbered items, and whatever ties with the last of them.
+    """Return the best `TOP` items by index, and all that tie with the last of them.
 
-    Cutting through a tied block would decide by chance, or by id, whether the target is in the list.
+    Truncating a tied block would decide at random, or by id, whether the target is in the list.
     """
     if len(places) > TOP:
         border = np.partition(scores, len(scores) - TOP)[len(scores) - TOP]
         kept = scores >= border
         places, scores = places[kept], scores[kept]
-    # Numbers follow ids, so a stable sort by score leaves ties in the order of ids.
+    # Indices follow ids, so a stable sort by score keeps ties in the order of ids.
     order = np.argsort(-scores, kind="stable")
     return Ranking(
         request_id=request.id,
@@ -470,6 +472,6 @@ def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[
         places = unseen(request, catalogue)
         return top_of(request, catalogue, places, scores[places])
     places = catalogue.places(request.candidates)
-    # An unknown candidate is never above a known one.
+    # An unknown candidate never ranks above a known one.
     lowest = scores.min(initial=0.0)
     return ranking(request, request.candidates, np.where(places >= 0, scores[places], lowest - (lowest < 0)))

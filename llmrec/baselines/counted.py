@@ -1,4 +1,4 @@
-"""What is counted of a user and of an item towards a yes, as numbers: of training rows, and of requests."""
+"""Count features of users and items for yes/no prediction, for training rows and for requests."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-    #: Numbers of the training ratings, shape (n, k).
+    #: Features of the training ratings, shape (n, k).
     Rows = NDArray[np.float64]
 
-# A share of likes is drawn towards the share of all ratings as if by this many ratings more.
+# A share of likes is shrunk towards the share of all ratings as if by this many additional ratings.
 _PRIOR = 1.0
-# And what a rating is above or below, towards 0: of an item, and of a user as a whole and lately.
+# Rating residuals are shrunk towards 0 in the same way: of an item, of a user, and of a user's recent ratings.
 _OF_ITEM, _OF_USER, _LATELY = 3.0, 10.0, 2.0
-# Spread of a feature, by its size or 1, below which it counts as the same in every row.
+# A feature whose spread relative to its size, or to 1, is below this counts as constant.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Likes, number and sum of the ratings of each item in training, and share of likes and mean of all of them."""
+    """Likes, number and sum of each item's training ratings, and the share of likes and the mean over all of them."""
 
     liked: float
     share: float
@@ -44,7 +44,7 @@ class Counts:
 
     @staticmethod
     def of(known: Ratings, liked: float | None) -> Counts:
-        """Count training; ``liked`` is the lowest rating that is a like, None: three quarters up the scale."""
+        """Return training counts; ``liked`` is the lowest rating that is a like, None: three quarters of the scale."""
         level = threshold(known.scale, liked)
         yes = (known.values >= level).astype(np.float64)
         size = len(known.item_index)
@@ -59,12 +59,12 @@ class Counts:
         )
 
     def of_history(self, request: Request) -> tuple[float, int]:
-        """Return the share of likes in a history, drawn towards that of training, and how many ratings it holds."""
+        """Return the share of likes in a history, shrunk towards that of training, and its number of ratings."""
         known = [event.rating >= self.liked for event in request.history if event.rating is not None]
         return (sum(known) + _PRIOR * self.share) / (len(known) + _PRIOR), len(known)
 
     def of_item(self, item: str) -> tuple[float, float]:
-        """Return the share of likes of an item, drawn the same way, and its number of training ratings."""
+        """Return the share of likes of an item, shrunk the same way, and its number of training ratings."""
         place = self.item_index.get(item)
         if place is None:
             return self.share, 0.0
@@ -72,7 +72,7 @@ class Counts:
         return (float(self.likes[place]) + _PRIOR * self.share) / (count + _PRIOR), count
 
     def level(self, item: str) -> float:
-        """Return how far an item's mean is above that of all ratings, drawn towards 0; 0 for an unknown item."""
+        """Return an item's mean rating minus the mean of all ratings, shrunk towards 0; 0 for an unknown item."""
         place = self.item_index.get(item)
         return 0.0 if place is None else float(self.levels[place])
 
@@ -82,7 +82,7 @@ class Counts:
         return (self.sums - self.counts * self.mean) / (self.counts + _OF_ITEM)
 
     def residuals(self, request: Request) -> NDArray[np.float64]:
-        """Return by how much each rating of a history is above its item's level, oldest first."""
+        """Return each rating of a history minus its item's level, oldest first."""
         return np.array(
             [
                 event.rating - self.mean - self.level(event.item_id)
@@ -94,18 +94,18 @@ class Counts:
 
 @dataclass(frozen=True)
 class Counted:
-    """Numbers on the user and the item of a question, each with mean 0 and spread 1 over the training rows.
+    """Features of the user and the item of a request, standardised to mean 0 and spread 1 over the training rows.
 
-    Six of them: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean by
-    which the user's ratings are above those of their items. Shares enter as log-odds, numbers as ``log(1 + n)``, means
-    drawn towards 0. With a ``decay`` there is a seventh, that mean over the ratings before, fading by it (users drift:
-    Koren, CACM 2010).
+    There are six: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean
+    of the user's ratings minus the levels of their items. Shares enter as log-odds, numbers as ``log(1 + n)``, means
+    shrunk towards 0. With a ``decay`` there is a seventh: the last mean, over previous ratings weighed by it (users
+    drift: Koren, CACM 2010).
 
     Attributes:
-        counts: What they come from.
-        mean: Of each before it is centred, shape (k,).
-        scale: Of each, shape (k,).
-        decay: Factor from one rating of the user to the one before; None: no seventh number.
+        counts: The counts from which they are computed.
+        mean: Mean of each feature before standardisation, shape (k,).
+        scale: Scale of each feature, shape (k,).
+        decay: Factor from one rating of the user to the previous one; None: no seventh feature.
     """
 
     counts: Counts
@@ -117,17 +117,17 @@ class Counted:
     def of(
         data: SplitDataset, name: str, liked: float | None, decay: float | None, *, before: bool = False
     ) -> tuple[Counted, Ratings, Rows]:
-        """Return the counts, the training ratings, and the numbers of each, counted over all ratings but itself.
+        """Return the features, the training ratings, and the leave-one-out feature values of each rating.
 
-        So no row tells its own answer. What is counted of a user takes in the events that are history alone, as a
-        request's history does; what is counted of an item is of training.
+        So no row contains its own answer. User features include events that are only part of histories, as in a
+        request's history; item features use training ratings only.
 
         Args:
             data: The split.
-            name: Of the baseline, for the error.
-            liked: Lowest rating that is a like; None: three quarters up the scale.
-            decay: Of the seventh number; None: there is none.
-            before: Of a user only what stood before a rating is counted, as for a request, and not all but itself.
+            name: The name of the baseline, for the error.
+            liked: The lowest rating that is a like; None: three quarters of the scale.
+            decay: The decay of the seventh feature; None: no such feature.
+            before: Count only the user's ratings before each rating, as for a request, instead of all others.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -139,16 +139,16 @@ class Counted:
         if decay is not None:
             rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
-        # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
+        # The spread of a constant feature consists of rounding errors, which must not be scaled to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
         return Counted(result, mean, scale, decay), known, (rows - mean) / scale
 
     def row(self, request: Request) -> NDArray[np.float64]:
-        """Return the numbers of a request, shape (k,)."""
+        """Return the features of a request, shape (k,)."""
         return np.asarray((np.array(self.plain(request)) - self.mean) / self.scale)
 
     def plain(self, request: Request) -> list[float]:
-        """Return the numbers of a request before they are centred."""
+        """Return the features of a request before standardisation."""
         result, item = self.counts, request.item or ""
         (user_share, user_count), (item_share, item_count) = result.of_history(request), result.of_item(item)
         left = result.residuals(request)
@@ -167,13 +167,13 @@ def _odds(share: float) -> float:
 
 @dataclass(frozen=True)
 class _Past:
-    """All rated events of training's users, those that are history alone among them, in the order of each user.
+    """All rated events of training users, including those that are only part of histories, in the order of each user.
 
     Attributes:
-        users: As `Ratings` numbers them, shape (n,), ascending.
+        users: User indices as in `Ratings`, shape (n,), ascending.
         likes: 1 for a like, shape (n,).
-        left: By how much a rating is above its item's level, shape (n,).
-        place: Where each training rating stands among them, in the order of `Ratings`, shape (training,).
+        left: Rating minus its item's level, shape (n,).
+        place: Position of each training rating among the events, in the order of `Ratings`, shape (training,).
     """
 
     users: NDArray[np.int64]
@@ -182,7 +182,7 @@ class _Past:
     place: NDArray[np.int64]
 
     def summed(self, values: NDArray[np.float64], *, before: bool) -> NDArray[np.float64]:
-        """Return for each training rating the sum over the user's other events, or over those before it."""
+        """Return the sum over the user's other events, or over the previous ones, for each training rating."""
         if not before:
             return np.bincount(self.users, weights=values)[self.users][self.place] - values[self.place]
         running = np.cumsum(values) - values
@@ -198,7 +198,7 @@ class _Past:
         whole = pl.concat(frames).with_row_index("_row")
         number = whole["user_id"].replace_strict(dict(known.user_index), default=None, return_dtype=pl.Int64)
         whole = whole.with_columns(number.alias("_user")).drop_nulls("_user")
-        # A source may hold out what is older than its training rows.
+        # A source may hold out events older than its training rows.
         keys = ["_user", "timestamp", "_row"] if data.kind == "given" else ["_user", "_row"]
         whole = whole.sort(keys)
         levels = np.append(found.levels, 0.0)
@@ -216,9 +216,9 @@ class _Past:
 
 
 def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False) -> Rows:
-    """Return the features of every training rating, shape (n, 6), counted over all ratings but itself.
+    """Return the leave-one-out features of every training rating, shape (n, 6).
 
-    Of a user the ratings before alone, where ``before`` says so.
+    With ``before``, user features count only the previous ratings.
     """
     truth = (known.values >= found.liked).astype(np.float64)
     count, likes, left = (past.summed(item, before=before) for item in (np.ones(len(past.left)), past.likes, past.left))
@@ -234,7 +234,7 @@ def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False)
 
 
 def _before(past: _Past, decay: float) -> NDArray[np.float64]:
-    """Return the fading mean of the user's residuals before every training rating, shape (n,)."""
+    """Return the decayed mean of the user's residuals before every training rating, shape (n,)."""
     sizes = np.bincount(past.users)
     starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.left))
     total, weight = np.zeros(len(sizes)), np.zeros(len(sizes))

@@ -1,4 +1,4 @@
-"""EASE: a linear model from the history to every item, in closed form."""
+"""EASE: a linear item-item model with a closed-form solution."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from llmrec.types import Request
 
 _TILE = 1024
-# Items beyond which `llmrec auto` leaves it out: inverting a matrix of items by items takes minutes and gigabytes.
+# The largest catalogue for `llmrec auto`: inverting an item-item matrix takes minutes and gigabytes.
 _MOST_ITEMS = 20_000
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """Weights of the warm items; entry (i, j) is what item i in the history says for item j."""
+    """Weights of the warm items; entry (i, j) is the weight of history item i for the score of item j."""
 
     catalogue: Catalogue
     warm: Warm
@@ -44,13 +44,13 @@ class EASEConfig(Section):
 
 
 class EASE(ScoredBaseline[EASEConfig, _Linear]):
-    """Scores an item by learned weights of the history's items (Steck, WWW 2019, equation 8).
+    """Scores an item by the learned weights of the history's items (Steck, WWW 2019, equation 8).
 
     With the binary training matrix X and ``P = (X'X + penalty * I)**-1``, the weights are ``B[i, j] = -P[i, j] /
     P[j, j]``, and 0 on the diagonal: the least squares solution of ``X = X B`` under a ridge penalty in which no item
-    may explain itself. A score is the sum of the weights of the history's items, each times ``decay**age``: the paper's
-    model has a flat history, ``decay=1``. One dense matrix of the items with training interactions is held, 8 bytes a
-    cell (4 with ``float32``): 1.2 GB for 12,000 items.
+    may predict itself. A score is the sum of the weights of the history's items, each times ``decay**age``; the paper
+    uses ``decay=1``. Memory: one dense matrix of the items with training interactions, 8 bytes per cell (4 with
+    ``float32``): 1.2 GB for 12,000 items.
     """
 
     name = "ease"
@@ -67,8 +67,8 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     def fit(self, data: SplitDataset) -> None:
         """Solve for the weights by a Cholesky factorisation.
 
-        Cost: n**3 multiplications for n items with training interactions; the matrix is factored and inverted in
-        its own memory.
+        Cost: n**3 multiplications for n items with training interactions; the matrix is factored and inverted
+        in place.
         """
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
@@ -86,7 +86,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         return {"weights": self._fitted.weights}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         catalogue = Catalogue.of(data)
         self._model = _Linear(catalogue, Warm.of(Log.of(data, catalogue), catalogue), state["weights"])
 
@@ -99,10 +99,10 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
 
 
 def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Invert a symmetric positive definite matrix in its own memory, shape (n, n)."""
+    """Invert a symmetric positive definite matrix in place, shape (n, n)."""
     single = matrix.dtype == np.float32
     factor, invert = (lapack.spotrf, lapack.spotri) if single else (lapack.dpotrf, lapack.dpotri)
-    # LAPACK works on columns, for which the transpose of a symmetric matrix is the matrix itself, uncopied.
+    # LAPACK is column-major: the transpose of a symmetric matrix is passed without a copy.
     factored, failed = factor(matrix.T, lower=1, overwrite_a=1)
     if not failed:
         inverse, failed = invert(factored, lower=1, overwrite_c=1)
@@ -111,7 +111,7 @@ def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
             "the item-by-item matrix of the baseline 'ease' is not positive definite at this precision; "
             "use dtype='float64' or a larger penalty"
         )
-    # Only one triangle was written; the other is its mirror, a tile at a time.
+    # Only one triangle was written; it is mirrored to the other one tile by tile.
     for start in range(0, len(inverse), _TILE):
         end = start + _TILE
         inverse[start:end, end:] = inverse[end:, start:end].T

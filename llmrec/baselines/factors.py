@@ -1,7 +1,7 @@
 """Matrix factorisation of implicit feedback, through the package ``implicit``.
 
-Training makes one vector an item. A user's vector comes from the history of the request, never from the user's id, so
-that unknown users and events after training are served like any others.
+Training learns one vector per item. A user's vector is computed from the history of the request, not from the user's
+id, so that unknown users and events after training need no special treatment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WINDOW = 50
 
 @dataclass(frozen=True)
 class _Vectors:
-    """Vectors of the warm items, shape (warm, factors), and the package's own model."""
+    """Vectors of the warm items, shape (warm, factors), and the model of the package."""
 
     catalogue: Catalogue
     warm: Warm
@@ -86,7 +86,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     FITS_ON = "train"
 
     def fit(self, data: SplitDataset) -> None:
-        """Alternate between users' and items' vectors.
+        """Alternate between user and item vectors.
 
         Raises:
             MissingExtra: If ``implicit`` is not installed.
@@ -112,7 +112,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         return {"vectors": self._fitted.vectors}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         warm, library = _warm(data), self._library()
         library.item_factors = state["vectors"]
         self._model = _Vectors(warm.catalogue, warm, state["vectors"], library)
@@ -151,11 +151,11 @@ class BPRConfig(Section):
 
 
 class BPR(ScoredBaseline[BPRConfig, _Vectors]):
-    """Factorises by pairs: an item that a user had above one that the user had not (Rendle et al., UAI 2009).
+    """Learns from pairs to rank a user's items above the user's other items (Rendle et al., UAI 2009).
 
-    The method has no step that makes a vector from a history. Here it is the mean of the history's item vectors, the
-    latest event weighing 1 and the one before ``decay``, and the item's bias, its popularity, is left out. On
-    validation this ranks above the vectors that training learns for the same users.
+    The method does not define a user vector for a history. Here it is the weighted mean of the history's item vectors,
+    1 for the latest event, ``decay`` for the previous one, and the item bias, its popularity, is left out. On
+    validation this is better than the user vectors learned in training.
     """
 
     name = "bpr"
@@ -171,7 +171,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     FITS_ON = "train"
 
     def fit(self, data: SplitDataset) -> None:
-        """Draw pairs and follow the gradient.
+        """Train on sampled pairs by gradient descent.
 
         Raises:
             MissingExtra: If ``implicit`` is not installed.
@@ -187,7 +187,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
                 random_state=self._seed,
             )
             library.fit(binary, show_progress=False)
-        # The package keeps the bias in a last column.
+        # The package stores the bias in the last column.
         self._model = _Vectors(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -195,7 +195,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
         return {"vectors": self._fitted.vectors}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         warm = _warm(data)
         self._model = _Vectors(warm.catalogue, warm, state["vectors"], None)
 
@@ -212,7 +212,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
 
 
 def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """Return weighted means of vectors, shape (b, factors); 0 where nothing has a weight."""
+    """Return weighted means of vectors, shape (b, factors); 0 if there are no weights."""
     whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
     means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / whole) @ weights) @ vectors
     return means
@@ -232,9 +232,9 @@ def _training(data: SplitDataset) -> tuple[Warm, Any]:
 
 @contextmanager
 def _pinned() -> Iterator[None]:
-    """Keep the linear algebra below the package on one thread: with several, sums depend on their number."""
+    """Limit the linear algebra of the package to one thread: with several, sums depend on their number."""
     limits = require("threadpoolctl", "baselines").threadpool_limits
     with warnings.catch_warnings(), limits(1):
-        # The package warns of a threaded BLAS, which is limited here.
+        # The package warns about a threaded BLAS, which is limited here.
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

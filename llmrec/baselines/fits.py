@@ -1,8 +1,8 @@
-"""Fits baselines, and stores expensive fits by fingerprint, so that another run or benchmark reads them back.
+"""Fits baselines, and stores expensive fits by fingerprint for other runs and benchmarks.
 
-Files are safetensors in ``fits`` of the cache folder. Above `LIMIT` those are removed first that were not read for
-`STALE` days, and then those that save the least time for their size: one inverted matrix of a catalogue is as large as
-hundreds of networks, each of which took a thousand times as long.
+Files are safetensors in ``fits`` of the cache folder. Above `LIMIT`, files that were not read for `STALE` days are
+removed first, then those that save the least time for their size: an inverted item-item matrix is as large as hundreds
+of networks, each of which took a thousand times as long.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Storable(Protocol):
     FITS_ON: str
 
     def state(self) -> State:
-        """Return what ``fit`` made, as arrays; nothing that can be made of the data at once, and no user's id."""
+        """Return the fitted state as arrays, without user ids and without values that follow directly from the data."""
         ...
 
     def restore(self, data: SplitDataset, state: State) -> None:
-        """Restore the fit to the same data from `state`."""
+        """Restore the fitted state for the same data from `state`."""
         ...
 
 
@@ -84,19 +84,19 @@ def fit_key(model: torch.nn.Module, data: SplitDataset, seed: int) -> str:
         data=[data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
         files=hashes_of(model.name, model.config.model_dump()),
         bf16=cpu_has_bf16(),
-        # Sums are computed in another order on a GPU.
+        # A GPU computes sums in a different order.
         cuda="device" in config and config["device"] != "cpu" and has_cuda(),
         versions={**versions(), "implicit": _version("implicit")},
     )
 
 
 def keeps() -> bool:
-    """Whether fits are stored at all."""
+    """Whether fits are stored."""
     return _limit() > 0
 
 
 def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
-    """Restore a stored fit of a baseline, and return the seconds that it took; None if there is none."""
+    """Restore a stored fit of a baseline, and return its original duration in seconds; None if there is none."""
     path = _path(model, key)
     if not path.is_file():
         return None
@@ -119,7 +119,7 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
 
 
 def keep(model: Storable, key: str, seconds: float) -> None:
-    """Store a fit that took long and is below the limit; a write error is a warning."""
+    """Store a fit that took long enough and is below the size limit; a write error causes a warning."""
     limit = _limit()
     state = model.state() if seconds >= LEAST else {}
     if not state or sum(array.nbytes for array in state.values()) > limit:
@@ -144,7 +144,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
 
 
 def _trim(folder: Path, limit: float) -> None:
-    """Remove fits until the rest is within the limit: stale ones, then those that save least time for their size."""
+    """Remove fits above the limit: stale ones first, then those that save the least time for their size."""
     sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors")}
     size = sum(sizes.values())
     if size <= limit:
@@ -217,12 +217,12 @@ def fitted(
     """Return a fitted baseline: a stored fit, or a new one with a progress bar.
 
     Args:
-        name: Of the baseline.
+        name: The name of the baseline.
         parameters: Its parameters.
         data: The split.
-        seed: Of the fit.
-        like: Baselines of this name that were fitted on the same data with the same seed. Where one differs only in
-            parameters that have no part in fitting, nothing is fitted again.
+        seed: The seed of the fit.
+        like: Baselines of this name that were fitted on the same data with the same seed. If one differs only in
+            parameters that do not affect fitting, its fit is reused.
         where: The key that holds the parameters, for messages.
     """
     model = make(name, parameters, seed=seed, where=where)

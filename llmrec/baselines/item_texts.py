@@ -1,4 +1,4 @@
-"""What is said of items as vectors: by latent semantic analysis, or by a pretrained text encoder as it is."""
+"""Embeddings of item texts: by latent semantic analysis, or by a pretrained text encoder without fine-tuning."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ STORE = "store:"
 # Exponents of the whitening that tuning tries.
 WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-# Dimensions of latent semantic analysis, and how its directions are found.
+# Dimensions, oversampling and iterations of latent semantic analysis.
 _WIDTH, _MORE, _ROUNDS = 128, 16, 6
-# Directions that vary less than this share of the first one are noise.
+# Directions whose spread is below this share of the first one are noise.
 _LEAST = 1e-3
 
 
 def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
-    """Refuse what has no weights that a baseline of this name could read or tune; ``instead`` is one that takes it.
+    """Reject encoders without weights for a baseline of this name; ``instead`` is a baseline that accepts them.
 
     Raises:
         RecipeError: For latent semantic analysis and stores.
@@ -51,7 +51,7 @@ def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
 
 
 class TextsConfig(Section):
-    """What a baseline reads of items."""
+    """The parameters of how a baseline reads item texts."""
 
     encoder: str = Field(
         LSA,
@@ -61,21 +61,21 @@ class TextsConfig(Section):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Stores of features that are read."""
+        """The feature stores that are read."""
         return (self.encoder.removeprefix(STORE),) if self.encoder.startswith(STORE) else ()
 
     def order(self, count: int) -> list[int]:
-        """Return whose text each of so many items has: its own, or with ``shuffled`` any one's."""
+        """Return the item whose text each item has: the same item, or with ``shuffled`` a random other one."""
         order = np.arange(count)
         if self.shuffled:
             drawn = np.random.default_rng(0).permutation(count)
-            # Around a circle, so that nothing keeps its own.
+            # In a cycle, so that no item keeps its text.
             order[drawn] = np.roll(drawn, 1)
         return order.tolist()
 
 
 class WhitenedConfig(TextsConfig):
-    """What a baseline reads of items, and how it turns the vectors."""
+    """The parameters of how a baseline reads item texts and whitens their vectors."""
 
     whitening: float = Field(
         0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
@@ -87,10 +87,10 @@ class Turned:
     """Vectors and their principal directions.
 
     Attributes:
-        vectors: As they were, shape (n, d).
+        vectors: The original vectors, shape (n, d).
         centre: Their mean, shape (d,).
         directions: In columns, shape (d, k).
-        spread: How far the vectors spread along each, shape (k,).
+        spread: The standard deviation along each direction, shape (k,).
     """
 
     vectors: NDArray[np.floating[Any]]
@@ -100,15 +100,15 @@ class Turned:
 
     @staticmethod
     def of(vectors: NDArray[np.floating[Any]]) -> Turned:
-        """Find the directions."""
+        """Return vectors with their principal directions."""
         centre = vectors.mean(axis=0, dtype=np.float64)
         _, lengths, turned = np.linalg.svd(vectors - centre, full_matrices=False)
         return Turned(vectors, centre, turned.T, lengths)
 
     def whitening(self, exponent: float) -> NDArray[np.float64]:
-        """Return what turns a centred vector and divides direction k by ``spread_k**exponent``, shape (d, at most k).
+        """Return the map that divides direction k of a centred vector by ``spread_k**exponent``, shape (d, at most k).
 
-        After Su et al. (arXiv 2103.15316), who whiten wholly; directions that hardly vary are left out.
+        After Su et al. (arXiv 2103.15316), who use full whitening; directions with little variance are left out.
         """
         known = self.spread > self.spread.max(initial=0.0) * _LEAST
         if not known.any():
@@ -116,16 +116,16 @@ class Turned:
         return np.asarray(self.directions[:, known] / self.spread[known] ** exponent)
 
     def whitened(self, exponent: float) -> NDArray[np.float64]:
-        """Return the vectors under the `whitening`, of length 1, shape (n, at most k)."""
+        """Return the whitened vectors, of length 1, shape (n, at most k)."""
         return self.turn(self.vectors, exponent)
 
     def turn(self, vectors: NDArray[np.floating[Any]], exponent: float) -> NDArray[np.float64]:
-        """Return other vectors under the same `whitening`, of length 1, shape (n, at most k)."""
+        """Return other vectors with the same `whitening`, of length 1, shape (n, at most k)."""
         return unit((vectors - self.centre) @ self.whitening(exponent))
 
 
 def unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Return vectors of length 1, and of 0 those that are 0."""
+    """Return vectors scaled to length 1; zero vectors are unchanged."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
@@ -133,19 +133,19 @@ def unit(vectors: NDArray[Any]) -> NDArray[Any]:
 def text_vectors(
     data: SplitDataset, ids: Sequence[str], config: TextsConfig, change: Callable[[str], str] | None = None
 ) -> NDArray[np.floating[Any]]:
-    """Return vectors of length 1 of the titles and fields of items, shape (n, d).
+    """Return text embeddings of the titles and fields of items, of length 1, shape (n, d).
 
     Args:
         data: The split.
         ids: The items.
-        config: Says whose text an item has, and the encoder: ``lsa``, which learns from these texts alone (Deerwester
+        config: Sets whose text an item has, and the encoder: ``lsa``, which is fitted on these texts alone (Deerwester
             et al., JASIS 1990, over TF-IDF), or a text encoder, a name or a folder.
-        change: What is done to each text before it becomes a vector; the encoder is that of the texts as they are.
+        change: Modifies each text before encoding; the encoder is fitted on the unmodified texts.
 
     Raises:
-        DataError: If no item has a title or a field, the encoder was tuned on another split, or texts are to change and
-            a store has none.
-        ModelError: If there is no such encoder.
+        DataError: If no item has a title or a field, the encoder was fine-tuned on another split, or ``change`` is used
+            with a store, which has no texts.
+        ModelError: If the encoder is missing.
     """
     order = config.order(len(ids))
     if config.encoder.startswith(STORE):
@@ -164,10 +164,10 @@ def text_vectors(
 
 
 def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
-    """Open a store whose texts of a kind may be read beside a split.
+    """Open a store whose texts of a kind are compatible with a split.
 
     Raises:
-        DataError: If there is no such store, it was written from other training interactions, or a text has seen a
+        DataError: If the store is missing, was written from other training interactions, or has a text based on a
             held-out one.
     """
     store = FeatureStore.open(folder, split=data.readable)
@@ -183,13 +183,13 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
 
 
 def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
-    """Return the features of items, of length 1; of those that the store does not know the fallback; see `opened`."""
+    """Return the features of items, of length 1, with the fallback for items missing in the store."""
     store = opened(data, folder, "item")
     return unit(store.get("item", list(ids))[0])
 
 
 def texts_of(items: Sequence[Item]) -> list[str]:
-    """Return what is said of each item: its title and all its fields.
+    """Return the text of each item: its title and all its fields.
 
     Raises:
         DataError: If no item has a title or a field.
@@ -201,7 +201,7 @@ def texts_of(items: Sequence[Item]) -> list[str]:
 
 
 def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
-    """Return the projections of TF-IDF vectors on the leading singular directions of those of ``texts``, of length 1.
+    """Return TF-IDF vectors projected on the leading singular directions of ``texts``, of length 1.
 
     The directions are found by subspace iteration from a fixed start (Halko et al., SIAM Review 2011, algorithm 4.4),
     so that equal texts have equal vectors in every run.

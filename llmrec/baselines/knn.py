@@ -1,4 +1,4 @@
-"""Item neighbours: by asymmetric cosines between items, and by random walks of three steps over users and items."""
+"""Item neighbourhood models: asymmetric cosine, and random walks of three steps over users and items."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
-    #: Products, numbers of the history's items and of the others -> similarities; shapes that broadcast.
+    #: Products, indices of the history's items and of the others -> similarities; shapes broadcast.
     Similar = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], Any]
 
-# Catalogue numbers whose pairs are counted together. Fixed, so that sums do not depend on what else is asked.
+# Items per block of pair counts. Fixed, so that sums do not depend on other requests.
 _BLOCK = 256
-# Items of a catalogue whose pairs are all held, 8 bytes each, twice.
+# The largest catalogue for which all pairs are kept in memory, 8 bytes each, twice.
 _DENSE = 4096
 
 
 class Kept:
-    """The last matrix of each kind: tuning asks for many parameters, and most of them leave most matrices alone."""
+    """A cache of the last matrix of each kind: tuning tries many settings, and most do not change most matrices."""
 
     def __init__(self) -> None:
-        """Set up with nothing made."""
+        """Create an empty cache."""
         self._made: dict[str, tuple[Any, Any]] = {}
 
     def __call__(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        """Return a matrix, made anew where its parameters are not those of the last call."""
+        """Return a matrix, computed again if its parameters differ from those of the last call."""
         if name not in self._made or self._made[name][0] != key:
             self._made[name] = key, make()
         return self._made[name][1]
@@ -46,13 +46,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Readers:
-    """The binary training matrix, shape (users, items), and how popular its items are.
+    """The binary training matrix, shape (users, items), and the popularity of its items.
 
     Attributes:
-        catalogue: The numbering.
+        catalogue: The item indices.
         binary: The matrix.
         popular: Training interactions of each item, shape (items,).
-        kept: Matrices of the last parameters that were asked for.
+        kept: Cached matrices of the last parameters.
     """
 
     catalogue: Catalogue
@@ -70,18 +70,18 @@ class _Readers:
 def _votes(
     weights: Any, model: _Readers, matrix: Any, similar: Similar, *, matrix_key: Any, key: Any
 ) -> NDArray[np.float64]:
-    """Sum the similarities of the history's items to every other item.
+    """Return the summed similarities of the history's items to every other item.
 
     Args:
-        weights: Of the items of each history, sparse, shape (b, items).
-        model: Keeps the pairs of a small catalogue.
+        weights: Weights of the items of each history, sparse, shape (b, items).
+        model: Caches the pairs of a small catalogue.
         matrix: Training users and items, sparse, shape (users, items).
-        similar: Products of two columns, and the numbers of the history's item and of the other one -> similarities.
-        matrix_key: What the matrix depends on.
-        key: What similarities depend on beside it.
+        similar: Products of two columns, and the indices of the history's item and of the other one -> similarities.
+        matrix_key: The cache key of the matrix.
+        key: The other parameters of the similarities, part of their cache key.
 
     Returns:
-        Sums, shape (b, items); an item is no neighbour of itself.
+        Sums, shape (b, items); an item is not a neighbour of itself.
     """
     if weights.shape[1] > _DENSE:
         return _votes_of_few(weights, matrix, similar)
@@ -90,7 +90,7 @@ def _votes(
     def near() -> NDArray[np.float64]:
         places = np.arange(len(both))
         result = np.zeros(both.shape)
-        # Without a reader in common nothing is alike, whatever stands in the divisor.
+        # Items without a common user have similarity 0, whatever the divisor.
         with np.errstate(divide="ignore", invalid="ignore"):
             np.copyto(result, similar(both, places[:, None], places[None]), where=both > 0)
         np.fill_diagonal(result, 0.0)
@@ -100,7 +100,7 @@ def _votes(
 
 
 def _votes_of_few(weights: Any, matrix: Any, similar: Similar) -> NDArray[np.float64]:
-    """Count pairs for the items of these histories only: a large catalogue could not hold all of them."""
+    """Return the sums from pairs of the histories' items only, for catalogues whose pairs do not fit in memory."""
     total = np.zeros(weights.shape)
     by_item, weights = matrix.T.tocsr(), weights.tocsc()
     for start in range(0, weights.shape[1], _BLOCK):
@@ -114,7 +114,7 @@ def _votes_of_few(weights: Any, matrix: Any, similar: Similar) -> NDArray[np.flo
         values = similar(both.data[other], start + asked[rows], columns)
         near = sparse.csr_array((values, (rows, columns)), shape=both.shape)
         votes = (part[:, asked].tocsr() @ near).tocoo()
-        # Few items of a large catalogue have votes from one block; a dense sum would pass over all of them.
+        # Few items of a large catalogue have votes from one block; a dense sum would visit all of them.
         total[votes.row, votes.col] += votes.data
     return total
 
@@ -139,15 +139,15 @@ class ItemKNNConfig(Section):
 
 
 class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
-    """Scores an item by its likeness to the latest items of the history, over all neighbours.
+    """Scores an item by its similarity to the latest items of the history, over all neighbours.
 
     ``score(i) = sum_j decay**age(j) * x_i . x_j / (|x_i|**(2 a) * |x_j|**(2 (1 - a)) + shrinkage)`` over the last
     ``history`` events j, for the columns x of the training matrix of users and items. With ``a = .5`` and without
     shrinkage these are cosines (Sarwar et al., WWW 2001, section 3.1); other ``asymmetry`` a is the asymmetric cosine
     (Aiolli, RecSys 2013, equation 3), and shrinkage as in Bell and Koren (ICDM 2007). The matrix is binary; with
-    ``weighting=user-idf`` user u counts ``ln(1 + items / n_u)`` for n_u items, and with ``tf-idf`` item i in it counts
-    ``ln(1 + users / n_i)``, rows scaled to length 1. An item is no neighbour of itself. Items without any neighbour in
-    the history, and so every item for an empty history, are ordered by popularity.
+    ``weighting=user-idf`` user u has the weight ``ln(1 + items / n_u)`` for n_u items, and with ``tf-idf`` item i has
+    the weight ``ln(1 + users / n_i)``, rows scaled to length 1. An item is not a neighbour of itself. Items without a
+    neighbour in the history, and all items for an empty history, are ordered by popularity.
     """
 
     name = "item-knn"
@@ -164,7 +164,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ItemKNNConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
-        """Note who had what."""
+        """Store the training matrix."""
         self._model = _Readers.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -193,13 +193,13 @@ class RP3BetaConfig(Section):
 
 
 class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
-    """Scores an item by the chance of a random walk of three steps, less its popularity (Paudel et al., TiiS 2016).
+    """Scores an item by three-step random-walk probability, divided by popularity (Paudel et al., TiiS 2016).
 
-    The walk goes from the user to an item j of the history, to a user u who had it, and to another item i of that
-    user: ``score(i) = sum_j w_j sum_u (1 / n_j * 1 / n_u)**alpha / n_i**beta``, for n_j training users of an item and
-    n_u training items of a user (their P3alpha, divided by popularity: RP3beta, section 3.3). The first step, which the
-    paper has uniform over the history, goes to the last ``history`` events with ``w_j = decay**age(j)``. A walk that
-    comes back to j does not count. Items that no walk reaches are ordered by popularity.
+    The walk goes from the user to an item j of the history, to a user u who had it, and to another item i of that user:
+    ``score(i) = sum_j w_j sum_u (1 / n_j * 1 / n_u)**alpha / n_i**beta``, for n_j training users of an item and n_u
+    training items of a user (their P3alpha, divided by popularity: RP3beta, section 3.3). The first step, which is
+    uniform over the history in the paper, goes to the last ``history`` events with ``w_j = decay**age(j)``. Walks that
+    return to j do not count. Items that no walk reaches are ordered by popularity.
     """
 
     name = "rp3beta"
@@ -214,15 +214,15 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(RP3BetaConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
-        """Note who had what."""
+        """Store the training matrix."""
         self._model = _Readers.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the chances of the walks by popularity for every request, shape (n, items)."""
+        """Return the walk probabilities divided by popularity for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         of_user = np.asarray(model.binary.sum(axis=1)).ravel()
         of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
-        # Each of the two columns of a product has the root of what the user between them counts.
+        # Each of the two columns of a product has the square root of the weight of their common user.
         roots = np.power(of_user, -config.alpha / 2)
         matrix = model.kept("matrix", config.alpha, lambda: sparse.diags_array(roots) @ model.binary)
 
@@ -235,12 +235,12 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
 
 
 def _weighed(binary: Any, weighting: str) -> Any:
-    """Return the training matrix under a weighting, sparse, of the same shape."""
+    """Return the weighted training matrix, sparse, of the same shape."""
     if weighting == "none":
         return binary
     users, items = binary.shape
     if weighting == "user-idf":
-        # At least 1 item: a user is there for an interaction.
+        # At least 1 item: every user has an interaction.
         return (sparse.diags_array(np.log1p(items / np.asarray(binary.sum(axis=1)).ravel())) @ binary).tocsr()
     readers = np.maximum(np.asarray(binary.sum(axis=0)).ravel(), 1)
     rows = (binary @ sparse.diags_array(np.log1p(users / readers))).tocsr()

@@ -1,4 +1,4 @@
-"""First-order transitions: of the last item alone, decayed over the last few, and with co-occurrence beside them."""
+"""Item-to-item transitions: from the last item, from the last few with decay, and with co-occurrence added."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class MarkovConfig(Section):
 class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
     """Scores an item by how often it followed the latest items of the history in training sequences.
 
-    A step from i to j that skips d - 1 events counts ``decay**(d - 1)``, for d up to ``order``; at request time the
-    last ``order`` items vote with ``decay**age``. Popularity orders what has no votes, below all that has some, and
-    breaks ties.
+    A transition from i to j that skips d - 1 events counts ``decay**(d - 1)``, for d up to ``order``; at request time
+    the last ``order`` items vote with ``decay**age``. Popularity orders items without votes, below all items with
+    votes, and breaks ties.
     """
 
     name = "markov"
@@ -65,7 +65,7 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
     }
 
     def fit(self, data: SplitDataset) -> None:
-        """Count the steps of every user's training sequence."""
+        """Count the transitions in every user's training sequence."""
         self._model = _chain(data, self._config.order, self._config.decay)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -74,9 +74,9 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
 
 class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
-    """The plain first-order chain (Rendle et al., WWW 2010, section 4.1, without factorisation).
+    """The first-order Markov chain (Rendle et al., WWW 2010, section 4.1, without factorisation).
 
-    Only the last item votes, by its direct transitions; popularity orders what has none.
+    Only the last item votes, by its direct transitions; popularity orders items without votes.
     """
 
     name = "markov-1"
@@ -85,7 +85,7 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
     AUTO = (Auto(3),)
 
     def fit(self, data: SplitDataset) -> None:
-        """Count the direct transitions of every user's training sequence."""
+        """Count the direct transitions in every user's training sequence."""
         self._model = _chain(data, 1, 1.0)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -112,13 +112,13 @@ class MarkovCooccurrenceConfig(Section):
 
 
 class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
-    """Adds what the history's items were bought with to what followed the last of them.
+    """Adds co-occurrence with the history's items to transitions from the last item.
 
     ``score(i) = transition * steps(last, i) + sum_j decay**age(j) * both(j, i) / sqrt(pop(j) * pop(i) + 1)`` over the
     last ``history`` events j, where ``steps`` counts direct transitions, ``both`` pairs of interactions of one user
-    and ``pop`` interactions, all in training. Popularity orders what has neither, and breaks ties. A counting model
-    without any training: on Amazon's sparse shop data it is ahead of many published neural figures, so it is the bar
-    to clear there.
+    and ``pop`` interactions, all in training. Popularity orders items with neither, and breaks ties. The model only
+    counts: on Amazon's sparse shop data it outperforms many published neural results, which makes it the reference
+    there.
     """
 
     name = "markov-cooccurrence"
@@ -133,12 +133,12 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(MarkovCooccurrenceConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
-        """Count transitions and co-occurrences of every user's training sequence."""
+        """Count transitions and co-occurrences in every user's training sequence."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         size, popular = len(catalogue.ids), counts(log, catalogue)
         users = log.matrix(size)
-        # A pair is two interactions: an item that a user had once does not occur together with itself.
+        # A pair is two interactions: an item that a user had once does not co-occur with itself.
         both = (users.T @ users - sparse.diags_array(popular)).tocoo()
         scale = np.sqrt(popular[both.row] * popular[both.col] + 1)
         together = sparse.csr_array((both.data / scale, (both.row, both.col)), shape=(size, size))
@@ -170,7 +170,7 @@ def _voted(model: _Transitions, requests: Sequence[Request], order: int, decay: 
 
 
 def _steps(log: Log, size: int, order: int, decay: float) -> Any:
-    """Count the steps of up to ``order`` places within each user's sequence, sparse, shape (items, items)."""
+    """Return the transitions over up to ``order`` positions in user sequences, sparse, shape (items, items)."""
     after = log.steps(1, size)
     for gap in range(2, order + 1):
         after = after + log.steps(gap, size, decay ** (gap - 1))

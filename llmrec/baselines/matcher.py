@@ -1,4 +1,4 @@
-"""Networks over the texts of items, with no parameters per item: what they share, and the text matcher (NAML, NRMS)."""
+"""Networks over item texts without parameters per item: shared code, and the text matcher (NAML, NRMS)."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-    #: Network, vectors of all items, histories as catalogue numbers -> what users are compared by, shape (n, dim).
+    #: Network, vectors of all items, histories as catalogue indices -> user vectors, shape (n, dim).
     Query = Callable[[Any, Any, Sequence[NDArray[np.int64]]], Any]
 
 
 # --------------------------------------------------------------------------- towers
 
-# Validation cases that decide when to stop.
+# The number of validation cases for early stopping.
 _STOP_CASES = 5_000
-# Logarithm of the factor of cosines before training: a softmax over thousands of items needs more than 1.
+# Initial log scale of the cosines: a softmax over thousands of items needs a scale above 1.
 _SCALE = 2.5
 
 
 class TowersConfig(WhitenedConfig, NeuralConfig):
-    """How texts are read, and how towers over them are trained."""
+    """The parameters of text encoding and of the training of towers."""
 
     dim: Width = Field(128, description="length of the vectors that users and items are compared by")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
@@ -66,7 +66,7 @@ T = TypeVar("T", bound=TowersConfig)
 
 @dataclass
 class Towers:
-    """Vectors of all items, of length 1, shape (items, d), and the maps that are learned over them."""
+    """Vectors of all items, of length 1, shape (items, d), and the maps learned over them."""
 
     catalogue: Catalogue
     vectors: Any
@@ -83,11 +83,11 @@ class Towers:
         return self.catalogue.ids
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
-        """Return the latest items of each history, oldest first; unknown ones are left out."""
+        """Return the latest items of each history, oldest first, without unknown items."""
         return [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Score every item after each history, shape (n, items); popularity decides for an empty one."""
+        """Return the scores of every item after each history, shape (n, items); popularity for an empty one."""
         torch = require("torch", "baselines")
         histories = self.histories(requests)
         self.network.eval()
@@ -97,18 +97,18 @@ class Towers:
         return np.asarray(result)
 
     def item_vectors(self, vectors: Any) -> Any:
-        """Return what items are compared by, of length 1, shape (n, dim)."""
+        """Return the output vectors of items, of length 1, shape (n, dim)."""
         return item_vectors(self.network, vectors, self.config.dropout)
 
     def query(self, histories: Sequence[NDArray[np.int64]]) -> Any:
-        """Return what users are compared by, as long as the factor of cosines, shape (n, dim)."""
+        """Return the user vectors, with the scale of the cosines as their length, shape (n, dim)."""
         normalize = require("torch", "baselines").nn.functional.normalize
         result = self.of_users(self.network, self.vectors, histories)
         return normalize(result, dim=1) * self.network["scale"][0].exp()
 
 
 class TextTowers(ScoredBaseline[T, Towers]):
-    """Towers over text vectors that are whitened and fixed: it needs ``_build`` and ``_query``.
+    """A baseline of towers over fixed whitened text vectors; subclasses define ``_build`` and ``_query``.
 
     Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept.
     """
@@ -122,7 +122,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
 
         Raises:
             DataError: If no item has a text.
-            ModelError: If there is no such encoder.
+            ModelError: If the encoder is missing.
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
@@ -144,7 +144,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
@@ -163,11 +163,11 @@ class TextTowers(ScoredBaseline[T, Towers]):
         return Towers(catalogue, vectors, warm, shares, network, self._query, self._config, self.name)
 
     def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
-        """Return what is said of items as vectors, before they are whitened, shape (n, d)."""
+        """Return the text embeddings of items before whitening, shape (n, d)."""
         return text_vectors(data, ids, self._config)
 
     def _rows(self, events: Log) -> list[NDArray[np.int64]]:
-        """Return the items before each training target and the target itself, at most ``max_len + 1``."""
+        """Return the items before each training target, followed by the target, at most ``max_len + 1``."""
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
         return [
             items[max(0, end - self._config.max_len) : end + 1]
@@ -182,7 +182,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         optimiser: torch.optim.Optimizer,
         rng: np.random.Generator,
     ) -> float:
-        """Train on all rows once and return the mean loss, with the softmax over all items outside the history."""
+        """Train on all rows once and return the mean loss of a softmax over all items outside the history."""
         torch, config = require("torch", "baselines"), self._config
         model.network.train()
         column = np.full(len(model.catalogue.ids), -1, dtype=np.int64)
@@ -193,7 +193,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
             optimiser.zero_grad(set_to_none=True)
             query, table = model.query([row[:-1] for row in batch]), model.item_vectors(model.vectors[warm])
             targets = torch.from_numpy(column[[row[-1] for row in batch]])
-            # The last item of a history fills the others up.
+            # Shorter histories are padded with their last item.
             seen = [np.pad(column[row[:-1]], (0, config.max_len + 1 - len(row)), mode="edge") for row in batch]
             with torch.no_grad():
                 value, of_query, of_table = over_all(
@@ -209,7 +209,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         raise NotImplementedError
 
     def _query(self, network: torch.nn.Module, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
-        """Return what users are compared by, of any length; see `Query`."""
+        """Return the unnormalised user vectors; see `Query`."""
         raise NotImplementedError
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
@@ -218,13 +218,13 @@ class TextTowers(ScoredBaseline[T, Towers]):
 
 
 def item_vectors(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
-    """Return what items of text vectors are compared by, of length 1, shape (n, dim)."""
+    """Return the output vectors of items from their text vectors, of length 1, shape (n, dim)."""
     nn = require("torch", "baselines").nn.functional
     return nn.normalize(network["item"](nn.dropout(vectors, dropout, network.training)), dim=-1)
 
 
 def turn(network: torch.nn.Module, names: Sequence[str]) -> None:
-    """Make linear maps of a network parts of one random rotation."""
+    """Initialise linear maps of a network with the same random orthogonal matrix."""
     torch = require("torch", "baselines")
     turned = torch.nn.init.orthogonal_(torch.empty_like(network[names[0]].weight))
     with torch.no_grad():
@@ -248,18 +248,18 @@ class TextMatcherConfig(TowersConfig):
 
 
 class TextMatcher(TextTowers[TextMatcherConfig]):
-    """Matches items to a user by texts: the user encoders of NRMS (Wu et al., EMNLP 2019) and NAML (IJCAI 2019).
+    """Matches items to users by text, with the user encoders of NRMS (Wu et al., EMNLP 2019) and NAML (IJCAI 2019).
 
     With whitened text vectors x_i of length 1 (see `Content`), an item is ``r_j = norm(P x_j)``. With ``heads``, items
     of the history attend to each other (NRMS, section 2.2): ``h_i = [sum_k softmax_k(q_i . k_k / sqrt(d)) v_k]``, the
-    heads side by side. Without, ``h_i = r_i`` (NAML, section 3.2). Additive attention then says how much each counts:
+    heads concatenated. Otherwise ``h_i = r_i`` (NAML, section 3.2). Additive attention then gives the weight of each:
     ``a_i = softmax_i(w . tanh(V h_i + b))``. The user is ``u = norm(sum_i a_i h_i)``; ``score(j) = exp(s) u . r_j``:
-    the probability of a click among some items is the softmax of their scores. Nothing knows the order of the
-    history, as in the papers.
+    the probability of a click among some items is the softmax of their scores. The order of the history is
+    ignored, as in the papers.
 
-    Other than in the papers, texts are read by a fixed encoder, lengths are those of cosines, and the loss is over all
-    items with training interactions, less those of the history, in place of four drawn ones. Before training all items
-    count alike, and likeness is that of `Content` without fading.
+    Unlike in the papers, the text encoder is frozen, vectors have the length of cosines, and the loss is over all items
+    with training interactions outside the history, instead of four sampled ones. Before training, all items have equal
+    weights, and the similarity is that of `Content` without decay.
     """
 
     name = "text-matcher"
@@ -299,13 +299,13 @@ class TextMatcher(TextTowers[TextMatcherConfig]):
 
 
 def attended(network: torch.nn.Module, items: Any, mask: torch.Tensor, heads: int) -> Any:
-    """Return the items of each history after they attended to each other (NRMS, section 2.2), shape (b, n, d).
+    """Return the items of each history after self-attention (NRMS, section 2.2), shape (b, n, d).
 
     Args:
         network: Has the maps ``query``, ``key`` and ``value``.
-        items: Shape (b, n, d).
-        mask: Where there is an item, shape (b, n).
-        heads: Between which the d values are divided.
+        items: Item vectors, shape (b, n, d).
+        mask: True for items, false for padding, shape (b, n).
+        heads: Number of heads that share the d dimensions.
     """
     query, key, value = (
         network[name](items).unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
@@ -315,19 +315,19 @@ def attended(network: torch.nn.Module, items: Any, mask: torch.Tensor, heads: in
 
 
 def weights(weigh: Any, items: Any, mask: torch.Tensor) -> Any:
-    """Return how much each item counts, shape (b, n): together 1, of padding 0: additive attention.
+    """Return the additive-attention weight of each item, summing to 1, 0 for padding, shape (b, n).
 
     Args:
-        weigh: From d values to one.
-        items: Shape (b, n, d).
-        mask: Where there is an item, shape (b, n); all are 0 where there is none.
+        weigh: Maps d dimensions to a score.
+        items: Item vectors, shape (b, n, d).
+        mask: True for items, false for padding, shape (b, n); a row without items has weights 0.
     """
     return shares(weigh(items)[:, :, 0], mask)
 
 
 def shares(scores: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Return the softmax of those scores of the last axis that are under the mask; 0 for others, and where none is."""
+    """Return the softmax over the last axis of the scores under the mask; 0 for others and for rows without any."""
     torch = require("torch", "baselines")
-    # Of a row without any, a softmax of minus infinities would be no number.
+    # In a row without any, the softmax over minus infinities would be NaN.
     hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(hidden, dim=-1) * mask

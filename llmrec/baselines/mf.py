@@ -1,8 +1,8 @@
-"""Matrix factorisation of ratings: biases and a product of vectors, by least squares or by gradient descent.
+"""Matrix factorisation of ratings: biases and factors, by least squares or by gradient descent.
 
-Unknown users and items fall back to the biases: an unknown item's is 0, an unknown user's comes from the ratings in the
-request's history. What the model misses in the latest ratings of that history is added, fading with their age
-(`rated.rate_lately`), and every prediction is clipped to the rating scale.
+Unknown users and items fall back to the biases: that of an unknown item is 0, that of an unknown user is computed from
+the ratings in the request's history. The model's errors on the latest ratings of the history are added with decaying
+weights (`rated.rate_lately`), and every prediction is clipped to the rating scale.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class MF(Baseline[MFConfig, _Factors]):
     """Predicts ``mean + b_user + b_item + p_user . q_item`` (Koren et al., IEEE Computer 2009, equation 4).
 
     Alternating least squares: with the items fixed, each user's bias and vector solve a ridge problem together, and
-    the other way round (Zhou et al., AAIM 2008; the penalty of a vector grows with the number of its ratings).
+    vice versa (Zhou et al., AAIM 2008; the penalty of a vector grows with the number of its ratings).
     """
 
     name = "mf"
@@ -135,9 +135,9 @@ class SVDConfig(RecencyConfig):
 
 
 class SVD(Baseline[SVDConfig, _Factors]):
-    """The same model by stochastic gradient descent over small batches of ratings (Funk, 2006).
+    """The model of `MF`, trained by mini-batch stochastic gradient descent (Funk, 2006).
 
-    The gradient of a batch is summed for each user and item, so a batch is a step of all that occur in it.
+    The gradient of a batch is summed for each user and item, so a batch is one step for each that occurs in it.
     """
 
     name = "svd"
@@ -153,14 +153,14 @@ class SVD(Baseline[SVDConfig, _Factors]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def fit(self, data: SplitDataset) -> None:
-        """Descend.
+        """Train the model.
 
         Raises:
             DataError: If the training interactions carry no ratings.
         """
         known, config = ratings(data, self.name), self._config
         rng = np.random.default_rng(self._seed)
-        # A column of ones stands beside each bias, so that one product holds biases and vectors.
+        # Each bias is paired with a column of ones, so that one product contains biases and vectors.
         size, sides = config.factors, []
         for count, bias, one in ((len(known.user_index), 0, 1), (len(known.item_index), 1, 0)):
             side = rng.normal(0, 0.1, (count, size + 2))
@@ -187,7 +187,7 @@ class SVD(Baseline[SVDConfig, _Factors]):
 def _step(
     table: NDArray[np.float64], places: NDArray[np.int64], slope: NDArray[np.float64], ones: int, rate_of: float
 ) -> None:
-    """Add the slopes of a batch to the rows they belong to; the column of ones stays."""
+    """Add the gradients of a batch to their rows; the column of ones is unchanged."""
     slope[:, ones] = 0.0
     present, where = np.unique(places, return_inverse=True)
     sums = sparse.csr_array((np.ones(len(places)), (where, np.arange(len(places)))), shape=(len(present), len(places)))
@@ -202,15 +202,15 @@ def _solve(
     bias_penalty: float,
     penalty: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Solve every owner's ridge problem for its bias and vector.
+    """Return the ridge solution of every owner for its bias and vector.
 
     Args:
         owners: Owner of each rating, shape (n,); every owner has at least one.
         others: Vector of the other side of each rating, shape (n, k).
-        wanted: What bias and product should add up to, shape (n,).
+        wanted: Target of the sum of bias and product, shape (n,).
         order: Sorts ratings by owner.
         bias_penalty: Ridge penalty of the bias.
-        penalty: Ridge penalty of the vector, for each rating.
+        penalty: Ridge penalty of the vector, per rating.
 
     Returns:
         Biases, shape (owners,), and vectors, shape (owners, k).

@@ -1,8 +1,8 @@
-"""What the neural sequence models share: batches of sequences, the loss over all items, and training until it stops.
+"""What the neural sequence models share: batches of sequences, losses over all items, and training with early stopping.
 
-Networks are plain ``torch.nn`` containers with an item table under ``table`` and a function that turns numbered items
-into one vector a position. The table serves as input and as output, so a score is a dot product with it. It holds the
-items with training interactions only: nothing could be learned about others.
+Networks are plain ``torch.nn`` containers with an item table under ``table`` and a function that maps item indices
+into one vector per position. The table serves as input and as output, so a score is a dot product with it. It contains
+only the items with training interactions, since others have nothing to learn from.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """What has a torch network that learns."""
+    """An object with a trainable torch network."""
 
     network: Any
     name: str
 
 
 class Epochs(Protocol):
-    """How long a network learns, and how fast."""
+    """The parameters of optimisation and early stopping."""
 
     @property
     def learning_rate(self) -> float:
-        """Of AdamW."""
+        """The learning rate of AdamW."""
         ...
 
     @property
     def weight_decay(self) -> float:
-        """Decoupled."""
+        """The decoupled weight decay."""
         ...
 
     @property
     def epochs(self) -> int:
-        """At most."""
+        """The maximum number of epochs."""
         ...
 
     @property
     def patience(self) -> int | None:
-        """Epochs without a better one; None: all are trained."""
+        """Epochs without improvement before training stops; None: all epochs are trained."""
         ...
 
     @property
     def quiet(self) -> bool:
-        """No progress line."""
+        """Whether to hide the progress line."""
         ...
 
 
@@ -86,21 +86,21 @@ def until_least(
     rates: Sequence[Mapping[str, Any]] | None = None,
     learned: bool = False,
 ) -> int:
-    """Train until what validation says has not fallen for ``patience`` epochs, and keep the best epoch's weights.
+    """Train until the validation value has not fallen for ``patience`` epochs, and keep the best epoch's weights.
 
     Args:
-        model: Its network learns.
-        judge: Looks at the validation split with the network as it stands, less is better; None: all epochs are trained
-            and the last one is kept.
-        config: How to train.
-        learn: Passes once over the training data with an optimiser, and returns the mean loss.
-        measure: What the judge measures.
-        sign: What it is multiplied by to be shown.
-        rates: Groups of parameters with learning rates of their own; None: one rate for all.
-        learned: The network has learned something already, and is kept as it is if no epoch is better.
+        model: The model whose network is trained.
+        judge: Evaluates the current network on the validation split, lower is better; None: all epochs are trained and
+            the last one is kept.
+        config: The training parameters.
+        learn: Trains for one epoch with an optimiser, and returns the mean loss.
+        measure: The name of the validation metric.
+        sign: The factor for displaying it.
+        rates: Groups of parameters with separate learning rates; None: one rate for all.
+        learned: Whether the network is already trained, and is kept unchanged if no epoch is better.
 
     Returns:
-        The epoch that was kept, from 1; 0: the network as it was.
+        The epoch that was kept, from 1; 0: the unchanged network.
     """
     torch, network = require("torch", "baselines"), model.network
     optimiser = torch.optim.AdamW(
@@ -133,22 +133,22 @@ def until_least(
 
 @dataclass(frozen=True)
 class Batch:
-    """Items and what follows each, padded on the right, shape (b, t); a target of -1 is none."""
+    """Items and their next items as targets, padded on the right, shape (b, t); a target of -1 means none."""
 
     items: NDArray[np.int64]
     targets: NDArray[np.int64]
 
 
 def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
-    """Cut every user's items into pieces of at most ``max_len + 1``, from the end.
+    """Split every user's items into pieces of at most ``max_len + 1``, from the end.
 
-    Pieces share the item at the cut, which is seen in the one and a target in the other; behind a lead every item of a
-    piece is a target, so that they share none.
+    Adjacent pieces share an item, an input in one and a target in the other; after a lead every item of a piece is a
+    target, so that they share none.
 
     Args:
-        events: Of training.
-        max_len: Items that are seen of a piece.
-        leads: What stands before each piece of a user, shape (users,); None: nothing.
+        events: The training interactions.
+        max_len: Number of input items of a piece.
+        leads: Index that precedes each piece of a user, shape (users,); None: nothing.
     """
     ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
     pieces = []
@@ -161,7 +161,7 @@ def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None)
 
 
 def batches_of(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Yield batches of about ``size`` targets, of sequences about as long, in a random order."""
+    """Yield batches of about ``size`` targets from sequences of similar length, in random order."""
     mixed = rng.permutation(len(sequences))
     lengths = np.array([len(sequences[place]) - 1 for place in mixed])
     order = mixed[np.argsort(lengths, kind="stable")]
@@ -186,7 +186,7 @@ def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
 
 
 def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the places of histories of the same length, at most ``most`` together; empty ones are left out."""
+    """Yield the indices of histories of the same length, at most ``most`` at a time, without empty ones."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for length in np.unique(lengths[lengths > 0]).tolist():
         places = np.flatnonzero(lengths == length)
@@ -196,16 +196,16 @@ def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator
 log = logging.getLogger(__name__)
 
 # Cells of a block of logits: 2 MB in single precision, which stay in a core's cache from the product to the gradient;
-# and as many as keep a GPU busy.
+# and a size that keeps a GPU busy.
 _CELLS, _GPU_CELLS = 1 << 19, 1 << 26
 # Sequences that are scored together.
 _ROWS = 512
-# Validation cases that decide when to stop; a sample of more moves the third digit of NDCG@10 only.
+# The number of validation cases for early stopping; a larger sample changes only the third digit of NDCG@10.
 _STOP_CASES = 10_000
 
 
 class NeuralConfig(Section):
-    """How a network is trained and how much of a sequence it sees."""
+    """The parameters of a sequence network: training and maximum sequence length."""
 
     dropout: float = Field(0.5, ge=0, lt=1, description="share of values left out in training")
     max_len: Positive = Field(
@@ -238,7 +238,7 @@ class NeuralConfig(Section):
 
 
 class SequenceConfig(NeuralConfig):
-    """And where it is trained and asked."""
+    """The parameters of a sequence network, with its device."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the network is trained and asked; auto: a GPU where torch can use one"
@@ -251,10 +251,10 @@ class SequenceConfig(NeuralConfig):
 
     @property
     def place(self) -> Literal["cpu", "cuda"]:
-        """The device, resolved.
+        """The device, with ``auto`` resolved.
 
         Raises:
-            RecipeError: If a GPU is asked for and there is none.
+            RecipeError: If a GPU is requested and there is none.
         """
         if self.device != "cpu" and has_cuda():
             return "cuda"
@@ -268,7 +268,7 @@ class SequenceConfig(NeuralConfig):
 
 
 class ProfiledConfig(SequenceConfig):
-    """And what it is told of users."""
+    """The parameters of a sequence network, with user features."""
 
     features: str = Field(
         "", description="a folder of features (docs/features.md): what it has on the user stands before the history"
@@ -279,18 +279,18 @@ class ProfiledConfig(SequenceConfig):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """That of features, if there is one."""
+        """The folder of features, if there is one."""
         return (self.features,) if self.features else ()
 
     @property
     def steps(self) -> int:
-        """How many the network sees at most."""
+        """The maximum number of sequence steps of the network."""
         return self.max_len + bool(self.features)
 
 
 @dataclass
 class Trained:
-    """A network with what it needs to score."""
+    """A trained network with the data it needs to score."""
 
     catalogue: Catalogue
     warm: Warm
@@ -308,7 +308,7 @@ class Trained:
         return self.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Score every item after each history, shape (n, items); sequences of one length go through together."""
+        """Return the scores of every item after each history, shape (n, items); equal lengths form a batch."""
         torch = require("torch", "baselines")
         histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
         table = self.network["table"].weight
@@ -327,7 +327,7 @@ N = TypeVar("N", bound=ProfiledConfig)
 
 
 class SequenceNetwork(ScoredBaseline[N, Trained]):
-    """A network over the history: it needs ``_build`` and ``_encode``."""
+    """A baseline with a network over the history; subclasses define ``_build`` and ``_encode``."""
 
     stochastic = True
     SCORES = "logits"
@@ -337,7 +337,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Train the network.
 
         Raises:
-            DataError: If features cannot be read, or have seen what is learned from or held out.
+            DataError: If features cannot be read, or are based on training targets or held-out interactions.
             MissingExtra: If torch is not installed.
         """
         self._open(data)
@@ -355,7 +355,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         return {"epochs": np.array([self._fitted.epochs]), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         catalogue = Catalogue.of(data)
         warm = Warm.of(Log.of(data, catalogue), catalogue)
         self._open(data)
@@ -385,7 +385,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         return network
 
     def _embedded(self, network: torch.nn.Module, items: Any) -> Any:
-        """Return the vectors of numbered items, and of the user before them where there are features."""
+        """Return the vectors of items by index, and of the user before them if there are features."""
         return network["table"](items) if self._profiles is None else self._profiles.embedded(network, items)
 
     def _build(self, items: int) -> Any:
@@ -408,14 +408,14 @@ def train(
     """Train a network on the training sequences, and keep the weights of its best epoch.
 
     Args:
-        data: The split. Where ``config.patience`` is given, its validation interactions decide which epoch is kept,
-            and nothing else.
-        build: Makes the network for a number of items.
-        encode: What the network does.
-        config: How to train.
+        data: The split. If ``config.patience`` is set, its validation interactions decide which epoch is kept, and
+            nothing else.
+        build: Creates the network for a number of items.
+        encode: The forward function of the network.
+        config: The training parameters.
         seed: Seeds weights, dropout, order and negatives.
-        name: What its progress is called.
-        profiles: What stands before the sequences.
+        name: The name in the progress display.
+        profiles: The user vectors that precede the sequences.
     """
     torch = require("torch", "baselines")
     catalogue = Catalogue.of(data)
@@ -424,7 +424,7 @@ def train(
     leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.places))
     sequences = pieces_of(warm.log(events), config.max_len, leads)
     cases = stop_cases(data, config, _STOP_CASES)
-    # Seeds torch for this fit alone, and leaves the caller's stream as it was.
+    # Seeds torch for this fit only; the caller's random state is unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(len(warm.places)).to(config.place)
@@ -438,7 +438,7 @@ def train(
 
 
 def stop_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
-    """Return the validation cases that decide when training stops; none where it does not look."""
+    """Return the validation cases for early stopping; none without early stopping."""
     return [] if config.patience is None else ranking_cases(data, most)
 
 
@@ -453,7 +453,7 @@ def weights_of(network: torch.nn.Module) -> dict[str, NDArray[Any]]:
 
 
 def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
-    """Put weights into a network that was built for them, which from then on is asked and not trained."""
+    """Load weights into a matching network and set it to evaluation mode."""
     torch = require("torch", "baselines")
     own = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
     network.load_state_dict({name: torch.from_numpy(array) for name, array in own.items()})
@@ -461,7 +461,7 @@ def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> Non
 
 
 class Scorer(Learner, CatalogueScorer, Protocol):
-    """And scores the catalogue."""
+    """A learner that scores the catalogue."""
 
 
 def until_best(
@@ -476,15 +476,15 @@ def until_best(
     """Train by validation NDCG@10; see `until_least`.
 
     Args:
-        model: Scores with the network as it stands.
-        cases: Validation cases that decide; without any, all epochs are trained and the last one is kept.
-        config: How to train.
-        learn: Passes once over the training data with an optimiser, and returns the mean loss.
-        rates: Groups of parameters with learning rates of their own; None: one rate for all.
-        learned: The network has learned something already, and is kept as it is if no epoch is better.
+        model: Scores with the current network.
+        cases: Validation cases for early stopping; without any, all epochs are trained and the last one is kept.
+        config: The training parameters.
+        learn: Trains for one epoch with an optimiser, and returns the mean loss.
+        rates: Groups of parameters with separate learning rates; None: one rate for all.
+        learned: Whether the network is already trained, and is kept unchanged if no epoch is better.
 
     Returns:
-        The epoch that was kept, from 1; 0: the network as it was.
+        The epoch that was kept, from 1; 0: the unchanged network.
     """
 
     def missing() -> float:
@@ -523,16 +523,16 @@ def over_all(
 ) -> tuple[float, Any, Any]:
     """Return the mean cross-entropy over all items and its gradients.
 
-    Each block of logits becomes its gradient while it is in the cache: (softmax - one-hot) / n. No logits outlive
+    Each block of logits is converted to its gradient while in the cache: (softmax - one-hot) / n. Logits are freed with
     their block, so memory does not grow with the batch.
 
     Args:
-        vectors: One a target, shape (n, d).
+        vectors: One vector per target, shape (n, d).
         table: Item vectors, shape (items, d).
-        targets: Item numbers, shape (n,).
+        targets: Item indices, shape (n,).
         half: Multiply in bfloat16; the softmax stays in the precision of ``vectors``.
-        hidden: Items that are left out of the softmax unless they are the target, shape (n, k), with repetitions; None:
-            none are.
+        hidden: Items that are left out of the softmax unless they are the target, shape (n, k), repetitions allowed;
+            None: no items.
     """
     torch = require("torch", "baselines")
     of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
@@ -559,8 +559,8 @@ def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
     """Return the mean of ``-log(exp(l_ii) / sum_j exp(l_ij))`` over rows i (van den Oord et al., arXiv 1807.03748).
 
     Args:
-        logits: Row i compared with candidate j, shape (n, n); those that belong together on the diagonal.
-        hidden: Pairs that are no negatives, booleans, shape (n, n); the diagonal always counts.
+        logits: Logit of row i and candidate j, shape (n, n), with positives on the diagonal.
+        hidden: Pairs that are not negatives, booleans, shape (n, n); the diagonal always counts.
     """
     torch = require("torch", "baselines")
     masked = logits.masked_fill(hidden.clone().fill_diagonal_(False), -torch.inf)
@@ -568,17 +568,17 @@ def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
 
 
 def info_nce_both(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
-    """Return the mean of `info_nce` of rows among columns and of columns among rows."""
+    """Return the mean of `info_nce` over rows and over columns."""
     return (info_nce(logits, hidden) + info_nce(logits.T, hidden.T)) / 2
 
 
 class _Sampled:
-    """The same loss with the sum over all items estimated from drawn ones (Bengio and Senecal, 2008).
+    """The loss of `over_all`, with the sum over all items estimated from sampled ones (Bengio and Senecal, 2008).
 
-    ``negatives`` items are drawn for each step, with replacement, in proportion to their training interactions. A
-    drawn item j stands for ``1 / (negatives * q(j))`` items, that is, ``log(negatives * q(j))`` is taken off its
-    logit. The target counts as itself, uncorrected, and a draw of the target is dropped: so the expectation of the
-    estimated sum is the full sum.
+    ``negatives`` items are sampled for each step, with replacement, in proportion to their training interactions. A
+    sampled item j represents ``1 / (negatives * q(j))`` items: ``log(negatives * q(j))`` is subtracted from its logit.
+    The logit of the target is not corrected, and samples of the target are dropped: so the expectation of the estimated
+    sum is the full sum.
     """
 
     def __init__(self, warm: Warm, negatives: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""A text encoder that learns from pairs which items follow each other, and steps that are counted with its vectors."""
+"""A text encoder fine-tuned on pairs of subsequent items, and an item-to-item transition model with its vectors."""
 
 from __future__ import annotations
 
@@ -33,15 +33,14 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# Validation cases that decide when to stop, and how the latest items of their histories count.
+# Early stopping: the number of validation cases, and the number and decay of the latest items of their histories.
 _STOP_CASES, _LATEST, _DECAY = 5_000, 5, 0.5
-# Share of the logarithm of how often an item is a target that is taken off its likeness. With all of it the softmax
-# over a batch tells what follows most often (Yi et al., RecSys 2019, section 4); with none, what does so more than by
-# chance.
+# The share of an item's log target frequency that is subtracted from its similarity. With 1, the softmax over a batch
+# models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than at random.
 _FREQUENT = 0.5
-# Steps in which the learning rate rises.
+# Warm-up steps of the learning rate.
 _WARM = 20
-# Seconds of a budget from which on `llmrec auto` tries it: on two cores a fit takes minutes.
+# The smallest time budget of `llmrec auto` in seconds: on two cores a fit takes minutes.
 _LONG = 3600.0
 
 
@@ -68,13 +67,13 @@ class TransitionsTunedConfig(TransitionsTextConfig):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Items that follow each other in training sequences.
+    """Pairs of items that follow each other in training sequences.
 
     Attributes:
-        first: Numbers of the earlier items, shape (pairs,).
-        then: Of the later ones, shape (pairs,).
-        weights: How often a pair is drawn, summing to 1, shape (pairs,).
-        seen: How much each pair weighs, sparse, shape (items, items).
+        first: Indices of the earlier items, shape (pairs,).
+        then: Indices of the later items, shape (pairs,).
+        weights: Sampling probability of each pair, summing to 1, shape (pairs,).
+        seen: Weight of each pair, sparse, shape (items, items).
     """
 
     first: NDArray[np.int64]
@@ -84,12 +83,12 @@ class Pairs:
 
     @staticmethod
     def of(steps: Steps, apart: int, nearby: float) -> Pairs:
-        """Collect pairs of at most so many places apart; each place multiplies the weight by ``nearby``."""
+        """Return the pairs up to a given distance; each position multiplies the weight by ``nearby``."""
         total = steps.gaps[0].astype(np.float64)
         for gap in range(1, apart):
             total = total + nearby**gap * steps.gaps[gap]
         total = sparse.csr_array(total)
-        # That an item follows itself says nothing about texts.
+        # An item that follows itself has no information about texts.
         total.setdiag(0)
         total.eliminate_zeros()
         result = total.tocoo()
@@ -97,9 +96,9 @@ class Pairs:
         return Pairs(first, then, result.data / max(result.data.sum(), 1e-300), total)
 
     def unknown(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which later items are negatives of which earlier ones: all but those that follow them, shape (n, n).
+        """Return which later items are negatives of which earlier ones: those that never follow them, shape (n, n).
 
-        The pair itself, on the diagonal, counts too: it is what the others are set against.
+        The pair itself, on the diagonal, is included: the softmax compares it with the others.
         """
         result: NDArray[np.bool_] = np.asarray(self.seen[first][:, then].toarray()) == 0
         np.fill_diagonal(result, True)
@@ -108,7 +107,7 @@ class Pairs:
 
 @dataclass
 class _Learner:
-    """What learns: the encoder's blocks."""
+    """The trainable part: the encoder's blocks."""
 
     network: Any
     name: str
@@ -116,7 +115,7 @@ class _Learner:
 
 @dataclass
 class _Alike:
-    """Scores items by how much their vectors resemble those of the latest ones."""
+    """Scores items by the similarity of their vectors to those of the latest items."""
 
     steps: Steps
     vectors: NDArray[np.float32]
@@ -127,19 +126,19 @@ class _Alike:
         return self.steps.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return likenesses, shape (n, items)."""
+        """Return similarities, shape (n, items)."""
         latest = recent(requests, self.steps.catalogue, _LATEST, _DECAY).astype(np.float32)
         return np.asarray((latest @ self.vectors) @ self.vectors.T)
 
 
 class TransitionsTuned(TransitionsText):
-    """`TransitionsText` whose text encoder has learned which items follow each other.
+    """`TransitionsText` with a text encoder that is fine-tuned to predict which items follow each other.
 
-    The encoder's last blocks learn by contrast (InfoNCE: van den Oord et al., arXiv 1807.03748, eq. 4): of the later
-    items of a batch of pairs, which one follows the earlier one? Later items that are known to follow it too are no
-    negatives, and a share of the logarithm of how often an item is a target is taken off its likeness. The best epoch
-    by validation NDCG@10 of likeness alone is kept, which may be none: then it is `TransitionsText`. No parameter
-    belongs to an item, so that items which nobody has chosen get their vectors from the tuned encoder too.
+    The encoder's last blocks are trained with a contrastive loss (InfoNCE: van den Oord et al., arXiv 1807.03748, eq.
+    4): among the later items of a batch of pairs, which one follows the earlier item? Later items that also follow it
+    in training are not negatives, and a share of an item's log target frequency is subtracted from its similarity. The
+    best epoch by validation NDCG@10 of similarity alone is kept; if it is epoch 0, the model equals `TransitionsText`.
+    There are no parameters per item, so that cold-start items get their vectors from the fine-tuned encoder too.
     """
 
     name = "transitions-tuned"
@@ -150,19 +149,19 @@ class TransitionsTuned(TransitionsText):
     _config: TransitionsTunedConfig
 
     def fit(self, data: SplitDataset) -> None:
-        """Count the steps, tune the encoder, and find each item's neighbours by its vectors.
+        """Count the transitions, fine-tune the encoder, and find each item's neighbours by its vectors.
 
         Raises:
-            RecipeError: If the encoder is no pretrained one.
+            RecipeError: If the encoder is not a pretrained one.
             DataError: If no item has a text.
-            ModelError: If there is no such encoder, or it has fewer blocks.
+            ModelError: If the encoder is missing or has fewer blocks.
             MissingExtra: If torch or transformers is not installed.
         """
         steps = counted(data)
         self._put(steps, self._tuned(data, steps).every().numpy())
 
     def tuned(self, data: SplitDataset) -> TunedEncoder:
-        """Return the encoder as the best epoch left it; errors as `fit` raises them."""
+        """Return the encoder of the best epoch; raises the errors of `fit`."""
         return self._tuned(data, counted(data))
 
     def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
@@ -196,7 +195,7 @@ class TransitionsTuned(TransitionsText):
         return {"vectors": self._fitted.vectors}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         self._put(counted(data), state["vectors"])
         self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
 
@@ -205,7 +204,7 @@ class TransitionsTuned(TransitionsText):
 
 
 class _Epoch:
-    """Passes over a number of drawn pairs."""
+    """Trains on a number of sampled pairs."""
 
     def __init__(
         self, encoder: TunedEncoder, pairs: Pairs, config: TransitionsTunedConfig, rng: np.random.Generator
@@ -217,7 +216,7 @@ class _Epoch:
         self._done = 0
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> float:
-        """Take the steps of one epoch, and return the mean loss in nats."""
+        """Train for one epoch, and return the mean loss in nats."""
         config, total = self._config, 0.0
         for _ in range(config.steps):
             rate = min(1.0, (self._done + 1) / _WARM) * (1 - self._done / (config.epochs * config.steps))
@@ -242,7 +241,7 @@ class _Epoch:
 
 
 def _read(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
-    """Return the vectors of texts, read in groups of like length, with gradients, shape (n, d)."""
+    """Return the vectors of texts, encoded in groups of similar length, with gradients, shape (n, d)."""
     torch = require("torch", "train")
     groups = batches_of([encoder.length(int(row)) for row in rows])
     order = torch.tensor([place for group in groups for place in group])

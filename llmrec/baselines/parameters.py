@@ -1,4 +1,4 @@
-"""A baseline from its name and its parameters, as recipes and suites write them."""
+"""Creates baselines from the names and parameters in recipes and suites."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Hashes = dict[str, str | dict[str, str]]
 
 
 def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
-    """Check a baseline's parameters.
+    """Return the checked config of a baseline.
 
     Args:
-        name: Of the baseline.
-        parameters: By name; those left out have their defaults.
+        name: The name of the baseline.
+        parameters: Parameters by name; missing ones have their defaults.
         where: The key that holds them, for the message.
 
     Raises:
-        RecipeError: If there is no such baseline or parameter, or a value is out of bounds.
+        RecipeError: If the baseline or a parameter is unknown, or a value is out of bounds.
     """
     made: type[Section] = lookup(BASELINES, name, f"baseline of {where}", key=where).Config
     known = list(made.model_fields)
@@ -54,24 +54,24 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
 
 
 def stops_early(name: str) -> bool:
-    """Whether a baseline looks at validation figures to know when to stop."""
+    """Whether a baseline uses validation results for early stopping."""
     return "patience" in lookup(BASELINES, name, "baseline").Config.model_fields
 
 
 def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Return the stores of features that a baseline reads, with hashes over what is in them.
+    """Return the feature stores that a baseline reads, with hashes of their contents.
 
     Raises:
-        DataError: If one of them is no store.
+        DataError: If one of them is not a store.
     """
     folders = getattr(config_of(name, parameters, "parameters"), "folders", ())
     return {folder: FeatureStore.open(folder).stamp for folder in folders}
 
 
 def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
-    """Return hashes over what a baseline reads besides the data, by what it is: its parameters hold names and paths.
+    """Return hashes by kind of everything that a baseline reads besides the data: its parameters hold names and paths.
 
-    What is not there, or cannot be used, is left out: ``fit`` refuses it in its own words.
+    Missing or unusable sources are left out: ``fit`` raises an error for them.
 
     Raises:
         RecipeError: As `config_of`.
@@ -79,7 +79,7 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
     """
     config, stores = config_of(name, parameters, "parameters"), stores_of(name, parameters)
     result: dict[str, str | dict[str, str] | None] = {"stores": stores}
-    # What a parameter of a plug-in means is its own; its code has a stamp.
+    # The parameters of a plug-in have no known meaning; the code of a plug-in has a stamp.
     if type(config).__module__.startswith("llmrec."):
         held = config.model_dump(mode="json")
         start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
@@ -92,7 +92,7 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
 
 
 def weights_of(name: str | None) -> str | None:
-    """Return a hash over a language model or text encoder; None for what is no folder of weights."""
+    """Return a hash of a language model or text encoder; None if there is no folder of weights."""
     if not name or name in (LSA, CHANCE) or name.startswith(STORE):
         return None
     try:
@@ -102,7 +102,7 @@ def weights_of(name: str | None) -> str | None:
 
 
 def make(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:
-    """Return a baseline with these parameters, not yet fitted.
+    """Return an unfitted baseline with these parameters.
 
     Raises:
         RecipeError: As `config_of`.

@@ -1,4 +1,4 @@
-"""Controls without a model of the user: chance, popularity, and recent popularity."""
+"""Non-personalised baselines: random order, popularity, and recent popularity."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Weights:
-    """One weight an item, the same for everybody."""
+    """One weight per item, the same for all users."""
 
     catalogue: Catalogue
     weights: NDArray[np.float64]
 
 
 class _SameForAll(ScoredBaseline[C, _Weights]):
-    """Scores every request by the weights of the items."""
+    """Scores the items of every request by the same weights."""
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weights for every request, shape (n, items)."""
@@ -52,21 +52,21 @@ class _SameForAll(ScoredBaseline[C, _Weights]):
 
 
 class Random(_SameForAll[NoParameters]):
-    """Ranks by chance: all items score alike, so that figures are the expectation over every order and no draw.
+    """Ranks at random: all items have the same score, so that metrics are expectations over all orders.
 
-    A list that has to be cut is drawn by a hash of the request's id.
+    A list that must be truncated is sampled by a hash of the request's id.
     """
 
     name = "random"
     Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
-        """Take down the catalogue; nothing is learned."""
+        """Store the catalogue; nothing is learned."""
         catalogue = Catalogue.of(data)
         self._model = _Weights(catalogue, np.zeros(len(catalogue.ids)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Give the candidates, or the catalogue less the history, one score; a catalogue is listed up to `TOP`."""
+        """Give the same score to the candidates, or to the catalogue without the history, truncated to `TOP`."""
         catalogue = self._fitted.catalogue
         return [self._one(request, catalogue) for request in requests]
 
@@ -104,11 +104,11 @@ class RecentPopularityConfig(Section):
 
 
 class RecentPopularity(_SameForAll[RecentPopularityConfig]):
-    """Ranks by training interactions that count less the older they are (Ji et al., SIGIR 2020, on time-aware counts).
+    """Ranks by training interactions with weights that decay with age (Ji et al., SIGIR 2020, on time-aware counts).
 
-    The age of an interaction is the share of all training interactions that are later than it, so that it needs no
-    unit of time; an interaction of age a counts ``2**(-a / half_life)``. Without timestamps nothing is known of the
-    order between users: an interaction is then as late as its place from the end of its user's sequence.
+    The age of an interaction is the share of later training interactions, and so has no unit of time; an interaction of
+    age a has the weight ``2**(-a / half_life)``. Without timestamps the order between users is unknown: the age is then
+    given by the position from the end of the user's sequence.
     """
 
     name = "recent-popularity"
@@ -124,21 +124,21 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         weights = 0.5 ** (_ages(log) / self._config.half_life)
-        # In a canonical order, so that the order of rows within one moment cannot move the last bits of a sum.
+        # In a canonical order, so that the order of rows with equal timestamps does not change the last bits of a sum.
         order = np.lexsort((weights, log.items))
         summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
-        # The oldest interactions may weigh less than a float can hold; a count keeps them above none.
+        # The weights of the oldest interactions may underflow; the count keeps such items above those without any.
         (weighed,) = filled(summed[None, :].astype(np.float64), counts(log, catalogue))
         self._model = _Weights(catalogue, weighed)
 
 
 def _ages(log: Log) -> NDArray[np.float64]:
-    """Return the share of interactions that are later than each one; those of one moment are of one age."""
+    """Return the share of interactions later than each one; equal timestamps have equal ages."""
     if np.isnan(log.times).all():
         ends = np.cumsum(np.bincount(log.users, minlength=log.user_count))
         lateness = (np.arange(len(log.users)) - ends[log.users] + 1).astype(np.float64)
     else:
-        # An interaction without a time among others that have one counts as old as the oldest.
+        # An interaction without a timestamp, among others with one, counts as the oldest.
         lateness = np.where(np.isnan(log.times), np.nanmin(log.times), log.times)
     ordered = np.sort(lateness)
     return (len(ordered) - np.searchsorted(ordered, lateness, side="right")) / len(ordered)

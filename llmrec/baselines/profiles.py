@@ -1,4 +1,4 @@
-"""Vectors of a feature store in networks: fields made by experts that a gate weighs (KAR), and a user's first step."""
+"""Feature-store vectors in networks: fields from gated experts (KAR), and user vectors as a first sequence step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 
-# Experts that all tables share, and what an expert is in between (Xi et al., RecSys 2024, section 3.3: 128).
+# Experts that all tables share, and the hidden size of an expert (Xi et al., RecSys 2024, section 3.3: 128).
 SHARED, _BETWEEN = 2, 128
 
 
@@ -41,14 +41,14 @@ class Entities(Protocol):
 
 @dataclass(frozen=True)
 class Table:
-    """One kind of features of one store, whitened by the entities of training.
+    """The features of one kind in one store, whitened on the training entities.
 
     Attributes:
-        store: Open.
+        store: The open store.
         kind: Users or items.
-        centre: Of the vectors, shape (d,).
-        whitening: Shape (d, k).
-        shuffled: A control: every known entity has the vector of another one, by its id.
+        centre: The mean of the vectors, shape (d,).
+        whitening: The whitening map, shape (d, k).
+        shuffled: A control: every known entity has the vector of another one, chosen by id.
     """
 
     store: FeatureStore
@@ -59,7 +59,7 @@ class Table:
 
     @staticmethod
     def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
-        """Whiten by some names: directions in which all vectors agree say nothing, and would fill the gate."""
+        """Fit the whitening on some names; directions without variance would saturate the gate."""
         turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
@@ -72,11 +72,11 @@ class Table:
         return int(self.whitening.shape[1])
 
     def vectors(self, names: Sequence[str]) -> NDArray[np.float32]:
-        """Return whitened vectors of length 1, shape (n, k); of unknown names zeros."""
+        """Return whitened vectors of length 1, shape (n, k); zeros for unknown names."""
         asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
         vectors, known = self.store.get(self.kind, asked)
         result = (vectors - self.centre) @ self.whitening
-        # The mean of all is the centre: what is left of it is rounding, and no direction.
+        # The mean of all vectors is the centre: the remainder is a rounding error without a direction.
         result[~known] = 0
         lengths = np.linalg.norm(result, axis=1, keepdims=True)
         long = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 0)
@@ -85,28 +85,28 @@ class Table:
 
 @dataclass(frozen=True)
 class Columns:
-    """Vectors of a table for some rows: of each entity once, and which entity a row has.
+    """The vectors of a table for some rows: each entity once, with the entity index of every row.
 
     Attributes:
-        vectors: Shape (entities, k).
-        places: Shape (n,).
+        vectors: The vectors, shape (entities, k).
+        places: Entity index of each row, shape (n,).
     """
 
     vectors: NDArray[np.float32]
     places: NDArray[np.int64]
 
     def of(self, rows: NDArray[np.int64]) -> Columns:
-        """Return those of some rows."""
+        """Return the vectors for some rows."""
         return Columns(self.vectors, self.places[rows])
 
 
 @dataclass(frozen=True)
 class Adaptor:
-    """The tables of a host.
+    """The feature tables of a host network.
 
     Attributes:
         tables: In the order of the stores, users before items.
-        seen: Pairs that their texts have seen.
+        seen: User-item pairs on which the texts are based.
     """
 
     tables: tuple[Table, ...]
@@ -122,11 +122,11 @@ class Adaptor:
         shuffle: bool,
         data: SplitDataset,
     ) -> Adaptor:
-        """Open stores for training rows.
+        """Open feature stores for training rows.
 
         Raises:
-            DataError: If there is no such store, it has nothing of these kinds, or its texts were written from other
-                training interactions than those of ``data``.
+            DataError: If a store is missing, has no features of these kinds, or its texts were written from training
+                interactions other than those of ``data``.
         """
         tables, seen = [], set[Pair]()
         for folder in folders:
@@ -144,7 +144,7 @@ class Adaptor:
 
     @property
     def width(self) -> int:
-        """Length of what experts read; shorter vectors are padded with 0."""
+        """The input size of experts; shorter vectors are padded with 0."""
         return max((table.width for table in self.tables), default=0)
 
     def columns(self, rows: Entities) -> list[Columns]:
@@ -161,7 +161,7 @@ class Adaptor:
         return results
 
     def build(self, dim: int, experts: int) -> Any:
-        """Return the network: experts that all tables share, and for each table its own and a gate over both."""
+        """Return the network: shared experts, and for each table its own experts and a gate over both."""
         nn = require("torch", "baselines").nn
 
         def expert() -> Any:
@@ -177,12 +177,12 @@ class Adaptor:
 
 
 def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
-    """Return what experts make of vectors, weighed by the gate: KAR's equation 8.
+    """Return the gated sum of expert outputs: KAR's equation 8.
 
     Args:
-        network: As `Adaptor.build` makes it.
-        table: Which one.
-        vectors: Shape (b, width).
+        network: The result of `Adaptor.build`.
+        table: The index of the table.
+        vectors: Input vectors, shape (b, width).
 
     Returns:
         Shape (b, dim).
@@ -195,13 +195,13 @@ def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
 
 @dataclass(frozen=True)
 class Profiles:
-    """Whitened vectors of users. A user has a number behind those of all items, and so can stand among them.
+    """Whitened vectors of users. User indices follow those of all items, so that a user can be part of a sequence.
 
     Attributes:
-        adaptor: With the one table.
+        adaptor: An adaptor with a single table.
         places: Row of each user of the store.
-        vectors: Shape (users + 1, width); the last row is that of unknown users, zeros.
-        experts: Of the adaptor, beside those that are shared.
+        vectors: Shape (users + 1, width); the last row, zeros, belongs to unknown users.
+        experts: Number of experts of the adaptor besides the shared ones.
     """
 
     adaptor: Adaptor
@@ -211,11 +211,11 @@ class Profiles:
 
     @staticmethod
     def of(folder: str, data: SplitDataset, exponent: float, *, shuffle: bool, experts: int) -> Profiles:
-        """Open a store and whiten by the users of training.
+        """Open a store and fit the whitening on the training users.
 
         Raises:
-            DataError: If there is no such store, it has nothing on users, it was made from another split, or it has
-                seen what is learned from or held out.
+            DataError: If the store is missing, has no user features, was written from another split, or is based on
+                training targets or held-out interactions.
             MissingExtra: If torch is not installed.
         """
         store = FeatureStore.open(folder, split=data.readable)
@@ -233,26 +233,26 @@ class Profiles:
         )
 
     def build(self, dim: int) -> Any:
-        """Return the network that makes a step of length ``dim`` of a vector."""
+        """Return the network that maps a vector to a sequence step of length ``dim``."""
         network = self.adaptor.build(dim, self.experts)
-        # It goes where the network goes, and is kept with no fit: the store has it.
+        # It moves with the network to a device, but is not stored with a fit: the store contains it.
         network.register_buffer("vectors", self.vectors, persistent=False)
         return network
 
     def numbers(self, users: Sequence[str], items: int) -> NDArray[np.int64]:
-        """Return the numbers of users behind so many items, shape (n,)."""
+        """Return the indices of users, which follow the given number of items, shape (n,)."""
         unknown = len(self.vectors) - 1
         return np.array([items + self.places.get(user, unknown) for user in users], dtype=np.int64)
 
     def before(
         self, histories: Sequence[NDArray[np.int64]], users: Sequence[str], items: int
     ) -> list[NDArray[np.int64]]:
-        """Return histories with the number of the user before each."""
+        """Return histories with the user's index before each."""
         numbers = self.numbers(users, items)
         return [np.concatenate([numbers[row : row + 1], history]) for row, history in enumerate(histories)]
 
     def embedded(self, network: torch.nn.Module, items: Any) -> Any:
-        """Return one vector a step, of the user and of the items behind, shape (b, t, dim)."""
+        """Return one vector per step, of the user and of the items after it, shape (b, t, dim)."""
         torch, table = require("torch", "baselines"), network["table"]
         adaptor = network["profiles"]
         own = adaptor.vectors[items[:, 0] - table.num_embeddings]

@@ -1,4 +1,4 @@
-"""What the rating baselines share: numbered ratings, ridge biases, and the way predictions become answers."""
+"""What the rating baselines share: ratings as indices, ridge biases, and the conversion of predictions to answers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 RECENCIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 """Weights of the latest ratings that tuning tries."""
 
-# A fading mean is drawn towards 0 as if by this many events more.
+# A decayed mean is shrunk towards 0 as if by this many additional events.
 _PRIOR = 2.0
 
 
 class RecencyConfig(Section):
-    """How far the latest ratings of a history move a prediction."""
+    """The parameters of how the latest ratings of a history change a prediction."""
 
     recency: float = Field(
         0.6, ge=0, description="weight of the fading mean of what the model misses in the history's ratings; 0: none"
@@ -41,9 +41,9 @@ class RecencyConfig(Section):
 
 @dataclass(frozen=True)
 class Ratings:
-    """Training ratings as numbers, with their mean and the scale they are clipped to.
+    """Training ratings with user and item indices, their mean, and the scale for clipping.
 
-    ``order`` says which comes first: it rises along the sequence of each user.
+    ``order`` ascends along the sequence of each user.
     """
 
     users: NDArray[np.int64]
@@ -57,7 +57,7 @@ class Ratings:
 
 
 def ratings(data: SplitDataset, name: str) -> Ratings:
-    """Number the training ratings, users and items in sorted order.
+    """Return the training ratings, with indices of users and items in sorted order.
 
     Raises:
         DataError: If the training interactions carry no ratings.
@@ -71,7 +71,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
             at=data.dataset.name,
             column="rating",
         )
-    # A canonical order of sums, so that the order of rows in the file cannot move the last bits.
+    # A canonical order of sums, so that the order of rows in the file does not change the last bits.
     rated = rated.sort("user_id", "item_id", "rating", "order")
     user_names, users = np.unique(np.array(rated["user_id"].to_list(), dtype=object), return_inverse=True)
     item_names, items = np.unique(np.array(rated["item_id"].to_list(), dtype=object), return_inverse=True)
@@ -91,7 +91,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
 def ridge_biases(
     known: Ratings, user_penalty: float, item_penalty: float, *, tolerance: float = 1e-10, rounds: int = 1000
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Alternate between user and item biases until no user's moves by more than ``tolerance``."""
+    """Alternate between user and item biases until no user bias changes by more than ``tolerance``."""
     residual = known.values - known.mean
     user_weight = np.bincount(known.users) + user_penalty
     item_weight = np.bincount(known.items) + item_penalty
@@ -127,16 +127,16 @@ def rate_lately(
     model: Callable[[Request], OfItems],
     config: RecencyConfig,
 ) -> list[Answer]:
-    """Answer with what a model predicts plus what it misses lately in the history of the same request.
+    """Answer with a model's predictions, corrected by its recent errors in the history of the same request.
 
-    A user's level drifts (Koren, CACM 2010, section 4, where ``b_user`` is a function of time). Here it moves by
+    A user's level drifts (Koren, CACM 2010, section 4, where ``b_user`` is a function of time). Here it changes by
     ``recency * sum_t decay**age(t) * e(t) / (sum_t decay**age(t) + 2)`` for the errors e of the model on the rated
     events t of the history, the latest one of age 0.
 
     Args:
-        requests: With their histories, which may be those of unknown users.
-        scale: Answers are clipped to it.
-        model: What predicts for the user of a request.
+        requests: Requests with histories, also of unknown users.
+        scale: The scale to which answers are clipped.
+        model: Predicts for the user of a request.
         config: Weight and decay.
     """
 
@@ -154,6 +154,6 @@ def rate_lately(
 
 
 def bias_of_history(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:
-    """Return the ridge bias of an unknown user from the ratings in the request's history, 0 without any."""
+    """Return the ridge bias of an unknown user from the ratings in the request's history; 0 if there are none."""
     left = [event.rating - mean - of_item(event.item_id) for event in request.history if event.rating is not None]
     return sum(left) / (len(left) + user_penalty)

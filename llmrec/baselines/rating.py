@@ -1,7 +1,7 @@
-"""Rating controls: means and biases of the training ratings.
+"""Rating baselines: means and biases of the training ratings.
 
-Every prediction is clipped to the rating scale. An unknown user is judged by the ratings in the request's history,
-if there are any: they are known at the time of the request, and nothing was learned from them.
+Every prediction is clipped to the rating scale. The level of an unknown user is computed from the ratings in the
+request's history, if there are any: they are known at request time and are not used for training.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Means(Baseline[NoParameters, _Levels]):
     Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
-        """Take the means.
+        """Compute the means.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -67,7 +67,7 @@ class GlobalMean(_Means):
 
 
 class UserMean(_Means):
-    """Predicts the mean of the user's ratings; for users without any the item's mean, then the global one."""
+    """Predicts the mean of the user's ratings; for a user without ratings the item's mean, or else the global one."""
 
     name = "user-mean"
 
@@ -85,7 +85,7 @@ class UserMean(_Means):
 
 
 class ItemMean(_Means):
-    """Predicts the mean of the item's ratings; for items without any the global one."""
+    """Predicts the mean of the item's ratings; for an item without ratings the global one."""
 
     name = "item-mean"
 
@@ -103,11 +103,11 @@ class UserItemBiasConfig(RecencyConfig):
 
 
 class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
-    """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3) and what that misses lately.
+    """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3), corrected by recent errors.
 
     The biases minimise the squared error on the training ratings plus ``user_penalty * sum(b_user**2)`` and
-    ``item_penalty * sum(b_item**2)``. Solving for one side with the other one fixed is closed, and alternating goes
-    to the only minimum. What is added for the latest ratings of the history is that of `rated.rate_lately`.
+    ``item_penalty * sum(b_item**2)``. Each side has a closed-form solution with the other one fixed, and alternating
+    converges to the only minimum. `rated.rate_lately` computes the correction from the latest ratings of the history.
     """
 
     name = "user-item-bias"

@@ -1,4 +1,4 @@
-"""Candidates that a classic recommender retrieves, for two-step ranking: retrieve, then rank (PALR, 2305.07622)."""
+"""Candidates from a conventional recommender for two-stage ranking: retrieve, then rerank (PALR, arXiv 2305.07622)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from llmrec.types import CatalogueScorer, Request, SplitName
 
 log = logging.getLogger(__name__)
 
-# Requests that are scored at a time: a block of dense scores.
+# Requests per block of dense scores.
 _BLOCK = 256
-# Parts of the users: what is listed for one comes from a retriever that has learned from the others.
+# Folds of users: the lists of a fold come from a retriever that was fitted on the other folds.
 _FOLDS = 5
-# Training events of a user that are looked for.
+# The maximum number of training events per user for which candidates are retrieved.
 _EVENTS = 20
 
 HARD = 20
@@ -39,34 +39,34 @@ FUSED = "fusion"
 
 
 class Finder(Protocol):
-    """What finds candidates, as it is fitted to data."""
+    """A retriever of candidates that can be fitted to data."""
 
     @property
     def name(self) -> str:
-        """As recipes write it."""
+        """The name in recipes."""
         ...
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return what is asked about held-out interactions, and the users it is asked about; None: all."""
+        """Return the retriever for held-out interactions, and the users it can serve; None: all."""
         ...
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
-        """Return what has learned from training interactions alone, and from none of the users of a part.
+        """Return the retriever fitted to the training interactions of all users outside a fold.
 
         Raises:
-            RecipeError: If it cannot be fitted without what is held out.
+            RecipeError: If it cannot be fitted without held-out interactions.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Single:
-    """One recommender.
+    """A retriever with a single recommender.
 
     Attributes:
-        name: Of a baseline that ranks.
+        name: The name of a baseline that ranks.
         seed: The run's seed.
-        key: What names it in the recipe.
+        key: The recipe key that names it.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Single:
         return [(fitted(self.name, {}, data, seed=self.seed), None)]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
-        """Return the recommender, fitted to the interactions of the other parts; see `Finder`."""
+        """Return the recommender, fitted to the interactions of the other folds; see `Finder`."""
         if stops_early(self.name):
             raise RecipeError(
                 f"{self.key}: {self.name} chooses its epoch on the validation split, and the lists of "
@@ -97,7 +97,7 @@ def finder_of(section: CandidateSection, seed: int) -> Single:
     """Return the single recommender that a section names.
 
     Raises:
-        RecipeError: If it is no baseline that ranks.
+        RecipeError: If it is not a baseline that ranks.
     """
     name = str(section.retriever)
     check_retriever(name, "eval.candidates.retriever", FUSED)
@@ -113,11 +113,11 @@ def retrieve(
     finder: Finder | None = None,
     users: frozenset[str] | None = None,
 ) -> CandidateSets:
-    """Return the best items of a retriever for held-out interactions, in an order that tells nothing.
+    """Return the best items of a retriever for held-out interactions, in an uninformative order.
 
-    The retriever sees the history of the request; seen items are left out. Whether the held-out item is among
-    its best is its own doing: where it is not, every ranking misses it. The order is shuffled by a hash of the request,
-    so that no ranker can copy the retriever.
+    The retriever sees the history of the request; seen items are left out. The held-out item is not added: if the
+    retriever misses it, every ranking misses it. The order is shuffled by a hash of the request, so that a ranker
+    cannot copy the retriever.
 
     Args:
         data: The split data.
@@ -125,11 +125,11 @@ def retrieve(
         section: ``retriever`` and ``count``.
         seed: The run's seed.
         finder: The retriever; None: the baseline that the section names.
-        users: Whose interactions; None: those of all.
+        users: The users whose interactions are used; None: all.
 
     Raises:
-        RecipeError: If the retriever is no baseline that ranks.
-        DataError: If a history leaves fewer items than are asked for.
+        RecipeError: If the retriever is not a baseline that ranks.
+        DataError: If a history leaves fewer items than ``count``.
     """
     finder = finder or finder_of(section, seed)
     held = data.holdouts(split).of(users)
@@ -160,22 +160,22 @@ def retrieve(
 
 @dataclass(frozen=True)
 class Lists:
-    """What a retriever finds for training events, so that a ranker can learn to order it.
+    """Retrieved candidate lists for training events, on which a ranker is trained.
 
-    A retriever that had learned from the event itself would have it first nearly always. So users fall into five parts
-    by a hash, and those of one part are asked of a retriever that has learned from the training interactions of the
-    others; it sees the events before. Events that it does not find have no list, as in LlamaRec (arXiv 2311.02089,
-    section 3.2). At most 20 events of a user are looked for. Nothing of it depends on what is held out, and so a
-    retriever that chooses its epoch on validation is refused.
+    A retriever that was fitted on the event itself would nearly always rank it first. So users are divided into five
+    folds by a hash, and the lists of a fold come from a retriever that was fitted on the training interactions of the
+    other folds; it sees the previous events. Events that it does not find have no list, as in LlamaRec (arXiv
+    2311.02089, section 3.2). At most 20 events of a user are used. Nothing depends on held-out interactions, so a
+    retriever that chooses its epoch on validation is rejected.
 
     Attributes:
         data: The split data.
         section: ``retriever`` and ``count``.
-        seed: Of the retriever and of what is drawn.
+        seed: The seed of the retriever and of sampling.
         finder: The retriever; None: the baseline that the section names.
-        others: List what the user has had nothing of in training, for every event that is looked for: items that the
-            event is preferred to. Else a list holds the event's item, or there is none.
-        least: Items that make a list, where fewer than ``count`` are left to a user; None: ``count``.
+        others: If true, every event has a list, of items that the user never had in training, to which the event is
+            preferred. Otherwise a list contains the event's item, or the event has no list.
+        least: The minimum length of a list if a user has fewer than ``count`` items left; None: ``count``.
     """
 
     data: SplitDataset
@@ -186,11 +186,11 @@ class Lists:
     least: int | None = None
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return places among a user's training events, and lists that hold the item of that event."""
+        """Return positions among a user's training events, and lists that contain the item of that event."""
         return self._made.get(user, ())
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the candidates of validation requests by id, where they hold the target."""
+        """Return the candidates of validation requests by id, for those that contain the target."""
         return self._held
 
     @cached_property
@@ -239,12 +239,12 @@ def check_retriever(name: str, where: str, *others: str) -> None:
     """Check that a baseline ranks.
 
     Args:
-        name: Of the baseline.
+        name: The name of the baseline.
         where: The key or option that names it.
-        others: What else can be named there.
+        others: Other names that are valid there.
 
     Raises:
-        RecipeError: If it does not; the message lists those that do.
+        RecipeError: If it does not; the message lists the baselines that do.
     """
     ranking = answering(BASELINES, "sequential")
     known = (*ranking, *others)
@@ -258,16 +258,16 @@ def check_retriever(name: str, where: str, *others: str) -> None:
 
 
 def _scores(name: str) -> bool:
-    """Whether a name is that of a plug-in that scores the whole catalogue."""
+    """Whether a name belongs to a plug-in that scores the whole catalogue."""
     made = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
     return all(hasattr(made, verb) for verb in ("scores", "items"))
 
 
 def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
-    """Return the best items for each request, those of its history left out; fewer where the history leaves fewer.
+    """Return the best items outside the history for each request; fewer if the history leaves fewer.
 
-    Equal scores stand in an order that is drawn by a hash of the request's id, so that a retriever gives the same set
-    everywhere and does not favour items by their ids.
+    Ties are ordered by a hash of the request's id, so that a retriever returns the same set everywhere and does not
+    favour items by their ids.
     """
     scores = np.array(model.scores(requests), dtype=np.float64)
     column = {item: place for place, item in enumerate(model.items)}
@@ -281,17 +281,17 @@ def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> lis
 
 
 def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
-    """Return retrieved items in an order by a hash of the request's id, which tells nothing of the retriever's."""
+    """Return retrieved items ordered by a hash of the request's id, independent of the retriever's order."""
     results = sorted(items)
     keyed("retrieved candidates", seed, request).shuffle(results)
     return tuple(results)
 
 
 def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:
-    """Return the share of targets that stand among their candidates: no ranking of these can have a higher HR.
+    """Return the share of targets among their candidates, an upper bound of the HR of any ranking of them.
 
     Args:
         sets: Retrieved candidates.
-        targets: Target by request: of those that a figure is over, since a part of them has a ceiling of its own.
+        targets: Target by request; only the requests of the metric, since a subset has a different upper bound.
     """
     return sum(item in sets.sets[name] for name, item in targets.items()) / max(1, len(targets))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AttentionConfig(SequenceConfig):
-    """The shape of a network of blocks of attention."""
+    """The dimensions of a network of attention blocks."""
 
     dim: Width = Field(64, description="length of item vectors and hidden states; a multiple of heads")
     layers: Depth = Field(2, description="blocks of attention and feed-forward")
@@ -37,14 +37,14 @@ class SASRecConfig(AttentionConfig, ProfiledConfig):
 class SASRec(SequenceNetwork[SASRecConfig]):
     """Predicts each item of a sequence from those before it by causal self-attention (Kang and McAuley, ICDM 2018).
 
-    The loss is the cross-entropy over all items at every position instead of the paper's binary one against a single
-    drawn negative, which is what held published SASRec figures down (Klenitskiy and Vasilev, RecSys 2023; Petrov and
-    Macdonald, RecSys 2023). ``negatives`` estimates it from drawn items, for large catalogues. Blocks normalise
-    before attention and feed-forward; the item table is input and output; positions are learned and counted from the
-    start of what the network sees.
+    The loss is the cross-entropy over all items at every position instead of the paper's binary loss with a single
+    sampled negative, which lowered published SASRec results (Klenitskiy and Vasilev, RecSys 2023; Petrov and Macdonald,
+    RecSys 2023). ``negatives`` estimates it from sampled items, for large catalogues. Blocks normalise before attention
+    and feed-forward; the item table is input and output; position embeddings are learned and counted from the start of
+    the input.
 
     Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept:
-    the validation split chooses the epoch and nothing else. With ``patience=None`` it is not looked at.
+    the validation split chooses the epoch and nothing else. With ``patience=None`` it is not used.
     """
 
     name = "sasrec"
@@ -70,7 +70,7 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
 
 def blocks_of(dim: int, layers: int) -> Any:
-    """Return blocks of attention and feed-forward, as `attended` reads them."""
+    """Return attention and feed-forward blocks for `attended`."""
     nn = require("torch", "baselines").nn
     blocks = [
         {
@@ -87,7 +87,7 @@ def blocks_of(dim: int, layers: int) -> Any:
 
 
 def start_small(network: torch.nn.Module) -> Any:
-    """Draw all matrices of a network from a narrow normal distribution, set biases to 0, and return it."""
+    """Initialise all matrices of a network from a narrow normal distribution and biases with 0, and return it."""
     init = require("torch", "baselines").nn.init
     for name, parameter in network.named_parameters():
         if parameter.dim() > 1:
@@ -98,15 +98,15 @@ def start_small(network: torch.nn.Module) -> Any:
 
 
 def attended(network: torch.nn.Module, items: Any, heads: int, dropout: float) -> Any:
-    """Return one vector a position, each from its own and earlier positions only, shape (b, t, dim).
+    """Return one vector per position, computed from this and earlier positions, shape (b, t, dim).
 
-    Padding stands on the right, and no position sees what follows it: it needs no mask.
+    Padding is on the right and attention is causal, so that padding needs no mask.
 
     Args:
         network: With ``places``, ``blocks`` and ``last_norm``.
         items: Vectors of items, shape (b, t, dim).
-        heads: Attention heads.
-        dropout: Share of values left out in training.
+        heads: Number of attention heads.
+        dropout: Dropout rate in training.
     """
     functional = require("torch", "baselines").nn.functional
     rows, length, dim = items.shape

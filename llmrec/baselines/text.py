@@ -1,4 +1,4 @@
-"""Text controls: what can be had without a language model, by TF-IDF vectors of texts or by copying."""
+"""Text baselines without a language model: TF-IDF vectors of texts, or copying."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _WORD = re.compile(r"\w+")
-# A sentence ends with a mark that white space follows, or with the text.
+# A sentence ends with a mark followed by white space, or at the end of the text.
 _SENTENCE = re.compile(r"\s*(\S.*?(?:[.!?]+[\"')\]]*(?=\s)|$))", re.DOTALL)
 
 
@@ -34,9 +34,9 @@ class TfIdf:
     """A vocabulary with weights ``ln((1 + n) / (1 + df)) + 1`` over n texts (Salton and Buckley, 1988, smoothed).
 
     Attributes:
-        index: Column of each word or sequence of words, in sorted order.
+        index: Column of each word or n-gram, in sorted order.
         weights: Inverse document frequency of each, shape (words,).
-        longest: Words of the longest sequence; 1: single words.
+        longest: Maximum length of n-grams in words; 1: single words.
     """
 
     index: Mapping[str, int]
@@ -48,9 +48,9 @@ class TfIdf:
         """Learn the vocabulary and its weights.
 
         Args:
-            texts: To learn from.
-            longest: Words of the longest sequence.
-            least: In how many texts a word or sequence must stand.
+            texts: The texts.
+            longest: Maximum length of n-grams in words.
+            least: The minimum number of texts that contain a word or n-gram.
         """
         frequency = Counter(word for text in texts for word in set(_grams(text, longest)))
         words = sorted(word for word, count in frequency.items() if count >= least)
@@ -62,7 +62,7 @@ class TfIdf:
         )
 
     def vectors(self, texts: Sequence[str]) -> Any:
-        """Return one row of length 1 a text, sparse, shape (n, words); 0 for a text without a known word."""
+        """Return one row of length 1 per text, sparse, shape (n, words); 0 for a text without a known word."""
         places = [[self.index[word] for word in _grams(text, self.longest) if word in self.index] for text in texts]
         rows = np.repeat(np.arange(len(texts)), [len(row) for row in places])
         columns = np.array([place for row in places for place in row], dtype=np.int64)
@@ -73,7 +73,7 @@ class TfIdf:
 
 
 def _grams(text: str, longest: int) -> list[str]:
-    """Return the words of a text, and its sequences of up to ``longest`` words."""
+    """Return the words of a text, and its n-grams of up to ``longest`` words."""
     words = _WORD.findall(text.lower())
     return [
         " ".join(words[start : start + size])
@@ -84,7 +84,7 @@ def _grams(text: str, longest: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Training texts in a canonical order, with who wrote them about what."""
+    """Training texts in a canonical order, with their users and items."""
 
     users: tuple[str, ...]
     items: tuple[str, ...]
@@ -93,7 +93,7 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Library:
-    """Training texts, their vectors, where each item's and each user's stand, and the titles."""
+    """Training texts, their vectors, their indices by item and by user, and the titles."""
 
     known: _Texts
     model: TfIdf
@@ -105,9 +105,9 @@ class _Library:
 
 
 class FrequentText(Baseline[NoParameters, str]):
-    """Writes the most frequent training text for everyone.
+    """Writes the most frequent training text for every request.
 
-    Of equally frequent ones it takes the most typical: the one nearest to the sum of all training vectors.
+    Of equally frequent texts it takes the most typical: the one nearest to the sum of all training vectors.
     """
 
     name = "frequent-text"
@@ -128,11 +128,11 @@ class FrequentText(Baseline[NoParameters, str]):
 
 
 class NearestText(Baseline[NoParameters, _Library]):
-    """Writes a training text that was written about the same item, the one most like what the request says.
+    """Writes the training text about the same item that is most similar to the request.
 
-    The request says: the item's title, the texts in the user's history and the request's context. Where nobody wrote
-    about the item, the user's own text about the item with the most similar title is taken; for a user without
-    texts, the most frequent training text.
+    The request text is: the item's title, the texts in the user's history and the request's context. If there is no
+    text about the item, the user's text about the item with the most similar title is taken; for a user without texts,
+    the most frequent training text.
     """
 
     name = "nearest-text"
@@ -166,9 +166,9 @@ class NearestText(Baseline[NoParameters, _Library]):
 
 
 class FirstSentence(Baseline[NoParameters, str]):
-    """Writes the first sentence of the review that the request shows; the most frequent training text without one.
+    """Writes the first sentence of the request's review; the most frequent training text without one.
 
-    The lead of a text is the usual control of summaries (Nenkova, AAAI 2005).
+    The first sentence of a text is the usual baseline for summaries (Nenkova, AAAI 2005).
     """
 
     name = "first-sentence"
@@ -190,7 +190,7 @@ class FirstSentence(Baseline[NoParameters, str]):
 
 
 def first_sentence(text: str) -> str:
-    """Return what comes before the first full stop, question or exclamation mark, with it; all of it without one."""
+    """Return the text up to and including the first full stop, question or exclamation mark; all text without one."""
     result = _SENTENCE.match(text)
     return result.group(1).strip() if result else ""
 
@@ -208,7 +208,7 @@ class TextRidgeConfig(Section):
 
 @dataclass(frozen=True)
 class _Read:
-    """A vocabulary, the weights of its words, what a review of average words has, and the scale."""
+    """A vocabulary, the weights of its words, the prediction for the average vector, and the scale."""
 
     model: TfIdf
     weights: NDArray[np.float64]
@@ -218,11 +218,11 @@ class _Read:
 
 
 class TextRidge(Baseline[TextRidgeConfig, _Read]):
-    """Reads a rating off a review by ridge regression on the TF-IDF vector of its words and sequences of words.
+    """Predicts a rating from a review by ridge regression on the TF-IDF vector of its words and n-grams.
 
     ``rating = mean + w . (x - average x)`` with ``w`` the minimum of the squared error over the training reviews plus
-    ``penalty * |w|**2`` (Hoerl and Kennard, 1970; of words for ratings: Pang and Lee, ACL 2005). The request shows the
-    review; one without a review, or without a known word, gets the mean. Neither user nor item is looked at.
+    ``penalty * |w|**2`` (Hoerl and Kennard, 1970; of words for ratings: Pang and Lee, ACL 2005). The request contains
+    the review; one without a review, or without a known word, gets the mean. User and item are ignored.
     """
 
     name = "text-ridge"
@@ -235,10 +235,10 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
     }
 
     def fit(self, data: SplitDataset) -> None:
-        """Solve for the weights of words.
+        """Solve for the word weights.
 
         Raises:
-            DataError: If the training interactions carry no ratings, or the data has no reviews of them.
+            DataError: If the training interactions carry no ratings, or the data has no reviews for them.
         """
         known, config, reviews = ratings(data, self.name), self._config, data.dataset.reviews
         users, items = list(known.user_index), list(known.item_index)
@@ -254,8 +254,8 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         model = TfIdf.of(texts, longest=config.words, least=config.least)
         vectors, mean = model.vectors(texts), float(values.mean())
         centre = np.asarray(vectors.mean(axis=0)).ravel()
-        # Centred without being dense: least squares on vectors less their mean, row by row.
-        # Takes a tenth of a second to import, and most commands fit nothing.
+        # Least squares on centred vectors, without making them dense.
+        # The import takes a tenth of a second, and most commands fit nothing.
         from scipy.sparse.linalg import LinearOperator, lsqr
 
         centred = LinearOperator(
@@ -312,7 +312,7 @@ def _most_frequent(texts: Sequence[str], vectors: Any) -> str:
     most = max(counts.values())
     tied = np.array([place for place, text in enumerate(texts) if counts[text] == most])
     centre = np.asarray(vectors.sum(axis=0)).ravel()
-    # Rounded, so that equally typical texts fall by their spelling and not by the last bits of a sum.
+    # Rounded, so that ties are broken by spelling and not by the last bits of a sum.
     typical = np.round(vectors[tied] @ centre, 9).tolist()
     ranked = [(-closeness, texts[place]) for closeness, place in zip(typical, tied.tolist(), strict=True)]
     text: str = min(ranked)[1]

@@ -1,4 +1,4 @@
-"""Steps between items, normalised and also read backwards, alone and with what resembles them in text."""
+"""The item-to-item transition models: normalised transitions in both directions, alone and with text similarity."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 100
 """In text, of an item."""
-# Steps are counted up to so many places apart.
+# The maximum distance of a transition.
 _FURTHEST = 20
-# Rows of a block of likenesses between all items.
+# Rows per block of similarities between all items.
 _BLOCK = 1024
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What was counted in training.
+    """The transition counts of training.
 
     Attributes:
-        catalogue: The numbering.
-        gaps: Steps of 1, 2, ... places, each sparse, shape (items, items).
+        catalogue: The item indices.
+        gaps: Transitions over distance 1, 2, ..., each sparse, shape (items, items).
         popular: Training interactions of each item, shape (items,).
-        near: Likeness in text to the nearest items, above 0, sparse, shape (items, items); None without text.
-        vectors: That it came from, of length 1, shape (items, d), where they were learned; else None.
-        kept: Matrices of the last parameters that were asked for.
+        near: Text similarity to the nearest items, above 0, sparse, shape (items, items); None without text.
+        vectors: Text vectors of ``near``, of length 1, shape (items, d), if they were learned; else None.
+        kept: Cached matrices of the last parameters.
     """
 
     catalogue: Catalogue
@@ -66,16 +66,17 @@ class TransitionsConfig(Section):
 
 
 class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
-    """Scores an item by the steps that lead to it from the latest items of the history, in either direction.
+    """Scores an item by its transitions from the latest items of the history, in either direction.
 
-    With ``F_d`` the number of times that an item followed another ``d`` places later in one training sequence, steps
-    are ``S = sum_d fade**(d - 1) F_d``, read both ways ``R = S + backward * S'``, and normalised ``A[i, j] = R[i, j] /
-    ((sum_k R[i, k] + smoothing)**leaving * (n_j + 1)**arriving)`` for n_j training interactions of item j. Then
-    ``score(j) = sum_i decay**age(i) * A[i, j]`` over the last ``history`` events i. It counts and trains nothing; on
-    sparse shop data it is the strongest row without text. Popularity orders what has no votes, and breaks ties.
+    With ``F_d`` the number of times that an item followed another at distance ``d`` in a training sequence, transitions
+    are ``S = sum_d fade**(d - 1) F_d``, in both directions ``R = S + backward * S'``, and normalised ``A[i, j] = R[i,
+    j] / ((sum_k R[i, k] + smoothing)**leaving * (n_j + 1)**arriving)`` for n_j training interactions of item j. Then
+    ``score(j) = sum_i decay**age(i) * A[i, j]`` over the last ``history`` events i. It only counts; on sparse shop data
+    it is the best model without text. Popularity orders items without votes, and breaks ties.
 
-    The parts are old: item-to-item counts with powers of both degrees (Deshpande and Karypis, TOIS 2004, section 4),
-    and rules over several places with fading (Ludewig and Jannach, UMUAI 2018, section 3.1.2).
+    It combines known methods: item-to-item counts with powers of both degrees (Deshpande and Karypis, TOIS 2004,
+    section 4), and sequential rules over several positions with decay (Ludewig and Jannach, UMUAI 2018, section
+    3.1.2).
     """
 
     name = "transitions"
@@ -94,7 +95,7 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
-        """Count the steps of every length."""
+        """Count the transitions over every distance."""
         self._model = counted(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -115,12 +116,12 @@ class TransitionsTextConfig(TransitionsConfig, TextsConfig):
 
 
 class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
-    """Adds to `Transitions` what resembles the items of the history, and what resembles the items that follow them.
+    """Adds to `Transitions` the text similarity to the items of the history and to the items that follow them.
 
-    With T the likenesses in text, ``max(cos, 0)**sharpness`` of the 100 nearest items, rows scaled to sum 1, an item
+    With T the text similarities, ``max(cos, 0)**sharpness`` of the 100 nearest items, rows scaled to sum 1, an item
     has ``score(j) = sum_i w_i (A + onward * A T)[i, j] + text * sum_i v_i T[i, j]``, where ``w_i = decay**age(i)`` over
-    the last ``history`` events and ``v_i = text_decay**age(i)`` over the last ``text_history``. Items that nobody has
-    chosen have a score too. The encoder is fixed: nothing is learned about texts from interactions.
+    the last ``history`` events and ``v_i = text_decay**age(i)`` over the last ``text_history``. Cold-start items
+    have a score too. The encoder is frozen: nothing is learned about texts from interactions.
     """
 
     name = "transitions-text"
@@ -138,35 +139,35 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - set(TextsConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
-        """Count the steps, and find each item's neighbours in text.
+        """Count the transitions, and find each item's nearest neighbours by text.
 
         Raises:
             DataError: If no item has a text.
-            ModelError: If there is no such encoder.
+            ModelError: If the encoder is missing.
         """
         steps = counted(data)
         vectors = text_vectors(data, steps.catalogue.ids, self._config)
         self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the votes and likenesses for every request and item, shape (n, items)."""
+        """Return the votes and similarities for every request and item, shape (n, items)."""
         model, config = self._fitted, self._config
         steps = _normalised(model, config)
         alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
         votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
-        # One product for what resembles the items stepped to and the latest ones, of the rows of these requests only:
-        # the whole product of both matrices would be large.
+        # One product for the similarity to the following items and to the latest ones, for the rows of these requests
+        # only: the whole product of both matrices would be large.
         resembling = (config.onward * votes + config.text * last) @ alike
         return filled(votes.toarray() + resembling.toarray(), model.popular)
 
 
 def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
-    """Return the cosines to the nearest other items where they are above 0, sparse, shape (items, items).
+    """Return the positive cosines to the nearest other items, sparse, shape (items, items).
 
     Args:
-        vectors: Of length 1, shape (items, d).
-        count: How many are kept of an item, and those that are as near as the last of them.
+        vectors: Item vectors of length 1, shape (items, d).
+        count: Number of neighbours per item, plus those that tie with the last.
     """
     items = len(vectors)
     count = min(count, items - 1)
@@ -181,7 +182,7 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
 
 
 def counted(data: SplitDataset) -> Steps:
-    """Count the steps of every length in training."""
+    """Return the transition counts of training over every distance."""
     catalogue = Catalogue.of(data)
     log, size = Log.of(data, catalogue), len(catalogue.ids)
     gaps = tuple(log.steps(gap, size) for gap in range(1, _FURTHEST + 1))
@@ -189,7 +190,7 @@ def counted(data: SplitDataset) -> Steps:
 
 
 def _normalised(model: Steps, config: TransitionsConfig) -> Any:
-    """Return the normalised steps both ways, sparse, shape (items, items)."""
+    """Return the normalised transitions in both directions, sparse, shape (items, items)."""
     shape = config.reach, config.fade, config.backward
 
     def summed() -> Any:
@@ -209,7 +210,7 @@ def _normalised(model: Steps, config: TransitionsConfig) -> Any:
 
 
 def _shares(near: Any, sharpness: float) -> Any:
-    """Return likenesses to a power, rows scaled to sum 1."""
+    """Return similarities to a power, with rows scaled to sum 1."""
     result = near.copy()
     result.data = result.data**sharpness
     total = np.asarray(result.sum(axis=1)).ravel()

@@ -1,4 +1,4 @@
-"""Chooses a baseline's parameters on the validation split, once for each table that the baseline stands in."""
+"""Chooses a baseline's parameters on the validation split, separately for each table that contains the baseline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- search
-# Searches the parameters of a baseline: every point of a small grid, one parameter after another in a large one.
+# The search over hyperparameter settings: all settings of a small grid, one parameter at a time in a large one.
 
 
 Point = dict[str, Any]
@@ -46,29 +46,29 @@ Judge = Callable[[Point], Mapping[str, float] | None]
 SMALL = 12
 """Grids of at most so many points are tried whole."""
 
-# Times that the search goes over all parameters, at most.
+# The maximum number of rounds over all parameters.
 _ROUNDS = 3
-# Values without improvement after which the search along a parameter stops.
+# The number of values without improvement after which the search along a parameter stops.
 _PATIENCE = 2
 
 
 def points(grid: Grid) -> list[Point]:
-    """Return every combination of a grid's values; one empty point for an empty grid."""
+    """Return all settings of a grid; one empty setting for an empty grid."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge) -> None:
-    """Have points judged until the best one for each table is found.
+    """Evaluate settings until the best one for each table is found.
 
-    A grid of at most `SMALL` points is tried whole. In a larger one each parameter is moved along its values while the
-    figure rises, the others held, until a round over all parameters changes nothing. Values that are no numbers have
-    no order, and all are tried.
+    All settings of a grid of at most `SMALL` settings are tried. In a larger grid, one parameter at a time is moved
+    along its values while the metric improves, with the others fixed, until a round over all parameters changes
+    nothing. All values that are not numbers are tried, since they have no order.
 
     Args:
         grid: Values by parameter; numbers ascending.
-        start: Where the search of a large grid begins; a value that the grid lacks is taken into it.
-        tables: What the points are judged by. Each has a search of its own, in this order.
-        judge: Called for a point as often as it is met.
+        start: The first setting of the search in a large grid; a value missing from the grid is added to it.
+        tables: The tables for which settings are evaluated. Each has a separate search, in this order.
+        judge: Evaluates a setting; called each time the search reaches it.
     """
     every = points(grid) if _size(grid) <= SMALL else []
     for point in every:
@@ -82,7 +82,7 @@ def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: 
 
 
 def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
-    """Return the values of a parameter with the one that a search begins at, numbers ascending."""
+    """Return the values of a parameter, including the start value of the search, numbers ascending."""
     if start in values:
         return tuple(values)
     result = (*values, start)
@@ -90,9 +90,9 @@ def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
 
 
 def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the parameters whose value stands at an end of the grid, where a better one may lie beyond.
+    """Return the parameters whose value is at an end of the grid, so that a better one may be outside.
 
-    An end beyond which the config allows no value, such as 1 of a count, is none.
+    An end beyond which the config allows no value, such as a count of 1, is excluded.
     """
     return tuple(
         name
@@ -154,7 +154,7 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
 
 
 def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
-    """Return the values on both sides of the current one, nearest first; all others where they have no order."""
+    """Return the values on both sides of the current one, nearest first; all other values if they have no order."""
     place = list(values).index(current)
     if not _ordered(values):
         return [[value for value in values if value != current]]
@@ -165,8 +165,8 @@ log = logging.getLogger(__name__)
 
 RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
-# Validation requests that points are ranked by, an unbiased sample of a larger split: a point takes so many scores, and
-# so many requests at most.
+# The size of the sample of validation requests on which settings are evaluated: the maximum number of scores and of
+# requests per setting.
 _SCORES, _CASES = 30_000_000, 10_000
 
 Parameters = Mapping[str, Any]
@@ -174,7 +174,7 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One point of a grid and its figures on the validation split, by table."""
+    """A hyperparameter setting and its validation results by table."""
 
     parameters: Parameters
     values: Mapping[str, float]
@@ -182,12 +182,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What tuning chose for a table.
+    """The setting that tuning chose for a table.
 
     Attributes:
-        parameters: The best point, by name of the baseline's parameters.
-        border: Those whose value stands at an end of the grid; see `llmrec.baselines.tune.borders`.
-        model: The best point as it was fitted, so that nobody need fit it again with this seed; None where nothing was.
+        parameters: The best setting, by parameter name.
+        border: The parameters whose value is at an end of the grid; see `llmrec.baselines.tune.borders`.
+        model: The fitted model of the best setting, for reuse with this seed; None if nothing was fitted.
     """
 
     parameters: Parameters
@@ -197,14 +197,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What tuning chose.
+    """The result of tuning.
 
     Attributes:
-        choices: By table.
-        trials: Every point, in the order that they were tried.
+        choices: The choices by table.
+        trials: All evaluated settings, in order.
         metric: ``NDCG@10`` over the whole catalogue, higher is better; for ratings ``RMSE`` and for yes/no answers
             ``LogLoss``, lower is better.
-        recalled: Seconds that fits took which were kept from before.
+        recalled: The original duration of restored fits in seconds.
     """
 
     choices: Mapping[str, Choice]
@@ -214,7 +214,7 @@ class Tuned:
 
     @property
     def parameters(self) -> Parameters:
-        """What was chosen for the first table."""
+        """The parameters chosen for the first table."""
         return next(iter(self.choices.values())).parameters
 
 
@@ -228,26 +228,25 @@ def tune(
     known: Sequence[Trial] = (),
     kept: Callable[[Sequence[Trial]], None] = lambda trials: None,
 ) -> Tuned:
-    """Fit a baseline at points of its grid and keep the best on the validation split.
+    """Fit a baseline with the settings of its grid and return the best on the validation split.
 
-    Training interactions are learned from and validation interactions measured; the test split is not looked at. Each
-    fitted point is judged for every table. Of equal points the first is kept. How a grid is searched says
-    `llmrec.baselines.tune.explore`; where the class limits its fits (``FITS``), the search ends with them.
+    Models are fitted on training interactions and evaluated on validation interactions; the test split is not used.
+    Each fitted setting is evaluated for every table. The first of equal settings is kept.
+    `llmrec.baselines.tune.explore` describes the search, which ends after ``FITS`` fits if the class sets a limit.
 
     Args:
-        name: Of the baseline.
+        name: The name of the baseline.
         data: The split.
-        seed: Of every fit.
-        tables: What to choose for. Of rankings, whether items of the history can be ranked: ``excluded``, ``included``
-            or both. A rating or a yes/no answer has one table, whatever its name.
-        grid: Values by parameter; None for the baseline's own ``GRID``. An empty one is the single point of its
-            defaults.
-        known: Points that an earlier call has tried with the same data and seed; they are not fitted again.
-        kept: Is given all points after each new one.
+        seed: The seed of every fit.
+        tables: The tables to choose for. For rankings, whether items of the history can be ranked: ``excluded``,
+            ``included`` or both. A rating or a yes/no answer has one table of any name.
+        grid: Values by parameter; None for the ``GRID`` of the baseline. An empty grid is the default setting alone.
+        known: Settings that an earlier call tried with the same data and seed; they are not fitted again.
+        kept: Called with all trials after each new one.
 
     Raises:
-        RecipeError: If there is no such baseline or parameter, or it writes texts, which have no such figure.
-        DataError: If the split holds nothing out for validation.
+        RecipeError: If the baseline or a parameter is unknown, or the baseline writes texts, which have no such metric.
+        DataError: If the split has no validation interactions.
     """
     made = lookup(BASELINES, name, "baseline")
     if _answers(name, Text):
@@ -273,7 +272,7 @@ def tune(
 
 @dataclass
 class _Search:
-    """Fits and judges points, each once, and holds on to the best ones as they were fitted."""
+    """Fits and evaluates each setting once, and keeps the fitted models of the best ones."""
 
     name: str
     data: SplitDataset
@@ -288,7 +287,7 @@ class _Search:
     _last: Any = None
 
     def judge(self, point: dict[str, Any]) -> Mapping[str, float] | None:
-        """Return the figures of a point, higher is better; None if it would be one fit too many."""
+        """Return the results of a setting, higher is better; None if the limit of fits is reached."""
         trial = next((trial for trial in self.trials if dict(trial.parameters) == point), None)
         if trial is None:
             if self.fits is not None and len(self._fits() | {self._fit_of(point)}) > self.fits:
@@ -297,11 +296,11 @@ class _Search:
         return {table: self._sign() * value for table, value in trial.values.items()}
 
     def best(self, table: str) -> Trial:
-        """Return the first of the best points for a table."""
+        """Return the first of the best settings for a table."""
         return max(self.trials, key=lambda trial: self._sign() * trial.values[table])
 
     def model(self, trial: Trial) -> Any:
-        """Return the model of one of the best points, None if it was fitted in an earlier call."""
+        """Return the fitted model of one of the best settings; None if it was fitted in an earlier call."""
         return next((model for other, model in self._models.values() if other is trial), None)
 
     def _try(self, point: dict[str, Any]) -> Trial:
@@ -330,14 +329,14 @@ class _Search:
 
 
 def _answers(name: str, kind: type[Answer]) -> bool:
-    """Whether a baseline answers a family with answers of a kind."""
+    """Whether a baseline answers a task family whose answers are of a given kind."""
     return any(answers(known, BASELINES, name, silent=False) for known in families().values() if known.answer is kind)
 
 
 def _measured(
     name: str, data: SplitDataset, tables: Sequence[str]
 ) -> tuple[str, Callable[[Any, Parameters], Mapping[str, float]]]:
-    """Return the metric that a baseline is chosen by, and how a fitted point is measured."""
+    """Return the metric for choosing settings of a baseline, and the function that evaluates a fitted model."""
     rates, judges = _answers(name, Rating), _answers(name, Probability)
     limit = min(_CASES, max(1, _SCORES // len(data.dataset.items)))
     cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)

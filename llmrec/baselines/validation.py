@@ -1,4 +1,4 @@
-"""How tuning and early stopping measure: on the validation split, without a look at the test split."""
+"""Evaluation for tuning and early stopping: on the validation split, without use of the test split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def drawn(data: SplitDataset) -> NDArray[np.uint64]:
-    """Return the numbers by which validation interactions are sampled, the smallest first, shape (n,)."""
+    """Return the random keys by which validation interactions are sampled, smallest first, shape (n,)."""
     if data.drawn is not None and len(data.drawn) == len(data.valid):
         return data.drawn
     return hash64("validation", data.seed, data.valid["user_id"], data.valid["item_id"])
@@ -32,12 +32,12 @@ def drawn(data: SplitDataset) -> NDArray[np.uint64]:
 def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
     """Return the validation interactions as requests for the whole catalogue, in a seeded order.
 
-    Histories are what was known before the validation events, so no target is in its own history unless the user had
-    the item before.
+    Histories end before the validation events, so a target is in its own history only if the user had the item
+    before.
 
     Args:
-        data: The split; its test interactions are not looked at.
-        limit: Keep the first ones only, an unbiased sample.
+        data: The split; its test interactions are not used.
+        limit: Return only this many, an unbiased sample.
     """
     users, items = data.valid["user_id"].to_list(), data.valid["item_id"].to_list()
     order = np.argsort(drawn(data), kind="stable")[:limit]
@@ -55,13 +55,13 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 
 
 def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
-    """Return the validation ratings as requests, in the order of the split; its test interactions are not looked at.
+    """Return the validation ratings as requests, in the order of the split; its test interactions are not used.
 
-    Where the data has a review of a rating, the request shows its text under ``review``.
+    If the data has a review of a rating, the request contains its text as ``review``.
 
     Args:
         data: The split.
-        limit: Keep a sample of so many, drawn as that of `ranking_cases`.
+        limit: Return a sample of this size, drawn as in `ranking_cases`.
     """
     reviews = data.dataset.reviews
     rated = data.valid.with_columns(drawn=drawn(data)).drop_nulls("rating")
@@ -86,12 +86,12 @@ def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 def mean_ndcgs(
     scorer: CatalogueScorer, cases: Sequence[Case], seen: Sequence[str] = ("excluded",), k: int = 10
 ) -> dict[str, float]:
-    """Return NDCG@k over the whole catalogue, ties in expectation, as the test measures it.
+    """Return the NDCG@k over the whole catalogue, in expectation over ties, as in the evaluation on the test split.
 
     Args:
         scorer: A fitted model that scores the catalogue.
-        cases: Requests with the item that was held out.
-        seen: Whether items of the history can be ranked: ``excluded``, ``included`` or both. The target always can.
+        cases: Requests with the held-out item.
+        seen: Whether items of the history are ranked: ``excluded``, ``included`` or both. The target always is.
         k: The cut-off.
 
     Returns:
@@ -113,8 +113,8 @@ def mean_log_loss(predictor: Predictor, cases: Sequence[Case], liked: float) -> 
 
     Args:
         predictor: A fitted baseline.
-        cases: As `rating_cases` makes them.
-        liked: Lowest rating that is a yes.
+        cases: The result of `rating_cases`.
+        liked: The lowest rating that counts as yes.
     """
     answers = predictor.answer([case.request for case in cases])
     guesses = [answer.value for answer in answers if isinstance(answer, Probability)]

@@ -1,7 +1,7 @@
-"""Yes/no controls: will the user like the item, judged by shares of likes that anybody could count.
+"""Yes/no baselines: predict whether the user will like the item from simple counts of likes.
 
-A rating of ``liked`` or more is a like. What is known of a user at request time is the history that the request
-carries, as for every other baseline; what is known of an item are its training ratings.
+A rating of ``liked`` or more is a like. The data on a user at request time is the history in the request, as for every
+other baseline; the data on an item is its training ratings.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class LikeRatioConfig(Section):
 
 
 class LikeRatio(Baseline[LikeRatioConfig, Counts]):
-    """Answers with the share of liked items in the request's history, and does not look at the item.
+    """Answers with the share of liked items in the request's history, regardless of the item.
 
     On the released prompts of TALLRec (Bao et al., RecSys 2023) this rule reaches the AUC that is reported for the
-    tuned model, so a yes/no figure says little without it. Inside one user it says the same of every item: its
-    within-user AUC is 0.5 where histories do not change.
+    fine-tuned model, so a yes/no result needs it for comparison. For one user it gives the same answer for every item:
+    its within-user AUC is 0.5 if histories do not change.
     """
 
     name = "like-ratio"
     Config = LikeRatioConfig
 
     def fit(self, data: SplitDataset) -> None:
-        """Count the likes of training.
+        """Compute the share of likes in training.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -52,14 +52,14 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
         self._model = Counts.of(ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the share of likes in each history; the share of training where it holds no rating."""
+        """Answer with the share of likes in each history; that of training if the history has no rating."""
         model = self._fitted
         return _say(requests, np.array([model.of_history(request)[0] for request in requests]))
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """Numbers times weights, plus a weight of the user, one of the item, and a bias."""
+    """A linear model: features times weights, plus a user weight, an item weight and a bias."""
 
     counted: Counted
     weights: NDArray[np.float64]
@@ -83,12 +83,12 @@ class LogisticConfig(LikeRatioConfig):
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on what is counted of the user and of the item: `llmrec.baselines.counted.Counted`.
+    """Logistic regression on features counted from user and item; see `llmrec.baselines.counted.Counted`.
 
-    ``features=recent`` adds how the user has rated lately, fading by ``decay``, and ``features=ids`` a weight for each
+    ``features=recent`` adds the user's recent ratings, weighed by ``decay``, and ``features=ids`` a weight for each
     user and item of training, as in a one-hot encoding. Weights minimise the mean log-loss plus
-    ``penalty / (2 n) * |w|**2`` over standardised numbers, with a free bias and ``id_penalty`` for users and items; the
-    minimum is the only one.
+    ``penalty / (2 n) * |w|**2`` over standardised features, with an unpenalised bias and ``id_penalty`` for users and
+    items; the minimum is unique.
     """
 
     name = "logistic"
@@ -132,7 +132,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the probability that each request's item is liked."""
         model = self._fitted
-        # One row at a time, so that the last bits do not depend on how many requests come together.
+        # One row at a time, so that the last bits do not depend on the batch size.
         scores = np.array([(model.counted.row(request) * model.weights).sum() for request in requests]) + model.bias
         ids = [model.of_users.get(r.user_id, 0.0) + model.of_items.get(r.item or "", 0.0) for r in requests]
         return _say(requests, 1 / (1 + np.exp(-(scores + np.array(ids)))))
@@ -142,9 +142,9 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
     """Return the weights and, last, the bias.
 
     Args:
-        features: Dense or sparse, shape (n, k).
-        truth: 0 or 1, shape (n,).
-        penalties: Of each squared weight, shape (k,).
+        features: Dense or sparse features, shape (n, k).
+        truth: Labels, 0 or 1, shape (n,).
+        penalties: Penalty of each squared weight, shape (k,).
     """
     signs, size = 2 * truth - 1, len(truth)
 
@@ -155,7 +155,7 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
         value = np.logaddexp(0, -margins).mean() + float(penalties @ weights[:-1] ** 2) / (2 * size)
         return float(value), gradient
 
-    # Takes a tenth of a second to import, and most commands fit nothing.
+    # The import takes a tenth of a second, and most commands fit nothing.
     from scipy.optimize import minimize
 
     result = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-9})
