@@ -1,1 +1,1 @@
-"""What a language model knows, written once and stored as features."""
+"""Texts on users and items that a language model generates once, stored as features."""

@@ -1,4 +1,4 @@
-"""Makes stores of features from texts, and shows, compares, corrects and erases what is in one."""
+"""Builds feature stores from texts, and lists, compares, corrects and erases their content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmrec.models.text_encoder import text_embedder
 log = logging.getLogger(__name__)
 
 ENCODER = "all-MiniLM-L6-v2"
-# Ids of one look-up and look-ups of a timing.
+# The number of ids per look-up, and of look-ups per timing.
 _BATCH, _LOOKUPS = 100, 2000
 
 
@@ -51,15 +51,15 @@ def of_texts(
     """Return texts as features.
 
     Args:
-        kind: What the ids name.
-        written: A text an id; blank ones are left out.
-        encoder: A text encoder, a name or a folder.
-        provenance: Where they come from, but for the encoder.
-        seen: The pairs that each text was written from.
+        kind: The kind of the ids: users or items.
+        written: Texts by id; blank ones are omitted.
+        encoder: A text encoder, by name or folder.
+        provenance: The provenance of the texts, without the encoder.
+        seen: The pairs that each text was generated from.
 
     Raises:
         DataError: If all texts are blank.
-        ModelError: If there is no such encoder.
+        ModelError: If the encoder is missing.
     """
     kept = {item: text for item, text in sorted(written.items()) if text.strip()}
     if not kept:
@@ -78,18 +78,18 @@ def of_texts(
 def from_table(
     path: str, kind: FeatureKind, *, column: str = "text", seen: str | None = None, encoder: str = ENCODER
 ) -> Features:
-    """Return texts that somebody else wrote, from a table, as features.
+    """Return the texts of a user's table as features.
 
     Args:
-        path: A table with the column ``user_id`` or ``item_id``, and one of texts.
-        kind: What it says of.
-        column: Of the texts.
+        path: A table with the column ``user_id`` or ``item_id``, and a column of texts.
+        kind: The kind of the ids: users or items.
+        column: Name of the text column.
         seen: A table with the columns user_id and item_id: the interactions that the texts were written from, those of
-            a user for the text of that user. None: they have seen none.
-        encoder: A text encoder, a name or a folder.
+            a user for the text of that user. None: no interactions.
+        encoder: A text encoder, by name or folder.
 
     Raises:
-        DataError: If a table cannot be read, an id stands twice, or ``seen`` names none of the ids.
+        DataError: If a table cannot be read, an id occurs twice, or ``seen`` has none of the ids.
     """
     table = read_table(user_path(path))
     person = kind in OF_PERSONS
@@ -155,12 +155,12 @@ def whole(store: FeatureStore, kind: FeatureKind) -> Features:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What was erased with a person.
+    """The result of erasing a user.
 
     Attributes:
-        text: Whether there was one on the person.
-        pairs: Interactions of the person that texts had seen.
-        others: Ids of texts on others that had seen some of them, and stay: they are to be written anew.
+        text: Whether there was a text on the user.
+        pairs: Interactions of the user that texts were generated from.
+        others: Ids of other texts that were generated from some of them; these are kept and should be generated again.
     """
 
     text: bool
@@ -169,18 +169,18 @@ class Forgotten:
 
 
 def forget(folder: Path, user: str) -> Forgotten:
-    """Erase a person: text, vector, interactions, and the answers of the model; versions before are removed too.
+    """Erase a user: text, vector, interactions, and cached answers of the model; earlier versions are removed too.
 
-    Answers and older versions go first and for everybody, as they do not say whom they are about: a person whose answer
-    was blank has no text, and a killed call is made good by the next one.
+    Answers and older versions are removed first and for all users, since they do not record whom they are about: a user
+    with a blank answer has no text, and a killed call is completed by the next one.
 
     Raises:
-        DataError: If the store knows nothing of the person; what a model said is gone all the same.
-        LlmrecError: If somebody else writes to it.
+        DataError: If the store has nothing on the user; the cached answers are removed all the same.
+        LlmrecError: If another process writes to the store.
     """
     FeatureStore.open(folder)
     with writing(folder) as place:
-        # What a language model was asked and said, with what the database has beside it.
+        # The cached questions and answers of a language model, with the other files of the database.
         for path in place.glob(f"{ANSWERS}*"):
             path.unlink()
         drop_older(place)
@@ -216,14 +216,14 @@ def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
 
 
 def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[FeatureKind, ...]:
-    """Correct a text, and make its vector anew with the encoder of the store.
+    """Correct a text, and compute its vector again with the encoder of the store.
 
     Returns:
-        Kinds of texts that were written from it, and say what they said.
+        Kinds of texts that were generated from it, which do not change.
 
     Raises:
-        DataError: If the store has no text of this id or was made with another encoder, or the text is blank.
-        LlmrecError: If somebody else writes to it.
+        DataError: If the store has no text with this id or was built with another encoder, or the text is blank.
+        LlmrecError: If another process writes to the store.
     """
     store = FeatureStore.open(folder)
     if kind not in store.kinds or not store.texts(kind, [each]):
@@ -253,7 +253,7 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[Feature
 
 @dataclass(frozen=True)
 class Difference:
-    """What is different in a newer store."""
+    """The differences between a feature store and a newer one."""
 
     kind: FeatureKind
     added: tuple[str, ...]
@@ -262,7 +262,7 @@ class Difference:
 
 
 def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
-    """Return what two stores say differently, by kind: ids, and the texts of those that are in both."""
+    """Return the differences between two stores by kind: ids, and changed texts of ids in both."""
     results = []
     for kind in KINDS:
         before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))
@@ -279,7 +279,7 @@ def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
 
 
 def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
-    """Return microseconds of look-ups of one id and of a hundred, half of them unknown: p50 and p99."""
+    """Return p50 and p99 in microseconds for look-ups of one id and of a hundred, half of them unknown."""
     names = store.ids(kind)
     rng = np.random.default_rng(0)
     drawn = [names[place] for place in rng.integers(0, len(names), _LOOKUPS).tolist()]

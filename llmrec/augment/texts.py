@@ -1,4 +1,4 @@
-"""What a language model is asked about users and items: prompts, and which interactions each of them shows."""
+"""The questions to a language model about users and items: prompts, and the interactions in each of them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _ITEMS = frozenset({"item", "item_id", "fields", "factors", "noun"})
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked about one user or item.
+    """A question about one user or item.
 
     Attributes:
-        id: Whose text it becomes.
+        id: Id of the user or item that the text is about.
         prompt: The question.
-        events: What it shows of a user, oldest first; nothing of an item.
+        events: The events of the user that it shows, oldest first; empty for an item.
     """
 
     id: str
@@ -46,15 +46,15 @@ class Asked:
 
     @property
     def seen(self) -> frozenset[Pair]:
-        """The interactions that it shows."""
+        """The interactions that the question shows."""
         return frozenset((self.id, event.item_id) for event in self.events)
 
 
 def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Template:
-    """Return a template of ``prompts/augment``, or of the recipe's own ``prompts``.
+    """Return a template of ``prompts/augment``, or of the recipe's ``prompts``.
 
     Raises:
-        RecipeError: If there is none of this name, or it shows what is not known there.
+        RecipeError: If no template has this name, or it uses variables that are not available.
     """
     known = load_templates(FAMILY, *prompts)
     if name not in known:
@@ -69,10 +69,10 @@ def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Te
 
 
 def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
-    """Return what a text on a user may be written from, oldest first.
+    """Return the events that a text on a user may be generated from, oldest first.
 
-    Under a split of kind ``prefix`` that is the user's beginning, which nothing else learns from; under others the
-    training events, which a host that takes the text then leaves out.
+    With a split of kind ``prefix`` these are the user's first events, which nothing else is trained on; with other
+    splits the training events, which a baseline with the text as a feature then excludes.
     """
     return data.known_events(user) if data.kind == "prefix" else data.train_events(user)
 
@@ -86,15 +86,15 @@ def about_users(
     kind: FeatureKind = "user",
     interests: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Asked]:
-    """Return the questions about users who have events that may be read.
+    """Return the questions about users with events that may be shown.
 
     Args:
-        data: The split.
-        section: What is asked.
-        seed: Of the draw, where not all are asked about.
+        data: The split data.
+        section: The recipe's augment section.
+        seed: Seed of the draw, if there are more users than the limit.
         prompts: Files and folders of further templates.
-        kind: ``user``, or ``synthetic``: which item users with few events would have next.
-        interests: What was written on users before, which the second question may show.
+        kind: ``user``, or ``synthetic``: the next item of users with few events.
+        interests: The texts on users, which the second question may show.
     """
     name = section.users if kind == "user" else section.synthetic
     assert name is not None
@@ -112,7 +112,7 @@ def about_users(
 
 
 def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
-    """Return the questions about the items of the catalogue; they show no interaction."""
+    """Return the questions about the items of the catalogue; they show no interactions."""
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
     results = []
@@ -124,35 +124,35 @@ def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts:
 
 
 def taste(vectors: NDArray[np.floating[Any]], liked: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
-    """Return the mean of the liked ones of some vectors, shape (n, d), less that of the others; shape (d,)."""
+    """Return the mean of the liked vectors minus that of the others; shapes (n, d) and (d,)."""
     parts = vectors[liked], vectors[~liked]
     means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in parts]
     return np.asarray(means[0] - means[1])
 
 
 def key_of(kind: FeatureKind) -> str:
-    """Return the key of a recipe that names the template of a kind."""
+    """Return the recipe key for the template of a kind."""
     return "augment.synthetic" if kind == "synthetic" else f"augment.{kind}s"
 
 
 def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
-    """Return what is kept of an answer; nothing where it holds nothing that was asked for.
+    """Return the part of an answer that is stored; empty if the answer does not contain what was requested.
 
-    Of a text on a user, with a closed list, the topics of the list that it names, in their order there (GENRE, Liu et
-    al., WSDM 2024, section 3.2). Of a synthetic item its title and description: those of a JSON object, as GENRE asks
-    for, or the first line.
+    For a text on a user with a closed list, these are the topics of the list that it names, in list order (GENRE, Liu
+    et al., WSDM 2024, section 3.2). For a synthetic item, these are title and description from a JSON object, the
+    format of GENRE, or else the first line.
     """
     if kind == "user" and section.topics:
         words = f" {_plain(said)} "
         return ", ".join(topic for topic in section.topics if f" {_plain(topic)} " in words)
     if kind == "synthetic":
         said = invented(said)
-    # What a model writes is data like any other, and can forge no word of a template.
+    # Generated text is untrusted data, and must not be able to forge parts of a template.
     return clean(said)
 
 
 def invented(said: str) -> str:
-    """Return title and description of the item that an answer makes up."""
+    """Return title and description of the synthetic item in an answer."""
     begin, end = said.find("{"), said.rfind("}")
     try:
         item = json.loads(said[begin : end + 1]) if 0 <= begin < end else None
@@ -174,7 +174,7 @@ def _stars(rating: float) -> str:
 
 
 def _some(names: Sequence[str], limit: int | None, seed: int) -> list[str]:
-    """Return some names, the same ones whatever the order, in sorted order."""
+    """Return a sorted sample of names that does not depend on their order."""
     if limit is None or limit >= len(names):
         return list(names)
     order = np.argsort(hash64("augment", seed, list(names)), kind="stable")[:limit]

@@ -1,7 +1,7 @@
-"""Ray spreads the shards of a job over actors: Ray Data maps their numbers, and nothing here schedules.
+"""Distributes the shards of a job over Ray actors: Ray Data maps the shard numbers and does all scheduling.
 
-What an actor is to do lies in the folder of the shards, which all nodes share; Ray carries numbers and short records.
-A shard that fails with its process or node is not yielded, and `llmrec.cluster.jobs.work_all` asks again.
+The job is stored in the folder of the shards, which all nodes share; Ray transfers only numbers and short records. A
+shard that is lost with its process or node is not yielded, and `llmrec.cluster.jobs.work_all` repeats it.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _STORE = 100_000_000
 
 @dataclass(frozen=True)
 class Places:
-    """What actors get of a cluster.
+    """The resources of actors on a cluster.
 
     Attributes:
-        actors: How many there are.
-        cpus: Logical CPUs of each.
-        gpus: GPUs of each.
-        nodes: Machines that are alive.
+        actors: Number of actors.
+        cpus: Logical CPUs per actor.
+        gpus: GPUs per actor.
+        nodes: Number of machines that are alive.
     """
 
     actors: int
@@ -71,15 +71,15 @@ class Places:
 
 
 def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: int = 1) -> Places:
-    """Return how many actors a cluster holds, with one logical CPU left free for Ray Data, or how many are asked for.
+    """Return the actors that fit on a cluster, with one logical CPU reserved for Ray Data, or the requested number.
 
     Args:
         nodes: The resources of each machine: ``CPU`` and ``GPU``.
-        asked: How many at most, and what an actor takes.
-        least: How many there must be.
+        asked: The maximum number of actors, and the resources of each.
+        least: The minimum number of actors.
 
     Raises:
-        RecipeError: If there is room for fewer: the job would wait without end.
+        RecipeError: If fewer fit: the job would wait forever.
     """
     gpus = asked.gpus if asked.gpus is not None else float(any(node.get("GPU", 0) >= 1 for node in nodes))
     fitting = [min([node.get("CPU", 0) / asked.cpus, *([node.get("GPU", 0) / gpus] if gpus else [])]) for node in nodes]
@@ -101,13 +101,13 @@ def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: in
 
 @contextmanager
 def cluster(address: str, asked: RaySection) -> Iterator[Any]:
-    """Start Ray on this machine, or join a cluster that is there, and hand out the module.
+    """Start Ray on this machine or connect to an existing cluster, and provide the module.
 
     Raises:
         MissingExtra: If Ray is not installed.
-        LlmrecError: If the address does not answer, or Ray does not start.
+        LlmrecError: If the address does not respond, or Ray does not start.
     """
-    # Ray reports what it is used for to its makers, unless it is told not to before it is imported.
+    # Ray sends usage statistics unless they are disabled before its import.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = require("ray", _EXTRA)
     require("ray.data", _EXTRA)
@@ -133,11 +133,11 @@ def cluster(address: str, asked: RaySection) -> Iterator[Any]:
 
 
 def knock(address: str) -> None:
-    """Look whether a cluster answers at an address; Ray itself would wait long, or end the process.
+    """Check whether a cluster responds at an address; Ray itself would wait long or end the process.
 
     Raises:
-        RecipeError: If it is no address of a cluster that can be joined.
-        LlmrecError: If nobody answers in time.
+        RecipeError: If it is not a valid cluster address.
+        LlmrecError: If there is no response in time.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
@@ -162,7 +162,7 @@ def knock(address: str) -> None:
 
 
 class Actor:
-    """A `Worker` in a process of Ray; it takes rows of Ray Data.
+    """A `Worker` in a Ray process, which receives rows of Ray Data.
 
     Args:
         folder: See `Worker`.
@@ -185,23 +185,23 @@ def _node_id() -> str:
 
 
 def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequence[int]) -> Iterator[Worked]:
-    """Have actors work shards; see `llmrec.cluster.jobs.Spread`.
+    """Run shards on actors; see `llmrec.cluster.jobs.Spread`.
 
     Args:
         ray: The module, connected to a cluster.
-        told: What an actor is made from.
-        asked: What it takes of a node.
-        numbers: Of the shards.
+        told: Constructor arguments of an actor.
+        asked: The resources of an actor.
+        numbers: Numbers of the shards.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # A shard that was lost is no error: it is missing from what comes back, and asked for again.
+    # A lost shard is no error: it is missing from the results, and repeated.
     context.max_errored_blocks = -1
     here = places(alive(ray), asked)
     rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
     pool = ray.data.ActorPoolStrategy(size=min(here.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
-    # A process that died is started again where it was; what it was at is not asked of it again, since its node may
-    # be gone for good and the shard would wait for it.
+    # A dead process is restarted on its node, but its shard is not retried there, since the node may be gone forever
+    # and the shard would wait for it.
     lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": here.cpus, "num_gpus": here.gpus}
     result = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
     try:
@@ -223,20 +223,20 @@ def work_on(
     most: int | None = None,
     first: Callable[[], object] = lambda: None,
 ) -> bool:
-    """Have a cluster work a job's shards, and say what that took.
+    """Run the shards of a job on a cluster, and report the cost.
 
     Args:
         address: ``local``, or HOST:PORT of a cluster.
-        job: What is worked.
-        asked: What an actor takes, and how many shards there are.
-        most: How many shards would not be empty; None: nobody knows.
-        first: Called once the job is nobody else's and the cluster is there, before shards of earlier are looked at.
+        job: The job.
+        asked: The resources of an actor, and the number of shards.
+        most: The number of shards that would not be empty; None: unknown.
+        first: Called when the job is locked and the cluster is ready, before existing shards are read.
 
     Returns:
-        Whether they are put together already, where a ranking is not.
+        Whether the shards are merged already, which those of a ranking are not.
 
     Raises:
-        LlmrecError: If the cluster cannot be used, or a shard cannot be worked.
+        LlmrecError: If the cluster cannot be used, or a shard fails.
     """
     with published(job) as token, cluster(address, asked) as ray:
         here = places(alive(ray), asked, least=asked.actors or 1)
@@ -257,7 +257,7 @@ def work_on(
         facts = {"shards": count, "actors": processes, "nodes": nodes, "tokens": tokens, "actor_seconds": spent}
         show("ray", rows, record={"ray": facts})
         if here.gpus and job.command != "rank":
-            # What was answered belongs to the device that answered: it is put together on one like it.
+            # Answers are bound to the device that computed them: they are merged on a device of the same kind.
             merge = ray.remote(num_cpus=here.cpus, num_gpus=here.gpus, max_retries=0)(_merge)
             ray.get(merge.remote(fields["folder"], token))
     return here.gpus > 0
@@ -270,10 +270,10 @@ def _merge(folder: str, token: str) -> None:
 
 
 def rank_on(options: RankOptions, address: str) -> None:
-    """Rank a file of requests on a cluster, and print what came out.
+    """Rank a file of requests on a cluster, and print the results.
 
     Raises:
-        LlmrecError: See `work_on`; or as `llmrec.answer.rank.run.rank_file`.
+        LlmrecError: See `work_on` and `llmrec.answer.rank.run.rank_file`.
     """
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
@@ -287,7 +287,7 @@ def rank_on(options: RankOptions, address: str) -> None:
         raise RecipeError(
             f"--{name} {given[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
         ) from None
-    # Here and once: a shard that is lost is tried again, and keeps the parts that it has by then.
+    # Restart once and here: a lost shard is repeated, and keeps its finished parts.
     job = Job("rank", options.target, replace(options, restart=False))
     drop = partial(drop_shards, options.target) if options.restart else lambda: None
     work_on(address, job, asked, -(-total // size), drop)
@@ -295,14 +295,14 @@ def rank_on(options: RankOptions, address: str) -> None:
 
 
 def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> None:
-    """Evaluate a recipe or write its texts on a cluster, and print what came out.
+    """Evaluate a recipe or generate its texts on a cluster, and print the results.
 
     Raises:
-        LlmrecError: See `work_on`; or as the command in one process.
+        LlmrecError: See `work_on`; also the errors of the command in one process.
     """
     made = work_on(address, Job(command, target, recipe), recipe.ray)
     if command != "eval" or not made:
-        # A store of texts that is made already stays as it is.
+        # An existing feature store is unchanged.
         merge_shards(target)
         return
     results = read_json(target / "results.json", "run the command again")
@@ -310,17 +310,17 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
 
 
 def ask_shards(page: str, overrides: Sequence[str], out: Path | None, piece: str | None, address: str | None) -> None:
-    """Evaluate one shard of a recipe's cases, or have a cluster evaluate all, for `llmrec run` and `llmrec eval`.
+    """Evaluate one shard of a recipe's cases, or all on a cluster, for `llmrec run` and `llmrec eval`.
 
     Args:
-        page: The recipe.
+        page: The recipe file.
         overrides: Changed keys.
         out: The run folder.
-        piece: Which shard; None: all.
-        address: Of a Ray cluster; None: the shard is evaluated here.
+        piece: The shard; None: all.
+        address: Address of a Ray cluster; None: evaluate the shard in this process.
 
     Raises:
-        RecipeError: If the page is no recipe.
+        RecipeError: If the file is not a recipe.
     """
     option = "--shard" if address is None else "--ray"
     shard = None if piece is None else Shard.parse(piece)

@@ -15,7 +15,7 @@ from llmrec.cli.console import finish, show
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """What shards are of, and their folders."""
+    """The output of a job, and the folders of its shards."""
 
     target: Annotated[
         Path,

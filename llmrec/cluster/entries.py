@@ -1,4 +1,4 @@
-"""What the work of many machines adds to the registry."""
+"""The registry entries of jobs in shards."""
 
 from llmrec.entries import Command
 

@@ -1,7 +1,7 @@
-"""An evaluation in shards: each asks its share of the cases, and the answers of all give the figures of one process.
+"""Evaluation in shards: each answers a part of the cases; merged results equal those of a single process.
 
-A shard trains nothing, fits no baseline and computes no figure. `merge_run` joins the stores of answers and then does
-what `llmrec eval` does, which finds every answer: intervals and comparisons are those of all cases together.
+A shard does not train, fit baselines or compute metrics. `merge_run` merges the answer caches and then runs
+`llmrec eval`, which finds every answer in the cache: intervals and comparisons are computed over all cases.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from llmrec.terminal import works_in
 
 log = logging.getLogger(__name__)
 
-# What a shard needs while it works and nobody after it.
+# Files that only the running shard needs.
 _SPARE = ("base", "base.json", "candidates", "index", "data")
 
 
 def evaluate_shard(
     recipe: Recipe | str | Path, out: Path | None, shard: Shard, *, overrides: Overrides = (), quiet: bool = False
 ) -> Path:
-    """Ask the language models of a recipe one shard of its cases, into a folder beside the run's; never train.
+    """Evaluate a recipe's language models on one shard of its cases, in a folder next to the run's; never train.
 
     Args:
-        recipe: As of `llmrec.pipeline.run.run`.
-        out: The run folder, which holds the tuned model where the recipe asks one; ``runs/<name>`` by default.
-        shard: Which piece: whole batches of the cases of each row.
+        recipe: See `llmrec.pipeline.run.run`.
+        out: The run folder, with the tuned model if the recipe evaluates one; ``runs/<name>`` by default.
+        shard: The shard: whole batches of the cases of each row.
         overrides: Changed keys.
         quiet: Show no progress bars.
 
@@ -45,7 +45,7 @@ def evaluate_shard(
         The shard's folder.
 
     Raises:
-        LlmrecError: If the recipe asks no language model, its tuned model is missing, or an engine fails.
+        LlmrecError: If the recipe has no language model, its tuned model is missing, or an engine fails.
     """
     recipe = as_recipe(recipe, overrides)
     home = folder_of(recipe, out)
@@ -80,15 +80,15 @@ def evaluate_shard(
 
 
 def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Run:
-    """Join the answers of all shards in a run folder, and evaluate as one process does.
+    """Merge the answers of all shards into a run folder, and evaluate like a single process.
 
     Args:
-        home: The run folder, as the shards were told.
-        folders: The shards' folders; by default those beside the run folder.
+        home: The run folder, as given to the shards.
+        folders: The shards' folders; by default those next to the run folder.
         quiet: Show no progress bars.
 
     Raises:
-        LlmrecError: If shards are missing, damaged, doubled or of other inputs; or as `llmrec.pipeline.run.run`.
+        LlmrecError: If shards are missing, damaged, duplicate or of other inputs; see also `llmrec.pipeline.run.run`.
     """
     result = gathered(home, folders)
 
@@ -100,7 +100,7 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
             for entry in result:
                 store.join(entry.folder / ANSWERS)
                 for stage, spent in entry.told["seconds"].items():
-                    # What answers took is stored with them; starting engines is not.
+                    # The cost of answers is stored with them; that of starting engines is not.
                     if stage.startswith("start "):
                         session.budget.add(stage, spent)
 

@@ -1,8 +1,8 @@
-"""A job in shards that others work for us: what they are told, what they say, and which shards are left.
+"""A job in shards that are run by worker processes: its file, the results of workers, and the remaining shards.
 
-Nothing here knows what spreads shards over machines. That is handed a number of shards and hands back a `Worked` each,
-in any order; a shard of which nobody says anything was lost with a process or a machine, and is worked again. Its
-finished parts lie in its folder (`llmrec.pipeline.shards`), so that they are not made twice.
+This module is independent of the scheduler that distributes shards over machines. The scheduler gets shard numbers and
+yields a `Worked` for each, in any order; a shard without one was lost with a process or a machine, and is repeated. Its
+finished parts are stored in its folder (`llmrec.pipeline.shards`) and not computed twice.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _FOLDER = re.compile(r"[0-9]+-of-([0-9]+)")
 
 @dataclass(frozen=True)
 class Job:
-    """What is worked in shards.
+    """A job to run in shards.
 
     Attributes:
-        command: Which command it is of.
-        target: What it makes: a file of rankings, a run folder, a store of features.
+        command: The command of the job.
+        target: Its output: a rankings file, a run folder, a feature store.
         asked: Options of `llmrec rank`, or a recipe.
     """
 
@@ -68,7 +68,7 @@ class Job:
     asked: RankOptions | Recipe
 
     def write(self, token: str) -> None:
-        """Write it where every machine reads it; the token says that it is this one."""
+        """Write the job for all machines, with a token that identifies it."""
         asked = self.asked
         plain = (
             asked.model_dump(mode="json")
@@ -79,14 +79,14 @@ class Job:
         write_checked(shards_of(self.target) / JOB, {**fields, "token": token, "asked": plain})
 
     def opened(self) -> Callable[[Shard], Path]:
-        """Return what works a shard and returns its folder, and does not open anew what the one before opened.
+        """Return a function that runs a shard and returns its folder; it reuses models opened by the previous one.
 
         Raises:
-            LlmrecError: As the command in one process.
+            LlmrecError: The errors of the command in one process.
         """
         asked = self.asked
         if isinstance(asked, RankOptions):
-            # What a part was answered with is in the part, so that no answers need be stored.
+            # Each part contains its results, so answers need not be cached.
             return partial(rank_shard, asked, ranker=open_ranker(asked, store=None, budget=Budget(quiet=True)))
         keep_engine()
         work = evaluate_shard if self.command == "eval" else augment_shard
@@ -94,10 +94,10 @@ class Job:
 
 
 def read_job(folder: Path, token: str) -> Job:
-    """Read a job in the folder of its shards, and go to the folder that it was asked for in.
+    """Read a job from the folder of its shards, and change to the working folder of its command.
 
     Raises:
-        LlmrecError: If this machine does not see the folder, or another one under its name.
+        LlmrecError: If this machine does not have the folder, or has another one under its name.
     """
     try:
         fields = read_json(folder / JOB, "start the command again")
@@ -127,15 +127,15 @@ def read_job(folder: Path, token: str) -> Job:
 
 @dataclass(frozen=True)
 class Worked:
-    """What became of a shard.
+    """The result of running a shard.
 
     Attributes:
-        shard: Its number, from 1.
+        shard: Number of the shard, from 1.
         node: The machine.
-        process: The number of the process there.
-        seconds: What it took, reading and opening with it.
-        tokens: That were read and written for it now, as far as its command says so.
-        error: Why there is none; empty where it is done.
+        process: Process id on that machine.
+        seconds: Duration, including reading and opening.
+        tokens: Tokens read and generated in this attempt, if its command reports them.
+        error: The error message; empty if the shard is finished.
     """
 
     shard: int
@@ -146,24 +146,24 @@ class Worked:
     error: str = ""
 
     def as_json(self) -> str:
-        """Write it as `parse` reads it."""
+        """Return the result in the JSON format of `parse`."""
         return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: str) -> Worked:
-        """Read what `as_json` wrote."""
+        """Return the result in the JSON format of `as_json`."""
         return cls(**json.loads(text))
 
 
 class Worker:
-    """Works shards of one job, one after another, and keeps the engine that the first one opens.
+    """Runs shards of one job, one after another, and keeps the engine of the first one open.
 
     Args:
-        folder: Where the shards of the job lie.
+        folder: The folder of the job's shards.
         token: See `Job.write`.
-        count: How many shards there are.
+        count: The number of shards.
         node: The name of this machine.
-        process: The number of this process.
+        process: The id of this process.
     """
 
     def __init__(self, folder: Path, token: str, count: int, node: str, process: int) -> None:
@@ -172,7 +172,7 @@ class Worker:
         self._work: Callable[[Shard], Path] | None = None
 
     def work(self, number: int) -> Worked:
-        """Work one shard; what goes wrong is said, since another process would find the same."""
+        """Run one shard; an error is returned instead of raised, since it would occur in another process too."""
         begin = time.monotonic()
         shard = Shard(number, self._count)
         try:
@@ -188,7 +188,7 @@ class Worker:
 
 
 def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
-    """Work a shard; one that a process holds which is about to end is waited for."""
+    """Run a shard, waiting for a process that still locks it and is about to end."""
     end = time.monotonic() + _BUSY
     while True:
         try:
@@ -200,15 +200,15 @@ def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
 
 
 def count_of(target: Path, wanted: int | None, default: int) -> int:
-    """Return in how many shards a job is cut: as it was before, where it is worked further.
+    """Return the number of shards of a job: the earlier number if it is resumed.
 
     Args:
-        target: What the job makes.
-        wanted: How many somebody asked for; None: nobody did.
-        default: How many there are where nothing says so.
+        target: The output of the job.
+        wanted: The requested number; None: not requested.
+        default: The number for a new job without a request.
 
     Raises:
-        RecipeError: If there are shards of another number than is wanted.
+        RecipeError: If existing shards have a number other than the requested one.
     """
     place = shards_of(target)
     names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
@@ -226,10 +226,10 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
 
 @contextmanager
 def published(job: Job) -> Iterator[str]:
-    """Write a job where others read it, hand out its token, and let nobody else start it meanwhile.
+    """Write a job for its workers, provide its token, and lock it against other starts meanwhile.
 
     Raises:
-        LlmrecError: If somebody works it already, or the folder cannot be written.
+        LlmrecError: If the job is already running, or the folder cannot be written.
     """
     place, token = shards_of(job.target), secrets.token_hex(16)
     with locked(place, (JOB, LOG)):
@@ -245,18 +245,18 @@ Spread = Callable[[Sequence[int]], Iterator[Worked]]
 
 
 def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
-    """Have all shards of a job worked, lost ones again, and show how far it is.
+    """Run all shards of a job, repeat lost ones, and show the progress.
 
     Args:
-        job: What is worked.
-        count: How many shards there are.
+        job: The job.
+        count: The number of shards.
         spread: See `Spread`.
 
     Returns:
-        What became of each shard, by number.
+        The result of each shard, by number.
 
     Raises:
-        LlmrecError: If a shard cannot be worked, or some are lost again and again.
+        LlmrecError: If a shard fails, or some are lost repeatedly.
     """
     done: dict[int, Worked] = {}
     fruitless = 0
@@ -290,6 +290,6 @@ def _said(done: Any) -> str:
 
 
 def facts_of(done: Sequence[Worked]) -> tuple[int, int, int]:
-    """Return how many machines and processes worked shards, and the tokens of all."""
+    """Return the number of machines and processes that ran shards, and the total number of tokens."""
     processes = {(entry.node, entry.process) for entry in done}
     return len({node for node, _ in processes}), len(processes), sum(entry.tokens for entry in done)

@@ -1,1 +1,1 @@
-"""The command export: a run's model as a folder that stands alone."""
+"""The command `llmrec export`: writes a run's model to a self-contained folder."""

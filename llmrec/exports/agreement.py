@@ -1,7 +1,7 @@
-"""Measures how far exported weights answer like what was trained, on validation cases.
+"""Measures the agreement between exported weights and the trained model on validation cases.
 
-Merging is exact up to rounding for an adapter that was trained on unquantised weights. One that was trained on a
-quantised base has learned to make up for that base's errors, and the merged model does not have them.
+Merging is exact up to rounding for an adapter that was trained on unquantised weights. An adapter that was trained on a
+quantised base has learned to compensate for its quantisation errors, which the merged model does not have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _SMALLER = "give fewer --check-users, 0 for none, or set model.device=cpu"
-# An exact merge needs few rows to be proven.
+# A few rows are enough to verify an exact merge.
 _FEW = 8
 _BATCH = 8
 _PROMPTS = 8
@@ -44,7 +44,7 @@ _PROMPTS = 8
 
 @dataclass(frozen=True)
 class _Figures:
-    """What one model gives: losses, per-request values and figures by family; next-token logits, (prompts, ids)."""
+    """The outputs of a model: losses, values by request and metrics by family; next-token logits, (prompts, ids)."""
 
     losses: Mapping[str, float]
     values: Mapping[str, NDArray[np.float64]]
@@ -53,10 +53,10 @@ class _Figures:
 
 
 def on_validation(recipe: Recipe, users: int) -> Study:
-    """Build a recipe's study with ``users`` cases a family from the validation split.
+    """Build a recipe's study with ``users`` cases per family from the validation split.
 
     Raises:
-        DataError: If the data cannot be read, or holds out nothing for validation.
+        DataError: If the data cannot be read, or has no validation split.
     """
     sections = {f: s.model_copy(update={"users": None}) for f, s in recipe.tasks.present().items()}
     return build_study(
@@ -80,25 +80,25 @@ def measure(
     users: int,
     say: Callable[[str], None],
 ) -> Agreement:
-    """Ask the trained adapter on its base and the exported weights the same validation cases.
+    """Compare the trained adapter on its base with the exported weights on the same validation cases.
 
     Args:
-        study: From `on_validation`.
-        encoder: The tokenizer of both.
+        study: The study of `on_validation`.
+        encoder: The tokenizer of both models.
         base: Folder of the base model.
         adapter: Folder of the trained adapter, or of fully tuned weights.
         exported: Folder of the exported weights.
         dtype: Their dtype.
-        users: Cases a family. For a method that merges exactly only a few rows are asked, and no task figures taken.
-        say: Is told what is being measured.
+        users: Cases per family. A method that merges exactly is checked on a few rows only, without task metrics.
+        say: Receives progress messages.
 
     Raises:
-        LlmrecError: If the trained side cannot be loaded here, or a figure is not a number.
+        LlmrecError: If the trained model cannot be loaded on this machine, or a metric is not a number.
     """
     from llmrec.train import lora
 
     recipe = study.recipe
-    # The merged model is not what was trained then, so that task figures are measured too.
+    # The merged model then differs from the trained one, so task metrics are measured too.
     quantised = recipe.train.method in QUANTISED
     families = list(study.shares)
     count = users if quantised else min(users, _FEW)
@@ -187,7 +187,7 @@ def _figures(
         kind = family_of(family).answer
         result = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
-        # Where all truths are of one class, the area is not defined, and there is nothing to compare.
+        # If all truths are of one class, the AUC is undefined and cannot be compared.
         if (value := result.figures.metrics[metric].value) is not None:
             values[family], headlines[family] = result.values[metric], float(value)
     return _Figures(losses, values, headlines, logits)
@@ -195,7 +195,7 @@ def _figures(
 
 @told_of_full_memory("measuring the export", _SMALLER, "--check-users")
 def _placed(model: torch.nn.Module, section: ModelSection) -> Any:
-    """Put a model where it fits; a quantised one is placed by its loader and must not be moved."""
+    """Move a model to its device; a quantised one is placed by its loader and must not be moved."""
     if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):
         return model
     return placed(model, device(section))
@@ -206,7 +206,7 @@ def _eight_bit(model: torch.nn.Module) -> bool:
 
 
 def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
-    """Return the mean loss over a family's targets, in nats a token."""
+    """Return the mean loss over a family's targets, in nats per token."""
     from llmrec.train.loss import label_loss
 
     torch = require("torch", "train")

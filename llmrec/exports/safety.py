@@ -1,4 +1,4 @@
-"""Looks at files before they leave the machine, and uploads them to a model hub when asked: private by default."""
+"""Inspects files before they leave the machine, and uploads them to a model hub: private by default."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from llmrec.resources import cache_dir
 
 _SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".parquet"})
 _NAMES = frozenset({"LICENSE", "LICENSE-base", "SHA256SUMS"})
-# Vocabularies hold fragments of every path there is.
+# Vocabularies contain fragments of any path.
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$")
 _SHORTEST_SECRET = 8
 
 
 def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
-    """Refuse a folder that holds a file of another kind, a path of this machine or a secret of the environment.
+    """Reject a folder with a file of another kind, a path of this machine or a secret of the environment.
 
     Args:
-        folder: What is about to be handed out.
-        places: Folders whose names must not stand in it, besides home, working and cache folders.
-        own_code: Whether the model brings Python files.
+        folder: The folder to publish.
+        places: Folders whose names must not occur in it, besides home, working and cache folders.
+        own_code: Whether the model has Python files.
 
     Raises:
-        LlmrecError: Naming the file and what stands in it; a secret itself is not named.
+        LlmrecError: If there is one; names the file and the finding, but never the secret.
     """
     paths = _paths(places)
     secrets = _secrets()
@@ -59,7 +59,7 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
 
 
 def _paths(places: Iterable[Path]) -> list[str]:
-    """Return absolute paths that say something about a machine; a root folder says nothing."""
+    """Return absolute paths that reveal something about a machine, which a root folder does not."""
     result: set[str] = set()
     for place in (Path.home(), Path.cwd(), cache_dir(), *places):
         result |= {str(entry) for entry in (place.expanduser().absolute(), place.expanduser().resolve())}
@@ -73,7 +73,7 @@ def _secrets() -> list[str]:
 
 
 def _text(file: Path) -> str:
-    """Return what can be read in a file: of weights the header only, which comes first."""
+    """Return the text of a file; for weights only the header at the beginning."""
     if file.suffix == ".safetensors":
         with file.open("rb") as stream:
             return stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", "replace")
@@ -81,7 +81,7 @@ def _text(file: Path) -> str:
 
 
 def keep_only(folder: Path, patterns: Sequence[str]) -> None:
-    """Remove every file that no pattern names."""
+    """Remove every file that matches no pattern."""
     kept = {file for pattern in patterns for file in folder.glob(pattern)}
     for file in folder.rglob("*"):
         if file.is_file() and file not in kept:
@@ -94,7 +94,7 @@ def elements(folder: Path) -> int:
 
 
 def same_weights(one: Path, two: Path) -> bool:
-    """Whether two model folders hold the same weights, up to rounding to the coarser of their dtypes."""
+    """Return whether two model folders have the same weights, up to rounding to the coarser dtype."""
     torch = require("torch", "train")
     first, second = _where(one), _where(two)
     if first.keys() != second.keys():
@@ -103,7 +103,7 @@ def same_weights(one: Path, two: Path) -> bool:
         a, b = _tensor(first[name], name), _tensor(second[name], name)
         if a.shape != b.shape:
             return False
-        # The coarser dtype rounds relative to each weight; the rest is the last bits of the merge's own sums.
+        # The relative rounding error of the coarser dtype, and an absolute error for the sums of the merge.
         coarse = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
         fine = 1e-6 * float(b.abs().max()) + 1e-7
         if not torch.allclose(a.float(), b.float(), rtol=coarse, atol=fine):
@@ -132,10 +132,10 @@ def _tensor(file: Path, name: str) -> Any:
 
 
 def check(name: str) -> None:
-    """Find what an upload lacks before minutes of work, not after.
+    """Check the requirements of an upload before minutes of work.
 
     Raises:
-        LlmrecError: If the name cannot be one, the hub is switched off, or there is no token.
+        LlmrecError: If the name is invalid, the hub is disabled, or the token is missing.
     """
     hub, errors = require("huggingface_hub", "train"), require("huggingface_hub.errors", "train")
     try:
@@ -167,8 +167,8 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
     """Upload exactly the named files of a folder, and return the address of the repository.
 
     Raises:
-        LlmrecError: If the hub cannot be reached or refuses, or if a private upload would land in a public repository.
-            The folder stays as it is.
+        LlmrecError: If the hub cannot be reached or rejects the upload, or if a private upload would go to a public
+            repository. The folder is unchanged.
     """
     hub = require("huggingface_hub", "train")
     api: Any = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
@@ -186,7 +186,7 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
                 column="--push",
             )
         with warnings.catch_warnings():
-            # The catalogue of an export belongs beside its model, in a model repository.
+            # The catalogue of an export is stored with its model, in a model repository.
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
             api.upload_folder(
                 repo_id=name,
@@ -196,7 +196,9 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
             )
     except LlmrecError:
         raise
-    except Exception as error:  # the library raises dozens of types, from network errors to refusals of the hub
+    except (
+        Exception
+    ) as error:  # the library raises dozens of exception types, from network errors to rejections by the hub
         token = hub.get_token() or ""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[0] if lines else type(error).__name__).replace(token or "\0", "[token]")
@@ -207,5 +209,5 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
 
 
 def _literally(name: str) -> str:
-    """Return a file name as a pattern that matches nothing else."""
+    """Return a pattern that matches exactly one file name."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)

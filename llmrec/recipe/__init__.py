@@ -1,1 +1,1 @@
-"""Recipes: every key and its default, pages of YAML, and suites."""
+"""Recipes: all keys with their defaults, YAML files, and suites."""

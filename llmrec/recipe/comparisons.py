@@ -1,6 +1,6 @@
 """Settings of comparisons: suites of predictors under one protocol, benchmarks of recipes, and suites of conversations.
 
-Like recipes they are YAML, frozen and closed.
+Like recipes they are YAML files, frozen and closed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class SuiteRow(Section):
 
     @property
     def label(self) -> str:
-        """The row's name in tables and files."""
+        """The name of the row in tables and files."""
         stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
         return self.name or self.baseline or stem or "+".join(self.parts)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the rows that it joins."""
+        """Names of the rows that it joins, if it is an ensemble."""
         return self.mix or self.fuse
 
 
@@ -133,7 +133,7 @@ class Suite(Section):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The rows that are left out: those of ``skip``, and those that join one of them."""
+        """The rows that are skipped: those of ``skip``, and ensembles with one of them."""
         results: list[str] = []
         for row in self.rows:
             if row.label in self.skip or any(part in results for part in row.parts):
@@ -141,7 +141,7 @@ class Suite(Section):
         return tuple(results)
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
-        """Return the seeds of a stochastic row: as many as each row that it joins has."""
+        """Return the seeds of a stochastic row; an ensemble has as many as each of its members."""
         own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.parts))]
         return self.seeds[: min((many for many in own if many is not None), default=None)]
 
@@ -214,7 +214,7 @@ class Benchmark(Section):
                 raise ValueError(f"runs: two runs are called {name!r}; give one another name")
         above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
-            # Without seeds a run has the recipe's seed.
+            # Without seeds a run uses the recipe's seed.
             own: set[int | None] = set(run.seeds) or {None}
             for name, what in ((run.start, "starts from"), (run.teacher, "is taught by")):
                 first = above.get(name)
@@ -254,7 +254,7 @@ class ChatRow(Section):
 
     @property
     def label(self) -> str:
-        """The row's name in tables and files."""
+        """The name of the row in tables and files."""
         return self.name or (self.manager if self.ranker is None else f"{self.manager}, graded by {self.ranker}")
 
 
@@ -273,7 +273,7 @@ class ChatSuite(Section):
     users: Positive = Field(200, description="users of a seed, drawn by a hash")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of who is drawn, and of how they say it")
     turns: Positive = Field(5, description="turns of a conversation, at most")
-    # The length of the list for managers that choose it.
+    # The list length of managers that choose it.
     k: int = Field(5, ge=5, le=50, description="items of a list of rules and of history; the others show five at most")
     past: int = Field(40, ge=0, le=90, description="last items of a user's history that the profile begins with")
     liked: float | None = Field(

@@ -25,9 +25,9 @@ from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import TABLES, TASKS, is_plugin, lookup, open_family
 from llmrec.resources import resource
 
-# Characters of a value that an error repeats.
+# The maximum number of characters of a value in an error message.
 _SHOWN = 200
-# Problems of a file that an error lists.
+# The maximum number of problems of a file in an error message.
 _MOST_FAULTS = 20
 STORED = "recipe.yaml"
 """The recipe of a run folder."""
@@ -42,11 +42,11 @@ Overrides = Sequence[str] | Mapping[str, Any]
 def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """Read a recipe and apply overrides such as ``train.steps=20`` or ``{"train.steps": 20}``.
 
-    The plug-ins that it names are imported: giving a recipe is consent to run their code.
+    The plug-ins that it names are imported: passing a recipe is consent to run their code.
 
     A path that does not exist in the working folder is looked up among the shipped recipes, so that
-    ``recipes/quickstart.yaml`` works from an installed wheel too. Paths that the page names are those that exist from
-    the working folder, or else from the page's own; paths in overrides go from the working folder alone.
+    ``recipes/quickstart.yaml`` works from an installed wheel too. Paths in the file are resolved in the working folder,
+    or else in the folder of the file; paths in overrides only in the working folder.
 
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
@@ -60,16 +60,16 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
-    """Read the recipe of a run folder; unlike `load_recipe` it runs no code without the user's consent.
+    """Read the recipe of a run folder; unlike `load_recipe`, run no code without the user's consent.
 
-    Everything that reads a run folder's recipe reads it with this.
+    All readers of a run folder's recipe use this function.
 
     Args:
         run: The folder.
         overrides: See `load_recipe`.
 
     Raises:
-        RecipeError: As `load_recipe`; or if it names a plug-in or a model's code that no page of the user's did.
+        RecipeError: See `load_recipe`; or if it names a plug-in or a model's code without the user's consent.
     """
     file = run / STORED
     values, lines = read_page(file)
@@ -77,7 +77,7 @@ def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
 
 
 def import_stored(run: Path) -> None:
-    """Import the plug-ins of a run folder's recipe, if it has one; for readers of its results."""
+    """Import the plug-ins of a run folder's recipe, if any, before reading its results."""
     if (run / STORED).is_file():
         values, lines = read_page(run / STORED)
         with _imported(values, lines, run / STORED, (), given=False):
@@ -85,13 +85,13 @@ def import_stored(run: Path) -> None:
 
 
 def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Mapping[str, Path]) -> Page:
-    """Read a file of another kind.
+    """Read a YAML file of another kind.
 
     Args:
-        model: Its keys.
-        path: The page.
-        more: Values that it need not say.
-        known: Pages that its ``base`` may name; any other base is a path beside the page.
+        model: The model of its keys.
+        path: The file.
+        more: Default values for keys that it omits.
+        known: Files that its ``base`` may name; any other base is a path relative to the file.
     """
     if not path.is_file():
         raise RecipeError.at(path, "missing-file", " does not exist; give the path of a page")
@@ -107,7 +107,7 @@ def _on_its_base(
     known: Mapping[str, Path],
     sought: dict[str, Path] | None = None,
 ) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
-    """Return a page's values and lines over those of its base, if it names one; ``sought`` is for paths of recipes."""
+    """Return a file's values and lines merged over those of its base, if any; ``sought`` collects missing paths."""
     base = values.pop("base", None)
     if base is None:
         return values, lines
@@ -118,7 +118,7 @@ def _on_its_base(
         if sought is not None:
             placed(base_values, below.parent, sought)
         if below in known.values():
-            # The bases that are shipped with the package have no cycle.
+            # The bases that are shipped with the package have no cycles.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
     except RecipeError as error:
         raise RecipeError(f"{asking}: base: {error}", kind=error.kind, at=error.place, column=error.column) from None
@@ -133,7 +133,7 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overri
     """Return a recipe from a path, a mapping or a recipe.
 
     Args:
-        recipe: A recipe, the path of a page, or its sections as a mapping; a mapping may leave out ``name``.
+        recipe: A recipe, the path of a recipe file, or its sections as a mapping, which may omit ``name``.
         overrides: See `load_recipe`.
 
     Raises:
@@ -190,7 +190,7 @@ def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
 
 
 def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "chat"]:
-    """Return the kind of a file by its key, such as ``suite``; without one it is a recipe."""
+    """Return the kind of a file by its main key, such as ``suite``; ``recipe`` without one."""
     try:
         keys = read_page(_find(Path(path), "eval"))[0]
     except RecipeError:
@@ -200,7 +200,7 @@ def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "c
 
 
 def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
-    """Read a page of those under eval/, which have no base."""
+    """Read a file of the kinds in eval/, which have no base."""
     file = _find(Path(path), "eval")
     values, lines = read_page(file)
     return _validated(model, values, lines, file, overrides)
@@ -225,7 +225,7 @@ def _validated(
     *,
     given: bool = True,
 ) -> Page:
-    """Validate a page; of recipes and suites the plug-ins are imported, if the user has ``given`` the page or them."""
+    """Validate a file; plug-ins of recipes and suites are imported if the user has ``given`` the file or them."""
     overrides = in_words(overrides)
     for override in overrides:
         _override(values, override)
@@ -243,7 +243,7 @@ def _validated(
 
 
 def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
-    """Return a recipe whose model may run its own code: one that the user gave, or whose model such a one named."""
+    """Return a recipe whose model may run its own code: the user passed it, or an earlier recipe with this model."""
     if recipe.model.trust_remote_code:
         (plugins.allow_model if given else plugins.consent_model)(recipe.model.name, recipe.model.revision)
     return recipe
@@ -252,18 +252,18 @@ def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
 def _imported(
     values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
 ) -> AbstractContextManager[None]:
-    """Import the plug-ins of a page; what is wrong with one is said with its file, line and key."""
+    """Import the plug-ins of a file; errors name file, line and key."""
     return imported(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
 
 
 def recipe_hash(recipe: Recipe | Suite | Benchmark | ChatSuite) -> str:
-    """Return 16 hex digits over every resolved value."""
+    """Return a hash of all resolved values as 16 hex digits."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def dump(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, every default written out."""
+    """Return the resolved recipe as YAML with all defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -328,9 +328,9 @@ def _explained(
     lines: Mapping[KeyPath, Place],
     overrides: Sequence[str],
 ) -> RecipeError:
-    """Return one error for all problems; its fields are those of the first."""
+    """Return one error for all problems, with the fields of the first."""
     details = error.errors(include_url=False)
-    # A list with wrong entries alone is not reported as too short, too.
+    # A list with only wrong entries is not also reported as too short.
     inner = {tuple(detail["loc"])[:-1] for detail in details}
     details = [item for item in details if item["type"] != "too_short" or tuple(item["loc"]) not in inner]
     more = len(details) - _MOST_FAULTS
@@ -366,7 +366,7 @@ _KINDS: Mapping[str, ErrorKind] = {
 
 
 def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return the override that a key is from; empty if none."""
+    """Return the override that a key comes from; empty if none."""
     mine = dotted(path)
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -376,9 +376,9 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
 
 
 def _above(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return which override is of something below a key that stands in no file; empty: none.
+    """Return the name of an override below a key that no file has; empty if none.
 
-    Its value is not repeated: below a mistyped section nobody knows what is a secret.
+    Its value is not shown: below a mistyped section any value may be a secret.
     """
     keys = (override.partition("=")[0].strip() for override in overrides)
     return next((f"override of {key}" for key in keys if key.startswith(f"{dotted(path)}.")), "")
@@ -413,7 +413,7 @@ def _shortened(text: str) -> str:
 
 
 def _may_be_secret(path: KeyPath) -> bool:
-    """Whether a value may be a secret, which no message repeats."""
+    """Return whether a value may be a secret, which must not appear in messages."""
     return path == ("eval",) or path[:2] == ("eval", "server")
 
 
@@ -442,12 +442,12 @@ _YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Named:
-    """A component that a file names.
+    """A reference to a component in a file.
 
     Attributes:
         group: The kind of plug-in; see `llmrec.registry.TABLES`.
-        name: As it is written.
-        key: Of the page.
+        name: The name as written in the file.
+        key: The key in the file.
     """
 
     group: str
@@ -456,7 +456,7 @@ class Named:
 
 
 def plug_ins(values: Mapping[str, Json]) -> list[Named]:
-    """Return the plug-ins that the values of a recipe or a suite name."""
+    """Return the references to plug-ins in the values of a recipe or suite."""
     return [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
 
 
@@ -464,13 +464,13 @@ def plug_ins(values: Mapping[str, Json]) -> list[Named]:
 def imported(
     values: Mapping[str, Json], line_of: Callable[[KeyPath], Place | str], file: Path, *, given: bool
 ) -> Iterator[None]:
-    """Import the plug-ins that a file names; its consent is stored if the body accepts the file.
+    """Import the plug-ins that a file names; consent is stored if the body raises no error.
 
     Args:
-        values: Of a recipe or a suite.
+        values: The values of a recipe or suite.
         line_of: Returns the line of a key, for messages.
-        file: The page.
-        given: Whether the user gave the page, which is consent to its plug-ins; see `llmrec.plugins`.
+        file: The file.
+        given: Whether the user passed the file, which is consent to its plug-ins; see `llmrec.plugins`.
     """
     plugins.refuse_faults(TABLES)
     named, folder = plug_ins(values), values.get(PLUGINS)
@@ -480,8 +480,8 @@ def imported(
         for item in addresses:
             with _told(item, line_of, file):
                 plugins.consent(item.name, beside)
-        # A folder on the Python path serves every import, so one that only a run folder names is used for nothing
-        # but modules in it that the user consented to.
+        # A folder on the Python path affects every import, so one that only a run folder names is used only for
+        # modules in it that the user consented to.
         if given or (beside is not None and any(plugins.lies_in(address.name, beside) for address in addresses)):
             plugins.use(beside)
         for item in named:
@@ -509,7 +509,7 @@ def _told(named: Named, line_of: Callable[[KeyPath], Place | str], file: Path) -
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """Return a key as messages write it."""
+    """Return a key in the dotted form of messages."""
     return ".".join(str(part) for part in path)
 
 
@@ -548,14 +548,14 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
 
 
 def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
-    """Return values with absolute paths of prompts and plug-ins, for the stored recipe.
+    """Return values with absolute paths to prompts and plug-ins, for the stored recipe.
 
-    A path is looked for beside the page, then in the working folder. A file among the ``templates``,
-    ``eval_templates`` or ``untuned_templates`` of a family is read as one of ``prompts``, and named there by its stem.
+    A path is resolved next to the file, then in the working folder. A file among the ``templates``, ``eval_templates``
+    or ``untuned_templates`` of a family is added to ``prompts``, and replaced by its stem.
 
     Args:
-        values: Of a recipe.
-        beside: The page's folder.
+        values: The values of a recipe.
+        beside: The folder of its file.
     """
     made, prompts = dict(values), values.get(PROMPTS)
     result = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []

@@ -1,8 +1,7 @@
-"""Reads YAML within bounds: its values, and the line of every key.
+"""Reads YAML within bounds: the values, and the line of every key.
 
-PyYAML follows whatever a page says: names that stand for each other can unfold to billions of values or to themselves,
-brackets can nest until Python's stack is full, and a scalar that its tag does not fit ends in any exception. Here each
-of these is one error with its line.
+PyYAML has no limits: aliases can expand to billions of values or to themselves, nested brackets can overflow Python's
+stack, and a scalar that does not match its tag can raise any exception. Here each of these is an error with its line.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MOST_NESTED = 50
 _MOST_DIGITS = 18
 
 
-# As PyYAML has them, but for numbers in base 60 (1:20) and octal ones (010), which YAML 1.2 dropped.
+# PyYAML's patterns without numbers in base 60 (1:20) and octal ones (010), which YAML 1.2 dropped.
 _NUMBERS = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
     "tag:yaml.org,2002:float": re.compile(
@@ -116,7 +115,7 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
 
 @lru_cache(maxsize=256)
 def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
-    # A run reads its templates again for every family and every study, and parsing is most of that.
+    # A run reads its templates again for every family and study, and parsing takes most of that time.
     return parsed(text, file)
 
 
@@ -125,7 +124,7 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
 
     Args:
         text: The text.
-        file: Where it stands, for errors.
+        file: The source of the text, for errors.
     """
     if len(text) > MOST_CHARACTERS:
         raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; no page needs as many")
@@ -144,7 +143,7 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
 
 
 def value_of(text: str, key: str) -> Any:
-    """Return the value of an option such as ``eval.users=20``; what is no YAML is a text."""
+    """Return the value of an option such as ``eval.users=20``; invalid YAML is taken as text."""
     if len(text) > MOST_CHARACTERS:
         raise RecipeError(f"{key}: longer than {MOST_CHARACTERS:,} characters", kind="too-large", column=key)
     try:
@@ -156,13 +155,13 @@ def value_of(text: str, key: str) -> Any:
 
 
 def flow(value: Json) -> str:
-    """Return a value on one line as `value_of` reads it."""
-    # YAML ends a bare value with a line of dots.
+    """Return a value on one line, in the format that `value_of` reads."""
+    # The YAML writer ends a bare value with a line of dots.
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
-    """Return the values of a text; its nodes are checked before merge keys (``<<``) are resolved."""
+    """Return the values of a text, whose nodes are checked before merge keys (``<<``) are resolved."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

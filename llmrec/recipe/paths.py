@@ -1,4 +1,4 @@
-"""Paths in a file: relative to the working folder, or else to the folder of the file."""
+"""Paths in a recipe file: relative to the working folder, or else to the folder of the file."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _KEYS = (
     ("index", "semantic", "encoder"),
     ("augment", "encoder"),
 )
-# Keys whose values are names too, of the hub or of data sets: a path begins with a dot, or is that of a page.
+# Keys whose values may be names of the hub or of data sets: paths begin with a dot, or are those of recipe files.
 _NAMES = ("source", "name", "encoder")
-# A database is a path behind one of these; a fourth slash would be a path from the root.
+# A database is a path after one of these prefixes; with a fourth slash the path is absolute.
 _DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
 
 
 def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
-    """Make paths that exist only in the folder of the file relative to it; in place.
+    """Resolve paths that exist only in the folder of the file relative to it, in place.
 
     Args:
-        values: What the page says.
-        folder: Where it is.
-        sought: Receives the paths that are in neither place, with that folder.
+        values: The values of the file.
+        folder: Its folder.
+        sought: Receives the paths that exist in neither folder, with that folder.
     """
     for *parents, last in _KEYS:
         section: Any = values
@@ -68,7 +68,7 @@ def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> No
 
 @contextmanager
 def both_places(recipe: Recipe) -> Iterator[None]:
-    """Add to the error of a missing path both folders in which it was looked for."""
+    """Add both searched folders to the error about a missing path."""
     try:
         yield
     except LlmrecError as error:
@@ -85,7 +85,7 @@ def both_places(recipe: Recipe) -> Iterator[None]:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a file, a folder, the workbook of a sheet or a file that matches a pattern exists."""
+    """Return whether a file, a folder, the workbook of a sheet or a file that matches a pattern exists."""
     start = Path(Path(path).anchor)
     try:
         if Path(path).exists() or Path(path.partition("#")[0] or path).is_file():

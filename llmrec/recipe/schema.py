@@ -39,18 +39,18 @@ from llmrec.fingerprint import settings as settings_of
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
-# Bounds keep a typo from filling the memory; no experiment comes near them.
+# Bounds that prevent a typo from filling the memory, far above those of any experiment.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
-# A prompt and an answer take more than this, whatever the tokenizer.
+# The minimum: a prompt and an answer take more tokens with any tokenizer.
 Tokens = Annotated[int, Field(ge=16, le=10**8)]
 Resamples = Annotated[int, Field(gt=0, le=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 Name = Annotated[str, Field(max_length=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-#: A parameter of a baseline, and one that has parts.
+#: A parameter of a baseline, and one with nested parameters.
 Plain = bool | int | float | str | None
 Value = Plain | dict[str, Plain]
 
@@ -65,14 +65,14 @@ UNKNOWN_KEY = "unknown_key"
 
 
 def _short_enough(name: str) -> str:
-    """Reject a name that is too long for a file, before such a file is looked for."""
+    """Reject a name that is too long for a file name, before the file is opened."""
     if any(len(part.encode()) > 255 for part in name.split("/")) or len(name.encode()) > 4000:
         raise PydanticCustomError("too_long", "no folder and no model has a name that long")
     return name
 
 
 def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
-    """Return a validator of names: those of a registry table, or plug-ins of its kind."""
+    """Return a validator for names in a registry table, and for plug-ins of its kind."""
 
     def check(name: str) -> str:
         known = [item for item in table if item not in but]
@@ -105,7 +105,7 @@ class Section(BaseModel):
 
 @cache
 def _takes_truth(section: type[BaseModel], name: str) -> bool:
-    """Whether a field takes a boolean, or no number that pydantic would make of one."""
+    """Return whether a field accepts a boolean, or does not accept a number, to which pydantic would convert one."""
     parts, known = [section.model_fields[name].annotation], set[object]()
     while parts:
         part = parts.pop()
@@ -183,7 +183,7 @@ class Split(Section):
     @field_validator("after", mode="before")
     @classmethod
     def _as_written(cls, value: Any) -> Any:
-        # YAML reads a date that has no quotes as a date.
+        # YAML parses a date without quotes as a date.
         return value.isoformat() if isinstance(value, date) else value
 
     @model_validator(mode="after")
@@ -195,7 +195,7 @@ class Split(Section):
 
     @property
     def since(self) -> float | None:
-        """The moment ``after`` as a number, dates as seconds since 1970."""
+        """The time ``after`` as a number; dates as seconds since 1970."""
         if self.after is None or isinstance(self.after, float):
             return self.after
         try:
@@ -439,7 +439,7 @@ class BaselineSection(Section):
 
     @property
     def label(self) -> str:
-        """What tables call it: its name, and the parameters that the recipe sets."""
+        """The label in tables: its name, and the parameters that the recipe sets."""
         chosen = ", ".join(f"{key}={value}" for key, value in sorted(settings(self.parameters)))
         return f"{self.name}({chosen})" if chosen else self.name
 
@@ -838,7 +838,7 @@ class PreferenceSection(Section):
 
     @property
     def refers(self) -> bool:
-        """Whether the loss reads the model that training starts from."""
+        """Whether the loss depends on the model that training starts from."""
         return self.loss != "simpo" and not self.reference_free
 
     @model_validator(mode="after")
@@ -1023,7 +1023,7 @@ class TrainSection(Section):
     def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
         """Yield settings that are incompatible with an item softmax, a teacher, pruning or a reward.
 
-        Each is the key that the message begins with, whether the recipe has it, and the message.
+        Each has the key that the message begins with, whether the recipe sets it, and the message.
         """
         soft, preference, reward = self.method in SOFT, self.preference is not None, self.reward is not None
         if self.softmax == "items":
@@ -1158,7 +1158,7 @@ class ServerSection(Section):
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> ServerSection:
-        # No message repeats a value: it may be a key.
+        # Messages never contain a value: it may be an API key.
         if not self.urls or not all(map(_is_address, self.urls)):
             raise ValueError(
                 "eval.server.url: write http://host:port/v1 or https://host/v1, with no user, password or parameters; "
@@ -1180,18 +1180,18 @@ class ServerSection(Section):
         return self
 
     def answering(self) -> dict[str, Json]:
-        """Return the settings that can change an answer; none of them is secret."""
+        """Return the settings that can change an answer, none of which is secret."""
         kept = settings_of(self, "engine")
         return kept | {"url": self.urls[0] if len(self.urls) == 1 else sorted(self.urls)}
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Addresses of the servers, without a slash at their end."""
+        """The addresses of the servers, without a trailing slash."""
         return tuple(url.rstrip("/") for url in ((self.url,) if isinstance(self.url, str) else self.url))
 
     @property
     def where(self) -> str:
-        """The servers, as messages name them."""
+        """The names of the servers in messages."""
         named, more = ", ".join(self.urls[:2]), len(self.urls) - 2
         return named + (f" and {more} more" if more > 0 else "")
 
@@ -1203,7 +1203,7 @@ _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 def _is_address(url: str) -> bool:
-    """Whether it is http(s)://host[:port][/path] with a name or an IP address as its host, and nothing else."""
+    """Return whether a text is http(s)://host[:port][/path] with a name or an IP address as host, and nothing else."""
     form = _ADDRESS.fullmatch(url)
     if form is None or not 0 < int(form["port"] or 80) < 2**16:
         return False
@@ -1216,14 +1216,14 @@ def _is_address(url: str) -> bool:
         return False
 
 
-# Keys of a request that decide what is asked, and so are never further ones.
+# Request keys that llmrec sets, which therefore cannot be set as further ones.
 _SET_HERE = frozenset(
     ("model", "messages", "prompt", "stream", "n", "best_of", "echo", "stop", "logprobs", "top_logprobs", "suffix")
 )
 
 
 def _names(value: Any) -> list[str]:
-    """Return the keys of a value and of all that is in it."""
+    """Return the keys of a value, including nested ones."""
     if isinstance(value, list):
         return [name for item in value for name in _names(item)]
     return [name for key, item in value.items() for name in (key, *_names(item))] if isinstance(value, dict) else []
@@ -1432,12 +1432,12 @@ class Recipe(Displayed, Section):
 
     @property
     def sought(self) -> Mapping[str, Path]:
-        """Paths of its file that do not exist, each with the folder of the file where it was looked for, too."""
+        """Paths in its file that do not exist, each with the folder of the file, which was searched too."""
         return self._sought
 
     def _summary(self) -> Summary:
         data = self.data.source
-        # An address may hold a password.
+        # An address may contain a password.
         if self.data.path and "://" not in self.data.path:
             data += f", {self.data.path}"
         facts = {"data": data, "tasks": listed(self.tasks.present())}
@@ -1449,7 +1449,7 @@ class Recipe(Displayed, Section):
         return Summary(f"Recipe {self.name!r}", facts)
 
     def looked_for(self, sought: Mapping[str, Path]) -> Self:
-        """Return the recipe with `sought`."""
+        """Return the recipe with these paths as `sought`."""
         self._sought = {str(Path(path)): folder for path, folder in sought.items()}
         return self
 
@@ -1520,13 +1520,13 @@ class Recipe(Displayed, Section):
             )
 
     def trained(self) -> dict[str, float]:
-        """Return the weights of the families that are trained."""
+        """Return the weights of the trained families."""
         chosen = {name: task.weight for name, task in self.tasks.present().items() if task.weight > 0}
         only, without = self.train.only or tuple(chosen), self.train.without
         return {name: weight for name, weight in chosen.items() if name in only and name not in without}
 
     def _check_trained(self) -> None:
-        """Reject a selection of families that names a missing one, or leaves none."""
+        """Reject a selection of families that names a missing one or is empty."""
         present = self.tasks.present()
         for key, names in (("only", self.train.only), ("without", self.train.without)):
             for name in names:
@@ -1546,7 +1546,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_head(self) -> None:
-        """Reject a rating head with tasks that are trained on tokens, and engines that do not read it."""
+        """Reject a rating head with tasks that are trained on tokens, or with engines that do not support it."""
         if self.tasks.rating is None or self.tasks.rating.head is None:
             return
         others = [name for name in self.trained() if name != "rating"]
@@ -1565,7 +1565,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_preference(self) -> None:
-        """Reject preference optimisation without a reference, or with another loss."""
+        """Reject preference optimisation without a reference model, or with another loss."""
         section, rating, direct = self.train.preference, self.tasks.rating, self.tasks.direct
         if section is None:
             return
@@ -1620,7 +1620,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_candidates(self) -> None:
-        """Reject rankings of the catalogue and of stored candidates in one table."""
+        """Reject rankings of both the catalogue and stored candidates in one table."""
         whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
         if whole and self.tasks.direct is not None:
             raise ValueError(

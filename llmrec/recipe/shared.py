@@ -1,4 +1,4 @@
-"""What options of commands share with recipes, apart from `schema`: the sections take longer to load than `--help`."""
+"""Constants shared by command options and recipes, apart from `schema`, which would slow down `--help`."""
 
 from __future__ import annotations
 
