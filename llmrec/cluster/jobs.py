@@ -44,11 +44,11 @@ from llmrec.terminal import LOG
 log = logging.getLogger(__name__)
 
 JOB = "job.json"
-"""In the folder of all shards while a job is worked: what is to be done, for every machine to read."""
+"""The file of a running job in the folder of its shards, read by every machine."""
 EACH = 4
-"""Shards for each actor, where nobody says how many: enough that the last ones end together."""
+"""The default number of shards per actor, enough for the actors to finish at about the same time."""
 LOST = 3
-"""Times in a row that not one of the shards that are left is finished, after which the job ends with an error."""
+"""The number of consecutive passes without a finished shard after which the job ends with an error."""
 _BUSY, _PAUSE = 120.0, 2.0
 _FOLDER = re.compile(r"[0-9]+-of-([0-9]+)")
 
@@ -241,7 +241,7 @@ def published(job: Job) -> Iterator[str]:
 
 
 Spread = Callable[[Sequence[int]], Iterator[Worked]]
-"""Has others work the shards of these numbers, and yields what became of each; those that are lost are not yielded."""
+"""Runs the shards with these numbers on workers, and yields the result of each, except for lost ones."""
 
 
 def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:

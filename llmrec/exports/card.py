@@ -38,7 +38,7 @@ from llmrec.report.wording import (
 from llmrec.results import Results, Row
 
 UNKNOWN = "unknown: fill in"
-"""What stands where nobody said which licence holds."""
+"""The placeholder for an unknown licence."""
 
 _HERE = Path(__file__).resolve().parent
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")

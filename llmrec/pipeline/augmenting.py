@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FEATURES, CONTROL = "features", "control"
-"""In a run folder: the store that the recipe's section ``augment`` asks for, and that of `without_model`."""
+"""Names in a run folder: the feature store of the recipe's section ``augment``, and that of `without_model`."""
 
 # Tokens per second of a small model on two cores, for the estimate.
 _READS, _WRITES = 1000.0, 150.0

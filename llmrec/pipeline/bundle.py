@@ -27,7 +27,7 @@ from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, Sequential
 
 FILE = BUNDLE
 SUMS = "SHA256SUMS"
-"""In an exported folder: the sha256 of every file."""
+"""The file in an exported folder with the sha256 of every file."""
 _FORMAT = 1
 
 

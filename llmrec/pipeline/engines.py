@@ -45,7 +45,7 @@ class _Keeper:
     def __init__(self) -> None:
         self._held: tuple[str, Backend] | None = None
         self.is_broken = False
-        """Whether vLLM failed in an earlier piece."""
+        """Whether vLLM failed in an earlier shard."""
 
     def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
         """Return the open engine if it has the same inputs; otherwise close it and start another."""

@@ -120,7 +120,7 @@ class Evaluation:
         self.missing: dict[str, Unevaluated] = {}
         """Rows that no engine could answer, by id; see `arms`."""
         self.failures: list[EngineFailure] = []
-        """What became of those engines."""
+        """The failures of these engines."""
 
     def baselines(self) -> list[ResultRow]:
         """Fit and evaluate the classic baselines of every family, and their ensembles."""

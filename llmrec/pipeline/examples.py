@@ -27,9 +27,9 @@ from llmrec.tasks.family import family_of
 from llmrec.types import Case, Request, Text
 
 COUNT = 20
-"""Requests a family, or all that there are."""
+"""The maximum number of requests shown per family."""
 INPUT = 400
-"""Characters of an input."""
+"""The maximum number of characters of an input."""
 
 
 def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
@@ -134,7 +134,7 @@ def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
 
 
 EXHIBITS = 8
-"""Requests a family that show what features say and change."""
+"""The number of requests per family that show features and their effect."""
 _READ = 6
 
 
@@ -280,7 +280,7 @@ def _answer(record: Prediction) -> Written:
 log = logging.getLogger(__name__)
 
 LENGTH = 10
-"""Places of a list that count."""
+"""The number of ranks shown of a list."""
 # Items of a family, neighbours of an item, and lists of a row.
 _ITEMS, _NEAR, _VISITS = 6, 4, 2
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "index"
-"""Where a model folder keeps its index."""
+"""The folder of the index in a model folder."""
 LEARNED = "collaborative"
-"""The value of ``index.tokens`` for rows that start from a recommender's item vectors."""
+"""The value of ``index.tokens`` for token embeddings initialised from a recommender's item vectors."""
 # The file with the stamp of the text encoder.
 _STAMP = "encoder_stamp"
 # Schemes that are slow to build and therefore cached.

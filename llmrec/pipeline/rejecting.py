@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _DRAWN = ("uniform", "popularity", "ratings")
 BEAM = "beam"
-"""Value of ``train.preference.rejected``: what the model finds itself."""
+"""The value of ``train.preference.rejected`` for items found by the model itself."""
 # The number of a user's training events that the model is queried about.
 _EVENTS = 4
 

@@ -300,7 +300,7 @@ ROW: Mapping[str, Any] = {
     "predictor": pl.String,
     "template": pl.String,
 }
-"""Which row of results.json a line belongs to."""
+"""Columns that identify the row of results.json of a line."""
 REQUEST: Mapping[str, Any] = {
     "item_id": pl.String,
     "position": pl.Int32,
@@ -308,7 +308,7 @@ REQUEST: Mapping[str, Any] = {
     "user_training": pl.Int32,
     "item_training": pl.Int32,
 }
-"""What a request is, the same in all rows."""
+"""Columns of a request, equal in all rows."""
 ANSWER: Mapping[str, Any] = {
     "request_id": pl.String,
     "user_id": pl.String,

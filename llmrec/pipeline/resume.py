@@ -117,9 +117,9 @@ RUN = (
     *("data", "results.json", "report", "audit.json", "audit-baselines.json", "trackers.json", "tensorboard"),
     LOG,
 )
-"""What a run writes into its folder."""
+"""Files and folders that a run writes into its folder."""
 SUITE = ("rows", "models", LOG)
-"""What a suite writes into its folder."""
+"""Files and folders that a suite writes into its folder."""
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -> None:

@@ -22,7 +22,7 @@ from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
 
 DEBIAS = ("debias", "debias_questions")
-"""Settings that positional strategies read besides those of their entries."""
+"""Settings that positional strategies read in addition to those of their registry entries."""
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,10 @@ from llmrec.train import trackers
 log = logging.getLogger(__name__)
 
 ANSWERS = "answers.sqlite"
-"""In a run folder: what language models answered."""
+"""The answer cache in a run folder."""
 
 Trained = dict[str, Any]
-"""What training left behind: ``train.json``."""
+"""A training record, the content of ``train.json``."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -30,7 +30,7 @@ from llmrec.results import Arm
 log = logging.getLogger(__name__)
 
 SHARD = "shard.json"
-"""In a folder of a shard: that it is finished, and of what."""
+"""The record in the folder of a finished shard."""
 
 Command = Literal["rank", "eval", "augment"]
 
@@ -205,7 +205,7 @@ def _same_job(first: Finished, other: Finished) -> None:
 
 
 Weights = Mapping[Arm, tuple[str, str]]
-"""Of each setting the model folder, and the hash of what lies in it."""
+"""The model folder and the hash of its weights, by setting."""
 
 
 def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, recipe: Recipe) -> str:

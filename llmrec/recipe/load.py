@@ -36,7 +36,7 @@ Page = TypeVar("Page", bound=BaseModel)
 
 
 Overrides = Sequence[str] | Mapping[str, Any]
-"""Changed keys, as words such as ``train.steps=20``, or as a mapping such as ``{"train.steps": 20}``."""
+"""Changed keys, as texts such as ``train.steps=20``, or as a mapping such as ``{"train.steps": 20}``."""
 
 
 def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:

@@ -22,9 +22,9 @@ from llmrec.errors import Place, RecipeError
 KeyPath = tuple[str | int, ...]
 
 MOST_CHARACTERS = 1_000_000
-"""Of a page."""
+"""The maximum size of a file, in characters."""
 MOST_VALUES = 20_000
-"""Of a page, with what its aliases repeat."""
+"""The maximum number of values in a file, with those repeated by aliases."""
 MOST_NESTED = 50
 _MOST_DIGITS = 18
 

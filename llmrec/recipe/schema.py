@@ -59,9 +59,9 @@ ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent",
 
 
 AUTO = "auto"
-"""The value of ``eval.backend`` and ``eval.scorer`` under which an engine is chosen where it is started."""
+"""The value of ``eval.backend`` and ``eval.scorer`` for an engine that is selected when it is started."""
 UNKNOWN_KEY = "unknown_key"
-"""Type of the error of a key that a section does not take, under the path of that section."""
+"""The error type for a key that a section does not have; the error has the path of that section."""
 
 
 def _short_enough(name: str) -> str:
@@ -105,7 +105,7 @@ class Section(BaseModel):
 
 @cache
 def _takes_truth(section: type[BaseModel], name: str) -> bool:
-    """Return whether a field accepts a boolean, or does not accept a number, to which pydantic would convert one."""
+    """Return whether a field accepts a boolean, or has no number type to which pydantic would convert it."""
     parts, known = [section.model_fields[name].annotation], set[object]()
     while parts:
         part = parts.pop()
@@ -459,7 +459,7 @@ def named(*names: str) -> tuple[BaselineSection, ...]:
 
 
 Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
-"""The model as it is, with solved examples before the question, and after training."""
+"""The settings: the untuned model, the untuned model with solved examples in the prompt, and the tuned model."""
 
 
 class TaskSection(Section):
@@ -742,9 +742,9 @@ class ModelSection(Section):
 
 
 ADAPTED = ("lora", "qlora", "lora8")
-"""Train methods that put LoRA on the model."""
+"""Training methods with LoRA adapters."""
 SOFT = ("prompt", "option", "option-adapter")
-"""Train methods with soft prompts."""
+"""Training methods with soft prompts."""
 
 
 class LoraSection(Section):
@@ -1230,7 +1230,7 @@ def _names(value: Any) -> list[str]:
 
 
 BEST_BASELINE = "best-baseline"
-"""What `EvalSection.planned` calls a family's best control."""
+"""The name of a family's best control in `EvalSection.planned`."""
 
 
 class FusionSection(Section):

@@ -12,4 +12,4 @@ BATCH = 64
 CUTOFFS = (1, 5, 10)
 RESAMPLES = 2000
 Form = Literal["records", "long", "trec"]
-"""How ranked lists lie in a file: a record a request, a row a ranked item, or a line of a TREC run."""
+"""The file format of ranked lists: one record per request, one row per ranked item, or a TREC run."""
