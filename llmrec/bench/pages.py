@@ -296,7 +296,10 @@ def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
         if len(kinds) > 1 and row.reads and (number == 0 or row.reads != rows[number - 1][0].reads):
             lines.append([f"*{KINDS[row.reads]}*", *[""] * (len(columns) - 1)])
         lines.append([write(row, figures) for _, write in columns])
-    return _left([head for head, _ in columns], lines)
+    header = [head for head, _ in columns]
+    # Parameters are the only text among the columns.
+    numbers = header.index("parameters") if "parameters" in header else len(header)
+    return grid([cell(name) for name in header], lines, numeric_to=numbers)
 
 
 def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
