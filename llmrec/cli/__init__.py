@@ -1,1 +1,1 @@
-"""One folder a command: its files, options and printing."""
+"""The commands: one module each, with a record of its options and what it prints."""

@@ -64,7 +64,7 @@ def augment(options: AugmentOptions) -> None:
 
 
 def _show_plan(recipe: Recipe) -> None:
-    """Print what texts would cost, and a prompt of each kind."""
+    """Print the estimated cost of the texts, and one prompt of each kind."""
     from llmrec.pipeline import augmenting
 
     planned = augmenting.plan(recipe)
@@ -76,7 +76,7 @@ def _show_plan(recipe: Recipe) -> None:
 
 
 def show_texts(done: Augmented) -> None:
-    """Print some texts of a new store, and what they cost."""
+    """Print some texts of a new store, and their cost."""
     from llmrec.data.features import PLURALS, FeatureStore
 
     store = FeatureStore.open(done.folder)

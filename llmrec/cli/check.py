@@ -1,4 +1,4 @@
-"""The command `llmrec check`: a recipe with its data, or the pages that a suite or a benchmark names."""
+"""The command `llmrec check`: validates a recipe with its data, or the recipes that a suite or a benchmark names."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
 
 
 def _facts(study: Study, cases: Mapping[str, int]) -> str:
-    """Return what a run would read, ask and measure, in one line."""
+    """Return one line on the data, prompts and metrics of a run."""
     recipe, data = study.recipe, study.data.dataset
     size = f"{data.interactions['user_id'].n_unique():,} users, {len(data.items):,} items"
     models = f"{recipe.model.name} {', '.join(recipe.eval.arms)}" if recipe.eval.arms else "no language model"

@@ -1,6 +1,6 @@
-"""What commands print: tables of names and values, prompts, and a run's results.
+"""Output of commands: tables of names and values, prompts, and the results of a run.
 
-Words go to the standard output. What they say is kept as facts beside them, which `--json` prints in their place.
+Text goes to the standard output. The same content is kept as facts, which `--json` prints instead.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ given: list[str] = []
 """The options of every command that this one was given, for the same command in another process; not ``--json``."""
 
 
-# Of a row: they stand in results.json, which is named.
+# Keys of a row that are left out: they are in results.json, which the output names.
 _DETAILS = {"slices", "by_position", "position_bias"}
 
 
 def finish(done: Any) -> None:
-    """Print the headline figures of a run, how long it took, where its report lies, and what to do next."""
+    """Print the headline figures of a run, its duration, the path of its report, and the next command."""
     from rich.text import Text
 
     from llmrec.report.results import results_of
@@ -64,7 +64,7 @@ def finish(done: Any) -> None:
 
 
 def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
-    """Print what became of a shard, and how its job is put together; return what it says of itself."""
+    """Print the state of a shard and the command that merges the shards; return the record of the shard."""
     from llmrec.pipeline.shards import read
 
     done = read(folder)
@@ -87,16 +87,16 @@ def show_tables(folder: Path) -> None:
 
 
 def console() -> Console:
-    """Return what prints tables and colours where a command answers."""
+    """Return the rich console that prints tables and colours to the output of a command."""
     from rich.console import Console
 
-    # What is piped has no width of its own.
+    # A pipe has no width.
     stream = terminal.out()
     return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
 
 
 def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
-    """Print rendered prompts, by what they are of."""
+    """Print rendered prompts, given by title."""
     tell(prompts=prompts)
     for texts in prompts.values():
         for text in texts:
@@ -104,12 +104,12 @@ def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
 
 
 def tell(**found: Any) -> None:
-    """Keep facts: what a program reads where a person reads words."""
+    """Store facts: the machine-readable form of the output, for `--json`."""
     facts.update(found)
 
 
 def as_json(value: Any) -> str:
-    """Return facts as JSON: records as objects, paths and dates as texts, and no NaN."""
+    """Return facts as JSON: records become objects, paths and dates become strings, and NaN is not used."""
     return json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
 
 
@@ -138,7 +138,7 @@ def show(
     record: Mapping[str, Any] | None = None,
     file: TextIO | None = None,
 ) -> None:
-    """Print a title, and names with their values below it.
+    """Print a title, then names with their values.
 
     Args:
         title: The title.
@@ -154,24 +154,24 @@ def show(
 
 
 def written(files: Mapping[str, Any]) -> None:
-    """Say which files were written, by what each is."""
+    """Print the files that were written, each with its description."""
     tell(**files)
     say("\n".join(f"{name}: {path}" for name, path in files.items()))
 
 
 def short(value: Any) -> str:
-    """Return a figure with its thousands apart."""
+    """Return a number with thousands separators."""
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def minutes(seconds: float) -> str:
-    """Return seconds as minutes, one at least."""
+    """Return seconds as minutes, at least one."""
     count = max(1, round(seconds / 60))
     return f"{count} minute{'s' if count > 1 else ''}"
 
 
 def detail(text: str) -> None:
-    """Print a line that only ``-v`` asks for."""
+    """Print a line if ``-v`` is set."""
     if logging.getLogger("llmrec").isEnabledFor(logging.INFO):
         say(text)
 

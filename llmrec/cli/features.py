@@ -1,4 +1,4 @@
-"""The commands `llmrec features`: make, show, compare, correct and time stores of features."""
+"""The commands `llmrec features`: import, show, compare, correct and time feature stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: commands of the registry, which are imported when they are called, and options that all have."""
+"""The command line: the commands of the registry, imported when they are called, and their shared options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmrec.registry import COMMANDS, PANELS, attribute
 
 Level = Literal["debug", "info", "warning", "error"]
 
-# Read by other libraries when they are imported, and by the processes that they start.
+# Other libraries read these when they are imported; their subprocesses inherit them.
 _SILENT = {
     QUIET: "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -33,7 +33,7 @@ _SILENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "CRITICAL",
 }
-# Marks commands that `main` runs: tests that call one inside their own process keep their streams.
+# Set if `main` runs the command: a test that calls a command in its own process keeps its streams.
 _MAIN = object()
 
 
@@ -77,7 +77,7 @@ def _options(
         ),
     ] = None,
 ) -> None:
-    """Take the options that every command has; `_Shared` adds them."""
+    """Accept the options that every command has; `_Shared` adds them."""
 
 
 _holder = typer.Typer(add_completion=False)
@@ -92,18 +92,18 @@ class _Shared:
         return [*super().get_params(ctx), *_OPTIONS]  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
-        # The path begins with the program, which may be several words.
+        # The path begins with the name of the program, which may have several words.
         facts["command"] = ctx.command_path.removeprefix(ctx.find_root().command_path).strip()
         _apply(ctx.meta)
         return super().invoke(ctx)  # type: ignore[misc]
 
 
 def _apply(meta: Mapping[str, Any]) -> None:
-    """Set the log levels that a command line asks for."""
+    """Set the log levels that a command line specifies."""
     level = meta.get("llmrec.log_level")
     flags = [f"--{name}" for name in ("verbose", "quiet") if meta.get(f"llmrec.{name}")]
     given[:] = [*flags, *(["--log-level", level] if level else [])]
-    # Of several processes of a command one writes.
+    # Of several processes of a command only one prints.
     quiet = bool(meta.get("llmrec.quiet")) or processes.rank() > 0
     if quiet:
         os.environ.update({name: value for name, value in _SILENT.items() if name == QUIET or name not in os.environ})
@@ -111,16 +111,16 @@ def _apply(meta: Mapping[str, Any]) -> None:
     own: Level = (not processes.rank() and level) or (
         "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
     )
-    # Other libraries log warnings at most.
+    # Other libraries log warnings and errors only.
     logging.basicConfig(format="%(message)s", handlers=[_Handler()])
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.getLogger("llmrec").setLevel(own.upper())
-    # The progress of long work, in lines where there is no terminal for a bar.
+    # Progress of long work, as log lines if there is no terminal for a progress bar.
     logging.getLogger("llmrec.progress").setLevel(own.upper() if quiet or own == "error" else logging.INFO)
 
 
 class _Handler(logging.Handler):
-    """Prints llmrec's notes, and leaves those of other libraries where the rest of their output goes."""
+    """Prints the log records of llmrec, and sends those of other libraries to the rest of their output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -135,7 +135,7 @@ class _Handler(logging.Handler):
 
 class _Command(_Shared, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
-        # The output of a service and of its libraries is read together, where its error stream goes.
+        # A service writes its own output and that of libraries to its error stream, so that they are read together.
         command = COMMANDS.get(self.name or "")
         serves = command is not None and command.serves
         with terminal.once(), nullcontext() if serves or ctx.find_root().obj is not _MAIN else terminal.apart():
@@ -143,15 +143,15 @@ class _Command(_Shared, TyperCommand):
 
 
 class _Group(_Shared, TyperGroup):
-    """Commands that have the shared options."""
+    """A group of commands with the shared options."""
 
 
 class _Root(_Group):
-    """The commands of the registry, each of which is imported when it is called or its own help is asked for."""
+    """The commands of the registry, each imported when it is called or its help is printed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # Their names are suggested where one is misspelt.
+        # A misspelt command gets a suggestion from these names.
         self.commands = dict.fromkeys(self.list_commands(None))  # type: ignore[assignment]
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -179,7 +179,7 @@ class _Root(_Group):
 
 
 def app_of(functions: Mapping[str, Callable[[Any], None]], **settings: Any) -> typer.Typer:
-    """Return functions of options records as commands of a program: one function is the program itself.
+    """Return functions of options records as the commands of a program; a single function is the program itself.
 
     Args:
         functions: By the name of the command; see `llmrec.cli.options.takes`.
@@ -222,10 +222,10 @@ def _root(
 def main(program: typer.Typer = app) -> None:
     """Run the command line; expected failures print one paragraph and exit with 2.
 
-    Of several processes that a launcher started the first one answers, and the first that fails says why.
+    Of several processes that a launcher started, the first prints the result; the first that fails prints its error.
     """
-    # Threads of OpenMP spin while they wait for each other. With a second busy process the thread that is waited for
-    # then gets no core: training takes twice as long, and more with further processes (eval/results/waiting.json).
+    # OpenMP threads spin while they wait for each other. With a second busy process the thread they wait for gets no
+    # core: training takes twice as long, and longer with further processes (eval/results/waiting.json).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:

@@ -40,7 +40,7 @@ class RecipeOptions:
 
 
 def refuse_both(shard: str | None, ray: str | None) -> None:
-    """Reject one shard where Ray works all."""
+    """Reject `--shard` together with `--ray`, which processes all shards."""
     if shard is not None and ray is not None:
         raise RecipeError(
             "--ray works all shards, and --shard one; drop one of them", kind="contradiction", column="--shard"
@@ -48,7 +48,7 @@ def refuse_both(shard: str | None, ray: str | None) -> None:
 
 
 def takes(function: Callable[[Any], None]) -> Callable[..., None]:
-    """Return a function of one record as a callback that takes the record's fields, required ones first.
+    """Return a function of a record as a callback whose parameters are the fields of the record, required ones first.
 
     Args:
         function: It has one parameter, annotated with a dataclass whose fields are `Annotated` with an `About` each.
@@ -71,7 +71,7 @@ def _parameter(field: Field[Any], hint: Any) -> Parameter:
     assert isinstance(about, About)
     default: Any = Parameter.empty if field.default is MISSING else field.default
     if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
-        # It may be given several times.
+        # The option may be repeated.
         kind, default = list[get_args(kind)[0]], default if field.default is MISSING else list(default)  # type: ignore[misc]
     if about.argument:
         given = typer.Argument(metavar=about.metavar, help=about.help)

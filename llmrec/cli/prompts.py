@@ -1,4 +1,4 @@
-"""The command `llmrec prompts`: a recipe's templates, training rows of each, and two templates compared."""
+"""The command `llmrec prompts`: the templates of a recipe, training rows of each, and the differences of two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llmrec.types import Example
 WIDTH = 80
 SHOWN = 3
 """Prompts that are shown of a task."""
-_READER = Environment(autoescape=True)  # parses alone; what is parsed was checked against the grammar
+_READER = Environment(autoescape=True)  # only parses; the template was validated when it was loaded
 
 
 _FILES = (".yaml", ".yml")
@@ -93,7 +93,7 @@ def prompts(options: PromptsOptions) -> None:
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
-    """Return a recipe that reads the files among names of templates, and the names with their stems in place of paths.
+    """Return the recipe with the template files among the names added, and the names with paths replaced by stems.
 
     Args:
         recipe: The recipe.
@@ -123,10 +123,10 @@ def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Reci
 
 
 def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Template]:
-    """Return the templates of these names and sets, in the order of the families; all where none is named.
+    """Return the templates with these names or of these sets, in the order of the families; all if none is given.
 
     Raises:
-        RecipeError: If a name or a set is unknown, or two families have a template of the name.
+        RecipeError: If a name or a set is unknown, or a name belongs to templates of two families.
     """
     every = [template for known in study.templates.values() for template in known.values()]
     if not names and not sets:
@@ -144,7 +144,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
 
 
 def find(study: Study, name: str) -> Template:
-    """Return a template of the recipe's families by ``family/name``, or by its name where only one has it.
+    """Return a template of the recipe's families by ``family/name``, or by a name that only one family has.
 
     Raises:
         RecipeError: If there is none, or several.
@@ -178,7 +178,7 @@ def find(study: Study, name: str) -> Template:
 
 
 def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
-    """Yield what there is to know of templates, family by family, in lines of at most `WIDTH` columns."""
+    """Yield the description of templates, grouped by family, in lines of at most `WIDTH` columns."""
     for family in dict.fromkeys(template.family for template in templates):
         chosen = chosen_of(study, family)
         yield f"{family} templates"
@@ -189,7 +189,7 @@ def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
 
 
 def names(study: Study) -> Iterator[str]:
-    """Yield the templates of each family that a recipe uses, a line each, and the names of the others."""
+    """Yield one line for each template that a recipe uses, grouped by family, and the names of the others."""
     for family, known in study.templates.items():
         chosen = chosen_of(study, family)
         used = {template.id: _roles(template, chosen) for template in known.values()}
@@ -207,7 +207,7 @@ def _roles(template: Template, chosen: Chosen) -> list[str]:
 
 
 def chosen_of(study: Study, family: str) -> Chosen:
-    """Return the templates that a recipe trains a family on and evaluates it with."""
+    """Return the templates that a recipe trains and evaluates a family with."""
     templates, reviews = study.templates[family], bool(study.task_data(family).dataset.reviews)
     return choose(study.tasks[family].family, study.section(family), templates, study.codes(family), reviews=reviews)
 
@@ -232,7 +232,7 @@ def _about(template: Template, chosen: Chosen) -> Iterator[str]:
 
 
 def fields(template: Template, *parts: str) -> list[str]:
-    """Return the variables that parts of a template print or ask for, in order, such as ``history.title``."""
+    """Return the variables that a template prints or tests, in order, such as ``history.title``."""
     result: dict[str, None] = {}
     for part in parts:
         for path in _paths(_READER.parse(getattr(template, part)), {}):
@@ -241,7 +241,7 @@ def fields(template: Template, *parts: str) -> list[str]:
 
 
 def _paths(node: nodes.Node, bound: Mapping[str, str]) -> Iterator[str]:
-    """Yield paths in the order of the text; ``bound`` names the list that a loop's own variable stands for."""
+    """Yield the paths of variables in order; ``bound`` maps a loop variable to its list."""
     if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
         owner = node.node.name
         if owner != "loop":
@@ -267,22 +267,22 @@ def _wrapped(first: str, text: str, *, hang: int | None = None) -> list[str]:
 
 
 def rows(study: Study, template: Template) -> Iterator[Example]:
-    """Yield training rows of one template, without end, whether or not the recipe trains on it.
+    """Yield an endless stream of training rows of a template, whether or not the recipe trains on it.
 
     Raises:
-        RecipeError: If the template does not fit the recipe.
+        RecipeError: If the template is incompatible with the recipe.
     """
-    # Evaluation stays as it is: some templates are learned and never asked with.
+    # Evaluation is unchanged: some templates are only for training.
     asked = study.tasks[template.family].eval_templates
     section = study.section(template.family).model_copy(update={"templates": (template.name,), "eval_templates": asked})
-    # The row is only shown: nothing learns from an unseen template.
+    # The row is only displayed, so an unseen template is allowed.
     shown = replace(template, use="named") if template.use == "unseen" else template
     known = {**study.templates[template.family], template.name: shown}
     yield from build_task(study, template.family, section, known, study.training_seed).examples("train")
 
 
 def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
-    """Return rendered training prompts with answers per task, one of each template first."""
+    """Return rendered training prompts with answers by task, starting with one of each template."""
     shown: dict[str, list[str]] = {}
     for family in study.tasks:
         first: dict[str, str] = {}
@@ -298,13 +298,13 @@ def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, lis
 
 
 def marked(example: Example, encoder: Encoder) -> str:
-    """Return a row as the model reads it, with what is learned in «these marks»."""
+    """Return a row as the model reads it, with its training targets in «these marks»."""
     answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
     return encoder.turns_text(example.messages) + answer
 
 
 def rendered(study: Study, encoder: Encoder, template: Template) -> str:
-    """Return a training row of a template as the model reads it, or why there is none."""
+    """Return a rendered training row of a template, or the reason why there is none."""
     chosen = chosen_of(study, template.family)
     note = "" if template in chosen.train else ", not trained on here"
     head = f"[{template.id}{', unseen in training' if template.use == 'unseen' else note}]"
@@ -317,10 +317,10 @@ def rendered(study: Study, encoder: Encoder, template: Template) -> str:
 
 
 _FACTS = ("version", "use", "shape")
-# A run folder records what makes a prompt, and not what is said about the template.
+# A run folder records the text of a template, but not its description.
 _NOTES = ("set", "number", "also", "leak", "needs")
 _PARTS = ("system", "user", "lead", "target", "tail")
-# Rows of each template among which one event is looked for: a few passes over the users of MovieLens-100K.
+# Rows of each template that are searched for a common event: a few passes over the users of MovieLens-100K.
 _SEARCHED = 4000
 
 
@@ -343,7 +343,7 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
         raise RecipeError(
             f"{one.id} and {other.id} answer different questions; compare templates of one family", kind="contradiction"
         )
-    # Read from the older to the newer.
+    # The diff goes from the older to the newer template.
     left, right = (other, one) if stored else (one, other)
     yield f"- {left.id}{f', as trained in {second}' if stored else ''}"
     yield f"+ {right.id}{', as it is now' if stored else ''}"
@@ -353,10 +353,10 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
 
 
 def recorded(folder: Path, template: Template) -> Template:
-    """Return a template as a run or an exported folder was trained with it.
+    """Return a template as recorded in a run folder or an exported folder.
 
     Raises:
-        RecipeError: If the folder holds no record of it.
+        RecipeError: If the folder has no record of it.
     """
     files = [file for file in (folder / "merged" / FILE, folder / FILE) if file.is_file()]
     if not files:
@@ -391,7 +391,7 @@ def recorded(folder: Path, template: Template) -> Template:
 
 
 def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[str]:
-    """Yield the parts that differ, each as a unified diff, and the names of those that do not."""
+    """Yield a unified diff of each part that differs, and the names of the equal parts."""
     same = []
     for key in (*_FACTS, *(_NOTES if notes else ()), *_PARTS):
         one, other = (str(getattr(template, key)) for template in (left, right))
@@ -408,7 +408,7 @@ def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[
 
 
 def _unified(left: Sequence[str], right: Sequence[str], context: int = 3) -> Iterator[str]:
-    """Yield a unified diff without its heads; a long line goes on below its mark."""
+    """Yield a unified diff without headers; long lines are wrapped and indented below their mark."""
     for line in islice(difflib.unified_diff(left, right, n=context, lineterm=""), 2, None):
         if line.startswith("@@"):
             continue
@@ -443,9 +443,9 @@ def _prompts(study: Study, encoder: Encoder, left: Template, right: Template) ->
 
 
 def _same_event(study: Study, left: Template, right: Template) -> tuple[Example, Example] | None:
-    """Return a row of each whose last target is one event; None where there is none among the first rows.
+    """Return a row of each template with the same event as last target; None if the first rows have none.
 
-    Templates of one shape draw the same events in the same order. A list and a chat meet where they may.
+    Templates of one shape draw the same events in the same order; a list and a chat template may not.
     """
     first: dict[tuple[str, ...], Example] = {}
     second: dict[tuple[str, ...], Example] = {}
@@ -459,5 +459,5 @@ def _same_event(study: Study, left: Template, right: Template) -> tuple[Example,
 
 
 def _event(example: Example) -> tuple[str, ...]:
-    """Return what a row's last target is about; alignment has no events, and there it is the row itself."""
+    """Return the event of a row's last target; the id of the row for alignment, which has no events."""
     return example.pairs[-1] if example.pairs else (example.id,)

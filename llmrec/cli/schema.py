@@ -1,7 +1,7 @@
 """The command `llmrec schema`: JSON schemas of recipes and suites, for editors.
 
-Keys, bounds and words are those of `llmrec.recipe`; names are those that this installation knows. A schema sees a page
-alone: what a ``base`` brings, and whether keys go together, `llmrec check` says.
+Keys, bounds and descriptions come from `llmrec.recipe`, names from the registry of this installation. A schema covers
+one file: `llmrec check` also validates keys from ``base`` and combinations of keys.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Schema: TypeAlias = MutableMapping[str, Any]
 PageKind = Literal["recipe", "suite"]
 
 _DIALECT = "http://json-schema.org/draft-07/schema#"
-# A name of somebody's own is a path or module:attribute, which no list can hold.
+# A custom name is a path or module:attribute, which cannot be listed.
 _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 
 
@@ -54,7 +54,7 @@ def schema(options: SchemaOptions) -> None:
 
 
 def schema_text(kind: PageKind) -> str:
-    """Return the schema of a kind of page as a file holds it; that of suites is one for all that compare."""
+    """Return the JSON schema of a kind of file; suites and benchmarks share one."""
     return json.dumps({"recipe": _recipe, "suite": _suite}[kind](), ensure_ascii=False, indent=1) + "\n"
 
 
@@ -106,7 +106,7 @@ def _suite() -> Schema:
 
 
 def _baseline(defs: Schema) -> Schema:
-    """Return a baseline as its name, or as a mapping of its name and its own parameters."""
+    """Return the schema of a baseline: its name, or a mapping of its name and parameters."""
     rules = []
     for name in BASELINES:
         config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
@@ -137,7 +137,7 @@ def _baseline(defs: Schema) -> Schema:
 
 
 def _section(section: type[BaseModel], defs: Schema) -> Schema:
-    """Return the keys of a family's section; one from outside is added."""
+    """Return the schema of a family's section, including families of plug-ins."""
     if section.__name__ not in defs:
         made = _plain(section)
         defs |= made.pop("$defs", {})
@@ -151,7 +151,7 @@ def _named(names: Iterable[str]) -> Schema:
 
 
 def _plain(model: type[BaseModel]) -> Schema:
-    """Return pydantic's schema with words in place of titles that repeat a key."""
+    """Return pydantic's schema with descriptions instead of titles that only repeat a key."""
     made = model.model_json_schema()
     for entry in _objects(made):
         if isinstance(entry.get("title"), str):
@@ -173,7 +173,7 @@ def _objects(value: Any) -> Iterator[Schema]:
 
 
 def _said_of(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
-    """Return what the docstring of a key's section says first."""
+    """Return the first sentence of the docstring of a key's section."""
     for option in (key, *key.get("anyOf", ())):
         if "$ref" in option:
             text: str = defs[option["$ref"].rpartition("/")[2]].get("description", "")

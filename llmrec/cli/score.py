@@ -1,4 +1,4 @@
-"""The command `llmrec score`, and `llmrec.score`: ranked lists of any system against what is relevant."""
+"""The command `llmrec score`, and `llmrec.score`: metrics of ranked lists of any system."""
 
 from __future__ import annotations
 
@@ -130,10 +130,10 @@ def score(
 
 
 def cutoffs(text: str) -> tuple[int, ...]:
-    """Read ``5,10``.
+    """Parse cutoffs such as ``5,10``.
 
     Raises:
-        RecipeError: If a part is no whole number.
+        RecipeError: If an element is not an integer.
     """
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
@@ -142,7 +142,7 @@ def cutoffs(text: str) -> tuple[int, ...]:
 
 
 def lines(scores: Scores) -> Iterator[str]:
-    """Yield what the console says: what was counted, and a line a metric."""
+    """Yield the output lines: the counts, then one line per metric."""
     units = _UNITS[scores.unit]
     yield f"{scores.relevant:,} relevant items of {scores.lists[0].judged:,} {units} in {scores.truth}"
     if scores.barren:

@@ -1,7 +1,7 @@
-"""What is unsafe here, as far as it can be known without a network: `llmrec doctor --security`.
+"""Security checks that need no network: `llmrec doctor --security`.
 
-Every check is a function from facts to findings; `examine` gathers the facts. No secret is repeated: what is found is
-named by its place.
+Every check is a function from facts to findings; `examine` gathers the facts. A secret is never printed:
+a finding names its location.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llmrec.errors import RecipeError
 from llmrec.pipeline.resume import LOCK
 from llmrec.recipe.pages import read_page
 
-# Endings of files that hold pickled objects, which run code when they are loaded.
+# Suffixes of files with pickled objects, which run code when they are loaded.
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
-# Files that may hold keys, by their names.
+# Names of files that may hold keys.
 _KEY_FILE = re.compile(r"(^|[._-])(keys?|tokens?|secrets?|credentials)([._-]|$)|^\.env(\.|$)", re.IGNORECASE)
 _KEY_ENDINGS = frozenset({"", ".json", ".env", ".txt", ".yaml", ".yml", ".key"})
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
-# Keys by the forms that their issuers give them, and values of keys that are called so.
+# Formats of the keys of known issuers, and values assigned to names such as api_key.
 _SECRET = re.compile(
     r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|llmrec_[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|AKIA[A-Z0-9]{16}|xox[abp]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{30,})"
@@ -43,13 +43,13 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor.
+    """A finding: one line of the doctor's output.
 
     Attributes:
-        name: What was looked at.
-        found: What was found.
-        fix: What to do about a fault; empty where nothing is wrong.
-        note: Advice about something that is not wrong, but worth knowing.
+        name: The check.
+        found: Its result.
+        fix: How to fix a fault; empty if there is none.
+        note: Advice that is not about a fault.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Finding:
 
     @property
     def level(self) -> Literal["ok", "notice", "fault"]:
-        """``fault`` where there is something to fix, ``notice`` where there is advice."""
+        """``fault`` if there is something to fix, ``notice`` if there is advice."""
         return "fault" if self.fix else "notice" if self.note else "ok"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A recipe or suite: where it stands, its text, and what of it could be read."""
+    """A recipe or suite: its path, its text, its model, and whether it allows custom model code."""
 
     path: Path
     text: str
@@ -74,7 +74,7 @@ class Page:
 
 
 def examine(folder: Path = Path()) -> Iterator[Finding]:
-    """Yield findings on pages, runs and key files below a folder and its ``runs``, and on services that run here."""
+    """Yield findings on recipes, runs and key files below a folder, and on services that run on this machine."""
     runs = _runs(folder)
     pages = _pages(folder, runs)
     yield from check_pickles(_model_folders(folder, runs, pages))
@@ -87,7 +87,7 @@ def examine(folder: Path = Path()) -> Iterator[Finding]:
 
 
 def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
-    """Pickled files in model folders."""
+    """Check for pickled files in model folders."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLED]
     if not files:
         yield Finding("pickled weights", "none in the model folders")
@@ -101,7 +101,7 @@ def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
 
 
 def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> Iterator[Finding]:
-    """Files or folders that others than their owner may read."""
+    """Check for files or folders that users other than their owner may read."""
     if exposed:
         names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
         yield Finding(what, f"others may read {_listed(exposed)}", f"chmod {mode} {names}")
@@ -110,7 +110,7 @@ def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> It
 
 
 def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Secrets in the environment, by their names."""
+    """Check for secrets in the environment, by variable name."""
     names = sorted(name for name, value in environment.items() if value and _SECRET_NAME.search(name))
     if names:
         yield Finding(
@@ -123,7 +123,7 @@ def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
-    """Recipes and suites that hold keys, or let a model's own code run."""
+    """Check for recipes and suites that contain keys or allow a model's custom code."""
     holding = [page.path for page in pages if _SECRET.search(page.text)]
     if holding:
         yield Finding(
@@ -146,14 +146,14 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
 
 
 def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
-    """Services that run here and answer others without asking for a key."""
+    """Check for services on this machine that answer other hosts without a key."""
     exposed = []
     for words in commands:
         host, serves = _option(words, "--host"), "serve" in words
         engine = next((Path(word).name for word in words[:3] if Path(word).name in ("llmrec", "vllm")), "")
         if not engine or not serves:
             continue
-        # vLLM listens on every address unless it is told one.
+        # vLLM listens on every address by default.
         reached = host not in _LOOPBACK if host is not None else engine == "vllm"
         if reached and _option(words, "--keys" if engine == "llmrec" else "--api-key") is None:
             exposed.append(f"{engine} serve on {host or 'every address'}")
@@ -192,7 +192,7 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _pages(folder: Path, runs: Sequence[Path]) -> list[Page]:
-    """Return recipes and suites: of the folder itself, of ``recipes`` and ``eval/suites``, and of runs."""
+    """Return the recipes and suites in the folder, in ``recipes`` and ``eval/suites``, and in runs."""
     paths = [*folder.glob("*.y*ml"), *(run / "recipe.yaml" for run in runs)]
     for home in (folder / "recipes", folder / "eval" / "suites"):
         paths += home.rglob("*.yaml")
@@ -219,12 +219,12 @@ def _page(path: Path) -> Page | None:
     )
 
 
-# In overrides of suites, where it is no key of its own.
+# Matches overrides of suites, where the key is part of a string.
 _REMOTE = re.compile(r"model\.trust_remote_code\s*=\s*true", re.IGNORECASE)
 
 
 def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) -> list[Path]:
-    """Return the local model folders that runs hold and pages name."""
+    """Return the local model folders in runs and those that recipes name."""
     result = {run / name for run in runs for name in ("merged", "adapter", "base")}
     for page in pages:
         if page.model is not None and len(page.model) < 1000:
@@ -238,7 +238,7 @@ def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) ->
 
 
 def _key_files(folder: Path) -> list[Path]:
-    """Return files in the folder that are called like keys, and the hub's token."""
+    """Return files in the folder whose names suggest keys, and the hub's token."""
     result = [
         file
         for file in folder.glob("*")
@@ -249,7 +249,7 @@ def _key_files(folder: Path) -> list[Path]:
 
 
 def _open_to_others(path: Path) -> bool:
-    """Whether others than its owner may read a file, or look into a folder."""
+    """Return whether users other than the owner may read a file or list a folder."""
     try:
         return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
     except OSError:
@@ -257,7 +257,7 @@ def _open_to_others(path: Path) -> bool:
 
 
 def _commands() -> Iterator[Sequence[str]]:
-    """Yield the command lines of running processes, as far as they may be read."""
+    """Yield the command lines of running processes that this user may read."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if words := process.cmdline():

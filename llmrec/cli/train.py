@@ -1,4 +1,4 @@
-"""The command `llmrec train`: in this process, or in several that torchrun's launcher starts."""
+"""The command `llmrec train`: training in this process, or in several that torchrun's launcher starts."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def train(options: TrainOptions) -> None:
 def _launch(words: Sequence[str], count: int) -> None:
     """Run ``llmrec WORDS`` in several processes, and return when all have succeeded.
 
-    Their messages go to the error stream; printing the result is left to the caller.
+    Their messages go to the error stream; the caller prints the result.
 
     Raises:
-        RecipeError: If this is one of several processes itself.
+        RecipeError: If this is already one of several processes.
         LlmrecError: If one was killed.
-        typer.Exit: If one failed, which has printed its error, or a signal came.
+        typer.Exit: If one failed, which has printed its error, or a signal arrived.
     """
     processes.alone("--launch")
     run = require("torch.distributed.run", "train")
     elastic = require("torch.distributed.elastic.multiprocessing.api", "train")
     errors = require("torch.distributed.elastic.multiprocessing.errors", "train")
-    # Threads of all processes share the cores; unset, torchrun gives each one thread.
+    # The processes share the cores; if this is unset, torchrun gives each one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processor().usable // count)))
-    # It logs at length how processes end, and they have printed it themselves.
+    # The launcher logs each failure at length, and the process has printed it already.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -76,7 +76,7 @@ def _launch(words: Sequence[str], count: int) -> None:
         raise typer.Exit(128 + error.sigval) from None
     except errors.ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
-        # The launcher itself ends the rest with SIGTERM.
+        # The launcher ends the other processes with SIGTERM.
         codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         rank = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
         if rank is None:
