@@ -1,4 +1,4 @@
-"""llmrec: tune a language model into a recommender, and measure it honestly.
+"""llmrec: fine-tune language models as recommender systems, and evaluate them.
 
 Three lines do what the command line does::
 
@@ -6,7 +6,7 @@ Three lines do what the command line does::
     recipe = llmrec.load_recipe("recipes/quickstart.yaml")
     run = llmrec.run(recipe)
 
-And what was tuned answers in two more::
+Two more load the tuned model and rank items::
 
     rec = llmrec.load("runs/quickstart")
     rec.rank(history=["1", "50"], k=10)
@@ -49,7 +49,7 @@ if _typing.TYPE_CHECKING:
     from llmrec.start.functions import init as init
     from llmrec.start.functions import tune as tune
 
-# Those of extensions are in the registry.
+# The names of extensions are in the registry.
 _FUNCTIONS = {
     "LlmrecError": "llmrec.errors:LlmrecError",
     "Recipe": "llmrec.recipe.schema:Recipe",
@@ -64,7 +64,7 @@ _FUNCTIONS = {
 
 
 def __getattr__(name: str) -> _typing.Any:
-    """Import the public names on first use, so that ``import llmrec`` stays quick."""
+    """Import a public name on first use, so that ``import llmrec`` stays fast."""
     if name not in __all__:
         raise AttributeError(f"module 'llmrec' has no attribute {name!r}")
     from llmrec.registry import FUNCTIONS, attribute
@@ -76,7 +76,7 @@ def __getattr__(name: str) -> _typing.Any:
     if not isinstance(result, type):
         from llmrec.keywords import speaks_python
 
-        # The command line calls the functions themselves, whose errors name its options.
+        # The command line calls the original functions, whose errors name its options.
         result = speaks_python(result)
         result.__module__, result.__name__, result.__qualname__ = __name__, name, name
     globals()[name] = result
@@ -84,5 +84,5 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, those included that are not imported yet."""
+    """Return the public names, including those not yet imported."""
     return sorted(__all__)
