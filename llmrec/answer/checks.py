@@ -1,4 +1,4 @@
-"""Checks of a recommender's options before a model is opened, and the engine that they ask for."""
+"""Checks of a recommender's options before a model is opened, and the choice of its engine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SERVER = {"url": "--server-url", "model": "--server-model", "key_env": "--serve
 
 
 def check_choices(options: RecommenderOptions) -> None:
-    """Check each option's value by itself, and that they go together.
+    """Check the value of each option, and that the options are compatible.
 
     Raises:
-        LlmrecError: If one does not exist, or two contradict each other.
+        LlmrecError: If a value is unknown, or two options are incompatible.
     """
     for name, hint in get_type_hints(RecommenderOptions, include_extras=True).items():
         value, about = getattr(options, name), get_args(hint)[1]
@@ -64,7 +64,7 @@ def check_choices(options: RecommenderOptions) -> None:
 
 
 def strategy_of(options: RecommenderOptions) -> str:
-    """Return the strategy that is asked for; the whole catalogue is answered by a search."""
+    """Return the requested strategy; the whole catalogue is ranked by a search."""
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
             f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates",
@@ -81,11 +81,11 @@ def strategy_of(options: RecommenderOptions) -> str:
 
 
 def engine_section(options: RecommenderOptions) -> EvalSection:
-    """Return the section that makes the engines choose as an evaluation would.
+    """Return the eval section that corresponds to the options, so that engines are chosen as in an evaluation.
 
     Raises:
-        MissingExtra: If vLLM is asked for and not installed.
-        RecipeError: If a server is asked for and not named.
+        MissingExtra: If vLLM is requested and not installed.
+        RecipeError: If a server is requested without an address.
     """
     if options.backend == "openai":
         return EvalSection(backend="openai", arms=("zero-shot",), server=_server(options))
@@ -96,7 +96,7 @@ def engine_section(options: RecommenderOptions) -> EvalSection:
             kind="not-installed",
             column="--backend",
         )
-    # The option decides for every strategy, where it names an engine.
+    # An engine that the option names is used for every strategy.
     return EvalSection(backend=options.backend, scorer=options.backend, batch=options.batch)
 
 
@@ -105,7 +105,7 @@ def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ..
 
 
 def _addresses(given: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """Return what a recipe would say; in Python a single address may be given as it is."""
+    """Return the value of ``url`` for a recipe; in Python a single address needs no tuple."""
     return given if isinstance(given, str) else given[0] if len(given) == 1 else given or None
 
 
@@ -127,9 +127,9 @@ def _server(options: RecommenderOptions) -> ServerSection:
 
 
 def decided(options: RecommenderOptions) -> RecommenderOptions:
-    """Return options under which one engine answers all: hf on a CPU, where it reads trees at once, on a GPU vLLM.
+    """Return options with one engine for all questions: hf on a CPU, where it reads trees at once, vLLM on a GPU.
 
-    What answers many kinds of questions in turn has one engine open, and would change it with each.
+    A model that answers many kinds of questions in turn has one engine open, and would otherwise switch at each.
     """
     if options.backend != "auto":
         return options
@@ -139,7 +139,7 @@ def decided(options: RecommenderOptions) -> RecommenderOptions:
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:
-    """Open the model that is asked for, as it is asked for."""
+    """Open the model that the options name, with their dtype, maximum length and noun."""
     bundle = bundles.read(options.model)
     changes: dict[str, Any] = {"dtype": options.dtype}
     if options.max_length is not None:
@@ -148,7 +148,7 @@ def bundle_of(options: RecommenderOptions) -> Bundle:
 
 
 def window_of(options: RecommenderOptions, bundle: Bundle) -> int:
-    """Return the longest prompt with answer, which the model's own positions bound."""
+    """Return the maximum length of a prompt with its answer, which the model's positions bound."""
     config = load_config(bundle.folder, bundle.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length
     if options.max_length is not None and options.max_length > positions:

@@ -1,4 +1,4 @@
-"""Classic recommenders over the interactions of a run: as models that answer, and to retrieve candidates for others."""
+"""Classic recommenders fitted to the interactions of a run: as models that answer, and as retrievers for others."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ log = logging.getLogger(__name__)
 MOST_ORDERED = 200
 """Candidates that a language model orders in one question."""
 NOTHING_LEFT = "no item of the catalogue is left to rank"
-# Least candidates of two-step retrieval.
+# The minimum number of candidates of two-step retrieval.
 _RETRIEVED = 50
-# The retriever of requests without a known item in the history.
+# The retriever for requests without a known item in the history.
 _FALLBACK = "popularity"
 _NAMED = 3
 
 
 class Naming:
-    """Translation between requests as people write them and the ids of a data set.
+    """A translation between the items named in requests and the ids of a data set.
 
-    An item is found by its id, or by its title where only one item has that.
+    An item is found by its id, or by its title if that is unique.
 
     Args:
-        data: Whose ids classic recommenders know.
+        data: The data set whose ids classic recommenders know.
     """
 
     def __init__(self, data: SplitDataset) -> None:
         self._items = data.dataset.items
 
     def known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
-        """Return the events of a history whose items the data has, under its ids, and the names of the others."""
+        """Return the events of a history whose items are in the data, with its ids, and the names of the others."""
         events: list[Event] = []
         unknown: dict[str, None] = {}
         for past in request.history:
@@ -65,7 +65,7 @@ class Naming:
         return tuple(events), list(unknown)
 
     def request(self, request: RankRequest) -> Request:
-        """Return a request with its candidates; one that the data does not have keeps its name, behind a mark."""
+        """Return a request with its candidates; one missing from the data keeps its name, with a prefix."""
         return Request(
             id=request.id,
             user_id=NOBODY if request.user_id is None else request.user_id,
@@ -74,22 +74,22 @@ class Naming:
         )
 
     def has(self, item: Item) -> bool:
-        """Whether the data has an item, under its id or its title."""
+        """Whether an item is in the data, by its id or its title."""
         return item.item_id in self._items or self._by_title.get(item.title) is not None
 
     def renamed(self, ranking: Ranking, request: RankRequest) -> Ranking:
-        """Return a ranking of a request's candidates under the names that `request` gives them."""
+        """Return a ranking of a request's candidates with the names that `request` assigns."""
         names = dict(zip((item.item_id for item in request.candidates), self._names(request), strict=True))
         return replace(ranking, items=tuple(names[item] for item in ranking.items))
 
     def back(self, ranking: Ranking, request: RankRequest) -> Ranking:
-        """Return a ranking under the ids of the request."""
+        """Return a ranking with the ids of the request."""
         ids = dict(zip(self._names(request), (item.item_id for item in request.candidates), strict=True))
         return replace(ranking, request_id=request.id, items=tuple(ids[item] for item in ranking.items))
 
     def _names(self, request: RankRequest) -> Sequence[str]:
         ids = [self._id_of(item, request) for item in request.candidates]
-        # Two titles may lead to one item, and then neither does.
+        # Two titles may map to the same item; then neither is mapped.
         times = Counter(ids)
         return [
             name if name is not None and times[name] == 1 else f"\0{item.item_id}"
@@ -111,13 +111,13 @@ class Naming:
 
 
 def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
-    """Return a run's data as its training saw it, or the interactions that an exported folder carries.
+    """Return a run's data as used in its training, or the interactions stored in an exported folder.
 
-    A warning says so where the data have changed since the run was measured.
+    Warns if the data have changed since the run was evaluated.
 
     Args:
         bundle: The model.
-        option: What learns from them, for messages.
+        option: The option that needs the data, for messages.
     """
     if bundle.run is None:
         if (result := carried(Path(bundle.folder), seed=bundle.seed)) is not None:
@@ -163,12 +163,12 @@ class Classic:
     """A classic recommender, fitted to the training interactions of a run.
 
     Attributes:
-        name: Under which it answers.
+        name: Its name in questions.
         model: The baseline.
-        data: What it learned from.
+        data: Its training data.
         items: The catalogue, which may be changed in place.
         family: The family that it answers; None: it ranks.
-        fingerprint: Of the baseline with its parameters.
+        fingerprint: The fingerprint of the baseline with its parameters.
     """
 
     name: str
@@ -224,7 +224,7 @@ class Classic:
         ]
 
     def changed(self) -> None:
-        """See `Recommender`; an item that was not there when it was fitted is last among candidates."""
+        """See `Recommender`; an item added after fitting is last among candidates."""
 
     def _best(self, request: RankRequest, translated: Request, scores: NDArray[np.float64], depth: int) -> Ranking:
         assert isinstance(self.model, CatalogueScorer)
@@ -241,14 +241,14 @@ class Classic:
 
 
 class Retriever:
-    """Retrieval of candidates from a request's history, by a recommender that is fitted when it is first needed.
+    """A retriever of candidates from a request's history; its recommender is fitted at the first use.
 
     Args:
         name: A baseline that ranks; see `llmrec.baselines.retrieve.check_retriever`.
-        data: What it learns from; held-out interactions stay out.
-        items: The catalogue that requests name items of, whose texts go before those of the data.
-        count: Candidates a request; fewer where the history leaves fewer.
-        seed: Of the baseline, and of the order of the candidates.
+        data: Its training data; held-out interactions are excluded.
+        items: The catalogue of the requests, whose texts take precedence over those of the data.
+        count: Candidates per request; fewer if fewer items are unseen.
+        seed: The seed of the baseline and of the order of the candidates.
     """
 
     def __init__(self, name: str, data: SplitDataset, items: Mapping[str, Item], *, count: int, seed: int) -> None:
@@ -259,14 +259,14 @@ class Retriever:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Everything that decides what is retrieved from a history."""
+        """Everything that determines the candidates retrieved from a history."""
         return {"retriever": self.name, "k": self.count, "data": self._data.fingerprint, "seed": self._seed}
 
     def fill(self, requests: Sequence[RankRequest]) -> list[RankRequest]:
-        """Give candidates to the requests that have none, in order; one whose history holds every item stays empty.
+        """Add candidates to the requests that have none, in order; a request whose history has every item gets none.
 
-        Seen items are left out, and the order is a shuffle by a hash of the request's id, so that it does not reveal
-        the retriever's.
+        Seen items are excluded. The candidates are shuffled by a hash of the request's id, so that their order does not
+        reveal the retriever's.
         """
         known = {n: self._naming.known(request) for n, request in enumerate(requests) if not request.candidates}
         filled = list(requests)
@@ -300,12 +300,12 @@ class Retriever:
 def retrieved(
     requests: Sequence[RankRequest], finder: Recommender, depth: int, items: Mapping[str, Item] | None
 ) -> list[RankRequest]:
-    """Return requests about the catalogue with candidates that another model retrieves, to be ranked in a second step.
+    """Return requests about the catalogue with candidates retrieved by another model, for reranking.
 
     Args:
-        requests: Without candidates; those for which none is left keep none.
-        finder: Retrieves the candidates.
-        depth: Items that are wanted of the second step.
+        requests: Requests without candidates; some may get none.
+        finder: The model that retrieves the candidates.
+        depth: The number of items wanted from the reranking.
         items: The catalogue.
     """
     question = Question(depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))
@@ -320,7 +320,7 @@ def retrieved(
 def answered(
     answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
 ) -> Answered:
-    """Return the answer to a request; ``unknown`` are items of its history that the model has not learned from."""
+    """Return the answer to a request; ``unknown`` are items of its history missing from the training data."""
     ignored = (f"history: ignored, since the model has not learned from it: {some(unknown)}",) if unknown else ()
     given = {item.item_id: item for item in request.candidates}
     titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)

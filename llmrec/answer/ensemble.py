@@ -1,4 +1,4 @@
-"""Ensembles that a run weighed: of its classic recommenders, or of these with its language model."""
+"""Ensembles with the weights of a run: of its classic recommenders, or of these and its language model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from llmrec.types import Answer, Item, Predictor, Ranking, Unparsed
 
 
 def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
-    """Return the fusion that a run weighed for a way of asking.
+    """Return the ensemble that a run weighted for a family, template and strategy.
 
     Args:
         bundle: The model.
-        way: How requests are put.
-        joined: ``model``: the fusion with the language model's row; ``baselines``: that of the baselines alone.
+        way: The family, template and strategy.
+        joined: ``model``: the ensemble with the language model; ``baselines``: the ensemble of baselines only.
     """
     folder = bundle.run or Path(bundle.folder)
     own = [fusion for fusion in read(folder).fusions if fusion.family == way.family]
@@ -38,7 +38,7 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
         asked = [result for result in results if result.template == name and result.parts[-1].name == way.strategy]
         results = [item for item in asked if item.arm == ("tuned" if bundle.tuned else "zero-shot")]
     if results:
-        # Of the fusions of baselines the last one joins the most.
+        # The last ensemble of baselines has the most members.
         return results[-1]
     known = ", ".join(fusion.id for fusion in own) or "none"
     more = "eval.fusion.model_users=200 and " if joined == "model" else ""
@@ -52,15 +52,15 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
 
 
 class Ensemble:
-    """Rankings of members joined as a run weighed them; its baselines are fitted when they are first needed.
+    """An ensemble with the weights of a run; its baselines are fitted at the first use.
 
     Args:
-        fused: What a run weighed.
-        data: What its baselines learn from; held-out interactions stay out.
+        fused: The members and weights from the run.
+        data: The training data of its baselines; held-out interactions are excluded.
         items: The catalogue, which may be changed in place.
-        name: Under which it answers.
-        model: The language model among its members; None: there is none, or its rankings are handed to `join`.
-        finder: What retrieves candidates for an ensemble with a language model.
+        name: Its name in questions.
+        model: The language model among its members; None: there is none, or its rankings are passed to `join`.
+        finder: The model that retrieves candidates for an ensemble with a language model.
     """
 
     kind: Kind = "fusion"
@@ -87,7 +87,7 @@ class Ensemble:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Everything that decides how rankings are joined."""
+        """Everything that determines how rankings are combined."""
         parts = [part for part in self._fused.parts if part.baseline is not None]
         hashes = [hashes_of(str(part.baseline), part.parameters) for part in parts]
         return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint, "read": hashes}
@@ -118,7 +118,7 @@ class Ensemble:
             answer = next(joined)
             if isinstance(answer, Ranking) and not given.candidates:
                 answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
-            # A language model reads the title of an item that no other member knows.
+            # A language model reads titles, so it knows items that no other member knows.
             unknown = self._naming.known(request)[1] if self._model is None else ()
             answers.append(answered(answer, request, self._items, unknown))
         return answers
@@ -127,17 +127,17 @@ class Ensemble:
         """See `Recommender`."""
 
     def join(self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None) -> list[Ranking | Unparsed]:
-        """Return the joined rankings, with the cost of the language model's.
+        """Return the combined rankings, with the cost of the language model's rankings.
 
         Args:
-            requests: Each with its candidates.
-            ranked: What the language model answered; None where it is no member.
+            requests: Requests with candidates.
+            ranked: The answers of the language model; None if it is no member.
         """
         translated = [self._naming.request(request) for request in requests]
         answers: dict[str, Answer] = {}
         for n, item in enumerate(ranked or ()):
             answers[str(n)] = self._naming.renamed(item, requests[n]) if isinstance(item, Ranking) else item
-        # A language model reads the title of an item that no table has.
+        # A language model reads titles, so it knows items that are in no table.
         parts = [
             ListMember(
                 part.name,
@@ -170,12 +170,12 @@ class Ensemble:
         return self._baselines[part.name]
 
     def _filled(self, request: RankRequest, depth: int) -> RankRequest:
-        """Give candidates to a request about the whole catalogue."""
+        """Return a request about the whole catalogue with candidates."""
         if self._model is not None and self._finder is not None:
             return retrieved([request], self._finder, depth, self._items)[0]
         history = [] if request.keep_seen else self._naming.known(request)[0]
         seen = {event.item_id for event in history}
         out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
-        # What no member knows is last among candidates, and in no list of the catalogue.
+        # An item that no member knows is ranked last among candidates, and excluded from lists of the catalogue.
         left = (item for name, item in self._items.items() if name not in out and self._naming.has(item))
         return replace(request, candidates=tuple(left))

@@ -1,6 +1,6 @@
-"""The catalogue of a model and the histories of its users, which are read without opening the model.
+"""The catalogue of a model and the histories of its users, read without opening the model.
 
-Items and events come from the run's data or the exported folder, and from what a service received since.
+Items and events come from the run's data or the exported folder, and from later requests to a service.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ Profile = str | Mapping[str, str]
 ITEMS = "items.parquet"
 """The catalogue that an exported folder may carry."""
 
-# Rule sets whose allowed items are remembered for one state of the catalogue.
+# The number of rule sets whose allowed items are cached for one state of the catalogue.
 _REMEMBERED = 8
 
 
 class Catalogue:
-    """Items by id, which can be added, replaced and removed while other threads look them up.
+    """A mapping of items by id that is safe to change while other threads read it.
 
-    A change makes a new mapping, so that readers continue with the one they have.
+    A change creates a new mapping; readers continue with the one they have.
 
     Args:
-        items: To begin with.
+        items: The initial items.
 
     Attributes:
-        changes: How often items changed, for callers that cache something derived from them.
+        changes: The number of changes, for callers that cache derived values.
     """
 
     def __init__(self, items: Mapping[str, Item]) -> None:
         self.items = dict(items)
         self.changes = 0
-        # Each is stored with the mapping that it was derived from, which may have been replaced meanwhile.
+        # Derived values are stored with their mapping, which may have been replaced meanwhile.
         self._search: tuple[Mapping[str, Item], pl.Series, pl.Series] | None = None
         self._allowed: tuple[Mapping[str, Item], dict[Rules, frozenset[str]]] = (self.items, {})
 
     def change(self, put: Iterable[Item], removed: Iterable[str]) -> None:
-        """Add or replace items, and remove others."""
+        """Add, replace and remove items."""
         items = dict(self.items)
         for name in removed:
             items.pop(name, None)
@@ -87,10 +87,10 @@ class Catalogue:
         return self.items[item_id]
 
     def allowed(self, rules: Rules) -> frozenset[str]:
-        """Return the ids that rules leave.
+        """Return the ids of the items that rules allow.
 
         Raises:
-            DataError: If a rule names a field that no item has.
+            DataError: If no item has the field of a rule.
         """
         items, known = self._allowed
         if (result := known.get(rules)) is None:
@@ -101,15 +101,15 @@ class Catalogue:
         return result
 
     def search(self, words: str, *, limit: int, offset: int) -> tuple[list[Item], int]:
-        """Find items whose title or id holds some text: first those that begin with it, then words, then the rest.
+        """Find items whose title or id contains a text: first matches at its start, then at words, then the rest.
 
         Args:
-            words: Looked for without regard to case; empty: every item is found, in the order of the catalogue.
-            limit: Items that are returned at most.
-            offset: Items that are passed by first.
+            words: The text, case-insensitive; empty: every item matches, in the order of the catalogue.
+            limit: The maximum number of returned items.
+            offset: The number of matches to skip.
 
         Returns:
-            Items, and how many were found in all.
+            Items, and the total number of matches.
         """
         items, ids, texts = self._texts()
         sought = words.casefold().strip()
@@ -139,11 +139,11 @@ class Histories:
     """Past events of the users of a data set, oldest first.
 
     Attributes:
-        users: Sorted.
-        starts: Where each user's rows begin, shape (users + 1,).
-        items: Item of each row.
-        ratings: Rating of each row; NaN: none.
-        times: Time of each row; NaN: none.
+        users: User ids, sorted.
+        starts: The first row of each user, shape (users + 1,).
+        items: The item of each row.
+        ratings: The rating of each row; NaN: none.
+        times: The time of each row; NaN: none.
     """
 
     users: pl.Series
@@ -154,7 +154,7 @@ class Histories:
 
     @classmethod
     def of(cls, dataset: Dataset, seed: int) -> Histories:
-        """Sort interactions by user and time, those of one moment as a split with this seed does."""
+        """Return the histories of interactions, by user and time; ties are ordered as in a split with this seed."""
         frame = dataset.interactions[time_order(dataset, seed)]
         names, rows = codes(frame["user_id"])
         order = np.argsort(rows, kind="stable")
@@ -168,13 +168,13 @@ class Histories:
 
     @classmethod
     def none(cls) -> Histories:
-        """Return histories of no user."""
+        """Return empty histories."""
         empty = pl.Series(dtype=pl.String)
         return cls(empty, np.zeros(1, dtype=np.int64), empty, np.empty(0), np.empty(0))
 
     @cached_property
     def digest(self) -> str:
-        """A hash over all of them."""
+        """A hash of all histories."""
         result = hashlib.sha256(digest_strings([*self.users.to_list(), *self.items.cast(pl.String).to_list()]).encode())
         for numbers in (self.starts, self.ratings, self.times):
             result.update(numbers.tobytes())
@@ -182,11 +182,11 @@ class Histories:
 
     @property
     def per_second(self) -> float:
-        """Units of time in a second: 1, or more where times are so large that they can be no seconds."""
+        """Units of time per second: 1, or more if the times are too large to be seconds."""
         return per_second(float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0)
 
     def of_user(self, user_id: str) -> list[Event]:
-        """Return a user's events; none of a user who is not known."""
+        """Return a user's events; none for an unknown user."""
         if not len(self.users):
             return []
         position = int(self.users.search_sorted(user_id))
@@ -209,10 +209,10 @@ class Known:
 
     Attributes:
         items: The catalogue.
-        histories: All interactions of its data, whichever part of the split they are in.
-        features: Stores of features that hold something about users.
+        histories: All interactions of its data, in any part of the split.
+        features: Feature stores with data of users.
         profiles: See `profiles_of`.
-        users: Fields of the users of a run's data.
+        users: The fields of the users of a run's data.
     """
 
     items: Mapping[str, Item]
@@ -223,28 +223,28 @@ class Known:
 
     @property
     def digest(self) -> str:
-        """A hash over everything that requests get of users: their histories, and what prompts show of them."""
+        """A hash of all user data that requests can use: histories, and the texts or fields shown in prompts."""
         stores = [FeatureStore.open(folder).stamp for folder in self.features]
         users = sorted(self.users.items()) if self.profiles else []
         shown = [repr((user, sorted(values.items()))) for user, values in users]
         return digest_strings([self.histories.digest, *stores, *shown])
 
     def profile(self, user: str | None, erased: Callable[[str], bool] = lambda user: False) -> Profile | None:
-        """Return the text or the fields that prompts show of a user; None where there are none, or of an erased one."""
+        """Return the text or fields of a user that prompts show; None if there are none or the user is erased."""
         if self.profiles is None or user is None or erased(user):
             return None
         return self.profiles(user) or None
 
 
 def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
-    """Return the items that requests may name by id, and the data of a run where they were read for that.
+    """Return the items that requests may name by id, and the run's data if they were read for that.
 
-    The items are those of a table, of the run's own data, or what the folder carries. Of a tuned model that carries
-    none no id is known: the items that it was tuned on have titles, and an id is none. A plain pretrained model has no
-    items, and None says that what requests name are titles.
+    The items are those of a table, of the run's data, or of the folder. A tuned model whose folder has no items knows
+    no id: it was tuned on titles, and an id is not a title. A plain pretrained model has no items; None means that
+    requests name titles.
 
     Raises:
-        DataError: If a table or the run's data cannot be read.
+        DataError: If the table or the run's data cannot be read.
     """
     if items is not None:
         return read_items(items), None
@@ -276,7 +276,7 @@ def known_of(folder: str, items: Path | None) -> Known:
 
     Args:
         folder: As `llmrec.pipeline.bundle.read` takes it.
-        items: A table of items that goes before those of the folder.
+        items: A table of items that takes precedence over those of the folder.
 
     Raises:
         LlmrecError: If they cannot be read.
@@ -292,10 +292,10 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
     Args:
         bundle: The model.
         items: Its catalogue.
-        data: Those of its run, where they were read already.
+        data: The data of its run, if already read.
 
     Raises:
-        LlmrecError: If something cannot be read.
+        LlmrecError: If a file cannot be read.
     """
     if bundle.run is None:
         exported = carried(Path(bundle.folder), seed=bundle.seed)
@@ -308,13 +308,13 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
 
 
 def _of_named(dataset: Dataset) -> Dataset:
-    """Return the interactions of users whose names were exported; the others are numbered, and not known by that."""
+    """Return the interactions of users exported with their names; the ids of the others are mere numbers."""
     rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
     return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
 
 
 def _stores(run: Path, recipe: Recipe) -> list[Path]:
-    """Return the stores of features that a run wrote or reads, in prompts and in baselines."""
+    """Return the feature stores that a run wrote or reads, for prompts and for baselines."""
     tables = filter(None, (recipe.data, recipe.reviews))
     named = [table.texts.path for table in tables if table.texts is not None]
     for section in recipe.tasks.present().values():
@@ -325,13 +325,13 @@ def _stores(run: Path, recipe: Recipe) -> list[Path]:
 
 
 def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
-    """Return a function from a user to what a run's prompts show of the user: a text (``data.texts``), or fields.
+    """Return a function from a user to the text (``data.texts``) or fields that a run's prompts show.
 
-    None where they show nothing of users.
+    None if they show nothing of users.
 
     Args:
         folder: As `llmrec.pipeline.bundle.read` takes it.
-        users: Returns the fields of the run's users; by default they are read at the first call.
+        users: A function that returns the fields of the run's users; by default they are read at the first call.
     """
     bundle = bundles.read(folder)
     shown = [item for known in bundle.templates.values() for item in known.values()]
@@ -345,16 +345,16 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
 
     def profile(user: str) -> Profile:
         text = profile_of(user, section) if section is not None else ""
-        # In the control every user has the text of another, and no fields.
+        # In the shuffled control every user has the text of another user, and no fields.
         return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
 
     return profile
 
 
 def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
-    """Return a user's events of the data and those since, oldest first, without duplicates.
+    """Return the events of the data and later events of a user, oldest first, without duplicates.
 
-    Events without a time are older than all that have one.
+    Events without a time come first.
     """
     both = {(event.item_id, event.timestamp) for event in past}
     every = [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
@@ -367,17 +367,17 @@ def with_history(
     items: Mapping[str, Item],
     profile: Callable[[str], Profile | None] | None = None,
 ) -> tuple[Mapping[str, object], bool]:
-    """Return a request completed by what is stored of its user, and whether anything is.
+    """Return a request completed with the stored data of its user, and whether there are any.
 
     Every interface looks up users here.
 
     Args:
-        record: A request as it was given.
-        events: Returns what a user did, oldest first; it is called where a request names a user and has no history.
-        items: The catalogue; events of items that it lacks are left out.
-        profile: Returns what prompts show of a user; see `profiles_of`.
+        record: The request as received.
+        events: A function that returns a user's events, oldest first; called if a request has a user and no history.
+        items: The catalogue; events of missing items are dropped.
+        profile: A function that returns the profile of a user; see `profiles_of`.
     """
-    # As the request is read: 1.0 is the user 1.
+    # The user is parsed as in the request: 1.0 is the user 1.
     user, looked_up, stored = identity(record, 1)[1], dict[str, object](), False
     if user is not None and record.get("history") is None:
         past = events(user)
@@ -399,7 +399,7 @@ def read_known(
     whole: bool = False,
     retrieves: bool = False,
 ) -> RankRequest:
-    """Read a request; what it lacks of a known user is looked up, and a note says so.
+    """Read a request; missing data of a known user are looked up, with a note.
 
     Args:
         record: As `read_request` takes it.
@@ -411,7 +411,7 @@ def read_known(
         retrieves: See there.
 
     Raises:
-        DataError: If it cannot be ranked.
+        DataError: If the request cannot be ranked.
     """
     given, stored = with_history(record, events, items or {}, profile)
     request = read_request(given, row, items, whole=whole, retrieves=retrieves)
@@ -421,11 +421,11 @@ def read_known(
 
 
 def of_user(request: RankRequest, *, known: bool) -> RankRequest:
-    """Return a request with the stored history of its user, with a note on its length.
+    """Return a request that uses the stored history of its user, with a note on the length.
 
     Args:
-        request: It names a user, and brought no history itself.
-        known: Whether anything is stored of the user.
+        request: A request with a user and without a history of its own.
+        known: Whether any data of the user are stored.
     """
     if not known:
         note = f"the user {shown(str(request.user_id))} is not known"
@@ -436,5 +436,5 @@ def of_user(request: RankRequest, *, known: bool) -> RankRequest:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:
-    """Return an error about an unknown name."""
+    """Return an error for an unknown name."""
     return DataError(f"there is no {what} {name[:60]!r}{did_you_mean(name, known)}", kind="unknown-name", column=what)

@@ -1,8 +1,8 @@
-"""A language model that answers requests: it is opened once, with its engine, and asked as often as there are requests.
+"""A language model that answers requests: it is opened once, with its engine, and answers any number of requests.
 
 It ranks given candidates, retrieved ones or a whole catalogue, alone or in an ensemble with the baselines of its run,
-explains its rankings, and answers questions about one item. `llmrec rank` asks it in the way that its options say
-(`rank`); Python and a service ask by name (`answer`), and get the same lists to the last digit.
+explains its rankings, and answers questions about one item. `llmrec rank` uses the method `rank`, which follows the
+options; Python and a service use `answer`, which takes a `Question`. Both return identical lists.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ from llmrec.types import Answer, Item, Ranking, Unparsed
 MOST_SEARCHED = 160
 """Items of a catalogue that a language model returns at most: a search takes seconds, and grows with them."""
 _LEAST_BEAMS = 20
-# hf scores requests one by one, so that handing it few at a time costs nothing and keeps a progress bar moving.
+# hf scores requests one by one, so small batches cost nothing and keep the progress bar moving.
 _FEW = 4
-# Strategies that generate or search, which hf does for many prompts at once.
+# Strategies that generate or search, for which hf batches prompts.
 _TOGETHER = ("list", TWO_STEP, "search")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way of ranking with the model, with what works before and after it.
+    """A way of ranking with the model: prompts and strategy, and the steps before and after it.
 
     Attributes:
-        options: What was asked for.
-        asking: How requests are put.
-        search: Ranks the whole catalogue, where that is asked.
-        ensemble: Joins the model with the baselines of its run, where that is asked.
-        reasoner: Writes rationales, where they are asked for.
+        options: The options of the model.
+        asking: The family, template and strategy.
+        search: The search of the whole catalogue, if requested.
+        ensemble: The ensemble of the model with the baselines of its run, if requested.
+        reasoner: The writer of rationales, if requested.
     """
 
     options: RecommenderOptions
@@ -88,24 +88,24 @@ class Way:
 
 @dataclass
 class LanguageModel:
-    """A tuned or plain language model, open; use it as a context manager, or close it.
+    """An open language model, tuned or plain; use it as a context manager, or close it.
 
-    It may be asked from several threads, which then wait for each other: an engine serves one call at a time.
+    It is thread-safe; calls are serialised, as an engine serves one call at a time.
 
     Attributes:
-        options: What was asked for.
-        bundle: The model and how it was asked in training.
-        items: What requests may name by id, which may be changed in place; None: nothing.
-        known: Gives what is stored of users, which is looked up when a request first names one.
-        retriever: Finds candidates for requests without, where that is asked.
-        encoder: The model's tokenizer and its longest prompt.
-        engines: Where the backend comes from.
-        weights: A digest of the model's weights; empty where a server has its own.
-        store: Where answers are remembered; None: nowhere.
-        budget: Where seconds are booked, by stage.
-        default: The way that the options say.
-        name: Under which it answers.
-        finder: Retrieves candidates where the model can search no catalogue; None: nothing does.
+        options: The options of the model.
+        bundle: The model and its prompts in training.
+        items: The items that requests may name by id, which may be changed in place; None: none.
+        known: Returns the stored data of users, read when a request first names one.
+        retriever: The retriever for requests without candidates, if requested.
+        encoder: The model's tokenizer and its maximum prompt length.
+        engines: The source of the backend.
+        weights: A digest of the model's weights; empty if a server has its own.
+        store: The answer cache; None: none.
+        budget: The record of seconds, by stage.
+        default: The way of ranking that the options describe.
+        name: Its name in questions.
+        finder: The model that retrieves candidates if this one cannot search the catalogue; None: none.
     """
 
     options: RecommenderOptions
@@ -136,15 +136,14 @@ class LanguageModel:
         bundle: Bundle | None = None,
         ranks: bool = True,
     ) -> LanguageModel:
-        """Open a model with what it is asked about; weights are loaded when the first question is asked.
+        """Open a model with its catalogue and data; weights are loaded at the first question.
 
         Args:
-            options: What is asked for.
-            store: A database of answers, which is made if it is missing: what it holds is not asked again. By default
-                nothing is remembered.
-            budget: Where seconds are booked, by stage.
-            bundle: The model, where it is not the one that ``options.model`` names.
-            ranks: It must rank; a model that was tuned on questions about single items alone can be opened without.
+            options: The options of the model.
+            store: The database of the answer cache, created if missing; by default answers are not cached.
+            budget: The record of seconds, by stage.
+            bundle: The model, if not the one that ``options.model`` names.
+            ranks: Require a model that ranks; False admits one tuned only on questions about single items.
 
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
@@ -168,7 +167,7 @@ class LanguageModel:
         section = engine_section(options)
         refuse_paired(bundle.folder, bundle.model, section)
         answers = None if store is None else AnswerStore(store)
-        # A server answers with weights of its own; the folder gives the tokenizer alone.
+        # A server has its own weights; only the tokenizer comes from the folder.
         weights = "" if options.backend == "openai" else weights_stamp(bundle.folder)
         if weights:
             refuse_changed(bundle, weights)
@@ -226,7 +225,7 @@ class LanguageModel:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Everything except the requests that can change an answer, by name."""
+        """Everything that can change an answer except the requests, by name."""
         bundle, way, options = self.bundle, self.default, self.options
         asking, reasoner = way.asking, way.reasoner
         return {
@@ -249,7 +248,7 @@ class LanguageModel:
 
     @property
     def described(self) -> Mapping[str, object]:
-        """What a summary says of the model, and how it was asked."""
+        """The entries of a summary on the model and its prompts."""
         way, options, engine = self.default.asking, self.options, self._engine(self.default)
         return {
             "model": options.model,
@@ -268,7 +267,7 @@ class LanguageModel:
 
     @property
     def histories(self) -> str:
-        """A hash over what is known of users, which requests may use; empty where it cannot be read."""
+        """A hash of the stored data of users, which requests may use; empty if they cannot be read."""
         try:
             return self.known().digest
         except DataError:
@@ -276,7 +275,7 @@ class LanguageModel:
 
     @cached_property
     def profiles(self) -> Callable[[str], Profile] | None:
-        """Returns the text or fields that prompts show of a user of the run's data; None where they show nothing."""
+        """A function that returns the text or fields of a user that prompts show; None if they show nothing."""
         run = self.bundle.run
         return None if run is None else profiles_of(str(run), lambda: self.known().users)
 
@@ -287,13 +286,13 @@ class LanguageModel:
     # ------------------------------------------------------------------- as its options say
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
-        """Read one request, as docs/rank.md describes it; what is wrong with it is a failure of its own.
+        """Read one request in the format of docs/rank.md, or return why it is invalid.
 
-        What it does not bring of a user of the run's data is taken from there.
+        Missing data of a user are taken from the run's data.
 
         Args:
             record: Its keys are `llmrec.data.requests.KEYS`.
-            row: Counted from 1; stands in for a missing id.
+            row: Its number, from 1; used as the id if that is missing.
         """
         try:
             if fault := self.untitled(record):
@@ -311,9 +310,9 @@ class LanguageModel:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
-        """Return what is wrong with a request that names an item by id where no item is known; empty: nothing is.
+        """Return an error message if a request names an item by id but no item is known; else an empty text.
 
-        Without its titles a model would rank what it was never tuned on.
+        Without titles a model would rank inputs that it was never tuned on.
         """
         name = unknown_id(record) if self.items == {} else None
         if name is None:
@@ -330,12 +329,12 @@ class LanguageModel:
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        """Rank for every request as the options say, in order; one that cannot be ranked does not touch the others.
+        """Rank for every request according to the options, in order; a failed request does not affect the others.
 
         Args:
-            requests: From `read`; what could not be read comes back as it is.
+            requests: From `read`; invalid requests are returned unchanged.
             advance: Called with the number of requests just answered.
-            part: Of a job: its answers do not depend on other parts.
+            part: The number of the part of a job; answers do not depend on other parts.
 
         Raises:
             LlmrecError: If the engine does not start or breaks down, or the model is closed.
@@ -376,7 +375,7 @@ class LanguageModel:
     def about(
         self, requests: Sequence[RankRequest], way: Asking, listener: Callable[[str], None] | None = None
     ) -> list[Answer]:
-        """Answer questions about the one candidate of each request; ``listener`` gets a text while it is generated."""
+        """Answer a question about the one candidate of each request; ``listener`` streams generated text."""
         with self.backend(way.strategy) as backend:
             if listener is None:
                 return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
@@ -384,7 +383,7 @@ class LanguageModel:
                 return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
 
     def reasons(self, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int) -> list[Reasons]:
-        """Write a sentence on each of the first items of every list; failed lists get none."""
+        """Return a generated sentence on each of the first items of every list; failed lists get none."""
         reasoner = Reasoner(self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16)
         pools = [
             replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
@@ -393,10 +392,10 @@ class LanguageModel:
             return reasoner.write(pools, [item.answer for item in lists], None, backend)
 
     def prompt(self, request: RankRequest, question: Question) -> str:
-        """Return the first prompt of a request, as the model's tokenizer gets it.
+        """Return the first prompt of a request, as passed to the model's tokenizer.
 
         Raises:
-            LlmrecError: If the request cannot be put.
+            LlmrecError: If the request cannot be rendered.
         """
         bundle, encoder = self.bundle, self.encoder
         if question.verb != RANK:
@@ -406,20 +405,20 @@ class LanguageModel:
         return encoder.text(first_prompt(bundle, request, way.asking, encoder))
 
     def warm(self) -> None:
-        """Load the weights, which otherwise the first question waits for.
+        """Load the weights, which the first question otherwise has to wait for.
 
         Raises:
             LlmrecError: If the engine does not start.
         """
         if self.options.backend != "openai":
-            # A model that was tuned on codes knows no others.
+            # A model that was tuned on item codes knows no other items.
             made = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
             items = tuple(islice((self.items or {}).values(), 2)) or made
             self.answer([RankRequest(id="1", candidates=items, history=(Past(item=items[0]),))], Question(depth=1))
 
     @contextmanager
     def backend(self, strategy: str) -> Iterator[CachedBackend]:
-        """Hand out the engine that a strategy asks; nothing else uses it meanwhile."""
+        """Yield the engine of a strategy, for exclusive use."""
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open another", kind="closed")
@@ -429,7 +428,7 @@ class LanguageModel:
     # ------------------------------------------------------------------- ways of ranking
 
     def _way(self, **changes: Any) -> Way:
-        """Return the way of other options; none of them decides which model, items or engine there are."""
+        """Return the way of ranking with changed options; these must not affect the model, items or engine."""
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
             options = replace(self.options, **changes)
@@ -460,7 +459,7 @@ class LanguageModel:
         return Way(options=options, asking=asking, search=search, ensemble=ensemble, reasoner=reasoner)
 
     def _engine(self, way: Way) -> str:
-        """Return the engine that answers: another one once it has failed, where that is left to llmrec."""
+        """Return the name of the engine; after a failure the next one, if llmrec chooses the engine."""
         return self.engines.engine_for(way.asking.strategy, self.bundle.folder)
 
     @property
@@ -475,16 +474,16 @@ class LanguageModel:
         return True
 
     def _searching(self, depth: int) -> Way | None:
-        """Return the way that searches the catalogue; None where the model was not tuned to."""
+        """Return the way of ranking that searches the catalogue; None if the model was not tuned for it."""
         if not self.items or not self._searches:
             return None
-        # Few widths, so that few searches are set up: powers of two times the least.
+        # Beam widths are the minimum times powers of two, so that few searches are set up.
         wanted = max(min(depth, MOST_SEARCHED), self.options.beams)
         beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(wanted / _LEAST_BEAMS)))
         return self._way(candidates="all", beams=beams)
 
     def _whole(self, requests: Sequence[RankRequest], question: Question) -> list[Answered]:
-        """Rank the whole catalogue: by a search, or of retrieved candidates."""
+        """Rank the whole catalogue: by a search, or by reranking retrieved candidates."""
         searching = self._searching(question.depth) if question.strategy in ("auto", "search") else None
         if searching is not None:
             return self._ranked(searching, requests)
@@ -499,7 +498,7 @@ class LanguageModel:
         ]
 
     def _items_of(self, answer: Answered) -> tuple[Item, ...]:
-        """Return the items of a list, with the titles under which they were ranked where they are unknown."""
+        """Return the items of a list; unknown items get the titles with which they were ranked."""
         if not isinstance(answer.answer, Ranking):
             return ()
         known, titled = self.items or {}, zip(answer.answer.items, answer.titles, strict=True)
@@ -514,7 +513,7 @@ class LanguageModel:
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        """Retrieve candidates, rank, join with an ensemble, explain, and cut."""
+        """Retrieve candidates, rank, combine in an ensemble, explain, and truncate."""
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open another", kind="closed")
@@ -533,7 +532,7 @@ class LanguageModel:
         ]
 
     def _retrieved(self, way: Way, requests: Sequence[RankRequest | Unparsed]) -> Sequence[RankRequest | Unparsed]:
-        """Retrieve candidates for the requests that bring none."""
+        """Retrieve candidates for the requests without any."""
         if self.retriever is None or way is not self.default:
             return requests
         with self.budget.stage("retrieving"):
@@ -541,7 +540,7 @@ class LanguageModel:
         return [next(filled) if isinstance(request, RankRequest) else request for request in requests]
 
     def _ready(self, way: Way, request: RankRequest | Unparsed) -> RankRequest | Unparsed:
-        """Return a request as it can be ranked here, or why it cannot."""
+        """Return a request ready for ranking, or the reason why it cannot be ranked."""
         if isinstance(request, Unparsed):
             return request
         if way.search is not None and request.candidates:
@@ -559,7 +558,7 @@ class LanguageModel:
         engine, options = self._engine(way), way.options
         backend = self.engines.get(engine, self.bundle.folder, self.weights)
         backend.part = part
-        # What a killed run had asked already costs what it cost then.
+        # Answers cached by a killed run count with their original cost.
         before = backend.recalled_seconds
         one_by_one = engine == "hf" and way.asking.strategy not in _TOGETHER
         batch = min(_FEW, options.batch) if one_by_one else options.batch
@@ -619,9 +618,9 @@ class LanguageModel:
 def _items(
     options: RecommenderOptions, bundle: Bundle
 ) -> tuple[Mapping[str, Item] | None, Dataset | None, Retriever | None]:
-    """Return what requests may name by id, the data of a run, and what retrieves among its items."""
+    """Return the items that requests may name by id, the data of a run, and the retriever."""
     if options.retrieve is not None:
-        # The run's data is read once: what it learns from and what it calls its items.
+        # The run's data are read once, for interactions and for items.
         data = training_data(bundle)
         items = data.dataset.items if options.items is None else read_items(options.items)
         retriever = Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
@@ -637,7 +636,7 @@ def _items(
 
 
 def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a listener to the pieces of a text that hands on what is added to the cleaned text."""
+    """Return a listener to the pieces of a text that passes on the additions to the cleaned text."""
     raw = sent = ""
 
     def listen(piece: str) -> None:

@@ -1,7 +1,7 @@
-"""Lists under business rules: what may be ranked, how deep a model is asked, and what becomes of its ranking.
+"""Lists under business rules: the allowed items, the depth of a model's ranking, and the resulting list.
 
-A service waits for an engine where Python calls a model, so `listing` asks nothing itself: it yields what to ask, is
-sent the answer, and returns the list. Every interface gets its lists from it.
+A service awaits an engine where Python calls a model, so `listing` is a generator: it yields a question, is sent the
+answer, and returns the list. All interfaces use it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ WHOLE = 20
 """Items of a list over the whole catalogue, where their number is not given."""
 COLD = "nothing is known of the user: the most popular items"
 """The note on a list of a request that `is_cold`."""
-# What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
+# The initial depth of a ranking under quotas or diversity, before a deeper one is requested.
 _DEEP = 50
 _DEEPER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a list is to be.
+    """A specification of a list.
 
     Attributes:
-        k: Items of a list, at most; None: all candidates, or `WHOLE` items of a catalogue.
+        k: The maximum number of items; None: all candidates, or `WHOLE` items of a catalogue.
         model: The name of a model; None: the default. For similar items, ``interactions`` or ``text``.
         strategy: How a language model orders candidates.
-        exclude_seen: Seen items are left out, where the catalogue is ranked.
-        rules: What a list may hold.
+        exclude_seen: Exclude seen items when the catalogue is ranked.
+        rules: The business rules of the list.
 
     Raises:
-        DataError: If ``k`` is no whole number of at least 1.
+        DataError: If ``k`` is not an integer of at least 1.
     """
 
     k: int | None = None
@@ -62,18 +62,18 @@ Asked = tuple[Question, RankRequest]
 def listing(
     request: RankRequest, wanted: Wanted, catalogue: Catalogue, verb: str = RANK
 ) -> Generator[Asked, Answered, Answered]:
-    """Yield what to ask, be sent the answer, and return the list.
+    """Yield questions, receive their answers, and return the list.
 
-    It asks deeper as long as quotas leave too few items, until the whole catalogue has been looked through.
+    The depth increases while quotas leave too few items, up to the whole catalogue.
 
     Args:
-        request: Without candidates it is about the catalogue.
-        wanted: What the list is to be.
-        catalogue: The items that there are.
-        verb: What a model is asked; the popular items answer where nothing is known of the user.
+        request: The request; without candidates the catalogue is ranked.
+        wanted: The specification of the list.
+        catalogue: The catalogue.
+        verb: The verb of the question; a cold-start user gets the most popular items.
 
     Raises:
-        DataError: If the rules leave no item, or there is no ranking; it says why.
+        DataError: If the rules allow no item, or the ranking failed.
     """
     rules, items = wanted.rules, catalogue.items
     k = wanted.k or len(request.candidates) or WHOLE
@@ -87,7 +87,7 @@ def listing(
         answer = yield replace(question, depth=depth), request
         ranking = ranking_of(answer)
         given = {item.item_id: item for item in request.candidates}
-        # An engine may know an item that was put or removed a moment ago, to which the rules were not applied.
+        # An engine may know an item that was just added or removed, to which the rules were not applied.
         pairs = [
             (name, score)
             for name, score in zip(ranking.items, ranking.scores, strict=True)
@@ -104,12 +104,12 @@ def listing(
 
 
 def is_cold(request: RankRequest) -> bool:
-    """Whether nothing is known of a user, so that the most popular items are the answer."""
+    """Whether no data of a user are known, so that the most popular items are the answer."""
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
 def _allowed(request: RankRequest, wanted: Wanted, catalogue: Catalogue) -> RankRequest:
-    """Return a request without what rules forbid, before anything is ranked."""
+    """Return a request without the items that the rules forbid, before the ranking."""
     request, items = replace(request, keep_seen=not wanted.exclude_seen), catalogue.items
     if not wanted.rules:
         return request

@@ -1,4 +1,4 @@
-"""A model in three lines of Python: `llmrec.load` returns what ranks, rates and explains.
+"""A model in three lines of Python: `llmrec.load` returns an object that ranks, rates and explains.
 
 ::
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Loaded", "Scored", "Wanted", "load"]
 
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
-# Requests that are answered together, where a frame has many.
+# The batch size for the requests of a frame.
 _TOGETHER = 64
 
 
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 
 def _named_in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let the errors of a function name the options of `load` as keywords."""
+    """Decorate a function so that its errors name the options of `load` as keywords."""
     return speaks_python(function, [option.name for option in fields(RecommenderOptions)])
 
 
@@ -58,9 +58,9 @@ class Scored:
     """One item of a list.
 
     Attributes:
-        item_id: As in the catalogue, or the title of an item that was given by it.
-        title: As the model read it.
-        score: On the model's own scale; higher is better.
+        item_id: The id in the catalogue, or the title of an item given by title.
+        title: The title as the model read it.
+        score: The score on the model's scale; higher is better.
     """
 
     item_id: str
@@ -70,16 +70,16 @@ class Scored:
 
 @_named_in_python
 def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
-    """Open a run, an exported folder or a model, to be asked as often as there are questions.
+    """Open a run, an exported folder or a model, to answer any number of questions.
 
-    Weights are loaded when the first question needs them. Use it as a context manager, or close it.
+    Weights are loaded at the first question that needs them. Use the result as a context manager, or close it.
 
     Args:
         folder: A run folder, an exported folder, a model folder or a hub name.
-        models: What answers, the default first: ``tuned``, ``untuned``, a row of the run's report by its name, such as
-            ``fusion with texts``, or a baseline; by default the model itself, the fusions that its run weighed, and the
-            classic recommenders of its recipe.
-        options: Of `llmrec.answer.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
+        models: The models that answer, the default first: ``tuned``, ``untuned``, a row of the run's report by its
+            name, such as ``fusion with texts``, or a baseline; by default the model itself, the ensembles of its
+            run, and the classic recommenders of its recipe.
+        options: Options of `llmrec.answer.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
 
     Raises:
         LlmrecError: If the model cannot be opened, or an option is unknown.
@@ -93,12 +93,12 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
 
 
 class Loaded(Displayed):
-    """Models that are open; made by `load`. Threads may ask it; those that ask a language model wait for each other.
+    """Open models, returned by `load`. It is thread-safe; calls of a language model are serialised.
 
     Args:
-        options: What was asked for.
-        models: What answers.
-        known: What is known of items and users; None: what the folder of ``options`` holds, read when it is needed.
+        options: The options of the models.
+        models: The open models.
+        known: The known items and users; None: those of the folder of ``options``, read when needed.
     """
 
     def __init__(self, options: RecommenderOptions, models: Models, known: Known | None = None) -> None:
@@ -114,7 +114,7 @@ class Loaded(Displayed):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of what answers, the default first."""
+        """The names of the models, the default first."""
         return tuple(self._models.opened)
 
     @_named_in_python
@@ -137,29 +137,28 @@ class Loaded(Displayed):
 
         Args:
             frame: Rows with some of the columns ``id``, ``user_id`` (or ``user``), ``history``, ``candidates`` and
-                ``profile``: a pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user is
-                asked about.
+                ``profile``: a pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user.
             history: Items, oldest first: ids, or dictionaries with ``item_id``, ``title``, ``rating``, ``timestamp``.
-            user: A user of the run's data, whose history is taken where none is given.
+            user: A user of the run's data, whose history is used if none is given.
             candidates: Items to rank, as in ``history``; None: the whole catalogue.
-            k: Items of a list, at most.
+            k: The maximum number of items of a list.
             model: One of `models`.
             strategy: How a language model orders candidates.
-            exclude_seen: Seen items are left out, where the catalogue is ranked.
-            rules: Business rules, as docs/serve.md has them.
-            profile: What is said about the user.
-            id: Decides the order of equal scores.
+            exclude_seen: Exclude seen items when the catalogue is ranked.
+            rules: Business rules, in the format of docs/serve.md.
+            profile: A text about the user.
+            id: The id of the request, which determines the order of equal scores.
 
-        A user or an item of a history that is unknown is a warning of the logger ``llmrec``, once each.
+        The logger ``llmrec`` warns of unknown users and unknown items of histories, once each.
 
         Returns:
-            A list of `Scored`, best first; of a frame, one of the same library with the columns ``id``, ``user_id``,
-            ``rank``, ``item_id``, ``title``, ``score``, ``error`` and ``notes``, such as items of a history that are
-            unknown: one row per item, and one for what failed.
+            A list of `Scored`, best first; for a frame, a frame of the same library with the columns ``id``,
+            ``user_id``, ``rank``, ``item_id``, ``title``, ``score``, ``error`` and ``notes`` (such as unknown items of
+            a history): one row per item, and one per failed request.
 
         Raises:
-            LlmrecError: If one question cannot be answered; of a frame, if it cannot be read, or no column says whom
-                or what it asks about.
+            LlmrecError: If a single question cannot be answered; for a frame, if it cannot be read, or no column has
+                users, histories or candidates.
         """
         wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
         if frame is not None:
@@ -186,12 +185,12 @@ class Loaded(Displayed):
 
     @property
     def data_name(self) -> str | None:
-        """The name of the data that classic recommenders learned from; None without data."""
+        """The name of the training data of classic recommenders; None without data."""
         return None if self._models.data is None else self._models.data.dataset.name
 
     @property
     def histories(self) -> str:
-        """A hash over the histories of users, and what prompts show of them."""
+        """A hash of the histories of users, and of the texts or fields that prompts show."""
         return self.known.digest
 
     def signature(self, model: str | None = None) -> str:
@@ -199,10 +198,10 @@ class Loaded(Displayed):
         return self._models.get(model).signature
 
     def read(self, record: Mapping[str, object], row: int, *, whole: bool) -> RankRequest:
-        """Read a request, with what is stored of its user; ``whole``: the whole catalogue is ranked.
+        """Read a request, with the stored data of its user; ``whole``: the whole catalogue is ranked.
 
         Raises:
-            DataError: If it cannot be ranked.
+            DataError: If the request cannot be ranked.
         """
         items = self._models.items or None
         return read_known(
@@ -210,7 +209,7 @@ class Loaded(Displayed):
         )
 
     def lists(self, requests: Sequence[RankRequest], wanted: Wanted) -> list[Answered | LlmrecError]:
-        """Return a list, or why there is none, for every request; those of the same question are answered together."""
+        """Return a list or an error for every request; requests with the same question are answered in one batch."""
         check_verb(self._models.get(wanted.model), RANK)
         lists: dict[int, Answered | LlmrecError] = {}
         steps = {n: listing(request, wanted, self._catalogue) for n, request in enumerate(requests)}
@@ -238,10 +237,10 @@ class Loaded(Displayed):
 
     @_named_in_python
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
-        """Find items that are chosen together with others (``interactions``), or described like them (``text``).
+        """Return items that are co-chosen with others (``interactions``), or have similar texts (``text``).
 
         Raises:
-            LlmrecError: If ``items`` is no list of known ids, or ``k`` no whole number of at least 1.
+            LlmrecError: If ``items`` is not a list of known ids, or ``k`` not an integer of at least 1.
         """
         if isinstance(items, str):
             raise DataError(f"items: {items!r} is one text; give a list of ids, such as [{items!r}]", kind="bad-value")
@@ -258,7 +257,7 @@ class Loaded(Displayed):
 
     @_named_in_python
     def predict(self, item: Any, **who: Any) -> float:
-        """Predict how likely a user likes or chooses an item; ``who`` as in `rank`."""
+        """Predict the probability that a user likes or chooses an item; ``who`` as in `rank`."""
         return float(self._about("ctr", item, **who))
 
     @_named_in_python
@@ -343,7 +342,7 @@ class Loaded(Displayed):
         return value
 
     def _warn(self, asked: Answered | RankRequest, user: object) -> None:
-        """Log what of a question is unknown, once for each user and item."""
+        """Log the unknown user and items of a question, once each."""
         messages = []
         if asked.unknown_user:
             messages.append(f"the user {shown(str(user))} is not known")
@@ -357,7 +356,7 @@ class Loaded(Displayed):
 
     @_named_in_python
     def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
-        """Return what a language model reads of a question to rank, or of a family (``verb``) with an ``item``."""
+        """Return the prompt of a question to rank, or of a family (``verb``) with an ``item``."""
         reader = self._models.get(model)
         if not isinstance(reader, LanguageModel):
             raise DataError(f"{reader.name} is no language model, and reads no prompt", kind="unsupported")
@@ -382,7 +381,7 @@ _SCHEMA = pa.schema(
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of a frame, a column ``user`` under its other name."""
+    """Return the rows of a frame, with the column ``user`` renamed to ``user_id``."""
     names = list(rows[0]) if rows else []
     if "user" in names and "user_id" not in names:
         rows = [{("user_id" if key == "user" else key): value for key, value in row.items()} for row in rows]

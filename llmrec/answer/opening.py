@@ -1,4 +1,4 @@
-"""Opens the models of a run, an exported folder or a plain model under their names: `open_models`."""
+"""Opening the models of a run, an exported folder or a plain model, by name: `open_models`."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Models:
     """Open models by name, over one catalogue that may change.
 
     Attributes:
-        opened: By name, the default first.
+        opened: The models by name, the default first.
         items: The catalogue; `change_items` changes it.
-        data: What classic recommenders learn from; None: there is none.
-        scale: Lowest and highest rating, where ratings are predicted.
+        data: The training data of classic recommenders; None: none.
+        scale: The lowest and highest rating, if ratings are predicted.
         blank: Data without interactions.
     """
 
@@ -71,7 +71,7 @@ class Models:
     blank: SplitDataset
     _similar: dict[str, Recommender] = field(default_factory=dict)
     _bases: list[LanguageModel] = field(default_factory=list)
-    # A signature hashes the whole catalogue, so it is computed once for each state of that.
+    # A signature hashes the whole catalogue, so it is computed once per state of the catalogue.
     _cards: dict[str, Card] = field(default_factory=dict)
 
     def get(self, name: str | None = None) -> Recommender:
@@ -89,7 +89,7 @@ class Models:
 
     @property
     def popular(self) -> Recommender | None:
-        """The model that answers for a user of whom nothing is known; None where there is no data."""
+        """The model for cold-start users; None if there are no data."""
         return None if self.data is None else self._kept(POPULARITY)
 
     def similar(self, by: str) -> Recommender:
@@ -111,7 +111,7 @@ class Models:
         """Return the model that answers a question.
 
         Raises:
-            LlmrecError: If there is none of that name, or it does not answer the verb.
+            LlmrecError: If no model has that name, or it does not answer the verb.
         """
         if question.verb == SIMILAR:
             return self.similar(str(question.model))
@@ -140,7 +140,7 @@ class Models:
         return answers
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
-        """Return what a language model reads of a request; None of other models, and of what cannot be put."""
+        """Return the prompt of a request; None for other models than language models, and if it cannot be rendered."""
         model = self.get(question.model)
         try:
             return model.prompt(request, question) if isinstance(model, LanguageModel) else None
@@ -150,7 +150,7 @@ class Models:
     def reasons(
         self, name: str | None, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
     ) -> list[Reasons]:
-        """Write rationales for the first items of lists; a note says where there can be none."""
+        """Return rationales for the first items of lists; a note says why there are none."""
         model = self.get(name)
         if not isinstance(model, LanguageModel):
             return [Reasons(notes=[f"{model.name} is no language model, and writes no rationales"]) for _ in requests]
@@ -176,13 +176,13 @@ class Models:
         return self._cards[model.name]
 
     def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> tuple[Card, ...]:
-        """Add, replace and remove items of the catalogue, and return what `cards` does then; nothing is trained."""
+        """Add, replace and remove items of the catalogue, and return the new `cards`; nothing is trained."""
         for name in removed:
             self.items.pop(name, None)
         self.items.update(put)
         for model in self.opened.values():
             model.changed()
-        # Texts are compared again, so that a new item is found at once.
+        # Text similarities are computed again, so that a new item is found at once.
         self._similar.pop(_SIMILAR["text"], None)
         self._cards.clear()
         return self.cards()
@@ -197,7 +197,7 @@ class Models:
         if known is not None and name != _SIMILAR["text"]:
             return self.opened[known]
         if name not in self._similar:
-            # Texts are compared where there are no interactions, too.
+            # Text similarity needs no interactions.
             data = self.data or self.blank
             self._similar[name] = _classic(BaselineSection(name=name), data, self.items, seed=data.seed)
         return self._similar[name]
@@ -207,14 +207,14 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     """Open the models of a folder.
 
     Args:
-        options: ``model`` names a run, an exported folder, or a model; the rest says how a language model is asked.
-        names: Which of them, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, or
-            a baseline. None of them: what its validation users chose, where it asked no language model or `auto` made
-            it; the language model, the fusions that the run weighed, and the classic recommenders of its recipe that
-            are fitted in seconds.
+        options: ``model`` names a run, an exported folder, or a model; the rest configures a language model.
+        names: The models, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, or a
+            baseline. By default: the model that validation users chose, if the run asked no language model or was made
+            by `auto`; the language model, the ensembles of the run, and the classic recommenders of its recipe that are
+            fitted in seconds.
 
     Raises:
-        LlmrecError: If a model cannot be opened, or there is none of a name.
+        LlmrecError: If a model cannot be opened, or a name is unknown.
     """
     asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
     bundle = bundle_of(asked)
@@ -242,11 +242,11 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 
 
 def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
-    """Return the names of the models that answer by default, the first being the default; nothing is opened.
+    """Return the names of the models that are open by default, the default first, without opening them.
 
     Args:
         bundle: The model.
-        items: The catalogue; without it the recommender by texts, which a run adds, is missing at the end.
+        items: The catalogue; without it the text-similarity recommender, which a run adds at the end, is missing.
     """
     default = default_of(bundle)
     first = [default.name if default else "", own_name(bundle)]
@@ -254,11 +254,11 @@ def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str
 
 
 def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
-    """Return a sentence on which model answers where a question names none.
+    """Return a sentence on the default model.
 
     Args:
-        folder: As `open_models` takes it.
-        names: See there.
+        folder: See `open_models`.
+        names: See `open_models`.
     """
     bundle = bundles.read(folder)
     default = default_of(bundle)
@@ -269,10 +269,10 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
 
 @dataclass(frozen=True)
 class Default:
-    """The model that the validation users of a run chose, which answers by default.
+    """The default model of a run, chosen by its validation users.
 
     Attributes:
-        name: Under which it answers.
+        name: Its name in questions.
         choice: How it was chosen.
     """
 
@@ -290,7 +290,7 @@ class Default:
 
 
 def default_of(bundle: Bundle) -> Default | None:
-    """Return what the validation users of a run chose; None where it is the language model that answers first."""
+    """Return the model that the validation users of a run chose; None if the language model is the default."""
     choice = stored.read(_folder(bundle)).choice
     if choice is None or not _learns(bundle):
         return None
@@ -302,12 +302,12 @@ def _folder(bundle: Bundle) -> Path:
 
 
 def own_name(bundle: Bundle) -> str:
-    """Return what the language model is called; empty where there is none."""
+    """Return the name of the language model; empty if there is none."""
     return "" if not bundle.weights else TUNED if bundle.tuned else PLAIN
 
 
 def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
-    """Return the fusions that can answer, by name."""
+    """Return the ensembles that can answer, by name."""
     if not _learns(bundle):
         return {}
     arm = TUNED if bundle.tuned else "zero-shot"
@@ -331,7 +331,7 @@ def _opened(
         other.items, other.name, other.finder = models.items, name, finder
         models._bases.append(other)
         return other
-    # An ensemble is called by its name, or by the id of its row.
+    # An ensemble is identified by its name or by the id of its row.
     joined = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
     if joined is not None and models.data is not None:
         asks_model = any(part.baseline is None for part in fusions[joined].parts)
@@ -351,15 +351,15 @@ def _opened(
 
 
 def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
-    """Open classic recommenders over the data of a recipe: no run and no language model is needed.
+    """Open classic recommenders on the data of a recipe, without a run or a language model.
 
     Args:
-        recipe: Its data are what is learned from, and its families say the parameters.
-        names: Baselines that rank, the default first, each by its name or as tables call it.
-        items: A table of items that goes before those of the data.
+        recipe: The recipe with the training data, and with the parameters in its families.
+        names: Baselines that rank, the default first, by their names or their labels in tables.
+        items: A table of items that takes precedence over those of the data.
 
     Raises:
-        LlmrecError: If the data cannot be read, or there is no baseline of a name.
+        LlmrecError: If the data cannot be read, or a baseline is unknown.
     """
     chosen = [_section(recipe.tasks, name) for name in names]
     for item in chosen:
@@ -383,21 +383,21 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
 
 
 def _learns(bundle: Bundle) -> bool:
-    """Whether there are interactions that classic recommenders can learn from."""
+    """Whether there are interactions for training classic recommenders."""
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
 def _reserved(bundle: Bundle) -> float:
-    """Return the share of validation users that weigh the fusions of a run, and choose no epoch of its baselines."""
+    """Return the fraction of validation users that weight the ensembles of a run and choose no epochs of baselines."""
     if bundle.run is None:
-        # What a folder carries lacks these users.
+        # The interactions in an exported folder lack these users.
         return 0.0
     fusion = load_stored(bundle.run).eval.fusion
     return fusion.reserved if fusion.controls else 0.0
 
 
 def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
-    """Return the rows of classic recommenders that are fitted in seconds; of each method those of its first family."""
+    """Return the labels of classic recommenders fitted in seconds; of each method those of its first family."""
     if not _learns(bundle):
         return []
     results: list[BaselineSection] = []
@@ -413,7 +413,7 @@ def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
 
 
 def _section(tasks: TasksSection, name: str) -> BaselineSection:
-    """Return the baseline of a name, as the first family has it that names its method."""
+    """Return a baseline by name, with the parameters of the first family that has its method."""
     for section in tasks.present().values():
         labels = {baseline.label: baseline for baseline in section.baselines}
         if (result := meant(name, labels)) is not None:
@@ -424,18 +424,18 @@ def _section(tasks: TasksSection, name: str) -> BaselineSection:
 def _classic(
     section: BaselineSection, data: SplitDataset, items: Mapping[str, Item], *, seed: int, reserved: float = 0.0
 ) -> Classic:
-    """Fit a classic recommender as its run did; one that reads texts reads those of the catalogue as it is now.
+    """Return a classic recommender, fitted as in its run; texts are those of the current catalogue.
 
     Args:
-        section: Which, with its parameters.
-        data: What it learns from.
+        section: The baseline with its parameters.
+        data: The training data.
         items: The catalogue.
-        seed: Of the fit.
-        reserved: Share of validation users that choose no epoch.
+        seed: The seed of the fit.
+        reserved: The fraction of validation users that choose no epoch.
     """
     name, parameters = section.name, section.parameters
     if name == _SIMILAR["text"]:
-        # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
+        # Removed items with interactions keep their texts; `Classic` lists only items of the catalogue.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = fitted(name, parameters, choosing(name, data, reserved) if reserved else data, seed=seed)
     about = (item for item in families().values() if not item.answers_with_items)
@@ -445,9 +445,9 @@ def _classic(
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:
-    """Return what finds candidates for language models that cannot search: the fusion, or else item neighbours.
+    """Return the retriever for language models that cannot search: the ensemble, or else item neighbours.
 
-    Of several fusions without a language model it is the one that joins the most.
+    Of several ensembles without a language model it is the one with the most members.
     """
     if models.data is None:
         return None
@@ -459,7 +459,7 @@ def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender 
 
 
 def _untuned(bundle: Bundle) -> Bundle:
-    """Return the model that a run began from, asked as the tuned one is."""
+    """Return the base model of a run, with the prompts of the tuned model."""
     if bundle.run is None:
         raise RecipeError(
             f"--models {UNTUNED}: {bundle.folder} does not say what it was tuned from; name the run folder",
@@ -467,7 +467,7 @@ def _untuned(bundle: Bundle) -> Bundle:
             column="--models",
         )
     recipe = load_stored(bundle.run)
-    # A base model with added tokens is in the run.
+    # A base model with added tokens is stored in the run.
     resized = bundle.run / "base"
     folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)
     model = bundle.model.model_copy(update={"name": folder})

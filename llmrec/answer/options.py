@@ -1,6 +1,6 @@
-"""What a recommender is asked for: every option with its words and its default, written once.
+"""The options of a recommender: the single definition of each option, its help and its default.
 
-A command line makes its options of these fields (`llmrec.cli.options`); Python gives them by name.
+The command line derives its options from these fields (`llmrec.cli.options`); Python passes them by name.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Classic recommenders and fusions have the names of their rows in the report."""
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """The help of an option, and what its value may be.
+    """The help of an option and the constraints on its value.
 
     Attributes:
-        help: One line.
-        names: On the command line; by default the field's.
-        metavar: Stands for a value.
-        choices: All values that there are.
-        least: The smallest number allowed.
-        most: The largest.
-        argument: It is positional.
+        help: One line of help.
+        names: The names on the command line; by default the field's.
+        metavar: The placeholder of a value.
+        choices: All allowed values.
+        least: The minimum.
+        most: The maximum.
+        argument: Whether it is positional.
     """
 
     help: str
@@ -42,7 +42,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True)
 class RecommenderOptions:
-    """A model, and how it is asked to rank; nothing of where requests come from or answers go to."""
+    """A model and its configuration for ranking, without the source of requests or the destination of answers."""
 
     model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")]
     items: Annotated[Path | None, About(help="Table of items: item_id, title. Default: the run's own data.")] = None

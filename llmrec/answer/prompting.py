@@ -1,7 +1,7 @@
-"""Requests as a language model reads them: prompts of a task in, rankings, ratings, probabilities or texts out.
+"""Requests to a language model: from prompts of a task to rankings, ratings, probabilities or texts.
 
 `rank_requests` orders the candidates of requests, `CatalogueRanking` searches a whole catalogue, and `answer_about`
-asks about one item. None keeps anything between requests; how these are put is in `llmrec.answer.strategy`.
+asks about one item. All are stateless; families, templates and strategies are chosen in `llmrec.answer.strategy`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ NOBODY = "unknown"
 CONTEXT = frozenset({"review", "feature", "headline", "rating"})
 """What a question may tell a family besides a history, by name."""
 
-# Candidate tokens of one forward: its mask and its logits grow with them, so a large set is scored in slices.
+# The maximum of candidate tokens in a forward pass: mask and logits grow with them, so large sets are scored in slices.
 _SLICE = 1024
-# Tokens of one generated label, and of a label or number about one item, with the text around it.
+# The maximum of tokens of a generated label, and of a label or number about one item with the text around it.
 _LABEL, _VALUE = 4, 8
 _QUOTED = 200
-# No id of a catalogue holds such a character, so these are never taken for one of its items.
+# No id of a catalogue contains this character, so these ids never collide with its items.
 _OWN = "\x1f"
 
 
@@ -62,10 +62,10 @@ _OWN = "\x1f"
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """Requests in a task's terms, with the original ones.
+    """Requests converted for a task, with the original ones.
 
-    Every mention of an item has its own id, so that two requests can give one item two titles. ``places`` are the
-    positions of candidates in the seeded order of their request.
+    Every mention of an item has an id of its own, so that two requests can have different titles for an item.
+    ``places`` are the positions of candidates in the seeded order of their request.
     """
 
     way: Asking
@@ -77,9 +77,9 @@ class TaskRequests:
 
 
 def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
-    """Convert requests to a task's terms, with an id for every mention of an item.
+    """Convert requests for a task, with an id for every mention of an item.
 
-    ``index`` replaces the bundle's, where more items were placed in it.
+    ``index`` replaces the bundle's index, for an index with added items.
     """
     index = index or bundle.index
     items: dict[str, Item] = {}
@@ -107,7 +107,7 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
             pool.append(register(f"{n}/candidates/{position}", request.candidates[given]))
             places[pool[-1]] = position
         if way.by_title:
-            # Rounding depends on a title's position in a forward pass: sorted, a set always gives the same scores.
+            # Rounding depends on a title's position in a forward pass; sorting makes the scores of a set deterministic.
             pool.sort(key=lambda key: (items[key].title, items[key].item_id))
         posed.append(
             Request(
@@ -130,11 +130,11 @@ def _seeded_order(request: RankRequest, seed: int) -> list[int]:
 
 
 class CodesByMention:
-    """Item codes by mention: those of the index, and new ones for items that it lacks.
+    """Item codes by mention: those of the index, and new ones for items missing from it.
 
-    An item that a request gives by its title alone is new, whatever the index calls its items; so is one whose title
-    differs from that in an index of titles. Each request's new items are placed separately, so that no request moves
-    another's codes, or fails with it.
+    An item that a request gives only by title is new, whatever the ids of the index; so is one whose title differs from
+    that in an index of titles. Each request's new items are added separately, so that no request affects the codes of
+    another or makes it fail.
     """
 
     def __init__(self, index: ItemIndex, items: Mapping[str, Item], requests: Sequence[RankRequest]) -> None:
@@ -166,12 +166,12 @@ class CodesByMention:
         return self._extended[n].encode(name)
 
     def _name(self, item: Item, request: RankRequest) -> str:
-        """Return the name of an item in the index, or one that the index does not have."""
+        """Return the id of an item in the index, or an id that the index does not have."""
         if item.item_id in request.titled:
             return _OWN + item.item_id
         if self._index.scheme == "title" and item.item_id in self._index.codes:
             (written,) = self._index.codes[item.item_id]
-            # A suffix after the title tells items of the same title apart.
+            # A suffix after the title distinguishes items with the same title.
             if not title_key(written).startswith(title_key(item.title)):
                 return _OWN + item.item_id
         return item.item_id
@@ -183,7 +183,7 @@ class CodesByMention:
 
 
 def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index with further items placed in it; one that needs a new token is rejected."""
+    """Return an index with further items; an item that needs a new token is rejected."""
     extended = placed(index, items)
     if extended.tokens != index.tokens:
         raise DataError(
@@ -208,10 +208,10 @@ def rank_requests(
     batch: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Ranking | Unparsed]:
-    """Rank every request's candidates, in order; a request that cannot be ranked does not touch the others.
+    """Rank every request's candidates, in order; a failed request does not affect the others.
 
     Candidates are ordered by a hash of the request's id and each item's id. Labels follow this order and ties keep it,
-    so the order in which they were given cannot affect the result.
+    so their original order cannot affect the result.
 
     Args:
         bundle: The model and how it was asked in training.
@@ -223,7 +223,7 @@ def rank_requests(
         advance: Called with the number of requests just answered.
 
     Returns:
-        Rankings of all candidates, with the ids of the request's items, or the reason why there is none.
+        Rankings of all candidates, with the ids of the request's items, or why the request failed.
     """
     posed = pose(bundle, requests, way)
     answers: list[Ranking | Unparsed] = []
@@ -235,7 +235,7 @@ def rank_requests(
 
 
 def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Encoder) -> Prompt:
-    """Return the prompt of a request; of several, the longest.
+    """Return the prompt of a request; if there are several, the longest.
 
     Raises:
         LlmrecError: If it cannot be rendered.
@@ -272,7 +272,7 @@ class _Outcome:
 
 def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
     outcomes = {n: _Outcome() for n in part}
-    # Lists are asked for by size: how long an answer may be is one number a call.
+    # Lists are grouped by size, since a call has one maximum length of answers.
     calls: dict[int, list[Request]] = defaultdict(list)
     owners: dict[int, list[int]] = defaultdict(list)
     for n in part:
@@ -302,7 +302,7 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
 
 
 def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unparsed]:
-    """Ask; a question that is too long although `_longest` found it to fit fails its own request alone."""
+    """Return answers; a question that is too long although `_longest` accepted it fails only its own request."""
     try:
         answers: list[Ranking | Unparsed] = strategy.answer(asked)
         return answers
@@ -316,7 +316,7 @@ def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unpars
 
 
 def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
-    """Ask in two steps; a profile that cannot be put into the second prompt fails its own request alone.
+    """Return answers in two steps; a profile that does not fit the second prompt fails only its own request.
 
     The generated profile is known only between the steps, so the second prompts are checked when one is rejected.
     """
@@ -337,7 +337,7 @@ def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> lis
 
 
 def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
-    """Return why the prompt that holds the profile cannot be asked; empty if it can."""
+    """Return an error message if the prompt with the profile is invalid; else an empty text."""
     try:
         prompt = strategy.first_prompt(request)
         texts = strategy.asker.task.continuations(request, template=strategy.asker.template)
@@ -348,20 +348,20 @@ def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
 
 
 def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
-    """Yield the longest prompts of a request, each with the tokens of what can follow it."""
+    """Yield the longest prompts of a request, each with the lengths in tokens of possible answers."""
     way, task = posed.way, posed.task
     pool = request.candidates or ()
     if way.strategy == "list":
         yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
         return
     if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
-        # The longest titles in one question, by letters: one with more tokens is found when it is asked.
+        # The titles with the most characters in one question; one with more tokens fails later, in the engine.
         longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
         prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
         yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]
         return
     if way.strategy == TWO_STEP and "profile" not in request.context:
-        # The second prompt holds what the first one wrote.
+        # The second prompt contains the text generated from the first.
         yield task.profile_prompt(request), [task.profile_tokens]
         yield task.prompt(request, template=way.template), [task.profile_tokens + _LABEL]
         return
@@ -371,7 +371,7 @@ def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterato
 
 
 def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
-    """Cut a request so that each part fits one forward; scores do not depend on what else is scored."""
+    """Split a request into slices for one forward pass each; scores do not depend on the other candidates."""
     tails: list[int] = []
     for prompt, tails in _longest(posed, request, encoder):
         given = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
@@ -411,7 +411,7 @@ def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparse
         outcome.failure = "the model gave a score that is no finite number; try --dtype float32"
     if outcome.failure:
         return Unparsed(request_id=request_id, reason=outcome.failure, raw=outcome.raw, cost=outcome.cost)
-    # What a generated list leaves out comes last.
+    # Candidates missing from a generated list come last.
     pool = sorted(
         posed.requests[n].candidates or (), key=lambda item: (-outcome.scores.get(item, 0.0), posed.places[item])
     )
@@ -429,14 +429,14 @@ def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparse
 
 
 class CatalogueRanking:
-    """Constrained search over a whole catalogue, for requests with a history alone.
+    """Constrained search over a whole catalogue, for requests without candidates.
 
     Args:
         bundle: The model and how it was asked in training.
-        items: The catalogue; items that the model's index does not hold are placed in it once.
-        way: Its strategy is ``search``.
+        items: The catalogue; items missing from the model's index are added to it once.
+        way: A family and template with the strategy ``search``.
         encoder: The model's tokenizer and its longest prompt.
-        beams: Prefixes that are kept of each request, and items in its answer.
+        beams: The beam width, and the number of items in an answer.
         exact: Widen a search until no other item can be better.
     """
 
@@ -449,7 +449,7 @@ class CatalogueRanking:
 
     @cached_property
     def _outputs(self) -> Any:
-        """The task over the catalogue's own ids, which writes its texts."""
+        """The task with the ids of the catalogue, which renders the texts of its items."""
         return task_of(self._bundle, self._way.family, self._items, self._index)
 
     @cached_property
@@ -462,7 +462,7 @@ class CatalogueRanking:
     def rank(
         self, requests: Sequence[RankRequest], backend: Backend, *, batch: int, advance: Callable[[int], None]
     ) -> list[Ranking | Unparsed]:
-        """Rank the catalogue for every request, in order; one that cannot be asked does not touch the others.
+        """Rank the catalogue for every request, in order; a failed request does not affect the others.
 
         Args:
             requests: From `llmrec.data.requests.read_request`.
@@ -502,7 +502,7 @@ class CatalogueRanking:
         return asked.barred | {self._known_as(posed.items[event.item_id], asked) for event in request.history}
 
     def _known_as(self, item: Item, request: RankRequest) -> str:
-        """Return the catalogue's id of an item of a history; a title is looked up if only one item has it."""
+        """Return the catalogue's id of an item of a history; a title is looked up if it is unique."""
         if item.item_id not in request.titled:
             return item.item_id
         named = self._by_title.get(title_key(item.title), [])
@@ -516,7 +516,7 @@ class CatalogueRanking:
         return outcome
 
     def _fault(self, posed: TaskRequests, request: Request) -> str:
-        """Return why a request cannot be answered; empty if it can."""
+        """Return an error message if a request cannot be answered; else an empty text."""
         try:
             prompt = posed.task.prompt(request, template=self._way.template)
             length = len(self._encoder.prompt(prompt))
@@ -531,7 +531,7 @@ class CatalogueRanking:
 
 
 class _CatalogueTask:
-    """A task with the prompts of requests and the continuations of a catalogue."""
+    """A task that combines the prompts of requests with the continuations of a catalogue."""
 
     def __init__(self, posed: TaskRequests, outputs: Any) -> None:
         self._posed, self._outputs = posed, outputs
@@ -571,17 +571,17 @@ def _named(request: RankRequest, answer: Any) -> Ranking | Unparsed:
 def answer_about(
     bundle: Bundle, requests: Sequence[RankRequest], *, way: Asking, backend: Backend, encoder: Encoder
 ) -> list[Answer]:
-    """Answer every request, in order; one that cannot be asked does not touch the others.
+    """Answer every request about one item, in order; a failed request does not affect the others.
 
     Args:
         bundle: The model and how it was asked in training.
-        requests: Each with one candidate: the item that it asks about.
+        requests: Requests with one candidate: the item in question.
         way: From `way_about`.
         backend: An engine over the bundle's model.
         encoder: Its tokenizer and its longest prompt.
 
     Returns:
-        Ratings, probabilities or texts, as the family answers; an `Unparsed` with the reason where there is none.
+        Ratings, probabilities or texts, depending on the family; an `Unparsed` with the reason for a failure.
     """
     posed = pose(bundle, requests, way)
     asked: dict[int, Request] = {}
@@ -609,7 +609,7 @@ def answer_about(
 
 
 def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
-    """Return what a model reads of a request."""
+    """Return the prompt of a request about one item."""
     posed = pose(bundle, [request], way)
     return posed.task.prompt(_of_item(posed.requests[0]), template=way.template)
 
@@ -621,7 +621,7 @@ def _of_item(request: Request) -> Request:
 
 
 def value_of(answer: Answer) -> float | str | None:
-    """Return a rating, a probability or a text as it is; None where there is none."""
+    """Return the rating, probability or text of an answer; None if there is none."""
     if isinstance(answer, Rating | Probability):
         return answer.value
     return answer.text if isinstance(answer, Text) else None

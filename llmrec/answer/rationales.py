@@ -1,7 +1,7 @@
-"""One generated sentence on each of the first items of a ranking: why it suits the user.
+"""Rationales: a generated sentence on why each of the first items of a ranking suits the user.
 
-The sentence is asked for after the ranking and moves nothing in it. What a model writes is data like any other: it is
-cleaned to one line, has a column of its own, and is never put into another prompt.
+The sentence is generated after the ranking and does not affect it. Generated text is untrusted data: it is cleaned to
+one line, has a separate column, and is never inserted into another prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _VARIABLES = frozenset({"noun", "profile", "history", "item", "fields"})
 
 
 def rationale_template() -> Template:
-    """Return the words that ask for a rationale."""
+    """Return the prompt template of rationales."""
     known = load_templates(FAMILY)
     if not known:
         raise RecipeError(
@@ -43,15 +43,16 @@ def rationale_template() -> Template:
 
 
 class Reasoner:
-    """Writes rationales.
+    """A generator of rationales.
 
     Args:
         bundle: The model and how it was asked in training.
-        way: How the requests were ranked: as many events are shown as its family shows, and the profile of two-step.
+        way: The family, template and strategy of the ranking; prompts show the events of its family, and the profile of
+            two-step.
         template: From `rationale_template`.
         encoder: The model's tokenizer and its longest prompt.
-        first: Items a ranking that are written about.
-        batch: Prompts handed to the backend at a time.
+        first: The number of items per ranking with a rationale.
+        batch: The number of prompts per call of the backend.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Reasoner:
         items: Mapping[str, Item] | None,
         backend: Backend,
     ) -> list[Reasons]:
-        """Write about the first items of every ranking, in order; what failed is written about in nothing.
+        """Return rationales for the first items of every ranking, in order; failed requests have none.
 
         Args:
-            requests: What was ranked.
-            answers: One a request.
-            items: The catalogue, where it was ranked whole; None: the requests' own candidates were.
-            backend: An engine that generates.
+            requests: The requests.
+            answers: One answer per request.
+            items: The catalogue, if the whole catalogue was ranked; None: the requests' candidates were ranked.
+            backend: An engine that generates text.
         """
         results = [Reasons() for _ in requests]
         prompts: list[Prompt] = []
@@ -106,11 +107,11 @@ class Reasoner:
         return [pool[item] for item in answer.items[: self.first]]
 
     def _prompt(self, request: RankRequest, answer: Ranking, item: Item) -> Prompt:
-        """Ask about one item."""
+        """Return the prompt about one item."""
         past = request.history[-self._shown :]
         known = {f"history/{position}": event.item for position, event in enumerate(past)} | {"item": item}
         view = View(data_of(self._bundle, known))
-        # What two-step wrote of the user was part of the ranking, so it is part of the reason.
+        # The profile that two-step generated was part of the ranking, so it is part of the reason.
         profile = request.profile or ((answer.raw or "") if self._way.strategy == TWO_STEP else "")
         values = view.user(request.user_id or NOBODY, {**request.context, "profile": profile}) | view.about("item")
         values["history"] = view.events([Event(item_id=f"history/{position}") for position in range(len(past))])
@@ -127,5 +128,5 @@ class Reasoner:
 
 
 def _first_line(text: str) -> str:
-    """Return the first line that says something; a small model may go on to lists and turns of its own."""
+    """Return the first non-empty line; a small model may continue with lists and invented turns."""
     return next((line for item in text.splitlines() if (line := clean(item))), "")

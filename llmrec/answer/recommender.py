@@ -1,7 +1,7 @@
-"""The protocol of everything that answers requests, the question that it is asked, and its answer.
+"""The protocol of models that answer requests, with the records of a question and an answer.
 
 Language models, classic recommenders and ensembles implement it, so that Python, a service, a conversation and the
-command line ask all of them in one way.
+command line use all of them alike.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ RANK, SIMILAR, POPULAR = "rank", "similar", "popular"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is the same for all requests that are answered together.
+    """A question that is the same for all requests of a batch.
 
     Attributes:
-        model: A name; None: the default. With `SIMILAR`, ``interactions`` or ``text``.
+        model: The name of a model; None: the default. With `SIMILAR`, ``interactions`` or ``text``.
         verb: `RANK`, a family, `SIMILAR` or `POPULAR`.
-        depth: Items that are wanted of a catalogue; candidates are ranked all.
+        depth: The number of items wanted from a catalogue; given candidates are all ranked.
         strategy: How a language model orders candidates, or ``auto``.
     """
 
@@ -42,11 +42,11 @@ class Card:
     """The description of a model.
 
     Attributes:
-        name: Under which it answers.
+        name: Its name in questions.
         kind: ``language model``, ``classic`` or ``fusion``.
-        signature: Changes with everything that can change an answer, except the request.
+        signature: A hash of everything that can change an answer except the request.
         verbs: ``rank``, and families of questions about one item.
-        strategies: How it may be asked to order candidates.
+        strategies: Its strategies for ordering candidates.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Reasons:
     """Generated rationales of one ranking.
 
     Attributes:
-        texts: One an item, from the first on; empty where nothing could be written.
-        cost: Of the texts alone.
+        texts: One text per item, from the first; empty for a failure.
+        cost: The cost of the texts only.
         notes: Why a text is missing.
     """
 
@@ -77,15 +77,15 @@ class Answered:
 
     Attributes:
         answer: A ranking, a rating, a probability or a text, or why there is none.
-        titles: One a ranked item, as the model read it.
-        notes: What was left out or changed on the way.
-        retrieved: How many of the candidates were retrieved: all of them or none.
+        titles: One title per ranked item, as the model read it.
+        notes: Notes on dropped or changed parts of the request.
+        retrieved: The number of retrieved candidates: all of them or none.
         profile: The user profile that two-step generated; None without one.
-        reasons: Rationales of the first items, with their own cost.
-        unknown_user: The request names a user of whom nothing is stored, and has no history.
-        unknown_items: Ids of its history that the model ignored, since nothing is known of them.
-        cold: Nothing is known of the user, and the list is that of the most popular items.
-        card: The model that answered, where a service asked.
+        reasons: Rationales of the first items, with a separate cost.
+        unknown_user: Whether the request has no history and names a user without stored data.
+        unknown_items: Ids of its history that the model ignored as unknown.
+        cold: Whether the user is a cold-start user, and the list has the most popular items.
+        card: The model that answered, for a service.
     """
 
     answer: Answer
@@ -101,7 +101,7 @@ class Answered:
 
 
 class Recommender(Protocol):
-    """A model that answers under a name."""
+    """A named model that answers requests."""
 
     name: str
     kind: Kind
@@ -113,12 +113,12 @@ class Recommender(Protocol):
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """How it may be asked to order candidates; none where there is one way only."""
+        """Its strategies for ordering candidates; empty if there is only one way."""
         ...
 
     @property
     def signature(self) -> str:
-        """A hash of everything that can change an answer, except the request."""
+        """A hash of everything that can change an answer except the request."""
         ...
 
     def answer(
@@ -127,15 +127,15 @@ class Recommender(Protocol):
         """Answer every request, in order.
 
         Args:
-            requests: A ranking orders their candidates, or the whole catalogue where a request has none (``barred``
-                and ``keep_seen`` are for the catalogue). A family asks about the one candidate of each.
-            question: What they are asked; ``model`` is not looked at.
-            listener: Called with the pieces of a text while it is generated, where the engine can.
+            requests: A ranking orders the candidates of each, or the whole catalogue if there are none (``barred`` and
+                ``keep_seen`` apply to the catalogue). A family asks about the one candidate of each.
+            question: The question; its ``model`` is ignored.
+            listener: Called with the pieces of a text while it is generated, if the engine can stream.
         """
         ...
 
     def changed(self) -> None:
-        """Take note that the catalogue was changed in place."""
+        """Invalidate state derived from the catalogue, which was changed in place."""
         ...
 
 
@@ -148,12 +148,12 @@ def ranking_of(found: Answered) -> Ranking:
 
 
 def signed(**known: object) -> str:
-    """Return the signature of a model from everything that decides its answers."""
+    """Return the signature of a model: a hash of everything that determines its answers."""
     return digest_of(**known)
 
 
 def check_verb(model: Recommender, verb: str) -> None:
-    """Refuse a question that a model does not answer."""
+    """Reject a question that a model does not answer."""
     if verb not in model.verbs:
         raise RecipeError(
             f"the model {model.name!r} does not answer {verb!r}; it answers {', '.join(model.verbs)}",
@@ -163,7 +163,7 @@ def check_verb(model: Recommender, verb: str) -> None:
 
 
 def check_only_auto(model: Recommender, question: Question) -> None:
-    """Refuse a strategy where a model ranks in one way only."""
+    """Reject a strategy if a model ranks in only one way."""
     if question.strategy != "auto":
         raise RecipeError(
             f"strategy: {model.name} ranks in one way only; leave it out, or ask a language model",
@@ -173,10 +173,10 @@ def check_only_auto(model: Recommender, question: Question) -> None:
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """Return which of the known models a name means: that of this name, or the first of this method; None: none.
+    """Return the known model that a name matches: the one with this name, or the first of this method; None: none.
 
-    A classic recommender with parameters is called by all of them, such as ``item-knn(decay=0.5, history=5)``; its
-    method alone, ``item-knn``, is enough, and so are some of them, ``item-knn(history=5)``.
+    The name of a classic recommender has all its parameters, such as ``item-knn(decay=0.5, history=5)``; the method
+    alone, ``item-knn``, or some of the parameters, ``item-knn(history=5)``, match too.
     """
     names = list(known)
     method, settings = _parsed(name)

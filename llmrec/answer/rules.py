@@ -1,9 +1,9 @@
-"""Business rules of a recommender, applied exactly: what a list may hold, how often, and how unlike its items are.
+"""Business rules of a recommender, applied exactly: allowed items, quotas and diversity of a list.
 
-Rules compare the values of an item's fields. A field may list several, with commas between them: ``Comedy, Drama`` has
-the values ``comedy`` and ``drama``, and as a whole ``comedy, drama`` too, so that ``Acme, Inc.`` can be named. Values
-are compared without the space around them and without case. A field without text has no value. ``item_id`` and
-``title`` are no fields.
+Rules compare the values of an item's fields. A field may list several, separated by commas: ``Comedy, Drama`` has the
+values ``comedy`` and ``drama``, and also the whole text ``comedy, drama``, so that ``Acme, Inc.`` can be named. Values
+are compared case-insensitively, without surrounding space. A field without text has no value. ``item_id`` and
+``title`` are not fields.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYS = ("only", "without", "block", "quotas", "diversity")
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """At most so many items of a list share a value of a field.
+    """A limit on the number of items of a list that share a value of a field.
 
     Raises:
         DataError: If ``most`` is less than 1.
@@ -49,7 +49,7 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """A condition: an item has one of these values in this field."""
+    """The condition that an item has one of these values in this field."""
 
     field: str
     values: frozenset[str]
@@ -57,15 +57,15 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What a list may hold. Rules that say the same are equal, in whatever order and case they were written.
+    """The rules of a list. Equivalent rules are equal, regardless of order and case.
 
     Attributes:
-        only: Values by field; an item must have one of them. A field without values lets no item pass.
-        more: Further conditions as in ``only``, on a field that has one already. Joining makes them: an item that must
-            be one of two sets may be so by two values, so the two sets are not one smaller set.
+        only: Values by field; an item must have one of them. An empty set of values allows no item.
+        more: Further conditions as in ``only``, on a field that has one already. They result from joining rules: an
+            item may satisfy two sets by two different values, so the intersection of the sets is not equivalent.
         without: Values by field; an item must have none of them.
         block: Ids of items that are never listed.
-        quotas: One a field; of several the strictest is kept.
+        quotas: One quota per field; of several the strictest.
         diversity: From 0 (the order stays) to 1 (the order only breaks ties); see `arrange`.
 
     Raises:
@@ -85,14 +85,14 @@ class Rules:
         only, more = _simplest((*(OneOf(name, values) for name, values in self.only.items()), *self.more))
         least = {quota.field: quota for quota in sorted(self.quotas, key=lambda quota: (quota.field, -quota.most))}
         without = {name: _folded(values) for name, values in self.without.items()}
-        # A frozen record is written once more, here: rules are keys of a cache, and are compared with folded text.
+        # A frozen record is normalised here: rules are cache keys, and are compared as folded text.
         object.__setattr__(self, "only", only)
         object.__setattr__(self, "more", more)
         object.__setattr__(self, "without", {name: values for name, values in without.items() if values})
         object.__setattr__(self, "quotas", tuple(least.values()))
 
     def __hash__(self) -> int:
-        """Hash what equality compares; a mapping has no hash of its own."""
+        """Return a hash of the compared fields; mappings are not hashable."""
         only, without = frozenset(self.only.items()), frozenset(self.without.items())
         return hash((only, without, self.block, self.quotas, self.diversity, self.more))
 
@@ -102,12 +102,12 @@ class Rules:
 
     @classmethod
     def read(cls, record: object) -> Rules:
-        """Read rules as a file or a request has them.
+        """Read rules from the record of a file or a request.
 
         Args:
             record: A mapping with the keys ``only``, ``without`` (fields with lists of values), ``block`` (a list of
-                ids), ``quotas`` (a list of ``{"field": ..., "most": ...}``) and ``diversity``; all may be left out.
-                Values and ids are texts or whole numbers.
+                ids), ``quotas`` (a list of ``{"field": ..., "most": ...}``) and ``diversity``; all are optional. Values
+                and ids are texts or integers.
         """
         given = _mapping("", record, _KEYS)
         only = _conditions("only", given.get("only", {}))
@@ -129,9 +129,9 @@ class Rules:
         )
 
     def joined(self, other: Rules) -> Rules:
-        """Return rules that forbid what either forbids, such as a service's own and those of a request.
+        """Return rules that forbid everything that either forbids, such as those of a service and of a request.
 
-        Of two quotas on a field the stricter holds, and of two diversities the larger. The order does not matter.
+        Of two quotas on a field the stricter applies, and of two diversities the larger. The order does not matter.
         """
         without = {name: self.without.get(name, frozenset()) | values for name, values in other.without.items()}
         return Rules(
@@ -144,9 +144,9 @@ class Rules:
         )
 
     def check(self, items: Mapping[str, Item]) -> None:
-        """Refuse a rule on a field that no item has: a misspelt field would forbid everything, or nothing.
+        """Reject a rule on a field that no item has: a misspelt field would forbid everything, or nothing.
 
-        Values are not checked: the first item that has one may come later. With an empty catalogue all rules pass.
+        Values are not checked: an item with a value may be added later. An empty catalogue accepts all rules.
 
         Args:
             items: The catalogue.
@@ -168,7 +168,7 @@ class Rules:
         )
 
     def allowed(self, items: Mapping[str, Item]) -> frozenset[str]:
-        """Return the ids that ``only``, ``without`` and ``block`` leave, in one pass over the catalogue.
+        """Return the ids that ``only``, ``without`` and ``block`` allow, in one pass over the catalogue.
 
         Args:
             items: The catalogue, by id.
@@ -189,33 +189,33 @@ class Rules:
     def arrange(
         self, ranked: Sequence[tuple[str, float]], items: Mapping[str, Item], k: int
     ) -> list[tuple[str, float]]:
-        """Choose at most k items under quotas and diversity, in the order of the new list.
+        """Select at most k items under quotas and diversity, in the order of the new list.
 
-        Quotas: an item that has a value without room left is passed over; an item with several values counts under
-        each, one without the field under none. A list shorter than k is one that no item of ``ranked`` can be added to.
-        It need not be the longest there is: an item with two values may take the room of two others. Where no item has
-        more than p values under quotas, it has at least a p-th of the most items that any choice has; with p = 1, as
-        for one quota on a field with one value an item, none is longer.
+        Quotas: an item with a value whose quota is exhausted is skipped; an item with several values counts for each,
+        one without the field for none. A list shorter than k is maximal: no item of ``ranked`` can be added to it. It
+        need not be the longest possible: an item with two values may take the capacity of two others. If no item has
+        more than p values under quotas, its length is at least 1/p of the optimum; with p = 1, as for one quota on a
+        field with one value per item, it is optimal.
 
-        Diversity d is maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): of the items that fit, the
-        next one has the largest ``(1 - d) * relevance - d * similarity``, and of equals the one ranked first.
+        Diversity d is maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): of the items that fit, the next
+        is the one with the largest ``(1 - d) * relevance - d * similarity``; ties go to the one ranked first.
 
-        - The relevance of the item at place i of ``ranked``, from 0, is ``1 / log2(i + 2)``, as NDCG discounts it: 1
-          for the first. Neither the scale of the scores nor the length of the list or k matters to it.
-        - The similarity is the largest Jaccard index with an item that is chosen already, of their sets of (field,
-          value); items without any are like no other. Values are those that are listed, without the whole text. A field
-          counts if in ``ranked`` it has at most `MOST_VALUES` of them, two items share one, and not all items have all:
-          free text, what each item has alone, and what is the same everywhere say nothing.
+        - The relevance of the item at index i of ``ranked``, from 0, is ``1 / log2(i + 2)``, the discount of NDCG: 1
+          for the first. It does not depend on the scale of the scores, the length of the list or k.
+        - The similarity is the largest Jaccard index with a selected item, of their sets of (field, value); it is 0 for
+          items without any. Values are the listed ones, without the whole text. A field counts if in ``ranked`` it has
+          at most `MOST_VALUES` values, two items share one, and not all items have all: free text, unique values and
+          constant values are uninformative.
 
-        Without diversity, items are taken as they are ranked. A list of k items is how the list of k + 1 begins.
+        Without diversity, items are taken in ranked order. The list of k items is a prefix of the list of k + 1.
 
         Args:
-            ranked: Ids, all different, with scores, best first; items that are not allowed are left out already.
-            items: What these ids are.
-            k: Items to choose.
+            ranked: Unique ids with scores, best first, without forbidden items.
+            items: The items by id.
+            k: The number of items to select.
 
         Returns:
-            Entries of ``ranked``, with their own scores.
+            Entries of ``ranked``, with unchanged scores.
         """
         if not self.quotas and not self.diversity:
             return list(ranked[: max(k, 0)])
@@ -236,11 +236,11 @@ class Rules:
 
 
 def deep_enough(rules: Rules, k: int) -> int | None:
-    """Return how many allowed items `Rules.arrange` needs, best first, for the k items that it makes of all.
+    """Return how many of the best allowed items suffice for `Rules.arrange` to select the same k items as from all.
 
     Returns:
-        ``k`` without quotas and diversity. None (all of them) with either: a quota may pass over any number of items,
-        and which fields tell items apart depends on the whole list.
+        ``k`` without quotas and diversity. None (all of them) with either: a quota may skip any number of items, and
+        the informative fields depend on the whole list.
     """
     return None if rules.quotas or rules.diversity else max(k, 0)
 
@@ -254,22 +254,22 @@ def _fold(text: str) -> str:
 
 def _listed(text: str) -> frozenset[str]:
     """Return the values that a field's text lists."""
-    # As `_fold` does it, but with the case of the whole text at once.
+    # Like `_fold`, but folds the case of the whole text at once.
     return frozenset([value.strip() for value in text.casefold().split(",")]) - {""}
 
 
 def _folded(values: Iterable[str]) -> frozenset[str]:
-    """Return values as they are compared; an empty one is none."""
+    """Return values folded for comparison, without empty ones."""
     return frozenset(map(_fold, values)) - {""}
 
 
 def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
-    """Return a test of whether a field's text has one of these values; many items have the same text."""
+    """Return a cached test of whether a field's text has one of these values; many items share texts."""
     return cache(lambda text: _fold(text) in values or not values.isdisjoint(_listed(text)))
 
 
 def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
-    """Return the first condition on each field, and the others; one that another implies is left out."""
+    """Return the first condition on each field, and the others, without implied conditions."""
     known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
     needed = [one for one in known if not any(one.field == by.field and by.values < one.values for by in known)]
     only: dict[str, frozenset[str]] = {}
@@ -297,7 +297,7 @@ class _Room:
         return all(full.isdisjoint(self._listed(fields.get(name, ""))) for name, full in self._full.items())
 
     def take(self, fields: _Fields) -> list[tuple[str, str]]:
-        """Count an item, and return each field and value that has no room now."""
+        """Count an item, and return each (field, value) whose quota is now exhausted."""
         full: list[tuple[str, str]] = []
         for quota in self._quotas:
             for value in self._listed(fields.get(quota.field, "")):
@@ -321,14 +321,14 @@ def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
 
 
 def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
-    """Return rows in the order of maximal marginal relevance."""
+    """Return the rows of k items, in the order of maximal marginal relevance."""
     likeness = _Likeness(found)
     holders = cache(lambda name: likeness.fields.get(name) or _holders(found, name))
     relevance = (1.0 - diversity) / np.log2(np.arange(len(found)) + 2.0)
     alike = np.zeros(len(found))
     rows: list[int] = []
     while len(rows) < min(k, len(found)):
-        # The first of equals is the one ranked first.
+        # Of ties, argmax returns the one ranked first.
         best = int(np.argmax(relevance - diversity * alike))
         if relevance[best] == -np.inf:
             break
@@ -341,7 +341,7 @@ def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) ->
 
 
 class _Likeness:
-    """How alike items are: the Jaccard index of their (field, value) pairs, over the fields that tell items apart."""
+    """The similarity of items: the Jaccard index of their (field, value) pairs, over informative fields."""
 
     def __init__(self, found: Sequence[_Fields]) -> None:
         self._found = found
@@ -356,7 +356,7 @@ class _Likeness:
                     self._sizes[rows] += 1
 
     def to(self, row: int) -> NDArray[np.float64]:
-        """Return how alike every item is to one of them, shape (items,)."""
+        """Return the similarity of every item to one of them, shape (items,)."""
         both = np.zeros_like(self._sizes)
         for name, holders in self.fields.items():
             for value in _listed(self._found[row].get(name, "")):
@@ -365,7 +365,7 @@ class _Likeness:
 
 
 def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
-    """Return the rows that list each value of a field; nothing if there are more than ``most`` values."""
+    """Return the rows of each value of a field; empty if there are more than ``most`` values."""
     same: dict[str, list[int]] = {}
     lists: dict[str, list[list[int]]] = {}
     for row, fields in enumerate(found):
@@ -408,7 +408,7 @@ def _list(key: str, value: object) -> Sequence[object]:
 def _texts(key: str, value: object) -> frozenset[str]:
     texts: set[str] = set()
     for entry in _list(key, value):
-        # How a table writes a truth value or a fraction is not known here.
+        # The text of a boolean or float in a table is unknown here.
         text = str(entry) if isinstance(entry, int) and not isinstance(entry, bool) else entry
         if not isinstance(text, str) or not text.strip():
             raise _wrong(key, "texts that are not empty are expected; write each in quotes", entry)

@@ -1,4 +1,4 @@
-"""How requests are put: a family of the model's, one of its templates, a strategy and what that strategy takes."""
+"""The choice of a family, a prompt template, and a strategy with its settings."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from llmrec.types import Item, ItemCodes, Ranking
 TWO_STEP = "two-step"
 """The strategy whose first step writes a profile, so that its template must show one."""
 
-# Keys of a search, which the command line has options of its own for.
+# Settings of a search that have command-line options.
 _OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
 _BY_TITLE = ("likelihood", "likelihood-prior")
-# Of the templates that show a profile, the one whose words fit any user.
+# Of the templates that show a profile, the one whose text fits any user.
 _SHOWS_PROFILE = "with-profile"
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How requests are put.
+    """A family, template and strategy, with the settings of the strategy.
 
     Attributes:
-        family: Of the bundle.
-        template: One of the family's, by its bare name.
-        strategy: One of the family's.
-        asking: The recipe's eval section, of which a strategy is handed the keys that it takes.
+        family: A family of the bundle.
+        template: The name of one of its templates.
+        strategy: One of its strategies.
+        asking: The recipe's eval section, with the settings of the strategy.
     """
 
     family: str
@@ -49,17 +49,17 @@ class Asking:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the strategy is handed, by name."""
+        """The settings of the strategy, by name."""
         return options_of(self.strategy, self.asking)
 
     @property
     def by_title(self) -> bool:
-        """Whether titles are scored each by itself behind a prompt that shows none, so that a request can be cut."""
+        """Whether titles are scored separately after a prompt without candidates, so that a request can be split."""
         return not family_of(self.family).lists and self.strategy in _BY_TITLE
 
 
 def ranking_families_of(bundle: Bundle) -> list[str]:
-    """Return the families that a model was tuned on and that rank items for users."""
+    """Return the families of a model's training that rank items for users."""
     return [family for family in ranking_families() if family in bundle.tasks.present()]
 
 
@@ -71,17 +71,17 @@ def choose_way(
     strategy: str = "auto",
     settings: Sequence[str] = (),
 ) -> Asking:
-    """Choose a family, template and strategy that fit together and that the bundle has.
+    """Return a compatible family, template and strategy of the bundle.
 
-    Of several families, sequential goes first; the template is the one that the family was evaluated with, and under
-    two-step the first that shows a profile.
+    Of several families, sequential is preferred; the template is the one of the family's evaluation, and for two-step
+    the first that shows a profile.
 
     Args:
         bundle: The model and how it was asked in training.
         task: A family, or ``auto``.
-        template: ``family/name`` or the bare name; None chooses.
+        template: ``family/name`` or the name; None: chosen automatically.
         strategy: A strategy, or ``auto``.
-        settings: What the strategy takes, such as ``eval.permutations=3``.
+        settings: Settings of the strategy, such as ``eval.permutations=3``.
     """
     ranking = ranking_families()
     here = ranking_families_of(bundle)
@@ -118,14 +118,14 @@ def choose_way(
 
 
 def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
-    """Return a family's strategies, and the plug-ins that a bundle was evaluated with."""
+    """Return a family's strategies, and the plug-in strategies of a bundle's evaluation."""
     section = bundle.tasks.present().get(family)
     further = [name for name in section.strategies if is_plugin(STRATEGIES, name)] if section else []
     return (*family_of(family).strategies, *further)
 
 
 def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
-    """Return the strategy that was asked for, or the first that reads what the template asks for."""
+    """Return the requested strategy, or the first that is compatible with the template."""
     own = family_of(family)
     if not own.lists:
         return own.strategies[0] if asked == "auto" else asked
@@ -138,11 +138,11 @@ def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
 
 
 def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
-    """Read what a strategy takes, under the recipe's names and rules.
+    """Read the settings of a strategy, with the names and rules of a recipe.
 
     Args:
-        strategy: Its name.
-        settings: ``key=value``; the key may begin with ``eval.``.
+        strategy: The name of the strategy.
+        settings: ``key=value``, optionally with the prefix ``eval.``.
     """
     known = [key for key in keys_of(strategy) if key not in _OWN_OPTIONS]
     values: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
 
 
 def explained(error: ValidationError, prefix: str) -> list[str]:
-    """Say what is wrong with the values of a section, repeating none of them: one may be a secret."""
+    """Return error messages on the values of a section, without the values: one may be a secret."""
     results = []
     for detail in error.errors(include_input=False, include_url=False):
         message = str(detail["msg"]).removeprefix("Value error, ")
@@ -198,7 +198,7 @@ def explained(error: ValidationError, prefix: str) -> list[str]:
 
 
 def one_of(what: str, name: str, known: Sequence[str]) -> None:
-    """Check an option's value."""
+    """Check that a name is known."""
     if name not in known:
         names = ", ".join(dict.fromkeys(known))
         raise RecipeError(
@@ -209,7 +209,7 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> str:
-    """Return the name of the template that was asked for, or the one that fits the strategy."""
+    """Return the name of the requested template, or of the default for the strategy."""
     known = bundle.templates[family]
     names: list[str] = [] if asked is None else [asked.rpartition("/")[2]]
     if asked is None:
@@ -239,18 +239,18 @@ def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
 
 
 def about_families(bundle: Bundle) -> dict[str, Family]:
-    """Return the families that a model was tuned on and that ask about one item, by name."""
+    """Return the families of a model's training that ask about one item, by name."""
     results = {name: family_of(name) for name in bundle.tasks.present()}
     return {name: family for name, family in results.items() if family.answer is not Ranking}
 
 
 def way_about(bundle: Bundle, family: str, *, template: str | None = None, strategy: str = "auto") -> Asking:
-    """Choose how a family is asked: by default with the template and the strategy that its evaluation begins with.
+    """Return the template and strategy of a family, by default the first ones of its evaluation.
 
     Args:
         bundle: The model and how it was asked in training.
         family: One of `about_families`.
-        template: A bare name, or ``family/name``; None chooses.
+        template: ``family/name`` or the name; None: chosen automatically.
         strategy: A strategy of the family, or ``auto``.
     """
     known = about_families(bundle)
@@ -277,7 +277,7 @@ def way_about(bundle: Bundle, family: str, *, template: str | None = None, strat
 
 
 def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Task:
-    """Build a family's task over these items alone: no interactions, so it can only ask."""
+    """Return a family's task with these items and without interactions; it can render prompts only."""
     section = bundle.tasks.present()[family]
     data = data_of(bundle, items)
     inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes, learns=False)
@@ -285,7 +285,7 @@ def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemC
 
 
 def data_of(bundle: Bundle, items: Mapping[str, Item]) -> SplitDataset:
-    """Return data of these items and of no interaction."""
+    """Return data with these items and without interactions."""
     nothing = pl.DataFrame(schema=dict(SCHEMA))
     dataset = Dataset(
         name="requests", noun=bundle.noun, interactions=nothing, items=items, rating_scale=bundle.rating_scale
