@@ -10,7 +10,7 @@ from typing import TypeVar
 
 # C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# What one representation shows at most: rows of a table, lines of a text, characters of a cell.
+# Limits of a representation: rows of a table, lines of a text, characters of a cell.
 _ROWS, _LINES, _CELL = 20, 30, 80
 
 _Row = TypeVar("_Row")
@@ -18,14 +18,14 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Summary:
-    """What is shown of an object.
+    """The content of an object's representation.
 
     Attributes:
         title: One line.
         facts: Values by name.
         header: The columns of the table.
-        rows: Its rows; those after the first 20 are counted.
-        text: Lines that are laid out already; those after the first 30 are counted.
+        rows: Its rows; after the first 20 only their number is shown.
+        text: Formatted lines; after the first 30 only their number is shown.
     """
 
     title: str
@@ -36,10 +36,10 @@ class Summary:
 
 
 class Displayed:
-    """Base of what a user may print: `_summary` says what is shown. It comes before other bases."""
+    """Base of printable objects, which define `_summary`. It must precede other bases."""
 
     def _summary(self) -> Summary:
-        """Return what is shown of the object."""
+        """Return the content to show."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class Displayed:
 
 
 def as_text(found: Summary) -> str:
-    """Return a summary in lines, without control characters."""
+    """Return a summary as lines of text without control characters."""
     lines = [_cell(found.title)]
     lines += _columns([(_cell(name), _cell(value)) for name, value in found.facts.items()])
     rows, more = _first(found.rows, _ROWS)
@@ -85,23 +85,23 @@ def as_html(found: Summary) -> str:
 
 
 def visible(text: str) -> str:
-    """Return text with control and text-direction characters written out, as in ``[U+001B]``."""
+    """Return text with control and text-direction characters escaped, as in ``[U+001B]``."""
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def flat(text: str) -> str:
-    """Return text on one line, with every hidden character written out."""
+    """Return text on one line, with every hidden character escaped."""
     return " ".join(visible(text).split())
 
 
 def short(text: str, longest: int = 120) -> str:
-    """Return untrusted text as one line, cut where it would swamp the others."""
+    """Return untrusted text as one line, truncated if it is long."""
     line = flat(text)
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Return the first names with commas between them, and how many more there are."""
+    """Return the first names, comma-separated, and the number of further ones."""
     results = list(names)
     return ", ".join(results[:most]) + (f" and {len(results) - most} more" if len(results) > most else "")
 
@@ -111,7 +111,7 @@ def _first(rows: Sequence[_Row], most: int) -> tuple[Sequence[_Row], int]:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay rows out in columns."""
+    """Return rows as aligned columns."""
     if not rows:
         return []
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]

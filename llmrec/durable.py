@@ -15,25 +15,24 @@ from typing import Any, TypeAlias
 from llmrec.errors import DataError, ErrorKind, LlmrecError
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
-"""What a JSON file, a request or a page of YAML can hold."""
+"""A value of JSON or YAML."""
 
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
-"""The key that `write_checked` puts at the end."""
-# The end of a file of `write_checked`; a file that another program has rewritten has none, and is not checked.
+"""The last key of files of `write_checked`."""
+# The end of a file of `write_checked`; a file rewritten by another program lacks it and is not checked.
 _END = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n\}\n\Z')
 WRITING = "while writing "
-"""Begins a note of `writing_to`."""
+"""The start of a note of `writing_to`."""
 _CHUNK = 2**20
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Provide a draft path next to a file or folder, and move it into place when the block succeeds.
+    """Yield a draft path next to a file or folder, and rename it when the block succeeds.
 
     The draft has a fixed name, so that the draft of a killed process is overwritten; use a lock against other
-    processes. An existing folder at ``path`` is removed right before the
-    move.
+    processes. An existing folder at ``path`` is removed right before the rename.
 
     Raises:
         LlmrecError: If ``path`` is a link to a folder, which a folder cannot replace, or a folder where the draft is a
@@ -60,7 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Add the file or folder that was being written to an error of a block; many libraries do not name it."""
+    """Add the name of the file or folder being written to errors of a block; many libraries omit it."""
     try:
         yield
     except Exception as error:
@@ -70,7 +69,7 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
+    """Write a text file atomically."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -79,8 +78,8 @@ def loads(text: str | bytes) -> Any:
     """Parse JSON from a file.
 
     Raises:
-        ValueError: If it is none; also if it nests deeper than Python reads, or holds half a character, which could not
-            be written again.
+        ValueError: If it is invalid, nested too deeply for Python, or contains a lone surrogate, which could not be
+            written again.
     """
     try:
         result = json.loads(text)
@@ -92,21 +91,21 @@ def loads(text: str | bytes) -> Any:
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Write a JSON file in one step and return its sha256; NaN and infinities are refused."""
+    """Write a JSON file atomically and return its SHA-256; NaN and infinities are rejected."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     write_text(path, text)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON object in one step with a checksum as its last key, for `checked`.
+    """Write a JSON object atomically with a checksum as its last key, for `checked`.
 
     Args:
         path: The file.
-        value: The object; it has at least one key.
+        value: The object, with at least one key.
 
     Returns:
-        The sha256 of the file.
+        The SHA-256 of the file.
     """
     head = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).removesuffix("\n}")
     text = f'{head},\n "{CHECKSUM}": "{checksum(head.encode())}"\n}}\n'
@@ -115,15 +114,15 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> str:
 
 
 class Changed(ValueError):
-    """A file does not fit its checksum."""
+    """Raised for a file that does not match its checksum."""
 
 
 def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
-    """Parse JSON of `write_checked`, without its checksum; a file of before there were checksums has none.
+    """Parse JSON of `write_checked`, and remove its checksum; files of older versions have none.
 
     Raises:
-        Changed: If it does not fit its checksum.
-        ValueError: If it is no JSON for ``parse``.
+        Changed: If it does not match its checksum.
+        ValueError: If ``parse`` rejects it.
     """
     end = _END.search(content)
     if end is not None and checksum(content[: end.start()]) != end[1].decode():
@@ -133,7 +132,7 @@ def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
 
 
 def checksum(content: bytes) -> str:
-    """Return 32 hex digits over bytes: a protection against damage, not against attacks."""
+    """Return a checksum of 32 hex digits, which protects against damage, not against attacks."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -142,11 +141,11 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
 
     Args:
         path: The file.
-        fix: What to do where it is damaged, for the error.
+        fix: How to fix a damaged file, for the error.
         parse: See `checked`.
 
     Raises:
-        DataError: If it cannot be read, does not fit its checksum, or holds something else.
+        DataError: If it cannot be read, does not match its checksum, or is not a JSON object.
     """
     try:
         result = checked(path.read_bytes(), parse)
@@ -165,7 +164,7 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
 
 
 def sha256_of(file: Path) -> str:
-    """Return the sha256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -184,7 +183,7 @@ def seal(folder: Path) -> None:
 
 
 def verifies(folder: Path) -> bool:
-    """Whether a folder has a manifest, and every file that it lists is there with the same content."""
+    """Return whether a folder has a manifest and every listed file exists with the same content."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return bool(listed) and all(
@@ -196,7 +195,7 @@ def verifies(folder: Path) -> bool:
 
 
 def unchanged(folder: Path) -> bool:
-    """As `verifies`, but files with the sizes and times of an earlier call in this process are not read again."""
+    """Like `verifies`, but do not read files again whose size and time are those of an earlier call."""
     try:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         states = tuple((str(file), *_state(file)) for file in files)
@@ -219,7 +218,7 @@ def refuse_link(path: Path) -> None:
     """Reject a link, so that its target is not written, locked or removed.
 
     Raises:
-        LlmrecError: If the path is one.
+        LlmrecError: If the path is a link.
     """
     if path.is_symlink():
         raise LlmrecError(

@@ -1,4 +1,4 @@
-"""The records of registry tables whose names need more than the address of their code. Nothing is imported for them."""
+"""Records of registry tables whose names need more than an address. They import no component."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class BaselineEntry:
-    """A baseline, by its name in `llmrec.registry.BASELINES`. All else that others must know of it, its class says.
+    """A baseline, by its name in `llmrec.registry.BASELINES`; its class has all further facts.
 
     Attributes:
         address: Address of its class, ``module:attribute``.
-        families: Task families that it answers.
-        needs: The package of the extra ``baselines`` that it imports; empty: none.
+        families: Task families that it supports.
+        needs: The package of the extra ``baselines`` that it imports; empty for none.
     """
 
     address: str
@@ -27,10 +27,11 @@ class StrategyEntry:
     """A strategy, by its name in `llmrec.registry.STRATEGIES`.
 
     Attributes:
-        address: Address of its class, or of a function that makes it.
-        families: Task families that it answers.
-        keys: Keys of the recipe's ``eval`` section that it is given, as keyword arguments of the same names.
-        positional: Its answer depends on the position of a candidate in the prompt; ``eval.debias`` is for these.
+        address: Address of its class, or of a factory function.
+        families: Task families that it supports.
+        keys: Keys of the recipe's ``eval`` section that it takes as keyword arguments of the same names.
+        positional: Whether its answer depends on the position of a candidate in the prompt; ``eval.debias`` is for
+            these.
     """
 
     address: str
@@ -40,19 +41,19 @@ class StrategyEntry:
 
 
 Kind = Literal["ranking", "lists", "rating", "probability", "text"]
-"""What a metric measures: where the target is ranked, whole lists, ratings, yes/no probabilities or texts."""
+"""The input of a metric: ranks of targets, lists, ratings, yes/no probabilities or texts."""
 
 
 Better = Literal["higher", "lower"]
-"""Which figures of a metric are better."""
+"""Whether higher or lower figures of a metric are better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricEntry:
     """A metric, by its name in `llmrec.registry.METRICS`, without its cut-off.
 
-    Its function is called with those of the kind's inputs that its parameters name; a metric is left out where one of
-    them is None. The inputs are
+    Its function is called with the inputs of the kind that its parameters name; a metric is omitted if one of them is
+    None. The inputs are
 
     - ranking: ``greater``, ``tied``, ``pool``, see `llmrec.metrics.ranking`;
     - lists: ``lists``, ``items``, ``counts``, ``users``, ``cold_counts``, ``contents``, ``expected``, ``targets``,
@@ -65,21 +66,21 @@ class MetricEntry:
     no interval; a `llmrec.metrics.stats.Statistic` over users; or a `llmrec.metrics.stats.Taken`.
 
     Attributes:
-        kind: What it measures.
-        about: What it says, in one line.
-        function: Address of its function; empty: it is taken only where several items are relevant.
+        kind: The kind of its input.
+        about: Its description in one line.
+        function: Address of its function; empty if it requires several relevant items.
         several: Address of its function over a `llmrec.metrics.multi_target.Judged` and a cut-off, for several
             relevant items.
-        lower: Lower is better.
-        unit: What its figure is a mean over: requests, or users; ``all``: it is no mean.
-        compared: Rows are compared by it.
-        root: The figure is the root of the mean.
-        cut: It is taken at cut-offs.
-        least: The smallest cut-off that it is taken at.
-        both: Its name is valid with and without a cut-off.
-        full: It is taken only where the whole catalogue is ranked.
-        how: What sets its figures apart, for signatures.
-        words: How texts are cut into words, for signatures.
+        lower: Whether lower is better.
+        unit: The units that its figure is a mean over, requests or users; ``all`` if it is not a mean.
+        compared: Whether rows are compared by it.
+        root: Whether the figure is the root of the mean.
+        cut: Whether it has cut-offs.
+        least: Its smallest cut-off.
+        both: Whether its name is valid with and without a cut-off.
+        full: Whether it requires full ranking.
+        how: Further details of its figures, for signatures.
+        words: The tokenisation of texts, for signatures.
         fixed: Further arguments of the function.
     """
 
@@ -101,20 +102,20 @@ class MetricEntry:
 
 
 # ----------------------------------------------------------------------------
-# What the registry says of a command of the program.
+# The registry's record of a command.
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, and what is known of it before that is imported.
+    """A command: its function, and the facts that are needed before its import.
 
     Attributes:
         target: ``module:function`` of one options record, or a mapping of names to such functions; see
             `llmrec.cli.options.takes`.
-        panel: The heading that ``llmrec --help`` lists it under.
+        panel: Its heading in ``llmrec --help``.
         help: The first line of the function's docstring.
-        resumes: Whether the same command goes on where it was stopped.
-        serves: Whether it runs until it is stopped, so that its libraries write to the error stream.
+        resumes: Whether the same command resumes where it was stopped.
+        serves: Whether it runs until it is stopped, so that its libraries write to stderr.
     """
 
     target: str

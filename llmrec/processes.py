@@ -1,7 +1,7 @@
-"""Several processes of one command: which of them this one is, and which of them says how it ended.
+"""Multi-process commands: size and rank, and which process reports a failure.
 
-torchrun and accelerate launch tell it in the environment, before anything of torch is imported. What a training does
-with it is in `llmrec.train.world`.
+torchrun and accelerate launch set environment variables, which are read without importing torch. Their use in training
+is in `llmrec.train.world`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from datetime import timedelta
 
 from llmrec.errors import LlmrecError, RecipeError, require
 
-# What launchers of other kinds count processes in, which accelerate reads too.
+# Variables with the number of processes of other launchers, which accelerate reads too.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _WAIT = timedelta(seconds=10)
 
 
 def size() -> int:
-    """Return how many processes a launcher started for this command; 1: it was started alone."""
+    """Return the number of processes of this command; 1 without a launcher."""
     return max(map(_number, _COUNTS))
 
 
 def rank() -> int:
-    """Return the number of this process among them; the first one is 0, and so is one that was started alone."""
+    """Return the rank of this process, from 0; 0 without a launcher."""
     return max(0, _number("RANK", 0)) if size() > 1 else 0
 
 
 def alone(command: str) -> None:
-    """Refuse to be one of several processes.
+    """Reject being one of several processes.
 
     Args:
-        command: What does not run in several, such as ``llmrec run``.
+        command: The command that requires a single process, such as ``llmrec run``.
 
     Raises:
         RecipeError: If a launcher started several: each would write the same files.
@@ -46,13 +46,13 @@ def alone(command: str) -> None:
 
 
 def begins_to_tell() -> bool:
-    """Whether this process is the first of its command that fails: it says why, and the others end silently.
+    """Return whether this process is the first of its command to fail: it reports why, the others end silently.
 
-    The launcher keeps the note, so that it outlives whoever wrote it. Where it is gone, every process speaks.
+    The launcher stores the note, so that it outlives the process. If the launcher is gone, every process reports.
     """
     if size() == 1:
         return True
-    with suppress(Exception):  # whatever is wrong with a connection, an error is not to be lost over it
+    with suppress(Exception):  # a broken connection must not hide the error
         store = require("torch.distributed", "train").TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, _WAIT, False
         )
@@ -61,7 +61,7 @@ def begins_to_tell() -> bool:
 
 
 def lost(count: int) -> LlmrecError:
-    """Return the error of a process whose work needs one that has ended."""
+    """Return the error of a process that depends on one that has ended."""
     return LlmrecError(
         f"training: another of the {count} processes ended, so this one ends too; the same command resumes at the last "
         "checkpoint, with as many processes or with others",

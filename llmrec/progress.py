@@ -1,7 +1,7 @@
-"""How far a long piece of work is: a bar on a terminal, and elsewhere, as in a log file, lines at growing intervals.
+"""Progress of long work: a bar on a terminal, and elsewhere, as in a log, lines at growing intervals.
 
-A line comes whether or not the work says anything meanwhile, so that a log shows that a closed solution or a long
-epoch still goes on. Lines are those of the logger ``llmrec.progress``, at the level INFO, which the command line shows.
+Lines are written even without progress, so that a log shows that a closed-form solution or a long epoch is still
+running. They are those of the logger ``llmrec.progress``, at the level INFO, which the command line shows.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from llmrec import terminal
 log = logging.getLogger(__name__)
 
 QUIET = "LLMREC_QUIET"
-"""In the environment, so that processes which are started know it too: no bars, and nothing that libraries mention."""
+"""Environment variable, inherited by child processes, that disables bars and messages of libraries."""
 
 FIRST, MOST, SHARE = 10.0, 600.0, 0.5
-"""Seconds up to the first line, seconds between two at most, and what part of the time so far lies between them."""
+"""Seconds before the first line, the most seconds between lines, and their interval as a share of the time so far."""
 
-# What is under way, the innermost last: it alone is drawn, or writes lines.
+# The running tasks, innermost last, which alone is drawn or writes lines.
 _open: list[Bar] = []
 
-# Columns of a drawn name, and of its bar.
+# Columns of the name and of the bar.
 _NAME, _BAR = 34, 8
 
 
 class _Screen:
-    """The one line at the end of a terminal that shows the innermost piece of work."""
+    """The last line of a terminal, which shows the innermost running task."""
 
     def __init__(self) -> None:
         self._live: Any = None
         self._lock = threading.RLock()
 
     def show(self) -> None:
-        """Draw the innermost piece of work, or nothing where none is under way."""
+        """Draw the innermost running task, or nothing if there is none."""
         drawn = [bar for bar in _open if bar._drawn]
         with self._lock:
             if not drawn:
@@ -52,7 +52,7 @@ class _Screen:
                 self._live.refresh()
 
     def say(self, text: str, stream: TextIO) -> None:
-        """Write a line above what is drawn."""
+        """Write a line above the bar."""
         with self._lock:
             drawn = self._live is not None
             self._end()
@@ -62,11 +62,11 @@ class _Screen:
                 self._begin()
 
     def _begin(self) -> None:
-        # rich takes a tenth of a second to import, which commands that show no bar need not spend.
+        # Importing rich takes a tenth of a second, which commands without a bar avoid.
         from rich.console import Console
         from rich.live import Live
 
-        # What is printed meanwhile is none of its business: libraries print into a log.
+        # rich must not redirect output: libraries print into a log.
         self._live = Live(
             get_renderable=lambda: _open[-1] if _open else "",
             console=Console(file=terminal.err()),
@@ -86,7 +86,7 @@ _screen = _Screen()
 
 
 def _shows() -> bool:
-    """Whether a bar can be drawn: on a terminal, or in a notebook."""
+    """Return whether a bar can be drawn: on a terminal or in a notebook."""
     if terminal.err().isatty():
         return True
     if "ipykernel" not in sys.modules:
@@ -97,25 +97,25 @@ def _shows() -> bool:
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Write a line to a stream, above the bar where one is drawn."""
+    """Write a line to a stream, above the bar if one is drawn."""
     _screen.say(text, stream)
 
 
 def under_way() -> list[Bar]:
-    """Return the pieces of work that are under way, the innermost last."""
+    """Return the running tasks, innermost last."""
     return list(_open)
 
 
 class Bar:
-    """The progress of one piece of work; use it as a context manager, or start and stop it.
+    """The progress of a task; use it as a context manager, or call start and stop.
 
     Args:
-        name: What is done.
-        total: How many steps it has; None: nobody knows, and there is no bar but lines alone.
-        unit: What a step is, such as ``epochs``.
+        name: Name of the task.
+        total: Number of steps; None if unknown, with lines only and no bar.
+        unit: Unit of a step, such as ``epochs``.
         quiet: Show nothing.
-        early: It may end before all steps are done, so that what is left is an upper bound.
-        passing: One of many: on a terminal no line says that it is done.
+        early: The task may end before all steps are done, so the remaining time is an upper bound.
+        passing: One of many tasks: on a terminal no line reports its end.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Bar:
         self._ticker: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start the task."""
         self._begin = time.monotonic()
         if self._drawn and self not in _open:
             _open.append(self)
@@ -151,7 +151,7 @@ class Bar:
             self._ticker.start()
 
     def stop(self, *, failed: bool = False) -> None:
-        """End; a last line says how long it took, where that was long."""
+        """Stop the task; a last line reports its duration if it was long."""
         if self not in _open:
             return
         spent = time.monotonic() - self._begin
@@ -162,22 +162,22 @@ class Bar:
         _open.remove(self)
         if self._drawn:
             _screen.show()
-            # What is inside of something else is told by that one's line.
+            # A nested task is covered by the line of the outer one.
             self._wrote = spent >= FIRST and not _open and not self._passing
         if self._wrote and not failed:
             log.info("%s: done%s, %s", self.name, self._count(), span(spent))
 
     def advance(self, steps: int = 1, said: str | None = None) -> None:
-        """Note that so many more steps are done, and what there is to say of the work."""
+        """Add finished steps, with an optional status text."""
         self.reach(self._done + steps, said)
 
     def reach(self, done: int, said: str | None = None) -> None:
-        """Note that so many steps are done in all."""
+        """Set the total number of finished steps."""
         self._done = done
         self._said = self._said if said is None else said
 
     def skip(self, steps: int) -> None:
-        """Note that so many more steps were done by an earlier run, so that their time is not in this one's."""
+        """Add steps of an earlier run, which are excluded from the estimate of time."""
         self._skipped += steps
         self.advance(steps)
 
@@ -191,7 +191,7 @@ class Bar:
         self.stop(failed=error is not None)
 
     def reached(self) -> str:
-        """Return how many of its steps are done, such as ``37 of 90 steps``; nothing where nobody knows."""
+        """Return the finished steps as text, such as ``37 of 90 steps``; empty if the total is unknown."""
         return self._count().strip()
 
     def __rich__(self) -> Any:
@@ -238,14 +238,14 @@ class Bar:
 
 
 class BatchBar(Bar):
-    """The progress of questions that an engine is asked a batch at a time: it moves while a batch is answered.
+    """The progress of questions to an engine in batches, updated within a batch.
 
     Args:
-        name: What is done.
-        sizes: What each question counts, in their order, such as its candidates.
-        batch: Questions of a batch.
-        prompts: Prompts that the engine answers for a question, as far as that is known beforehand.
-        unit: What is counted.
+        name: Name of the task.
+        sizes: Size of each question, in order, such as its number of candidates.
+        batch: Number of questions of a batch.
+        prompts: Number of prompts of a question, as far as known beforehand.
+        unit: Unit of the sizes.
         quiet: Show nothing.
     """
 
@@ -258,28 +258,28 @@ class BatchBar(Bar):
         self._asked, self._answered = 0, 0.0
 
     def advance(self, steps: int = 1, said: str | None = None) -> None:
-        """Note that so many more questions are done."""
+        """Add finished questions."""
         self._asked = min(self._asked + steps, len(self._ends) - 1)
         self._answered = 0.0
         self.reach(self._ends[self._asked], said)
 
     def restart(self) -> None:
-        """Note that all questions are asked again."""
+        """Start again with all questions."""
         self._asked, self._answered = 0, 0.0
         self.reach(0)
 
     def answer(self, prompts: float) -> None:
-        """Note that so many more prompts of the batch at hand are answered."""
+        """Add answered prompts of the current batch."""
         self._answered += prompts
         end = min(self._asked + self._batch, len(self._ends) - 1)
         share = min(1.0, self._answered / (self._prompts * max(1, end - self._asked)))
         begin = self._ends[self._asked]
-        # A strategy may ask more prompts than was known.
+        # A strategy may use more prompts than were known.
         self.reach(max(self._done, begin + int(share * (self._ends[end] - begin))))
 
 
 def count_answers(prompts: float) -> None:
-    """Note that an engine has answered so many more prompts, or parts of one; called by engines, in any thread."""
+    """Add answered prompts, or fractions of one; engines call it, from any thread."""
     for bar in reversed(_open):
         if isinstance(bar, BatchBar):
             bar.answer(prompts)
@@ -294,9 +294,9 @@ def span(seconds: float) -> str:
 
 
 def silent(line: str) -> None:
-    """Discard a line; in place of `note`."""
+    """Discard a line; a replacement for `note`."""
 
 
 def note(line: str) -> None:
-    """Tell how far a long piece of work is, which has no bar of its own."""
+    """Log the progress of a long task without its own bar."""
     log.info("%s", line)

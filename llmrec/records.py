@@ -1,4 +1,4 @@
-"""Frozen records: their base, a piece of a job, and what a run says of its data, its training and its texts.
+"""Frozen records: their base, shards of a job, and a run's data, training and texts.
 
 Figures are in `llmrec.results`.
 """
@@ -20,13 +20,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of several pieces of a job: neighbouring whole chunks of the order in which one process does it.
+    """A shard of a job: adjacent whole chunks in the order of a single process.
 
-    What is asked together in one process is asked together in a shard, so that answers are the same to the last bit.
+    Requests that are batched in a single process are batched in a shard, so that answers are bit-identical.
 
     Attributes:
-        index: Which piece, from 1.
-        count: How many pieces there are.
+        index: Number of the shard, from 1.
+        count: Number of shards.
     """
 
     index: int
@@ -34,10 +34,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read ``2/4``.
+        """Parse a shard such as ``2/4``.
 
         Raises:
-            RecipeError: If it is no such piece.
+            RecipeError: If it is invalid.
         """
         result = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         shard = cls(int(result[1]), int(result[2])) if result else cls(0, 0)
@@ -55,22 +55,22 @@ class Shard:
         return f"{self.index}-of-{self.count}"
 
     def __str__(self) -> str:
-        """Write it as `parse` reads it."""
+        """Return the shard in the format of `parse`."""
         return f"{self.index}/{self.count}"
 
     def chunks(self, rows: int, size: int) -> range:
-        """Return the numbers of its chunks, from 0, where so many rows are cut into chunks of one size; maybe none."""
+        """Return the indices of its chunks, from 0, for a number of rows and a chunk size; may be empty."""
         total = -(-rows // size)
         return range((self.index - 1) * total // self.count, self.index * total // self.count)
 
     def share(self, found: Sequence[_T], size: int) -> Sequence[_T]:
-        """Return what stands in its chunks."""
+        """Return the items of its chunks."""
         chosen = self.chunks(len(found), size)
         return found[chosen.start * size : chosen.stop * size]
 
 
 def _finite(value: object) -> object:
-    """Turn NaN and the infinities, which JSON cannot hold, into None."""
+    """Return None for NaN and infinities, which JSON does not allow."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -78,29 +78,29 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Record(BaseModel):
-    """Frozen base; keys that it does not have are ignored, so that results may grow."""
+    """Frozen base; unknown keys are ignored, so that results may be extended."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record as files hold it: the keys that whoever made it has set, in the order of the fields."""
+        """Return the record as stored in files: the keys that were set, in the order of the fields."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 class RewardLine(Record):
-    """What the rollouts of an optimiser step were like.
+    """Statistics of the rollouts of an optimiser step.
 
     Attributes:
         reward: Their mean reward, weighted as their advantages are.
-        zero: Share of groups whose members all have the same reward, which teach nothing.
-        hit: Share of groups that hold the true item.
-        kl: Estimated divergence from the model that training started from, in nats an item.
-        entropy: Of the items over all groups, in nats: 0 where every rollout is the same item.
-        distinct: How many items there are among them.
-        rollouts: How many different rollouts all groups have.
+        zero: Share of groups with equal rewards of all members, which give no gradient.
+        hit: Share of groups that contain the true item.
+        kl: Estimated divergence from the initial model, in nats per item.
+        entropy: Entropy of the items over all groups, in nats; 0 if every rollout is the same item.
+        distinct: Number of different items among the rollouts.
+        rollouts: Number of different rollouts of all groups.
         clipped: Share of rollouts whose ratio was clipped.
-        tokens: Tokens that were read to learn from them.
-        targets: Those of them that bear loss.
+        tokens: Tokens read for training on them.
+        targets: Tokens with loss among these.
     """
 
     reward: Number = None
@@ -116,10 +116,10 @@ class RewardLine(Record):
 
 
 class LogLine(Record):
-    """One logged optimiser step; losses are nats a target token, and NDCG@10 is that of `Judged`.
+    """A logged optimiser step; losses are in nats per target token, and NDCG@10 is that of `Judged`.
 
-    ``figures`` are what else a loss says of its step, such as ``rewards/margins``.
-    Where training learns from reward, the loss is that of `llmrec.train.reward.objective` a question.
+    ``figures`` are further quantities that a loss logs, such as ``rewards/margins``.
+    In training from rewards, the loss is that of `llmrec.train.reward.objective` per question.
     """
 
     step: int
@@ -134,14 +134,14 @@ class LogLine(Record):
 
 
 class Judged(Record):
-    """Which validation cases decided which adapter is kept, and what classic recommenders reach on them.
+    """The validation cases for choosing the adapter, and the figures of classic recommenders on them.
 
     Attributes:
-        family: Whose cases.
-        users: How many.
-        kept_step: Whose adapter was kept.
+        family: Family of the cases.
+        users: Number of users.
+        kept_step: The step whose adapter was kept.
         value: Its NDCG@10.
-        controls: NDCG@10 of the family's baselines, and of their fusions, which other validation users weighed.
+        controls: NDCG@10 of the family's baselines, and of their ensembles, weighted on other validation users.
     """
 
     family: str
@@ -152,7 +152,7 @@ class Judged(Record):
 
 
 class Training(Record):
-    """What was tuned, and how it went."""
+    """The settings and the log of a training."""
 
     rows: dict[str, int] = Field(default_factory=dict)
     shares: dict[str, float] = Field(default_factory=dict)
@@ -182,12 +182,12 @@ class Training(Record):
 
     @property
     def figured(self) -> tuple[str, ...]:
-        """Names of what the log has of steps beside losses, such as ``rewards/margins``."""
+        """Names of the logged quantities other than losses, such as ``rewards/margins``."""
         return tuple(dict.fromkeys(name for line in self.log for name in line.figures or {}))
 
 
 class DataInfo(Record):
-    """One data set as it was used."""
+    """A data set as used in the run."""
 
     name: str
     users: int
@@ -206,7 +206,7 @@ class DataInfo(Record):
 
 
 class Candidates(Record):
-    """Stored candidate sets, told apart by their digest."""
+    """Stored candidate sets, identified by their digest."""
 
     digest: str
     count: int
@@ -222,7 +222,7 @@ class Stage(Record):
 
 
 class Shown(Record):
-    """One prompt with its answer, kept for reading."""
+    """An example prompt with its answer."""
 
     task: str
     arm: str
@@ -235,7 +235,7 @@ class Shown(Record):
 
 
 class Reliability(Record):
-    """Answers with about the same P(yes): their mean, and the share of them whose truth is yes."""
+    """Answers with similar P(yes): their mean, and the share of them whose truth is yes."""
 
     n: int
     said: Number
@@ -243,7 +243,7 @@ class Reliability(Record):
 
 
 class Calibration(Record):
-    """The curve that a row's probabilities were put right by: fitted to n answers to the validation split."""
+    """The calibration curve of a row's probabilities, fitted to n answers to the validation split."""
 
     n: int
     scale: float
@@ -251,14 +251,14 @@ class Calibration(Record):
 
 
 class User(Record):
-    """Whose request it was; the name is empty where there is none."""
+    """The user of a request; the name is empty if unknown."""
 
     id: str
     name: str = ""
 
 
 class Product(Record):
-    """What a text is about: an item with its further fields."""
+    """The item that a text is about, with its fields."""
 
     id: str
     title: str
@@ -266,7 +266,7 @@ class Product(Record):
 
 
 class Told(Record):
-    """Something that a question can tell beside user and item, and the templates that do."""
+    """Information that a prompt can contain in addition to user and item, and the templates with it."""
 
     name: str
     text: str
@@ -274,7 +274,7 @@ class Told(Record):
 
 
 class Written(Record):
-    """The text that a row wrote; None where its answer could not be read, with the reason and the raw answer."""
+    """The text generated by a row; None if it could not be parsed, with the reason and the raw answer."""
 
     text: str | None
     error: str = ""
@@ -282,7 +282,7 @@ class Written(Record):
 
 
 class Sample(Record):
-    """One request whose answer is a text, with the true one and those of the rows, by row id."""
+    """A request with a text as answer: the true one, and those of the rows by row id."""
 
     task: str
     request_id: str
@@ -294,16 +294,16 @@ class Sample(Record):
 
 
 class Exhibit(Record):
-    """One request beside what a language model wrote as features, and what recommenders answer with and without it.
+    """A request with features generated by a language model, and recommenders' answers with and without them.
 
     Attributes:
         store: The folder of the features.
-        read: Titles of the events that the text on the user was written from, the first of them.
-        events: How many it was written from.
-        profile: That text; empty: there is none.
-        described: The text on the item; empty: there is none.
-        truth: The answer.
-        answers: By row id, of rows that are the same recommender but for what it reads.
+        read: Titles of the first events that the user's text was generated from.
+        events: Number of these events.
+        profile: The text on the user; empty for none.
+        described: The text on the item; empty for none.
+        truth: The true answer.
+        answers: Answers by row id, of rows that differ only in what the recommender reads.
     """
 
     task: str
@@ -320,26 +320,26 @@ class Exhibit(Record):
 
 
 class Nearby(Record):
-    """An item of training that reads like another one: the cosine of their text vectors."""
+    """A training item with a text similar to another item's: the cosine of their text vectors."""
 
     title: str
     cosine: float
 
 
 class ExampleUser(Record):
-    """One user as the first screen of a report shows it: what came before, what is recommended, what was held out.
+    """An example user at the top of a report: history, recommended list, held-out item.
 
     Attributes:
         task: The family.
-        row: Whose list it is.
-        user: Who it is.
-        history: Titles of the latest events, the oldest first.
-        events: How many events the history has.
+        row: The row of the list.
+        user: The user.
+        history: Titles of the latest events, oldest first.
+        events: Number of events of the history.
         listed: Titles of the first items of the list.
-        hit: The place of the held-out item among these, from 1; None where it is not there.
+        hit: Rank of the held-out item among these, from 1; None if it is not there.
         truth: Title of the held-out item.
-        rank: Its rank; None where the list leaves it out.
-        pool: How many items were ranked.
+        rank: Its rank; None if the list omits it.
+        pool: Number of ranked items.
     """
 
     task: str
@@ -355,7 +355,7 @@ class ExampleUser(Record):
 
 
 class Visit(Record):
-    """A list that holds an item: whose it is, the user's latest items, and the place, from 1."""
+    """A list that contains an item: its user, the user's latest items, and the rank, from 1."""
 
     user: User
     latest: tuple[str, ...] = ()
@@ -364,13 +364,13 @@ class Visit(Record):
 
 
 class Newcomer(Record):
-    """An item without training interactions, and who it is shown to.
+    """A cold-start item, and the users to whom it is shown.
 
     Attributes:
-        neighbours: Items of training whose texts are nearest, the nearest first.
-        wanted: Of how many requests it is the answer.
-        lists: By row id, how many lists hold it.
-        visits: By row id, some of these lists.
+        neighbours: Training items with the nearest texts, nearest first.
+        wanted: Number of requests whose answer it is.
+        lists: Number of lists that contain it, by row id.
+        visits: Some of these lists, by row id.
     """
 
     task: str
@@ -382,7 +382,7 @@ class Newcomer(Record):
 
 
 class SetAside(Record):
-    """Users of a table who are not asked about, and why."""
+    """Users of a table who are excluded, and why."""
 
     data: str
     said: str

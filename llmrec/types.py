@@ -1,7 +1,7 @@
 """The records and protocols that every layer shares.
 
-Records are frozen and carry named fields. A *case* pairs a request with its held-out truth, so that no
-predictor is ever handed the answer: predictors see `Request`, only the metrics see `Case.truth`.
+Records are frozen and have named fields. A *case* pairs a request with its held-out truth, so that predictors never get
+the answer: they see `Request`, and only the metrics see `Case.truth`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One past interaction as a history shows it (``timestamp`` in the unit of the source)."""
+    """One past interaction in a history (``timestamp`` in the unit of the source)."""
 
     item_id: str
     rating: float | None = None
@@ -56,18 +56,18 @@ class Interaction:
 
 
 class Code(str):
-    """An item's code. It may hold item tokens, which no other text from data can: see `llmrec.guard`."""
+    """An item's code. Unlike other data text it may contain item tokens: see `llmrec.guard`."""
 
     __slots__ = ()
 
 
 class CodedId(str):
-    """The id of a user or an item, which templates write as ``code``; to all else it is the id."""
+    """The id of a user or item with the ``code`` that templates show; everywhere else it is the id."""
 
     code: str
 
     def __new__(cls, text: str, code: str) -> CodedId:
-        """Give an id a code."""
+        """Create an id with a code."""
         made = super().__new__(cls, text)
         made.code = code
         return made
@@ -75,10 +75,9 @@ class CodedId(str):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of unrendered text: template words, data (``item``), or what is learned (``target``).
+    """A span of unrendered text: template text, data (``item``), or a training target (``target``).
 
-    A target of an earlier step that is shown and not learned is ``given``: it is cut into tokens as it was when it was
-    learned.
+    A target of an earlier step that is shown without loss is ``given``: it is tokenised as when it was a target.
     """
 
     kind: SegmentKind
@@ -87,25 +86,25 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn made of segments."""
+    """One chat message made of segments."""
 
     role: Role
     segments: tuple[Segment, ...]
 
     @property
     def text(self) -> str:
-        """The turn as one string."""
+        """The message as one string."""
         return "".join(segment.text for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What a backend continues: chat turns, then the part of the answer that is already given.
+    """The input of a backend: chat messages, then the given beginning of the answer.
 
     Attributes:
-        messages: System, user and (for few-shot) assistant turns; the last one is a user turn.
-        answer_prefix: Segments of the assistant's answer that precede the continuation. List templates
-            put the history here, so that a new event extends a cached prefix.
+        messages: System, user and (for few-shot) assistant messages; the last one is a user message.
+        answer_prefix: Segments of the assistant's answer that precede the continuation. List templates put the history
+            here, so that a new event extends a cached prefix.
         stop: The text that ends the answer (a line break in list templates); None means end of turn.
     """
 
@@ -119,18 +118,18 @@ class Example:
     """One training row.
 
     Attributes:
-        id: Unique within a run.
-        user_id: Whose history it is.
+        id: Id, unique within a run.
+        user_id: User of the history.
         task: Family name.
         template: ``family/name`` of the template.
-        messages: The turns before the answer.
+        messages: The messages before the answer.
         answer: The answer's segments; loss is taken on those of kind ``target`` only. A *user row* has
-            one target per position, an ordinary row has one in all.
+            one target per position, an ordinary row a single one.
         ends_turn: Whether the row closes the assistant's turn, with loss on the closing token.
         pairs: The (user_id, item_id) pairs that the row shows as interactions, for the leak audit.
-        negatives: The items that it shows as ones that the user did not choose. They are drawn without knowing what is
-            held out, so that a held-out item may be among them.
-        rejected: Texts that are compared with its last target, where a loss is over lists or from preference.
+        negatives: The items that it shows as not chosen by the user. They are sampled without knowledge of held-out
+            items, so a held-out item may be among them.
+        rejected: Texts that list and preference losses compare with its last target.
     """
 
     id: str
@@ -150,11 +149,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a predictor is asked. ``history`` is oldest first and never holds the truth.
+    """A request to a predictor. ``history`` is oldest first and never contains the truth.
 
     Attributes:
-        candidates: Item ids to rank, in stored order; None means the whole catalogue.
-        item: The item to rate or to explain. Where the item is the answer (alignment), cases leave it out.
+        candidates: Item ids to rank, in stored order; None for the whole catalogue.
+        item: The item to rate or explain; None in cases whose answer is the item (alignment).
         context: Further text by name (profile, feature, ...).
     """
 
@@ -176,12 +175,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Work done for one answer, summed over everything that was asked for it.
+    """The cost of one answer, summed over all its prompts.
 
     Attributes:
         prompt_tokens: Tokens of the prompts.
         completion_tokens: Tokens scored or generated after them.
-        forwards: Model calls: a scored or searched prompt counts one, a generated answer one a token.
+        forwards: Model calls: one per scored or searched prompt, one per generated token.
     """
 
     prompt_tokens: int = 0
@@ -189,7 +188,7 @@ class Cost:
     forwards: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        """Return what both took together."""
+        """Return the sum of both costs."""
         return Cost(
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
@@ -202,8 +201,8 @@ class Ranking:
     """Items with scores, best first; equal scores are ties. Items left out count as misses.
 
     Attributes:
-        unlisted: How many items share the last one's score beyond those listed, where these are all that is left of
-            the pool: then no item is left out.
+        unlisted: Number of unlisted items that tie with the last one, if these are the rest of the pool: then no item
+            is left out.
     """
 
     request_id: str
@@ -239,7 +238,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unparsed:
-    """An answer that could not be read. It stays in every denominator as a failure."""
+    """An answer that could not be parsed. It counts in every denominator as a failure."""
 
     request_id: str
     reason: str
@@ -280,7 +279,7 @@ class Scores:
     """Full-softmax log-probabilities of candidate continuations, in nats.
 
     Attributes:
-        logprobs: Sum over the candidate's tokens, one per candidate, in the order asked.
+        logprobs: Sum over the candidate's tokens, one per candidate, in the order of the call.
         tokens: Number of tokens of each candidate.
         prompt_tokens: Length of the shared prompt.
         engine: The route that computed them, such as ``"vllm:one-token"``.
@@ -294,17 +293,17 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The best of a catalogue of texts after one prompt.
+    """The top texts of a catalogue as answers to one prompt.
 
     Attributes:
-        items: Places in the catalogue, best first, all different.
+        items: Distinct indices into the catalogue, best first.
         scores: Full-softmax log-probability of each one, in nats.
-        certified: Whether no other text of the catalogue can have a higher score than the last of these.
-        width: Prefixes that the search kept.
-        short: Why there are fewer items than asked; empty if there are not.
+        certified: Whether provably no other text of the catalogue has a higher score than the last of these.
+        width: Number of prefixes that the search kept.
+        short: Why there are fewer items than requested; empty if there are enough.
         engine: The route that computed them, such as ``"hf:tree"``.
         prompt_tokens: Length of the prompt.
-        tokens: Tokens that were read behind it.
+        tokens: Tokens read after it.
     """
 
     items: tuple[int, ...]
@@ -319,7 +318,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """What a rating head reads off one prompt: a rating within its scale."""
+    """The output of a rating head for one prompt: a rating within its scale."""
 
     value: float
     prompt_tokens: int
@@ -328,20 +327,20 @@ class Read:
 
 @runtime_checkable
 class HeadBackend(Protocol):
-    """What a backend of the capability ``rate`` offers beside the verbs of `Backend`."""
+    """A backend with the capability ``rate`` in addition to the methods of `Backend`."""
 
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
-        """Read each prompt's rating with the model's rating head.
+        """Predict each prompt's rating with the model's rating head.
 
         Raises:
-            BackendError: If the model has none.
+            BackendError: If the model has no rating head.
         """
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """Four verbs over prompts; ``capabilities`` says which of them this backend offers."""
+    """Four methods over prompts; ``capabilities`` lists those that a backend supports."""
 
     name: str
     capabilities: frozenset[Capability]
@@ -355,8 +354,8 @@ class Backend(Protocol):
     ) -> list[Scores]:
         """Score each prompt's candidate continuations exactly; ``candidates[i]`` belongs to ``prompts[i]``.
 
-        With ``closed`` the end of the answer (stop text or end of turn) is part of every continuation, so that
-        a title is not favoured for being a prefix of another; labels are scored open.
+        With ``closed`` the end of the answer (stop text or end of turn) is part of every continuation, so that a title
+        is not favoured for being a prefix of another; labels are scored open.
         """
         ...
 
@@ -372,53 +371,53 @@ class Backend(Protocol):
     ) -> list[Found]:
         """Return the ``k`` texts of a catalogue that are the most likely answers to each prompt.
 
-        Texts are closed, as in `score`, and all different. The search keeps ``width`` prefixes of each request, and
-        with ``exact`` as many as it takes to certify the result; ``excluded`` are places in ``texts`` that a request
-        must not be given.
+        Texts are closed, as in `score`, and distinct. The search keeps ``width`` prefixes of each request, or with
+        ``exact`` as many as needed to certify the result; ``excluded`` are indices into ``texts`` that a request must
+        not get.
         """
         ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector a text, shape (n, d)."""
+        """Return one vector per text, shape (n, d)."""
         ...
 
     def close(self) -> None:
-        """Free the engine; calling it twice is harmless."""
+        """Release the engine; calling it again has no effect."""
         ...
 
 
 class ItemCodes(Protocol):
-    """How items are written where a template says ``item.code``."""
+    """The texts of items for ``item.code`` in templates."""
 
     @property
     def users(self) -> Mapping[str, str]:
-        """Tokens of users by id, for templates that say ``user_id``; empty where users are written as text."""
+        """Tokens of users by id, for ``user_id`` in templates; empty if users are written as text."""
         ...
 
     @property
     def writes_ids(self) -> bool:
-        """Whether templates that say ``item_id`` show the item's code."""
+        """Whether ``item_id`` in templates shows the item's code."""
         ...
 
     def encode(self, item: str) -> str:
-        """Return an item's code; a `Code` where it is made of item tokens."""
+        """Return an item's code, a `Code` if it consists of item tokens."""
         ...
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """Anything that answers requests: a baseline and a language model alike."""
+    """A predictor that answers requests: a baseline or a language model."""
 
     name: str
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer every request, in order; a failure is an `Unparsed`, never a gap."""
+        """Answer every request, in order; a failure is an `Unparsed`, never missing."""
         ...
 
 
 @runtime_checkable
 class CatalogueScorer(Protocol):
-    """A ranking predictor that can score every item at once, for full ranking over many requests."""
+    """A ranking predictor that scores every item at once, for full ranking over many requests."""
 
     name: str
 
