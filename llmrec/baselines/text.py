@@ -208,7 +208,7 @@ class TextRidgeConfig(Section):
 
 @dataclass(frozen=True)
 class _Read:
-    """A vocabulary, the weights of its words, the prediction for the average vector, and the scale."""
+    """A vocabulary, its word weights, their product with the average vector, the mean rating and the scale."""
 
     model: TfIdf
     weights: NDArray[np.float64]

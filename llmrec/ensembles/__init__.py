@@ -1,1 +1,1 @@
-"""Ensembles: several rows become one: members and their weights, cross-fitting, how they are stored and chosen."""
+"""Ensembles of models: members, weights, cross-fitting, storage, and choice of the row to serve."""

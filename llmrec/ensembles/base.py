@@ -1,4 +1,4 @@
-"""What rankers of catalogues, of lists, and blends share: parts, weights, and how the form is chosen."""
+"""What catalogue ensembles, list ensembles and blends share: members, weights, and the choice of the form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmrec.types import Case
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Cases that say what a part adds, times items: each part takes the fits of all folds. At least so many cases.
+# Limits for measuring the contribution of a member, which refits all folds: cases times items, and minimum cases.
 _DISSECTED, _LEAST = 12_000_000, 500
 
 
@@ -24,33 +24,33 @@ def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
 
 
 class Ensemble:
-    """What is made of parts: its weights once they are fitted, and the forms that were tried.
+    """The base class of ensembles, with the fitted weights and the forms that were tried.
 
     Attributes:
-        name: Of its row.
+        name: The name of its row.
         weights: None before ``fit``.
-        tried: Forms with their cross-fitted figures.
-        without: What each part adds, where ``fit`` was asked to dissect and the best form has several parts.
-        crossed: The cross-fitted figure of the best form for each case, shape (n,); None where no form was chosen.
+        tried: Forms with their cross-fitted results.
+        without: The contribution of each member, if ``dissect`` was set and the best form has several members.
+        crossed: The cross-fitted result of the best form for each case, shape (n,); None if no form was chosen.
     """
 
     def __init__(self, name: str) -> None:
-        """Set up, under the name of its row."""
+        """Create the ensemble with the name of its row."""
         self.name = name
         self.weights: Weights | None = None
         self.tried: tuple[Tried, ...] = ()
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
-        # Whose cases it was fitted to and how, and what `apart_from` found.
+        # The users and forms of the fit, and the cached results of `apart_from`.
         self._fitted_to: tuple[tuple[str, ...], Fit] = (), _nothing
         self._apart: dict[frozenset[str], Weights] = {}
 
     @property
     def fitted(self) -> Weights:
-        """What ``fit`` found.
+        """The fitted weights.
 
         Raises:
-            RuntimeError: If it was not called.
+            RuntimeError: If ``fit`` was not called.
         """
         if self.weights is None:
             raise RuntimeError(f"{self.name!r} was asked before fit() was called")
@@ -58,14 +58,14 @@ class Ensemble:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parts."""
+        """The names of the members."""
         raise NotImplementedError
 
     def apart_from(self, gone: frozenset[str]) -> Weights:
-        """Return the weights that the other users give in the form that was chosen, so that those users can judge them.
+        """Return the weights fitted in the chosen form without some users, for evaluation on these users.
 
         Args:
-            gone: Users whose cases count for nothing.
+            gone: Users whose cases are ignored.
         """
         if gone not in self._apart:
             users, fit = self._fitted_to
@@ -74,10 +74,10 @@ class Ensemble:
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
-        """Refuse to weigh parts by users who chose something of them.
+        """Reject users from whom something of a member was chosen.
 
         Raises:
-            LlmrecError: If a part has looked at one of the users, as it says itself.
+            LlmrecError: If ``looked_at`` of a member contains one of the users.
         """
         users = {case.request.user_id for case in cases}
         for name, part in parts:
@@ -98,10 +98,10 @@ class Ensemble:
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases.
+        """Keep the ranking form with the best cross-fitted NDCG@10, or the given form, fitted to all cases.
 
-        To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these.
-        Their own parts alone do not: more users than these may have said already that the fusion is better.
+        The forms include the ensembles ``onto``, unchanged and with the members that they lack. Their single members
+        are not included: the ensemble may have been found better on more users than these.
         """
         folds, every = folds_of(self.name, users), np.arange(len(users))
         fits = {form: fit for form, fit in forms(known, self.names).items() if form not in settled(onto)}
@@ -154,21 +154,21 @@ class Ensemble:
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
-    """Return the forms that some fusion was found better than: each of its parts alone."""
+    """Return the forms that are worse than a given ensemble: each of its members alone."""
     return {("alone", name) for base in bases for name in base.names}
 
 
 def free_of(base: Ensemble, names: Sequence[str]) -> tuple[int, ...]:
-    """Return the places of the parts that a fusion lacks."""
+    """Return the indices of the members that an ensemble lacks."""
     return tuple(index for index, name in enumerate(names) if name not in base.names)
 
 
 class _Base:
-    """A fusion that other parts may be put onto, as it is weighed by users other than those who judge a fold.
+    """An ensemble to which other members may be added, with weights from users outside the evaluated fold.
 
     Attributes:
-        of: The fusion.
-        free: Places of the parts that it lacks.
+        of: The ensemble.
+        free: Indices of the members that it lacks.
     """
 
     def __init__(self, of: Ensemble, names: Sequence[str], users: Sequence[str]) -> None:
@@ -176,18 +176,18 @@ class _Base:
         self._names, self._users = names, users
 
     def others(self, names: Sequence[str]) -> str:
-        """Name the parts that it lacks."""
+        """Return the names of the members that it lacks."""
         return " and ".join(names[place] for place in self.free)
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        """Return its weights over all parts; users whose cases are not among ``rows`` have no say in them."""
+        """Return its weights over all members, fitted without users whose cases are not in ``rows``."""
         inside = {self._users[row] for row in rows.tolist()}
         result = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))
         return Weights(result.form, tuple(known.get(name, 0.0) for name in self._names), result.repeat)
 
     def put(self, known: WeighedCases, free: Sequence[int]) -> Fit:
-        """Return what fits it with some of the parts that it lacks beside it."""
+        """Return the function that fits it together with some of the members that it lacks."""
         if not free:
             return self.as_is
         return lambda rows, start: known.onto(self.as_is(rows), free, rows)

@@ -1,8 +1,8 @@
-"""Blend: several predictors of a rating, or of a yes, become one, with weights from users whom no part was tuned on.
+"""Ensembles of rating or yes/no predictors, with weights from users on whom no member was tuned.
 
-Ratings are joined by ridge regression (Breiman's stacking, Machine Learning 1996) and probabilities by logistic
-regression on their log-odds (a conditional logit of two items, as `llmrec.ensembles.rankers` has it for rankings). The
-penalty, and whether a part alone does as well, are chosen by the error on users that the weights do not know.
+Ratings are combined by ridge regression (Breiman's stacking, Machine Learning 1996) and probabilities by logistic
+regression on their log-odds (a conditional logit of two items, as in `llmrec.ensembles.rankers` for rankings). The
+penalty, and whether a single member suffices, are chosen by cross-fitting over users.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Ridge penalties of standardised weights, for each case.
+# Ridge penalties of standardised weights, per case.
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Nearest that a probability comes to 0 or 1.
+# The minimum distance of a probability from 0 and 1.
 _SURE = 1e-6
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A fitted form: an intercept and one weight a part, on the scale of the features."""
+    """A fitted form: an intercept and one weight per member, on the scale of the features."""
 
     intercept: float
     weights: NDArray[np.float64]
@@ -50,18 +50,18 @@ def _nothing(rows: NDArray[np.int64]) -> _Line:
 
 
 class Blend(Ensemble):
-    """Answers with what several predictors of one kind say."""
+    """An ensemble of rating predictors or of yes/no predictors."""
 
     def __init__(self, name: str, parts: Sequence[tuple[str, Predictor]], *, judges: bool) -> None:
-        """Set up.
+        """Create the ensemble.
 
         Args:
-            name: Of the row.
-            parts: Fitted predictors with their names; all answer with a rating, or all with a probability.
-            judges: They answer with a probability.
+            name: The name of the row.
+            parts: The members by name: fitted predictors that all answer with ratings, or all with probabilities.
+            judges: Whether they answer with probabilities.
 
         Raises:
-            LlmrecError: If there are fewer than two.
+            LlmrecError: If there are fewer than two members.
         """
         if len(parts) < 2:
             raise LlmrecError(f"{name}: a blend needs two or more parts", kind="mismatch")
@@ -70,13 +70,13 @@ class Blend(Ensemble):
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mute: NDArray[np.float64] = np.zeros(len(parts))
-        # What `line_apart_from` found, and whose cases it was fitted to and how.
+        # The cached results of `line_apart_from`, and the users and forms of the fit.
         self._lines: dict[frozenset[str], _Line] = {}
         self._refit: tuple[tuple[str, ...], Callable[[NDArray[np.int64]], _Line]] = (), _nothing
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parts."""
+        """The names of the members."""
         return tuple(name for name, _ in self.parts)
 
     def fit(
@@ -87,17 +87,17 @@ class Blend(Ensemble):
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Fit the weights, and keep the form with the least cross-fitted error.
+        """Fit the weights, and keep the form with the lowest cross-fitted error.
 
         Args:
-            cases: Validation cases of users that no part has learned from or was chosen by: with a rating as truth, or
+            cases: Validation cases of users who were not used to fit or choose a member, with a rating as truth, or
                 with 1 for yes and 0 for no.
-            dissect: Fit the best form once more without each part, for the attribute ``without``.
-            only: The form to fit, where it was chosen before: with another seed of the parts.
-            onto: Fitted blends of some of the parts; the others may be put onto each of them.
+            dissect: Fit the best form again without each member, for the attribute ``without``.
+            only: The form to fit, if it was chosen before with another seed of the members.
+            onto: Fitted blends of some of the members; the others may be added to each of them.
 
         Raises:
-            LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+            LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse(self.parts, cases)
         users = [case.request.user_id for case in cases]
@@ -120,7 +120,7 @@ class Blend(Ensemble):
             fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
         crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
         errors = {item: float(result.mean()) for item, result in crossed.items()}
-        # As the table prints it: RMSE of ratings, log loss of probabilities.
+        # As in the table: RMSE of ratings, log-loss of probabilities.
         printed = {item: error if self._judges else error**0.5 for item, error in errors.items()}
         self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
         best = min(errors, key=lambda each: errors[each])
@@ -131,7 +131,7 @@ class Blend(Ensemble):
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
         if name in (base.name for base in bases):
             return
-        # Values of ratings are squared errors.
+        # The values for ratings are squared errors.
         statistic: StatisticName = "mean" if self._judges else "root_mean"
         if name in beside:
             if dissect:
@@ -171,7 +171,7 @@ class Blend(Ensemble):
     # ----------------------------------------------------------------------- parts
 
     def _said(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return what each part answers, log-odds of probabilities, NaN where it is mute, shape (n, parts)."""
+        """Return the members' answers, probabilities as log-odds, NaN for missing ones, shape (n, parts)."""
         columns = []
         for _, part in self.parts:
             answers = part.answer(requests)
@@ -180,11 +180,11 @@ class Blend(Ensemble):
         return np.stack(columns, axis=1)
 
     def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return answers with the part's mean over the cases of the fit where it is mute."""
+        """Return answers with missing ones replaced by the member's mean over the cases of the fit."""
         return np.where(np.isnan(said), self._mute, said)
 
     def line_apart_from(self, gone: frozenset[str]) -> _Line:
-        """Return the line that the other users give in the form that was chosen, so that those users can judge it."""
+        """Return the line fitted in the chosen form without some users, for evaluation on these users."""
         if gone not in self._lines:
             users, fit = self._refit
             rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
@@ -194,7 +194,7 @@ class Blend(Ensemble):
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
-        """Return what fits each form, by form and name, and how further parts are put onto a blend, by name."""
+        """Return the functions that fit each form, by form and name, and those that extend a blend, by name."""
         form: Form = "logit" if self._judges else "ridge"
 
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
@@ -216,14 +216,14 @@ class Blend(Ensemble):
                 put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
                 name = f"{base.name} and {' and '.join(self.names[item] for item in put.free)}, penalty {penalty:g}"
                 beside[name], fits[form, name] = put, put.fit(put.free)
-            # With nothing beside it no penalty counts.
+            # Without further members the penalty has no effect.
             fits[base.fitted.form, base.name] = put.fit([])
         return fits, beside
 
     def _crossed(
         self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Return the error of each case under weights that were fitted to the other folds, shape (n,)."""
+        """Return the error of each case with weights fitted to the other folds, shape (n,)."""
         result = np.empty(len(truth))
         for fold in range(FOLDS):
             outside = folds == fold
@@ -239,7 +239,7 @@ class Blend(Ensemble):
         features: NDArray[np.float64],
         truth: NDArray[np.float64],
     ) -> _Line:
-        """Return a line with further parts beside it; the penalty draws what the whole counts to 1, the parts to 0."""
+        """Return a line with further members; the penalty shrinks the line's weight to 1, theirs to 0."""
         whole, places = line.of(features), list(free)
         result = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
         counts = 1 + result.weights[0]
@@ -254,7 +254,7 @@ class Blend(Ensemble):
         truth: NDArray[np.float64],
         offset: NDArray[np.float64] | None = None,
     ) -> _Line:
-        """Return the line through features, beside an ``offset`` that counts as it is."""
+        """Return the line fitted to features, with a fixed ``offset``."""
         count, before = features.shape[1], np.zeros(len(truth)) if offset is None else offset
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
         wide = (features - means) / scales
@@ -271,7 +271,7 @@ class Blend(Ensemble):
             value = np.logaddexp(0, total).sum() - truth @ total + penalty / 2 * free[1:] @ free[1:]
             return float(value), np.concatenate([[error.sum()], wide.T @ error + penalty * free[1:]])
 
-        # Takes a tenth of a second to import, and most commands fit nothing.
+        # The import takes a tenth of a second, and most commands fit nothing.
         from scipy.optimize import minimize
 
         result = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
@@ -301,7 +301,7 @@ class Blend(Ensemble):
 
 @dataclass(frozen=True)
 class _Put:
-    """A blend, the places of the parts that it lacks, and the penalty under which they are put beside it."""
+    """A blend, the indices of the members that it lacks, and the penalty for adding them."""
 
     blend: Blend
     base: Blend
@@ -311,7 +311,7 @@ class _Put:
     users: Sequence[str]
 
     def fit(self, free: Sequence[int]) -> _Fit:
-        """Return what fits the base with some of the parts beside it; with none it is as others weigh it."""
+        """Return the function that fits the base with some of the members; without any, it has its original weights."""
         return partial(self._fitted, tuple(free))
 
     def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:

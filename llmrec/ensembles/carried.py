@@ -1,4 +1,4 @@
-"""Training interactions in an exported folder, so that its baselines can be fitted where the run is not at hand."""
+"""Training interactions in an exported folder, so that its baselines can be fitted without the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _KEPT = ("rating", "timestamp")
 
 
 def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
-    """Write a run's training interactions and fusions into a folder; its ``items`` must lie there already.
+    """Write a run's training interactions and ensembles into a folder that already contains its ``items``.
 
-    Users are numbered in the order of their names, which are not written. Validation interactions of the users that
-    choose epochs go along, with the numbers by which they are sampled, and those that weighed the fusions do not, so
-    that what is fitted there is what was fitted here.
+    Users are numbered in the order of their names, which are not written. Validation interactions of the users for
+    choosing epochs are included, with their sampling keys, and those of the users for ensemble weights are not, so that
+    baselines fitted from the folder equal those of the run.
 
     Args:
         data: The split.
@@ -34,7 +34,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
         draft: The folder.
 
     Raises:
-        ModelError: If the run has no fusion of rankings, or the folder no catalogue.
+        ModelError: If the run has no ensemble of rankings, or the folder no catalogue.
     """
     result = stored.read(run)
     if not result.fusions or not items.is_file():
@@ -44,7 +44,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
     choosing = halves(data, result.fusions[0].reserved)[0]
-    # Ranks alone: from a hash somebody could find out whose it is.
+    # Ranks only: a hash could be traced to a user.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
     chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
     both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
@@ -55,15 +55,15 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
     rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
-    # The users that weigh are not among them.
+    # Users for ensemble weights are excluded.
     stored.save(draft, stored.settled(result))
 
 
 def carried(folder: Path, *, seed: int) -> SplitDataset | None:
-    """Return the split that a folder carries; None where it carries none.
+    """Return the split stored in a folder; None if there is none.
 
     Raises:
-        ModelError: If a file of it cannot be read.
+        ModelError: If one of its files cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
@@ -80,6 +80,6 @@ def carried(folder: Path, *, seed: int) -> SplitDataset | None:
     data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)
     held = frozenset(parts["valid"].select("user_id", "item_id").iter_rows())
     train, valid = parts["train"], parts["valid"]
-    # Exports of an earlier version have no such numbers.
+    # Exports of an earlier version have no sampling keys.
     kept = rows.filter(pl.col("part") == "valid")["drawn"].to_numpy() if "drawn" in rows.columns else None
     return SplitDataset(data, "given", seed, train=train, valid=valid, test=valid.clear(), held_out=held, drawn=kept)

@@ -1,4 +1,4 @@
-"""Members of an ensemble: what they know, what they answered before, and how an ensemble of them is fitted."""
+"""Members of an ensemble: their sources of information, stored answers, and the fit of an ensemble."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ NOTHING = "random"
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
-    """Return what a baseline is fitted on: one that chooses its epoch does so without the users that weigh."""
+    """Return the split for fitting a baseline; epochs are chosen without the users for ensemble weights."""
     return halves(data, reserved)[0] if stops_early(name) else data
 
 
 @dataclass
 class Recalled:
-    """A part of a fusion that gives the answers which it gave before.
+    """A member of an ensemble that returns stored answers.
 
     Attributes:
-        name: In tables.
-        reads: What it knows items by.
-        kind: How the scores of its rankings are read.
-        answers: By request id; see `answers_of`.
-        looked_at: Users whose validation interactions chose something of it; none of them may weigh it.
+        name: Its name in tables.
+        reads: How it represents items.
+        kind: The scale of its scores.
+        answers: Answers by request id; see `answers_of`.
+        looked_at: Users from whose validation interactions something was chosen; they must not determine its weight.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Recalled:
     looked_at: frozenset[str] = field(default=frozenset(), repr=False)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Return the answers; one that could not be read stays unread."""
+        """Return the answers; unparsed ones remain unparsed."""
         return [self.answers[request.id] for request in requests]
 
 
 def remembered(answer: Answer) -> Json:
-    """Return what a part said, as it stands in files: items with scores, a number, or None."""
+    """Return a member's answer in its stored form: items with scores, a number, or None."""
     if isinstance(answer, Ranking):
         return {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}
     return answer.value if isinstance(answer, Rating | Probability) else None
@@ -82,15 +82,15 @@ def join(
     onto: Sequence[Ensemble] = (),
     dissect: bool = True,
 ) -> ListEnsemble | Blend:
-    """Fit a fusion of parts to the cases that weigh it.
+    """Return an ensemble of members, fitted to the cases for its weights.
 
     Args:
-        name: Of its row.
-        parts: Two or more, each with answers to all cases.
-        cases: Validation cases; of yes/no answers with 1 or 0 as truth.
-        answer: What the family answers with.
-        onto: Fusions of some of the parts, onto which the others may be put; more cases may have weighed them.
-        dissect: Say what is lost without each part.
+        name: The name of its row.
+        parts: Two or more members, each with answers to all cases.
+        cases: Validation cases; for yes/no answers with 1 or 0 as truth.
+        answer: The answer type of the family.
+        onto: Ensembles of some of the members, to which the others may be added; they may be fitted to more cases.
+        dissect: Measure the loss without each member.
     """
     result: ListEnsemble | Blend
     if answer is Ranking:
@@ -102,7 +102,7 @@ def join(
 
 
 def weights_of(model: Any) -> FusionWeights | None:
-    """Return the weights of a fusion as records have them, None of any other model."""
+    """Return the weights of an ensemble as stored in records; None for any other model."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
         return None
     result = model.fitted
@@ -116,33 +116,33 @@ def weights_of(model: Any) -> FusionWeights | None:
 
 
 def widest(reads: Sequence[Reads | None]) -> Reads:
-    """Return what a joined row knows items by: what any of its parts does."""
+    """Return how an ensemble represents items: the widest representation of its members."""
     order = get_args(Reads)
     return max((read or order[0] for read in reads), key=order.index)
 
 
 def kind_of(baseline: str) -> Kind:
-    """Return how the scores of a baseline are read."""
+    """Return the scale of a baseline's scores."""
     return lookup(BASELINES, baseline, "baseline").SCORES  # type: ignore[no-any-return]
 
 
 def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
-    """Return what a baseline knows items by; one whose encoder was tuned on the interactions is a language model."""
+    """Return how a baseline represents items; with an encoder fine-tuned on the interactions it is a language model."""
     made = lookup(BASELINES, baseline, "baseline")
     own = made.reads(config_of(baseline, parameters, "parameters"))
-    # Features are texts through a fixed encoder, whoever wrote them.
+    # Features count as texts through a frozen encoder, whatever their author.
     known = widest(["texts", own]) if stores_of(baseline, parameters) else own
     encoder = made.text_encoder(parameters)
     return "language model" if known == "texts" and encoder is not None and learned_from(encoder) else known
 
 
 def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
-    """Return answers by request id: those that are `remembered`, and those that a row's records hold."""
+    """Return answers by request id: stored ones (`remembered`) and those in a row's records."""
     known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
     return {request: _answer(request, item) for request, item in known.items()}
 
 
 def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
-    """Say what the row of a fusion was given."""
+    """Return a description of how the row of an ensemble was weighed."""
     users = len({case.request.user_id for case in cases})
     return f"what {len(parts)} rows answer, weighed by {users} users of the validation split"

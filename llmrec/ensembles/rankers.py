@@ -1,15 +1,15 @@
 """Ensembles of rankers, with weights from validation users on whom no member was tuned.
 
-Two forms of one question, how likely is each item to be the next:
+Two forms of the probability of the next item:
 
-- a conditional logit, ``p(j) = softmax_j(sum_k w_k z_kj)`` over what the parts say of the items (McFadden, 1974):
-  weights are exponents, and one below 0 says that a part goes too far in what another says too;
-- a linear pool, ``p(j) = sum_k w_k p_k(j)`` with weights that sum to 1 (Jelinek and Mercer, 1980): a part that gives
-  an item nothing cannot veto it.
+- a conditional logit, ``p(j) = softmax_j(sum_k w_k z_kj)`` over the members' scores z (McFadden, 1974): weights are
+  exponents, and a negative one means that a member overstates what another one also contributes;
+- a linear pool, ``p(j) = sum_k w_k p_k(j)`` with weights that sum to 1 (Jelinek and Mercer, 1980): a member with
+  probability 0 for an item cannot veto it.
 
-Both are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG on users that the weights
-do not know, cross-fitted over users, and every part alone is a form too: on validation no fusion is below its best
-part. Where items of the history can be ranked, such an item has one more weight.
+Both are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG, cross-fitted over users,
+and every single member is a form too: on validation no ensemble is worse than its best member. If items of the history
+can be ranked, these have an additional weight.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Member:
-    """One of the rankers.
+    """A member that scores the catalogue.
 
     Attributes:
-        name: In tables.
-        scorer: Fitted; scores the catalogue.
-        kind: How its scores are read.
+        name: Its name in tables.
+        scorer: The fitted scorer of the catalogue.
+        kind: The scale of its scores.
     """
 
     name: str
@@ -45,18 +45,18 @@ class Member:
 
 
 class CatalogueEnsemble(Ensemble):
-    """Ranks the catalogue by several rankers at once; it is a `CatalogueScorer`."""
+    """An ensemble of scorers of the catalogue; it is a `CatalogueScorer`."""
 
     def __init__(self, name: str, parts: Sequence[Member], *, filtered: bool) -> None:
-        """Set up.
+        """Create the ensemble.
 
         Args:
-            name: Of the row.
-            parts: The rankers, over one catalogue in one order.
-            filtered: Items of the history cannot be ranked.
+            name: The name of the row.
+            parts: The members, with the same catalogue in the same order.
+            filtered: Whether items of the history are excluded from rankings.
 
         Raises:
-            LlmrecError: If there are fewer than two parts, or they have different catalogues.
+            LlmrecError: If there are fewer than two members, or they have different catalogues.
         """
         if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
             raise LlmrecError(f"{name}: a fusion needs two or more parts over one catalogue", kind="mismatch")
@@ -70,27 +70,27 @@ class CatalogueEnsemble(Ensemble):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parts."""
+        """The names of the members."""
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
-            cases: Validation cases of users that no part has learned from or was chosen by.
-            dissect: Fit the best form once more without each part, for the attribute ``without``.
-            only: The form to fit, where it was chosen before: with another seed of the parts.
+            cases: Validation cases of users who were not used to fit or choose a member.
+            dissect: Fit the best form again without each member, for the attribute ``without``.
+            only: The form to fit, if it was chosen before with another seed of the members.
 
         Raises:
-            LlmrecError: If a part says that one of these users has chosen its parameters or its epoch.
-            LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+            LlmrecError: If parameters or the epoch of a member were chosen from one of these users.
+            LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse([(part.name, part.scorer) for part in self.parts], cases)
         self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect, only=only)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""
-        # A part without a weight is not asked.
+        # A member with weight 0 is not called.
         raw = [
             np.asarray(part.scorer.scores(requests)) if weight else np.empty(0)
             for part, weight in zip(self.parts, self.fitted.parts, strict=True)
@@ -133,13 +133,13 @@ def _history(fusion: CatalogueEnsemble, requests: Sequence[Request]) -> NDArray[
 
 @dataclass(frozen=True)
 class ListMember:
-    """One of the rankers.
+    """A member that ranks candidates.
 
     Attributes:
-        name: In tables.
-        predictor: Answers with a `Ranking` of the candidates. One without scores is read as ``-log(place)``.
-        kind: How its scores are read.
-        knows: The items that it can say anything of; None: all.
+        name: Its name in tables.
+        predictor: Answers with a `Ranking` of the candidates; if this has no scores, they are ``-log(rank)``.
+        kind: The scale of its scores.
+        knows: The items that it can score; None: all.
     """
 
     name: str
@@ -148,33 +148,32 @@ class ListMember:
     knows: Container[str] | None = None
 
     def has(self, item: str) -> bool:
-        """Whether it can say anything of an item."""
+        """Whether it can score an item."""
         return self.knows is None or item in self.knows
 
 
 class ListEnsemble(Ensemble):
-    """Ranks candidates by several rankers that answer with lists, such as strategies that ask a language model.
+    """An ensemble of rankers that return lists, such as strategies with a language model.
 
-    What members say is normalised over the candidates of a request. Where the whole catalogue is ranked, members answer
-    with their best items, and the candidates are all that any of them names. What a member does not name has the score
-    of the last item that it names, on a scale of logarithms, and half of it where scores are counts, since these lie
-    between that and 0.
+    Scores are normalised over the candidates of a request. If the whole catalogue is ranked, members answer with their
+    best items, and the candidates are the union of these. An item missing from a member's list has the score of the
+    list's last item if scores are logits, and half of it if scores are counts, which are between that and 0.
 
     Attributes:
-        validation: NDCG@10 of each case that ``fit`` was given, by request id, under weights that its user had no part
-            in; 0 where the target is not among the candidates.
+        validation: NDCG@10 of each case of ``fit``, by request id, with weights fitted without its user; 0 if the
+            target is not among the candidates.
     """
 
     def __init__(self, name: str, parts: Sequence[ListMember], weights: Weights | None = None) -> None:
-        """Set up.
+        """Create the ensemble.
 
         Args:
-            name: Of the row.
-            parts: The rankers.
-            weights: What an earlier ``fit`` found, to answer with.
+            name: The name of the row.
+            parts: The members.
+            weights: The weights of an earlier ``fit``.
 
         Raises:
-            LlmrecError: If there are fewer than two parts, or not as many weights.
+            LlmrecError: If there are fewer than two members, or the number of weights differs.
         """
         if len(parts) < 2 or (weights is not None and len(weights.parts) != len(parts)):
             raise LlmrecError(f"{name}: a fusion needs two or more parts, and a weight for each", kind="mismatch")
@@ -184,20 +183,20 @@ class ListEnsemble(Ensemble):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parts."""
+        """The names of the members."""
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, onto: Sequence[Ensemble] = ()) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
-            cases: Validation cases of users that no part has learned from or was chosen by. Those whose target is not
-                among the candidates say nothing about weights and are left out.
-            dissect: Fit the best form once more without each part, for the attribute ``without``.
-            onto: Fitted fusions of some of the parts; the others may be put onto each of them.
+            cases: Validation cases of users who were not used to fit or choose a member. Cases whose target is not
+                among the candidates have no information about weights and are left out.
+            dissect: Fit the best form again without each member, for the attribute ``without``.
+            onto: Fitted ensembles of some of the members; the others may be added to each of them.
 
         Raises:
-            LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+            LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse([(part.name, part.predictor) for part in self.parts], cases)
         requests = [case.request for case in cases]
@@ -217,8 +216,8 @@ class ListEnsemble(Ensemble):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`.
 
-        Of an item that a part does not know it says what speaks least for it, whatever the sign of its weight. So what
-        no part knows comes last.
+        An item that a member does not know has the member's least favourable score, depending on the sign of its
+        weight. So items that no member knows come last.
         """
         weights, kinds = self.fitted, [part.kind for part in self.parts]
         text = [part.predictor.answer(requests) for part in self.parts]
@@ -227,7 +226,7 @@ class ListEnsemble(Ensemble):
             if not candidates:
                 answers.append(Unparsed(request_id=request.id, reason="no part has an answer for the request"))
                 continue
-            # One request at a time, so that no other one changes a digit.
+            # One request at a time, so that results do not depend on other requests.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
             rows = [
                 _told(_scores(entry[index], candidates, part.kind), new, weight)[None]
@@ -248,7 +247,7 @@ class ListEnsemble(Ensemble):
     def _known(
         self, cases: Sequence[Case], sets: Sequence[Sequence[str]], said: Sequence[Sequence[Answer]]
     ) -> WeighedCases:
-        """Return cases with what the parts say, sets of fewer candidates being filled up."""
+        """Return cases with the members' scores; smaller candidate sets are padded."""
         shape = len(cases), max(map(len, sets), default=0)
         out, had = np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool)
         for row, (case, candidates) in enumerate(zip(cases, sets, strict=True)):
@@ -259,7 +258,7 @@ class ListEnsemble(Ensemble):
             result = np.zeros(shape, dtype=np.float32)
             for row, (answer, candidates) in enumerate(zip(answers, sets, strict=True)):
                 scores = _scores(answer, candidates, part.kind)
-                # What fills up must not be the greatest score, which the others are compared with.
+                # Padding must not be the maximum, relative to which the other scores are computed.
                 result[row] = scores.min() if part.kind == "logits" else 0
                 result[row, : len(candidates)] = scores
             raw.append(result)
@@ -275,9 +274,9 @@ class ListEnsemble(Ensemble):
 
 
 def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
-    """Return the candidates of each request, or all items that any part names.
+    """Return the candidates of each request, or the union of the members' lists.
 
-    They are sorted, since sums depend on their order in the last digit.
+    They are sorted, since the last digit of sums depends on their order.
     """
     return [
         sorted(request.candidates or ())
@@ -287,7 +286,7 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
 
 
 def _told(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
-    """Return the scores of a part, shape (m,), with those of items that it does not know where they do least."""
+    """Return the scores of a member, shape (m,), with the least favourable score for items that it does not know."""
     known = scores[~strange]
     if not strange.any() or not len(known):
         return scores
@@ -300,13 +299,13 @@ def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np.float64]:
-    """Return what an answer says of each candidate, shape (m,); one that cannot be read says the same of all."""
+    """Return the scores of candidates in an answer, shape (m,); equal scores if it is unparsed."""
     if not isinstance(answer, Ranking):
         return np.zeros(len(candidates))
     if answer.scores:
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
         known = {item: -float(np.log(index)) for index, item in enumerate(answer.items, start=1)}
-    # What a ranking leaves out stands behind what it has; what a search leaves out, `feature` knows.
+    # Items missing from a ranking come after its last; `feature` handles items missing from a search.
     least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

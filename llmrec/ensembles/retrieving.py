@@ -1,4 +1,4 @@
-"""The fusion of a family's baselines as a retriever: what is ranked again is what the strongest control confuses."""
+"""The ensemble of a family's baselines as a retriever: reranking starts from the strongest baseline's candidates."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _RANDOM = "random"
 
 @dataclass(frozen=True)
 class FusedFinder:
-    """Joins baselines.
+    """A retriever with an ensemble of baselines.
 
-    Those that know nothing, choose their epoch on the validation split, or read texts through an encoder that was tuned
-    on the interactions are left out.
+    Baselines without information, with early stopping on the validation split, or with an encoder fine-tuned on the
+    interactions are left out.
 
     Attributes:
-        baselines: Of the family.
-        reserved: Share of the validation users that weigh.
+        baselines: The baselines of the family.
+        reserved: Share of the validation users for ensemble weights.
         seed: The run's seed.
     """
 
@@ -44,11 +44,11 @@ class FusedFinder:
 
     @property
     def name(self) -> str:
-        """As recipes write it."""
+        """The name in recipes."""
         return FUSED
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return fusions weighed by validation users: about these themselves, by the half that is not asked about."""
+        """Return ensembles weighed by validation users, and for requests of these users by the other half."""
         parts = self._parts(data)
         choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
         by_weighers = _weighed(parts, _held(data, weigh))
@@ -57,9 +57,10 @@ class FusedFinder:
         return [(by_weighers, frozenset(choose)), (_weighed(parts, _held(data, choose)), frozenset(weigh))]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
-        """Return a fusion that knows training interactions of other parts alone.
+        """Return an ensemble fitted only on training interactions of the other folds.
 
-        The last training interactions of the users of the next part weigh it, and its parts have not learned from them.
+        Its weights are fitted on the last training interactions of the users of the next fold, which its members do not
+        use.
         """
         known = sorted(set(parts.values()))
         weighs = known[(known.index(part) + 1) % len(known)] if part in known else known[0]
@@ -72,7 +73,7 @@ class FusedFinder:
         """Return the baselines, fitted to training interactions.
 
         Raises:
-            RecipeError: If there are fewer than two.
+            RecipeError: If there are fewer than two baselines.
         """
         results = []
         for section in self.baselines:
@@ -95,7 +96,7 @@ class FusedFinder:
 
 
 def _weighed(parts: Sequence[Member], cases: Sequence[Case]) -> CatalogueEnsemble:
-    """Return a fusion, fitted to cases.
+    """Return an ensemble, fitted to cases.
 
     Raises:
         DataError: If there are too few users.

@@ -1,4 +1,4 @@
-"""What a run and an exported folder keep of ensembles: their members and weights, and which row is served."""
+"""The stored form of ensembles in runs and exported folders: members, weights, and the row to serve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMAT = 2
 
 
 class FusedPart(Record):
-    """A part: a baseline with its parameters, or a strategy that asks the model, which has no baseline."""
+    """A member: a baseline with its parameters, or a strategy of the language model, which has no baseline."""
 
     name: str
     baseline: str | None = None
@@ -37,22 +37,22 @@ class FusedPart(Record):
 
     @property
     def kind(self) -> Kind:
-        """How its scores are read."""
+        """The scale of its scores."""
         return "logits" if self.baseline is None else kind_of(self.baseline)
 
 
 class Fused(Record):
-    """A fusion of rankings.
+    """An ensemble of rankings.
 
     Attributes:
-        id: Of its row.
-        family: Whose requests it answers.
-        arm: Of its language model; ``baseline`` where it has none.
-        template: Which the language model is asked by.
-        parts: In the order of the weights.
+        id: The id of its row.
+        family: The family whose requests it answers.
+        arm: The variant of its language model; ``baseline`` if it has none.
+        template: The template for the language model.
+        parts: The members, in the order of the weights.
         fitted: The weights.
-        seed: Of the baselines.
-        reserved: Share of validation users that weighed, and chose no epoch of a baseline.
+        seed: The seed of the baselines.
+        reserved: Share of validation users for ensemble weights, who chose no epoch of a baseline.
     """
 
     id: str
@@ -65,19 +65,19 @@ class Fused(Record):
     reserved: float
 
     def weights(self) -> Weights:
-        """Return the weights as a fusion takes them."""
+        """Return the weights as an ensemble accepts them."""
         parts = tuple(float(part.weight or 0.0) for part in self.fitted.parts)
         return Weights(self.fitted.form, parts, self.fitted.repeat or 0.0)  # type: ignore[arg-type]
 
 
 def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reserved: float) -> Fused:
-    """Return the ensemble behind a row.
+    """Return the ensemble of a row.
 
     Args:
-        row: Has the weights of an ensemble.
-        baselines: Of its family.
-        seed: Of the baselines.
-        reserved: Share of validation users that weighed.
+        row: A row with the weights of an ensemble.
+        baselines: The baselines of its family.
+        seed: The seed of the baselines.
+        reserved: Share of validation users for ensemble weights.
     """
     assert row.fusion is not None
     known = {baseline.label: baseline for baseline in baselines}
@@ -101,11 +101,11 @@ def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reser
 
 @dataclass(frozen=True)
 class Stored:
-    """What the file holds.
+    """The content of the file.
 
     Attributes:
-        fusions: In the order of their rows.
-        choice: The row that is served where nobody says; None: the language model, if there is one.
+        fusions: The ensembles, in the order of their rows.
+        choice: The row that is served by default; None: the language model, if there is one.
     """
 
     fusions: Sequence[Fused] = ()
@@ -113,19 +113,19 @@ class Stored:
 
 
 def save(folder: Path, found: Stored) -> None:
-    """Write the file into a folder; that of an earlier run does not stay."""
+    """Write the file into a folder, replacing that of an earlier run."""
     fusions = [fused.model_dump(mode="json") for fused in found.fusions]
     chosen = None if found.choice is None else found.choice.model_dump(mode="json")
     write_checked(folder / FILE, {"format": FORMAT, "fusions": fusions, "choice": chosen})
 
 
 def settled(found: Stored) -> Stored:
-    """Return what a folder holds from which the interactions of the users that weighed are gone."""
+    """Return the content for a folder without interactions of the users for ensemble weights."""
     return replace(found, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in found.fusions])
 
 
 def read(folder: Path) -> Stored:
-    """Return the fusions of a run or an exported folder, and the choice; none where it has no such file.
+    """Return the ensembles of a run or an exported folder, and the choice; none if it has no such file.
 
     Raises:
         ModelError: If the file cannot be read.
@@ -155,14 +155,14 @@ def read(folder: Path) -> Stored:
 
 
 def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[str, Fused]:
-    """Return the fusions that can answer, by name: each has that of its row in the report.
+    """Return the ensembles that can answer, by the name of their row in the report.
 
-    Where several families have a row of one name, it is that of the first of them, and the others go by their ids.
+    If several families have a row of the same name, the first family gets the name, and the others use their ids.
 
     Args:
-        fusions: Of a run or an exported folder.
-        families: That rank, the first one first.
-        arm: Of the language model that is at hand; fusions with another are left out.
+        fusions: The ensembles of a run or an exported folder.
+        families: The families that rank, in order.
+        arm: The variant of the available language model; ensembles with another one are left out.
     """
     result: dict[str, Fused] = {}
     for family in families:
@@ -176,12 +176,12 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
 
 
 def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
-    """Return the name under which the row of a choice answers.
+    """Return the serving name of the chosen row.
 
     Args:
-        choice: Of a run.
-        fusions: From `named`.
-        model: What the language model is called.
+        choice: The choice of a run.
+        fusions: The result of `named`.
+        model: The name of the language model.
     """
     _, arm, rest = choice.row.split("/", 2)
     joined = next((name for name, fused in fusions.items() if fused.id == choice.row), None)
@@ -192,45 +192,45 @@ def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
 
 
 class Answered(Protocol):
-    """A finished row with what it answered validation users; see `llmrec.pipeline.evaluation.ResultRow`."""
+    """A finished row with its answers for validation users; see `llmrec.pipeline.evaluation.ResultRow`."""
 
     @property
     def figures(self) -> Row:
-        """What the report says of it."""
+        """Its results in the report."""
         ...
 
     @property
     def weighing(self) -> Mapping[str, Any]:
-        """What it said to the users that weigh fusions, by request id."""
+        """Its answers for the users for ensemble weights, by request id."""
         ...
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """Of a fusion its cross-fitted figure for their cases, by request id."""
+        """The cross-fitted results of an ensemble for their cases, by request id."""
         ...
 
 
-# What can be served: classic recommenders, and the model that the run tuned.
+# Rows that can be served: conventional recommenders, and the model that the run fine-tuned.
 _ARMS = ("baseline", "tuned")
-# Figures that differ by less are those of one list, computed in two ways.
+# Results that differ by less are of the same list, computed in two ways.
 _SAME = 9
 
 
 def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Choice | None:
-    """Return the row to serve, of the first family that ranks and has rows that validation users judged.
+    """Return the row to serve, from the first ranking family with rows that were evaluated on validation users.
 
-    Every row is judged by the validation users that weigh ensembles, who chose no parameter and no epoch of it: an
-    ensemble by its cross-fitted figure, each user under weights that the user had no part in. Test users are not used.
+    Every row is evaluated on the validation users for ensemble weights, who chose no parameter or epoch of it; an
+    ensemble by its cross-fitted result, each user with weights fitted without this user. Test users are not used.
 
-    Of equal rows it is the first, and a single recommender goes before a fusion. A fusion that is one of its parts
-    alone is that part, and no choice.
+    The first of equal rows is returned, and single recommenders before ensembles. An ensemble that equals one of its
+    members is never returned.
 
     Args:
-        rows: Of a run.
-        cases: The cases of validation users that weigh fusions, by family.
+        rows: The rows of a run.
+        cases: The cases of validation users for ensemble weights, by family.
 
     Returns:
-        The choice; None where nobody weighs.
+        The choice; None if there are no such users.
     """
     for family in ranking_families():
         able = [row for row in rows if row.figures.task == family and row.figures.arm in _ARMS and not _is_part(row)]
@@ -238,7 +238,7 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
         common = set.intersection(*(set(result) for result in judged.values())) if judged else set()
         if not common:
             continue
-        # Users who say nothing about one row say nothing about any: all are judged by the same ones.
+        # Users that are missing for one row are left out for all rows, so that all are evaluated on the same users.
         figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in judged.items()}
         single = {row.figures.id for row in able if row.figures.fusion is None}
         order = sorted(figures, key=lambda name: name not in single)

@@ -28,9 +28,9 @@ Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
 
 FOLDS, CUT = 5, 10
 
-# What a share cannot be below, before its logarithm is taken.
+# The lower limit of a share before its logarithm is taken.
 _FLOOR = 1e-6
-# Of the limits of what a part adds.
+# The bootstrap samples for the limits of a member's contribution.
 _RESAMPLES = 1000
 CELLS = 1 << 24
 """Cells of a block of scores: 64 MB in single precision."""
@@ -38,14 +38,14 @@ CELLS = 1 << 24
 
 @dataclass(frozen=True)
 class Weights:
-    """What was fitted.
+    """The fitted weights of an ensemble.
 
     Attributes:
-        form: ``alone`` is the first part with a weight.
-        parts: One weight a part; exponents of a logit, shares of a pool.
-        repeat: Logarithm of what an item of the history is worth beside another; 0 where none can be ranked.
-        low: 95 % limits of the weights over users, those of ``repeat`` last; empty where there are none.
-        high: As ``low``.
+        form: The form; ``alone`` is the first member with a weight.
+        parts: One weight per member; exponents of a logit, shares of a pool.
+        repeat: Log weight of an item of the history relative to other items; 0 if none can be ranked.
+        low: 95 % limits of the weights over users, those of ``repeat`` last; empty if there are none.
+        high: The upper limits; see ``low``.
     """
 
     form: Form
@@ -57,7 +57,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tried:
-    """A form with its figure on users that its weights do not know, higher is better."""
+    """A form with its result on users outside its fit, higher is better."""
 
     form: Form
     name: str
@@ -66,13 +66,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Without:
-    """What the cross-fitted figure loses when a part is left out and the others are weighed anew.
+    """The loss of the cross-fitted result when a member is left out and the weights are fitted again.
 
     Attributes:
-        name: Of the part.
-        loss: Above 0 for a part that is of use: how far NDCG@10 falls without it, or RMSE or log-loss rises.
-        low: 95 % limit over users.
-        high: As ``low``.
+        name: The name of the member.
+        loss: The decrease of NDCG@10, or the increase of RMSE or log-loss, without it; above 0 for a useful member.
+        low: Lower 95 % limit over users.
+        high: The upper limits; see ``low``.
     """
 
     name: str
@@ -82,10 +82,10 @@ class Without:
 
 
 def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
-    """Return the fold of each case; all cases of a user have one.
+    """Return the fold of each case; all cases of a user have the same fold.
 
     Raises:
-        LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+        LlmrecError: If there are too few users to fit weights on four fifths of them.
     """
     if len(set(users)) < 2 * FOLDS:
         raise LlmrecError(
@@ -102,10 +102,10 @@ def limits_of(
     """Return 95 % limits of fitted values, robust and clustered over users (White, Econometrica 1982).
 
     Args:
-        values: Where the likelihood is highest, shape (k,).
-        scores: Gradient of each case there, shape (n, k).
-        curvature: Of all cases, shape (k, k).
-        users: Whose case each is.
+        values: The values of maximum likelihood, shape (k,).
+        scores: Gradient of each case at these values, shape (n, k).
+        curvature: Curvature over all cases, shape (k, k).
+        users: The user of each case.
     """
     _, cluster = np.unique(np.array(users), return_inverse=True)
     sums = np.zeros((cluster.max() + 1, len(values)))
@@ -122,14 +122,14 @@ def combined(
     had: NDArray[np.bool_],
     out: NDArray[np.bool_] | None,
 ) -> NDArray[np.floating[Any]]:
-    """Return what a fusion says of items, higher is better, shape (n, m).
+    """Return the ensemble's scores of items, higher is better, shape (n, m).
 
     Args:
-        weights: As fitted.
-        raw: Scores of each part, shape (n, m).
-        kinds: How they are read.
+        weights: The fitted weights.
+        raw: Scores of each member, shape (n, m).
+        kinds: The scale of each member's scores.
         had: Whether an item is in the history, shape (n, m).
-        out: What is left out of what parts are normalised over, shape (n, m); None: nothing.
+        out: Items excluded from the normalisation of members, shape (n, m); None: no items.
     """
     total: NDArray[np.floating[Any]] = np.zeros(had.shape, dtype=np.float32 if weights.form == "logit" else np.float64)
     for weight, scores, kind in zip(weights.parts, raw, kinds, strict=True):
@@ -145,9 +145,9 @@ def combined(
 
 
 def feature(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """Return scores on a scale of logarithms, shape (n, m): log-shares of counts, logits less their maximum.
+    """Return scores on a log scale, shape (n, m): log-shares of counts, or logits minus their maximum.
 
-    A search's items beyond its beams get the probability of its last beam.
+    Items outside the beams of a search get the probability of its last beam.
     """
     values = np.array(scores, dtype=np.float32)
     if kind == "logits":
@@ -167,7 +167,7 @@ def feature(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> 
 
 
 def share(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """Return scores as probabilities over the items asked about, shape (n, m); rows without any are uniform."""
+    """Return scores as probabilities over the items, shape (n, m); rows without any score are uniform."""
     values = np.array(scores, dtype=np.float64)
     if kind == "logits":
         if out is not None:
@@ -193,7 +193,7 @@ def left_out(
     users: Sequence[str],
     statistic: StatisticName = "mean",
 ) -> Without:
-    """Return what is lost without a part, the first figure less the second, from the values of each case."""
+    """Return the loss without a member, the first result minus the second, from the values of each case."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return Without(name, result.value, result.low, result.high)
 
@@ -202,21 +202,21 @@ def left_out(
 
 # Ridge penalty of the standardised weights of a logit, for the whole sample.
 _PENALTY = 1.0
-# Takes an item below all others.
+# Ranks an item below all others.
 _NEVER = -1e9
 
 
 @dataclass
 class WeighedCases:
-    """Validation cases with what the parts say of them.
+    """Validation cases with the members' scores.
 
     Attributes:
-        raw: Scores of each part, shape (n, items), in single precision.
-        kinds: How they are read.
+        raw: Scores of each member, shape (n, items), in single precision.
+        kinds: The scale of each member's scores.
         had: Whether an item is in the history, shape (n, items).
         truth: Column of the target, shape (n,).
-        out: What cannot be ranked, shape (n, items), never the target; None: all can be.
-        repeats: Items of the history can be ranked, so that their weight is fitted.
+        out: Items that cannot be ranked, shape (n, items), never the target; None: all can be.
+        repeats: Whether items of the history can be ranked, so that their weight is fitted.
     """
 
     raw: list[NDArray[np.float32]]
@@ -229,10 +229,10 @@ class WeighedCases:
     _shares: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def features(self) -> NDArray[np.float32]:
-        """Return the parts on a scale of logarithms, and whether an item is in the history where that can be.
+        """Return the members' scores on a log scale, and if ``repeats`` whether an item is in the history.
 
         Returns:
-            Shape (n, parts, items), so that what is said of a case lies together.
+            Shape (n, parts, items), so that the values of a case are contiguous.
         """
         if self._features is None:
             shape = len(self.truth), len(self.raw) + self.repeats, self.had.shape[1]
@@ -244,7 +244,7 @@ class WeighedCases:
         return self._features
 
     def first(self, count: int) -> WeighedCases:
-        """Return the first cases, without a copy."""
+        """Return the first cases as a view."""
         part = slice(count)
         out = None if self.out is None else self.out[part]
         shares = None if self._shares is None else (self._shares[0][part], self._shares[1][part])
@@ -260,8 +260,8 @@ class WeighedCases:
 
         Args:
             rows: The cases to fit to.
-            start: Weights near which they may lie, which saves time and changes nothing else.
-            off: A part that is left out.
+            start: Initial weights, which save time and do not change the result.
+            off: A member that is left out.
         """
         count, parts = self.features().shape[1], len(self.raw)
         scales = np.array([max(self._spread(place, rows), 1e-6) for place in range(count)])
@@ -276,7 +276,7 @@ class WeighedCases:
         begin = np.full(count, 1.0 / parts)
         if start is not None:
             begin = np.array([*start.parts, *([start.repeat] if self.repeats else [])]) * scales
-        # Takes a tenth of a second to import, and most commands fit nothing.
+        # The import takes a tenth of a second, and most commands fit nothing.
         from scipy.optimize import minimize
 
         fitted = minimize(loss, begin[used], jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-8}).x
@@ -294,7 +294,7 @@ class WeighedCases:
     def _likelihood(
         self, weights: NDArray[np.float64], rows: NDArray[np.int64], *, curvature: bool = False
     ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-        """Return the negative log-likelihood with its gradient, and the gradients by case or the curvature.
+        """Return the negative log-likelihood with its gradient, and optionally gradients by case and curvature.
 
         Returns:
             The value; the gradient, shape (k,); with ``curvature`` its matrix below the gradients of the cases, shape
@@ -308,7 +308,7 @@ class WeighedCases:
         inside = np.zeros(len(self.truth), dtype=bool)
         inside[rows] = True
         for begin in range(0, len(inside), block):
-            # Slices are no copies: cases outside are computed and not counted, which is cheaper than to gather.
+            # Slices avoid copies: other cases are computed and ignored, which is cheaper than gathering.
             part = slice(begin, begin + block)
             counted = inside[part]
             if not counted.any():
@@ -341,12 +341,12 @@ class WeighedCases:
         return limits_of(values, scores, curvature, users)
 
     def pool(self, rows: NDArray[np.int64], start: Weights | None = None, off: int | None = None) -> Weights:
-        """Return the weights of the linear pool by maximum likelihood, with what an item of the history is worth.
+        """Return the weights of the linear pool by maximum likelihood, with the weight of history items.
 
         Args:
             rows: The cases to fit to.
-            start: Not needed: a fit takes milliseconds.
-            off: A part that is left out.
+            start: Unused, since a fit takes milliseconds.
+            off: A member that is left out.
         """
         used = [place for place in range(len(self.raw)) if place != off]
         own, seen = (item[rows][:, used] for item in self.shares())
@@ -371,16 +371,16 @@ class WeighedCases:
     def onto(
         self, base: Weights, free: Sequence[int], rows: NDArray[np.int64], start: Weights | None = None
     ) -> Weights:
-        """Return a fusion with further parts beside it: what the fusion as a whole counts, and what each part does.
+        """Return an ensemble with further members: the weight of the ensemble as a whole, and of each further member.
 
-        In a logit the ridge penalty draws them to 1 and 0; in a pool the fusion is a part like another. So a few cases
-        say what parts add to a fusion that many have weighed.
+        In a logit the ridge penalty shrinks them to 1 and 0; in a pool the ensemble is a member like the others. So a
+        few cases suffice to add members to an ensemble that was fitted on many.
 
         Args:
-            base: Weights of all parts, 0 of the further ones.
-            free: Places of these.
+            base: Weights of all members, 0 for the further ones.
+            free: Indices of the further ones.
             rows: The cases to fit to.
-            start: Not needed: there are few numbers.
+            start: Unused, since there are few weights.
         """
         if base.form == "pool":
             return self._pooled_onto(base, free, rows)
@@ -388,7 +388,7 @@ class WeighedCases:
         whole = np.array([*base.parts, *([base.repeat] if self.repeats else [])])
         inside = np.matmul(whole.astype(np.float32), self.features()[rows])
         ranked = inside if self.out is None else inside[~self.out[rows]]
-        # Where all items of the history come last, their part of the sum says nothing of its spread.
+        # If all items of the history come last, their scores are excluded from the spread.
         spread = float(ranked[ranked > _NEVER / 2].std(dtype=np.float64))
         scales = np.array([max(item, 1e-6) for item in (spread, *(self._spread(place, rows) for place in places))])
         begin = np.array([1.0, *(0.0 for _ in places)])
@@ -432,7 +432,7 @@ class WeighedCases:
         return Weights("pool", tuple(float(part) for part in parts), base.repeat)
 
     def alone(self, place: int, rows: NDArray[np.int64]) -> float:
-        """Return what is added to the scores of items of the history for a part alone: nothing, or all others first."""
+        """Return the offset of history items for a single member: 0, or one that ranks all other items first."""
         results = []
         for worth in (0.0, _NEVER):
             weights = Weights("alone", tuple(float(place == item) for item in range(len(self.raw))), worth)
@@ -440,7 +440,7 @@ class WeighedCases:
         return max(results)[1]
 
     def shares(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the probability of each target by each part, and of all items of the history, shape (n, parts)."""
+        """Return each member's probability of each target, and of all history items, shape (n, parts)."""
         if self._shares is None:
             own, seen, here = [], [], np.arange(len(self.truth))
             block = max(1, CELLS // self.had.shape[1])
@@ -455,7 +455,7 @@ class WeighedCases:
         return self._shares
 
     def ndcg(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return NDCG@10 of some cases under weights, ties in expectation, shape (n,)."""
+        """Return NDCG@10 of some cases with given weights, in expectation over ties, shape (n,)."""
         block = max(1, CELLS // self.had.shape[1])
         greater, tied = [], []
         for start in range(0, len(rows), block):
@@ -474,12 +474,12 @@ class WeighedCases:
         return np.asarray(ndcg(np.concatenate(greater), np.concatenate(tied), CUT))
 
     def crossed(self, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return NDCG@10 of each case under weights that were fitted to the other folds, shape (n,).
+        """Return NDCG@10 of each case with weights fitted to the other folds, shape (n,).
 
         Args:
             fit: Fits the form.
-            whole: The form fitted to all cases, near which those of the folds lie.
-            folds: Of each case.
+            whole: The form fitted to all cases, as the initial value for the folds.
+            folds: The fold of each case.
         """
         result = np.zeros(len(self.truth))
         for fold in range(FOLDS):
@@ -494,7 +494,7 @@ def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def forms(known: WeighedCases, names: Sequence[str]) -> dict[tuple[Form, str], Fit]:
-    """Return what fits each form to some of the cases, by form and name; a part alone has that of the part."""
+    """Return the functions that fit each form to some of the cases, by form and name; a single member has its name."""
 
     def alone(place: int, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
         weights = tuple(float(place == item) for item in range(len(names)))

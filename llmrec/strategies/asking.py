@@ -1,4 +1,4 @@
-"""What every language-model predictor shares: a backend, a task, a template, and batches with progress."""
+"""What all language-model predictors share: a backend, a task, a template, and batches with progress."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from llmrec.types import (
     Unparsed,
 )
 
-# Prompts of one call, where a strategy asks many questions at once.
+# Prompts per call of a strategy that asks many questions at once.
 _CHUNK = 512
 
 
 def _silent(done: int) -> None:
-    """Show nothing."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """How a strategy asks.
+    """The setup of a strategy: backend, task, template and batches.
 
     Attributes:
         backend: The engine that answers.
         task: Renders prompts and reads answers.
         template: ``family/name`` or the bare name.
         shots: Solved examples before the question.
-        batch: Requests handed to the backend at a time.
-        want: What a prompt asks of its candidates.
-        advance: Called with the number of requests just finished.
+        batch: Requests per call of the backend.
+        want: The answer that a prompt requests for its candidates.
+        advance: Called with the number of requests that were just finished.
     """
 
     backend: Backend
@@ -59,7 +59,7 @@ class Prompting:
     advance: Callable[[int], None] = field(default=_silent)
 
     def needs(self, capability: Capability) -> None:
-        """Check at the door that the backend offers a verb.
+        """Check before the first request that the backend supports a verb.
 
         Raises:
             BackendError: If it does not.
@@ -85,11 +85,11 @@ class Prompting:
 
 
 class Strategy(Predictor, Protocol):
-    """A predictor over a language model, made from a `Prompting` and the keys of ``eval`` that it takes.
+    """A predictor over a language model, created from a `Prompting` and the keys of ``eval`` that it accepts.
 
     Attributes:
-        asker: How it asks.
-        engine: The route that answered, such as ``"hf:tree"``; known once something was asked.
+        asker: Its setup.
+        engine: The route that answered, such as ``"hf:tree"``; known after the first answer.
     """
 
     asker: Prompting
@@ -97,15 +97,16 @@ class Strategy(Predictor, Protocol):
 
 
 def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
-    """Make a strategy by its name.
+    """Return a strategy by name.
 
     Args:
-        name: Of `llmrec.registry.STRATEGIES`, or of a plug-in.
-        asker: How it asks.
-        options: The keys of ``eval`` that it takes, and what its task gives it.
+        name: A name in `llmrec.registry.STRATEGIES`, or of a plug-in.
+        asker: The setup of the strategy.
+        options: The keys of ``eval`` that it accepts, and options from its task.
 
     Raises:
-        RecipeError: If there is no such strategy, or a plug-in cannot be made of these or lacks what a strategy has.
+        RecipeError: If the strategy is unknown, or a plug-in rejects these arguments or lacks an attribute of a
+            strategy.
     """
     made = lookup(STRATEGIES, name, "strategy")
     if not is_plugin(STRATEGIES, name):
@@ -133,7 +134,7 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
 
 @runtime_checkable
 class AsksFirst(Protocol):
-    """A strategy of several questions, which shows the first of them where a prompt is shown."""
+    """A strategy with several questions per request, of which reports show the first."""
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first question about a request."""
@@ -151,9 +152,10 @@ class Scored:
 
 
 def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None) -> Iterator[Scored]:
-    """Score every request's continuations, in order.
+    """Yield every request with the scores of its continuations, in order.
 
-    ``closed`` as in `Backend.score`; None scores labels: open, unless one label starts another (``1`` and ``10``).
+    ``closed`` as in `Backend.score`; None scores labels: open, unless one label is a prefix of another (``1`` and
+    ``10``).
     """
     for part, prompts in asker.batches(requests):
         texts = [asker.task.continuations(request, template=asker.template) for request in part]
@@ -166,7 +168,7 @@ def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None
 def score_in_chunks(
     backend: Backend, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], *, closed: bool
 ) -> list[Scores]:
-    """Score any number of prompts, `Backend.score`, some hundred at a time: a kill loses no more than these."""
+    """Score any number of prompts in chunks of some hundred, so that a kill loses at most one chunk."""
     results: list[Scores] = []
     for start in range(0, len(prompts), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -175,7 +177,7 @@ def score_in_chunks(
 
 
 def is_nested(labels: tuple[str, ...]) -> bool:
-    """Whether one label starts another, so that labels must be scored to their end."""
+    """Whether one label is a prefix of another, so that labels must be scored with their end."""
     ordered = sorted(labels)
     return any(after.startswith(before) for before, after in pairwise(ordered) if after != before)
 
@@ -203,7 +205,7 @@ def generated(
 def cost_of(done: Scores | Completion) -> Cost:
     """Return the cost of one scored or generated answer.
 
-    A scored prompt is one forward; each generated token is one of its own, and an answer of none took one.
+    A scored prompt is one forward pass; each generated token is one more, and an empty answer took one.
     """
     if isinstance(done, Scores):
         return Cost(prompt_tokens=done.prompt_tokens, completion_tokens=sum(done.tokens), forwards=1)
@@ -212,7 +214,7 @@ def cost_of(done: Scores | Completion) -> Cost:
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """Return 16 hex digits over the turns and the given part of the answer."""
+    """Return a hash of the turns and the given part of the answer, 16 hex digits."""
     parts = [f"{message.role}\x1e{message.text}" for message in prompt.messages]
     parts.append("".join(segment.text for segment in prompt.answer_prefix))
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Generative ranking: the most likely texts of the whole catalogue, by constrained search."""
+"""Generative ranking: the most likely texts of the whole catalogue, by constrained beam search."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class CatalogueRanker:
-    """Ranks the whole catalogue by log P(code | prompt), end of answer included, as far as ``beams`` texts.
+    """Ranks the ``beams`` best texts of the whole catalogue by log P(code | prompt), end of answer included.
 
-    Items of the request's history are left out inside the search, so that as many others are found. Every answer holds
-    real items, each once; items that are written alike share a score. It is a full-softmax log-probability.
+    Items of the request's history are excluded during the search, so that the number of results is unaffected. Every
+    answer contains existing items, each once; items with the same text share a score, a full-softmax log-probability.
     """
 
     name = "search"
@@ -33,14 +33,14 @@ class CatalogueRanker:
         seen: bool = False,
         apart: Callable[[Request], frozenset[str]] | None = None,
     ) -> None:
-        """Set up.
+        """Create the ranker.
 
         Args:
-            asker: Its task has the catalogue, ``catalogue``, and writes it as the continuations of any request.
-            beams: Prefixes that are kept, and texts that are returned.
+            asker: The setup; its task has an attribute ``catalogue``, and writes it as continuations of any request.
+            beams: Number of prefixes that are kept, and of texts that are returned.
             exact: Widen the search of a request until no other text can be better than those returned.
-            seen: Items of the history may be ranked too.
-            apart: The items that are left out of a request's answer; None: those of its history, unless ``seen``.
+            seen: Whether items of the history may be ranked.
+            apart: The items that are excluded from a request's answer; None: those of its history, unless ``seen``.
         """
         asker.needs("search")
         self.asker, self._beams, self._exact = asker, beams, exact
@@ -54,7 +54,7 @@ class CatalogueRanker:
         """Rank the catalogue for every request; see `Predictor.answer`.
 
         Raises:
-            LlmrecError: If a request brings candidates.
+            LlmrecError: If a request has candidates.
         """
         answers: list[Answer] = []
         for part, prompts in self.asker.batches(requests):
@@ -75,10 +75,10 @@ class CatalogueRanker:
         return answers
 
     def _write(self, request: Request) -> None:
-        """Note how the catalogue is written, once: items that are written alike are one text.
+        """Store the texts of the catalogue, once; items with the same text are merged.
 
         Raises:
-            RecipeError: If the template writes it differently for other requests.
+            RecipeError: If the texts depend on the request.
         """
         task = self.asker.task
         if not task.writes_alike(self.asker.template):
@@ -95,7 +95,7 @@ class CatalogueRanker:
         self._places = {item: index for index, items in enumerate(self._groups) for item in items}
 
     def _gone(self, request: Request) -> list[int]:
-        """Return the texts whose items are all left out."""
+        """Return the texts whose items are all excluded."""
         apart = self._apart(request)
         places = {self._places[item] for item in apart if item in self._places}
         return sorted(place for place in places if apart.issuperset(self._groups[place]))
@@ -133,31 +133,31 @@ def _refuse_candidates(request: Request) -> None:
 
 
 class SearchedCatalogue:
-    """Gives every item P(code | prompt) where a constrained search finds it, and 0 where it does not.
+    """Scores items by P(code | prompt) if a constrained search finds them, and by 0 otherwise.
 
-    What is not found ties at the bottom, so a target there stands at the expected place of a random order. The search
-    is told of no seen items: both conventions about the history are read off one table of scores.
+    Items that are not found tie at the bottom, so a target among them has the expected rank of a random order. The
+    search does not exclude seen items: both conventions about the history use the same scores.
     """
 
     def __init__(self, name: str, ranker: CatalogueRanker, items: Sequence[str]) -> None:
-        """Set up.
+        """Create the scorer.
 
         Args:
-            name: Of the row.
-            ranker: Searches with seen items allowed.
+            name: The name of the row.
+            ranker: The ranker, with seen items allowed.
             items: The catalogue, in column order.
         """
         self.name, self.items = name, tuple(items)
         self._ranker = ranker
         self._column = {item: index for index, item in enumerate(self.items)}
-        # A mixture asks once for each of its declared weights.
+        # A mixture calls once for each of its declared weights.
         self._known: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return probabilities, shape (n, items); see `CatalogueScorer.scores`."""
         missing = [request for request in requests if _key(request) not in self._known]
         for request, answer in zip(missing, self._ranker.answer(missing), strict=True):
-            assert isinstance(answer, Ranking)  # a search always finds something
+            assert isinstance(answer, Ranking)  # a search always has a result
             columns = np.array([self._column[item] for item in answer.items], dtype=np.int32)
             self._known[_key(request)] = columns, np.array(answer.scores, dtype=np.float32)
         result = np.zeros((len(requests), len(self.items)))
@@ -168,15 +168,15 @@ class SearchedCatalogue:
 
 
 def _key(request: Request) -> tuple[str, int]:
-    """Tell requests apart: the same user may be asked about before and after the validation event."""
+    """Return a key of a request: a user may have requests before and after the validation event."""
     return request.id, len(request.history)
 
 
 class Mixture:
-    """Mixes what several scorers give, as probabilities of the next item: sum over m of w_m p_m(item | history).
+    """Mixes next-item probabilities of several scorers: sum over m of w_m p_m(item | history).
 
-    Linear interpolation, as it is used between language models (Jelinek and Mercer, 1980): one that gives an item
-    nothing cannot veto it.
+    Linear interpolation, as for language models (Jelinek and Mercer, 1980): a member with probability 0 for an item
+    cannot veto it.
     """
 
     def __init__(
@@ -186,13 +186,13 @@ class Mixture:
         parts: Sequence[Callable[[Sequence[Request]], NDArray[np.float64]]],
         weights: Sequence[float],
     ) -> None:
-        """Set up.
+        """Create the mixture.
 
         Args:
-            name: Of the row.
-            items: The catalogue, in the column order of all parts.
-            parts: Requests -> probabilities, shape (n, items).
-            weights: One for each part, at least 0.
+            name: The name of the row.
+            items: The catalogue, in the column order of all members.
+            parts: The members: requests -> probabilities, shape (n, items).
+            weights: One weight per member, at least 0.
         """
         self.name, self.items = name, tuple(items)
         self._parts, self._weights = tuple(parts), tuple(weights)
@@ -207,7 +207,7 @@ class Mixture:
 
 
 def from_counts(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Read scores of at least 0 as shares, shape (n, items); a row of zeros stays."""
+    """Return non-negative scores as probabilities, shape (n, items); a row of zeros is unchanged."""
     values = scores.astype(np.float64)
     totals = values.sum(axis=1, keepdims=True)
     np.divide(values, totals, out=values, where=totals > 0)
@@ -215,7 +215,7 @@ def from_counts(scores: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def from_logits(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Read scores as logits, shape (n, items)."""
+    """Return logits as probabilities, shape (n, items)."""
     values = scores.astype(np.float64)
     values -= values.max(axis=1, keepdims=True)
     np.exp(values, out=values)

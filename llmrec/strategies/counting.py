@@ -1,4 +1,4 @@
-"""How many questions a strategy asks about a request, and how large they are; docs/strategies.md has the formulas."""
+"""Number and size of the questions of a strategy per request; docs/strategies.md has the formulas."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Count:
     """The questions about one request.
 
     Attributes:
-        prompts: Their number; of `setwise` the most that there can be.
-        size: Candidates in the largest of them.
-        want: What their prompts ask for.
+        prompts: The number of questions; for `setwise` the maximum.
+        size: Candidates in the largest question.
+        want: The answer that the prompts request.
     """
 
     prompts: int
@@ -26,15 +26,15 @@ class Count:
 
 
 def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count | None:
-    """Count the scored prompts of one request.
+    """Return the number of scored prompts of one request.
 
     Args:
         strategy: Name of a strategy of the direct family.
-        candidates: How many the request has.
+        candidates: Number of candidates of the request.
         section: The recipe's eval section.
 
     Returns:
-        The count; None for strategies that score no labels or that ask once in words of their own.
+        The count; None for strategies that score no labels or that ask a single question in a different form.
     """
     result = _COUNTS.get(strategy)
     return result(candidates, section) if result is not None else None
@@ -67,7 +67,7 @@ def _setwise(n: int, section: EvalSection) -> Count:
 
 
 def _levels(node: int, size: int, children: int) -> int:
-    """Return how many levels of a heap lie below a node: the most questions that sinking from it can take."""
+    """Return the number of heap levels below a node, the maximum number of questions for sinking from it."""
     levels = 0
     while (node := node * children + 1) < size:
         levels += 1

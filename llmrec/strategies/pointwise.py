@@ -1,4 +1,4 @@
-"""Pointwise ranking: each candidate by itself, by the likelihood of its own text or of a yes to it."""
+"""Pointwise ranking: each candidate separately, by the likelihood of its title or of a yes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmrec.strategies.asking import Prompting, Scored, cost_of, prompt_hash, sc
 from llmrec.strategies.rounds import by_score, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
-# Titles after one bare prompt: a forward over a tree of them grows with its square.
+# Titles per user-independent prompt: the cost of a forward pass over a tree of titles is quadratic.
 _PRIORS = 64
 _NOBODY = Request(id="prior", user_id="")
 
@@ -21,7 +21,7 @@ class LikelihoodRanker:
     """Ranks candidates by log P(title | prompt), summed over tokens, end of answer included.
 
     The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
-    at chance.
+    no better than chance.
     """
 
     name = "likelihood"
@@ -41,10 +41,10 @@ class LikelihoodRanker:
 
 
 class PriorRanker:
-    """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt of nobody).
+    """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt without user).
 
-    The second term is what the model thinks of a title whoever asks. Its prompt is the same template's for a user
-    without history, profile or name; the setting's solved examples stand before it, one draw for all. With weight 1 the
+    The second term is the prior of a title, independent of the user. Its prompt uses the same template for a user
+    without history, profile or name, after the solved examples of the setting, sampled once for all. With weight 1 the
     score is the pointwise mutual information of title and history. A title's prior is computed once.
     """
 
@@ -72,13 +72,13 @@ class PriorRanker:
                     for score, text in zip(item.scores.logprobs, group, strict=True)
                 )
                 plain = ranked(replace(item, scores=replace(item.scores, logprobs=less)))
-                # Priors belong to no request in particular: they are booked on the first one that needed them.
+                # Priors are shared by requests: their cost is assigned to the first request that needs them.
                 answers.append(replace(plain, cost=plain.cost + extra))
                 extra = Cost()
         return answers
 
     def _bare(self, request: Request) -> tuple[str, ...]:
-        """Return the candidates' titles as they follow the prompt of nobody."""
+        """Return the candidates' titles as continuations of the prompt without a user."""
         return self.asker.task.continuations(
             replace(_NOBODY, candidates=_candidates(request)), template=self.asker.template
         )
@@ -93,10 +93,10 @@ class PriorRanker:
 
 
 class YesRanker:
-    """Asks of every candidate whether the user would choose it, and ranks by log P(yes) - log P(no).
+    """Asks for every candidate whether the user would choose it, and ranks by log P(yes) - log P(no).
 
-    Each is the sum of the probabilities of its spellings in the template's language, as whole texts. A prompt shows one
-    candidate: no label and no position can be favoured.
+    Each is the summed probability of all spellings in the template's language, as complete answers. A prompt contains
+    one candidate, so that there is no label bias and no position bias.
     """
 
     name = "pointwise-yes"
@@ -151,16 +151,16 @@ class YesRanker:
 
 
 def yes_over_no(logprobs: Sequence[float], spelt: int) -> float:
-    """Return log P(yes) - log P(no) from the log-probabilities of so many spellings of yes, then of those of no."""
+    """Return log P(yes) - log P(no) from log-probabilities of the spellings of yes, followed by those of no."""
     logs = np.array(logprobs, dtype=np.float64)
     return float(np.logaddexp.reduce(logs[:spelt]) - np.logaddexp.reduce(logs[spelt:]))
 
 
 def ranked(found: Scored) -> Ranking:
-    """Sort a request's candidates by their scores; equal scores keep the stored order and are ties.
+    """Return a request's candidates sorted by score; equal scores keep the stored order and are ties.
 
     Raises:
-        LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is out of reach.
+        LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
     """
     items, scores = _candidates(found.request), found.scores
     order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])

@@ -1,4 +1,4 @@
-"""Two-step ranking: first a profile of the user from the history, then the candidates with it (PALR, 2305.07622)."""
+"""Two-step ranking: generate a user profile from the history, then rank with it (PALR, arXiv 2305.07622)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 
 class TwoStepRanker:
-    """Writes what the user likes in one generated line, and ranks by label with that line in the prompt.
+    """Generates a one-line profile of the user, and ranks by label with this line in the prompt.
 
-    A request that brings a profile keeps it, and costs one step. The profile is data like any other: it is cleaned and
-    can write no template word and no line of its own. It sees the history of the request and nothing else.
+    A request that contains a profile keeps it, and needs one step. A profile is cleaned like other data, so that it
+    cannot contain template words or line breaks. It is generated from the history of the request only.
     """
 
     name = "two-step"
 
     def __init__(self, asker: Prompting, *, permutations: int = 1) -> None:
-        """Set up.
+        """Create the ranker.
 
         Args:
-            asker: Its task writes `profile_prompt`.
-            permutations: As of the strategy ``label``, in the second step.
+            asker: The setup; its task defines `profile_prompt`.
+            permutations: As for the strategy ``label``, in the second step.
 
         Raises:
             RecipeError: If the template does not show a profile.
@@ -43,7 +43,7 @@ class TwoStepRanker:
             )
         self.asker = asker
         self._second = label_ranker(asker, permutations=permutations)
-        # By identity: served requests have the ids that their senders chose, and many may have one.
+        # By identity: clients choose the ids of served requests, which may not be unique.
         self._told: dict[int, tuple[Request, str | None]] = {}
 
     @property
@@ -52,7 +52,7 @@ class TwoStepRanker:
         return f"{self.asker.backend.name}:generate, {self._second.engine}"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`. What was said of the user is the raw answer."""
+        """Rank every request's candidates; see `Predictor.answer`. The profile is the raw answer."""
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
@@ -67,12 +67,12 @@ class TwoStepRanker:
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the second step's prompt, with the profile that the first one wrote for this very request."""
+        """Return the second step's prompt, with the profile generated for this request."""
         _, text = self._told.get(id(request), (request, None))
         return self._second.first_prompt(_with(request, text))
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
-        """Return the profile that was written for each request and what it cost; None where it brought one."""
+        """Return the generated profile of each request and its cost; None for a request with a profile."""
         asked = [request for request in requests if not request.context.get("profile")]
         prompts = [self._task.profile_prompt(request) for request in asked]
         result = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])

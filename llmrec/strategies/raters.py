@@ -1,7 +1,7 @@
-"""Answers that are no ranking: ratings, yes or no, and texts.
+"""Strategies for answers other than rankings: ratings, yes/no answers, and texts.
 
-A rating is the expectation over the label distribution, the number in a generated answer, or what a rating head reads
-(see `llmrec.models.rating_head`); a yes is the probability of the one answer beside the other, or is read in a text.
+A rating is the expectation over the label distribution, the number in a generated answer, or the output of a rating
+head (see `llmrec.models.rating_head`); a yes/no answer is the relative probability of yes, or is parsed from a text.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ExpectedRater:
 
 
 class ParsedRater:
-    """Generates an answer and reads its number."""
+    """Generates an answer and parses its number."""
 
     name = "parsed"
 
@@ -63,15 +63,15 @@ class ParsedRater:
 
 
 class HeadRater:
-    """Predicts what the rating head reads off the last token of the prompt, in one forward a request."""
+    """Predicts ratings with the rating head at the prompt's last token, in one forward pass per request."""
 
     name = "head"
 
     def __init__(self, asker: Prompting) -> None:
-        """Set up.
+        """Create the rater.
 
         Raises:
-            BackendError: If the backend reads no rating head.
+            BackendError: If the backend has no rating head.
         """
         backend = asker.backend
         if "rate" not in backend.capabilities or not isinstance(backend, HeadBackend):
@@ -103,16 +103,16 @@ class HeadRater:
 
 
 _ANSWER_TOKENS = 8
-# Log-odds of a certain answer are infinite. Nothing nearer to 1 can be told from it, so that no two answers become one.
+# Log-odds of a certain answer are infinite. No float is closer to 1, so that no two answers become equal.
 _CERTAIN = 2.0**-53
 
 
 class YesNoJudge:
     """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of a whole answer.
 
-    TALLRec (Bao et al., RecSys 2023) takes the softmax over the first tokens of the two answers, whose numbers hold for
-    one tokenizer. Sums over all tokens of an answer, as the template writes it, are the same where an answer is one
-    token, and mean the same for every tokenizer.
+    TALLRec (Bao et al., RecSys 2023) uses the softmax over the first tokens of the two answers, whose ids depend on the
+    tokenizer. Sums over all tokens of an answer, as the template writes it, are equal if an answer is one token, and
+    have the same meaning for every tokenizer.
     """
 
     name = "yes-no"
@@ -123,7 +123,7 @@ class YesNoJudge:
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Judge every request's item; see `Predictor.answer`."""
+        """Answer yes/no for every request's item; see `Predictor.answer`."""
         answers: list[Answer] = []
         for result in scored(self.asker, requests, closed=None):
             self.engine = result.scores.engine
@@ -139,9 +139,9 @@ class YesNoJudge:
 
 
 class ParsedYesNoJudge:
-    """Generates an answer and reads yes as probability 1 and no as 0.
+    """Generates an answer and parses yes as probability 1 and no as 0.
 
-    A text without either is no answer. It stays in every denominator, as one that says neither.
+    A text without either is unparsed. It counts in every denominator, as an answer that is neither.
     """
 
     name = "parsed-yes-no"
@@ -152,7 +152,7 @@ class ParsedYesNoJudge:
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Judge every request's item; see `Predictor.answer`."""
+        """Answer yes/no for every request's item; see `Predictor.answer`."""
         reason = "neither a yes nor a no at the beginning of the answer"
         return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, wanted=Probability, reason=reason)
 
@@ -164,30 +164,30 @@ class ParsedYesNoJudge:
 class Curve:
     """``p -> 1 / (1 + exp(-(scale * log(p / (1 - p)) + bias)))``: a temperature of 1 / scale, and a prior.
 
-    The scale is above 0, so that the order of answers, and with it AUC, stays.
+    The scale is above 0, so that the order of answers, and thus the AUC, is unchanged.
     """
 
     scale: float
     bias: float
 
     def of(self, value: float) -> float:
-        """Return the probability in place of another one."""
+        """Return the calibrated value of a probability."""
         score = self.scale * _odds(value) + self.bias
         return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
 class Calibrated:
-    """A yes/no predictor whose probabilities are put right on validation cases (Platt 1999).
+    """A yes/no predictor whose probabilities are calibrated on validation cases (Platt 1999).
 
     Args:
-        predictor: What answers; it is asked the cases once.
+        predictor: The predictor; it answers the cases once.
         cases: Cases of the validation split.
 
     Attributes:
-        curve: What was fitted; the smoothed truths of Platt's section 2.2 keep it finite.
+        curve: The fitted curve; the smoothed targets of Platt's section 2.2 keep it finite.
 
     Raises:
-        LlmrecError: If no answer to the cases could be read.
+        LlmrecError: If no answer to the cases could be parsed.
     """
 
     def __init__(self, predictor: Predictor, cases: Sequence[Case]) -> None:
@@ -204,7 +204,7 @@ class Calibrated:
         self.curve = fit_curve([value for value, _ in known], [float(truth) for _, truth in known])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the probabilities that the curve gives; see `Predictor.answer`."""
+        """Answer with calibrated probabilities; see `Predictor.answer`."""
         return [
             replace(answer, value=self.curve.of(answer.value)) if isinstance(answer, Probability) else answer
             for answer in self._predictor.answer(requests)
@@ -212,7 +212,7 @@ class Calibrated:
 
 
 def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
-    """Fit a `Curve` to probabilities and what was so, by log loss.
+    """Return the `Curve` fitted to probabilities and labels by log-loss.
 
     Args:
         said: P(yes), shape (n,).
@@ -226,7 +226,7 @@ def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
         score = math.exp(point[0]) * odds + point[1]
         return float((np.logaddexp(0, score) - wanted * score).mean())
 
-    # Takes a tenth of a second to import, and most commands fit nothing.
+    # The import takes a tenth of a second, and most commands fit nothing.
     from scipy.optimize import minimize
 
     result = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
@@ -239,7 +239,7 @@ def _odds(value: float) -> float:
 
 
 class Writer:
-    """Generates one text a request, greedily, of at most ``max_tokens`` tokens."""
+    """Generates one text per request, greedily, of at most ``max_tokens`` tokens."""
 
     name = "text"
 

@@ -1,8 +1,8 @@
-"""Strategies that ask several label questions a request: played in rounds, all requests of a batch in lock step.
+"""Strategies with several label questions per request, run in rounds with all requests of a batch in lock step.
 
-A strategy is a generator for one request. It yields questions, is sent for each of them how likely the items are to be
-the answer, and returns the order that it found. What all such strategies share is here: labels, prompts, shuffles, the
-correction for positions, and the cost.
+A strategy is a generator for one request. It yields questions, receives the log-probabilities of the items for each of
+them, and returns the final order. This module contains what all such strategies share: labels, prompts, shuffles, the
+correction for position bias, and the cost.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Which of these is the best?
+    """A question for the best of several items.
 
     Attributes:
         shown: Items in the order in which the prompt lists them.
-        given: Items that the answer names already, best first; the others are asked for.
+        given: Items that the answer already contains, best first; the question is about the others.
     """
 
     shown: tuple[str, ...]
@@ -47,7 +47,7 @@ Steps = Generator[list[Question], list[Said], Order]
 
 @dataclass(frozen=True, slots=True)
 class _Posed:
-    """A question in words."""
+    """A question with its prompt."""
 
     prompt: Prompt
     items: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Posed:
 
 @dataclass(slots=True)
 class _Game:
-    """One request while it is played."""
+    """The state of one request."""
 
     request: Request
     steps: Steps
@@ -66,7 +66,7 @@ class _Game:
     hashes: list[str] = field(default_factory=list)
 
     def go(self, said: list[Said] | None = None) -> None:
-        """Play up to the next questions, or to the end."""
+        """Advance to the next questions, or to the end."""
         try:
             self.waiting = next(self.steps) if said is None else self.steps.send(said)
         except StopIteration as stop:
@@ -74,16 +74,16 @@ class _Game:
 
 
 class Rounds:
-    """Plays the steps of many requests against one backend: a predictor for every strategy that is written as steps.
+    """A predictor for strategies written as generators: runs those of many requests against one backend.
 
     Args:
-        name: Of the strategy.
-        asker: How to ask.
+        name: The name of the strategy.
+        asker: The setup of the strategy.
         steps: A request with candidates -> its generator.
-        want: What the template is to ask for: ``one`` label, or a ``ranking``.
-        permutations: Orders in which each question is shown. The first is the question's own, the others are shuffles
-            seeded by the request's id; log-probabilities are averaged for each item.
-        training: Questions whose answers say how much a position is worth by itself; empty: no correction.
+        want: The requested answer: ``one`` label, or a ``ranking``.
+        permutations: Number of orders in which each question is shown. The first is the question's order, the others
+            are shuffles seeded by the request's id; log-probabilities are averaged for each item.
+        training: Questions for estimating the position bias; empty: no correction.
     """
 
     def __init__(
@@ -122,13 +122,13 @@ class Rounds:
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the first prompt that a request is asked with, for reports."""
+        """Return the first prompt of a request, for reports."""
         questions = next(self._steps(_with_candidates(request)), None)
         question = questions[0] if questions else Question(_with_candidates(request).candidates or ())
         return self._pose(request, question).prompt
 
     def _round(self, games: Sequence[_Game]) -> None:
-        """Ask the waiting questions of all games at once and play on."""
+        """Score the pending questions of all requests at once and advance them."""
         asked = [(game, question, self._orders(game.request, question)) for game in games for question in game.waiting]
         posed = [(game, self._pose(game.request, order)) for game, _, orders in asked for order in orders]
         biases = {size: self._bias_of(size) for size in {len(question.shown) for _, question, _ in asked}}
@@ -150,7 +150,7 @@ class Rounds:
             game.go(replies[id(game)])
 
     def _orders(self, request: Request, question: Question) -> list[Question]:
-        """Return the question as it is shown each time."""
+        """Return the question in each of its orders."""
         orders = [question]
         for number in range(1, self._permutations):
             shown = list(question.shown)
@@ -166,8 +166,8 @@ class Rounds:
         items = _left(question)
         if not question.given:
             return _Posed(prompt, items, tuple(labels[item] for item in items))
-        # The comma ends the given part and the space begins the next label, as tokenizers cut written lists: so a
-        # longer given part extends the tokens of a shorter one, and what was read before is cached.
+        # The comma ends the given part and the space begins the next label, as in the tokens of a written list: so a
+        # longer given part extends the tokens of a shorter one, whose states are cached.
         written = ", ".join(labels[item] for item in question.given) + ","
         longer = replace(prompt, answer_prefix=(*prompt.answer_prefix, Segment("text", written)))
         return _Posed(longer, items, tuple(f" {labels[item]}" for item in items))
@@ -178,13 +178,13 @@ class Rounds:
         return score_in_chunks(self.asker.backend, [item.prompt for item in posed], texts, closed=closed)
 
     def _bias_of(self, size: int) -> NDArray[np.float64]:
-        """Return what each of ``size`` positions is worth by itself, in nats with mean 0, shape (size,).
+        """Return the bias of each of ``size`` positions, in nats with mean 0, shape (size,).
 
         It is the mean over the training questions of a position's label log-probability, normalised over the labels.
-        Which item stands where is chance, so that what is left of the mean is the position's own share.
+        Items have random positions, so that the mean is an estimate of the position bias.
 
         Raises:
-            LlmrecError: If no training question shows that many items.
+            LlmrecError: If no training question has that many items.
         """
         if not self._training or size < 2:
             return np.zeros(size)
@@ -209,7 +209,7 @@ class Rounds:
 
     def _ranking(self, game: _Game) -> Ranking:
         order = game.order or ()
-        # What was spent on no request in particular is booked on the first one, so that a row's sum is complete.
+        # The cost of training questions is assigned to the first request, so that a row's sum is complete.
         cost, self._unbooked = game.cost + self._unbooked, Cost()
         return Ranking(
             request_id=game.request.id,
@@ -221,10 +221,10 @@ class Rounds:
 
 
 def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
-    """Return items in a seeded order that does not depend on the order in which they come.
+    """Return items in a seeded order that does not depend on their given order.
 
-    What a strategy has found so far must not show in where an item stands, or a model that likes a position would
-    carry its liking from step to step.
+    The position of an item must not depend on earlier results of a strategy; otherwise a position bias of the model
+    would accumulate over steps.
     """
     here = set(items)
     shown = [item for item in request.candidates or () if item in here]
@@ -233,23 +233,23 @@ def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
 
 
 def _places(request: Request, items: Sequence[str]) -> list[str]:
-    """Name items by their places in the stored order: a request may call them by ids that mean nothing elsewhere."""
+    """Return items by index in the stored order, since item ids of a request may be arbitrary."""
     stored = {item: index for index, item in enumerate(request.candidates or ())}
     return [str(stored[item]) for item in items]
 
 
 def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
-    """Score items by their places counted from the end; those of ``rest`` share the last place."""
+    """Score items by their position counted from the end; those of ``rest`` share the last position."""
     return [*((item, float(len(best) - index)) for index, item in enumerate(best)), *((item, 0.0) for item in rest)]
 
 
 def by_score(said: Said) -> Order:
-    """Sort items by what was said of them, best first; equal ones keep their order."""
+    """Return items sorted by score, best first; ties keep their order."""
     return sorted(said.items(), key=lambda pair: -pair[1])
 
 
 def joint_hash(hashes: Sequence[str]) -> str | None:
-    """Return one hash for all prompts of a request; that of the prompt itself where there is one."""
+    """Return one hash for all prompts of a request; that of the prompt if there is only one."""
     if len(hashes) < 2:
         return hashes[0] if hashes else None
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
@@ -274,20 +274,20 @@ def _with_candidates(request: Request) -> Request:
 
 
 def list_room(candidates: int) -> int:
-    """Return tokens enough for a list of all labels: as many as letters, with a comma and a space behind each label.
+    """Return a token limit for a list of all labels: the number of characters, including a comma and a space per label.
 
-    Some tokenizers write every digit by itself, so that labels of three digits take five tokens each.
+    Some tokenizers split every digit, so that labels of three digits take five tokens each.
     """
     return sum(len(label) + 2 for label in candidate_labels(candidates)) + 1
 
 
 def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
-    """Rank candidates by the probability of their label as the next token: one forward an order (arXiv 2406.15657).
+    """Rank candidates by the next-token probability of their label: one forward pass per order (arXiv 2406.15657).
 
     Args:
-        asker: How to ask.
-        permutations: Orders in which the candidates are shown; see `Rounds`.
-        training: Questions that measure what positions add; see `Rounds`.
+        asker: The setup of the strategy.
+        permutations: Number of orders in which the candidates are shown; see `Rounds`.
+        training: Questions for estimating the position bias; see `Rounds`.
     """
     return Rounds("label", asker, _at_once, permutations=permutations, training=training)
 
@@ -300,16 +300,16 @@ def _at_once(request: Request) -> Steps:
 def permutation_ranker(
     asker: Prompting, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
-    """Write the order label by label, each step choosing among the labels that are left: always a permutation.
+    """Generate the order label by label, choosing among the remaining labels, so that it is a permutation.
 
-    Each step takes the likeliest label behind the answer so far. After ``depth`` steps the rest follow in the order of
-    the last distribution.
+    Each step appends the most likely label to the answer. After ``depth`` steps the rest follow in the order of the
+    last distribution.
 
     Args:
-        asker: How to ask.
-        depth: Places that are chosen one by one.
-        permutations: Orders in which the candidates are shown; see `Rounds`.
-        training: Questions that measure what positions add, before any label is given; see `Rounds`.
+        asker: The setup of the strategy.
+        depth: Number of positions that are chosen one by one.
+        permutations: Number of orders in which the candidates are shown; see `Rounds`.
+        training: Questions for estimating the position bias before any label is given; see `Rounds`.
     """
     steps = partial(_one_by_one, depth=depth)
     return Rounds("permutation", asker, steps, want="ranking", permutations=permutations, training=training)
@@ -326,14 +326,14 @@ def _one_by_one(request: Request, *, depth: int) -> Steps:
 
 
 def _behind(chosen: Sequence[str], rest: Order) -> Order:
-    """Put the chosen items before the rest, whose scores are nats below the best of them."""
+    """Put the chosen items before the rest, whose scores are nats relative to the best of the rest."""
     best = rest[0][1] if rest else 0.0
     places = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
     return [*places, *((item, value - best) for item, value in rest)]
 
 
 class ListRanker:
-    """Asks for the whole list as text and reads it; candidates left out are misses."""
+    """Generates the whole list as text and parses it; missing candidates are misses."""
 
     name = "list"
 
@@ -350,23 +350,23 @@ class ListRanker:
 
 
 # --------------------------------------------------------------------------- windows
-# Ranking by a window that slides from the back of the list to its front (RankGPT, Sun et al., EMNLP 2023).
+# Ranking by a window that slides from the end of the list to its start (RankGPT, Sun et al., EMNLP 2023).
 
 
 def window_ranker(
     asker: Prompting, *, window: int, window_step: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
-    """Order one window after the other, each overlapping the one before, so that good items move to the front.
+    """Rank by overlapping windows in turn, so that good items move to the front.
 
-    The window begins at the back of the stored, shuffled order. Inside a window items are ordered by the probability
-    of their labels, and shown in an order that says nothing of where they stood.
+    The first window is at the end of the stored, shuffled order. In a window, items are ranked by the probability of
+    their labels, and shown in an order that is independent of their current positions.
 
     Args:
-        asker: How to ask.
-        window: Items in a window.
-        window_step: Places that it moves; fewer than ``window``.
-        permutations: Orders in which each window is shown; see `Rounds`.
-        training: Questions that measure what positions add; see `Rounds`.
+        asker: The setup of the strategy.
+        window: Number of items in a window.
+        window_step: Number of positions that it moves; fewer than ``window``.
+        permutations: Number of orders in which each window is shown; see `Rounds`.
+        training: Questions for estimating the position bias; see `Rounds`.
     """
     steps = partial(_slide, window=window, step=window_step)
     return Rounds("window", asker, steps, permutations=permutations, training=training)
@@ -381,7 +381,7 @@ def _slide(request: Request, *, window: int, step: int) -> Steps:
 
 
 def window_places(count: int, window: int, step: int) -> Iterator[tuple[int, int]]:
-    """Yield where the windows over ``count`` items begin and end, from the back to the front; none for one item."""
+    """Yield start and end of the windows over ``count`` items, from the last to the first; none for one item."""
     begin = max(0, count - window)
     while count > 1:
         yield begin, min(begin + window, count)
@@ -395,16 +395,16 @@ def window_places(count: int, window: int, step: int) -> Iterator[tuple[int, int
 
 
 def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
-    """Ask about pairs, each in both orders, and average the two: what a position adds cancels out.
+    """Rank by pairwise comparisons, each averaged over both orders, so that the position bias cancels out.
 
-    Up to ``all_pairs`` candidates every pair is asked, and an item's score is the number of others that it beats in
-    expectation. More candidates are sorted by passes from the back to the front, in which the better of two neighbours
-    moves on: after k passes the first k places are decided. The others share the last place.
+    For up to ``all_pairs`` candidates every pair is compared, and an item's score is the expected number of others that
+    it beats. More candidates are sorted by passes from the end to the start, in which the better of two neighbours
+    moves on: after k passes the first k positions are decided. The others share the last position.
 
     Args:
-        asker: How to ask.
-        all_pairs: Most candidates of which every pair is asked.
-        depth: Passes.
+        asker: The setup of the strategy.
+        all_pairs: Maximum number of candidates for which every pair is compared.
+        depth: Number of passes.
     """
     return Rounds("pairwise", asker, partial(_compare, all_pairs=all_pairs, depth=depth))
 
@@ -434,7 +434,7 @@ def _lead(first: str, second: str, one: Said, other: Said) -> float:
 
 
 def _wins(items: Sequence[str], said: Mapping[tuple[str, ...], Said]) -> dict[str, float]:
-    """Return for each item how many of the others it beats, in expectation."""
+    """Return the expected number of others that each item beats."""
     wins = dict.fromkeys(items, 0.0)
     for first, second in said:
         lead = _lead(first, second, said[first, second], said[second, first])
@@ -449,17 +449,17 @@ def _wins(items: Sequence[str], said: Mapping[tuple[str, ...], Said]) -> dict[st
 def setwise_ranker(
     asker: Prompting, *, set_size: int, depth: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
-    """Sort the top of the list in a heap whose nodes have ``set_size - 1`` children.
+    """Rank the top of the list by heap sort, with ``set_size - 1`` children per node.
 
-    One question finds the best of a node and its children, by the probability of their labels. What the heap has not
-    given out after ``depth`` places shares the last place.
+    One question finds the best of a node and its children, by the probability of their labels. Items that remain in the
+    heap after ``depth`` positions share the last position.
 
     Args:
-        asker: How to ask.
-        set_size: Most items in a question, at least 2.
-        depth: Places that are decided.
-        permutations: Orders in which each set is shown; see `Rounds`.
-        training: Questions that measure what positions add; see `Rounds`.
+        asker: The setup of the strategy.
+        set_size: Maximum number of items in a question, at least 2.
+        depth: Number of positions that are decided.
+        permutations: Number of orders in which each set is shown; see `Rounds`.
+        training: Questions for estimating the position bias; see `Rounds`.
     """
     steps = partial(_heap, children=set_size - 1, depth=depth)
     return Rounds("setwise", asker, steps, permutations=permutations, training=training)
@@ -481,7 +481,7 @@ def _heap(request: Request, *, children: int, depth: int) -> Steps:
 
 
 def _sift(request: Request, heap: list[str], node: int, children: int) -> Generator[list[Question], list[Said], None]:
-    """Let an item sink until it is the best of its set; of equal ones the upper stays."""
+    """Move an item down the heap until it is the best of its set; on ties the upper item stays."""
     while places := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
         (text,) = yield [Question(mixed(request, [heap[place] for place in (node, *places)]))]
         best = max((node, *places), key=lambda place: text[heap[place]])
