@@ -296,13 +296,13 @@ class Row(Measured, Asked):
 
     @property
     def alone(self) -> str | None:
-        """The only member of an ensemble with a nonzero weight, if there is just one; None for other rows."""
+        """The single effective member of an ensemble of form ``alone``; None for other rows."""
         if self.fusion is None or self.fusion.form != "alone":
             return None
         return next((part.name for part in self.fusion.parts if part.weight), None)
 
     def differs(self, other: Row) -> bool:
-        """Return whether lists may differ from those of a row: an ensemble with one effective member has its lists."""
+        """Return whether its lists may differ from another row's; an ensemble of form ``alone`` has its member's."""
         ends = [(row.arm, row.template, row.alone or row.predictor) for row in (self, other)]
         return ends[0] != ends[1]
 

@@ -303,7 +303,7 @@ def evaluate(
 
 
 def _foreign(answer: Answer) -> Unparsed:
-    """Return answers with those of another kind replaced by failures."""
+    """Return the failure that replaces an answer of another family's kind."""
     return Unparsed(
         request_id=answer.request_id,
         reason=f"a {type(answer).__name__} does not answer this task",

@@ -84,7 +84,7 @@ def fitted(values: Iterable[float | None], start: float, end: float, *, holds: S
 
 
 def spanning(values: Sequence[float], start: float, end: float) -> Scale:
-    """Return a scale, logarithmic where positive values differ by a factor of four."""
+    """Return a scale, logarithmic if positive values span a factor of four or more."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= _WIDE:
         return Scale(low=low / 1.1, high=high * 1.1, start=start, end=end, log=True)

@@ -177,7 +177,7 @@ _LEFT, _RIGHT = 54, 12
 
 
 def lines(plot: Lines, width: float) -> Canvas:
-    """Draw lines by optimiser step, each with its name at its end, on a scale robust to outliers."""
+    """Draw lines by optimiser step, each with its name at its end; a wide range gets a log scale."""
     series = [entry for entry in plot["series"] if entry["x"]]
     narrow = width <= NARROW
     named = [entry for entry in series if len(series) > 1]

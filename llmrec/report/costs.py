@@ -21,7 +21,7 @@ class RowCost:
         read: Prompt tokens.
         written: Completion tokens.
         seconds: Wall-clock time.
-        forwards_per_request: Model calls, one per generated token; None if unknown.
+        forwards_per_request: Model calls, with one per generated token; None if unknown.
         tokens_per_request: Tokens read and written; None for a row without requests.
         tokens_per_user: The same over users, or over requests if users are unknown.
         seconds_per_request: Wall-clock time over requests; not a latency, since requests are batched.

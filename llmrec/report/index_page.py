@@ -26,12 +26,12 @@ class IndexPage:
     Attributes:
         name: Name of the recipe.
         data: Name of the data.
-        noun: What its items are called.
+        noun: Noun for its items, such as ``films``.
         made: Whether the data is synthetic.
         seed: Seed of the recipe.
         digest: Digest of the index.
         seconds: Build time; None if not measured.
-        found: Figures.
+        found: Figures of the index.
         groups: Groups of similar items.
         examples: Items with their codes.
         version: Version of llmrec.

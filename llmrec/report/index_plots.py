@@ -60,7 +60,7 @@ def _panel(level: Level, items: int) -> Usage:
 
 
 def branching_of(depths: Sequence[Depth]) -> list[Branching]:
-    """Return items and continuations of prefixes by their length; nothing for codes of one token."""
+    """Return items and continuations of prefixes by their length; empty for codes of one token."""
     if len(depths) < 2:
         return []
     lengths = [depth.length for depth in depths]
