@@ -83,7 +83,7 @@ def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
     """Return a function from a value to the name of its slice."""
     if len(counts) > MOST and _are_numbers(counts):
         numbers = np.array([float(value) for value in counts.elements()], dtype=np.float64)
-        # Edges are values of users; equal edges, as if most users share a value, are merged.
+        # Edges are values of users; equal edges, which occur if most users share a value, are merged.
         edges = np.unique(np.quantile(numbers, (0.25, 0.5, 0.75), method="higher"))
         above = numbers[numbers > numbers.min()]
         return _quartiles(

@@ -50,7 +50,7 @@ class Contents(Protocol):
 
 
 def coverage(lists: ArrayLike, k: int, items: int) -> float:
-    """Coverage@k: the share of the catalogue that is in at least one list (Ge et al., RecSys 2010).
+    """Coverage@k: the share of the catalogue in at least one list ("catalog coverage", Ge et al., RecSys 2010).
 
     It grows with the number of lists, so compare only over the same requests.
 

@@ -382,7 +382,7 @@ def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]
 
 
 def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
-    """AUC of each request: the probability that a relevant item ranks above another, ties counting half.
+    """AUC of each request: the probability that a relevant item ranks above an irrelevant one, ties counting half.
 
     Args:
         judged: See `judge`.
