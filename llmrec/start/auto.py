@@ -1,4 +1,4 @@
-"""From a table to a recommender within a budget: recommenders are tuned on validation, joined, and measured once."""
+"""`llmrec auto`: tunes recommenders on validation users within a time budget, and measures the best on test users."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ from llmrec.tasks.family import missing_controls
 MODEL = "with-model"
 """Folder, inside that of the run, of the run with a tuned language model."""
 
-# Users of validation and of test that the language model is asked about.
+# Validation users, and test users, that the language model is evaluated on.
 _USERS = 200
-# Tokens below which a tuned model of 135 M parameters did not reach a Markov chain on any data set of docs/log.md.
+# With fewer training tokens a model of 135 M parameters was worse than a Markov chain on every data set of docs/log.md.
 _LEAST_TOKENS = 1_000_000
-# Tokens a second in training, and seconds that a search of the catalogue takes, by device: two cores; one H100.
+# Training tokens per second, and seconds per search of the catalogue, by device: two cores; one H100.
 _TRAINS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
 _ASKS = {"cpu": 1.5, "cuda": 0.1}
 _START = 60.0
-# Of the budget, the most that the language model may have.
+# Largest share of the budget for the language model.
 _SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a language model is tuned.
+    """Whether, and for how long, a language model is fine-tuned.
 
     Attributes:
-        steps: Of training; 0: none is tuned.
-        seconds: What tuning and asking it takes.
-        told: A line that says so, and why.
+        steps: Training steps; 0 for no language model.
+        seconds: Time for its training and evaluation.
+        told: A line with the decision and its reason.
     """
 
     steps: int
@@ -75,12 +75,12 @@ class Plan:
 
 
 NONE = Plan(0, 0.0, "no language model: --classic")
-"""What is planned where none is wanted."""
+"""The plan for a search without a language model."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What validation users say of a fusion with the tuned model: ``kept`` where they lose without it."""
+    """Whether the tuned model is ``kept``: only if validation figures of the ensemble are worse without it."""
 
     kept: bool
     sentence: str
@@ -90,9 +90,9 @@ def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
     """Return the training that a budget allows.
 
     Args:
-        budget: Seconds in all.
-        titles: Items have titles, which the model reads and writes.
-        device: What it runs on; None: nothing to train it with is installed.
+        budget: The whole budget, in seconds.
+        titles: Whether items have titles, which the model reads and writes.
+        device: The device of the model; None if the training libraries are not installed.
     """
     if not titles:
         return Plan(0, 0.0, "no language model: the items have no titles that it could read")
@@ -109,7 +109,7 @@ def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
 
 
 def with_model(recipe: Recipe, planned: Plan) -> Recipe:
-    """Return a recipe of classic recommenders with a language model that is tuned and joined with them."""
+    """Return a recipe of classic recommenders with a fine-tuned language model added to their ensemble."""
     page = recipe.model_dump(mode="json")
     page["train"] = {
         "steps": planned.steps,
@@ -128,7 +128,7 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
 
 
 def judged(results: Results) -> Judged:
-    """Say whether the fusion of classic recommenders gains from the tuned model, by validation users alone."""
+    """Return whether the tuned model improves the ensemble of classic recommenders, on validation users only."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
     parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
@@ -144,16 +144,16 @@ def judged(results: Results) -> Judged:
 # --------------------------------------------------------------------------- the parts of the ensemble
 
 
-# Share of items with a title from which on texts are worth reading.
+# Share of items that must have a title for texts to be used.
 _TITLED = 0.5
 
 
 @dataclass(frozen=True)
 class Part:
-    """A recommender that may become a part of the fusion.
+    """A recommender that may become a member of the ensemble.
 
     Attributes:
-        label: What it is called in files and lines.
+        label: Its name in files and messages.
         baseline: Its name in the registry.
         fixed: Parameters that are not tuned.
     """
@@ -164,24 +164,24 @@ class Part:
 
 
 def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float) -> list[Part]:
-    """Return what is tried on a data set.
+    """Return the recommenders to tune on a data set, cheapest first.
 
-    Tuned alone, recommenders forget what is more than a few events old and then say much the same: those with the
-    whole history stand beside them, since parts of a fusion are to differ.
+    Recommenders that are tuned one by one come to use only the last few events, which makes them similar. Variants that
+    use the whole history are included as well, because members of an ensemble should differ.
 
     Args:
         dataset: The data.
-        encoder: The text encoder that is at hand; None: latent semantic analysis of the texts themselves.
-        texts: Items have texts; see `has_texts`.
-        torch: Networks can be trained here.
-        budget: Seconds of the whole search.
+        encoder: The available text encoder; None for latent semantic analysis of the texts.
+        texts: Whether items have texts; see `has_texts`.
+        torch: Whether networks can be trained on this machine.
+        budget: The budget of the whole search, in seconds.
     """
     settings: list[tuple[int, Part]] = []
     for name, entry in BASELINES.items():
         if entry.needs == "torch" and not torch:
             continue
         baseline = lookup(BASELINES, name, "baseline")
-        # A baseline that tunes its encoder needs one.
+        # A baseline that fine-tunes its encoder needs one.
         if baseline.READS != "events" and not (texts and (encoder or baseline.READS == "texts")):
             continue
         keys = baseline.Config.model_fields
@@ -195,7 +195,7 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
 
 
 def has_texts(dataset: Dataset) -> bool:
-    """Whether most items have a title that is not their id."""
+    """Return whether most items have a title that is not their id."""
     titled = sum(item.title not in ("", name) for name, item in dataset.items.items())
     return titled > _TITLED * len(dataset.items)
 
@@ -204,17 +204,17 @@ def has_texts(dataset: Dataset) -> bool:
 
 
 PAGE, FIXED = "table.yaml", "fixed"
-"""What is written into the folder of trials: what `init` made, and a folder of a copy without faults."""
+"""Names in the folder of trials: the recipe from `init`, and the folder of a copy of the table without faults."""
 PAGES = (".yaml", ".yml")
 
 
 def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
-    """Return a recipe of the data alone."""
+    """Return a recipe of the data, without models."""
     page = options.table.endswith(PAGES)
     given = load_recipe(options.table) if page else _looked_at(options, state, say)
     data = given.data.model_dump(mode="json")
     if not page:
-        # Whoever has few interactions is to be served too.
+        # Users with few interactions get recommendations too.
         data["filter"] |= {"user_core": 1, "item_core": 1}
     return as_recipe(
         {
@@ -228,14 +228,14 @@ def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str],
 
 
 def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
-    """Return what `init` makes of a table; where faults can be fixed, of a fixed copy, and say what that lacks."""
+    """Return the recipe of `init` for a table, or for a copy with faults fixed, whose missing rows are reported."""
     page = state / PAGE
     made = init(
         options.table,
         items=options.items,
         out=page,
         name=options.name,
-        # A row without a rating is an interaction all the same.
+        # A row without a rating is still an interaction.
         asked=asked(replace(options, rating=options.rating or "none")),
         mend=state / FIXED / f"{name_of(options.name, options.table)}.csv",
         force=True,
@@ -248,29 +248,29 @@ def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) ->
 
 
 STATE = "auto"
-"""Folder of a run that holds trials, the best recipe so far, and what became of each part."""
+"""Folder of a run with the trials, the best recipe so far, and the outcome of each recommender."""
 _ENCODER = "all-MiniLM-L6-v2"
 _RESERVED = FusionSection().reserved
-# The end asks more users than a trial does, and its audit fits every recommender once more, on other held-out events.
+# The final run has more users than a trial, and its audit fits each recommender again, with other held-out events.
 _FINISH = 2.0
 _LEAST_FINISH = 20.0
-# Of the budget, the most that one first trial may take.
+# Largest share of the budget for one first trial.
 _FIRST_SHARE = 0.15
 _POLL = 0.2
 _LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
-# What is written into the folder of trials.
+# Names in the folder of trials.
 _OWN = frozenset({PAGE, FIXED, SCHEMA, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 
 
 @dataclass
 class Tried:
-    """What became of a part.
+    """The outcome of tuning a recommender.
 
     Attributes:
-        part: The part.
+        part: The recommender.
         trials: Its trials.
-        note: Why there are no more; empty where its grid was searched through.
-        seconds: Spent on it.
+        note: Why there are no more; empty if its whole grid was searched.
+        seconds: Time spent on it.
     """
 
     part: Part
@@ -280,7 +280,7 @@ class Tried:
 
     @property
     def best(self) -> Done | None:
-        """The first of the best trials."""
+        """The best trial; the first one in a tie."""
         return max(self.trials, key=lambda trial: trial.value, default=None)
 
 
@@ -288,20 +288,20 @@ Allowed = Callable[[Sequence[Tried]], float]
 
 
 def _promise(tried: Tried) -> float:
-    """Return what a part's share of the time is in proportion to: a tenth more NDCG is half as much time again."""
+    """Return the weight of a recommender's share of the time: 10 % more NDCG gives about 50 % more time."""
     best = tried.best
     return max(best.value, 1e-6) ** 4 if best else 0.0
 
 
 @dataclass(frozen=True, repr=False)
 class Auto(Displayed):
-    """What `auto` made.
+    """The result of `auto`.
 
     Attributes:
         folder: The run folder, ready to be served.
         run: Its figures.
-        tried: Every part.
-        sentence: Which recommender is served and why, and what it reaches on test users.
+        tried: Every recommender that was tuned.
+        sentence: Which recommender is served and why, with its figure on test users.
         served: The name of that recommender.
         seconds: Wall time of this call.
     """
@@ -331,15 +331,15 @@ class Auto(Displayed):
 def build(
     options: AutoOptions, say: Callable[[str], None] = lambda line: None, *, data: Any = None, items: Any = None
 ) -> Auto:
-    """Make a recommender from a table, as good as the budget allows, and measure it on users held out for that.
+    """Build the best recommender for a table within a time budget, and measure it on test users.
 
-    Every part has one trial at its defaults, then they share what is left of the time and search their grids. All
-    choices are made by NDCG@10 on validation users; half of these only weigh the fusion. The test users are looked at
-    once, at the end. A killed call resumes where it was; Ctrl-C ends the search and finishes with what was found.
+    Every recommender has one trial with its defaults; then they share the remaining time to search their grids. All
+    choices are made by NDCG@10 on validation users; half of these are only for the weights of the ensemble. Test users
+    are evaluated once, at the end. A killed call resumes; Ctrl-C ends the search and continues with its best result.
 
     Args:
-        options: What is asked for.
-        say: Is told a line for every step.
+        options: The options of the command.
+        say: Listener that gets a line for every step.
         data: Interactions as a frame, in place of the table.
         items: One row an item, as a frame, in place of the table of items.
 
@@ -390,7 +390,7 @@ def build(
             try:
                 joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
             except EngineFailure as failure:
-                # What the classic recommenders found stands without it.
+                # The result of the classic recommenders is valid without it.
                 sentence += f" The tuned language model is not kept: {failure.reason}."
             else:
                 with_it = Results.model_validate(joined.results)
@@ -410,7 +410,7 @@ def _settings(number: int, which: str = "") -> str:
 
 
 def told(made: Auto) -> str:
-    """Return what to print: the sentence, the parts, and what to do next."""
+    """Return the text to print: the sentence, the recommenders, and the next commands."""
     tuned = "The best setting of each recommender, on the validation users who chose it and not the one that is served:"
     lines = [*wrapped(made.sentence), "", *wrapped(tuned)]
     for tried in made.tried:
@@ -439,7 +439,7 @@ def _folder(options: AutoOptions) -> tuple[str, Path]:
 
 
 def _device() -> str | None:
-    """Return what a language model would run on; None where there is nothing to train one with."""
+    """Return the device for a language model; None if the training libraries are not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "trl", "peft")):
         return None
     from llmrec.models.load import device
@@ -449,7 +449,7 @@ def _device() -> str | None:
 
 
 def _encoder() -> str | None:
-    """Return the text encoder, where its weights are at hand or can be fetched and there is something to run them."""
+    """Return the text encoder; None if its weights or the library to run it are not available."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from llmrec.models.text_encoder import text_embedder
@@ -463,7 +463,7 @@ def _encoder() -> str | None:
 
 @dataclass
 class _Search:
-    """Tries parts until the time is up, which leaves what the end takes."""
+    """Tunes recommenders until a deadline, and reserves time for the final run."""
 
     recipe: Recipe
     data: str  # the fingerprint of its split
@@ -476,18 +476,18 @@ class _Search:
     clock: Callable[[], float] = time.monotonic
 
     def first(self) -> None:
-        """Give every part a trial at its defaults, the cheap ones first."""
+        """Run one trial with the defaults of each recommender, cheapest first."""
         every = [Tried(part, done(self._file(part), self._key(part))) for part in self.parts]
         self.tried = {tried.part.label: tried for tried in every}
         untried = [tried for tried in every if not tried.trials]
         self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _FIRST_SHARE))
 
     def rest(self) -> None:
-        """Share what is left of the time by what parts promise; what one does not need goes to the others."""
+        """Share the remaining time by the figures of the recommenders; time that one leaves over goes to the others."""
         able = [tried for tried in self.tried.values() if tried.trials]
         able.sort(key=lambda tried: max(trial.seconds for trial in tried.trials))
         self._round(able, first=False, allowed=self._share)
-        # Who was cut short goes on in what the others did not need; who has no trial yet comes last.
+        # Recommenders that ran out of time continue in the time that is left over; those without a trial come last.
         short = [tried for tried in able if tried.note == _LATE]
         self._round(sorted(short, key=_promise, reverse=True), first=False, allowed=lambda waiting: self._left())
         late = [tried for tried in self.tried.values() if not tried.trials and tried.note in (_LATE, _SLOW)]
@@ -495,18 +495,18 @@ class _Search:
         self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
 
     def _share(self, waiting: Sequence[Tried]) -> float:
-        """Return what the first of those that wait may take: a quarter of the time is shared alike."""
+        """Return the seconds for the first waiting recommender: a quarter is shared equally, the rest by `_promise`."""
         alike, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
         return self._left() * (0.25 * alike + 0.75 * promised)
 
     def chosen(self, users: int) -> Recipe:
-        """Return the recipe of all parts with their best parameters.
+        """Return the recipe of all recommenders with their best hyperparameters.
 
         Raises:
-            DataError: If no part has a trial.
+            DataError: If no recommender has a trial.
         """
         for tried in self.tried.values():
-            # An interrupted part has more than was told of it.
+            # An interrupted recommender has trials that were not reported yet.
             tried.trials = done(self._file(tried.part), self._key(tried.part))
         result = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
         if not result:
@@ -517,7 +517,7 @@ class _Search:
         baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
         for tried in result.values():
             assert tried.best is not None
-            # A parameter of the display is none of the recommender.
+            # `quiet` is about output, not a hyperparameter.
             named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
             baselines.append({"name": tried.part.baseline, **named})
         recipe = self.recipe.model_dump(mode="json")
@@ -528,7 +528,7 @@ class _Search:
         return made
 
     def best(self, made: Recipe, data: SplitDataset) -> Choice:
-        """Return the row of the best trial among the parts of a recipe, which `chosen` made."""
+        """Return the row with the best trial, among the recommenders of a recipe from `chosen`."""
         baselines = made.tasks.present()["sequential"].baselines
         result = [tried.best.value for tried in self.tried.values() if tried.best is not None]
         figures = {
@@ -540,7 +540,7 @@ class _Search:
         return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
 
     def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:
-        """Have parts tried; ``allowed`` is how long the first of those that wait may take."""
+        """Tune recommenders in turn; ``allowed`` returns the seconds for the first waiting one."""
         waiting = list(parts)
         while waiting:
             if self._left() <= 0:
@@ -550,7 +550,7 @@ class _Search:
             del waiting[: self._try(waiting, first=first, allowed=allowed)]
 
     def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Allowed) -> int:
-        """Have parts tried one after another until one takes too long or fails; return how many were."""
+        """Tune recommenders in one subprocess until one takes too long or fails; return how many were processed."""
         at = self.state / "trials" / "at.json"
         wanted = Asked(
             recipe=str(self.state / "data.yaml"),
@@ -581,7 +581,7 @@ class _Search:
         return min(places.now + 1, len(waiting))
 
     def _told(self, tried: Tried, known: int, took: float, note: str = "") -> None:
-        """Take over what a part has tried, and say it."""
+        """Read the trials of a recommender, and report them."""
         tried.trials = done(self._file(tried.part), self._key(tried.part))
         tried.note = note or ("" if tried.trials else _SLOW)
         tried.seconds += took
@@ -592,11 +592,11 @@ class _Search:
         self.say(f"{tried.part.label}: {told}{f'; {tried.note}' if tried.note else ''}")
 
     def _left(self) -> float:
-        """Return the seconds that may still be searched."""
+        """Return the seconds left for the search."""
         return self.deadline - self.clock() - self._finish()
 
     def _finish(self) -> float:
-        """Return what fitting and measuring the parts at the end takes."""
+        """Return the estimated seconds of the final run."""
         fits = sum(max(trial.seconds for trial in tried.trials) for tried in self.tried.values() if tried.trials)
         return max(_LEAST_FINISH, _FINISH * fits)
 
@@ -609,7 +609,7 @@ class _Search:
 
 @dataclass
 class _Places:
-    """Which of a child's parts it is at, as its file says."""
+    """The progress of a subprocess: the index of its current recommender, read from a file."""
 
     file: Path
     count: int
@@ -619,7 +619,7 @@ class _Places:
         self.file.unlink(missing_ok=True)
 
     def passed(self, *, done: bool = False) -> range:
-        """Return the parts that it has left behind since the last call; all of them where it is done."""
+        """Return the indices of recommenders finished since the last call; all remaining ones if it is done."""
         result = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
         before, self.now = self.now, result
         return range(before, result)
@@ -627,12 +627,12 @@ class _Places:
 
 @contextmanager
 def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run trials in a process of their own, which does not outlive this."""
+    """Run trials in a subprocess, which is killed when the context ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     page = log.with_name("asked.json")
     write_json(page, asdict(asked))
     with log.open("ab") as told:
-        # A group of its own: Ctrl-C is for the parent, which decides.
+        # A separate process group: Ctrl-C reaches only the parent, which ends the search.
         child = subprocess.Popen(
             [sys.executable, "-m", "llmrec.start.auto_trial", str(page)],
             stdout=told,
@@ -649,7 +649,7 @@ def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
-    """Return what `auto.json` holds."""
+    """Return the content of `auto.json`."""
     return {
         "kind": "auto",
         "table": options.table,

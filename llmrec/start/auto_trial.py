@@ -1,6 +1,6 @@
-"""Tunes recommenders in a process of its own, which may be killed at any time: every trial is in a file at once.
+"""Tunes recommenders in a subprocess that may be killed at any time: every trial is stored as soon as it ends.
 
-``python -m llmrec.start.auto_trial ASKED.json`` reads what `Asked` holds and writes trials, one file a recommender.
+``python -m llmrec.start.auto_trial ASKED.json`` reads an `Asked` and writes the trials, one file per recommender.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 TABLE = "excluded"
-"""Rankings leave out what the user has had, as a recommender that is served does."""
+"""Rankings exclude seen items, as a served recommender does."""
 
 
-# Epochs that a network takes at least before validation stops it, and seconds of one that is long.
+# Least number of epochs before early stopping ends training, and seconds from which an epoch is long.
 _EPOCHS, _LONG = 15, 10.0
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """One recommender, and where its trials go.
+    """A recommender to tune, and the file of its trials.
 
     Attributes:
         baseline: Name in the registry.
@@ -46,15 +46,15 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is tuned.
+    """The input of the subprocess.
 
     Attributes:
-        recipe: Of the data.
-        parts: One after another.
-        first: Of each only the first trial, at the defaults.
-        within: Seconds that a first trial may take; a network whose epochs are too slow for that is not begun.
-        reserved: Share of validation users that weigh the fusion and choose nothing.
-        at: A file that holds which of the parts is at work.
+        recipe: The path of a recipe of the data.
+        parts: The recommenders, tuned one after another.
+        first: Whether each gets only its first trial, with the defaults.
+        within: Seconds for a first trial; a network whose epochs are too slow for that is skipped.
+        reserved: Share of validation users that are only for the weights of the ensemble.
+        at: The file with the index of the current recommender.
     """
 
     recipe: str
@@ -67,10 +67,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Done:
-    """A trial: parameters, NDCG@10 on validation, and what fitting and asking took.
+    """A trial: hyperparameters, validation NDCG@10, and time.
 
     Attributes:
-        seconds: Of the trial.
+        seconds: Time of fitting and evaluation.
     """
 
     parameters: dict[str, Json]
@@ -79,7 +79,7 @@ class Done:
 
 
 def done(out: Path, key: str) -> list[Done]:
-    """Return the trials in a file; none where it is of other data or another version."""
+    """Return the trials in a file; none if it is of other data or another version."""
     stored = read_stage(out, key, _trials)
     return _trials(stored) if stored else []
 
@@ -89,12 +89,12 @@ def _trials(stored: Mapping[str, Any]) -> list[Done]:
 
 
 def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
-    """Return the fingerprint of trials; ``data`` is that of the split."""
+    """Return the cache key of trials; ``data`` is the fingerprint of the split."""
     return fingerprint("trials", made_by=[(BASELINES, baseline)], data=data, fixed=fixed, reserved=reserved)
 
 
 def search(asked: Asked) -> None:
-    """Try points of each part until its grid is exhausted; one of each where that is asked."""
+    """Evaluate hyperparameter settings of each recommender until its grid is exhausted, or only the first."""
     from llmrec.data.split import halves
     from llmrec.pipeline.study import load_split
     from llmrec.recipe.load import load_recipe
@@ -111,7 +111,7 @@ def search(asked: Asked) -> None:
 
 
 def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) -> bool:
-    """Whether a network cannot be trained in the time, from the seconds of one epoch, which are measured once."""
+    """Return whether a network is too slow for the time, from the measured seconds of one epoch."""
     from llmrec.baselines.parameters import make
     from llmrec.registry import BASELINES, lookup
 
@@ -127,7 +127,7 @@ def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) 
     file = Path(part.out).with_suffix(".epoch.json")
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if known.get("key") != key:
-        # The first one of a process has imports in it, which count where an epoch is short.
+        # The first epoch of a process includes imports, which matter if an epoch is short.
         seconds = epoch()
         known = {"key": key, "seconds": seconds if seconds > _LONG else min(seconds, epoch())}
         write_json(file, known)
@@ -148,7 +148,7 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
         defaults = made.Config(**part.fixed).model_dump()
         grid = {name: (defaults[name],) for name in grid}
     if made.READS == "texts":
-        # Vectors of texts are kept from here on: the first trial is not to look dearer than others will be.
+        # Cache the embeddings first, so that their cost is not counted in the first trial.
         text_vectors(data, Catalogue.of(data).ids, made.Config(**part.fixed))
     before = time.monotonic()
 

@@ -1,8 +1,8 @@
 """Guesses which column of a table is the user, the item, the rating and so on, from names and from values.
 
-Names only propose: a column that is different in every row is no user whatever it is called, a title goes with its
-item, and numbers that look like counts are no ratings. Where two columns fit the user or the item equally well the
-guess ends in a question, never in a coin toss.
+A name is only a proposal: a column with a different value in every row is not the user whatever its name, a title must
+be determined by its item, and numbers that look like counts are not ratings. If two columns fit the user or the item
+equally well, the guess ends with an error that asks for the column, never with a random choice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROLES = ("user", "item", "rating", "time", "title", "text", "split")
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user said: column names, `NONE` to leave a role out, None where it is to be guessed."""
+    """The roles that the user gave: column names, `NONE` for a role without a column, None for one to guess."""
 
     user: str | None = None
     item: str | None = None
@@ -56,13 +56,13 @@ class Asked:
     split: str | None = None
 
     def of(self, role: str) -> str | None:
-        """Return what was said of a role."""
+        """Return the column that the user gave for a role."""
         value: str | None = getattr(self, role)
         return value
 
 
 def asked(options: TableOptions) -> Asked:
-    """Return what options say of columns: ``fields`` have commas between them, ``dates`` is one of two words.
+    """Return the columns in the options: ``fields`` is comma-separated, ``dates`` is one of two words.
 
     Raises:
         DataError: If ``dates`` is another word.
@@ -82,21 +82,21 @@ def asked(options: TableOptions) -> Asked:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which column is what.
+    """The roles of the columns.
 
     Attributes:
-        user: The user's column.
-        item: The item's column.
-        rating: Column of ratings, if any; so are the next three.
-        time: Of times.
-        title: Of item titles, in this table or in that of the items.
-        text: Of what the user wrote.
+        user: Column of users.
+        item: Column of items.
+        rating: Column of ratings, if any.
+        time: Column of times, if any.
+        title: Column of item titles, if any, in this table or in that of the items.
+        text: Column of texts by users, if any.
         fields: Further columns about items.
         why: A reason for every column of both tables, used or not.
-        profiles: Every column of the table of interactions by name.
-        items: Every column of the table of items by name; empty where there is none.
-        split: The column that says train, valid or test, if any.
-        dates: What was said of the order in dates of the column of times.
+        profiles: Profile of each column of the table of interactions, by name.
+        items: Profile of each column of the table of items, by name; empty if there is no such table.
+        split: Column of the parts train, valid and test, if any.
+        dates: Order of day and month in the column of times, if the user gave it.
     """
 
     user: str
@@ -113,12 +113,12 @@ class Roles:
     dates: DateOrder | None = None
 
     def named(self, role: str, own: str) -> str | None:
-        """Return a role's column as recipes say it: `NONE` where there is none, and a column has llmrec's own name."""
+        """Return a role's column for a recipe; `NONE` if it has none but a column has llmrec's name for the role."""
         result: str | None = getattr(self, role)
         return result or (NONE if own in self.profiles else None)
 
     def again(self, item: str) -> Asked:
-        """Return the roles as something asked for, of a copy of the table that calls the item so."""
+        """Return the roles as an `Asked`, for a copy of the table whose item column has the given name."""
         return Asked(
             user=self.user,
             item=item,
@@ -132,11 +132,11 @@ class Roles:
         )
 
     def uses(self, column: str) -> bool:
-        """Whether a recipe names a column."""
+        """Return whether a recipe names a column."""
         return column in self.fields or any(getattr(self, role) == column for role in ROLES)
 
     def taken_for(self, column: str) -> str:
-        """Return what a column was taken for, in the words of a recipe; ``-`` for one that is not used."""
+        """Return the roles of a column by the keys of a recipe; ``-`` for an unused column."""
         result = [role for role in ROLES if getattr(self, role) == column]
         return ", ".join(result) or ("field" if column in self.fields else "-")
 
@@ -148,17 +148,17 @@ def check_asked(
     items: Mapping[str, Profile],
     inner: Sequence[str] = (),
 ) -> None:
-    """Check that every column that was named exists, and is named once.
+    """Check that every column that the user gave exists, and has one role.
 
     Args:
-        name: Of the table.
-        asked: What the user said.
-        profiles: Every column of the table of interactions.
-        items: Every column of the table of items.
-        inner: Further columns, in lists.
+        name: Name of the table.
+        asked: The roles that the user gave.
+        profiles: The columns of the table of interactions.
+        items: The columns of the table of items.
+        inner: Further columns, inside lists.
 
     Raises:
-        DataError: If not; the message suggests the closest name.
+        DataError: Otherwise; the message suggests the closest name.
     """
     for role in (*ROLES, "fields"):
         named = (asked.fields or ()) if role == "fields" else (asked.of(role),)
@@ -191,9 +191,10 @@ _MOST_LEVELS = 101
 
 
 def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
-    """Return the columns in lists for whose sake each element is a row.
+    """Return the columns inside lists that are used, so that each element becomes a row.
 
-    They are those that the user named, or else one that is called like the item, where no other column is as much.
+    They are those that the user gave; without any, the column whose name fits the item best, if no column outside lists
+    fits as well.
     """
     inner = paths(table)
     text = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
@@ -206,15 +207,15 @@ def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
 
 
 def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
-    """Return which column is what.
+    """Return the guessed roles of the columns.
 
     Args:
         table: The interactions.
-        asked: What the user said.
-        items: The table of items, where there is one: titles and fields are looked for there first.
+        asked: The roles that the user gave.
+        items: The table of items, if any, which is searched for titles and fields first.
 
     Raises:
-        DataError: If a column does not exist, nothing fits the user or the item, or two columns fit equally well.
+        DataError: If a column is missing, no column fits the user or the item, or two columns fit equally well.
     """
     profiles = profile(table, asked.dates)
     listed = profile(items) if items is not None else {}
@@ -226,7 +227,7 @@ def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
 
 
 class _Guess:
-    """One table's columns on their way to `Roles`."""
+    """Assigns the columns of a table to `Roles`, one role after another."""
 
     def __init__(
         self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
@@ -269,7 +270,7 @@ class _Guess:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
     def _tie(self, one: str, other: str) -> float | None:
-        """Return how far ``other`` follows from ``one``; None where the table cannot show it."""
+        """Return how well ``one`` determines ``other``, see `goes_with`; None if the table cannot show it."""
         if (one, other) not in self._ties:
             self._ties[one, other] = goes_with(self._profiles[one].cells, self._profiles[other].cells)
         return self._ties[one, other]
@@ -317,7 +318,7 @@ class _Guess:
             scored.append((self._score(col, role, weight), col))
         if not scored:
             return None
-        # Of columns that stand for each other, such as an id and a number of the same product, the first will do.
+        # Of equivalent columns, such as an id and a number of the same product, the first is used.
         scored.sort(key=lambda pair: -pair[0])
         top, best = scored[0]
         rivals = [h for s, h in scored[1:] if s >= top - _CLOSE and not self._same(best.name, h.name)]
@@ -352,7 +353,7 @@ class _Guess:
         return self._goes(one, other) and self._goes(other, one)
 
     def _id_like(self, *others: str) -> list[Profile]:
-        """Columns that could be ids by their values; those that follow from ``others`` describe these."""
+        """Return the columns that could be ids by their values, except those that ``others`` determine."""
         return [
             col
             for col in self._free()
@@ -417,7 +418,7 @@ class _Guess:
     # ----------------------------------------------------------------------- the rest
 
     def _split(self) -> str | None:
-        """The column, if there is just one, whose every row names a part of a split, train and test among them."""
+        """Return the column whose every row names a part of a split, train and test included; None if not unique."""
         result = {}
         for col in self._free():
             sizes = parts_in(col)
@@ -430,7 +431,7 @@ class _Guess:
         return next(iter(result)) if len(result) == 1 else None
 
     def _check_split(self, column: str | None) -> None:
-        """Refuse a column that was named and says something else."""
+        """Reject a given split column with a value that is not a part of a split."""
         if column is None:
             return
         col = self._profiles[column]
@@ -560,7 +561,7 @@ class _Guess:
         )
 
     def _owned(self, col: Profile) -> bool:
-        """Whether a column describes the user or the item, and not what happened between them."""
+        """Return whether a column describes the user or the item rather than the interaction."""
         return self._goes(self._item, col.name) or self._goes(self._user, col.name)
 
     def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
@@ -607,7 +608,7 @@ class _Guess:
         return tuple(name for _, name in scored if name in kept)
 
     def _equal(self, one: str, other: str) -> bool:
-        """Whether two columns of one table hold the same values; numbers are compared by what they mean."""
+        """Return whether two columns of one table have equal values; numbers are compared numerically."""
         first, second = (self._profiles.get(name) or self._items[name] for name in (one, other))
         if (one in self._profiles) != (other in self._profiles):
             return False

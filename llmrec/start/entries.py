@@ -1,4 +1,4 @@
-"""What the first steps add to the registry: a recipe or a recommender from a table, and tuning."""
+"""Registry entries of this package: `llmrec init`, `llmrec auto` and `llmrec tune`."""
 
 from llmrec.entries import Command
 

@@ -1,4 +1,4 @@
-"""What stands between a table and a recipe that can read it, and a copy of the table in which it is put right."""
+"""Faults that keep a recipe from reading a table, and a copy of the table with the faults fixed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ COPY_ENDINGS = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that `llmrec check` would refuse.
+    """A fault of a table, which `llmrec check` would reject.
 
     Attributes:
-        column: Where it is.
-        at: And in which row, as far as that can be known.
-        said: One clause that names the row, the value and what is wrong.
-        mend: What the copy does about it; empty if nothing can be done without asking.
-        instead: What else can be done.
-        kind: What is wrong, for programs.
+        column: Its column.
+        at: Its file and row, as far as known.
+        said: A clause with the row, the value and the error.
+        mend: How the copy fixes it; empty if only the user can.
+        instead: Another way to fix it.
+        kind: The kind of error, for programs.
     """
 
     column: str
@@ -41,11 +41,11 @@ class Fault:
 
 
 def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
-    """Return what the recipe could not read, in the order of rating, time and ids.
+    """Return the faults of a table: ratings, then times, then ids.
 
     Args:
         peek: The interactions, or a part of them.
-        roles: Which column is what.
+        roles: The roles of the columns.
         items: The table of items, if there is one.
         item_column: The item's column in the table of items.
     """
@@ -59,13 +59,13 @@ def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> l
 
 
 def _bad(col: Profile, values: pl.Series) -> tuple[int, int]:
-    """Return how many rows have no value, and the first of them."""
+    """Return the number of rows without a value, and the index of the first."""
     gone = values.is_null()
     return int(gone.sum()), int(gone.arg_max() or 0)
 
 
 def _unused(peek: Peek, col: Profile, role: str, values: pl.Series) -> Fault | None:
-    """A column with llmrec's own name for a role is read although nobody named it, so it must be readable too."""
+    """Return the fault of a column with llmrec's name for a role: it is read by default, even if no role was given."""
     rows, row = _bad(col, values)
     if not rows:
         return None
@@ -198,12 +198,12 @@ def _place(peek: Peek, col: Profile, row: int, what: str) -> str:
 
 
 def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
-    """Return one paragraph that names every fault and the ways out.
+    """Return a paragraph with every fault and the ways to fix them.
 
     Args:
-        name: Of the table.
+        name: Name of the table.
         listed: The faults.
-        copy: Where a fixed copy could be written; None: the table is a frame in memory, of which none is.
+        copy: Where a fixed copy could be written; None for a frame in memory, which is not copied.
     """
     parts = [fault.said for fault in listed]
     message = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
@@ -229,13 +229,13 @@ def _capital(text: str) -> str:
 
 
 def mended(table: Table, roles: Roles, items: Table | None, item_column: str) -> tuple[pl.DataFrame, list[str]]:
-    """Return the columns that the recipe uses with their faults fixed, and what was done.
+    """Return the columns of the recipe with faults fixed, and descriptions of the fixes.
 
     Args:
         table: The whole table.
-        roles: Which column is what, found on the whole table.
+        roles: The roles of the columns, from the whole table.
         items: The table of items, if there is one.
-        item_column: The item's column there; the copy calls it the same.
+        item_column: The item's column in the table of items, and its name in the copy.
     """
     profiles = roles.profiles
     others = (roles.user, roles.rating, roles.time, roles.title, roles.text, roles.split, *roles.fields)
@@ -277,10 +277,10 @@ def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.
 
 
 def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
-    """Write a fixed table as CSV or Parquet, by the ending.
+    """Write a fixed table as CSV or Parquet, chosen by the suffix.
 
     Raises:
-        DataError: If the ending is another one, the file exists, or nothing is left to write.
+        DataError: If the suffix is another one, the file exists, or no rows are left.
     """
     if path.suffix.lower() not in COPY_ENDINGS:
         raise DataError(

@@ -25,11 +25,11 @@ from llmrec.start.tune import Found, search
 
 @dataclass(frozen=True, repr=False)
 class Begun(Displayed):
-    """What `init` made of a frame.
+    """The result of `init` for a frame.
 
     Attributes:
         recipe: For `llmrec.run`, which takes the frame as ``data`` and the items as ``items``.
-        found: Which column was taken for what, and why; what the data is like; which tasks it can carry.
+        found: The role of each column and the reason, figures of the data, and the tasks that it supports.
     """
 
     recipe: Recipe
@@ -55,13 +55,13 @@ def init(
     dates: str | None = None,
     split: str | None = None,
 ) -> Begun:
-    """Look at a frame and return a recipe for it.
+    """Return a recipe for a frame of interactions.
 
-    A column is guessed where none is named; ``"none"`` says that there is no such column.
+    A role that is not given is guessed; ``"none"`` means that there is no such column.
 
     Args:
         frame: Interactions; see `llmrec.data.frames.with_frames`.
-        items: One row an item, as a frame.
+        items: Items as a frame, one row per item.
         name: The recipe's name.
         user: Column of users.
         item: Column of items.
@@ -69,12 +69,12 @@ def init(
         time: Column of times.
         title: Column of item titles.
         text: Column of texts that users wrote.
-        fields: Further columns about items, with commas between them.
+        fields: Further columns about items, comma-separated.
         dates: Order in dates such as 03/04/2024: ``"day-first"`` or ``"month-first"``.
         split: Column of the parts train, valid and test.
 
     Raises:
-        DataError: If the frame cannot be judged, or no task can be made of it.
+        DataError: If the roles cannot be guessed, or the frame supports no task.
     """
     options = InitOptions(
         table="frame",
@@ -127,28 +127,28 @@ def auto(
     query: str | None = None,
     quiet: bool = False,
 ) -> Auto:
-    """Make a recommender from a table within a budget of time: recommenders are tuned, joined and measured.
+    """Build a recommender from a table within a time budget: recommenders are tuned, combined and measured.
 
-    A call that was killed resumes where it was. ``llmrec.load(made.folder)`` opens the recommender.
+    A killed call resumes where it was. ``llmrec.load(made.folder)`` opens the recommender.
 
     Args:
         table: Interactions as a frame, see `llmrec.data.frames.with_frames`; or the path of a table or of a recipe.
-        items: One row an item, as a frame or the path of a table.
+        items: Items as a frame or the path of a table, one row per item.
         budget: Wall time for all of it, such as ``"90s"``, ``"30m"`` or ``"2h"``.
         out: The run folder; ``runs/<name>-auto`` by default.
-        name: What the run is called; by default the name of the file, or ``frame``.
+        name: Name of the run; by default that of the file, or ``frame``.
         users: Test users that the finished recommender is measured on.
-        classic: Tune no language model, whatever the budget allows.
-        user: Column of users; a column is guessed where none is named.
+        classic: Whether to leave language models out, whatever the budget allows.
+        user: Column of users; each column is guessed if it is not given.
         item: Column of items.
-        rating: Column of ratings, which nothing here reads; left out by default.
+        rating: Column of ratings, which no recommender of the search reads; left out by default.
         time: Column of times; ``"none"``: the order of the rows.
         title: Column of item titles; ``"none"``: ids are shown.
-        fields: Further item columns, with commas between them; ``"none"``: no columns.
+        fields: Further item columns, comma-separated; ``"none"``: no columns.
         dates: Order in dates such as 03/04/2024: ``"day-first"`` or ``"month-first"``.
         split: Column of the parts train, valid and test; ``"none"``: draw a split.
-        query: What is asked of a database: one SELECT.
-        quiet: Write no line for every step.
+        query: The query of a database: one SELECT.
+        quiet: Whether to print no lines about the steps.
 
     Raises:
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
@@ -189,21 +189,21 @@ def tune(
     items: Any = None,
     quiet: bool = False,
 ) -> Found:
-    """Search keys of a recipe on the validation split within a budget of time, and write the best as a recipe.
+    """Search keys of a recipe on the validation split within a time budget, and write the best values as a recipe.
 
-    The test split is not looked at. A call that was killed resumes where it was.
+    The test split is not used. A killed call resumes where it was.
 
     Args:
         recipe: See `llmrec.run`.
-        over: By key the values that are tried: a list such as ``[8, 16]``, or a range such as ``"1e-4..1e-3"``.
-        overrides: Keys of the recipe that stay as they are.
+        over: Values to try by key: a list such as ``[8, 16]``, or a range such as ``"1e-4..1e-3"``.
+        overrides: Keys of the recipe that are set in every trial.
         budget: Wall time of this call, such as ``"90s"``, ``"30m"`` or ``"2h"``.
         trials: Trials in all; by default as many as the budget allows.
-        metric: ``FAMILY/METRIC``, which decides; by default the headline metric of the recipe's first family.
+        metric: ``FAMILY/METRIC`` to optimise; by default the headline metric of the recipe's first family.
         out: The folder of trials; ``runs/<name>-tune`` by default.
         data: Interactions as a frame, in place of ``data.path``.
-        items: One row an item, as a frame, in place of ``data.items``.
-        quiet: Write no line for every trial.
+        items: Items as a frame, one row per item, in place of ``data.items``.
+        quiet: Whether to print no lines about the trials.
 
     Raises:
         MissingExtra: If Optuna is not installed.
@@ -226,7 +226,7 @@ def tune(
 
 
 def _searched(over: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Return keys and their values as the command line has them."""
+    """Return keys and values in the form of the command line."""
     if not isinstance(over, Mapping):
         return [over] if isinstance(over, str) else list(over)
     lists = {key: values if isinstance(values, list | tuple | range) else [values] for key, values in over.items()}

@@ -1,4 +1,4 @@
-"""`llmrec init`: looks at a table and writes a recipe that can be run at once, saying what it took for what."""
+"""`llmrec init`: writes a recipe for a table that can be run at once, with the role of each column and the reason."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from llmrec.start.profile import Peek, Profile, kinds_of_events, peek, shown
 from llmrec.start.suggestions import companion_of, no_query, suggested
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What a schema begins with that llmrec wrote.
+# The beginning of a schema file that llmrec wrote.
 _TITLE = '"title": "llmrec recipe"'
 _CHECKED_ROWS = 300_000
 
 
 @dataclass(frozen=True)
 class Made:
-    """What `init` did.
+    """The result of `init`.
 
     Attributes:
-        recipe: The file that it wrote.
-        found: What it found and decided, ready to be printed.
-        then: What to do with the recipe on the command line.
-        fixes: What a copy of the table was made for, and the rows that it lacks; empty without one.
+        recipe: The path of the recipe.
+        found: The findings and decisions, as text.
+        then: The next commands, as text.
+        fixes: The faults that a copy of the table fixes, and the rows it leaves out; empty without a copy.
     """
 
     recipe: Path
@@ -58,7 +58,7 @@ class Made:
 
     @property
     def told(self) -> str:
-        """Both."""
+        """Findings and next commands, as text."""
         return f"{self.found}\n{self.then}"
 
 
@@ -80,14 +80,14 @@ def init(
     Args:
         table: The table of interactions: a file, the URL of a database, or ``hf://NAME``.
         items: The table of items, if there is one.
-        out: Where the recipe goes; ``<name>.yaml`` in the working folder by default.
+        out: Path of the recipe; ``<name>.yaml`` in the working folder by default.
         name: The recipe's name; the table's by default.
-        asked: What is known about columns.
-        mend: Where a fixed copy of the table may be written, if one is needed.
-        force: Write over an existing recipe or copy.
-        backend: The engine; by default that is left to each run.
-        query: What is asked of a database.
-        in_memory: The table is a frame of Python, so that no fixed copy of it is written.
+        asked: The roles that the user gave.
+        mend: Path for a fixed copy of the table, if one is needed.
+        force: Whether to overwrite an existing recipe or copy.
+        backend: The backend; by default each run chooses it.
+        query: The query of a database.
+        in_memory: Whether the table is a frame in Python, which gets no fixed copy.
 
     Raises:
         DataError: If the table cannot be read or judged, or could only be read after it is fixed.
@@ -149,7 +149,7 @@ def init(
 
 
 def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
-    """Write a recipe for a data set whose files a source reads as they were published."""
+    """Write a recipe for a published data set whose files a registered source reads."""
     split = Split(kind="given") if source == "samples" else Split()
     section = DataSection(source=source, path=str(path), duplicates="keep_last", split=split)
     dataset = load(section, seed=0)
@@ -169,7 +169,7 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
 
 
 def name_of(name: str | None, table: str) -> str:
-    """Return what a recipe is called: as asked, if that can be a name (else `RecipeError`), or after its table."""
+    """Return the name of a recipe: the given one, if valid (else `RecipeError`), or the name of its table."""
     if name is None:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(table).name.split(".")[0]).strip("-._")
         return stem or "mine"
@@ -201,7 +201,7 @@ def _is_elsewhere(text: str) -> bool:
 
 
 def _elsewhere(text: str, query: str | None) -> Peek:
-    """Read what a database or the hub has; what is asked of a database must be said."""
+    """Read a table from a database, which needs a query, or from the hub."""
     if is_hub(text):
         return Peek(result := read_hub(text), True, result.frame.height)
     if query is None:
@@ -238,13 +238,13 @@ def _items_file(text: str, table: str) -> Path:
 
 
 def _is(copy: Path, given: Path) -> bool:
-    """Whether a copy would be written over a table that was given."""
+    """Return whether a copy would overwrite a given table."""
     stored, _ = split_sheet(given)
     return stored.exists() and copy.samefile(stored)
 
 
 def _written(path: Path, target: Path) -> str:
-    """Return a path as a recipe needs it: relative only where the recipe lies in the folder in which init ran."""
+    """Return a path for a recipe: relative only if the recipe is in the working folder of init."""
     here = target.resolve().parent == Path.cwd().resolve()
     text = str(path)
     return text if here and not text.startswith(("~", "hf:")) else str(path.absolute())
@@ -254,7 +254,7 @@ def _written(path: Path, target: Path) -> str:
 
 
 def _item_column(roles: Roles, items: Table | None) -> str:
-    """Return the item's column in the table of items: the same name, or the one whose values are the same."""
+    """Return the item's column in the table of items: that of the same name, or the one that shares most values."""
     if items is None:
         return roles.item
     for name in (roles.item, leaf(roles.item)):
@@ -290,7 +290,7 @@ def _page(
 ) -> Page:
     title = roles.title
     if title is None and "title" in {*roles.profiles, *roles.items}:
-        title = roles.item  # otherwise a column of that name would be taken
+        title = roles.item  # otherwise a column of that name would be used
     columns = Columns(
         user=roles.user,
         item=roles.item,
@@ -329,15 +329,15 @@ def _page(
 
 
 def _write(page: Page, target: Path, *, check: bool, dataset: Dataset | None = None) -> tuple[Plan, Recipe, str]:
-    """Write the page, once `llmrec check` would accept it, and say what that says of the split.
+    """Write the recipe once `llmrec check` would accept it; return the plan, the recipe and a warning about the split.
 
-    A family that it refuses is switched off.
+    A family that `llmrec check` rejects is switched off.
 
     Args:
-        page: The page.
-        target: Where it goes.
-        check: Whether it is checked.
-        dataset: Its data before any filter, where it is at hand.
+        page: The content of the recipe.
+        target: Path of the recipe.
+        check: Whether to check it.
+        dataset: Its data before any filter, if already loaded.
     """
     from llmrec.pipeline.study import build_study
 
@@ -368,9 +368,9 @@ def _cut(dataset: Dataset, recipe: Recipe) -> SplitDataset:
 
 
 def _write_schema(file: Path) -> None:
-    """Put the schema beside the recipe, which names it: editors find it there on every machine."""
+    """Write the JSON schema into the folder of the recipe, which names it, so that editors find it on any machine."""
     text = resource("docs", "schema", "recipe.json").read_text(encoding="utf-8")
-    # Somebody else's file of that name stays.
+    # A user's file of that name is not overwritten.
     if not file.exists() or (file.is_file() and _TITLE in file.read_text(encoding="utf-8", errors="replace")[:200]):
         write_text(file, text)
 
@@ -434,7 +434,7 @@ def _listed(hints: Sequence[str]) -> list[str]:
 
 
 def _plan_hints(plan: Plan, cut: str) -> list[str]:
-    """Return what a plan has to say of its split and sizes."""
+    """Return hints about the split and the sizes of a plan."""
     hints = [cut] if cut else []
     if plan.split == "last_basket":
         hints.append(
@@ -485,7 +485,7 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
 
 
 def _events(roles: Roles) -> Iterator[tuple[Profile, Mapping[str, int]]]:
-    """Yield the columns that say what kind of event a row is, with the rows of each kind."""
+    """Yield the columns that hold the kind of event of each row, with the row count of each kind."""
     for col in roles.profiles.values():
         if not roles.uses(col.name) and (kinds := kinds_of_events(col)):
             yield col, kinds
@@ -496,7 +496,7 @@ def _where(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
 
 
 def _events_hint(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
-    """Say how to keep one kind of event."""
+    """Return a hint on how to keep one kind of event."""
     counted = ", ".join(f"{shown(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
     return (
         f"{shown(col.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "

@@ -75,7 +75,7 @@ class AutoOptions(TableOptions):
 
     @property
     def seconds(self) -> float:
-        """The budget."""
+        """The budget, in seconds."""
         return budget_seconds(self.budget, "--budget")
 
 
@@ -111,7 +111,7 @@ def budget_seconds(text: str, option: str) -> float:
     """Return a time such as ``90s``, ``30m`` or ``1.5h`` in seconds; a bare number is minutes.
 
     Raises:
-        RecipeError: If it is no such time.
+        RecipeError: If the text is not a time.
     """
     result = _BUDGET.fullmatch(text.strip().lower())
     unit = _UNITS.get(result[2] or "m") if result else None

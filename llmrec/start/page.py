@@ -20,26 +20,26 @@ from llmrec.start.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, sho
 from llmrec.start.profile import shown
 
 SCHEMA = "llmrec.schema.json"
-"""Beside the page, for editors."""
+"""The schema file in the folder of the recipe, for editors."""
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]+(?: [A-Za-z0-9_./-]+)*")
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a page says.
+    """The values for the recipe template.
 
     Attributes:
         name: The recipe's name.
-        made_from: The files, as its first words name them.
+        made_from: The files, as the recipe's first comment names them.
         path: ``data.path``.
         items: ``data.items``.
         columns: ``data.columns``.
-        why: A remark for each of its keys.
-        duplicates: Why repeated rows keep the latest; empty where there are none.
-        plan: Everything else.
-        query: ``data.query``, where ``path`` is a database.
-        where: The line that keeps one kind of event; empty where there are no kinds.
-        source: ``data.source``; other sources than ``table`` know their own columns.
+        why: A comment for each key of ``columns``.
+        duplicates: Why only the latest of repeated rows is kept; empty if none repeat.
+        plan: All other decisions.
+        query: ``data.query``, if ``path`` is a database.
+        where: The line that keeps one kind of event; empty if there are no kinds.
+        source: ``data.source``; sources other than ``table`` define their own columns.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Page:
 
 
 def scalar(value: str) -> str:
-    """Return a text as YAML on one line, quoted so that it is read back as this text, whatever it holds."""
+    """Return a string as a YAML scalar on one line, quoted if necessary."""
     return value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else _quoted(value)
 
 
 def expected(plan: Plan) -> str:
-    """Return the estimate in words."""
+    """Return the time estimate as text."""
     return f"about {minutes(sum(plan.seconds.values()))} on two CPU cores"
 
 
 def render(page: Page) -> str:
-    """Return the page as YAML."""
+    """Return the recipe as YAML."""
     plan, columns = page.plan, page.columns
     keys = ("user", "item", "rating", "time", "dates", "title", "text", "split")
     return _template().render(
@@ -102,14 +102,14 @@ def _template() -> Template:
 
 
 def where_line(column: str, value: str, core: int) -> str:
-    """Return the line of a recipe, below ``data``, that keeps the rows of one value of a column, and a core filter."""
+    """Return the ``filter`` line of ``data`` that keeps the rows with one value of a column, and a core filter."""
     name = column if column.isidentifier() and not iskeyword(column) else f"col({column!r})"
     cores = f", user_core: {core}, item_core: {core}" if core > 1 else ""
     return f"filter: {{where: {_quoted(f'{name} == {value!r}')}{cores}}}"
 
 
 def _number(value: float) -> str:
-    """Return a number as YAML that is read back as this number."""
+    """Return a number as a YAML scalar."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else str(yaml.safe_dump(value)).split("\n")[0]
 
 

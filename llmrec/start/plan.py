@@ -1,4 +1,4 @@
-"""What `llmrec init` decides: figures of a table, the tasks that it can carry, and sizes that fit ten minutes."""
+"""What `llmrec init` decides: statistics of a table, the tasks that it supports, and sizes that fit ten minutes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _CORE_ROWS = 50_000
 _CORE_LEFT = 200
 _MOST_LABELS = 101
 _LEAST_TEXTS = 20
-# Users with three baskets or more, of whom whole ones can be held out.
+# Least number of users with three or more baskets for a split that holds out whole baskets.
 _LEAST_BASKETS = 10
-# Two cores, SmolLM2-135M, bf16: `make quickstart` trains 900 tokens a second; likelihoods and generation as measured.
+# Two cores, SmolLM2-135M, bf16: `make quickstart` trains 900 tokens per second; scoring and generation speeds were
+# measured too.
 TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
 _START = {"vllm": 60.0, "hf": 20.0}
 _OTHER_SECONDS = 40.0
@@ -31,28 +32,28 @@ ROW_TOKENS = 384
 
 @dataclass(frozen=True)
 class Facts:
-    """Figures of the rows that a recipe would keep.
+    """Statistics of the rows that a recipe keeps.
 
     Attributes:
-        rows: All of them, repeats included.
-        users: Different users.
-        items: Different items.
-        repeats: Rows whose user and item stand in another row too.
-        history: Different items of a user: fewest, median, most.
-        able: Users with at least 3 different items, of whom leave-one-out can hold out two. Where whole baskets are
+        rows: Number of rows, repeats included.
+        users: Number of users.
+        items: Number of items.
+        repeats: Rows whose user and item are in another row too.
+        history: Distinct items of a user: minimum, median, maximum.
+        able: Users with at least 3 distinct items, of which leave-one-out can hold out two. Where whole baskets are
             held out, users with at least 3 of them; where a column says what is held out, users with test rows and
             training rows.
-        teachable: Users of whom two or more items are left to learn an order from.
-        asked: Held-out items of an able user, on average; more than one where whole baskets are held out.
+        teachable: Users with two or more items left for training, which show an order.
+        asked: Mean number of held-out items of an able user; more than one if whole baskets are held out.
         tied: Share of users with several items at their last time; 0 without times.
-        with_texts: Rows with a text.
+        with_texts: Number of rows with a text.
         with_title: Share of rows with a title.
-        levels: Different ratings, those of rows that the core filter drops included, lowest first: a recipe's scale
+        levels: Distinct ratings, also of rows that the core filter drops, lowest first: a recipe's scale
             has to hold for all rows.
         zeros: Share of ratings that are 0.
-        title_tokens: Tokens of a title, about.
-        field_tokens: Tokens of an item's fields, about.
-        text_tokens: Tokens of a text, about.
+        title_tokens: Estimated tokens of a title.
+        field_tokens: Estimated tokens of an item's fields.
+        text_tokens: Estimated tokens of a text.
     """
 
     rows: int
@@ -75,21 +76,21 @@ class Facts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will say beyond the columns.
+    """The decisions for a recipe, except its columns.
 
     Attributes:
-        tasks: For every family a reason, and whether it is on.
+        tasks: Whether each family is switched on, and the reason.
         split: Kind of the split.
         core: ``filter.user_core`` and ``filter.item_core``; 1 keeps everything.
-        noun: What the items are called.
-        scale: Lowest and highest rating, where it is worth writing down.
+        noun: The word for items in prompts.
+        scale: Lowest and highest rating; None if there is only one.
         candidates: Candidates of a request.
         users: Evaluated users.
-        arms: What is evaluated.
+        arms: The evaluated model settings.
         steps: Optimiser steps.
-        backend: The engine.
+        backend: The backend.
         seconds: Estimate by stage, on two common CPU cores.
-        facts: What it was decided from.
+        facts: The statistics behind the decisions.
     """
 
     tasks: Mapping[str, tuple[bool, str]]
@@ -112,7 +113,7 @@ class Plan:
 
     @property
     def rates(self) -> bool:
-        """Whether templates can write the ratings: no task takes data whose scale has too many steps."""
+        """Whether templates can write the ratings: no task supports a scale with too many steps."""
         return bool(self.facts.levels) and labels(self.facts.levels) <= _MOST_LABELS
 
     def without(self, family: str, reason: str) -> Plan:
@@ -122,19 +123,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Events:
-    """What a plan is made from: the interactions of a table, or of a data set that a source reads.
+    """The input of a plan: the interactions of a table, or of a data set that a source reads.
 
     Attributes:
-        pairs: One row an interaction: ``user_id``, ``item_id``, and ``time``, which sorts as the times do and is null
-            where there is none.
-        titles: Titles of items; blank ones are empty.
-        titled: Whether they are titles, and not ids.
-        fields: Values of each further field of items.
-        ratings: Of each interaction; None without ratings.
-        texts: Of each interaction, blank ones empty; None without texts.
-        parts: The part of a split of each interaction, where it has one: train, valid or test.
-        rating: What the ratings are called.
-        text: What the texts are called.
+        pairs: One row per interaction: ``user_id``, ``item_id``, and ``time``, a sortable value that is null if
+            missing.
+        titles: Titles of items; empty if blank.
+        titled: Whether they are titles rather than ids.
+        fields: The values of each further field of items.
+        ratings: Rating of each interaction; None without ratings.
+        texts: Text of each interaction, empty if blank; None without texts.
+        parts: Split of each interaction: train, valid or test; None if the data has no split.
+        rating: Name of the ratings.
+        text: Name of the texts.
         time: What the times are called; None without times.
     """
 
@@ -191,7 +192,7 @@ def events_in(dataset: Dataset) -> Events:
 
 
 def figures(events: Events, cores: int = 1) -> Facts:
-    """Return the figures of interactions that a core filter leaves."""
+    """Return statistics of the interactions that a core filter keeps."""
     pairs = events.pairs.with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
     once = core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
     rows = pairs.join(once.select("user_id", "item_id"), on=["user_id", "item_id"], how="semi")["row"]
@@ -232,7 +233,7 @@ def _moments(roles: Roles) -> pl.Series:
 
 @dataclass(frozen=True)
 class _Baskets:
-    """Figures of what users took at one time each; see `Facts`."""
+    """Statistics of baskets, the items of a user with the same time; see `Facts`."""
 
     tied: float
     able: int
@@ -241,7 +242,7 @@ class _Baskets:
 
     @property
     def are_cut(self) -> bool:
-        """Whether a split between single items would cut through many, and whole ones can be held out."""
+        """Whether leave-one-out would cut through many baskets, and whole ones can be held out."""
         return self.tied > BASKETS and self.able >= _LEAST_BASKETS
 
 
@@ -249,7 +250,7 @@ _NO_BASKETS = _Baskets(0.0, 0, 0, 0.0)
 
 
 def _baskets(once: pl.DataFrame) -> _Baskets:
-    """Count the baskets of users, which `last_basket` holds out, of rows without repeats."""
+    """Return statistics of baskets, which `last_basket` holds out, from rows without repeats."""
     sizes = once.drop_nulls("time").group_by("user_id", "time").len().sort("time")
     users = sizes.group_by("user_id", maintain_order=True).agg(
         pl.len().alias("moments"), pl.col("len").last().alias("last"), pl.col("len").sum().alias("items"),
@@ -268,7 +269,7 @@ def _baskets(once: pl.DataFrame) -> _Baskets:
 
 
 def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
-    """Count users with training and test rows, and users with two or more training rows."""
+    """Return the number of users with training and test rows, and of those with two or more training rows."""
     text = parts.str.strip_chars().str.to_lowercase()
     learned = users.filter(text == "train").value_counts()
     tested = users.filter(text == "test").unique()
@@ -276,7 +277,7 @@ def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
 
 
 def _tokens(cells: pl.Series) -> float:
-    """Estimate the tokens of a value, a separator included: about one for every 3.2 bytes of UTF-8."""
+    """Return the estimated mean tokens of a value and a separator: about one per 3.2 bytes of UTF-8."""
     return min(_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
 
 
@@ -292,13 +293,13 @@ def _int(value: object) -> int:
 
 
 def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str) -> Plan:
-    """Return a plan.
+    """Return the plan of a recipe for interactions.
 
     Args:
         events: The interactions.
-        names: Where to look for a noun: the item's column, files, the title's column.
-        whole: Whether the table was read whole, so that its figures hold for all rows.
-        backend: The engine.
+        names: Names to derive the noun from: the item's column, files, the title's column.
+        whole: Whether the table was read whole, so that its statistics are exact.
+        backend: The backend.
     """
     facts, cores = figures(events), 1
     if facts.rows >= _CORE_ROWS and (facts.history[1] < 5 or facts.rows / facts.items < 5):
@@ -329,7 +330,7 @@ def _split(facts: Facts) -> str:
 
 
 def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
-    """Return the scale that ratings stand on: 5 and 10 as the best mean that 1 is the worst, if nothing is below."""
+    """Return the rating scale: a maximum of 5 or 10 implies a minimum of 1, unless a rating is below it."""
     if len(levels) < 2:
         return None
     low, high = levels[0], levels[-1]
@@ -337,7 +338,7 @@ def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
 
 
 def labels(levels: tuple[float, ...]) -> int:
-    """Return how many labels the rating task would have between the lowest and the highest rating."""
+    """Return the number of labels of the rating task, from the lowest to the highest rating."""
     low, high = levels[0], levels[-1]
     step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MOST_LABELS // 2 else 0.5
     return math.ceil(high / step) - math.floor(low / step) + 1
@@ -389,7 +390,7 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
 
 
 def estimated(plan: Plan) -> Plan:
-    """Return a plan with its estimate, made smaller until it fits `BUDGET_SECONDS`."""
+    """Return a plan with its time estimate, reduced in size until it fits `BUDGET_SECONDS`."""
     sizes = ((100, 120, True), (100, 120, False), (60, 100, False), (40, 80, False), (25, 60, False))
     for users, steps, shots in sizes:
         arms = ("zero-shot", "few-shot", "tuned") if shots else ("zero-shot", "tuned")
@@ -401,17 +402,17 @@ def estimated(plan: Plan) -> Plan:
 
 
 def shown_history(plan: Plan) -> int:
-    """Return the events that a sequential prompt shows."""
+    """Return the number of events in a sequential prompt."""
     return int(max(5, min(20, plan.facts.history[2] - 1)))
 
 
 def window(plan: Plan, *, tokens: float) -> int:
-    """Return the events of one training row, so many as fit its longest length."""
+    """Return the number of events in a training row, limited by its maximum length."""
     return int(max(4, min(30, plan.facts.history[2], (ROW_TOKENS - 60) // tokens)))
 
 
 def answer_tokens(plan: Plan) -> int:
-    """Return the room for an explanation: a third more than a text has on average."""
+    """Return the maximum tokens of an explanation: 30 % more than the mean of the texts."""
     return int(min(80, max(16, 8 * math.ceil(plan.facts.text_tokens * 1.3 / 8))))
 
 
@@ -435,6 +436,6 @@ def _seconds(plan: Plan) -> dict[str, float]:
     return {
         "training": plan.steps * BATCH_TOKENS / TRAIN_SPEED,
         "evaluation": evaluation,
-        # Under auto vLLM is started, if there is one.
+        # With backend auto vLLM is started, if it is installed.
         "starts": _START.get(plan.backend, _START["vllm"]) + _OTHER_SECONDS,
     }

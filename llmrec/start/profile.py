@@ -1,6 +1,6 @@
-"""What each column of a table holds, and which go together; `llmrec.start.columns` draws the conclusions.
+"""Statistics of the columns of a table and of pairs of columns, from which `llmrec.start.columns` guesses roles.
 
-A small table is read whole, a large one in blocks from all over the file.
+A small table is read whole, a large one in blocks spread over the file.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ TimeForm = Literal[
 READABLE: frozenset[str] = frozenset(
     {"plain numbers", "times", "numbers", "ISO dates", "day-first dates", "month-first dates", "dates"}
 )
-"""Forms that a recipe can use as they stand."""
-# A column is of a form if so large a share of its values is; the rest is named row by row.
+"""Number forms that a recipe can read unchanged."""
+# A column has a form if at least this share of its values has it; other values are reported as faults.
 _MOST = 0.8
 _TRIED = 200
 
@@ -67,8 +67,8 @@ class Numbers:
     """A column read as numbers.
 
     Attributes:
-        form: How they are written.
-        values: Null where a cell holds none.
+        form: The format of the numbers.
+        values: The numbers; null if a cell has none.
     """
 
     form: NumberForm
@@ -76,7 +76,7 @@ class Numbers:
 
     @property
     def share(self) -> float:
-        """Share of all rows that hold a number."""
+        """The share of rows with a number."""
         return 1 - self.values.null_count() / max(len(self.values), 1)
 
 
@@ -85,11 +85,11 @@ class Times:
     """A column read as times.
 
     Attributes:
-        form: How they are written.
-        values: The cells, null where one holds no time.
-        low: Smallest, where the times are numbers.
-        high: Largest, where they are numbers.
-        seconds: Since 1970, where they are dates.
+        form: The format of the times.
+        values: The cells; null if a cell has no time.
+        low: Smallest value, if the times are numbers.
+        high: Largest value, if the times are numbers.
+        seconds: Seconds since 1970, if the times are dates.
     """
 
     form: TimeForm
@@ -100,14 +100,14 @@ class Times:
 
     @property
     def sortable(self) -> pl.Series:
-        """What sorts as the times do, null where a cell holds none: numbers, or texts of times that have a type."""
+        """Sort keys of the times, null if a cell has none: numbers, or strings for columns of a date or time type."""
         if self.seconds is not None:
             return self.seconds
         return self.values.cast(pl.Float64, strict=False) if self.form == "numbers" else self.values
 
 
 def numbers(texts: pl.Series) -> Numbers:
-    """Read a column of texts as numbers, in the form that most of its values are written in."""
+    """Parse a column of strings as numbers, in the format of most of its values."""
     cells = texts.str.strip_chars()
     filled = max(int((cells != "").sum()), 1)
     plain = _finite(cells)
@@ -118,7 +118,8 @@ def numbers(texts: pl.Series) -> Numbers:
     if commas.any():
         decimal = _masked(cells, _COMMA, lambda c: c.str.replace_all(r"[. ]", "").str.replace(",", ".", literal=True))
         grouped = _masked(cells, _THOUSANDS, lambda c: c.str.replace_all(",", "", literal=True))
-        # What reads both ways, such as 4,500, is a decimal comma only if nothing shows groups of three.
+        # An ambiguous value such as 4,500 has a thousands separator if all values with commas have groups of three
+        # digits.
         only_groups = bool(cells.filter(commas).str.contains(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$").all())
         order = (("thousands separators", grouped), ("decimal commas", decimal))
         for form, values in order if only_groups else order[::-1]:
@@ -141,12 +142,12 @@ def _finite(cells: pl.Series) -> pl.Series:
 
 
 def times(series: pl.Series, texts: pl.Series, order: DateOrder | None = None) -> Times:
-    """Read a column as times.
+    """Parse a column as times.
 
     Args:
-        series: The column as it was read.
+        series: The column with its type.
         texts: The same column as text.
-        order: Whether the day or the month stands first in dates such as 03/04/2024; None: as the column shows.
+        order: Whether the day or the month is first in dates such as 03/04/2024; None: inferred from the column.
     """
     if isinstance(series.dtype, pl.Datetime | pl.Date):
         return Times("times", texts.set(texts == "", None))
@@ -180,23 +181,23 @@ UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
 
 
 def shown(name: str, limit: int = 40) -> str:
-    """Return a name from a file as one printable line."""
+    """Return a name from a file as one printable line of limited length."""
     line = clean(name, limit + 1)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one column holds.
+    """Statistics of a column.
 
     Attributes:
-        name: As the file writes it.
-        named: What the name says.
-        cells: Every value as text; blank ones are empty.
-        filled: Rows that hold something.
-        distinct: Different values among them.
-        length: Mean characters of a filled cell.
-        words: Mean words of a filled cell.
+        name: Its name in the file.
+        named: The roles that the name suggests.
+        cells: The values as strings; empty if blank.
+        filled: Number of filled cells.
+        distinct: Number of distinct values in them.
+        length: Mean number of characters of a filled cell.
+        words: Mean number of words of a filled cell.
         letters: Share of filled cells with a letter.
         numbers: The column read as numbers.
         times: The column read as times.
@@ -215,38 +216,38 @@ class Profile:
 
     @property
     def rows(self) -> int:
-        """Rows of the table."""
+        """The number of rows."""
         return len(self.cells)
 
     @property
     def per_value(self) -> float:
-        """Rows of each value, on average."""
+        """The mean number of rows per value."""
         return self.filled / max(self.distinct, 1)
 
     @property
     def unique(self) -> bool:
-        """Whether (nearly) every row has a value of its own."""
+        """Whether (nearly) every row has a different value."""
         return self.distinct >= 0.99 * self.filled and self.distinct > 1
 
     @cached_property
     def whole(self) -> bool:
-        """Whether its numbers are whole."""
+        """Whether the numbers are integers."""
         values = self.numbers.values.drop_nulls()
         return bool((values == values.round(0)).all())
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
-        """The different numbers, lowest first."""
+        """The distinct numbers, lowest first."""
         return tuple(self.numbers.values.drop_nulls().unique().sort().to_list())
 
     @property
     def numeric(self) -> bool:
-        """Whether nearly all that stands there is a number."""
+        """Whether nearly all filled cells are numbers."""
         return self.numbers.form != "no numbers" and self.filled > 0
 
     @cached_property
     def counts(self) -> bool:
-        """Whether its numbers look like counts or amounts: from 0 to 1 up to more than 10, most of them low."""
+        """Whether the numbers look like counts: the minimum from 0 to 1, the maximum above 10, and most of them low."""
         values = self.numbers.values.drop_nulls()
         if not self.numeric or values.is_empty() or not 0 <= self.levels[0] <= 1 < self.levels[-1] / 10:
             return False
@@ -258,10 +259,10 @@ class Profile:
 
 
 def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
-    """Return what every column holds.
+    """Return the profile of every column, by name.
 
     Raises:
-        DataError: If the table has a single column, or its header is a row of values.
+        DataError: If the table has only one column, or no header.
     """
     columns = table.frame.columns
     if len(columns) < 2:
@@ -273,7 +274,7 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
         )
     result = {name: _profile(table, name, dates) for name in columns}
     values = [not name.strip() or _is_value(name) for name in columns]
-    # A name that stands among the values of its own column is one of them.
+    # A name that is also a value of its column is probably a value, so that the file has no header.
     alike = [value or bool((result[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
     if all(values) or (sum(alike) > 1 and 2 * sum(alike) >= len(alike)):
         raise DataError.at(
@@ -291,7 +292,7 @@ def _is_value(name: str) -> bool:
 
 
 def _profile(table: Table, name: str, dates: DateOrder | None) -> Profile:
-    # Ids are compared as they stand, blanks around them included; a cell of nothing but blanks holds nothing.
+    # Ids are compared unchanged, surrounding blanks included; a cell of only blanks counts as empty.
     cells = texts(table, name)
     cells = cells.set(cells.str.strip_chars() == "", "")
     full = cells.filter(cells != "")
@@ -321,11 +322,11 @@ def _float(value: object) -> float:
 
 
 def goes_with(one: pl.Series, other: pl.Series) -> float | None:
-    """Return the share of rows whose ``other`` value is the most frequent one of their ``one`` value.
+    """Return the share of rows with the most frequent value of ``other`` for their value of ``one``.
 
-    1 means that ``other`` follows from ``one``, as a title follows from its item. Only values of ``one`` that repeat
-    can show that, and blank cells are left out. None: too few repeat, or ``other`` is nearly always the same, which
-    would follow from anything.
+    1 means that ``one`` determines ``other``, as an item determines its title. Only repeated values of ``one`` are
+    used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any column
+    would determine it.
     """
     frame = pl.DataFrame({"a": one[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
     frame = frame.filter((pl.col("b") != "") & (pl.col("a") != "")).filter(pl.len().over("a") > 1)
@@ -339,11 +340,11 @@ def goes_with(one: pl.Series, other: pl.Series) -> float | None:
 
 
 def no_id(col: Profile, *, named: bool = False) -> str:
-    """Return why a column cannot be the user or the item; an empty text if it can.
+    """Return why a column cannot be the user or the item; empty if it can.
 
     Args:
         col: The column.
-        named: Whether the user named it; then only what would leave nobody a history stands against it.
+        named: Whether the user gave it; then it is rejected only if no user would have a history.
     """
     if not col.filled:
         return "it is empty"
@@ -365,7 +366,7 @@ def no_id(col: Profile, *, named: bool = False) -> str:
 
 
 def looks_like_ids(col: Profile) -> bool:
-    """Whether values repeat as ids do and mean nothing else."""
+    """Return whether values repeat as ids do and have no other meaning."""
     text = col.named
     if any(text.weight(role) for role in ("rating", "time", "text", "field", "count", "headline")):
         return False
@@ -375,16 +376,16 @@ def looks_like_ids(col: Profile) -> bool:
 
 
 def looks_like_ratings(col: Profile) -> bool:
-    """Whether the numbers lie on a usual scale: up to 21 levels in whole or half points, the best from 3 to 10."""
+    """Return whether the numbers fit a usual rating scale: 3 to 21 whole or half points, the maximum from 3 to 10."""
     levels = col.levels
     halves = all(float(2 * level).is_integer() for level in levels)
     return 3 <= len(levels) <= 21 and halves and levels[0] >= 0 and 3 <= levels[-1] <= 10
 
 
 def parts_in(col: Profile) -> dict[str, int]:
-    """Count the rows that name each part of a split, in any of its spellings."""
+    """Return the number of rows for each part of a split, in any spelling."""
     sizes = dict.fromkeys(PARTS, 0)
-    # A column of many values is none of parts, and need not be looked at.
+    # A column of many distinct values cannot be a split, so its values are not checked.
     for cell, count in col.cells.value_counts().iter_rows() if col.distinct <= 3 * len(SPELLED) else ():
         if (part := part_of(cell)) is not None:
             sizes[part] += count
@@ -395,7 +396,7 @@ _MOST_KINDS = 20
 
 
 def kinds_of_events(col: Profile) -> dict[str, int]:
-    """Count the rows of each kind of event, the strongest sign of interest first; empty where it holds none."""
+    """Return the number of rows of each kind of event, strongest interest first; empty if the column has no kinds."""
     if not 2 <= col.distinct <= _MOST_KINDS:
         return {}
     sizes = dict(col.cells.filter(col.cells != "").value_counts().iter_rows())
@@ -406,19 +407,19 @@ def kinds_of_events(col: Profile) -> dict[str, int]:
 
 
 def repeats(col: Profile) -> str:
-    """Say how often values repeat."""
+    """Return a description of how often values repeat."""
     return f"{col.distinct} values, {col.per_value:.1f} rows each"
 
 
 def levels(col: Profile) -> str:
-    """Say which numbers there are."""
+    """Return a description of the range of the numbers."""
     return f"{len(col.levels)} values from {col.levels[0]:g} to {col.levels[-1]:g}" + (
         "" if col.numbers.form in READABLE else f", written with {col.numbers.form}"
     )
 
 
 def when(col: Profile) -> str:
-    """Say how times are written."""
+    """Return a description of the format of the times."""
     times = col.times
     if times.form != "numbers" or times.low is None or times.high is None:
         return times.form
@@ -430,7 +431,7 @@ def when(col: Profile) -> str:
 
 
 def shell(name: str) -> str:
-    """Return a name as it is typed after an option."""
+    """Return a name quoted for the shell."""
     line = shown(name)
     return line if line and all(c.isalnum() or c in "_-.:" for c in line) else f"'{line}'"
 
@@ -438,11 +439,11 @@ def shell(name: str) -> str:
 WHOLE_BYTES = 32 * 2**20
 """Files up to this size, unpacked, are read whole."""
 PART_BYTES = 16 * 2**20
-"""About so much is read of larger ones."""
+"""Approximate number of bytes read of larger ones."""
 WHOLE_ROWS = 1_000_000
-"""Parquet tables up to so many rows are read whole."""
+"""Parquet tables with up to this number of rows are read whole."""
 PART_ROWS = 400_000
-"""About so many are read of larger ones."""
+"""Approximate number of rows read of larger ones."""
 
 _BLOCKS = 12
 _PARQUET = (".parquet", ".pq")
@@ -455,8 +456,8 @@ class Peek:
 
     Attributes:
         table: The rows that were read.
-        whole: Whether these are all of them.
-        first: So many rows are the first ones of the file; the others come from further down.
+        whole: Whether these are all rows.
+        first: Number of rows from the beginning of the file; the others are from further down.
     """
 
     table: Table
@@ -464,29 +465,29 @@ class Peek:
     first: int
 
     def place(self, index: int) -> Place:
-        """Return the place of a row, by its 0-based index, as far as that can be known."""
+        """Return the file and line of a row, by its 0-based index, as far as known."""
         return self.table.where(index) if index < self.first else Place(self.table.name)
 
     def along(self, names: Sequence[str]) -> Peek:
-        """Return the rows of the elements of the list that columns are named in; see `rows_of`."""
+        """Return the table with one row per element of the list that contains the given columns; see `rows_of`."""
         table = rows_of(self.table, names)
         if table is self.table or table.rows is None:
             return self if table is self.table else Peek(table, self.whole, table.frame.height)
         return Peek(table, self.whole, bisect_left(table.rows, self.first))
 
     def where(self, index: int) -> str:
-        """Name a row by its 0-based index."""
+        """Return a description of a row, by its 0-based index."""
         return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
 
 
 def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:
-    """Read a table, or blocks of it where it is larger than ``limit`` bytes.
+    """Read a table, or blocks of it if it is larger than ``limit`` bytes.
 
     Args:
         path: The file.
-        whole: Read all of it, whatever its size.
-        limit: Largest size, unpacked, that is read whole.
-        part: Bytes that are read of a larger file, about.
+        whole: Whether to read all of it, whatever its size.
+        limit: Largest uncompressed size, in bytes, that is read whole.
+        part: Approximate number of bytes to read of a larger file.
 
     Raises:
         DataError: If it is missing, empty or malformed.
@@ -494,9 +495,9 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    # Several files, and those that only make sense as a whole, are read whole.
+    # Several files, and formats without independent rows, are read whole.
     whole = whole or path.is_dir() or is_pattern(path) or kind[0] in (".json", *PACKED)
-    size = 0 if no_file(path) else path.stat().st_size  # `read_table` says what is wrong
+    size = 0 if no_file(path) else path.stat().st_size  # `read_table` raises the error
     if not whole and size:
         try:
             if packed and kind[0] not in _PARQUET:
@@ -516,7 +517,7 @@ def _all(path: Path) -> Peek:
 
 
 def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
-    """Read the beginning of a gzipped file; None if that is all of it."""
+    """Read the beginning of a gzipped file; None if it is small enough to be read whole."""
     with gzip.open(path) as stream:
         raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
     return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")
@@ -528,7 +529,7 @@ def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
         if not _utf8(head):
             return _all(path)
         if kind not in _JSON and b'"' in head:
-            # A quoted field may hold line breaks, so that a block further down has no certain beginning.
+            # A quoted field may contain line breaks, so that the first row of a later block cannot be found.
             return _part(path, kind, _complete(head + stream.read(part // 2)), b"")
         rest = []
         for number in range(1, _BLOCKS):
@@ -539,7 +540,7 @@ def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
 
 
 def _utf8(head: bytes) -> bool:
-    """Whether a beginning is UTF-8, but for a character that is cut at its end."""
+    """Return whether the beginning of a file is UTF-8; a truncated last character is accepted."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -548,7 +549,7 @@ def _utf8(head: bytes) -> bool:
 
 
 def _complete(raw: bytes) -> bytes:
-    """Cut a beginning after its last row that is complete: a line end outside double quotes."""
+    """Truncate the beginning of a file after its last complete row: a line end outside double quotes."""
     end = raw.rfind(b"\n")
     while end > 0 and raw.count(b'"', 0, end) % 2:
         end = raw.rfind(b"\n", 0, end)
@@ -559,7 +560,7 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     name = str(path)
     if not head.strip():
         raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
-    # Rows further down are for figures only: `llmrec check` reads the whole file and names what is wrong there.
+    # Later rows are only for statistics: `llmrec check` reads the whole file and reports faults there.
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
     if kind in _JSON:
         known = sum(bool(line.strip()) for line in head.split(b"\n"))
@@ -587,7 +588,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _row_groups(path: Path) -> Peek | None:
-    """Read the first rows of row groups from all over a Parquet file; None if it is small enough to be read whole."""
+    """Read the first rows of row groups spread over a Parquet file; None if it is small enough to be read whole."""
     file = pq.ParquetFile(path)
     check_size(str(path), file, path.stat().st_size)
     rows, groups = file.metadata.num_rows, file.metadata.num_row_groups

@@ -1,4 +1,4 @@
-"""The query that `llmrec init` suggests for a database: the table, or two joined ones, with a user and an item."""
+"""The query that `llmrec init` suggests for a database: one table with a user and an item, or two joined ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from llmrec.start.profile import Profile, no_id, peek, profile
 _MOST_TABLES, _ROWS = 40, 2000
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LEAST = 0.9
-"""Least weight of a name that says by itself that a column is a user or an item."""
+"""Least weight of a column name that suffices to make the column a user or an item."""
 
 
 def no_query(url: str) -> DataError:
-    """Return the error of a database without a query, with the query that fits it best."""
+    """Return the error for a database without a query, with a suggested query."""
     tables = tables_of(url)
     return DataError.at(
         url,
@@ -38,9 +38,9 @@ def no_query(url: str) -> DataError:
 
 
 def suggested(url: str, tables: list[str] | None = None) -> str:
-    """Return a SELECT of interactions: of a table with a user and an item, or of two tables that have one of them each.
+    """Return a SELECT of interactions: from a table with a user and an item, or from two tables with one each.
 
-    Titles are joined from a table with one row an item. Only the first rows of each table are read.
+    Titles are joined from a table with one row per item. Only the first rows of each table are read.
     """
     tables = tables_of(url) if tables is None else tables
     known = dict(_read(url, tables[:_MOST_TABLES]))
@@ -69,7 +69,7 @@ def _roles(table: Table) -> Roles | None:
         roles = guess(table, Asked())
     except LlmrecError:
         return None
-    # The number of an order repeats as users do; the user is in another table then.
+    # Order numbers repeat as users do; the user is then in another table.
     return None if roles.profiles[roles.user].named.weight("row") else roles
 
 
@@ -85,7 +85,7 @@ def _has(columns: Mapping[str, Profile], role: str) -> bool:
 
 
 def _with_items(name: str, roles: Roles, known: Mapping[str, Table]) -> str:
-    """Return the SELECT of a table, with titles and fields from another one that lists its items."""
+    """Return the SELECT of a table, joined with titles and fields from a table of its items."""
     for other, table in known.items():
         listed = _profiles(table)
         if roles.title is not None or other == name or roles.item not in listed or not listed[roles.item].unique:
@@ -112,7 +112,7 @@ _TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".gz")
 
 @contextmanager
 def _unsaid() -> Iterator[None]:
-    """Keep what reading would say to itself: nobody has asked for the file."""
+    """Suppress warnings while reading a file that the user did not name."""
     reading = logging.getLogger("llmrec.data.read")
     level = reading.level
     reading.setLevel(logging.ERROR)
@@ -123,7 +123,7 @@ def _unsaid() -> Iterator[None]:
 
 
 def companion_of(path: Path, item: str) -> Path | None:
-    """Return the only other table in the folder, or sheet of the spreadsheet, that has the item's column, if any."""
+    """Return the other table in the folder, or sheet of the spreadsheet, with the item's column; None if not unique."""
     result: list[Path] = []
     for other in _others(path):
         try:
@@ -142,7 +142,7 @@ def companion_of(path: Path, item: str) -> Path | None:
 
 
 def _others(path: Path) -> Iterator[Path]:
-    """Yield the sheets of a spreadsheet, or the text files beside a table."""
+    """Yield the other sheets of a spreadsheet, or the other text files in the folder of a table."""
     book, _ = split_sheet(path)
     if book.suffix.lower() in SHEETS:
         yield from (Path(name) for name in sheets_of(book) if Path(name) != path)

@@ -1,4 +1,4 @@
-"""Searches a recipe's keys: each trial is a run on the validation split, in a folder of its own."""
+"""`llmrec tune`: hyperparameter search, in which each trial is a run on the validation split in a separate folder."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------- the space, such as KEY=1e-4..1e-3
 
 
-# A range whose ends differ by this factor is searched on a log scale.
+# A range whose ends differ by at least this factor is searched on a log scale.
 _DECADE = 10
 
 
 @dataclass(frozen=True)
 class Space:
-    """A key and its values.
+    """The search space of a key.
 
     Attributes:
-        key: Dotted, as overrides write it.
-        values: Those of a list; empty for a range.
-        low: The lower end of a range, whole where both ends are.
+        key: The dotted key, as in overrides.
+        values: The values of a list; empty for a range.
+        low: The lower end of a range; an integer if both ends are.
         high: The upper end.
     """
 
@@ -59,7 +59,7 @@ class Space:
 
     @property
     def start(self) -> Json:
-        """A value, to check the key by."""
+        """A value with which the key is checked."""
         return self.values[0] if self.values else self.low
 
     @property
@@ -68,7 +68,7 @@ class Space:
         return self.low > 0 and self.high / self.low >= _DECADE
 
     def suggest(self, trial: optuna.Trial) -> Json:
-        """Ask for a value."""
+        """Return a value suggested by Optuna."""
         if self.values:
             return self.value(trial.suggest_categorical(self.key, [flow(value) for value in self.values]))
         if isinstance(self.low, int) and isinstance(self.high, int):
@@ -76,24 +76,24 @@ class Space:
         return trial.suggest_float(self.key, self.low, self.high, log=self.log)
 
     def parameter(self, value: Json) -> Json | None:
-        """Return a value as trials hold it, None where it is not one of this space."""
+        """Return a value in the form of Optuna's trials; None if it is not in this space."""
         if self.values:
-            # Texts, since Optuna takes no lists and tells 1 from True by neither value nor hash.
+            # Strings, since Optuna accepts no lists and cannot distinguish 1 from True.
             return flow(value) if value in self.values else None
         able = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if able else None
 
     def value(self, parameter: Json) -> Json:
-        """Return what a trial holds as a value of the key."""
+        """Return the value of the key for a parameter of a trial."""
         result: Json = value_of(str(parameter), self.key) if self.values else parameter
         return result
 
 
 def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
-    """Read what ``--over`` says.
+    """Parse the values of ``--over``.
 
     Raises:
-        RecipeError: If one is not of the form, or a key stands twice.
+        RecipeError: If a value is malformed, or a key is given twice.
     """
     result = tuple(map(_space, texts))
     if not result:
@@ -109,7 +109,7 @@ def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
 
 
 def grid(searched: Sequence[Space]) -> list[dict[str, Json]] | None:
-    """Return every point where all spaces are lists, else None."""
+    """Return all hyperparameter settings if every space is a list; None otherwise."""
     if any(not space.values for space in searched):
         return None
     return [
@@ -147,7 +147,7 @@ def _number(text: str, key: str) -> int | float | None:
 
 
 def _number_or(value: Json) -> Json:
-    """Return a number that YAML takes for a text, such as 1e-4, as a number."""
+    """Convert a number that YAML reads as a string, such as 1e-4."""
     if not isinstance(value, str):
         return value
     try:
@@ -168,26 +168,26 @@ log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
 _OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK})
-# Folders of a trial that hold weights.
+# Folders of a trial that contain weights.
 _HEAVY = ("merged", "checkpoints", "base", "best", "adapter")
-# Failures at the beginning after which nothing is expected of further trials.
+# After this number of failures without a success the search ends.
 _HOPELESS = 3
 _SOURCE = "llmrec"
 
 
 @dataclass(frozen=True, repr=False)
 class Found(Displayed):
-    """What `tune` found.
+    """The result of `tune`.
 
     Attributes:
-        recipe: The page of the best trial.
-        metric: ``FAMILY/METRIC``, on validation users.
+        recipe: The path of the best recipe.
+        metric: ``FAMILY/METRIC``, measured on validation users.
         best: Its figure.
-        first: The figure of the recipe as it is, if it was a point of the search and could be run.
+        first: The figure of the unchanged recipe, if its values are in the search space and the trial succeeded.
         chosen: The best values by key.
-        trials: How many trials there are.
-        failed: How many of these broke.
-        seconds: Of this call.
+        trials: Number of trials.
+        failed: Number of failed trials.
+        seconds: Wall time of this call.
     """
 
     recipe: Path
@@ -220,23 +220,23 @@ def search(
     data: Any = None,
     items: Any = None,
 ) -> Found:
-    """Run a recipe at points of a space, judge each on the validation split, and write the best as a recipe.
+    """Run a recipe with settings of a search space, evaluate each on the validation split, and write the best one.
 
-    The recipe's own values are the first trial where the space holds them. Lists alone are tried whole, in order;
-    where there is a range, Optuna's TPE proposes. The test split is not looked at. Every trial is kept; the same
-    command resumes where a killed one was, inside the trial too.
+    The recipe's own values are the first trial if they are in the space. A space of only lists is searched as a grid,
+    in order; with a range, Optuna's TPE samples. The test split is not used. Every trial is kept; the same command
+    resumes a killed search, also within a trial.
 
     Args:
-        options: What is asked for.
-        say: Is told a line for every trial.
-        recipe: In place of the page that the options name.
+        options: The options of the command.
+        say: Listener that gets a line for every trial.
+        recipe: A recipe in place of the file in the options.
         data: Interactions as a frame, in place of ``data.path``.
-        items: One row an item, as a frame, in place of ``data.items``.
+        items: Items as a frame, one row per item, in place of ``data.items``.
 
     Raises:
         MissingExtra: If Optuna is not installed.
         RecipeError: If a key, a value or the metric cannot be used, or the folder holds another search.
-        LlmrecError: If the first trials all break.
+        LlmrecError: If the first trials all fail.
     """
     require("optuna", "tune")
     began = time.monotonic()
@@ -262,7 +262,7 @@ def search(
 
 
 def told(result: Found) -> str:
-    """Return what to print."""
+    """Return the result as text."""
     values = ", ".join(in_words(result.chosen))
     first = "" if result.first is None else f"; the recipe as it is: {result.first:.4f}"
     broken = f", {result.failed} of them broke" if result.failed else ""
@@ -315,7 +315,7 @@ def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> o
 
 
 def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> None:
-    """Queue what a killed call was at; of a new search every point of lists, or the recipe's own values."""
+    """Queue the trials of a killed call; in a new search the recipe's own values and every setting of a grid."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -349,7 +349,7 @@ class _Search:
     say: Callable[[str], None]
 
     def over(self, study: optuna.Study, began: float, budget: float) -> str | None:
-        """Return why no further trial begins, None where one does."""
+        """Return why the search ends; None if another trial begins."""
         from optuna.trial import TrialState
 
         trials = [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.FAIL)]
@@ -369,7 +369,7 @@ class _Search:
         return None
 
     def trial(self, study: optuna.Study) -> None:
-        """Run one point and tell the study its figure, or that it broke."""
+        """Run a trial, and report its figure or its failure to the study."""
         from optuna.trial import TrialState
 
         asked = study.ask()
@@ -443,7 +443,7 @@ class _Search:
         )
 
     def _same(self, study: optuna.Study, question: dict[str, Json], shown: str) -> None:
-        """Refuse a search whose trials answer different questions: the easiest one would win."""
+        """Reject a search whose trials evaluate different questions: the easiest one would win."""
         first = study.user_attrs.get("question")
         if first is None:
             study.set_user_attr("question", question)
@@ -459,10 +459,10 @@ class _Search:
             )
 
     def _value(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
-        """Run a point on the validation split; of several rows of the family the best counts.
+        """Run a setting on the validation split; of several rows of the family the best one counts.
 
         Returns:
-            The figure, and what names the question that it answers.
+            The figure, and a description of the question that was evaluated.
         """
         asked = [*self.options.overrides, *in_words(point), "eval.split=valid"]
         recipe = as_recipe(self.page, asked)
