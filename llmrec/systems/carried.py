@@ -1,4 +1,4 @@
-"""Weights that go from one domain to another: a folder with a card, sealed when it is written."""
+"""Transfer of weights between domains: a folder with a card, sealed after writing."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Carried:
-    """A network whose weights go to another domain, less those of single users and items.
+    """A network whose weights transfer to another domain, without those of single users and items.
 
     Attributes:
-        name: Of the baseline, and of both files.
+        name: The name of the baseline, and of both files.
         network: A torch module.
-        shape: What another network must agree in to take them.
-        own: What the names of weights hold that mean nothing elsewhere.
+        shape: The properties in which another network must agree to load the weights.
+        own: A part of the names of weights that are specific to a domain.
         config: The parameters.
     """
 
@@ -40,8 +40,8 @@ class Carried:
         """Write the weights.
 
         Args:
-            folder: Is made anew.
-            data: What was learned from.
+            folder: The folder, which is replaced.
+            data: The training data.
         """
         fields = {
             "format": 1,
@@ -61,10 +61,10 @@ class Carried:
             seal(draft)
 
     def load(self, folder: str, data: SplitDataset) -> None:
-        """Put the weights that `save` wrote in another domain into the network.
+        """Load weights that `save` wrote in another domain into the network.
 
         Raises:
-            ModelError: If the folder does not hold them as they were written, or they are of another shape or encoder.
+            ModelError: If the folder is incomplete or damaged, or the weights are of another shape or encoder.
             DataError: If they were learned from these data under another split.
         """
         path, fix = Path(folder), f"write it anew with the method save of a fitted {self.name}"

@@ -1,1 +1,1 @@
-"""Networks that predict yes or no over fields, with features of language models (KAR) and aligned with texts (CTRL)."""
+"""CTR prediction networks over fields, with language-model features (KAR) and alignment with texts (CTRL)."""

@@ -1,10 +1,10 @@
-"""The first stage of CTRL (Li et al., arXiv 2306.02841): a CTR network is brought near to what is said of its rows.
+"""The first stage of CTRL (Li et al., arXiv 2306.02841): a CTR network is aligned with text descriptions of its rows.
 
-Every training row becomes a sentence: what is known of the user, titles of the latest events, and title and fields of
-the item, without the answer. A frozen text encoder reads each of these parts once, and a row has the vectors of its
-parts, titles by their mean, beside each other. One linear map leads from them and one from the network to vectors of
-equal length, which are trained so that a row finds its own sentence among those of the batch, and the other way round.
-Then maps and texts are dropped, and the network alone learns from the answers.
+Every training row is described by a sentence: the user's profile, titles of the latest events, and title and fields of
+the item, without the answer. A frozen text encoder encodes each of these parts once; the vector of a row is the
+concatenation of those of its parts, with the mean for titles. Two linear maps project it and the network's output to
+vectors of equal length, which are trained so that a row matches its sentence among those of the batch, and vice versa.
+Then maps and texts are discarded, and the network is trained on the answers alone.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.index.table import Embed
 
-    #: Numbers of training rows -> a tensor of as many rows.
+    #: Indices of training rows -> a tensor with a row for each.
     Forward = Callable[[NDArray[np.int64]], Any]
 
-# Share of the steps in which the learning rate rises.
+# Share of the steps for learning-rate warm-up.
 _WARM = 0.1
 
 
 class Align(TextsConfig):
-    """How a network is brought near to texts."""
+    """The parameters of the alignment with texts."""
 
     encoder: str = Field(
         "all-MiniLM-L6-v2",
@@ -73,12 +73,12 @@ class Align(TextsConfig):
 
 @dataclass(frozen=True)
 class Sentences:
-    """What is said of rows, as vectors of its parts; row 0 of each is zeros, for what is unknown.
+    """The descriptions of rows, as vectors of their parts; row 0 of each is zeros, for unknown entities.
 
     Attributes:
-        users: What is known of them, shape (users + 1, d).
-        titles: Of items, shape (items + 1, d).
-        items: Titles and fields, shape (items + 1, d); d differs under ``lsa``.
+        users: Vectors of user profiles, shape (users + 1, d).
+        titles: Vectors of item titles, shape (items + 1, d).
+        items: Vectors of titles and fields, shape (items + 1, d); d differs with ``lsa``.
     """
 
     users: NDArray[np.float32]
@@ -87,11 +87,11 @@ class Sentences:
 
     @staticmethod
     def of(data: SplitDataset, fields: Fields, config: Align) -> Sentences:
-        """Read each part once; with ``shuffled`` users and items have the texts of others.
+        """Encode each part once; with ``shuffled`` users and items have the texts of others.
 
         Raises:
-            DataError: If no item has a title or a field, or the encoder was tuned on another split.
-            ModelError: If there is no such encoder.
+            DataError: If no item has a title or a field, or the encoder was fine-tuned on another split.
+            ModelError: If the encoder is missing.
         """
         embed: Embed = words if config.encoder == LSA else fitting(config.encoder, data)
 
@@ -111,19 +111,19 @@ class Sentences:
         return sum(item.shape[1] for item in (self.users, self.titles, self.items))
 
     def of_rows(self, rows: Rows) -> NDArray[np.float32]:
-        """Return user, mean title of the events and item beside each other, shape (n, width)."""
+        """Return the concatenated vectors of user, mean event title and item, shape (n, width)."""
         known = (rows.events > 0)[..., None]
         past = self.titles[rows.events].sum(axis=1) / np.maximum(known.sum(axis=1), 1)
         return np.concatenate([self.users[rows.users], past.astype(np.float32), self.items[rows.items]], axis=1)
 
 
 def words(said: Sequence[str]) -> NDArray[np.float32]:
-    """Return vectors of texts by their words alone, shape (n, d)."""
+    """Return bag-of-words vectors of texts, shape (n, d)."""
     return latent(said, said).astype(np.float32)
 
 
 def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], list[str]]:
-    """Return what is known of users, titles of items, and titles with fields, in the order of their numbers."""
+    """Return user profiles, item titles, and titles with fields, in index order."""
     profiles = [fields.profiles.get(user, {}) for user in fields.users]
     users = [
         ", ".join(f"{name}: {clean(text, TEXT_LIMIT)}" for name, text in profile.items() if text)
@@ -135,7 +135,7 @@ def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], lis
 
 @dataclass(frozen=True)
 class Told:
-    """An epoch: its mean loss, and the share of rows that were likest to their own sentence (0 without texts)."""
+    """The result of an epoch: mean loss, and share of rows most similar to their own sentence (0 without texts)."""
 
     loss: float
     right: float
@@ -151,16 +151,16 @@ def first_stage(
     sentences: Sentences | None,
     seed: int,
 ) -> Iterator[Told]:
-    """Train a network on rows and their sentences, an epoch at a time; without sentences on the answers.
+    """Train a network on rows and their sentences, yielding after each epoch; without sentences, on the answers.
 
     Args:
-        config: How.
-        network: What learns.
-        rows: Of training.
-        represent: What the network makes of rows, shape (b, k).
-        judge: Log-odds of rows, shape (b,).
-        sentences: What is said of the rows.
-        seed: Of the order of rows.
+        config: The parameters.
+        network: The network to train.
+        rows: The training rows.
+        represent: Returns the network's representation of rows, shape (b, k).
+        judge: Returns the log-odds of rows, shape (b,).
+        sentences: The descriptions of the rows.
+        seed: The seed of the order of rows.
     """
     torch = require("torch", "baselines")
     maps = torch.nn.ModuleDict()
@@ -199,12 +199,12 @@ def first_stage(
 
 
 def similar(rows: Any, sentences: Any, parts: int) -> Any:
-    """Return how alike rows and sentences are: CTRL's sum over m of the largest ``<row_m, sentence_m'>`` of all m'.
+    """Return the similarity of rows and sentences: CTRL's sum over m of the maximum ``<row_m, sentence_m'>`` over m'.
 
     Args:
-        rows: Shape (n, d).
-        sentences: Shape (k, d).
-        parts: Sub-vectors of each; with one it is the inner product.
+        rows: Vectors of rows, shape (n, d).
+        sentences: Vectors of sentences, shape (k, d).
+        parts: Number of sub-vectors of each; with 1 it is the inner product.
 
     Returns:
         Shape (n, k).
@@ -215,7 +215,7 @@ def similar(rows: Any, sentences: Any, parts: int) -> Any:
 
 
 def same(rows: Rows) -> NDArray[np.bool_]:
-    """Return which other rows are of the same user or item, and no negatives, shape (n, n)."""
+    """Return which other rows have the same user or item, and so are not negatives, shape (n, n)."""
     result: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
     np.fill_diagonal(result, val=False)
     return result

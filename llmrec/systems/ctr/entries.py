@@ -1,4 +1,4 @@
-"""What the CTR networks add to the registry."""
+"""The registry entries of the CTR networks."""
 
 from llmrec.entries import BaselineEntry
 

@@ -1,4 +1,4 @@
-"""Questions as fields: the item and the user with their attributes, the latest rated events, and what is counted."""
+"""Requests as fields: item and user with their attributes, the latest rated events, and count features."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# What has more values, or longer ones, is a text and no attribute.
+# A field with more values, or longer ones, is a text and not an attribute.
 _MOST_VALUES, _LONGEST_VALUE = 5_000, 60
-# Values of one attribute that are read of an item, and how often one must occur.
+# The maximum number of values per item and attribute, and the minimum number of occurrences of a value.
 _READ, _LEAST = 8, 2
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A field of items or users with few values, each of which has a number from 1 on.
+    """A field of items or users with few values, each with an index from 1 on.
 
     Attributes:
-        name: Of the field.
-        numbers: By value; others are unknown, 0.
+        name: The name of the field.
+        numbers: Index by value; other values are unknown, 0.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Attribute:
         return tuple(results)
 
     def of(self, entries: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
-        """Return the numbers of each entry's values, shape (n, values), padded with 0."""
+        """Return the indices of each entry's values, shape (n, values), padded with 0."""
         table = np.zeros((len(entries), _READ), dtype=np.int64)
         for row, fields in enumerate(entries):
             known = [number for part in _parts(fields.get(self.name, "")) if (number := self.numbers.get(part))]
@@ -68,18 +68,18 @@ def _parts(value: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Questions in numbers; 0 is unknown or none.
+    """Requests as indices; 0 is unknown or none.
 
     Attributes:
-        users: Shape (n,).
-        items: Shape (n,).
-        user_names: Shape (n,), as they were.
-        item_names: Shape (n,).
-        of_users: Of each attribute of users, shape (n, values).
+        users: User indices, shape (n,).
+        items: Item indices, shape (n,).
+        user_names: The original user ids, shape (n,).
+        item_names: The original item ids, shape (n,).
+        of_users: Value indices of each user attribute, shape (n, values).
         events: Items of the latest rated events, the last one last, shape (n, window).
         liked: 1 where the event was a like, shape (n, window).
-        numbers: What is counted, shape (n, k).
-        truth: 1 for a yes, shape (n,); 0 where nobody knows.
+        numbers: Count features, shape (n, k).
+        truth: 1 for a yes, shape (n,); 0 if unknown.
     """
 
     users: NDArray[np.int64]
@@ -93,11 +93,11 @@ class Rows:
     truth: NDArray[np.float32]
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of rows."""
         return len(self.items)
 
     def of(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Rows:
-        """Return some of them."""
+        """Return some of the rows."""
         return Rows(
             self.users[places],
             self.items[places],
@@ -113,18 +113,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Fields:
-    """Numbers of users, items and values, from training and the catalogue.
+    """Indices of users, items and values, from training and the catalogue.
 
     Attributes:
-        users: By id, those with training ratings.
-        items: By id, the whole catalogue.
-        warm: Numbers of the items with training ratings: others have no vector of their own, shape (items + 1,).
-        item_attributes: Of items.
-        item_values: Numbers of each item's values, by attribute, shape (items + 1, values).
-        user_attributes: Of users.
-        profiles: Of users.
-        counted: What is counted.
-        window: Latest rated events that are seen.
+        users: Index by id of the users with training ratings.
+        items: Index by id of the whole catalogue.
+        warm: Indices of the items with training ratings, shape (items + 1,); the others have no own embedding.
+        item_attributes: The attributes of items.
+        item_values: Indices of each item's values, by attribute, shape (items + 1, values).
+        user_attributes: The attributes of users.
+        profiles: The profiles of users.
+        counted: The count features.
+        window: Number of latest rated events in the input.
     """
 
     users: Mapping[str, int]
@@ -139,7 +139,7 @@ class Fields:
 
     @staticmethod
     def of(data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float) -> tuple[Fields, Rows]:
-        """Number everything, and return the training ratings as questions, each with the events before it.
+        """Return the indices, and the training ratings as requests, each with the previous events.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -172,7 +172,7 @@ class Fields:
         learned = np.arange(both.height) >= frames[0].height
         _, of_user = codes(both["user_id"])
         keys = [np.arange(both.height), of_user]
-        if data.kind == "given":  # a source may hold out what is older than its training rows
+        if data.kind == "given":  # a source may hold out events older than its training rows
             keys.insert(1, both["timestamp"].fill_null(-np.inf).to_numpy())
         order = np.lexsort(keys)
         items = np.array([self.items.get(item, 0) for item in both["item_id"]], dtype=np.int64)[order]
@@ -184,7 +184,7 @@ class Fields:
         liked = np.zeros_like(events)
         for back in range(1, self.window + 1):
             able = np.flatnonzero(depth >= back)
-            # An earlier rating of the item itself would tell the answer.
+            # An earlier rating of the same item would reveal the answer.
             able = able[items[able - back] != items[able]]
             events[able, -back], liked[able, -back] = items[able - back], likes[able - back]
         user_names = both["user_id"].to_numpy()[order]
@@ -201,14 +201,14 @@ class Fields:
             truth=likes.astype(np.float32),
         )
         result = rows.of(learned)
-        # In the order of the training frame, as the numbers are.
+        # In the order of the training frame, like the count features.
         back_in_order = np.argsort(order[learned])
         result = result.of(back_in_order)
         result.numbers[:] = numbers
         return result
 
     def asked(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
-        """Return requests as questions; a request without an item asks about an unknown one."""
+        """Return requests as rows; a request without an item has an unknown one."""
         shape = len(requests), self.window
         events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         level = self.counted.counts.liked

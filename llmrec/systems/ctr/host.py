@@ -1,4 +1,4 @@
-"""What CTR hosts share: their fields as vectors, training until validation says stop, and answers."""
+"""What CTR hosts share: field embeddings, training with early stopping, and answers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Small vectors at the start: with large ones two epochs overfit.
+# Small initial embeddings: with large ones two epochs overfit.
 _SPREAD = 0.05
-# Rows that are judged together, and the digits that answers keep: the last ones depend on how many come together.
+# Rows per batch of answers, and the digits to which answers are rounded: the last ones depend on the batch size.
 _ROWS, _DIGITS = 4096, 9
 
 
 class HostConfig(LikeRatioConfig):
-    """How a CTR host sees a question and is trained."""
+    """The parameters of the inputs and the training of a CTR host."""
 
     dim: Width = Field(16, description="length of the vectors of ids and values")
     window: Positive = Field(20, description="the network sees the last so many rated events")
@@ -79,26 +79,26 @@ class HostConfig(LikeRatioConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Those of the layers above the fields."""
+        """The widths of the layers above the fields."""
         return tuple(int(part) for part in self.hidden.split(","))
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Those of features."""
+        """The folders of features."""
         return tuple(part.strip() for part in self.features.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Some questions as vectors.
+    """A batch of rows as vectors.
 
     Attributes:
-        item: Of the item that is judged, shape (b, d).
-        fields: All fields but the events, the item first, shape (b, f, d).
-        events: Of the latest events, shape (b, window, d).
-        mask: 1 where there is an event, shape (b, window).
-        liked: 1 where it was a like, shape (b, window).
-        numbers: Shape (b, k).
+        item: Vectors of the items in question, shape (b, d).
+        fields: Vectors of all fields except the events, the item first, shape (b, f, d).
+        events: Vectors of the latest events, shape (b, window, d).
+        mask: 1 for events, 0 for padding, shape (b, window).
+        liked: 1 where the event was a like, shape (b, window).
+        numbers: Count features, shape (b, k).
     """
 
     item: Any
@@ -111,7 +111,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a network is built for: fields with the pooled events, the length of their vectors, and numbers."""
+    """The input sizes of a network: fields including pooled events, dimensions of their vectors, and count features."""
 
     fields: int
     dim: int
@@ -119,13 +119,13 @@ class Sizes:
 
     @property
     def wide(self) -> int:
-        """Values of all fields, with the numbers."""
+        """The total size of all fields and count features."""
         return self.fields * self.dim + self.numbers
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A network in double precision with what it needs to judge."""
+    """A trained network in double precision with the data it needs to answer."""
 
     fields: Fields
     adaptor: Adaptor
@@ -135,7 +135,7 @@ class Fitted:
 
 @dataclass
 class _Learner:
-    """What is trained."""
+    """The trainable model."""
 
     network: Any
     name: str
@@ -145,10 +145,10 @@ H = TypeVar("H", bound=HostConfig)
 
 
 class Host(Baseline[H, Fitted]):
-    """A network over fields: it needs what stands under *what a host says*, and how many vectors events become.
+    """The base class of networks over fields; subclasses define the section *what a host says*, and ``POOLED``.
 
-    Fields are the item, its attributes, those of the user, the user (if asked for), the events, and one for each table
-    of features. What is counted enters beside them. The loss is the cross-entropy; training ends when validation
+    Fields are the item, its attributes, those of the user, the user (optional), the events, and one for each table of
+    features. Count features are additional inputs. The loss is the cross-entropy; training ends when validation
     log-loss has not fallen for ``patience`` epochs, and the best epoch's weights are kept: the validation split chooses
     the epoch and nothing else.
     """
@@ -167,12 +167,12 @@ class Host(Baseline[H, Fitted]):
 
     @classmethod
     def reads(cls, config: H) -> Reads:
-        """Return what it knows items by: texts where a first stage reads them."""
+        """Return how it represents items: by texts if a first stage uses them."""
         return "texts" if config.align is not None and not config.align.longer else cls.READS
 
     @classmethod
     def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
-        """Return the text encoder of the first stage; None where it reads no texts."""
+        """Return the text encoder of the first stage; None if it uses no texts."""
         align = Align.model_validate(parameters["align"]) if isinstance(parameters.get("align"), Mapping) else None
         return None if align is None or align.longer else super().text_encoder(align.model_dump())
 
@@ -181,12 +181,12 @@ class Host(Baseline[H, Fitted]):
 
         Args:
             data: The split.
-            cases: Judge when to stop, with ratings as truth; None: the validation ratings, with the histories that the
-                split gives them.
+            cases: Cases for early stopping, with ratings as truth; None: the validation ratings, with their histories
+                in the split.
 
         Raises:
-            DataError: If there are none, a store cannot be read, a text has seen a held-out pair, or ``seen: refuse``
-                and one has seen a training row.
+            DataError: If there are none, a store cannot be read, a text is based on a held-out pair, or on a training
+                row with ``seen: refuse``.
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
@@ -232,17 +232,17 @@ class Host(Baseline[H, Fitted]):
         raise NotImplementedError
 
     def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
-        """Return what the last layer reads, one or more parts of shape (b, k)."""
+        """Return the input of the last layer, one or more parts of shape (b, k)."""
         raise NotImplementedError
 
     def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
-        """Return the log-odds of a yes of what `_represent` made, shape (b,)."""
+        """Return the log-odds of a yes from the result of `_represent`, shape (b,)."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------- building blocks
 
     def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
-        """Leave out the rows that a text has seen: beside them it would be trusted too much."""
+        """Return the rows on which no text is based; training on the others would overestimate texts."""
         if not adaptor.seen:
             return rows
         if message := adaptor.seen & data.held_out:
@@ -308,7 +308,7 @@ class Host(Baseline[H, Fitted]):
         columns: Sequence[Columns],
         data: SplitDataset,
     ) -> None:
-        """Train the network beside texts; these end with this call, and nothing of them is kept."""
+        """Align the network with texts, which are discarded afterwards."""
 
         def represent(part: NDArray[np.int64]) -> Any:
             seen = self._see(network, fields, rows.of(part), [column.of(part) for column in columns])
@@ -331,7 +331,7 @@ class Host(Baseline[H, Fitted]):
         learned: tuple[Rows, list[Columns]],
         judged: tuple[Rows, list[Columns]],
     ) -> int:
-        """Train, keep the best epoch's weights, and return it."""
+        """Train, keep the best epoch's weights, and return this epoch."""
         torch, config = require("torch", "baselines"), self._config
         loss_of, rng = torch.nn.functional.binary_cross_entropy_with_logits, np.random.default_rng(self._seed)
         rows, columns = learned
@@ -397,7 +397,7 @@ class Host(Baseline[H, Fitted]):
         for table, values in zip(network["of_items"], fields.item_values, strict=True):
             events = events + mean(table, values[rows.events])
         mask = torch.from_numpy(rows.events > 0).to(kind)
-        # What the item is, with its attributes, as events are.
+        # The vector of the item with its attributes, like those of events.
         item = torch.stack(parts[: 1 + len(fields.item_values)], dim=1).sum(dim=1)
         return Seen(
             item=item,
@@ -427,7 +427,7 @@ def all_fields(seen: Seen) -> Any:
 
 
 def layers(widths: Sequence[int], dropout: float, *, last: int | None = 1) -> Any:
-    """Return linear layers with ReLU and dropout between them, and a plain one of width ``last`` at the end."""
+    """Return linear layers with ReLU and dropout, followed by a linear layer of width ``last``."""
     nn = require("torch", "baselines").nn
     made: list[Any] = []
     for before, after in pairwise(widths):

@@ -1,4 +1,4 @@
-"""The networks: DIN, DeepFM, DCN-v2 and AutoInt."""
+"""The CTR networks: DIN, DeepFM, DCN-v2 and AutoInt."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class DINConfig(HostConfig):
 class DIN(Host[DINConfig]):
     """Deep interest network (Zhou et al., KDD 2018, section 4.3).
 
-    The weight of an event h beside the item q is a network over ``[q, h, q - h, q * h]``. Weights are not normalised,
-    so that many events that bear on the item weigh more than one; padding weighs nothing.
+    The weight of an event h for the item q is a network over ``[q, h, q - h, q * h]``. Weights are not normalised, so
+    that several relevant events have more weight than one; padding has weight 0.
     """
 
     name = "din"
@@ -52,10 +52,10 @@ def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
     """Return the weighted sum of events, shape (b, d).
 
     Args:
-        weigh: From 4 d values to one.
-        item: Shape (b, d).
-        events: Shape (b, n, d).
-        mask: 1 where there is an event, shape (b, n).
+        weigh: Maps 4 d dimensions to a weight.
+        item: Item vectors, shape (b, d).
+        events: Event vectors, shape (b, n, d).
+        mask: 1 for events, 0 for padding, shape (b, n).
     """
     torch = require("torch", "baselines")
     beside = item[:, None, :].expand_as(events)
@@ -68,10 +68,9 @@ class DeepFMConfig(HostConfig):
 
 
 class DeepFM(Host[DeepFMConfig]):
-    """Factorisation machine and deep network over the same vectors (Guo et al., IJCAI 2017, section 2.1).
+    """A factorisation machine and a deep network over the same embeddings (Guo et al., IJCAI 2017, section 2.1).
 
-    Each feature has a weight of its own in the first-order term, which is stored behind its vector. Counted numbers
-    have theirs as all hosts have them.
+    Each feature has a weight in the first-order term, stored after its vector. Count features enter as in all hosts.
     """
 
     name = "deepfm"
@@ -105,7 +104,7 @@ class DCNConfig(HostConfig):
 
 
 class DCN(Host[DCNConfig]):
-    """Deep and cross network, version 2, cross and deep side by side (Wang et al., WWW 2021, sections 3.2 and 3.3)."""
+    """DCN-v2, with cross and deep network in parallel (Wang et al., WWW 2021, sections 3.2 and 3.3)."""
 
     name = "dcn"
     Config = DCNConfig
@@ -152,7 +151,7 @@ class AutoIntConfig(HostConfig):
 
 
 class AutoInt(Host[AutoIntConfig]):
-    """Self-attention over fields with a residual, beside a network (Song et al., CIKM 2019, AutoInt+)."""
+    """Self-attention over fields with a residual, and a parallel deep network (Song et al., CIKM 2019, AutoInt+)."""
 
     name = "autoint"
     Config = AutoIntConfig
@@ -185,7 +184,7 @@ class AutoInt(Host[AutoIntConfig]):
 
 
 def attend(block: Any, fields: Any, heads: int) -> Any:
-    """Return fields after a layer of attention, shape (b, f, d): ``relu(softmax(q k) v + W fields)``, not scaled."""
+    """Return fields after an attention layer, shape (b, f, d): ``relu(softmax(q k) v + W fields)``, unscaled."""
     torch = require("torch", "baselines")
 
     def split(values: Any) -> Any:

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The number of rows that need a progress bar, and of rows whose last state is cached.
+# The number of rows from which on a progress bar is shown, and of rows whose last state is cached.
 _MANY, _REMEMBERED = 256, 1 << 15
 
 
 def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
-    """Return the reader of a model, which stays open for the next caller with the same weights."""
+    """Return the reader of a model, which remains loaded for the next caller with the same weights."""
     return _opened(name, find_encoder(name)[1], half, layers)
 
 
@@ -48,20 +48,20 @@ def _opened(name: str, stamp: str, half: bool, layers: int | None) -> EndStates:
 
 
 class EndStates:
-    """Reads rows of texts, one per line, after a line that introduces them.
+    """Encodes rows of texts, one per line, after an introductory line.
 
     Args:
         name: A causal language model, a name or a folder.
         half: Multiply in bfloat16.
-        layers: Read no more than the first so many layers, and the final norm; None: all.
+        layers: Use only this number of first layers, and the final norm; None: all.
 
     Attributes:
-        width: Length of a state.
-        read: Tokens that were computed, and not found.
+        width: Dimensions of a state.
+        read: Number of tokens that were computed and not cached.
 
     Raises:
-        ModelError: If it cannot be loaded, is an encoder-decoder, has fewer layers, or was tuned by llmrec, on
-            interactions that no file of it names.
+        ModelError: If it cannot be loaded, is an encoder-decoder, has fewer layers, or was fine-tuned by llmrec, on
+            interactions that its files do not record.
     """
 
     def __init__(self, name: str, *, half: bool, layers: int | None = None) -> None:
@@ -104,7 +104,7 @@ class EndStates:
         self.read = 0
 
     def ids(self, text: str, most: int | None = None) -> list[int]:
-        """Return the tokens of a line: the first ones of its text, and a line break.
+        """Return the tokens of a line: its truncated text, and a line break.
 
         Raises:
             BackendError: If a text of the data would become a control token.
@@ -115,7 +115,7 @@ class EndStates:
         """Return the state after every text of each row; the states are also stored in the cache folder.
 
         Args:
-            lead: The line before them.
+            lead: The introductory line.
             rows: Lists of at least one text.
             most: The maximum number of tokens per text.
 

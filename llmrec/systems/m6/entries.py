@@ -1,4 +1,4 @@
-"""What M6-Rec adds to the registry: retrieval heads, late interaction, and smaller versions of a tuned model."""
+"""The registry entries of M6-Rec: retrieval heads, late interaction, and smaller versions of a fine-tuned model."""
 
 from llmrec.entries import BaselineEntry, Command
 

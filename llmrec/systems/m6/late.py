@@ -1,4 +1,4 @@
-"""A language model as a yes/no judge whose lower layers are cached: M6-Rec's multi-segment late interaction."""
+"""A language model for yes/no answers with cached lower layers: M6-Rec's multi-segment late interaction."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 PROFILE, LIKED, DISLIKED, CANDIDATE = range(4)
-# Candidates that are read behind one history at a time.
+# Candidates per batch for a history.
 _CANDIDATES = 64
 
 
 class LateConfig(LikeRatioConfig):
-    """How much of the model is joint, and how that is trained."""
+    """The parameters of the joint layers and of their training."""
 
     model: str = Field("SmolLM2-135M-Instruct", description="a decoder, its name or folder")
     joint: int = Field(
@@ -57,15 +57,15 @@ class LateConfig(LikeRatioConfig):
 
 @dataclass
 class Late:
-    """The model in its two parts, and what it says of items.
+    """The two parts of the model, and its predictions for items.
 
     Attributes:
-        lower: What reads a segment.
+        lower: The encoder of segments.
         parts: The embeddings of kinds and the head, a ``torch.nn.ModuleDict``.
         items: The catalogue.
         liked: The lowest rating that is a like.
-        history: Events shown.
-        depth: Joint layers.
+        history: Maximum number of events.
+        depth: Number of joint layers.
     """
 
     lower: Lower
@@ -76,12 +76,12 @@ class Late:
     depth: int
 
     def title(self, item: str) -> str:
-        """Return what an item is called."""
+        """Return the title of an item."""
         result = self.items.get(item)
         return result.title if result is not None else item
 
     def user(self, events: Sequence[Event]) -> list[Part]:
-        """Return the segments of what is known: how many events were liked, and each event."""
+        """Return the segments of a user: the number of liked events, and each event."""
         rated = [event for event in events if event.rating is not None][-self.history :]
         kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
         fields = {LIKED: "Liked", DISLIKED: "Did not like"}
@@ -90,17 +90,17 @@ class Late:
         return [profile, *shown]
 
     def candidate(self, item: str) -> Part:
-        """Return the segment of an item that is asked about."""
+        """Return the segment of a candidate."""
         return Part(f"Next: {self.title(item)}.", CANDIDATE)
 
     def embedded(self, segments: Sequence[Part]) -> Any:
-        """Return the states of segments one behind the other, with their kinds, shape (tokens, d)."""
+        """Return the concatenated states of segments with kind embeddings, shape (tokens, d)."""
         torch, states = require("torch", "train"), self.lower.states([segment.text for segment in segments])
         kinds = self.parts["kinds"].weight
         return torch.cat([own + kinds[item.kind] for own, item in zip(states, segments, strict=True)])
 
     def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
-        """Return the log-odds of a yes for some candidates behind one user, which is read once; shape (n,)."""
+        """Return the log-odds of a yes for candidates of a user, who is encoded once; shape (n,)."""
         torch, before = require("torch", "train"), self.embedded(user)
         after = [self.embedded([candidate]) for candidate in candidates]
         if not self.depth:
@@ -117,7 +117,7 @@ class Late:
         return self._head(states[torch.arange(len(after)), lengths - 1])
 
     def whole(self, prompts: Sequence[Sequence[Part]]) -> Any:
-        """Return the log-odds of whole prompts, each with its candidate last, as they are trained; shape (n,)."""
+        """Return the log-odds of whole prompts, each with its candidate last, as in training; shape (n,)."""
         torch = require("torch", "train")
         if not self.depth:
             return torch.cat([self.logits(prompt[:-1], prompt[-1:]) for prompt in prompts])
@@ -126,7 +126,7 @@ class Late:
         return self._head(states[torch.arange(len(prompts)), lengths - 1])
 
     def _padded(self, texts: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Return states padded on the right, where tokens are, and how many."""
+        """Return states padded on the right, their mask, and their lengths."""
         torch = require("torch", "train")
         lengths = torch.tensor([len(text) for text in texts])
         rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
@@ -138,10 +138,10 @@ class Late:
 
 
 class LateInteraction(Baseline[LateConfig, Late]):
-    """Answers with the probability of a like, from states of texts that are kept and a few joint layers.
+    """Answers with the probability of a like, from cached text states and a few joint layers.
 
-    The lower layers stay as they are. The joint ones, the embeddings of segments and the head are trained with the
-    cross-entropy on training ratings; the validation split is not looked at.
+    The lower layers are frozen. The joint layers, the segment embeddings and the head are trained with the
+    cross-entropy on training ratings; the validation split is not used.
     """
 
     name = "late-interaction"
@@ -152,15 +152,15 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     @classmethod
     def reads(cls, config: LateConfig) -> Reads:
-        """Return what it knows items by: without joint layers no pretrained weight is tuned."""
+        """Return how it represents items: without joint layers no pretrained weight is fine-tuned."""
         return cls.READS if config.joint else "texts"
 
     def fit(self, data: SplitDataset) -> None:
-        """Train the joint part.
+        """Train the joint layers.
 
         Raises:
-            DataError: If there are no training ratings behind others.
-            ModelError: If the model cannot be found, or is no decoder of plain layers.
+            DataError: If no training rating has previous ratings.
+            ModelError: If the model is missing, or is not a decoder of plain layers.
             MissingExtra: If torch or transformers is not installed.
         """
         torch = require("torch", "train")
@@ -177,16 +177,16 @@ class LateInteraction(Baseline[LateConfig, Late]):
         return weights_of(_learned(self._fitted))
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         model = self._late(self._lower(), data)
         put_back(_learned(model), state)
         self._model = model
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the probability that each request's item is liked; one history is read once."""
+        """Answer with the probability that each request's item is liked; each history is encoded once."""
         model, result = self._fitted, dict[int, Answer]()
         torch = require("torch", "train")
-        # A user's questions need not follow each other.
+        # Requests of a user may be apart.
         groups: dict[tuple[str, tuple[Event, ...]], list[int]] = {}
         for n, request in enumerate(requests):
             if request.item is not None:
@@ -222,11 +222,11 @@ class LateInteraction(Baseline[LateConfig, Late]):
         return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
 
     def _questions(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
-        """Return prompts about training ratings, each behind the ratings before it, and what is true."""
+        """Return prompts for training ratings, each after the previous ratings, and their labels."""
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]
-            # What is history alone is shown and never learned from.
+            # Events that are only part of histories are inputs and never targets.
             own = set(data.train_events(user))
             result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
         if not result:
@@ -262,5 +262,5 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
 
 def _learned(model: Late) -> Any:
-    """Return what training changes, a ``torch.nn.ModuleDict``."""
+    """Return the trainable modules, a ``torch.nn.ModuleDict``."""
     return require("torch", "train").nn.ModuleDict({"joint": model.lower.joint, "parts": model.parts})

@@ -3,8 +3,8 @@
 A prompt is split into segments: the user's features, each event, the candidate. The lower layers encode every segment
 separately, with positions from 0, so that its states depend only on its text and can be cached: in memory and, for a
 catalogue, in a `FeatureStore` whose folder is named by weights and layer, and whose rows by text and token. The last
-few layers read all segments together, with a learned embedding of each kind of segment added. A candidate stands last,
-so that what stands before it is read once for all candidates.
+few layers read all segments together, with a learned embedding of each kind of segment added. A candidate is last,
+so that everything before it is computed once for all candidates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # The number of texts per batch.
 _TEXTS = 64
-# For this text both parts must compute the same as the whole model, up to this share of the largest state.
+# The text for checking that both parts equal the whole model, and the tolerance relative to the largest state.
 _SAMPLE = "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
 _TOLERANCE = 1e-3
 
@@ -51,17 +51,17 @@ class Lower:
 
     Args:
         folder: The model.
-        section: How to load it.
-        joint: How many layers are left to the joint part.
-        layers: The model is cut behind so many layers first; None: it is whole.
+        section: The settings for loading it.
+        joint: Number of layers of the joint part.
+        layers: Number of layers to which the model is truncated first; None: all.
 
     Attributes:
-        joint: A decoder of the last layers and the final norm, which reads states in place of tokens.
-        read: Tokens that were computed, and not found.
+        joint: A decoder of the last layers and the final norm, which takes states instead of tokens.
+        read: Number of tokens that were computed and not cached.
 
     Raises:
         RecipeError: If the model has fewer layers.
-        ModelError: If it is no decoder of plain layers, or its two parts are not the whole model.
+        ModelError: If it is not a decoder of plain layers, or its two parts do not equal the whole model.
     """
 
     def __init__(self, folder: str, section: ModelSection, joint: int, layers: int | None = None) -> None:
@@ -197,10 +197,10 @@ def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: in
     """Return a decoder of the upper layers, with copies of their weights, that takes hidden states.
 
     Args:
-        body: The decoder that they are from.
+        body: The original decoder.
         layers: The layers.
-        place: Which of its layers they are.
-        whole: How many layers it has.
+        place: The indices of these layers in it.
+        whole: Its number of layers.
     """
     config = copy.deepcopy(body.config)
     # Settings that differ by layer, such as the kind of attention, are lists with a value for each.

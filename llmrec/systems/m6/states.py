@@ -1,4 +1,4 @@
-"""Retrieval heads: two maps over the states of a causal language model, the user end and the item end (M6-Rec)."""
+"""Retrieval heads: two maps over states of a causal language model, for users and for items (M6-Rec)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# Tokens that are read of a title, and of what is said of an item.
+# The maximum number of tokens of a title, and of an item text.
 _TITLE, _TEXT = 32, 128
 
 
@@ -47,16 +47,16 @@ class StateTowerConfig(TowersConfig):
 
 
 class StateTower(TextTowers[StateTowerConfig]):
-    """Predicts the next item from the states that a language model has where a history and an item's text end.
+    """Predicts the next item from a language model's states at the end of a history and of an item's text.
 
-    As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a history in words and the state after an
+    As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a textual history and the state after an
     item's text are each mapped to ``dim`` values of length 1, and ``score(j) = u . p_j / temperature``. The loss of a
-    user is ``-log(exp(s_i) / sum_j exp(s_j))`` over the targets of the batch, without those that the user has in
-    training too (false negatives). Targets are negatives as often as they are popular, which lowers popular items;
-    ``corrected`` takes that back (Yi et al., RecSys 2019, equation 3).
+    user is ``-log(exp(s_i) / sum_j exp(s_j))`` over the targets of the batch, without those that the user also has
+    in training (false negatives). Targets occur as negatives in proportion to popularity, which lowers popular items;
+    ``corrected`` compensates for it (Yi et al., RecSys 2019, equation 3).
 
-    The model itself is not tuned: states are centred and whitened, and two linear maps learn. One pass over a stretch
-    of a user's items gives a training row at each of them, since a causal model's states know nothing of what follows.
+    The language model is frozen: states are centred and whitened, and two linear maps are trained. One pass over a span
+    of a user's items gives a training row at each of them, since causal states do not depend on later tokens.
     """
 
     name = "state-tower"
@@ -68,18 +68,18 @@ class StateTower(TextTowers[StateTowerConfig]):
         "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
     }
     FITS: ClassVar[int] = 8
-    #: States after histories of training.
+    #: States after training histories.
     _known: dict[bytes, NDArray[np.float32]]
     #: Centre and whitening of states after histories, shapes (d,) and (d, k).
     _lens: tuple[NDArray[np.float32], NDArray[np.float32]]
 
     def fit(self, data: SplitDataset) -> None:
-        """Read the texts, and learn the maps.
+        """Encode the texts, and train the maps.
 
         Raises:
-            RecipeError: If the encoder is no language model.
+            RecipeError: If the encoder is not a language model.
             DataError: If no item has a text.
-            ModelError: If there is no such model, it is no causal one, or llmrec tuned it.
+            ModelError: If the model is missing, not causal, or was fine-tuned by llmrec.
             MissingExtra: If torch or transformers is not installed.
         """
         refuse_unpretrained(self.name, self._config.encoder, "text-matcher")
@@ -88,12 +88,12 @@ class StateTower(TextTowers[StateTowerConfig]):
         self._known.clear()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the maps, the vectors of the items, and how states after histories are whitened, as arrays."""
+        """Return the maps, the vectors of the items, and the whitening of states after histories, as arrays."""
         centre, whitening = self._lens
         return super().state() | {"lens.centre": centre, "lens.whitening": whitening}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         self._open(data)
         self._lens = state["lens.centre"], state["lens.whitening"]
         super().restore(data, state)
@@ -107,7 +107,7 @@ class StateTower(TextTowers[StateTowerConfig]):
 
     @property
     def reader(self) -> EndStates:
-        """The language model, loaded when it is first asked."""
+        """The language model, loaded on first use."""
         return end_states(self._config.encoder, half=self._config.half, layers=self._config.layers)
 
     def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
@@ -116,7 +116,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
 
     def _rows(self, events: Log) -> list[NDArray[np.int64]]:
-        """Read stretches of each user's items, and return every training target with the items before it."""
+        """Encode spans of each user's items, and return every training target with the items before it."""
         config, owners = self._config, list[int]()
         pieces: list[NDArray[np.int64]] = []
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
@@ -138,7 +138,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         return [[self._titles[item] for item in history] for history in histories]
 
     def states(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Return the states after histories, as catalogue numbers; of an empty one 0; shape (n, d)."""
+        """Return the states after histories of catalogue indices, 0 for an empty one, shape (n, d)."""
         keys = [history.tobytes() for history in histories]
         new = {key: item for key, item in zip(keys, histories, strict=True) if key and key not in self._known}
         read = self.reader.last(self._lead, self._said(list(new.values())), most=_TITLE)

@@ -1,1 +1,1 @@
-"""U-BERT: ratings from reviews, by users and items that attend to the tokens of what they wrote or what was written."""
+"""U-BERT: rating prediction from reviews, with users and items that attend to the tokens of their reviews."""

@@ -1,4 +1,4 @@
-"""U-BERT as a baseline: how it is fitted, kept, carried to another domain, and read by others as features."""
+"""U-BERT as a baseline: fit, stored state, transfer to another domain, and export of features."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# Validation ratings that decide when to stop.
+# The number of validation ratings for early stopping.
 _STOP_CASES = 5_000
-# Digits that answers keep: the last ones depend on how many come together.
+# The digits to which answers are rounded: the last ones depend on the batch size.
 _DIGITS = 6
 _RESERVED: float = FusionSection.model_fields["reserved"].default
-# Tokens that are projected together.
+# Tokens per batch of projections.
 _TOKENS = 1 << 16
-# What the names of vectors of single users and items hold, which mean nothing elsewhere.
+# A part of the names of embeddings of single users and items, which are specific to a domain.
 _OWN = ".own."
 
 
 class UBert(Baseline[UBertConfig, Reviewed]):
     """Predicts a rating from the training reviews of the user and of the item (Qiu et al., AAAI 2021).
 
-    A text encoder, which stays as it is, makes states of the tokens of all training reviews. The user encoder is the
-    embedding of the user and of the domain, and what it attends to in the user's reviews; the item encoder mirrors it.
-    Tokens of both sides are matched by attention both ways. The rating is linear in both vectors and the match, by the
-    squared error. At training the review of the pair that is predicted is read on neither side. A user or an item
-    without training ratings has the mean vector of all others, and no tokens.
+    A frozen text encoder computes the token states of all training reviews. The user encoder combines the embeddings of
+    user and domain with attention over the user's reviews; the item encoder mirrors it. Tokens of both sides are
+    matched by attention in both directions. The rating is linear in both vectors and the match, with the squared error
+    as loss. In training, the review of the predicted pair is excluded on both sides. A user or an item without training
+    ratings has the mean vector of all others, and no tokens.
 
-    ``pretrain`` and `pretrained` first learn by opinion words that are masked and by the ratings of single reviews.
-    ``start`` begins with what another domain taught, less its users and items.
+    ``pretrain`` and `pretrained` first train on masked opinion words and on the ratings of single reviews. ``start``
+    loads weights from another domain, without its users and items.
     """
 
     name = "ubert"
@@ -68,15 +68,15 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         "dropout": (0.0, 0.2, 0.5),
     }
     FITS: ClassVar[int] = 5
-    # What pretraining alone taught, which answers nothing.
+    # The weights of pretraining alone, which cannot answer.
     _taught: Reviewed | None = None
 
     def fit(self, data: SplitDataset) -> None:
-        """Learn from training ratings and reviews.
+        """Train on training ratings and reviews.
 
         Raises:
-            DataError: If there are none of either, or ``start`` has learned from what this split holds out.
-            ModelError: If there is no such encoder, or no such weights.
+            DataError: If there are none of either, or ``start`` was trained on interactions that this split holds out.
+            ModelError: If the encoder or the weights are missing.
             RecipeError: If opinion words cannot be read.
             MissingExtra: If torch is not installed.
         """
@@ -101,30 +101,31 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self._taught, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Learn from masked opinion words and the ratings of single reviews alone, for `save`; errors as `fit` has."""
+        """Train only on masked opinion words and ratings of single reviews, for `save`; raises the errors of `fit`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._taught, self._model = self._begun(data, pairs=False), None
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write weights that ``start`` takes in another domain; those of single users and items stay behind.
+        """Write weights for ``start`` in another domain, without those of single users and items.
 
         Args:
-            folder: Is made anew.
-            data: What was learned from.
+            folder: The folder, which is replaced.
+            data: The training data.
         """
         self._carried(self._taught or self._fitted).save(Path(folder), data)
 
     def features(self, data: SplitDataset, *, reserved: float = _RESERVED) -> tuple[Features, Features]:
-        """Fit, and return the vectors of users and items for `llmrec.data.features.publish`, with what they have seen.
+        """Fit, and return user and item vectors for `llmrec.data.features.publish`, with their source interactions.
 
         Args:
-            data: The split beside which they will be read. Of ``kind: prefix`` the events are learned from that are
-                history alone, so that whoever reads the vectors has all training rows left; of others the training
+            data: The split with which they will be used. With ``kind: prefix``, training uses the events that are only
+                part of histories, so that all training rows remain for users of the vectors; otherwise the training
                 rows.
-            reserved: Share of validation users who weigh ensembles, as the recipe that reads the vectors has it
-                (``eval.fusion.reserved``). Whatever reads them may be weighed, so these users choose no epoch here.
+            reserved: Share of validation users for ensemble weights in the recipe that uses the vectors
+                (``eval.fusion.reserved``). These users choose no epoch here, since a user of the vectors may be a
+                member.
         """
         early, data = data.kind == "prefix", halves(data, reserved)[0]
         self.fit(replace(data, train=data.known, known=data.known.clear()) if early else data)
@@ -153,12 +154,12 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return one, other
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the weights and what is read of tokens, as arrays."""
+        """Return the weights and the projected tokens, as arrays."""
         model = self._fitted
         return {"read": model.tokens.values.numpy(), "starts": model.tokens.starts, **weights_of(model.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         torch = require("torch", "baselines")
         known, width = ratings(data, self.name), state["network.down.weight"].shape[1]
         reviews = Reviews.read(data, known, self._config.order)
@@ -181,17 +182,17 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return [] if self._config.patience is None else rating_cases(data, _STOP_CASES)
 
     def _carried(self, model: Reviewed) -> Carried:
-        """Return what goes to another domain."""
+        """Return the transferable network."""
         shape = {"dim": self._config.dim, "width": model.network["down"].in_features}
         return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
-        """Return a network that has learned nothing."""
+        """Return an untrained network."""
         network = network_of(width, len(known.user_index), len(known.item_index), self._config)
         return Reviewed(known, reviews, tokens, network, self._config, {})
 
     def _begun(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
-        """Return a network before it learns from ratings of pairs, if it will, with what comes from elsewhere."""
+        """Return a network before training on pairs, with transferred or pretrained weights."""
         config, known = self._config, ratings(data, self.name)
         reviews = Reviews.read(data, known, config.order)
         frozen = Frozen(config.encoder, data, config.tokens)
@@ -205,7 +206,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
 
 
 def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> float:
-    """Pass once over the training ratings, and return the mean loss."""
+    """Train for one epoch on the training ratings, and return the mean loss."""
     torch, known, total = require("torch", "baselines"), model.known, 0.0
     model.network.train()
     for part in batches(len(known.values), model.config.batch, rng):
@@ -219,7 +220,7 @@ def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> f
 
 
 def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
-    """Return the ratings of requests for an item, not clipped, shape (n,)."""
+    """Return the predicted ratings of requests, not clipped, shape (n,)."""
     known = model.known
     users = np.array([known.user_index.get(request.user_id, -1) for request in requests], dtype=np.int64)
     items = np.array([known.item_index.get(str(request.item), -1) for request in requests], dtype=np.int64)
@@ -227,7 +228,7 @@ def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
 
 
 def _finished(model: Reviewed) -> Reviewed:
-    """Return it in double precision, with what it reads of tokens in place of their frozen states."""
+    """Return the network in double precision, with projected tokens instead of their frozen states."""
     torch, states = require("torch", "baselines"), model.tokens.values
     model.network.eval()
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""What U-BERT adds to the registry."""
+"""The registry entries of U-BERT."""
 
 from llmrec.entries import BaselineEntry
 
-# It reads what others wrote before, and is no use beside the review itself.
+# It uses earlier reviews, and is of no use if the review itself is given.
 BASELINES = {"ubert": BaselineEntry("llmrec.systems.ubert.baseline:UBert", ("rating",), needs="torch")}

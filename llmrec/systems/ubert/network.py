@@ -1,4 +1,4 @@
-"""The network of U-BERT: attention over tokens of reviews on either side, co-matching, and a linear rating."""
+"""The network of U-BERT: attention over review tokens on both sides, co-matching, and a linear rating."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# Pairs that are answered together.
+# Pairs per batch of answers.
 _ROWS = 64
 
 
@@ -65,15 +65,15 @@ class UBertConfig(TextsConfig):
 
 @dataclass
 class Reviewed:
-    """A network with the reviews that it reads.
+    """A network with its reviews.
 
     Attributes:
-        known: Numbered ratings of training.
-        reviews: Of training.
-        tokens: Of the reviews: frozen states, and once nothing is learned any more, what `projected` makes of them.
-        network: As `network_of` makes it.
+        known: The training ratings with indices.
+        reviews: The training reviews.
+        tokens: The tokens of the reviews: frozen states, and after training the result of `projected`.
+        network: The result of `network_of`.
         config: The parameters.
-        usual: By side, the mean vector of all users, or items, with training ratings: what an unknown one has.
+        usual: By side, the mean vector of all users, or items, with training ratings, used for unknown ones.
     """
 
     known: Ratings
@@ -86,15 +86,15 @@ class Reviewed:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the training ratings; 1 where all are the same."""
+        """The standard deviation of the training ratings; 1 if all are equal."""
         return float(self.known.values.std()) or 1.0
 
     def read(self, places: NDArray[np.int64]) -> Any:
-        """Return the vectors of tokens at some places, shape (b, t, dim)."""
+        """Return the vectors of tokens at some positions, shape (b, t, dim)."""
         torch = require("torch", "baselines")
         if self.tokens.values.dtype != torch.float16:
             return self.tokens.values[torch.from_numpy(places)].to(self.network["down"].weight.dtype)
-        # Tokens that several pairs read go through the projection once.
+        # Tokens of several pairs are projected once.
         unique, where = np.unique(places, return_inverse=True)
         result = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
         return result[torch.from_numpy(where.reshape(places.shape))]
@@ -134,7 +134,7 @@ class Reviewed:
         return self.known.mean + self.spread * result
 
     def vectors(self, side: Side) -> Any:
-        """Return the vectors of all users, or items, with training ratings, who read all their reviews; (n, dim)."""
+        """Return the vectors of all users, or items, with training ratings, from all their reviews; (n, dim)."""
         torch = require("torch", "baselines")
         count = len(self.known.user_index if side == "user" else self.known.item_index)
         parts = []
@@ -147,57 +147,57 @@ class Reviewed:
         return torch.cat(parts)
 
     def settle(self) -> None:
-        """Take the means that unknown users and items have."""
+        """Compute the mean vectors for unknown users and items."""
         self.usual = {}
         self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
 
 def projected(network: torch.nn.Module, states: torch.Tensor, dropout: float) -> Any:
-    """Return what is read of frozen states of tokens, shape (n, d) -> (n, dim)."""
+    """Return the projection of frozen token states, shape (n, d) -> (n, dim)."""
     functional = require("torch", "baselines").nn.functional
     result = functional.gelu(network["down"](states.to(network["down"].weight.dtype)))
     return functional.dropout(result, dropout, network.training)
 
 
 def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
-    """Return values weighed by the softmax of scaled products of query and keys; 0 where there is nothing to read.
+    """Return scaled dot-product attention of query, keys and values; 0 for rows without tokens.
 
     Args:
-        query: Shape (b, q, dim).
-        keys: Shape (b, t, dim).
-        values: Shape (b, t, dim).
-        mask: Where there are tokens, shape (b, t).
+        query: Queries, shape (b, q, dim).
+        keys: Keys, shape (b, t, dim).
+        values: Values, shape (b, t, dim).
+        mask: True for tokens, false for padding, shape (b, t).
 
     Returns:
         Shape (b, q, dim).
     """
     torch = require("torch", "baselines")
     logits = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
-    # The lowest number in place of minus infinity: a row without tokens has no NaN.
+    # The lowest number instead of minus infinity, to avoid NaN in rows without tokens.
     weights = torch.softmax(logits.masked_fill(~mask[:, None, :], torch.finfo(logits.dtype).min), dim=-1)
     return (weights @ values) * mask.any(dim=1)[:, None, None]
 
 
 def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
-    """Return review-aware vectors: an id's embedding, that of the domain, and what both attend to; shape (b, dim).
+    """Return review-aware vectors: the embeddings of id and domain, and the tokens they attend to; shape (b, dim).
 
     Args:
         side: The user encoder, or the item encoder.
-        own: Numbers of users or items, shape (b,).
-        tokens: Shape (b, t, dim).
-        mask: Shape (b, t).
+        own: Indices of users or items, shape (b,).
+        tokens: Token vectors, shape (b, t, dim).
+        mask: True for tokens, shape (b, t).
     """
     name = side["own"](own) + side["domain"].weight
     return name + attended(side["query"](name)[:, None, :], side["key"](tokens), tokens, mask)[:, 0]
 
 
 def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: Any) -> Any:
-    """Return what the tokens of both sides have in common: attention both ways, and a mean over each; (b, 2 dim)."""
+    """Return the match of both sides' tokens: attention in both directions, and a mean over each; (b, 2 dim)."""
     torch = require("torch", "baselines")
     means = []
     pairs = (("user", of_user, user_mask, of_item, item_mask), ("item", of_item, item_mask, of_user, user_mask))
     for name, tokens, mask, others, there in pairs:
-        # One affinity for both ways: the transposed one is that of the other side.
+        # One affinity matrix for both directions: the transpose is that of the other side.
         keys = match["affinity"](others) if name == "user" else others
         query = tokens if name == "user" else match["affinity"](tokens)
         aligned = attended(query, keys, others, there)
@@ -208,7 +208,7 @@ def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: A
 
 
 def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
-    """Return the network for states of this length and so many users and items, who are all alike to begin with."""
+    """Return the network for a state size and numbers of users and items, whose embeddings are initially 0."""
     nn, dim = require("torch", "baselines").nn, config.dim
 
     def side(count: int) -> Any:
@@ -233,6 +233,6 @@ def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Sequence[NDArray[np.int64]]:
-    """Return the rows of each step, mixed."""
+    """Return the rows of each step, in random order."""
     order = rng.permutation(count)
     return [order[start : start + size] for start in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""Pretraining of U-BERT: opinion words that are masked, and the ratings of single reviews."""
+"""Pretraining of U-BERT: masked opinion words, and the ratings of single reviews."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from llmrec.baselines.rated import Ratings
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
-# In how many reviews a word must stand whose ratings are looked at.
+# The minimum number of reviews of a word in the lexicon.
 _LEAST = 5
 
 
 def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float64]) -> tuple[str, ...]:
-    """Return the opinion words, sorted: those of a file, or else words that tell ratings apart.
+    """Return the sorted opinion words: from a file, or else the words most indicative of ratings.
 
     Without a file these are the words with the largest ``|mean rating of the reviews with it - mean| * sqrt(reviews)``.
 
     Args:
-        config: Names the file, or says how many words.
+        config: Contains the file, or the number of words.
         texts: Training reviews.
-        ratings: Of each review, shape (n,).
+        ratings: Rating of each review, shape (n,).
 
     Raises:
-        RecipeError: If the file cannot be read, or holds no word.
+        RecipeError: If the file cannot be read, or contains no word.
     """
     if config.lexicon is not None:
         try:
@@ -68,13 +68,13 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
 
 @dataclass(frozen=True)
 class Hidden:
-    """Texts some of whose opinion words are masked.
+    """Texts with some masked opinion words.
 
     Attributes:
         encoded: The tokens of each text, with the mask in place of the words.
-        texts: In which text each masked word stands, shape (m,).
-        places: Place of its first token, frames left out, shape (m,).
-        words: Its number in the lexicon, shape (m,).
+        texts: Text index of each masked word, shape (m,).
+        places: Position of its first token, special tokens not counted, shape (m,).
+        words: Its index in the lexicon, shape (m,).
     """
 
     encoded: list[list[int]]
@@ -93,12 +93,12 @@ class Hidden:
         share: float,
         rng: np.random.Generator,
     ) -> Hidden:
-        """Mask each opinion word by chance, with all its tokens, but at least one of a text that has any."""
+        """Mask opinion words at random, with all their tokens, at least one in each text that has any."""
         number = {word: place for place, word in enumerate(words)}
         hidden, result = [list(ids) for ids in encoded], []
         for row, text in enumerate(texts):
             opinions = [item for item in _WORD.finditer(text) if item.group().lower() in number]
-            # What was cut off behind the last token cannot be masked.
+            # Truncated words cannot be masked.
             opinions = [item for item in opinions if any(e >= item.end() for s, e in spans[row] if e > s)]
             chosen = rng.random(len(opinions)) < share
             if len(opinions) and not chosen.any():
@@ -118,22 +118,23 @@ class Hidden:
 
 
 def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
-    """Return the last rating of each pair of a user and an item, as the review that is read of it."""
+    """Return the last rating of each pair of user and item, like its review."""
     last = np.argsort(known.order)
     given = (column[last].tolist() for column in (known.users, known.items, known.values))
     return {(user, item): value for user, item, value in zip(*given, strict=True)}
 
 
 def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
-    """Teach the user encoder by single reviews; the item encoder then attends as the user encoder does.
+    """Pretrain the user encoder on single reviews, and copy it to the item encoder without user embeddings.
 
-    A user reads one review with masked opinion words. Each of these is told from the state of its token and the user's
-    vector (cross-entropy over the lexicon), and the review's rating from the user's vector (squared error).
+    The user encoder gets one review with masked opinion words. Each masked word is predicted from the state of its
+    token and the user's vector (cross-entropy over the lexicon), and the review's rating from the user's vector
+    (squared error).
 
     Args:
-        model: Learns.
+        model: The model to train.
         frozen: The text encoder.
-        seed: Draws masks, order and weights of the two heads, which end with this call.
+        seed: The seed for masks, order and weights of the two heads, which are discarded afterwards.
 
     Raises:
         RecipeError: See `lexicon`.

@@ -1,4 +1,4 @@
-"""Training reviews as frozen token states, and which of them may be read beside a pair of user and item."""
+"""Training reviews as frozen token states, and which of them may be used for a pair of user and item."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Reviews:
-    """Training reviews, the oldest first.
+    """Training reviews, oldest first.
 
     Attributes:
-        users: Number of the user who wrote each, shape (n,).
-        items: Number of the item that each is about, shape (n,).
-        texts: What they say.
+        users: Index of each review's user, shape (n,).
+        items: Index of each review's item, shape (n,).
+        texts: The texts of the reviews.
         of: By side, the reviews of each user, or of each item.
     """
 
@@ -41,12 +41,12 @@ class Reviews:
 
     @staticmethod
     def read(data: SplitDataset, known: Ratings, order: Callable[[int], Sequence[int]]) -> Reviews:
-        """Read the reviews of training interactions, and no others.
+        """Return the reviews of training interactions.
 
         Args:
             data: The split.
-            known: Numbers users and items; a review without a rating is not read.
-            order: Says whose text each of so many reviews has.
+            known: The indices of users and items; reviews without a rating are skipped.
+            order: Returns for a number of reviews whose text each has.
 
         Raises:
             DataError: If no training rating has a review.
@@ -74,7 +74,7 @@ class Reviews:
 
     @staticmethod
     def of_rows(known: Ratings, users: NDArray[np.int64], items: NDArray[np.int64], texts: Sequence[str]) -> Reviews:
-        """Sort reviews by user and by item."""
+        """Return reviews grouped by user and by item."""
         sides: tuple[tuple[Side, NDArray[np.int64], int], ...] = (
             ("user", users, len(known.user_index)),
             ("item", items, len(known.item_index)),
@@ -86,16 +86,16 @@ class Reviews:
         return Reviews(users, items, tuple(texts), of)
 
     def beside(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
-        """Return the latest reviews of a user or an item that may be read beside a pair.
+        """Return the latest reviews of a user or an item that may be used for a pair.
 
-        That of the pair itself is not among them, nor another one of the same user that says the same: it would tell
-        the rating.
+        The review of the pair itself is excluded, and so are reviews of the same user with the same text, which would
+        reveal the rating.
 
         Args:
-            side: Whose.
-            user: Number of the user; -1: an unknown one.
-            item: Number of the item; -1: an unknown one.
-            most: How many.
+            side: The side: user or item.
+            user: Index of the user; -1: an unknown one.
+            item: Index of the item; -1: an unknown one.
+            most: The maximum number of reviews.
         """
         owner = user if side == "user" else item
         if owner < 0:
@@ -114,21 +114,21 @@ class Reviews:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Something of every token of some texts, one text behind the other.
+    """Values for every token of some texts, concatenated.
 
     Attributes:
-        values: Frozen states of an encoder, or what a network made of them, a torch tensor of shape (tokens, d).
-        starts: Where each text begins, and where the last one ends, shape (texts + 1,).
+        values: Frozen states of an encoder, or their projections, a torch tensor of shape (tokens, d).
+        starts: Start of each text, and the end of the last one, shape (texts + 1,).
     """
 
     values: Any
     starts: NDArray[np.int64]
 
     def places(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return where the tokens of some texts stand, and which places are tokens: shape (b, t) both.
+        """Return the positions of the tokens of some texts, and their mask: shape (b, t) both.
 
         Args:
-            rows: Texts that are read one behind the other, for each of b readers.
+            rows: Texts to concatenate, for each of b users or items.
         """
         spans = [[np.arange(self.starts[row], self.starts[row + 1]) for row in item] for item in rows]
         whole = [np.concatenate(span) if span else np.zeros(0, dtype=np.int64) for span in spans]
@@ -141,19 +141,19 @@ class Tokens:
 
 
 class Frozen:
-    """A text encoder that is not tuned: texts become states of tokens, without those that only frame a text."""
+    """A frozen text encoder that returns token states, without those of special tokens around a text."""
 
     def __init__(self, name: str, data: SplitDataset, most: int) -> None:
-        """Open it.
+        """Open the encoder.
 
         Args:
-            name: Of the encoder, or its folder.
-            data: The split that it is read for.
-            most: Tokens of the longest text; of longer ones the rest is cut.
+            name: The name of the encoder, or its folder.
+            data: The split with which it is used.
+            most: The maximum number of tokens of a text; longer ones are truncated.
 
         Raises:
-            DataError: If it was tuned on another split.
-            ModelError: If there is none, or it cannot be opened.
+            DataError: If it was fine-tuned on another split.
+            ModelError: If it is missing, or cannot be opened.
         """
         fitting(name, data)
         self._encoder: OpenEncoder = open_encoder(find_encoder(name)[0])
@@ -161,20 +161,20 @@ class Frozen:
 
     @property
     def mask(self) -> int | None:
-        """The token that stands for a hidden one; None: the encoder has none."""
+        """The mask token; None: the encoder has none."""
         result: int | None = self._encoder.tokenizer.mask_token_id
         return result
 
     def tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[Span]]]:
-        """Return the tokens of each text, and which characters each stands for; a frame stands for none."""
+        """Return the tokens of each text, with their character spans, which are empty for special tokens."""
         return self._encoder.spans(texts, self._most) if texts else ([], [])
 
     def states(self, encoded: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]]) -> Tokens:
-        """Return the states of tokens, in half precision; those of a frame are left out.
+        """Return the token states in half precision, without those of special tokens.
 
         Args:
-            encoded: The tokens of each text, as `tokens` gives them; some may be hidden.
-            spans: Their characters.
+            encoded: The tokens of each text from `tokens`; some may be masked.
+            spans: Their character spans.
         """
         torch = require("torch", "baselines")
         kept = [[index for index, (start, end) in enumerate(span) if end > start] for span in spans]

@@ -1,1 +1,1 @@
-"""UniSRec: a sequence model that knows items by their texts alone, and can begin with another domain's weights."""
+"""UniSRec: a sequence model that represents items by texts, and can transfer weights from another domain."""

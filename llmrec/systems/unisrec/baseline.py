@@ -1,4 +1,4 @@
-"""UniSRec as a baseline: how it is fitted, kept, carried to another domain and given items that are new."""
+"""UniSRec as a baseline: fit, stored state, transfer to another domain, and extension by new items."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# Validation cases that decide when to stop.
+# The number of validation cases for early stopping.
 _STOP_CASES = 5_000
-# What weights of another domain must agree in, and vectors of single items, which mean nothing elsewhere.
+# Properties in which weights of another domain must agree, and embeddings of single items, which do not transfer.
 _SHAPE, _OWN = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
 
 
 class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
-    """Predicts the next item from the texts of a sequence, with weights that hold in every domain.
+    """Predicts the next item from the texts of a sequence, with weights that transfer between domains.
 
     After Hou et al. (KDD 2022). A text vector x becomes ``v = sum_k g_k (x - b_k) W_k``: parametric whitenings, mixed
-    by ``g = softmax(x W_g + e * softplus(x W_n))``, whose noise e is there in training alone. The blocks of `SASRec`
-    read the v of a sequence, and an item's score is the cosine of the last state and its v, divided by the temperature;
-    the softmax is over all items with training interactions. With ``ids`` (transductive) an item of training adds a
-    vector of its own on both sides; without (inductive) no item has a parameter, and an item that is added later is
-    ranked like all others.
+    by ``g = softmax(x W_g + e * softplus(x W_n))``, with noise e in training only. The blocks of `SASRec`
+    process the v of a sequence, and an item's score is the cosine of the last state and its v, divided by the
+    temperature; the softmax is over all items with training interactions. With ``ids`` (transductive) a training item
+    adds a learned embedding on both sides; without (inductive) there are no parameters per item, and items that are
+    added later are ranked like all others.
 
-    ``pretrain`` and `pretrained` first learn by two contrastive losses whose negatives are the other rows of a batch: a
-    sequence against its next item, and, weighed by ``contrast``, against itself with items or words left out. Rows with
-    the same target are no negatives of each other. All positions of a sequence are rows of the first loss, its last
-    position one of the second. With ``start`` the sequence encoder of another domain stays as it is, as in the paper;
-    dropout within the whitenings leaves out the same values for all of them, which is one product in place of many.
+    ``pretrain`` and `pretrained` first train with two contrastive losses whose negatives are the other rows of a batch:
+    a sequence with its next item, and, weighed by ``contrast``, with itself after dropping items or words. Rows with
+    the same target are not negatives of each other. All positions of a sequence are rows of the first loss, its last
+    position is one of the second. With ``start`` the sequence encoder of another domain is frozen, as in the paper;
+    dropout in the whitenings drops the same values for all of them, which allows a single product.
     """
 
     name = "unisrec"
@@ -70,11 +70,11 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
     FITS: ClassVar[int] = 5
 
     def fit(self, data: SplitDataset) -> None:
-        """Learn the adaptor, and the sequence encoder unless it comes from another domain.
+        """Train the adaptor, and the sequence encoder unless it is transferred from another domain.
 
         Raises:
-            DataError: If no item has a text, or weights to start from have learned from what this split holds out.
-            ModelError: If there is no such encoder, or no such weights.
+            DataError: If no item has a text, or ``start`` was trained on interactions that this split holds out.
+            ModelError: If the encoder or the weights are missing.
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
@@ -97,7 +97,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Learn by the contrastive losses alone, for `save`; errors as `fit` raises them, validation is not read."""
+        """Train with the contrastive losses only, without validation, for `save`; raises the errors of `fit`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -105,14 +105,14 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write weights that ``start`` takes in another domain; vectors of single items stay behind.
+        """Write weights for ``start`` in another domain, without embeddings of single items.
 
         Args:
-            folder: Is made anew.
-            data: What was learned from.
+            folder: The folder, which is replaced.
+            data: The training data.
 
         Raises:
-            RecipeError: If the vectors of texts are those of this data set alone.
+            RecipeError: If the text vectors are specific to this data set.
         """
         config = self._config
         if not config.named:
@@ -125,10 +125,10 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._carried(self._fitted).save(Path(folder), data)
 
     def extended(self, data: SplitDataset) -> UniSRec:
-        """Return one with the same weights that ranks the catalogue of ``data``, whose interactions are not read.
+        """Return a model with the same weights for the catalogue of ``data``, whose interactions are not used.
 
         Raises:
-            RecipeError: If the vectors of texts depend on the catalogue.
+            RecipeError: If the text vectors depend on the catalogue.
         """
         if not self._config.named:
             raise RecipeError(
@@ -150,11 +150,11 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         return other
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the weights and the vectors of texts, as arrays."""
+        """Return the weights and the text vectors, as arrays."""
         return {"vectors": self._fitted.vectors.numpy(), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `state` returned."""
+        """Restore the fit from `state`."""
         torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
@@ -168,12 +168,12 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         return self._fitted.scores(requests)
 
     def _carried(self, model: Universal) -> Carried:
-        """Return what goes to another domain."""
+        """Return the transferable network."""
         shape = {key: getattr(self._config, key) for key in _SHAPE} | {"width": model.vectors.shape[1]}
         return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
-        """Return a network that has learned nothing."""
+        """Return an untrained network."""
         popular = counts(events, catalogue)
         own = np.full(len(popular), -1, dtype=np.int64)
         own[popular > 0] = np.arange(int((popular > 0).sum()))
@@ -181,7 +181,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         return Universal(catalogue, vectors, own, popular / popular.max(initial=1.0), network, self._config)
 
     def _begun(self, data: SplitDataset) -> tuple[Universal, list[NDArray[np.int64]]]:
-        """Return a network before the softmax, with what comes from another domain and from contrast; and sequences."""
+        """Return a network before softmax training, with transferred or pretrained weights, and the sequences."""
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
         events = Log.of(data, catalogue)
@@ -212,7 +212,7 @@ def _vectors(data: SplitDataset, catalogue: Catalogue, config: UniSRecConfig) ->
 def _epoch(
     model: Universal, pieces: Sequence[NDArray[np.int64]], optimiser: Optimizer, rng: np.random.Generator
 ) -> float:
-    """Pass once over the sequences under the softmax over all items of training, and return the mean loss."""
+    """Train for one epoch with the softmax over all training items, and return the mean loss."""
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
     model.network.train()
     total, count = 0.0, 0

@@ -1,4 +1,4 @@
-"""What UniSRec adds to the registry."""
+"""The registry entries of UniSRec."""
 
 from llmrec.entries import BaselineEntry
 

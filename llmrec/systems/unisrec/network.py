@@ -1,4 +1,4 @@
-"""The network of UniSRec: whitenings of text vectors, mixed by gates, and the sequence encoder of SASRec above them."""
+"""The network of UniSRec: gated whitenings of text vectors, followed by the sequence encoder of SASRec."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Sequences that are scored together.
+# Sequences per batch of scores.
 _ROWS = 512
-# The least deviation of the noise of a gate.
+# The minimum standard deviation of the noise of a gate.
 _NOISE = 1e-2
 
 
@@ -65,22 +65,22 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
 
     @property
     def named(self) -> bool:
-        """Whether a pretrained encoder makes the vectors, the same of a text in every data set."""
+        """Whether vectors come from a pretrained encoder and are therefore independent of the data set."""
         return self.encoder != LSA and not self.encoder.startswith(STORE)
 
 
 @dataclass
 class Universal:
-    """A network over texts, with the vectors of the catalogue's.
+    """A network over texts, with the text vectors of the catalogue.
 
     Attributes:
         catalogue: The catalogue.
-        vectors: Of texts, shape (items, d).
-        own: Number of the vector that each item has of its own, -1 for one without, shape (items,).
-        popular: Training interactions of each item by those of the most popular one, shape (items,).
+        vectors: Text vectors, shape (items, d).
+        own: Index of each item's learned embedding, -1 for none, shape (items,).
+        popular: Training interactions of each item, divided by the maximum, shape (items,).
         network: Adaptor and sequence encoder.
         config: The parameters.
-        table: What items are compared by once nothing is learned any more, shape (items, dim).
+        table: The output vectors of items after training, shape (items, dim).
     """
 
     catalogue: Catalogue
@@ -99,32 +99,32 @@ class Universal:
 
     @property
     def warm(self) -> NDArray[np.int64]:
-        """Places of the items that training has, in the order of their own numbers."""
+        """The catalogue indices of training items, in the order of their embeddings."""
         known = np.flatnonzero(self.own >= 0)
         return known[np.argsort(self.own[known])]
 
     def represented(self, places: NDArray[np.int64], vectors: Any = None) -> Any:
-        """Return the vectors of items as a sequence takes them, shape (n, dim).
+        """Return the input vectors of items, shape (n, dim).
 
         Args:
-            places: In the catalogue.
-            vectors: Of texts, in place of their own, shape (n, d).
+            places: Indices in the catalogue.
+            vectors: Text vectors to use instead of those of the items, shape (n, d).
         """
         torch, network = require("torch", "baselines"), self.network
         result = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
         if "table" in network:
             own = torch.from_numpy(self.own[places])
-            # Items that training does not have keep the vector of their text.
+            # Items without training interactions have only the vector of their text.
             result = result + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
         return result
 
     def encoded(self, items: Any) -> Any:
-        """Return a vector of length 1 a position, shape (b, t, dim); ``items`` are vectors, padded on the right."""
+        """Return a vector of length 1 per position, shape (b, t, dim); ``items`` are vectors, padded on the right."""
         states = attended(self.network, items, self.config.heads, self.config.dropout)
         return require("torch", "baselines").nn.functional.normalize(states, dim=-1)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Score every item after each history, shape (n, items); popularity decides for an empty one."""
+        """Return the scores of every item after each history, shape (n, items); popularity for an empty one."""
         torch = require("torch", "baselines")
         histories = [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
         result = np.tile(self.popular.astype(np.float32), (len(requests), 1))
@@ -138,7 +138,7 @@ class Universal:
         return result
 
     def finished(self) -> Universal:
-        """Return it with the table of what items are compared by."""
+        """Return the model with the table of output vectors."""
         torch = require("torch", "baselines")
         self.network.eval()
         with torch.no_grad():
@@ -157,7 +157,7 @@ def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
 
 
 def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
-    """Return how much each whitening counts, shape (n, d) -> (n, experts); with noise in training alone."""
+    """Return the gate weights of the whitenings, shape (n, d) -> (n, experts); with noise in training only."""
     torch, own = require("torch", "baselines"), network["adaptor"]
     logits = vectors @ own["gate"]
     if network.training:
@@ -167,7 +167,7 @@ def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
 
 
 def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
-    """Return adaptor and sequence encoder, and vectors of so many items; gates are equal to begin with."""
+    """Return adaptor, sequence encoder and item embeddings, with initially equal gates."""
     torch = require("torch", "baselines")
     nn, dim, experts = torch.nn, config.dim, config.experts
     blocks = blocks_of(dim, config.layers)
@@ -194,9 +194,9 @@ def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
 
     Args:
         left: Vectors of length 1, shape (n, d).
-        right: What belongs to each, shape (n, d).
-        same: Rows with equal numbers are no negatives of each other, shape (n,).
-        temperature: The t.
+        right: The positive of each, shape (n, d).
+        same: Rows with equal values are not negatives of each other, shape (n,).
+        temperature: The temperature t.
     """
     return info_nce(left @ right.T / temperature, same[:, None] == same[None, :])
 
@@ -208,14 +208,14 @@ def contrasted(
     optimiser: torch.optim.Optimizer,
     rng: np.random.Generator,
 ) -> None:
-    """Pass once over the sequences under the two contrastive losses.
+    """Train for one epoch with the two contrastive losses.
 
     Args:
-        model: Learns.
-        pieces: Sequences of numbers of items.
-        said: Vectors of texts with words left out, shape (warm, d); None: words are never left out.
-        optimiser: Of the network.
-        rng: Draws batches and what is left out.
+        model: The model to train.
+        pieces: Sequences of item indices.
+        said: Vectors of texts with words dropped, shape (warm, d); None: words are never dropped.
+        optimiser: The optimiser of the network.
+        rng: The random generator for batches and for dropping items and words.
     """
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
     model.network.train()
@@ -240,11 +240,11 @@ def contrasted(
 def changed_sequences(
     batch: Batch, share: float, offset: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Leave items out of sequences, or with an offset, of every other one at random, words of all its texts.
+    """Drop items from sequences or, if there is an offset, words from all texts of a random half of them.
 
     Returns:
-        Items, padded on the right, shape (b, t), those with fewer words by their number and the offset; and the place
-        of the last one of each sequence, shape (b,).
+        Item indices, padded on the right, shape (b, t), plus the offset for items with words dropped; and the position
+        of the last item of each sequence, shape (b,).
     """
     items, ends = np.zeros_like(batch.items), np.zeros(len(batch.items), dtype=np.int64)
     for row, length in enumerate((batch.targets >= 0).sum(axis=1).tolist()):
@@ -259,13 +259,13 @@ def changed_sequences(
 
 
 class Fewer:
-    """Leaves out each word of a text by chance, but never all of them."""
+    """Drops words of a text at random, but never all of them."""
 
     def __init__(self, share: float, seed: int) -> None:
         self._share, self._rng = share, np.random.default_rng([seed, 2])
 
     def __call__(self, text: str) -> str:
-        """Return a text with fewer words; as it is, where none would be left."""
+        """Return a text with words dropped; unchanged if none would be left."""
         words = np.array(text.split(), dtype=object)
         kept = words[self._rng.random(len(words)) >= self._share]
         return " ".join(kept) or text

@@ -1,1 +1,1 @@
-"""The command compress: how much quality each millisecond and megabyte of a tuned model buys."""
+"""The command compress: the trade-off between quality, latency and size of a fine-tuned model."""

@@ -1,7 +1,7 @@
 """Measures a run's model at several depths and dtypes on validation cases, and exports the best that is fast enough.
 
-Answers at a depth are those of a model that is cut there (`llmrec.models.exits`), so what is exported is a plain model
-of fewer layers. A run with ``train.exits`` has learned to answer from each.
+Answers at a depth are those of a model truncated there (`llmrec.models.exits`), so the export is an ordinary model with
+fewer layers. A run with ``train.exits`` was trained to answer at each of these depths.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ Kind = Literal["bfloat16", "float32", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One combination.
+    """The measurements of a combination of depth and dtype.
 
     Attributes:
-        layers: Behind how many it answers.
-        dtype: How its weights are stored.
-        quality: The headline figure on the cases; None where it is not defined.
-        ms: Milliseconds for 20 candidates.
-        mb: Megabytes of its weights.
-        pareto: No other is as good in all three and better in one.
+        layers: Number of layers after which it answers.
+        dtype: The dtype of its weights.
+        quality: The primary metric on the cases; None if it is undefined.
+        ms: Latency for 20 candidates in milliseconds.
+        mb: Size of its weights in megabytes.
+        pareto: Whether no other combination is at least as good in all three and better in one.
     """
 
     layers: int
@@ -76,15 +76,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What was measured.
+    """The result of the command.
 
     Attributes:
-        metric: The figure, and of which family.
-        cases: Validation cases that it was measured on.
-        target_ms: Milliseconds that 20 candidates may take.
+        metric: The metric, with its family.
+        cases: Number of validation cases.
+        target_ms: Maximum latency for 20 candidates in milliseconds.
         rows: Combinations, fastest first.
-        chosen: The best that is fast enough, if any is.
-        folder: Where it was exported.
+        chosen: The best that is fast enough, if any.
+        folder: The folder of the export.
     """
 
     metric: str
@@ -96,7 +96,7 @@ class Compressed:
 
 
 def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
-    """Return rows, the fastest first, and say of each whether it is on the Pareto front."""
+    """Return rows, fastest first, with ``pareto`` set."""
 
     def figures(row: Row) -> tuple[float, float, float]:
         quality = float("-inf") if row.quality is None else -row.quality if lower else row.quality
@@ -112,7 +112,7 @@ def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
 
 
 def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
-    """Return the best row within the target, of equal ones the fastest; None where there is none."""
+    """Return the best row within the target, the fastest of equal ones; None if there is none."""
     fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
     return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
 
@@ -121,13 +121,13 @@ def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
 
 
 PAGE = "compress.html"
-# Of each dtype, the form and the colour of its marks.
+# Shape and colour of the marks of each dtype.
 _LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "int8": ("diamond", "few-shot")}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 34, 274
 
 
 def write(found: Compressed, name: str, path: Path) -> None:
-    """Write the page of a run's combinations."""
+    """Write the result page of a run's combinations."""
     rows = [row for row in found.rows if row.quality is not None]
     page = environment().get_template("compress.html.j2")
     nonce = hashlib.sha256(repr((name, found)).encode()).hexdigest()[:32]
@@ -136,7 +136,7 @@ def write(found: Compressed, name: str, path: Path) -> None:
 
 
 def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
-    """Draw rows that have a figure: numbers are layers, the line joins what no faster one equals."""
+    """Plot rows with a quality value; labels are layers, and the line is the Pareto front of quality and latency."""
     canvas = Canvas(width=width, height=_BOTTOM + 46)
     times = [row.ms for row in rows]
     along = spanning([*times, found.target_ms] if found.target_ms > 0 else times, _LEFT, width - _RIGHT)
@@ -168,28 +168,28 @@ log = logging.getLogger(__name__)
 TABLE = "compress.json"
 CANDIDATES = 20
 KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
-# How far the figure of what was exported may lie from its row: sums are added up in another order.
+# The tolerance between the quality of the export and of its row, since the order of sums differs.
 _APART = 0.01
-# What of a model changes when layers are cut off.
+# The parts of a model that change when layers are removed.
 _WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
 
 
 def compress(
     run: Path, out: Path, *, target_ms: float, users: int, depths: Sequence[int] = (), force: bool = False
 ) -> Compressed:
-    """Measure combinations, write the table and its page beside the run, and export the one that is chosen.
+    """Measure combinations, write the table and its page into the run, and export the chosen combination.
 
     Args:
-        run: A run folder whose model was trained.
+        run: A run folder with a trained model.
         out: The folder of the export.
-        target_ms: Milliseconds that 20 candidates may take.
-        users: Validation cases.
-        depths: Layers to answer behind; none: six, evenly spread.
+        target_ms: Maximum latency for 20 candidates in milliseconds.
+        users: Number of validation cases.
+        depths: Numbers of layers to try; empty: six, evenly spaced.
         force: Replace an earlier export.
 
     Raises:
-        LlmrecError: If the target is no number, the run has no model whose answers are labels, or the export does not
-            answer as it was measured.
+        LlmrecError: If the target is not a number, the run has no model with label answers, or the export's answers
+            differ from the measured ones.
     """
     if not math.isfinite(target_ms):
         raise LlmrecError(
@@ -215,7 +215,7 @@ def compress(
         except ModelError as error:
             if kind != "int8":
                 raise
-            # What was measured before is not lost for a package that does not work here.
+            # Earlier measurements are kept if a package does not work here.
             log.warning("int8 is left out: %s", error)
     rows = with_front([row for own in results for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
@@ -245,10 +245,10 @@ def compress(
 
 
 def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
-    """Put a model that is cut behind some layers in the place of an export's weights, and say so in its card.
+    """Replace the weights of an export by those of a truncated model, and note it in the card.
 
-    Its weights are the merged ones that the row was measured on, in the row's dtype, and not those that an export in
-    another dtype than the run's merges anew.
+    The weights are the merged ones that were measured, in the row's dtype; an export in another dtype than the run's
+    would merge them again.
     """
     model = opened(merged, row.dtype, recipe)
     body, text = model.get_decoder(), model.config.get_text_config()
@@ -276,7 +276,7 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
 
 
 def _family(study: Study) -> str:
-    """Return the first trained family whose answers are labels that are scored."""
+    """Return the first trained family whose answers are scored labels."""
     for family in study.shares:
         template = study.eval_templates(family)[0]
         if (strategy := study.tasks[family].scored_by(template)) is not None and strategy in ("yes-no", "expected"):
@@ -290,10 +290,10 @@ def _family(study: Study) -> str:
 
 
 def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
-    """Load a model with its weights stored in one of the ways that are measured.
+    """Return a model with its weights in one of the measured dtypes.
 
-    In 8 bits each row of a matrix is scaled by its largest weight, and each token's states by theirs, so that no weight
-    is off by more than half a step of its row: LLM.int8() (Dettmers et al., arXiv 2208.07339), by bitsandbytes.
+    In 8 bits each row of a matrix is scaled by its largest weight, and each token's states likewise, so that the error
+    of a weight is at most half a step of its row: LLM.int8() (Dettmers et al., arXiv 2208.07339), by bitsandbytes.
     """
     section = _section(folder, kind, recipe)
     if kind != "int8":
@@ -311,7 +311,7 @@ def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
 
 
 class _Timed:
-    """A predictor, and the seconds that its answers took."""
+    """A predictor that records the duration of its answers in seconds."""
 
     def __init__(self, predictor: Any) -> None:
         self.name, self._predictor, self.seconds = predictor.name, predictor, 0.0
@@ -325,7 +325,7 @@ class _Timed:
 
 
 def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Sequence[int]) -> list[Row]:
-    """Ask a model behind each of some depths."""
+    """Measure a model at several depths."""
     section, cases = _section(folder, kind, study.recipe), study.cases(family)
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
     model = opened(folder, kind, study.recipe)
