@@ -1,8 +1,10 @@
 """Measures the size and structure of one or several checkouts of llmrec.
 
 ``python -m eval.benchmarks.structure NAME=FOLDER... --out eval/results/structure.json`` reads each checkout's files and
-runs none of its code. Counts of lines include blank lines, comments and docstrings. A folder circle is a set of folders
-of the package whose modules import each other both ways, subfolders apart from their parents.
+runs none of its code. Counts of lines include blank lines, comments and docstrings. ``core_lines`` are those outside of
+the extensions, ``any`` counts parameters and attributes of this type, ``parameters`` is the longest list of a function,
+and ``folder_circles`` the number of folders in import circles, where a subfolder is not its parent. What ``--out`` has
+under ``counted`` was counted by hand or by other commands, and is kept.
 """
 
 from __future__ import annotations
@@ -49,19 +51,19 @@ def measured(root: Path) -> dict[str, int]:
     return {
         "modules": len(known),
         "lines": total,
-        "core lines": total - sum(lines(package / name) for name in EXTENSIONS),
-        "longest parameter list": max(len(each.args.args) + len(each.args.kwonlyargs) for each in functions),
-        "parameters and attributes of type Any": sum(ast.unparse(annotation) == "Any" for annotation in annotations),
-        "module circles": len(circles(graph)),
-        "folders in folder circles": sum(map(len, circles(folder_graph(graph, known)))),
-        "recipe keys": sum(len(each.get("properties", ())) for each in (schema, *schema["$defs"].values())),
+        "core_lines": total - sum(lines(package / name) for name in EXTENSIONS),
+        "parameters": max(len(function.args.args) + len(function.args.kwonlyargs) for function in functions),
+        "any": sum(ast.unparse(annotation) == "Any" for annotation in annotations),
+        "module_circles": len(circles(graph)),
+        "folder_circles": sum(map(len, circles(folder_graph(graph, known)))),
+        "recipe_keys": sum(len(part.get("properties", ())) for part in (schema, *schema["$defs"].values())),
         "flags": sum(len(set(re.findall(r"`(--[a-z][\w-]*)", command)) - {"--help"}) for command in commands),
-        "make targets": len(
+        "make_targets": len(
             re.findall(r"^[a-z][\w-]*:", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         ),
-        "test lines": lines(root / "tests"),
-        "benchmark lines": lines(root / "eval"),
-        "words of documentation": sum(
+        "test_lines": lines(root / "tests"),
+        "benchmark_lines": lines(root / "eval"),
+        "documentation_words": sum(
             len(page.read_text(encoding="utf-8").split())
             for page in [root / "README.md", *(root / "docs").rglob("*.md")]
         ),
@@ -74,12 +76,14 @@ def main() -> None:
     parser.add_argument("checkouts", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    results = {name: measured(Path(folder)) for name, _, folder in (each.partition("=") for each in options.checkouts)}
+    results = {name: measured(Path(folder)) for name, _, folder in (text.partition("=") for text in options.checkouts)}
     sys.stdout.write(f"{'':40}" + "".join(f"{name:>14}" for name in results) + "\n")
     for figure in next(iter(results.values())):
-        sys.stdout.write(f"{figure:40}" + "".join(f"{each[figure]:>14,}" for each in results.values()) + "\n")
+        sys.stdout.write(f"{figure:40}" + "".join(f"{result[figure]:>14,}" for result in results.values()) + "\n")
     if options.out:
-        page = {"command": "python -m eval.benchmarks.structure", "checkouts": results}
+        kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        page = {"command": f"python -m eval.benchmarks.structure {' '.join(f'{name}=FOLDER' for name in results)}"}
+        page |= {"checkouts": results, "counted": kept.get("counted", {})}
         options.out.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
 
 
