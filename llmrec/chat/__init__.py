@@ -1,1 +1,1 @@
-"""A conversation over the user's own catalogue: what was said, tools, who chooses among them, a simulated user."""
+"""Conversational recommendation over a catalogue: dialogue state, tools, managers and a simulated user."""

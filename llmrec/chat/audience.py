@@ -1,7 +1,7 @@
-"""Users of the data with whom conversations are held: what each wants, and what is known of them when they begin.
+"""Users of the data for simulated conversations, with their target items and initial profiles.
 
-A user wants an item of a held-out part. The profile begins with the last items of the training part, liked or known
-already, as for a user who is logged in; what was chosen before is not shown either.
+A target is an item of a held-out part. The initial profile has the last items of the training part, liked or known, as
+for a logged-in user; earlier items are not shown either.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.errors import DataError
 
-# Earlier items that are not shown, so that as many lists as a conversation has still fit beside them.
+# The maximum of earlier items that are not shown, which leaves room for the lists of a conversation.
 _EARLIER = MOST_SHOWN - 100
 
 
 @dataclass(frozen=True)
 class Guest:
-    """A user of the data who comes for one item.
+    """A user of the data with a target item.
 
     Attributes:
-        user: Id.
-        target: Id of the item that is wanted.
-        state: What a conversation begins with.
+        user: The user's id.
+        target: The id of the target item.
+        state: The initial state of a conversation.
         liked: Ids of liked items, some of which the user names.
     """
 
@@ -51,16 +51,16 @@ def guests(
     past: int = 40,
     liked: float | None = None,
 ) -> list[Guest]:
-    """Draw users by a hash, so that fewer of them are the first of more.
+    """Return users drawn by a hash, so that a smaller sample is a prefix of a larger one.
 
     Args:
-        data: The split; the profile is of its training part.
-        facts: Of the catalogue.
-        users: How many, at most.
-        seed: Of the draw.
-        split: Whose first held-out item each of them wants; who knows that item already wants nothing.
-        past: Last items that the profile begins with.
-        liked: Lowest rating of a liked item; None: three quarters up the scale. Items without a rating are liked.
+        data: The split; profiles come from its training part.
+        facts: The facts of the catalogue.
+        users: The maximum number of users.
+        seed: The seed of the draw.
+        split: The part whose first item is the target; users who know that item already are skipped.
+        past: The number of last items in the initial profile.
+        liked: The minimum rating of a liked item; None: three quarters up the scale. Unrated items are liked.
     """
     if not any(facts.told(name) for name in facts.items):
         raise DataError(
@@ -101,14 +101,14 @@ def _guest(user: str, target: str, known: Sequence[tuple[str, bool]], past: int)
 def talks(
     conversation: Conversation, every: Sequence[Guest], seed: int, turns: int, knows: Sequence[str] = ()
 ) -> Iterator[tuple[Guest, Held]]:
-    """Hold a conversation with each user.
+    """Yield each user with a simulated conversation.
 
     Args:
-        conversation: With whom.
-        every: The users, who say the same to every manager as far as it asks the same.
-        seed: Of what they bring up, and of their words.
-        turns: At most.
-        knows: Fields that they know; empty: all.
+        conversation: The conversation under test.
+        every: The users, whose replies depend only on what a manager asks.
+        seed: The seed of topics and wording.
+        turns: The maximum number of turns.
+        knows: Fields that the users know; empty: all.
     """
     facts = conversation.tools.facts
     for number, guest in enumerate(every):

@@ -1,8 +1,8 @@
-"""The tools and endings of a conversation as typed records, and all calls that are legal at a moment.
+"""The tools and endings of a conversation as typed records, and the legal calls of a turn.
 
-A call's arguments come from closed lists: fields and values of the catalogue, places in the list that was shown, fixed
-numbers, and words copied from what the user just said. So the legal calls of a moment are a finite list of texts. A
-language model that searches the token tree of this list (`llmrec.decode.token_tree`) cannot write anything else.
+Arguments of calls come from closed lists: fields and values of the catalogue, positions in the shown list, fixed
+numbers, and words copied from the last user message. The legal calls are therefore a finite list of texts, and a
+language model that searches the token tree of this list (`llmrec.decode.token_tree`) cannot generate anything else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEW, COUNTS, ASKED = 60, (5, 20, 50), 5
 """Values up to which a field is listed whole; how many items a search finds; items that a list shows."""
 
 _WORDS = re.compile(r"[\w'’-]+")
-# Words of one turn that a search text may begin at, and its longest span.
+# The number of words of a message at which a search text may begin, and its maximum length in words.
 _BEGINS, _SPAN = 40, 5
 
 
@@ -139,23 +139,23 @@ def ends(call: Call) -> bool:
 
 
 def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending: bool = False) -> list[Call]:
-    """Return every call that is legal now.
+    """Return every legal call in a state.
 
-    Values of fields with more than `FEW` of them are legal where they share a word with what the user said last.
-    Nothing is forgotten unless the user asks for it.
+    Values of fields with more than `FEW` values are legal if they share a word with the last user message. `Forget` is
+    legal only if the user asks for it.
 
     Args:
-        state: With the user's last line.
-        facts: Of the catalogue.
-        intents: Read in that line, without the words of titles (`llmrec.chat.reading.Heard`).
-        ending: Endings alone, as after the last tool of a turn.
+        state: The state, with the last user message.
+        facts: The facts of the catalogue.
+        intents: The intents of that message, without the words of titles (`llmrec.chat.reading.Heard`).
+        ending: Return endings only, as after the last tool of a turn.
     """
     results: list[Call] = list(_endings(state, facts, intents))
     return results if ending else [*_tools(state, facts), *results]
 
 
 def _said(state: State) -> str:
-    """Return the user's last line."""
+    """Return the last user message."""
     return next((line.text for line in reversed(state.lines) if line.role == "user"), "")
 
 

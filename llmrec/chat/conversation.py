@@ -1,7 +1,7 @@
-"""One turn of a conversation: words are read, calls are made until one ends the turn, and the answer is written.
+"""A turn of a conversation: parse the user message, make calls until one ends the turn, and write the reply.
 
-What is said to the user is made of this module's lines, of titles and of values of the catalogue. A language model
-chooses calls and writes no word of it, so that it can neither invent an item nor repeat its instructions.
+Replies consist of this module's fixed texts, and of titles and values of the catalogue. A language model chooses calls
+and generates no text of a reply, so it can neither invent an item nor repeat its instructions.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _LIST, _QUESTION, _EMPTY = (
 )
 _BANNED = "You did not want {value}. Say that it is fine again to see some."
 _BETWEEN = "Do you have a wish about {field} ({low} to {high})?"
-# Values that a question names.
+# The number of example values in a question.
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to one line of the user.
+    """The reply to a user message.
 
     Attributes:
-        text: In words, with the list.
+        text: The text, including the list.
         items: Ids of the list, best first.
-        calls: What was called, the ending last.
-        state: From now on.
-        heard: What rules read in the user's words.
-        cost: Of the language model.
-        seconds: Of all.
+        calls: The calls, the ending last.
+        state: The new state.
+        heard: The message as parsed by rules.
+        cost: The cost of the language model.
+        seconds: The total time.
     """
 
     text: str
@@ -61,12 +61,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation over a catalogue; it holds nothing of the user, whose state goes in and out.
+    """A conversation over a catalogue; it is stateless: the state of a user is an argument and a result.
 
     Attributes:
-        tools: Over the catalogue and a recommender.
-        manager: Who chooses among them.
-        reader: Reads the user's words; None: nothing is read, as for controls.
+        tools: The tools over the catalogue and a recommender.
+        manager: The manager that chooses the calls.
+        reader: The parser of user messages; None: messages are not parsed, as for controls.
     """
 
     tools: Tools
@@ -74,12 +74,12 @@ class Conversation:
     reader: Reader | None
 
     def answer(self, state: State, text: str, called: Callable[[Call], None] = lambda call: None) -> Reply:
-        """Answer one line of the user.
+        """Return the reply to a user message.
 
         Args:
-            state: So far.
-            text: What the user says.
-            called: Told of every call once it is done.
+            state: The state before the message.
+            text: The user message.
+            called: Called after every call.
 
         Raises:
             LlmrecError: If an engine fails.
@@ -100,7 +100,7 @@ class Conversation:
             note += outcome.told
             made.append((call, outcome.note))
             called(call)
-        # What a list holds is looked up once more: a tool that is added later cannot show what is not there.
+        # The items of a list are looked up again, so that no tool can show an item missing from the catalogue.
         items = tuple(name for name in outcome.items if name in self.tools.titles)
         answer = self._wording(made[-1][0], note, items, outcome.ask)
         calls = tuple(call for call, _ in made)
@@ -108,7 +108,7 @@ class Conversation:
         return Reply(answer, items, calls, state.saying("assistant", answer), heard, cost, spent)
 
     def _sound(self, state: State) -> State:
-        """Drop what a state says of things that the catalogue has not, or has no more."""
+        """Return a state without items, fields and values missing from the catalogue."""
         facts, titles = self.tools.facts, self.tools.titles
         return state.with_(
             profile=tuple(wish for wish in state.profile if facts.legal(wish)),
@@ -118,12 +118,12 @@ class Conversation:
         )
 
     def _heard(self, state: State, heard: Heard) -> tuple[State, list[str]]:
-        """Return the state after what was heard, and lines about requests that a ban stands against."""
+        """Return the state updated with a parsed message, and lines about requests that a ban contradicts."""
         profile = state.profile
         for name, value in heard.revoked:
             profile = revoked(profile, name, value)
         wishes = [wish for wish in heard.wishes if self.tools.facts.legal(wish)]
-        # Whoever speaks of what is not wanted does not want it yet.
+        # Mentioning a banned value does not lift the ban.
         bans = {
             wish.key
             for wish in (*profile, *wishes)
@@ -141,13 +141,13 @@ class Conversation:
             fields = {wish.field for wish in wishes if wish.asks}
             profile = tuple(wish for wish in profile if not (wish.asks and wish.field in fields))
         changed = learned(profile, wishes)
-        # Candidates that were found under other wishes are none any more.
+        # Candidates found with other wishes are dropped.
         buffer = () if changed != state.profile else state.buffer
-        # Whoever asks for something else has done with what was searched for.
+        # A new request ends the last search.
         asks = any(wish.asks or (wish.field == ITEM and wish.op == "is") for wish in wishes)
         query = "" if asks else state.query
         state = state.with_(profile=fresh(changed, state.turn), buffer=buffer, query=query)
-        # Nothing new can be concluded from the same items: what was, grows old. A state may begin with likes.
+        # Without new items nothing new can be inferred, and earlier inferences age. A state may begin with likes.
         named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
         return (self.tools.concluded(state) if named else state), message
 

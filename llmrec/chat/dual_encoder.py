@@ -1,7 +1,7 @@
-"""A dual encoder of conversations and items, learned from dialogues: two linear maps over a fixed text encoder.
+"""A dual encoder of conversations and items, trained on dialogues: two linear maps over a frozen text encoder.
 
-RecLLM tunes such encoders themselves (Friedman et al. 2023, arXiv 2305.07961); here they stay as they are, so that each
-text is read once, and learning takes seconds of a core.
+RecLLM fine-tunes the encoders themselves (Friedman et al. 2023, arXiv 2305.07961); here they are frozen, so each text
+is encoded once, and training takes seconds on one core.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ LAST = 3
 """Utterances that a conversation is read by."""
 _ABOUT, _MAPS = "dual-encoder.json", "maps.safetensors"
 _BATCH, _RATE, _DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
-# Passes at most, and without a lower loss of the dialogues that are set aside.
+# The maximum number of epochs, and the patience without a lower validation loss.
 _EPOCHS, _PATIENCE = 40, 3
-# Dialogues: of two that are set aside, the one's item is to be told from the other's.
+# The minimum number of dialogues: two are held out, so that the item of one is a negative of the other.
 _FEWEST = 20
-# Logarithm of the factor of cosines before training.
+# The initial logarithm of the scale of cosines.
 _SCALE = 3.0
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Moments of dialogues, each with the item that was to be found.
+    """Turns of dialogues, each with its target item.
 
     Attributes:
-        vectors: Of what was said last, by the text encoder, shape (n, d).
-        targets: Row of each item among the items, shape (n,).
-        apart: Rows of items that are no wrong answers, such as others that the same dialogue ends in.
-        dialogues: Number of the dialogue of each, shape (n,).
+        vectors: Embeddings of the last messages by the text encoder, shape (n, d).
+        targets: The row of each target among the items, shape (n,).
+        apart: Rows of items that are not negatives, such as other targets of the same dialogue.
+        dialogues: The number of the dialogue of each turn, shape (n,).
     """
 
     vectors: NDArray[np.float32]
@@ -57,13 +57,13 @@ class Asked:
     dialogues: NDArray[np.int64]
 
     def part(self, rows: NDArray[np.int64]) -> Asked:
-        """Return some of them."""
+        """Return the turns of the given rows."""
         return Asked(self.vectors[rows], self.targets[rows], [self.apart[row] for row in rows], self.dialogues[rows])
 
     def false(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which targets of a batch are no wrong answers to which of its moments, shape (n, n).
+        """Return a mask of the false negatives of a batch, turns by targets, shape (n, n).
 
-        Those are the moment's own target, where another one has it too, and what is `apart`.
+        These are the turn's own target, if another turn has it too, and the items of `apart`.
         """
         targets = self.targets[rows]
         result: NDArray[np.bool_] = np.equal(targets[:, None], targets[None, :])
@@ -76,12 +76,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """Maps of the vectors of conversations and of items, both shape (d, d).
+    """Linear maps of the embeddings of conversations and of items, both of shape (d, d).
 
     Attributes:
-        encoder: The text encoder, by name.
-        context: For what was said.
-        item: For the texts of items.
+        encoder: The name of the text encoder.
+        context: The map of messages.
+        item: The map of item texts.
     """
 
     encoder: str
@@ -89,22 +89,22 @@ class DualEncoder:
     item: NDArray[np.float32]
 
     def asking(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector of length 1 for each text of a conversation, shape (n, d)."""
+        """Return a normalised embedding of each text of a conversation, shape (n, d)."""
         return mapped(text_embedder(self.encoder)(texts), self.context)
 
     def telling(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector of length 1 for each text of an item, shape (n, d)."""
+        """Return a normalised embedding of each item text, shape (n, d)."""
         return mapped(text_embedder(self.encoder)(texts), self.item)
 
     def save(self, folder: Path) -> None:
-        """Write the maps as safetensors, and which encoder they belong to."""
+        """Write the maps as safetensors, with the name of their encoder."""
         with replacing(folder / _MAPS) as draft:
             require("safetensors.numpy", "train").save_file({"context": self.context, "item": self.item}, draft)
         write_json(folder / _ABOUT, {"encoder": self.encoder})
 
     @staticmethod
     def load(folder: Path) -> DualEncoder:
-        """Read what `save` wrote."""
+        """Read a dual encoder written by `save`."""
         about = read_json(folder / _ABOUT, "learn it again with `llmrec chat --learn`")
         try:
             return DualEncoder(str(about["encoder"]), **require("safetensors.numpy", "train").load_file(folder / _MAPS))
@@ -117,7 +117,7 @@ class DualEncoder:
 
 
 def heard(turns: Sequence[Turn]) -> list[str]:
-    """Return what was said last before each answer of a conversation: the last utterances of both sides."""
+    """Return the context of each reply of a conversation: the last messages of both sides before it."""
     text: list[str] = []
     results = []
     for turn in turns:
@@ -128,10 +128,10 @@ def heard(turns: Sequence[Turn]) -> list[str]:
 
 
 def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> Asked:
-    """Return what simulated conversations teach: every line of a user is one more request for the wanted item.
+    """Return training data from simulated conversations: every user message is a request for the target item.
 
     Args:
-        turns: A line whose user is null begins each conversation, and its item is what is wanted.
+        turns: The transcript; a turn whose user is null begins each conversation, and its item is the target.
         items: Ids in the order of the catalogue.
         encoder: The text encoder.
     """
@@ -150,7 +150,7 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
 
 
 def embedders(name: str) -> tuple[Embed, Embed]:
-    """Return what reads the texts of items and what is said, by a text encoder or by a folder of a dual one."""
+    """Return the embedding functions of item texts and messages, of a text encoder or the folder of a dual encoder."""
     if (Path(name) / _ABOUT).is_file():
         dual = DualEncoder.load(Path(name))
         return dual.telling, dual.asking
@@ -158,25 +158,25 @@ def embedders(name: str) -> tuple[Embed, Embed]:
 
 
 def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return mapped vectors with length 1, shape (n, d)."""
+    """Return mapped and normalised vectors, shape (n, d)."""
     result = vectors @ weights.T
     unit: NDArray[np.float32] = result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
     return unit
 
 
 def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
-    """Learn the maps, beginning with those that change nothing.
+    """Train the maps, initialised with the identity.
 
-    Each moment is to be told by its own item from the other items of its batch, and each item by its moment. Nothing is
-    corrected for how often an item is a target (Yi et al., RecSys 2019): what is learned is how much more likely a
-    conversation makes an item, not how popular it is. A tenth of the dialogues is set aside and says when to stop; the
-    best epoch is kept, which may be none.
+    The loss is contrastive in both directions, with in-batch negatives. There is no correction for the frequency of
+    targets (Yi et al., RecSys 2019): the maps learn how much more likely a conversation makes an item, not its
+    popularity. A tenth of the dialogues is held out for early stopping; the best epoch is kept, which may be the
+    initial state.
 
     Args:
-        encoder: The text encoder that the vectors are of.
-        asked: What to learn from.
-        items: Vectors of all items by the same encoder, shape (items, d).
-        seed: Of the draws.
+        encoder: The text encoder of the vectors.
+        asked: The training data.
+        items: Embeddings of all items by the same encoder, shape (items, d).
+        seed: The seed of the draws.
 
     Raises:
         DataError: If there are fewer than 20 dialogues.
@@ -219,7 +219,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
                 total += float(value.detach()) * len(batch)
             return total / len(order)
 
-        # What the first epoch, which learns nothing, would have drawn.
+        # Advance the generator as the first epoch, which does not train, would.
         rng.permutation(rows)
         until_least(_Maps(network), judge, _Epochs(), learn_once, measure="loss", learned=True)
     kept = network.state_dict()
@@ -229,7 +229,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
 
 @dataclass
 class _Maps:
-    """What learns."""
+    """The model to train: a network and its name."""
 
     network: Any
     name: str = "dual encoder"
@@ -237,7 +237,7 @@ class _Maps:
 
 @dataclass(frozen=True)
 class _Epochs:
-    """How it learns."""
+    """The hyperparameters of training."""
 
     learning_rate: float = _RATE
     weight_decay: float = _DECAY
@@ -247,7 +247,7 @@ class _Epochs:
 
 
 def _maps(width: int) -> Any:
-    """Return what the maps add to their vectors, at first nothing, and the factor of cosines."""
+    """Return the residual maps, initially zero, and the scale of cosines."""
     torch = require("torch", "train")
     network = torch.nn.ModuleDict({name: torch.nn.Linear(width, width, bias=False) for name in ("context", "item")})
     for part in network.values():
@@ -257,7 +257,7 @@ def _maps(width: int) -> Any:
 
 
 def _moved(network: torch.nn.Module, name: str, vectors: Any) -> Any:
-    """Return vectors with what a map adds to them, of length 1, shape (n, d)."""
+    """Return vectors plus their residual map, normalised, shape (n, d)."""
     nn = require("torch", "train").nn.functional
     vectors = nn.dropout(vectors, _DROPOUT, network.training)
     return nn.normalize(vectors + network[name](vectors), dim=1)

@@ -1,4 +1,4 @@
-"""What conversations add to the registry."""
+"""The registry entries of conversations."""
 
 from llmrec.entries import Command
 

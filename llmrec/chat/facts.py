@@ -1,4 +1,4 @@
-"""What a catalogue says of its items: fields with closed lists of values, texts to search, and wishes as rules."""
+"""Facts of a catalogue: fields with closed lists of values, searchable texts, and wishes as rules."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NUMBER = re.compile(r"-?\d{1,9}")
-# Values of more words on average, or that no two items share, are texts.
+# Fields whose values have more words on average, or whose values no two items share, are texts.
 _LONGEST = 4.0
-# Characters of a value, and of a field's name, that somebody may name; longer ones are only searched.
+# The maximum length in characters of a value and of a field's name; longer ones are only searched.
 _LONGEST_VALUE, _LONGEST_FIELD = 300, 100
-# Share of a field's values that are numbers, where it has bounds: tables say "unknown" among years.
+# The minimum fraction of numbers in a numeric field: tables have "unknown" among years.
 _MOSTLY = 0.9
-# Where orders are joined, how little the first places differ (Cormack et al., SIGIR 2009).
+# The constant k of reciprocal rank fusion (Cormack et al., SIGIR 2009).
 _RANK = 60
 
 
@@ -34,14 +34,14 @@ class Facts:
     """Facts of a catalogue.
 
     Attributes:
-        values: Of each field with a closed list of them, the most frequent first.
-        numeric: Fields of numbers, which have bounds.
-        years: The one whose numbers are years; empty: none.
+        values: The values of each field with a closed list, the most frequent first.
+        numeric: Numeric fields, which have bounds.
+        years: The numeric field of years; empty: none.
 
     Args:
         items: The catalogue.
-        embed: A text encoder; with it search compares meanings and concepts beside words.
-        asked: The one for what is said; None: the same.
+        embed: A text encoder; with it search uses embeddings of texts and concepts in addition to words.
+        asked: The encoder of messages; None: the same.
     """
 
     def __init__(self, items: Mapping[str, Item], embed: Embed | None = None, asked: Embed | None = None) -> None:
@@ -53,11 +53,11 @@ class Facts:
         self.years = next((name for name in sorted(self.numeric) if _are_years(*self.bounds(name))), "")
 
     def value(self, field: str, value: str) -> str | None:
-        """Return a value as the catalogue writes it; None if no item has it."""
+        """Return a value with the catalogue's spelling; None if no item has it."""
         return self._spelt.get(field, {}).get(value.casefold().strip())
 
     def legal(self, wish: Wish) -> bool:
-        """Whether a wish is about something that the catalogue has."""
+        """Whether the catalogue has the item, or the field and value, of a wish."""
         if wish.field == ITEM:
             return wish.value in self.items and wish.op in ("is", "not", "seen")
         if wish.op in ("from", "until"):
@@ -65,7 +65,7 @@ class Facts:
         return wish.op != "seen" and self.value(wish.field, wish.value) is not None
 
     def rules(self, profile: Iterable[Wish]) -> Rules:
-        """Return constraints as the rules of lists; soft wishes make none."""
+        """Return the hard wishes of a profile as rules of lists."""
         every = tuple(profile)
         without: dict[str, set[str]] = defaultdict(set)
         for wish in every:
@@ -81,22 +81,22 @@ class Facts:
         )
 
     def matches(self, item: str, wish: Wish) -> bool:
-        """Whether an item has the value that a wish on a field names, or lies within its bound."""
+        """Whether an item has the value of a wish on a field, or is within its bound."""
         text = self._held[item].get(wish.field, ())
         if wish.op in ("from", "until"):
             return any(_inside(value, wish) for value in text)
         return wish.value.casefold() in {value.casefold() for value in text}
 
     def told(self, item: str) -> list[tuple[str, str]]:
-        """Return what the closed fields say of an item, as (field, values)."""
+        """Return the closed fields of an item, as (field, values)."""
         return [(field, ", ".join(values)) for field, values in self._held[item].items()]
 
     # ------------------------------------------------------------------- search
 
     def search(self, text: str, allowed: frozenset[str] | None = None) -> list[str]:
-        """Return the items whose words answer a text, best first; with an encoder also those of like meaning.
+        """Return the items that match a text by words, best first; with an encoder also by meaning.
 
-        Orders by BM25, by vectors of texts and by concepts are joined by reciprocal ranks.
+        Rankings by BM25, by text embeddings and by concepts are combined by reciprocal rank fusion.
         """
         words = self._index.scores(text)
         orders = [np.argsort(-words, kind="stable")[: int((words > 0).sum())]]
@@ -111,7 +111,7 @@ class Facts:
         return [name for name in results if allowed is None or name in allowed]
 
     def known_words(self, words: Sequence[str]) -> list[str]:
-        """Return those words that the text of some item has."""
+        """Return the words that occur in the text of any item."""
         return [word for word in words if word.casefold() in self._index.index]
 
     def bounds(self, field: str) -> tuple[int, int]:
@@ -126,7 +126,7 @@ class Facts:
 
     @cached_property
     def _held(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
-        """Values of each item's closed fields."""
+        """The values of each item's closed fields."""
         return {
             name: {field: text for field in self.values if (text := tuple(_values(item.fields.get(field, ""))))}
             for name, item in self.items.items()
@@ -134,7 +134,7 @@ class Facts:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Title, fields and documents of each item, in the order of the catalogue."""
+        """The title, fields and documents of each item, in the order of the catalogue."""
         return [". ".join((self.titles[name], *item.fields.values())) for name, item in self.items.items()]
 
     @cached_property
@@ -148,7 +148,7 @@ class Facts:
 
     @cached_property
     def concepts(self) -> NDArray[np.floating[Any]]:
-        """Each item as the mean of the vectors of its values, shape (n, d): attributes as concepts."""
+        """The mean embedding of each item's values, shape (n, d): attributes as concepts."""
         assert self._embed is not None
         pairs = [(field, value) for field, values in self.values.items() for value in values]
         place = {pair: row for row, pair in enumerate(pairs)}
@@ -161,7 +161,7 @@ class Facts:
 
 
 def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
-    """Return the values of every field that has a closed list of them, the most frequent first."""
+    """Return the values of every field with a closed list, the most frequent first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         for field, text in item.fields.items():

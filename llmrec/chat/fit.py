@@ -1,9 +1,9 @@
-"""A joint ranker and explainer: a language model grades how well an item fits what was said, and wishes say why.
+"""A joint ranker and explainer: a language model grades how well an item fits a conversation; wishes give the reason.
 
-RecLLM's ranker is a language model that scores an item for a conversation and gives the reason for it, which explains
-the item to the user (Friedman et al. 2023, arXiv 2305.07961, ranking and explanations). Here the reason comes first,
-from data: the wishes that the item meets or not. The model reads it and writes nothing: it is asked how likely each
-phrase of a closed list is. The same reason explains.
+RecLLM's ranker is a language model that scores an item for a conversation and generates the reason, which explains the
+item to the user (Friedman et al. 2023, arXiv 2305.07961, ranking and explanations). Here the reason comes first, from
+data: the wishes that the item meets or does not meet. The model reads it and generates nothing: it scores each phrase
+of a closed list. The same reason is the explanation.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ PHRASES = ("poor fit", "weak fit", "fair fit", "good fit", "excellent fit")
 """All that a model can say, worst first; in equal steps from 0 to 1."""
 MOST = 10
 """Items that are judged for a list: each is a prompt of its own."""
-# What a model reads: lines, wishes, fields, and letters of each.
+# The limits of a prompt: messages, wishes, fields, and characters of each.
 _LINES, _WISHES, _FIELDS, _LETTERS = 3, 12, 8, 160
-# As in `llmrec.chat.facts.Facts.search`.
+# The constant of reciprocal rank fusion, as in `llmrec.chat.facts.Facts.search`.
 _RANK = 60
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Which wishes an item meets, and which it does not, by what the catalogue says of it."""
+    """The wishes that an item meets and does not meet, according to the catalogue."""
 
     met: tuple[Wish, ...]
     missed: tuple[Wish, ...]
@@ -38,12 +38,12 @@ class Reason:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model says of an item.
+    """A model's grade of an item.
 
     Attributes:
-        score: Expected place among `PHRASES`, from 0 to 1.
-        phrase: The most likely one.
-        reason: What it was told of the wishes.
+        score: The expected position among `PHRASES`, from 0 to 1.
+        phrase: The most likely phrase.
+        reason: The reason shown in the prompt.
     """
 
     score: float
@@ -52,9 +52,9 @@ class Judged:
 
 
 def reason(facts: Facts, state: State, item: str) -> Reason:
-    """Hold an item against the wishes of the profile.
+    """Return which wishes of the profile an item meets.
 
-    A ban is met by an item that has not what it names. Of alternatives one is enough: the others are then no miss.
+    An item without the banned value meets a ban. Of alternatives one is enough: the others do not count as missed.
     """
     met, missed = [], []
     groups = {wish: group for group in alternatives(state.profile) for wish in group}
@@ -69,19 +69,19 @@ def reason(facts: Facts, state: State, item: str) -> Reason:
 
 
 def shares(logprobs: Sequence[float]) -> list[float]:
-    """Return the probabilities of phrases among themselves, from their log-probabilities in nats."""
+    """Return the normalised probabilities of phrases from their log-probabilities in nats."""
     most = max(logprobs)
     weights = [math.exp(value - most) for value in logprobs]
     return [weight / sum(weights) for weight in weights]
 
 
 def expected(logprobs: Sequence[float]) -> float:
-    """Return the expected place of the phrases, the first of them 0 and the last 1."""
+    """Return the expected position among the phrases, 0 for the first and 1 for the last."""
     return sum(index * share for index, share in enumerate(shares(logprobs))) / (len(logprobs) - 1)
 
 
 def joined(items: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """Join an order of items with that of their scores by reciprocal ranks; equal ones stay in their order."""
+    """Return items ranked by reciprocal rank fusion of their order and their scores; ties keep the order."""
     by = sorted(range(len(items)), key=lambda place: -scores[place])
     place_of = {place: rank for rank, place in enumerate(by)}
     worth = [1 / (_RANK + place) + 1 / (_RANK + place_of[place]) for place in range(len(items))]
@@ -94,7 +94,7 @@ class FitJudge:
 
     Attributes:
         backend: An engine that can ``score``.
-        most: Items that are graded for a list; those behind them stay behind them.
+        most: The number of first items of a list that are graded; later items stay behind them.
     """
 
     backend: Backend
@@ -102,7 +102,7 @@ class FitJudge:
     template: Template = field(default_factory=lambda: load_templates("chat")["fit"])
 
     def ordered(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[str], Cost]:
-        """Return items in the order of the recommender, which is given, joined with that of the grades.
+        """Return items reranked by a combination of their order, given by the recommender, and the grades.
 
         Raises:
             LlmrecError: If the engine fails.
@@ -112,7 +112,7 @@ class FitJudge:
         return [*joined(first, [item.score for item in judged]), *items[self.most :]], cost
 
     def judge(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[Judged], Cost]:
-        """Grade items, one by one: none is seen beside another.
+        """Return the grades of items, each scored in a separate prompt.
 
         Raises:
             LlmrecError: If the engine fails.
@@ -134,7 +134,7 @@ class FitJudge:
         return judged, cost
 
     def prompt(self, facts: Facts, state: State, item: str, why: Reason) -> Prompt:
-        """Return what the model reads of an item; what users said and what the catalogue says is data in it."""
+        """Return the prompt about an item; texts of users and of the catalogue are data in it."""
         titles = facts.titles
 
         def told(wishes: Sequence[Wish]) -> list[dict[str, str]]:
@@ -145,7 +145,7 @@ class FitJudge:
             messages=self.template.turns(
                 {
                     "phrases": [{"text": phrase} for phrase in PHRASES],
-                    # What all items share stands first, so that it is read once.
+                    # The part shared by all items comes first, as a common prefix.
                     "lines": [{"text": cut(text, _LETTERS)} for text in message],
                     "profile": told([wish for wish in state.profile if wish.op != "seen"]),
                     "title": cut(titles[item], _LETTERS),

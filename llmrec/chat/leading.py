@@ -1,4 +1,4 @@
-"""Tunes a language model to choose the tools, and says how far it agrees with held-out calls before and after."""
+"""Fine-tuning of a language model as manager, with its agreement with held-out calls before and after."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from llmrec.pipeline.study import folder_of
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.base import keyed
 
-# Of users that a model is tuned on: turns of a conversation, and how often they say something that is no wish.
+# Of simulated users for training: the turns of a conversation, and the probability of a message without a wish.
 _TURNS, _ASIDES = 8, 0.4
-# Moments that each manager is asked about: an untrained model takes a second or more for one.
+# The number of calls on which each manager is evaluated: an untuned model takes a second or more for one.
 _ASKED = 60
 
 
 def tuned(
     conversation: Conversation, page: Recipe, past: Sequence[Turn] | None, options: ChatOptions
 ) -> Sequence[Turn]:
-    """Tune the model of a page, say how far it agrees with held-out conversations, and return what was simulated.
+    """Fine-tune the model of a recipe, print its agreement on held-out conversations, and return the simulated turns.
 
     Args:
-        conversation: That rules lead.
+        conversation: A conversation with the rule-based manager.
         page: See `llmrec.chat.tuning.tune`.
-        past: A transcript to learn from; None: conversations are simulated.
-        options: How many, and the seed.
+        past: A transcript for training; None: conversations are simulated.
+        options: The number of conversations and the seed.
 
     Raises:
-        LlmrecError: If the page, the transcript or the model cannot be used.
+        LlmrecError: If the recipe, the transcript or the model cannot be used.
     """
     turns = past
     if turns is None:
@@ -82,7 +82,7 @@ def _simulated(conversation: Conversation, count: int, seed: int, words: Wording
 
 
 def _drawn(moments: Sequence[Taught], seed: int) -> list[Taught]:
-    """Return as many moments as are asked about."""
+    """Return a sample of calls for the evaluation."""
     return keyed("chat", seed, "asked").sample(list(moments), min(_ASKED, len(moments)))
 
 

@@ -1,4 +1,4 @@
-"""Who chooses the calls of a turn: rules, a language model, and two controls, behind one protocol."""
+"""Managers, which choose the calls of a turn: rules, a language model, and two controls, with one protocol."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from llmrec.types import Backend, Cost, Prompt, Scores
 
 MOST_CALLS = 4
 """Calls of a turn; the last one is an ending."""
-# Prefixes that the search of a call keeps.
+# The beam width of the search of a call.
 _BEAMS = 4
-# What a model reads, so that it fits a small one: lines, wishes, titles of the list, and letters of each.
+# The limits of a prompt, for small models: messages, wishes, titles of the list, and characters of each.
 _LINES, _WISHES, _TITLES, _LETTERS = 4, 12, 10, 160
 _READS = ("profile", "shown", "lines", "made")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What a manager knows when it chooses.
+    """The input of a manager's choice.
 
     Attributes:
-        state: Now.
-        begun: When the turn began, with what was heard in it.
-        heard: What rules read in the user's words.
-        made: Calls of this turn so far, with what came of each.
-        tools: With the facts.
+        state: The current state.
+        begun: The state at the beginning of the turn, after the user message.
+        heard: The message as parsed by rules.
+        made: The calls of this turn so far, with their results.
+        tools: The tools, with the facts.
     """
 
     state: State
@@ -65,9 +65,9 @@ class Moment:
 
 
 def choices(moment: Moment, most: int) -> list[Call]:
-    """Return the calls that a model may choose from at a moment, the last ``most`` of those that are legal.
+    """Return the calls that a model may choose from, the last ``most`` of the legal ones.
 
-    A tool that was used in this turn is used up: greedy models would repeat it.
+    Each tool is available once per turn: greedy models would repeat it.
     """
     calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
     used = {call for call, _ in moment.made}
@@ -75,25 +75,25 @@ def choices(moment: Moment, most: int) -> list[Call]:
 
 
 class Manager(Protocol):
-    """Chooses one call after the other, until one that ends the turn."""
+    """A chooser of calls, one after the other, until one ends the turn."""
 
     @property
     def name(self) -> str:
-        """As tables and transcripts call it."""
+        """The name in tables and transcripts."""
         ...
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
-        """Return the next call, and what choosing it took."""
+        """Return the next call, with the cost of the choice."""
         ...
 
 
 @dataclass(frozen=True)
 class RuleManager:
-    """Rules over what was heard: no model is asked, and the same words have the same answer.
+    """A manager with rules over parsed messages, without a model; it is deterministic.
 
     Attributes:
-        k: Items of a list.
-        asks: Whether a list ends with a question while fields are left to ask about.
+        k: The number of items of a list.
+        asks: Whether a list ends with a question while there are fields to ask about.
     """
 
     k: int = 5
@@ -129,13 +129,13 @@ class RuleManager:
             results.append(Similar(items=heard.places[:2]))
         elif state.liked and any(wish.value in state.liked for wish in heard.wishes):
             results.append(Similar())
-        # What was searched for still is where only what may be shown has changed.
+        # The last search remains valid if only the constraints have changed.
         elif query := heard.rest[:LONGEST] or (state.query if heard.wishes or heard.revoked else ""):
             results.append(Search(text=query, k=50))
         return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
     def _question(self, state: State, facts: Facts) -> str:
-        """Return the field to ask about next: one with few values first; empty: none is left."""
+        """Return the field to ask about next, those with few values first; empty: none is left."""
         known = {wish.field for wish in state.profile if wish.hard and wish.op != "not"} | set(state.asked)
         open_ = [name for name, values in facts.values.items() if name not in known and len(values) > 1]
         return min(open_, key=lambda name: (len(facts.values[name]) > FEW, len(facts.values[name])), default="")
@@ -143,19 +143,18 @@ class RuleManager:
 
 @dataclass
 class ModelManager:
-    """A language model that writes the calls, under the token tree of those that are legal.
+    """A language model that generates the calls, constrained to the token tree of the legal ones.
 
-    First it is asked for the tool. Of a model that was not tuned to lead, it is the one whose beginning of a call gains
-    most in likelihood by what the model reads, over the same question about an empty conversation (Holtzman et al.,
-    EMNLP 2021, section 2: domain conditional PMI): the likelihood of whole calls would choose the shortest one. Then it
-    is asked for the most likely legal call of that tool under its full softmax (`llmrec.decode.beam`), so each one
-    parses.
+    First it selects the tool. For a model that was not tuned as manager, this is the tool whose beginning of a call
+    gains most in likelihood over the same question about an empty conversation (Holtzman et al., EMNLP 2021, section 2:
+    domain conditional PMI): the likelihood of whole calls would favour the shortest. Then it searches the most likely
+    legal call of that tool under its full softmax (`llmrec.decode.beam`), so every call parses.
 
     Attributes:
         backend: An engine that can ``score`` and ``search``.
-        most: Calls that are legal at most; search texts beyond are left out.
-        tuned: The model was tuned to lead (`llmrec.chat.tuning`): how often a tool is called is what it has learned,
-            so the most likely one is taken.
+        most: The maximum number of legal calls; further search texts are dropped.
+        tuned: Whether the model was tuned as manager (`llmrec.chat.tuning`): it has learned the frequencies of tools,
+            so the most likely tool is selected.
     """
 
     backend: Backend
@@ -163,7 +162,7 @@ class ModelManager:
     name: str = "model"
     template: Template = field(default_factory=lambda: load_templates("chat")["manage"])
     tuned: bool = False
-    # What the beginnings of calls score after an empty conversation, by the tools.
+    # The scores of the beginnings of calls after an empty conversation, by tools.
     _empty: dict[tuple[str, ...], Scores] = field(default_factory=dict, init=False, repr=False)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
@@ -184,7 +183,7 @@ class ModelManager:
         prompts = [asked]
         if not self.tuned and tools not in self._empty:
             prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
-        # What a tuned model learned goes on behind the name with one token of several signs.
+        # In the training of a tuned model, the token after the name spans several characters.
         begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
         message, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
         self._empty.update((tools, item) for item in plain)
@@ -194,12 +193,12 @@ class ModelManager:
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
     def prompt(self, moment: Moment) -> Prompt:
-        """Return what the model reads."""
+        """Return the prompt."""
         return told_to_model(moment, self.template)
 
 
 def told_to_model(moment: Moment, template: Template) -> Prompt:
-    """Return what a model reads at a moment; all that comes from users and the catalogue is data in it."""
+    """Return the prompt of a choice; texts of users and of the catalogue are data in it."""
     titles = moment.tools.titles
     values: Mapping[str, object] = {
         "profile": [{"value": cut(line, _LETTERS)} for line in moment.tools.profile(moment.state)[-_WISHES:]],
@@ -212,7 +211,7 @@ def told_to_model(moment: Moment, template: Template) -> Prompt:
 
 @dataclass(frozen=True)
 class HistoryManager:
-    """A control: the recommender's list for what the user likes; what was said is not searched or filtered by."""
+    """A control: the recommender's list for the liked items, without search or filters from the conversation."""
 
     k: int = 5
     name: str = "history"
@@ -224,7 +223,7 @@ class HistoryManager:
 
 @dataclass
 class RandomManager:
-    """A control: any legal call, until one ends the turn."""
+    """A control: random legal calls, until one ends the turn."""
 
     seed: int = 0
     name: str = "random"
@@ -235,6 +234,6 @@ class RandomManager:
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
         calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
-        # Tools first, evenly, and then their arguments: most calls are searches.
+        # Tools are drawn uniformly, then their arguments, since most legal calls are searches.
         tool = self._random.choice(sorted({call.tool for call in calls}))
         return self._random.choice([call for call in calls if call.tool == tool]), Cost()

@@ -1,4 +1,4 @@
-"""Managers by their names: rules and controls, which need nothing, and language models, which are opened."""
+"""Managers by name: rules and controls, which need no model, and language models, which are opened."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CONTROLS = frozenset({"history", "random"})
 
 @contextmanager
 def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int], Manager]]:
-    """Hand out what makes a manager for a seed.
+    """Yield a factory of managers, called with a seed.
 
     Args:
-        name: One of `MANAGERS`, or a language model by folder, run of ``--tune`` or name.
-        k: Items of a list.
-        dtype: Of a language model's weights.
+        name: One of `MANAGERS`, or a language model: a folder, a run of ``--tune`` or a name.
+        k: The number of items of a list.
+        dtype: The dtype of a language model's weights.
 
     Raises:
         LlmrecError: If the model cannot be opened.
@@ -46,7 +46,7 @@ def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int],
 
 @contextmanager
 def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]:
-    """Hand out the language model that grades items, if one is named; errors as `opened` raises them."""
+    """Yield the language model that grades items, or None without a name; raises the errors of `opened`."""
     if name is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""What `llmrec chat` is asked for."""
+"""The options of `llmrec chat`."""
 
 from __future__ import annotations
 

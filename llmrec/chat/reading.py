@@ -1,7 +1,7 @@
-"""What rules read in a user's words: items, values of fields, whether they are wanted, and what else is asked for.
+"""Rule-based parsing of user messages: items, field values, whether they are wanted, and other intents.
 
-English alone (`llmrec.chat.english`). Values and titles are those of the catalogue; words that stand for them, such as
-*scary* for horror, count where the catalogue has the value.
+English only (`llmrec.chat.english`). Values and titles are those of the catalogue; synonyms, such as *scary* for
+horror, are recognised if the catalogue has the value.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _BRACKET = re.compile(r"\s*\([^()]*\)\s*$")
 _ARTICLE = re.compile(r"^(.*), (The|A|An|Les?|La|Il|Der|Die|Das)$", re.IGNORECASE)
 _YEAR = re.compile(r"\s*\((\d{4})\)")
 _LETTER = re.compile(r"\w")
-# Fields of more values are names, of which one word alone is meant where it has a capital.
+# Fields with more values are names; a single word of a name counts only if capitalised.
 _NAMES = 200
-# Words of a clause that needs no verb to be a request.
+# The maximum number of words of a clause that is a request without a verb.
 _BARE = 6
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What was read.
+    """A parsed user message.
 
     Attributes:
-        wishes: New ones.
-        revoked: (field, value) of what is not unwanted any more.
+        wishes: New wishes.
+        revoked: (field, value) of lifted bans.
         intents: Names among `llmrec.chat.english.INTENTS`.
-        places: In the list that was shown, from 1.
-        rest: Words that stood for nothing else and that some item's text has; what a search is made of.
+        places: Positions in the shown list, from 1.
+        rest: The other words that occur in any item's text: the search query.
     """
 
     wishes: tuple[Wish, ...] = ()
@@ -48,7 +48,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class _Mention:
-    """Something of the catalogue in a text: its field and value, and from which character to which."""
+    """A mention of the catalogue in a text: its field and value, and its first and last character."""
 
     field: str
     value: str
@@ -57,10 +57,10 @@ class _Mention:
 
 
 class Reader:
-    """Reads what users say about a catalogue.
+    """A parser of user messages about a catalogue.
 
     Args:
-        facts: Of the catalogue.
+        facts: The facts of the catalogue.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -72,10 +72,10 @@ class Reader:
         for field, values in facts.values.items():
             for value in values if field not in facts.numeric else ():
                 for form in {title_key(value), singular(title_key(value))}:
-                    # Every other line says "no": such values are chosen by filters alone.
+                    # Stop words such as "no" are too frequent: these values can be chosen only by filters.
                     if not english.STOP.issuperset(form.split()):
                         self._phrases[form].append((field, value))
-        # Twice: one word may stand for a value by way of another.
+        # Two passes: a word may be a synonym of a synonym of a value.
         for text, meant in (*english.MEANS.items(), *english.MEANS.items()):
             known = self._values(title_key(meant))
             if known and not self._values(title_key(text)):
@@ -84,17 +84,17 @@ class Reader:
         self._years = facts.years
 
     def read(self, text: str, state: State) -> Heard:
-        """Read what was said last.
+        """Parse a user message.
 
         Args:
-            text: The user's words.
-            state: Before them; its turn is the one of the wishes.
+            text: The user message.
+            state: The state before it; its turn is that of the wishes.
         """
         wishes: list[Wish] = []
         again: list[tuple[str, str]] = []
         rest: list[str] = []
         mentions = list(self._mentions(text))
-        # Titles and names go first: their words are none of a clause's.
+        # Titles and names come first: their words do not belong to a clause.
         titles = [mention for mention in mentions if mention.field == ITEM]
         names = [mention for mention in mentions if mention.field == ITEM or _is_name(text, mention)]
         plain = _without(text, names)
@@ -115,14 +115,14 @@ class Reader:
         return Heard(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
 
     def canonical(self, phrase: str) -> str:
-        """Return the value of a field that a phrase stands for, or the phrase itself."""
+        """Return the field value that a phrase denotes, or the phrase itself."""
         known = self._values(phrase) or self._values(singular(phrase))
         return title_key(known[0][1]) if known else phrase
 
     # ------------------------------------------------------------------- wishes
 
     def _wishes(self, bare: str, start: int, inside: Sequence[_Mention], state: State) -> Iterator[tuple[Wish, bool]]:
-        """Yield what a clause says of what it mentions, and whether that takes a ban back."""
+        """Yield a wish for each mention in a clause, and whether it lifts a ban."""
         banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
         wanted = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
         last: _Mention | None = None
@@ -156,7 +156,7 @@ class Reader:
 
         for pattern, newer in english.BOUNDS:
             for result in pattern.finditer(bare):
-                # What is not wanted before a year begins with it.
+                # A ban on items before a year is a lower bound at that year.
                 ban = bool(english.NO.search(bare[: result.start()]))
                 yield bound("from" if newer != ban else "until", result[1], ban)
         text = [int(result[1]) for result in english.DECADE.finditer(bare)]
@@ -172,7 +172,7 @@ class Reader:
             yield bound("until", max(years) + 9)
 
     def _rest(self, bare: str, start: int, inside: Sequence[_Mention]) -> list[str]:
-        """Return the words of a clause that a search may use: none of a negated one."""
+        """Return the words of a clause for a search; none of a negated clause."""
         if english.NO.search(bare) or english.TOLERATED.search(bare):
             return []
         taken = [(item.start - start, item.end - start) for item in inside]
@@ -187,7 +187,7 @@ class Reader:
     # ------------------------------------------------------------------- mentions
 
     def _mentions(self, text: str) -> Iterator[_Mention]:
-        """Yield what of the catalogue stands in a text, the longest first at each place."""
+        """Yield the mentions of the catalogue in a text, the longest at each position."""
         words = [(result.start(), result.end(), title_key(result.group())) for result in english.WORD.finditer(text)]
         at = 0
         while at < len(words):
@@ -200,14 +200,14 @@ class Reader:
                 at += 1
 
     def _mention(self, text: str, words: Sequence[tuple[int, int, str]]) -> _Mention | None:
-        """Return the longest mention that some words begin with."""
+        """Return the longest mention at the beginning of some words."""
         for size in range(len(words), 0, -1):
             start, end = words[0][0], words[size - 1][1]
             form = " ".join(word for *_, word in words[:size])
             known = self._phrases.get(form) or self._phrases.get(singular(form), [])
             chosen = self._chosen(known, text, start, end, form) if known else None
             if chosen is not None:
-                # What follows a title in brackets is its year.
+                # Brackets after a title contain its year.
                 year = _YEAR.match(text[end:]) if chosen[0] == ITEM else None
                 return _Mention(*chosen, start, end + (year.end() if year else 0))
         return None
@@ -215,7 +215,7 @@ class Reader:
     def _chosen(
         self, known: Sequence[tuple[str, str]], text: str, start: int, end: int, form: str
     ) -> tuple[str, str] | None:
-        """Return which of the meanings of a phrase is meant, or None."""
+        """Return the intended meaning of a phrase among the known ones, or None."""
         value = next((pair for pair in known if pair[0] != ITEM), None)
         items = [name for field, name in known if field == ITEM]
         if items:
@@ -236,7 +236,7 @@ class Reader:
 
 
 def title_of(title: str) -> str:
-    """Return a title as it is said: without its year, and with its article in front."""
+    """Return a title in its spoken form: without its year, and with its article in front."""
     bare = title
     while (result := _BRACKET.search(bare)) is not None and result.start() > 0:
         bare = bare[: result.start()]
@@ -245,13 +245,13 @@ def title_of(title: str) -> str:
 
 
 def _is_title(text: str, start: int, end: int, form: str) -> bool:
-    """Whether words that are a title are written as one: in capitals, or too many to stand together otherwise."""
+    """Whether words that match a title are written as one: capitalised, or too many for a coincidence."""
     words = text[start:end].split()
     capitals = sum(word[:1].isupper() or word[:1].isdigit() for word in words)
     before = text[:start].rstrip()
     if len(words) > 1:
         return capitals > 1 or len(words) > 2
-    # The first word of a sentence has a capital anyway.
+    # The first word of a sentence is always capitalised.
     inner = bool(before) and before[-1] not in ".!?"
     return capitals == 1 and inner and form not in english.PLAIN and len(form) > 3
 
@@ -263,10 +263,10 @@ def _is_name(text: str, value: _Mention) -> bool:
 
 
 def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
-    """Yield where clauses begin and end; what ends one inside a title or a name does not."""
+    """Yield the start and end of clauses; separators inside a title or a name are ignored."""
     begin = 0
     for result in english.CLAUSE.finditer(text):
-        # Spaces before a word belong to what ends a clause.
+        # The space before a word belongs to the separator.
         if any(result.start() < name.end and name.start < result.end() for name in names):
             continue
         if text[begin : result.start()].strip():
@@ -277,7 +277,7 @@ def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
 
 
 def _without(text: str, names: Sequence[_Mention]) -> str:
-    """Return a text of the same length whose titles are blotted out, and whose names are words that say nothing."""
+    """Return a text of the same length with titles masked and names replaced by neutral words."""
     result = text
     for name in names:
         message = text[name.start : name.end]
@@ -287,7 +287,7 @@ def _without(text: str, names: Sequence[_Mention]) -> str:
 
 
 def _negated(before: str, after: str, item: bool) -> bool:
-    """Whether what stands between two texts is negated: by the last negation before it, or one right behind it."""
+    """Whether a mention between two texts is negated: by the last negation before it, or one directly after it."""
     results = list(english.NO.finditer(english.TOLERATED.sub(lambda said: "\u00b7" * len(said.group()), before)))
     if not results and english.OUT[0].search(before) and english.OUT[1].match(after):
         return True
@@ -298,13 +298,13 @@ def _negated(before: str, after: str, item: bool) -> bool:
 
 
 def _unseen(before: str) -> bool:
-    """Whether the words before a title say that it was not seen, which is no wish."""
+    """Whether the words before a title mean that it was not seen, which is not a wish."""
     results = list(english.UNSEEN.finditer(before))
     return bool(results) and not english.TURN.search(before[results[-1].end() :])
 
 
 def _op(bare: str, unwanted: bool) -> Op:
-    """Return what a clause, whose titles are blotted out, says of an item that it names."""
+    """Return the operator of a clause with masked titles on an item that it names."""
     seen, liked = english.SEEN.search(bare), english.LIKE.search(bare)
     if english.DISLIKED.search(bare) or (unwanted and (liked or not seen)):
         return "not"
@@ -312,7 +312,7 @@ def _op(bare: str, unwanted: bool) -> Op:
 
 
 def _places(text: str, count: int) -> tuple[int, ...]:
-    """Return the places of a list that are named: numbers, *the first one*, *last*."""
+    """Return the positions in a list that a text names: numbers, *the first one*, *last*."""
     if not count:
         return ()
     results = [int(item[1]) if item[1] else english.ORDINALS[item[2].lower()] for item in english.PLACE.finditer(text)]
@@ -323,7 +323,7 @@ def _places(text: str, count: int) -> tuple[int, ...]:
 
 
 def _about_list(text: str, state: State, places: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
-    """Yield wishes about the items of the list that the user points at."""
+    """Yield wishes about the items of the list that the user refers to."""
     every = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
     seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NO))
     if not (seen or liked or unwanted) or (places and "similar" in intents) or english.UNSEEN.search(text):

@@ -1,4 +1,4 @@
-"""Holds a conversation in the terminal, or replays a transcript."""
+"""Running a conversation in the terminal, or replaying a transcript."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HELLO = "Say what you are looking for; an empty line ends."
 
 
 def chat(options: ChatOptions) -> int:
-    """Hold a conversation on the standard input, or replay one, and return the exit status.
+    """Run a conversation on the standard input, or replay a transcript, and return the exit status.
 
     Raises:
         LlmrecError: If the model cannot be opened, a transcript cannot be read, or another file would be overwritten.
@@ -64,7 +64,7 @@ def chat(options: ChatOptions) -> int:
             for turn in _held(conversation, options):
                 turns.append(turn)
     finally:
-        # Also after Ctrl-C or an error: what was said is not lost.
+        # Also after Ctrl-C or an error, so that the transcript is not lost.
         if options.save is not None and turns:
             transcripts.write(options.save, turns)
         models.close()
@@ -73,7 +73,7 @@ def chat(options: ChatOptions) -> int:
 
 
 def _check(options: ChatOptions) -> None:
-    """Refuse options that do not go together."""
+    """Reject incompatible options."""
     if options.save is not None:
         if options.replay is not None:
             raise DataError(
@@ -123,7 +123,7 @@ def talking(
 
 
 def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:
-    """Answer the lines of the standard input, and yield each turn before it is printed."""
+    """Answer the lines of the standard input, yielding each turn before it is printed."""
     state = State()
     if sys.stdin.isatty():
         say(_HELLO)
@@ -140,7 +140,7 @@ def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcri
 
 
 def _simulated(conversation: Conversation, turns: list[transcripts.Turn], options: ChatOptions) -> None:
-    """Say what simulated conversations came to, and learn from them where that is asked."""
+    """Print the results of simulated conversations, and train on them if requested."""
     facts = conversation.tools.facts
     begun = sum(turn.user is None for turn in turns)
     tell(conversations=begun, turns=len(turns) - begun)
@@ -163,6 +163,6 @@ def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
 
 
 def _say(text: str, before: str = "") -> None:
-    """Print lines with words of users and values of a table: these must not steer the terminal."""
+    """Print lines with texts of users and tables, without control characters for the terminal."""
     for line in text.split("\n"):
         say(before + clean(line, max(1, len(line))))

@@ -1,8 +1,8 @@
-"""A simulated user who wants one item and knows its attributes, never its title.
+"""A simulated user who wants a target item and knows its attributes but never its title.
 
-A simulator that is told the title gives it away sooner or later (Zhu et al., SimpleUserSim, arXiv 2403.16416). So the
-one here is made of attributes and of items that the user likes, none of which is called nearly as the wanted one;
-whether a list holds that is judged outside of it.
+A simulator that knows the title leaks it sooner or later (Zhu et al., SimpleUserSim, arXiv 2403.16416). This one has
+only attributes and liked items, none with a title similar to the target's; whether a list contains the target is
+judged outside the simulator.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ NEAR = 0.9
 
 @dataclass(frozen=True)
 class Wordings:
-    """What users say, each in a few ways, with places for what it is about.
+    """Templates of user messages, several for each purpose.
 
     Attributes:
-        asides: What is said beside wishes, of the list that was shown and of the conversation, by intent.
+        asides: Messages other than wishes, about the shown list or the conversation, by intent.
     """
 
     begin: tuple[str, ...]
@@ -90,11 +90,11 @@ _NTH = ("first", "second", "third", "fourth", "fifth")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Who is simulated: session variables, without the title of what is wanted.
+    """The session variables of a simulated user, without the title of the target.
 
     Attributes:
-        attributes: Values by field, in the order in which the user brings them up.
-        unwanted: (field, value) that the wanted item has not and the user rejects.
+        attributes: Values by field, in the order in which the user mentions them.
+        unwanted: (field, value) that the target lacks and the user rejects.
         likes: Titles of other items.
     """
 
@@ -105,14 +105,14 @@ class Wanted:
 
 @dataclass
 class SimulatedUser:
-    """Says what a user of these variables would say.
+    """A simulated user with these variables.
 
     Attributes:
-        wanted: Session variables.
-        numeric: Fields that are years.
-        seed: Decides wordings and how much is said in a turn: the turn variables.
-        asides: How often something else is said in place of a wish: a question about the list, thanks, and the like.
-        words: How it is said.
+        wanted: The session variables.
+        numeric: Fields of years.
+        seed: The seed of wording and of the number of wishes in a turn: the turn variables.
+        asides: The probability of a message other than a wish: a question about the list, thanks, and the like.
+        words: The templates of messages.
     """
 
     wanted: Wanted
@@ -124,19 +124,19 @@ class SimulatedUser:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
-        # Of its own, so that users without asides say what they would say otherwise.
+        # A separate generator, so that asides do not change the other messages.
         self._aside = random.Random(self.seed + 1)
         self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
         self._unwanted = list(self.wanted.unwanted)
         self._likes = list(self.wanted.likes)
 
     def says(self, asked: str = "", *, first: bool = False, shown: int = 0) -> str:
-        """Return the next line of the user.
+        """Return the next user message.
 
         Args:
-            asked: The field that the last answer asked about; empty: none.
-            first: It opens the conversation.
-            shown: Items of the last list, at which the user may point.
+            asked: The field that the last reply asked about; empty: none.
+            first: Whether it opens the conversation.
+            shown: The number of items of the last list, to which the user may refer.
         """
         lines: list[str] = []
         if not first and self._aside.random() < self.asides:
@@ -158,11 +158,11 @@ class SimulatedUser:
         return " ".join(lines) or self._random.choice(self.words.more)
 
     def parts(self) -> str:
-        """Return what the user says after a list held what was wanted; empty where nothing but wishes is said."""
+        """Return the user message after a list with the target; empty for users without asides."""
         return self._aside.choice(self.words.parting) if self.asides else ""
 
     def _beside(self, shown: int) -> str:
-        """Return a line that tells of no wish; who has everything forgotten begins again."""
+        """Return a message without a wish; after a request to forget everything the user starts again."""
         text = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
         if text == "forget":
             self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
@@ -177,13 +177,13 @@ class SimulatedUser:
 
 @dataclass(frozen=True)
 class Held:
-    """A conversation that was held with a simulated user.
+    """A finished conversation with a simulated user.
 
     Attributes:
-        turns: What was said, called and shown.
-        hit: The turn whose list held what is wanted, from 1; None: none did.
-        seconds: Of the answers.
-        cost: Of a language model.
+        turns: The messages, calls and lists.
+        hit: The turn whose list has the target, from 1; None: none.
+        seconds: The time of the replies.
+        cost: The cost of a language model.
     """
 
     turns: tuple[Turn, ...]
@@ -193,29 +193,29 @@ class Held:
 
     @property
     def lines(self) -> list[str]:
-        """What the user said."""
+        """The user messages."""
         return [turn.user or "" for turn in self.turns]
 
     @property
     def tools(self) -> list[str]:
-        """Names of the calls."""
+        """The names of the called tools."""
         return [call.tool for turn in self.turns for call in turn.calls]
 
     @property
     def shown(self) -> list[str]:
-        """Every item that was shown."""
+        """All shown items."""
         return [item for turn in self.turns for item in turn.items]
 
 
 def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None) -> Held:
-    """Hold a conversation until a list has the wanted item, or for so many turns.
+    """Run a conversation until a list has the target, or up to a number of turns.
 
     Args:
-        conversation: With whom.
-        user: Who does not know the target's title.
-        target: Judged here: the simulator never sees it.
-        turns: At most.
-        begun: The state to begin with, such as a known user's likes.
+        conversation: The conversation under test.
+        user: The simulated user, who does not know the target's title.
+        target: The target, which the simulator never sees; hits are judged here.
+        turns: The maximum number of turns.
+        begun: The initial state, such as a known user's likes.
     """
     state, asked, held, seconds, cost = begun or State(), "", [], 0.0, Cost()
     line: str = user.says(first=True)
@@ -243,18 +243,18 @@ def dialogues(
     asides: float = 0.0,
     words: Wordings = USUAL,
 ) -> Iterator[tuple[str, Held]]:
-    """Hold conversations with users who each want an item drawn from the catalogue, and name no other item.
+    """Run conversations with users whose targets are drawn from the catalogue and who name no other item.
 
     Args:
-        conversation: Over the catalogue.
-        count: Conversations.
-        seed: Decides who wants what, and how it is said.
-        turns: Of a conversation, at most.
+        conversation: The conversation under test.
+        count: The number of conversations.
+        seed: The seed of targets and wording.
+        turns: The maximum number of turns of a conversation.
         asides: See `SimulatedUser`.
-        words: See there.
+        words: See `SimulatedUser`.
 
     Yields:
-        The wanted item and the conversation.
+        The target and the conversation.
     """
     facts, drawn = conversation.tools.facts, random.Random(seed)
     names = [name for name in facts.items if facts.told(name)]
@@ -271,21 +271,21 @@ def dialogues(
 
 
 def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
-    """Return the lines of conversations: one whose user is null begins each, and its item is what is wanted."""
+    """Return the turns of conversations: one whose user is null begins each, and its item is the target."""
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
 def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
-    """Return what a user who wants an item knows: its attributes, and liked items that are not called nearly so.
+    """Return the knowledge of a user with a target: its attributes, and liked items with dissimilar titles.
 
-    A value that is nearly the title is left out as well, and so are numbers that are no years: users say decades.
+    Values similar to the title are excluded, and so are numbers other than years: users say decades.
 
     Args:
-        facts: Of the catalogue.
-        target: The wanted item.
+        facts: The facts of the catalogue.
+        target: The target item.
         liked: Items that the user likes, from which those named in the conversation are drawn.
-        seed: Of the draws.
-        likes: Liked items that are named.
+        seed: The seed of the draws.
+        likes: The number of named liked items.
     """
     drawn, title = random.Random(seed), title_of(facts.titles[target])
     attributes = {
@@ -312,7 +312,7 @@ def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: i
 
 
 def near(text: str, title: str) -> bool:
-    """Whether some words of a text are a title, or one that is at least `NEAR` alike."""
+    """Whether a text contains a title, or words with a similarity to it of at least `NEAR`."""
     words, sought = title_key(text).split(), title_key(title)
     count = len(sought.split())
     return any(

@@ -1,7 +1,8 @@
-"""What a conversation knows: the profile in words, candidates, and what was shown and said.
+"""The state of a conversation: a profile in words, candidates, shown items and messages.
 
-A profile is a list of wishes, which the user can read, edit and delete. Hard wishes are constraints: what they forbid
-is never shown until they are revoked. A state is plain data, so that a client can hold it and a transcript replays.
+A profile is a list of wishes, which the user can read, edit and delete. Hard wishes are constraints: forbidden items
+are never shown until the wish is revoked. A state is plain data, so a client can store it and a transcript can be
+replayed.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ class Wish(BaseModel):
 
     @property
     def asks(self) -> bool:
-        """Whether it is a constraint that asks for something, and forbids nothing by name."""
+        """Whether it is a constraint that requires something, rather than a ban."""
         return self.hard and self.field != ITEM and self.op != "not" and not self.ban
 
     @property
     def key(self) -> tuple[str, str]:
-        """What only one wish may have: a bound its side, other wishes their value."""
+        """The key that only one wish of a profile has: the side of a bound, the value of other wishes."""
         return (self.field, self.op if self.op in ("from", "until") else self.value)
 
     def told(self, titles: Mapping[str, str]) -> str:
         """Return the wish in words, on one line.
 
         Args:
-            titles: Of items, by id.
+            titles: The titles of items, by id.
         """
         if self.field == ITEM:
             text = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
@@ -112,12 +113,12 @@ class State(BaseModel):
 
     @property
     def liked(self) -> tuple[str, ...]:
-        """Ids of the items that the user likes, in the order in which they were named."""
+        """Ids of liked items, in the order in which they were named."""
         return tuple(wish.value for wish in self.profile if wish.field == ITEM and wish.op == "is")
 
     @property
     def barred(self) -> frozenset[str]:
-        """Ids of items that are not shown: unwanted, known, liked, and what was shown before."""
+        """Ids of items that are not shown: unwanted, known, liked or already shown."""
         return frozenset(wish.value for wish in self.profile if wish.field == ITEM) | frozenset(self.past)
 
     def with_(self, **changes: Any) -> State:
@@ -125,12 +126,12 @@ class State(BaseModel):
         return self.model_copy(update=changes)
 
     def saying(self, role: Literal["user", "assistant"], text: str) -> State:
-        """Return the state after a line was said."""
+        """Return the state after a message."""
         return self.with_(lines=(*self.lines, Line(role=role, text=text[:4000]))[-MOST_LINES:])
 
 
 def read_state(record: object) -> State:
-    """Read a state that somebody sent."""
+    """Read a state sent by a client."""
     try:
         return State.model_validate(record)
     except ValidationError as error:
@@ -147,9 +148,8 @@ def read_state(record: object) -> State:
 def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
     """Merge new wishes into a profile.
 
-    A wish takes the place of the one on the same value, or of the bound on the same side; one of some alternatives that
-    is asked for anew takes the place of all of them. What was concluded never takes the place of what was said or
-    edited.
+    A wish replaces the one on the same value, or the bound on the same side; repeating one of several alternatives
+    replaces all of them. An inferred wish never replaces a stated or edited one.
     """
     known = {wish.key: wish for wish in profile}
     groups = {wish.key: group for group in alternatives(known.values()) for wish in group}
@@ -164,14 +164,14 @@ def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
                 if other is not old and known.get(other.key) is other:
                     del known[other.key]
         if wish.field in chosen:
-            # Alternatives stand side by side.
+            # Alternatives coexist.
             known.pop(wish.key, None)
         known[wish.key] = wish
     return _most(tuple(known.values()))
 
 
 def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
-    """Return as many wishes as a profile holds: conclusions go first, then soft ones, then the oldest; bans last."""
+    """Return a profile cut to its maximum size: first drops inferred wishes, then soft, then the oldest; bans last."""
 
     def worth(wish: Wish) -> int:
         if wish.source == "inferred":
@@ -183,9 +183,9 @@ def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
 
 
 def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
-    """Return the constraints that an item has to meet, each as the wishes of which one is enough.
+    """Return the constraints that an item has to meet, each as a list of alternative wishes.
 
-    ``or`` joins the last constraint on its field of the same turn; alone it is a constraint of its own.
+    ``or`` adds to the last constraint on its field of the same turn; otherwise it starts a new constraint.
     """
     results: list[list[Wish]] = []
     for wish in (wish for wish in profile if wish.hard and wish.field != ITEM and wish.op != "not"):
@@ -199,19 +199,19 @@ def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
 
 
 def revoked(profile: Iterable[Wish], field: str, value: str) -> tuple[Wish, ...]:
-    """Return a profile without what it says of a value."""
+    """Return a profile without the wishes on a value."""
     return tuple(wish for wish in profile if (wish.field, wish.value) != (field, value))
 
 
 def fresh(profile: Iterable[Wish], turn: int) -> tuple[Wish, ...]:
-    """Return a profile without what was concluded more than `KEPT` turns ago."""
+    """Return a profile without wishes inferred more than `KEPT` turns ago."""
     return tuple(wish for wish in profile if wish.source != "inferred" or turn - wish.turn <= KEPT)
 
 
 def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
-    """Return a profile without its oldest constraint that asks for something, and that one; bans stay.
+    """Return a profile without its oldest requiring constraint, and that constraint; bans are kept.
 
-    What was concluded goes before what was said. Alternatives go together.
+    Inferred constraints go before stated ones. Alternatives are removed together.
     """
     groups = [group for group in alternatives(profile) if group[0].asks]
     if not groups:

@@ -1,4 +1,4 @@
-"""What each tool does to a conversation. Items come from the catalogue, and are looked up before they are shown."""
+"""The tools of a conversation. Items come from the catalogue, and are looked up before they are shown."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Cost
 
-# How far the wishes of the profile that are no constraints move an item: a place near the top counts as 1.
+# The weight of soft wishes in the order of items; the first rank counts as 1.
 _SOFT = 0.5
-# Items of the list that are rejected or liked until what they share is taken for a wish.
+# The number of rejected or liked items with a common value from which a wish is inferred.
 _SHARED = 2
 # As in `Facts.search`.
 _RANK = 60
@@ -41,30 +41,30 @@ _FREE = Cost()
 
 
 class Lists(Protocol):
-    """The recommender that a conversation is held with."""
+    """The recommender of a conversation."""
 
     @property
     def rules(self) -> Rules:
-        """Rules that always stand."""
+        """Rules that always apply."""
         ...
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
-        """Return ids, best first: of the candidates, or of the whole catalogue."""
+        """Return a ranking of ids, best first: of the candidates, or of the whole catalogue."""
         ...
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
-        """Return ids of items that are chosen together with others, best first."""
+        """Return ids of items that are co-chosen with others, best first."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelLists:
-    """Lists of models, here or in another process.
+    """Lists of models in this or another process.
 
     Attributes:
-        catalogue: What may be listed.
-        ask: Answers a question about a request.
-        rules: Rules that always stand.
+        catalogue: The catalogue.
+        ask: A function that answers a question about a request.
+        rules: Rules that always apply.
     """
 
     catalogue: Catalogue
@@ -98,7 +98,7 @@ class ModelLists:
 
 
 def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
-    """Return what asks models that are open in this process."""
+    """Return a function that asks models opened in this process."""
     by = "text" if models.data is None else "interactions"
     models.similar(by)
 
@@ -111,14 +111,14 @@ def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call did.
+    """The result of a call.
 
     Attributes:
-        items: Ids that are shown to the user.
-        told: Lines for the user: facts, the profile, what was eased; titles and values are data of the catalogue.
-        ask: The field that is asked about; empty: none.
-        note: For the manager: what came of a tool, in words of this program alone.
-        cost: Of a language model that was asked.
+        items: Ids of the items shown to the user.
+        told: Lines for the user: facts, the profile, relaxed constraints; titles and values are data of the catalogue.
+        ask: The field to ask about; empty: none.
+        note: The result of a tool for the manager, in fixed texts of this program.
+        cost: The cost of a language model.
     """
 
     items: tuple[str, ...] = ()
@@ -133,11 +133,11 @@ class Tools:
     """The tools over a catalogue and a recommender.
 
     Attributes:
-        facts: Of the catalogue.
+        facts: The facts of the catalogue.
         lists: The recommender.
-        judge: A language model that grades the first items of a list, and what it was told explains them; None: the
-            recommender alone orders.
-        titles: Of items, by id.
+        judge: A language model that grades the first items of a list, with the reasons in its prompts as explanations;
+            None: the recommender alone determines the order.
+        titles: The titles of items, by id.
     """
 
     facts: Facts
@@ -153,7 +153,7 @@ class Tools:
         return self.lists.rules.joined(self.facts.rules(state.profile)).allowed(self.facts.items) - state.barred
 
     def apply(self, call: Call, state: State) -> tuple[State, Outcome]:
-        """Do what a call says; one that points at nothing does nothing."""
+        """Return the state and result after a call; one that refers to nothing has no effect."""
         if isinstance(call, Search):
             result = self.facts.search(call.text, self.allowed(state))[: call.k]
             return _with_buffer(state.with_(query=call.text), result, f"search found {len(result)}")
@@ -178,14 +178,14 @@ class Tools:
         return state, Outcome()
 
     def profile(self, state: State) -> tuple[str, ...]:
-        """Return the profile in words, numbered as `Forget` takes them."""
+        """Return the profile in words, numbered for `Forget`."""
         return tuple(
             f"{index}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
             for index, wish in enumerate(state.profile, start=1)
         )
 
     def concluded(self, state: State) -> State:
-        """Return a state with what liked, and unwanted, items have in common as soft wishes."""
+        """Return a state with soft wishes inferred from the common values of liked and of unwanted items."""
         profile = state.profile
         for op in ("is", "not"):
             named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]
@@ -226,33 +226,33 @@ class Tools:
         pool = [name for name in state.buffer if name in allowed]
         order = self._tried(self.lists.rank, list(state.liked), state, candidates=pool)
         if not order:
-            # Items that the recommender does not know yet, in the order of the search or of the catalogue.
+            # Items unknown to the recommender, in the order of the search or of the catalogue.
             new = [(name, 0.0) for name in pool or self.facts.items if name in allowed]
             order = [name for name, _ in self.lists.rules.arrange(new, self.facts.items, MOST_BUFFER)]
         order, cost = self._judged(self._softened(_joined(order, pool), state), state)
         return _with_buffer(state, order, f"{len(order)} items are ranked", cost)
 
     def _judged(self, order: Sequence[str], state: State) -> tuple[list[str], Cost]:
-        """Join an order with the grades of a language model, where there is one."""
+        """Return items reranked with the grades of a language model, if there is one."""
         return (list(order), Cost()) if self.judge is None else self.judge.ordered(self.facts, state, order)
 
     def _tried(
         self, ask: object, history: list[str], state: State, candidates: Sequence[str] = (), shown: bool = False
     ) -> list[str]:
-        """Ask the recommender; rules that leave nothing give nothing. Other failures are the user's to see."""
+        """Return items from the recommender; none if the rules allow none. Other errors are raised."""
         rules = self.facts.rules(state.profile).joined(Rules(block=frozenset() if shown else state.barred))
         further = {"candidates": candidates} if candidates else {}
         try:
             result: list[str] = ask(history, rules, MOST_BUFFER, **further)  # type: ignore[operator]
         except DataError as error:
-            # A model without interactions knows no neighbours, and says so each time.
+            # A model without interactions has no neighbours and raises an error each time.
             if error.kind not in ("empty", "unsupported"):
                 raise
             return []
         return [name for name in result if name in self.facts.items]
 
     def _softened(self, order: Sequence[str], state: State) -> list[str]:
-        """Move items up that meet soft wishes, and others down."""
+        """Return items reordered by the soft wishes that they meet."""
         wishes = [wish for wish in state.profile if not wish.hard and wish.field != ITEM]
         if not wishes:
             return list(order)
@@ -303,7 +303,7 @@ class Tools:
         return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(message), call.ask, cost=cost)
 
     def _listed(self, state: State) -> tuple[list[str], Cost]:
-        """Return what may be shown: of the candidates, or of the whole catalogue where none of them is left."""
+        """Return the items that may be shown: of the candidates, or of the whole catalogue if none is left."""
         allowed = self.allowed(state)
         results = [name for name in state.buffer if name in allowed]
         if results or not allowed:
@@ -323,7 +323,7 @@ class Tools:
 
 
 def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
-    """Join the order of a recommender, which holds what may be listed, with that of a search by reciprocal ranks."""
+    """Return the ranking of a recommender combined with that of a search by reciprocal rank fusion."""
     if not pool:
         return list(order)
     at = {name: index for index, name in enumerate(order)}

@@ -1,4 +1,4 @@
-"""Transcripts of conversations as JSON lines, which replay as tests: the same words have to have the same answer."""
+"""Transcripts of conversations as JSON lines, which replay as tests: the same message must get the same reply."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Turn(BaseModel):
 
     @staticmethod
     def of(said: str, reply: Reply) -> Turn:
-        """Return what a transcript keeps of a reply."""
+        """Return a reply as a turn of a transcript."""
         return Turn(user=said, calls=reply.calls, items=reply.items, text=reply.text)
 
 
@@ -43,12 +43,12 @@ BREAK = Turn(user=None)
 
 
 def write(file: Path, turns: Sequence[Turn]) -> None:
-    """Write a transcript in one step."""
+    """Write a transcript atomically."""
     write_text(file, "".join(json.dumps(turn.model_dump(), ensure_ascii=False) + "\n" for turn in turns))
 
 
 def refuse_other(file: Path) -> None:
-    """Refuse to write a transcript over anything else."""
+    """Reject a file that exists and is not a transcript."""
     if not file.exists():
         return
     try:
@@ -66,7 +66,7 @@ def refuse_other(file: Path) -> None:
 def read(file: Path) -> list[Turn]:
     """Read a transcript."""
     try:
-        # Line feeds alone: JSON leaves other ends of lines, such as U+2028, as they are.
+        # Split at line feeds only: JSON does not escape other line ends, such as U+2028.
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the transcript {file} cannot be read: {error}", kind="unreadable", at=file) from None
@@ -89,7 +89,7 @@ def read(file: Path) -> list[Turn]:
 
 
 def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[str]:
-    """Hold the conversations of a transcript again, and yield a line for every answer that differs.
+    """Replay the conversations of a transcript, and yield a line for every different reply.
 
     Raises:
         LlmrecError: If an engine fails.

@@ -1,8 +1,8 @@
-"""Tunes a language model to lead conversations: the calls of transcripts as rows of supervised fine-tuning.
+"""Supervised fine-tuning of a language model as manager, on the calls of transcripts.
 
-A row's prompt is what `ModelManager` shows at a moment, and its answer the call that stands in the transcript. RecLLM
-tunes its modules on conversations with simulated users too (Friedman et al. 2023, arXiv 2305.07961). The model is
-taught each call after those of the transcript before it: what its own mistakes lead to, no row shows.
+A row's prompt is that of `ModelManager`, and its answer the call in the transcript. RecLLM also tunes its modules on
+conversations with simulated users (Friedman et al. 2023, arXiv 2305.07961). Each call is learned after the preceding
+calls of the transcript (teacher forcing): no row shows the consequences of the model's own mistakes.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ FEWEST = 20
 MOST = 2000
 """Legal calls of a moment, as `ModelManager` has them by default."""
 _FAMILY = "chat"
-# What a page may set for a run, and what has no meaning here.
+# Sections of a recipe that are meaningless here.
 _NEVER = ("preference", "judge", "reward", "examples", "start", "teacher", "band")
 
 
 @dataclass(frozen=True)
 class Taught:
-    """A moment of a transcript, and the call that was made there.
+    """A choice in a transcript, with the call that was made.
 
     Attributes:
-        conversation: Its number in the transcript, from 1.
+        conversation: The number of its conversation in the transcript, from 1.
     """
 
     conversation: int
@@ -67,13 +67,13 @@ class Taught:
 
     @property
     def allowed(self) -> bool:
-        """Whether a model could make the call: rules search for words that do not stand together, for example."""
+        """Whether a model could make the call; rules, for example, also search for words that are not adjacent."""
         return self.call in choices(self.moment, MOST)
 
 
 @dataclass
 class _Follower:
-    """Makes the calls of a transcript, whoever chose them, and keeps the moments."""
+    """A manager that repeats the calls of a transcript and records its inputs."""
 
     name: str = "transcript"
     conversation: int = 0
@@ -96,9 +96,9 @@ class _Follower:
 
 
 def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
-    """Return every moment of a transcript with its call, in their order.
+    """Return every choice of a transcript with its call, in order.
 
-    The calls are those of the transcript, so that one that was corrected by hand teaches what it says now.
+    Calls are those of the transcript, so manual corrections of it are learned.
     """
     follower = _Follower()
     held, state = replace(conversation, manager=follower), State()
@@ -120,7 +120,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
 
 
 def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
-    """Return the moments to train on, and those of a tenth of the conversations, which are held out."""
+    """Return the choices for training, and those of a tenth of the conversations, which are held out."""
     names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
         raise DataError(
@@ -137,7 +137,7 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
 
 
 def example(each: Taught, number: int, template: Template) -> Example:
-    """Return a moment as a training row: what a model reads there, and the call as its whole answer."""
+    """Return a choice as a training row: the prompt, and the call as the whole answer."""
     _, answer = template.step({"text": written(each.call)})
     return Example(
         id=f"{_FAMILY}/{number}",
@@ -155,12 +155,12 @@ def example(each: Taught, number: int, template: Template) -> Example:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a manager chooses what a transcript has, each call after those of the transcript before it.
+    """The agreement of a manager with a transcript, each call after the preceding calls of the transcript.
 
     Attributes:
-        moments: How many it was asked about.
-        call: Share with the same call.
-        tool: Share with the same tool, whatever its arguments.
+        moments: The number of compared choices.
+        call: The fraction with the same call.
+        tool: The fraction with the same tool, regardless of arguments.
     """
 
     moments: int
@@ -169,7 +169,7 @@ class Agreement:
 
 
 def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
-    """Ask a manager about the moments of a transcript.
+    """Return the agreement of a manager with the choices of a transcript.
 
     Raises:
         LlmrecError: If an engine fails.
@@ -185,14 +185,14 @@ def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
 
 @dataclass
 class UsualManager:
-    """A control: what was called most often after the same tools of the turn, whatever was said, where it is legal."""
+    """A control: the most frequent legal call after the same tools of the turn, regardless of the message."""
 
     counts: Mapping[tuple[str, ...], Counter[Call]]
     name: str = "usual"
 
     @staticmethod
     def of(moments: Sequence[Taught]) -> UsualManager:
-        """Count the calls of training."""
+        """Return a manager with the counts of the training calls."""
         counts: dict[tuple[str, ...], Counter[Call]] = {}
         for moment in moments:
             counts.setdefault(_made(moment.moment), Counter())[moment.call] += 1
@@ -210,7 +210,7 @@ def _made(moment: Moment) -> tuple[str, ...]:
 
 
 def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
-    """Return the share of moments at which a model reads exactly what it reads in some row of training."""
+    """Return the fraction of choices whose prompt is identical to that of a training row."""
     template = load_templates(_FAMILY)["manage"]
     seen = {_text(told_to_model(item.moment, template)) for item in trained}
     return sum(_text(told_to_model(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
@@ -224,7 +224,7 @@ def _text(prompt: Prompt) -> str:
 
 
 def refuse(page: Recipe) -> None:
-    """Refuse a page whose model or training cannot lead a conversation."""
+    """Reject a recipe whose model or training is incompatible with managers."""
     if page.train.method not in (*ADAPTED, "full"):
         raise RecipeError(
             f"train.method={page.train.method} has no weights of its own to lead a conversation with; set "
@@ -242,13 +242,13 @@ def refuse(page: Recipe) -> None:
 
 
 def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder: Path, *, quiet: bool) -> Training:
-    """Tune the model of a page on the moments of conversations; the folder then has ``merged``, which can lead.
+    """Fine-tune the model of a recipe on the choices of conversations; the merged model is stored in ``merged``.
 
     Args:
-        page: Its sections ``model`` and ``train`` count, and its seed.
+        page: The recipe; its sections ``model`` and ``train`` and its seed are used.
         trained: See `parted`.
-        held: Moments whose loss is followed, as many as ``train.valid_rows``.
-        folder: Of the run.
+        held: Choices for the validation loss, up to ``train.valid_rows``.
+        folder: The folder of the run.
         quiet: Show no progress bar.
     """
     from llmrec.train.batches import plan
@@ -268,7 +268,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
     encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
     limit = section.max_row_tokens
     rows = followed((example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False)
-    # A call that is cut is none.
+    # A truncated call is invalid.
     rows = [row for row in rows if row.labels[-1] == encoder.end_id]
     if len(rows) < len(trained):
         log.warning("chat: %d of %d rows are longer than train.max_row_tokens", len(trained) - len(rows), len(trained))
@@ -297,7 +297,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
 
 
 def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
-    """Yield rows without end, each pass in an order of its own."""
+    """Yield rows endlessly, reshuffled in each epoch."""
     for number in count():
         order = list(rows)
         keyed("chat rows", seed, str(number)).shuffle(order)
@@ -316,7 +316,7 @@ def _trained(
     from llmrec.train import lora, sft
 
     seed = page.seed if page.train.seed is None else page.train.seed
-    # Adapters start from random weights.
+    # Adapters have random initial weights.
     require("torch", "train").manual_seed(seed)
     model = lora.load_trainable(base, page.model, page.train)
     done = sft.train(
@@ -348,7 +348,7 @@ def _merge(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Te
 
 
 def leading(name: str) -> tuple[str, bool]:
-    """Return the weights that lead under a name, and whether they were tuned to: a run of `tune`, or any model."""
+    """Return the weights of a manager by name, and whether they were tuned as one: a run of `tune`, or any model."""
     for folder in (Path(name) / "merged", Path(name)):
         if (folder / ABOUT).is_file():
             about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")
