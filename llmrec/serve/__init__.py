@@ -1,1 +1,1 @@
-"""A recommender that answers over HTTP: `app` makes it, `service` decides, `engine` holds the models."""
+"""A recommender over HTTP: the application in `app`, its logic in `service`, and the models in `engine`."""

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, statuses and OpenAPI over a `Service`; those of questions are derived from its verbs."""
+"""The HTTP application: routes, statuses and OpenAPI of a `Service`; routes of questions are derived from its verbs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 _OWN, _SWAGGER = "llmrec.serve", "fastapi_offline"
-# Files of the pages: the package and folder that they are in, and their type.
+# Static files: their package and folder, and their media type.
 _PAGE = {
     "page.js": (_OWN, "page", "text/javascript"),
     "chat.js": (_OWN, "page", "text/javascript"),
@@ -58,12 +58,12 @@ _ASKED = (*_POSTED, 404, 504)
 
 
 def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> FastAPI:
-    """Make the application.
+    """Return the application.
 
     Args:
-        service: What answers.
-        auth: Who may ask.
-        body_limit: Bytes of a body.
+        service: The service.
+        auth: Authentication and rate limits.
+        body_limit: The maximum size of a body in bytes.
     """
 
     @asynccontextmanager
@@ -77,7 +77,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
         version=__version__,
         summary="A recommender over HTTP.",
         lifespan=lifespan,
-        # FastAPI's own page loads scripts from another site, and this service needs no network.
+        # FastAPI's page loads scripts from another site, but this service must work offline.
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
@@ -86,12 +86,12 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
     metrics = Metrics(service)
     answer_failures(app)
     app.include_router(_open_routes(service, metrics))
-    # `Authenticated` asks for the key; this only describes it.
+    # `Authenticated` checks the key; this only documents it.
     bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
     needed = [Depends(bearer)] if auth.keyed else []
     app.include_router(_questions(service), dependencies=needed)
     app.include_router(_knowledge(service, auth), dependencies=needed)
-    # The last is the first that a request meets.
+    # A request passes the middleware in reverse order.
     app.add_middleware(BodyLimit, most=body_limit)
     app.add_middleware(Authenticated, auth=auth)
     app.add_middleware(SameOrigin, keyed=auth.keyed)
@@ -104,7 +104,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
 
 
 async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:
-    """Wait for an answer as long as the client does; what it no longer waits for leaves the queue."""
+    """Return the result of an awaitable; cancel it if the client disconnects or the timeout is reached."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -212,7 +212,7 @@ def _route(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
         if verb.event and "text/event-stream" in request.headers.get("accept", ""):
             events = verb.stream(service, body)
-            # What fails before the first of them has a status.
+            # An error before the first event still gets an HTTP status.
             first = await _while_there(service, request, anext(events))
             return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
         return await _while_there(service, request, verb.ask(service, body))
@@ -290,7 +290,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
 
 def _each(found: Sequence[Any]) -> list[Any]:
-    """Return the answers to several questions, each of which may have failed."""
+    """Return the answers to several questions, with errors for failed ones."""
     if all(isinstance(result, LlmrecError) and failure(result)[0] in _NOT_NOW for result in found):
         raise found[0]
     answers: list[Any] = []

@@ -1,7 +1,7 @@
-"""Batches of the questions of many clients for one engine: a bounded queue with a short wait.
+"""Dynamic batching of the questions of many clients for one engine: a bounded queue with a short wait.
 
-Requests with the same question are answered together, since an engine answers many prompts at once. A full queue
-rejects at once and says when to ask again.
+Requests with the same question are answered in one batch, since engines batch prompts. A full queue rejects questions
+immediately and tells when to retry.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-# An engine hangs if it works on one call for this many times the patience of a request.
+# An engine hangs if a call takes longer than this multiple of the timeout of a request.
 _HANGS = 5.0
 
 
 class Full(LlmrecError):
-    """More is asked than can be answered in time; ``after`` says in how many seconds to ask again."""
+    """The queue is too long to answer in time; ``after`` is the number of seconds until a retry."""
 
     after: float = 1.0
 
     @classmethod
     def for_now(cls, after: float) -> Full:
-        """Return an error that says to ask again in some seconds."""
+        """Return an error that tells to retry after some seconds."""
         made = cls(f"too many questions are waiting; ask again in {after:.0f} s", kind="busy")
         made.after = after
         return made
 
 
 class TooLate(LlmrecError):
-    """A question was not answered in the time that it may take."""
+    """A question was not answered within its timeout."""
 
 
 @dataclass(eq=False)
@@ -57,11 +57,11 @@ class Load:
     """The state of a queue, for metrics.
 
     Attributes:
-        waiting: Questions in the queue.
-        batches: How many were asked, by the number of their questions.
-        seconds: Of all batches together.
-        refused: Questions that found the queue full.
-        late: Questions that were given up.
+        waiting: The number of questions in the queue.
+        batches: The number of batches, by batch size.
+        seconds: The total time of all batches.
+        refused: The number of questions rejected by a full queue.
+        late: The number of questions that timed out.
     """
 
     waiting: int = 0
@@ -72,16 +72,15 @@ class Load:
 
 
 class Batcher:
-    """Hands questions to an engine, a batch at a time.
+    """A queue that passes questions to an engine, one batch at a time.
 
     Args:
-        engine: Answers a batch; it is called from one thread of its own.
-        window: Seconds that a question waits for others to go with it.
-        most: Questions of one batch.
-        room: Questions that may wait; more are refused.
-        patience: Seconds that a question may take, waiting included.
-        hangs: Called from another thread when the engine has worked on one thing for five times as long; it is to end
-            the call.
+        engine: A function that answers a batch, called from a dedicated thread.
+        window: Seconds that a question waits for others of its batch.
+        most: The maximum batch size.
+        room: The maximum length of the queue; further questions are rejected.
+        patience: The timeout of a question in seconds, including the wait.
+        hangs: Called from another thread if a call of the engine takes five times as long; it must end the call.
     """
 
     def __init__(
@@ -97,23 +96,23 @@ class Batcher:
         self._engine, self._window, self._most, self._room, self._patience = engine, window, most, room, patience
         self._hangs = hangs
         self._queues: dict[Question, deque[_Waiting]] = {}
-        # Those that the engine is answering now.
+        # The questions of the current batch.
         self._asked: list[_Waiting] = []
         self._others = 0
         self._some, self._turn = asyncio.Event(), asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrec-engine")
         self._task: asyncio.Task[None] | None = None
         self._closed = False
-        # Seconds that one question takes of the engine, as it was lately.
+        # The recent average of the engine's seconds per question.
         self._each = 0.25
         self.load = Load()
 
     def start(self) -> None:
-        """Begin to hand out; call it inside the event loop."""
+        """Start processing; call it inside the event loop."""
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Take no more questions, and end once those that were asked are answered or given up."""
+        """Reject further questions, and return once the pending ones are answered or have timed out."""
         self._closed = True
         ends = time.monotonic() + self._patience
         while self._busy() and time.monotonic() < ends:
@@ -125,17 +124,17 @@ class Batcher:
         for item in asked:
             _settle(item.future, _stopping())
         self._fail(_stopping())
-        # Nobody waits for what it may still be doing.
+        # The result of a running call is no longer needed.
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, question: Question, request: RankRequest) -> Answered:
-        """Wait for the answer to a request; a caller that is cancelled takes it out of the queue.
+        """Return the answer to a request; cancelling the caller removes it from the queue.
 
         Raises:
-            Full: If the queue is full, or so long that the answer would come too late.
+            Full: If the queue is full, or too long to answer in time.
             TooLate: If it was not answered in time.
-            EngineLost: If the engine ended, or the service does.
-            LlmrecError: If the question cannot be put.
+            EngineLost: If the engine ended, or the service is stopping.
+            LlmrecError: If the question is invalid.
         """
         self._admit(self.load.waiting)
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
@@ -150,12 +149,12 @@ class Batcher:
             self._drop(question, waiting)
 
     async def between(self, call: Callable[[], _T]) -> _T:
-        """Ask the engine something else between batches; it waits, and is refused, as a question is.
+        """Return the result of another call of the engine between batches, queued and rejected like a question.
 
         Raises:
-            Full: If as many wait as may.
+            Full: If the queue is full.
             TooLate: If it was not answered in time.
-            EngineLost: If the engine ended, or the service does.
+            EngineLost: If the engine ended, or the service is stopping.
         """
         self._admit(self._others)
         self._others += 1
@@ -167,22 +166,22 @@ class Batcher:
             self._others -= 1
 
     async def tell(self, call: Callable[[], _T]) -> _T:
-        """Tell the engine something between batches, however many wait and however long it takes.
+        """Return the result of a call of the engine between batches, without a limit on the queue or the time.
 
         Raises:
-            EngineLost: If the engine ended, or the service does.
+            EngineLost: If the engine ended, or the service is stopping.
         """
         if self._closed:
             raise _stopping()
         self._others += 1
         try:
-            # What is stored already has to reach the engine, whoever waits for that.
+            # Stored changes must reach the engine even if the caller is cancelled.
             return await asyncio.shield(self._alone(call))
         finally:
             self._others -= 1
 
     def _admit(self, waiting: int) -> None:
-        """Let a question in."""
+        """Check that the queue accepts a question."""
         if self._closed:
             raise _stopping()
         ahead = waiting * self._each
@@ -191,7 +190,7 @@ class Batcher:
             raise Full.for_now(max(1.0, min(ahead, self._patience)))
 
     def late(self) -> TooLate:
-        """Count a question that is given up, and return its error."""
+        """Count a question that timed out, and return its error."""
         self.load.late += 1
         return TooLate(
             f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"
@@ -217,7 +216,7 @@ class Batcher:
             self._some.clear()
 
     async def _next(self) -> None:
-        """Ask the engine the kind of question that has waited longest."""
+        """Answer a batch with the question that has waited longest."""
         async with self._turn:
             if not self._queues:
                 return
@@ -246,7 +245,7 @@ class Batcher:
                 self._fail(error)
             return
         except Exception:
-            # Nothing would be answered any more if this went further.
+            # An exception here would stop the queue for good.
             log.exception("a batch failed that should not have")
             for item in batch:
                 _settle(item.future, LlmrecError("this question failed; the log says where", kind="defect"))
@@ -261,7 +260,7 @@ class Batcher:
             return await self._called(call)
 
     async def _called(self, call: Callable[[], _T]) -> _T:
-        """Call something in the engine's thread, and notice where it never ends."""
+        """Return the result of a call in the engine's thread, and report a call that hangs."""
         running = asyncio.get_running_loop().run_in_executor(self._thread, call)
         try:
             done, _ = await asyncio.wait({running}, timeout=_HANGS * self._patience)
@@ -270,11 +269,11 @@ class Batcher:
                 await asyncio.to_thread(self._hangs)
             return await running
         finally:
-            # What has not begun when the caller goes is not begun.
+            # A call that has not started when the caller is cancelled is dropped.
             running.cancel()
 
     def _fail(self, error: EngineLost) -> None:
-        """Give up all waiting questions: there is no engine to answer them."""
+        """Fail all waiting questions, since there is no engine."""
         for queue in self._queues.values():
             for waiting in queue:
                 _settle(waiting.future, error)
@@ -287,7 +286,7 @@ def _stopping() -> EngineLost:
 
 
 def _settle(future: asyncio.Future[Answered], found: Reply) -> None:
-    # Whoever asked may have gone meanwhile.
+    # The caller may have been cancelled meanwhile.
     if future.done():
         return
     if isinstance(found, LlmrecError):

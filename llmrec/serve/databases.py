@@ -1,7 +1,7 @@
-"""Where a service keeps what it must remember: an SQLite file, or tables in a database of PostgreSQL.
+"""The databases of a service's store: an SQLite file, or tables of a PostgreSQL database.
 
-Both hold the same tables, and this is all that differs between them. `store` says what is kept; it lends one
-connection to one thread at a time. Statements are written with ``?1``, ``?2`` where values stand.
+Both have the same tables; this module has all their differences. `store` defines the contents; a connection is used by
+one thread at a time. Statements have the placeholders ``?1``, ``?2``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _READ_THROUGH = 256 * 2**20
 """Largest SQLite file, in bytes, that is checked as a whole when it is opened."""
 _TABLES = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # An event is JSON: one text, which can be overwritten in place.
+    # An event is one JSON text, which can be overwritten in place.
     "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
-    # By a hash: an index of PostgreSQL takes no ids of some thousand bytes, and no id is stored twice.
+    # The key is a hash: PostgreSQL cannot index ids of thousands of bytes, and no id is stored twice.
     "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, seq)",
     "CREATE TABLE llmrec_erased (user_key TEXT PRIMARY KEY)",
-    # An item without a title was removed.
+    # An item without a title is a removed item.
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
 )
 NOBODY = "0" * 32
@@ -52,17 +52,17 @@ _Mend: TypeAlias = tuple[ErrorKind, str]
 
 
 class StoreError(LlmrecError):
-    """A store that cannot be used, whatever was asked of it."""
+    """A store that cannot be used at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Insert:
-    """How rows come into a table.
+    """An INSERT statement of a table.
 
     Attributes:
-        table: Its name.
-        columns: Names, in the order of the rows' values; all are texts.
-        conflict: What happens to a key that is there: ``ON CONFLICT …``.
+        table: The name of the table.
+        columns: Column names, in the order of the rows' values; all are texts.
+        conflict: The clause for existing keys: ``ON CONFLICT …``.
     """
 
     table: str
@@ -71,7 +71,7 @@ class Insert:
 
 
 class Database(Protocol):
-    """What is asked of both; ``raw`` is a connection as its library has it."""
+    """The protocol of both databases; ``raw`` is a connection object of the library."""
 
     errors: tuple[type[Exception], ...]
     """What the library raises."""
@@ -83,7 +83,7 @@ class Database(Protocol):
         ...
 
     def failure(self, error: BaseException) -> LlmrecError:
-        """Return what an error of the library means, with the fix."""
+        """Return the error for an exception of the library, with the fix."""
         ...
 
     def connect(self) -> Any:
@@ -91,7 +91,7 @@ class Database(Protocol):
         ...
 
     def prepare(self, raw: Any) -> None:
-        """Make the tables where there are none, and check what can be checked."""
+        """Create missing tables, and check the database as far as possible."""
         ...
 
     def check(self) -> None:
@@ -107,11 +107,11 @@ class Database(Protocol):
         ...
 
     def erase(self, raw: Any, user_key: str) -> int:
-        """Do away with a user's events and note the key, in one transaction; return how many events there were."""
+        """Erase a user's events and record the key, in one transaction; return the number of events."""
         ...
 
     def finish(self, raw: Any, wait: float) -> bool:
-        """Take what was erased out of the log as well; False if another process still reads it after the wait."""
+        """Remove erased data from the log; False if another process still reads it after the wait."""
         ...
 
 
@@ -130,14 +130,14 @@ _SQLITE_MENDS: dict[int, _Mend] = {
 
 
 class SQLite:
-    """A file of SQLite.
+    """An SQLite file.
 
     Args:
-        path: Its place; the file is made where there is none.
-        wait: Seconds that a call waits for another process that holds the file.
+        path: The path; a missing file is created.
+        wait: Seconds that a call waits for the lock of another process.
 
     Raises:
-        LlmrecError: If something else is there, or it cannot be read or made; nothing is written over.
+        LlmrecError: If the file is not a store, or cannot be read or created; nothing is overwritten.
     """
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
@@ -147,7 +147,7 @@ class SQLite:
         self._path, self._wait = path, wait
         self._writing = Lock()
         try:
-            # In this order: another process that makes the file makes its log later.
+            # In this order, since another process creates the log after the file.
             log_file = Path(f"{path}-wal")
             orphan = log_file.exists()
             if not (path.exists() or path.is_symlink()):
@@ -165,7 +165,7 @@ class SQLite:
 
     def failure(self, error: BaseException) -> LlmrecError:
         """See `Database.failure`."""
-        # An error without a code: a text in the file is none.
+        # An error without a code: the file has invalid text.
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if isinstance(error, OSError | ValueError):
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -180,14 +180,14 @@ class SQLite:
         return _connect(self._path, self._wait)
 
     def prepare(self, raw: sqlite3.Connection) -> None:
-        """Look for damage; the tables came with the file."""
+        """Check for damage; the tables were created with the file."""
         if self._path.stat().st_size <= _READ_THROUGH:
             result = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
             if result != "ok":
                 raise self.error("damaged", f" is damaged ({shown(result)}); {MOVE}")
 
     def check(self) -> None:
-        """See `Database.check`: a file that was moved can still be written to, and no restart would find it."""
+        """See `Database.check`: a moved file is still writable, but a restart would not find it."""
         try:
             moved = self._inode() != self._file
         except OSError:
@@ -207,15 +207,15 @@ class SQLite:
         """See `Database.insert`."""
         names, places = ", ".join(into.columns), ", ".join("?" * len(into.columns))
         query = f"INSERT INTO {into.table} ({names}) VALUES ({places}) {into.conflict}"
-        # Threads of this process wait for their turn; SQLite would have them try again and again.
+        # Threads of this process are serialised; SQLite would poll.
         with self._writing, _transaction(raw):
             return raw.executemany(query, rows).rowcount
 
     def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
         """See `Database.erase`; the log keeps the events until `finish`."""
-        # Rows are never deleted. A deletion makes SQLite move others to other pages, and in the room between the rows
-        # of a page copies stay behind, which secure_delete does not find when those users are erased one day. A text
-        # of the same length is written where the old one stood.
+        # Rows are never deleted. A deletion makes SQLite move other rows between pages, which leaves copies in the free
+        # space of a page, and secure_delete does not find these when their users are erased. The text is overwritten
+        # in place by one of the same length.
         query = "UPDATE llmrec_events SET user_key = ?, event = CAST(zeroblob(length(CAST(event AS BLOB))) AS TEXT)"
         with self._writing, _transaction(raw):
             erased = raw.execute(f"{query} WHERE user_key = ?", (NOBODY, user_key)).rowcount
@@ -223,9 +223,9 @@ class SQLite:
         return erased
 
     def finish(self, raw: sqlite3.Connection, wait: float) -> bool:
-        """See `Database.finish`; then no byte of the events is left in the file or its log."""
+        """See `Database.finish`; afterwards no byte of the events is left in the file or its log."""
         with self._writing:
-            # A checkpoint keeps others from writing while it waits for those who read.
+            # A checkpoint blocks writers while it waits for readers.
             raw.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
             try:
                 return not raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
@@ -233,7 +233,7 @@ class SQLite:
                 raw.execute(f"PRAGMA busy_timeout={int(1000 * self._wait)}")
 
     def _check(self) -> None:
-        """Refuse what is no store by the file's first bytes: opening it could already change it."""
+        """Reject a file that is no store by its first bytes, since opening it could already change it."""
         problem = no_file(self._path)
         if problem:
             raise self.error("unreadable", f" {problem}; name a file that the service may write to")
@@ -247,10 +247,10 @@ class SQLite:
             raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
 
     def _make(self) -> None:
-        """Make the file under another name and link it, so that no process finds half a file or replaces another's."""
+        """Create the file under another name and link it, so that no process finds half a file or replaces another."""
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        # Nobody but its owner may read it.
+        # Only its owner may read it.
         handle, name = tempfile.mkstemp(prefix=f".{self._path.name}.", suffix=".draft", dir=folder)
         os.close(handle)
         draft = Path(name)
@@ -269,11 +269,11 @@ class SQLite:
 
 
 def _connect(path: Path, wait: float = WAIT) -> sqlite3.Connection:
-    # It makes no file. A connection goes from thread to thread, but never serves two at once.
+    # This mode creates no file. A connection may change threads, but never serves two at once.
     uri = f"file:{quote(str(path.resolve()))}?mode=rw"
     raw = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     try:
-        # What is deleted is overwritten, and what is committed is on the disk.
+        # Deleted data are overwritten, and committed data are on disk.
         for pragma in ("secure_delete=ON", "journal_mode=WAL", "synchronous=FULL"):
             raw.execute(f"PRAGMA {pragma}")
     except BaseException:
@@ -289,7 +289,7 @@ def _transaction(raw: sqlite3.Connection) -> Iterator[None]:
         yield
         raw.execute("COMMIT")
     except BaseException:
-        # A full disk can have ended the transaction already.
+        # A full disk may have ended the transaction already.
         with suppress(sqlite3.Error):
             raw.execute("ROLLBACK")
         raise
@@ -304,7 +304,7 @@ def _fill(draft: Path) -> None:
             rows = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
             raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", rows)
             raw.execute(f"PRAGMA application_id={_APPLICATION}")
-        # Closing would do it too, but say nothing of a full disk.
+        # Closing would do it too, but without an error on a full disk.
         raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         raw.close()
@@ -313,7 +313,7 @@ def _fill(draft: Path) -> None:
 # --------------------------------------------------------------------------- PostgreSQL
 
 _REACH = "check the address, the user, PGPASSWORD or ~/.pgpass, and that the server runs"
-# By how the SQLSTATE begins; without one the server was not reached, or went away.
+# By the prefix of the SQLSTATE; without one the server was not reached or disconnected.
 _POSTGRES_MENDS: dict[str, _Mend] = {
     **dict.fromkeys(("08", "28", "3D", "57P"), ("unreachable", _REACH)),
     **dict.fromkeys(("42501", "25006", "3F"), ("unreadable", "grant the user leave to make and write tables there")),
@@ -330,15 +330,15 @@ _HOST = r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?"
 
 
 class Postgres:
-    """A database of PostgreSQL, of version 13 or later.
+    """A PostgreSQL database, version 13 or later.
 
     Args:
-        url: ``postgresql://USER@HOST:PORT/NAME``, and whatever else libpq takes.
-        wait: Seconds that a statement may take, also while another client holds what it needs.
+        url: ``postgresql://USER@HOST:PORT/NAME``, with any other parameters of libpq.
+        wait: The timeout of a statement in seconds, including waits for locks.
 
     Raises:
-        DataError: If it is no URL.
-        MissingExtra: If the package that reads PostgreSQL is not installed.
+        DataError: If the URL is invalid.
+        MissingExtra: If the PostgreSQL package is not installed.
     """
 
     keeps: str | None = (
@@ -354,12 +354,12 @@ class Postgres:
         except ValueError:
             raise _no_url() from None
         host = parts.netloc.rpartition("@")[2]
-        # libpq quotes parts of what it cannot take apart, and so perhaps of a password; such a URL never reaches it.
+        # libpq quotes parts of URLs that it cannot parse, perhaps of a password; such a URL never reaches it.
         strays = url.count("@") - ("@" in parts.netloc) + url.count("#")
         if strays or re.search("%(?![0-9A-Fa-f]{2})", url) or not re.fullmatch(f"{_HOST}(,{_HOST})*", host):
             raise _no_url()
         self._shown = f"{parts.scheme}://{host}{parts.path}"
-        # A server that drops all packets would else be waited for without end.
+        # Otherwise the wait for a server that drops all packets would be endless.
         mark = "&" if parts.query else "?"
         self._url = url if "connect_timeout=" in parts.query else f"{url}{mark}connect_timeout=10"
         pairs = [pair.partition("=") for pair in parts.query.split("&")]
@@ -374,7 +374,7 @@ class Postgres:
         """See `Database.failure`."""
         state = getattr(error, "sqlstate", None) or "08"
         kind, fix = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
-        # One line of it: the others repeat the query, or values.
+        # Only one line: the others repeat the query or values.
         message = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
         message = re.split(r"(?:ERROR|FATAL): +", message, maxsplit=1)[-1].partition("\n")[0]
         for word in reversed(self._secrets):
@@ -404,11 +404,11 @@ class Postgres:
         if not there:
             serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
             make = "; ".join(table.format(serial=serial) for table in _TABLES)
-            # Of several processes one makes the tables. The lock is a statement of its own: only the next one sees
-            # for sure what was made while it was waited for. It ends with the connection, too.
+            # One of several processes creates the tables. The lock is a separate statement: only a later statement is
+            # certain to see the tables created during the wait. It also ends with the connection.
             self.read(raw, "SELECT pg_advisory_lock(?1) IS NULL", _APPLICATION)
             with raw.cursor() as cursor:
-                # One statement, and so one transaction.
+                # One statement, hence one transaction.
                 cursor.execute(
                     f"DO $$ BEGIN IF to_regclass('llmrec_service') IS NULL THEN {make}; INSERT INTO llmrec_service "
                     f"VALUES ('version', '{VERSION}'), ('salt', gen_random_uuid()::text); END IF; END $$"
@@ -425,7 +425,7 @@ class Postgres:
         """See `Database.insert`."""
         names = ", ".join(into.columns)
         types = ", ".join(f"{name} TEXT" for name in into.columns)
-        # All rows in one parameter: one by one, each would go to the server and back.
+        # All rows in one parameter, to avoid a round trip per row.
         given = json.dumps([dict(zip(into.columns, row, strict=True)) for row in rows], ensure_ascii=False)
         query = (
             f"WITH done AS (INSERT INTO {into.table} ({names}) SELECT {names} FROM ROWS FROM (json_to_recordset("
@@ -443,12 +443,12 @@ class Postgres:
         return int(self.read(raw, query, user_key)[0][0])
 
     def finish(self, raw: Any, wait: float) -> bool:
-        """See `Database.finish`; its log is the server's own."""
+        """See `Database.finish`; the log belongs to the server."""
         return True
 
 
 def _no_url() -> DataError:
-    # It is not shown: a password may be anywhere in it.
+    # The URL is not shown: it may contain a password anywhere.
     return DataError(
         "the address of the store is no URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
         "password as %40 %3A %2F %3F %23 %25",

@@ -1,7 +1,7 @@
-"""The process that holds the models, and the handle on it, which is started, called, lost and replaced.
+"""The engine process, which holds the models, and its supervisor, which starts, calls, restarts and replaces it.
 
-Models live in a process of their own, so that the one that answers HTTP stays quick while a model computes, goes on
-when the engine is killed, and can take a new engine in while the old one still answers.
+Models are in a separate process, so that the HTTP process stays responsive while a model computes, survives a killed
+engine, and can start a new engine while the old one still answers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from llmrec.types import Item
 
 log = logging.getLogger(__name__)
 
-# How long an engine that is to end may take before it is killed, in seconds.
+# The seconds that an engine may take to stop before it is killed.
 _PATIENCE = 10.0
-# Seconds until an engine that ends again and again is started again: less and less often.
+# The minimum and maximum backoff in seconds between restarts of an engine that keeps ending.
 _SHORTEST, _LONGEST = 0.5, 60.0
-# How much the engine lets others go first, as `nice` counts it.
+# The niceness of the engine.
 _NICE = 5
 
 Reply = Answered | LlmrecError
@@ -49,15 +49,15 @@ class Started:
 
 
 class EngineLost(LlmrecError):
-    """The engine ended while it was asked, or does not run."""
+    """The engine ended during a call, or is not running."""
 
 
 class Engine:
-    """A running engine, seen from the process that serves; one call at a time.
+    """A handle on a running engine in the serving process; it takes one call at a time.
 
     Args:
-        options: Which models, and how a language model is asked.
-        names: Which of them, the default first; see `llmrec.answer.opening.open_models`.
+        options: The options of the models.
+        names: The models, the default first; see `llmrec.answer.opening.open_models`.
     """
 
     def __init__(self, options: RecommenderOptions, names: Sequence[str]) -> None:
@@ -66,20 +66,20 @@ class Engine:
         given = (theirs, options, tuple(names), terminal.noted())
         self._process = spawning.Process(target=_work, args=given, name="llmrec-engine")
         self._process.start()
-        # With this end closed here, a read ends as soon as the engine does.
+        # With this end closed, a read ends as soon as the engine does.
         theirs.close()
         self._lock = threading.Lock()
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The id of the process."""
         return int(self._process.pid or 0)
 
     def started(self) -> Started:
         """Wait until the models are open.
 
         Raises:
-            LlmrecError: If they cannot be opened; it says why.
+            LlmrecError: If the models cannot be opened.
             EngineLost: If the engine ended.
         """
         with self._lock:
@@ -95,12 +95,12 @@ class Engine:
         Args:
             name: ``answer`` (which returns a `Reply` for each request), ``prompt``, ``reasons`` or ``change_items``;
                 see `llmrec.answer.opening.Models`.
-            arguments: Of the method.
+            arguments: The arguments of the method.
             listener: Called with the pieces of a text while it is generated.
 
         Raises:
             LlmrecError: If the method raises one.
-            EngineLost: If the engine ended; what it was asked is not answered.
+            EngineLost: If the engine ended without an answer.
         """
         with self._lock:
             try:
@@ -112,14 +112,14 @@ class Engine:
                     if listener is not None:
                         listener(message[1])
                 except Exception:
-                    # What is left on the line would be taken for the answer to the next question.
+                    # Unread messages would be taken for the answer to the next question.
                     log.exception("the listener to a generated text failed")
         if isinstance(message[1], LlmrecError):
             raise message[1]
         return message[1]
 
     def close(self) -> None:
-        """End the engine after what it is doing now; one that does not end in time is killed."""
+        """Stop the engine after its current call; kill it if it does not stop in time."""
         if self._lock.acquire(timeout=_PATIENCE):
             try:
                 with suppress(OSError):
@@ -131,18 +131,18 @@ class Engine:
         self.kill()
 
     def wait(self) -> None:
-        """Return when the engine has ended."""
+        """Wait until the engine has ended."""
         wait([self._process.sentinel])
 
     def kill(self) -> None:
-        """End the engine now."""
+        """Kill the engine."""
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
     def _receive(self) -> Any:
         try:
-            # The end of the process is enough: what it started may hold the line open.
+            # The end of the process suffices: its child processes may keep the connection open.
             wait([self._line, self._process.sentinel])
             if not self._line.poll():
                 raise EOFError
@@ -159,15 +159,15 @@ def _lost() -> EngineLost:
 
 
 class Supervisor:
-    """A supervised engine: started, started again when it is lost, and replaced.
+    """A supervisor of an engine, which starts, restarts and replaces it.
 
     Args:
-        options: Which models, and how a language model is asked.
-        names: Which of them, the default first.
-        changes: Returns the items put and the ids removed since; a new engine gets them before it answers.
+        options: The options of the models.
+        names: The models, the default first.
+        changes: Returns the added items and the removed ids; a new engine gets them before it answers.
 
     Attributes:
-        hopeless: Called with the reason if the first engine cannot start by its own account; then none is tried again.
+        hopeless: Called with the error if the first engine reports that it cannot start; there is no further attempt.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Supervisor:
         self._opening: set[Engine] = set()
         self._closed = threading.Event()
         self._starting: threading.Thread | None = None
-        # The first guards which engine answers. Who holds the second changes what an engine's catalogue is.
+        # The first lock guards the current engine, the second its catalogue.
         self._lock, self._changing = threading.Lock(), threading.Lock()
         self.cards: tuple[Card, ...] = ()
         self.scale: tuple[float, float] | None = None
@@ -191,12 +191,12 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether questions are answered now."""
+        """Whether the engine answers questions."""
         return self._engine is not None
 
     @property
     def pid(self) -> int | None:
-        """Of the engine's process; None while there is none."""
+        """The id of the engine's process; None while there is none."""
         engine = self._engine
         return None if engine is None else engine.pid
 
@@ -208,10 +208,10 @@ class Supervisor:
                 self._starting.start()
 
     def replace(self) -> None:
-        """Replace the engine by a new one that reads everything again; the old one answers until then.
+        """Replace the engine by a new one that reads all files again; the old one answers until then.
 
         Raises:
-            LlmrecError: If the new one cannot be started; the old one answers on.
+            LlmrecError: If the new one cannot be started; the old one remains.
         """
         old = self._put()
         if old is not None:
@@ -234,25 +234,25 @@ class Supervisor:
             try:
                 return engine.call(name, *arguments, listener=None if listener is None else noted)
             except EngineLost:
-                # One that was replaced meanwhile is not lost, and its successor answers.
+                # A replaced engine is not lost; its successor answers.
                 if self._gone(engine) or begun.is_set():
                     raise
 
     def change_items(self, put: dict[str, Item], removed: Sequence[str]) -> None:
-        """Tell the engine of a changed catalogue, which is stored already: one that starts reads it there."""
+        """Pass changes of the catalogue to the engine; they are stored already, where a new engine reads them."""
         with self._changing:
             if self._engine is not None:
                 with suppress(EngineLost):
                     self.cards = self.call("change_items", put, removed)
 
     def kill(self) -> None:
-        """End the engine, whatever it does; another is started."""
+        """Kill the engine; another is started."""
         engine = self._engine
         if engine is not None:
             engine.kill()
 
     def close(self) -> None:
-        """End the engine after what it does now, and one that is starting at once."""
+        """Stop the engine after its current call, and a starting one at once."""
         with self._lock:
             self._closed.set()
             engine, self._engine = self._engine, None
@@ -268,12 +268,12 @@ class Supervisor:
         threading.Thread(target=self._watch, args=(engine,), name="llmrec-watching", daemon=True).start()
 
     def _watch(self, engine: Engine) -> None:
-        """Notice the end of an idle engine."""
+        """Watch for the end of an idle engine."""
         engine.wait()
         self._gone(engine)
 
     def _gone(self, engine: Engine) -> bool:
-        """Start another engine in the place of one that ended; False if it did not answer any more."""
+        """Start a new engine after one ended; False if that was no longer the current one."""
         with self._lock:
             if self._engine is not engine:
                 return False
@@ -284,17 +284,17 @@ class Supervisor:
         return True
 
     def _begin(self) -> None:
-        """Start until one runs."""
+        """Start engines until one runs."""
         wait = _SHORTEST
         while not self._closed.is_set():
             try:
                 old = self._put()
             except Exception as problem:
-                # Memory or processes may be short for a moment, which is no reason to give up either.
+                # A temporary shortage of memory or processes is no reason to give up.
                 error = problem if isinstance(problem, LlmrecError) else EngineLost(str(problem), kind="exhausted")
                 self.fault = error
                 if self.hopeless is not None and self.starts == 1 and not isinstance(error, EngineLost):
-                    # A model, a file or an option cannot be used: waiting does not change that.
+                    # A model, a file or an option is invalid, so retries cannot help.
                     self.hopeless(error)
                     return
                 log.error("the engine does not start: %s", error)
@@ -306,11 +306,11 @@ class Supervisor:
             return
 
     def _put(self) -> Engine | None:
-        """Start an engine, let it answer, and return the one that answered before."""
+        """Start an engine, make it the current one, and return the previous one."""
         engine, started = self._opened()
         try:
             with self._changing:
-                # Changes that are stored after this read go to the engine that answers then: this one.
+                # Changes stored after this read go to the engine that is current then: this one.
                 put, removed = self._changes()
                 cards = started.cards
                 if put or removed:
@@ -354,11 +354,11 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], n
 
 
 def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
-    # An interrupt at the terminal goes to all processes, as does what systemd sends at the end, and the one that serves
-    # decides when this one ends. What this one starts hears the latter as ever: handlers are not inherited.
+    # An interrupt at the terminal and the final signal of systemd reach all processes, but the serving process decides
+    # when this one ends. Its child processes still receive the latter: handlers are not inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    # A model that computes leaves a refusal, and the health of the service, their moment of the processor.
+    # A lower priority leaves CPU time for rejections and health checks while a model computes.
     step_back(_NICE)
     try:
         models = open_models(decided(options), names)
@@ -375,14 +375,14 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
             listener = (lambda piece: line.send(("piece", piece))) if streams else None
             line.send(("result", _called(models, name, arguments, listener)))
     except (EOFError, OSError):
-        # The serving process is gone.
+        # The serving process has ended.
         pass
     finally:
         models.close()
 
 
 def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Callable[[str], None] | None) -> Any:
-    """Return the result of a call; a defect is one too, since an engine that ended takes other questions with it."""
+    """Return the result of a call; bugs are returned as errors too, since a crash would lose other questions."""
     try:
         if name == "answer":
             question, requests = arguments
@@ -398,7 +398,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
 def _answered(
     models: Models, question: Question, requests: Sequence[RankRequest], listener: Callable[[str], None] | None
 ) -> list[Reply]:
-    """Answer all requests at once, and one by one where that fails, so that no request takes others with it."""
+    """Return answers to all requests in one batch, or one by one if that fails, to isolate failures."""
     try:
         card = models.card(models.asked(question))
         return [replace(answer, card=card) for answer in models.answer(question, requests, listener)]

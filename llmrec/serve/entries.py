@@ -1,4 +1,4 @@
-"""What the service adds to the registry."""
+"""The registry entries of the service."""
 
 from llmrec.entries import Command
 

@@ -1,4 +1,4 @@
-"""Errors over HTTP: the status, the body that all failures have, and when to ask again."""
+"""Errors over HTTP: the status, the common body of failures, and the time until a retry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WORDS = {
     504: "There was no answer in time.",
 }
 _STATUS = {"busy": 429, "exhausted": 503, "defect": 500}
-# What a question names that can be there or not; another name that is not known breaks a rule.
+# Fields whose unknown names are missing things (404); other unknown names are invalid.
 _THINGS = frozenset({"model", "item_id", "user", "candidates"})
 _KINDS = {
     400: "syntax",
@@ -48,16 +48,16 @@ _KINDS = {
     429: "busy",
     503: "unreadable",
 }
-# Seconds after which to ask again what is out of order.
+# The seconds until a retry after an internal failure.
 _RETRY = 5.0
-# Characters of a client's own words that an answer repeats.
+# The maximum of characters of a client's text that a response repeats.
 _REPEATED = 200
-# What pydantic adds to the location of an error besides keys and numbers: the type that a value was tried as.
+# The type names that pydantic adds to the location of an error, besides keys and numbers.
 _FORMS = {"constrained-str", "str", "float", "datetime"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }
 _OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
-# In place of pydantic's words.
+# Messages that replace pydantic's.
 _MESSAGES = {
     "string_pattern_mismatch": "Input should be text without control characters, and not only space",
     "extra_forbidden": "unknown key",
@@ -70,10 +70,10 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
-    """Return where something is wrong, keys and positions with dots between them, and what; not the value itself.
+    """Return the location of an error, keys and positions separated by dots, and its message, without the value.
 
     Args:
-        error: What is wrong.
+        error: The validation error.
         forms: Further models that a value may have, in addition to those of `llmrec.serve.schema`.
     """
     worst = _closest(error.errors())
@@ -82,17 +82,17 @@ def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
 
 
 def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
-    """Return a failure; ``after``: in how many seconds to ask again."""
+    """Return the response of a failure; ``after``: seconds until a retry."""
     body = schema.Failed(error=schema.Failure(kind=kind, message=message, at=at))
     headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
 
 
 def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
-    """Return the status, the body and the seconds to wait that an error stands for."""
+    """Return the status, the body and the seconds until a retry of an error."""
     kind, message = error.kind or "failed", str(error)
     if isinstance(error, StoreError):
-        # Its place and its error are for the owner alone.
+        # The path and the message are only for the operator.
         log.error("%s", error)
         status, message = 503, "the store of this service cannot be used; its log says why"
     elif isinstance(error, EngineLost):
@@ -108,7 +108,7 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
 
 
 def answer_failures(app: FastAPI) -> None:
-    """Have an application answer all failures in one form."""
+    """Register handlers that give all failures of an application the same form."""
 
     @app.exception_handler(LlmrecError)
     async def _(_: Request, error: LlmrecError) -> JSONResponse:
@@ -120,7 +120,7 @@ def answer_failures(app: FastAPI) -> None:
         worst = _closest(error.errors())
         if worst["type"] == "json_invalid":
             return failed(400, "syntax", "the body is no JSON")
-        # The first part says that it is the body, or a parameter of the address.
+        # The first part is the source: the body, or a parameter of the URL.
         parts = _parts(worst["loc"][1:])
         where = ".".join(parts)[:_REPEATED]
         message = _message(worst)
@@ -140,12 +140,12 @@ def answer_failures(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _(_: Request, __: Exception) -> JSONResponse:
-        # The server writes it to its log.
+        # The server logs the exception.
         return failed(500, "defect", "this failed inside the service; its log says where")
 
 
 def _keys(request: Request) -> list[str]:
-    """Return the keys that the body of an address can have, at any depth."""
+    """Return the possible keys of the body of a route, at any depth."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     whole = model.model_json_schema() if model is not None else {}
@@ -153,7 +153,7 @@ def _keys(request: Request) -> list[str]:
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the fault of the form, of those that a value may have, that it came closest to: it says most."""
+    """Return the most informative error of a union: that of the member that the value matches best."""
     return max(errors, key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_FORM))
 
 
@@ -162,7 +162,7 @@ def _parts(place: Sequence[int | str]) -> list[str]:
 
 
 def _message(fault: Mapping[str, Any]) -> str:
-    # The value itself may be a secret or hostile; it is not repeated.
+    # The value may be secret or hostile, so it is not repeated.
     return _MESSAGES.get(fault["type"]) or str(fault["msg"])[:_REPEATED]
 
 
@@ -171,7 +171,7 @@ def _is_form(part: str) -> bool:
 
 
 def _allowed(request: Request) -> set[str]:
-    """Return the methods of an address, which may have several routes."""
+    """Return the methods of a URL, which may have several routes."""
     results: set[str] = set()
     for route in request.app.routes:
         if route.matches(request.scope)[0] is not Match.NONE:

@@ -1,4 +1,4 @@
-"""Middleware: the limit of a body, the origin of a request, its API key, and metrics for Prometheus."""
+"""Middleware: body size limit, same-origin check, API keys and rate limits, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ PAGE = "/page/"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-# Most digits of Content-Length: int() rejects huge strings.
+# The maximum number of digits of Content-Length: int() rejects huge strings.
 _DIGITS = 18
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-# Seconds after which to ask again if the keys cannot be read.
+# The seconds until a retry if the keys cannot be read.
 _RETRY = 5.0
 _SHOWN = 60
 
@@ -47,8 +47,8 @@ class Auth:
     """Authentication by API keys, and rate limits.
 
     Args:
-        keys: The API keys; None: whoever reaches the service may ask.
-        limit: Requests of one key, or of one address where there are no keys; None: as many as there are.
+        keys: The API keys; None: no authentication.
+        limit: The rate limit per key, or per address without keys; None: no limit.
     """
 
     def __init__(self, keys: Keys | None = None, limit: RateLimit | None = None) -> None:
@@ -56,18 +56,18 @@ class Auth:
 
     @property
     def keyed(self) -> bool:
-        """Whether API keys are asked for."""
+        """Whether API keys are required."""
         return self._keys is not None
 
     def refusal(self, scope: Scope) -> ASGIApp | None:
-        """Return the answer to a request without a key, or to one that comes too often; None if it may go on."""
+        """Return the response to a request without a valid key or over the rate limit; None if it is accepted."""
         key = None
         if self._keys is not None:
             scheme, _, word = (_header(scope, b"authorization") or "").partition(" ")
             try:
                 key = self._keys.find(word) if scheme.lower() == "bearer" else None
             except LlmrecError as error:
-                # A file of keys that cannot be read rejects every request; the log says why.
+                # An unreadable file of keys rejects every request; the log has the reason.
                 log.error("%s", error)
                 return failed(503, "unreadable", "the keys of this service cannot be read", after=_RETRY)
             if key is None:
@@ -82,7 +82,7 @@ class Auth:
         return None
 
     async def admin(self, request: Request) -> None:
-        """Let in only keys that may change the catalogue and erase users; without keys, every caller."""
+        """Reject keys that may not change the catalogue and erase users; without keys accept every caller."""
         key: Key | None = getattr(request.state, "key", None)
         if self.keyed and not (key is not None and key.admin):
             raise HTTPException(403, "this needs a key made with --admin")
@@ -95,7 +95,7 @@ class Authenticated:
         self._app, self._auth = app, auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, 429 or 503, or hand on."""
+        """Respond with 401, 429 or 503, or pass the request on."""
         closed = scope["type"] == "http" and not (scope["path"] in OPEN or scope["path"].startswith(PAGE))
         answer = (self._auth.refusal(scope) if closed else None) or self._app
         await answer(scope, receive, send)
@@ -119,7 +119,7 @@ class StrictRoute(APIRoute):
                     )
             if self.body_field:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                # A page of another site can send any other body without asking first.
+                # A page of another site can send other content types without a preflight request.
                 if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
                     raise HTTPException(415, "send the body with 'Content-Type: application/json'")
             return await handle(_StrictRequest(request.scope, request.receive))
@@ -142,20 +142,20 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Plain:
-    """Answers HEAD as GET, and refuses addresses with control characters: a line break at the end is easily missed."""
+    """Middleware that answers HEAD like GET, and rejects URLs with control characters, such as a final line break."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 422, or hand on."""
+        """Respond with 422, or pass the request on."""
         if scope["type"] == "http":
             if _CONTROL.search(scope["path"]):
                 refused = failed(422, "bad-value", "the address holds a control character; leave it out")
                 await refused(scope, receive, send)
                 return
             if scope["method"] == "HEAD":
-                # The server knows by its own record that there is to be no body.
+                # The server keeps the original method, so it sends no body.
                 inner = {**scope, "method": "GET"}
                 await self._app(inner, receive, send)
                 scope.update({name: inner[name] for name in ("route", "state") if name in inner})
@@ -164,13 +164,13 @@ class Plain:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, before they are read."""
+    """Middleware that rejects bodies over the size limit, before they are read."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 413, or hand on."""
+        """Respond with 413, or pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -180,7 +180,7 @@ class BodyLimit:
             await refused(scope, receive, send)
             return
         body, more = bytearray(), True
-        # A body of unknown length is read here, so that what reads it later cannot be surprised.
+        # A body of unknown length is read here, so that later readers get at most the limit.
         while more and scope["method"] not in ("GET", "HEAD", "DELETE"):
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -199,20 +199,20 @@ class BodyLimit:
 
 
 class SameOrigin:
-    """Refuses what a browser sends from a page of another site, and names of hosts that only pretend to be this one.
+    """Middleware that rejects cross-origin requests of browsers, and spoofed host names (DNS rebinding).
 
-    Without it any page that a user looks at could ask a service on the user's own machine.
+    Without it any web page could send requests to a service on the user's machine.
 
     Args:
-        app: What is guarded.
-        keyed: API keys are asked for. A page under a made-up name has none, and a proxy may hand on a name of its own.
+        app: The application.
+        keyed: Whether API keys are required. A page with a spoofed name has none, and a proxy may pass on another name.
     """
 
     def __init__(self, app: ASGIApp, *, keyed: bool = False) -> None:
         self._app, self._keyed = app, keyed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 403, or hand on."""
+        """Respond with 403, or pass the request on."""
         wrong = self._wrong(scope) if scope["type"] == "http" else None
         await (failed(403, "unsafe", wrong) if wrong else self._app)(scope, receive, send)
 
@@ -221,7 +221,7 @@ class SameOrigin:
         origin = _header(scope, b"origin")
         if origin is not None:
             scheme, _, name = origin.lower().partition("://")
-            # With keys a proxy may stand between, which speaks https with the browser and http with this service.
+            # With keys there may be a proxy that uses https with the browser and http with this service.
             if name != host or scheme not in (("http", "https") if self._keyed else (scope["scheme"],)):
                 return "the request comes from a page of another site"
         local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
@@ -234,7 +234,7 @@ class Metrics:
     """The metrics of one service.
 
     Args:
-        service: Whose queue and engine are measured.
+        service: The service with the measured queue and engine.
     """
 
     def __init__(self, service: Service) -> None:
@@ -252,12 +252,12 @@ class Metrics:
         self._registry.register(_Load(service))
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a request; ``endpoint`` is the path of a route, never one that a client wrote."""
+        """Count a request; ``endpoint`` is the path of a route, never the path of a client."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
     def text(self) -> bytes:
-        """Return all figures as Prometheus reads them."""
+        """Return all metrics in the Prometheus format."""
         return generate_latest(self._registry)
 
 
@@ -287,11 +287,11 @@ class Measured:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand on, and note what came of it."""
+        """Pass the request on, and record its result."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # Until an answer is sent: the client left.
+        # The status until a response is sent: the client disconnected.
         begun, status = time.monotonic(), 499
 
         async def noted(message: Message) -> None:

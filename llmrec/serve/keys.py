@@ -1,6 +1,6 @@
-"""API keys of a service: who may ask, and how often.
+"""API keys of a service, and rate limits.
 
-A key has 256 random bits and is not stored: its file holds SHA-256 digests. A slow hash, as for passwords, is not
+A key has 256 random bits and is not stored: the file has SHA-256 digests. A slow hash, as for passwords, is not
 needed: 256 random bits cannot be guessed, however fast the hash.
 """
 
@@ -45,13 +45,13 @@ _HAIR = 1e-6
 
 
 class Key(BaseModel):
-    """A known key.
+    """An API key.
 
     Attributes:
-        name: Its owner, whom logs show.
-        sha256: Digest of the key, in hexadecimal.
-        admin: Whether it may change what the service knows, and not only ask.
-        created: Day and time, UTC, as ISO 8601.
+        name: Its owner, shown in logs.
+        sha256: The digest of the key, in hexadecimal.
+        admin: Whether it may change the data of the service.
+        created: The time of creation, UTC, in ISO 8601.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -69,7 +69,7 @@ class _File(BaseModel):
     keys: Annotated[list[Key], Field(max_length=100_000)]
 
 
-# What changes with every change of a file: time, size, inode, and who may read it.
+# The properties that change with a file: time, size, inode and permissions.
 _Stamp: TypeAlias = tuple[int, int, int, int]
 
 
@@ -77,15 +77,15 @@ _Stamp: TypeAlias = tuple[int, int, int, int]
 
 
 def new_key(file: Path, name: str, *, admin: bool = False) -> str:
-    """Make a key and add it to a file, which is made where there is none.
+    """Create a key and add it to a file, which is created if missing.
 
     Args:
         file: The file of keys; only its owner may read it.
-        name: Whose the key is: letters, digits and ``. _ @ -``, 64 at most.
-        admin: Whether it may change what the service knows.
+        name: The owner: up to 64 letters, digits and ``. _ @ -``.
+        admin: Whether it may change the data of the service.
 
     Returns:
-        The key. It is nowhere else, and cannot be shown again.
+        The key. It is not stored, and cannot be shown again.
     """
     if not re.fullmatch(_NAME, name):
         raise DataError(
@@ -108,7 +108,7 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
 
 
 def revoke(file: Path, name: str) -> None:
-    """Take a key out of a file; a service that runs refuses it from the next second on."""
+    """Remove a key from a file; a running service rejects it within a second."""
     with _writing(file, make=False) as known:
         kept = [key for key in known if key.name != name]
         if len(kept) == len(known):
@@ -124,7 +124,7 @@ def revoke(file: Path, name: str) -> None:
 
 @contextmanager
 def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
-    """Hold the lock of a file, and hand out the keys that are in it; with ``make`` it may be missing, and has none."""
+    """Hold the lock of a file, and yield its keys; with ``make`` a missing file has no keys."""
     refuse_link(file)
     if not make:
         _read(file)
@@ -152,7 +152,7 @@ def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
 def _write(file: Path, keys: Sequence[Key]) -> None:
     text = json.dumps({"format": FORMAT, "keys": [key.model_dump() for key in keys]}, indent=1) + "\n"
     with replacing(file) as draft:
-        # No other user may read it, from its first byte on.
+        # No other user may read the file at any time.
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -161,7 +161,7 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
 
 
 def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
-    """Read a file of keys, with the stamp of what was read."""
+    """Read a file of keys, and return its stamp and keys."""
     require_file(file, "make a key in it first, or name another", "the file of keys")
     try:
         with file.open("rb") as stream:
@@ -227,7 +227,7 @@ def _digest(word: str) -> str:
 
 
 class Keys:
-    """The keys of a file, which is read again when it has changed; several threads may ask at once."""
+    """The keys of a file, which is read again after changes; it is thread-safe."""
 
     def __init__(self, file: Path, stamp: _Stamp, keys: tuple[Key, ...]) -> None:
         self._file, self._stamp, self._keys = file, stamp, keys
@@ -239,12 +239,12 @@ class Keys:
         """Read a file of keys.
 
         Raises:
-            LlmrecError: If it is no such file, or others than its owner may read or write it.
+            LlmrecError: If the file is invalid, or others than its owner may read or write it.
         """
         return cls(file, *_read(file))
 
     def __len__(self) -> int:
-        """Number of keys, as last read."""
+        """The number of keys at the last read."""
         return len(self._keys)
 
     def find(self, presented: str, now: float | None = None) -> Key | None:
@@ -252,15 +252,15 @@ class Keys:
 
         Args:
             presented: The secret in a request.
-            now: Seconds of a clock that only goes forward; by default the machine's.
+            now: Seconds of a monotonic clock; by default the machine's.
 
         Raises:
-            LlmrecError: If the file has changed and cannot be used as it is now. Whom it kept out must not come in,
-                so nobody does until it is fixed.
+            LlmrecError: If the file has changed and is invalid now. Revoked keys must not be accepted, so all keys are
+                rejected until it is fixed.
         """
         given = _digest(presented)
         result = None
-        # Every key is compared, and each in the same time: how long this takes tells nothing.
+        # Every key is compared in constant time, against timing attacks.
         for key in self._current(time.monotonic() if now is None else now):
             if hmac.compare_digest(key.sha256, given):
                 result = key
@@ -275,7 +275,7 @@ class Keys:
                     seen = None  # reading it says why
                 if seen != self._stamp:
                     self._stamp, self._keys = _read(self._file)
-                # Only now: a file that cannot be used is looked at by every request.
+                # Set only after success, so that every request checks an invalid file again.
                 self._looked = now
             return self._keys
 
@@ -284,14 +284,14 @@ class Keys:
 
 
 class RateLimit:
-    """A bucket of tokens for each name; several threads may take of it at once.
+    """A token bucket for each name; it is thread-safe.
 
-    A bucket fills steadily and a request takes from it. The buckets of the names that asked last are kept, 65,536 of
-    them; another begins full.
+    A bucket fills steadily, and requests take tokens. The buckets of the 65,536 most recent names are kept; a new
+    bucket is full.
 
     Args:
-        per_minute: Tokens that come into a bucket in a minute.
-        burst: Tokens that a full one holds.
+        per_minute: Tokens added per minute.
+        burst: The capacity of a bucket.
 
     Raises:
         DataError: If one of them is less than 1.
@@ -303,22 +303,22 @@ class RateLimit:
                 raise DataError(f"{column} is {value}; take 1 or more", kind="bad-value", column=column)
         self._rate, self._burst = per_minute / 60, float(burst)
         self._lock = Lock()
-        # Tokens that are left, and when: by name, the one that asked last at the end.
+        # The remaining tokens and their time, by name, the most recent last.
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, name: str, cost: float = 1.0, now: float | None = None) -> float:
-        """Take tokens for a request, or say how long it has to wait.
+        """Take tokens for a request, or return the time to wait.
 
-        A request that costs more than a bucket holds needs a full one, and leaves it in debt: the rate stays what it
-        is, and no request is refused for ever.
+        A request that costs more than the capacity needs a full bucket and leaves it negative: the average rate holds,
+        and no request is rejected forever.
 
         Args:
-            name: Whose bucket.
-            cost: Tokens.
-            now: Seconds of a clock that only goes forward; by default the machine's.
+            name: The name of the bucket.
+            cost: The number of tokens.
+            now: Seconds of a monotonic clock; by default the machine's.
 
         Returns:
-            0.0 where the request may go on; else seconds to wait, and nothing was taken.
+            0.0 if the request is accepted; else the seconds to wait, without taking tokens.
         """
         if not (math.isfinite(cost) and cost >= 0):
             raise DataError(f"a request cannot cost {cost}; give a number from 0", kind="bad-value", column="cost")
@@ -328,7 +328,7 @@ class RateLimit:
             left = min(self._burst, left + max(0.0, now - since) * self._rate)
             lacking = min(cost, self._burst) - left
             allowed = lacking <= _HAIR
-            # A clock that goes back gives nothing twice.
+            # A clock that goes back adds no tokens twice.
             self._left[name] = (left - cost if allowed else left, max(now, since))
             self._left.move_to_end(name)
             if len(self._left) > _NAMES:

@@ -1,4 +1,4 @@
-"""The Model Context Protocol at ``/mcp``, behind the same keys as the rest: `llmrec.serve.tools` for agents."""
+"""The Model Context Protocol at ``/mcp``, with the same API keys: `llmrec.serve.tools` for agents."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _ABOUT = (
 
 
 def mount(app: FastAPI, service: Service) -> None:
-    """Offer the verbs at ``/mcp``, for as long as the application runs.
+    """Add the verbs at ``/mcp`` to an application.
 
     Args:
-        app: What `llmrec.serve.app.make_app` made.
-        service: What answers.
+        app: The application, from `llmrec.serve.app.make_app`.
+        service: The service.
     """
     server, within = _server(service), app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(given: FastAPI) -> AsyncIterator[Any]:
-        # Stateless: nothing is kept of a client, and any process can answer its next request.
+        # Stateless: no client data are kept, and any process can answer the next request.
         manager = StreamableHTTPSessionManager(server, stateless=True)
         async with within(given) as state, manager.run():
             given.state.mcp = manager
@@ -53,12 +53,12 @@ def mount(app: FastAPI, service: Service) -> None:
         return _HandedOn(request.app.state.mcp.handle_request)
 
     app.router.lifespan_context = lifespan
-    # A GET would open a stream on which nothing is ever sent; the protocol allows to refuse it.
+    # A GET would open a stream without any messages; the protocol allows rejecting it.
     app.add_api_route(PATH, mcp, methods=["POST"], include_in_schema=False, response_model=None)
 
 
 class _HandedOn(Response):
-    """A response that another application writes, once the key is known."""
+    """A response written by another application, after authentication."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def _described(tool: Tool) -> protocol.Tool:
 
 
 async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
-    """Call a tool; what an agent can fix is an answer, so that it reads it and asks again."""
+    """Return the result of a tool; errors that an agent can fix are results, so that it can retry."""
     try:
         asked = tool.asked.model_validate(arguments)
         check_items(service, asked)

@@ -12,7 +12,7 @@ from llmrec.recipe.shared import DTYPE, Dtype
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """A model, and how it is served."""
+    """A model, and the configuration of its service."""
 
     model: Annotated[
         str, About(argument=True, metavar="MODEL", help="A run folder, an exported folder, a model folder or hub name.")
@@ -60,14 +60,14 @@ class ServeOptions:
     mcp: Annotated[bool, About(help="Offer the verbs to agents as well, at /mcp.")] = False
 
     def recommender(self) -> RecommenderOptions:
-        """Return how the language model is asked."""
+        """Return the options of the language model."""
         shared = {option.name for option in fields(RecommenderOptions)} & {option.name for option in fields(self)}
         return RecommenderOptions(**{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions:
-    """A model, and what has happened since it was tuned."""
+    """A model, and the events and items since its training."""
 
     model: Annotated[
         str, About(argument=True, metavar="MODEL", help="A run folder, or a folder that was refreshed before.")

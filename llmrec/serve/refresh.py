@@ -1,7 +1,7 @@
-"""Brings what happened since into a folder that can be served: statistics and neighbours learn from all events.
+"""Adding new events and items to a folder that can be served: statistics and neighbours are fitted to all events.
 
-The folder holds the model, the catalogue and every interaction, none of them held out: it is for answering, and no
-figure may be measured with it. The weights of fusions stay as the run measured them.
+The folder has the model, the catalogue and every interaction, without held-out ones: it is for serving and must not be
+used for evaluation. The weights of ensembles remain those of the run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
 
 @dataclass(frozen=True)
 class _State:
-    """Interactions with their part, the catalogue, and what is known of users."""
+    """Interactions with their part of the split, the catalogue, and the data of users."""
 
     rows: pl.DataFrame
     items: dict[str, Item]
@@ -55,8 +55,8 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     """Write the folder and return what to print.
 
     Raises:
-        LlmrecError: If a file cannot be read or written, an event names an item without a description, or a service
-            does not take the folder.
+        LlmrecError: If a file cannot be read or written, an event has an item without a description, or a service
+            rejects the folder.
     """
     if options.events is None and options.items is None:
         raise DataError(
@@ -74,7 +74,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         if options.train is not None:
             model = _trained(bundle, after, options, draft / "training")
         if not bundle.weights:
-            # It names the recommenders.
+            # This file names the recommenders.
             shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
         elif model != out:
             _link(model, draft)
@@ -125,12 +125,12 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
 
 
 def _before(bundle: Bundle, reserved: float | None) -> _State:
-    """Return what a run, or a folder that was refreshed, knows.
+    """Return the state of a run or of a refreshed folder.
 
     Args:
-        bundle: Of either.
-        reserved: Share of a run's validation users that weighed its fusions; the interactions of the others stay
-            validation. None: no epoch is chosen by them.
+        bundle: The model of either.
+        reserved: The fraction of a run's validation users that weighted its ensembles; the interactions of the others
+            remain validation data. None: they choose no epoch.
     """
     if bundle.run is not None:
         recipe = load_stored(bundle.run)
@@ -153,7 +153,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
 
 
 def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
-    """Mark validation interactions of rows in order of time; as the split does, leave out earlier ones of a pair."""
+    """Return rows in order of time with validation interactions marked; like the split, drop earlier ones of a pair."""
     pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
     result = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
     last = pl.int_range(pl.len()).over("user_id", "item_id") == pl.len().over("user_id", "item_id") - 1
@@ -164,7 +164,7 @@ def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
 
 
 def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
-    """Add new events and items; an event that is known already is not added again."""
+    """Return the state with new events and items, without duplicate events."""
     rows, items = before.rows, dict(before.items)
     if options.items is not None:
         items.update(read_items(options.items))
@@ -194,17 +194,17 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
         )
     same = ["user_id", "item_id", "timestamp"]
     fresh = new.unique(same, keep="first", maintain_order=True).join(rows, on=same, how="anti", nulls_equal=True)
-    # What chooses an epoch is not learned from, also where it happened more than once.
+    # Pairs that choose an epoch are excluded from training, including their repetitions.
     held = rows.filter(pl.col("part") == "valid")
     fresh = fresh.join(held, on=["user_id", "item_id"], how="anti")
     both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(_KEPT)])
-    # Who reads a split relies on each user's events being in order, those of one moment as its seed has them.
+    # Readers of a split rely on the order of each user's events; ties are ordered by its seed.
     data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
     return _State(both[time_order(data, seed)], items, before.users), fresh.height
 
 
 def _events(path: str) -> pl.DataFrame:
-    """Read a table of events: user_id, item_id and, where they are known, rating and timestamp."""
+    """Read a table of events: user_id, item_id and, if known, rating and timestamp."""
     read = read_table(Path(path))
     for name in ("user_id", "item_id"):
         if name not in read.frame.columns:
@@ -226,7 +226,7 @@ def _events(path: str) -> pl.DataFrame:
 def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Return new events with times in the unit of the known ones.
 
-    Without times of their own they come after these, in their order; of such events one of a known pair is known.
+    Events without times come after the known ones, in their order; of these, an event with a known pair is a duplicate.
     """
     latest, least = rows["timestamp"].max(), new["timestamp"].max()
     if not isinstance(latest, float):
@@ -248,18 +248,18 @@ def _is_store(events: str) -> bool:
         with Path(events).open("rb") as file:
             return file.read(15) == b"SQLite format 3"
     except OSError:
-        # Whoever reads it as a table says why it cannot be read.
+        # The reader of the table reports why it cannot be read.
         return False
 
 
 def _choose(fusions: Sequence[stored.Fused]) -> bool:
-    """Whether a part of a fusion chooses its epoch on validation interactions."""
+    """Whether a member of an ensemble chooses its epoch on validation interactions."""
     named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
     return any(stops_early(name) for name in named)
 
 
 def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Path) -> Path:
-    """Go on training on all events, and return the folder of the merged model."""
+    """Continue training on all events, and return the folder of the merged model."""
     from llmrec.pipeline import run as pipeline
 
     assert bundle.run is not None
@@ -273,7 +273,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
         users=state.users,
         rating_scale=(recipe.data.rating_scale or bundle.rating_scale) if rated else None,
     )
-    # Nothing is held out, so no loss and no judge of validation interactions can be followed.
+    # Nothing is held out, so there is no validation loss and no judge.
     new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
     pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
@@ -281,7 +281,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
 
 
 def _link(model: Path, draft: Path) -> None:
-    """Put a model's files into a folder: as further names of the same bytes, where the file system can."""
+    """Add a model's files to a folder, as hard links if the file system supports them."""
     for file in sorted(model.rglob("*")):
         if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS):
             continue
@@ -304,7 +304,7 @@ def _draft(out: Path) -> Iterator[Path]:
 
 
 def _publish(draft: Path, out: Path) -> None:
-    """Put a folder in its place; an existing one is replaced file by file, the catalogue before the events."""
+    """Move a folder to its destination; an existing one is replaced file by file, the catalogue before the events."""
     if not out.exists():
         draft.rename(out)
         return
@@ -315,7 +315,7 @@ def _publish(draft: Path, out: Path) -> None:
 
 
 def _tell(url: str, key_env: str | None) -> None:
-    """Have a service read its folder again."""
+    """Make a service read its folder again."""
     httpx = require("httpx", "openai")
     key = None if key_env is None else os.environ.get(key_env)
     if key_env is not None and not key:

@@ -1,4 +1,4 @@
-"""Starts a service: reads its catalogue and users, opens its store, and listens until it is stopped."""
+"""Running a service: read its catalogue and users, open its store, and listen until it is stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BURST = 20
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until interrupted; what was asked until then is answered.
+    """Serve until interrupted; pending requests are answered.
 
     Raises:
         LlmrecError: If an option, a file or the model cannot be used, or the port is taken.
@@ -48,7 +48,7 @@ def serve(options: ServeOptions) -> None:
 
         mount(app, service)
     if logging.getLogger("llmrec").level <= logging.WARNING:
-        # A line on each request, unless errors alone are asked for.
+        # Log a line per request, unless only errors are requested.
         logging.getLogger("llmrec.serve").setLevel(logging.INFO)
     host, port = listening.getsockname()[:2]
     url = f"http://{'localhost' if host in _LOOPBACK else host}:{port}"
@@ -68,7 +68,7 @@ def serve(options: ServeOptions) -> None:
 
 
 def make_service(options: ServeOptions) -> Any:
-    """Return the service, not started yet."""
+    """Return the service, not yet started."""
     from llmrec.answer.known import known_of
     from llmrec.serve.service import WAITS, Service, Settings
     from llmrec.serve.store import ServiceStore
@@ -94,7 +94,7 @@ def _default_store(model: str) -> str:
 
 
 def _check_open(options: ServeOptions) -> None:
-    """Refuse to listen where others can reach it without keys."""
+    """Reject an address that others can reach without keys."""
     if options.host not in _LOOPBACK and options.keys is None:
         raise DataError(
             f"--host {options.host} lets others reach this service, and without --keys whoever does may ask it and "
@@ -105,7 +105,7 @@ def _check_open(options: ServeOptions) -> None:
 
 
 def _listen(options: ServeOptions) -> socket.socket:
-    """Return a socket that listens, before anything is loaded."""
+    """Return a listening socket, before anything is loaded."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

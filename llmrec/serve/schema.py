@@ -26,9 +26,9 @@ MOST_ITEMS = 1000
 """Items put, events added or found in one call."""
 LONGEST_TEXT = 4000
 
-# Ids may not hold NUL, halves of surrogate pairs or control characters, nor be invisible.
+# Ids must not contain NUL, lone surrogates or control characters, nor be invisible.
 _C = r"\x00-\x1f\x7f-\x9f"
-# Spelled out: \s differs between languages.
+# Written out, since \s differs between languages.
 _SPACE = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 NAME = rf"^[^{_C}]*[^{_C}{_SPACE}][^{_C}]*$"
 _VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
@@ -49,7 +49,7 @@ DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=I
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
 _FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
-# Keys of another form are refused; pydantic itself does not say so in a schema.
+# Keys of another form are rejected; pydantic does not include this in a schema.
 _CLOSED: Any = {"additionalProperties": False}
 Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_CLOSED)]
 _Values: TypeAlias = Annotated[dict[Id, list[Words]], Field(max_length=20, json_schema_extra=_CLOSED)]

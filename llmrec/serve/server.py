@@ -26,9 +26,9 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
 
     Args:
         app: The application.
-        timeout: Seconds for a request to arrive, for a client to take in what it is sent, and for open requests to end
-            when the server stops.
-        connections: Open connections at once. Default: half of the files that this process may have open.
+        timeout: Seconds for a request to arrive, for a client to receive a response, and for open requests to end when
+            the server stops.
+        connections: The maximum number of open connections; by default half of the process's limit of open files.
     """
     return uvicorn.Server(
         uvicorn.Config(
@@ -36,11 +36,11 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
             port=0,
             log_level="warning",
             access_log=False,
-            # httptools, the other parser, has no limit on headers.
+            # The alternative parser, httptools, has no limit on headers.
             http=_limited(timeout, connections or _half_of_the_files()),
             h11_max_incomplete_event_size=HEADER_LIMIT,
             ws="none",
-            # Whoever can reach the port could otherwise choose the address that --per-minute counts by.
+            # Otherwise any client could choose the address by which --per-minute counts.
             proxy_headers=False,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=math.ceil(timeout),
@@ -56,10 +56,10 @@ def _half_of_the_files() -> int:
 
 
 def _limited(timeout: float, most: int) -> type[H11Protocol]:
-    """Return the protocol of connections that are closed if a request does not arrive in time.
+    """Return a connection protocol that closes connections whose request does not arrive in time.
 
-    If more than ``most`` are open, the one that has waited longest for its request is closed: clients that open
-    connections and send nothing must not keep others out.
+    If more than ``most`` are open, the one that has waited longest for its request is closed: idle connections must not
+    block other clients.
     """
 
     class Limited(H11Protocol):
@@ -68,7 +68,7 @@ def _limited(timeout: float, most: int) -> type[H11Protocol]:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
-                # The system closes the connection of a client that no longer reads what it asked for.
+                # The system closes the connection of a client that no longer reads its response.
                 line = transport.get_extra_info("socket")
                 line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
             self._watch()
@@ -93,7 +93,7 @@ def _limited(timeout: float, most: int) -> type[H11Protocol]:
             self._stop()
 
         def _watch(self) -> None:
-            """Let the time run while a request is incomplete."""
+            """Run the timer while a request is incomplete."""
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self._stop()
             elif self._late is None and not self.transport.is_closing():

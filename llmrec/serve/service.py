@@ -1,4 +1,4 @@
-"""A service apart from HTTP: one engine process, a catalogue, and a store of what was sent to it.
+"""The service, independent of HTTP: an engine process, a catalogue, and a store of received data.
 
 `llmrec.serve.verbs` has the questions that it answers.
 """
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 _READERS = 4
 _THREADS = 8
 """Threads in which turns of conversations wait for the engine."""
-# Seconds beyond the patience of a question, which ends by itself as long as its event loop runs.
+# Seconds beyond the timeout of a question, which the event loop normally enforces.
 _GRACE = 5.0
 _AGAIN = 10.0
 """Seconds after which an erasure that could not be finished is tried again."""
@@ -58,16 +58,16 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a service runs.
+    """The settings of a service.
 
     Attributes:
-        options: Which model, and how it is asked.
-        models: Names, the default first; none: see `llmrec.answer.opening.open_models`.
+        options: The options of the models.
+        models: The names of the models, the default first; empty: see `llmrec.answer.opening.open_models`.
         rules: Rules that apply to every list.
-        window: Seconds that a question waits for others.
-        batch: Questions of one batch.
-        room: Questions that may wait.
-        patience: Seconds that a question may take.
+        window: Seconds that a question waits for others of its batch.
+        batch: The maximum batch size.
+        room: The maximum length of the queue.
+        patience: The timeout of a question in seconds.
     """
 
     options: RecommenderOptions
@@ -83,17 +83,17 @@ class Service:
     """A running service; `start` it inside an event loop, and `close` it there.
 
     Args:
-        settings: How it runs.
-        known: What is known without a model.
-        store: What was sent to it, and will be.
+        settings: The settings of the service.
+        known: The catalogue and the users.
+        store: The store of received data.
     """
 
     def __init__(self, settings: Settings, known: Known, store: ServiceStore) -> None:
         self.settings, self.store, self._known = settings, store, known
-        # What is stored last has to be what is known last.
+        # Changes must reach the catalogue in the order in which they are stored.
         self._changing = asyncio.Lock()
         self._reloading = asyncio.Lock()
-        # Of writes one waits for the other anyway. Reads have threads of their own: they never wait for a write.
+        # Writes are serialised anyway. Reads have separate threads, so they never wait for a write.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="llmrec-writer")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="llmrec-reader")
         self._finishing: asyncio.Task[None] | None = None
@@ -111,13 +111,13 @@ class Service:
         self.conversations = Conversations(self)
 
     def start(self) -> None:
-        """Start the engine, which is ready a while later."""
+        """Start the engine in the background."""
         self.batcher.start()
         self.engine.start()
         self._finishing = asyncio.create_task(self._finish_erasures())
 
     async def close(self) -> None:
-        """Answer what was asked, and stop."""
+        """Answer the pending questions, and stop."""
         self.conversations.close()
         await self.batcher.close()
         if self._finishing is not None:
@@ -130,10 +130,10 @@ class Service:
     # ------------------------------------------------------------------- what is known
 
     async def user(self, user_id: str, *, most: int = 1000) -> list[Event]:
-        """Return what a user did, oldest first.
+        """Return the events of a user, oldest first.
 
         Raises:
-            DataError: If nothing is known of the user.
+            DataError: If the user is unknown.
         """
         result = await self._read(lambda: self._events(user_id))
         if not result:
@@ -141,10 +141,10 @@ class Service:
         return result[-most:]
 
     async def add_events(self, body: schema.EventsBody) -> int:
-        """Store what users did; it is safe once this returns.
+        """Store events of users; they are durable once this returns.
 
         Raises:
-            DataError: If an event names an item that is not there; then none is stored.
+            DataError: If the item of an event is missing; then none is stored.
         """
         for event in body.events:
             self.catalogue.get(event.item_id)
@@ -162,7 +162,7 @@ class Service:
         return await self._write(lambda: self.store.add_events(events))
 
     async def erase(self, user_id: str) -> schema.Erased:
-        """Erase a person from the event store and from stores of features."""
+        """Erase a user from the event store and from feature stores."""
         known = bool(self._known.histories.of_user(user_id))
         events = await self._write(lambda: self.store.erase(user_id))
         remains = list(self.store.remains)
@@ -177,20 +177,20 @@ class Service:
         return schema.Erased(user_id=user_id, events=events, features=features, remains=remains)
 
     async def put_items(self, items: Sequence[Item]) -> int:
-        """Add or replace items; questions that come after this returns know them."""
+        """Add or replace items; they are known to questions after this returns."""
         return await self._change(lambda: self.store.put_items(items), items, ())
 
     async def remove_item(self, item_id: str) -> None:
-        """Remove an item; no list holds it after this returns.
+        """Remove an item; lists exclude it after this returns.
 
         Raises:
-            DataError: If there is none of this id.
+            DataError: If the id is unknown.
         """
         self.catalogue.get(item_id)
         await self._change(lambda: self.store.remove_items([item_id]), (), [item_id])
 
     async def reload(self) -> None:
-        """Replace the engine by one that reads everything again."""
+        """Replace the engine by one that reads all files again."""
         if self._reloading.locked():
             raise LlmrecError("the models are being read anew already; wait for that", kind="busy")
         async with self._reloading:
@@ -206,7 +206,7 @@ class Service:
                 self._known, self.catalogue = known, catalogue
 
     async def _change(self, store: Callable[[], int], put: Sequence[Item], removed: Sequence[str]) -> int:
-        """Store a change of the catalogue, and let the engine know of it."""
+        """Store a change of the catalogue, and pass it to the engine."""
         ends = time.monotonic() + self.settings.patience
         async with _in_time(self._changing, _TURN * self.settings.patience):
             stored = await self._write(store, ends)
@@ -222,7 +222,7 @@ class Service:
     # ------------------------------------------------------------------- the store
 
     async def _read(self, call: Callable[[], _T]) -> _T:
-        """Run a read of the store."""
+        """Return the result of a read of the store."""
         running = asyncio.get_running_loop().run_in_executor(self._readers, call)
         try:
             return await asyncio.wait_for(running, self.settings.patience)
@@ -230,11 +230,11 @@ class Service:
             raise StoreError("the store does not answer", kind="busy") from None
 
     async def _write(self, call: Callable[[], _T], ends: float | None = None) -> _T:
-        """Run a write of the store, after those that came before; one whose turn does not come is not run.
+        """Return the result of a write of the store, queued after earlier ones; dropped if it cannot start in time.
 
         Args:
-            call: The write. It waits for other processes by itself, for the share `WAITS` of a request's time.
-            ends: When the request has to be answered.
+            call: The write; it waits for other processes, for the fraction `WAITS` of a request's timeout.
+            ends: The deadline of the request.
         """
         patience = self.settings.patience
         ends = time.monotonic() + patience if ends is None else ends
@@ -251,7 +251,7 @@ class Service:
         return await done
 
     async def _finish_erasures(self) -> None:
-        """Try again what keeps erased events in the log of the store, until it succeeds."""
+        """Retry the removal of erased events from the log of the store, until it succeeds."""
         while True:
             await asyncio.sleep(_AGAIN)
             if self.store.unfinished:
@@ -261,7 +261,7 @@ class Service:
     # ------------------------------------------------------------------- questions
 
     async def request_of(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
-        """Give a question its history, and every item its text."""
+        """Return the request of a body, with the history and the texts of items."""
         self.check_model(body.model)
         user, per_second, items = body.user_id, self._known.histories.per_second, self.catalogue.items
         record: Mapping[str, object] = {
@@ -290,7 +290,7 @@ class Service:
         return [f"rules.block: not in the catalogue: {some}"] if missing else []
 
     def _events(self, user_id: str) -> list[Event]:
-        """Return what a user did, oldest first: of the run's data, and the last that were sent since."""
+        """Return the events of a user, oldest first: those of the run's data, and the last ones received since."""
         since = [
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
             for event in self.store.events_of(user_id, schema.MOST_EVENTS)
@@ -298,17 +298,17 @@ class Service:
         return since if self.store.erased(user_id) else merged(self._known.histories.of_user(user_id), since)
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a name that no model has, as far as they are known already.
+        """Reject an unknown name of a model, if the models are known already.
 
         Raises:
-            DataError: If it has.
+            DataError: If the name is unknown.
         """
         names = [card.name for card in self.engine.cards]
         if name is not None and names and meant(name, names) is None:
             raise unknown("model", name, names)
 
     def check_strategy(self, model: str | None, strategy: str) -> None:
-        """Refuse an unknown strategy before it is tried, which is expensive."""
+        """Reject an unknown strategy early, since trying it is expensive."""
         cards = {card.name: card for card in self.engine.cards}
         name = next(iter(cards), None) if model is None else meant(model, cards)
         known = () if name is None else cards[name].strategies
@@ -323,7 +323,7 @@ class Service:
     async def listed(
         self, request: RankRequest, wanted: Wanted, verb: str = RANK
     ) -> tuple[tuple[Question, RankRequest], Answered]:
-        """Return a list, as deep as its rules need, with the last question that was asked for it."""
+        """Return a list, ranked as deep as its rules require, with its last question."""
         steps = listing(request, wanted, self.catalogue, verb)
         asked = next(steps)
         while True:
@@ -334,16 +334,16 @@ class Service:
                 return asked, done.value
 
     async def between(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
-        """Call a method of the engine's models between batches."""
+        """Return the result of a method of the engine's models, called between batches."""
         return await self.batcher.between(partial(self.engine.call, name, *arguments, listener=listener))
 
 
 def _entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
-    """Return an entry of a history or of candidates as requests have it.
+    """Return an entry of a history or of candidates in the format of requests.
 
     Args:
-        given: As it was sent.
-        per_second: Units of time of the data in a second.
+        given: The received entry.
+        per_second: The data's units of time per second.
     """
     if isinstance(given, str):
         return given
@@ -354,13 +354,14 @@ def _entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Ma
 
 
 class Conversations:
-    """The conversations over a service: rules choose the tools, and the engine's models rank.
+    """The conversations of a service: rules choose the tools, and the engine's models rank.
 
-    The client holds the state: nothing is kept of a person. A turn waits for the engine in one of a few threads, which
-    are not those in which the engine is asked. As many turns as questions may wait are accepted; more are refused.
+    The client stores the state: the service keeps no personal data. A turn waits for the engine in one of a few
+    threads, separate from those that call the engine. The limit of open turns is that of the queue; further turns are
+    rejected.
 
     Args:
-        service: Whose catalogue and models they are about.
+        service: The service with the catalogue and models.
     """
 
     def __init__(self, service: Service) -> None:
@@ -371,22 +372,22 @@ class Conversations:
         self._known: tuple[Catalogue, int, Facts, Reader] | None = None
 
     def close(self) -> None:
-        """Take no more turns; those that have not begun are given up."""
+        """Reject further turns; those that have not started are cancelled."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def answer(
         self, body: schema.ChatBody, called: Callable[[Call], None] = lambda call: None
     ) -> schema.ChatAnswer:
-        """Answer one line.
+        """Return the reply to a message.
 
         Args:
-            body: The line, and the state so far.
-            called: Told of every call, in another thread.
+            body: The message and the state.
+            called: Called with every call, in another thread.
 
         Raises:
-            DataError: If there is no such model, or no item to talk about.
-            Full: If as many turns are open as questions may wait.
+            DataError: If the model is unknown, or the catalogue is empty.
+            Full: If the limit of open turns is reached.
             LlmrecError: If the engine cannot answer.
         """
         begun, loop = time.monotonic(), asyncio.get_running_loop()
@@ -395,7 +396,7 @@ class Conversations:
         def turn() -> schema.ChatAnswer:
             talk = self._conversation(body, loop)
             reply = talk.answer(body.state, body.text, called)
-            # Items may have come or gone since the conversation read them.
+            # Items may have been added or removed since the conversation read them.
             known = {**self._service.catalogue.items, **talk.tools.facts.items}
             shown = [known[name] for name in reply.items if name in known]
             return schema.ChatAnswer(
@@ -412,7 +413,7 @@ class Conversations:
 
         if self._closed:
             raise EngineLost("the service is stopping; ask again in a moment", kind="failed")
-        # A turn is over not when its client leaves, but when its thread is free again.
+        # A turn ends when its thread is free again, not when its client disconnects.
         self._turns = {entry for entry in self._turns if not entry.done()}
         if len(self._turns) >= self._service.settings.room:
             self._service.batcher.load.refused += 1
@@ -432,14 +433,14 @@ class Conversations:
             except DataError as error:
                 if error.kind != "unsupported":
                     raise
-                # A model without its interactions compares texts, as in a terminal.
+                # A model without interactions uses text similarity, as in the terminal.
                 return self._asked(replace(question, model="text"), request, loop)
 
         lists = ModelLists(service.catalogue, ask, service.settings.rules)
         return Conversation(Tools(facts, lists), RuleManager(k=body.k), reader)
 
     def _asked(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
-        """Wait in a turn's thread for the engine."""
+        """Return an answer of the engine, waiting in a turn's thread."""
         waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
         try:
             return waiting.result(self._service.settings.patience + _GRACE)
@@ -448,7 +449,7 @@ class Conversations:
             raise TooLate("the service did not answer in time; ask again", kind="exhausted") from error
 
     def _facts(self) -> tuple[Facts, Reader]:
-        """Return facts of the catalogue as it is now."""
+        """Return the facts and the parser for the current catalogue."""
         catalogue = self._service.catalogue
         if not catalogue.items:
             raise DataError("there is no item to talk about; put some with PUT /v1/items", kind="empty")
@@ -461,7 +462,7 @@ class Conversations:
 
 @asynccontextmanager
 async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
-    """Hold a lock, for which a request waits this long."""
+    """Hold a lock, with a timeout in seconds for acquiring it."""
     try:
         await asyncio.wait_for(lock.acquire(), seconds)
     except TimeoutError:
@@ -480,7 +481,7 @@ def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:
 
 
 def _forget(folder: Path, user_id: str) -> int:
-    """Erase a user from a store of features; returns how many texts that took."""
+    """Erase a user from a feature store; return the number of erased texts."""
     try:
         return int(forget(folder, user_id).text)
     except LlmrecError as error:

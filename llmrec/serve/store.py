@@ -1,4 +1,4 @@
-"""What a running service must remember: events that came in, who was erased, items that were put and removed.
+"""The store of a running service: received events, erased users, and added and removed items.
 
 A store is an SQLite file, or tables of a PostgreSQL database, which several processes may share; see `databases`.
 """
@@ -39,13 +39,13 @@ _ADD = Insert("llmrec_events", ("user_key", "event"))
 _ITEM = ("item_key", "item_id", "title", "fields")
 _SET = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
 _PUT = Insert("llmrec_items", _ITEM, _SET)
-# What was removed before is not counted again.
+# Items that are already removed do not count.
 _REMOVE = Insert("llmrec_items", _ITEM, f"{_SET} WHERE llmrec_items.title IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEvent:
-    """Something that a user did (``timestamp`` in the unit of the data)."""
+    """An event of a user (``timestamp`` in the unit of the data)."""
 
     user_id: str
     item_id: str
@@ -54,10 +54,10 @@ class StoredEvent:
 
 
 class ServiceStore:
-    """Events, erased users and changed items, kept in a database; use `open`. Several threads may call it at once.
+    """A database of events, erased users and changed items, created by `open`; it is thread-safe.
 
-    Every call is one transaction, and raises an `LlmrecError` if the database refuses. What a call has stored when it
-    returns outlives a kill of the process.
+    Every call is one transaction, and raises an `LlmrecError` if the database fails. Data stored by a call that has
+    returned survive a kill of the process.
     """
 
     def __init__(self, database: Database) -> None:
@@ -70,7 +70,7 @@ class ServiceStore:
                 database.prepare(raw)
                 facts = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
             self._salt = _salt(facts, database)
-            # The log may still hold what was erased before this process began. One that may only be read stays so.
+            # The log may still contain data erased before this process started. A read-only one remains unchanged.
             with suppress(LlmrecError):
                 self.finish_erasures()
         except BaseException:
@@ -79,21 +79,21 @@ class ServiceStore:
 
     @classmethod
     def open(cls, where: str, wait: float = WAIT) -> ServiceStore:
-        """Open a store; make its file, or its tables, where there are none.
+        """Open a store; create its file or tables if missing.
 
         Args:
-            where: Path of an SQLite file, or ``postgresql://USER@HOST:PORT/NAME``. The password is best given by
+            where: The path of an SQLite file, or ``postgresql://USER@HOST:PORT/NAME``. The password should come from
                 PGPASSWORD or ~/.pgpass; one in the URL is never shown.
-            wait: Seconds that a call waits for another process that holds the database.
+            wait: Seconds that a call waits for the lock of another process.
 
         Raises:
-            LlmrecError: If it is no store, cannot be reached or written, is damaged, or of a newer llmrec.
-            MissingExtra: If the package that reads PostgreSQL is not installed.
+            LlmrecError: If it is not a store, cannot be reached or written, is damaged, or is of a newer llmrec.
+            MissingExtra: If the PostgreSQL package is not installed.
         """
         if where.startswith(("postgresql://", "postgres://")):
             return cls(Postgres(where, wait))
         if "://" in where:
-            # Not shown: it may hold a password.
+            # Not shown: it may contain a password.
             raise DataError(
                 "a store is a file of SQLite or a database of PostgreSQL, and this address is neither; give the path "
                 "of a file, or postgresql://USER@HOST/NAME",
@@ -102,37 +102,37 @@ class ServiceStore:
         return cls(SQLite(Path(where).expanduser(), wait))
 
     def add_events(self, events: Sequence[StoredEvent]) -> int:
-        """Store events, all of them or none; they are durable once this returns.
+        """Store all events or none; they are durable once this returns.
 
         Returns:
-            How many.
+            The number of events.
 
         Raises:
-            DataError: If an id is no text, or a number is not finite.
+            DataError: If an id is not valid text, or a number is not finite.
         """
         return self._insert(_ADD, [(self._key(event.user_id), _json(event)) for event in events])
 
     def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
-        """Return a user's events, oldest first; those of one time in the order in which they came.
+        """Return a user's events, oldest first; ties are in order of arrival.
 
         Args:
-            user_id: Whose.
-            most: Only this many, those that came last.
+            user_id: The user.
+            most: The maximum number of events, the last to arrive.
         """
         query = "SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq DESC LIMIT ?2"
         rows = self._read(query, self._key(user_id), _EVERY if most is None else most)
         return sorted((self._event(row[0]) for row in reversed(rows)), key=lambda event: event.timestamp)
 
     def erase(self, user_id: str) -> int:
-        """Erase all events of a user, and remember by a salted hash of the id that it was done.
+        """Erase all events of a user, and record the erasure by a salted hash of the id.
 
-        In an SQLite file the bytes are overwritten, and their room stays taken; `remains` says whether its log still
-        holds them. PostgreSQL frees them with its next vacuum; its log and backups keep them as long as it is set to.
-        The salt is stored with the hash: this hides the id from readers of the table, not from an attacker who tries
-        all ids.
+        In an SQLite file the bytes are overwritten, and their space is not freed; `remains` reports whether its log
+        still contains them. PostgreSQL frees them at its next vacuum; its log and backups keep them for as long as
+        configured. The salt is stored with the hash: this hides the id from readers of the table, not from an attacker
+        who tries all ids.
 
         Returns:
-            How many events there were.
+            The number of erased events.
         """
         with self._connection() as raw:
             erased = self._database.erase(raw, self._key(user_id))
@@ -140,13 +140,13 @@ class ServiceStore:
         return erased
 
     def finish_erasures(self, wait: float = 0.0) -> bool:
-        """Take what was erased out of the database's log; try it again as long as this is not so.
+        """Remove erased data from the database's log; repeat until it succeeds.
 
         Args:
-            wait: Seconds to wait for others that read.
+            wait: Seconds to wait for readers.
 
         Returns:
-            Whether it is done.
+            Whether it succeeded.
         """
         self._unfinished = True
         with self._connection() as raw:
@@ -155,27 +155,27 @@ class ServiceStore:
 
     @property
     def unfinished(self) -> bool:
-        """Whether `finish_erasures` has to be tried again."""
+        """Whether `finish_erasures` has to be repeated."""
         return self._unfinished
 
     @property
     def remains(self) -> list[str]:
-        """What is left of an erased user's events for now."""
+        """The places that may still contain an erased user's events."""
         remains = [] if self._database.keeps is None else [self._database.keeps]
         return [*remains, IN_LOG] if self._unfinished else remains
 
     def erased(self, user_id: str) -> bool:
-        """Whether a user was ever erased, whatever came later."""
+        """Whether a user was ever erased, even if newer events exist."""
         return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
 
     def put_items(self, items: Sequence[Item]) -> int:
-        """Add items, or replace them, also those that were removed; the last of one id counts.
+        """Add or replace items, including removed ones; the last of each id counts.
 
         Returns:
-            How many ids.
+            The number of ids.
 
         Raises:
-            DataError: If an id, a title or a field is no text.
+            DataError: If an id, a title or a field is not valid text.
         """
         rows = {
             item.item_id: (
@@ -186,29 +186,29 @@ class ServiceStore:
             )
             for item in items
         }
-        # In one order: of two processes that put the same items one then waits for the other, never both.
+        # Sorted, so that two processes that write the same items cannot deadlock.
         return self._insert(_PUT, sorted(rows.values()))
 
     def remove_items(self, ids: Sequence[str]) -> int:
-        """Remember that items were removed, be they put before or part of a model's own catalogue.
+        """Record the removal of items, whether added before or part of a model's catalogue.
 
         Returns:
-            How many ids were not removed before.
+            The number of ids not yet removed.
 
         Raises:
-            DataError: If an id is no text.
+            DataError: If an id is not valid text.
         """
         rows = {name: (self._key(name), _text(name, "item_id"), None, None) for name in ids}
         return self._insert(_REMOVE, sorted(rows.values()))
 
     def item_changes(self) -> tuple[dict[str, Item], frozenset[str]]:
-        """Return the items that were put, by id, and the ids that were removed."""
+        """Return the added items, by id, and the removed ids."""
         rows = self._read("SELECT item_id, title, fields FROM llmrec_items ORDER BY item_id")
         put = {row[0]: self._item(*row) for row in rows if row[1] is not None}
         return put, frozenset(row[0] for row in rows if row[1] is None)
 
     def all_events(self) -> Iterator[StoredEvent]:
-        """Yield all events in the order in which they came; what comes meanwhile may be among them."""
+        """Yield all events in order of arrival; events that arrive meanwhile may be included."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
         while rows := self._read(query, last, NOBODY, _BATCH):
@@ -216,7 +216,7 @@ class ServiceStore:
             last = rows[-1][0]
 
     def close(self) -> None:
-        """Close the store; a call that still runs ends first, and later ones raise an error."""
+        """Close the store after running calls; later ones raise an error."""
         with self._lock:
             self._closed = True
         self._drop_idle()
@@ -246,7 +246,7 @@ class ServiceStore:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """Lend a connection; one that failed is not used again."""
+        """Yield a connection; a failed one is not used again."""
         raw = None
         with self._room:
             self._database.check()
@@ -257,9 +257,9 @@ class ServiceStore:
                 if raw is not None:
                     _close(raw)
                 if isinstance(error, self._database.errors):
-                    # The server may have gone, and all others with it.
+                    # The server may have disconnected, together with all other connections.
                     self._drop_idle()
-                    # Not chained: what a library says at length may hold values.
+                    # Not chained: the message of the library may contain values.
                     raise self._database.failure(error) from None
                 raise
             with self._lock:
@@ -270,7 +270,7 @@ class ServiceStore:
                 _close(raw)
 
     def _waiting(self) -> Any:
-        """Return a connection that waits for use and works; None if there is none."""
+        """Return an idle connection that works; None if there is none."""
         while True:
             with self._lock:
                 if self._closed:

@@ -422,7 +422,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
     if len(history) > MOST_EVENTS:
         reason = f"the query has {len(history)} lines, more than {MOST_EVENTS}; send the last of them"
         raise DataError(reason, kind="too-large", column="query")
-    # Texts are no items of the catalogue, whatever it calls its own: they go by their titles, and equal ones once.
+    # Texts are not items of the catalogue, even with equal ids: titles identify them, without duplicates.
     candidates = [{"title": text} for text in dict.fromkeys(texts)]
     request = read_request({"history": history, "candidates": candidates}, 1, None)
     model = meant(body.model or "", [card.name for card in service.engine.cards])
@@ -585,7 +585,7 @@ VERBS: Mapping[str, Verb] = {
             body=RerankBody,
             answer=RerankAnswer,
             ask=rerank,
-            # Cohere's client of its second version asks the one, its first version and Jina's the other.
+            # Cohere's client v2 uses /v2; its client v1 and Jina's use /v1.
             versions=("v1", "v2"),
         ),
     )
