@@ -1,1 +1,1 @@
-"""Requests to answers, by any model."""
+"""Answering requests with any model."""

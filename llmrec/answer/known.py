@@ -136,7 +136,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Histories:
-    """Past events of the users of a data set, oldest first.
+    """The past events of the users of a data set, oldest first.
 
     Attributes:
         users: User ids, sorted.

@@ -114,7 +114,7 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
                 id=request.id,
                 user_id=NOBODY if request.user_id is None else request.user_id,
                 history=tuple(past),
-                # A request without candidates is one about the whole catalogue.
+                # A request without candidates is about the whole catalogue.
                 candidates=tuple(pool) or None,
                 context={**request.context, **({"profile": request.profile} if request.profile else {})},
             )

@@ -108,7 +108,7 @@ class Recommender(Protocol):
 
     @property
     def verbs(self) -> tuple[str, ...]:
-        """``rank`` and the families of questions about one item."""
+        """The verbs that it answers: ``rank`` and the families of questions about one item."""
         ...
 
     @property

@@ -17,7 +17,7 @@ MOST = 50
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """A recommender to talk with, and who leads the conversation."""
+    """A recommender for a conversation, and its manager."""
 
     model: Annotated[
         str, About(argument=True, metavar="RUN", help="A run folder, or an exported folder with its interactions.")

@@ -16,13 +16,13 @@ from llmrec.errors import DataError
 
 
 class Turn(BaseModel):
-    """One line of a transcript.
+    """A line of a transcript.
 
     Attributes:
-        user: What the user said; null begins another conversation.
-        calls: What was called.
+        user: The user message; null begins another conversation.
+        calls: The calls of the turn.
         items: Ids of the list.
-        text: The answer.
+        text: The reply.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -348,7 +348,7 @@ class Supervisor:
 
 
 def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: terminal.Noted) -> None:
-    """Open the models, and answer until the serving process is gone."""
+    """Open the models, and answer calls until the serving process ends."""
     with terminal.once(noted):
         _answer(line, options, names)
 
