@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,13 @@ class Done:
 
 
 def llmrec(*args: str) -> Done:
-    """Run a command as a process of its own would, without importing everything again; a defect is raised."""
+    """Run a command in this process, without importing everything again; a defect is raised.
+
+    With ``--json`` it runs in a new process, since the descriptor of the standard output is redirected.
+    """
+    if "--json" in args:
+        done = subprocess.run([sys.executable, "-m", "llmrec", *args], capture_output=True, text=True, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         _descriptor() as written,
@@ -38,15 +45,13 @@ def llmrec(*args: str) -> Done:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         written.seek(0)
-        answer, words = written.read().decode(), out.getvalue()
-    # With --json all but the object goes to the error stream, by the descriptor, which words of Python pass by here.
-    asks_for_json = "--json" in args
-    return Done(code, answer if asks_for_json else words + answer, err.getvalue() + (words if asks_for_json else ""))
+        answer = written.read().decode()
+    return Done(code, out.getvalue() + answer, err.getvalue())
 
 
 @contextlib.contextmanager
 def _descriptor() -> Iterator[BinaryIO]:
-    """Collect what is written to the descriptor of the standard output, as ``--json`` does, and put it back."""
+    """Collect what is written to the descriptor of the standard output, and restore it."""
     with tempfile.TemporaryFile() as written:
         kept = os.dup(1)
         os.dup2(written.fileno(), 1)

@@ -176,13 +176,19 @@ def test_both_images_differ_only_in_base_packages_and_engine() -> None:
     assert cpu == cuda
 
 
+def parsed(name: str, arguments: list[str]) -> Any:
+    """Return the context of a command line."""
+    program: Any = get_command(app)
+    return program.get_command(None, name).make_context(name, arguments)
+
+
 def test_the_image_that_serves_is_a_layer_over_the_others_and_its_command_is_understood() -> None:
     assert rests(SERVE, "ARG") == ["BASE=llmrec:cpu"]
     assert rests(SERVE, "FROM") == ["${BASE}"]
     assert rests(SERVE, "USER")[-1] == rests(FILES[0], "USER")[-1]
     assert json.loads(rests(SERVE, "ENTRYPOINT")[-1]) == ["llmrec"]
     name, *arguments = json.loads(rests(SERVE, "CMD")[-1])
-    made = get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    made = parsed(name, arguments)
     assert made.params["host"] == "0.0.0.0"
     assert str(made.params["keys"]).startswith("/run/secrets/")
     assert str(made.params["store"]).startswith(json.loads(rests(SERVE, "VOLUME")[-1])[0])
@@ -205,7 +211,7 @@ def test_compose_of_the_service() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert not service["image"].endswith(":latest"), name
     command, *arguments = services["serve"]["command"]
-    made = get_command(app).commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+    made = parsed(command, arguments)
     assert str(made.params["keys"]) == services["key"]["entrypoint"][-1]
     (target,) = yaml.safe_load((DOCKER / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"]
     assert target["targets"] == ["serve:8000"]
@@ -217,7 +223,7 @@ def test_the_example_for_kubernetes() -> None:
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     command, *arguments = container["args"]
-    made = get_command(app).commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+    made = parsed(command, arguments)
     assert pod["terminationGracePeriodSeconds"] > made.params["timeout"]
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
     assert container["livenessProbe"]["httpGet"]["path"] == "/health"

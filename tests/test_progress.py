@@ -127,7 +127,7 @@ def test_times_are_in_words() -> None:
 def test_a_log_file_has_lines_before_the_command_ends(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from llmrec import progress; progress.FIRST = 0.05\n"
-        "from llmrec.cli import common; common._heed({})\n"
+        "from llmrec.cli.main import _apply; _apply({})\n"
         "log, bar = Path(sys.argv[1]), progress.Bar('train', 8, unit='steps')\n"
         "bar.advance(2, 'loss 1.0')\n"
         "with bar:\n"

@@ -332,9 +332,9 @@ def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_to
         "eval.arms=[zero-shot, few-shot, tuned]",
         "eval.shots.k=1",
     )
-    session = pipeline.open_session(chosen, tmp_path / "r", quiet=True)
+    session = pipeline.open_session(chosen, tmp_path / "s", quiet=True)
     # Titles are read by the model as it came: untrained rows of item tokens would take probability from their words.
-    assert session.base == str(llama_folder) and session.start == str(tmp_path / "r" / "base")
+    assert session.base == str(llama_folder) and session.start == str(tmp_path / "s" / "base")
     run = pipeline.run(chosen, tmp_path / "r", quiet=True)
     asked = {
         row["arm"]: row["template"] for row in run.results["rows"] if row["template"] and row["task"] == "sequential"
