@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 facts: dict[str, object] = {}
-"""What the command of this process has told so far, by name."""
+"""The facts that the command of this process has stored so far, by name."""
 given: list[str] = []
-"""The options of every command that this one was given, for the same command in another process; not ``--json``."""
+"""The shared options on the command line, to pass to the same command in another process; without ``--json``."""
 
 
 # Keys of a row that are left out: they are in results.json, which the output names.
@@ -143,9 +143,9 @@ def show(
     Args:
         title: The title.
         rows: Values by name.
-        form: How a value is written.
-        record: The facts that are kept; None: the rows, under their title.
-        file: Where it is printed; None: the standard output.
+        form: Formats a value.
+        record: The facts to store; None for the rows, under their title.
+        file: The output stream; None for the standard output.
     """
     tell(**({title: rows} if record is None else record))
     width = max((len(name) for name in rows), default=0)

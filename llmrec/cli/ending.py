@@ -116,7 +116,7 @@ def _aside() -> Iterator[TextIO]:
         yield out
 
 
-# --------------------------------------------------------------------------- what a user can fix
+# --------------------------------------------------------------------------- errors that a user can fix
 
 
 def fix_of(error: BaseException) -> LlmrecError | None:
@@ -201,7 +201,7 @@ def last_line(words: list[str], *, ended: bool = True) -> str:
 
     Args:
         words: The command line, without the program.
-        ended: Whether the process ends now; where it does not, `llmrec auto` says itself how it goes on.
+        ended: Whether the process ends now; if not, `llmrec auto` prints its own line.
     """
     command = next((word for word in words if not word.startswith("-")), "")
     if command == "auto" and not ended:

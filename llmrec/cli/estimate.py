@@ -38,7 +38,7 @@ from llmrec.types import Request
 
 
 SECONDS = 10.0
-"""A probe takes no longer, but for its first repetition of each measurement."""
+"""Time limit of a probe, not counting the first repetition of each measurement."""
 # Most weights of the timed layers, and the largest vocabulary: more of either would only take longer.
 _WEIGHTS, _VOCABULARY = 3e8, 2048
 _LAYERS, _REPEATS = 4, 3
@@ -82,11 +82,11 @@ def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
 
     Args:
         config: The model's configuration.
-        model: Where and in which dtype it is computed.
-        train: How it is trained: which weights learn, and in how many layers.
+        model: Its device and dtype.
+        train: Its training method: which weights are trained, and in how many layers.
 
     Raises:
-        ModelError: If a few of its layers cannot be made, or do not compute alone.
+        ModelError: If a model with a few of its layers cannot be built or run.
     """
     try:
         return _timed(config, model, train)
@@ -346,7 +346,7 @@ _KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 58.0, 8
 # Bytes per weight in NF4, scales included.
 _NF4 = 0.6
 CONTEXT = 0.8 * 2**30
-"""What a process takes of a GPU before any tensor, and room for logits; a guess, which no GPU has confirmed."""
+"""GPU memory of a process before any tensor, plus room for logits; a guess, not verified on a GPU."""
 # Seconds to start a vLLM engine, and to load an hf model.
 _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
@@ -370,15 +370,15 @@ class Estimate:
     """Totals of a dry run.
 
     Attributes:
-        parameters: Weights of the model.
+        parameters: Number of weights of the model.
         train_tokens: Tokens of all planned steps.
         eval_work: The work of each evaluated row, by setting.
-        train_seconds: Estimated, validation losses included.
-        eval_seconds: Estimated, engine starts included, by setting; empty where a server answers.
+        train_seconds: Estimated time of training, validation losses included.
+        eval_seconds: Estimated time of evaluation, engine starts included, by setting; empty if a server answers.
         memory_gb: Peak of training: on a CPU the present memory of the process, with data and libraries, plus what
             training adds; on a GPU the memory of the GPU alone.
         free_gb: Free memory of the GPU; None on a CPU.
-        cost: Of the tokens that a server reads and writes, in the currency of its prices; None without prices.
+        cost: Cost of the tokens that a server reads and writes, in the currency of its prices; None without prices.
     """
 
     parameters: int
@@ -497,10 +497,10 @@ def _config(folder: str, study: Study) -> Any:
     return load_config(folder, study.recipe.model)
 
 
-# --------------------------------------------------------------------------- what is printed
+# --------------------------------------------------------------------------- output
 
 LARGE = 1_000_000
-"""Interactions from which on a run prints its estimate before it begins."""
+"""Number of interactions from which a run prints its estimate before it starts."""
 
 
 def show_dry_run(study: Study) -> None:

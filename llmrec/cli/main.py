@@ -182,7 +182,7 @@ def app_of(functions: Mapping[str, Callable[[Any], None]], **settings: Any) -> t
     """Return functions of options records as the commands of a program; a single function is the program itself.
 
     Args:
-        functions: By the name of the command; see `llmrec.cli.options.takes`.
+        functions: The functions by command name; see `llmrec.cli.options.takes`.
         settings: See `typer.Typer`.
     """
     made = typer.Typer(

@@ -51,7 +51,8 @@ def takes(function: Callable[[Any], None]) -> Callable[..., None]:
     """Return a function of a record as a callback whose parameters are the fields of the record, required ones first.
 
     Args:
-        function: It has one parameter, annotated with a dataclass whose fields are `Annotated` with an `About` each.
+        function: A function with one parameter, annotated with a dataclass whose fields are `Annotated` with an `About`
+            each.
     """
     record = next(iter(get_type_hints(function).values()))
     hints = get_type_hints(record, include_extras=True)

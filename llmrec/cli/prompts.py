@@ -30,7 +30,7 @@ from llmrec.types import Example
 
 WIDTH = 80
 SHOWN = 3
-"""Prompts that are shown of a task."""
+"""Number of prompts shown per task."""
 _READER = Environment(autoescape=True)  # only parses; the template was validated when it was loaded
 
 
@@ -97,11 +97,11 @@ def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Reci
 
     Args:
         recipe: The recipe.
-        names: Names of templates, or paths of their files in the working folder or ``beside`` the recipe's page.
-        beside: The folder of that page.
+        names: Names of templates, or paths of their files in the working folder or in ``beside``.
+        beside: The folder of the recipe.
 
     Raises:
-        RecipeError: If there is no such file.
+        RecipeError: If a file is missing.
     """
     known, result = [Path(entry).resolve() for entry in recipe.prompts], list[str]()
     for name in names:
@@ -328,10 +328,10 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
     """Yield the differences of two templates of a family, in lines of at most `WIDTH` columns.
 
     Args:
-        study: Names the templates, and has the data for the prompts.
-        encoder: Renders them.
+        study: The study with the templates, and the data for the prompts.
+        encoder: Renders the prompts.
         first: A template's name.
-        second: Another one's, or the folder of a run that trained with an earlier version of the first.
+        second: Another template's name, or the folder of a run that trained with an earlier version of the first.
 
     Raises:
         RecipeError: If a name is unknown, the two are of different families, or the folder records no such template.

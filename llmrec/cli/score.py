@@ -85,23 +85,24 @@ def score(
     """Measure ranked lists of any system, with a 95 % interval for every metric.
 
     Args:
-        ranked: A path or a frame: llmrec's own lists, a row a ranked item, or a TREC run; see docs/score.md.
-        truth: A path or a frame: what is relevant, one row per item, or TREC qrels.
-        against: Other lists over the same truth, whose figures are taken from those of ``ranked``, paired by user.
-        k: Ranks at which metrics are cut.
-        graded: NDCG takes the truth's relevance for its gain; else every relevant item has a gain of 1.
-        planned: The metric that two lists were to be compared on; it is tested, and the others are described.
-        resamples: Of the bootstrap over users.
-        seed: Of the resamples.
-        user: Column of the user, in every file that has it; by default what is called like one, as ``userId``.
-        item: Column of the item, in the same way.
+        ranked: A path or a frame: lists of llmrec, a table with one row per ranked item, or a TREC run; see
+            docs/score.md.
+        truth: A path or a frame: the relevant items, one row per item, or TREC qrels.
+        against: Other lists for the same truth, whose figures are subtracted from those of ``ranked``, paired by user.
+        k: Cutoffs of the metrics.
+        graded: Whether NDCG uses the relevance in the truth as gain; otherwise every relevant item has a gain of 1.
+        planned: The metric of the planned comparison of two lists; it is tested, the others are only described.
+        resamples: Number of bootstrap resamples over users.
+        seed: Seed of the resamples.
+        user: Column of the user, in every file that has it; by default one with a typical name, such as ``userId``.
+        item: Column of the item, likewise.
 
     Returns:
-        Figures in [0, 1], by metric, with what was counted.
+        Figures in [0, 1] by metric, with counts of users and items.
 
     Raises:
         DataError: If a file or frame cannot be read; it names the file and the row.
-        RecipeError: If a cut-off is less than 1, or the planned metric is none of those that are taken.
+        RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
     """
     if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
         raise RecipeError("k: give ranks of at least 1, such as 5,10", kind="bad-value", column="--k")

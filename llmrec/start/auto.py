@@ -45,7 +45,7 @@ from llmrec.tasks.family import missing_controls
 
 
 MODEL = "with-model"
-"""Folder, inside that of the run, of the run with a tuned language model."""
+"""Subfolder of the run folder with the run of a tuned language model."""
 
 # Validation users, and test users, that the language model is evaluated on.
 _USERS = 200
@@ -141,7 +141,7 @@ def judged(results: Results) -> Judged:
     return Judged(False, f"The tuned language model is not kept: it brings {figure} on validation users.")
 
 
-# --------------------------------------------------------------------------- the parts of the ensemble
+# --------------------------------------------------------------------------- the members of the ensemble
 
 
 # Share of items that must have a title for texts to be used.
@@ -341,7 +341,7 @@ def build(
         options: The options of the command.
         say: Listener that gets a line for every step.
         data: Interactions as a frame, in place of the table.
-        items: One row an item, as a frame, in place of the table of items.
+        items: Items as a frame, one row per item, in place of the table of items.
 
     Raises:
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.

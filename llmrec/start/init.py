@@ -90,8 +90,8 @@ def init(
         in_memory: Whether the table is a frame in Python, which gets no fixed copy.
 
     Raises:
-        DataError: If the table cannot be read or judged, or could only be read after it is fixed.
-        RecipeError: If the name or the place of the recipe cannot be used.
+        DataError: If the table cannot be read, its roles cannot be guessed, or it has faults to fix.
+        RecipeError: If the name or the path of the recipe cannot be used.
     """
     asked = asked or Asked()
     name = name_of(name, table)
@@ -375,7 +375,7 @@ def _write_schema(file: Path) -> None:
         write_text(file, text)
 
 
-# --------------------------------------------------------------------------- what is printed
+# --------------------------------------------------------------------------- output
 
 
 def _columns(read: Peek, roles: Roles, items: Table | None) -> list[str]:

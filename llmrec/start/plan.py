@@ -1,4 +1,4 @@
-"""What `llmrec init` decides: statistics of a table, the tasks that it supports, and sizes that fit ten minutes."""
+"""Decisions of `llmrec init`: statistics of a table, the tasks that it supports, and sizes that fit ten minutes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Facts:
         items: Number of items.
         repeats: Rows whose user and item are in another row too.
         history: Distinct items of a user: minimum, median, maximum.
-        able: Users with at least 3 distinct items, of which leave-one-out can hold out two. Where whole baskets are
-            held out, users with at least 3 of them; where a column says what is held out, users with test rows and
-            training rows.
+        able: Users with at least 3 distinct items, of which leave-one-out can hold out two. If whole baskets are
+            held out, users with at least 3 baskets; if a column gives the split, users with test rows and training
+            rows.
         teachable: Users with two or more items left for training, which show an order.
         asked: Mean number of held-out items of an able user; more than one if whole baskets are held out.
         tied: Share of users with several items at their last time; 0 without times.
@@ -136,7 +136,7 @@ class Events:
         parts: Split of each interaction: train, valid or test; None if the data has no split.
         rating: Name of the ratings.
         text: Name of the texts.
-        time: What the times are called; None without times.
+        time: Name of the times; None without times.
     """
 
     pairs: pl.DataFrame

@@ -177,7 +177,7 @@ def _mostly_dates(dates: Dates) -> bool:
 
 _TIE_ROWS, _TIE_LEAST, _ALWAYS = 300_000, 12, 0.95
 UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
-"""Seconds, milliseconds, microseconds and nanoseconds since 1970, of the years 1973 to 2096."""
+"""Ranges of seconds, milliseconds, microseconds and nanoseconds since 1970, for the years 1973 to 2096."""
 
 
 def shown(name: str, limit: int = 40) -> str:
@@ -336,7 +336,7 @@ def goes_with(one: pl.Series, other: pl.Series) -> float | None:
     return _float(counts["len"].sum()) / frame.height
 
 
-# --------------------------------------------------------------------------- what values look like
+# --------------------------------------------------------------------------- tests of values
 
 
 def no_id(col: Profile, *, named: bool = False) -> str:
