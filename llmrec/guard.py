@@ -183,7 +183,7 @@ def neutralise(text: str, control: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Own:
+class _Tokens:
     """The tokens of a tokenizer: those of ASCII characters, others, and whether all contain a bracket.
 
     Each has a pattern for whole tokens, and one for the beginning of a token at the end of a text.
@@ -197,11 +197,11 @@ class _Own:
 
 
 @lru_cache(maxsize=64)
-def _own(control: tuple[str, ...]) -> _Own:
+def _own(control: tuple[str, ...]) -> _Tokens:
     folded = {_folded(token).strip() for token in control}
     words = {word for word in folded if len(word) > 1 and not word.isalpha()}
     plain = {word for word in words if word.isascii()}
-    return _Own(
+    return _Tokens(
         plain=_any_of(plain),
         plain_end=_beginning_of(plain),
         other=_any_of(words - plain),
@@ -249,7 +249,7 @@ def _branches(node: _Letters) -> str:
 _WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
 
 
-def _breaks(text: str, own: _Own) -> list[int]:
+def _breaks(text: str, own: _Tokens) -> list[int]:
     """Return the sorted positions of spaces that break the tokens of a text."""
     places = set()
     for pattern, end, view in (

@@ -45,7 +45,7 @@ def alone(command: str) -> None:
         )
 
 
-def begins_to_tell() -> bool:
+def is_first_to_fail() -> bool:
     """Return whether this process is the first of its command to fail: it reports why, the others end silently.
 
     The launcher stores the note, so that it outlives the process. If the launcher is gone, every process reports.

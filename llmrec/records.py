@@ -265,7 +265,7 @@ class Product(Record):
     fields: dict[str, str] = Field(default_factory=dict)
 
 
-class Told(Record):
+class PromptContents(Record):
     """Information that a prompt can contain in addition to user and item, and the templates with it."""
 
     name: str
@@ -288,7 +288,7 @@ class Sample(Record):
     request_id: str
     user: User
     item: Product
-    told: tuple[Told, ...] = ()
+    told: tuple[PromptContents, ...] = ()
     truth: str
     answers: dict[str, Written]
 

@@ -174,7 +174,7 @@ def apart() -> Iterator[None]:
             yield
         except BaseException:
             _flush()
-            _last.extend(_told(_now))
+            _last.extend(_printed_lines(_now))
             raise
         finally:
             _flush()
@@ -185,7 +185,7 @@ def apart() -> Iterator[None]:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def child_output() -> Iterator[None]:
     """Send stderr of child processes started in the block to `err`, and their stdout to the log.
 
     It is for llmrec's own commands, which separate library output themselves.
@@ -241,7 +241,7 @@ def _lines(apart: _Apart) -> list[str]:
     return [line for line in lines if line]
 
 
-def _told(apart: _Apart) -> list[str]:
+def _printed_lines(apart: _Apart) -> list[str]:
     result = _lines(apart)
     if not result:
         return []

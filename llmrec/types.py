@@ -292,7 +292,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class SearchResult:
     """The top texts of a catalogue as answers to one prompt.
 
     Attributes:
@@ -368,7 +368,7 @@ class Backend(Protocol):
         width: int,
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Return the ``k`` texts of a catalogue that are the most likely answers to each prompt.
 
         Texts are closed, as in `score`, and distinct. The search keeps ``width`` prefixes of each request, or with

@@ -31,7 +31,7 @@ from eval.benchmarks.chat_items import RECIPE, informed
 from eval.benchmarks.redial_slots import lines
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import open_classics
-from llmrec.chat.audience import guests, talks
+from llmrec.chat.audience import data_users, talks
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RuleManager
@@ -78,7 +78,7 @@ def simulated(folder: Path, users: int) -> list[list[str]]:
     assert models.data is not None
     titles = [each for title in facts.titles.values() for each in (title, title_of(title)) if len(each) > 3]
     found = []
-    for _, held in talks(conversation, guests(models.data, facts, users, 0), 0, turns=5):
+    for _, held in talks(conversation, data_users(models.data, facts, users, 0), 0, turns=5):
         said = " ".join(held.lines)
         named = [title for title in titles if title in said]
         found.append([masked(line, named) for line in held.lines])

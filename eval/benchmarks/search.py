@@ -42,7 +42,7 @@ from llmrec.backends.hf.tree import MaskedTree
 from llmrec.decode.beam import beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.models.load import cpu_has_bf16, quiet_libraries
-from llmrec.types import Found
+from llmrec.types import SearchResult
 
 ROUNDS, USERS, PROMPT, WIDTH, CANDIDATES = 3, 8, 200, 20, 100
 HISTORIES, EVENT, FEW, WARM_ROUNDS = (220, 440, 880), 4, 10, 9
@@ -129,7 +129,7 @@ def measure_limit(model: Any) -> dict[str, Any]:
 
 
 def agreement(
-    codes: Sequence[peers.Path], ours: Sequence[Found], theirs: Sequence[dict[peers.Path, float]]
+    codes: Sequence[peers.Path], ours: Sequence[SearchResult], theirs: Sequence[dict[peers.Path, float]]
 ) -> dict[str, float]:
     """How many items both lists hold, and how far their scores are apart."""
     shared, apart = [], 0.0
@@ -214,7 +214,7 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
     }
 
 
-def warm_and_cold(model: Any, length: int) -> list[tuple[Found, float]]:
+def warm_and_cold(model: Any, length: int) -> list[tuple[SearchResult, float]]:
     """Search behind a prompt with and without having read its beginning; each list with its seconds."""
     tree, kept = Catalogue.of(made_codes()), MaskedTree(model, 0, warm=True)
     (grown,) = prompts(1, length + EVENT, seed=length)

@@ -26,7 +26,7 @@ from llmrec.data.hashing import digest_strings
 from llmrec.data.read.codes import codes
 from llmrec.data.read.limits import shown
 from llmrec.data.read.typed import per_second
-from llmrec.data.requests import RankRequest, identity, read_request, told_event
+from llmrec.data.requests import RankRequest, history_entry, identity, read_request
 from llmrec.data.sets.table import load
 from llmrec.data.split import time_order
 from llmrec.ensembles.carried import NUMBERED, carried
@@ -382,7 +382,7 @@ def with_history(
     if user is not None and record.get("history") is None:
         past = events(user)
         stored = bool(past)
-        looked_up["history"] = [told_event(event) for event in past if event.item_id in items]
+        looked_up["history"] = [history_entry(event) for event in past if event.item_id in items]
     if user is not None and not record.get("profile") and profile is not None and (shown := profile(user)):
         stored = True
         looked_up["profile"] = shown

@@ -48,7 +48,7 @@ from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.limits import shortened
-from llmrec.data.requests import LEFT_ASIDE, Past, RankRequest, identity, unknown_id
+from llmrec.data.requests import LEFT_ASIDE, PastEvent, RankRequest, identity, unknown_id
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
@@ -414,7 +414,7 @@ class LanguageModel:
             # A model that was tuned on item codes knows no other items.
             made = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
             items = tuple(islice((self.items or {}).values(), 2)) or made
-            self.answer([RankRequest(id="1", candidates=items, history=(Past(item=items[0]),))], Question(depth=1))
+            self.answer([RankRequest(id="1", candidates=items, history=(PastEvent(item=items[0]),))], Question(depth=1))
 
     @contextmanager
     def backend(self, strategy: str) -> Iterator[CachedBackend]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar,
 from llmrec.durable import replacing, sha256_of
 from llmrec.errors import BackendError, EngineFailure
 from llmrec.progress import count_answers
-from llmrec.types import Backend, Capability, Completion, Cost, Found, HeadBackend, Prompt, Read, Scores
+from llmrec.types import Backend, Capability, Completion, Cost, HeadBackend, Prompt, Read, Scores, SearchResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -332,7 +332,7 @@ class OneByOne(Protocol):
 
 
 @runtime_checkable
-class Heard(Protocol):
+class Streaming(Protocol):
     """An engine that streams text while generating it."""
 
     listener: Callable[[str], None] | None
@@ -443,7 +443,7 @@ class CachedBackend:
         width: int,
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Search a catalogue; see `Backend.search`."""
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
@@ -460,7 +460,7 @@ class CachedBackend:
             with asked.replaced_on_failure():
                 asked.keep(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))
         return [
-            Found(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
+            SearchResult(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
             for answer in asked.answers
         ]
 
@@ -497,7 +497,7 @@ class CachedBackend:
     def heard(self, listener: Callable[[str], None]) -> Iterator[None]:
         """Stream the text of a single prompt as it is generated, if the engine supports it."""
         engine = self.start()
-        if not isinstance(engine, Heard):
+        if not isinstance(engine, Streaming):
             yield
             return
         engine.listener = listener

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.types import Capability, Completion, Found, Prompt, Scores
+from llmrec.types import Capability, Completion, Prompt, Scores, SearchResult
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,7 +71,7 @@ class FakeBackend:
         width: int,
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Return the texts with the best seeded scores."""
         results = []
         for n, prompt in enumerate(prompts):
@@ -83,7 +83,9 @@ class FakeBackend:
             short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items may be given"
             result = tuple(scores[place] for place in best)
             results.append(
-                Found(items=tuple(best), scores=result, certified=True, width=max(k, width), short=short, engine="fake")
+                SearchResult(
+                    items=tuple(best), scores=result, certified=True, width=max(k, width), short=short, engine="fake"
+                )
             )
         return results
 

@@ -10,7 +10,7 @@ from llmrec.decode.beam import TreeEngine, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import BackendError
 from llmrec.progress import count_answers
-from llmrec.types import Found, Prompt
+from llmrec.types import Prompt, SearchResult
 
 
 def search(
@@ -25,7 +25,7 @@ def search(
     exact: bool,
     engine: str,
     batch_tokens: int,
-) -> list[Found]:
+) -> list[SearchResult]:
     """Answer `Backend.search` with a tree engine.
 
     Args:
@@ -54,7 +54,7 @@ def search(
                 kind="too-large",
                 column="model.max_length",
             )
-    reader, value = make(), [Found(items=(), scores=(), certified=False, width=0)] * len(prompts)
+    reader, value = make(), [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
         for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import console, say, tell, written
+from llmrec.cli.console import console, say, store_facts, written
 from llmrec.recipe.shared import RESAMPLES
 
 
@@ -33,7 +33,7 @@ def compare(options: CompareOptions) -> None:
     from llmrec.bench.runs import NOTE, compare_runs, tables, write
 
     result = compare_runs(options.a, options.b, resamples=options.resamples, seed=options.seed)
-    tell(**result.as_json())
+    store_facts(**result.as_json())
     say(f"A: {result.a}\nB: {result.b}\n{NOTE}\n")
     for table in tables(result):
         console().print(table)

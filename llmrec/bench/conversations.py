@@ -20,7 +20,7 @@ from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import Models, open_classics
 from llmrec.bench.engine import Made, MadeRow, Sample, kept
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, Dialogues, RowFigures
-from llmrec.chat.audience import Guest, guests, talks
+from llmrec.chat.audience import DataUser, data_users, talks
 from llmrec.chat.calls import Call, read_call, written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
@@ -90,11 +90,13 @@ class Setting:
         return Setting(page, models.data, tools, Reader(facts))
 
     @cached_property
-    def guests(self) -> Mapping[int, Sequence[Guest]]:
+    def data_users(self) -> Mapping[int, Sequence[DataUser]]:
         """The simulated users of each seed; a row takes the first of them."""
         page = self.page
         most = max(row.users or page.users for row in page.rows)
-        draw = partial(guests, self.data, self.tools.facts, most, split=page.split, past=page.past, liked=page.liked)
+        draw = partial(
+            data_users, self.data, self.tools.facts, most, split=page.split, past=page.past, liked=page.liked
+        )
         return {seed: draw(seed) for seed in page.seeds}
 
     def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[Talk]:
@@ -104,7 +106,7 @@ class Setting:
         with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
             tools = replace(self.tools, judge=judge)
             for seed in page.seeds:
-                every = self.guests[seed][: row.users or page.users]
+                every = self.data_users[seed][: row.users or page.users]
                 conversation = Conversation(tools, made(seed), reader)
                 for guest, held in talks(conversation, every, seed, page.turns, row.knows):
                     yield _talk(facts, seed, guest.user, guest.target, held)

@@ -13,7 +13,7 @@ from llmrec.bench.conversations import conversation_rows
 from llmrec.bench.engine import Made, Page, Ran, name_of, write
 from llmrec.bench.recipes import points, recipe_of, recipe_rows
 from llmrec.bench.suite import check_rows, suite_rows
-from llmrec.cli.console import say, tell, written
+from llmrec.cli.console import say, store_facts, written
 from llmrec.pipeline.results import of_another
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.load import load_benchmark, load_chat, load_recipe, load_suite, recipe_hash
@@ -74,7 +74,7 @@ def run_page(
     page = load[kind](path, overrides)
     folder = out or Path("runs") / ("benchmarks" if kind == "benchmark" else "suites") / name_of(page)
     ran = run_benchmark(page, out=folder, results=results, say=say)
-    tell(benchmark=ran.results.benchmark, rows=ran.results.rows)
+    store_facts(benchmark=ran.results.benchmark, rows=ran.results.rows)
     written(ran.files)
 
 
@@ -90,18 +90,18 @@ def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides
         for row in suite.rows:
             if row.recipe:
                 load_recipe(row.recipe, row.overrides)
-        tell(name=suite.suite, rows=[row.label for row in suite.rows], pairs=suite.pairs)
+        store_facts(name=suite.suite, rows=[row.label for row in suite.rows], pairs=suite.pairs)
         say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
     elif kind == "benchmark":
         bench = load_benchmark(page, overrides)
         todo = list(points(bench))
         for point in todo:
             recipe_of(bench, point, Path("runs"))
-        tell(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
+        store_facts(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
         say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
     else:
         talks = load_chat(page, overrides)
         load_recipe(talks.recipe, talks.overrides)
         check_retriever(talks.recommender, "recommender")
-        tell(name=talks.chat, rows=[row.label for row in talks.rows], pairs=talks.pairs)
+        store_facts(name=talks.chat, rows=[row.label for row in talks.rows], pairs=talks.pairs)
         say(f"conversations {talks.chat} are valid: {len(talks.rows)} rows, {len(talks.pairs)} planned comparisons")

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.simulator import Held, SimulatedUser, hold, told_of
+from llmrec.chat.simulator import Held, SimulatedUser, hold, knowledge_of
 from llmrec.chat.state import ITEM, MOST_SHOWN, State, Wish
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, scale_of, threshold
@@ -25,7 +25,7 @@ _EARLIER = MOST_SHOWN - 100
 
 
 @dataclass(frozen=True)
-class Guest:
+class DataUser:
     """A user of the data with a target item.
 
     Attributes:
@@ -41,7 +41,7 @@ class Guest:
     liked: tuple[str, ...]
 
 
-def guests(
+def data_users(
     data: SplitDataset,
     facts: Facts,
     users: int,
@@ -50,7 +50,7 @@ def guests(
     split: Literal["valid", "test"] = "test",
     past: int = 40,
     liked: float | None = None,
-) -> list[Guest]:
+) -> list[DataUser]:
     """Return users drawn by a hash, so that a smaller sample is a prefix of a larger one.
 
     Args:
@@ -87,20 +87,20 @@ def guests(
             column="split",
         )
     order = np.argsort(hash64("chat", seed, names), kind="stable")[:users]
-    return [_guest(user, wanted[user], known.get(user, []), past) for user in (names[place] for place in order)]
+    return [_data_user(user, wanted[user], known.get(user, []), past) for user in (names[place] for place in order)]
 
 
-def _guest(user: str, target: str, known: Sequence[tuple[str, bool]], past: int) -> Guest:
+def _data_user(user: str, target: str, known: Sequence[tuple[str, bool]], past: int) -> DataUser:
     at = max(0, len(known) - past)
     wishes = [Wish(field=ITEM, op="is" if likes else "seen", value=item, hard=False) for item, likes in known[at:]]
     earlier = tuple(item for item, _ in known[:at])[-_EARLIER:]
     liked = tuple(item for item, likes in known[at:] if likes)
-    return Guest(user, target, State(profile=tuple(wishes), past=earlier), liked)
+    return DataUser(user, target, State(profile=tuple(wishes), past=earlier), liked)
 
 
 def talks(
-    conversation: Conversation, every: Sequence[Guest], seed: int, turns: int, knows: Sequence[str] = ()
-) -> Iterator[tuple[Guest, Held]]:
+    conversation: Conversation, every: Sequence[DataUser], seed: int, turns: int, knows: Sequence[str] = ()
+) -> Iterator[tuple[DataUser, Held]]:
     """Yield each user with a simulated conversation.
 
     Args:
@@ -113,7 +113,7 @@ def talks(
     facts = conversation.tools.facts
     for number, guest in enumerate(every):
         own = seed * 1000 + number
-        wanted = told_of(facts, guest.target, guest.liked, own)
+        wanted = knowledge_of(facts, guest.target, guest.liked, own)
         if knows:
             attributes = {field: values for field, values in wanted.attributes.items() if field in knows}
             unwanted = tuple(item for item in wanted.unwanted if item[0] in knows)

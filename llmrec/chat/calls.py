@@ -147,7 +147,7 @@ def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending
     Args:
         state: The state, with the last user message.
         facts: The facts of the catalogue.
-        intents: The intents of that message, without the words of titles (`llmrec.chat.reading.Heard`).
+        intents: The intents of that message, without the words of titles (`llmrec.chat.reading.ParsedMessage`).
         ending: Return endings only, as after the last tool of a turn.
     """
     results: list[Call] = list(_endings(state, facts, intents))

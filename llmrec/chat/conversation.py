@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from llmrec.chat.calls import Call, Say, ShowProfile, ends
 from llmrec.chat.managers import Manager, Moment
-from llmrec.chat.reading import Heard, Reader
+from llmrec.chat.reading import ParsedMessage, Reader
 from llmrec.chat.state import ITEM, MOST_TURNS, State, fresh, learned, revoked
 from llmrec.chat.tools import Outcome, Tools
 from llmrec.guard import TEXT_LIMIT, clean
@@ -54,7 +54,7 @@ class Reply:
     items: tuple[str, ...]
     calls: tuple[Call, ...]
     state: State
-    heard: Heard = field(default_factory=Heard)
+    heard: ParsedMessage = field(default_factory=ParsedMessage)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
 
@@ -87,7 +87,7 @@ class Conversation:
         begun = time.perf_counter()
         message = clean(text, TEXT_LIMIT)
         state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", message)
-        heard = Heard() if self.reader is None else self.reader.read(message, state)
+        heard = ParsedMessage() if self.reader is None else self.reader.read(message, state)
         state, note = self._heard(state, heard)
         start = state
         made: list[tuple[Call, str]] = []
@@ -117,7 +117,7 @@ class Conversation:
             asked=tuple(name for name in state.asked if name in facts.values),
         )
 
-    def _heard(self, state: State, heard: Heard) -> tuple[State, list[str]]:
+    def _heard(self, state: State, heard: ParsedMessage) -> tuple[State, list[str]]:
         """Return the state updated with a parsed message, and lines about requests that a ban contradicts."""
         profile = state.profile
         for name, value in heard.revoked:

@@ -116,7 +116,7 @@ class DualEncoder:
             ) from error
 
 
-def heard(turns: Sequence[Turn]) -> list[str]:
+def contexts_of(turns: Sequence[Turn]) -> list[str]:
     """Return the context of each reply of a conversation: the last messages of both sides before it."""
     text: list[str] = []
     results = []
@@ -141,7 +141,7 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
     )
     text, targets, dialogues = [], [], []
     for number, (start, end) in enumerate(pairwise([*begun, len(turns)])):
-        lines = heard(turns[start + 1 : end])
+        lines = contexts_of(turns[start + 1 : end])
         text += lines
         targets += [place[turns[start].items[0]]] * len(lines)
         dialogues += [number] * len(lines)

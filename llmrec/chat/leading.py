@@ -12,7 +12,7 @@ from llmrec.chat.options import ChatOptions
 from llmrec.chat.simulator import OTHER, USUAL, Wordings, dialogues, transcript
 from llmrec.chat.transcripts import Turn
 from llmrec.chat.tuning import Agreement, Taught, UsualManager, agreement, known, parted, taught
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.models.load import resolve
 from llmrec.pipeline.study import folder_of
 from llmrec.recipe.schema import Recipe
@@ -63,7 +63,7 @@ def tuned(
     for name, item in result.items():
         for part, one in item.items():
             say(f"{name}, {part}: {one.call:.3f} of {one.moments} calls, {one.tool:.3f} of the tools")
-    tell(
+    store_facts(
         rows=len(trained),
         conversations=len(names),
         left_out=left_out,

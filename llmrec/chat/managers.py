@@ -24,7 +24,7 @@ from llmrec.chat.calls import (
     written,
 )
 from llmrec.chat.facts import Facts
-from llmrec.chat.reading import Heard
+from llmrec.chat.reading import ParsedMessage
 from llmrec.chat.state import LONGEST, State
 from llmrec.chat.tools import Tools
 from llmrec.guard import cut
@@ -54,7 +54,7 @@ class Moment:
 
     state: State
     begun: State
-    heard: Heard
+    heard: ParsedMessage
     made: tuple[tuple[Call, str], ...]
     tools: Tools
 
@@ -194,10 +194,10 @@ class ModelManager:
 
     def prompt(self, moment: Moment) -> Prompt:
         """Return the prompt."""
-        return told_to_model(moment, self.template)
+        return model_input(moment, self.template)
 
 
-def told_to_model(moment: Moment, template: Template) -> Prompt:
+def model_input(moment: Moment, template: Template) -> Prompt:
     """Return the prompt of a choice; texts of users and of the catalogue are data in it."""
     titles = moment.tools.titles
     values: Mapping[str, object] = {

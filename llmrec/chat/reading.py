@@ -28,7 +28,7 @@ _BARE = 6
 
 
 @dataclass(frozen=True)
-class Heard:
+class ParsedMessage:
     """A parsed user message.
 
     Attributes:
@@ -83,7 +83,7 @@ class Reader:
         self._longest = max((len(form.split()) for form in self._phrases), default=1)
         self._years = facts.years
 
-    def read(self, text: str, state: State) -> Heard:
+    def read(self, text: str, state: State) -> ParsedMessage:
         """Parse a user message.
 
         Args:
@@ -112,7 +112,7 @@ class Reader:
         places = _places(plain, len(state.shown))
         if not titles and "explain" not in intents:
             wishes += _about_list(plain, state, places, intents)
-        return Heard(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
+        return ParsedMessage(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
 
     def canonical(self, phrase: str) -> str:
         """Return the field value that a phrase denotes, or the phrase itself."""

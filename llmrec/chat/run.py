@@ -24,7 +24,7 @@ from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.chat.tuning import refuse
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.text_encoder import text_embedder
@@ -68,7 +68,7 @@ def chat(options: ChatOptions) -> int:
         if options.save is not None and turns:
             transcripts.write(options.save, turns)
         models.close()
-    tell(turns=[turn.model_dump() for turn in turns])
+    store_facts(turns=[turn.model_dump() for turn in turns])
     return 0
 
 
@@ -143,7 +143,7 @@ def _simulated(conversation: Conversation, turns: list[transcripts.Turn], option
     """Print the results of simulated conversations, and train on them if requested."""
     facts = conversation.tools.facts
     begun = sum(turn.user is None for turn in turns)
-    tell(conversations=begun, turns=len(turns) - begun)
+    store_facts(conversations=begun, turns=len(turns) - begun)
     say(f"{begun} conversations, {len(turns) - begun} turns")
     if options.learn is not None:
         encoder = options.encoder or ENCODER
@@ -157,7 +157,7 @@ def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
     for line in different:
         _say(line)
     text = sum(turn.user is not None for turn in past)
-    tell(turns=text, different=different)
+    store_facts(turns=text, different=different)
     say(f"{text} turns, {len(different)} of them different")
     return int(bool(different))
 

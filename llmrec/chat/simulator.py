@@ -266,7 +266,7 @@ def dialogues(
         )
     for _ in range(count):
         target, own = drawn.choice(names), drawn.randrange(2**32)
-        user = SimulatedUser(told_of(facts, target, (), own), facts.numeric, own, asides, words)
+        user = SimulatedUser(knowledge_of(facts, target, (), own), facts.numeric, own, asides, words)
         yield target, hold(conversation, user, target, turns)
 
 
@@ -275,7 +275,7 @@ def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
-def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
+def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
     """Return the knowledge of a user with a target: its attributes, and liked items with dissimilar titles.
 
     Values similar to the title are excluded, and so are numbers other than years: users say decades.

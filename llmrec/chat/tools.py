@@ -26,7 +26,7 @@ from llmrec.chat.calls import (
 from llmrec.chat.facts import Facts
 from llmrec.chat.fit import FitJudge, reason
 from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, Wish, eased, learned, revoked
-from llmrec.data.requests import Past, RankRequest
+from llmrec.data.requests import PastEvent, RankRequest
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Cost
@@ -86,7 +86,7 @@ class ModelLists:
         request = RankRequest(
             id="chat",
             candidates=tuple(items[name] for name in candidates if name in items),
-            history=tuple(Past(item=items[name]) for name in history if name in items),
+            history=tuple(PastEvent(item=items[name]) for name in history if name in items),
         )
         steps = listing(request, Wanted(k, rules=self.rules.joined(rules)), self.catalogue, verb)
         asked = next(steps)

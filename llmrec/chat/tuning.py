@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.chat.calls import Call, ends, written
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.managers import Manager, Moment, choices, told_to_model
+from llmrec.chat.managers import Manager, Moment, choices, model_input
 from llmrec.chat.state import State
 from llmrec.chat.transcripts import Turn
 from llmrec.durable import read_json, replacing, write_checked
@@ -26,7 +26,7 @@ from llmrec.errors import DataError, RecipeError, require
 from llmrec.fingerprint import fingerprint
 from llmrec.models.load import device, load_config, load_tokenizer, quiet_libraries, release_memory, resolve
 from llmrec.models.load import weights_stamp as stamp
-from llmrec.models.memory import TRAINING, told_of_full_memory
+from llmrec.models.memory import TRAINING, reporting_full_memory
 from llmrec.models.traits import is_paired
 from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.training import clear_foreign
@@ -144,7 +144,7 @@ def example(each: Taught, number: int, template: Template) -> Example:
         user_id=f"conversation {each.conversation}",
         task=_FAMILY,
         template=template.id,
-        messages=told_to_model(each.moment, template).messages,
+        messages=model_input(each.moment, template).messages,
         answer=answer,
         ends_turn=True,
     )
@@ -212,8 +212,8 @@ def _made(moment: Moment) -> tuple[str, ...]:
 def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
     """Return the fraction of choices whose prompt is identical to that of a training row."""
     template = load_templates(_FAMILY)["manage"]
-    seen = {_text(told_to_model(item.moment, template)) for item in trained}
-    return sum(_text(told_to_model(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
+    seen = {_text(model_input(item.moment, template)) for item in trained}
+    return sum(_text(model_input(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
 
 
 def _text(prompt: Prompt) -> str:
@@ -290,7 +290,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
         works_in(folder)
         key = fingerprint("chat", weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed)
         clear_foreign(folder, key)
-        with told_of_full_memory("training", TRAINING, "train.batch_tokens"):
+        with reporting_full_memory("training", TRAINING, "train.batch_tokens"):
             done = _trained(page, encoder, base, steps, followed(valid, encoder, limit, paired=False), folder, quiet)
         _merge(page, encoder, base, folder, template)
     return done

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 
 _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
 
@@ -30,7 +30,7 @@ def audit(options: AuditOptions) -> None:
     from llmrec.pipeline import audit as audits
 
     checks = audits.audit(options.folder, memory=options.memory)
-    tell(checks=checks)
+    store_facts(checks=checks)
     for check in checks:
         say(f"{_MARKS[check.verdict]} {check.name}: {check.found}")
         for example in check.examples:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, show, show_shard, tell
+from llmrec.cli.console import say, show, show_shard, store_facts
 from llmrec.cli.options import Ray, RecipeOptions, Shard, refuse_both
 from llmrec.errors import RecipeError
 from llmrec.registry import hook
@@ -83,7 +83,7 @@ def show_texts(done: Augmented) -> None:
     for kind in store.kinds:
         for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):
             say(f"{kind} {name}: {text}")
-    tell(texts=done.texts, cost=done.cost, seconds=done.seconds, store=done.folder)
+    store_facts(texts=done.texts, cost=done.cost, seconds=done.seconds, store=done.folder)
     facts = {PLURALS[kind]: f"{count:,}" for kind, count in done.texts.items()}
     tokens = f"{done.cost.prompt_tokens:,} tokens read, {done.cost.completion_tokens:,} written"
     show("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})

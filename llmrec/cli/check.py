@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import detail, say, tell
+from llmrec.cli.console import detail, say, store_facts
 from llmrec.cli.options import RecipeOptions
 from llmrec.errors import RecipeError
 from llmrec.registry import hook
@@ -34,7 +34,7 @@ def check(options: CheckOptions) -> None:
     from llmrec.recipe.load import kind_of_page
 
     page, kind = options.recipe, kind_of_page(options.recipe)
-    tell(page=page, kind=kind)
+    store_facts(page=page, kind=kind)
     if kind == "recipe":
         _check_recipe(page, options.overrides, dry_run=options.dry_run)
         return
@@ -54,7 +54,9 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
     study = checked_study(loaded)
     asked = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
     cases = {family: len(study.cases(family)) for family in asked}
-    tell(name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]()))
+    store_facts(
+        name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]())
+    )
     for family, templates in asked.items():
         detail(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
     for table in study.tables:

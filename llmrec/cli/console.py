@@ -48,7 +48,7 @@ def finish(done: Any) -> None:
     console().print(verdicts, soft_wrap=True)
     say("")
     budget = {entry["stage"]: entry["seconds"] for entry in done.results["budget"]}
-    tell(
+    store_facts(
         name=result.name,
         budget={**budget, "total": done.results["seconds"]},
         headline=result.headline,
@@ -97,13 +97,13 @@ def console() -> Console:
 
 def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
     """Print rendered prompts, given by title."""
-    tell(prompts=prompts)
+    store_facts(prompts=prompts)
     for texts in prompts.values():
         for text in texts:
             say(text + "\n")
 
 
-def tell(**found: Any) -> None:
+def store_facts(**found: Any) -> None:
     """Store facts: the machine-readable form of the output, for `--json`."""
     facts.update(found)
 
@@ -147,7 +147,7 @@ def show(
         record: The facts to store; None for the rows, under their title.
         file: The output stream; None for the standard output.
     """
-    tell(**({title: rows} if record is None else record))
+    store_facts(**({title: rows} if record is None else record))
     width = max((len(name) for name in rows), default=0)
     for line in (title, *(f"  {name:<{width}}  {form(value)}" for name, value in rows.items())):
         progress.say(line, file or terminal.out())
@@ -155,7 +155,7 @@ def show(
 
 def written(files: Mapping[str, Any]) -> None:
     """Print the files that were written, each with its description."""
-    tell(**files)
+    store_facts(**files)
     say("\n".join(f"{name}: {path}" for name, path in files.items()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmrec.cli.console import show, tell
+from llmrec.cli.console import show, store_facts
 from llmrec.cli.options import RecipeOptions
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def data(options: RecipeOptions) -> None:
 
     study = studies.build_study(load_recipe(options.recipe, options.overrides))
     tables = [statistics(table) for table in study.tables]
-    tell(data=tables)
+    store_facts(data=tables)
     for table, figures in zip(study.tables, tables, strict=True):
         show(table.dataset.name, lines(figures), record={})
     if (sets := study.candidates) is not None:

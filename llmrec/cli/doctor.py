@@ -30,7 +30,7 @@ from packaging.version import InvalidVersion, Version
 from llmrec import __version__, plugins
 from llmrec.answer.options import About
 from llmrec.cli import security
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.cli.security import Finding
 from llmrec.machine import Memory, Node, Processor, memory, node_memory, processor
 from llmrec.models.load import available
@@ -56,7 +56,9 @@ def doctor(options: DoctorOptions) -> None:
     One line each, with the fix; exit code 1 if something is wrong.
     """
     result = list(security.examine() if options.security else examine())
-    tell(findings=[{"name": f.name, "level": f.level, "found": f.found, "fix": f.fix, "note": f.note} for f in result])
+    store_facts(
+        findings=[{"name": f.name, "level": f.level, "found": f.found, "fix": f.fix, "note": f.note} for f in result]
+    )
     for finding in result:
         advice = f". Fix: {finding.fix}" if finding.fix else f". Note: {finding.note}" if finding.note else ""
         say(f"{'✗' if finding.fix else '✓'} {finding.name}: {finding.found}{advice}")
@@ -346,7 +348,7 @@ class Gpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class OutputFolder:
     """A folder that a run writes to, and the free bytes of its disk."""
 
     name: str
@@ -446,7 +448,7 @@ def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
     )
 
 
-def check_places(places: Iterable[Place]) -> Iterator[Finding]:
+def check_places(places: Iterable[OutputFolder]) -> Iterator[Finding]:
     """Check the free disk space of the folders that are written to."""
     for place in places:
         text = f"{place.free / 2**30:.0f} GiB free at {place.path}"
@@ -459,7 +461,7 @@ def check_places(places: Iterable[Place]) -> Iterator[Finding]:
             yield Finding(place.name, text)
 
 
-def read_places() -> tuple[Place, ...]:
+def read_places() -> tuple[OutputFolder, ...]:
     """Return the free space of the run folder and of the cache; a missing folder is on the disk of its parent."""
     result = []
     for name, path, variable in (
@@ -468,7 +470,7 @@ def read_places() -> tuple[Place, ...]:
     ):
         there = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
         result.append(
-            Place(
+            OutputFolder(
                 name=name,
                 path=there,
                 free=shutil.disk_usage(there).free,

@@ -50,7 +50,7 @@ def run_and_exit(program: Callable[..., Any]) -> None:
     Args:
         program: A `typer.Typer`, which takes ``standalone_mode``.
     """
-    with told_of_signals():
+    with reporting_signals():
         if _asks_for_json(sys.argv[1:]):
             with _aside() as out:
                 answer, code = _answer(program)
@@ -60,7 +60,7 @@ def run_and_exit(program: Callable[..., Any]) -> None:
             program()
         except Exception as error:
             wrong = fix_of(error)
-            if not processes.begins_to_tell():
+            if not processes.is_first_to_fail():
                 sys.exit(2 if wrong else 1)
             _last_output(error, wrong.kind if wrong else "defect")
             if wrong is None:
@@ -162,7 +162,7 @@ def _errno_of(text: str) -> int:
 
 
 @contextmanager
-def told_of_signals() -> Iterator[None]:
+def reporting_signals() -> Iterator[None]:
     """Print one line at SIGINT and SIGTERM; the exit codes are 130 and 143.
 
     SIGINT unwinds the stack, so that engines are closed; a second one exits immediately. SIGTERM exits immediately:

@@ -511,7 +511,7 @@ def show_dry_run(study: Study) -> None:
     show_estimate(study, encoder, base)
 
 
-def tell_before(session: Session) -> None:
+def print_estimate(session: Session) -> None:
     """Print the estimate before a run, if it is long or a server has to be paid."""
     recipe = session.study.recipe
     if session.model is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrec.cli.console import say, show, tell
+from llmrec.cli.console import say, show, store_facts
 from llmrec.exports.options import ExportOptions, refuse_untuned
 
 
@@ -16,6 +16,6 @@ def export(options: ExportOptions) -> None:
     from llmrec.exports import export as exports
 
     done = exports.write_export(options, say=say)
-    tell(exported=done)
+    store_facts(exported=done)
     for title, rows in exports.summary(done):
         show(title, rows, record={})

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, short, show, tell
+from llmrec.cli.console import say, short, show, store_facts
 
 Store = Annotated[Path, About(argument=True, metavar="STORE", help="A folder of features; docs/features.md.")]
 Kind = Annotated[Literal["user", "item", "synthetic"], About(help="What the ids name.")]
@@ -74,7 +74,7 @@ def show_store(options: ShowOptions) -> None:
         return
     store = FeatureStore.open(options.store)
     texts, seen = store.texts(options.kind, options.ids), store.seen_by(options.kind)
-    tell(texts={name: {"text": texts.get(name), "seen": len(seen.get(name, ()))} for name in options.ids})
+    store_facts(texts={name: {"text": texts.get(name), "seen": len(seen.get(name, ()))} for name in options.ids})
     for name in options.ids:
         say(f"{name}: {texts.get(name, 'no text')}")
         if name in seen:
@@ -98,7 +98,7 @@ def diff(options: DiffOptions) -> None:
     from llmrec.data.features import PLURALS, FeatureStore
 
     differences = compare(FeatureStore.open(options.old), FeatureStore.open(options.new))
-    tell(differences=differences)
+    store_facts(differences=differences)
     for kind in differences:
         counted = f"{len(kind.added)} added, {len(kind.removed)} removed, {len(kind.changed)} texts changed"
         say(f"{PLURALS[kind.kind]}: {counted}")
@@ -126,7 +126,7 @@ def edit(options: EditOptions) -> None:
 
     name, text, kind = options.name, options.text, options.kind
     made = stores.edit(options.store, kind, name, text)
-    tell(kind=kind, id=name, text=text, made_from_it=made)
+    store_facts(kind=kind, id=name, text=text, made_from_it=made)
     for other in made:
         say(f"written from it, and unchanged: the text of {other} {name}; correct it with edit --kind {other}")
 
@@ -146,7 +146,7 @@ def forget(options: ForgetOptions) -> None:
     from llmrec.augment import stores
 
     gone = stores.forget(options.store, options.user)
-    tell(erased=gone)
+    store_facts(erased=gone)
     say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; versions before are removed")
     if gone.others:
         say(f"written from them too, and to be written anew: {', '.join(gone.others)}")

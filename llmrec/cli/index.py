@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import show, tell
+from llmrec.cli.console import show, store_facts
 from llmrec.cli.options import RecipeOptions
 
 
@@ -29,6 +29,6 @@ def index(options: IndexOptions) -> None:
 
     items = [name for part in options.items.split(",") if (name := part.strip())]
     made = index_report.index(load_recipe(options.recipe, options.overrides), options.out, items=items)
-    tell(index=made.folder, page=made.page, seconds=made.seconds, diagnostics=made.found)
+    store_facts(index=made.folder, page=made.page, seconds=made.seconds, diagnostics=made.found)
     for title, rows in index_report.summary(made).items():
         show(title, rows, record={})

@@ -15,7 +15,7 @@ from jinja2 import Environment, nodes
 
 from llmrec.answer.options import About
 from llmrec.backends.encode import Encoder
-from llmrec.cli.console import say, show_prompts, tell
+from llmrec.cli.console import say, show_prompts, store_facts
 from llmrec.cli.options import RecipeOptions
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import resolve
@@ -75,7 +75,7 @@ def prompts(options: PromptsOptions) -> None:
     chosen = named(study, wanted, options.sets)
     alone = bool(options.template or options.sets)
     if options.diff is None:
-        tell(templates=chosen)
+        store_facts(templates=chosen)
         detailed = options.every or alone
         for line in lines(study, chosen) if detailed else names(study):
             say(line)
@@ -84,7 +84,7 @@ def prompts(options: PromptsOptions) -> None:
     encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
     if options.diff is not None:
         differences = list(compare(study, encoder, *options.diff))
-        tell(differences=differences)
+        store_facts(differences=differences)
         say("\n".join(differences))
     elif alone:
         show_prompts({template.id: [rendered(study, encoder, template)] for template in chosen})

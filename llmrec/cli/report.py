@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, show_tables, tell, written
+from llmrec.cli.console import say, show_tables, store_facts, written
 from llmrec.registry import HOOKS, hook
 
 
@@ -34,7 +34,7 @@ def report(options: ReportOptions) -> None:
     from llmrec.pipeline import run as pipeline
 
     if "rewrite-pages" in HOOKS and (pages := hook("rewrite-pages")(options.folder)):
-        tell(pages=pages)
+        store_facts(pages=pages)
         say("\n".join(f"page: {path}" for path in pages))
         return
     page = pipeline.report(options.folder)

@@ -24,11 +24,11 @@ def run(options: RunOptions) -> None:
     A second run reuses every stage whose inputs did not change; a killed run resumes where it was. A shard trains
     nothing: train first.
     """
-    from llmrec.cli.estimate import tell_before
+    from llmrec.cli.estimate import print_estimate
     from llmrec.pipeline import run as pipeline
     from llmrec.recipe.load import load_recipe
 
     if options.shard is not None or options.ray is not None:
         hook("shards")(options.recipe, options.overrides, options.out, options.shard, options.ray)
         return
-    finish(pipeline.run(load_recipe(options.recipe, options.overrides), options.out, before=tell_before))
+    finish(pipeline.run(load_recipe(options.recipe, options.overrides), options.out, before=print_estimate))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, tell, written
+from llmrec.cli.console import say, store_facts, written
 from llmrec.durable import write_text
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
@@ -46,7 +46,7 @@ def schema(options: SchemaOptions) -> None:
     """
     text = schema_text(options.kind)
     if options.out is None:
-        tell(schema=json.loads(text))
+        store_facts(schema=json.loads(text))
         say(text.rstrip())
         return
     write_text(options.out, text)
@@ -160,7 +160,7 @@ def _plain(model: type[BaseModel]) -> Schema:
         if "description" in owner:
             owner["description"] = " ".join(owner["description"].split())
         for key in owner.get("properties", {}).values():
-            if "description" not in key and (text := _said_of(key, made.get("$defs", {}))):
+            if "description" not in key and (text := _first_sentence(key, made.get("$defs", {}))):
                 key["description"] = text
     return made
 
@@ -172,7 +172,7 @@ def _objects(value: Any) -> Iterator[Schema]:
         yield from _objects(entry)
 
 
-def _said_of(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
+def _first_sentence(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
     """Return the first sentence of the docstring of a key's section."""
     for option in (key, *key.get("anyOf", ())):
         if "$ref" in option:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.data.lists import Entities, read_lists, read_truth
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.scoring import Judging, ScoredLists, Scores, score_lists
@@ -64,7 +64,7 @@ def score_files(options: ScoreOptions) -> None:
         user=options.user,
         item=options.item,
     )
-    tell(**scores.as_json())
+    store_facts(**scores.as_json())
     for line in lines(scores):
         say(line)
 

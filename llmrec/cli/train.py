@@ -70,7 +70,7 @@ def _launch(words: Sequence[str], count: int) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = run.parse_args(["--standalone", "--nproc-per-node", str(count), "-m", "llmrec", *words])
     try:
-        with terminal.heard():
+        with terminal.child_output():
             run.run(arguments)
     except elastic.SignalException as error:
         raise typer.Exit(128 + error.sigval) from None

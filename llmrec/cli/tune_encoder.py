@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.cli.options import RecipeOptions
 
 
@@ -34,5 +34,5 @@ def tune_encoder(options: TuneEncoderOptions) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     facts = tune(recipe, options.out, TransitionsTunedConfig(encoder=options.encoder))
-    tell(folder=options.out, **facts)
+    store_facts(folder=options.out, **facts)
     say(f"encoder: {options.out}, tuned on {facts['interactions']:,} interactions of {facts['data']}")

@@ -122,7 +122,7 @@ def profile_of(user: str, section: TextsSection) -> str:
     return store.texts("user", [user]).get(user, "").strip() if "user" in store.kinds else ""
 
 
-def dealt_anew(names: Sequence[str]) -> dict[str, str]:
+def reshuffled(names: Sequence[str]) -> dict[str, str]:
     """Return a random cyclic permutation of names as a mapping, for the shuffled control: no name maps to itself."""
     drawn = np.random.default_rng(0).permutation(len(names))
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
@@ -167,7 +167,7 @@ def refuse_seen(
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
     """Return the texts on these ids or, if shuffled, those of other ids of the store."""
-    of = dealt_anew(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
+    of = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     asked = [name for name in ids if name in of]
     result = store.texts(kind, {of[name] for name in asked})
     return {name: text for name in asked if (text := result.get(of[name], "").strip())}

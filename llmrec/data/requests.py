@@ -35,7 +35,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
+class PastEvent:
     """A past event: its item with the text of this request, and the text about the event."""
 
     item: Item
@@ -68,7 +68,7 @@ class RankRequest:
 
     id: str
     candidates: tuple[Item, ...]
-    history: tuple[Past, ...] = ()
+    history: tuple[PastEvent, ...] = ()
     user_id: str | None = None
     profile: str = ""
     notes: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ def read_request(
     )
 
 
-def told_event(event: Event) -> dict[str, object]:
+def history_entry(event: Event) -> dict[str, object]:
     """Return an event as an entry of a history."""
     return {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
 
@@ -227,10 +227,12 @@ def _candidates(
     return tuple(items.values())
 
 
-def _history(record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _Remarks) -> tuple[Past, ...]:
+def _history(
+    record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _Remarks
+) -> tuple[PastEvent, ...]:
     if record.get("history") is None:
         return ()
-    events: list[Past] = []
+    events: list[PastEvent] = []
     for index, entry in enumerate(_list("history", record["history"]), start=1):
         where = f"history, entry {index}"
         try:
@@ -241,7 +243,7 @@ def _history(record: Mapping[str, object], catalogue: Mapping[str, Item] | None,
         message = entry if isinstance(entry, Mapping) else {}
         text = message.get("text")
         events.append(
-            Past(
+            PastEvent(
                 item=item,
                 rating=_number(f"{where}: rating", message.get("rating")),
                 timestamp=_moment(f"{where}: timestamp", message.get("timestamp")),

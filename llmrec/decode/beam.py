@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.decode.token_tree import ROOT, Catalogue, Index
-from llmrec.types import Found
+from llmrec.types import SearchResult
 
 WIDEST = 4096
 """Maximum number of prefixes of an exact search: its memory grows with their square."""
@@ -131,7 +131,7 @@ def beam(
     width: int,
     excluded: Sequence[Sequence[int]] = (),
     exact: bool = False,
-) -> list[Found]:
+) -> list[SearchResult]:
     """Search the catalogue after each prompt.
 
     Args:
@@ -174,7 +174,7 @@ def _run(
     barred: Sequence[Index],
     k: int,
     width: int,
-) -> list[Found]:
+) -> list[SearchResult]:
     """Search once, with the same width for all requests."""
     users, size = len(prompts), len(catalogue)
     # One sorted array gives the number of excluded items in any range of any request.
@@ -361,7 +361,7 @@ def _scored(
     return beams, branches, logprobs[len(forced) :]
 
 
-def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> Found:
+def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
     own = np.flatnonzero(beams.users == user)
     own = own[np.lexsort((beams.lows[own], -beams.scores[own]))][:k]
     places = beams.lows[own]
@@ -370,7 +370,7 @@ def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> Found
     # Pruning counts even if fewer than k items are left: then nothing was pruned.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
     items = tuple(int(item) for item in search.catalogue.order[places])
-    return Found(
+    return SearchResult(
         items=items,
         scores=scores,
         certified=certified,

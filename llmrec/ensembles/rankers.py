@@ -229,7 +229,7 @@ class ListEnsemble(Ensemble):
             # One request at a time, so that results do not depend on other requests.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
             rows = [
-                _told(_scores(entry[index], candidates, part.kind), new, weight)[None]
+                _with_least(_scores(entry[index], candidates, part.kind), new, weight)[None]
                 for entry, part, new, weight in zip(text, self.parts, strange, weights.parts, strict=True)
             ]
             had = _had(request, candidates)[None]
@@ -285,7 +285,7 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
     ]
 
 
-def _told(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
+def _with_least(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
     """Return the scores of a member, shape (m,), with the least favourable score for items that it does not know."""
     known = scores[~strange]
     if not strange.any() or not len(known):

@@ -115,7 +115,7 @@ def rank_catalogue(
         part = cases[start : start + step]
         scores = _scores(scorer, part, len(items))
         own = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
-        place = _Place.of(part, index, own)
+        place = _SeenItems.of(part, index, own)
         rows = hash64("list ties", seed, [case.request.id for case in part]) if length else names
         for entry, result in _standings(scores, own, place, seen, length, rows, names).items():
             parts[entry].append(result)
@@ -180,21 +180,21 @@ def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _SeenItems:
     """The seen items of a batch without the targets, one entry per (request, item)."""
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
 
     @staticmethod
-    def of(cases: Sequence[Case], index: Mapping[str, int], own: NDArray[np.int64]) -> _Place:
+    def of(cases: Sequence[Case], index: Mapping[str, int], own: NDArray[np.int64]) -> _SeenItems:
         pairs = [
             (row, column)
             for row, case in enumerate(cases)
             for column in {index.get(event.item_id, -1) for event in case.request.history} - {-1, int(own[row])}
         ]
         table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        return _Place(table[:, 0], table[:, 1])
+        return _SeenItems(table[:, 0], table[:, 1])
 
 
 def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArray[Any]:
@@ -222,7 +222,7 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
 def _standings(
     scores: NDArray[Any],
     own: NDArray[np.int64],
-    place: _Place,
+    place: _SeenItems,
     seen: Sequence[Seen],
     length: int,
     row_hash: NDArray[np.uint64],

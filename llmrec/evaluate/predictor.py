@@ -35,7 +35,7 @@ UNKNOWN = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Measurements:
     """The measurements of answers of one kind.
 
     Attributes:
@@ -54,7 +54,7 @@ class Found:
 
 
 Fallback = Callable[[Request], float] | None
-Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Found]
+Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Measurements]
 
 
 def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
@@ -64,7 +64,9 @@ def measure_of(kind: type[Answer], background: explained.Background | None) -> M
     return kinds.get(kind, _rankings)
 
 
-def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: object) -> Found:
+def _rankings(
+    cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: object
+) -> Measurements:
     standings, sizes = [], []
     for case, answer in zip(cases, answers, strict=True):
         size = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
@@ -76,7 +78,7 @@ def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalPr
     pool = np.array(sizes)
     inputs = {"greater": greater, "tied": tied, "pool": pool}
     taken = measure("ranking", inputs, _users(cases), protocol, cutoffs=protocol.cutoffs)
-    return Found(
+    return Measurements(
         metrics=taken.metrics,
         values=taken.values,
         tie_rate=rank_metrics.tie_rate(tied),
@@ -101,7 +103,7 @@ def _ratings(
     answers: Sequence[Answer],
     protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None,
-) -> Found:
+) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
     predicted = np.empty(len(cases))
     for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
@@ -118,7 +120,7 @@ def _ratings(
     taken = measure("rating", inputs, users, protocol)
     fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
     columns = {"value": predicted.tolist()}
-    return Found(metrics=taken.metrics, values=taken.values, rates=Rates(fallbacks=fallbacks), columns=columns)
+    return Measurements(metrics=taken.metrics, values=taken.values, rates=Rates(fallbacks=fallbacks), columns=columns)
 
 
 def _texts(
@@ -127,7 +129,7 @@ def _texts(
     protocol: EvalProtocol,
     fallback: object,
     background: explained.Background | None = None,
-) -> Found:
+) -> Measurements:
     written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
     truth = [str(case.truth) for case in cases]
     users, items = _users(cases), [case.request.item or "" for case in cases]
@@ -143,13 +145,13 @@ def _texts(
     }
     taken = measure("text", inputs, users, protocol)
     if background is None:
-        return Found(metrics=taken.metrics, values=taken.values)
+        return Measurements(metrics=taken.metrics, values=taken.values)
     copies, own = explained.copies(written, background), explained.copies(truth, background)
     # Short texts recur naturally: the copy rate of the true texts is the reference.
     columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
     if features is None or named is None:
         rates = Rates(truth_copy_rate=float(own.mean()))
-        return Found(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
+        return Measurements(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
     people = explained.named(truth, users, items, features)
     # Reviews of an item are incomplete: true texts too name features that no other review names.
     rates = Rates(
@@ -160,7 +162,7 @@ def _texts(
     )
     columns |= _feature_columns(named, [features.asked.get(pair) for pair in zip(users, items, strict=True)])
     columns |= {f"truth_{name}": people.counts[:, index].astype(int).tolist() for index, name in enumerate(_COUNTED)}
-    return Found(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
+    return Measurements(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
 
 
 _COUNTED = ("features", "unsupported")
@@ -181,7 +183,7 @@ def _probabilities(
     answers: Sequence[Answer],
     protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None,
-) -> Found:
+) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
     text = np.full(len(cases), UNKNOWN)
     for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
@@ -199,7 +201,9 @@ def _probabilities(
     _, own, sizes = np.unique(text, return_inverse=True, return_counts=True)
     rates = Rates(users_left_out=probability.gauc(text, truth, users).left_out, reliability=bins)
     ties = float((sizes[own] > 1).mean())
-    return Found(metrics=taken.metrics, values=values, rates=rates, tie_rate=ties, columns={"value": text.tolist()})
+    return Measurements(
+        metrics=taken.metrics, values=values, rates=rates, tie_rate=ties, columns={"value": text.tolist()}
+    )
 
 
 def background_of(data: SplitDataset) -> explained.Background:

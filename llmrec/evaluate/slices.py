@@ -52,7 +52,7 @@ _LONG = 60
 
 def attributes_of(dataset: Dataset) -> tuple[str, ...]:
     """Return the sorted names of the user attributes of the data."""
-    return tuple(sorted({name for known in dataset.users.values() for name, value in known.items() if _said(value)}))
+    return tuple(sorted({name for known in dataset.users.values() for name, value in known.items() if _label(value)}))
 
 
 def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[str, NDArray[np.bool_]]:
@@ -67,7 +67,7 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
         Membership by slice name, shape (n,) each; the slices partition the cases. The last slice is that of users
         without a value.
     """
-    known = {user: text for user, item in dataset.users.items() if (text := _said(item.get(name, "")))}
+    known = {user: text for user, item in dataset.users.items() if (text := _label(item.get(name, "")))}
     counts = Counter(known.values())
     own = [known.get(user) for user in users]
     start = f"user:{quote(name, safe='', errors='backslashreplace')}"
@@ -115,7 +115,7 @@ def _are_numbers(counts: Counter[str]) -> bool:
     return all(_NUMBER.fullmatch(value) for value in counts)
 
 
-def _said(value: str) -> str:
+def _label(value: str) -> str:
     return clean(value, _LONG)
 
 

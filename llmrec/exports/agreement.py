@@ -22,7 +22,7 @@ from llmrec.evaluate.compare import compare
 from llmrec.evaluate.predictor import evaluate
 from llmrec.exports.card import Agreement, FamilyAgreement
 from llmrec.models.load import device, load_model, release_memory
-from llmrec.models.memory import placed, told_of_full_memory
+from llmrec.models.memory import placed, reporting_full_memory
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import Study, build_study
@@ -165,7 +165,7 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     return rows
 
 
-@told_of_full_memory("measuring the export", _SMALLER, "--check-users")
+@reporting_full_memory("measuring the export", _SMALLER, "--check-users")
 def _figures(
     model: torch.nn.Module, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
 ) -> _Figures:
@@ -193,7 +193,7 @@ def _figures(
     return _Figures(losses, values, headlines, logits)
 
 
-@told_of_full_memory("measuring the export", _SMALLER, "--check-users")
+@reporting_full_memory("measuring the export", _SMALLER, "--check-users")
 def _placed(model: torch.nn.Module, section: ModelSection) -> Any:
     """Move a model to its device; a quantised one is placed by its loader and must not be moved."""
     if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):

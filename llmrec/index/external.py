@@ -55,7 +55,7 @@ class External:
         rows, sha256 = _object(path) if path.suffix.lower() == ".json" else _table(path)
         kind = _kind(rows)
         codes = {row.item: _pieces(row, kind) for row in rows}
-        _told_apart(rows, codes, kind)
+        _check_distinct(rows, codes, kind)
         items = sorted(data.dataset.items)
         missing = [item for item in items if item not in codes]
         if missing:
@@ -323,7 +323,7 @@ def _line(row: _Row, text: str) -> str:
     return line
 
 
-def _told_apart(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -> None:
+def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -> None:
     """Check that no two items share a code, and that no token code is a prefix of another.
 
     Raises:

@@ -35,13 +35,13 @@ class Titles:
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
         """Return the codes; see `Scheme`."""
-        codes, shared = _told_apart(data.dataset.items, frozenset())
+        codes, shared = _disambiguated(data.dataset.items, frozenset())
         return ItemIndex("title", codes, figures={"collisions": shared / max(1, len(codes))})
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
         """Add further items by their titles, made different from the known ones; see `Scheme`."""
-        codes, _ = _told_apart(items, {title_key(title) for (title,) in index.codes.values()})
+        codes, _ = _disambiguated(items, {title_key(title) for (title,) in index.codes.values()})
         return index.adding(codes)
 
 
@@ -61,7 +61,7 @@ def shown(item_id: str, item: Item) -> str:
     return without_item_tokens(clean(item.title) or clean(item_id) or "untitled").strip()
 
 
-def _told_apart(items: Mapping[str, Item], taken: Collection[str]) -> tuple[dict[str, tuple[str, ...]], int]:
+def _disambiguated(items: Mapping[str, Item], taken: Collection[str]) -> tuple[dict[str, tuple[str, ...]], int]:
     """Return unique titles by item, and the number of items that shared theirs."""
     groups: dict[str, list[str]] = defaultdict(list)
     for item in sorted(items):

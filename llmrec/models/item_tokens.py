@@ -103,7 +103,7 @@ def extended(
         rows = _rows(known_rows, means, _levels(names), seed)
         with torch.no_grad():
             table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
-    _tell_words(model, tokenizer)
+    _update_whole_words(model, tokenizer)
     with replacing(target) as draft:
         draft.mkdir()
         # First, since the table stays in float32 whatever the model's dtype.
@@ -133,7 +133,7 @@ def grow(model: torch.nn.Module, size: int) -> None:
             model.set_submodule(name, module)
 
 
-def _tell_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Update a model's whole-word embeddings, if any, for a tokenizer with new tokens."""
     embeddings = words_of(model)
     if embeddings is not None:

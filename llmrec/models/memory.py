@@ -37,7 +37,7 @@ _TOLD = re.compile(
 
 
 @contextmanager
-def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
+def reporting_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
     """Turn torch's out-of-memory error into a one-line error.
 
     Args:

@@ -124,7 +124,7 @@ def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def told_as_tied(model: torch.nn.Module) -> Iterator[None]:
+def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
     """Set, while PEFT reads it, which modules of a model share the table of its input embeddings."""
     (source, _), *others = _groups(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys

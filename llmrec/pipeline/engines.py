@@ -24,7 +24,7 @@ from llmrec.models.load import (
     load_tokenizer,
     release_memory,
 )
-from llmrec.models.memory import LOADING, told_of_full_memory, weights_size
+from llmrec.models.memory import LOADING, reporting_full_memory, weights_size
 from llmrec.models.plain import is_plain_decoder
 from llmrec.models.rating_head import load_head
 from llmrec.models.traits import cache_bytes, is_paired
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 TREES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
-class _Keeper:
+class _OpenEngine:
     """Keeps the engine of a process open between shards of a job."""
 
     def __init__(self) -> None:
@@ -58,13 +58,13 @@ class _Keeper:
         return self._held[1]
 
 
-_keeper: _Keeper | None = None
+_keeper: _OpenEngine | None = None
 
 
 def keep_engine() -> None:
     """Keep the last engine of this process open, so that the next shard can reuse it."""
     global _keeper
-    _keeper = _keeper or _Keeper()
+    _keeper = _keeper or _OpenEngine()
 
 
 class Engines:
@@ -283,7 +283,7 @@ class Engines:
                     f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
                 ) from error
         try:
-            with told_of_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
+            with reporting_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
                 model = load_model(folder, self._model).to(device(self._model))
         except LlmrecError as error:
             if error.kind != "exhausted":

@@ -19,7 +19,7 @@ from llmrec.guard import clean, cut
 from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.study import Study, vectors_of
 from llmrec.prompts.template import Template
-from llmrec.records import ExampleUser, Exhibit, Nearby, Newcomer, Product, Sample, Told, User, Visit, Written
+from llmrec.records import ExampleUser, Exhibit, Nearby, Newcomer, Product, PromptContents, Sample, User, Visit, Written
 from llmrec.registry import lower
 from llmrec.results import Prediction
 from llmrec.tasks.base import PAST, View
@@ -178,11 +178,11 @@ def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[
             profile=shortened(clean(store.texts("user", [user]).get(user, ""), INPUT)),
             described=shortened(clean(store.texts("item", [item]).get(item, ""), INPUT)),
             truth=f"{truth:g}" if isinstance(truth := cases[place].truth, float) else str(truth),
-            answers={row.figures.id: _said(row.records[place], item) for row in alike},
+            answers={row.figures.id: _answer_text(row.records[place], item) for row in alike},
         )
 
 
-def _said(record: Prediction, item: str) -> str:
+def _answer_text(record: Prediction, item: str) -> str:
     """Return an answer as text: a number, or the rank of the item."""
     if answer := ranked(record.parsed):
         return f"place {answer.index(item) + 1}" if item in answer else f"not among the first {len(answer)}"
@@ -231,24 +231,24 @@ def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[S
         )
 
 
-def _told(study: Study, family: str, request: Request, view: View) -> Iterator[Told]:
+def _told(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
     """Yield the inputs of a request: its context, which baselines read too, and further fields of templates."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
-        yield Told(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
+        yield PromptContents(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
     dataset = study.task_data(family).dataset
     profile = _pairs(dataset.users.get(request.user_id, {}))
     if profile and (by := _showing(templates, {"profile"})) and "profile" not in request.context:
-        yield Told(name="profile", text=shortened(profile), by=by)
+        yield PromptContents(name="profile", text=shortened(profile), by=by)
     if request.history and (by := _showing(templates, PAST)):
         titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_TITLES:]]
         text = f"{len(request.history)}, the last of them: {'; '.join(titles)}"
-        yield Told(name="earlier items", text=shortened(text), by=by)
+        yield PromptContents(name="earlier items", text=shortened(text), by=by)
     known = view.pair(request.user_id, str(request.item))
     for variable, name in _STATISTICS.items():
         by = _showing(templates, {variable})
         if by and (statistics := cast(Callable[[], Mapping[str, Any] | None], known[variable])()):
-            yield Told(name=name, text=_counted(statistics), by=by)
+            yield PromptContents(name=name, text=_counted(statistics), by=by)
 
 
 def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> tuple[str, ...]:

@@ -287,10 +287,10 @@ def baselines(study: Study) -> Check:
         # The fit of the run may be reused; another number of threads may round differently, which is no leak.
         first = fitted(made[name].name, made[name].parameters, data, seed=study.recipe.seed)
         answers, others_answers = (
-            [*map(item.answer, asked_of)] for item in (first, _anew(study, made[name], others[number]))
+            [*map(item.answer, asked_of)] for item in (first, _refitted(study, made[name], others[number]))
         )
         if answers != others_answers and first.recalled:
-            answers = [*map(_anew(study, made[name], data).answer, asked_of)]
+            answers = [*map(_refitted(study, made[name], data).answer, asked_of)]
         places += [
             f"{family}/{name}" for family, one, two in zip(asking, answers, others_answers, strict=True) if one != two
         ]
@@ -298,7 +298,7 @@ def baselines(study: Study) -> Check:
     return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
 
 
-def _anew(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
+def _refitted(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
     predictor = make(baseline.name, baseline.parameters, seed=study.recipe.seed)
     predictor.fit(data)
     return predictor

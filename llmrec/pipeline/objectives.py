@@ -112,12 +112,12 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
                 kind="contradiction",
                 column="train.method",
             )
-        for text in _said(study, family):
+        for text in _label_answers(study, family):
             labels.add(encoder.piece(text))
     return labels
 
 
-def _said(study: Study, family: str) -> Iterator[str]:
+def _label_answers(study: Study, family: str) -> Iterator[str]:
     """Yield all answers of a family whose answers are labels (ratings or probabilities)."""
     if family_of(family).answer not in (Rating, Probability):
         return

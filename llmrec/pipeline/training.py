@@ -16,7 +16,7 @@ from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.fingerprint import code_digest, fingerprint, modules_of
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
-from llmrec.models.memory import TRAINING, told_of_full_memory
+from llmrec.models.memory import TRAINING, reporting_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
 from llmrec.models.text_encoder import text_embedder
@@ -344,7 +344,7 @@ def _stored(folder: Path, key: str) -> dict[str, Any]:
     return result
 
 
-@told_of_full_memory("training", TRAINING, "train.batch_tokens")
+@reporting_full_memory("training", TRAINING, "train.batch_tokens")
 def _train(
     study: Study,
     encoder: Encoder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.records import ExampleUser, Sample, Told, Written
+from llmrec.records import ExampleUser, PromptContents, Sample, Written
 from llmrec.report.wording import count, listed, rough
 from llmrec.results import Results, Row
 
@@ -28,7 +28,7 @@ def answered(results: Results, sample: Sample) -> list[tuple[Row, Written]]:
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]
 
 
-def asked_by(results: Results, sample: Sample, fact: Told) -> str:
+def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
     """Return which questions show the extra information; empty if all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:

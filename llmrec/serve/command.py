@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, short, show, tell
+from llmrec.cli.console import say, short, show, store_facts
 from llmrec.serve.options import RefreshOptions, ServeOptions
 
 
@@ -53,9 +53,9 @@ def serve_key(options: KeyOptions) -> None:
 
     if options.revoke:
         keys.revoke(options.file, options.name)
-        tell(name=options.name, revoked=True)
+        store_facts(name=options.name, revoked=True)
         say(f"{options.name}: taken back")
         return
     key = keys.new_key(options.file, options.name, admin=options.admin)
-    tell(name=options.name, key=key)
+    store_facts(name=options.name, key=key)
     say(key)

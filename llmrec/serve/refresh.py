@@ -86,7 +86,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         shutil.rmtree(draft / "training", ignore_errors=True)
         _publish(draft, out)
     if options.server is not None:
-        _tell(options.server, options.key_env)
+        _reload(options.server, options.key_env)
     return {
         "new events": added,
         "interactions": after.rows.height,
@@ -314,7 +314,7 @@ def _publish(draft: Path, out: Path) -> None:
                 shutil.move(file, target)
 
 
-def _tell(url: str, key_env: str | None) -> None:
+def _reload(url: str, key_env: str | None) -> None:
     """Make a service read its folder again."""
     httpx = require("httpx", "openai")
     key = None if key_env is None else os.environ.get(key_env)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.progress import note
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 
@@ -25,7 +25,7 @@ def init(options: InitOptions) -> None:
         mend=options.mend,
         force=options.force,
     )
-    tell(recipe=made.recipe, found=made.found, then=made.then)
+    store_facts(recipe=made.recipe, found=made.found, then=made.then)
     say(made.told)
 
 
@@ -37,7 +37,7 @@ def auto(options: AutoOptions) -> None:
     from llmrec.start import auto as autos
 
     made = autos.build(options, say=note)
-    tell(**autos.record(made, options))
+    store_facts(**autos.record(made, options))
     say(autos.told(made))
 
 
@@ -49,5 +49,5 @@ def tune(options: TuneOptions) -> None:
     from llmrec.start.tune import search, told
 
     best = search(options, say=note)
-    tell(**vars(best))
+    store_facts(**vars(best))
     say(told(best))

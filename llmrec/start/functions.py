@@ -20,7 +20,7 @@ from llmrec.start import init as start
 from llmrec.start.auto import Auto, build
 from llmrec.start.columns import asked
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
-from llmrec.start.tune import Found, search
+from llmrec.start.tune import TuneResult, search
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,7 +188,7 @@ def tune(
     data: Any = None,
     items: Any = None,
     quiet: bool = False,
-) -> Found:
+) -> TuneResult:
     """Search keys of a recipe on the validation split within a time budget, and write the best values as a recipe.
 
     The test split is not used. A killed call resumes where it was.

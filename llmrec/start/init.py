@@ -144,7 +144,7 @@ def init(
     check = used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
     message = [*_columns(read, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
-    message += [*_told_tasks(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
+    message += [*_task_lines(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
     return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
 
@@ -161,7 +161,7 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
     page = Page(name, path.name, _written(path, target), None, Columns(), {}, duplicates, plan, source=source)
     plan, recipe, cut = _write(page, target, check=True, dataset=dataset)
     message = [f"{path}: files of {source}, which llmrec reads as they were published (docs/data.md)"]
-    message += [*_figures(events, plan, whole=True), *_told_tasks(plan), *_listed(_plan_hints(plan, cut))]
+    message += [*_figures(events, plan, whole=True), *_task_lines(plan), *_listed(_plan_hints(plan, cut))]
     return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
 
@@ -425,7 +425,7 @@ def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
     return ["the data" if whole else "the part that was read", *_aligned(rows)]
 
 
-def _told_tasks(plan: Plan) -> list[str]:
+def _task_lines(plan: Plan) -> list[str]:
     return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
 
 

@@ -176,7 +176,7 @@ _SOURCE = "llmrec"
 
 
 @dataclass(frozen=True, repr=False)
-class Found(Displayed):
+class TuneResult(Displayed):
     """The result of `tune`.
 
     Attributes:
@@ -219,7 +219,7 @@ def search(
     recipe: Recipe | None = None,
     data: Any = None,
     items: Any = None,
-) -> Found:
+) -> TuneResult:
     """Run a recipe with settings of a search space, evaluate each on the validation split, and write the best one.
 
     The recipe's own values are the first trial if they are in the space. A space of only lists is searched as a grid,
@@ -261,7 +261,7 @@ def search(
         return search.written(study, base, time.monotonic() - began)
 
 
-def told(result: Found) -> str:
+def told(result: TuneResult) -> str:
     """Return the result as text."""
     values = ", ".join(in_words(result.chosen))
     first = "" if result.first is None else f"; the recipe as it is: {result.first:.4f}"
@@ -394,7 +394,7 @@ class _Search:
         )
         self._tidy(self._folder(study.best_params))
 
-    def written(self, study: optuna.Study, base: Recipe, seconds: float) -> Found:
+    def written(self, study: optuna.Study, base: Recipe, seconds: float) -> TuneResult:
         """Write the best recipe, the record and the table of trials."""
         from optuna.trial import TrialState
 
@@ -431,7 +431,7 @@ class _Search:
             "trials": rows,
         }
         write_json(self.out / _RECORD, record)
-        return Found(
+        return TuneResult(
             recipe=self.out / _BEST,
             metric=f"{self.family}/{self.metric}",
             best=float(best.value or 0.0),

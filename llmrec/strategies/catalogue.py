@@ -9,7 +9,7 @@ import numpy as np
 
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.strategies.asking import Prompting, prompt_hash
-from llmrec.types import Answer, Cost, Found, Ranking, Request
+from llmrec.types import Answer, Cost, Ranking, Request, SearchResult
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class CatalogueRanker:
         places = {self._places[item] for item in apart if item in self._places}
         return sorted(place for place in places if apart.issuperset(self._groups[place]))
 
-    def _ranking(self, request: Request, found: Found, prompt: str) -> Ranking:
+    def _ranking(self, request: Request, found: SearchResult, prompt: str) -> Ranking:
         self.engine = found.engine
         apart = self._apart(request)
         ranked = [

@@ -207,7 +207,7 @@ def solved_examples(shots: int) -> str:
     return f", {shots} solved examples" if shots else ""
 
 
-def told_rows(data: SplitDataset, column: str | None = None) -> int:
+def counted_rows(data: SplitDataset, column: str | None = None) -> int:
     """Return the number of training interactions, or of those with a value in a column."""
     return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
 

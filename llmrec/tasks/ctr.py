@@ -23,11 +23,11 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
+    counted_rows,
     passes,
     rated,
     refuse_test,
     shows_events,
-    told_rows,
     window,
 )
 from llmrec.tasks.cases import Cases, held_out
@@ -220,7 +220,7 @@ class CtrTask(Task):
 
     def training_size(self) -> int:
         """Return the number of training ratings."""
-        return told_rows(self._data, "rating")
+        return counted_rows(self._data, "rating")
 
     def scored_by(self, template: Template) -> str:
         """Return the strategy that compares the probabilities of yes and no."""

@@ -22,13 +22,13 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
+    counted_rows,
     keyed,
     listed,
     passes,
     ranking_reward,
     refuse_test,
     shows_events,
-    told_rows,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.ctr import read_choice
@@ -416,7 +416,7 @@ class DirectTask(Task):
 
     def training_size(self) -> int:
         """Return the number of training interactions."""
-        return told_rows(self._data)
+        return counted_rows(self._data)
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies that support a template's answer form."""

@@ -26,11 +26,11 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
+    counted_rows,
     passes,
     refuse_test,
     shows_events,
     text_of,
-    told_rows,
 )
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
@@ -67,7 +67,7 @@ class ExplanationTask(Task):
             # In evaluation an answer of both is requested without the rating.
             shown = asked - {"rating"} if _rates(template) else asked
             template.check(turns=shown, lead=(), target=asked | {"text"})
-        self._events = Pasts(data, lambda _, events: _told(events))
+        self._events = Pasts(data, lambda _, events: _with_text(events))
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; name data.columns.text, "
@@ -102,7 +102,7 @@ class ExplanationTask(Task):
             for case in self.cases("valid")[:limit]:
                 request = case.request
                 event = Event(item_id=asked_item(request, self.family), text=str(case.truth))
-                shown = self._past.show(_told(request.history), [event.item_id])
+                shown = self._past.show(_with_text(request.history), [event.item_id])
                 hints = self._hints(request.user_id, event.item_id)
                 context = shown.context({**request.context, **hints})
                 values = self._values(request.user_id, shown.events, event.item_id, context)
@@ -154,7 +154,11 @@ class ExplanationTask(Task):
         """Return the training events of few-shot examples, and the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
-            request, _told(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
+            request,
+            _with_text(request.history),
+            shots,
+            self._section.history,
+            lambda past: self._past.show(past, about),
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -185,7 +189,7 @@ class ExplanationTask(Task):
 
     def training_size(self) -> int:
         """Return the number of training texts."""
-        return told_rows(self._data, "text")
+        return counted_rows(self._data, "text")
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
@@ -236,7 +240,7 @@ def _rates(template: Template) -> bool:
     return "rating" in template.names("target")
 
 
-def _told(events: Sequence[Event]) -> tuple[Event, ...]:
+def _with_text(events: Sequence[Event]) -> tuple[Event, ...]:
     return tuple(event for event in events if text_of(event))
 
 

@@ -67,7 +67,7 @@ class Shown:
         return {"profile": self.summary, **given} if self.summary else given
 
 
-class Past:
+class HistorySelector:
     """Selects the shown events of a history; only whole events.
 
     Args:

@@ -22,12 +22,12 @@ from llmrec.tasks.base import (
     View,
     asked_item,
     branch_events,
+    counted_rows,
     keyed,
     passes,
     rated,
     refuse_test,
     shows_events,
-    told_rows,
     window,
 )
 from llmrec.tasks.cases import Cases, at_most, held_out
@@ -197,7 +197,7 @@ class RatingTask(Task):
 
     def training_size(self) -> int:
         """Return the number of training ratings."""
-        return told_rows(self._data, "rating")
+        return counted_rows(self._data, "rating")
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies of one of the models.

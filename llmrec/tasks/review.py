@@ -26,11 +26,11 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
+    counted_rows,
     passes,
     refuse_test,
     solved_examples,
     text_of,
-    told_rows,
 )
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.explanation import shared_words
@@ -202,7 +202,7 @@ class ReviewTask(Task):
     def training_size(self) -> int:
         """Return the number of training interactions with a review and its target."""
         if self.target == "headline":
-            return told_rows(self._data, "text")
+            return counted_rows(self._data, "text")
         rated = self._data.train.filter(pl.col("rating").is_not_null())
         reviews = self._data.dataset.reviews
         return sum(pair in reviews for pair in rated.select("user_id", "item_id").iter_rows())

@@ -21,11 +21,11 @@ from llmrec.tasks.base import (
     Values,
     View,
     branch_events,
+    counted_rows,
     passes,
     ranking_reward,
     refuse_test,
     shows_events,
-    told_rows,
     window,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
@@ -241,7 +241,7 @@ class SequentialTask(Task):
 
     def training_size(self) -> int:
         """Return the number of training interactions."""
-        return told_rows(self._data)
+        return counted_rows(self._data)
 
     def scored_by(self, template: Template) -> str:
         """Return the catalogue search if the whole catalogue is ranked, otherwise the likelihood of candidates."""

@@ -17,7 +17,7 @@ from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import PreferenceSection, TaskSection
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.held_items import HeldItems
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.history import HistorySelector, ItemVectors
 from llmrec.tasks.rows import Listwise
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName
 
@@ -79,9 +79,9 @@ class TaskInputs:
         section = self.preference
         return None if section is None else Listwise("softmax", 1 + section.negatives, preference=section)
 
-    def past(self, section: TaskSection, asking: Sequence[Template]) -> Past:
+    def past(self, section: TaskSection, asking: Sequence[Template]) -> HistorySelector:
         """Return the selection of shown events."""
-        return Past(section, self.data.dataset, self.vectors, asking)
+        return HistorySelector(section, self.data.dataset, self.vectors, asking)
 
     def shots(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec.errors import RecipeError, require
 from llmrec.models import soft_prompt
 from llmrec.models.load import device, dtype, load_model
-from llmrec.models.tensors import named_tables, told_as_tied
+from llmrec.models.tensors import marked_as_tied, named_tables
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 
@@ -68,7 +68,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     from llmrec.train import pruning as magnitude
 
     base = load_model(folder, model, dtype=torch.float32)
-    with told_as_tied(base):
+    with marked_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
     # PEFT would mark an untied head in the configuration, which T5 models use for other decisions.
     text, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
@@ -121,7 +121,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
         base = load_model(folder, model, dtype=torch.float32)
     from llmrec.train import pruning as magnitude
 
-    with told_as_tied(base):
+    with marked_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
     magnitude.load(adapted, adapter)
     return adapted
@@ -151,7 +151,7 @@ def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int]
         task_type="SEQ_2_SEQ_LM" if is_paired(base.config) else "CAUSAL_LM",
     )
     try:
-        with told_as_tied(base):
+        with marked_as_tied(base):
             return peft.get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError(

@@ -17,7 +17,7 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.recommender import Answered
 from llmrec.baselines.fits import fitted
-from llmrec.data.requests import told_event
+from llmrec.data.requests import history_entry
 from llmrec.data.split import halves
 from llmrec.errors import RecipeError
 from llmrec.evaluate.predictor import evaluate
@@ -64,7 +64,7 @@ def requests(run: pipeline.Run) -> list[dict[str, Any]]:
     return [
         {
             "id": case.request.id,
-            "history": [told_event(event) for event in case.request.history],
+            "history": [history_entry(event) for event in case.request.history],
             "candidates": list(case.request.candidates or ()),
         }
         for case in study.cases("sequential")
@@ -201,7 +201,7 @@ def test_a_network_is_served_as_it_was_measured(tmp_path: Path) -> None:
     with llmrec.load(str(made.folder), models=[row["predictor"]]) as rec:
         study = build_study(load_recipe(made.folder / "recipe.yaml"))
         for case in study.cases("sequential"):
-            asked = [told_event(event) for event in case.request.history]
+            asked = [history_entry(event) for event in case.request.history]
             found = rec.rank(history=asked, candidates=list(case.request.candidates or ()), id=case.request.id, k=100)
             known = measured(made, row["id"])[case.request.id]
             assert [each.score for each in found] == pytest.approx([score for _, score in known], rel=1e-5)

@@ -20,7 +20,7 @@ from llmrec.errors import BackendError
 from llmrec.index.table import ItemIndex, token
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import ModelSection
-from llmrec.types import Found, Message, Prompt, Segment
+from llmrec.types import Message, Prompt, SearchResult, Segment
 from tests.conftest import make_model
 from tests.decode.trees import branching
 from tests.facts import Facts, raises
@@ -240,7 +240,7 @@ def vllm(request: pytest.FixtureRequest, engine: VLLMBackend, monkeypatch: pytes
     return engine
 
 
-def same(ours: Sequence[Found], theirs: Sequence[Found]) -> None:
+def same(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]) -> None:
     assert [each.items for each in ours] == [each.items for each in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.scores == pytest.approx(b.scores, abs=1e-3)

@@ -20,7 +20,7 @@ from llmrec.bench.conversations import TABLE, Talk, made_row, tables_of
 from llmrec.bench.engine import Made, compared
 from llmrec.bench.run import run_benchmark
 from llmrec.chat import simulator
-from llmrec.chat.audience import Guest, guests, talks
+from llmrec.chat.audience import DataUser, data_users, talks
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts as Known
 from llmrec.chat.fit import FitJudge
@@ -150,8 +150,8 @@ def test_users_want_what_was_held_out_and_know_neither_it_nor_its_title() -> Non
     data = open_classics(load_recipe("recipes/made/classic.yaml"), ["popularity"]).data
     assert data is not None
     facts = Known(data.dataset.items)
-    few, many = guests(data, facts, 4, 0, past=3), guests(data, facts, 20, 0, past=3)
-    assert few == many[:4] and few != guests(data, facts, 4, 1, past=3)
+    few, many = data_users(data, facts, 4, 0, past=3), data_users(data, facts, 20, 0, past=3)
+    assert few == many[:4] and few != data_users(data, facts, 4, 1, past=3)
     train = data.train.select("user_id", "item_id", "rating").rows()
     wanted = dict(data.test.select("user_id", "item_id").rows())
     for guest in many:
@@ -163,7 +163,7 @@ def test_users_want_what_was_held_out_and_know_neither_it_nor_its_title() -> Non
         assert guest.state.past == tuple(item for item, _ in known[:-3])
         assert all(wish.field == ITEM and not wish.hard for wish in guest.state.profile)
     with raises(DataError, Facts(kind="empty", column="data.columns.fields")):
-        guests(data, Known({name: Item(item_id=name, title=name) for name in facts.items}), 4, 0)
+        data_users(data, Known({name: Item(item_id=name, title=name) for name in facts.items}), 4, 0)
 
 
 def test_users_speak_of_what_they_know_alone() -> None:
@@ -174,9 +174,9 @@ def test_users_speak_of_what_they_know_alone() -> None:
     facts = Known(known)
     assert facts.years == "year" and facts.numeric == {"year", "price"}
     # A price is no decade, so that nobody speaks of it.
-    assert all("price" not in simulator.told_of(facts, name, (), 0).attributes for name in known)
+    assert all("price" not in simulator.knowledge_of(facts, name, (), 0).attributes for name in known)
     talk = Conversation(Tools(facts, MadeLists(known)), RuleManager(), Reader(facts))
-    every = [Guest("u", name, State(), ()) for name in known]
+    every = [DataUser("u", name, State(), ()) for name in known]
     lines = [line for _, held in talks(talk, every, 0, 5, ("genres",)) for line in held.lines]
     # Neither years nor directors.
     assert not re.search(r"\d|Vale|Quist|Marsh|Okoro", " ".join(lines)) and sum("Sci-Fi" in line for line in lines) > 2

@@ -17,7 +17,7 @@ from llmrec.chat.calls import Explain, Filter, Forget, Search, Show, ends
 from llmrec.chat.conversation import Conversation, Reply
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RandomManager, RuleManager
-from llmrec.chat.simulator import NEAR, SimulatedUser, hold, near, told_of
+from llmrec.chat.simulator import NEAR, SimulatedUser, hold, knowledge_of, near
 from llmrec.chat.state import ITEM, KEPT, MOST_TURNS, MOST_WISHES, State, Wish, eased, fresh, learned, read_state
 from llmrec.chat.tools import Tools
 from llmrec.errors import DataError, ErrorKind
@@ -393,7 +393,7 @@ def test_simulated_users_never_say_the_title() -> None:
     facts, dice, hits = talk.tools.facts, random.Random(3), 0
     for number, target in enumerate(list(items()) * 3):
         liked = dice.sample([name for name in items() if name != target], 3)
-        wanted = told_of(facts, target, liked, number, likes=2)
+        wanted = knowledge_of(facts, target, liked, number, likes=2)
         user = SimulatedUser(wanted, facts.numeric, number)
         likes = tuple(Wish(field=ITEM, op="is", value=name, hard=False) for name in liked)
         held = hold(talk, user, target, 5, State(profile=likes))

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.baselines.neural import info_nce_both
-from llmrec.chat.dual_encoder import Asked, DualEncoder, embedders, heard, learn, mapped, of_transcript
+from llmrec.chat.dual_encoder import Asked, DualEncoder, contexts_of, embedders, learn, mapped, of_transcript
 from llmrec.chat.reading import title_of
 from llmrec.chat.simulator import dialogues, near, transcript
 from llmrec.chat.transcripts import Turn, differences, read, write
@@ -108,7 +108,7 @@ def test_each_line_of_a_user_asks_for_what_is_wanted() -> None:
         *(Turn(user=None, items=("f03",)), Turn(user="hi", text="hello"), Turn(user="a comedy", text="a list")),
         *(Turn(user="more"), Turn(user=None, items=("f01",)), Turn(user="horror")),
     ]
-    assert heard(turns[1:4]) == ["hi", "hi hello a comedy", "a comedy a list more"]
+    assert contexts_of(turns[1:4]) == ["hi", "hi hello a comedy", "a comedy a list more"]
     asked = of_transcript(turns, list(items()), tiny_encoder())
     assert asked.targets.tolist() == [3, 3, 3, 1] and asked.dialogues.tolist() == [0, 0, 0, 1]
     assert asked.vectors.shape == (4, 32)

@@ -13,7 +13,7 @@ from llmrec.backends.encode import IGNORED, Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.chat.calls import Call, Explain, Rank, Say, Search, Show, read_call, written
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.managers import ModelManager, told_to_model
+from llmrec.chat.managers import ModelManager, model_input
 from llmrec.chat.simulator import OTHER, USUAL, dialogues, transcript
 from llmrec.chat.transcripts import BREAK, Turn
 from llmrec.chat.tuning import Agreement, UsualManager, agreement, example, known, leading, parted, refuse, taught
@@ -66,7 +66,7 @@ def test_a_row_is_what_the_manager_reads_and_writes(encoder: Encoder) -> None:
         ids = encoder.prompt(asked)
         tail = encoder.continuation(asked, written(each.call), closed=True)
         assert row.ids == (*ids, *tail) and row.labels == (*[IGNORED] * len(ids), *tail)
-        assert asked == told_to_model(each.moment, template)
+        assert asked == model_input(each.moment, template)
         control = set(encoder.tokenizer.all_special_ids)
         assert [i for i in tail if i in control] == [encoder.end_id]
 
@@ -128,7 +128,7 @@ def test_a_tuned_model_takes_the_likely_tool_and_another_the_one_that_gains_most
 
 
 def test_the_beginning_of_a_call_is_made_of_the_tokens_of_its_row(encoder: Encoder) -> None:
-    asked = told_to_model(taught(conversation(), talks())[0].moment, load_templates("chat")["manage"])
+    asked = model_input(taught(conversation(), talks())[0].moment, load_templates("chat")["manage"])
     for call in (*SHOWN, *ASKED, Search(text="comedy", k=5)):
         begin = encoder.continuation(asked, f'{{"tool": "{call.tool}', closed=False)
         assert encoder.continuation(asked, written(call), closed=True)[: len(begin)] == begin

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmrec import machine
 from llmrec.cli import doctor
-from llmrec.cli.doctor import Finding, Gpu, Gpus, Packages, Place
+from llmrec.cli.doctor import Finding, Gpu, Gpus, OutputFolder, Packages
 from llmrec.machine import Memory, Node, Processor
 
 GIB = 2**30
@@ -250,8 +250,10 @@ def test_the_container_limit_counts_as_memory() -> None:
 
 
 def test_disks() -> None:
-    full = Place(name="disk for runs", path=Path("/a"), free=GIB, variable="--out")
-    read_only = Place(name="disk for cache", path=Path("/b"), free=90 * GIB, writable=False, variable="LLMREC_CACHE")
+    full = OutputFolder(name="disk for runs", path=Path("/a"), free=GIB, variable="--out")
+    read_only = OutputFolder(
+        name="disk for cache", path=Path("/b"), free=90 * GIB, writable=False, variable="LLMREC_CACHE"
+    )
     found = list(doctor.check_places([full, read_only, replace(full, free=50 * GIB)]))
     assert [finding.level for finding in found] == ["fault", "fault", "ok"]
     assert "--out" in found[0].fix

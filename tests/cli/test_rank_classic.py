@@ -18,7 +18,7 @@ from llmrec.answer.rank.users import rank_users
 from llmrec.baselines.parameters import make
 from llmrec.cli import main as cli
 from llmrec.data.cells import unguarded
-from llmrec.data.requests import told_event
+from llmrec.data.requests import history_entry
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe
@@ -54,7 +54,7 @@ def records_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
         {
             "id": case.request.id,
             "user_id": case.request.user_id,
-            "history": [told_event(event) for event in case.request.history],
+            "history": [history_entry(event) for event in case.request.history],
             "candidates": list(case.request.candidates or ()),
         }
         for case in cases

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.described import ITEM_FIELD, USER_FIELD, dealt_anew, described, names
+from llmrec.data.described import ITEM_FIELD, USER_FIELD, described, names, reshuffled
 from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
@@ -93,7 +93,7 @@ def test_a_control_gives_everybody_the_text_of_somebody_else(data: SplitDataset,
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_nobody_stays_in_place(count: int) -> None:
     names = [str(n) for n in range(count)]
-    dealt = dealt_anew(names)
+    dealt = reshuffled(names)
     assert sorted(dealt) == sorted(dealt.values()) == sorted(names)
     assert all(one != two for one, two in dealt.items())
 

@@ -17,7 +17,7 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree, PlainTree
 from llmrec.decode.beam import Fed, Wanted, beam
 from llmrec.decode.token_tree import Catalogue
-from llmrec.types import Found, Message, Prompt, Segment
+from llmrec.types import Message, Prompt, SearchResult, Segment
 from tests.decode.trees import branching
 
 torch = pytest.importorskip("torch")
@@ -122,7 +122,7 @@ def everything(model: Any, prompt: Sequence[int], paths: Sequence[Sequence[int]]
     return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
 
 
-def assert_best(found: Found, scores: dict[int, float], k: int) -> None:
+def assert_best(found: SearchResult, scores: dict[int, float], k: int) -> None:
     """The list is the best there is; where two items are as likely as each other, either."""
     assert found.certified and len(set(found.items)) == len(found.items)
     assert found.scores == pytest.approx(list(scores.values())[:k], abs=1e-4)

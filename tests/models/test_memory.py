@@ -11,7 +11,7 @@ import transformers as hub
 from llmrec.cli.estimate import _of_gpu, memory_of
 from llmrec.errors import LlmrecError
 from llmrec.models import memory
-from llmrec.models.memory import ASKING, TRAINING, placed, told_of_full_memory
+from llmrec.models.memory import ASKING, TRAINING, placed, reporting_full_memory
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from tests.facts import Facts, raises
 
@@ -61,7 +61,7 @@ def test_a_full_gpu_is_one_line_that_names_what_makes_it_smaller() -> None:
         "is allocated by PyTorch. See PYTORCH_CUDA_ALLOC_CONF."
     )
 
-    @told_of_full_memory("training", TRAINING, "train.batch_tokens")
+    @reporting_full_memory("training", TRAINING, "train.batch_tokens")
     def train(error: Exception) -> None:
         raise error
 
@@ -79,7 +79,7 @@ def test_a_full_gpu_is_one_line_that_names_what_makes_it_smaller() -> None:
         train(RuntimeError("another fault"))
     with (
         raises(LlmrecError, Facts("exhausted", column="eval.batch_tokens", says="memory of the GPU is full")),
-        told_of_full_memory("asking the model", ASKING, "eval.batch_tokens"),
+        reporting_full_memory("asking the model", ASKING, "eval.batch_tokens"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -314,4 +314,4 @@ def test_an_answer_that_obeys_is_read_as_any_other(text: str, studies: dict[str,
     ],
 )
 def test_an_answer_beside_features_in_a_few_words(parsed: str, said: str) -> None:
-    assert examples._said(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == said
+    assert examples._answer_text(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == said

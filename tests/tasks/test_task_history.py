@@ -12,7 +12,7 @@ import pytest
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.schema import RatingSection
 from llmrec.tasks.fewshot import ShotPool
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.history import HistorySelector, ItemVectors
 from llmrec.types import Event, Item, Request
 from tests.facts import Facts, raises
 from tests.tasks.making import make
@@ -38,8 +38,8 @@ def events(*numbers: int, ratings: Sequence[float] | None = None) -> tuple[Event
     )
 
 
-def past(rule: str, history: int = 3, templates: Sequence[Any] = ()) -> Past:
-    return Past(RatingSection(past=rule, history=history), DATA.dataset, VECTORS, templates)  # type: ignore[arg-type]
+def past(rule: str, history: int = 3, templates: Sequence[Any] = ()) -> HistorySelector:
+    return HistorySelector(RatingSection(past=rule, history=history), DATA.dataset, VECTORS, templates)  # type: ignore[arg-type]
 
 
 def shown(found: Any) -> list[str]:
@@ -83,7 +83,7 @@ def test_summary_needs_a_place_in_the_templates() -> None:
 
 def test_relevant_needs_an_encoder() -> None:
     with raises(RecipeError, Facts("unsupported", column="past", says="past=relevant")):
-        Past(RatingSection(past="relevant"), DATA.dataset, None, ())
+        HistorySelector(RatingSection(past="relevant"), DATA.dataset, None, ())
 
 
 @pytest.mark.parametrize("family", ["rating", "direct", "sequential", "explanation", "ctr"])

@@ -141,7 +141,7 @@ def test_a_killed_process_ends_the_others_with_a_word(llama_folder: Path, tmp_pa
         try:
             once()
         except LlmrecError as error:
-            return [error.kind, str(error), processes.begins_to_tell(), processes.begins_to_tell()]
+            return [error.kind, str(error), processes.is_first_to_fail(), processes.is_first_to_fail()]
 
     told = together(2, killed, tmp_path / "told")
     assert told[1] is None

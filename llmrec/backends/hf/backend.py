@@ -25,11 +25,11 @@ from llmrec.backends.hf.tree import (
 from llmrec.backends.search import search, single_token_labels
 from llmrec.errors import BackendError, require
 from llmrec.models.exits import Exits
-from llmrec.models.memory import ASKING, told_of_full_memory
+from llmrec.models.memory import ASKING, reporting_full_memory
 from llmrec.models.rating_head import RatingHead, last_states
 from llmrec.models.traits import chosen_logprobs, is_paired, takes_block_mask
 from llmrec.progress import count_answers
-from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
+from llmrec.types import Capability, Completion, Prompt, Read, Scores, SearchResult
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ class Counting:
 log = logging.getLogger(__name__)
 
 # Advice in the error for a GPU that is too small.
-_told_if_full = told_of_full_memory("asking the model", ASKING, "eval.batch_tokens")
+_told_if_full = reporting_full_memory("asking the model", ASKING, "eval.batch_tokens")
 # The number of rows of logits converted to float32 at a time.
 _ROWS = 256
 # Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
@@ -244,7 +244,7 @@ class HFBackend:
         width: int,
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Search a catalogue, in batches of similar length; see `Backend.search`."""
         tree = self._reads_trees()
         if self._tree is None:

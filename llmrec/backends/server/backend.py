@@ -38,7 +38,7 @@ from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
-from llmrec.types import Capability, Completion, Cost, Found, Prompt, Scores
+from llmrec.types import Capability, Completion, Cost, Prompt, Scores, SearchResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,7 +135,7 @@ class OpenAIBackend:
         width: int,
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Not supported: a search sends a small request per node, each of which would cross the network.
 
         Raises:

@@ -270,14 +270,14 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Reported:
     """What a server reports on its model: whether it lists it, if it lists any, and its most likely first tokens."""
 
     listed: bool | None
     tokens: dict[str, float]
 
 
-async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Told:
+async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Reported:
     """Request a server's models, and log-probabilities after one prompt if it returns any."""
 
     def listed(value: Any) -> bool:
@@ -288,13 +288,13 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
     except BackendError:
         known = None
     if not offers.top:
-        return _Told(known, {})
+        return _Reported(known, {})
     if offers.exact and encoder is not None:
         body = completion_body(section, list(encoder.piece(_TEXT)), room=1, logprobs=offers.top)
-        return _Told(known, await _try(wire, "/completions", body, first))
+        return _Reported(known, await _try(wire, "/completions", body, first))
     keys = {"logprobs": True, "top_logprobs": offers.top}
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False) | keys
-    return _Told(known, await _try(wire, "/chat/completions", body, chat_first))
+    return _Reported(known, await _try(wire, "/chat/completions", body, chat_first))
 
 
 def _different(one: Offers, other: Offers) -> str:
@@ -307,7 +307,7 @@ def _different(one: Offers, other: Offers) -> str:
     return ", ".join(f"{name} is {getattr(one, name)} and {getattr(other, name)}" for name in names)
 
 
-def _contradicts(one: _Told, other: _Told) -> str:
+def _contradicts(one: _Reported, other: _Reported) -> str:
     """Return the evidence that two servers have different models; empty if none."""
     if None not in (one.listed, other.listed) and one.listed != other.listed:
         return "only one of them lists it"

@@ -29,7 +29,7 @@ from llmrec.decode.beam import Fed, Floats, Wanted
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.machine import Node, node_memory
 from llmrec.progress import count_answers
-from llmrec.types import Capability, Completion, Found, Prompt, Scores
+from llmrec.types import Capability, Completion, Prompt, Scores, SearchResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -472,7 +472,7 @@ class VLLMBackend:
         width: int,
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """Search a catalogue; see `Backend.search`."""
         return search(
             self.tree,

@@ -23,7 +23,7 @@ from llmrec.resources import cache_dir
 
 
 @dataclass(frozen=True)
-class Found:
+class Located:
     """The files of one variant of a data set.
 
     Attributes:
@@ -45,7 +45,7 @@ class Found:
     renames: Member | None
 
 
-def locate(known: Known, path: str | None, items: str | None) -> Found:
+def locate(known: Known, path: str | None, items: str | None) -> Located:
     """Find the files of a data set.
 
     Args:
@@ -202,7 +202,7 @@ def _complete(
     events: Member,
     members: Sequence[Member],
     items: str | None,
-) -> Found:
+) -> Located:
     """Return the files of the data set, those next to the file of interactions included."""
     near = [member for member in members if member.folder == events.folder]
 
@@ -229,7 +229,7 @@ def _complete(
     if renames is None and layout.renames is not None and entries is not None:
         raise _missing(known, where, layout.renames.files[0], "which says which item id is which")
     people = beside(layout.people.files) if layout.people is not None else None
-    return Found(where, layout, category, events, entries, people, renames)
+    return Located(where, layout, category, events, entries, people, renames)
 
 
 def _missing(known: Known, where: str, name: str, what: str) -> DataError:

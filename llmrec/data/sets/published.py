@@ -17,7 +17,7 @@ from llmrec.data.read.objects import checked
 from llmrec.data.read.table import blocks, records
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
-from llmrec.data.sets.locate import Found, locate
+from llmrec.data.sets.locate import Located, locate
 from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, comparison, known
 from llmrec.data.sets.pages import published as every_set
 from llmrec.errors import DataError, Place
@@ -226,7 +226,7 @@ class Catalogue:
     notes: tuple[str, ...] = ()
 
 
-def catalogue_of(found: Found, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
+def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
     """Return the entries of items.
 
     Args:

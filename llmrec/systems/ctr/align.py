@@ -134,7 +134,7 @@ def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], lis
 
 
 @dataclass(frozen=True)
-class Told:
+class EpochResult:
     """The result of an epoch: mean loss, and share of rows most similar to their own sentence (0 without texts)."""
 
     loss: float
@@ -150,7 +150,7 @@ def first_stage(
     judge: Forward,
     sentences: Sentences | None,
     seed: int,
-) -> Iterator[Told]:
+) -> Iterator[EpochResult]:
     """Train a network on rows and their sentences, yielding after each epoch; without sentences, on the answers.
 
     Args:
@@ -195,7 +195,7 @@ def first_stage(
             optimiser.step()
             rate.step()
             total += float(loss.detach()) * len(part)
-        yield Told(total / len(rows), right / len(rows))
+        yield EpochResult(total / len(rows), right / len(rows))
 
 
 def similar(rows: Any, sentences: Any, parts: int) -> Any:
