@@ -31,7 +31,7 @@ from llmrec.types import Answer, CatalogueScorer, Event, Item, Predictor, Rankin
 log = logging.getLogger(__name__)
 
 MOST_ORDERED = 200
-"""Candidates that a language model orders in one question."""
+"""Maximum number of candidates that a language model orders in one question."""
 NOTHING_LEFT = "no item of the catalogue is left to rank"
 # The minimum number of candidates of two-step retrieval.
 _RETRIEVED = 50

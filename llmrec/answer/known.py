@@ -39,10 +39,10 @@ from llmrec.types import Event, Item
 
 Users = Mapping[str, Mapping[str, str]]
 Profile = str | Mapping[str, str]
-"""What prompts show of a user: a text, or fields by name."""
+"""A user profile in prompts: a text, or fields by name."""
 
 ITEMS = "items.parquet"
-"""The catalogue that an exported folder may carry."""
+"""The optional catalogue file of an exported folder."""
 
 # The number of rule sets whose allowed items are cached for one state of the catalogue.
 _REMEMBERED = 8

@@ -59,7 +59,7 @@ from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Item, Ranking, Unparsed
 
 MOST_SEARCHED = 160
-"""Items of a catalogue that a language model returns at most: a search takes seconds, and grows with them."""
+"""Maximum number of catalogue items that a language model returns; the time of a search grows with it."""
 _LEAST_BEAMS = 20
 # hf scores requests one by one, so small batches cost nothing and keep the progress bar moving.
 _FEW = 4

@@ -17,9 +17,9 @@ from llmrec.data.requests import USER_FIELDS, RankRequest
 from llmrec.errors import DataError
 
 WHOLE = 20
-"""Items of a list over the whole catalogue, where their number is not given."""
+"""Default length of a list over the whole catalogue."""
 COLD = "nothing is known of the user: the most popular items"
-"""The note on a list of a request that `is_cold`."""
+"""The note on the list for a request that `is_cold`."""
 # The initial depth of a ranking under quotas or diversity, before a deeper one is requested.
 _DEEP = 50
 _DEEPER = 4

@@ -48,7 +48,7 @@ from llmrec.tasks.family import answers, families
 from llmrec.types import Item
 
 POPULARITY = "popularity"
-"""The model that answers for a user of whom nothing is known."""
+"""The model for cold-start users."""
 _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
 
 

@@ -12,9 +12,9 @@ from typing import Annotated, get_args
 from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 
 TUNED, UNTUNED, PLAIN = "tuned", "untuned", "model"
-"""Names of language models: the one that a run tuned, the one that it began from, and one that was never tuned here.
+"""Names of language models: the one that a run fine-tuned, its base model, and one that was not fine-tuned here.
 
-Classic recommenders and fusions have the names of their rows in the report."""
+Classic recommenders and ensembles have the names of their rows in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)

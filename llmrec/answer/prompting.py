@@ -44,9 +44,9 @@ from llmrec.types import (
 )
 
 NOBODY = "unknown"
-"""The name of a user in prompts where a request has none."""
+"""The user name in prompts for a request without one."""
 CONTEXT = frozenset({"review", "feature", "headline", "rating"})
-"""What a question may tell a family besides a history, by name."""
+"""Names of the context that a question may have in addition to a history."""
 
 # The maximum of candidate tokens in a forward pass: mask and logits grow with them, so large sets are scored in slices.
 _SLICE = 1024

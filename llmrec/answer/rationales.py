@@ -23,7 +23,7 @@ from llmrec.types import Answer, Backend, Event, Item, Prompt, Ranking
 
 FAMILY = "rationale"
 TOKENS = 40
-"""The longest rationale: room for one sentence."""
+"""Maximum length of a rationale in tokens: room for one sentence."""
 
 _VARIABLES = frozenset({"noun", "profile", "history", "item", "fields"})
 

@@ -17,7 +17,7 @@ from llmrec.types import Answer, Cost, Ranking, Unparsed
 
 Kind = Literal["language model", "classic", "fusion"]
 RANK, SIMILAR, POPULAR = "rank", "similar", "popular"
-"""Verbs that are answered with a list; the others are names of families, which ask about one item."""
+"""Verbs that return a list; the others are names of families, which ask about one item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from llmrec.types import Item
 __all__ = ["MOST_VALUES", "OneOf", "Quota", "Rules", "deep_enough"]
 
 MOST_VALUES = 50
-"""Distinct values that a field may have in a list and still say how alike two items are."""
+"""Maximum number of distinct values in a list of a field that contributes to the similarity of items."""
 
 _NO_FIELDS = {"item_id", "title"}
 _Fields = Mapping[str, str]

@@ -22,7 +22,7 @@ from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Item, ItemCodes, Ranking
 
 TWO_STEP = "two-step"
-"""The strategy whose first step writes a profile, so that its template must show one."""
+"""The strategy that first writes a user profile, so its template must show one."""
 
 # Settings of a search that have command-line options.
 _OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}

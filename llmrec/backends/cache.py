@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _VERSION = 2
-"""Of the tables; 1 had no checksums."""
+"""Version of the tables; 1 had no checksums."""
 _WAIT = 30.0
 _MANY = 500  # keys of one query: SQLite bounds the number of variables
 _TABLES = (

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
 
 LSA = "lsa"
-"""Latent semantic analysis of the texts themselves, in place of a text encoder."""
+"""Name of latent semantic analysis of the texts, used instead of a text encoder."""
 
 TOP = 100
-"""How many items of a whole catalogue are returned."""
+"""Maximum number of items returned from a whole catalogue."""
 
 # Cells of a block of dense scores: 32 MB of float64.
 _CELLS = 1 << 22
@@ -40,7 +40,7 @@ _STEPS, _EXACT = 1 << 24, 1 << 26
 _FILLER = 2.0**-20
 
 DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
-"""How fast a history fades, from the last event alone, nearly, to all alike: what tuning tries."""
+"""Decay factors of a history that tuning tries: from almost only the last event to equal weights."""
 
 Decay = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0)]

@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SWITCH = "LLMREC_FITS"
-"""The environment variable: how many GiB are kept, or ``off``."""
+"""Environment variable: the limit of stored fits in GiB, or ``off``."""
 LIMIT = 4.0
-"""GiB that are kept by default."""
+"""Default limit of stored fits in GiB."""
 LEAST = 2.0
-"""Seconds that a fit must have taken to be kept; reading it back would gain nothing otherwise."""
+"""Minimum duration in seconds of a fit that is stored; reading a faster one back would gain nothing."""
 STALE = 30
-"""Days without a reader after which a fit goes before all others: most are of older code, which nothing asks for."""
+"""Days without a read after which a fit is deleted before all others: most are from older code and not read again."""
 
 # Parameters of the progress bar.
 _SHOWN = {"quiet"}

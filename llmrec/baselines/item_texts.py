@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmrec.types import Item
 
 STORE = "store:"
-"""Before the folder of a store, where vectors of items were made before."""
+"""Prefix of the folder of a store with precomputed item embeddings."""
 
 # Exponents of the whitening that tuning tries.
 WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

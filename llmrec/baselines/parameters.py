@@ -18,7 +18,7 @@ from llmrec.recipe.schema import Section
 from llmrec.registry import BASELINES, lookup
 
 Hashes = dict[str, str | dict[str, str]]
-"""Hashes over what is read besides the data, by what it is; of stores one a folder."""
+"""Hashes of the inputs other than the data, by kind; for stores, one per folder."""
 
 
 def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:

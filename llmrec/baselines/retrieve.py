@@ -32,10 +32,10 @@ _FOLDS = 5
 _EVENTS = 20
 
 HARD = 20
-"""How many of its best items a retriever gives to be rejected; a row draws some of them."""
+"""Number of top-ranked items that a retriever returns as rejected ones; a row samples some of them."""
 
 FUSED = "fusion"
-"""The retriever that joins the baselines of the family."""
+"""The retriever that is an ensemble of the family's baselines."""
 
 
 class Finder(Protocol):

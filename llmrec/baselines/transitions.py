@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmrec.types import Request
 
 NEIGHBOURS = 100
-"""In text, of an item."""
+"""Number of neighbours of an item by text similarity."""
 # The maximum distance of a transition.
 _FURTHEST = 20
 # Rows per block of similarities between all items.

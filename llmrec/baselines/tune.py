@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 Point = dict[str, Any]
-"""A value for every parameter of a grid."""
+"""A hyperparameter setting: a value for every parameter of a grid."""
 
 Grid = Mapping[str, tuple[Any, ...]]
 
 Judge = Callable[[Point], Mapping[str, float] | None]
-"""Returns the figures of a point, higher is better, one for each table; None where no more may be fitted."""
+"""Returns the figures of a setting, one per table, higher is better; None if no further fit is allowed."""
 
 SMALL = 12
-"""Grids of at most so many points are tried whole."""
+"""Maximum number of settings of a grid that is searched completely."""
 
 # The maximum number of rounds over all parameters.
 _ROUNDS = 3

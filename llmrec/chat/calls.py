@@ -20,7 +20,7 @@ from llmrec.errors import DataError
 
 Talk = Literal["hello", "thanks", "bye", "decline", "explained"]
 FEW, COUNTS, ASKED = 60, (5, 20, 50), 5
-"""Values up to which a field is listed whole; how many items a search finds; items that a list shows."""
+"""Maximum number of values of a field listed in full; numbers of items a search returns; default list length."""
 
 _WORDS = re.compile(r"[\w'’-]+")
 # The number of words of a message at which a search text may begin, and its maximum length in words.

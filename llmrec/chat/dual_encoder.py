@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ENCODER = "all-MiniLM-L6-v2"
 LAST = 3
-"""Utterances that a conversation is read by."""
+"""Number of last utterances from which a conversation is encoded."""
 _ABOUT, _MAPS = "dual-encoder.json", "maps.safetensors"
 _BATCH, _RATE, _DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
 # The maximum number of epochs, and the patience without a lower validation loss.

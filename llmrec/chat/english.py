@@ -10,7 +10,7 @@ CLAUSE = re.compile(
     r",?\s*\b(?:(?<!anything )(?<!all )but|however|although|though|instead|what about|how about)\b\s*",
     re.IGNORECASE,
 )
-"""What stands between two clauses."""
+"""Separators of clauses."""
 
 
 def _words(pattern: str) -> re.Pattern[str]:
@@ -30,15 +30,15 @@ AGAIN = _words(
     "(?:fine|ok|okay|allowed|good|alright|possible|welcome)|again|after all|don['’]?t mind|do not mind|no longer mind|"
     f"allow|bring back|{_FORGET} (?:about|what i said)|never mind|{_LIFT}"
 )
-"""What is said of a ban that is taken back."""
+"""Phrases that take back a ban."""
 LIFTED = _words(f"{_FORGET}|{_LIFT}")
 TOLERATED = _words("(?:don['’]?t|do not|doesn['’]?t|does not|no longer|never) mind|not opposed to|nothing against")
-"""What is no ban, and no request either."""
+"""Phrases that are neither a ban nor a request."""
 OUT = (
     re.compile(r"\b(?:leave|rule|filter|keep|take|cut)\s+(?:\w+\s+){0,2}$", re.IGNORECASE),
     re.compile(r"\s*(?:movies?|films?|books?|ones?)?\s*(?:out|off|away)\b", re.IGNORECASE),
 )
-"""What stands before and behind something that is to be left out."""
+"""Words before and after something to leave out."""
 WANT = _words(
     "want|need|looking|look for|find|recommend|suggest|show|give|something|anything|any|some|please|only|must|should|"
     "mood|['’]d (?:like|love|prefer)|would (?:be|like|love|prefer)|prefer|another|more|let['’]?s|try|make it|how about"
@@ -53,9 +53,9 @@ UNSEEN = _words(
 DISLIKED = _words(
     rf"(?:{NO.pattern}|wasn['’]?t)(?:\s+\w+){{0,2}}\s+(?:{LIKE.pattern})|hate[ds]?|dislike[ds]?|can['’]?t stand"
 )
-"""What is said of an item that was no good; whether it was seen does not matter then."""
+"""Phrases about a disliked item; whether it was seen is then irrelevant."""
 TURN = re.compile(r",\s*(?!\s*$)(?:(?:just|only|more|maybe|rather|i|show|give|something|some|please)\b)", re.IGNORECASE)
-"""What ends a negation within a clause."""
+"""The end of a negation's scope within a clause."""
 IS_NOT = re.compile(r"\s*(?:movies?|films?|books?|one|ones)?\s*(?:is|are|was|were)(?:n['’]t| not)\b", re.IGNORECASE)
 DID_NOT = re.compile(r"\s*(?:did|does)(?:n['’]t| not)\b", re.IGNORECASE)
 OR = re.compile(r"[\s\w,]{0,20}\bor\b[\s\w]{0,12}", re.IGNORECASE)
@@ -69,7 +69,7 @@ BOUNDS = (
     (re.compile(rf"\b(?:{_AFTER}){_YEAR}", re.IGNORECASE), True),
     (re.compile(rf"\b(?:{_BEFORE}){_YEAR}", re.IGNORECASE), False),
 )
-"""Years behind *after* (true) and *before*."""
+"""Years that follow *after* (true) and *before* (false)."""
 DECADE = re.compile(r"(?:\b|')((?:19|20)?\d0)['’]?s\b", re.IGNORECASE)
 DECADES = {
     name: 10 * place
@@ -134,12 +134,12 @@ MEANS = {
     "sport": "sports",
     "historical": "history",
 }
-"""Words for values that a catalogue may have under the other name."""
+"""Synonyms of values: a catalogue may use either name."""
 
 PLAIN = frozenset(
     WORD.findall("it up her us them action adventure drama comedy horror you me we go seven heat big one two yes no")
 )
-"""Words that are titles too, and hardly ever meant as such."""
+"""Words that are also titles but are rarely meant as such."""
 
 STOP = frozenset(
     WORD.findall(
@@ -156,7 +156,7 @@ STOP = frozenset(
         which while who why will with would yes yet you your book books item items don't didn't"""
     )
 )
-"""Words that no search is made of."""
+"""Stop words of searches."""
 
 
 def singular(phrase: str) -> str:

@@ -19,9 +19,9 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.types import Backend, Cost, Prompt
 
 PHRASES = ("poor fit", "weak fit", "fair fit", "good fit", "excellent fit")
-"""All that a model can say, worst first; in equal steps from 0 to 1."""
+"""The possible answers of a model, worst first; in equal steps from 0 to 1."""
 MOST = 10
-"""Items that are judged for a list: each is a prompt of its own."""
+"""Maximum number of items that are judged for a list: each needs a separate prompt."""
 # The limits of a prompt: messages, wishes, fields, and characters of each.
 _LINES, _WISHES, _FIELDS, _LETTERS = 3, 12, 8, 160
 # The constant of reciprocal rank fusion, as in `llmrec.chat.facts.Facts.search`.

@@ -32,7 +32,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.types import Backend, Cost, Prompt, Scores
 
 MOST_CALLS = 4
-"""Calls of a turn; the last one is an ending."""
+"""Maximum number of calls in a turn; the last one ends the turn."""
 # The beam width of the search of a call.
 _BEAMS = 4
 # The limits of a prompt, for small models: messages, wishes, titles of the list, and characters of each.

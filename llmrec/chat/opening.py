@@ -19,9 +19,9 @@ MANAGERS: Mapping[str, Callable[[int, int], Manager]] = {
     "history": lambda k, seed: HistoryManager(k=k),
     "random": lambda k, seed: RandomManager(seed),
 }
-"""What needs no model, by the items of a list and a seed."""
+"""Managers that need no model, as functions of the list length and a seed."""
 CONTROLS = frozenset({"history", "random"})
-"""Those to which nothing is read that was said."""
+"""Managers that ignore messages; they are controls."""
 
 
 @contextmanager

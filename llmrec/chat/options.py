@@ -10,9 +10,9 @@ from llmrec.answer.options import About
 from llmrec.recipe.shared import DTYPE, Dtype
 
 RULES = "rules"
-"""The manager that asks no model."""
+"""The manager that uses no model."""
 MOST = 50
-"""Items of a list, as far as `llmrec.chat.calls.Show` goes."""
+"""Maximum length of a list, as in `llmrec.chat.calls.Show`."""
 
 
 @dataclass(frozen=True, kw_only=True)

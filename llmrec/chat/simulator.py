@@ -22,7 +22,7 @@ from llmrec.index.titles import title_key
 from llmrec.types import Cost
 
 NEAR = 0.9
-"""Similarity from which on a text is taken for a title."""
+"""Similarity from which a text counts as a title."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ OTHER = Wordings(
         "forget": ("Let's start over.", "Clear my profile."),
     },
 )
-"""Users who say the same in other words, for a model that was tuned on what `USUAL` ones say."""
+"""Other wordings of the same messages, for a model that was fine-tuned on the `USUAL` ones."""
 _NTH = ("first", "second", "third", "fourth", "fifth")
 
 

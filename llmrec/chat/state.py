@@ -16,15 +16,15 @@ from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 
 Op = Literal["is", "or", "not", "from", "until", "seen"]
-"""``or`` joins the wish before it on the same field; ``seen`` is said of items alone."""
+"""``or`` is an alternative to the previous wish on the same field; ``seen`` applies only to items."""
 Source = Literal["said", "inferred", "edited"]
 
 ITEM = "item_id"
 """The field of wishes about an item itself: liked (``is``), not wanted (``not``) or known already (``seen``)."""
 KEPT = 8
-"""Turns after which an inferred wish is forgotten; what was said stands until it is taken back."""
+"""Turns after which an inferred wish is forgotten; a stated wish holds until it is taken back."""
 LONGEST = 200
-"""Characters of a search."""
+"""Maximum length of a search in characters."""
 MOST_WISHES, MOST_SHOWN, MOST_BUFFER, MOST_LINES, MOST_TURNS = 100, 1000, 200, 12, 1 << 20
 
 _WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "until": "is at most"}

@@ -39,7 +39,7 @@ class Turn(BaseModel):
 
 
 BREAK = Turn(user=None)
-"""Between two conversations."""
+"""The separator of two conversations."""
 
 
 def write(file: Path, turns: Sequence[Turn]) -> None:

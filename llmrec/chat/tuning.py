@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ABOUT = "manager.json"
-"""Beside the weights of a model that was tuned to lead: with which prompt."""
+"""The file next to a fine-tuned manager's weights that records its base model and prompt."""
 FEWEST = 20
-"""Conversations to tune on: a tenth of them is held out."""
+"""Minimum number of conversations for fine-tuning: a tenth of them is held out."""
 MOST = 2000
-"""Legal calls of a moment, as `ModelManager` has them by default."""
+"""Maximum number of allowed calls in a turn, the default of `ModelManager`."""
 _FAMILY = "chat"
 # Sections of a recipe that are meaningless here.
 _NEVER = ("preference", "judge", "reward", "examples", "start", "teacher", "band")

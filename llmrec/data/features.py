@@ -57,7 +57,7 @@ _WIDEST = 512
 # Versions kept for processes that have them open, including the current one.
 _KEPT = 2
 KINDS: tuple[FeatureKind, ...] = ("user", "synthetic", "item")
-"""In the order in which texts are written: a synthetic item may be written from its user's text."""
+"""The kinds in the order in which texts are written: a synthetic item may be written from its user's text."""
 PLURALS: Mapping[FeatureKind, str] = {"user": "users", "synthetic": "synthetic items", "item": "items"}
 OF_PERSONS: tuple[FeatureKind, ...] = ("user", "synthetic")
 """Kinds whose ids are users."""

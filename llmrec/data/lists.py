@@ -42,7 +42,7 @@ ITEMS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "docume
 SCORES = ("score", "scores", "prediction", "pred")
 RANKS = ("rank", "position")
 GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
-"""Column names, ignoring case; names of users and items also as in `llmrec.data.read.words`."""
+"""Names of the relevance column, ignoring case; those of users and items are also as in `llmrec.data.read.words`."""
 
 # Minimum weight of a name that counts as certain; see `llmrec.data.read.words`.
 _SURE = 0.9

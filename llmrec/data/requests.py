@@ -22,7 +22,7 @@ from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item
 
 KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
-"""``candidates`` are ranked; ``item`` is the subject of a question about one item."""
+"""Keys of a request: ``candidates`` are ranked; ``item`` is the subject of a question about one item."""
 USER_FIELDS = "user_fields"
 """The key of `RankRequest.context` for the fields of a user."""
 LEFT_ASIDE = "candidates: left aside, since all items are ranked"

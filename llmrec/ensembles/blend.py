@@ -42,7 +42,7 @@ class _Line:
 
 
 _Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
-"""Fits a form to some of the cases, by their rows, and all features."""
+"""Fits a form to some of the cases, given by their row indices, and to all features."""
 
 
 def _nothing(rows: NDArray[np.int64]) -> _Line:

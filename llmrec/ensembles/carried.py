@@ -16,7 +16,7 @@ from llmrec.errors import ModelError
 
 FILE = "interactions.parquet"
 NUMBERED = "carried:"
-"""How users begin that go out without their names: a number alone could be somebody's id."""
+"""Prefix of user ids that replace the original ones: a bare number could be the id of another user."""
 _KEPT = ("rating", "timestamp")
 
 

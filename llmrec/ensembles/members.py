@@ -24,10 +24,10 @@ FUSIONS: Mapping[Reads, str] = {
     "texts": "fusion with texts",
     "language model": "fusion with models",
 }
-"""What the row of a fusion is called, by the widest kind among its parts."""
+"""Names of the rows of ensembles, by the widest kind among their members."""
 
 NOTHING = "random"
-"""The baseline that knows nothing and is no part of a fusion."""
+"""The baseline without information, which is not a member of an ensemble."""
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:

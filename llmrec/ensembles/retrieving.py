@@ -21,7 +21,7 @@ from llmrec.registry import BASELINES, lookup
 from llmrec.types import Case, CatalogueScorer, Request, SplitName
 
 MOST = 5000
-"""Users that weigh a fusion, at most: more move no weight by much, and every baseline answers them."""
+"""Maximum number of users for ensemble weights: more change them little, and every baseline ranks for each."""
 _RANDOM = "random"
 
 

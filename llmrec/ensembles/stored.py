@@ -22,10 +22,10 @@ from llmrec.tasks.family import ranking_families
 from llmrec.types import Case, Ranking
 
 FILE = "fusions.json"
-"""Where a run and an exported folder hold them."""
+"""The file of the ensembles in a run folder and an exported folder."""
 
 FORMAT = 2
-"""Of the file; raised whenever the same weights give other lists than before."""
+"""Version of the file; raised whenever the same weights give different lists."""
 
 
 class FusedPart(Record):

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["counts", "logits", "beams"]
-"""What scores are: at least 0 and read as shares; on a scale of logarithms; or probabilities of found items only."""
+"""The kind of scores: nonnegative and read as shares; on a log scale; or probabilities of found items only."""
 
 Form = Literal["logit", "pool", "ridge", "alone"]
 
 Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
-"""Fits a form to some of the cases, from weights near which the answer may lie."""
+"""Fits a form to some of the cases, starting from weights that may be close to the solution."""
 
 FOLDS, CUT = 5, 10
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
 
 CLIP = 1e-15
-"""The lower bound of probabilities in logarithms."""
+"""The lower bound of a probability before its logarithm is taken."""
 
 BINS = 10
 """Number of bins of the calibration error."""

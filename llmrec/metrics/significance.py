@@ -341,7 +341,7 @@ def _drawn(
 
 
 ALPHA = 0.05
-"""The largest corrected p of a significant difference."""
+"""The largest corrected p-value of a significant difference."""
 # Draws beyond each end of the interval at the smallest level; with fewer its ends are mostly noise.
 _BEYOND = 20
 

@@ -134,10 +134,10 @@ def _config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
 log = logging.getLogger(__name__)
 
 BUNDLE = "llmrec.json"
-"""How the model was tuned, beside its weights; see `llmrec.pipeline.bundle`."""
+"""The file next to a model's weights that records its fine-tuning; see `llmrec.pipeline.bundle`."""
 POOLING = "1_Pooling/config.json"
-"""How a text encoder's states become a vector, in its folder."""
-# What no model has 0 of.
+"""The file in a text encoder's folder that defines its pooling."""
+# Settings that are positive in every model.
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
 

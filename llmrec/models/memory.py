@@ -22,13 +22,13 @@ TRAINING = (
     "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora; `llmrec check "
     "--dry-run` estimates what each takes"
 )
-"""What makes training smaller."""
+"""Advice for training that runs out of memory."""
 ASKING = "lower eval.batch_tokens or eval.beams, or close what else holds the GPU's memory (nvidia-smi)"
-"""What makes evaluation through transformers smaller."""
+"""Advice for evaluation through transformers that runs out of memory."""
 LOADING = (
     "choose a smaller model.name, set model.dtype=bfloat16, close what else holds the GPU's memory, or model.device=cpu"
 )
-"""What lets a model be loaded."""
+"""Advice for a model that does not fit into memory."""
 
 # torch's message, without its advice on the allocator.
 _TOLD = re.compile(

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 METHODS = ("prompt", "option", "option-adapter")
 """Values of ``train.method`` that train soft prompts."""
 TIED = METHODS[1:]
-"""Those under which the last soft prompts are the labels' class vectors too."""
+"""Methods in which the last soft prompts are also the class vectors of the labels."""
 CONFIG = "soft_prompt.json"
-"""In the folder of an adapter and of a model: what its soft prompts are."""
+"""The file in an adapter or model folder that describes its soft prompts."""
 
 _PLAIN = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 BATCH_TOKENS = 4096
-"""Tokens that are read together, padding included."""
+"""Tokens per batch, including padding."""
 DTYPE = "float32"
-"""Of weights and vectors."""
+"""The dtype of weights and embeddings."""
 
 # Fewer texts need no progress bar.
 _MANY = 2000
@@ -199,9 +199,9 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 log = logging.getLogger(__name__)
 
 CHANCE = "chance"
-"""An encoder that says nothing: the control of what text adds to codes."""
+"""An encoder without information: the control for what text adds to codes."""
 TUNED = "llmrec-encoder.json"
-"""In the folder of an encoder that was tuned: on what."""
+"""The file in a fine-tuned encoder's folder that records its training data."""
 
 
 def text_embedder(name: str) -> Embedder:

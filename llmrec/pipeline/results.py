@@ -300,7 +300,7 @@ ROW: Mapping[str, Any] = {
     "predictor": pl.String,
     "template": pl.String,
 }
-"""Columns that identify the row of results.json of a line."""
+"""Columns that identify the row of results.json to which a line belongs."""
 REQUEST: Mapping[str, Any] = {
     "item_id": pl.String,
     "position": pl.Int32,

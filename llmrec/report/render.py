@@ -30,7 +30,7 @@ from llmrec.results import Results
 
 _HERE = Path(__file__).resolve().parent
 Reasons = Mapping[str, Mapping[str, int]]
-"""Row id to failure reason to count."""
+"""Counts of failures by row id and reason."""
 _FIGURES: dict[str, Callable[..., str]] = {
     "number": wording.number, "share": wording.share, "count": wording.count, "rough": wording.rough,
     "p": wording.p_value, "duration": wording.duration, "history_worth": wording.history_worth,

@@ -9,7 +9,7 @@ from llmrec.report.wording import count, listed, rough
 from llmrec.results import Results, Row
 
 OPEN = 5
-"""Number of requests of a task that are expanded on the page, and that the Markdown page has."""
+"""Number of requests per task that are expanded on the page and included in the Markdown page."""
 
 
 def text_tasks(results: Results) -> list[str]:

@@ -36,7 +36,7 @@ KINDS: Mapping[Reads | None, str] = {
     "language model": "a language model or fine-tuned text encoder",
     None: "",
 }
-"""What rows read of items; the kinds are separated, since a claim for one is against the best of the kinds above it."""
+"""What rows read of items; the kinds are separate, as a claim for one compares with the best of those above it."""
 
 # At this log weight or less, items of the history rank behind all others.
 _BEHIND = -1e6

@@ -26,16 +26,16 @@ from llmrec.errors import DataError, ErrorKind, LlmrecError, require
 from llmrec.machine import flush_folder
 
 VERSION = 1
-"""Of the tables."""
+"""Version of the tables."""
 MOVE = "restore a copy of it, or move it away with its log; it is left as it is"
-"""What to do about one that is damaged."""
+"""Advice for a damaged database."""
 
 _APPLICATION = 0x6C6C6D72
-"""Stands in the header of an SQLite file and says whose it is."""
+"""Application id in the header of an SQLite file, which identifies it as llmrec's."""
 WAIT = 30.0
-"""Seconds that a call waits for another process that holds the database, unless told otherwise."""
+"""Seconds that a call waits by default for another process that holds the database."""
 _READ_THROUGH = 256 * 2**20
-"""Largest SQLite file, in bytes, that is checked as a whole when it is opened."""
+"""Largest SQLite file, in bytes, that is checked completely when it is opened."""
 _TABLES = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     # An event is one JSON text, which can be overwritten in place.
@@ -47,7 +47,7 @@ _TABLES = (
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
 )
 NOBODY = "0" * 32
-"""Stands in place of a user's key where an event was overwritten."""
+"""Replaces the user key of an overwritten event."""
 _Mend: TypeAlias = tuple[ErrorKind, str]
 
 
@@ -74,9 +74,9 @@ class Database(Protocol):
     """The protocol of both databases; ``raw`` is a connection object of the library."""
 
     errors: tuple[type[Exception], ...]
-    """What the library raises."""
+    """Exceptions that the library raises."""
     keeps: str | None
-    """What an erasure leaves in the database, for a while at least; None: nothing."""
+    """What an erasure leaves in the database, at least for a while; None if nothing."""
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
         """Return an error whose message names the store, without a password."""

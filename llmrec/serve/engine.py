@@ -37,7 +37,7 @@ _SHORTEST, _LONGEST = 0.5, 60.0
 _NICE = 5
 
 Reply = Answered | LlmrecError
-"""The answer to one request, with the model that gave it, or why the question could not be put at all."""
+"""The answer to one request with the model that gave it, or the error if the model could not be queried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llmrec.serve")
 
 OPEN = frozenset({"/", "/chat", "/docs", "/health", "/ready", "/metrics", "/openapi.json"})
-"""Paths that need no key and are not limited; so are those that begin with `PAGE`."""
+"""Paths that need no key and have no rate limit, like those that begin with `PAGE`."""
 PAGE = "/page/"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")

@@ -30,18 +30,18 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.machine import NO_LINK, lock
 
 PREFIX = "llmrec_"
-"""The beginning of every key, by which it is found where it should not be: in a log, in a repository."""
+"""Prefix of every key, by which a leaked key is found in a log or a repository."""
 FORMAT = 1
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
 _LARGEST = 16 * 2**20
-"""Bytes of a file of keys."""
+"""Maximum size of a key file in bytes."""
 _LOOK = 1.0
-"""Seconds after which the file is looked at again."""
+"""Seconds after which the file is checked again for changes."""
 _NAMES = 65_536
-"""Names whose requests are counted at a time."""
+"""Maximum number of names whose requests are counted at a time."""
 _HAIR = 1e-6
-"""Part of a token by which rounding may err: who waits as long as requested is let in."""
+"""Rounding tolerance in tokens: a client that waits as long as requested is admitted."""
 
 
 class Key(BaseModel):

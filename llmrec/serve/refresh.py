@@ -37,7 +37,7 @@ from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
 
 MARK = "refreshed.json"
-"""Tells a folder that `llmrec refresh` wrote, which it may write again."""
+"""The file that marks a folder written by `llmrec refresh`, which may overwrite it."""
 
 _KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
 

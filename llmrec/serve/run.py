@@ -17,7 +17,7 @@ from llmrec.recipe.pages import parsed
 from llmrec.serve.options import ServeOptions
 
 STORE = "service.sqlite"
-"""What a service remembers, in the folder of its run."""
+"""The store of a service, in its run folder."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _BURST = 20
 

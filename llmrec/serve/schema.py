@@ -19,11 +19,11 @@ from llmrec.data.read.limits import ID_LIMIT
 from llmrec.data.requests import whole
 
 MOST_EVENTS = 1000
-"""Events of a history in one request."""
+"""Maximum number of history events in a request."""
 MOST_CANDIDATES = 2000
 MOST_BATCH = 64
 MOST_ITEMS = 1000
-"""Items put, events added or found in one call."""
+"""Maximum number of items written, or events added or returned, in a call."""
 LONGEST_TEXT = 4000
 
 # Ids must not contain NUL, lone surrogates or control characters, nor be invisible.
@@ -35,17 +35,17 @@ _VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
 _SEEN = rf"^[^\x00]*[^{_C}{_SPACE}][^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
 LARGEST = 2**53 - 1
-"""Of whole numbers: clients in JavaScript round larger ones."""
+"""The largest integer: clients in JavaScript round larger ones."""
 
 
 def _number_as_text(value: object) -> object:
-    """Return a whole number as the text that files read it as; anything else as it is."""
+    """Return an integer as the text that it would be in a file; other values unchanged."""
     return str(int(value)) if whole(value) and abs(value) <= LARGEST else value
 
 
 _Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=Id | _Whole)]
-"""Id of an item or a user: a text, or a whole number, as in files."""
+"""The id of an item or a user: a text or an integer, as in files."""
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
 _FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
@@ -296,7 +296,7 @@ class Removed(BaseModel):
 
 
 IN_MEMORY = "recommenders that read features keep what they read until the service is started again"
-"""What remains of an erased person whose features a recommender has read."""
+"""Message on what remains of an erased user whose features a recommender has read."""
 
 
 class Erased(BaseModel):

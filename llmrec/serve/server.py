@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 HEADER_LIMIT = 64 * 1024
-"""Bytes of the request line and all headers."""
+"""Maximum size in bytes of the request line and all headers."""
 _BACKLOG = 128
 _CONNECTIONS = 2048
 

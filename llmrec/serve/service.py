@@ -44,15 +44,15 @@ log = logging.getLogger(__name__)
 
 _READERS = 4
 _THREADS = 8
-"""Threads in which turns of conversations wait for the engine."""
+"""Number of threads in which turns of conversations wait for the engine."""
 # Seconds beyond the timeout of a question, which the event loop normally enforces.
 _GRACE = 5.0
 _AGAIN = 10.0
-"""Seconds after which an erasure that could not be finished is tried again."""
+"""Seconds after which an unfinished erasure is tried again."""
 WAITS = 0.4
-"""Share of the time of a request that a store may wait for another process which holds it."""
+"""Fraction of a request's timeout that a store may wait for another process that holds it."""
 _TURN = 0.5
-"""Share of the time of a request that a write waits for its turn; both leave some for the write itself."""
+"""Fraction of a request's timeout that a write waits for its turn; both leave time for the write itself."""
 _NAMED = 5
 
 

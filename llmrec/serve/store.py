@@ -23,9 +23,9 @@ from llmrec.serve.databases import MOVE, NOBODY, VERSION, WAIT, Database, Insert
 from llmrec.types import Item
 
 _MOST = 8
-"""Connections of one store; a server of PostgreSQL has 100 by default, for all processes together."""
+"""Maximum number of connections of a store; a PostgreSQL server has 100 by default for all processes together."""
 _IDLE = 1.0
-"""Seconds after which a connection is tried before it is used: its server may have been restarted."""
+"""Idle seconds after which a connection is tested before use: its server may have been restarted."""
 _BATCH = 10_000
 _EVERY = 2**62
 IN_LOG = (
@@ -33,7 +33,7 @@ IN_LOG = (
     "it succeeds"
 )
 _MOMENT = 1.0
-"""Seconds that an erasure waits for others who read at that moment."""
+"""Seconds that an erasure waits for concurrent readers."""
 
 _ADD = Insert("llmrec_events", ("user_key", "event"))
 _ITEM = ("item_key", "item_id", "title", "fields")

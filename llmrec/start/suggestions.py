@@ -22,7 +22,7 @@ from llmrec.start.profile import Profile, no_id, peek, profile
 _MOST_TABLES, _ROWS = 40, 2000
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LEAST = 0.9
-"""Least weight of a column name that suffices to make the column a user or an item."""
+"""Minimum weight of a column name for the column to be a user or item column."""
 
 
 def no_query(url: str) -> DataError:

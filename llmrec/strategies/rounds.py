@@ -39,7 +39,7 @@ class Question:
 
 
 Said = Mapping[str, float]
-"""Item -> log-probability of its label, in nats; for each item that is asked for, in the order shown."""
+"""Item -> log-probability of its label, in nats, for each queried item in the order shown."""
 Order = Sequence[tuple[str, float]]
 """Items with scores, best first."""
 Steps = Generator[list[Question], list[Said], Order]

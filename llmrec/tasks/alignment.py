@@ -21,7 +21,7 @@ from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
 
 NOBODY = ""
-"""Whose rows these are: no data has this user id."""
+"""The user id of the rows; it does not occur in data."""
 
 
 class AlignmentTask(Task):

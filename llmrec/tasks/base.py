@@ -35,14 +35,14 @@ from llmrec.types import (
 )
 
 YES, NO = "Yes", "No"
-"""Names of the two answers; what a prompt writes for them is said by the words of its template's language."""
+"""Names of the two answers; a prompt writes them in the words of its template's language."""
 
 ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
 ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})
 USER_STATS = frozenset({"user_stats"})
-"""In a chat alone: from line to line of a list, statistics of the user would tell one rating after the other."""
+"""Variables for chats only: in a list, user statistics on successive lines would reveal the ratings."""
 PAST = frozenset({"history", "liked", "disliked"})
-"""Variables that show what a user did before; a template that mentions none of them shows none of it."""
+"""Variables that show a user's past events; a template without them shows no past events."""
 # The first words of a past review are sufficient; three complete ones would displace the question.
 _PAST_TEXT = 160
 

@@ -20,9 +20,9 @@ from llmrec.types import Event, Request
 
 _CHOICES = get_args(ShotChoice)
 BY_TEXT = ("nearest", "diverse")
-"""Choices that compare texts of items."""
-# diverse: users to choose among, in multiples of the examples; and what a likeness to the question is worth beside one
-# to an example that is chosen already (Carbonell and Goldstein, SIGIR 1998, equation 1).
+"""Methods of choosing examples that compare item texts."""
+# diverse: the number of users to choose among, as a multiple of the examples; and the weight of the similarity to the
+# question, against that to the examples already chosen (Carbonell and Goldstein, SIGIR 1998, equation 1).
 _POOL, _LIKENESS = 10, 0.3
 
 

@@ -18,7 +18,7 @@ from llmrec.types import (
 )
 
 Answered = Callable[[Values, Event], Values]
-"""Puts what is true of an event into the values that a template's target shows."""
+"""Adds the true answer for an event to the values that a template's target shows."""
 
 
 ListLoss = Literal["softmax", "lambda"]

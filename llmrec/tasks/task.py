@@ -22,7 +22,7 @@ from llmrec.tasks.rows import Listwise
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName
 
 Want = Literal["one", "ranking", "yes"]
-"""What a prompt asks of its candidates: the one to choose, an order of all, or a yes or no to the only one."""
+"""What a prompt asks about its candidates: to choose one, to rank all, or yes or no about a single one."""
 
 
 class EventLists(Protocol):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # What the Trainer resumes from in addition to the weights: torch loads these files, and no others of a checkpoint.
 _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "optimizer.bin", "pytorch_model_fsdp.bin")
 OF_FSDP = "pytorch_model_fsdp.bin"
-"""What the Trainer's checkpoints have under FSDP alone."""
+"""The file of the Trainer's checkpoints that only FSDP writes."""
 
 log = logging.getLogger(__name__)
 

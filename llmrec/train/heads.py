@@ -127,7 +127,7 @@ def restore(head: RatingHead, checkpoint: Path) -> None:
 log = logging.getLogger(__name__)
 
 LARGEST = 0.015
-"""The share of all weights that may be trained; M6-Rec trains about 1 %."""
+"""Maximum share of all weights that are trained; M6-Rec trains about 1 %."""
 
 
 @dataclass(frozen=True, slots=True)

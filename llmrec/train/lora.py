@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUANTISED = ("qlora", "lora8")
-"""Methods whose base is quantised."""
+"""Methods with a quantised base model."""
 
 
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:

@@ -25,7 +25,7 @@ from llmrec.tasks.rows import ListLoss
 _CHUNK, _RELATED = 256, 1024
 
 StateLoss = Callable[[Any, Any], Any]
-"""Summed loss of hidden states, shape (n, d), and labels, shape (n,): what stands in for the language-model head."""
+"""Summed loss of hidden states, shape (n, d), and labels, shape (n,); it replaces the language-model head."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 WEIGHTS = "masks.safetensors"
-"""Beside an adapter: which weights of each layer stay, one bit a weight, eight in a byte."""
+"""The file next to an adapter that marks the kept weights of each layer, one bit per weight, eight per byte."""
 
 _MASK = "llmrec_mask"
 

@@ -24,9 +24,9 @@ from llmrec.recipe.schema import TrainSection
 log = logging.getLogger(__name__)
 
 FILES = ("trackers.json", "tensorboard")
-"""What is written into a run folder: the ids of its runs, and TensorBoard's files."""
+"""Files in a run folder: the ids of its tracker runs, and TensorBoard's files."""
 PROJECT = "llmrec"
-"""Of trackers that have projects; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and TRACKIO_PROJECT name another one."""
+"""Default project of a tracker; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and TRACKIO_PROJECT override it."""
 _REPORTED = "reported"
 
 

@@ -24,7 +24,7 @@ from llmrec.progress import note
 from llmrec.recipe.schema import TrainSection
 
 SHARDED = "FSDP"
-"""accelerate's word for weights that are divided among processes."""
+"""accelerate's name for sharding weights among processes."""
 # One process reads data, validates and merges while the others wait; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=1)
 # Messages of gloo and NCCL when the other side of a connection is gone.

@@ -112,7 +112,7 @@ class RankOptions(RecommenderOptions):
 
 
 OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
-"""Options that say how a cluster works."""
+"""Options of the cluster."""
 
 
 def check_cluster(options: RankOptions) -> None:

@@ -236,4 +236,4 @@ def _answered(request: RankRequest | Unparsed, answer: Answered | LlmrecError | 
 
 
 Ranker = LanguageModel | _NamedRanker
-"""A model that ranks a file of requests: a language model as the options say, or a model under its name."""
+"""A model that ranks a file of requests: a language model configured by the options, or a named model."""

@@ -38,13 +38,13 @@ from llmrec.types import Cost, Ranking, Unparsed
 log = logging.getLogger(__name__)
 
 STDOUT = Path("-")
-"""Stands for the standard output."""
+"""The path that means standard output."""
 
 PART = 64
-"""Requests of one part; more where the backend is handed more at a time."""
+"""Requests per part; more if the backend takes larger batches."""
 
 _SHOWN = 5
-# Texts that a request brought can make a note long; the output has it whole.
+# A note that quotes texts of a request can be long; the output contains it in full.
 _LONGEST = 160
 
 

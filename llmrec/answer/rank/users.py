@@ -30,7 +30,7 @@ from llmrec.fingerprint import digest_of
 from llmrec.pipeline.resume import LOCK, locked
 
 TABLE = "recommendations"
-"""The table of a database, which is replaced in one transaction."""
+"""The table in a database; it is replaced in one transaction."""
 
 _PART = 256
 _DATABASES = (".db", ".sqlite", ".sqlite3")

@@ -450,7 +450,7 @@ class PlainTree:
 
 
 BLOCK = 64
-"""Tokens of a block. Smaller ones share more and make more, smaller matrix products."""
+"""Tokens per block. Smaller blocks share more prefixes, but need more and smaller matrix products."""
 # Bytes of cached keys and values: all requests of a batch for a small model, a few for a large one.
 _KEPT = 768 << 20
 

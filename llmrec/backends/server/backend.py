@@ -71,7 +71,7 @@ class OpenAIBackend:
 
     name = "openai"
     capabilities: frozenset[Capability] = frozenset({"generate", "score"})
-    """What a server can offer at most; an instance says what its own does."""
+    """Maximum capabilities of a server; an instance has those that its server supports."""
 
     def __init__(self, section: ServerSection, encoder: Encoder | None = None, *, ledger: Ledger | None = None) -> None:
         self._section, self._encoder = section, encoder

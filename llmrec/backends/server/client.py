@@ -143,7 +143,7 @@ def usage(value: Any) -> Cost | None:
 
 
 FIRST_REST = 1.0
-"""Seconds that a server rests at first; doubled each time that it fails again."""
+"""Seconds that a failing server is skipped at first; doubled after every further failure."""
 # Consecutive faults after which a server is skipped. After a refused connection it is skipped at once.
 _PATIENCE = 3
 
@@ -239,9 +239,9 @@ class Fleet:
 log = logging.getLogger(__name__)
 
 LARGEST = 64 * 2**20
-"""Bytes of the largest answer."""
+"""Maximum size of an answer in bytes."""
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
-"""What a reader of an answer raises where that has not the right form."""
+"""Exceptions that parsers raise for a malformed answer."""
 
 _MASK = "***"
 # Shorter keys are placeholders for servers without keys ("EMPTY"), and words that an answer may contain.

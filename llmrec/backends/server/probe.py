@@ -29,7 +29,7 @@ from llmrec.types import Completion, Cost, Message, Prompt, Segment
 
 
 MARGIN = 1.0
-"""Nats below the least likely token returned: what a label gets that is not among them."""
+"""Distance in nats of a label that was not returned below the least likely returned token."""
 
 _THOUGHT = re.compile(r"\A.*</think(?:ing)?>\s*", re.DOTALL)
 _THINKING = re.compile(r"<think(?:ing)?>")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = 32
-"""Tokens of a block of the cache on the CPU: vLLM's default of 128 caches less, since only full blocks are kept."""
+"""Tokens per cache block on the CPU: vLLM's default of 128 caches less, since only full blocks are kept."""
 GIB = 2.0**30
 # The largest cache of a small model; for a larger one it is the size of its weights.
 _MOST = 2**30
@@ -274,7 +274,7 @@ _MOST_MEMORY = 0.92
 # The largest cache of a small model without a known workload.
 _UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
 INSTEAD = "eval.backend=hf (as an option: --backend hf)"
-"""What asks a model without vLLM."""
+"""The settings that query a model without vLLM, for messages."""
 
 
 def free_share(gpus: int = 1) -> float:

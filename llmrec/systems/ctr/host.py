@@ -155,9 +155,9 @@ class Host(Baseline[H, Fitted]):
 
     stochastic = True
     POOLED: ClassVar[int] = 2
-    """Vectors that the events become: the mean of the likes, and that of the others."""
+    """Number of vectors into which the events are pooled: the mean of the likes, and that of the others."""
     FIRST_ORDER: ClassVar[bool] = False
-    """Whether the last value of each vector, one more than ``dim``, is a feature's own weight in a linear term."""
+    """Whether the last of the ``dim`` + 1 values of each vector is the feature's weight in a linear term."""
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (3e-4, 1e-3, 3e-3),
         "dropout": (0.0, 0.1, 0.3),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")
 Span = tuple[int, int]
-"""Characters of a text that a token stands for."""
+"""The character range of a token in a text."""
 
 
 @dataclass(frozen=True)

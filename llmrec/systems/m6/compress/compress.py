@@ -50,7 +50,7 @@ from llmrec.tasks.family import family_of
 
 
 Kind = Literal["bfloat16", "float32", "int8"]
-"""How weights are stored; int8: those of the linear layers within the blocks, the others in bfloat16."""
+"""The storage format of weights; int8: only the linear layers within the blocks, the rest in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
