@@ -271,7 +271,7 @@ def _number(path: Path) -> int | None:
     return int(words[0]) if words and words[0].isdigit() else None
 
 
-# --------------------------------------------------------------------------- what only some systems can do
+# --------------------------------------------------------------------------- platform-specific functions
 
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 """Flags of `os.open`: reject links, and do not pass the file to child processes, if supported."""

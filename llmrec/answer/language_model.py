@@ -204,7 +204,7 @@ class LanguageModel:
     ) -> None:
         self.close()
 
-    # ------------------------------------------------------------------- what it is
+    # ------------------------------------------------------------------- identity
 
     @property
     def verbs(self) -> tuple[str, ...]:
@@ -425,7 +425,7 @@ class LanguageModel:
             engine = self.engines.engine_for(strategy, self.bundle.folder)
             yield self.engines.get(engine, self.bundle.folder, self.weights)
 
-    # ------------------------------------------------------------------- ways of ranking
+    # ------------------------------------------------------------------- ranking
 
     def _way(self, **changes: Any) -> Way:
         """Return the way of ranking with changed options; these must not affect the model, items or engine."""

@@ -64,7 +64,7 @@ _OWN = "\x1f"
 class TaskRequests:
     """Requests converted for a task, with the original ones.
 
-    Every mention of an item has an id of its own, so that two requests can have different titles for an item.
+    Every mention of an item has a separate id, so that two requests can have different titles for an item.
     ``places`` are the positions of candidates in the seeded order of their request.
     """
 

@@ -212,7 +212,7 @@ def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str)
     )
 
 
-# --------------------------------------------------------------------------- what is shown
+# --------------------------------------------------------------------------- output
 
 
 def tables(found: ComparedRuns) -> Iterator[Table]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llmrec.types import Case
 
 
-# --------------------------------------------------------------------------- attributes of users
+# --------------------------------------------------------------------------- user attributes
 # Slices by user attributes of a source, such as gender or age.
 #
 # The limits of slices are computed from all users of the data, evaluated or not, and are part of their names. Values

@@ -372,7 +372,7 @@ def _signed(change: float) -> str:
     return f"{round(change, 4) + 0.0:+.4f}".replace("-", "−")
 
 
-# --------------------------------------------------------------------------- what a reader types
+# --------------------------------------------------------------------------- code literals
 # Template words are untrusted. They are inserted as literals that can end neither a code fence nor a quote.
 
 

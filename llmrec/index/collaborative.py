@@ -157,7 +157,7 @@ def _pairs(counts: Floats) -> float:
     return float((counts * (counts - 1)).sum() / 2)
 
 
-# --------------------------------------------------------------------------- the branch of items that nobody chose
+# --------------------------------------------------------------------------- cold-start items
 
 
 def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:

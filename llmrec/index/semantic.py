@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 #     ||x - decoded||^2 + sum over l of ||sg[r_l] - e_(c_l)||^2 + beta ||r_l - sg[e_(c_l)]||^2
 #
 # where sg stops gradients: the second term moves codewords only, the third the encoder only. Gradients of the
-# first reach the encoder as if nothing had been quantised.
+# first reach the encoder as if there were no quantisation.
 
 
 _WEIGHT_DECAY = 1e-4
@@ -659,7 +659,7 @@ def _quantised(
     return vectors, result, arrays, figures
 
 
-# --------------------------------------------------------------------------- items of equal codes
+# --------------------------------------------------------------------------- items with equal codes
 
 
 def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:

@@ -331,11 +331,11 @@ def _drawn(
 
 
 # --------------------------------------------------------------------------- several tests
-# Several tests of one family: Holm's correction, and intervals that agree with the corrected p.
+# Several tests of one family: Holm's correction, and intervals that agree with the corrected p-values.
 #
 # Holm's procedure (1979) tests the smallest of m p-values at alpha / m, the next one at alpha / (m - 1), and so
-# on; at the first that fails it stops, and rejects neither that one nor any later one. Each difference was thus
-# tested at one level last: its own step's if it was rejected, else that of the step at which the procedure
+# on; it stops at the first that fails, and rejects neither that one nor any later one. The last level at which a
+# difference was tested is thus that of its step if it was rejected, else that of the step at which the procedure
 # stopped. Its interval is the inversion of that test. A fixed 95 % interval could exclude 0 although the
 # corrected p is above .05. Each interval covers at least 1 - alpha; simultaneous coverage is not claimed.
 

@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # ----------------------------------------------------------------------------
-# Small models that start from random weights, for catalogues whose items are codes: no words have to be
-# understood.
+# Small models with random initial weights, for catalogues whose items are codes, which need no knowledge of
+# language.
 #
-# Their folder looks like that of any pretrained model, so training, merging, export and every engine read it as
-# such.
+# Their folder has the format of a pretrained model, so training, merging, export and every engine can read it.
 
 
 _START, _END, _PAD = "<|start|>", "<|end|>", "<|pad|>"

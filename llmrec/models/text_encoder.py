@@ -193,7 +193,7 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 # ----------------------------------------------------------------------------
-# Text encoders by name, with a cache of vectors on disk.
+# Text encoders by name, with a cache of embeddings on disk.
 
 
 log = logging.getLogger(__name__)

@@ -426,7 +426,7 @@ class Evaluation:
         sets = self._study.sets(family)
         return sets.digest if sets is not None else None
 
-    # ------------------------------------------------------------------------- what answers, and how it is measured
+    # ------------------------------------------------------------------------- models and measurement
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
         """Return the validation cases that weigh ensembles, if a row is a member of any."""

@@ -101,7 +101,7 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
     )
 
 
-# --------------------------------------------------------------------------- vectors of texts
+# --------------------------------------------------------------------------- text embeddings
 
 
 def embed_of(index: ItemIndex) -> Embed | None:

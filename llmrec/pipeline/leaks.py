@@ -226,7 +226,7 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
     ]
 
 
-# --------------------------------------------------------------------------- what was fitted
+# --------------------------------------------------------------------------- leaks into fitted models
 
 
 def redrawn(

@@ -490,7 +490,7 @@ def folder_of(recipe: Recipe, out: Path | None) -> Path:
     return out if out is not None else Path("runs") / recipe.name
 
 
-# --------------------------------------------------------------------------- profiles that leak
+# --------------------------------------------------------------------------- leaking profiles
 
 
 @dataclass(frozen=True)

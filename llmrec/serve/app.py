@@ -100,7 +100,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
     return app
 
 
-# --------------------------------------------------------------------------- who waits
+# --------------------------------------------------------------------------- timeouts
 
 
 async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:

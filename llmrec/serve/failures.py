@@ -52,7 +52,7 @@ _KINDS = {
 _RETRY = 5.0
 # The maximum of characters of a client's text that a response repeats.
 _REPEATED = 200
-# The type names that pydantic adds to the location of an error, besides keys and numbers.
+# The type names that pydantic adds to the location of an error, in addition to keys and numbers.
 _FORMS = {"constrained-str", "str", "float", "datetime"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }

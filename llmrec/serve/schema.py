@@ -28,7 +28,7 @@ LONGEST_TEXT = 4000
 
 # Ids must not contain NUL, lone surrogates or control characters, nor be invisible.
 _C = r"\x00-\x1f\x7f-\x9f"
-# Written out, since \s differs between languages.
+# Listed in full, since \s differs between languages.
 _SPACE = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 NAME = rf"^[^{_C}]*[^{_C}{_SPACE}][^{_C}]*$"
 _VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
@@ -108,7 +108,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# --------------------------------------------------------------------------- what is asked
+# --------------------------------------------------------------------------- requests
 
 
 class ItemText(Body):
@@ -197,7 +197,7 @@ class EventsBody(Body):
     events: Annotated[list[NewEvent], Field(min_length=1, max_length=MOST_ITEMS)]
 
 
-# --------------------------------------------------------------------------- what is answered
+# --------------------------------------------------------------------------- responses
 
 
 class Failure(BaseModel):

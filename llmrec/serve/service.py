@@ -127,7 +127,7 @@ class Service:
             threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.store.close)
 
-    # ------------------------------------------------------------------- what is known
+    # ------------------------------------------------------------------- stored data
 
     async def user(self, user_id: str, *, most: int = 1000) -> list[Event]:
         """Return the events of a user, oldest first.

@@ -386,7 +386,7 @@ class DirectTask(Task):
             asked.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
         return asked
 
-    # ----------------------------------------------------------------------- the first of two steps
+    # ----------------------------------------------------------------------- the first step of two-step strategies
 
     @cached_property
     def profile_template(self) -> Template:

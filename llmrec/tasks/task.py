@@ -153,7 +153,7 @@ class Task(Protocol):
         """Return the number of training interactions (or items) with a target of the family."""
         ...
 
-    # ----------------------------------------------------------------------- what only some families have
+    # ----------------------------------------------------------------------- optional methods of families
 
     @property
     def catalogue(self) -> tuple[str, ...]:

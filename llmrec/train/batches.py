@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 # ----------------------------------------------------------------------------
-# Training rows of encoder-decoders: the encoder reads what stands before a target, the decoder learns the target.
+# Training rows of encoder-decoders: the encoder reads the text before a target, the decoder learns the target.
 #
-# A row is a `TokenRow` whose labels are one stretch at its end. What comes before is the source: to the token
-# what evaluation asks with, since the prompt of a request and the beginning of a row are cut into the same
-# pieces. The labels are what a search looks for: the answer with what closes it. So rows are planned, counted and
-# cut into steps like those of any other model.
+# A row is a `TokenRow` whose labels are one span at its end. The tokens before it are the source. They are the same
+# tokens as in evaluation, since the prompt of a request and the beginning of a row are tokenised in the same
+# pieces. The labels are the target of a search: the answer with its closing tokens. Rows are therefore planned,
+# counted and grouped into steps like those of any other model.
 
 
 def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow]:

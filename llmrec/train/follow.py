@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # ----------------------------------------------------------------------------
-# The best adapter so far by a figure of the validation split, and when it is time to stop.
+# The best adapter so far by a validation metric, and early stopping.
 
 
 class Best:

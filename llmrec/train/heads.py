@@ -119,8 +119,8 @@ def restore(head: RatingHead, checkpoint: Path) -> None:
 # 3).
 #
 # ``prompt`` trains soft prompts with the language model's own loss. ``option`` trains them with a softmax over
-# the labels alone, and the last C of them are the class vectors of the C labels too: logit_c = h . p_c. One
-# tensor holds both, so it gets the gradient of either use. ``option-adapter`` also trains a bottleneck adapter in
+# the labels only, and the last C of them are also the class vectors of the C labels: logit_c = h . p_c. One
+# tensor holds both, so it gets the gradients of both uses. ``option-adapter`` also trains a bottleneck adapter in
 # every layer.
 
 
@@ -219,7 +219,7 @@ def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
 
 
 # ----------------------------------------------------------------------------
-# Which loss stands behind a model's states: a head's, that of tied labels, one at every depth, or a teacher's.
+# The loss on a model's hidden states: of a head, of tied labels, one at every depth, or of a teacher.
 
 
 def state_loss(

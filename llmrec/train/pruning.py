@@ -190,7 +190,7 @@ def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return a layer's output with its masked weight; without a mask that of its own forward."""
+    """Return a layer's output with its masked weight; without a mask, the output of its class's forward."""
     mask = getattr(layer, _MASK)
     if mask is None:
         return type(layer).forward(layer, states, *args, **kwargs)

@@ -29,7 +29,7 @@ from llmrec.train.batches import fit_row, target_rows
 from llmrec.types import Event, Example
 
 # ----------------------------------------------------------------------------
-# Draws the rows of one user together, so that tasks whose question follows the history share one history.
+# Samples the rows of a user together, so that tasks whose question follows the history share the history.
 
 
 @runtime_checkable
@@ -100,14 +100,14 @@ def branching_rows(
 
 
 # ----------------------------------------------------------------------------
-# Rows of the answers of one question, for a loss over them whose scores are the likelihoods of their own texts.
+# Rows with all answers to one question, for a loss over the answers whose scores are the likelihoods of their texts.
 #
-# Training so learns the order that `llmrec.strategies.pointwise.LikelihoodRanker` reads: an answer's score is log
-# P(text | prompt), summed over its tokens. All answers to a question lie in one masked row, so that the prompt is
-# read once and every score is exact. With one chosen candidate a list, ListNet's top-one loss (Cao et al., ICML
-# 2007), and ListMLE and PListMLE (Xia et al., ICML 2008; Lan et al., UAI 2014) cut behind the first place, are
-# `softmax`; `lambda` weighs pairs by the difference in NDCG that their exchange makes. Losses from preference,
-# which compare a model with the one that it started from, read the same rows: `llmrec.train.preference`.
+# Training thus learns the order that `llmrec.strategies.pointwise.LikelihoodRanker` uses: an answer's score is log
+# P(text | prompt), summed over its tokens. All answers to a question are in one masked row, so that the prompt is
+# read once and every score is exact. With one chosen candidate per list, ListNet's top-one loss (Cao et al., ICML
+# 2007), and ListMLE and PListMLE (Xia et al., ICML 2008; Lan et al., UAI 2014) truncated after the first rank, are
+# `softmax`; `lambda` weights pairs by the change in NDCG when they are swapped. Preference losses, which
+# compare a model with its initial state, read the same rows: `llmrec.train.preference`.
 
 
 def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
@@ -119,7 +119,7 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
         paired: Name of the model, where it is an encoder-decoder.
 
     Raises:
-        RecipeError: If other families are trained beside those lists, a family has none to learn from preference by, or
+        RecipeError: If other families are trained together with those lists, a family has none for preference learning, or
             the model is an encoder-decoder.
     """
     result = {family: task.listwise for family, task in tasks.items() if task.listwise is not None}
@@ -175,14 +175,14 @@ def list_rows(
 
 
 # ----------------------------------------------------------------------------
-# List rows from lines that are tokenised once: a table of token ids, and a gather for thousands of rows at a
+# List rows from lines that are tokenised once: a table of token ids, from which thousands of rows are gathered at a
 # time.
 #
-# A row of a list template is a question and a line an event. Where a line depends on its item alone, its ids are
-# kept in one flat array, and rows are gathered from it. `Encoder.row` cuts answers after each line and at
+# A row of a list template is a question and one line per event. If a line depends only on its item, its ids are
+# kept in one flat array, and rows are gathered from it. `Encoder.row` splits answers after each line and at
 # targets, and the tail of a line ends with a line break, so no piece spans two lines and the ids are the same by
-# construction. A seeded sample of every chunk is still encoded from its words and compared; at the first
-# difference the template's rows are encoded from their words for good.
+# construction. A seeded sample of every chunk is still encoded from its text and compared; after the first
+# difference all rows of the template are encoded from their texts.
 
 
 log = logging.getLogger(__name__)

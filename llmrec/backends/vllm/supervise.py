@@ -31,13 +31,13 @@ from llmrec.backends.vllm import guard as vllm_guard
 #
 # A process that `multiprocessing` starts by "spawn" or "forkserver" first runs the parent's ``__main__`` under
 # another name, in case its arguments were defined there. A script that calls `llmrec.run` without ``if
-# __name__ == "__main__":`` would so be run again inside the engine that it starts, and one that came from stdin
-# is a file that is not there. Nothing that an engine is given is from ``__main__``, so its processes need not
-# know it.
+# __name__ == "__main__":`` would then run again inside the engine that it starts, and a script from stdin
+# would be a missing file. No argument of an engine is defined in ``__main__``, so its processes do not need
+# it.
 #
-# What a child is told about ``__main__`` comes from one function, `multiprocessing.spawn.get_preparation_data`,
-# which is asked in the thread that starts it. Hiding ``__main__.__file__`` meanwhile would hide it from every
-# thread, and forking in place of spawning is not safe beside the threads and the CUDA context that torch has by
+# A child gets its information about ``__main__`` from one function, `multiprocessing.spawn.get_preparation_data`,
+# which is called in the thread that starts the child. Hiding ``__main__.__file__`` at that time would hide it from
+# every thread, and forking instead of spawning is not safe with the threads and the CUDA context that torch has by
 # then.
 
 

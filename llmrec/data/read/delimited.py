@@ -388,7 +388,7 @@ def _parsed(
         return None
 
 
-# --------------------------------------------------------------------------- what a table of the user looks like
+# --------------------------------------------------------------------------- format of a user's table
 
 
 def preamble(text: str, usual: str) -> int:

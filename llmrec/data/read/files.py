@@ -108,7 +108,7 @@ def _near(path: Path) -> str:
         return f" (nor a folder {str(path.parent)!r} that can be read)"
 
 
-# --------------------------------------------------------------------------- files of the user
+# --------------------------------------------------------------------------- user files
 
 
 class Stored:
@@ -266,7 +266,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
         ) from error
 
 
-# --------------------------------------------------------------------------- files of published sets
+# --------------------------------------------------------------------------- files of published data sets
 
 
 @dataclass(frozen=True)

@@ -449,7 +449,7 @@ def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
     return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
 
 
-# --------------------------------------------------------------------------- objects of published sets
+# --------------------------------------------------------------------------- objects of published data sets
 
 
 def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:

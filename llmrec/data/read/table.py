@@ -99,7 +99,7 @@ def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table
     return without_kinds(table) if kind in ATOMIC else table
 
 
-# --------------------------------------------------------------------------- files of published sets
+# --------------------------------------------------------------------------- files of published data sets
 
 
 def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:

@@ -128,7 +128,7 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
             )
 
 
-# --------------------------------------------------------------------------- the columns that a recipe means
+# --------------------------------------------------------------------------- columns named by a recipe
 
 
 def paths(table: Table) -> list[str]:

@@ -524,7 +524,7 @@ def floats(series: pl.Series) -> pl.Series:
         return pl.Series(series.name, [math.nan] * series.len(), pl.Float64)
 
 
-# --------------------------------------------------------------------------- the first row that is bad
+# --------------------------------------------------------------------------- the first invalid row
 
 
 def _first(bad: pl.Series) -> int | None:

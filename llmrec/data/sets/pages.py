@@ -20,7 +20,7 @@ from llmrec.recipe.load import load_page
 from llmrec.recipe.schema import Section
 from llmrec.registry import SETS
 
-# --------------------------------------------------------------------------- the keys of a page
+# --------------------------------------------------------------------------- keys of a description
 
 
 class Events(Section):
@@ -247,7 +247,7 @@ def _published(name: str) -> Known:
     return load_page(Known, SETS[name], {"name": name}, SETS)
 
 
-# --------------------------------------------------------------------------- counts, and how data compares with them
+# --------------------------------------------------------------------------- comparison with published counts
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def published(section: DataSection, *, seed: int) -> Dataset:
     return load(known(section.source), section)
 
 
-# --------------------------------------------------------------------------- any of them
+# --------------------------------------------------------------------------- loading
 
 
 def load(page: Known, section: DataSection) -> Dataset:
@@ -414,7 +414,7 @@ def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> s
     return joined or attribute.missing
 
 
-# --------------------------------------------------------------------------- titles of films
+# --------------------------------------------------------------------------- film titles
 
 _ENDING = re.compile(r"^(?P<title>.*?)\s*\((?P<years>(?P<year>\d{4})(?:[-–]\d{0,4})?)\)(?:\s*\((?:V|TV)\))?$")
 _LATER = re.compile(

@@ -105,7 +105,7 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
     return frame
 
 
-# --------------------------------------------------------------------------- what sources of this sort share
+# --------------------------------------------------------------------------- shared code
 
 
 def check_keys(source: str, section: DataSection) -> None:

@@ -225,7 +225,7 @@ class Host(Baseline[H, Fitted]):
                 answers.append(Probability(request_id=request.id, value=value))
         return answers
 
-    # ----------------------------------------------------------------------- what a host says
+    # ----------------------------------------------------------------------- interface of hosts
 
     def _build(self, sizes: Sizes) -> Any:
         """Return a ``torch.nn.ModuleDict`` for these sizes."""

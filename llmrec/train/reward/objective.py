@@ -33,11 +33,11 @@ from llmrec.types import Case
 # Group-relative advantages and the clipped loss of whole items (GRPO, Shao et al., arXiv 2402.03300, section
 # 4.1).
 #
-# The action is an item, however many tokens write it: ratio and divergence are those of whole items. Every
-# rollout has a weight (`llmrec.decode.rollouts.Group`), so that a sum over a group is a mean over what the model
-# would choose: equal draws are one rollout that weighs as much as they do together, and items drawn without
-# replacement weigh what makes up for how likely they were to be drawn (Kool et al., Buy 4 REINFORCE Samples, Get
-# a Baseline for Free!, 2019).
+# The action is an item, regardless of its number of tokens: ratio and divergence are those of whole items. Every
+# rollout has a weight (`llmrec.decode.rollouts.Group`), so that a sum over a group is an expectation over the model's
+# choices: equal draws are one rollout with the sum of their weights, and items drawn without replacement have weights
+# that correct for their probability of being drawn (Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free!,
+# 2019).
 
 
 # A smaller standard deviation is noise; TRL adds the same constant.

@@ -117,7 +117,7 @@ def closing_of(catalogue: Catalogue) -> int:
 
 
 # ----------------------------------------------------------------------------
-# Training events as questions, asked as evaluation asks: the prompt of a request, and its answer as the target.
+# Training events as questions in the form of evaluation: the prompt of a request, with its answer as the target.
 
 
 def question(task: Task, case: Case, template: str) -> Example:
