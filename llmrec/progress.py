@@ -26,7 +26,7 @@ QUIET = "LLMREC_QUIET"
 FIRST, MOST, SHARE = 10.0, 600.0, 0.5
 """Seconds before the first line, the most seconds between lines, and their interval as a share of the time so far."""
 
-# The running tasks, innermost last, which alone is drawn or writes lines.
+# The running tasks, innermost last; only that one is drawn or writes lines.
 _open: list[Bar] = []
 
 # Columns of the name and of the bar.

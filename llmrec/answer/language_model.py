@@ -283,7 +283,7 @@ class LanguageModel:
         """See `Recommender`."""
         self._ways.clear()
 
-    # ------------------------------------------------------------------- as its options say
+    # ------------------------------------------------------------------- configuration by options
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
         """Read one request in the format of docs/rank.md, or return why it is invalid.

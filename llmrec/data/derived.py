@@ -165,7 +165,7 @@ NAMES, TITLES = "names", "titles"
 _IN_TITLE, _MOST_IN_TITLE = 3, 6
 # A phrase of fewer training reviews is one writer's expression, not a feature.
 _LEAST = 3
-# Shorter sentences say little more than the feature; longer ones do not answer "why, in one sentence?".
+# Shorter sentences add little to the feature; longer ones do not answer "why, in one sentence?".
 _SENTENCE = (4, 40)
 _SENTENCES = re.compile(r"(?<=[.!?])(?=\s|[A-Z])|\n+")
 _WORD = re.compile(r"\w+")

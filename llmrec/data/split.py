@@ -248,7 +248,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     if section.kind == "cold_items":
         cold = rows.frame.filter(cold_parts(dataset, rows, section, seed) != TRAIN)
     return SplitDataset(
-        # What the source lacks is derived here, where the training interactions are known.
+        # Features that the source lacks are derived here, where the training interactions are known.
         dataset=derived(dataset, frames[0], seed=seed),
         kind=section.kind,
         seed=seed,

@@ -38,7 +38,7 @@ KINDS: Mapping[Reads | None, str] = {
 }
 """What rows read of items; the kinds are separate, as a claim for one compares with the best of those above it."""
 
-# At this log weight or less, items of the history rank behind all others.
+# At this log weight or less, items of the history rank after all others.
 _BEHIND = -1e6
 
 FORMS: Mapping[str, str] = {

@@ -112,7 +112,7 @@ def plan(
             if lists is None:
                 held += len(group[0].ids) + behind
             else:
-                # What the rows of a list share is read once.
+                # Tokens that the rows of a list share are read once.
                 made.append(one_bin(group))
                 held += made[-1].columns
         if not buffer:

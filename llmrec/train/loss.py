@@ -386,7 +386,7 @@ def _item_loss(
     """Return the summed loss of targets and their total weight; item tokens as in `ItemLoss`."""
     head, rows, places = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
-    # Adapters train the rows of item tokens alone, in ascending order; otherwise they are rows of the head.
+    # Adapters train only the rows of item tokens, in ascending order; otherwise they are rows of the head.
     items = head.weight[tokens] if rows is None else rows[places.argsort()]
     chosen = torch.isin(targets, tokens)
     total = torch.zeros((), dtype=torch.float32, device=targets.device)

@@ -119,7 +119,7 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
         paired: Name of the model, where it is an encoder-decoder.
 
     Raises:
-        RecipeError: If other families are trained together with those lists, a family has none for preference learning, or
+        RecipeError: If other families are trained with those lists, a family has none for preference learning, or
             the model is an encoder-decoder.
     """
     result = {family: task.listwise for family, task in tasks.items() if task.listwise is not None}

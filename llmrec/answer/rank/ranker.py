@@ -24,9 +24,9 @@ from llmrec.pipeline.resume import Budget
 from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed
 
-# Options of a classic recommender too; the others say how a language model is asked.
+# Options that also apply to classic recommenders; the others configure a language model.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
-# How the language model of a folder is asked to rank, and how it is opened.
+# Options for ranking with a folder's language model, and for opening it.
 _ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse", "rationale")
 _OPENED = ("backend", "server_url", "server_model", "server_key_env", "noun", "max_length", "dtype")
 

@@ -95,7 +95,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                     seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
                     summary = _summary(asked_of(options, source, recommender, key), options, tally, seconds)
                     finish(folder, "rank", shard, key, names, summary)
-            # What a part was answered with is in the part.
+            # The part contains the answers, so their cache is not needed.
             for path in folder.glob("answers.sqlite*"):
                 path.unlink()
     finally:

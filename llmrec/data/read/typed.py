@@ -18,7 +18,7 @@ from llmrec.errors import DataError, Place
 
 # --------------------------------------------------------------------------- dates, as people and programs write them
 
-# Where 03/04/2024 may be in March or April, the whole column decides: 31/05/2024 in another row shows that the day
+# Whether 03/04/2024 is in March or April is decided by the whole column: 31/05/2024 in another row shows that the day
 # comes first. With dots it does by convention.
 
 
