@@ -88,7 +88,7 @@ class Environment:
         return str(self.venv / "bin" / "python")
 
 
-# --------------------------------------------------------------------------- what there is
+# --------------------------------------------------------------------------- detection
 
 
 def has_nvidia_gpu() -> bool:

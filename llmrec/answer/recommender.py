@@ -43,7 +43,7 @@ class Card:
 
     Attributes:
         name: Its name in questions.
-        kind: ``language model``, ``classic`` or ``fusion``.
+        kind: ``language model``, ``classic`` or ``fusion`` (an ensemble).
         signature: A hash of everything that can change an answer except the request.
         verbs: ``rank``, and families of questions about one item.
         strategies: Its strategies for ordering candidates.

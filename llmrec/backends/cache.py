@@ -583,7 +583,7 @@ class _Questions:
 
     @contextmanager
     def replaced_on_failure(self) -> Iterator[None]:
-        """Ask the engine; where it fails and another takes its place, the questions are asked again."""
+        """Query the engine; if it fails and is replaced, send the questions again."""
         try:
             yield
         except EngineFailure as failure:

@@ -38,7 +38,7 @@ def search(
         excluded: The same.
         exact: The same.
         engine: Name of the route.
-        batch_tokens: Prompts that are searched together hold at most so many tokens, padding and beams included.
+        batch_tokens: Maximum number of tokens of prompts that are searched together, including padding and beams.
 
     Raises:
         BackendError: If a prompt leaves no room for the longest text.

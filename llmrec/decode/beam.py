@@ -111,7 +111,7 @@ _Kind = TypeVar("_Kind", bound=Beams)
 
 @dataclass
 class _Search:
-    """The state of one search: catalogue, excluded items, bounds of what was pruned, and numbers of fed tokens."""
+    """The state of a search: catalogue, excluded items, bounds of pruned branches, numbers of processed tokens."""
 
     catalogue: Catalogue
     width: int

@@ -41,7 +41,7 @@ def reporting_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
     """Turn torch's out-of-memory error into a one-line error.
 
     Args:
-        what: What was going on.
+        what: The operation, for the message.
         fix: What makes it smaller.
         column: The key to begin with.
 

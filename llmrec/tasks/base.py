@@ -243,7 +243,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
     Args:
         data: The split.
         keep: Which of a user's events the family can use; None: all of them.
-        least: So many of them a user has; others are left out.
+        least: Minimum number per user; users with fewer are left out.
         rated: Whether those with a rating are kept, in place of ``keep``.
     """
 

@@ -330,7 +330,7 @@ def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -
 
     Args:
         text: A completion.
-        answers: What is written for a yes and for a no.
+        answers: The words for yes and no.
         words: Of the language that was asked in, English by default.
 
     Returns:

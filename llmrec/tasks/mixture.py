@@ -54,8 +54,8 @@ def interleave(
     Args:
         streams: Rows by name.
         weights: By name; streams of weight 0 give no rows.
-        seed: Decides who goes first where several are equally far behind.
-        size: What a row counts, such as its number of tokens; None: one, so that shares are shares of rows.
+        seed: Breaks ties between streams that are equally far behind.
+        size: The weight of a row, such as its number of tokens; None: one, so that shares are shares of rows.
 
     Raises:
         RecipeError: If no weight is above 0.

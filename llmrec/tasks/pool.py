@@ -100,7 +100,7 @@ class Negatives:
     Args:
         data: The split data.
         kind: ``uniform`` over the catalogue, or ``popularity``: by 1 + number of training interactions.
-        key: What a recipe lowers where users leave too few items.
+        key: The recipe key to lower if users leave too few items.
     """
 
     def __init__(self, data: SplitDataset, kind: str, key: str = "eval.candidates.count") -> None:
@@ -230,9 +230,9 @@ def with_other_texts(
     """Return an event, followed by the same with texts of other training events, at most ``size`` in total.
 
     Args:
-        event: What the true text is about.
+        event: The event of the true text.
         events: Training events by user.
-        text: Reads an event's text; no two of those returned are alike.
+        text: Reads an event's text; the returned texts are all different.
         size: How many events.
         rng: Random numbers.
     """

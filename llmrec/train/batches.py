@@ -90,13 +90,13 @@ def plan(
     Args:
         rows: Training rows, drawn as far as they are needed.
         steps: How many steps to plan at most.
-        batch_tokens: Padded tokens of a step. A longer row makes a step of its own.
+        batch_tokens: Padded tokens per step. A longer row is a separate step.
         seed: Decides the order of steps.
-        width: Pack rows into masked rows of so many columns. None: rows of similar length stand together, padded.
+        width: Pack rows into masked rows of this number of columns. None: rows of similar length are padded.
         band: Packed rows of lists: how many lines before its own a token sees. None: all.
-        lists: Rows come as lists of so many candidates, the chosen one first, and each list is a masked row: targets of
-            the others get the weight 0. None: every row stands for itself.
-        behind: Tokens that each row grows by before it is read: those of its rollouts.
+        lists: Rows are lists of this many candidates, the chosen one first, and each list is a masked row: targets of
+            the others get the weight 0. None: rows are independent.
+        behind: Tokens appended to each row before it is read: those of its rollouts.
     """
     rng = random.Random(seed)
     table = RowTable()
@@ -155,7 +155,7 @@ def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = Fal
     """Encode a row and cut it to ``limit`` tokens at its end; None if no target is left.
 
     A user row cut at its end is a shorter user row: the targets that remain see the same context as before. With
-    ``lines`` a list row also says where its lines begin.
+    ``lines`` a list row also records where its lines begin.
     """
     row = encoder.row(example)
     starts = tuple(start for start in _lines(example, encoder, len(row.ids)) if start < limit) if lines else ()

@@ -160,7 +160,7 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
     Args:
         folder: The base model.
         model: How to load it.
-        train: What is trained.
+        train: The training settings.
         encoder: From `soft_encoder`.
         prompt: How many there are, and the labels.
     """
@@ -233,11 +233,11 @@ def state_loss(
     """Return the loss that replaces that of the language-model head; None if none does.
 
     Args:
-        model: What is trained.
+        model: The trained model.
         section: The recipe's ``train`` section.
         head: A rating head on the model.
         soft: Its soft prompts.
-        taught: A teacher beside it.
+        taught: A teacher, if any.
         items: Ids of the item tokens.
 
     Raises:

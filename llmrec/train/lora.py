@@ -29,8 +29,8 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
     Args:
         folder: The base model.
         model: How to load it.
-        train: What is trained.
-        tokens: Ids of item tokens, whose rows in the embeddings, and in a head of its own, are trained whole.
+        train: The training settings.
+        tokens: Ids of item tokens, whose rows in the embeddings, and in an untied head, are trained fully.
 
     Raises:
         RecipeError: If 8-bit training is asked for without CUDA, or no module matches ``train.lora.targets``.

@@ -36,7 +36,7 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
     """Return the share of masked weights after a number of optimiser steps.
 
     Between ``begin`` (t0) and ``end`` (t1) it is equation 1, ``s_f (1 - (1 - (t - t0) / (t1 - t0))^3)``, of the last
-    step t at which masks were made anew.
+    step t at which masks were recomputed.
 
     Args:
         section: The recipe's ``train.prune``.

@@ -52,7 +52,7 @@ _IDLE = "idle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What a training run did.
+    """The outcome of a training run.
 
     ``seconds`` includes ``seconds_before``, what killed invocations spent up to the checkpoint that was resumed.
     ``kept_step`` is the step whose adapter validation selected. ``processes`` is the number of processes, and
@@ -174,14 +174,14 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """What the loss of a training run is made of besides the tokens of its rows; by default nothing.
+    """Inputs of a training loss in addition to the tokens of its rows; none by default.
 
     Attributes:
-        head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
+        head: A rating head on the model, for rows whose labels are classes; saved next to the adapter.
         soft: The soft prompts of the model, for rows whose labels are numbers of labels where these are tied to them.
         listwise: Rows are lists of candidates, planned as such, and have a loss over these.
         objective: Makes the loss of each planned step itself.
-        taught: A teacher; what is followed on validation is the loss of the answers all the same.
+        taught: A teacher; validation still uses the loss of the answers.
         items: Ids of the item tokens.
     """
 
@@ -221,7 +221,7 @@ def train(
         folder: The run folder.
         seed: Seeds the order of steps and dropout.
         quiet: Show no progress bar.
-        loss: What the loss is made of besides the tokens of rows.
+        loss: Inputs of the loss in addition to the tokens of rows.
         device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
         judge: A model -> its figure on the validation split, for ``train.judge``: the adapter of the best look is kept.
             None: that of the last step is.
@@ -342,7 +342,7 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
 
     Args:
         model: The model.
-        instead: What a recipe sets to do without packed rows.
+        instead: Recipe settings that disable packed rows.
 
     Raises:
         RecipeError: If the model does not read the mask of packed rows.

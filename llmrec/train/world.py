@@ -90,7 +90,7 @@ def joined(device: str) -> Iterator[World]:
         device: Where they train, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        RecipeError: If they cannot be what was asked for.
+        RecipeError: If they do not match the settings.
         LlmrecError: If one of them has ended while another waits for it.
     """
     asked = kind_asked(device)
@@ -183,11 +183,11 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool) -> None:
 
     Args:
         plugin: accelerate's settings of it.
-        section: What is trained.
+        section: The training settings.
         plain: It is adapters or weights of the model itself, without a rating head or whole-word embeddings.
 
     Raises:
-        RecipeError: If the settings, or what is trained, are of another kind.
+        RecipeError: If the settings or the kind of training do not support sharding.
     """
     if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type) or plugin.cpu_ram_efficient_loading:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""What `llmrec rank` is asked for: what a recommender is, and the files."""
+"""The options of `llmrec rank`: the recommender and the files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrec.recipe.shared import Form
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions(RecommenderOptions):
-    """A file of requests, a file of ranked lists, and what ranks them."""
+    """Options of a ranking: the file of requests, the file of ranked lists, and the model."""
 
     model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")] = ""
     baseline: Annotated[
@@ -80,34 +80,34 @@ class RankOptions(RecommenderOptions):
 
     @property
     def layout(self) -> Form:
-        """How rankings are laid out in their file."""
+        """The format of the file of rankings."""
         from llmrec.data.ranked import form_of
 
         return form_of(self.target, self.form)
 
     @property
     def bare(self) -> bool:
-        """Whether requests may lack candidates, which are found for them."""
+        """Whether requests may lack candidates, which are then retrieved."""
         return self.whole or self.retrieve is not None or self.baseline is not None or self.named is not None
 
     @property
     def named(self) -> str | None:
-        """The model of the folder that ranks, where it is not the folder's own language model."""
+        """The folder's model that ranks, if it is not the folder's language model."""
         return None if self.by in (TUNED, PLAIN) else self.by
 
     @property
     def tag(self) -> str:
-        """What a TREC run calls what ranked; it has no blanks."""
+        """The name of the model in a TREC run; it has no blanks."""
         return (self.baseline or self.named or "llmrec").replace(" ", "-")
 
     @property
     def parts(self) -> Path:
-        """Where finished parts wait."""
+        """The folder of finished parts."""
         return self.target.with_name(self.target.name + ".parts")
 
     @property
     def summary(self) -> Path:
-        """Where the summary is written."""
+        """The file of the summary."""
         return summary_beside(self.target)
 
 
@@ -116,7 +116,7 @@ OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
 
 
 def check_cluster(options: RankOptions) -> None:
-    """Refuse options of a cluster where none is asked for."""
+    """Reject options of a cluster if none is used."""
     plain = RankOptions()
     for name in OF_CLUSTERS:
         if options.ray is None and getattr(options, name) != getattr(plain, name):

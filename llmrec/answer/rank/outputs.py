@@ -1,4 +1,4 @@
-"""What an output of `rank` and `predict` may replace."""
+"""Checks and summaries of the outputs of `rank` and `predict`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmrec.errors import DataError
 
 
 def summary_beside(out: Path) -> Path:
-    """Return the file that says how an output was made."""
+    """Return the summary file of an output, which records how it was made."""
     return out.with_name(out.name + ".summary.json")
 
 
@@ -23,7 +23,7 @@ def check_out(
     parts: Path | None = None,
     restart: bool = False,
 ) -> None:
-    """Refuse to write over anything but what the same command wrote.
+    """Raise an error if an output would overwrite a file that the same command did not write.
 
     Args:
         out: The file to write.
@@ -60,13 +60,13 @@ def check_out(
 
 
 def outdate(out: Path) -> None:
-    """Have merging make an output again, which stays until then: its summary names no inputs any more."""
+    """Mark an output as outdated, so that merging writes it again: its summary no longer names inputs."""
     if summary_beside(out).is_file():
         write_checked(summary_beside(out), {"key": "", "sha256": _recorded(out)})
 
 
 def _recorded(out: Path) -> str | None:
-    """Return the hash of an output that its summary holds; None without one."""
+    """Return the hash of an output in its summary; None if it has none."""
     try:
         return str(checked(summary_beside(out).read_bytes())["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -74,5 +74,5 @@ def _recorded(out: Path) -> str | None:
 
 
 def write_summary(out: Path, summary: Mapping[str, Json]) -> None:
-    """Write how an output was made into the file next to it."""
+    """Write the summary of an output into the file next to it."""
     write_json(summary_beside(out), {**summary, "sha256": sha256_of(out)})

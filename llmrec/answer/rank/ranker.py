@@ -1,4 +1,4 @@
-"""What ranks a file of requests: a language model, or a classic recommender over the data of a recipe."""
+"""Models that rank a file of requests: a language model, or a classic recommender on the data of a recipe."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _OPENED = ("backend", "server_url", "server_model", "server_key_env", "noun", "m
 
 
 def resolved(options: RankOptions) -> RankOptions:
-    """Return options whose ``by`` names what ranks.
+    """Return options whose ``by`` names the model.
 
-    Without ``--by`` it is the default of the folder; an option that says how the language model is asked means that.
+    Without ``--by`` it is the default of the folder, or the language model if an option configures one.
 
     Raises:
-        LlmrecError: If an option does not go with what ranks, or the folder cannot be opened.
+        LlmrecError: If an option is incompatible with the model, or the folder cannot be opened.
     """
     if options.baseline is not None:
         if options.by is not None:
@@ -65,7 +65,7 @@ def resolved(options: RankOptions) -> RankOptions:
 
 
 def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> Ranker:
-    """Open what is to rank.
+    """Open the model that ranks.
 
     Args:
         options: They name a model or a baseline.
@@ -82,7 +82,7 @@ def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> 
 
 
 def open_loaded(options: RankOptions) -> Loaded:
-    """Open what ranks as Python asks it: a classic recommender over the data of a recipe, or a model of a folder.
+    """Open the model for use from Python: a classic recommender on the data of a recipe, or a model of a folder.
 
     Raises:
         LlmrecError: If it cannot be opened.
@@ -99,7 +99,7 @@ def open_loaded(options: RankOptions) -> Loaded:
 
 
 def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
-    """Return which options were given, as they are written."""
+    """Return the options that were given, as written on the command line."""
     plain = RankOptions()
     changed = [name for name in names if getattr(options, name) != getattr(plain, name)]
     return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in changed]
@@ -156,13 +156,13 @@ def _open_classic(options: RankOptions) -> Models:
 
 
 class _NamedRanker:
-    """A model under its name: it ranks candidates, or the whole catalogue where a request has none.
+    """A named model: it ranks candidates, or the whole catalogue if a request has none.
 
-    A request that names a user of the data and has no history gets the one that is stored, and one of whose user
-    nothing is known gets the most popular items, as in a service.
+    A request without a history gets the stored history of its user, or the most popular items if the user is
+    unknown, as in a service.
 
     Args:
-        options: What was asked for.
+        options: The options of the command.
         loaded: The model, as Python and a service ask it.
         budget: Where seconds are booked.
     """

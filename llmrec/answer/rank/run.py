@@ -1,4 +1,4 @@
-"""A file of requests in, a file of ranked lists out: in parts that a kill cannot tear, resumed by the same command."""
+"""Ranks a file of requests in parts, which survive a kill; the same command resumes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _LONGEST = 160
 
 @dataclass(frozen=True)
 class Row:
-    """A row with its id, and whether an earlier one has it."""
+    """A row with its id, and whether an earlier row has the same id."""
 
     raw: Raw
     number: int
@@ -60,11 +60,11 @@ class Row:
 
     @classmethod
     def of(cls, raw: Raw, number: int, earlier: dict[bytes, int]) -> Row:
-        """Look for a row's id among those of ``earlier`` rows, and add it."""
+        """Return a row with its id, which is compared with those of ``earlier`` rows and added to them."""
         request_id, user_id = identity(raw.record, number)
         error = raw.error
         if request_id is not None:
-            # A digest takes the same room whatever the id, so that many millions of them stay small.
+            # A digest has a fixed size for any id, so many millions of them need little memory.
             digest = blake2b(request_id.encode(), digest_size=16).digest()
             first = earlier.setdefault(digest, raw.line)
             if first != raw.line and not error:
@@ -72,13 +72,13 @@ class Row:
         return cls(raw, number, request_id, user_id, error)
 
     def asked(self, recommender: Ranker) -> RankRequest | Unparsed:
-        """Return the row's request, or why there is none."""
+        """Return the row's request, or the reason why there is none."""
         if self.error or self.raw.record is None:
             return Unparsed(request_id=self.request_id or "", reason=self.error)
         return recommender.read(self.raw.record, self.number)
 
     def record(self, found: Answered) -> Ranked:
-        """Return the record of what became of the row."""
+        """Return the record of the row's outcome."""
         answer, reasons = found.answer, found.reasons
         ranking = answer if isinstance(answer, Ranking) else None
         return Ranked(
@@ -105,7 +105,7 @@ class Row:
 def rank_file(options: RankOptions) -> Mapping[str, Any]:
     """Rank a file of requests and return the summary, which is also written next to the output.
 
-    Where the output is the standard output, nothing else is written there, and nothing is kept for another call.
+    If the output is the standard output, only rankings are written there, and no parts are kept for a later call.
 
     Raises:
         LlmrecError: If nothing can be ranked, because a file, a model or an option cannot be used.
@@ -143,10 +143,10 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
 
 @contextmanager
 def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Budget) -> Iterator[tuple[Ranker, str]]:
-    """Open what ranks, and hand it out with the hash of every input; where that fails a new folder is removed.
+    """Open the model, and yield it with the hash of every input; a new folder is removed on failure.
 
     Args:
-        options: What is asked for.
+        options: The options of the command.
         source: The requests.
         folder: Where parts and answers are kept.
         budget: Where seconds are booked.
@@ -175,7 +175,7 @@ def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> 
 
 
 def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
-    """Refuse the whole file where a request names an item by its id alone, and no item is known."""
+    """Reject the file if a request names an item only by its id and there is no catalogue."""
     for raw in islice(source, options.limit) if recommender.items == {} else ():
         if raw.record is not None and (fault := recommender.untitled(raw.record)):
             raise DataError(
@@ -187,7 +187,7 @@ def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker)
 
 
 def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
-    """Return the summary of an output of the same inputs, if the output is unchanged since."""
+    """Return the summary of an output with the same inputs, if the output is unchanged."""
     done = read_stage(summary_beside(target), key, itemgetter("sha256"))
     same = done is not None and done.get("form") == form and target.is_file() and sha256_of(target) == done["sha256"]
     return done if same else None
@@ -202,7 +202,7 @@ def part_name(number: int | str) -> str:
 
 
 def _claim(folder: Path, key: str) -> None:
-    """Drop parts that other inputs gave."""
+    """Remove parts of other inputs."""
     mark = folder / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
@@ -218,19 +218,19 @@ _OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl|shard\.json)((\.llmrec)?
 
 
 def own(name: str) -> bool:
-    """Whether a file of this name in a folder of parts is one that ranking writes there."""
+    """Return whether ranking writes a file of this name into a folder of parts."""
     return _OWN.fullmatch(name) is not None
 
 
 def empty(folder: Path) -> None:
-    """Remove what ranking wrote into a folder of parts, but its lock."""
+    """Remove the files of ranking from a folder of parts, except for its lock."""
     for path in folder.iterdir():
         if path.name != LOCK and own(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of parts; files of others stay, and the folder with them."""
+    """Remove a folder of parts, unless it contains other files, which are kept."""
     empty(folder)
     others = [path.name for path in folder.iterdir() if path.name != LOCK]
     if others:
@@ -249,10 +249,10 @@ def rank_parts(
     tally: Tally,
     shard: Shard | None = None,
 ) -> Iterator[list[Ranked]]:
-    """Rank part after part, and keep each in a folder; one that is there already is not ranked again.
+    """Rank part by part into a folder; existing parts are not ranked again.
 
     Args:
-        options: What is asked for.
+        options: The options of the command.
         source: The requests.
         recommender: What ranks them.
         folder: Where parts are kept.
@@ -289,7 +289,7 @@ def rank_parts(
 
 
 def part_sizes(options: RankOptions, source: RequestFile) -> tuple[int, int]:
-    """Return how many requests are ranked, and how many of them are a part."""
+    """Return the number of requests to rank, and the number of requests per part."""
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     return total, max(PART, options.batch)
 
@@ -310,7 +310,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
 
 
 def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
-    """Refuse a second list of a user where a row of the output names the user alone."""
+    """Reject a second list of a user if rows of the output name only the user."""
     for record in records:
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
@@ -339,7 +339,7 @@ def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
 
 @dataclass(frozen=True)
 class Part:
-    """What ranking one part took, engine start, retrieval and rationales left out."""
+    """The cost of ranking one part, without engine start, retrieval and rationales."""
 
     lines: int
     seconds: float
@@ -347,7 +347,7 @@ class Part:
 
 @dataclass
 class Tally:
-    """Counts over all records, and what was ranked in this invocation."""
+    """Counts over all records, and costs of this invocation."""
 
     lines: int = 0
     failed: int = 0
@@ -367,8 +367,8 @@ class Tally:
         """Count the records of a part.
 
         Args:
-            records: One a line.
-            seconds: What ranking them took; None: an earlier invocation ranked them.
+            records: One per line.
+            seconds: The time that ranking took; None if an earlier invocation ranked them.
         """
         for record in records:
             self._add(record)
@@ -428,7 +428,7 @@ class RankBar:
         """Show requests that were just ranked."""
         rate = ""
         if self._begin is None:
-            # The first answers took the start of the engine with them.
+            # The time of the first answers includes the start of the engine.
             self._begin = time.monotonic()
         else:
             self._done += count
@@ -437,7 +437,7 @@ class RankBar:
 
 
 def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return a summary as the console shows it: counts first, then the first failures and notes, costs last."""
+    """Return the rows of a summary for the console: counts, then the first failures and notes, then costs."""
     rows = {
         "ranked": f"{summary['ranked']:,} of {summary['lines']:,} lines",
         "failed": f"{summary['failed']:,}",
@@ -479,7 +479,7 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cost(spent: Mapping[str, Any]) -> str:
-    """Write a cost in words: its sums, and its tokens and forward passes a ranked line."""
+    """Return a cost in words: its sums, and its tokens and forward passes per ranked line."""
     prompts, answers, item = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
     text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
     if item is None:
@@ -490,14 +490,14 @@ def _cost(spent: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked, by what, as a summary says it.
+    """The inputs of a ranking in a summary.
 
     Attributes:
         requests: The file of requests.
         out: The file of rankings.
-        form: How they lie in it.
+        form: The format of that file.
         blank_lines: Lines between the requests.
-        model: What ranked, and how it was asked; see `LanguageModel.described`.
+        model: The model and its settings; see `LanguageModel.described`.
         key: Hash of every input.
     """
 
@@ -510,15 +510,15 @@ class Asked:
 
 
 def asked_of(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Asked:
-    """Return what was asked of a recommender."""
+    """Return the inputs of a ranking for its summary."""
     return Asked(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
 
 
 def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Return what the console and the JSON file say.
+    """Return the summary for the console and the JSON file.
 
     Args:
-        asked: What was asked.
+        asked: The inputs.
         tally: What became of it.
         seconds: Spent, by stage.
     """
@@ -553,13 +553,13 @@ def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict
 
 
 def _costs(tally: Tally, cost: Cost) -> dict[str, Any]:
-    """Return the sums of a cost, and its means over the lines that were ranked; no means if none was."""
+    """Return the sums of a cost and its means per ranked line; no means without ranked lines."""
     sums, ranked = asdict(cost), tally.lines - tally.failed
     return {**sums, "per_request": {name: round(sum_ / ranked, 2) for name, sum_ in sums.items()} if ranked else None}
 
 
 def _seconds(tally: Tally) -> dict[str, float] | None:
-    """Return seconds a request in the parts that this invocation ranked: over all of them, the fastest, the slowest."""
+    """Return seconds per request in this invocation's parts: over all parts, and of the fastest and slowest."""
     if not tally.parts:
         return None
     item = [part.seconds / part.lines for part in tally.parts]

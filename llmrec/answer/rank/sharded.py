@@ -1,4 +1,4 @@
-"""A file of requests that is ranked in shards, on as many machines, and written as one process writes it."""
+"""Ranks a file of requests in shards, on several machines; the output equals that of a single process."""
 
 from __future__ import annotations
 
@@ -99,16 +99,16 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
             for path in folder.glob("answers.sqlite*"):
                 path.unlink()
     finally:
-        with suppress(OSError):  # where nothing could be ranked, the shard's folder is gone too
+        with suppress(OSError):  # if ranking failed, the shard's folder is missing too
             shards_of(options.target).rmdir()
     return folder
 
 
 def drop_shards(target: Path) -> None:
-    """Remove what earlier calls left of all shards of a file, so that each is ranked again, however often it is tried.
+    """Remove the results of earlier calls for all shards of a file, so that each is ranked again.
 
     Raises:
-        LlmrecError: If a shard is being worked.
+        LlmrecError: If a shard is in progress.
     """
     for folder in sorted(shards_of(target).glob("*-of-*")):
         with locked(folder, own):
@@ -117,7 +117,7 @@ def drop_shards(target: Path) -> None:
 
 
 def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
-    """Write the rankings of all shards as one process writes them, and return the summary.
+    """Write the rankings of all shards into one file, as a single process would, and return the summary.
 
     Args:
         target: The file of rankings, as given to the shards.
@@ -167,7 +167,7 @@ def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
 
 
 def _summary(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
-    """Return what the summary of all shards needs of one besides its records."""
+    """Return the facts of a shard that the summary of all shards needs in addition to its records."""
     return {
         "requests": asked.requests,
         "form": asked.form,

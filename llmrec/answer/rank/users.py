@@ -1,6 +1,6 @@
-"""Lists for every user of a run's data, into a file or a table of a database: `llmrec rank --all-users --to`.
+"""Writes a list for every user of a run's data into a file or a database table: `llmrec rank --all-users --to`.
 
-Users are ranked in parts, each of which is kept until all are there, so that a killed call resumes where it was.
+Users are ranked in parts, which are kept until all are complete, so that a killed call can resume.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         for path in paths:
             path.unlink()
     _parts(to).joinpath(LOCK).unlink(missing_ok=True)
-    # Files of others stay, and the folder with them.
+    # Other files are kept, and then the folder too.
     with suppress(OSError):
         _parts(to).rmdir()
     return {
@@ -94,7 +94,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
 
 
 def _refuse_others(options: RankOptions) -> None:
-    """Refuse options that say nothing about lists for every user."""
+    """Reject options that do not apply to lists for every user."""
     plain = RankOptions()
     named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
     for name in (*named, "shard", "ray", *(("by",) if options.baseline is not None else ("settings",))):
@@ -108,7 +108,7 @@ def _refuse_others(options: RankOptions) -> None:
 
 
 def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str) -> Iterator[Path]:
-    """Yield files of lists, a part of the users each; a part that is there already is not ranked again."""
+    """Yield files of lists, each for a part of the users; existing parts are not ranked again."""
     with RankBar(len(users)) as bar:
         for start in range(0, len(users), _PART):
             part = users[start : start + _PART]
@@ -124,7 +124,7 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
 
 
 def _target(to: str) -> tuple[str, str]:
-    """Return what is written, a file's suffix, ``sqlite`` or ``postgresql``, and the file or the address."""
+    """Return the kind of target (a file suffix, ``sqlite`` or ``postgresql``), and the file or the address."""
     if to.startswith(("postgresql://", "postgres://")):
         require("adbc_driver_postgresql", "tables")
         return "postgresql", to
@@ -162,7 +162,7 @@ def _write(kind: str, to: str, table: pa.Table) -> None:
 
 
 def _write_sqlite(path: Path, table: pa.Table) -> None:
-    """Replace a table of an SQLite file; other tables in it stay."""
+    """Replace a table of an SQLite file; its other tables are unchanged."""
     rows = [tuple(row[name] for name in _COLUMNS) for row in table.to_pylist()]
     try:
         with closing(sqlite3.connect(path)) as database, database:
@@ -179,7 +179,7 @@ def _write_sqlite(path: Path, table: pa.Table) -> None:
 
 
 def _check_sqlite(path: Path) -> None:
-    """Refuse a database that cannot be written, before anything is ranked: see `_check_table`."""
+    """Raise an error before ranking if a database cannot be written; see `_check_table`."""
     if not path.exists():
         return
     try:
@@ -190,7 +190,7 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_table(path: Path, database: sqlite3.Connection) -> None:
-    """Refuse a file that another program marked as its own, and a table that is not one of these lists."""
+    """Reject a file with another program's application id, and a table that does not contain such lists."""
     owner = database.execute("PRAGMA application_id").fetchone()[0]
     columns = tuple(row[1] for row in database.execute(f"PRAGMA table_info({TABLE})"))
     if owner or columns not in ((), _COLUMNS):
@@ -215,13 +215,13 @@ def _write_postgres(url: str, table: pa.Table) -> None:
     except LlmrecError:
         raise
     except Exception as error:
-        # The driver's message may hold the address, and with it a password.
+        # The driver's message may contain the address, which may contain a password.
         message = str(error).replace(url, _shown(url)).splitlines()[0]
         raise LlmrecError(f"--to {_shown(url)}: {message}", kind="failed", column="--to") from None
 
 
 def _shown(to: str) -> str:
-    """Return a target without the password that an address may hold."""
+    """Return a target without the password of an address."""
     if "://" not in to:
         return to
     parts = urlsplit(to)

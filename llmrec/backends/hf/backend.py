@@ -121,7 +121,7 @@ class HFBackend:
         packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
             recurrent layers, and encoder-decoders other than T5, cannot take such a mask and are scored one row per
             candidate instead.
-        warm: A search for one prompt continues from the search before it, as far as both prompts begin alike: for
+        warm: A search for one prompt continues from the search before it, as far as both prompts share a prefix: for
             servers that ask about the same user again. Sums then differ in their last bits from those of a search by
             itself.
         head: The rating head that was trained with the model, if one was.

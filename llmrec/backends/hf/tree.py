@@ -74,7 +74,7 @@ def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
     Args:
         model: The model.
         ids: Token ids, of an encoder-decoder those of its decoder, shape (rows, columns).
-        inputs: What else its decoder is told, such as masks, or the encoder's states.
+        inputs: Further inputs of its decoder, such as masks, or the encoder's states.
     """
     scale = output_scale(model.config) if is_paired(model.config) else 1.0
     states = model.get_decoder()(input_ids=ids, use_cache=False, **inputs).last_hidden_state

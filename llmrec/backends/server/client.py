@@ -5,7 +5,7 @@ of the wrong form. Waits double and are drawn between 0 and their bound ("full j
 return at once; a server's Retry-After is respected. All other errors are final. A server's own words are shown
 shortened, with the key taken out, and no answer is handed on with it.
 
-An event loop lives in a thread of its own, so that connections outlast a call. What it finishes is handed over one by
+An event loop runs in a separate thread, so that connections outlast a call. What it finishes is handed over one by
 one; the caller's thread stores each answer before it takes the next. Until then the answer keeps its place among those
 under way, so that a slow disk cannot pile up answers that a kill would lose.
 """
@@ -666,7 +666,7 @@ def chat_body(
         prompt: The turns.
         room: Tokens of the answer.
         control: What no text may spell out, where the server's tokens are known.
-        continues: Whether the server can be told to go on from an assistant turn.
+        continues: Whether the server can continue an assistant turn.
         keys: Further keys of the request.
     """
     turns = [{"role": turn.role, "content": neutralise(turn.text, control)} for turn in prompt.messages]

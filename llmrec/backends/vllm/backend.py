@@ -628,7 +628,7 @@ class VLLMBackend:
 def _answers(
     engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress, share: float
 ) -> list[Any]:
-    """Do the same as ``LLM.generate``, step by step, so that the watchdog sees finished steps.
+    """Return the same as ``LLM.generate``, step by step, so that the watchdog sees finished steps.
 
     ``share`` is the share of a prompt that each request answers.
     """

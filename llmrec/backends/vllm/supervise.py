@@ -57,7 +57,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Let processes started in this thread not import ``__main__``; those of other threads are unchanged."""
+    """Keep processes started in this thread from importing ``__main__``; those of other threads are unchanged."""
     with _lock:
         if not getattr(spawn.get_preparation_data, "hides_main", False):
             # Stays in place: restoring could undo later patches by others.

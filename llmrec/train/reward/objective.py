@@ -80,7 +80,7 @@ def policy_loss(
         gains: Advantages.
         weights: What each rollout counts.
         clip: How far the ratio to the model that drew may move a gradient.
-        beta: What the divergence counts.
+        beta: The weight of the divergence.
     """
     ratio = (own - old).exp()
     bounded = ratio.clamp(1 - clip, 1 + clip)
