@@ -89,7 +89,7 @@ class BenchmarkRow(Record):
     """One model, over all its seeds.
 
     Attributes:
-        reads: What it reads of items.
+        reads: The data of items that it reads.
         trials: Trials on validation; empty if there was nothing to choose.
         chosen_by: The metric by which the parameters were chosen.
         encoder: Settings of its text encoder, if it reads texts with one; see `Embedder.record`.

@@ -158,7 +158,7 @@ class Agreement:
     """The agreement of a manager with a transcript, each call after the preceding calls of the transcript.
 
     Attributes:
-        moments: The number of compared choices.
+        moments: Number of compared choices.
         call: The fraction with the same call.
         tool: The fraction with the same tool, regardless of arguments.
     """

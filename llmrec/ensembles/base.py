@@ -74,7 +74,7 @@ class Ensemble:
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
-        """Reject users from whom something of a member was chosen.
+        """Reject users who were used for model selection of a member.
 
         Raises:
             LlmrecError: If ``looked_at`` of a member contains one of the users.

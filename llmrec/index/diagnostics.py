@@ -154,7 +154,7 @@ class Group:
     Attributes:
         length: Number of shared pieces; 0 for consecutive numbers.
         prefix: The shared pieces, or the first and the last number.
-        said: The meaning of the prefix, if the scheme has words for it: ``Beauty > Hair Care``.
+        said: The meaning of the prefix in words, if the scheme has them: ``Beauty > Hair Care``.
         size: Number of items.
         entries: Some of the items.
     """

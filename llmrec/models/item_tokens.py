@@ -208,7 +208,7 @@ def _rows(
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).
-        meanings: What each token stands for, shape (d,) each.
+        meanings: The embedding that each token represents, shape (d,) each.
         levels: Which tokens are alternatives of each other.
         seed: Of the chance.
     """

@@ -153,7 +153,7 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
         seed: Of the weights of a new one.
 
     Raises:
-        ModelError: If nothing has it; the message says what was tried and what to do.
+        ModelError: If it is not found; the message lists the attempts and the fix.
     """
     if section.shape is not None:
         return made(section.shape, seed)

@@ -35,7 +35,7 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wan
     Args:
         head: The output layer.
         states: Last hidden states, shape (rows, d).
-        after: Of each chosen token, the row that it stands after, shape (n,).
+        after: The row that precedes each chosen token, shape (n,).
         wanted: The tokens, shape (n,).
     """
     torch = require("torch", "train")

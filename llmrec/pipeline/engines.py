@@ -62,7 +62,7 @@ _keeper: _OpenEngine | None = None
 
 
 def keep_engine() -> None:
-    """Keep the last engine of this process open, so that the next shard can reuse it."""
+    """Keep this process's last engine open, so that the next shard can reuse it."""
     global _keeper
     _keeper = _keeper or _OpenEngine()
 

@@ -30,7 +30,7 @@ class Fields(dict[str, object]):
         self.rendered: dict[str, tuple[Segment, ...]] = {}
 
     def __missing__(self, key: str) -> object:
-        """Let templates use ``{% if item.genres %}`` with any catalogue."""
+        """Return None, so that templates can use ``{% if item.genres %}`` with any catalogue."""
         return None
 
 

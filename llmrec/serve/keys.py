@@ -307,7 +307,7 @@ class RateLimit:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, name: str, cost: float = 1.0, now: float | None = None) -> float:
-        """Take tokens for a request, or return the time to wait.
+        """Remove the tokens of a request, or return the time to wait.
 
         A request that costs more than the capacity needs a full bucket and leaves it negative: the average rate holds,
         and no request is rejected forever.

@@ -177,7 +177,7 @@ class AlignmentTask(Task):
         """Reject templates that do not ask for the code by the text or vice versa.
 
         Raises:
-            RecipeError: Naming the template and what is wrong.
+            RecipeError: If the template is invalid; the message names it and the fault.
         """
         if template.shape == "list":
             raise RecipeError(

@@ -67,7 +67,7 @@ _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
 class CtrTask(Task):
     """The yes/no family: the titles that a user liked and did not like, and one more title to judge.
 
-    A list template has the answers of one user line by line; the history stands in the answer, so that one training
+    A list template has the answers of one user line by line; the history is in the answer, so that one training
     row teaches an answer at every position.
 
     A rating of at least ``liked`` is a yes. With ``balance: user`` every user has as many yes questions as no

@@ -169,7 +169,7 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
 
     Args:
         template: One that answers with a label.
-        values: What is wanted -> what a question shows.
+        values: The wanted answer -> the values that a question shows.
 
     Raises:
         RecipeError: If it has not.

@@ -44,7 +44,7 @@ class Family:
         column: The column that an interaction must have to be asked about.
         lacking: What is said where the data has nothing in that column, with the places ``{data}`` and ``{where}``;
             empty: nothing is checked.
-        writes: The part of a review that stands in the text column for it.
+        writes: The part of a review that is in the text column for it.
         second_table: Whether it reads the table ``reviews`` where the recipe names one.
         grounded: Whether its texts are held against training texts and features.
         quotes: Whether its questions may well hold the words of the answer.
@@ -122,7 +122,7 @@ def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> 
         family: The family.
         table: ``STRATEGIES`` or ``BASELINES``.
         name: In that table, or of a plug-in.
-        silent: What holds for a plug-in that says nothing.
+        silent: The value for a plug-in that does not define it.
     """
     if not registry.is_plugin(table, name):
         return name in (family.strategies if table is STRATEGIES else family.baselines)

@@ -28,7 +28,7 @@ _POOL, _LIKENESS = 10, 0.3
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive training events of one user; the last one is what the example solves."""
+    """Consecutive training events of one user; the last one is the target of the example."""
 
     user_id: str
     events: tuple[Event, ...]
@@ -55,7 +55,7 @@ class ShotPool:
         events: Usable training events by user, oldest first.
         seed: The run's seed.
         choice: ``random``: other users' events; ``own``: the user's own earlier events, cut off the shown history so
-            that nothing stands twice; ``similar``: users whose training items overlap most (Jaccard) with the history;
+            that nothing occurs twice; ``similar``: users whose training items overlap most (Jaccard) with the history;
             ``nearest``: users whose latest items read most like the latest of the history; ``diverse``: of the nearest,
             those least like each other; ``recent``: the latest events of all; ``balanced``: other users' events, every
             answer equally often.

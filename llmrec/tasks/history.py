@@ -77,7 +77,7 @@ class HistorySelector:
         templates: What evaluation and training ask with: a summary needs a place in them.
 
     Raises:
-        RecipeError: If a rule lacks what it needs.
+        RecipeError: If a rule lacks a required input.
     """
 
     def __init__(

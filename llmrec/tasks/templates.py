@@ -56,7 +56,7 @@ class Chosen:
         return left
 
     def lacks(self, template: Template) -> str:
-        """Return what a template needs and the data or recipe lacks; empty if it can be used."""
+        """Return the inputs of a template that the data or the recipe lacks; empty if it can be used."""
         if template.writes_codes and not self.coded:
             return (
                 "writes items as codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"

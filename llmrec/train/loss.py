@@ -193,7 +193,7 @@ def paired_loss(
         model: An encoder-decoder, with or without PEFT adapters.
         input_ids: Sources, right-padded, shape (rows, longest source).
         attention_mask: 1 on tokens, 0 on padding, same shape.
-        labels: Targets, shape (rows, longest target); -100 behind their ends. The decoder reads them one place later,
+        labels: Targets, shape (rows, longest target); -100 after their ends. The decoder reads them one place later,
             behind its start token; what stands behind an end is not seen by what comes before it.
         weights: What each target of a row counts, shape (rows,); None: 1.
     """

@@ -145,7 +145,7 @@ H = TypeVar("H", bound=HostConfig)
 
 
 class Host(Baseline[H, Fitted]):
-    """The base class of networks over fields; subclasses define the section *what a host says*, and ``POOLED``.
+    """The base class of networks over fields; subclasses define the section *interface of hosts*, and ``POOLED``.
 
     Fields are the item, its attributes, those of the user, the user (optional), the events, and one for each table of
     features. Count features are additional inputs. The loss is the cross-entropy; training ends when validation

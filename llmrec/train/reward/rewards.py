@@ -64,7 +64,7 @@ class Rewards:
         return [self._listed(case, [place]) for place in places]
 
     def _ndcg(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return what the list's NDCG would lose without each item: negative for items ranked above the true one.
+        """Return the loss in the list's NDCG without each item: negative for items ranked above the true one.
 
         The NDCG itself is the same for the whole group, so it could not tell its members apart.
         """
