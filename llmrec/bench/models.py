@@ -95,7 +95,7 @@ class Models:
     _split: dict[str, tuple[SplitDataset, SplitDataset]] = field(default_factory=dict)
 
     def fit(self, row: SuiteRow, data: SplitDataset, seed: int, table: str, parameters: Mapping[str, Any]) -> Any:
-        """Return a fitted row.
+        """Return the fitted model of a row of the benchmark.
 
         Args:
             row: The row.

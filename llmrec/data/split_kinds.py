@@ -159,7 +159,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     users, times = rows.users[places], rows.frame["timestamp"].to_numpy()[places]
     last = np.concatenate([users[1:] != users[:-1], [True]])
     begins = np.concatenate([[True], (times[1:] != times[:-1]) | last[:-1]])
-    # Times are counted over all users; a user's own are those up to that of the last row.
+    # A running number of distinct times per user; the numbers of a user end with that of the user's last interaction.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
     ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _bounds(counts))

@@ -193,7 +193,7 @@ def left_out(
     users: Sequence[str],
     statistic: StatisticName = "mean",
 ) -> Without:
-    """Return the loss without a member, the first result minus the second, from the values of each case."""
+    """Return how much an ensemble loses without a member: with it (``first``) minus without it (``second``), by case."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return Without(name, result.value, result.low, result.high)
 

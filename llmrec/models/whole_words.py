@@ -47,7 +47,7 @@ def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: i
     """
     names: Mapping[str, int] = tokenizer.get_vocab()
     marks = _PIECES if any(name.startswith("\u2581") for name in names) else _BYTES
-    # An unknown letter belongs to its word.
+    # The unknown token stands for a letter outside the vocabulary, which is part of a word.
     apart = {*control, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
     kinds = [INSIDE] * size
     for name, number in names.items():

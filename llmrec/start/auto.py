@@ -204,7 +204,7 @@ def has_texts(dataset: Dataset) -> bool:
 
 
 PAGE, FIXED = "table.yaml", "fixed"
-"""Names in the folder of trials: the recipe from `init`, and the folder of a copy of the table without faults."""
+"""Names in the folder of trials: the recipe from `init`, and the folder with a corrected copy of the table."""
 PAGES = (".yaml", ".yml")
 
 
