@@ -193,7 +193,7 @@ def left_out(
     users: Sequence[str],
     statistic: StatisticName = "mean",
 ) -> Without:
-    """Return how much an ensemble loses without a member: with it (``first``) minus without it (``second``), by case."""
+    """Return what an ensemble loses without a member: ``first`` (with it) minus ``second`` (without it), by case."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return Without(name, result.value, result.low, result.high)
 
