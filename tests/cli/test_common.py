@@ -154,7 +154,7 @@ import os, subprocess, sys
 from dataclasses import dataclass
 from typing import Annotated
 from llmrec.answer.options import About
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 from llmrec.cli.main import app_of, main
 @dataclass
 class Options:
@@ -165,7 +165,7 @@ def one(options: Options) -> None:
     os.write(1, b"a line of C\\n")
     subprocess.run(["echo", "a child's line"], check=True)
     say("words")
-    tell(figure=1.5)
+    store_facts(figure=1.5)
     if fault == "full":
         raise OSError(28, "No space left on device", "results.json")
     if fault:

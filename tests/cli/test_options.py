@@ -73,7 +73,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llmrec.answer.options import About
-from llmrec.cli.console import say, tell
+from llmrec.cli.console import say, store_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class GreetOptions:
 def greet(options: GreetOptions) -> None:
     """Greet somebody."""
     text = f"hello {options.name}"
-    tell(greeting=text)
+    store_facts(greeting=text)
     say(text.upper() if options.loud else text)
 '''
 

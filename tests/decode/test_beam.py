@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
-from llmrec.decode.beam import Fed, Floats, Found, Wanted, beam
+from llmrec.decode.beam import Fed, Floats, Wanted, beam
 from llmrec.decode.token_tree import Catalogue
+from llmrec.types import SearchResult
 from tests.decode.trees import branching
 
 END, VOCABULARY = 7, 12
@@ -216,7 +217,7 @@ def test_one_item_and_one_token() -> None:
         (found,) = beam(MadeEngine(0), Catalogue.of(paths), [(4,)], k=3, width=1)
         assert len(found.items) == len(paths) and found.short and found.certified
     (none,) = beam(MadeEngine(0), Catalogue.of([(1,), (2,)]), [(4,)], k=1, width=1, excluded=[[0, 1]])
-    assert none == Found(items=(), scores=(), certified=True, width=1, short="only 0 of 2 items may be given")
+    assert none == SearchResult(items=(), scores=(), certified=True, width=1, short="only 0 of 2 items may be given")
 
 
 @pytest.mark.parametrize("values", [{"k": 0, "width": 1}, {"k": 1, "width": 0}])
