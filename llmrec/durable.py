@@ -40,6 +40,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         refuse_link(path)
+    elif path.exists() and not path.is_file():
+        raise LlmrecError(
+            f"{path} is a device or a pipe, which a file would replace; choose another name", kind="exists", at=path
+        )
     draft = path.with_name(f".{path.name}.llmrec.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(draft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.data.ranked import Ranked, read_part, write_part
-from llmrec.durable import checked, sha256_of, unchanged, write_checked
-from llmrec.errors import DataError, ModelError
+from llmrec.durable import checked, sha256_of, unchanged, write_checked, write_text
+from llmrec.errors import DataError, LlmrecError, ModelError
 from llmrec.index.table import ItemIndex
 from llmrec.pipeline.bundle import SUMS, Bundle, refuse_changed
 from llmrec.pipeline.resume import read_stage
@@ -173,3 +174,10 @@ def test_a_model_of_a_run_is_what_was_trained(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_bytes((tmp_path / "train.json").read_bytes()[:-3])
     with raises(ModelError, Facts("damaged", tmp_path / "train.json")):
         refuse_changed(opened(merged, tmp_path), "w")
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with raises(LlmrecError, Facts("exists", file=pipe)):
+        write_text(pipe, "text")
+    assert pipe.is_fifo()

@@ -118,12 +118,12 @@ def test_from_python_nothing_is_turned(tmp_path: Path, capfd: pytest.CaptureFixt
     assert terminal.folder() == tmp_path and not list(tmp_path.iterdir())
 
 
-def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it() -> None:
+def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     code = (
-        "import os, sys, time; from llmrec import progress; progress.FIRST = 0.2\n"
+        "import sys, time; from llmrec import progress; progress.FIRST = 0.2\n"
         "from llmrec import terminal\n"
-        "from llmrec.cli.main import main; sys.argv = ['llmrec', 'schema', '--out', os.devnull]\n"
+        f"from llmrec.cli.main import main; sys.argv = ['llmrec', 'schema', '--out', {str(tmp_path / 's.json')!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "with progress.Bar('baselines', None), progress.Bar('train', 8, unit='steps') as bar:\n"
         "    bar.advance(2, 'loss 1.0'); progress.say('a line', terminal.err()); time.sleep(0.3)\n"
