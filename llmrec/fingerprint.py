@@ -111,7 +111,7 @@ def fingerprint(
         stage: The stage; with a recipe one of `Stage`.
         recipe: The recipe, whose settings that affect the stage are covered.
         unused: See `settings`.
-        made_by: Names of registry tables, such as ``(BASELINES, "ease")``, whose code is covered.
+        made_by: Names of registry tables, such as ``(BASELINES, "ease")``, whose entries and code are covered.
         modules: Further modules of llmrec whose code makes the result.
         inputs: Everything else that can change the result, files by hash.
     """
@@ -121,6 +121,8 @@ def fingerprint(
         llmrec=__version__,
         settings=settings(recipe, cast("Stage", stage), unused=unused) if recipe is not None else None,
         code=code_digest(*sorted({*modules_of(names), *modules})),
+        # The registry is in no code digest, as it names every component.
+        entries=[table[name] for table, name in names if name in table],
         **stamps(names),
         **inputs,
     )

@@ -59,7 +59,7 @@ from llmrec.pipeline.weighing import Weighing, bases_of, fusible, joins_model
 from llmrec.progress import BatchBar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, Shown
-from llmrec.registry import is_positional, metric_modules, options_of
+from llmrec.registry import METRICS, is_positional, metric_modules, options_of
 from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
 from llmrec.strategies.counting import questions_of
@@ -404,6 +404,7 @@ class Evaluation:
             unused=unused_settings(spec, study),
             made_by=made_by(spec, study),
             modules=(evaluate.__module__, *metric_modules()),
+            metrics=dict(METRICS),
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             engine=engine,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from llmrec.fingerprint import Affects, Stage, code_digest, declared, settings
+from llmrec.fingerprint import Affects, Stage, code_digest, declared, fingerprint, settings
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
@@ -20,7 +20,7 @@ from llmrec.pipeline.row_specs import specs_of
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
 from llmrec.recipe.schema import BaselineSection, Recipe
-from llmrec.registry import BASELINES
+from llmrec.registry import BASELINES, METRICS
 from llmrec.results import Arm
 from tests.review_files import ITEMS, records, write
 
@@ -322,3 +322,15 @@ def test_code_is_found_by_imports() -> None:
     assert digests["ease"] != digests["sasrec"] and digests["markov"] == digests["markov-1"]
     assert code_digest("llmrec.metrics.ranking") == code_digest("llmrec.metrics.ranking", "llmrec.errors")
     assert code_digest("no.such", "llmrec.none") == code_digest()
+
+
+def test_an_entry_of_the_registry_changes_what_is_made_by_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric's entry says how its figure is computed; the code digest does not cover the registry."""
+    monkeypatch.chdir(folder)
+    recipe = Recipe.model_validate(BASE)
+    before = observed(recipe, str(folder))
+    monkeypatch.setitem(cast("dict[str, Any]", METRICS), "RMSE", replace(METRICS["RMSE"], root=False))
+    assert changed(before, observed(recipe, str(folder))) == {"evaluate"}
+    entry = BASELINES["ease"]
+    keys = {fingerprint("fit", made_by=[({"ease": made}, "ease")]) for made in (entry, replace(entry, needs="torch"))}
+    assert len(keys) == 2
