@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 from unittest import mock
 
 from llmrec.cli import main as cli
@@ -35,7 +31,6 @@ def llmrec(*args: str) -> Done:
         return Done(done.returncode, done.stdout, done.stderr)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
-        _descriptor() as written,
         mock.patch.object(sys, "argv", ["llmrec", *args]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -44,19 +39,4 @@ def llmrec(*args: str) -> Done:
             cli.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
-        written.seek(0)
-        answer = written.read().decode()
-    return Done(code, out.getvalue() + answer, err.getvalue())
-
-
-@contextlib.contextmanager
-def _descriptor() -> Iterator[BinaryIO]:
-    """Collect what is written to the descriptor of the standard output, and restore it."""
-    with tempfile.TemporaryFile() as written:
-        kept = os.dup(1)
-        os.dup2(written.fileno(), 1)
-        try:
-            yield written
-        finally:
-            os.dup2(kept, 1)
-            os.close(kept)
+    return Done(code, out.getvalue(), err.getvalue())
