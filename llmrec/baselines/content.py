@@ -53,7 +53,7 @@ class ContentConfig(WhitenedConfig):
     synthetic: str = Field(
         "", description="store with synthetic items, each of which stands before the events of a user who has few"
     )
-    cold: Positive = Field(5, description="such users have so many events at most")
+    cold: Positive = Field(5, description="maximum number of events of such users")
 
     @property
     def folders(self) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class TowersConfig(WhitenedConfig, NeuralConfig):
 
     dim: Width = Field(128, description="length of the vectors that users and items are compared by")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
-    max_len: Positive = Field(10, description="the network sees the last so many items")
+    max_len: Positive = Field(10, description="maximum number of items that the network sees, the latest")
     batch: Positive = Field(1024, description="targets of one optimiser step")
     negatives: None = Field(None, description="the softmax is over all items")
     learning_rate: AboveZero = Field(2e-3, description="of Adam")

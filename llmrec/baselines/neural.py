@@ -209,7 +209,8 @@ class NeuralConfig(Section):
 
     dropout: float = Field(0.5, ge=0, lt=1, description="share of values left out in training")
     max_len: Positive = Field(
-        50, description="the network sees the last so many items; longer training sequences are cut into pieces"
+        50,
+        description="maximum number of items that the network sees; longer training sequences are cut into pieces",
     )
     negatives: Positive | None = Field(
         None, description="items drawn as negatives for each step; None: the softmax over all items"

@@ -1368,7 +1368,7 @@ class AugmentSection(Section):
     synthetic: str | None = Field(
         None, description="template of a synthetic item for each user of few events, such as cold-item; None: none"
     )
-    cold: Positive = Field(5, description="such users have so many events at most that may be read")
+    cold: Positive = Field(5, description="maximum number of readable events of such users")
     history: Positive = Field(30, description="events of a user that a prompt shows, the latest of those it may read")
     max_tokens: Positive = Field(80, description="of a text")
     limit: Positive | None = Field(None, description="users and items at most, drawn by a seeded hash; None: all")

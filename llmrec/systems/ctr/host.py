@@ -43,7 +43,7 @@ class HostConfig(LikeRatioConfig):
     """The parameters of the inputs and the training of a CTR host."""
 
     dim: Width = Field(16, description="length of the vectors of ids and values")
-    window: Positive = Field(20, description="the network sees the last so many rated events")
+    window: Positive = Field(20, description="maximum number of rated events that the network sees, the latest")
     hidden: str = Field("128,64", description="widths of the layers above the fields, with commas between them")
     user_id: bool = Field(False, description="whether each user of training has a vector of its own")
     numbers: bool = Field(True, description="whether it also reads what `logistic` reads")

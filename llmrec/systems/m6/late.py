@@ -45,9 +45,9 @@ class LateConfig(LikeRatioConfig):
         "the history's states and the candidate's last one",
     )
     layers: Depth | None = Field(
-        None, description="cut the model behind so many layers first; with joint as large, a control: a small model"
+        None, description="number of layers to keep of the model; with joint as large, a control: a small model"
     )
-    history: Positive = Field(10, description="the last so many rated events are shown")
+    history: Positive = Field(10, description="maximum number of rated events shown, the latest")
     rows: Positive = Field(2000, description="training ratings that are asked about, drawn by seed")
     epochs: Positive = Field(2, description="passes over them")
     batch: Positive = Field(16, description="rows of one optimiser step")

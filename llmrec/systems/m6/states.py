@@ -32,11 +32,12 @@ class StateTowerConfig(TowersConfig):
 
     encoder: str = Field("SmolLM2-135M-Instruct", description="the causal language model, a name or a folder")
     layers: Depth | None = Field(
-        None, description="read the state behind the model's first so many layers, which costs less; None: all"
+        None,
+        description="number of first layers of the model that are run; fewer cost less; None: all",
     )
-    max_len: Positive = Field(20, description="the model reads the last so many items")
+    max_len: Positive = Field(20, description="maximum number of items that the model reads, the latest")
     windows: Positive | None = Field(
-        2, description="training reads the last so many stretches of max_len items of each user; None: all"
+        2, description="number of windows of max_len items that training reads of each user, the latest; None: all"
     )
     batch: Positive = Field(512, description="targets of one optimiser step, which are each other's negatives")
     negatives: None = Field(None, description="the softmax is over the targets of a batch")

@@ -30,7 +30,7 @@ class UBertConfig(TextsConfig):
     encoder: str = Field("all-MiniLM-L6-v2", description="the text encoder whose token states are read, frozen")
     shuffled: bool = Field(False, description="a control: every training review has the text of another one")
     reviews: Positive = Field(
-        8, description="the latest so many training reviews of the user, and of the item, are read"
+        8, description="maximum number of training reviews read of the user, and of the item, the latest"
     )
     tokens: Positive = Field(64, description="tokens of the longest review; of longer ones the rest is cut")
     dim: Width = Field(32, description="length of the vectors of users, items and tokens")

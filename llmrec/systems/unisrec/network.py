@@ -33,7 +33,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
 
     experts: Positive = Field(8, description="whitenings that are mixed")
     temperature: AboveZero = Field(0.07, description="what cosines are divided by")
-    ids: bool = Field(False, description="transductive: an item of training has a vector of its own too")
+    ids: bool = Field(False, description="transductive: items of training also have a learned vector")
     start: str | None = Field(
         None, description="folder of weights that another domain taught; of these the adaptor alone learns on"
     )
