@@ -31,7 +31,7 @@ help:
 	@echo "make figures           write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make site              build the documentation site, build/site, and check its links; no model and no data is fetched"
 	@echo "make bench NAME=...    run a benchmark; without NAME: list them"
-	@echo "make gpu-check         on a machine with a GPU: fifteen checks, eval/results/gpu.json, docs/gpu.md; what passed is kept"
+	@echo "make gpu-check         on a machine with GPUs: check what ships, eval/results/gpu.json, docs/gpu.md; what passed is kept"
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; install one (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python"; exit 2; }
@@ -105,7 +105,7 @@ site: $(SITE)/ready
 bench: setup
 	@$(BIN)/python -m eval.benchmarks $(NAME)
 
-# The bare Python: the first check is the set-up itself. ARGS="--only 1 3" runs some, ARGS="--again" what has passed too.
+# The bare Python: the first check is the set-up itself. ARGS="--only serve launch" runs some, ARGS="--again" what has passed too.
 gpu-check:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make gpu-check PYTHON=/path/to/python"; exit 2; }
 	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)

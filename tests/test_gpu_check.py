@@ -1,189 +1,216 @@
-"""`make gpu-check` with commands that are made up: verdicts, resuming, the page; and its measurements on a CPU."""
+"""`make gpu-check`: every check can fail, what passed is kept, the page; and what checks measure, on a CPU."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eval.benchmarks.gpu import __main__ as gpu_check
-from eval.benchmarks.gpu.checks import CHECKS, Check, Done, Failure, Machine, NotRun, call
-from eval.benchmarks.gpu.page import page
+from eval.benchmarks.gpu import checks
+from eval.benchmarks.gpu.checks import CHECKS, Check, Facts, Failure, Machine, NotRun, faults
 
 STAMP = "NVIDIA L4, 580.1, commit abc"
+NAMED = {check.name: check for check in CHECKS}
 
 
-class Shell:
-    """Answers commands by what they hold."""
-
-    def __init__(self, answers: Mapping[str, tuple[int, str]]) -> None:
-        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
-
-    def __call__(self, command: Sequence[str], log: Path, **_: Any) -> Done:
-        words = " ".join(map(str, command))
-        self.asked.append(words)
-        status, text = next((answer for sign, answer in self.answers.items() if sign in words), (0, ""))
-        return Done(status, text, 1.0)
+@pytest.fixture
+def machine(tmp_path: Path, llama_folder: Path) -> Machine:
+    work = tmp_path / "work"
+    work.mkdir()
+    return Machine(Path.cwd(), work, 0, sys.executable, llama_folder)
 
 
-def machine(tmp_path: Path, answers: Mapping[str, tuple[int, str]]) -> Machine:
-    first = {"nvidia-smi": (0, "NVIDIA L4, 580.1\n"), "rev-parse": (0, "abc\n")}
-    return Machine(tmp_path, Path("work"), Shell({**first, **answers}))
+def inside(check: Check) -> Facts:
+    """Return a measurement that passes, one level deep as some checks nest them."""
+    return {"way": {name: low if math.isfinite(low) else high for name, (low, high) in check.limits.items()}}
 
 
-def chosen(*numbers: int) -> list[Check]:
-    return [check for check in CHECKS if check.number in numbers]
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_every_check_passes_and_fails(check: Check, machine: Machine) -> None:
+    def verdict(facts: Mapping[str, Any]) -> str:
+        measured = replace(check, measure=lambda *_: facts, gpus=0, on_cpu=True)
+        return str(gpu_check.one(measured, machine)["verdict"])
+
+    good = inside(check)
+    assert check.limits and verdict(good) == "passed"
+    for name, (low, high) in check.limits.items():
+        wrong = [low - 1, high + 1, None, math.nan, "many", [1]]
+        for value in [value for value in wrong if value not in (-math.inf, math.inf)]:
+            assert verdict({"way": {**good["way"], name: value}}) == "failed", value
+            # One wrong measurement of several is enough.
+            assert verdict({**good, "other way": {name: value}}) == "failed"
+        assert verdict({"way": {key: value for key, value in good["way"].items() if key != name}}) == "failed"
 
 
-def found_by(tmp_path: Path, numbers: Sequence[int], answers: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
-    return gpu_check.run(
-        chosen(*numbers), machine(tmp_path, answers), {"checks": {}}, again=False, keep=lambda kept: None
-    )["checks"]
+def test_limits_of_measurements_that_decide() -> None:
+    """Measurements as they would be on a GPU with the fault that the check is for."""
+    nan = {"columns_mod_128": 64, "lowest_logsumexp": -132.0, "math_attention": 0}
+    for name, facts in {
+        "masked-backward": {**nan, "nonfinite_gradients": 3072, "gradient_difference": None},
+        "launch": {**checks.apart([2.0, 1.0], [2.0, 1.1]), "status_of_killed": 2, "seconds_to_end": 9},
+        "quantised": {
+            "qlora": checks.fall([3.0] * 120),
+            "resumed": checks.apart([3.0], [3.0]),
+            "steps_when_killed": 60,
+        },
+        "kernels": checks.apart([2.0, 1.0], [2.0, math.nan]),
+        "fsdp": checks.apart([2.0, 1.0], [2.0]),
+        "serve": {"not_answered": 1, "answered": 3, "memory_left_mib": 0},
+        "environment": {"cuda": 0, "faults": 0, "environment_gb": 9.0},
+    }.items():
+        assert len(faults(NAMED[name].limits, facts)) in (1, 2), name
+    assert checks.fall([4.0] * 20 + [2.0] * 20) == {"steps": 40, "last_to_first_loss": 0.5}
+    assert checks.fall([]) == {"steps": 0, "last_to_first_loss": None}
 
 
-def test_there_are_fifteen() -> None:
-    assert [check.number for check in CHECKS] == list(range(1, 16))
+def test_every_recipe_for_gpus_is_a_check() -> None:
+    shipped = {f"recipe-{file.stem}" for file in Path("recipes/gpu").rglob("*.yaml")}
+    assert shipped and shipped <= NAMED.keys() and len(NAMED) == len(CHECKS)
+
+
+def test_fsdp_takes_the_configuration_of_the_documentation() -> None:
+    config = yaml.safe_load(checks.fsdp_config(Path("docs/scaling.md").read_text(encoding="utf-8")))
+    assert config["distributed_type"] == "FSDP" and config["num_processes"] == 2
+    assert config["fsdp_config"]["fsdp_state_dict_type"] == "FULL_STATE_DICT"
 
 
 def test_without_a_gpu_it_says_so_and_ends_with_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu_check, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_check.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_verdicts(tmp_path: Path) -> None:
-    torch = json.dumps({"torch": "2.13.0", "cuda": "13.0", "available": True, "card": "L4"})
-    right = {"import json, torch": (0, f"hello\n{torch}\n"), "du -s": (0, "9000000000\t.venv\n")}
-    found = found_by(tmp_path, [1, 3], right)
-    assert [found[n]["verdict"] for n in ("1", "3")] == ["passed", "passed"]
-    assert found["1"]["found"]["cuda"] == "13.0" and found["3"]["found"] == {"environment_gb": 9.0}
-    assert found["1"]["stamp"] == STAMP
-    # A build for the CPU alone, a command that fails, and one that says nothing.
-    wrong = {"import json, torch": (0, torch.replace('"13.0"', "null")), "doctor": (1, "a\nthe driver is too old\n\n")}
-    found = found_by(tmp_path, [1, 3, 10], wrong)
-    assert [found[n]["verdict"] for n in ("1", "3", "10")] == ["failed"] * 3
-    assert "the driver is too old" in found["3"]["said"] and "no JSON" in found["10"]["said"]
+def test_what_passed_is_not_run_again_and_each_result_is_kept_at_once(machine: Machine) -> None:
+    kept: list[dict[str, Any]] = []
+    runs: list[str] = []
+
+    def measured(name: str, facts: Facts | Exception, **needs: Any) -> Check:
+        def measure(machine: Machine, folder: Path) -> Facts:
+            runs.append(name)
+            assert folder.is_dir() and machine.ends < math.inf
+            if isinstance(facts, Exception):
+                raise facts
+            return facts
+
+        return Check(name=name, title=name, limits={"a": (1, 2)}, measure=measure, on_cpu=True, **needs)
+
+    listed = [
+        measured("good", {"a": 1}),
+        measured("bad", {"a": 3}),
+        measured("broken", Failure("`x` ended with 1")),
+        measured("absent", NotRun("needs docker")),
+        measured("two", {"a": 1}, gpus=2),
+        measured("large", {"a": 1}, disk=10**9),
+    ]
+    place = replace(machine, gpus=1)
+    for again in (False, False, True):
+        before = kept[-1] if kept else {"checks": {}}
+        keep = lambda now: kept.append(json.loads(json.dumps(now)))  # noqa: E731
+        found = gpu_check.run(listed, place, before, STAMP, again=again, keep=keep)["checks"]
+    verdicts = [found[check.name]["verdict"] for check in listed]
+    assert verdicts == ["passed", "failed", "failed", "not run", "not run", "not run"]
+    assert found["two"]["why"] == "needs 2 GPUs" and "needs docker" in found["absent"]["why"]
+    assert found["bad"]["measured"] == {"a": 3} and found["bad"]["why"] == "a is 3, not 1 to 2"
+    assert [runs.count(name) for name in ("good", "bad", "two", "large")] == [2, 3, 0, 0]
+    assert [len(item["checks"]) for item in kept[:6]] == [1, 2, 3, 4, 5, 6]
+    gpu_check.run(listed[:1], place, kept[-1], "NVIDIA H100, 580.1, commit abc", again=False, keep=lambda now: None)
+    assert runs.count("good") == 3, "what another GPU passed is not taken over"
+
+
+def test_the_page_says_what_was_run_and_that_nothing_was() -> None:
+    empty = gpu_check.page({"checks": {}})
+    assert empty.count("| not run |") == len(CHECKS) and "No machine with a GPU" in empty
+    assert Path("docs/gpu.md").read_text(encoding="utf-8") == gpu_check.page(gpu_check.stored(gpu_check.RESULT))
+    entry = {"verdict": "failed", "seconds": 61.4, "measured": {"wrong": "a|b"}, "why": "x | y", "stamp": STAMP}
+    text = gpu_check.page({"checks": {"environment": entry}})
+    assert f"0 of {len(CHECKS)} passed, on `{STAMP}`." in text
+    assert '| failed | 61.4 | x \\| y; `{"wrong": "a\\|b"}` |' in text
+
+
+def test_commands_are_run_and_their_output_is_kept(machine: Machine) -> None:
+    folder = machine.work
+    assert machine.call(folder, "sh", "-c", "echo two; echo why >&2; exit 3").status == 3
+    with pytest.raises(Failure, match="ended with 3: why"):
+        machine.do(folder, "sh", "-c", "echo two; echo why >&2; exit 3")
+    assert machine.call(folder, "sh", "-c", "echo $MORE", MORE="two").output == "two\n"
+    assert machine.call(folder, "sleep", "99", until=lambda: True).status == -9
+    assert replace(machine, ends=time.monotonic()).call(folder, "sleep", "99").status == -9
+    assert "why\n" in (folder / "log.txt").read_text()
+
+
+def nan_under_masks(patch: pytest.MonkeyPatch) -> None:
+    """Have attention return NaN gradients in bfloat16 with a mask, as cuDNN 9.20 does on some GPUs."""
+    import torch
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Any, *rest: Any, attn_mask: Any = None, **options: Any) -> Any:
+        result = attention(query, *rest, attn_mask=attn_mask, **options)
+        if query.dtype == torch.bfloat16 and attn_mask is not None and result.requires_grad:
+            result.register_hook(lambda gradient: gradient * math.nan)
+        return result
+
+    patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+
+
+def mask_that_is_causal(patch: pytest.MonkeyPatch) -> None:
+    """Have rows see what other rows of their masked row hold."""
+    import torch
+
+    from llmrec.train import loss
+
+    def everything(model: Any, ends: Any) -> Any:
+        return (
+            torch.ones(ends.shape[1], ends.shape[1], dtype=torch.bool).tril()[None, None].expand(len(ends), 1, -1, -1)
+        )
+
+    patch.setattr(loss, "block_mask", everything)
 
 
 @pytest.mark.parametrize(
-    ("number", "told", "verdict"),
+    ("fault", "wrong"),
     [
-        (8, {"float32": 0, "bfloat16": 20}, "passed"),
-        (8, {"float32": 3, "bfloat16": 2}, "failed"),
-        (9, {"peak_gib": 10.0, "estimate_gib": 9.0, "free_gib": 22.0}, "passed"),
-        (9, {"peak_gib": 14.0, "estimate_gib": 9.0, "free_gib": 22.0}, "failed"),
-        (9, {"peak_gib": None, "estimate_gib": 27.0, "free_gib": 22.0}, "passed"),
-        (9, {"peak_gib": None, "estimate_gib": 9.0, "free_gib": 22.0}, "failed"),
-        (10, {"plain": 5.0, "packed": 5.01, "math_attention": 0}, "passed"),
-        (10, {"plain": 5.0, "packed": 5.01, "math_attention": 2}, "failed"),
-        (10, {"plain": 5.0, "packed": 6.0, "math_attention": 0}, "failed"),
-        (12, {"waited": 0.2, "unwaited": 0.1}, "passed"),
-        (12, {"waited": 0.1, "unwaited": 0.2}, "failed"),
+        (None, []),
+        (nan_under_masks, ["nonfinite_gradients", "gradient_difference"]),
+        (mask_that_is_causal, ["gradient_difference"]),
     ],
 )
-def test_what_is_measured_decides(number: int, told: dict[str, Any], verdict: str, tmp_path: Path) -> None:
-    entry = found_by(tmp_path, [number], {"gpu.measure": (0, json.dumps(told))})[str(number)]
-    assert entry["verdict"] == verdict and (entry["said"] == "") is (verdict == "passed")
-    assert entry["found"], "what was measured is told in either case"
-
-
-def test_engines_are_compared_row_by_row(tmp_path: Path) -> None:
-    shell = machine(tmp_path, {})
-    run = shell.folder(CHECKS[4]) / "run"
-    run.mkdir(parents=True)
-    rows = [
-        {"id": "direct/tuned", "arm": "tuned", "metrics": {"NDCG@10": {"value": 0.25}}},
-        {"id": "direct/random", "arm": "baseline", "metrics": {"NDCG@10": {"value": 0.1}}},
-    ]
-    (run / "results.json").write_text(json.dumps({"rows": rows}))
-    entry = gpu_check.one(CHECKS[5], shell)
-    assert entry["verdict"] == "passed"
-    assert {each["largest_difference"] for each in entry["found"].values()} == {0.0}
-    (run / "results.json").unlink()
-    assert gpu_check.one(CHECKS[5], shell)["verdict"] == "not run"
-
-
-def test_what_passed_is_not_run_again_and_each_result_is_kept_at_once(tmp_path: Path) -> None:
-    kept: list[dict[str, Any]] = []
-    runs: list[int] = []
-
-    def fails(_: Machine, folder: Path) -> dict[str, Any]:
-        runs.append(2)
-        raise Failure("too slow", {"seconds": 9})
-
-    def cannot(_: Machine, folder: Path) -> dict[str, Any]:
-        raise NotRun("there is no docker")
-
-    def passes(_: Machine, folder: Path) -> dict[str, Any]:
-        runs.append(1)
-        assert folder.is_dir()
-        return {"a": 1}
-
-    checks = [
-        Check(1, "one", "it ends", passes),
-        Check(2, "two", "it is fast", fails),
-        Check(3, "3", "it ends", cannot),
-    ]
-    place = machine(tmp_path, {})
-    for count in (1, 2):
-        before = kept[-1] if kept else {"checks": {}}
-        found = gpu_check.run(
-            checks, place, before, again=False, keep=lambda now: kept.append(json.loads(json.dumps(now)))
-        )
-        assert [found["checks"][str(n)]["verdict"] for n in (1, 2, 3)] == ["passed", "failed", "not run"]
-        assert runs == [1, *[2] * count]
-    assert [len(each["checks"]) for each in kept[:3]] == [1, 2, 3]
-    gpu_check.run(checks[:1], place, kept[-1], again=True, keep=lambda now: None)
-    assert runs.count(1) == 2
-    other = Machine(
-        tmp_path, Path("work"), Shell({"nvidia-smi": (0, "NVIDIA H100, 580.1\n"), "rev-parse": (0, "abc\n")})
-    )
-    gpu_check.run(checks[:1], other, kept[-1], again=False, keep=lambda now: None)
-    assert runs.count(1) == 3, "what another card passed is not taken over"
-
-
-def test_the_page_says_what_was_run_and_that_nothing_was(tmp_path: Path) -> None:
-    empty = page({"checks": {}})
-    assert empty.count("| not run |") == len(CHECKS) and "No machine with a GPU" in empty
-    assert Path("docs/gpu.md").read_text(encoding="utf-8") == page(gpu_check.stored(gpu_check.RESULT))
-    found = {
-        "1": {"verdict": "passed", "seconds": 61.4, "found": {"card": "a|b"}, "said": "", "stamp": STAMP},
-        "2": {"verdict": "failed", "seconds": 5.0, "found": {}, "said": "x | y", "stamp": STAMP},
-    }
-    told = page({"checks": found})
-    assert f"1 of 15 passed, on `{STAMP}`." in told
-    assert '| passed | `61` | `{"card": "a\\|b"}` |' in told and "x \\| y" in told
-
-
-def test_commands_are_run_for_real_and_their_output_is_kept(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    assert call(["sh", "-c", "echo one; exit 3"], log, root=tmp_path).status == 3
-    done = call(["sh", "-c", "echo $MORE"], log, root=tmp_path, env={"MORE": "two"})
-    assert (done.status, done.output) == (0, "two\n")
-    assert call(["sleep", "9"], log, root=tmp_path, seconds=0.1).status == 124
-    assert call(["no-such-command"], log, root=tmp_path).status == 127
-    assert "one\n" in log.read_text()
-
-
-@pytest.mark.slow
-def test_measurements_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
+def test_the_masked_backward_pass_finds_faults(
+    fault: Any, wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("trl")
     from eval.benchmarks.gpu import measure
 
-    for checkpointing in (False, True):
-        found = measure.step("tiny", checkpointing, device="cpu", tokens=64, steps=2)
-        assert found["peak_gib"] is None and found["estimate_gib"] > 0 and found["seconds"] > 0
-    packed = measure.packing(device="cpu", shape="tiny")
-    assert packed["packed"] == pytest.approx(packed["plain"], rel=0.02) and packed["attention"]
-    assert set(measure.clock(device="cpu", shape="tiny", steps=3)) == {"waited", "unwaited"}
-    monkeypatch.setattr(measure, "resolve", lambda *_: str(llama_folder))
-    assert measure.model("tiny", tmp_path / "m", device="cpu")["parameters"] > 0
-    from transformers import AutoModelForCausalLM
+    if fault is not None:
+        fault(monkeypatch)
+    facts = json.loads(json.dumps(measure.masked(str(tmp_path / "model"), "cpu")))
+    assert [line.split()[0] for line in faults(NAMED["masked-backward"].limits, facts)] == wrong
 
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").config.hidden_size == 32
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [check.name for check in CHECKS if check.on_cpu])
+def test_checks_run_on_a_cpu(name: str, machine: Machine) -> None:
+    pytest.importorskip("trl")
+    entry = gpu_check.one(NAMED[name], machine)
+    assert entry["verdict"] == "passed", entry
+
+
+@pytest.mark.slow
+def test_a_recipe_and_a_merge_are_measured_on_a_cpu(machine: Machine) -> None:
+    pytest.importorskip("trl")
+    facts = checks.recipe_of("recipes/movielens-100k/four-tasks.yaml", machine, machine.work)
+    assert facts["steps"] == 200 and facts["last_to_first_loss"] < 1 and facts["estimate_gib"] > 0
+    facts = checks.merge(machine, machine.work)
+    assert facts["weights_gib"] > 0 and "peak_to_weights" in facts

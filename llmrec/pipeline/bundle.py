@@ -171,10 +171,10 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
     """Reject a model that was changed after training or export.
 
     Args:
-        opened: A run folder, an export, or any other model, which cannot be checked.
+        opened: A run folder, an export, or any other model, such as the base of a run, which cannot be checked.
         weights: The `llmrec.models.load.weights_stamp` of its folder.
     """
-    if opened.run is not None:
+    if opened.run is not None and opened.tuned:
         path = opened.run / "train.json"
         try:
             recorded = checked(path.read_bytes())["merged_sha256"] if path.is_file() else weights

@@ -243,3 +243,10 @@ def test_every_user_is_given_the_list_that_the_service_gives(
     in_rec = [[(each.item_id, each.score) for each in rec.rank(user=user, id=user, k=6, model=model)] for user in users]
     agree(in_rec, over_http(url, by_user, together=False, k=6, model=model))
     (agree_nearly if model in ("tuned", "fusion with models") else agree)(in_rec, in_table)
+
+
+def test_the_base_of_a_run_answers_beside_the_tuned_model(run: Path) -> None:
+    asked = questions(3, candidates=5)
+    with llmrec.load(str(run), backend="hf", dtype="float32", models=("tuned", "untuned")) as rec:
+        tuned, untuned = (in_python(rec, asked, model=name) for name in ("tuned", "untuned"))
+    assert all(untuned) and untuned != tuned

@@ -1,50 +1,83 @@
 """``make gpu-check``: what has to be seen on a machine with a GPU, check by check, into a JSON file and a page.
 
-Standard library alone: the first check is the set-up itself. What passed is not run again for the same card and commit,
-so that the same command goes on after a crash, and after a fix.
+Standard library alone: the first check is the set-up itself. What passed is not run again for the same GPU and commit,
+so that the same command continues after a crash and after a fix.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.gpu.checks import CHECKS, Check, Failure, Machine, NotRun
-from eval.benchmarks.gpu.page import page
+from eval.benchmarks.gpu.checks import CHECKS, Check, Failure, Machine, NotRun, faults, shown
 from llmrec.durable import read_json, write_json, write_text
-from llmrec.setup_env import has_nvidia_gpu
 
-RESULT, PAGE = Path("eval/results/gpu.json"), Path("docs/gpu.md")
+RESULT, PAGE, WORK = Path("eval/results/gpu.json"), Path("docs/gpu.md"), Path("runs/gpu-check")
+_HEAD = """# On a GPU
+
+What has been seen of llmrec on a GPU, check by check. `make gpu-check` runs the checks on a machine with NVIDIA GPUs \
+and writes this page from `eval/results/gpu.json`. A check passes if every value that it measures is in the range of \
+the third column. What passed is not run again for the same GPU and commit:
+
+```sh
+make gpu-check                                          # hours, and 100 GB of disk
+make gpu-check ARGS="--only masked-backward serve"      # some of them
+make gpu-check ARGS="--on cpu --only masked-backward"   # their code alone, with a tiny model: no result is kept
+```
+
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the checks; the status is 0 where all passed, 1 where not, and 2 where there is no GPU."""
+    """Run the checks; the status is 0 if none failed, 1 if one did, and 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.gpu", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these checks alone")
+    names = [check.name for check in CHECKS]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="these checks alone")
     parser.add_argument("--again", action="store_true", help="also what has passed")
+    parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="cpu: run the code with a tiny model")
     parser.add_argument("--page", action="store_true", help="write the page from the stored result, and run nothing")
     chosen = parser.parse_args(arguments)
     if chosen.page:
         write_text(PAGE, page(stored(RESULT)))
         return 0
-    if not has_nvidia_gpu():
+    result = RESULT if chosen.on == "gpu" else WORK / "cpu.json"
+    gpus = _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if chosen.on == "gpu" and not gpus:
         sys.stderr.write("gpu-check: nvidia-smi lists no GPU here, so nothing was run\n")
         return 2
-    machine = Machine(Path.cwd(), Path("runs/gpu-check"))
-    checks = [check for check in CHECKS if not chosen.only or check.number in chosen.only]
-    found = run(checks, machine, stored(RESULT), again=chosen.again, keep=lambda kept: write_json(RESULT, kept))
-    write_text(PAGE, page(found))
-    sys.stdout.write(f"results: {RESULT}\npage: {PAGE}\n")
+    machine = Machine(Path.cwd(), Path.cwd() / WORK, len(gpus) if chosen.on == "gpu" else 0)
+    if chosen.on == "cpu":
+        machine = replace(machine, python=sys.executable, model=machine.work / "tiny")
+        machine.work.mkdir(parents=True, exist_ok=True)
+        machine.measure(machine.work, "model", "tiny", str(machine.model), "cpu")
+    commit = _lines("git", "rev-parse", "--short=12", "HEAD")[:1]
+    stamp = f"{gpus[0] if machine.gpus else 'CPU'}, commit {'unknown' if not commit else commit[0]}"
+    checks = [check for check in CHECKS if check.name in chosen.only]
+    found = run(checks, machine, stored(result), stamp, again=chosen.again, keep=lambda kept: write_json(result, kept))
+    if machine.gpus:
+        write_text(PAGE, page(found))
     return int(any(entry["verdict"] == "failed" for entry in found["checks"].values()))
 
 
+def _lines(*command: str) -> list[str]:
+    """Return the lines that a command prints; none if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
 def stored(file: Path) -> dict[str, Any]:
-    """Return what was found so far."""
+    """Return the results so far."""
     return read_json(file, "run make gpu-check again") if file.is_file() else {"checks": {}}
 
 
@@ -52,50 +85,79 @@ def run(
     checks: Sequence[Check],
     machine: Machine,
     before: Mapping[str, Any],
+    stamp: str,
     *,
     again: bool,
-    keep: Callable[[dict[str, Any]], None],
+    keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Run checks, and keep each result as it comes.
+    """Run checks, and store each result as it comes.
 
     Args:
         checks: Which.
         machine: Where.
-        before: What an earlier call found; what passed there under the same stamp is taken over.
+        before: The results of an earlier call; what passed there under the same stamp is taken over.
+        stamp: What a result holds for: the GPU and the commit.
         again: Run these too.
-        keep: Stores what is found so far.
+        keep: Stores the results so far.
     """
-    stamp = machine.stamp()
-    found: dict[str, Any] = {"command": "make gpu-check", "stamp": stamp, "checks": dict(before["checks"])}
+    found: dict[str, Any] = {"command": "make gpu-check", "checks": dict(before["checks"])}
     for check in checks:
-        old = found["checks"].get(str(check.number), {})
+        old = found["checks"].get(check.name, {})
         if old.get("verdict") == "passed" and old.get("stamp") == stamp and not again:
-            sys.stdout.write(f"{check.number:2}  {check.name}: passed before\n")
+            sys.stdout.write(f"{check.name}: passed before\n")
             continue
-        sys.stdout.write(f"{check.number:2}  {check.name} ... ")
+        sys.stdout.write(f"{check.name} ... ")
         sys.stdout.flush()
         entry = one(check, machine) | {"stamp": stamp}
-        found["checks"][str(check.number)] = entry
+        found["checks"][check.name] = entry
         keep(found)
-        sys.stdout.write(f"{entry['verdict']}, {entry['seconds']:.0f} s{entry['said'] and ': ' + entry['said']}\n")
+        sys.stdout.write(f"{entry['verdict']}, {entry['seconds']:.0f} s{entry['why'] and ': ' + entry['why']}\n")
     return found
 
 
 def one(check: Check, machine: Machine) -> dict[str, Any]:
-    """Run one check: its verdict, what it found, seconds, and why it failed."""
-    begin, facts, verdict, said = time.monotonic(), {}, "passed", ""
-    folder = machine.folder(check)
+    """Run one check, and return its verdict, the seconds, what it measured, and why it did not pass."""
+    begin, facts, verdict, why = time.monotonic(), {}, "not run", ""
+    folder = machine.work / check.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    free = shutil.disk_usage(folder).free / 1e9
     try:
-        facts = check.run(machine, folder)
+        if not machine.gpus and not check.on_cpu:
+            raise NotRun("needs a GPU")
+        if 0 < machine.gpus < check.gpus:
+            raise NotRun(f"needs {check.gpus} GPUs")
+        if machine.gpus and free < check.disk:
+            raise NotRun(f"needs {check.disk} GB of free disk, and {free:.0f} GB are free")
+        facts = check.measure(replace(machine, ends=begin + 60 * check.minutes), folder)
+        why = "; ".join(faults(check.limits, facts))
+        verdict = "failed" if why else "passed"
     except NotRun as reason:
-        verdict, said = "not run", str(reason)
-    except Failure as reason:
-        verdict, said, facts = "failed", str(reason), reason.facts
-    except (OSError, ValueError, LookupError) as error:
-        verdict, said = "failed", f"{type(error).__name__}: {error}"
-    return {"verdict": verdict, "seconds": round(time.monotonic() - begin, 1), "found": facts, "said": said}
+        why = str(reason)
+    except (Failure, OSError, ValueError, LookupError, TypeError) as error:
+        verdict, why = "failed", str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+    return {"verdict": verdict, "seconds": round(time.monotonic() - begin, 1), "measured": facts, "why": why}
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the page of results; without results it says that no GPU has run the checks."""
+    entries, told = found["checks"], "**No machine with a GPU has run any of them yet.** No figure here is from a GPU."
+    if entries:
+        passed = sum(entry["verdict"] == "passed" for entry in entries.values())
+        stamps = " and ".join(sorted({f"`{entry['stamp']}`" for entry in entries.values()}))
+        told = f"{passed} of {len(CHECKS)} passed, on {stamps}."
+    rows = [
+        "| Check | What is run | It passes if | GPUs | Verdict | Seconds | Measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for check in CHECKS:
+        entry = entries.get(check.name, {"verdict": "not run", "seconds": "", "measured": {}, "why": ""})
+        limits = "; ".join(f"`{name}` {shown(*limit)}" for name, limit in check.limits.items())
+        measured = f"`{json.dumps(entry['measured'], ensure_ascii=False)}`" if entry["measured"] else ""
+        why = "; ".join(filter(None, (entry["why"], measured)))
+        cells = (check.name, check.title, limits, check.gpus, entry["verdict"], entry["seconds"], why)
+        rows.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join((_HEAD + told, "", *rows)) + "\n"
 
 
 if __name__ == "__main__":

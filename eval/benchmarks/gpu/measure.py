@@ -1,219 +1,255 @@
-"""What a check measures inside a process of its own: ``python -m eval.benchmarks.gpu.measure WHAT ...`` prints JSON.
-
-Models have the shape of published ones and random weights, since nothing is fetched.
-"""
+"""Measurements that need a process with torch: ``python -m eval.benchmarks.gpu.measure WHAT ...`` prints JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from torch.nn import functional
 
-from llmrec.backends.encode import IGNORED, TokenRow
-from llmrec.cli.estimate import CONTEXT, memory_of
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.backends.vllm.backend import VLLMBackend
 from llmrec.durable import replacing
-from llmrec.models.load import load_tokenizer, resolve
-from llmrec.models.memory import free_bytes
-from llmrec.recipe.schema import ModelSection, TrainSection
+from llmrec.models.load import load_model, load_tokenizer, release_memory, resolve
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
+from llmrec.train import lora
 from llmrec.train.batches import padded
-from llmrec.train.lora import with_adapter
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.precision import mixed_precision
+from llmrec.types import Message, Prompt, Segment
 
-_LLAMA = {"num_key_value_heads": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-SHAPES: dict[str, Any] = {
-    "qwen3-1.7b": lambda: transformers.Qwen3Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-    ),
+Facts = dict[str, Any]
+
+_LLAMA = {"num_key_value_heads": 8, "max_position_embeddings": 8192, "num_attention_heads": 32, "vocab_size": 128256}
+SHAPES: dict[str, Callable[[], Any]] = {
     "llama-3-8b": lambda: transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=8192, **_LLAMA,
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **_LLAMA
+    ),
+    # Its head is not tied to its embeddings.
+    "llama-1b": lambda: transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=12, **_LLAMA
     ),
     "tiny": lambda: transformers.LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=4096, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-_STEPS, _ROW = 20, 384
+"""Configurations of models with random weights."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure one thing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.benchmarks.gpu.measure", description=__doc__.split("\n", 1)[0]
-    )
-    what = parser.add_subparsers(dest="what", required=True)
-    one = what.add_parser("step")
-    one.add_argument("shape", choices=SHAPES)
-    one.add_argument("checkpointing", choices=("on", "off"))
-    what.add_parser("packing")
-    what.add_parser("clock")
-    what.add_parser("ties").add_argument("--requests", type=int, default=200)
-    one = what.add_parser("model")
-    one.add_argument("shape", choices=SHAPES)
-    one.add_argument("folder", type=Path)
+    """Call one of the functions below with the words of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.gpu.measure", description=__doc__)
+    parser.add_argument("what", choices=("engines", "masked", "merge", "model"))
+    parser.add_argument("words", nargs="*")
     chosen = parser.parse_args(arguments)
-    if chosen.what == "step":
-        found = step(chosen.shape, chosen.checkpointing == "on")
-    elif chosen.what == "packing":
-        found = packing()
-    elif chosen.what == "clock":
-        found = clock()
-    elif chosen.what == "ties":
-        found = ties(chosen.requests)
-    else:
-        found = model(chosen.shape, chosen.folder)
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(globals()[chosen.what](*chosen.words)) + "\n")
 
 
-def random_model(shape: str, device: str, dtype: Any = torch.bfloat16) -> Any:
-    """Return a model of a shape with random weights, made where it is to lie."""
-    with torch.device("meta"):
-        made = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
-    made = made.to_empty(device=device)
-    made.tie_weights()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for module in made.modules():
-            # What is computed from the configuration, such as inverse frequencies, was made on the meta device.
-            if hasattr(module, "inv_freq"):
-                fresh = type(module)(made.config)
-                module.inv_freq, module.original_inv_freq = (fresh.inv_freq.to(device) for _ in range(2))
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02, generator=generator)
-            else:
-                parameter.fill_(1.0)
-    return made
-
-
-def step(
-    shape: str, checkpointing: bool, device: str = "cuda", tokens: int = 1536, steps: int = _STEPS
-) -> dict[str, Any]:
-    """Take steps of LoRA, and return the peak memory beside the estimate of a dry run."""
-    section = TrainSection(batch_tokens=tokens, gradient_checkpointing=checkpointing)
-    free = free_bytes() if device == "cuda" else 0
-    config = SHAPES[shape]()
-    estimate = memory_of(config, ModelSection(dtype="bfloat16", device="cpu"), section) + CONTEXT
-    found = {
-        "estimate_gib": _gib(estimate),
-        "free_gib": _gib(free),
-        "peak_gib": None,
-        "tokens": tokens,
-        "seconds": None,
-    }
-    try:
-        learning = with_adapter(random_model(shape, device), section.lora)
-        if checkpointing:
-            learning.enable_input_require_grads()
-            learning.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        times = _steps(learning, config.vocab_size, tokens, steps, wait=True)
-    except torch.OutOfMemoryError:
-        return found
-    found["seconds"] = round(float(np.median(times)), 4)
-    if device == "cuda":
-        found["peak_gib"] = _gib(torch.cuda.max_memory_reserved() + CONTEXT)
-    return found
-
-
-def _steps(model: Any, vocabulary: int, tokens: int, steps: int, *, wait: bool) -> list[float]:
-    """Take optimiser steps on random rows, and return the seconds of each."""
-    device, rng = model.device, np.random.default_rng(0)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    times = []
-    model.train()
-    for _ in range(steps):
-        width = min(_ROW, tokens)
-        ids = torch.from_numpy(rng.integers(0, vocabulary, (max(1, tokens // width), width))).to(device)
-        labels = torch.where(torch.rand(ids.shape, device=device) < 0.1, ids, IGNORED)
-        begin = _now(device, wait=wait)
-        with mixed_precision(model):
-            total, count = label_loss(model, ids, labels)
-        (total / (count or 1)).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        times.append(_now(device, wait=wait) - begin)
-    return times
-
-
-def packing(device: str = "cuda", shape: str = "qwen3-1.7b") -> dict[str, Any]:
-    """Return the loss of rows packed and plain, and how often attention was computed in full."""
-    made = random_model(shape, device).eval()
-    begin = tuple(range(5, 60))
-    rows = [TokenRow((*begin, *end), (*[IGNORED] * len(begin), *end)) for end in ((70, 71), (72, 73, 74), (75,))]
-    ids, labels = (torch.tensor(each, device=device) for each in padded(rows, 0))
-    packed = {name: torch.from_numpy(each).to(device) for name, each in asdict(stack([tree(rows)], 0)).items()}
-    with torch.profiler.profile() as seen, torch.no_grad(), mixed_precision(made):
-        one, two = float(label_loss(made, ids, labels)[0]), float(packed_loss(made, packed)[0])
-    kernels = Counter(event.name for event in seen.events() if "scaled_dot_product" in event.name)
-    full = sum(count for name, count in kernels.items() if name.endswith("attention_math"))
-    return {"plain": one, "packed": two, "math_attention": full, "attention": dict(kernels)}
-
-
-def clock(device: str = "cuda", shape: str = "qwen3-1.7b", steps: int = _STEPS) -> dict[str, float]:
-    """Return the seconds of a step by a clock that waits for the GPU, and by one that does not."""
-    learning = with_adapter(random_model(shape, device), TrainSection().lora)
-    found = {}
-    for name, wait in (("waited", True), ("unwaited", False)):
-        times = _steps(learning, learning.config.vocab_size, 1536, steps, wait=wait)
-        found[name] = round(float(np.median(times[1:])), 5)
-    return found
-
-
-def ties(requests: int) -> dict[str, int]:
-    """Return in how many of many label requests the best label ties, by the dtype of the head; in vLLM."""
-    from vllm import LLM, SamplingParams
-
-    folder = resolve(ModelSection())
-    tokenizer = load_tokenizer(folder, ModelSection())
-    labels = [tokenizer.encode(each, add_special_tokens=False)[0] for each in "ABCDEFGHIJKLMNOPQRST"]
-    prompts = [{"prompt_token_ids": tokenizer.encode(f"Film {n}, letter:")} for n in range(requests)]
-    asked = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=labels, detokenize=False)
-    found = {}
-    for name in ("float32", "bfloat16"):
-        overrides = {"head_dtype": "float32"} if name == "float32" else {}
-        engine = LLM(
-            folder, dtype="bfloat16", hf_overrides=overrides, max_logprobs=128, max_model_len=512, enforce_eager=True,
-            gpu_memory_utilization=0.3,
-        )  # fmt: skip
-        best = []
-        for output in engine.generate(prompts, asked, use_tqdm=False):
-            values = sorted((output.outputs[0].logprobs[0][label].logprob for label in labels), reverse=True)
-            best.append(values[0] == values[1])
-        found[name] = sum(best)
-        engine.llm_engine.engine_core.shutdown()
-        del engine
-    return found
-
-
-def model(shape: str, folder: Path, device: str = "cuda") -> dict[str, Any]:
-    """Write a model of a shape with random weights, with the tokenizer of the quickstart's model."""
-    made = random_model(shape, device)
-    with replacing(folder) as draft:
-        made.save_pretrained(draft)
+def model(shape: str, folder: str, device: str = "cuda") -> Facts:
+    """Write a model with random weights, and the tokenizer of the quickstart's model."""
+    with torch.device(device):
+        made = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
+    with replacing(Path(folder)) as draft:
+        made.save_pretrained(draft, max_shard_size="5GB")
         load_tokenizer(resolve(ModelSection()), ModelSection()).save_pretrained(draft)
     return {"parameters": sum(parameter.numel() for parameter in made.parameters())}
 
 
-def _now(device: Any, *, wait: bool) -> float:
-    if wait and device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# --------------------------------------------------------------------------- a backward pass under a mask
 
 
-def _gib(size: float) -> float:
-    return round(size / 2**30, 2)
+def masked(folder: str, device: str = "cuda") -> Facts:
+    """Compare gradients of packed rows on a device in bfloat16 with those of plain rows on the CPU in float32.
+
+    The packed rows have 192 columns, and logits of attention are around -128: with a mask, a length of 64 mod 128 and a
+    logsumexp below -88.7 cuDNN 9.20 returned NaN gradients (pytorch #196678, trl #7181).
+
+    Args:
+        folder: Where the model is written.
+        device: ``cuda``; or ``cpu``, to run the code.
+    """
+    _with_low_logits(Path(folder))
+    expected, lowest = _gradients(folder, "cpu", "float32", packed=False)[0], list[float]()
+    with torch.profiler.profile() as profile, _noting_logsumexp(lowest):
+        found, columns = _gradients(folder, device, "bfloat16")
+    facts = {
+        "torch": torch.__version__,
+        "columns_mod_128": columns % 128,
+        "lowest_logsumexp": round(min(lowest), 1) if lowest else None,
+        "math_attention": sum(event.name.endswith("attention_math") for event in profile.events()),
+        **_compared(expected, found),
+    }
+    if device == "cuda":
+        facts |= {"cudnn": torch.backends.cudnn.version(), "capability": torch.cuda.get_device_capability()}
+        facts["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
+        # Loading a model may turn it off again, so that it is turned on behind that. What comes of it decides nothing.
+        found, _ = _gradients(folder, device, "bfloat16", lambda: torch.backends.cuda.enable_cudnn_sdp(True))
+        facts["if_cudnn_attention_were_on"] = [*_compared(expected, found).values()]
+    return facts
+
+
+def _with_low_logits(folder: Path) -> None:
+    """Write a small Qwen2 whose queries and keys have opposite biases in the dimensions that hardly rotate."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
+    rotary = {"rope_type": "default", "rope_theta": 1e6}
+    config = transformers.Qwen2Config(**sizes, **heads, rope_parameters=rotary)
+    made = transformers.Qwen2ForCausalLM(config)
+    slow = torch.tensor([*range(24, 32), *range(56, 64)])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+        for layer in made.model.layers:
+            for linear, bias in ((layer.self_attn.q_proj, 8.0), (layer.self_attn.k_proj, -8.0)):
+                rows = torch.cat([slow + first for first in range(0, linear.out_features, 64)])
+                linear.weight[rows], linear.bias[rows] = 0.0, bias
+    made.save_pretrained(folder)
+
+
+@contextmanager
+def _noting_logsumexp(lowest: list[float]) -> Iterator[None]:
+    """Note the lowest logsumexp of each attention that gets a mask."""
+    attention = functional.scaled_dot_product_attention
+
+    def noted(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
+        if attn_mask is not None:
+            keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            logits = query.float() @ keys.float().mT * options.get("scale", query.shape[-1] ** -0.5)
+            logits = logits.masked_fill(~attn_mask, -torch.inf)
+            lowest.append(float(logits.detach().logsumexp(-1).min()))
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    functional.scaled_dot_product_attention = noted
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
+
+
+def _gradients(
+    folder: str, device: str, dtype: str, loaded: Callable[[], object] = bool, *, packed: bool = True
+) -> tuple[Any, int]:
+    """Return gradients of adapters as `llmrec train` computes them, and the number of columns."""
+    section = ModelSection(name=folder, device=device, dtype=dtype)
+    learning = lora.load_trainable(folder, section, TrainSection(packing="tree", lora=LoraSection(rank=4))).to(device)
+    loaded()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in learning.named_parameters():
+            if "lora" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    draw = torch.randint(5, 512, (4, 120), generator=generator).tolist()
+    rows = [TokenRow((*draw[0], *end[:25]), (*[IGNORED] * 120, *end[:25])) for end in draw[1:]]
+    stacked = asdict(stack([tree(rows)], 0))
+    learning.train()
+    with mixed_precision(learning):
+        if packed:
+            inputs = {name: torch.from_numpy(values).to(device) for name, values in stacked.items()}
+            total, count = packed_loss(learning, inputs)
+        else:
+            total, count = label_loss(learning, *(torch.tensor(values, device=device) for values in padded(rows, 0)))
+    (total / count).backward()
+    gradients = [parameter.grad for parameter in learning.parameters() if parameter.grad is not None]
+    return torch.cat([gradient.float().cpu().flatten() for gradient in gradients]), stacked["ids"].shape[1]
+
+
+def _compared(expected: Any, found: Any) -> Facts:
+    finite = torch.isfinite(found)
+    apart = (found - expected).norm() / expected.norm()
+    return {
+        "nonfinite_gradients": int((~finite).sum()),
+        "gradient_difference": round(float(apart), 5) if finite.all() else None,
+    }
+
+
+# --------------------------------------------------------------------------- likelihoods of two engines
+
+
+def engines(folder: str, first: str = "vllm", device: str = "cuda", prompts: str = "50") -> Facts:
+    """Compare log-probabilities of titles and of labels by an engine with those by transformers, in float32.
+
+    Args:
+        folder: A model folder; empty: the quickstart's model.
+        first: The engine; ``hf`` on the CPU, to run the code.
+        device: Where transformers computes.
+        prompts: How many prompts, of 20 candidates each.
+    """
+    section = ModelSection(**({"name": folder} if folder else {}), dtype="float32", device=device)
+    folder = resolve(section)
+    encoder = Encoder(load_tokenizer(folder, section), max_length=512)
+    titles = [f"{one} {two} ({year})" for year, one in enumerate(("Red", "The Old", "Fargo", "Sea of"), 1990) for two in
+              ("River", "Rivers", "House", "Night", "Men")]  # fmt: skip
+    asked = [
+        Prompt(messages=(Message("user", (Segment("text", f"Person {n} watched {', '.join(titles[: 3 + n % 9])}."),)),))
+        for n in range(int(prompts))
+    ]
+    kinds = {"titles": titles, "labels": list("ABCDEFGHIJKLMNOPQRST")}
+    facts: Facts = {name: {} for name in kinds}
+    scores: dict[str, list[list[float]]] = {name: [] for name in kinds}
+    for engine in (first, "hf"):
+        backend: Any = (
+            VLLMBackend(folder, encoder, dtype="float32", eager=True)
+            if engine == "vllm"
+            else HFBackend(load_model(folder, section).to(device), encoder)
+        )
+        for name, candidates in kinds.items():
+            begin = time.perf_counter()
+            answers = backend.score(asked, [candidates] * len(asked), closed=name == "titles")
+            facts[name][f"{engine}_seconds"] = round(time.perf_counter() - begin, 2)
+            facts[name][f"{engine}_route"] = answers[0].engine
+            scores[name].append([value for answer in answers for value in answer.logprobs])
+        backend.close()
+        del backend
+        release_memory()
+    for name, (one, two) in scores.items():
+        facts[name]["logprob_difference"] = round(float((torch.tensor(one) - torch.tensor(two)).abs().max()), 6)
+        facts[name]["scores"] = len(one)
+    return facts
+
+
+# --------------------------------------------------------------------------- merging
+
+
+def merge(base: str, adapter: str, target: str) -> Facts:
+    """Merge an adapter, and return its peak of anonymous memory as a share of the size of the weights."""
+    weights = sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
+    before, peak, done = _anonymous(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], _anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        lora.merge(base, ModelSection(name=base, dtype="bfloat16", device="cpu"), Path(adapter), Path(target))
+    finally:
+        done.set()
+        thread.join()
+    return {"weights_gib": round(weights / 2**30, 2), "peak_to_weights": round((peak[0] - before) / weights, 3)}
+
+
+def _anonymous() -> int:
+    """Return the bytes of this process that no file backs."""
+    line = next(
+        line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if line.startswith("RssAnon")
+    )
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
