@@ -32,10 +32,26 @@ from llmrec.types import Message, Prompt, Segment
 
 Facts = dict[str, Any]
 
+_QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 _LLAMA = {"num_key_value_heads": 8, "max_position_embeddings": 8192, "num_attention_heads": 32, "vocab_size": 128256}
 SHAPES: dict[str, Callable[[], Any]] = {
+    "qwen3-1.7b": lambda: transformers.Qwen3Config(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        tie_word_embeddings=True, **_QWEN,
+    ),
+    "qwen3-4b": lambda: transformers.Qwen3Config(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        tie_word_embeddings=True, **_QWEN,
+    ),
+    "qwen3-8b": lambda: transformers.Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        tie_word_embeddings=False, **_QWEN,
+    ),
     "llama-3-8b": lambda: transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, **_LLAMA
+    ),
+    "t5-small": lambda: transformers.T5Config(
+        vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0,
     ),
     # Its head is not tied to its embeddings.
     "llama-1b": lambda: transformers.LlamaConfig(
