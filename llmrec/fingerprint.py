@@ -41,10 +41,15 @@ class Affects:
 
     On a section it applies to fields without their own. Without a stage, no result depends on the setting, or the file
     that it names enters by content.
+
+    Args:
+        stages: The stages.
+        optional: At its default the setting is left out, so that results from before it existed stay valid.
     """
 
-    def __init__(self, *stages: Stage) -> None:
+    def __init__(self, *stages: Stage, optional: bool = False) -> None:
         self.stages: frozenset[Stage] = frozenset(stages)
+        self.optional = optional
 
 
 def settings(
@@ -74,24 +79,30 @@ def settings(
         if isinstance(value, BaseModel):
             if inner := settings(value, stage, unused=unused, inherited=stages, at=key):
                 result[name] = inner
-        elif stage in stages:
+        elif stage in stages and not _left_out(type(section), name, value):
             result[name] = to_jsonable_python(value)
     return result
 
 
 def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
     """Return the stages that a field affects; a section that only changes its default need not repeat them."""
-    stages = _declaration(section, name)
-    return inherited if stages is None else stages
+    declaration = _declaration(section, name)
+    return inherited if declaration is None else declaration.stages
+
+
+def _left_out(section: type[BaseModel], name: str, value: object) -> bool:
+    """Return whether a setting is optional and has its default."""
+    declaration = _declaration(section, name)
+    return declaration is not None and declaration.optional and value == section.model_fields[name].default
 
 
 @cache
-def _declaration(section: type[BaseModel], name: str) -> Collection[Stage] | None:
+def _declaration(section: type[BaseModel], name: str) -> Affects | None:
     for owner in section.__mro__:
         field = getattr(owner, "model_fields", {}).get(name)
         for metadata in field.metadata if field is not None else ():
             if isinstance(metadata, Affects):
-                return metadata.stages
+                return metadata
     return None
 
 

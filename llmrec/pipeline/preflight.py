@@ -23,7 +23,7 @@ from llmrec.pipeline.study import Study, build_study, encoder_of, folder_of
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
-from llmrec.train.lora import QUANTISED, refuse_method
+from llmrec.train.lora import refuse_method
 from llmrec.train.trackers import refuse_trackers
 from llmrec.types import Text
 
@@ -42,8 +42,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
         return
     refuse_together(recipe)
     refuse_engine(recipe)
-    if "tuned" in recipe.eval.arms and recipe.train.method in QUANTISED:
-        require("bitsandbytes", "quant")
+    if "tuned" in recipe.eval.arms:
         refuse_method(recipe.model, recipe.train)
     refuse_trackers(recipe.train.report_to or ())
     refuse_shape(recipe)

@@ -899,6 +899,9 @@ class RewardSection(Section):
         return self
 
 
+Optim = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"]
+
+
 class TrainSection(Section):
     """Fine-tuning through TRL's SFTTrainer."""
 
@@ -930,6 +933,11 @@ class TrainSection(Section):
     )
     steps: Positive = Field(200, description="optimiser steps")
     batch_tokens: Tokens = Field(1536, description="tokens in one optimiser step, padding included")
+    micro_tokens: Annotated[Tokens | None, Affects()] = Field(
+        None,
+        description="a step is computed in parts of at most this many tokens, whose gradients are summed (gradient "
+        "accumulation): less memory, same loss; None: at once",
+    )
     max_row_tokens: Tokens = Field(384, description="longest training row; longer user rows lose their last targets")
     packing: Literal["none", "tree"] = Field(
         "none", description="tree: rows side by side under a mask, what they share at their beginning read once"
@@ -946,6 +954,11 @@ class TrainSection(Section):
     warmup: Fraction = Field(0.05, description="share of steps")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    optim: Annotated[Optim, Affects("train", optional=True)] = Field(
+        "adamw_torch_fused",
+        description="optimiser, by its name in TRL; 8bit: moments in 8 bits, paged: moved to CPU memory when the GPU's "
+        "is full (both of bitsandbytes); adafactor: one moment by rows and columns",
+    )
     softmax: Literal["vocabulary", "items"] = Field(
         "vocabulary",
         description="items: a target that is an item token competes with the item tokens only, so that nothing has to "
@@ -980,6 +993,9 @@ class TrainSection(Section):
         "the answers themselves",
     )
     save_every: Annotated[Positive, Affects()] = Field(50, description="optimiser steps between checkpoints")
+    save_minutes: Annotated[float | None, Affects()] = Field(
+        None, gt=0, description="and a checkpoint after so many minutes without one; None: by steps alone"
+    )
     keep_checkpoints: Annotated[int, Affects()] = Field(
         2, ge=2, description="the newest may be torn by a kill, so at least two"
     )
@@ -989,6 +1005,12 @@ class TrainSection(Section):
         "a no; None: fresh ones without end",
     )
     gradient_checkpointing: bool = False
+    use_liger_kernel: Annotated[bool, Affects("train", optional=True)] = Field(
+        False, description="norms, feed-forward activations and rotary positions by Liger's Triton kernels; CUDA only"
+    )
+    torch_compile: Annotated[bool, Affects("train", optional=True)] = Field(
+        False, description="compile the layers with torch.compile at the first step"
+    )
     report_to: Annotated[tuple[str, ...] | None, Affects()] = Field(
         None,
         description="trackers of losses and evaluation figures: tensorboard, wandb, mlflow, trackio; and others, of "
@@ -1036,6 +1058,8 @@ class TrainSection(Section):
             yield "teacher", soft, f"{where}; set it to lora or full"
             yield "teacher", preference, "train.preference has another loss; drop one of both"
             yield "teacher", reward, "train.reward has another loss; drop one of both"
+            whole = "relations are those of all states of a step; drop train.micro_tokens, or set relations to 0"
+            yield "teacher", self.teacher.relations > 0 and self.micro_tokens is not None, whole
         if self.prune is not None:
             merged = "it prunes the weights of a merged model while they learn; set train.method=lora or full"
             yield "prune", self.method not in ("lora", "full"), merged
@@ -1064,6 +1088,7 @@ class TrainSection(Section):
                 (self.exits, "its loss stands after the last layer alone; drop train.exits"),
                 (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
                 (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
+                (self.micro_tokens is not None, "rollouts are drawn for a whole step; drop train.micro_tokens"),
                 (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
             ):
                 yield "reward", wrong, fault

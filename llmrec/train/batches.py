@@ -141,6 +141,18 @@ def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
     return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
 
 
+def micro_steps(step: Step, limit: int | None) -> list[Step]:
+    """Cut a step into parts of at most ``limit`` tokens, padding included; None: one part.
+
+    A longer row, or masked row, is a part of its own.
+    """
+    if limit is None or not step.rows or step.padded_tokens <= limit:
+        return [step]
+    if step.bins:
+        return _cut_packed(sorted(step.bins, key=lambda item: item.columns), limit)
+    return _cut(sorted(step.rows, key=lambda row: len(row.ids)), limit, 0)
+
+
 def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     """Cut ascending lengths into spans of at most ``batch_tokens`` padded tokens."""
     spans, start = [], 0

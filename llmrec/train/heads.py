@@ -165,8 +165,6 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
         prompt: How many there are, and the labels.
     """
     base = load_model(folder, model)
-    if train.gradient_checkpointing:
-        base.enable_input_require_grads()
     ids = _ids(encoder, prompt)
     soft_prompt.put_on(base, prompt, ids)
     for parameter in base.parameters():

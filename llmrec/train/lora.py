@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 QUANTISED = ("qlora", "lora8")
 """Methods with a quantised base model."""
+# Optimisers of bitsandbytes; the paged ones move their moments between the memory of GPU and CPU.
+_BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
@@ -42,8 +45,6 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
         full.llmrec_float32 = dtype(model) == torch.float32
         return _pruned(full, train)
     base = _quantised(folder, model, train) if train.method in QUANTISED else load_model(folder, model)
-    if train.gradient_checkpointing:
-        base.enable_input_require_grads()
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     blocks = _block_weights(base)
@@ -215,22 +216,39 @@ def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
 
 
 def refuse_method(model: ModelSection, train: TrainSection) -> None:
-    """Reject a training method that this machine does not support.
+    """Reject a training method, an optimiser or kernels that this machine does not support.
 
     Raises:
-        RecipeError: If 8-bit training is asked for without CUDA.
+        RecipeError: If 8-bit training or Liger's kernels are asked for without CUDA, or compilation without a compiler.
+        MissingExtra: If a package is not installed.
     """
+    if train.method in QUANTISED or train.optim in _BITSANDBYTES:
+        require("bitsandbytes", "quant")
     if train.method == "lora8" and device(model) == "cpu":
         raise RecipeError(
             "train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too",
             kind="unsupported",
             column="train.method",
         )
+    if train.use_liger_kernel:
+        if device(model) == "cpu":
+            raise RecipeError(
+                "train.use_liger_kernel: Liger's kernels are written in Triton and need a CUDA GPU; set it to false",
+                kind="unsupported",
+                column="train.use_liger_kernel",
+            )
+        require("liger_kernel", "liger")
+    if train.torch_compile and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        raise RecipeError(
+            "train.torch_compile: torch compiles layers with a C compiler, and none is on the PATH; install gcc and "
+            "g++, or set it to false",
+            kind="unsupported",
+            column="train.torch_compile",
+        )
 
 
 def _quantization(model: ModelSection, train: TrainSection) -> Any:
     transformers = require("transformers", "train")
-    require("bitsandbytes", "quant")
     refuse_method(model, train)
     if train.method == "lora8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)

@@ -122,6 +122,10 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         if rows is not None:
             weight = weight.index_copy(0, places, rows.to(weight.dtype))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Under autocast each product would convert the whole head again.
+        kind, dtype = hidden.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
         head = weight if head is None else head
         for start in range(0, len(hidden), _CHUNK):
             states, wanted = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
@@ -142,11 +146,11 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
                 scale = counts[start : start + _CHUNK, None]
                 losses, logits = losses * scale, logits.mul_(scale)
             total += losses.sum()
-            grad[start : start + _CHUNK] = logits.to(weight.dtype) @ weight
+            grad[start : start + _CHUNK] = logits.to(dtype) @ weight
             if grad_rows is not None:
                 grad_rows += logits[:, places].T @ states.float()
             if grad_weight is not None:
-                grad_weight += logits.to(weight.dtype).T @ states
+                grad_weight += logits.to(dtype).T @ states
         ctx.save_for_backward(grad, grad_weight, grad_rows)
         return total
 
@@ -227,6 +231,23 @@ def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss
     return _loss_at(
         model, _masked(model, packed), lambda states: states.flatten(0, 1)[after], wanted, by, packed.get("weights")
     )
+
+
+def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
+    """Return the total weight of the targets of rows: the divisor of their summed loss, before it is computed.
+
+    Args:
+        inputs: Those of `rows_loss` or `packed_loss`.
+        by: See there; a loss of classes ignores weights.
+        paired: They are of an encoder-decoder.
+    """
+    wanted = inputs["wanted"] if "wanted" in inputs else inputs["labels"][:, 0 if paired else 1 :]
+    learned = wanted != IGNORED
+    inner = by.inner if isinstance(by, ExitLoss) else by
+    weights = inputs.get("weights") if inner is None or isinstance(inner, (TaughtLoss, ItemLoss)) else None
+    if weights is None:
+        return float(learned.sum())
+    return float((weights if weights.shape == learned.shape else weights[:, None] * learned).sum())
 
 
 @dataclass(frozen=True)

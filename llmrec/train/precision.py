@@ -1,4 +1,4 @@
-"""The precision of training: bfloat16 products where the hardware supports them, adapters always in float32."""
+"""The precision of training: products in half precision where the hardware supports it, trained weights in float32."""
 
 from __future__ import annotations
 
@@ -14,26 +14,41 @@ from llmrec.models.load import cpu_has_bf16, gpu_has_bf16
 log = logging.getLogger(__name__)
 
 
-def mixed_precision(model: torch.nn.Module) -> Any:
-    """Autocast to bfloat16 where base weights are bfloat16 or fully trained, and the hardware multiplies it natively.
+def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
+    """Return the dtype of products under autocast; None: products are in the dtype of the weights.
 
-    Adapters stay in float32 either way. A recipe that asks for a float32 model trains in float32 throughout.
+    bfloat16 where the hardware multiplies it natively. GPUs that only emulate it (Turing) multiply float16, in which
+    small gradients underflow unless the loss is scaled up, as ``fp16=True`` has accelerate do. A recipe that asks for a
+    float32 model trains in float32 throughout.
+
+    Args:
+        model: The model.
+        device: Where it will be trained, ``"cpu"`` or ``"cuda"``; None: where it is.
     """
-    device = model.device
     if getattr(model, "llmrec_float32", False):
-        return nullcontext()
-    if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16) if gpu_has_bf16() else nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
+        return None
+    if (device or model.device.type) == "cuda":
+        return torch.bfloat16 if gpu_has_bf16() else torch.float16
+    return torch.bfloat16 if cpu_has_bf16() else None
 
 
-def widen(model: torch.nn.Module) -> None:
-    """Convert a float16 model to float32 where bfloat16 is not available: small gradients underflow in float16."""
-    if model.dtype != torch.float16 or not isinstance(mixed_precision(model), nullcontext):
+def mixed_precision(model: torch.nn.Module) -> Any:
+    """Autocast to the half precision of a model, if it has one; trained weights stay in float32."""
+    dtype = half(model)
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+
+
+def widen(model: torch.nn.Module, device: str) -> None:
+    """Convert trained float16 weights to float32, and all of a model where no half precision is available.
+
+    Small optimiser steps would be lost in float16.
+    """
+    whole = half(model, device) is None
+    found = [p for p in model.parameters() if p.dtype == torch.float16 and (whole or p.requires_grad)]
+    for parameter in found:
+        parameter.data = parameter.data.float()
+    if not whole or not found:
         return
-    for parameter in model.parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.float()
     for module in model.modules():
         # Layers in NF4 are unpacked to this dtype.
         if getattr(module, "compute_dtype", None) == torch.float16:

@@ -19,7 +19,7 @@ from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import specs_of
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
-from llmrec.recipe.schema import BaselineSection, Recipe
+from llmrec.recipe.schema import BaselineSection, Recipe, TrainSection
 from llmrec.registry import BASELINES, METRICS
 from llmrec.results import Arm
 from tests.review_files import ITEMS, records, write
@@ -120,6 +120,7 @@ OTHER: Mapping[str, Any] = {
     "train.reward.baseline": "item-knn",
     "train.reward.clip": 0.5,
     "train.report_to": ["wandb"],
+    "train.micro_tokens": 64,
     "eval.backend": "fake",
     "eval.scorer": "fake",
     "eval.server.url": "http://127.0.0.1:9/v1",
@@ -294,6 +295,14 @@ def test_a_setting_changes_the_stages_that_it_declares_and_no_others(
     found = changed(known[recipe], observed(after, str(folder)))
     behind = {each for stage in stages for each in BEHIND.get(stage, ())}
     assert stages - {"data"} <= found <= stages | behind
+
+
+def test_an_optional_setting_enters_where_it_is_not_the_default() -> None:
+    keys = {"optim", "use_liger_kernel", "torch_compile"}
+    assert not keys & set(settings(Recipe.model_validate(BASE).train, "train", inherited=["train"]))
+    changed = TrainSection(optim="adafactor", use_liger_kernel=True, torch_compile=True)
+    assert keys <= set(settings(changed, "train", inherited=["train"]))
+    assert not keys & set(settings(changed, "evaluate", inherited=["train"]))
 
 
 def test_data_enters_by_content() -> None:
