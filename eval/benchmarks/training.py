@@ -10,6 +10,7 @@ only if both meet it. ``--quick`` does little of everything, to see that it runs
 - prompts: rows from lines that are tokenised once, beside strings that are built and tokenised, for the same draws.
 - memory: what a loss adds to the peak of memory, beside logits of every token.
 - packing: tasks that branch off one history under a mask, beside the same rows padded.
+- features: seconds and peak memory of a step with each setting that trades one for the other, on and off.
 - windows: what late targets of a long row read beyond the window of evaluation, with and without a band.
 
 Names of parts behind the file measure these alone and leave the others as they stand; ``BENCH_CLOCK=processor`` counts
@@ -18,6 +19,7 @@ the processor's time, for a machine that others use.
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -36,11 +38,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
+from transformers import TrainerCallback
 
 from eval.benchmarks import training_peers as peers
 from eval.benchmarks import training_windows as windows
-from eval.benchmarks.timing import alternated, at_most, faster, measured
+from eval.benchmarks.timing import alternated, at_most, faster, measured, seconds_now, summary
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.models.load import cpu_has_bf16, load_model, quiet_libraries, resolve
 from llmrec.pipeline.study import Study, build_study, encoder_of
@@ -49,8 +52,10 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import fit_row, plan
+from llmrec.train.kernels import faster_layers, recompute
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
+from llmrec.train.precision import half
 from llmrec.train.rows import LineTable, RowStream
 from llmrec.train.steps import Step
 from llmrec.train.world import World
@@ -167,22 +172,25 @@ def full_rows(study: Study, encoder: Encoder, setting: Setting) -> list[TokenRow
     return [encoder.row(task.example(draw)) for draw in islice(full, setting.users)]
 
 
-def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step]) -> Any:
+def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step], **settings: Any) -> Any:
     """Return the trainer that `llmrec.train.sft.train` uses, with a learning rate of 0."""
     from transformers import PrinterCallback
 
     pad = encoder.tokenizer.pad_token_id
-    section = TrainSection(steps=len(steps), save_every=10**6)
+    section = TrainSection(steps=len(steps), save_every=10**6, **settings)
+    if section.gradient_checkpointing:
+        recompute(model)
     config = sft._config(section, Path(peers.tempfile.mkdtemp()), len(steps), 0, "cpu")
     config.learning_rate = 0.0
     config.save_strategy = "no"
     trainer = sft.LabelRowTrainer(
         model=model,
         args=config,
-        train_dataset=sft._numbered(steps),
+        train_dataset=Dataset.from_dict({"step": list(range(len(steps)))}),
         processing_class=encoder.tokenizer,
-        data_collator=partial(sft._batch, model, steps, pad, World()),
+        data_collator=partial(sft._batch, model, steps, pad, World(), section.micro_tokens),
     )
+    trainer.autocast = half(model) is not None
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -329,6 +337,99 @@ def packed_losses(folder: str, step: Step) -> dict[str, float]:
     return {"loss_in_float32": ours, "loss_of_rows_in_float32": theirs}
 
 
+# --------------------------------------------------------------------------- features
+
+PLAIN = "lora"
+TOP, FULL = f"{PLAIN}, 8 of 30 layers", "full"
+# Settings by name; the first of each group is what the others are compared with.
+FEATURES: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "lora, float32 copies of inputs": {"copies": True},
+    "lora, micro_tokens": {"micro_tokens": 400},
+    "lora, gradient_checkpointing": {"gradient_checkpointing": True},
+    "lora, torch_compile": {"torch_compile": True},
+    TOP: {"lora": {"top_layers": 8}},
+    f"{TOP}, gradient_checkpointing": {"lora": {"top_layers": 8}, "gradient_checkpointing": True},
+    f"{TOP}, gradient_checkpointing of every layer": {
+        "lora": {"top_layers": 8},
+        "gradient_checkpointing": True,
+        "inputs": True,
+    },
+    FULL: {"method": "full"},
+    **{f"{FULL}, {name}": {"method": "full", "optim": name} for name in ("adamw_8bit", "adafactor")},
+}
+
+
+def measure_features(setting: Setting) -> dict[str, Any]:
+    """Seconds and memory of a step with each setting, every one in a process of its own, in turn."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in FEATURES}
+    for _ in range(setting.rounds):
+        for name, taken in found.items():
+            call = f"from eval.benchmarks.training import feature; feature({name!r}, {1 if setting.quick else 3})"
+            out = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
+            taken.append(json.loads(out.splitlines()[-1]))
+    seconds = {name: summary([second for each in taken for second in each["seconds"]]) for name, taken in found.items()}
+    last = {name: taken[-1] for name, taken in found.items()}
+    for name, each in last.items():
+        group = max((first for first in (PLAIN, TOP, FULL) if name.startswith(first)), key=len)
+        assert abs(each["loss"] - last[group]["loss"]) < 2e-3, ("the same step has the same loss", name, each)
+    return {
+        "what": f"One step of {last[PLAIN]['tokens']:,} tokens, lists of {setting.window} titles, "
+        "SmolLM2-135M-Instruct; seconds of forward, backward and update after a first step, and megabytes that steps "
+        "add to the process.",
+        "seconds": seconds,
+        "first_step_seconds": {name: min(each["first"] for each in taken) for name, taken in found.items()},
+        "megabytes": {name: min(each["megabytes"] for each in taken) for name, taken in found.items()},
+        "optimiser_megabytes": {name: each["state"] for name, each in last.items()},
+        "losses": {name: each["loss"] for name, each in last.items()},
+        "goals": {},
+    }
+
+
+def feature(name: str, steps: int) -> None:
+    """Print the seconds of steps with a setting, what they add to the peak of memory, and the optimiser's state."""
+    quiet_libraries()
+    disable_progress_bars()
+    settings = dict(FEATURES[name])
+    copies, inputs = settings.pop("copies", False), settings.pop("inputs", False)
+    setting = Setting(quick=False)
+    setting.users = 4
+    study = made_study(setting.window)
+    folder = resolve(study.recipe.model)
+    encoder = encoder_of(study, folder)
+    planned = plan(iter(full_rows(study, encoder, setting)), steps=1, batch_tokens=10**9, seed=0)
+    torch.manual_seed(0)
+    model = lora.load_trainable(folder, study.recipe.model, TrainSection(**settings))
+    trainer = our_trainer(model, encoder, [planned[0]] * (1 + steps), **settings)
+    trainer.autocast &= not copies
+    if inputs:
+        model.enable_input_require_grads()
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-seconds_now())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += seconds_now()
+
+    trainer.add_callback(Clock())
+    before = peers.peak(reset=True)
+    with faster_layers(model, TrainSection(**settings)):
+        loss = trainer.train().training_loss
+    state = trainer.optimizer.optimizer.state.values()
+    tensors = [each for values in state for each in values.values() if isinstance(each, torch.Tensor)]
+    record = {
+        "tokens": planned[0].padded_tokens,
+        "first": times[0],
+        "seconds": times[1:],
+        "loss": loss,
+        "megabytes": (peers.peak(reset=False) - before) / 1024,
+        "state": sum(each.nbytes for each in tensors) / 1e6,
+    }
+    sys.stdout.write(json.dumps(record) + "\n")
+
+
 def measure_windows(setting: Setting) -> dict[str, Any]:
     """The loss of late targets, with what evaluation shows, with everything before them, and under a band."""
     window = 4 if setting.quick else 20
@@ -357,6 +458,7 @@ def main(target: Path, *, quick: bool, only: Sequence[str]) -> None:
         "prompts": measure_prompts,
         "memory": measure_memory,
         "packing": measure_packing,
+        "features": measure_features,
         "windows": measure_windows,
     }
     dtype = "bfloat16" if cpu_has_bf16() else "float32"

@@ -122,7 +122,7 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
     # The first product sets up the library's own buffers.
     (hidden[:8] @ head[:8].T).sum().backward()
     hidden.grad = None
-    before = _peak(reset=True)
+    before = peak(reset=True)
     wanted = labels != IGNORED
     if way == "full":
         logits = (hidden @ head.T).float()
@@ -130,12 +130,12 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
     else:
         loss = _HeadLoss.apply(hidden[wanted], head, labels[wanted])
     (loss / wanted.sum()).backward()
-    after = _peak(reset=False)
+    after = peak(reset=False)
     norm = float(hidden.grad.norm())
     sys.stdout.write(f"{(after - before) / 1024} {float(loss.detach() / wanted.sum())} {norm}\n")
 
 
-def _peak(*, reset: bool) -> int:
+def peak(*, reset: bool) -> int:
     """Return the peak of this process's memory in kilobytes; ``reset`` makes it what is held now.
 
     The figure of ``getrusage`` would not do: a process inherits it from the one that started it.

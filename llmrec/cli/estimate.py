@@ -342,7 +342,10 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 # Activation bytes kept for the backward pass, per token, layer and unit of width: adapters under bfloat16 autocast and
 # in float32, and full fine-tuning; and what gradient checkpointing keeps per layer.
-_KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 58.0, 83.0, 100.0, 2.1, 4.0
+_KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 50.0, 83.0, 100.0, 2.1, 4.0
+# Bytes per trained weight for the weight and its gradient in float32, and for the optimiser's state: two moments in
+# float32, or in 8 bits with their scales. The pages of paged ones leave the GPU when it is full.
+_TRAINED, _MOMENTS = 8.0, {"adamw_8bit": 2.1, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0, "adafactor": 0.1}
 # Bytes per weight in NF4, scales included.
 _NF4 = 0.6
 CONTEXT = 0.8 * 2**30
@@ -437,20 +440,21 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
 def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
     """Return the peak bytes of a training step: weights, trainable parameters, and activations for the backward pass.
 
-    Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 55 and 58 bytes under
+    Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 43 and 49 bytes under
     bfloat16 autocast, 83 in float32, 85 to 96 in full fine-tuning. It was not measured on a GPU.
     """
     whole, tables, adapters = _weights(config, train)
     text = config.get_text_config()
     layers, width = int(text.num_hidden_layers), int(text.hidden_size)
-    row, wide = train.batch_tokens * width, dtype(model).itemsize == 4
+    row, wide = min(train.batch_tokens, train.micro_tokens or train.batch_tokens) * width, dtype(model).itemsize == 4
+    # Weights, gradients and the optimiser's state.
+    trained = _TRAINED + _MOMENTS.get(train.optim, 8.0)
     if train.method == "full":
-        # Weights, gradients and both Adam moments in float32.
-        held, kept = 16.0 * whole, _KEPT_FULL
+        held, kept = trained * whole, _KEPT_FULL
     else:
         entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
         blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, entry)
-        held = blocks * (whole - tables) + entry * tables + 16.0 * adapters
+        held = blocks * (whole - tables) + entry * tables + trained * adapters
     learning = min(layers, train.lora.top_layers or layers) if train.method not in ("full", *METHODS) else layers
     if train.gradient_checkpointing:
         return held + row * ((_KEPT_CHECKPOINT_WIDE if wide else _KEPT_CHECKPOINT) * learning + kept)
@@ -554,5 +558,5 @@ def _of_gpu(needed: float, free: float | None) -> str:
     """Return a comparison of an estimate with the free memory of the GPU; empty if ``free`` is None: no GPU."""
     if free is None:
         return ""
-    fix = "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora"
+    fix = "set train.micro_tokens or train.gradient_checkpointing=true, or train.method=qlora"
     return f" of the GPU, {free} GiB of which are free" + (f": too little; {fix}" if needed > free else "")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRAINING = (
-    "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora; `llmrec check "
+    "set train.micro_tokens (a step in parts), train.gradient_checkpointing=true or train.method=qlora; `llmrec check "
     "--dry-run` estimates what each takes"
 )
 """Advice for training that runs out of memory."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,35 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
     Args:
         works: Each is handed the checkpoint's folder, one after the other.
         world: The processes that train; each saves its own random states, and the first one does the rest.
+        minutes: Without a checkpoint for so long one is saved; None: only when its step is due.
+        every: Only after a multiple of so many steps: those that share their rollouts.
     """
 
-    def __init__(self, works: Sequence[Callable[[Path], None]], world: World) -> None:
-        self._works, self._world = works, world
+    def __init__(
+        self,
+        works: Sequence[Callable[[Path], None]],
+        world: World,
+        *,
+        minutes: float | None = None,
+        every: int = 1,
+    ) -> None:
+        self._works, self._world, self._minutes, self._every = works, world, minutes, every
+        self._since = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the trainer save if it is time; the clock of the first process decides for all."""
+        if self._minutes is not None and state.global_step % self._every == 0:
+            control.should_save |= bool(self._world.agree(time.monotonic() - self._since >= 60 * self._minutes))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint, in the first process only."""
+        self._since = time.monotonic()
         self._world.wait()
         if self._world.first:
             for work in self._works:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmrec.errors import RecipeError, require
 from llmrec.recipe.schema import TrainSection
+
+log = logging.getLogger(__name__)
 
 # What Liger replaces that is not part of a layer: losses here read the decoder's states, and never call its losses.
 _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -52,7 +56,10 @@ def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[Non
             for module in base.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.compile(dynamic=True)
-        yield
+        with warnings.catch_warnings():
+            # torch's compiler looks at the gradient of every tensor that it meets.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+            yield
     finally:
         defined.update(before)
 
@@ -68,3 +75,13 @@ def _apply_liger(base: torch.nn.Module) -> None:
             column="train.use_liger_kernel",
         )
     apply_liger_kernel(base, _LOSSES)
+
+
+@contextmanager
+def unpaged(section: TrainSection, device: str) -> Iterator[None]:
+    """Note once that on a CPU the moments of a paged optimiser stay where they are; bitsandbytes warns of it."""
+    if device == "cpu" and section.optim.startswith("paged"):
+        log.info("training: on a CPU train.optim=%s pages nothing", section.optim)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        yield

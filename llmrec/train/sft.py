@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
+from peft.helpers import disable_input_dtype_casting
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -25,18 +27,19 @@ from llmrec.models import bottleneck
 from llmrec.models.load import has_cuda
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.soft_prompt import SoftPrompt
-from llmrec.models.traits import takes_block_mask
+from llmrec.models.traits import is_paired, takes_block_mask
 from llmrec.models.whole_words import save_words, words_of
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
 from llmrec.train import pruning as magnitude
-from llmrec.train.batches import laid_out, padded
+from llmrec.train.batches import laid_out, micro_steps, padded
 from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
 from llmrec.train.follow import Best, Follow
 from llmrec.train.heads import detach, measure, restore, state_loss
-from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss
+from llmrec.train.kernels import faster_layers, recompute, unpaged
+from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss, weight_of
 from llmrec.train.packing import stack, tree
-from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
+from llmrec.train.precision import adapters_as_they_are, half, mixed_precision, widen
 from llmrec.train.preference import compare, without_dropout
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
@@ -48,6 +51,8 @@ log = logging.getLogger(__name__)
 
 # Marks the batch of a process without rows: its loss has weight 0.
 _IDLE = "idle"
+# The batches of a step that is computed in parts.
+_PARTS = "parts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +108,12 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     world: World = World()
     # Further log fields of a step by name: first sums, then means.
     figures: Mapping[str, float] = {}
+    # The divisor of the losses of a step's parts; None: a step is one part, whose loss says it.
+    whole: float | None = None
+    # The scale of the step's gradients; it falls where they overflow.
+    scale: float = 0.0
+    # Whether layers multiply under autocast, so that adapters need no float32 copies of their inputs.
+    autocast: bool = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the planned order if a step is used several times, otherwise a seeded one."""
@@ -131,6 +142,25 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         )
         return self.lr_scheduler
 
+    def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Return the loss of a step, and sum the gradients of its parts, one after the other."""
+        parts: Sequence[Mapping[str, Any]] = inputs.get(_PARTS, [inputs])
+        if self.accelerator.scaler is not None:
+            self.scale = self.accelerator.scaler.get_scale()
+        self.whole = None
+        if len(parts) > 1:
+            count = sum(self._weight_of(model, part) for part in parts)
+            self.whole = self.world.total(count, self.args.device) or 1
+        total, figures = 0.0, defaultdict[str, float](float)
+        with disable_input_dtype_casting(model, active=self.autocast):
+            for n, part in enumerate(parts, start=1):
+                with nullcontext() if n == len(parts) else self.accelerator.no_sync(model):
+                    total += super().training_step(model, part, num_items_in_batch)
+                for name, value in self.figures.items():
+                    figures[name] += value
+        self.figures = figures
+        return total
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -151,14 +181,27 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         if _IDLE in inputs:  # a step with fewer rows than processes
             total, count = total * 0.0, 0.0
             self.figures = dict.fromkeys(self.figures, 0.0)
-        whole = self.world.total(count, total.device) or 1
+        whole = self.whole or self.world.total(count, total.device) or 1
         self.figures = {name: self.world.total(value, total.device) / whole for name, value in self.figures.items()}
         loss = total * self.world.size / whole
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log a step's figures with its loss."""
-        super().log({**logs, **self.figures} if "loss" in logs else logs, *args, **kwargs)
+        """Log a step's figures with its loss, and those of the gradient scaler if there is one."""
+        scaled = {}
+        if self.accelerator.scaler is not None:
+            # An optimiser that is fused with the scaler leaves steps out by itself, which accelerate does not see.
+            scale = self.accelerator.scaler.get_scale()
+            scaled = {"scaler/scale": scale, "scaler/skipped": float(scale < self.scale)}
+        super().log({**logs, **self.figures, **scaled} if "loss" in logs else logs, *args, **kwargs)
+
+    def _weight_of(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> float:
+        """Return the total weight of the targets of a part, or the number of its lists."""
+        if _IDLE in inputs:
+            return 0.0
+        if self.listwise is not None:
+            return (int(inputs["owners"].max()) + 1) / self.listwise.size
+        return weight_of(inputs, self.by, paired=is_paired(getattr(model, "module", model).config))
 
     def _summed(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, float]:
         """Return the summed loss and the total weight of its targets or lists."""
@@ -230,7 +273,10 @@ def train(
     head, soft, listwise, objective, taught = loss.head, loss.soft, loss.listwise, loss.objective, loss.taught
     world = here()
     started = time.monotonic()
-    widen(model)
+    device = device or ("cuda" if has_cuda() else "cpu")
+    widen(model, device)
+    if section.gradient_checkpointing:
+        recompute(model)
     if listwise is not None and listwise.preference is not None:
         without_dropout(model)
     if steps and steps[0].bins:
@@ -257,32 +303,42 @@ def train(
     if judge is not None and world.first:
         best = Best(folder / "best", patience, judge, write, folder / "checkpoints")
     after = [] if best is None else [best.saved]
-    saving = OnSave([*kept, seal, partial(keep_newest, section.keep_checkpoints), *after], world)
+    saving = OnSave(
+        [*kept, seal, partial(keep_newest, section.keep_checkpoints), *after],
+        world,
+        minutes=section.save_minutes,
+        every=objective.updates if objective else 1,
+    )
     log_file = folder / "train_log.jsonl"
     follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world)
     if objective is not None:
         check_packing(model, "train.reward=null")
         follow.told = objective.told
     pruning = [] if section.prune is None else [magnitude.Prune(model, section.prune, len(order))]
-    device = device or ("cuda" if has_cuda() else "cpu")
+    scaled = half(model, device) == torch.float16
     with adapters_as_they_are(model):
         trainer = LabelRowTrainer(
             model=model,
-            args=_config(section, folder, len(order), seed, device),
+            args=_config(section, folder, len(order), seed, device, scaled=scaled),
             train_dataset=Dataset.from_dict({"step": order}),
             processing_class=encoder.tokenizer,
-            data_collator=partial(_batch, model, steps, pad, world) if objective is None else _number,
+            data_collator=partial(_batch, model, steps, pad, world, section.micro_tokens)
+            if objective is None
+            else _number,
             # Trackers follow the callback that adds validation losses to a step's log.
             callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
     kind = trainer.accelerator.distributed_type.value
     refuse_other(kind_asked(device), kind)
     if kind == SHARDED:
-        refuse_sharding(trainer.accelerator.state.fsdp_plugin, section, plain=head is None and words_of(model) is None)
+        plain = head is None and words_of(model) is None
+        refuse_sharding(trainer.accelerator.state.fsdp_plugin, section, plain=plain, scaled=scaled)
     follow.everybody = kind == SHARDED
     tell_world(world, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
+    # Rollouts are drawn without autocast.
+    trainer.autocast = half(model, device) is not None and objective is None
     checkpoint = _checkpoint(folder / "checkpoints", world, sharded=kind == SHARDED)
     if checkpoint is not None:
         restore_words(model, checkpoint)
@@ -294,7 +350,8 @@ def train(
         with mixed_precision(model):
             measure(head, model, steps, pad)
     follow.open(resumed=checkpoint is not None)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with faster_layers(model, section), unpaged(section, device):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapter = folder / "adapter"
     whole = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if kind == SHARDED else {}
@@ -408,19 +465,27 @@ def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
 
 
 def _batch(
-    model: torch.nn.Module, steps: Sequence[Step], pad: int, world: World, items: Sequence[Mapping[str, int]]
-) -> dict[str, torch.Tensor]:
-    """Return the batch of one optimiser step, or this process's share of it."""
+    model: torch.nn.Module,
+    steps: Sequence[Step],
+    pad: int,
+    world: World,
+    limit: int | None,
+    items: Sequence[Mapping[str, int]],
+) -> dict[str, Any]:
+    """Return the batch of one optimiser step, or this process's share of it; or several, of at most ``limit`` tokens.
+
+    All processes have as many parts, since each part that weights are divided over is computed by all of them.
+    """
     (item,) = items
     step = steps[item["step"]]
-    if world.size == 1:
-        return _laid(model, step, pad)
-    parts = step.split(world.size)
-    if parts[world.rank].rows:
-        return _laid(model, parts[world.rank], pad)
-    # Every process computes something, since gradients are summed over all.
-    shortest = min((part for part in parts if part.rows), key=lambda part: part.tokens)
-    return _laid(model, shortest, pad) | {_IDLE: torch.ones(())}
+    shares = [micro_steps(share, limit) for share in (step.split(world.size) if world.size > 1 else [step])]
+    count = max(len(share) for share in shares)
+    parts = [_laid(model, part, pad) for part in shares[world.rank] if part.rows]
+    if len(parts) < count:
+        # Every process computes something, since gradients are summed over all.
+        shortest = min((part for share in shares for part in share if part.rows), key=lambda part: part.tokens)
+        parts += [_laid(model, shortest, pad) | {_IDLE: torch.ones(())}] * (count - len(parts))
+    return parts[0] if count == 1 else {_PARTS: parts}
 
 
 def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
@@ -431,7 +496,7 @@ def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tenso
     return {name: torch.tensor(values) for name, values in laid.items()}
 
 
-def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: str) -> Any:
+def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: str, *, scaled: bool = False) -> Any:
     config = SFTConfig(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -442,10 +507,13 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         warmup_steps=round(section.warmup * steps),
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
-        gradient_checkpointing=section.gradient_checkpointing,
+        optim=section.optim,
+        # Done by `recompute`.
+        gradient_checkpointing=False,
         # Autocast surrounds the loss, whose head is called outside the model's own forward.
         bf16=False,
-        fp16=False,
+        # The gradient scaler's switch.
+        fp16=scaled,
         logging_steps=1,
         logging_strategy="steps",
         logging_nan_inf_filter=False,

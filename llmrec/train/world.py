@@ -178,17 +178,31 @@ def _set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true")
 
 
-def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool) -> None:
+def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: bool = False) -> None:
     """Reject settings incompatible with FSDP.
 
     Args:
         plugin: accelerate's settings of it.
         section: The training settings.
+        scaled: Products are in float16, whose gradients are scaled.
         plain: It is adapters or weights of the model itself, without a rating head or whole-word embeddings.
 
     Raises:
         RecipeError: If the settings or the kind of training do not support sharding.
     """
+    if scaled:
+        raise RecipeError(
+            "FSDP needs GPUs that multiply bfloat16; set model.dtype=float32, or train with MULTI_GPU",
+            kind="unsupported",
+            column="model.dtype",
+        )
+    if section.torch_compile or section.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise RecipeError(
+            "FSDP trains with AdamW of torch and without torch.compile; drop train.optim and train.torch_compile, or "
+            "train with MULTI_GPU",
+            kind="unsupported",
+            column="train.optim",
+        )
     if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type) or plugin.cpu_ram_efficient_loading:
         raise RecipeError(
             "FSDP needs fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT and fsdp_cpu_ram_efficient_loading: "

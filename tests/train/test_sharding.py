@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from llmrec.backends.encode import Encoder
 from llmrec.durable import seal, verifies
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.models.load import load_tokenizer
+from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft, world
 from llmrec.train.batches import laid_out, plan
@@ -34,7 +34,7 @@ from llmrec.train.loss import rows_loss
 from llmrec.train.world import SHARDED, World, joined, through
 from tests.facts import Facts, raises
 from tests.train.test_training import examples
-from tests.train.test_world import LOSS, STEPS, assert_alike, training
+from tests.train.test_world import LOSS, STEPS, assert_alike, training, weights
 from tests.train.together import together
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True, strict=False)
@@ -175,6 +175,51 @@ def test_the_trainer_divides_a_model_and_goes_on_in_another_number_of_processes(
 
     (said,) = together(1, alone, tmp_path / "alone")
     assert "was saved with FSDP" in said
+
+
+@pytest.fixture(scope="module")
+def untied_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose head is another matrix than its embeddings, as that of Llama-3-8B."""
+    folder = tmp_path_factory.mktemp("untied")
+    section = ModelSection(name=str(llama_folder), dtype="float32", device="cpu")
+    model = load_model(str(llama_folder), section)
+    model.config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.05)
+    model.save_pretrained(folder)
+    load_tokenizer(str(llama_folder), section).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"method": "full", "learning_rate": 1e-3}, {"micro_tokens": 48}])
+@pytest.mark.parametrize(
+    ("tied", "dtype", "near"), [(False, "float32", LOSS), (True, "bfloat16", 1e-2), (False, "bfloat16", 1e-2)]
+)
+def test_other_heads_and_half_precision_are_divided_too(
+    tied: bool,
+    dtype: str,
+    near: float,
+    settings: dict[str, Any],
+    llama_folder: Path,
+    untied_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """A base in bfloat16 beside adapters in float32, and a head whose weight is read outside its module."""
+    folder = llama_folder if tied else untied_folder
+    _, _, _, losses = training(folder, tmp_path / "one", dtype=dtype, **settings)()
+
+    def divided() -> Any:
+        as_on_gpus()
+        return training(folder, tmp_path / "two", dtype=dtype, **settings)()
+
+    reports = together(2, divided, tmp_path / "reports")
+    assert reports[0][:3] == [2, SHARDED, STEPS]
+    assert reports[0][3] == pytest.approx(losses, rel=near)
+    if dtype == "float32":
+        assert_alike(tmp_path / "one", tmp_path / "two")
+    kinds = {value.dtype for name, value in weights(tmp_path / "two").items() if settings or "lora" in name}
+    assert kinds == {torch.float32}
 
 
 @pytest.mark.parametrize(

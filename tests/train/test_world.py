@@ -40,13 +40,15 @@ STEPS = 6
 LOSS, WEIGHT = 1e-5, 1e-4
 
 
-def training(model: Path, out: Path, *, width: int | None = None, **settings: Any) -> Callable[[], Any]:
+def training(
+    model: Path, out: Path, *, width: int | None = None, dtype: str = "float32", **settings: Any
+) -> Callable[[], Any]:
     """Return a training of a few steps that can be one of several processes, and tells how it went."""
     values = {"learning_rate": 1e-2, "valid_every": 3, "save_every": 2, "report_to": (), **settings}
     train = TrainSection(steps=STEPS, lora=LoraSection(rank=4, alpha=8, dropout=0.0), **values)
 
     def once() -> Any:
-        section = ModelSection(name=str(model), dtype="float32", device="cpu")
+        section = ModelSection(name=str(model), dtype=dtype, device="cpu")
         encoder = Encoder(load_tokenizer(str(model), section), max_length=256)
         rows = [encoder.row(example) for example in examples()[:60]]
         torch.manual_seed(0)

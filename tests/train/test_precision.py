@@ -1,0 +1,207 @@
+"""Half precision: which one a device gets, scaled gradients where it is float16, and adapters without copies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft.helpers import disable_input_dtype_casting
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from llmrec.errors import RecipeError
+from llmrec.recipe.schema import LoraSection, TrainSection
+from llmrec.train import precision, sft, world
+from llmrec.train.checkpoint import newest
+from llmrec.train.lora import with_adapter
+from llmrec.train.loss import label_loss
+from tests.facts import Facts, raises
+from tests.train.gradients import assert_equal, trained
+
+SHAPE = {
+    "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": 64, "attn_implementation": "sdpa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("native", "float32", "wanted"),
+    [(True, False, torch.bfloat16), (False, False, torch.float16), (True, True, None), (False, True, None)],
+)
+def test_a_gpu_multiplies_what_it_has(
+    native: bool, float32: bool, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute capability 7.5 only emulates bfloat16; a recipe that asks for float32 gets it everywhere."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    model = torch.nn.Linear(2, 2)
+    model.llmrec_float32 = float32
+    assert precision.half(model, "cuda") == wanted
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_float16_has_the_trainer_scale_gradients(scaled: bool, tmp_path: Path) -> None:
+    assert sft._config(TrainSection(), tmp_path, 1, 0, "cpu", scaled=scaled).mixed_precision == (
+        "fp16" if scaled else "no"
+    )
+
+
+def test_trained_weights_are_wide_whatever_the_base_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "gpu_has_bf16", lambda: False)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
+    model[0].requires_grad_(False)
+    precision.widen(model, "cuda")
+    assert (model[0].weight.dtype, model[1].weight.dtype) == (torch.float16, torch.float32)
+
+
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Have the CPU train as a GPU without bfloat16 does; accelerate itself has a gradient scaler for GPUs alone."""
+
+    def half(model: Any, device: str | None = None) -> Any:
+        return None if model.llmrec_float32 else torch.float16
+
+    def with_scale(scale: float) -> None:
+        begun = Accelerator.__init__
+
+        def begin(self: Any, *given: Any, **named: Any) -> None:
+            begun(self, *given, **named)
+            if self.mixed_precision == "fp16":
+                self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+
+        monkeypatch.setattr(precision, "half", half)
+        monkeypatch.setattr(sft, "half", half)
+        monkeypatch.setattr(Accelerator, "__init__", begin)
+
+    return with_scale
+
+
+def figures(out: Path) -> list[dict[str, float]]:
+    lines = (out / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["figures"] for line in map(json.loads, lines) if "figures" in line]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"width": 96, "packing": "tree", "micro_tokens": 64},
+        pytest.param({"method": "full"}, marks=pytest.mark.slow),
+        pytest.param({"method": "qlora"}, marks=pytest.mark.slow),
+    ],
+)
+def test_scaled_float16_learns_like_float32(
+    settings: dict[str, Any], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turing: Any
+) -> None:
+    if settings.get("method") == "qlora":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", steps=3, **settings)
+    turing(2.0**10)
+    scaled, two = trained(monkeypatch, llama_folder, tmp_path / "two", steps=3, dtype="float16", **settings)
+    assert scaled == pytest.approx(losses, rel=5e-3)
+    # What is trained is unscaled when it is clipped, and in float32.
+    assert_equal(one[:1], two[:1], 0.05)
+    assert [line["scaler/skipped"] for line in figures(tmp_path / "two")] == [0.0] * 3
+    assert not figures(tmp_path / "one")
+
+
+def test_a_step_whose_gradients_overflow_is_left_out_and_recorded(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turing: Any
+) -> None:
+    turing(2.0**40)
+    losses, gradients = trained(monkeypatch, llama_folder, tmp_path, steps=3, dtype="float16")
+    assert not all(bool(value.isfinite().all()) for value in gradients[0].values())
+    found = figures(tmp_path)
+    assert [line["scaler/skipped"] for line in found] == [1.0] * 3
+    assert [line["scaler/scale"] for line in found] == [2.0**39, 2.0**38, 2.0**37]
+    assert all(math.isfinite(loss) for loss in losses)
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    turing(2.0**40)
+    trained(monkeypatch, llama_folder, tmp_path / "one", steps=1, dtype="float16")
+    (other,) = (tmp_path / "one" / "adapter").glob("*.safetensors")
+    assert file.read_bytes() == other.read_bytes()
+
+
+def test_a_resumed_run_keeps_the_scale(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turing: Any
+) -> None:
+    turing(2.0**40)
+    settings: dict[str, Any] = {"steps": 4, "dtype": "float16", "save_every": 2}
+    trained(monkeypatch, llama_folder, tmp_path / "whole", **settings)
+    trained(monkeypatch, llama_folder, tmp_path / "cut", **settings)
+    for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-4").iterdir():
+        file.unlink()
+    trained(monkeypatch, llama_folder, tmp_path / "cut", **settings)
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+    assert newest(tmp_path / "cut" / "checkpoints") is not None
+
+
+def test_scaled_gradients_are_not_sharded() -> None:
+    with raises(RecipeError, Facts("unsupported", says="bfloat16")):
+        world.refuse_sharding(None, TrainSection(), plain=True, scaled=True)
+
+
+# --------------------------------------------------------------------------- copies of inputs
+
+
+def kept(model: Any, *, cast: bool) -> tuple[int, float, list[torch.Tensor]]:
+    """Return the bytes that are kept for the backward pass, the loss and the gradients."""
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in own:
+            found[place.data_ptr()] = (place.nbytes(), tensor)
+        return tensor
+
+    ids = torch.arange(128).remainder(60).view(2, 64)
+    model.zero_grad()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        disable_input_dtype_casting(model, active=not cast),
+    ):
+        loss, _ = label_loss(model, ids, ids)
+    size = sum(bytes_ for bytes_, _ in found.values())
+    loss.backward()
+    return size, float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+def test_adapters_keep_no_copies_of_their_inputs(config: Any) -> None:
+    """Eight bytes a token, layer and unit of width of seven linear layers, one of them three times as wide."""
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for layers in (1, 2):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config(num_hidden_layers=layers, **SHAPE), dtype=torch.bfloat16)
+        model = with_adapter(model, LoraSection(rank=4)).train()
+        (size, loss, gradients), (without, same, equal) = kept(model, cast=True), kept(model, cast=False)
+        assert loss == same and all(torch.equal(one, two) for one, two in zip(gradients, equal, strict=True))
+        sizes[True].append(size)
+        sizes[False].append(without)
+    one, two = ((sizes[cast][1] - sizes[cast][0]) / 128 / 128 for cast in (True, False))
+    assert one - two == pytest.approx(8, abs=0.1)
+
+
+def test_training_makes_no_copies_and_learns_the_same(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", dtype="bfloat16", gradient_checkpointing=True)
+    asked: list[bool] = []
+
+    def casting(model: Any, *, active: bool) -> Any:
+        asked.append(active)
+        return disable_input_dtype_casting(model, active=False)
+
+    monkeypatch.setattr(sft, "disable_input_dtype_casting", casting)
+    same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16")
+    assert asked == [True, True] and same == losses
+    assert_equal(one, two, 0.0)
+    trained(monkeypatch, llama_folder, tmp_path / "three", dtype="float32")
+    assert asked[2:] == [False, False]
