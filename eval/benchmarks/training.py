@@ -365,7 +365,7 @@ def measure_features(setting: Setting) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in FEATURES}
     for _ in range(setting.rounds):
         for name, taken in found.items():
-            call = f"from eval.benchmarks.training import feature; feature({name!r}, {1 if setting.quick else 3})"
+            call = f"from eval.benchmarks.training import feature; feature({name!r}, {1 if setting.quick else 2})"
             out = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
             taken.append(json.loads(out.splitlines()[-1]))
     seconds = {name: summary([second for each in taken for second in each["seconds"]]) for name, taken in found.items()}
@@ -405,13 +405,17 @@ def feature(name: str, steps: int) -> None:
     if inputs:
         model.enable_input_require_grads()
     times: list[float] = []
+    begun: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            begun.append(time.perf_counter())
             times.append(-seconds_now())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times[-1] += seconds_now()
+            # Compilers of the first step are processes of their own.
+            begun[-1] = time.perf_counter() - begun[-1]
 
     trainer.add_callback(Clock())
     before = peers.peak(reset=True)
@@ -421,7 +425,7 @@ def feature(name: str, steps: int) -> None:
     tensors = [each for values in state for each in values.values() if isinstance(each, torch.Tensor)]
     record = {
         "tokens": planned[0].padded_tokens,
-        "first": times[0],
+        "first": begun[0],
         "seconds": times[1:],
         "loss": loss,
         "megabytes": (peers.peak(reset=False) - before) / 1024,

@@ -450,7 +450,8 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
     # Weights, gradients and the optimiser's state.
     trained = _TRAINED + _MOMENTS.get(train.optim, 8.0)
     if train.method == "full":
-        held, kept = trained * whole, _KEPT_FULL
+        # bitsandbytes keeps the moments of embeddings in float32.
+        held, kept = trained * whole + (5.9 * tables if train.optim == "adamw_8bit" else 0.0), _KEPT_FULL
     else:
         entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
         blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, entry)

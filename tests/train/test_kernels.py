@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -184,8 +185,8 @@ def test_liger_replaces_layers_and_no_loss_and_only_while_training(monkeypatch: 
 
 def test_the_names_that_liger_is_called_by_exist() -> None:
     """Against the installed package, where there is one: its function, its table and the switches of its losses."""
-    spec = pytest.importorskip("importlib.util").find_spec("liger_kernel")
-    if spec is None:
+    spec = importlib.util.find_spec("liger_kernel")
+    if spec is None or not spec.submodule_search_locations:
         pytest.skip("liger-kernel is not installed")
     tree = ast.parse(Path(spec.submodule_search_locations[0], "transformers", "monkey_patch.py").read_text())
     functions = {node.name: {a.arg for a in node.args.args} for node in tree.body if isinstance(node, ast.FunctionDef)}

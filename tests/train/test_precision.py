@@ -104,7 +104,7 @@ def test_scaled_float16_learns_like_float32(
     scaled, two = trained(monkeypatch, llama_folder, tmp_path / "two", steps=3, dtype="float16", **settings)
     assert scaled == pytest.approx(losses, rel=5e-3)
     # What is trained is unscaled when it is clipped, and in float32.
-    assert_equal(one[:1], two[:1], 0.05)
+    assert_equal(one[:1], two[:1], 0.1)
     assert [line["scaler/skipped"] for line in figures(tmp_path / "two")] == [0.0] * 3
     assert not figures(tmp_path / "one")
 
