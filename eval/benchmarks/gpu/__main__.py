@@ -33,6 +33,8 @@ make gpu-check ARGS="--only masked-backward serve"      # some of them
 make gpu-check ARGS="--on cpu --only masked-backward"   # their code alone, with a tiny model: no result is kept
 ```
 
+[gpu-recipes.md](gpu-recipes.md) has the recipes for GPUs that some of the checks run, with estimates.
+
 """
 
 

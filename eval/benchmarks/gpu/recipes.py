@@ -1,0 +1,127 @@
+"""Estimates for recipes/gpu: memory by the formula of the dry run, hours by arithmetic. Nothing is run.
+
+`make bench NAME=gpu-recipes` writes eval/results/gpu_recipes.json, which docs/gpu-recipes.md is bound to.
+
+A token takes 2 floating-point operations a weight of the blocks in a forward pass, as many again backwards through
+frozen weights, twice as many where all weights learn, and once more with gradient checkpointing. Each half of an
+encoder-decoder reads half of the tokens. Attention, logits, the index and the baselines are not counted. Hours are
+operations over what a card does at a share of its peak; for eight GPUs an eighth, the part that is not divided
+included. None of this was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.gpu.measure import SHAPES
+from llmrec.cli.estimate import CONTEXT, memory_of
+from llmrec.durable import write_json
+from llmrec.models.load import load_config, resolve
+from llmrec.models.tensors import named_tables
+from llmrec.models.traits import auto_class, is_paired
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.resources import resource
+
+RESULT = resource("eval", "results") / "gpu_recipes.json"
+# TFLOP/s in bfloat16 without sparsity: the data sheets of the A100 of 80 GB and of the GeForce RTX 4090.
+PEAKS = {80: 312.0, 24: 165.2}
+# Shares of the peak, assumed: of models of a billion weights and more, of smaller ones, and of writing texts.
+LARGE, SMALL, WRITING = 0.3, 0.05, 0.1
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the keys of a recipe do not say.
+
+    Attributes:
+        shape: The shape of its model, of `SHAPES`; None: the recipe makes its model.
+        card: GiB of the GPU that it is made for.
+        requests: Questions to each setting of the model: users or texts, times templates and questions of a user.
+        tokens: Tokens of a question, an upper bound; None: of the longest training row and the search's beams.
+    """
+
+    shape: str | None
+    card: int
+    requests: int
+    tokens: int | None = None
+
+
+SCALES: Mapping[str, Scale] = {
+    "qwen3-4b": Scale("qwen3-4b", 80, 6040),
+    "qwen3-4b-24gb": Scale("qwen3-4b", 24, 6040),
+    "tallrec": Scale("llama-3-8b", 80, 943 * 6, 512),
+    "p5": Scale("t5-small", 80, 2000 * 14, 512 + 100 * 8),
+    "tiger": Scale(None, 80, 22363),
+    "lc-rec": Scale("qwen3-1.7b", 80, 22363),
+    "minionerec": Scale("qwen3-1.7b", 80, 22363),
+    # A prompt of 30 films, and the text.
+    "kar": Scale("qwen3-8b", 80, 6040 + 3706, 500 + 200),
+}
+# Most tokens of a code or a title in the search's tree.
+_CODE = 8
+
+
+def estimates() -> dict[str, dict[str, Any]]:
+    """Return the estimates by recipe."""
+    return {name: estimate(load_recipe(f"recipes/gpu/{name}.yaml"), scale) for name, scale in SCALES.items()}
+
+
+def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
+    """Return memory in GiB, tokens, operations and hours of a recipe."""
+    config = SHAPES[scale.shape]() if scale.shape else load_config(resolve(recipe.model), recipe.model)
+    weights = block_weights(config)
+    share = WRITING if recipe.augment else LARGE if weights > 5e8 else SMALL
+    train, evaluation = recipe.train, recipe.eval
+    trains = "tuned" in evaluation.arms
+    row = scale.tokens or train.max_row_tokens + evaluation.beams * _CODE
+    # The prompt of a few-shot request holds another question for each solved example.
+    rows = sum(1 + evaluation.shots.k * (arm == "few-shot") for arm in evaluation.arms) or 1
+    asked = scale.requests * row * rows
+    passes = (3 if train.method == "full" else 2) + train.gradient_checkpointing
+    # Rollouts are searched for, and the model that training started from scores them.
+    passes += 2 * (train.reward is not None)
+    learned = train.steps * train.batch_tokens if trains else 0
+    operations = {"training": 2 * weights * passes * learned / 1e15, "evaluation": 2 * weights * asked / 1e15}
+    hours = {stage: 1e3 * done / (share * PEAKS[scale.card]) / 3600 for stage, done in operations.items()}
+    # Rewards are refused in several processes.
+    divided = {"training": 1 if train.reward else 8, "evaluation": 8}
+    entry: dict[str, Any] = {
+        "card_gib": scale.card,
+        "block_weights": weights,
+        "share_of_peak": share,
+        "tokens": {"training": learned, "evaluation": asked},
+        "petaflop": {stage: float(f"{done:.3g}") for stage, done in operations.items()},
+        "hours": {stage: float(f"{taken:.2g}") for stage, taken in hours.items()},
+        "hours_of_eight": {stage: float(f"{taken / divided[stage]:.2g}") for stage, taken in hours.items()},
+    }
+    if trains:
+        entry["memory_gib"] = round((memory_of(config, recipe.model, train) + CONTEXT) / 2**30, 1)
+    return entry
+
+
+def block_weights(config: Any) -> int:
+    """Return the weights that every token meets: those outside the vocabulary, half of an encoder-decoder's."""
+    import torch
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(model)}
+    whole = sum(parameter.numel() for parameter in model.parameters()) - sum(tables.values())
+    return whole // 2 if is_paired(config) else whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("out", type=Path, nargs="?", default=RESULT)
+    out = parser.parse_args().out
+    assumed = {"tflops": {str(card): peak for card, peak in PEAKS.items()}, "share_of_peak": [LARGE, SMALL, WRITING]}
+    write_json(out, {"command": "make bench NAME=gpu-recipes", "assumed": assumed, "recipes": estimates()})
+
+
+if __name__ == "__main__":
+    main()
