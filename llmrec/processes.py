@@ -1,20 +1,34 @@
-"""Multi-process commands: size and rank, and which process reports a failure.
+"""Multi-process commands: size and rank, which process reports a failure, and starting processes of this machine.
 
-torchrun and accelerate launch set environment variables, which are read without importing torch. Their use in training
-is in `llmrec.train.world`.
+`--launch N` starts processes by `started`. Like torchrun and accelerate launch it tells those that train together their
+rank in environment variables, which are read without importing torch. Their use in training is in `llmrec.train.world`.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import IO, NamedTuple, TextIO
 
 from llmrec.errors import LlmrecError, RecipeError, require
 
 # Variables with the number of processes of other launchers, which accelerate reads too.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _WAIT = timedelta(seconds=10)
+# Seconds between looks at processes that print nothing, and seconds that a process may take to end.
+_LOOK, _PATIENCE = 0.2, 30.0
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def size() -> int:
@@ -72,3 +86,200 @@ def lost(count: int) -> LlmrecError:
 def _number(name: str, default: int = 1) -> int:
     text = os.environ.get(name, "").strip()
     return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else default
+
+
+# --------------------------------------------------------------------------- processes of this machine
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Python program to start.
+
+    Attributes:
+        words: Arguments of the interpreter, such as ``("-m", "llmrec", "train")``.
+        environment: Variables that differ from those of this process.
+        messages: The file for its error stream.
+    """
+
+    words: Sequence[str]
+    environment: Mapping[str, str]
+    messages: Path | TextIO
+
+
+def threads(count: int, cores: int) -> dict[str, str]:
+    """Return the environment of each of several processes that share cores, unless the number of threads is set."""
+    # torch would start a thread for each core in every process.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
+
+
+class Ended(NamedTuple):
+    """A process that failed: its number, from 0, and its exit status, negative for a signal."""
+
+    process: int
+    status: int
+
+    @property
+    def why(self) -> str:
+        """How it ended, in words."""
+        if self.status >= 0:
+            return f"ended with exit status {self.status}"
+        name = signal.Signals(-self.status).name
+        return f"was ended by {name}{', as the system does where memory runs out' if name == 'SIGKILL' else ''}"
+
+
+class ProcessEnded(Exception):
+    """Some of several processes failed."""
+
+    def __init__(self, failed: Sequence[Ended]) -> None:
+        super().__init__(str(failed))
+        self.failed = failed
+
+    @property
+    def first(self) -> Ended:
+        """The failure that explains the others: a process that was killed, otherwise the one of lowest rank."""
+        killed = [item for item in self.failed if item.status < 0 and item.status != -signal.SIGTERM]
+        return (killed or list(self.failed))[0]
+
+
+@contextmanager
+def started(programs: Sequence[Program], *, report_signals: bool = False) -> Iterator[Iterator[str]]:
+    """Start programs, and yield the lines that they print, as they arrive, until all have succeeded.
+
+    All are stopped when one fails, at the end of the block and at a signal. The standard input of a program ends with
+    this process.
+
+    Args:
+        programs: What to start.
+        report_signals: The programs report a signal themselves, so this process ends without a message.
+
+    Raises:
+        ProcessEnded: If some fail, from the iterator.
+    """
+    with _raised_at_signals(report_signals), ExitStack() as files:
+        children: list[subprocess.Popen[str]] = []
+        files.callback(_stop, children)
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for program in programs:
+            messages = program.messages
+            if isinstance(messages, Path):
+                messages = files.enter_context(messages.open("w", encoding="utf-8"))
+            child = subprocess.Popen(
+                [sys.executable, *program.words],
+                env={**os.environ, **program.environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                # Ctrl-C is sent to this process alone, which stops the others; and what they started can be ended.
+                start_new_session=True,
+            )
+            children.append(child)
+            assert child.stdout is not None
+            threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
+        yield _lines(children, lines)
+
+
+def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
+
+
+def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[str | None]) -> Iterator[str]:
+    reading = len(children)
+    while True:
+        statuses = [child.poll() for child in children]
+        if failed := [Ended(index, status) for index, status in enumerate(statuses) if status]:
+            raise ProcessEnded(failed)
+        if not reading and None not in statuses:
+            return
+        try:
+            line = lines.get(timeout=_LOOK)
+        except queue.Empty:
+            continue
+        if line is None:
+            reading -= 1
+        else:
+            yield line
+
+
+def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
+    """End processes, and what those that do not end by themselves have started."""
+    running = [child for child in children if child.poll() is None]
+    for child in running:
+        child.terminate()
+    end = time.monotonic() + _PATIENCE
+    for child in running:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, end - time.monotonic()))
+    for child in children:
+        if child.poll() != 0:
+            with suppress(OSError):
+                # A process that was killed leaves those that it started.
+                os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+            child.wait()
+        assert child.stdin is not None
+        with suppress(OSError):
+            child.stdin.close()
+
+
+class _Signalled(BaseException):
+    """A signal that ends this process."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _raised_at_signals(ends: bool) -> Iterator[None]:
+    """Leave the block at a signal that ends this process, and only then call its handler, or exit if ``ends``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Signals that a shell makes its background jobs ignore stay ignored.
+    before = {number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+
+    def leave(number: int, _: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Signalled(number)
+
+    for number in before:
+        signal.signal(number, leave)
+    received: _Signalled | None = None
+    try:
+        yield
+    except _Signalled as error:
+        received = error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received is not None:
+        if not ends:
+            signal.raise_signal(received.number)
+        sys.exit(128 + received.number)
+
+
+def end_with_parent() -> None:
+    """End this process, which `started` has started, by SIGTERM when the other one is gone; SIGTERM unwinds the stack.
+
+    Engines are closed then. Otherwise a process whose parent was killed would hold its GPU.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_PATIENCE)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=watch, daemon=True).start()

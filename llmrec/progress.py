@@ -131,7 +131,8 @@ class Bar:
         quiet = quiet or QUIET in os.environ
         shown = _shows()
         self.name, self._total, self._unit, self._early, self._passing = name, total, unit, early, passing
-        self._done, self._skipped, self._said = 0, 0, ""
+        self._done: float = 0
+        self._skipped, self._said = 0, ""
         self._begin, self._wrote = time.monotonic(), False
         self._drawn = shown and not quiet
         self._ticks = not quiet and not shown
@@ -171,8 +172,8 @@ class Bar:
         """Add finished steps, with an optional status text."""
         self.reach(self._done + steps, said)
 
-    def reach(self, done: int, said: str | None = None) -> None:
-        """Set the total number of finished steps."""
+    def reach(self, done: float, said: str | None = None) -> None:
+        """Set the total number of finished steps; a fraction counts for the remaining time."""
         self._done = done
         self._said = self._said if said is None else said
 
@@ -224,7 +225,7 @@ class Bar:
     def _count(self) -> str:
         if self._total is None:
             return ""
-        return f" {self._done:,} of {self._total:,}{f' {self._unit}' if self._unit else ''}"
+        return f" {int(self._done):,} of {self._total:,}{f' {self._unit}' if self._unit else ''}"
 
     def _told(self) -> str:
         text = f", {self._said}" if self._said else ""

@@ -184,23 +184,6 @@ def apart() -> Iterator[None]:
             _close(ended)
 
 
-@contextmanager
-def child_output() -> Iterator[None]:
-    """Send stderr of child processes started in the block to `err`, and their stdout to the log.
-
-    It is for llmrec's own commands, which separate library output themselves.
-    """
-    if _now is None:
-        yield
-        return
-    _flush()
-    os.dup2(_now.err.fileno(), 2)
-    try:
-        yield
-    finally:
-        _now.turn()
-
-
 def _standard() -> bool:
     """Return whether Python's streams write to the standard descriptors, unlike in notebooks and tests."""
     try:

@@ -72,10 +72,12 @@ class AnswerStore:
     Args:
         path: The database file. One that is damaged, or has no checksums, is set aside under the ending ``.damaged``,
             never deleted; what can be read of it and agrees with its checksum is kept.
+        further: A database whose answers are copied into this one when they are needed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, further: Path | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._further = AnswerStore(further) if further is not None and further.is_file() else None
         self._path = path
         self._told = False
         self._connection: sqlite3.Connection | None = None
@@ -83,6 +85,14 @@ class AnswerStore:
 
     def get(self, keys: Sequence[str]) -> dict[str, Stored]:
         """Return the stored answers by key; one with a wrong checksum counts as missing."""
+        result = self._get(keys)
+        missing = [key for key in keys if key not in result] if self._further is not None else []
+        if missing and self._further is not None and (found := self._further.get(missing)):
+            self.put(found.items())
+            result |= found
+        return result
+
+    def _get(self, keys: Sequence[str]) -> dict[str, Stored]:
         result: dict[str, Stored] = {}
         damaged = 0
         for start in range(0, len(keys), _MANY):
@@ -158,6 +168,8 @@ class AnswerStore:
 
     def close(self) -> None:
         """Close the database."""
+        if self._further is not None:
+            self._further.close()
         if self._connection is not None:
             with suppress(sqlite3.Error):
                 self._connection.close()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llmrec.answer.options import About
 from llmrec.cli.console import say, show, show_shard, store_facts
-from llmrec.cli.options import Ray, RecipeOptions, Shard, refuse_both
+from llmrec.cli.options import Ray, RecipeOptions, Shard, refuse_several
 from llmrec.errors import RecipeError
 from llmrec.registry import hook
 
@@ -41,7 +41,7 @@ def augment(options: AugmentOptions) -> None:
     from llmrec.pipeline.study import folder_of
     from llmrec.recipe.load import load_recipe
 
-    refuse_both(options.shard, options.ray)
+    refuse_several(options.shard, options.ray)
     if options.without_model and (options.shard, options.ray) != (None, None):
         raise RecipeError(
             "--shard and --ray share out questions, and --without-model asks none; drop one of them",

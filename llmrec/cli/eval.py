@@ -36,8 +36,8 @@ def evaluate(options: EvalOptions) -> None:
     from llmrec.recipe.load import kind_of_page, load_recipe
 
     kind = kind_of_page(options.recipe)
-    if options.shard is not None or options.ray is not None:
-        hook("shards")(options.recipe, options.overrides, options.out, options.shard, options.ray)
+    if options.in_shards:
+        hook("shards")(options)
     elif kind != "recipe":
         hook("run-page")(kind, options.recipe, options.overrides, options.out, options.results)
     else:

@@ -25,6 +25,11 @@ Ray = Annotated[
     ),
 ]
 
+Launch = Annotated[
+    int | None,
+    About(least=1, metavar="N", help="Use N processes of this machine, each with a GPU or its share of the cores."),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
@@ -39,11 +44,14 @@ class RecipeOptions:
     ] = ()
 
 
-def refuse_both(shard: str | None, ray: str | None) -> None:
-    """Reject `--shard` together with `--ray`, which processes all shards."""
-    if shard is not None and ray is not None:
+def refuse_several(shard: str | None, ray: str | None, launch: int | None = None) -> None:
+    """Reject more than one of `--shard`, `--ray` and `--launch`: the last two process all shards."""
+    given = [name for name, value in (("--shard", shard), ("--ray", ray), ("--launch", launch)) if value is not None]
+    if len(given) > 1:
         raise RecipeError(
-            "--ray works all shards, and --shard one; drop one of them", kind="contradiction", column="--shard"
+            f"{' and '.join(given)}: --shard works one piece, --ray and --launch work all; keep one of them",
+            kind="contradiction",
+            column=given[0],
         )
 
 

@@ -7,7 +7,7 @@ import typer
 from llmrec import terminal
 from llmrec.answer.rank.options import RankOptions, check_cluster
 from llmrec.cli.console import short, show, show_shard
-from llmrec.cli.options import refuse_both
+from llmrec.cli.options import refuse_several
 from llmrec.registry import hook
 
 
@@ -22,7 +22,7 @@ def rank(options: RankOptions) -> None:
     from llmrec.answer.rank.users import rank_users
     from llmrec.records import Shard
 
-    refuse_both(options.shard, options.ray)
+    refuse_several(options.shard, options.ray)
     check_cluster(options)
     if options.ray is not None and not options.all_users:
         hook("rank-on-ray")(options, options.ray)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmrec.cli.console import finish
-from llmrec.cli.options import Out, Ray, RecipeOptions, Shard
+from llmrec.cli.options import Launch, Out, Ray, RecipeOptions, Shard, refuse_several
 from llmrec.registry import hook
 
 
@@ -16,19 +16,26 @@ class RunOptions(RecipeOptions):
     out: Out = None
     shard: Shard = None
     ray: Ray = None
+    launch: Launch = None
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether the cases are cut into shards."""
+        refuse_several(self.shard, self.ray, self.launch)
+        return (self.shard, self.ray, self.launch) != (None, None, None)
 
 
 def run(options: RunOptions) -> None:
     """Run a recipe end to end: data, training, evaluation, report.
 
-    A second run reuses every stage whose inputs did not change; a killed run resumes where it was. A shard trains
-    nothing: train first.
+    A second run reuses every stage whose inputs did not change; a killed run resumes where it was. With --launch both
+    training and evaluation use N processes. A shard, and --ray, train nothing: train first.
     """
     from llmrec.cli.estimate import print_estimate
     from llmrec.pipeline import run as pipeline
     from llmrec.recipe.load import load_recipe
 
-    if options.shard is not None or options.ray is not None:
-        hook("shards")(options.recipe, options.overrides, options.out, options.shard, options.ray)
+    if options.in_shards:
+        hook("shards")(options, trains=True)
         return
     finish(pipeline.run(load_recipe(options.recipe, options.overrides), options.out, before=print_estimate))

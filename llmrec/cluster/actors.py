@@ -26,10 +26,11 @@ from llmrec.answer.rank.ranker import resolved
 from llmrec.answer.rank.run import STDOUT, part_sizes
 from llmrec.answer.rank.sharded import drop_shards
 from llmrec.cli.console import finish, show, show_shard
-from llmrec.cli.options import refuse_both
+from llmrec.cli.run import RunOptions
 from llmrec.cluster.command import merge_shards
 from llmrec.cluster.evaluation import evaluate_shard, merge_run
 from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
+from llmrec.cluster.local import evaluate_here, prepare_here
 from llmrec.data.request_file import open_requests
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -309,31 +310,31 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
     finish(Run(target, results, (), target / "report" / PAGES["html"]))
 
 
-def ask_shards(page: str, overrides: Sequence[str], out: Path | None, piece: str | None, address: str | None) -> None:
-    """Evaluate one shard of a recipe's cases, or all on a cluster, for `llmrec run` and `llmrec eval`.
+def ask_shards(options: RunOptions, *, trains: bool = False) -> None:
+    """Evaluate one shard of a recipe's cases, or all on a cluster or on this machine, for `llmrec run` and `eval`.
 
     Args:
-        page: The recipe file.
-        overrides: Changed keys.
-        out: The run folder.
-        piece: The shard; None: all.
-        address: Address of a Ray cluster; None: evaluate the shard in this process.
+        options: The recipe, its run folder, and one of ``shard``, ``ray`` and ``launch``.
+        trains: With ``launch``, train first, and generate the texts of the recipe.
 
     Raises:
         RecipeError: If the file is not a recipe.
     """
-    option = "--shard" if address is None else "--ray"
-    shard = None if piece is None else Shard.parse(piece)
-    refuse_both(piece, address)
-    if (kind := kind_of_page(page)) != "recipe":
+    option = "--shard" if options.shard is not None else "--ray" if options.ray is not None else "--launch"
+    shard = None if options.shard is None else Shard.parse(options.shard)
+    if (kind := kind_of_page(options.recipe)) != "recipe":
         raise RecipeError(
-            f"{option}: {page} is a {kind}; evaluate its recipes in shards, and then the {kind}",
+            f"{option}: {options.recipe} is a {kind}; evaluate its recipes in shards, and then the {kind}",
             kind="unsupported",
             column=option,
         )
-    recipe = load_recipe(page, overrides)
-    home = folder_of(recipe, out)
-    if address is not None:
-        finish_on(address, "eval", home, recipe)
+    recipe = load_recipe(options.recipe, options.overrides)
+    home = folder_of(recipe, options.out)
+    if options.ray is not None:
+        finish_on(options.ray, "eval", home, recipe)
+    elif options.launch is not None:
+        if trains:
+            prepare_here(recipe, home, options)
+        finish(evaluate_here(recipe, home, options.launch))
     elif shard is not None:
-        show_shard(evaluate_shard(recipe, out, shard), home)
+        show_shard(evaluate_shard(recipe, options.out, shard), home)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -30,7 +30,13 @@ _SPARE = ("base", "base.json", "candidates", "index", "data")
 
 
 def evaluate_shard(
-    recipe: Recipe | str | Path, out: Path | None, shard: Shard, *, overrides: Overrides = (), quiet: bool = False
+    recipe: Recipe | str | Path,
+    out: Path | None,
+    shard: Shard,
+    *,
+    overrides: Overrides = (),
+    quiet: bool = False,
+    report: Callable[[float], None] = lambda _: None,
 ) -> Path:
     """Evaluate a recipe's language models on one shard of its cases, in a folder next to the run's; never train.
 
@@ -40,6 +46,7 @@ def evaluate_shard(
         shard: The shard: whole batches of the cases of each row.
         overrides: Changed keys.
         quiet: Show no progress bars.
+        report: Called with the finished fraction.
 
     Returns:
         The shard's folder.
@@ -49,13 +56,7 @@ def evaluate_shard(
     """
     recipe = as_recipe(recipe, overrides)
     home = folder_of(recipe, out)
-    if not recipe.eval.arms:
-        raise RecipeError(
-            "--shard: this recipe asks no language model (eval.arms is empty), so that there is nothing to share out; "
-            "run it in one process",
-            kind="unsupported",
-            column="eval.arms",
-        )
+    refuse_without_model(recipe)
     folder = shard_folder(home, shard)
     with locked(folder, (*RUN, SHARD)):
         works_in(folder)
@@ -69,7 +70,7 @@ def evaluate_shard(
             if training is not None:
                 log.warning("a shard trains nothing: the tuned model is that of %s", home)
             with session.asking(training, home) as (weights, engines):
-                ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet)
+                ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet, report=report)
             with closing(AnswerStore(folder / ANSWERS)) as store:
                 fields = {"answers": len(store), "seconds": dict(budget.stages)}
             finish(folder, "eval", shard, key, [STORED, ANSWERS], fields)
@@ -77,6 +78,17 @@ def evaluate_shard(
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return folder
+
+
+def refuse_without_model(recipe: Recipe) -> None:
+    """Reject a recipe without a language model, whose evaluation has no shards."""
+    if not recipe.eval.arms:
+        raise RecipeError(
+            "this recipe asks no language model (eval.arms is empty), so that there is nothing to share out; run it in "
+            "one process",
+            kind="unsupported",
+            column="eval.arms",
+        )
 
 
 def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Run:

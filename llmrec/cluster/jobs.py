@@ -78,8 +78,11 @@ class Job:
         fields = {"command": self.command, "target": str(self.target.absolute()), "at": str(Path.cwd())}
         write_checked(shards_of(self.target) / JOB, {**fields, "token": token, "asked": plain})
 
-    def opened(self) -> Callable[[Shard], Path]:
+    def opened(self, report: Callable[[float], None]) -> Callable[[Shard], Path]:
         """Return a function that runs a shard and returns its folder; it reuses models opened by the previous one.
+
+        Args:
+            report: Called with the finished fraction of the shard of an evaluation.
 
         Raises:
             LlmrecError: The errors of the command in one process.
@@ -89,8 +92,9 @@ class Job:
             # Each part contains its results, so answers need not be cached.
             return partial(rank_shard, asked, ranker=open_ranker(asked, store=None, budget=Budget(quiet=True)))
         keep_engine()
-        work = evaluate_shard if self.command == "eval" else augment_shard
-        return partial(work, asked, self.target, quiet=True)
+        if self.command == "eval":
+            return partial(evaluate_shard, asked, self.target, quiet=True, report=report)
+        return partial(augment_shard, asked, self.target, quiet=True)
 
 
 def read_job(folder: Path, token: str) -> Job:
@@ -155,6 +159,14 @@ class Worked:
         return cls(**json.loads(text))
 
 
+@dataclass(frozen=True)
+class Advanced:
+    """The progress of a shard: its number and its finished fraction."""
+
+    shard: int
+    fraction: float
+
+
 class Worker:
     """Runs shards of one job, one after another, and keeps the engine of the first one open.
 
@@ -164,19 +176,30 @@ class Worker:
         count: The number of shards.
         node: The name of this machine.
         process: The id of this process.
+        report: Called with the progress of a shard.
     """
 
-    def __init__(self, folder: Path, token: str, count: int, node: str, process: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        token: str,
+        count: int,
+        node: str,
+        process: int,
+        report: Callable[[Advanced], None] = lambda _: None,
+    ) -> None:
         self._folder, self._token, self._count = folder, token, count
-        self._node, self._process = node, process
+        self._node, self._process, self._report = node, process, report
         self._work: Callable[[Shard], Path] | None = None
+        self._number = 0
 
     def work(self, number: int) -> Worked:
         """Run one shard; an error is returned instead of raised, since it would occur in another process too."""
         begin = time.monotonic()
         shard = Shard(number, self._count)
         try:
-            self._work = self._work or read_job(self._folder, self._token).opened()
+            opened = self._work or read_job(self._folder, self._token).opened(self._advance)
+            self._number, self._work = number, opened
             message = read(_patiently(self._work, shard)).told
         except Exception as error:
             wrong = fix_of(error)
@@ -185,6 +208,9 @@ class Worker:
         cost = message.get("cost") or {}
         tokens = message.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
         return Worked(number, self._node, self._process, time.monotonic() - begin, tokens)
+
+    def _advance(self, fraction: float) -> None:
+        self._report(Advanced(self._number, fraction))
 
 
 def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
@@ -210,18 +236,23 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
     Raises:
         RecipeError: If existing shards have a number other than the requested one.
     """
-    place = shards_of(target)
-    names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
-    there = Counter(int(name[1]) for name in names if name).most_common()
-    if len(there) > 1 or (there and wanted not in (None, there[0][0])):
+    place, there = shards_of(target), shard_counts(target)
+    if len(there) > 1 or (there and wanted not in (None, there[0])):
         raise RecipeError(
-            f"{place} holds shards of a job that was cut in {' and in '.join(str(count) for count, _ in there)}, not "
+            f"{place} holds shards of a job that was cut in {' and in '.join(map(str, there))}, not "
             f"in {wanted or 'one number'}; name that number with --shards, or move the folder away",
             kind="mismatch",
             at=place,
             column="--shards",
         )
-    return there[0][0] if there else wanted or default
+    return there[0] if there else wanted or default
+
+
+def shard_counts(target: Path) -> list[int]:
+    """Return the numbers of shards into which a job was cut before, the most frequent first."""
+    place = shards_of(target)
+    names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+    return [count for count, _ in Counter(int(name[1]) for name in names if name).most_common()]
 
 
 @contextmanager
@@ -240,7 +271,7 @@ def published(job: Job) -> Iterator[str]:
             (place / JOB).unlink(missing_ok=True)
 
 
-Spread = Callable[[Sequence[int]], Iterator[Worked]]
+Spread = Callable[[Sequence[int]], Iterator[Worked | Advanced]]
 """Runs the shards with these numbers on workers, and yields the result of each, except for lost ones."""
 
 
@@ -259,15 +290,20 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
         LlmrecError: If a shard fails, or some are lost repeatedly.
     """
     done: dict[int, Worked] = {}
+    fractions: dict[int, float] = {}
     fruitless = 0
     with Bar(job.command, count, unit="shards") as bar:
         while left := [number for number in range(1, count + 1) if number not in done]:
             before = len(done)
             for entry in spread(left):
+                if isinstance(entry, Advanced):
+                    fractions[entry.shard] = entry.fraction
+                    bar.reach(sum(fractions.values()))
+                    continue
                 if entry.error:
                     raise LlmrecError(f"shard {entry.shard}/{count}, on {entry.node}: {entry.error}", kind="failed")
-                done[entry.shard] = entry
-                bar.reach(len(done), _said(done.values()))
+                done[entry.shard], fractions[entry.shard] = entry, 1.0
+                bar.reach(sum(fractions.values()), _said(done.values()))
             lost = [number for number in left if number not in done]
             fruitless = 0 if len(done) > before else fruitless + bool(lost)
             if fruitless == LOST:
@@ -286,7 +322,8 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
 
 def _said(done: Any) -> str:
     nodes, processes, tokens = facts_of(list(done))
-    return f"{processes} actors on {nodes} nodes{f', {tokens:,} tokens' if tokens else ''}"
+    where = f" on {nodes} nodes" if nodes > 1 else ""
+    return f"{processes} processes{where}{f', {tokens:,} tokens' if tokens else ''}"
 
 
 def facts_of(done: Sequence[Worked]) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """Splits a data set, orders ties in time, and returns histories, requests and texts of held-out interactions.
 
-Ties in time are ordered by a seeded hash of (user, item), not by item id or file order: both leak the target when many
-events have the same timestamp. Without timestamps, file order is time order.
+Ties in time are ordered by a seeded hash of (user, item), not by item id or file order: both can leak the target when
+many events have the same timestamp. A recipe can ask for the file order of a published protocol. Without timestamps,
+file order is time order.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
+
+Ties = Literal["hash", "file"]
+"""What orders events at the same time: a seeded hash, or the order of the rows."""
 
 
 def _no_rows() -> pl.DataFrame:
@@ -234,7 +238,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
             kind="bad-value",
             column="data.split",
         )
-    rows = Rows(_in_time_order(dataset, seed, moments=section.kind == "global_time"))
+    rows = Rows(_in_time_order(dataset, seed, moments=section.kind == "global_time", ties=section.ties))
     labels = KINDS[section.kind](dataset, rows, section, seed)
     frames = [_of_users(rows, labels == label) for label in (TRAIN, VALID, TEST, KNOWN)]
     if frames[0].is_empty():
@@ -261,36 +265,39 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     )
 
 
-def whole(dataset: Dataset, *, seed: int) -> SplitDataset:
+def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash") -> SplitDataset:
     """Hold out nothing: a model trained on the result can answer requests, but no metrics can be computed."""
-    rows = Rows(_in_time_order(dataset, seed, moments=False))
+    rows = Rows(_in_time_order(dataset, seed, moments=False, ties=ties))
     train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
     none = train.clear()
     return SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
 
 
-def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFrame:
+def _in_time_order(dataset: Dataset, seed: int, *, moments: bool, ties: Ties) -> pl.DataFrame:
     """Return the interactions in the order of `time_order`."""
     return (
         dataset.interactions
         if not dataset.has_time
-        else dataset.interactions[time_order(dataset, seed, moments=moments)]
+        else dataset.interactions[time_order(dataset, seed, moments=moments, ties=ties)]
     )
 
 
-def time_order(dataset: Dataset, seed: int, *, moments: bool = False) -> NDArray[np.integer]:
+def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties = "hash") -> NDArray[np.integer]:
     """Return the row indices of the interactions, oldest first; without timestamps in row order.
 
     Args:
         dataset: The data set.
         seed: Seed of the order of ties.
         moments: Whether the order of different users' events at the same time matters.
+        ties: What orders events at the same time: a hash, or the rows.
     """
     frame = dataset.interactions
     if not dataset.has_time:
         return np.arange(frame.height)
     times = frame["timestamp"].fill_null(-np.inf).to_numpy()
     order = np.argsort(times, kind="stable")
+    if ties == "file":
+        return order
     tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
     if len(tied):
         # The hash matters only for events at the same time as another.

@@ -366,6 +366,13 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
         )
 
 
+def gpus_of_engine(model: ModelSection, section: EvalSection) -> int:
+    """Return the number of GPUs that an engine uses; 0 on a CPU and for a server."""
+    return (
+        0 if section.server is not None or not _on_gpu(model) else section.tensor_parallel * section.pipeline_parallel
+    )
+
+
 def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
     """Return the number of GPUs that share a model, if any do: sums are then computed in another order."""
     shape = [section.tensor_parallel, section.pipeline_parallel]

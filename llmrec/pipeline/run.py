@@ -389,11 +389,12 @@ class Session:
 
         Args:
             training: The training record.
-            home: The folder of the training.
+            home: The run folder, with the training; a shard takes answers that are stored there.
             remembers: Whether to open the answer cache.
         """
         recipe, model = self.study.recipe, self._asked
-        store = AnswerStore(self.folder / ANSWERS) if remembers else None
+        further = home / ANSWERS if home != self.folder else None
+        store = AnswerStore(self.folder / ANSWERS, further) if remembers else None
         engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store)
         weights: dict[Arm, tuple[str, str]] = {}
         try:

@@ -9,7 +9,7 @@ A shard is a folder that can be copied anywhere; nothing in it depends on its pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -23,6 +23,7 @@ from llmrec.fingerprint import fingerprint
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
+from llmrec.progress import Bar
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.results import Arm
@@ -224,6 +225,7 @@ def ask(
     *,
     batch: int,
     quiet: bool = False,
+    report: Callable[[float], None] = lambda _: None,
 ) -> None:
     """Evaluate language models on one shard of all cases.
 
@@ -237,11 +239,23 @@ def ask(
         budget: The budget to which seconds are added.
         batch: Number of cases per call of an engine.
         quiet: Show no progress bars.
+        report: Called with the finished fraction of all requests.
     """
-    for spec, engine, folder, digest in evaluation.asked(weights, engines):
+    asked = [
+        (item, [[case.request for case in shard.share(cases, batch)] for cases in evaluation.questions(item[0])])
+        for item in evaluation.asked(weights, engines)
+    ]
+    total, done = sum(len(requests) for _, shares in asked for requests in shares), 0
+    for (spec, engine, folder, digest), shares in asked:
         backend = engines.get(engine, folder, digest)
-        shares = [[case.request for case in shard.share(cases, batch)] for cases in evaluation.questions(spec)]
         with budget.stage(spec.arm), evaluation.progress(spec, shares, quiet) as bar:
-            predictor = evaluation.strategy(spec, backend, bar.advance)
+
+            def advance(requests: int, bar: Bar = bar) -> None:
+                nonlocal done
+                bar.advance(requests)
+                done += requests
+                report(min(1.0, done / total))
+
+            predictor = evaluation.strategy(spec, backend, advance)
             for requests in filter(None, shares):
                 predictor.answer(requests)

@@ -438,7 +438,7 @@ def load_split(section: DataSection, seed: int) -> SplitDataset:
 
 def _split(section: DataSection, seed: int, *, holds_out: bool = True) -> SplitDataset:
     loaded = load(section, seed=seed)
-    return split(loaded, section.split, seed=seed) if holds_out else whole(loaded, seed=seed)
+    return split(loaded, section.split, seed=seed) if holds_out else whole(loaded, seed=seed, ties=section.split.ties)
 
 
 def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:

@@ -156,7 +156,7 @@ class Filter(Section):
 
 
 class Split(Section):
-    """How validation and test interactions are held out. Ties in time are broken by a seeded hash of (user, item)."""
+    """How validation and test interactions are held out."""
 
     kind: Literal[
         "leave_one_out",
@@ -178,6 +178,12 @@ class Split(Section):
         None,
         description="cold_items: items that first appear at this ISO date (UTC) or number, or later, are those of test "
         "in place of a share",
+    )
+
+    ties: Literal["hash", "file"] = Field(
+        "hash",
+        description="order of events at the same time: that of a seeded hash of (user, item), or that of the file, to "
+        "compare with published figures; a file whose rows are sorted by item or by rating then reveals held-out items",
     )
 
     @field_validator("after", mode="before")
@@ -1088,6 +1094,7 @@ class TrainSection(Section):
                 (self.exits, "its loss stands after the last layer alone; drop train.exits"),
                 (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
                 (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
+                (self.micro_tokens is not None, "rollouts are drawn for a whole step; drop train.micro_tokens"),
                 (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
             ):
                 yield "reward", wrong, fault

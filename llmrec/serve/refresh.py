@@ -138,7 +138,8 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
         rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
         if reserved is not None:
             cut = split(data, recipe.data.split, seed=recipe.seed)
-            rows = _choosing(rows[time_order(data, recipe.seed)], halves(cut, reserved)[0].valid)
+            order = time_order(data, recipe.seed, ties=recipe.data.split.ties)
+            rows = _choosing(rows[order], halves(cut, reserved)[0].valid)
         return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
     result = carried(Path(bundle.folder), seed=bundle.seed)
     if result is None:

@@ -29,7 +29,7 @@ from llmrec.cli.main import app
 from llmrec.cluster import actors, jobs
 from llmrec.cluster.actors import cluster, knock, places, rank_on
 from llmrec.cluster.evaluation import merge_run
-from llmrec.cluster.jobs import JOB, Job, Worked, Worker, count_of, facts_of, published, work_all
+from llmrec.cluster.jobs import JOB, Advanced, Job, Worked, Worker, count_of, facts_of, published, work_all
 from llmrec.data.features import FeatureStore
 from llmrec.durable import sha256_of
 from llmrec.errors import LlmrecError, MissingExtra, RecipeError
@@ -38,6 +38,7 @@ from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment, merge_augment
 from llmrec.pipeline.resume import locked
 from llmrec.pipeline.shards import finish, shard_folder, shards_of
+from llmrec.progress import under_way
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard
@@ -77,6 +78,19 @@ def test_what_a_dead_process_leaves_is_worked_again_and_nothing_twice(
     assert passes == [[1, 2, 3, 4, 5], [2, 3, 5], [2, 3, 5], [3]]
     assert [each.shard for each in done] == [1, 2, 3, 4, 5]
     assert facts_of(done) == (1, 3, 50) and "3 shards were lost" in caplog.text
+
+
+def test_one_bar_has_the_progress_of_all_shards(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def spread(numbers: Sequence[int]) -> Iterator[Worked | Advanced]:
+        for entry in (Advanced(1, 0.6), Advanced(2, 0.5), Advanced(2, 0.9), worked(1), worked(2), Advanced(3, 0.7)):
+            yield entry
+            seen.append(under_way()[-1].reached())
+        yield from (worked(number) for number in numbers if number > 2)
+
+    work_all(job_in(tmp_path), COUNT, spread)
+    assert seen == [f"{count} of 5 shards" for count in (0, 1, 1, 1, 2, 2)]
 
 
 def test_shards_that_are_lost_for_ever_end_the_job(tmp_path: Path) -> None:

@@ -143,6 +143,19 @@ def test_stores_are_joined_once_and_the_first_answer_stays(tmp_path: Path) -> No
     assert second.read_bytes() == before
 
 
+def test_answers_of_a_further_store_are_copied_when_they_are_needed(tmp_path: Path) -> None:
+    further, place = tmp_path / "run.sqlite", tmp_path / "shard.sqlite"
+    store = AnswerStore(further)
+    store.put((key, Stored(seconds=1.0, answer=key)) for key in ("a", "b"))
+    store.close()
+    shard = AnswerStore(place, further)
+    shard.put([("b", Stored(seconds=1.0, answer="its own"))])
+    assert {key: each["answer"] for key, each in shard.get(["a", "b", "c"]).items()} == {"a": "a", "b": "its own"}
+    shard.close()
+    alone = AnswerStore(place, tmp_path / "nowhere.sqlite")
+    assert sorted(alone.get(["a", "b", "c"])) == ["a", "b"] and not (tmp_path / "nowhere.sqlite").exists()
+
+
 # --------------------------------------------------------------------------- evaluations
 
 BASE = (

@@ -5,6 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import random
+import re
+import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,6 +26,7 @@ from llmrec.data.sets import locate, published
 from llmrec.data.sets.pages import known
 from llmrec.data.sets.published import movie_title
 from llmrec.data.sets.table import load
+from llmrec.data.split import split
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from tests.facts import Facts, raises
@@ -372,3 +377,49 @@ def test_packed_files_are_called_by_their_names(tmp_path: Path) -> None:
     path = folder(tmp_path, {**SMALL, "ratings.csv": SMALL["ratings.csv"].replace("4.5", "x")}, packed=True)
     with raises(DataError, Facts("bad-value", "ratings.csv.gz", 1, "rating", line=2)):
         small(path)
+
+
+# --------------------------------------------------------------------------- MovieLens-1M as sequences
+
+
+def small_1m(folder: Path) -> Path:
+    """Return an archive in the form of ml-1m.zip; each user rates several films in the same second."""
+    draw = random.Random(0)
+    rows = []
+    for user in range(1, 31):
+        for film in draw.sample(range(1, 41), 12):
+            rows.append(f"{user}::{film}::{draw.randint(1, 5)}::{978300000 + draw.randint(0, 3)}")
+    draw.shuffle(rows)
+    archive = folder / "ml-1m.zip"
+    with zipfile.ZipFile(archive, "w") as files:
+        files.writestr("ml-1m/ratings.dat", "".join(f"{row}\n" for row in rows))
+        films = "".join(f"{film}::Café {film}, The (1999)::Drama|War\n" for film in range(1, 41))
+        files.writestr("ml-1m/movies.dat", films.encode("latin-1"))
+        files.writestr("ml-1m/users.dat", "".join(f"{user}::F::1::10::48067\n" for user in range(1, 31)))
+    return archive
+
+
+@pytest.mark.skipif(not (shutil.which("awk") and shutil.which("iconv")), reason="awk or iconv is missing")
+def test_the_commands_of_the_page_make_what_the_archive_holds_with_ties_as_in_the_file(tmp_path: Path) -> None:
+    page = Path("docs/data.md").read_text(encoding="utf-8")
+    (commands,) = (block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "ratings.dat" in block)
+    archive = small_1m(tmp_path)
+    with zipfile.ZipFile(archive) as files:
+        files.extractall(tmp_path)
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path / "ml-1m", check=True)
+
+    def parts(source: str, path: Path, **keys: object) -> dict[str, dict[str, list[str]]]:
+        section = DataSection.model_validate(
+            {"source": source, "path": str(path), "filter": {"item_core": 8}, "split": keys}
+        )
+        data = split(load(section, seed=0), section.split, seed=0)
+        made: dict[str, dict[str, list[str]]] = {}
+        for name, frame in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+            for user, item in frame.select("user_id", "item_id").iter_rows():
+                made.setdefault(name, {}).setdefault(user, []).append(item)
+        return made
+
+    sequences = parts("sequences", tmp_path / "ml-1m")
+    assert parts("movielens-1m", archive, ties="file") == sequences
+    # The hash holds out other films.
+    assert parts("movielens-1m", archive)["test"] != sequences["test"]

@@ -136,6 +136,21 @@ def test_ties_fall_by_the_seeded_hash(seed: int, size: int) -> None:
     assert pairs(data.test) == [("u", order[-1])]
 
 
+def test_ties_fall_as_in_the_file_where_a_recipe_asks_for_it() -> None:
+    rows = [
+        ("u", "d", 3.0, 7.0),
+        ("v", "x", 3.0, 7.0),
+        ("u", "e", 3.0, 5.0),
+        ("u", "a", 3.0, 7.0),
+        ("u", "c", 3.0, 7.0),
+    ]
+    rows += [("v", "z", 3.0, 7.0), ("v", "y", 3.0, 7.0)]
+    for seed in range(3):
+        data = split(dataset(rows), Split(ties="file"), seed=seed)
+        assert [event.item_id for event in data.history("u", "test")] == ["e", "d", "a"]
+        assert sorted(pairs(data.test)) == [("u", "c"), ("v", "y")]
+
+
 def test_ties_favour_no_item_id() -> None:
     rows = [(f"u{user}", f"i{item}", 3.0, 1.0) for user in range(600) for item in range(4)]
     counts = Counter(item for _, item in pairs(cut(rows).test))

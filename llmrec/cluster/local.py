@@ -1,0 +1,178 @@
+"""The shards of a job on this machine: N worker processes, each with GPUs of its own or its share of the cores.
+
+``python -m llmrec.cluster.local FOLDER TOKEN COUNT CORES LOG NUMBER...`` is such a worker. It writes one line of JSON
+for each result and each step of its progress.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from llmrec import processes
+from llmrec.cli.run import RunOptions
+from llmrec.cli.train import train_together
+from llmrec.cluster.evaluation import merge_run, refuse_without_model
+from llmrec.cluster.jobs import Advanced, Job, Worked, Worker, published, shard_counts, work_all
+from llmrec.errors import LlmrecError, RecipeError, require
+from llmrec.machine import processor
+from llmrec.pipeline.augmenting import FEATURES, merge_augment, refuse_other_store
+from llmrec.pipeline.engines import gpus_of_engine
+from llmrec.pipeline.run import Run
+from llmrec.pipeline.shards import shard_folder, shards_of
+from llmrec.progress import QUIET
+from llmrec.recipe.schema import Recipe
+from llmrec.records import Shard
+
+# Lines of a process's messages in an error.
+_LINES = 8
+
+
+def prepare_here(recipe: Recipe, home: Path, options: RunOptions) -> None:
+    """Generate the texts of a recipe and train its model with ``options.launch`` processes, as far as it has them."""
+    assert options.launch is not None
+    if recipe.augment is not None:
+        store = home / FEATURES
+        refuse_other_store(recipe, store)
+        merge_augment(store, work_here(Job("augment", store, recipe), recipe, options.launch))
+    if "tuned" in recipe.eval.arms:
+        train_together(options.recipe, options.overrides, home, options.launch)
+
+
+def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:
+    """Evaluate a recipe in several processes of this machine; results equal those of a single process.
+
+    Args:
+        recipe: The recipe.
+        home: The run folder, with the tuned model if the recipe evaluates one.
+        count: The number of processes.
+
+    Raises:
+        RecipeError: If the machine has too few GPUs.
+        LlmrecError: If a shard fails.
+    """
+    refuse_without_model(recipe)
+    return merge_run(home, work_here(Job("eval", home, recipe), recipe, count))
+
+
+def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
+    """Run the shards of a job in several processes of this machine, and return their folders.
+
+    A job that was stopped resumes with its shards, also with another number of processes. All processes are stopped
+    when one fails.
+
+    Raises:
+        RecipeError: If this is one of several processes, or the machine has too few GPUs.
+        LlmrecError: If a shard fails.
+    """
+    processes.alone("--launch")
+    environments = environments_of(recipe, count)
+    before = shard_counts(job.target)
+    shards = count if count in before or len(before) != 1 else before[0]
+    with published(job) as token:
+        folder = shards_of(job.target).absolute()
+        logs = [folder / f"process-{number}.log" for number in range(1, count + 1)]
+        programs = []
+        for index, (environment, log) in enumerate(zip(environments, logs, strict=True)):
+            if numbers := range(index + 1, shards + 1, count):
+                cores = "" if "CUDA_VISIBLE_DEVICES" in environment else _cores(index, count)
+                words = ["-m", __name__, str(folder), token, str(shards), cores, str(log), *map(str, numbers)]
+                programs.append(processes.Program(words, environment, log))
+        try:
+            with processes.started(programs) as lines:
+                work_all(job, shards, lambda _: _parsed(lines))
+        except processes.ProcessEnded as error:
+            first, log = error.first, logs[error.first.process]
+            raise LlmrecError(
+                f"{job.command}: process {first.process + 1} of {count} {first.why}, and the others were stopped; the "
+                f"same command resumes. Its last messages ({log}):{_last_lines(log)}",
+                kind="failed",
+                at=log,
+            ) from None
+    return [shard_folder(job.target, Shard(number, shards)) for number in range(1, shards + 1)]
+
+
+def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
+    """Return the environment of each process: its GPUs, of those that are visible here, and its number of threads.
+
+    Raises:
+        RecipeError: If there are too few GPUs, or GPUs of several kinds.
+    """
+    shared = {**processes.threads(count, processor().usable), QUIET: "1"}
+    size = gpus_of_engine(recipe.model, recipe.eval)
+    if size == 0:
+        return [shared for _ in range(count)]
+    cuda = require("torch", "train").cuda
+    there, given = cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")][:there] if given else [str(index) for index in range(there)]
+    if count * size > len(names):
+        each = "a GPU each" if size == 1 else f"{size} GPUs each (eval.tensor_parallel * eval.pipeline_parallel)"
+        raise RecipeError(
+            f"--launch {count}: {count} processes with {each} need {count * size} GPUs, and {len(names)} are visible "
+            f"here; use --launch {max(1, len(names) // size)}",
+            kind="unsupported",
+            column="--launch",
+        )
+    kinds = {str(cuda.get_device_name(index)) for index in range(count * size)}
+    if len(kinds) > 1:
+        raise RecipeError(
+            f"--launch {count}: the GPUs are of several kinds ({', '.join(sorted(kinds))}), whose answers differ in "
+            "the last digits; name GPUs of one kind in CUDA_VISIBLE_DEVICES",
+            kind="unsupported",
+            column="--launch",
+        )
+    return [
+        {**shared, "CUDA_VISIBLE_DEVICES": ",".join(names[index * size : (index + 1) * size])} for index in range(count)
+    ]
+
+
+def _cores(index: int, count: int) -> str:
+    """Return the cores of a process, separated by commas; empty if there are fewer than processes."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    return ",".join(map(str, cores[index::count])) if len(cores) >= count else ""
+
+
+def _parsed(lines: Iterator[str]) -> Iterator[Worked | Advanced]:
+    for line in lines:
+        fields = json.loads(line)
+        yield Advanced(**fields) if "fraction" in fields else Worked(**fields)
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:] if log.is_file() else []
+    return "".join(f"\n    {line}" for line in lines) or " none"
+
+
+# --------------------------------------------------------------------------- a worker
+
+
+def work(folder: Path, token: str, count: int, node: str, numbers: Sequence[int]) -> None:
+    """Run shards one after another, and print results and progress; messages and library output go to stderr."""
+    # Libraries and their processes print to the standard output too, so it becomes the error stream.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as out:
+        os.dup2(2, 1)
+        logging.basicConfig(format="%(asctime)s %(message)s")
+
+        def report(progress: Advanced) -> None:
+            out.write(json.dumps(asdict(progress)) + "\n")
+
+        worker = Worker(folder, token, count, node, os.getpid(), report)
+        for number in numbers:
+            out.write(worker.work(number).as_json() + "\n")
+
+
+def _main(folder: str, token: str, count: str, cores: str, log: str, *numbers: str) -> None:
+    processes.end_with_parent()
+    if cores:
+        # vLLM binds a thread to each core that it may use.
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
+    work(Path(folder), token, int(count), f"this machine ({log})", [int(number) for number in numbers])
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
