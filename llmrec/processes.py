@@ -41,6 +41,11 @@ def rank() -> int:
     return max(0, _number("RANK", 0)) if size() > 1 else 0
 
 
+def local() -> int:
+    """Return the number of processes of this command on this machine."""
+    return min(size(), _number("LOCAL_WORLD_SIZE", size()))
+
+
 def alone(command: str) -> None:
     """Reject being one of several processes.
 

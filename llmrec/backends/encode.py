@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -286,20 +286,38 @@ class Encoder:
 
     def turns_text(self, messages: Sequence[Message]) -> str:
         """Return the final text of chat turns, up to the start of the answer."""
-        turns = [{"role": m.role, "content": neutralise(m.text, self.control)} for m in messages]
         if not self.tokenizer.chat_template:
             start = self.tokenizer.bos_token or ""
-            return start + "".join(turn["content"] + "\n\n" for turn in turns)
+            return start + "".join(turn["content"] + "\n\n" for turn in self._turns(messages))
+        return self._rendered(messages)[1]
+
+    def turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """Return chat turns as the chat template reads them, without control tokens in their contents."""
+        return self._rendered(messages)[0] if self.tokenizer.chat_template else self._turns(messages)
+
+    def _turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        return [{"role": m.role, "content": neutralise(m.text, self.control)} for m in messages]
+
+    def _rendered(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
+        turns = self._turns(messages)
         try:
-            return self._apply(turns)
+            return turns, self._apply(turns)
         except ModelError:
             # Some chat templates have no system role: its text then begins the first user turn.
             if turns[0]["role"] != "system" or len(turns) < 2:
                 raise
             joined = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-            return self._apply([joined, *turns[2:]])
+            turns = [joined, *turns[2:]]
+            return turns, self._apply(turns)
 
-    def _apply(self, turns: list[dict[str, str]], *, answering: bool = True) -> str:
+    def whole(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokenise a whole conversation, answer included, as other programs do."""
+        if not self.tokenizer.chat_template:
+            return []
+        ids: list[int] = self.tokenizer.encode(self._apply(turns, answering=False), add_special_tokens=False)
+        return ids
+
+    def _apply(self, turns: Sequence[Mapping[str, str]], *, answering: bool = True) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False

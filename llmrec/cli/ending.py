@@ -225,10 +225,16 @@ def _at() -> str:
 
 def _kept(folder: Path) -> list[str]:
     """Return which results of a run or a suite are stored in its folder."""
-    trained = (folder / "train.json").is_file()
+    trained, merged = (folder / "train.json").is_file(), (folder / "merged").is_dir()
     steps = [int(path.name.removeprefix(_CHECKPOINT)) for path in folder.glob(f"checkpoints/{_CHECKPOINT}*[0-9]")]
     rows = sum(1 for _ in folder.glob("rows/*.json"))
-    result = ["the tuned model"] if trained else [f"training up to step {max(steps)}"] if steps else []
+    result = (
+        ["the tuned model" if merged else "the trained adapter"]
+        if trained
+        else [f"training up to step {max(steps)}"]
+        if steps
+        else []
+    )
     result += [f"{rows} finished {'row' if rows == 1 else 'rows'}"] if rows else []
     return result + (["every answer so far"] if (folder / "answers.sqlite").is_file() else [])
 

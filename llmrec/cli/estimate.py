@@ -17,12 +17,9 @@ from llmrec.backends.encode import Encoder
 from llmrec.cli.console import minutes, say, show, show_prompts
 from llmrec.cli.prompts import by_task
 from llmrec.errors import LlmrecError, ModelError, require
-from llmrec.models import bottleneck
 from llmrec.models.load import device, dtype, load_config, resolve
-from llmrec.models.memory import free_bytes
-from llmrec.models.soft_prompt import METHODS
-from llmrec.models.tensors import named_tables
-from llmrec.models.traits import auto_class, is_paired
+from llmrec.models.memory import CpuMemory, count_weights, cpu_memory, free_bytes, memory_of
+from llmrec.models.traits import is_paired
 from llmrec.pipeline.row_specs import asks
 from llmrec.pipeline.run import Session
 from llmrec.pipeline.study import Study, encoder_of
@@ -340,14 +337,6 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     return count // _BLOCK * _BLOCK
 
 
-# Activation bytes kept for the backward pass, per token, layer and unit of width: adapters under bfloat16 autocast and
-# in float32, and full fine-tuning; and what gradient checkpointing keeps per layer.
-_KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 50.0, 83.0, 100.0, 2.1, 4.0
-# Bytes per trained weight for the weight and its gradient in float32, and for the optimiser's state: two moments in
-# float32, or in 8 bits with their scales. The pages of paged ones leave the GPU when it is full.
-_TRAINED, _MOMENTS = 8.0, {"adamw_8bit": 2.1, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0, "adafactor": 0.1}
-# Bytes per weight in NF4, scales included.
-_NF4 = 0.6
 CONTEXT = 0.8 * 2**30
 """GPU memory of a process before any tensor, plus room for logits; a guess, not verified on a GPU."""
 # Seconds to start a vLLM engine, and to load an hf model.
@@ -382,6 +371,7 @@ class Estimate:
             training adds; on a GPU the memory of the GPU alone.
         free_gb: Free memory of the GPU; None on a CPU.
         cost: Cost of the tokens that a server reads and writes, in the currency of its prices; None without prices.
+        cpu: CPU memory of training and merging; None if nothing is trained.
     """
 
     parameters: int
@@ -392,6 +382,7 @@ class Estimate:
     memory_gb: float
     cost: float | None
     free_gb: float | None = None
+    cpu: CpuMemory | None = None
 
     @property
     def stages(self) -> dict[str, float]:
@@ -406,7 +397,7 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
     """
     recipe = study.recipe
     work = eval_work(study, encoder)
-    parameters, _, _ = _weights(_config(folder, study), recipe.train)
+    parameters, _, _ = count_weights(_config(folder, study), recipe.train)
     if recipe.eval.backend == "openai" and not rows:
         # A server's speed is unknown, and nothing is computed on this machine.
         return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
@@ -434,55 +425,8 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
         memory_gb=round((0.0 if on_gpu else _used()) + taken / 2**30, 1),
         free_gb=free,
         cost=_cost(study, work),
+        cpu=cpu_memory(folder, _config(folder, study), recipe.model, recipe.train) if rows else None,
     )
-
-
-def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
-    """Return the peak bytes of a training step: weights, trainable parameters, and activations for the backward pass.
-
-    Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 43 and 49 bytes under
-    bfloat16 autocast, 83 in float32, 85 to 96 in full fine-tuning. It was not measured on a GPU.
-    """
-    whole, tables, adapters = _weights(config, train)
-    text = config.get_text_config()
-    layers, width = int(text.num_hidden_layers), int(text.hidden_size)
-    row, wide = min(train.batch_tokens, train.micro_tokens or train.batch_tokens) * width, dtype(model).itemsize == 4
-    # Weights, gradients and the optimiser's state.
-    trained = _TRAINED + _MOMENTS.get(train.optim, 8.0)
-    if train.method == "full":
-        # bitsandbytes keeps the moments of embeddings in float32.
-        held, kept = trained * whole + (5.9 * tables if train.optim == "adamw_8bit" else 0.0), _KEPT_FULL
-    else:
-        entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
-        blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, entry)
-        held = blocks * (whole - tables) + entry * tables + trained * adapters
-    learning = min(layers, train.lora.top_layers or layers) if train.method not in ("full", *METHODS) else layers
-    if train.gradient_checkpointing:
-        return held + row * ((_KEPT_CHECKPOINT_WIDE if wide else _KEPT_CHECKPOINT) * learning + kept)
-    return held + row * kept * learning
-
-
-def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
-    """Count weights on the meta device: all, those of the vocabulary, and those of adapters or soft prompts."""
-    torch = require("torch", "train")
-    with torch.device("meta"):
-        made = auto_class(config).from_config(config)
-    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(made)}
-    whole, vocabulary = sum(p.numel() for p in made.parameters()), sum(tables.values())
-    if train.method in METHODS:
-        text, soft = config.get_text_config(), train.soft
-        beside = bottleneck.size(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
-        return whole, vocabulary, soft.prompts * text.hidden_size + beside * text.num_hidden_layers
-    targets = train.lora.targets
-    linear = [
-        module
-        for name, module in made.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and id(module.weight) not in tables
-        and (not targets or name.rpartition(".")[2] in targets)
-    ]
-    adapters = train.lora.rank * sum(module.in_features + module.out_features for module in linear)
-    return whole, vocabulary, adapters
 
 
 def _used() -> float:
@@ -546,6 +490,8 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
         "together: about": minutes(sum(result.stages.values())),
         "memory: about": f"{result.memory_gb} GiB" + _of_gpu(result.memory_gb, result.free_gb),
     }
+    if result.cpu is not None:
+        lines["CPU memory: about"] = result.cpu.text
     if study.recipe.eval.backend == "openai":
         asked, written = (
             sum(getattr(work, name) for work in result.eval_work.values()) for name in ("asked", "written")

@@ -61,6 +61,13 @@ class PromptsOptions(RecipeOptions):
         tuple[str, str] | None,
         About(metavar="A B", help="Compare two templates, or template A with how run folder B had it."),
     ] = None
+    chat: Annotated[
+        Path | None,
+        About(
+            metavar="FILE",
+            help="Write the training rows as chat messages (JSONL), for TRL, axolotl, LLaMA-Factory.",
+        ),
+    ] = None
 
 
 def prompts(options: PromptsOptions) -> None:
@@ -72,6 +79,9 @@ def prompts(options: PromptsOptions) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)
     study = build_study(recipe)
+    if options.chat is not None:
+        _write_chat(study, options.chat)
+        return
     chosen = named(study, wanted, options.sets)
     alone = bool(options.template or options.sets)
     if options.diff is None:
@@ -90,6 +100,22 @@ def prompts(options: PromptsOptions) -> None:
         show_prompts({template.id: [rendered(study, encoder, template)] for template in chosen})
     else:
         show_prompts(by_task(study, encoder, SHOWN if options.every else 1))
+
+
+def _write_chat(study: Study, file: Path) -> None:
+    from llmrec.pipeline.conversations import write
+
+    done = write(study, file)
+    store_facts(written=done)
+    say(f"{file}: {done.rows:,} training rows of {done.steps:,} steps, in their order")
+    if done.partly:
+        say(f"{done.partly:,} of them continue lists: llmrec learns {done.share:.0%} of their tokens, others learn all")
+    if done.cut:
+        say(f"{done.cut:,} of them end within train.max_row_tokens")
+    if done.dropped:
+        say(f"{done.dropped:,} rows were left out, whose one answer is longer than train.max_row_tokens")
+    if done.different:
+        say(f"{done.different:,} of them have other tokens once the model's chat template writes the answer too")
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:

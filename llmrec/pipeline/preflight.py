@@ -134,7 +134,7 @@ def checked_study(recipe: Recipe) -> Study:
         # A new or converted model has no files to check.
         return study
     refuse_paired(base, recipe.model, recipe.eval)
-    encoder, paired = _opened(study, base)
+    encoder, paired = tokenizer_of(study, base)
     if "tuned" in recipe.eval.arms:
         if recipe.model.whole_words and not paired:
             refuse_words(recipe.model.name)
@@ -149,7 +149,7 @@ def checked_study(recipe: Recipe) -> Study:
     return study
 
 
-def _opened(study: Study, base: str) -> tuple[Encoder, bool]:
+def tokenizer_of(study: Study, base: str) -> tuple[Encoder, bool]:
     """Open the tokenizer, and return whether the model is an encoder-decoder; without transformers if possible."""
     recipe = study.recipe
     # The tokenizer is compared with that of the run that training builds on.

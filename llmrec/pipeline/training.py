@@ -16,7 +16,7 @@ from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.fingerprint import code_digest, fingerprint, modules_of
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
-from llmrec.models.memory import TRAINING, reporting_full_memory
+from llmrec.models.memory import TRAINING, check_memory, reporting_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
 from llmrec.models.text_encoder import text_embedder
@@ -37,6 +37,7 @@ from llmrec.pipeline.objectives import (
 from llmrec.pipeline.rejecting import BEAM, close
 from llmrec.pipeline.resume import Budget, read_stage
 from llmrec.pipeline.row_specs import asking_of
+from llmrec.pipeline.runs import weights_sha256
 from llmrec.pipeline.study import Study, fused_finder
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Training as TrainingRecord
@@ -82,10 +83,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
 
     def rows() -> Iterator[TokenRow]:
         since = 0
-        tasks, users = study.training_tasks, study.data.users()
-        sources = Sources(tasks, study.training_examples, users, section, study.training_seed, paired)
-        result, weights = streams(sources, shares, encoder)
-        for _, (family, drawn) in interleave(result, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
+        for family, drawn in drawn_rows(study, encoder, paired=paired):
             row = classes.row(drawn) if classes is not None and drawn is not None else drawn
             if row is None:
                 if section.examples is not None:
@@ -133,6 +131,24 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         valid = {f: [made for item in own if (made := classes.row(item))] for f, own in valid.items()}
     balanced = weighted(steps, families)
     return Plan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
+
+
+def drawn_rows(
+    study: Study, encoder: Encoder, *, paired: bool = False, texts: bool = False
+) -> Iterator[tuple[str, TokenRow | None]]:
+    """Yield families and their training rows endlessly, in the order in which they are drawn for the steps.
+
+    Args:
+        study: The study.
+        encoder: The tokenizer.
+        paired: Whether the model is an encoder-decoder.
+        texts: Whether rows are `llmrec.train.rows.TextRow`.
+    """
+    tasks, users, seed = study.training_tasks, study.data.users(), study.training_seed
+    sources = Sources(tasks, study.training_examples, users, study.recipe.train, seed, paired)
+    result, weights = streams(sources, study.shares, encoder, texts=texts)
+    for _, drawn in interleave(result, weights, seed, size=lambda drawn: _size(drawn[1])):
+        yield drawn
 
 
 def _followed(study: Study) -> list[str]:
@@ -256,8 +272,19 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
         if done.get("code") != _code(study):
             log.warning("training: llmrec has changed since %s was trained; remove it to train again", merged)
         return done
-    log.warning("training: %s is not what training left there; it is made again", merged)
+    if done["merged_sha256"] is not None:
+        log.warning("training: %s is not what training left there; it is made again", merged)
     return None
+
+
+def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
+    """Return the record of a finished training whose adapter only needs to be merged, as after a killed merge."""
+    done = read_stage(folder / "train.json", key, _record_of)
+    adapter = folder / "adapter"
+    if done is None or not adapter.is_dir() or weights_sha256(adapter) != done["adapter_sha256"]:
+        return None
+    log.warning("training: %s is finished, and only merged again", adapter)
+    return done
 
 
 def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
@@ -287,15 +314,51 @@ def train_stage(
     refuse_different(world, key, "training data, model or recipe")
     if world.agree(done is not None):
         return done or _stored(folder, key)
-    if world.first:
-        # A record must not describe the weights of another, killed run.
-        (folder / "train.json").unlink(missing_ok=True)
     if study.recipe.train.method in METHODS:
         from llmrec.train.heads import soft_encoder
 
         encoder = soft_encoder(encoder, study.recipe.train)
+    record = _unmerged(folder, key) if world.first else None
+    if world.agree(record is not None):
+        budget.add("train", record["seconds"] if record is not None else 0.0)
+    else:
+        record = _adapted(study, encoder, base, folder, budget, key, teacher=teacher, quiet=quiet)
+    if record is not None:
+        with budget.stage("merge"):
+            _merge(study, encoder, base, folder)
+        record["merged_sha256"] = weights_stamp(str(folder / "merged"))
+        write_checked(folder / "train.json", record)
+    world.wait()
+    return record or _stored(folder, key)
+
+
+def _adapted(
+    study: Study,
+    encoder: Encoder,
+    base: str,
+    folder: Path,
+    budget: Budget,
+    key: str,
+    *,
+    teacher: str | None,
+    quiet: bool,
+) -> dict[str, Any] | None:
+    """Train, and store the record, before the merge so that a killed merge loses no training.
+
+    Returns:
+        The record; None in processes other than the first.
+    """
+    from llmrec.train.world import here, refuse_different
+
+    world = here()
+    if world.first:
+        # A record must not describe the weights of another, killed run.
+        (folder / "train.json").unlink(missing_ok=True)
     with budget.stage("plan"):
-        paired = is_paired(load_config(base, study.recipe.model))
+        config = load_config(base, study.recipe.model)
+        if world.first:
+            check_memory(base, config, study.recipe.model, study.recipe.train)
+        paired = is_paired(config)
         planned = plan_training(study, encoder, paired=paired)
         close()
         refuse_different(world, planned.steps.digest(), "training rows")
@@ -304,10 +367,7 @@ def train_stage(
         training = _train(study, encoder, base, folder, planned, key, teacher=teacher, judge=judge, quiet=quiet)
     budget.add("train", training.seconds_before)
     if not world.first:
-        world.wait()
-        return _stored(folder, key)
-    with budget.stage("merge"):
-        _merge(study, encoder, base, folder)
+        return None
     facts = asdict(training)
     kept = facts.pop("kept_step")
     if judge is not None:
@@ -324,10 +384,9 @@ def train_stage(
         "loss_shares": dict(planned.loss_shares),
         "dropped": dict(planned.dropped),
         **facts,
-        "merged_sha256": weights_stamp(str(folder / "merged")),
+        "merged_sha256": None,
     }
     write_checked(folder / "train.json", record)
-    world.wait()
     return record
 
 

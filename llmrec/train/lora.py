@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec.errors import RecipeError, require
+from llmrec.errors import ModelError, RecipeError, require
 from llmrec.models import soft_prompt
 from llmrec.models.load import device, dtype, load_model
+from llmrec.models.streaming import exact_dtype, save_by_blocks
 from llmrec.models.tensors import marked_as_tied, named_tables
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
@@ -58,7 +59,8 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
 def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
     """Merge an adapter into the unquantised base, in float32, and save the result in the model's dtype.
 
-    A QLoRA adapter is merged into the unquantised base too, which rounds less than merging into NF4.
+    A QLoRA adapter is merged into the unquantised base too, which rounds less than merging into NF4. One block of the
+    model is in memory at a time; see `llmrec.models.streaming`.
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     if (prompt := soft_prompt.read(adapter)) is not None:
@@ -66,30 +68,57 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
 
         assembled(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
         return
-    from llmrec.train import pruning as magnitude
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = load_model(folder, model, dtype=torch.float32)
+    base = load_model(folder, model, dtype=exact_dtype(Path(folder)))
+    if getattr(base, "is_quantized", False):
+        raise ModelError(
+            f"{folder} holds quantised weights, into which no adapter is merged; set model.name to the unquantised "
+            "model, and train.method=qlora to train it quantised",
+            kind="unsupported",
+            at=folder,
+            column="model.name",
+        )
     with marked_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
-    # PEFT would mark an untied head in the configuration, which T5 models use for other decisions.
-    text, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
-    merged = adapted.merge_and_unload()
-    merged.config.tie_word_embeddings = text
-    magnitude.zero(merged, adapter)
-    merged.to(dtype(model)).save_pretrained(target)
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    plain = adapted.unload()
+
+    def merged(block: Mapping[str, Any]) -> None:
+        within = {id(weight) for weight in block.values()}
+        for layer in layers:
+            weights = list(layer.get_base_layer().parameters(recurse=False))
+            if within.issuperset(map(id, weights)):
+                for weight in weights:
+                    weight.data = weight.data.to(torch.float32)
+                layer.merge()
+
+    _save(plain, adapter, model, target, merged)
 
 
 def save_full(trained: Path, model: ModelSection, target: Path) -> None:
     """Save fully fine-tuned float32 weights again in the model's dtype, for serving."""
-    _full(trained, model).to(dtype(model)).save_pretrained(target)
+    _save(load_model(str(trained), model, dtype=exact_dtype(trained)), trained, model, target)
 
 
-def _full(trained: Path, model: ModelSection) -> Any:
+def _save(
+    plain: Any,
+    trained: Path,
+    model: ModelSection,
+    target: Path,
+    merged: Callable[[Mapping[str, Any]], None] | None = None,
+) -> None:
+    """Save a model in its recipe's dtype, with the zeros of the masks in ``trained``."""
     from llmrec.train import pruning as magnitude
 
-    full = load_model(str(trained), model, dtype=require("torch", "train").float32)
-    magnitude.zero(full, trained)
-    return full
+    zero = magnitude.zeroing(plain, trained)
+
+    def change(block: Mapping[str, Any]) -> None:
+        if merged is not None:
+            merged(block)
+        zero(block)
+
+    save_by_blocks(plain, target, dtype(model), change)
 
 
 def _pruned(model: torch.nn.Module, train: TrainSection) -> Any:
@@ -110,8 +139,12 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
         MissingExtra: If the method needs a package that is not installed.
     """
     torch, peft = require("torch", "train"), require("peft", "train")
+    from llmrec.train import pruning as magnitude
+
     if train.method == "full":
-        return _full(adapter, model).eval()
+        full = load_model(str(adapter), model, dtype=torch.float32)
+        magnitude.zeroing(full, adapter)(dict(full.named_parameters()))
+        return full.eval()
     if (prompt := soft_prompt.read(adapter)) is not None:
         from llmrec.train.heads import assembled
 
@@ -120,8 +153,6 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
         base = _quantised(folder, model, train)
     else:
         base = load_model(folder, model, dtype=torch.float32)
-    from llmrec.train import pruning as magnitude
-
     with marked_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
     magnitude.load(adapted, adapter)

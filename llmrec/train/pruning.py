@@ -8,15 +8,15 @@ them again. Embeddings, the head, norms and biases are not pruned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from llmrec.errors import RecipeError
@@ -155,36 +155,46 @@ def load(model: torch.nn.Module, folder: Path) -> None:
         attach(model)
     layers = dict(_masked(model))
     for name, mask in _read(folder, {name: _weight(layer) for name, layer in layers.items()}).items():
-        setattr(layers[name], _MASK, mask)
+        setattr(layers[name], _MASK, mask.to(_weight(layers[name]).device))
 
 
-def zero(model: torch.nn.Module, folder: Path) -> None:
-    """Set masked weights of a plain model to 0, if a folder has masks.
+def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]], None]:
+    """Return a function that sets masked weights of a plain model to 0, among parameters that it is given by name.
 
     Raises:
-        ModelError: If they cannot be read, or are of another model.
+        ModelError: If the masks of the folder cannot be read, or are of another model.
     """
     if not (folder / WEIGHTS).is_file():
-        return
-    weights = {name: layer.weight for name, layer in _linears(model)}
-    with torch.no_grad():
-        for name, mask in _read(folder, weights).items():
-            weights[name].masked_fill_(~mask, 0)
+        return lambda _: None
+    # Shapes are kept, since a weight may be released after it was written.
+    shapes = {name: torch.empty_like(layer.weight, device="meta") for name, layer in _linears(model)}
+    _read(folder, shapes, ())
+
+    def zero(parameters: Mapping[str, Any]) -> None:
+        names = [name for name in shapes if f"{name}.weight" in parameters]
+        with torch.no_grad():
+            for name, mask in _read(folder, shapes, names).items():
+                weight = parameters[f"{name}.weight"]
+                weight.data = weight.data.masked_fill(~mask.to(weight.device), 0)
+
+    return zero
 
 
-def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the masks of a folder by layer, of the shapes and on the devices of the weights."""
+def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
+    """Return the masks of a folder by layer, of the shapes of the weights; of the layers ``names``, by default all."""
     try:
-        result = load_file(folder / WEIGHTS)
-        if result.keys() != weights.keys():
-            raise ValueError("other layers")
-        masks = {}
-        for name, weight in weights.items():
-            if result[name].dtype != torch.uint8 or result[name].numel() != -(-weight.numel() // 8):
-                raise ValueError(f"another shape of {name}")
-            bits = np.unpackbits(result[name].numpy(), count=weight.numel()).astype(bool)
-            masks[name] = torch.from_numpy(bits).view(weight.shape).to(weight.device)
-        return masks
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            if set(file.keys()) != weights.keys():
+                raise ValueError("other layers")
+            for name, weight in weights.items():
+                bits = file.get_slice(name)
+                if bits.get_dtype() != "U8" or bits.get_shape() != [-(-weight.numel() // 8)]:
+                    raise ValueError(f"another shape of {name}")
+            masks = {}
+            for name in weights if names is None else names:
+                bits = np.unpackbits(file.get_tensor(name), count=weights[name].numel()).astype(bool)
+                masks[name] = torch.from_numpy(bits).view(weights[name].shape)
+            return masks
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
 

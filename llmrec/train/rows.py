@@ -28,6 +28,19 @@ from llmrec.tasks.task import Task
 from llmrec.train.batches import fit_row, target_rows
 from llmrec.types import Event, Example
 
+
+@dataclass(frozen=True, slots=True)
+class TextRow(TokenRow):
+    """A training row with the text that it was encoded from."""
+
+    example: Example | None = None
+
+
+def _fitted(example: Example, encoder: Encoder, limit: int, *, lines: bool, texts: bool) -> TokenRow | None:
+    row = fit_row(example, encoder, limit, lines=lines)
+    return row if row is None or not texts else TextRow(row.ids, row.labels, row.lines, example=example)
+
+
 # ----------------------------------------------------------------------------
 # Samples the rows of a user together, so that tasks whose question follows the history share the history.
 
@@ -55,6 +68,7 @@ def branching_rows(
     limit: int,
     seed: int,
     lines: bool = False,
+    texts: bool = False,
 ) -> Iterator[tuple[str, TokenRow | None]]:
     """Yield families and rows endlessly, in passes over the users, the rows of each user together.
 
@@ -69,6 +83,7 @@ def branching_rows(
         limit: Longest row; a longer one is cut, or None where no target is left.
         seed: The run's seed.
         lines: Whether list rows say where their lines begin.
+        texts: Whether rows are `TextRow`.
 
     Raises:
         DataError: If a pass over all users gives no row.
@@ -87,7 +102,7 @@ def branching_rows(
                 example = tasks[family].branch(number, user)
                 if example is None:
                     continue
-                row = fit_row(example, encoder, limit, lines=lines)
+                row = _fitted(example, encoder, limit, lines=lines, texts=texts)
                 served[family] += max(1, len(row.ids)) if row else 1
                 bar = min(bar, served[family] / weights[family])
                 yield family, row
@@ -414,7 +429,7 @@ class Sources:
 
 
 def streams(
-    sources: Sources, shares: Mapping[str, float], encoder: Encoder
+    sources: Sources, shares: Mapping[str, float], encoder: Encoder, *, texts: bool = False
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
     """Return weighted streams of families and their rows; packed families that can share a history form one stream.
 
@@ -424,6 +439,7 @@ def streams(
         sources: See there.
         shares: Shares of training tokens, by family.
         encoder: The tokenizer.
+        texts: Whether the rows of a decoder are `TextRow`.
 
     Raises:
         RecipeError: If rows of an encoder-decoder are to be packed.
@@ -442,18 +458,18 @@ def streams(
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
     result: dict[str, Iterator[tuple[str, TokenRow | None]]]
-    result = {family: zip(repeat(family), _own(sources, family, encoder)) for family in alone}
+    result = {family: zip(repeat(family), _own(sources, family, encoder, texts)) for family in alone}
     weights = {family: shares[family] for family in alone}
     if together:
         name, lines = " and ".join(sorted(tasks)), section.band is not None
         result[name] = branching_rows(
-            tasks, shares, sources.users, encoder, limit=section.max_row_tokens, seed=seed, lines=lines
+            tasks, shares, sources.users, encoder, limit=section.max_row_tokens, seed=seed, lines=lines, texts=texts
         )
         weights[name] = sum(shares[family] for family in tasks)
     return result, weights
 
 
-def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow | None]:
+def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterator[TokenRow | None]:
     """Return a family's training rows, endlessly."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
@@ -463,10 +479,10 @@ def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow |
         made = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in made for row in (*rows, *([] if rows else [None])))
     # Only text shows where lines begin, and a pool contains only text.
-    if isinstance(task, Drawing) and section.band is None and section.examples is None:
+    if isinstance(task, Drawing) and section.band is None and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
     lines = section.band is not None
-    return (fit_row(example, encoder, limit, lines=lines) for example in sources.examples(family))
+    return (_fitted(example, encoder, limit, lines=lines, texts=texts) for example in sources.examples(family))
 
 
 def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:

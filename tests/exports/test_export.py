@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from llmrec.answer.rank.run import rank_file
 from llmrec.data.assemble import read_items
@@ -338,6 +339,14 @@ def test_an_adapter_goes_alone(run: Path, tmp_path: Path, llama_folder: Path) ->
     assert float((logits(live) - logits(merged)).abs().max()) < 1e-4
 
 
+def test_gguf_has_a_name_for_every_tensor_of_an_export(run: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    write(run, tmp_path / "out")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {names.get_name(name, try_suffixes=(".weight",)) is not None for name in tensors} == {True}
+
+
 @pytest.mark.slow
 def test_fully_tuned_weights_are_exported(llama_folder: Path, tmp_path: Path) -> None:
     full = "train={method: full, steps: 1, batch_tokens: 512, valid_rows: 0, learning_rate: 0.001, warmup: 0}"
@@ -612,6 +621,13 @@ def test_a_push_uploads_exactly_the_folder_and_is_private(run: Path, tmp_path: P
     assert 'from_pretrained("me/films")' in hub.files["me/films"]["README.md"].decode()
     write(run, tmp_path / "two", push="me/open", private=False)
     assert hub.repositories["me/open"] is False
+
+
+def test_an_adapter_is_pushed_alone(run: Path, tmp_path: Path, hub: Hub) -> None:
+    write(run, tmp_path / "out", adapter_only=True, base_licence="mit", push="me/adapter")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert hub.files["me/adapter"] == files
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
 
 
 def _refuses(hub: Hub) -> None:

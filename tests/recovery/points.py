@@ -24,6 +24,7 @@ RUN: dict[str, Point] = {
     "mid-save, before the manifest": ("llmrec.train.sft", "seal", 2, "before"),
     "between stages, before the merge": ("llmrec.pipeline.training", "_merge", 1, "before"),
     "between stages, before the record of training": ("llmrec.pipeline.training", "write_checked", 1, "before"),
+    "between stages, after the merge": ("llmrec.pipeline.training", "write_checked", 2, "before"),
     "between stages, before evaluation": ("llmrec.pipeline.run", "Session.evaluation", 1, "before"),
     "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
     "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),

@@ -22,7 +22,7 @@ AFTER_A_CHECKPOINT = [
     "mid-save, before the optimiser",
     "mid-save, before the random state",
     "mid-save, before the manifest",
-    "between stages, before the merge",
+    "between stages, before the record of training",
 ]
 AFTER_TRAINING = [name for name in points.RUN if name.startswith(("mid-evaluation", "mid-report"))]
 

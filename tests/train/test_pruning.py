@@ -164,7 +164,7 @@ def test_masks_of_another_model_are_refused(llama_folder: Path, tmp_path: Path) 
     magnitude.save(model, tmp_path)
     other = load_model(str(make_model(tmp_path / "other", layers=3)), section(tmp_path / "other"))
     with raises(ModelError, Facts("damaged", magnitude.WEIGHTS)):
-        magnitude.zero(other, tmp_path)
+        magnitude.zeroing(other, tmp_path)
     (tmp_path / magnitude.WEIGHTS).write_bytes(b"torn")
     with pytest.raises(LlmrecError):
         magnitude.load(model, tmp_path)

@@ -1,0 +1,139 @@
+"""Writes the training rows of a recipe as chat messages, in the format that other training programs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmrec.backends.encode import Encoder, marked_pieces
+from llmrec.durable import replacing
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.guard import neutralise
+from llmrec.models.load import load_config, outline, resolve
+from llmrec.models.soft_prompt import METHODS
+from llmrec.models.traits import is_paired
+from llmrec.pipeline.objectives import classes_of, listwise_of
+from llmrec.pipeline.preflight import tokenizer_of
+from llmrec.pipeline.study import Study
+from llmrec.pipeline.training import drawn_rows, plan_training
+from llmrec.train.rows import TextRow
+from llmrec.train.steps import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a file of conversations holds.
+
+    Attributes:
+        rows: Number of conversations, one in a line.
+        steps: The recipe's steps, which these rows fill.
+        partly: Conversations in whose answer llmrec gives some tokens no loss, such as the first events of a list.
+        share: Share of the tokens of these answers that have loss.
+        cut: Conversations that end earlier than their row, within ``train.max_row_tokens``.
+        dropped: Rows without a conversation, since their one answer does not fit ``train.max_row_tokens``.
+        different: Conversations that the chat template writes with other tokens than those of the row.
+    """
+
+    rows: int
+    steps: int
+    partly: int
+    share: float
+    cut: int
+    dropped: int
+    different: int
+
+
+def write(study: Study, file: Path) -> Written:
+    """Write the training rows of a recipe, in the order of its steps: ``{"messages": [{"role", "content"}, ...]}``.
+
+    Neither torch nor weights are loaded. A file is replaced only if it is complete.
+
+    Raises:
+        RecipeError: If the recipe's rows are not conversations.
+        LlmrecError: If the file exists.
+    """
+    if file.exists():
+        raise LlmrecError(f"{file} exists; remove it, or name another file", kind="exists", at=file, column="--chat")
+    base = outline(study.recipe.model) or resolve(study.recipe.model, seed=study.recipe.seed)
+    encoder, paired = tokenizer_of(study, base)
+    if "tuned" not in study.recipe.eval.arms:
+        paired = is_paired(load_config(base, study.recipe.model))
+    _refuse(study, encoder, paired=paired)
+    plan = plan_training(study, encoder)
+    counts = dict.fromkeys(("rows", "partly", "cut", "dropped", "different"), 0)
+    learned, shown = 0, 0
+    with replacing(file) as draft, draft.open("w", encoding="utf-8") as stream:
+        for row in _in_order(study, encoder, plan):
+            messages, tokens = _conversation(row, encoder)
+            if messages is None:
+                counts["dropped"] += 1
+                continue
+            stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            counts["rows"] += 1
+            counts["cut"] += tokens < len(row.ids)
+            answer = len(row.ids) - len(encoder.chat(row.example.messages if row.example is not None else ()))
+            if row.targets < answer:
+                counts["partly"] += 1
+                learned, shown = learned + row.targets, shown + answer
+            counts["different"] += encoder.whole(messages)[:tokens] != list(row.ids[:tokens])
+    return Written(steps=len(plan.steps), share=learned / max(shown, 1), **counts)
+
+
+def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
+    """Reject a recipe whose rows have no equal in chat messages.
+
+    Raises:
+        RecipeError: It names the setting.
+    """
+    recipe, index = study.recipe, study.index
+    what = key = ""
+    if paired:
+        key, what = "model.name", "an encoder-decoder reads no chat messages; choose a decoder"
+    elif index is not None and index.vocabulary:
+        key, what = "index", "items are new tokens, which only llmrec adds to the model; set index=null, or use titles"
+    elif recipe.train.method in METHODS:
+        key, what = "train.method", "soft prompts are no text; set train.method=lora"
+    elif recipe.train.reward is not None:
+        key, what = "train.reward", "answers are written while the model learns; set it to null"
+    elif listwise_of(study) is not None:
+        key = "train.preference" if recipe.train.preference is not None else "tasks.<family>.loss"
+        what = "a row compares several answers; leave the key out"
+    elif classes_of(study, encoder) is not None:
+        key, what = "tasks.rating.head", "ratings are classes of a head and no text; leave it out"
+    if key:
+        raise RecipeError(f"{key}: these training rows cannot be written: {what}", kind="unsupported", column=key)
+
+
+def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
+    """Yield the planned rows with their texts, step by step; only those that a later step uses are kept."""
+    drawn = (row for _, row in drawn_rows(study, encoder, texts=True) if isinstance(row, TextRow))
+    waiting: dict[int, TextRow] = {}
+    count = 0
+    for numbers in plan.steps.numbers():
+        for n in numbers:
+            while count <= n:
+                waiting[count], count = next(drawn), count + 1
+            row = waiting.pop(n)
+            if row.ids != plan.steps.table.row(n).ids:
+                raise RuntimeError(f"row {n} is drawn differently as text")
+            yield row
+
+
+def _conversation(row: TextRow, encoder: Encoder) -> tuple[list[dict[str, str]] | None, int]:
+    """Return the messages of a row and how many of its tokens they hold; None if no answer is left of a cut row."""
+    assert row.example is not None
+    tokens = len(encoder.chat(row.example.messages))
+    answer: list[str] = []
+    for text, _ in marked_pieces(row.example.answer):
+        tokens += len(encoder.piece(text))
+        if tokens > len(row.ids):
+            tokens -= len(encoder.piece(text))
+            break
+        answer.append(neutralise(text, encoder.control))
+    whole = tokens + row.example.ends_turn == len(row.ids)
+    if not answer or (row.example.ends_turn and not whole):
+        return None, 0
+    content = {"role": "assistant", "content": "".join(answer)}
+    return [*encoder.turns(row.example.messages), content], len(row.ids) if whole else tokens

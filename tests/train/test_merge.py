@@ -1,0 +1,237 @@
+"""Merging block by block writes the files that merging the whole model in float32 writes, in the memory of a block."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hub
+from safetensors.torch import load_file
+
+from llmrec.models import streaming
+from llmrec.models.load import load_model
+from llmrec.models.tensors import marked_as_tied
+from llmrec.recipe.schema import LoraSection, ModelSection, PruneSection, TrainSection
+from llmrec.train import lora
+from llmrec.train import pruning as magnitude
+from tests.models.test_model_kinds import PAIRED, paired, shape
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
+]
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DECODERS: dict[str, Any] = {
+    "llama": lambda: hub.LlamaForCausalLM(hub.LlamaConfig(**shape(**SMALL, intermediate_size=64))),
+    "llama-tied": lambda: hub.LlamaForCausalLM(
+        hub.LlamaConfig(**shape(**SMALL, intermediate_size=64, tie_word_embeddings=True))
+    ),
+    "gemma3": lambda: hub.Gemma3ForCausalLM(hub.Gemma3TextConfig(**shape(**SMALL, intermediate_size=64))),
+    # Matrices of (in, out), and a tied head.
+    "gpt2": lambda: hub.GPT2LMHeadModel(hub.GPT2Config(**shape(n_embd=32, n_layer=2, n_head=2))),
+    # A checkpoint has a tensor for each expert, and the module one for all.
+    "qwen3-moe": lambda: hub.Qwen3MoeForCausalLM(hub.Qwen3MoeConfig(**shape(**SMALL, intermediate_size=64, **EXPERTS))),
+    "mixtral": lambda: hub.MixtralForCausalLM(
+        hub.MixtralConfig(**shape(**SMALL, intermediate_size=64, num_local_experts=4))
+    ),
+    # A checkpoint and the module have other names.
+    "gemma3-vision": lambda: hub.Gemma3ForConditionalGeneration(
+        hub.Gemma3Config(
+            text_config={**shape(**SMALL, intermediate_size=64)},
+            vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+            | {"image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+        )
+    ),
+}
+
+
+def base_of(kind: str, folder: Path, stored: torch.dtype = torch.bfloat16) -> Path:
+    """Save a random model in a dtype; encoder-decoders come with a head of their own or the embeddings'."""
+    if kind in PAIRED:
+        made = paired(kind, folder)
+        load_model(str(made), section(made)).to(stored).save_pretrained(made)
+        return made
+    torch.manual_seed(0)
+    model = DECODERS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.to(stored).save_pretrained(folder / kind)
+    return folder / kind
+
+
+def section(folder: Path, dtype: str = "float32") -> ModelSection:
+    return ModelSection(name=str(folder), dtype=dtype)
+
+
+def adapter_of(base: Path, folder: Path, *, tokens: tuple[int, ...] = (), **settings: Any) -> Path:
+    """Save an adapter all of whose weights are random, as after training."""
+    torch.manual_seed(1)
+    plain = load_model(str(base), section(base))
+    adapted = lora.with_adapter(plain, LoraSection(rank=3, **settings), tokens)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def whole(base: Path, adapter: Path, target: Path, dtype: str) -> None:
+    """Merge the whole model in float32 with PEFT alone."""
+    plain = load_model(str(base), section(base))
+    with marked_as_tied(plain):
+        adapted = peft.PeftModel.from_pretrained(plain, adapter)
+    text, plain.config.tie_word_embeddings = plain.config.tie_word_embeddings, False
+    merged = adapted.merge_and_unload()
+    merged.config.tie_word_embeddings = text
+    merged.to(getattr(torch, dtype)).save_pretrained(target)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    result = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    config = json.loads(result["config.json"])
+    for key in ("text_config", "vision_config"):
+        # transformers leaves the dtype of loading in nested configurations.
+        config.get(key, {}).pop("dtype", None)
+    return result | {"config.json": json.dumps(config).encode()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = files(one), files(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *PAIRED])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_files_are_those_of_a_merge_of_the_whole_model(kind: str, dtype: str, tmp_path: Path) -> None:
+    base = base_of(kind, tmp_path)
+    adapter = adapter_of(base, tmp_path / "adapter")
+    whole(base, adapter, tmp_path / "whole", dtype)
+    lora.merge(str(base), section(base, dtype), adapter, tmp_path / "blocks")
+    assert_same(tmp_path / "whole", tmp_path / "blocks")
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "t5", "t5-v1.1", "bart"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dora": True, "targets": ("q_proj", "v_proj", "q", "v")},
+        {"rslora": True, "top_layers": 1},
+        {"tokens": (5, 9, 11)},
+        {"tokens": (5, 9, 11), "dora": True},
+    ],
+    ids=["dora", "rslora", "tokens", "tokens-dora"],
+)
+def test_every_kind_of_adapter_is_merged_alike(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    if "top_layers" in settings and kind in PAIRED:
+        settings = {"rslora": True}
+    base = base_of(kind, tmp_path, torch.float16)
+    adapter = adapter_of(base, tmp_path / "adapter", **settings)
+    whole(base, adapter, tmp_path / "whole", "bfloat16")
+    lora.merge(str(base), section(base, "bfloat16"), adapter, tmp_path / "blocks")
+    assert_same(tmp_path / "whole", tmp_path / "blocks")
+
+
+def test_tensors_of_different_dtypes_are_read_exactly(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path, torch.float32)
+    weights = load_file(base / "model.safetensors")
+    mixed = {name: item if "norm" in name else item.bfloat16() for name, item in weights.items()}
+    streaming.require("safetensors.torch", "train").save_file(mixed, base / "model.safetensors", {"format": "pt"})
+    assert streaming.exact_dtype(base) is torch.float32
+    adapter = adapter_of(base, tmp_path / "adapter")
+    whole(base, adapter, tmp_path / "whole", "float32")
+    lora.merge(str(base), section(base), adapter, tmp_path / "blocks")
+    assert_same(tmp_path / "whole", tmp_path / "blocks")
+
+
+def test_a_model_of_several_files_is_read_and_written_with_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("llama", tmp_path)
+    adapter = adapter_of(base, tmp_path / "adapter")
+    model = load_model(str(base), section(base, "bfloat16"))
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(streaming.weight_files(tmp_path / "parts")) > 2
+    monkeypatch.setattr(streaming, "_LARGEST", "30KB")
+    lora.merge(str(tmp_path / "parts"), section(base, "bfloat16"), adapter, tmp_path / "blocks")
+    whole(base, adapter, tmp_path / "one", "bfloat16")
+    load_model(str(tmp_path / "one"), section(base, "bfloat16")).save_pretrained(
+        tmp_path / "whole", max_shard_size="30KB"
+    )
+    assert len(streaming.weight_files(tmp_path / "blocks")) > 2
+    index = streaming.INDEX
+    read = [json.loads((tmp_path / name / index).read_text(encoding="utf-8")) for name in ("whole", "blocks")]
+    assert read[0] == read[1]
+    for file in streaming.weight_files(tmp_path / "whole"):
+        assert (tmp_path / "blocks" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen3-moe"])
+def test_fully_tuned_weights_are_saved_alike(kind: str, tmp_path: Path) -> None:
+    trained = base_of(kind, tmp_path, torch.float32)
+    load_model(str(trained), section(trained)).bfloat16().save_pretrained(tmp_path / "whole")
+    lora.save_full(trained, section(trained, "bfloat16"), tmp_path / "blocks")
+    assert_same(tmp_path / "whole", tmp_path / "blocks")
+
+
+def test_masks_are_zeros_of_the_merged_weights(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path)
+    adapter = adapter_of(base, tmp_path / "adapter")
+    live = lora.load_adapted(str(base), section(base), TrainSection(prune=PruneSection()), adapter)
+    magnitude.attach(live)
+    magnitude.raise_to(live, 0.5)
+    magnitude.save(live, adapter)
+    lora.merge(str(base), section(base), adapter, tmp_path / "pruned")
+    (adapter / magnitude.WEIGHTS).rename(tmp_path / magnitude.WEIGHTS)
+    lora.merge(str(base), section(base), adapter, tmp_path / "dense")
+    pruned, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "dense"))
+    for name, weight in dense.items():
+        kept = magnitude.kept(weight, 0.5) if "_proj" in name else torch.ones_like(weight, dtype=torch.bool)
+        assert torch.equal(pruned[name], weight.masked_fill(~kept, 0)), name
+
+
+_MERGE = """
+import resource, sys
+from pathlib import Path
+from llmrec.recipe.schema import ModelSection
+from llmrec.train import lora
+base, adapter, target, room = sys.argv[1:]
+def used(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+section = ModelSection(name=base, dtype="bfloat16")
+lora.merge(base, section, Path(adapter), Path(target) / "first")
+# The memory of libraries, and of the first merge, is known; the limit is for what the second one adds.
+resource.setrlimit(resource.RLIMIT_DATA, (used("VmData") + int(room), resource.RLIM_INFINITY))
+lora.merge(base, section, Path(adapter), Path(target) / "second")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux counts it")
+def test_a_merge_fits_in_the_memory_of_a_few_blocks(tmp_path: Path) -> None:
+    """A model whose weights take 150 MB in float32 is merged in 24 MB beside its file, which is mapped."""
+    torch.manual_seed(0)
+    config = hub.LlamaConfig(**shape(**{**SMALL, "num_hidden_layers": 48, "hidden_size": 256}, intermediate_size=1024))
+    hub.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    adapter = adapter_of(tmp_path / "base", tmp_path / "adapter")
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    room = 24 * 2**20
+    assert 2 * size > 5 * room
+    done = subprocess.run(
+        [sys.executable, "-c", _MERGE, str(tmp_path / "base"), str(adapter), str(tmp_path), str(size + room)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
