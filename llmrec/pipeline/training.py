@@ -270,7 +270,7 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
     merged = folder / "merged"
     if (merged / "config.json").is_file() and weights_stamp(str(merged)) == done["merged_sha256"]:
         if done.get("code") != _code(study):
-            log.warning("training: llmrec has changed since %s was trained; remove it to train again", merged)
+            log.warning("training: llmrec has changed since %s was trained; remove %s to train again", merged, folder)
         return done
     if done["merged_sha256"] is not None:
         log.warning("training: %s is not what training left there; it is made again", merged)

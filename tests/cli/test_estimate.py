@@ -14,6 +14,7 @@ from llmrec.cli.estimate import Seen, Speed, eval_work, measured
 from llmrec.cli.main import app
 from llmrec.models import bottleneck
 from llmrec.models.load import load_config, load_model
+from llmrec.models.memory import count_weights
 from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, ModelSection, Recipe, SoftSection, TrainSection
@@ -80,7 +81,7 @@ def test_what_soft_prompts_and_bottlenecks_add_is_counted(llama_folder: Path, me
     model = load_model(str(llama_folder), section(llama_folder))
     before = sum(p.numel() for p in model.parameters())
     train = TrainSection(method=method, soft=SoftSection(prompts=7, rank=3))
-    whole, _, added = estimate._weights(model.config, train)
+    whole, _, added = count_weights(model.config, train)
     if beside:
         bottleneck.attach(model, 3, seed=0)
     assert whole == before
