@@ -88,7 +88,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
         within = {id(weight) for weight in block.values()}
         for layer in layers:
             weights = list(layer.get_base_layer().parameters(recurse=False))
-            if within.issuperset(map(id, weights)):
+            if weights and within.issuperset(map(id, weights)):
                 for weight in weights:
                     weight.data = weight.data.to(torch.float32)
                 layer.merge()

@@ -78,9 +78,12 @@ def test_a_row_that_training_cuts_ends_before_the_cut(llama_folder: Path, tmp_pa
     ("changes", "key"),
     [
         (["index={scheme: token}", "train.only=[sequential]"], "index"),
-        (["train.method=prompt", "train.only=[rating]"], "train.method"),
-        (["train.preference={loss: dpo}", "train.only=[sequential]"], "train.preference"),
-        (["tasks.rating.head={}", "train.only=[rating]", "tasks.rating.strategies=[head]"], "tasks.rating.head"),
+        (["train={method: prompt, steps: 12, lora: {}}"], "train.method"),
+        (["train.preference={loss: dpo, reference_free: true}", "train.only=[sequential]"], "train.preference"),
+        (
+            ["tasks.rating.head={}", "tasks.rating.strategies=[head]", "eval.backend=hf", "train.only=[rating]"],
+            "tasks.rating.head",
+        ),
     ],
 )
 def test_rows_that_are_no_conversations_are_refused(
