@@ -217,7 +217,7 @@ class Machine:
                 if until():
                     process.kill()
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.3)
+                    process.wait(0.05)
         output = (folder / "out.txt").read_text(encoding="utf-8", errors="replace")
         return Done(process.returncode, output, time.monotonic() - begin, peak)
 
