@@ -62,7 +62,7 @@ def test_limits_of_measurements_that_decide() -> None:
             "resumed": checks.apart([3.0], [3.0]),
             "steps_when_killed": 60,
         },
-        "kernels": checks.apart([2.0, 1.0], [2.0, math.nan]),
+        "equal-losses": checks.apart([2.0, 1.0], [2.0, math.nan]),
         "fsdp": checks.apart([2.0, 1.0], [2.0]),
         "serve": {"not_answered": 1, "answered": 3, "memory_left_mib": 0},
         "environment": {"cuda": 0, "faults": 0, "environment_gb": 9.0},

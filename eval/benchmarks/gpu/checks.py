@@ -384,8 +384,10 @@ for _file in sorted(Path("recipes/gpu").rglob("*.yaml")):
 def quantised(machine: Machine, folder: Path) -> Facts:
     """120 steps of qlora and lora8; qlora again, killed at step 60 and resumed, with the same losses."""
     facts: Facts = {}
-    for method in ("qlora", "lora8")[: 2 if machine.gpus else 1]:
-        facts[method] = fall(machine.train(_FOUR, folder / method, f"train.method={method}", *_SHORT))
+    for method, more in {"qlora": (), "lora8": ("train.optim=paged_adamw_8bit",)}.items():
+        # Eight bits need a GPU.
+        if machine.gpus or method == "qlora":
+            facts[method] = fall(machine.train(_FOUR, folder / method, f"train.method={method}", *_SHORT, *more))
     cut = folder / "cut"
     command = machine.recipe("train", _FOUR, "train.method=qlora", *_SHORT, "--out", str(cut))
     machine.call(folder, *command, until=lambda: len(losses(cut)) >= _STOPPED_AT)
@@ -394,14 +396,15 @@ def quantised(machine: Machine, folder: Path) -> Facts:
     return facts | {"resumed": apart(losses(folder / "qlora"), losses(cut))}
 
 
-@check(_EQUAL)
-def kernels(machine: Machine, folder: Path) -> Facts:
-    """Losses with `train.torch_compile` and with `train.use_liger_kernel`, compared with those of plain layers."""
+@check(_EQUAL, on_cpu=True)
+def equal_losses(machine: Machine, folder: Path) -> Facts:
+    """Losses of steps in parts, with torch.compile and with Liger's kernels, compared with those of plain steps."""
+    words: Words = ("train.micro_tokens=128",)
+    if machine.gpus:
+        machine.do(folder, machine.python, "-m", "pip", "install", "--quiet", "--editable", ".[liger]")
+        words = ("train.micro_tokens=512", "train.torch_compile=true", "train.use_liger_kernel=true")
     plain = machine.train(_FOUR, folder / "plain", "train.steps=30")
-    return {
-        key: apart(plain, machine.train(_FOUR, folder / key, "train.steps=30", f"train.{key}=true"))
-        for key in ("torch_compile", "use_liger_kernel")
-    }
+    return {word: apart(plain, machine.train(_FOUR, folder / word, "train.steps=30", word)) for word in words}
 
 
 @check({**_EQUAL, "status_of_killed": (1, 255), "seconds_to_end": (0, 120)}, gpus=2, on_cpu=True)
