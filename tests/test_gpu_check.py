@@ -17,6 +17,7 @@ import yaml
 from eval.benchmarks.gpu import __main__ as gpu_check
 from eval.benchmarks.gpu import checks
 from eval.benchmarks.gpu.checks import CHECKS, Check, Facts, Failure, Machine, NotRun, faults
+from llmrec.recipe.load import load_recipe
 
 STAMP = "NVIDIA L4, 580.1, commit abc"
 NAMED = {check.name: check for check in CHECKS}
@@ -72,9 +73,10 @@ def test_limits_of_measurements_that_decide() -> None:
     assert checks.fall([]) == {"steps": 0, "last_to_first_loss": None}
 
 
-def test_every_recipe_for_gpus_is_a_check() -> None:
-    shipped = {f"recipe-{file.stem}" for file in Path("recipes/gpu").rglob("*.yaml")}
-    assert shipped and shipped <= NAMED.keys() and len(NAMED) == len(CHECKS)
+def test_every_recipe_for_gpus_that_trains_is_a_check() -> None:
+    recipes = {f"recipe-{file.stem}": load_recipe(str(file), []) for file in Path("recipes/gpu").rglob("*.yaml")}
+    trained = {name for name, recipe in recipes.items() if "tuned" in recipe.eval.arms}
+    assert trained == {name for name in NAMED if name.startswith("recipe-")} and len(NAMED) == len(CHECKS)
 
 
 def test_fsdp_takes_the_configuration_of_the_documentation() -> None:
@@ -214,3 +216,22 @@ def test_a_recipe_and_a_merge_are_measured_on_a_cpu(machine: Machine) -> None:
     assert facts["steps"] == 200 and facts["last_to_first_loss"] < 1 and facts["estimate_gib"] > 0
     facts = checks.merge(machine, machine.work)
     assert facts["weights_gib"] > 0 and "peak_to_weights" in facts
+
+
+def test_a_recipe_whose_data_and_model_are_missing_is_not_run(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = {"data.path": "no data", "model.name": "no access", None: "no reviews"}
+    asked: list[list[str]] = []
+
+    def call(self: Machine, folder: Path, *command: str, **_: Any) -> checks.Done:
+        asked.append([word for word in command if "=" in word][-2:])
+        column = next(column for column in wrong if checks._INSTEAD.get(column) not in command or column == wrong[-1])
+        error = {"kind": "missing-file", "column": column, "message": plans[column]}
+        return checks.Done(2, json.dumps({"error": error}), 1.0)
+
+    monkeypatch.setattr(Machine, "call", call)
+    for wrong in (["data.path", "model.name"], [None]):
+        with pytest.raises(NotRun, match=plans[wrong[-1]]):
+            checks.recipe_of("recipes/gpu/p5.yaml", machine, machine.work)
+    assert asked[2] == ["data.source=movielens-100k", "model.name=Qwen/Qwen3-8B"] and len(asked) == 4

@@ -350,19 +350,17 @@ def masked_backward(machine: Machine, folder: Path) -> Facts:
 
 def recipe_of(recipe: str, machine: Machine, folder: Path) -> Facts:
     """Train 200 steps of a recipe, and compare the memory that the GPU takes with the estimate of the dry run."""
-    words: Words = ("train.steps=200", "train.judge=null")
+    words: Words = ("train.steps=200",)
     while "error" in (
         plan := _json(machine.call(folder, *machine.recipe("check", recipe, *words, "--dry-run", "--json")))
     ):
-        column, message = plan["error"]["column"], plan["error"]["message"][:300]
-        if (instead := _INSTEAD.get(column)) and instead not in words:
+        error = plan["error"]
+        if (instead := _INSTEAD.get(error["column"])) and instead not in words:
             words += (instead,)
-        elif column in (*_INSTEAD, "train.start"):
-            raise NotRun(message)
+        elif error["column"] in _INSTEAD or error["kind"] in ("missing-file", "unreachable"):
+            raise NotRun(error["message"][:200])
         else:
-            raise Failure(message)
-    if "training rows" not in plan:
-        raise NotRun("this recipe trains nothing")
+            raise Failure(error["message"][:300])
     before, run, estimate = machine.memory(), folder / "run", plan["estimate"]["memory_gb"]
     done = machine.do(folder, *machine.recipe("train", recipe, *words, "--out", str(run)))
     facts = fall(losses(run)) | {"seconds": round(done.seconds), "changed": list(words), "estimate_gib": estimate}
@@ -371,13 +369,14 @@ def recipe_of(recipe: str, machine: Machine, folder: Path) -> Facts:
 
 
 for _file in sorted(Path("recipes/gpu").rglob("*.yaml")):
-    check(
-        {"steps": (200, 200), **_LEARNS, "memory_to_estimate": (0.8, 1.2)},
-        name=f"recipe-{_file.stem}",
-        title=f"200 steps of {_file}",
-        disk=40,
-        minutes=120,
-    )(partial(recipe_of, str(_file)))
+    if "\ntrain:" in _file.read_text(encoding="utf-8"):
+        check(
+            {"steps": (200, 200), **_LEARNS, "memory_to_estimate": (0.8, 1.2)},
+            name=f"recipe-{_file.stem}",
+            title=f"200 steps of {_file}",
+            disk=40,
+            minutes=180,
+        )(partial(recipe_of, str(_file)))
 
 
 @check({**_LEARNS, "loss_difference": (0, 0.02), "steps_when_killed": (_STOPPED_AT, 119)}, on_cpu=True)
