@@ -250,3 +250,15 @@ def test_vllm_writes_the_texts_of_kar(
 
 def test_the_estimates_are_those_of_the_recipes() -> None:
     assert json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] == estimates()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-4b", "tallrec", "p5", "tiger", "lc-rec"])
+def test_a_recipe_trains_in_two_processes(
+    name: str, sources: Mapping[str, Path], models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    command = ["train", str(FOLDER / f"{name}.yaml"), *overrides(name, sources, models), "--out", str(tmp_path / "run")]
+    done = llmrec(*command, "--launch", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    training = json.loads(done.stdout)["training"]
+    assert (training["processes"], training["steps"]) == (2, 2)
