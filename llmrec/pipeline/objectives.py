@@ -225,7 +225,8 @@ def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjecti
     closing = closing_of(catalogue) if "prefix" in section.kind else 0
     rewards = Rewards(section.kind, task, task.catalogue, catalogue, closing, scorer)
     pad = encoder.tokenizer.pad_token_id
-    return RewardObjective(planned.steps, planned.cases, section, rewards, pad=pad, seed=study.training_seed)
+    seed, limit = study.training_seed, study.recipe.train.micro_tokens
+    return RewardObjective(planned.steps, planned.cases, section, rewards, pad=pad, seed=seed, limit=limit)
 
 
 def _section(study: Study) -> RewardSection:

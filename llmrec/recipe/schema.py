@@ -1094,7 +1094,6 @@ class TrainSection(Section):
                 (self.exits, "its loss stands after the last layer alone; drop train.exits"),
                 (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
                 (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
-                (self.micro_tokens is not None, "rollouts are drawn for a whole step; drop train.micro_tokens"),
                 (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
             ):
                 yield "reward", wrong, fault

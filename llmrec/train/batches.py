@@ -141,16 +141,21 @@ def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
     return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
 
 
-def micro_steps(step: Step, limit: int | None) -> list[Step]:
-    """Cut a step into parts of at most ``limit`` tokens, padding included; None: one part.
+def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Cut rows into parts of at most ``limit`` tokens, padding included, and return the numbers of the rows of each.
 
-    A longer row, or masked row, is a part of its own.
+    A longer row is a part of its own. None: one part.
     """
-    if limit is None or not step.rows or step.padded_tokens <= limit:
-        return [step]
-    if step.bins:
-        return _cut_packed(sorted(step.bins, key=lambda item: item.columns), limit)
-    return _cut(sorted(step.rows, key=lambda row: len(row.ids)), limit, 0)
+    if limit is None or len(lengths) * max(lengths, default=0) <= limit:
+        return [list(range(len(lengths)))]
+    ascending = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [ascending[start:end] for start, end in _spans([lengths[n] for n in ascending], limit)]
+
+
+def micro_steps(step: Step, limit: int | None) -> list[Step]:
+    """Cut a step as `parted` does its rows, or masked rows."""
+    parts = parted([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
+    return [step] if len(parts) == 1 else [step.part(numbers) for numbers in parts]
 
 
 def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:

@@ -90,8 +90,12 @@ class Objective(Protocol):
 
     updates: int
 
-    def loss(self, model: torch.nn.Module, number: int) -> tuple[Any, float]:
-        """Return the summed loss of a planned step and its divisor."""
+    def parts(self, model: torch.nn.Module, number: int) -> int:
+        """Return in how many parts a planned step is computed."""
+        ...
+
+    def loss(self, model: torch.nn.Module, number: int, part: int) -> tuple[Any, float]:
+        """Return the summed loss of a part of a planned step and the divisor of the step."""
         ...
 
     def told(self) -> Mapping[str, float]:
@@ -145,10 +149,12 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
         """Return the loss of a step, and sum the gradients of its parts, one after the other."""
         parts: Sequence[Mapping[str, Any]] = inputs.get(_PARTS, [inputs])
+        if self.objective is not None:
+            parts = [{**inputs, "part": n} for n in range(self.objective.parts(model, int(inputs["step"])))]
         if self.accelerator.scaler is not None:
             self.scale = self.accelerator.scaler.get_scale()
         self.whole = None
-        if len(parts) > 1:
+        if len(parts) > 1 and self.objective is None:
             count = sum(self._weight_of(model, part) for part in parts)
             self.whole = self.world.total(count, self.args.device) or 1
         total, figures = 0.0, defaultdict[str, float](float)
@@ -174,7 +180,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         over processes: the mean is the loss of a single process with the whole step.
         """
         if self.objective is not None:
-            total, count = self.objective.loss(model, int(inputs["step"]))
+            total, count = self.objective.loss(model, int(inputs["step"]), inputs["part"])
             return (total / count, {}) if return_outputs else total / count
         share = {name: value for name, value in inputs.items() if name != _IDLE}
         total, count = through(model, self._summed, share)

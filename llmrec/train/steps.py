@@ -63,10 +63,14 @@ class Step:
             least = loads.index(min(loads))
             loads[least] += sizes[n]
             parts[least].append(n)
+        return [self.part(sorted(part)) for part in parts]
+
+    def part(self, numbers: Sequence[int]) -> Step:
+        """Return the step of some of the rows, or masked rows, by their numbers."""
         if not self.bins:
-            return [Step(tuple(self.rows[n] for n in sorted(part))) for part in parts]
-        chosen = [tuple(self.bins[n] for n in sorted(part)) for part in parts]
-        return [Step(tuple(row for item in bins for row in item.rows), bins) for bins in chosen]
+            return Step(tuple(self.rows[n] for n in numbers))
+        bins = tuple(self.bins[n] for n in numbers)
+        return Step(tuple(row for item in bins for row in item.rows), bins)
 
 
 class RowTable:

@@ -167,13 +167,7 @@ def test_processes_with_another_number_of_parts_train_as_one(llama_folder: Path,
         assert_alike(tmp_path / "one", out)
 
 
-@pytest.mark.parametrize(
-    ("changes", "column"),
-    [
-        (["train.start=runs/sft", "train.judge={}", "train.reward={}"], "train.reward"),
-        (["train.teacher={run: runs/teacher, relations: 1.0}"], "train.teacher"),
-    ],
-)
-def test_losses_that_are_no_sums_over_parts_are_refused(changes: list[str], column: str) -> None:
-    with raises(RecipeError, Facts("contradiction", column=column, says="train.micro_tokens")):
-        load_recipe("recipes/movielens-100k/four-tasks.yaml", ["train.micro_tokens=256", *changes])
+def test_losses_that_are_no_sums_over_parts_are_refused() -> None:
+    changes = ["train.micro_tokens=256", "train.teacher={run: runs/teacher, relations: 1.0}"]
+    with raises(RecipeError, Facts("contradiction", column="train.teacher", says="train.micro_tokens")):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", changes)

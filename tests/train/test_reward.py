@@ -54,7 +54,14 @@ class Toy:
     """A tiny model with item tokens, an adapter, and questions whose true item is the one after the last."""
 
     def __init__(
-        self, base: Path, *, steps: int = 6, planted: bool = True, learning_rate: float = 1e-2, **settings: Any
+        self,
+        base: Path,
+        *,
+        steps: int = 6,
+        planted: bool = True,
+        learning_rate: float = 1e-2,
+        limit: int | None = None,
+        **settings: Any,
     ) -> None:
         self.base = base
         self.encoder = Encoder(load_tokenizer(str(base), section(base)), max_length=256)
@@ -86,7 +93,7 @@ class Toy:
         count = -(-steps // self.reward.updates)
         behind = self.reward.group * self.catalogue.depth
         self.steps = plan(iter(rows), steps=count, batch_tokens=130, seed=0, behind=behind)
-        self.objective = RewardObjective(self.steps, self.cases, self.reward, rewards, pad=0, seed=3)
+        self.objective = RewardObjective(self.steps, self.cases, self.reward, rewards, pad=0, seed=3, limit=limit)
 
     def run(self, out: Path) -> sft.Training:
         options: Any = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(objective=self.objective)}
@@ -241,6 +248,33 @@ def test_a_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
     assert float(total.detach()) == pytest.approx(wanted, abs=1e-5)
     told = toy.objective.told()
     assert told["kl"] > 0.001 and 0 <= told["zero"] <= 1 and told["distinct"] <= 9
+
+
+def test_the_parts_of_a_step_are_the_whole_step(base: Path, tmp_path: Path) -> None:
+    found = []
+    for limit in (None, 60):
+        toy = Toy(base, planted=False, updates=2, limit=limit)
+        with torch.no_grad():
+            for name, weight in toy.model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0, 0.3)
+        total, count = 0.0, toy.objective.parts(toy.model, 0)
+        for part in range(count):
+            loss, questions = toy.objective.loss(toy.model, 0, part)
+            loss.backward()
+            total += float(loss.detach())
+        gradients = [weight.grad.clone() for weight in toy.model.parameters() if weight.grad is not None]
+        told = dict(toy.objective.told())
+        toy.model.zero_grad()
+        log = toy.run(tmp_path / str(limit)).log[1:]
+        found.append((count, total, questions, gradients, told, [line["reward"] for line in log]))
+    (one, total, questions, gradients, told, lines), (several, *rest) = found
+    assert (one, several > 1) == (1, True)
+    assert rest[:2] == [pytest.approx(total, rel=1e-5), questions]
+    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(gradients, rest[2], strict=True))
+    assert rest[3] == pytest.approx(told, rel=1e-4)
+    assert rest[4][0] == pytest.approx(lines[0], rel=1e-3)
+    assert [line["kl"] for line in rest[4]] == pytest.approx([line["kl"] for line in lines], rel=1e-2)
 
 
 def test_gradients_reach_the_adapter_alone(base: Path) -> None:

@@ -22,6 +22,7 @@ from llmrec.decode.beam import Floats
 from llmrec.decode.rollouts import Group, rollouts
 from llmrec.decode.token_tree import Catalogue
 from llmrec.recipe.schema import RewardSection
+from llmrec.train.batches import parted
 from llmrec.train.loss import Legal, of_rows, target_losses
 from llmrec.train.packing import Bin, one_bin, stack, tree
 from llmrec.train.precision import mixed_precision
@@ -91,27 +92,32 @@ def policy_loss(
 
 
 @dataclass
-class _Drawn:
-    """The rollouts of a planned step, groups concatenated.
+class _Part:
+    """Rollouts of a planned step that are computed together, groups concatenated.
 
     Attributes:
-        number: Of the step.
         packed: Their masked rows as tensors.
         legal: The legal tokens at each target; None where log-probabilities are those of the full vocabulary.
         weights: The weight of each rollout, shape (n,).
         gains: Advantages, shape (n,).
         reference: Log-probabilities under the model that training started from.
         old: The same under the model that drew them; None before their first update.
-        told: Their log figures.
     """
 
-    number: int
     packed: Mapping[str, Any]
     legal: Legal | None
     weights: Any
     gains: Any
     reference: Any
-    old: Any
+    old: Any = None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The rollouts of the planned step with a number, in parts, and their log figures."""
+
+    number: int
+    parts: Sequence[_Part]
     told: dict[str, float]
 
 
@@ -123,7 +129,15 @@ class RewardObjective:
     """
 
     def __init__(
-        self, steps: Steps, cases: Sequence[Case], section: RewardSection, rewards: Rewards, *, pad: int, seed: int
+        self,
+        steps: Steps,
+        cases: Sequence[Case],
+        section: RewardSection,
+        rewards: Rewards,
+        *,
+        pad: int,
+        seed: int,
+        limit: int | None = None,
     ) -> None:
         """Set up.
 
@@ -134,25 +148,33 @@ class RewardObjective:
             rewards: The reward terms.
             pad: Any token id.
             seed: Of the rollouts.
+            limit: Tokens that are computed together, padding included; None: those of a step.
         """
         self.updates = section.updates
         self._steps, self._cases, self._section, self._rewards = steps, cases, section, rewards
         self._numbers = list(steps.numbers())
-        self._pad, self._seed = pad, seed
+        self._pad, self._seed, self._limit = pad, seed, limit
         self._drawn: _Drawn | None = None
 
-    def loss(self, model: torch.nn.Module, number: int) -> tuple[Any, float]:
-        """Return the summed loss of a planned step and its number of questions; dropout stays disabled.
-
-        Args:
-            model: With a PEFT adapter.
-            number: Of the planned step.
-        """
+    def parts(self, model: torch.nn.Module, number: int) -> int:
+        """Return in how many parts a planned step is computed, and draw its rollouts; dropout stays disabled."""
         model.eval()
         if self._drawn is None or self._drawn.number != number:
             self._drawn = None
             self._drawn = self._draw(model, number)
-        drawn, section = self._drawn, self._section
+        return len(self._drawn.parts)
+
+    def loss(self, model: torch.nn.Module, number: int, part: int = 0) -> tuple[Any, float]:
+        """Return the summed loss of a part of a planned step and the step's number of questions.
+
+        Args:
+            model: With a PEFT adapter.
+            number: Of the planned step.
+            part: Of the step.
+        """
+        self.parts(model, number)
+        assert self._drawn is not None
+        drawn, section = self._drawn.parts[part], self._section
         own = self._logprobs(model, drawn.packed, drawn.legal)
         if drawn.old is None:
             drawn.old = own.detach()
@@ -160,7 +182,9 @@ class RewardObjective:
             own, drawn.old, drawn.reference, drawn.gains, drawn.weights, clip=section.clip, beta=section.beta
         )
         questions = len(self._numbers[number])
-        self._note(result, questions)
+        for name, values in {"kl": result.divergence, "clipped": result.clipped}.items():
+            before = self._drawn.told[name] if part else 0.0
+            self._drawn.told[name] = before + float((drawn.weights * values).sum()) / questions
         return result.total, float(questions)
 
     def told(self) -> Mapping[str, float]:
@@ -168,7 +192,7 @@ class RewardObjective:
         return dict(self._drawn.told) if self._drawn is not None else {}
 
     def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
-        """Draw a step's rollouts, compute their rewards, and their likelihood under the reference model."""
+        """Draw a step's rollouts, compute their rewards, and their likelihood under the reference model, in parts."""
         section, catalogue = self._section, self._rewards.catalogue
         cases = [self._cases[row] for row in self._numbers[number]]
         prompts = [_prompt(row) for row in self._steps[number].rows]
@@ -187,38 +211,47 @@ class RewardObjective:
             for own, group in zip(rewards, groups, strict=True)
         ]
         bins: list[Bin] = []
-        order: list[int] = []
+        # The numbers of the rollouts in the rows of bins.
+        orders: list[list[int]] = []
         for prompt, group in zip(prompts, groups, strict=True):
             rows = [_row(prompt, catalogue, item) for item in group.items.tolist()]
-            first, places = len(order), {id(row): n for n, row in enumerate(rows)}
+            places = {id(row): n for n, row in enumerate(rows)}
             bins.append(one_bin(rows))
-            order += [first + places[id(row)] for row in bins[-1].rows]
+            orders.append([places[id(row)] for row in bins[-1].rows])
+        parts = []
+        for chosen in parted([item.columns for item in bins], self._limit):
+            parts.append(
+                self._part(
+                    model,
+                    [bins[n] for n in chosen],
+                    np.concatenate([groups[n].items[orders[n]] for n in chosen]),
+                    np.concatenate([groups[n].weights[orders[n]] for n in chosen]),
+                    np.concatenate([gains[n][orders[n]] for n in chosen]),
+                )
+            )
+        message = _told(cases, groups, rewards, self._rewards.items)
+        targets = sum(len(part.packed["wanted"]) for part in parts)
+        message |= {"tokens": sum(entry.columns for entry in bins), "targets": targets}
+        return _Drawn(number, parts, message)
+
+    def _part(self, model: torch.nn.Module, bins: Sequence[Bin], items: Any, weights: Floats, gains: Floats) -> _Part:
+        """Return rollouts that are computed together, with their likelihood under the reference model."""
         laid = asdict(stack([tree(entry.rows) for entry in bins], self._pad))
         packed = {name: torch.from_numpy(values).to(model.device) for name, values in laid.items()}
-        items = np.concatenate([group.items for group in groups])[order]
-        legal = Legal.of(catalogue, items.tolist(), model.device) if section.logprobs == "legal" else None
+        legal = None
+        if self._section.logprobs == "legal":
+            legal = Legal.of(self._rewards.catalogue, items.tolist(), model.device)
         with torch.no_grad(), model.disable_adapter():
             reference = self._logprobs(model, packed, legal)
-        message = _told(cases, groups, rewards, self._rewards.items)
-        message |= {"tokens": sum(entry.columns for entry in bins), "targets": len(laid["wanted"])}
-
-        def tensor(parts: Sequence[Any]) -> Any:
-            return torch.from_numpy(np.concatenate(parts)[order]).to(reference)
-
-        weights = tensor([group.weights for group in groups])
-        return _Drawn(number, packed, legal, weights, tensor(gains), reference, None, message)
+        return _Part(
+            packed, legal, torch.from_numpy(weights).to(reference), torch.from_numpy(gains).to(reference), reference
+        )
 
     def _logprobs(self, model: torch.nn.Module, packed: Mapping[str, Any], legal: Legal | None) -> Any:
         """Return the log-probability of every rollout at the recipe's temperature, float32, shape (rollouts,)."""
         with mixed_precision(model):
             losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)
         return of_rows(packed, -losses)
-
-    def _note(self, found: PolicyLoss, questions: int) -> None:
-        assert self._drawn is not None
-        weights = self._drawn.weights
-        self._drawn.told["kl"] = float((weights * found.divergence).sum()) / questions
-        self._drawn.told["clipped"] = float((weights * found.clipped).sum()) / questions
 
 
 def _prompt(row: TokenRow) -> tuple[int, ...]:
