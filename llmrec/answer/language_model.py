@@ -43,6 +43,7 @@ from llmrec.answer.strategy import (
 )
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.adapters import Adapter, live_adapters
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
@@ -55,6 +56,7 @@ from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.pipeline.bundle import Bundle, refuse_changed
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
 from llmrec.pipeline.resume import Budget
+from llmrec.recipe.load import load_stored
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Item, Ranking, Unparsed
 
@@ -135,6 +137,8 @@ class LanguageModel:
         budget: Budget | None = None,
         bundle: Bundle | None = None,
         ranks: bool = True,
+        base: Bundle | None = None,
+        beside: LanguageModel | None = None,
     ) -> LanguageModel:
         """Open a model with its catalogue and data; weights are loaded at the first question.
 
@@ -144,6 +148,8 @@ class LanguageModel:
             budget: The record of seconds, by stage.
             bundle: The model, if not the one that ``options.model`` names.
             ranks: Require a model that ranks; False admits one tuned only on questions about single items.
+            base: The base of a tuned model, if it is asked too; the two then share an engine where they can.
+            beside: The tuned model of which this is the ``base``.
 
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
@@ -178,7 +184,16 @@ class LanguageModel:
             known=cache(lambda: known_from(bundle, items or {}, data)),
             retriever=retriever,
             encoder=encoder,
-            engines=Engines(bundle.model, section, encoder, bundle.seed, budget, answers),
+            engines=Engines(
+                bundle.model,
+                section,
+                encoder,
+                bundle.seed,
+                budget,
+                answers,
+                adapters=[] if base is None or not weights else _adapters(bundle, base, weights),
+                beside=None if beside is None else beside.engines,
+            ),
             weights=weights,
             store=answers,
             budget=budget,
@@ -648,3 +663,10 @@ def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
             sent = now
 
     return listen
+
+
+def _adapters(bundle: Bundle, base: Bundle, weights: str) -> list[Adapter]:
+    """Return the adapter that makes the weights of a run out of those of its base, if vLLM supports it."""
+    if bundle.run is None or load_stored(bundle.run).train.start is not None:
+        return []
+    return live_adapters(base.folder, weights_stamp(base.folder), bundle.run / "adapter", weights)

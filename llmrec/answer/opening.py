@@ -218,7 +218,11 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     """
     asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
     bundle = bundle_of(asked)
-    base = LanguageModel.open(asked, bundle=bundle, ranks=False) if bundle.weights else None
+    base = None
+    if bundle.weights:
+        base = LanguageModel.open(
+            asked, bundle=bundle, ranks=False, base=_untuned(bundle) if UNTUNED in names and bundle.run else None
+        )
     items = dict((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
     if base is not None:
         base.items = items
@@ -327,7 +331,7 @@ def _opened(
     if base is not None and name == base.name:
         return base
     if base is not None and name == UNTUNED:
-        other = LanguageModel.open(base.options, bundle=_untuned(bundle), ranks=False)
+        other = LanguageModel.open(base.options, bundle=_untuned(bundle), ranks=False, beside=base)
         other.items, other.name, other.finder = models.items, name, finder
         models._bases.append(other)
         return other

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from llmrec.backends.cache import AnswerStore, CachedBackend, Offer, StoredLedger
 from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.adapters import Adaptable, Adapter
 from llmrec.backends.vllm.backend import Workload
 from llmrec.durable import Json
 from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, installed, require
@@ -40,7 +41,7 @@ TREES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
 class _OpenEngine:
-    """Keeps the engine of a process open between shards of a job."""
+    """Keeps an engine open between shards of a job, or between models that share it."""
 
     def __init__(self) -> None:
         self._held: tuple[str, Backend] | None = None
@@ -50,12 +51,16 @@ class _OpenEngine:
     def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
         """Return the open engine if it has the same inputs; otherwise close it and start another."""
         if self._held is None or self._held[0] != inputs:
-            if self._held is not None:
-                self._held[1].close()
-                self._held = None
-                release_memory()
+            self.close()
             self._held = inputs, start()
         return self._held[1]
+
+    def close(self) -> None:
+        """Close the open engine, if any."""
+        held, self._held = self._held, None
+        if held is not None:
+            held[1].close()
+            release_memory()
 
 
 _keeper: _OpenEngine | None = None
@@ -79,6 +84,9 @@ class Engines:
         seed: Engine seed.
         budget: The budget to which start-up time is added.
         store: The answer cache; None: no cache.
+        adapters: Tuned models whose base is asked too. On a GPU, one vLLM engine then answers for all of them. On a CPU
+            each has its own: adapters on an engine are slower there than merged weights (docs/scaling.md).
+        beside: Engines of another of these models, to share one with.
     """
 
     def __init__(
@@ -89,9 +97,16 @@ class Engines:
         seed: int,
         budget: Budget,
         store: AnswerStore | None,
+        *,
+        adapters: Sequence[Adapter] = (),
+        beside: Engines | None = None,
     ) -> None:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
+        if beside is not None and not beside._encoder_equals(encoder):
+            beside = None
+        self._adapters: tuple[Adapter, ...] = tuple(adapters) if beside is None else beside._adapters
+        self._shared: _OpenEngine = _OpenEngine() if beside is None else beside._shared
         self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
         self._served: dict[str, bool] = {}
         # Set after vLLM failed, so that it is not tried again.
@@ -101,7 +116,10 @@ class Engines:
         """Return the name of the engine for a strategy, given the recipe and this machine.
 
         Under ``scorer: auto``, likelihoods and searches use hf on the CPU, where one masked forward pass shares the
-        prompt among all continuations while vLLM needs a request per node. On a GPU they use the evaluation backend.
+        prompt among all continuations while vLLM decodes a request per path. On a GPU they use the evaluation backend:
+        vLLM reads each path there as a prompt, and computes 1.3 times the tokens of the masked pass, prompt
+        included (`make bench NAME=tree_routes`), without a second engine beside the one that generates. Which is faster
+        on a GPU has not been measured.
 
         Args:
             strategy: Its name.
@@ -147,13 +165,14 @@ class Engines:
         asked = engine, folder, weights
         if self._open is not None and self._open[0] == asked:
             return self._open[1]
-        self.close()
+        self._leave(shared=self.is_shared(engine, weights))
         most = tokens or (lambda: self._section.batch * self._encoder.max_length)
 
         def instead(failure: EngineFailure) -> Offer | None:
             if engine != "vllm" or self._section.backend != AUTO or self._section.scorer == "vllm" or self._is_broken:
                 return None
             self._is_broken = True
+            self._shared.close()
             if _keeper is not None:
                 _keeper.is_broken = True
             log.warning("%s; transformers answers instead, %s", failure.reason, self._slower())
@@ -197,36 +216,64 @@ class Engines:
             "dtype": dtype_name(self._model) if engine != "fake" else None,
             "device": _device(self._model),
             **_shared(engine, self._section),
+            # Adapters on an engine are rounded unlike merged weights, and its base may be compiled in another way.
+            **({"adapters": "live"} if self.is_shared(engine, weights) else {}),
             **({"exit": self._section.exit} if self._section.exit is not None else {}),
             "decoding": "greedy",
             "seed": self._seed,
             "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
         }
 
+    def is_shared(self, engine: str, weights: str) -> bool:
+        """Return whether one vLLM engine answers for these weights and for others."""
+        known = {digest for adapter in self._adapters for digest in (adapter.weights, adapter.digest)}
+        return engine == "vllm" and weights in known and _on_gpu(self._model)
+
     def close(self) -> None:
         """Close the open engine, if any."""
-        if self._open is not None:
-            (engine, *_), backend = self._open
-            if not self._kept(engine):
-                backend.close()
-                release_memory()
-            self._open = None
+        self._leave(shared=False)
+
+    def _leave(self, *, shared: bool) -> None:
+        """Close the open engine, unless the next model is ``shared`` and has the same."""
+        if self._open is None:
+            return
+        (engine, _, weights), backend = self._open
+        self._open = None
+        if self._kept(engine):
+            return
+        if not self.is_shared(engine, weights):
+            backend.close()
+            release_memory()
+        elif not shared:
+            self._shared.close()
+
+    def _encoder_equals(self, other: Encoder) -> bool:
+        return (self._encoder.digest, self._encoder.max_length) == (other.digest, other.max_length)
 
     def _kept(self, engine: str) -> bool:
         # The token usage of a server's client is recorded in the store of its shard.
         return _keeper is not None and engine != "openai"
 
     def _begin(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Backend:
+        adapters = self._adapters if (shared := self.is_shared(engine, weights)) else ()
+        adapter = next((adapter for adapter in adapters if adapter.digest == weights), None)
+        home, digest = (folder, weights) if adapter is None else (adapter.base, adapter.weights)
+
         def start() -> Backend:
             with self._budget.stage(f"start {engine}"):
-                return self._start(engine, folder, tokens)
+                return self._start(engine, home, tokens, adapters)
 
-        if _keeper is None or not self._kept(engine):
+        holder = _keeper if self._kept(engine) else self._shared if shared else None
+        if holder is None:
             return start()
-        sections = self._model.model_dump_json(), self._section.model_dump_json()
-        return _keeper.get(
-            repr((engine, folder, weights, self._encoder.digest, self._encoder.max_length, self._seed, sections)), start
-        )
+        # The folder names the model.
+        sections = self._model.model_dump_json(exclude={"name"}), self._section.model_dump_json()
+        inputs = (engine, home, digest, self._encoder.digest, self._encoder.max_length, self._seed, sections, adapters)
+        started = holder.get(repr(inputs), start)
+        if adapter is None:
+            return started
+        assert isinstance(started, Adaptable)
+        return started.adapted(adapter)
 
     def _encoder_of(self, folder: str) -> Encoder:
         """Return the encoder of a model; if it has soft prompts, its tokenizer has them in the chat template."""
@@ -234,7 +281,7 @@ class Engines:
             return self._encoder
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
 
-    def _start(self, engine: str, folder: str, tokens: Callable[[], int]) -> Backend:
+    def _start(self, engine: str, folder: str, tokens: Callable[[], int], adapters: Sequence[Adapter] = ()) -> Backend:
         encoder = self._encoder_of(folder)
         if is_plugin(BACKENDS, engine):
             made: Backend = lookup(BACKENDS, engine, "backend")(
@@ -273,6 +320,7 @@ class Engines:
                     pipeline_parallel=self._section.pipeline_parallel,
                     eager=self._section.enforce_eager,
                     workload=self._workload(folder, tokens()),
+                    adapters=adapters,
                 )
                 return started
             except MissingExtra as error:

@@ -302,8 +302,12 @@ class Evaluation:
             for spec, arm in specs
             if not spec.joins
         ]
-        # One start per model and engine; hf runs first, since a vLLM process keeps its memory.
-        return sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
+        # One start per model and engine, or of an engine that models share; hf runs first, since a vLLM process keeps
+        # its memory.
+        return sorted(
+            planned,
+            key=lambda p: (engines.is_shared(p[1], p[3]), list(weights.values()).index(p[2:]), p[1] == "vllm"),
+        )
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
         """Return the row of an ensemble in a list; empty if no users weigh it."""

@@ -12,6 +12,7 @@ from typing import Any
 from llmrec import processes
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.adapters import live_adapters
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.frames import only_for_a_moment, with_frames
 from llmrec.data.split import SplitDataset
@@ -395,14 +396,17 @@ class Session:
         recipe, model = self.study.recipe, self._asked
         further = home / ANSWERS if home != self.folder else None
         store = AnswerStore(self.folder / ANSWERS, further) if remembers else None
-        engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store)
         weights: dict[Arm, tuple[str, str]] = {}
+        for arm in _by_model(recipe.eval.arms):
+            if arm != "tuned" or training is None:
+                weights[arm] = model.base, weights_stamp(model.base)
+            else:
+                weights[arm] = str(home / "merged"), training["merged_sha256"]
+        adapters = []
+        if training is not None and len(set(weights.values())) > 1 and recipe.train.start is None:
+            adapters = live_adapters(*weights[_by_model(recipe.eval.arms)[0]], home / "adapter", *weights["tuned"][1:])
+        engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store, adapters=adapters)
         try:
-            for arm in _by_model(recipe.eval.arms):
-                if arm != "tuned" or training is None:
-                    weights[arm] = model.base, weights_stamp(model.base)
-                else:
-                    weights[arm] = str(home / "merged"), training["merged_sha256"]
             yield weights, engines
         finally:
             engines.close()

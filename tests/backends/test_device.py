@@ -137,8 +137,8 @@ def test_vllm_takes_what_is_free_on_a_shared_card(
 ) -> None:
     from llmrec.backends.vllm import backend
 
-    asked: dict[str, object] = {}
-    library = SimpleNamespace(LLM=lambda folder, **options: asked.update(options))
+    asked: dict[str, Any] = {}
+    library = _library(asked)
     platforms = {cpu: SimpleNamespace(current_platform=_Platform(cpu)) for cpu in (True, False)}
     found = {"vllm": library, "torch": torch}
     monkeypatch.setattr(backend, "prepare_environment", lambda: None)
@@ -151,17 +151,48 @@ def test_vllm_takes_what_is_free_on_a_shared_card(
         assert asked.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))
 
 
+def _library(asked: dict[str, Any], *, second: bool = True) -> SimpleNamespace:
+    """Return a vLLM that keeps what its engines are started with; ``second``: whether they have the V2 runner."""
+    config = SimpleNamespace(use_v2_model_runner=second)
+
+    def start(folder: str, **options: Any) -> SimpleNamespace:
+        asked.update(options, folder=folder)
+        return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+
+    return SimpleNamespace(LLM=start)
+
+
 def _started(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, **options: Any) -> dict[str, Any]:
     """Return what vLLM is handed where a backend starts it."""
     from llmrec.backends.vllm import backend
 
     asked: dict[str, Any] = {}
-    found = {"vllm": SimpleNamespace(LLM=lambda folder, **given: asked.update(given)), "torch": torch}
+    found = {"vllm": _library(asked), "torch": torch}
     platform = SimpleNamespace(current_platform=_Platform(on_cpu))
     monkeypatch.setattr(backend, "prepare_environment", lambda: None)
     monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
     backend.VLLMBackend("folder", SimpleNamespace(max_length=512), dtype="float16", **options)  # type: ignore[arg-type]
     return asked
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "second", "route"), [(True, False, "forced"), (False, True, "prefill"), (False, False, "nodes")]
+)
+def test_trees_are_read_as_the_model_runner_allows(
+    on_cpu: bool, second: bool, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmrec.backends.vllm import backend
+
+    asked: dict[str, Any] = {}
+    found = {"vllm": _library(asked, second=second), "torch": torch}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**36, 2**36))
+    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
+    platform = SimpleNamespace(current_platform=_Platform(on_cpu))
+    monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
+    made = backend.VLLMBackend("folder", SimpleNamespace(max_length=512), dtype="float16")  # type: ignore[arg-type]
+    assert made.route == route
+    # The V2 runner refuses this processor.
+    assert ("logits_processors" in asked) == (route == "forced") and "enable_lora" not in asked
 
 
 def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

