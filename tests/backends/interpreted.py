@@ -64,6 +64,8 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         result[name] = [list(scores.logprobs) for scores in backend.score(prompts, asked["candidates"])]
         # What was dropped is read again within the first reading, which ends last.
         result[f"{name}_counted"] = counted[-1]
+    # An adapted backend is a copy, and must not read through this one.
+    del backend._read
     result["engine"] = backend.score(prompts[:1], asked["candidates"][:1])[0].engine
     result["labels"] = [
         list(scores.logprobs) for scores in backend.score(prompts, [["1", "2", "3"]] * len(prompts), closed=False)
