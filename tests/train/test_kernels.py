@@ -24,6 +24,8 @@ from llmrec.train.lora import refuse_method
 from llmrec.train.loss import label_loss
 from tests.facts import Facts, raises
 from tests.train.gradients import assert_equal, trained
+from tests.train.test_world import LOSS, assert_alike, training
+from tests.train.together import together
 
 OPTIMISERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 TREE = {"width": 96, "packing": "tree"}
@@ -110,6 +112,24 @@ def test_compiled_layers_have_equal_losses(
     assert again == pytest.approx(losses, rel=1e-5)
     assert_equal(one[:1], two[:1], 1e-4)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_in_two_processes(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Compiling takes minutes where others use the cores.
+    monkeypatch.setattr("tests.train.together._PATIENCE", 600.0)
+    _, _, _, losses = training(llama_folder, tmp_path / "one")()
+
+    def compiled() -> Any:
+        original = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda self, **named: original(self, backend="aot_eager", **named)
+        return training(llama_folder, tmp_path / "two", torch_compile=True)()
+
+    reports = together(2, compiled, tmp_path / "reports")
+    assert all(report[3] == pytest.approx(losses, rel=LOSS) for report in reports)
+    assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")

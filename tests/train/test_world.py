@@ -92,6 +92,8 @@ def assert_alike(one: Path, two: Path) -> None:
         pytest.param({}, marks=pytest.mark.slow),
         {"width": 96},
         pytest.param({"method": "full", "learning_rate": 1e-3}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True, "method": "full", "learning_rate": 1e-3}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_does(llama_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
