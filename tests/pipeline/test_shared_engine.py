@@ -15,6 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.vllm.adapters import Adapter
 from llmrec.data.requests import RankRequest
+from llmrec.errors import EngineFailure
 from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
@@ -38,6 +39,11 @@ eval: {arms: [zero-shot, few-shot, tuned], users: 6, batch: 4, bootstrap: 50, ca
 """
 
 
+REQUEST = RankRequest(
+    id="1", user_id="u", history=(), candidates=tuple(Item(item_id=f"i{n}", title=f"Product {n}") for n in range(3))
+)
+
+
 class Adapting(FakeBackend):
     """Stands in the place of vLLM; keeps which engines were started, and with which adapters they were asked."""
 
@@ -45,12 +51,13 @@ class Adapting(FakeBackend):
     started: list[tuple[str, int]]
     asked: list[str]
     open = 0
+    breaks = False
 
     def __init__(self, folder: str, encoder: object, *, adapters: Any = (), **options: object) -> None:
         super().__init__()
         type(self).started.append((Path(folder).name, len(adapters)))
         type(self).open += 1
-        self.adapter = ""
+        self.adapter, self.alive = "", [True]
 
     def adapted(self, adapter: Adapter) -> Self:
         view = type(self).__new__(type(self))
@@ -58,17 +65,20 @@ class Adapting(FakeBackend):
         return view
 
     def score(self, *args: Any, **options: Any) -> Any:
+        if not self.alive or (self.adapter and type(self).breaks):
+            raise EngineFailure("the vLLM engine died; run the same command again to continue", kind="failed")
         type(self).asked.append(self.adapter)
         return super().score(*args, **options)
 
     def close(self) -> None:
-        type(self).open -= 1
+        type(self).open -= len(self.alive)
+        self.alive.clear()
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Return what chooses whether models run on a GPU; vLLM is made up."""
-    Adapting.started, Adapting.asked, Adapting.open = [], [], 0
+    Adapting.started, Adapting.asked, Adapting.open, Adapting.breaks = [], [], 0, False
 
     def lookup(table: Any, name: str, what: str) -> Any:
         return Adapting if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
@@ -118,14 +128,31 @@ def test_a_run_asks_base_and_adapter_through_one_engine_on_a_gpu(
     assert len(Adapting.started) == 2
 
 
+def test_transformers_answer_for_an_adapter_that_the_engine_breaks_at(
+    device: Callable[[bool], None], page: Path, tmp_path: Path
+) -> None:
+    device(True)
+    Adapting.breaks = True
+    made = pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    rows = {row["arm"]: row["engine"].partition(":")[0] for row in made.results["rows"] if row["arm"] != "baseline"}
+    assert rows == {"zero-shot": "fake", "few-shot": "fake", "tuned": "hf"}
+    # The shared engine is closed before transformers load the model.
+    assert len(Adapting.started) == 1 and Adapting.open == 0
+    # In a service, the base gets an engine again.
+    Adapting.started = []
+    models = open_models(RecommenderOptions(model=str(tmp_path / "r")), ("tuned", "untuned"))
+    for name in ("tuned", "untuned"):
+        (found,) = models.answer(Question(model=name), [REQUEST])
+        assert len(found.answer.items) == 3  # type: ignore[union-attr]
+    models.close()
+    assert len(Adapting.started) == 2 and Adapting.open == 0
+
+
 def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
     device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path
 ) -> None:
     device(True)
     pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
-    request = RankRequest(
-        id="1", user_id="u", history=(), candidates=tuple(Item(item_id=f"i{n}", title=f"Product {n}") for n in range(3))
-    )
     for names, started in (
         (("tuned", "untuned"), [(llama_folder.name, 1)]),
         # Merged weights need no adapter.
@@ -134,7 +161,7 @@ def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
         Adapting.started, Adapting.asked = [], []
         models = open_models(RecommenderOptions(model=str(tmp_path / "r"), backend="vllm"), names)
         for name in (*names, *names):
-            (found,) = models.answer(Question(model=name), [request])
+            (found,) = models.answer(Question(model=name), [REQUEST])
             assert len(found.answer.items) == 3  # type: ignore[union-attr]
         assert Adapting.started == started and Adapting.open == 1
         models.close()
