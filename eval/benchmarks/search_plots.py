@@ -359,8 +359,8 @@ def _features(section: dict[str, Any]) -> str:
         [
             "The fastest step, in brackets the median; steps of one method have the same loss up to rounding. Float32 "
             "copies of inputs are what PEFT makes and llmrec does not; checkpoints of every layer are what TRL makes "
-            "where llmrec leaves frozen lower layers out. Liger's kernels and scaled float16 need a GPU and were not "
-            "measured.",
+            "where llmrec leaves frozen lower layers out. The first step of torch_compile found its kernels in torch's "
+            "cache, from a run before. Liger's kernels and scaled float16 need a GPU and were not measured.",
             "",
             *rows,
         ]
