@@ -21,8 +21,10 @@ from llmrec.errors import DataError, LlmrecError, MissingExtra, RecipeError, req
 from llmrec.evaluate.compare import compare
 from llmrec.evaluate.predictor import evaluate
 from llmrec.exports.card import Agreement, FamilyAgreement
+from llmrec.machine import memory
 from llmrec.models.load import device, load_model, release_memory
 from llmrec.models.memory import placed, reporting_full_memory
+from llmrec.models.streaming import outlines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import Study, build_study
@@ -93,7 +95,8 @@ def measure(
         say: Receives progress messages.
 
     Raises:
-        LlmrecError: If the trained model cannot be loaded on this machine, or a metric is not a number.
+        LlmrecError: If the trained model cannot be loaded on this machine, or would not fit into its memory, or a
+            metric is not a number.
     """
     from llmrec.train import lora
 
@@ -108,6 +111,8 @@ def measure(
         for family in families
         if quantised and study.tasks[family].scored_by(study.eval_templates(family)[0]) is not None
     ]
+    if not quantised:
+        _refuse_memory(adapter if recipe.train.method == "full" else Path(base))
     try:
         live = lora.load_adapted(base, recipe.model, recipe.train, adapter)
     except (MissingExtra, RecipeError) as error:
@@ -148,6 +153,18 @@ def measure(
         prompts=len(before.logits),
         logit=logit,
     )
+
+
+def _refuse_memory(folder: Path) -> None:
+    """Reject a measurement whose model, which is loaded in float32, would not fit into memory."""
+    size, usable = 4 * sum(count for _, count in outlines(folder).values()), memory().usable
+    if size > usable:
+        raise LlmrecError(
+            f"the trained model takes {size / 2**30:.1f} GiB in float32, and {usable / 2**30:.1f} GiB are free; "
+            "export with --check-users 0 (the card says that nothing was measured), or on a machine with more memory",
+            kind="exhausted",
+            column="--check-users",
+        )
 
 
 def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[TokenRow]:

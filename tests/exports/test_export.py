@@ -27,6 +27,7 @@ from llmrec.exports import files as placing
 from llmrec.exports.export import Exported
 from llmrec.exports.files import verify
 from llmrec.exports.options import ExportOptions
+from llmrec.machine import Memory
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import audit as audits
 from llmrec.pipeline import bundle, runs
@@ -292,6 +293,17 @@ def test_weights_are_reused_in_their_dtype_and_merged_anew_in_another(
     assert done.agreement is not None and 1e-4 < done.agreement.logit < 1.0
     text = (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
     assert "measured on float32 weights; this folder holds bfloat16" in text
+
+
+def test_a_measurement_that_does_not_fit_into_memory_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = Memory(total=2**40, available=2**18)
+    monkeypatch.setattr("llmrec.exports.agreement.memory", lambda: tight)
+    with raises(LlmrecError, Facts("exhausted", column="--check-users", says="--check-users 0")):
+        write(run, tmp_path / "out", dtype="bfloat16", check_users=2)
+    done = write(run, tmp_path / "out", dtype="bfloat16", check_users=0)
+    assert done.agreement is None
 
 
 def test_a_damaged_merged_model_is_not_reused(run: Path, tmp_path: Path) -> None:
