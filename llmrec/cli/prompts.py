@@ -80,6 +80,13 @@ def prompts(options: PromptsOptions) -> None:
     recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)
     study = build_study(recipe)
     if options.chat is not None:
+        if options.template or options.sets or options.every or options.diff:
+            raise RecipeError(
+                "--chat writes the rows of every template that is trained on; leave the other options out, and choose "
+                "templates with tasks.<family>.templates",
+                kind="contradiction",
+                column="--chat",
+            )
         _write_chat(study, options.chat)
         return
     chosen = named(study, wanted, options.sets)

@@ -105,6 +105,8 @@ def test_an_encoder_decoder_and_an_existing_file_are_refused(llama_folder: Path,
     )
     assert isinstance(done.exception, LlmrecError) and done.exception.kind == "exists"
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == "mine"
+    done = CliRunner().invoke(app, [*words, "--all"])
+    assert isinstance(done.exception, RecipeError) and done.exception.kind == "contradiction"
 
 
 _WITHOUT_TORCH = """
