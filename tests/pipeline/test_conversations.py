@@ -100,9 +100,8 @@ def test_an_encoder_decoder_and_an_existing_file_are_refused(llama_folder: Path,
     with raises(RecipeError, Facts("unsupported", column="model.name")):
         write(study, tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_text("mine", encoding="utf-8")
-    done = CliRunner().invoke(
-        app, ["prompts", RECIPE, f"model.name={llama_folder}", "--chat", f"{tmp_path}/rows.jsonl"]
-    )
+    words = ["prompts", RECIPE, f"model.name={llama_folder}", "--chat", f"{tmp_path}/rows.jsonl"]
+    done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, LlmrecError) and done.exception.kind == "exists"
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == "mine"
     done = CliRunner().invoke(app, [*words, "--all"])
