@@ -13,6 +13,9 @@ from llmrec.models.load import cpu_has_bf16, gpu_has_bf16
 
 log = logging.getLogger(__name__)
 
+# The switch of PEFT's layers.
+_CASTS = "cast_input_dtype_enabled"
+
 
 def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
     """Return the dtype of products under autocast; None: products are in the dtype of the weights.
@@ -36,6 +39,22 @@ def mixed_precision(model: torch.nn.Module) -> Any:
     """Autocast to the half precision of a model, if it has one; trained weights stay in float32."""
     dtype = half(model)
     return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+
+
+@contextmanager
+def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None]:
+    """Have adapters take their inputs in half precision: under autocast their float32 copies are only kept.
+
+    PEFT's `disable_input_dtype_casting` does not go with trained token rows.
+    """
+    layers = [module for module in model.modules() if active and getattr(module, _CASTS, False)]
+    for layer in layers:
+        setattr(layer, _CASTS, False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, _CASTS, True)
 
 
 def widen(model: torch.nn.Module, device: str) -> None:

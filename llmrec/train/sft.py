@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from peft.helpers import disable_input_dtype_casting
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -39,7 +38,7 @@ from llmrec.train.heads import detach, measure, restore, state_loss
 from llmrec.train.kernels import faster_layers, recompute, unpaged
 from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss, weight_of
 from llmrec.train.packing import stack, tree
-from llmrec.train.precision import adapters_as_they_are, half, mixed_precision, widen
+from llmrec.train.precision import adapters_as_they_are, half, inputs_as_they_are, mixed_precision, widen
 from llmrec.train.preference import compare, without_dropout
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
@@ -158,7 +157,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             count = sum(self._weight_of(model, part) for part in parts)
             self.whole = self.world.total(count, self.args.device) or 1
         total, figures = 0.0, defaultdict[str, float](float)
-        with disable_input_dtype_casting(model, active=self.autocast):
+        with inputs_as_they_are(model, active=self.autocast):
             for n, part in enumerate(parts, start=1):
                 with nullcontext() if n == len(parts) else self.accelerator.no_sync(model):
                     total += super().training_step(model, part, num_items_in_batch)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from llmrec.errors import RecipeError
@@ -164,7 +163,7 @@ def kept(model: Any, *, cast: bool) -> tuple[int, float, list[torch.Tensor]]:
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16),
-        disable_input_dtype_casting(model, active=not cast),
+        precision.inputs_as_they_are(model, active=not cast),
     ):
         loss, _ = label_loss(model, ids, ids)
     size = sum(bytes_ for bytes_, _ in found.values())
@@ -197,9 +196,9 @@ def test_training_makes_no_copies_and_learns_the_same(
 
     def casting(model: Any, *, active: bool) -> Any:
         asked.append(active)
-        return disable_input_dtype_casting(model, active=False)
+        return precision.inputs_as_they_are(model, active=False)
 
-    monkeypatch.setattr(sft, "disable_input_dtype_casting", casting)
+    monkeypatch.setattr(sft, "inputs_as_they_are", casting)
     same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16")
     assert asked == [True, True] and same == losses
     assert_equal(one, two, 0.0)
