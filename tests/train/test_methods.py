@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,6 +90,22 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(method: str, folders: dict
     for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-6").iterdir():
         file.unlink()
     assert Case(method, folders).run(tmp_path / "cut") == whole
+
+
+@pytest.mark.parametrize("method", ["item tokens", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[:-1])])
+def test_half_precision_learns_like_float32(
+    method: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setitem(
+            globals(), "section", lambda folder, dtype=dtype: ModelSection(name=str(folder), dtype=dtype)
+        )
+        Case(method, folders, valid_rows=0).run(tmp_path / dtype)
+        lines = (tmp_path / dtype / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines[1:]])
+    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[1] != losses[0]
 
 
 def test_what_training_does_is_named(
