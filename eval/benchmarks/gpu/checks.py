@@ -506,8 +506,9 @@ for _name, _recipe, _other, _gpus in (
 
 @check({"logprob_difference": (0, 1e-3), "scores": (1, _ANY)}, on_cpu=True)
 def likelihood(machine: Machine, folder: Path) -> Facts:
-    """Log-probabilities of titles and labels by vLLM and by transformers, in float32."""
-    return machine.measure(folder, "engines", str(machine.model or ""), machine.engine, machine.device)
+    """Log-probabilities of titles and labels by two routes of vLLM and by transformers, in float32."""
+    ways, prompts = ("prefill,nodes,hf", "200") if machine.gpus else ("hf,hf", "5")
+    return machine.measure(folder, "engines", str(machine.model or ""), ways, machine.device, prompts)
 
 
 @check({"not_answered": (0, 0), "answered": (3, _ANY), **_RELEASED}, on_cpu=True)

@@ -196,12 +196,12 @@ def _compared(expected: Any, found: Any) -> Facts:
 # --------------------------------------------------------------------------- likelihoods of two engines
 
 
-def engines(folder: str, first: str = "vllm", device: str = "cuda", prompts: str = "50") -> Facts:
-    """Compare log-probabilities of titles and of labels by an engine with those by transformers, in float32.
+def engines(folder: str, ways: str = "prefill,nodes,hf", device: str = "cuda", prompts: str = "200") -> Facts:
+    """Compare log-probabilities of titles and of labels by routes of vLLM with those by transformers, in float32.
 
     Args:
         folder: A model folder; empty: the quickstart's model.
-        first: The engine; ``hf`` on the CPU, to run the code.
+        ways: Routes of vLLM, and ``hf`` as the last; ``hf,hf`` on the CPU, to run the code.
         device: Where transformers computes.
         prompts: How many prompts, of 20 candidates each.
     """
@@ -215,26 +215,27 @@ def engines(folder: str, first: str = "vllm", device: str = "cuda", prompts: str
         for n in range(int(prompts))
     ]
     kinds = {"titles": titles, "labels": list("ABCDEFGHIJKLMNOPQRST")}
-    facts: Facts = {name: {} for name in kinds}
-    scores: dict[str, list[list[float]]] = {name: [] for name in kinds}
-    for engine in (first, "hf"):
+    facts: Facts = {name: {"scores": len(asked) * len(candidates)} for name, candidates in kinds.items()}
+    scores: dict[str, list[Any]] = {name: [] for name in kinds}
+    for way in ways.split(","):
         backend: Any = (
-            VLLMBackend(folder, encoder, dtype="float32", eager=True)
-            if engine == "vllm"
-            else HFBackend(load_model(folder, section).to(device), encoder)
+            HFBackend(load_model(folder, section).to(device), encoder)
+            if way == "hf"
+            else VLLMBackend(folder, encoder, dtype="float32", route=way)  # type: ignore[arg-type]
         )
         for name, candidates in kinds.items():
             begin = time.perf_counter()
             answers = backend.score(asked, [candidates] * len(asked), closed=name == "titles")
-            facts[name][f"{engine}_seconds"] = round(time.perf_counter() - begin, 2)
-            facts[name][f"{engine}_route"] = answers[0].engine
-            scores[name].append([value for answer in answers for value in answer.logprobs])
+            facts[name][f"{way}_seconds"] = round(time.perf_counter() - begin, 2)
+            facts[name][f"{way}_route"] = answers[0].engine
+            scores[name].append(torch.tensor([answer.logprobs for answer in answers], dtype=torch.float64))
         backend.close()
         del backend
         release_memory()
-    for name, (one, two) in scores.items():
-        facts[name]["logprob_difference"] = round(float((torch.tensor(one) - torch.tensor(two)).abs().max()), 6)
-        facts[name]["scores"] = len(one)
+    for name, (*others, last) in scores.items():
+        facts[name]["logprob_difference"] = max(
+            float((other - last).abs().max().nan_to_num(torch.inf)) for other in others
+        )
     return facts
 
 
