@@ -5,8 +5,8 @@
 A token takes 2 floating-point operations a weight of the blocks in a forward pass, as many again backwards through
 frozen weights, twice as many where all weights learn, and once more with gradient checkpointing. Each half of an
 encoder-decoder reads half of the tokens. Attention, logits, the index and the baselines are not counted. Hours are
-operations over what a card does at a share of its peak; for eight GPUs an eighth, the part that is not divided
-included. None of this was measured on a GPU.
+operations over what a card does at a share of its peak, and no less than a step takes to be launched; for eight GPUs an
+eighth, the part that is not divided included. None of this was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ SCALES: Mapping[str, Scale] = {
     # A prompt of 30 films, and the text.
     "kar": Scale("qwen3-8b", 80, 6040 + 3706, 500 + 200),
 }
+# Seconds that a training step takes at least, assumed: small models wait for their kernels to be launched.
+LEAST = 0.03
 # Most tokens of a code or a title in the search's tree.
 _CODE = 8
 
@@ -87,17 +89,23 @@ def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
     passes += 2 * (train.reward is not None)
     learned = train.steps * train.batch_tokens if trains else 0
     operations = {"training": 2 * weights * passes * learned / 1e15, "evaluation": 2 * weights * asked / 1e15}
-    hours = {stage: 1e3 * done / (share * PEAKS[scale.card]) / 3600 for stage, done in operations.items()}
-    # Rewards are refused in several processes.
-    divided = {"training": 1 if train.reward else 8, "evaluation": 8}
+    least = LEAST * train.steps / 3600 if trains else 0.0
+
+    def hours(gpus: Mapping[str, int]) -> dict[str, float]:
+        taken = {
+            stage: 1e3 * done / (share * PEAKS[scale.card] * gpus[stage]) / 3600 for stage, done in operations.items()
+        }
+        return {stage: float(f"{max(whole, least * (stage == 'training')):.2g}") for stage, whole in taken.items()}
+
     entry: dict[str, Any] = {
         "card_gib": scale.card,
         "block_weights": weights,
         "share_of_peak": share,
         "tokens": {"training": learned, "evaluation": asked},
         "petaflop": {stage: float(f"{done:.3g}") for stage, done in operations.items()},
-        "hours": {stage: float(f"{taken:.2g}") for stage, taken in hours.items()},
-        "hours_of_eight": {stage: float(f"{taken / divided[stage]:.2g}") for stage, taken in hours.items()},
+        "hours": hours({"training": 1, "evaluation": 1}),
+        # Rewards are refused in several processes.
+        "hours_of_eight": hours({"training": 1 if train.reward else 8, "evaluation": 8}),
     }
     if trains:
         entry["memory_gib"] = round((memory_of(config, recipe.model, train) + CONTEXT) / 2**30, 1)
@@ -120,6 +128,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=RESULT)
     out = parser.parse_args().out
     assumed = {"tflops": {str(card): peak for card, peak in PEAKS.items()}, "share_of_peak": [LARGE, SMALL, WRITING]}
+    assumed |= {"seconds_of_a_step": LEAST}
     write_json(out, {"command": "make bench NAME=gpu-recipes", "assumed": assumed, "recipes": estimates()})
 
 
