@@ -45,9 +45,10 @@ def mixed_precision(model: torch.nn.Module) -> Any:
 def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None]:
     """Have adapters take their inputs in half precision: under autocast their float32 copies are only kept.
 
-    PEFT's `disable_input_dtype_casting` does not go with trained token rows.
+    DoRA's norms are computed in the precision of the input, so that its layers still convert it. PEFT's own
+    `disable_input_dtype_casting` takes them too, and does not go with trained token rows.
     """
-    layers = [module for module in model.modules() if active and getattr(module, _CASTS, False)]
+    layers = [m for m in model.modules() if active and getattr(m, _CASTS, False) and not m.lora_variant]
     for layer in layers:
         setattr(layer, _CASTS, False)
     try:

@@ -187,11 +187,13 @@ def test_adapters_keep_no_copies_of_their_inputs(config: Any) -> None:
     assert one - two == pytest.approx(8, abs=0.1)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 def test_training_makes_no_copies_and_learns_the_same(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dora: bool, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings: dict[str, Any] = {"lora": {"rank": 4, "dora": dora}}
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", dtype="bfloat16", gradient_checkpointing=True)
+    losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", dtype="bfloat16", **settings)
     asked: list[bool] = []
 
     def casting(model: Any, *, active: bool) -> Any:
@@ -199,8 +201,8 @@ def test_training_makes_no_copies_and_learns_the_same(
         return precision.inputs_as_they_are(model, active=False)
 
     monkeypatch.setattr(sft, "inputs_as_they_are", casting)
-    same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16")
+    same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16", **settings)
     assert asked == [True, True] and same == losses
     assert_equal(one, two, 0.0)
-    trained(monkeypatch, llama_folder, tmp_path / "three", dtype="float32")
+    trained(monkeypatch, llama_folder, tmp_path / "three", dtype="float32", **settings)
     assert asked[2:] == [False, False]
