@@ -21,12 +21,12 @@ from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.pipeline.shards import SHARD, shards_of
 
-ROUNDS, USERS = 2, 12
+ROUNDS, USERS = 3, 16
 RECIPE = (
     "recipes/movielens-100k/four-tasks.yaml",
     "model.dtype=float32",
-    "tasks={sequential: {templates: [continue-list], history: 20, users: null}, direct: {templates: [after-history], "
-    "strategies: [label]}}",
+    "tasks={direct: {templates: [after-history], strategies: [label], "
+    "baselines: [random, popularity, item-knn, markov-1]}}",
     "reviews=null",
     "eval.arms=[zero-shot]",
     f"eval.users={USERS}",
@@ -34,9 +34,10 @@ RECIPE = (
     "eval.backend=hf",
     "eval.fusion={}",
 )
+# One process with two threads, and two with a thread each.
 WAYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "one process, two threads": ({"OMP_NUM_THREADS": "2"}, ()),
-    "two processes, one thread": ({"OMP_NUM_THREADS": "1"}, ("--launch", "2")),
+    "one": ({"OMP_NUM_THREADS": "2"}, ()),
+    "two": ({"OMP_NUM_THREADS": "1"}, ("--launch", "2")),
 }
 
 
@@ -45,7 +46,7 @@ def main(target: Path) -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as place:
         # Before the first round: the model's files and the fits of baselines are cached.
-        _run(Path(place) / "first", *WAYS["one process, two threads"])
+        _run(Path(place) / "first", *WAYS["one"])
         for number in range(ROUNDS):
             for way, settings in WAYS.items():
                 runs[way].append(_run(Path(place) / f"{way} {number}", *settings))
