@@ -30,7 +30,7 @@ from llmrec.cli.run import RunOptions
 from llmrec.cluster.command import merge_shards
 from llmrec.cluster.evaluation import evaluate_shard, merge_run
 from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
-from llmrec.cluster.local import evaluate_here, prepare_here
+from llmrec.cluster.local import evaluate_here, run_here
 from llmrec.data.request_file import open_requests
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -333,8 +333,6 @@ def ask_shards(options: RunOptions, *, trains: bool = False) -> None:
     if options.ray is not None:
         finish_on(options.ray, "eval", home, recipe)
     elif options.launch is not None:
-        if trains:
-            prepare_here(recipe, home, options)
-        finish(evaluate_here(recipe, home, options.launch))
+        finish(run_here(recipe, home, options) if trains else evaluate_here(recipe, home, options.launch))
     elif shard is not None:
         show_shard(evaluate_shard(recipe, options.out, shard), home)

@@ -23,7 +23,7 @@ from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.machine import processor
 from llmrec.pipeline.augmenting import FEATURES, merge_augment, refuse_other_store
 from llmrec.pipeline.engines import gpus_of_engine
-from llmrec.pipeline.run import Run
+from llmrec.pipeline.run import Run, run
 from llmrec.pipeline.shards import shard_folder, shards_of
 from llmrec.progress import QUIET
 from llmrec.recipe.schema import Recipe
@@ -33,15 +33,25 @@ from llmrec.records import Shard
 _LINES = 8
 
 
-def prepare_here(recipe: Recipe, home: Path, options: RunOptions) -> None:
-    """Generate the texts of a recipe and train its model with ``options.launch`` processes, as far as it has them."""
+def run_here(recipe: Recipe, home: Path, options: RunOptions) -> Run:
+    """Generate the texts of a recipe, train its model and evaluate it, each with ``options.launch`` processes.
+
+    A recipe whose language model only writes texts is evaluated by this process.
+
+    Raises:
+        RecipeError: If the recipe has no language model, or the machine has too few GPUs.
+        LlmrecError: If a process fails.
+    """
     assert options.launch is not None
-    if recipe.augment is not None:
+    if recipe.augment is None:
+        refuse_without_model(recipe)
+    else:
         store = home / FEATURES
         refuse_other_store(recipe, store)
         merge_augment(store, work_here(Job("augment", store, recipe), recipe, options.launch))
     if "tuned" in recipe.eval.arms:
         train_together(options.recipe, options.overrides, home, options.launch)
+    return evaluate_here(recipe, home, options.launch) if recipe.eval.arms else run(recipe, home)
 
 
 def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:

@@ -16,13 +16,17 @@ from typing import Any
 import psutil
 import pytest
 
+from llmrec.cli.run import RunOptions
 from llmrec.cluster import local
 from llmrec.cluster.local import environments_of
+from llmrec.data.features import FeatureStore
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import engines
+from llmrec.pipeline.augmenting import augment
 from llmrec.pipeline.shards import shard_folder
 from llmrec.processes import Program, started
 from llmrec.records import Shard
+from tests.augment_recipe import augmenting_recipe
 from tests.cluster.test_shards import BASE, figures, recipe
 from tests.facts import Facts, raises
 
@@ -213,6 +217,17 @@ def test_run_trains_and_evaluates_with_all_processes(llama_folder: Path, tmp_pat
     code, _, errors = finished(begun(llama_folder, whole, *small, "eval.fusion={}"))
     assert code == 0, errors
     assert figures(out) == figures(whole)
+
+
+@pytest.mark.slow
+def test_run_writes_texts_with_all_processes(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    chosen = augmenting_recipe(llama_folder, batch=2, model_dtype="float32")
+    chosen = chosen.model_copy(update={"eval": chosen.eval.model_copy(update={"arms": ()})})
+    whole = augment(chosen, tmp_path / "whole", quiet=True)
+    done = local.run_here(chosen, tmp_path / "run", RunOptions(recipe="not read", launch=2))
+    assert FeatureStore.open(tmp_path / "run" / "features").stamp == FeatureStore.open(whole.folder).stamp
+    assert shard_folder(tmp_path / "run" / "features", Shard(2, 2)).exists() and done.rows
 
 
 def test_a_killed_process_is_one_error_and_its_log_is_named(llama_folder: Path, tmp_path: Path) -> None:
