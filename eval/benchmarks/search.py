@@ -41,7 +41,8 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.decode.beam import beam
 from llmrec.decode.token_tree import Catalogue
-from llmrec.models.load import cpu_has_bf16, quiet_libraries
+from llmrec.machine import cpu_has_bf16
+from llmrec.models.load import quiet_libraries
 from llmrec.types import SearchResult
 
 ROUNDS, USERS, PROMPT, WIDTH, CANDIDATES = 3, 8, 200, 20, 100

@@ -35,8 +35,8 @@ from llmrec.backends.vllm.backend import VLLMBackend, VLLMTree, prepare_environm
 from llmrec.decode.beam import beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
-from llmrec.models.load import cpu_has_bf16, quiet_libraries
+from llmrec.machine import cpu_has_bf16, machine, versions
+from llmrec.models.load import quiet_libraries
 from tests.conftest import make_tokenizer
 
 ROUNDS, REPEATS, USERS, WIDTH, CANDIDATES = 2, 3, 8, 20, 20

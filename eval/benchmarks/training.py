@@ -45,7 +45,8 @@ from eval.benchmarks import training_peers as peers
 from eval.benchmarks import training_windows as windows
 from eval.benchmarks.timing import alternated, at_most, faster, measured, seconds_now, summary
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.models.load import cpu_has_bf16, load_model, quiet_libraries, resolve
+from llmrec.machine import cpu_has_bf16
+from llmrec.models.load import load_model, quiet_libraries, resolve
 from llmrec.pipeline.study import Study, build_study, encoder_of
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError
@@ -17,6 +18,12 @@ from llmrec.recipe.schema import EvalSection, ServerSection
 
 # Options of a server, by the key of eval.server that each sets.
 _SERVER = {"url": "--server-url", "model": "--server-model", "key_env": "--server-key-env"}
+# Options of vLLM, by the key of eval that each sets.
+_ENGINE = {
+    "gpu_memory": "--gpu-memory",
+    "tensor_parallel": "--tensor-parallel",
+    "enforce_eager": "--enforce-eager",
+}
 
 
 def check_choices(options: RecommenderOptions) -> None:
@@ -61,6 +68,20 @@ def check_choices(options: RecommenderOptions) -> None:
                 kind="contradiction",
                 column=_SERVER[key],
             )
+    _check_vllm(options)
+
+
+def _check_vllm(options: RecommenderOptions) -> None:
+    """Reject options of vLLM with another engine."""
+    defaults = {field.name: field.default for field in fields(RecommenderOptions)}
+    for key, option in _ENGINE.items():
+        if options.backend in ("hf", "openai") and getattr(options, key) != defaults[key]:
+            raise RecipeError(
+                f"{option} configures vLLM on a GPU, and the engine is {options.backend}; drop it, or ask with "
+                "--backend vllm",
+                kind="contradiction",
+                column=option,
+            )
 
 
 def strategy_of(options: RecommenderOptions) -> str:
@@ -96,8 +117,12 @@ def engine_section(options: RecommenderOptions) -> EvalSection:
             kind="not-installed",
             column="--backend",
         )
-    # An engine that the option names is used for every strategy.
-    return EvalSection(backend=options.backend, scorer=options.backend, batch=options.batch)
+    shared = {name: getattr(options, name) for name in _ENGINE}
+    try:
+        # An engine that the option names is used for every strategy.
+        return EvalSection(backend=options.backend, scorer=options.backend, batch=options.batch, **shared)
+    except ValidationError as error:
+        raise _named(error, "eval.", _ENGINE) from None
 
 
 def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ...] | None]:
@@ -120,10 +145,15 @@ def _server(options: RecommenderOptions) -> ServerSection:
     try:
         return ServerSection(**values)
     except ValidationError as error:
-        problem = "; ".join(explained(error, "eval.server."))
-        for key, option in _SERVER.items():
-            problem = problem.replace(f"eval.server.{key}:", f"{option}:")
-        raise RecipeError(problem, kind="bad-value", column=problem.partition(":")[0]) from None
+        raise _named(error, "eval.server.", _SERVER) from None
+
+
+def _named(error: ValidationError, prefix: str, options: Mapping[str, str]) -> RecipeError:
+    """Return an error of a recipe's section that names options in place of keys."""
+    problem = "; ".join(explained(error, prefix))
+    for key, option in options.items():
+        problem = problem.replace(f"{prefix}{key}:", f"{option}:")
+    return RecipeError(problem, kind="bad-value", column=problem.partition(":")[0])
 
 
 def decided(options: RecommenderOptions) -> RecommenderOptions:
@@ -133,9 +163,12 @@ def decided(options: RecommenderOptions) -> RecommenderOptions:
     """
     if options.backend != "auto":
         return options
-    bundle = bundles.read(options.model)
-    on_gpu = bool(bundle.folder) and device(bundle.model) == "cuda"
-    return options if on_gpu else replace(options, backend="hf")
+    return options if on_gpu(options, bundles.read(options.model)) else replace(options, backend="hf")
+
+
+def on_gpu(options: RecommenderOptions, bundle: Bundle) -> bool:
+    """Return whether the engine of a language model runs on a GPU of this machine."""
+    return options.backend != "openai" and bool(bundle.folder) and device(bundle.model) == "cuda"
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:

@@ -18,7 +18,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from llmrec.answer.checks import bundle_of, check_choices, engine_section, strategy_of, window_of
+from llmrec.answer.checks import bundle_of, check_choices, engine_section, on_gpu, strategy_of, window_of
 from llmrec.answer.classic import MOST_ORDERED, NOTHING_LEFT, Retriever, retrieved, training_data
 from llmrec.answer.ensemble import Ensemble, fusion_of
 from llmrec.answer.known import Known, Profile, catalogue_of, known_from, profiles_of, read_known
@@ -54,7 +54,7 @@ from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.pipeline.bundle import Bundle, refuse_changed
-from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
+from llmrec.pipeline.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.pipeline.resume import Budget
 from llmrec.recipe.load import load_stored
 from llmrec.tasks.family import family_of
@@ -171,6 +171,7 @@ class LanguageModel:
         items, data, retriever = _items(options, bundle)
         encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
         section = engine_section(options)
+        refuse_device(bundle.model, section)
         refuse_paired(bundle.folder, bundle.model, section)
         answers = None if store is None else AnswerStore(store)
         # A server has its own weights; only the tokenizer comes from the folder.
@@ -231,6 +232,11 @@ class LanguageModel:
         """See `Recommender`."""
         names = [family_of(family).strategies for family in ranking_families_of(self.bundle)]
         return tuple(dict.fromkeys(name for strategies in names for name in strategies if name != "search"))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its engine runs on a GPU of this machine."""
+        return on_gpu(self.options, self.bundle)
 
     @property
     def signature(self) -> str:

@@ -26,6 +26,7 @@ from llmrec.answer.recommender import (
     meant,
 )
 from llmrec.answer.strategy import data_of, ranking_families_of
+from llmrec.backends.vllm.backend import free_share
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.retrieve import check_retriever
@@ -220,9 +221,13 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     bundle = bundle_of(asked)
     base = None
     if bundle.weights:
-        base = LanguageModel.open(
-            asked, bundle=bundle, ranks=False, base=_untuned(bundle) if UNTUNED in names and bundle.run else None
-        )
+        other = _untuned(bundle) if UNTUNED in names and bundle.run else None
+        base = LanguageModel.open(asked, bundle=bundle, ranks=False, base=other)
+        both = other is not None and not {own_name(bundle), *_fusions(bundle)}.isdisjoint(names)
+        if both and asked.gpu_memory is None and base.on_gpu and not base.engines.is_shared("vllm", base.weights):
+            # Each has its own engine, and the first would otherwise take all of the GPU that is free.
+            asked = replace(asked, gpu_memory=free_share(asked.tensor_parallel) / 2)
+            base = LanguageModel.open(asked, bundle=bundle, ranks=False)
     items = dict((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
     if base is not None:
         base.items = items

@@ -5,9 +5,9 @@ The command line derives its options from these fields (`llmrec.cli.options`); P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 
@@ -40,16 +40,63 @@ class About:
     argument: bool = False
 
 
+BatchSize = Annotated[int, About(least=1, help="Requests handed to the engine at a time.")]
+Template = Annotated[str | None, About(metavar="NAME", help="Default: the one that the model was evaluated with.")]
+
+
 @dataclass(frozen=True, kw_only=True)
-class RecommenderOptions:
-    """A model and its configuration for ranking, without the source of requests or the destination of answers."""
+class ModelOptions:
+    """A model, its items, and the engine of a language model: what every command that opens a model takes."""
 
     model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")]
-    items: Annotated[Path | None, About(help="Table of items: item_id, title. Default: the run's own data.")] = None
-    task: Annotated[str, About(metavar="auto|sequential|direct", help="Which family asks.")] = "auto"
-    template: Annotated[
-        str | None, About(metavar="NAME", help="Default: the one that the model was evaluated with.")
+    items: Annotated[
+        Path | None, About(help="Table of items: item_id, title, fields. Default: the run's own data.")
     ] = None
+    noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
+    backend: Annotated[
+        str,
+        About(
+            choices=("auto", "vllm", "hf", "openai"),
+            help="Engine; auto: the faster one here; openai: a server.",
+        ),
+    ] = "auto"
+    server_url: Annotated[
+        tuple[str, ...],
+        About(
+            names=("--server-url",),
+            metavar="URL",
+            help="With --backend openai: the address as far as /v1; repeatable: servers of one model.",
+        ),
+    ] = ()
+    server_model: Annotated[str | None, About(metavar="NAME", help="The name that the server knows its model by.")] = (
+        None
+    )
+    server_key_env: Annotated[
+        str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
+    ] = None
+    gpu_memory: Annotated[
+        float | None,
+        About(metavar="SHARE", help="vllm: share of the GPU's memory, such as 0.5; default: what is free."),
+    ] = None
+    tensor_parallel: Annotated[
+        int, About(least=1, metavar="N", help="vllm: GPUs that share every layer of the model.")
+    ] = 1
+    enforce_eager: Annotated[
+        bool, About(help="vllm on a GPU: compile nothing; starts sooner, answers more slowly.")
+    ] = False
+    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of a language model's weights.")] = DTYPE
+
+    def recommender(self, **changes: Any) -> RecommenderOptions:
+        """Return these options with others of a recommender."""
+        return RecommenderOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)} | changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommenderOptions(ModelOptions):
+    """A model and its configuration for ranking, without the source of requests or the destination of answers."""
+
+    task: Annotated[str, About(metavar="auto|sequential|direct", help="Which family asks.")] = "auto"
+    template: Template = None
     candidates: Annotated[
         str,
         About(
@@ -81,30 +128,11 @@ class RecommenderOptions:
     rationale: Annotated[
         int, About(metavar="N", least=0, help="Also write a sentence on why, for the first N items.")
     ] = 0
-    backend: Annotated[
-        str, About(choices=("auto", "vllm", "hf", "openai"), help="Engine; auto: the faster one here.")
-    ] = "auto"
-    server_url: Annotated[
-        tuple[str, ...],
-        About(
-            names=("--server-url",),
-            metavar="URL",
-            help="With --backend openai: the address as far as /v1; repeatable: servers of one model.",
-        ),
-    ] = ()
-    server_model: Annotated[str | None, About(metavar="NAME", help="The name that the server knows its model by.")] = (
-        None
-    )
-    server_key_env: Annotated[
-        str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
-    ] = None
     top: Annotated[int | None, About(least=1, help="Keep the first so many; default: all.")] = None
-    batch: Annotated[int, About(least=1, help="Requests handed to the engine at a time.")] = BATCH
-    noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
+    batch: BatchSize = BATCH
     max_length: Annotated[
         int | None, About(least=16, help="Longest prompt with answer in tokens; default: as tuned.")
     ] = None
-    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of the weights.")] = DTYPE
 
     @property
     def whole(self) -> bool:

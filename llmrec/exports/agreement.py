@@ -182,7 +182,7 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     return rows
 
 
-@reporting_full_memory("measuring the export", _SMALLER, "--check-users")
+@reporting_full_memory("measuring the export", _SMALLER, "--check-users", instead=True)
 def _figures(
     model: torch.nn.Module, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
 ) -> _Figures:
@@ -191,7 +191,7 @@ def _figures(
     with torch.inference_mode():
         losses = {family: _loss(model, own, encoder.tokenizer.pad_token_id) for family, own in rows.items()}
         logits = _logits(plain, [row for own in rows.values() for row in own[: max(1, _PROMPTS // len(rows))]])
-    backend = HFBackend(plain, encoder)
+    backend = HFBackend(plain, encoder, batch_tokens=study.recipe.eval.batch_tokens)
     values, headlines = {}, {}
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     for family in scored:

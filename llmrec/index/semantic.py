@@ -21,6 +21,7 @@ from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean, require
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.machine import has_cuda
 from llmrec.progress import Bar
 from llmrec.recipe.schema import IndexSection, RQVAEIndex, SemanticIndex
 from llmrec.types import Item
@@ -135,7 +136,7 @@ def _place(section: RQVAEIndex) -> str:
     """
     if section.device == "cpu":
         return "cpu"
-    if require("torch", "train").cuda.is_available():
+    if has_cuda():
         return "cuda"
     if section.device == "cuda":
         raise RecipeError(

@@ -6,18 +6,16 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec.durable import MANIFEST, replacing, sha256_of
 from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
-from llmrec.machine import may_have_gpu, processor
+from llmrec.machine import cpu_has_bf16, gpu_has_bf16, gpu_trouble, has_cuda
 from llmrec.models import bottleneck, wheels
 from llmrec.models.hub import cached, fetched
 from llmrec.models.tensors import load_whole
@@ -26,7 +24,6 @@ from llmrec.models.wheels import WHEELS
 from llmrec.models.whole_words import load_words
 from llmrec.recipe.schema import ModelSection, ShapeSection
 from llmrec.resources import cache_dir
-from llmrec.setup_env import has_nvidia_gpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -283,70 +280,6 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
             column="model.device",
         )
     return "cpu"
-
-
-def has_cuda() -> bool:
-    """Whether torch can use a GPU."""
-    if _without_gpu():
-        return False
-    cuda = require("torch", "train").cuda
-    return bool(cuda.is_available()) and _oldest(cuda) <= _generation(cuda)
-
-
-def _without_gpu() -> bool:
-    """Whether the system shows that there is no GPU, without importing torch, which takes seconds."""
-    return "torch" not in sys.modules and importlib.util.find_spec("torch") is not None and not may_have_gpu()
-
-
-def gpu_trouble() -> str:
-    """Return why torch cannot use this machine's GPU; empty if it can, or if there is none or it is hidden."""
-    if _without_gpu():
-        return ""
-    torch = require("torch", "train")
-    if torch.cuda.is_available():
-        least, result = _oldest(torch.cuda), _generation(torch.cuda)
-        if least <= result:
-            return ""
-        name = torch.cuda.get_device_name(0)
-        return (
-            f"torch {torch.__version__} has no kernels for {name}, whose compute capability {result[0]}.{result[1]} is "
-            f"below {least[0]}.{least[1]}"
-        )
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _nvidia_gpu():
-        return ""
-    if torch.version.cuda is None:
-        return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU alone"
-    return (
-        f"nvidia-smi lists a GPU that torch {torch.__version__} cannot use; its driver must be one for "
-        f"CUDA {torch.version.cuda}"
-    )
-
-
-def _generation(cuda: Any) -> tuple[int, int]:
-    """Return the compute capability of the GPU."""
-    major, minor = cuda.get_device_capability(0)
-    return int(major), int(minor)
-
-
-def _oldest(cuda: Any) -> tuple[int, int]:
-    """Return the lowest compute capability that torch has kernels for, such as (7, 5) for ``sm_75``."""
-    result = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
-    return min(((int(item[1]), int(item[2])) for item in result if item), default=(0, 0))
-
-
-@cache
-def _nvidia_gpu() -> bool:
-    return has_nvidia_gpu()
-
-
-def gpu_has_bf16() -> bool:
-    """Whether the GPU multiplies bfloat16 natively; Turing and older ones only emulate it."""
-    return bool(require("torch", "train").cuda.is_bf16_supported(including_emulation=False))
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
-    return bool(processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def quiet_libraries() -> None:

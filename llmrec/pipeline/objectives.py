@@ -317,7 +317,7 @@ class Judge:
         # Adapters are part of the model's modules, so the backend needs no change.
         live = model.get_base_model() if hasattr(model, "get_base_model") else model
         asker = Prompting(
-            backend=HFBackend(live, self.encoder),
+            backend=HFBackend(live, self.encoder, batch_tokens=section.batch_tokens),
             task=self.task,
             template=self.task.eval_templates[0],
             batch=section.batch,

@@ -25,6 +25,7 @@ from llmrec.answer.recommender import Answered, Card, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
 from llmrec.machine import step_back
+from llmrec.models.memory import free_bytes
 from llmrec.types import Item
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,17 @@ Reply = Answered | LlmrecError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The first message of an engine, once it is ready."""
+    """The message of an engine that is ready.
+
+    Attributes:
+        cards: The descriptions of its models.
+        scale: The lowest and highest rating, if ratings are predicted.
+        alone: Whether the GPU has no room for a second engine.
+    """
 
     cards: tuple[Card, ...]
     scale: tuple[float, float] | None
+    alone: bool = False
 
 
 class EngineLost(LlmrecError):
@@ -75,14 +83,25 @@ class Engine:
         """The id of the process."""
         return int(self._process.pid or 0)
 
-    def started(self) -> Started:
-        """Wait until the models are open.
+    def opened(self) -> None:
+        """Wait until all files but the weights of language models are read.
 
         Raises:
             LlmrecError: If the models cannot be opened.
             EngineLost: If the engine ended.
         """
         with self._lock:
+            result = self._receive()
+        if isinstance(result, LlmrecError):
+            raise result
+
+    def started(self) -> Started:
+        """Let an opened engine load its weights, and wait until it is ready; raises the errors of `opened`."""
+        with self._lock:
+            try:
+                self._line.send(None)
+            except OSError as error:
+                raise _lost() from error
             result = self._receive()
         if isinstance(result, LlmrecError):
             raise result
@@ -180,6 +199,8 @@ class Supervisor:
         self._options, self._names, self._changes = options, names, changes
         self._engine: Engine | None = None
         self._opening: set[Engine] = set()
+        # Whether the current engine, or the last one, leaves no room for a second.
+        self._alone = False
         self._closed = threading.Event()
         self._starting: threading.Thread | None = None
         # The first lock guards the current engine, the second its catalogue.
@@ -208,12 +229,21 @@ class Supervisor:
                 self._starting.start()
 
     def replace(self) -> None:
-        """Replace the engine by a new one that reads all files again; the old one answers until then.
+        """Replace the engine by a new one that reads all files again.
+
+        The old one answers until then. If the GPU has no room for both, it is closed as soon as the new one has read
+        all files but its weights, and nothing answers until these are loaded.
 
         Raises:
-            LlmrecError: If the new one cannot be started; the old one remains.
+            LlmrecError: If the new one cannot be started. The old one remains, or if it was closed, engines are started
+                in the background until one runs.
         """
-        old = self._put()
+        try:
+            old = self._put()
+        except BaseException:
+            if not self.ready and not (self._starting and self._starting.is_alive()):
+                self.start()
+            raise
         if old is not None:
             old.close()
 
@@ -320,6 +350,7 @@ class Supervisor:
                         raise EngineLost("the service is stopping", kind="failed")
                     old, self._engine = self._engine, engine
                     self.cards, self.scale, self.fault = cards, started.scale, None
+                    self._alone = started.alone
         except BaseException:
             engine.kill()
             raise
@@ -335,6 +366,9 @@ class Supervisor:
         try:
             if closed:
                 raise EngineLost("the service is stopping", kind="failed")
+            engine.opened()
+            if self._alone:
+                self._make_room()
             return engine, engine.started()
         except BaseException:
             engine.kill()
@@ -342,6 +376,14 @@ class Supervisor:
         finally:
             with self._lock:
                 self._opening.discard(engine)
+
+    def _make_room(self) -> None:
+        """Close the engine after its current call."""
+        with self._lock:
+            old, self._engine = self._engine, None
+        if old is not None:
+            log.warning("the GPU has no room for a second engine: nothing answers until the new one has its weights")
+            old.close()
 
 
 # --------------------------------------------------------------------------- inside the engine's process
@@ -362,13 +404,15 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
     step_back(_NICE)
     try:
         models = open_models(decided(options), names)
-        for model in models.opened.values():
-            if isinstance(model, LanguageModel):
-                model.warm()
+        line.send(None)
+        line.recv()
+        alone = warm(models)
     except LlmrecError as error:
         line.send(error)
         return
-    line.send(Started(cards=models.cards(), scale=models.scale))
+    except (EOFError, OSError):
+        return
+    line.send(Started(cards=models.cards(), scale=models.scale, alone=alone))
     try:
         while (message := line.recv()) is not None:
             name, arguments, streams = message
@@ -379,6 +423,17 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
         pass
     finally:
         models.close()
+
+
+def warm(models: Models) -> bool:
+    """Load the weights of language models, and return whether the GPU has no room for as much again."""
+    languages = [model for model in models.opened.values() if isinstance(model, LanguageModel)]
+    on_gpu = any(model.on_gpu for model in languages)
+    before = free_bytes() if on_gpu else 0
+    for model in languages:
+        model.warm()
+    after = free_bytes() if on_gpu else 0
+    return before - after > after
 
 
 def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Callable[[str], None] | None) -> Any:

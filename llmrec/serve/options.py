@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
-from llmrec.answer.options import About, RecommenderOptions
-from llmrec.recipe.shared import DTYPE, Dtype
+from llmrec.answer.options import About, BatchSize, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(ModelOptions):
     """A model, and the configuration of its service."""
 
     model: Annotated[
@@ -25,7 +24,6 @@ class ServeOptions:
             help="What answers, the default first; repeatable: tuned, untuned, a row of the report or a baseline.",
         ),
     ] = ()
-    items: Annotated[Path | None, About(help="Table of items: item_id, title. Default: the run's own data.")] = None
     host: Annotated[str, About(help="Address to listen at; 0.0.0.0 for all, which takes --keys.")] = "127.0.0.1"
     port: Annotated[int, About(least=0, help="Port; 0 takes a free one.")] = 8000
     store: Annotated[
@@ -35,34 +33,12 @@ class ServeOptions:
     keys: Annotated[Path | None, About(help="File of API keys, made by `llmrec serve-key`.")] = None
     per_minute: Annotated[int | None, About(least=1, help="Requests of one key or address in a minute.")] = None
     rules: Annotated[Path | None, About(help="YAML or JSON file of rules that always stand; see docs/serve.md.")] = None
-    backend: Annotated[
-        str, About(choices=("auto", "hf", "vllm", "openai"), help="Engine; auto: hf on a CPU, vllm on a GPU.")
-    ] = "auto"
-    server_url: Annotated[
-        tuple[str, ...],
-        About(
-            names=("--server-url",),
-            metavar="URL",
-            help="With --backend openai: the server; repeatable: servers of one model.",
-        ),
-    ] = ()
-    server_model: Annotated[str | None, About(metavar="NAME", help="With --backend openai: its model.")] = None
-    server_key_env: Annotated[
-        str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
-    ] = None
-    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of the weights.")] = DTYPE
-    noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
-    batch: Annotated[int, About(least=1, help="Questions that the engine is asked at once.")] = 32
+    batch: BatchSize = 32
     window: Annotated[int, About(least=0, help="Milliseconds that a question waits for others.")] = 5
     room: Annotated[int, About(least=1, help="Questions that may wait; more are refused with 429.")] = 256
     timeout: Annotated[int, About(least=1, help="Seconds that a question may take.")] = 60
     body_limit: Annotated[int, About(least=1024, help="Bytes of a body.")] = 1 << 20
     mcp: Annotated[bool, About(help="Offer the verbs to agents as well, at /mcp.")] = False
-
-    def recommender(self) -> RecommenderOptions:
-        """Return the options of the language model."""
-        shared = {option.name for option in fields(RecommenderOptions)} & {option.name for option in fields(self)}
-        return RecommenderOptions(**{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def make_service(options: ServeOptions) -> Any:
     from llmrec.serve.service import WAITS, Service, Settings
     from llmrec.serve.store import ServiceStore
 
-    asked = options.recommender()
+    asked = options.recommender(batch=options.batch)
     check_choices(asked)
     where = options.store or _default_store(options.model)
     settings = Settings(

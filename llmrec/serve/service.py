@@ -199,7 +199,13 @@ class Service:
                 known = await asyncio.to_thread(known_of, asked.model, asked.items)
                 await asyncio.to_thread(self.engine.replace)
             except LlmrecError as error:
-                raise EngineLost(f"what answered before answers on: {error}", kind=error.kind) from error
+                state = (
+                    "what answered before answers on"
+                    if self.engine.ready
+                    else "what answered before was closed, since the GPU has no room for two engines, and an engine is "
+                    "started again and again until it runs"
+                )
+                raise EngineLost(f"{state}: {error}", kind=error.kind) from error
             catalogue = Catalogue(known.items)
             async with self._changing:
                 catalogue.change(*await self._read(lambda: _changes(self.store)))

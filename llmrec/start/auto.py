@@ -51,7 +51,8 @@ MODEL = "with-model"
 _USERS = 200
 # With fewer training tokens a model of 135 M parameters was worse than a Markov chain on every data set of docs/log.md.
 _LEAST_TOKENS = 1_000_000
-# Training tokens per second, and seconds per search of the catalogue, by device: two cores; one H100.
+# Training tokens per second, and seconds per search of the catalogue, by device: two cores, measured;
+# one H100, estimated and not measured.
 _TRAINS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
 _ASKS = {"cpu": 1.5, "cuda": 0.1}
 _START = 60.0

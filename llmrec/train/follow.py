@@ -156,6 +156,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self._best = best
         self.records: list[dict[str, Any]] = []
+        # Norm of the last step's gradient.
+        self._norm: float | None = None
         # Seconds that killed invocations spent up to the step that this one continues from.
         self.before = 0.0
         self._begin = time.monotonic()
@@ -222,12 +224,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if not math.isfinite(float(logs["loss"])):
             self._bar.stop(failed=True)
-            raise LlmrecError(
-                f"training: the loss is {logs['loss']} at step {step}; "
-                "lower train.learning_rate, or set model.dtype=float32",
-                kind="failed",
-                column="train.learning_rate",
-            )
+            raise self._diverged(step, logs["loss"])
+        self._norm = float(logs["grad_norm"]) if "grad_norm" in logs else None
         due = step % self._section.valid_every == 0 or step == state.max_steps
         looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
         figures = {name: float(value) for name, value in logs.items() if "/" in name}
@@ -254,6 +252,21 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Close the progress bar."""
         self._bar.stop()
+
+    def _diverged(self, step: int, loss: object) -> LlmrecError:
+        """Return the error for a loss that is no finite number, with what the gradient of the step before says."""
+        before = "" if self._norm is None else f", after a gradient of norm {self._norm:g} at step {step - 1}"
+        column, advice = "train.learning_rate", "lower train.learning_rate, or set model.dtype=float32"
+        if self._norm is not None and not math.isfinite(self._norm):
+            # The loss of that step was finite: its backward pass failed, whatever the learning rate.
+            column = "model.dtype"
+            advice = (
+                "its loss was finite, so the backward pass overflowed or its attention kernel is faulty, and a lower "
+                "train.learning_rate does not help; set model.dtype=float32, or train.packing=none if rows are packed"
+            )
+        return LlmrecError(
+            f"training: the loss is {loss} at step {step}{before}; {advice}", kind="failed", column=column
+        )
 
     def _record(self, record: dict[str, Any]) -> None:
         record["tokens_per_second"] = self.speed()

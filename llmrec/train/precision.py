@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmrec.models.load import cpu_has_bf16, gpu_has_bf16
+from llmrec.machine import cpu_has_bf16, gpu_has_bf16
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from trl import SFTConfig, SFTTrainer
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.durable import replacing, seal
 from llmrec.errors import LlmrecError, RecipeError
+from llmrec.machine import has_cuda
 from llmrec.models import bottleneck
-from llmrec.models.load import has_cuda
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.soft_prompt import SoftPrompt
 from llmrec.models.traits import is_paired, takes_block_mask
@@ -284,9 +284,6 @@ def train(
         recompute(model)
     if listwise is not None and listwise.preference is not None:
         without_dropout(model)
-    if steps and steps[0].bins:
-        for item in (model, *([taught.teacher] if taught else [])):
-            check_packing(item, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
     by = state_loss(model, section, head, soft, taught, loss.items)
     seen = None if by is taught else by
@@ -317,7 +314,6 @@ def train(
     log_file = folder / "train_log.jsonl"
     follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world)
     if objective is not None:
-        check_packing(model, "train.reward=null")
         follow.told = objective.told
     pruning = [] if section.prune is None else [magnitude.Prune(model, section.prune, len(order))]
     scaled = half(model, device) == torch.float16
@@ -344,6 +340,12 @@ def train(
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
     # Rollouts are drawn without autocast.
     trainer.autocast = half(model, device) is not None and objective is None
+    # The trainer has put the model on its device, whose attention kernels are the ones to check.
+    if steps and steps[0].bins:
+        for item in (model, *([taught.teacher] if taught else [])):
+            check_packing(item, "train.packing=none" if listwise is None else _no_lists(listwise))
+    if objective is not None:
+        check_packing(model, "train.reward=null")
     checkpoint = _checkpoint(folder / "checkpoints", world, sharded=kind == SHARDED)
     if checkpoint is not None:
         restore_words(model, checkpoint)

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from llmrec.answer import language_model, opening
+from llmrec.answer.checks import engine_section
 from llmrec.answer.language_model import LanguageModel
+from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.recommender import Answered
@@ -193,11 +196,45 @@ def test_a_closed_recommender_loads_nothing_anew(llama_folder: Path, tmp_path: P
         ({"rationale": -1}, Facts("bad-value", column="--rationale", says="less than 0")),
         ({"dtype": "float8"}, Facts("unknown-name", column="--dtype", says="known: auto, float32, bfloat16, float16")),
         ({"candidates": "al"}, Facts("unknown-name", column="--candidates", says="did you mean 'all'")),
+        ({"backend": "hf", "gpu_memory": 0.5}, Facts("contradiction", column="--gpu-memory", says="--backend vllm")),
+        ({"backend": "hf", "tensor_parallel": 2}, Facts("contradiction", column="--tensor-parallel", says="is hf")),
+        ({"backend": "openai", "enforce_eager": True}, Facts("contradiction", column="--enforce-eager", says="openai")),
     ],
 )
 def test_options_are_checked_without_a_command_line(changes: dict[str, Any], facts: Facts) -> None:
     with raises(RecipeError, facts):
         LanguageModel.open(RecommenderOptions(model="nowhere", **changes))
+
+
+def test_options_of_vllm_are_those_of_an_evaluation(llama_folder: Path, tmp_path: Path) -> None:
+    asked = {"gpu_memory": 0.4, "tensor_parallel": 2, "enforce_eager": True}
+    section = engine_section(RecommenderOptions(model="m", **asked))  # type: ignore[arg-type]
+    assert section.backend == "auto" and {name: getattr(section, name) for name in asked} == asked
+    for value in (0.0, 2.0):
+        with raises(RecipeError, Facts("bad-value", column="--gpu-memory", says="--gpu-memory")):
+            LanguageModel.open(plain(llama_folder, tmp_path, backend="auto", gpu_memory=value))
+    # There is no second GPU, and the CPU is not taken without a word.
+    with raises(RecipeError, Facts("unsupported", column="eval.tensor_parallel", says=("--tensor-parallel", "0 GPUs"))):
+        LanguageModel.open(plain(llama_folder, tmp_path, backend="auto", tensor_parallel=2))
+
+
+def test_two_language_models_share_a_gpu(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "free_share", lambda gpus: 0.8 / gpus)
+    plain = RecommenderOptions(model=str(run))
+
+    def shares(names: tuple[str, ...], options: RecommenderOptions = plain) -> list[float | None]:
+        models = open_models(options, names)
+        models.close()
+        return [model.options.gpu_memory for model in models.opened.values() if isinstance(model, LanguageModel)]
+
+    assert shares(("tuned", "untuned")) == [None, None]
+    monkeypatch.setattr(language_model, "on_gpu", lambda options, bundle: True)
+    assert shares(("tuned", "untuned")) == [0.4, 0.4]
+    assert shares(("tuned",)) == [None] and shares(("untuned", "popularity")) == [None]
+    assert shares(("tuned", "untuned"), replace(plain, gpu_memory=0.3)) == [0.3, 0.3]
+    # One engine for both takes all that is free.
+    monkeypatch.setattr(engines, "_on_gpu", lambda model: True)
+    assert shares(("tuned", "untuned")) == [None, None]
 
 
 def test_a_recommender_that_fails_to_open_leaves_nothing(llama_folder: Path, tmp_path: Path) -> None:

@@ -1,22 +1,24 @@
-"""Where models run, on machines that are made up: a GPU that torch cannot use, a Turing card, a Pascal card."""
+"""Where models run, on machines that are made up: a GPU that torch cannot use, a Hopper, a Turing, a Pascal card."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from llmrec import machine
 from llmrec.cli.main import app
 from llmrec.errors import ModelError, RecipeError
 from llmrec.models import load
 from llmrec.pipeline import engines
-from llmrec.recipe.schema import EvalSection, ModelSection
+from llmrec.recipe.schema import EvalSection, ModelSection, RQVAEIndex
 from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
@@ -27,9 +29,12 @@ AUTO, CPU, CUDA = (ModelSection(device=name) for name in ("auto", "cpu", "cuda")
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    load._nvidia_gpu.cache_clear()
+    cached = (machine._nvidia_gpu, machine._prepare_cuda)
+    for function in cached:
+        function.cache_clear()
     yield
-    load._nvidia_gpu.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -94,7 +99,102 @@ def test_a_card_older_than_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatc
     card(monkeypatch, (6, 1))
     with raises(ModelError, Facts("unsupported", column="model.device", says=("Card", "6.1 is below 7.5"))):
         load.device(AUTO)
-    assert not load.has_cuda()
+    assert not machine.has_cuda()
+
+
+class Moved(Exception):
+    """Raised in place of a move to the GPU."""
+
+
+def _engine(folder: Path, out: Path) -> None:
+    from llmrec.pipeline.resume import Budget
+
+    encoder: Any = SimpleNamespace(digest="d", max_length=512)
+    opened = engines.Engines(AUTO, EvalSection(backend="hf"), encoder, 0, Budget(quiet=True), None)
+    opened.get("hf", str(folder), "w").start()
+
+
+def _text_encoder(folder: Path, out: Path) -> None:
+    from llmrec.models.text_encoder import open_encoder
+
+    open_encoder(str(folder))
+
+
+def _sequence_network(folder: Path, out: Path) -> None:
+    from llmrec.baselines.sasrec import SASRec
+    from tests.baselines.test_networks_on_gpu import scores
+
+    scores(SASRec, "auto")
+
+
+def _rq_vae(folder: Path, out: Path) -> None:
+    from llmrec.index import semantic
+
+    semantic.fit(np.zeros((4, 2), dtype=np.float32), RQVAEIndex(), 2, 2, quiet=True)
+
+
+def _end_states(folder: Path, out: Path) -> None:
+    from llmrec.systems.m6.end_states import EndStates
+
+    EndStates(str(folder), half=False)
+
+
+def _training(folder: Path, out: Path) -> None:
+    from tests.train.test_training import run
+
+    run(folder, out, steps=1)
+
+
+@pytest.mark.parametrize("path", [_engine, _text_encoder, _sequence_network, _rq_vae, _end_states, _training])
+def test_cudnn_attention_is_off_before_anything_is_on_a_gpu(
+    path: Callable[[Path, Path], None], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    from llmrec.train import sft
+
+    card(monkeypatch, (9, 0))
+    settings: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    for kind in (torch.nn.Module, torch.Tensor):
+
+        def move(self: Any, *args: Any, to: Any = kind.to, **kwargs: Any) -> Any:
+            if any(str(value).startswith("cuda") for value in (*args, *kwargs.values())):
+                raise Moved
+            return to(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "to", move)
+
+    def configured(**given: Any) -> None:
+        if not given["use_cpu"]:
+            raise Moved
+
+    # The trainer moves a model by itself.
+    monkeypatch.setattr(sft, "SFTConfig", configured)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with pytest.raises(Moved):
+        path(llama_folder, tmp_path)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and settings == ["expandable_segments:True"]
+
+
+def test_a_user_s_settings_of_the_allocator_stay_and_no_process_inherits_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (9, 0))
+    settings: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    before = dict(os.environ)
+    assert machine.has_cuda() and settings == ["expandable_segments:True"] and dict(os.environ) == before
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "backend:native")
+            machine._prepare_cuda.cache_clear()
+            assert machine.has_cuda() and len(settings) == 1
+
+
+def test_only_one_function_says_whether_there_is_a_gpu_for_models() -> None:
+    """What asks torch itself would pass by the preparation."""
+    root = Path(machine.__file__).parent
+    asks = {str(file.relative_to(root)) for file in root.rglob("*.py") if "cuda.is_available" in file.read_text()}
+    # The last two wait for queued work, and free memory.
+    assert asks == {"machine.py", "train/follow.py", "models/load.py"}
 
 
 @pytest.mark.parametrize(("capability", "dtype", "autocasts"), [((7, 5), "float16", False), ((8, 9), "bfloat16", True)])
@@ -130,7 +230,16 @@ class _Platform:
 
 @pytest.mark.parametrize(
     ("free", "given", "share"),
-    [(80, None, 0.92), (40, None, 0.475), (77.6, None, 0.92), (4, None, 0.0475), (40, 0.3, 0.3), (40, 0.9, 0.9)],
+    [
+        (80, None, 0.92),
+        # Less 0.75 GiB for the context of the engine's process.
+        (40, None, 39.25 / 80),
+        (74.4, None, 0.92),
+        (8, None, 7.25 / 80),
+        (0.5, None, 0.01),
+        (40, 0.3, 0.3),
+        (40, 0.9, 0.9),
+    ],
 )
 def test_vllm_takes_what_is_free_on_a_shared_card(
     free: float, given: float | None, share: float, monkeypatch: pytest.MonkeyPatch
@@ -200,11 +309,11 @@ def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * 2**30, 80 * 2**30))
     alone = _started(monkeypatch, on_cpu=False)
     assert (alone["tensor_parallel_size"], alone["pipeline_parallel_size"], alone["enforce_eager"]) == (1, 1, False)
-    assert alone["gpu_memory_utilization"] == pytest.approx(0.95 * 60 / 80)
+    assert alone["gpu_memory_utilization"] == pytest.approx(59.25 / 80)
     shared = _started(monkeypatch, on_cpu=False, tensor_parallel=2, pipeline_parallel=2, eager=True)
     assert (shared["tensor_parallel_size"], shared["pipeline_parallel_size"], shared["enforce_eager"]) == (2, 2, True)
     # vLLM takes the same share of each GPU, so the fullest decides.
-    assert shared["gpu_memory_utilization"] == pytest.approx(0.95 * 20 / 80)
+    assert shared["gpu_memory_utilization"] == pytest.approx(19.25 / 80)
     assert _started(monkeypatch, on_cpu=True, tensor_parallel=2)["tensor_parallel_size"] == 2
 
 

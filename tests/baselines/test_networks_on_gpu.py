@@ -55,7 +55,7 @@ def test_an_rq_vae_learns_on_a_gpu_what_it_learns_on_a_cpu(monkeypatch: pytest.M
     section = RQVAEIndex(hidden=(10,), dim=4, epochs=3, batch=32)
     # More codewords than vectors choose, so that some are moved.
     expected = semantic.fit(x, section, 2, 30, quiet=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(semantic, "has_cuda", lambda: True)
     with fake_cuda():
         found = semantic.fit(x, section, 2, 30, quiet=True)
         kept = semantic.fit(x, section.model_copy(update={"device": "cpu"}), 2, 30, quiet=True)
@@ -64,8 +64,11 @@ def test_an_rq_vae_learns_on_a_gpu_what_it_learns_on_a_cpu(monkeypatch: pytest.M
     assert found.error == pytest.approx(expected.error, abs=1e-4)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize("there", [False, True], ids=["no GPU", "no kernels for it"])
+def test_a_gpu_that_torch_cannot_use_is_refused(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     with raises(RecipeError, Facts("unsupported", column="device")):
         scores(SASRec, "cuda")
     x = np.zeros((4, 2), dtype=np.float32)

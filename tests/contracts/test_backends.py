@@ -119,6 +119,9 @@ def test_embeds_or_says_that_it_does_not(backend: Backend) -> None:
         vectors = backend.embed(["Heat", "Fargo", "Heat"])
         assert vectors.shape[0] == 3
         assert vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
+        # Padding beside a longer text changes nothing.
+        alone = backend.embed(["Heat"])[0]
+        assert backend.embed(["The kitchen is quiet and easy to clean", "Heat"])[1] == pytest.approx(alone, abs=1e-5)
     else:
         with raises(BackendError, Facts("unsupported", column="eval.backend", says="hf")):
             backend.embed(["Heat"])

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,10 @@ import pytest
 from safetensors.torch import load_file
 
 from llmrec.answer.rank.run import rank_file
+from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.assemble import read_items
 from llmrec.errors import DataError, LlmrecError
-from llmrec.exports import card_facts, export
+from llmrec.exports import agreement, card_facts, export
 from llmrec.exports import files as placing
 from llmrec.exports.export import Exported
 from llmrec.exports.files import verify
@@ -54,7 +56,7 @@ SMALL = (
     "tasks.rating={templates: [list-ratings]}",
     "tasks.direct={templates: [after-history], strategies: [label]}",
     "tasks.explanation=null",
-    "eval={users: 6, backend: hf, bootstrap: 50, candidates: {count: 5}, arms: [tuned, zero-shot]}",
+    "eval={users: 6, backend: hf, batch_tokens: 777, bootstrap: 50, candidates: {count: 5}, arms: [tuned, zero-shot]}",
 )
 MODEL_FILES = {
     *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -90,6 +92,12 @@ def run(evaluated: Path, tmp_path: Path) -> Path:
 
 def write(run: Path, out: Path, **options: Any) -> Exported:
     return export.export(run, out, **{"check_users": 0, **options})
+
+
+def _noted(opened: list[int], *args: Any, **options: Any) -> HFBackend:
+    backend = HFBackend(*args, **options)
+    opened.append(backend.batch_tokens)
+    return backend
 
 
 def logits(model: Any) -> Any:
@@ -256,12 +264,18 @@ def test_a_base_model_is_named_without_the_folders_of_the_machine(
 
 
 @pytest.mark.parametrize("kind", ["llama_folder", "qwen_folder"])
-def test_merged_weights_answer_like_base_and_adapter(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_merged_weights_answer_like_base_and_adapter(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import peft
 
     base = request.getfixturevalue(kind)
     run = trained(base, tmp_path / "run")
+    opened: list[int] = []
+    monkeypatch.setattr(agreement, "HFBackend", partial(_noted, opened))
     done = write(run, tmp_path / "out", check_users=2)
+    # Adapter and export are asked as the recipe says.
+    assert opened == [777, 777]
     plain = load_model(str(base), section(base))
     before = logits(plain).clone()
     live = logits(peft.PeftModel.from_pretrained(plain, run / "adapter"))

@@ -84,6 +84,18 @@ def test_a_full_gpu_is_one_line_that_names_what_makes_it_smaller() -> None:
         reporting_full_memory("asking the model", ASKING, "eval.batch_tokens"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    # An export cannot change the keys of the run that it reads.
+    with (
+        raises(LlmrecError, Facts("exhausted", column="--check-users", says=("measuring", "fewer"))),
+        reporting_full_memory("measuring", "give fewer", "--check-users", instead=True),
+        reporting_full_memory("asking the model", ASKING, "eval.batch_tokens"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        raises(LlmrecError, Facts("bad-value", says="another fault")),
+        reporting_full_memory("measuring", "give fewer", "--check-users", instead=True),
+    ):
+        raise LlmrecError("another fault", kind="bad-value")
 
 
 class _Model:

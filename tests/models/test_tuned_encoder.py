@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import pytest
 
 from llmrec.errors import ModelError
+from llmrec.models import text_encoder
 from llmrec.models.text_encoder import TunedEncoder, encode_texts
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
+from transformers import BertModel  # noqa: E402
 
 TEXTS = ["a long garden hose", "toy", "the wooden toy train with rails", "a knife", "knife"]
 
@@ -45,6 +49,28 @@ def test_neither_order_nor_company_of_texts_changes_a_vector() -> None:
         alone = torch.cat([encoder([row]) for row in range(len(TEXTS))])
         together = encoder([4, 3, 2, 1, 0]).flip(0)
     assert torch.allclose(alone, together, atol=0.02)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["Ampere", "Turing"])
+def test_on_a_gpu_it_learns_in_bfloat16_where_that_is_native(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    casts: list[tuple[str, object, bool]] = []
+
+    def autocast(device: str, dtype: object, enabled: bool) -> AbstractContextManager[None]:
+        casts.append((device, dtype, enabled))
+        return nullcontext()
+
+    move = torch.Tensor.to
+
+    def stay(tensor: torch.Tensor, *args: object, device: object = None, **kwargs: object) -> torch.Tensor:
+        return move(tensor, *[value for value in args if not isinstance(value, torch.device)], **kwargs)
+
+    encoder = TunedEncoder(tiny_encoder(), TEXTS, blocks=1)
+    monkeypatch.setattr(BertModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    monkeypatch.setattr(text_encoder, "gpu_has_bf16", lambda: native)
+    monkeypatch.setattr(torch, "autocast", autocast)
+    encoder([0, 4])
+    assert casts == [("cuda", torch.bfloat16, native)]
 
 
 def test_more_blocks_than_there_are_are_refused() -> None:

@@ -655,6 +655,14 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
 # --------------------------------------------------------------------------- the gate
 
 
+def test_the_model_is_asked_on_the_device_of_the_recipe(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(audit, "device", lambda section: "meta")
+    monkeypatch.setattr(audit, "memorisation", lambda backend, data, seed: asked.append(backend.model.device.type))
+    audit._memory(study)
+    assert asked == ["meta"]
+
+
 def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
     of = write_json(tmp_path / "results.json", {})
     audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))], of=of)

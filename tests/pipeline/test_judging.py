@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.objectives import Judge
@@ -48,6 +49,21 @@ def test_a_model_in_training_is_measured_beside_classic_recommenders(llama_folde
     # Popularity on the same cases, and the exact chance of a random order of five.
     assert {"random", "popularity", "markov-1", "fusion"} <= set(judged["controls"])
     assert judged["controls"]["random"] == pytest.approx(0.5897, abs=1e-3)
+
+
+def test_the_judge_reads_no_more_tokens_at_a_time_than_the_recipe_says(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[HFBackend] = []
+    made = HFBackend.__init__
+
+    def noted(self: HFBackend, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(HFBackend, "__init__", noted)
+    _train(llama_folder, tmp_path / "run", "train.steps=1", "eval.batch_tokens=777")
+    assert opened and {backend.batch_tokens for backend in opened} == {777}
 
 
 def test_a_model_that_ranks_the_catalogue_is_judged_over_the_catalogue(llama_folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """An engine process without a model: it starts in a moment, ranks by id, and does as it is told.
 
-Its ``model`` is a file of JSON that says how it starts: ``{"seconds": 0.5}`` slowly, ``{"fails": true}`` not at all.
+Its ``model`` is a file of JSON that says how it starts: ``{"seconds": 0.5}`` slowly, ``{"fails": true}`` not at all,
+``{"gpu": FILE}`` on a GPU that holds one engine, ``{"full": true}`` not once its weights are loaded.
 Of a request the profile says what happens: ``sleep 0.5``, ``wait FILE`` until that is there, ``die``, ``defect`` or
 ``refuse``.
 """
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import Answered, Kind, Question, Recommender
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, ModelError
+from llmrec.machine import lock
 from llmrec.serve import engine
 from llmrec.serve import service as serving
 from llmrec.serve.app import make_app
@@ -114,9 +117,19 @@ def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
     return FakeModels(opened={"fake": Model(items)}, items=items, data=None, scale=None, blank=cast(Any, None))
 
 
+def load_weights(told: dict[str, Any], models: Models) -> bool:
+    """Take the GPU until the process ends, and return whether there is one."""
+    if told.get("full"):
+        raise ModelError("the GPU is full", kind="exhausted")
+    if (gpu := told.get("gpu")) is not None and not lock(os.open(gpu, os.O_CREAT | os.O_RDWR)):
+        raise ModelError("another engine is on the GPU", kind="exhausted")
+    return gpu is not None
+
+
 def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: Noted) -> None:
     """What runs in the engine's process."""
-    vars(engine).update(open_models=open_fake, decided=lambda options: options)
+    told = json.loads(Path(options.model).read_text(encoding="utf-8"))
+    vars(engine).update(open_models=open_fake, decided=lambda options: options, warm=partial(load_weights, told))
     engine._work(line, options, names, noted)
 
 

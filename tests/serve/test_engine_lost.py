@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,6 +24,7 @@ pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
 from llmrec.answer.known import Histories, Known
+from llmrec.answer.language_model import LanguageModel
 from llmrec.errors import LlmrecError
 from llmrec.serve import engine
 from llmrec.serve.app import make_app
@@ -218,6 +221,65 @@ def test_a_new_engine_that_does_not_start_leaves_the_old_one(faked: Faked) -> No
         told(faked.folder)
     assert faked.service.engine.pid == pid and listed(ask(faked)) == list(ITEMS)
     assert httpx.get(f"{faked.url}/v1/models").json() == models
+
+
+def test_on_a_gpu_without_room_for_two_the_old_engine_is_closed_first(faked: Faked, tmp_path: Path) -> None:
+    engine, gpu = faked.service.engine, str(tmp_path / "gpu")
+    reload = partial(httpx.post, f"{faked.url}/v1/reload", timeout=_LONG)
+    try:
+        told(faked.folder, gpu=gpu)
+        assert reload().status_code == 200
+        first = engine.pid
+        # Both would not fit: this one starts after the other has ended.
+        assert reload().status_code == 200
+        second = engine.pid
+        assert first != second and listed(ask(faked)) == list(ITEMS)
+        # Files that cannot be read are found before.
+        told(faked.folder, gpu=gpu, fails=True)
+        answer = reload()
+        assert failure(answer)["kind"] == "damaged" and "answers on" in failure(answer)["message"]
+        assert engine.pid == second and listed(ask(faked)) == list(ITEMS)
+        # Weights that do not fit are found after, and then engines are started until one runs.
+        told(faked.folder, gpu=gpu, full=True)
+        answer = reload()
+        assert failure(answer)["kind"] == "exhausted" and "was closed" in failure(answer)["message"]
+        assert ask(faked).status_code == 503
+    finally:
+        told(faked.folder)
+    wait_ready(faked.url)
+    assert listed(ask(faked)) == list(ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "free", "alone"),
+    [
+        (True, [80, 7], True),
+        (True, [80, 45], False),
+        (True, [24, 15], False),
+        (True, [24, 11], True),
+        (False, [], False),
+    ],
+)
+def test_whether_a_gpu_has_room_for_a_second_engine_is_measured(
+    on_gpu: bool, free: list[int], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Language(LanguageModel):
+        """Its weights take what the second measurement lacks."""
+
+        def __init__(self) -> None:
+            self.warmed = False
+
+        def warm(self) -> None:
+            self.warmed = True
+
+        @property
+        def on_gpu(self) -> bool:
+            return on_gpu
+
+    model, left = Language(), iter(free)
+    monkeypatch.setattr(engine, "free_bytes", lambda: next(left) * 2**30)
+    models = SimpleNamespace(opened={"tuned": model, "popularity": object()})
+    assert engine.warm(models) is alone and model.warmed  # type: ignore[arg-type]
 
 
 def test_two_cannot_be_read_anew_at_a_time(faked: Faked) -> None:

@@ -278,6 +278,24 @@ def test_training_on_packed_steps_ends_where_plain_steps_end(llama_folder: Path,
     assert one.target_tokens == two.target_tokens
 
 
+def test_packing_is_checked_after_the_model_is_on_its_device(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Trainer(sft.LabelRowTrainer):
+        """Puts the model where it is trained, as every trainer does."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            calls.append("placed")
+
+    monkeypatch.setattr(sft, "LabelRowTrainer", Trainer)
+    monkeypatch.setattr(sft, "check_packing", lambda *_: calls.append("checked"))
+    tuned(llama_folder, tmp_path, plan(iter(user_rows()[:20]), steps=1, batch_tokens=400, seed=0, width=100))
+    assert calls == ["placed", "checked"]
+
+
 def test_models_that_do_not_read_the_mask_are_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
     sft.check_packing(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llmrec.backends.encode import Encoder
-from llmrec.errors import RecipeError
+from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, precision, sft
@@ -80,6 +81,43 @@ def test_merged_weights_answer_like_the_adapter(llama_folder: Path, tmp_path: Pa
     with torch.no_grad():
         assert torch.allclose(model.eval()(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-3)
     assert not list((tmp_path / "merged").glob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    ("faulty", "column", "says"),
+    [
+        ("backward", "model.dtype", ("at step 3, after a gradient of norm nan at step 2", "float32", "does not help")),
+        ("forward", "train.learning_rate", ("at step 2, after a gradient of norm", "lower train.learning_rate")),
+    ],
+)
+def test_a_loss_that_is_no_number_is_one_line_that_says_why(
+    faulty: str,
+    column: str,
+    says: tuple[str, ...],
+    llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = lora.load_trainable
+
+    def loaded(*args: Any) -> Any:
+        model, passes = load(*args), count(1)
+
+        def spoil(value: Any) -> Any:
+            return value * (math.nan if next(passes) == 2 else 1.0)
+
+        if faulty == "backward":
+            # As a faulty kernel of attention does: the loss of this step is right.
+            next(weight for weight in model.parameters() if weight.requires_grad).register_hook(spoil)
+        else:
+            model.get_input_embeddings().register_forward_hook(
+                lambda layer, _, states: spoil(states) if layer.training else None
+            )
+        return model
+
+    monkeypatch.setattr(lora, "load_trainable", loaded)
+    with raises(LlmrecError, Facts("failed", column=column, says=("the loss is nan", *says))):
+        run(llama_folder, tmp_path, steps=4)
 
 
 def test_nf4_runs_on_the_cpu(llama_folder: Path, tmp_path: Path) -> None:

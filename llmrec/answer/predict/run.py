@@ -9,7 +9,6 @@ from itertools import islice
 from llmrec.answer.checks import decided
 from llmrec.answer.known import read_known
 from llmrec.answer.language_model import LanguageModel
-from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.prompting import CONTEXT, value_of
 from llmrec.answer.rank.outputs import check_out, write_summary
@@ -34,9 +33,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     check_out(options.out, (options.requests, options.items), option="--out", by="predict")
     source = open_requests(options.requests)
     stored = options.out.with_name(options.out.name + ".answers.sqlite")
-    asked = RecommenderOptions(
-        model=options.model, items=options.items, backend=options.backend, dtype=options.dtype, batch=options.batch
-    )
+    asked = options.recommender(batch=options.batch)
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (

@@ -13,7 +13,7 @@ from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import Wanted
 from llmrec.answer.loaded import Loaded
 from llmrec.answer.opening import Models, offered, open_classics, open_models, own_name
-from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.options import ModelOptions, RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest, identity
@@ -28,7 +28,7 @@ from llmrec.types import Item, Unparsed
 _SHARED = ("items", "candidates", "settings", "top", "batch")
 # Options for ranking with a folder's language model, and for opening it.
 _ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse", "rationale")
-_OPENED = ("backend", "server_url", "server_model", "server_key_env", "noun", "max_length", "dtype")
+_OPENED = (*(field.name for field in fields(ModelOptions) if field.name not in ("model", "items")), "max_length")
 
 
 def resolved(options: RankOptions) -> RankOptions:

@@ -33,6 +33,8 @@ TABLE = "recommendations"
 """The table in a database; it is replaced in one transaction."""
 
 _PART = 256
+# Options that no list depends on.
+_NEUTRAL = frozenset({"gpu_memory", "enforce_eager"})
 _DATABASES = (".db", ".sqlite", ".sqlite3")
 _COLUMNS = ("user_id", "rank", "item_id", "title", "score", "error")
 _TABLE_COLUMNS = (
@@ -67,7 +69,9 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
             )
         opened.enter_context(locked(_parts(to), _own))
         users, signature = rec.users[: options.limit], rec.signature()
-        asks = {name.name: repr(getattr(options, name.name)) for name in fields(RecommenderOptions)}
+        # After an engine that did not fit, a smaller one continues.
+        changing = [field.name for field in fields(RecommenderOptions) if field.name not in _NEUTRAL]
+        asks = {name: repr(getattr(options, name)) for name in changing}
         key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
         if options.restart:
             for path in _parts(to).glob("part-*.parquet"):

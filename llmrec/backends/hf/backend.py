@@ -276,7 +276,7 @@ class HFBackend:
         torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
         result: list[Read | None] = [None] * len(prompts)
         for batch in self._batches([len(ids) for ids in encoded]):
-            ids, mask = self._left_padded([encoded[i] for i in batch])
+            ids, mask = self._padded([encoded[i] for i in batch])
             with torch.inference_mode():
                 values = self._head.ratings(last_states(self.model, ids, mask))
             for i, value in zip(batch, values, strict=True):
@@ -289,14 +289,18 @@ class HFBackend:
         """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
         torch = self._torch
         vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), dtype=np.float32)
-        for i, text in enumerate(texts):
-            ids = torch.tensor([self.encoder.piece(text)], device=self.model.device)
+        encoded = [self.encoder.piece(text) for text in texts]
+        for batch in self._batches([len(ids) for ids in encoded]):
+            # Padded on the right, so that positions are those of a text alone.
+            ids, mask = self._padded([encoded[i] for i in batch], right=True)
             with torch.inference_mode():
                 if self._paired:
-                    hidden = self.model.get_encoder()(input_ids=ids).last_hidden_state
+                    hidden = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
                 else:
-                    hidden = self.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-            vectors[i] = hidden[0].float().mean(dim=0).cpu().numpy()
+                    output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+                    hidden = output.hidden_states[-1]
+            weights = mask[:, :, None]
+            vectors[batch] = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
         return vectors
 
     def close(self) -> None:
@@ -357,7 +361,7 @@ class HFBackend:
 
     def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
         torch, tokenizer = self._torch, self.encoder.tokenizer
-        rows, mask = self._left_padded(prompts)
+        rows, mask = self._padded(prompts)
         options = _Stopping(stop_strings=[stop], tokenizer=tokenizer) if stop is not None else _Stopping()
         streamer: Counting | Listening = Counting(len(prompts), max_tokens)
         if self.listener is not None and len(prompts) == 1 and not self._paired:
@@ -377,14 +381,14 @@ class HFBackend:
             for row, ids in zip(output, prompts, strict=True)
         ]
 
-    def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[Any, Any]:
-        """Return prompts padded on the left, for an encoder on the right, with their mask."""
+    def _padded(self, prompts: Sequence[Sequence[int]], *, right: bool = False) -> tuple[Any, Any]:
+        """Return prompts padded on the left, or on the right (always so for an encoder), with their mask."""
         torch, longest = self._torch, max(map(len, prompts))
         rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
         mask = torch.zeros_like(rows)
         for row, ids in enumerate(prompts):
             # A decoder continues at the prompt's end; an encoder counts positions from its beginning.
-            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
+            place = slice(0, len(ids)) if right or self._paired else slice(longest - len(ids), longest)
             rows[row, place] = torch.tensor(ids, device=rows.device)
             mask[row, place] = 1
         return rows, mask

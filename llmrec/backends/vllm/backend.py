@@ -297,6 +297,10 @@ log = logging.getLogger(__name__)
 _MAX_IDS = 128
 # vLLM's default share of a GPU's memory.
 _MOST_MEMORY = 0.92
+# On a full GPU: vLLM then reports what is missing.
+_LEAST_MEMORY = 0.01
+# Bytes for the CUDA context of vLLM's process, estimated at 0.3 to 0.55 GiB, and a margin.
+_CONTEXT = 0.75 * GIB
 # The largest cache of a small model without a known workload.
 _UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
 INSTEAD = "eval.backend=hf (as an option: --backend hf)"
@@ -306,11 +310,12 @@ INSTEAD = "eval.backend=hf (as an option: --backend hf)"
 def free_share(gpus: int = 1) -> float:
     """Return the share of a GPU's memory that is free for an engine: vLLM rejects more.
 
-    With several GPUs it is that of the fullest, since vLLM takes the same share of each.
+    vLLM compares it with what is free once its process has its own CUDA context. With several GPUs it is the share of
+    the fullest, since vLLM takes the same share of each.
     """
     cuda = require("torch", "train").cuda
-    shares = [0.95 * float(free) / float(total) for free, total in map(cuda.mem_get_info, range(gpus))]
-    return min(_MOST_MEMORY, *shares)
+    shares: list[float] = [(free - _CONTEXT) / total for free, total in map(cuda.mem_get_info, range(gpus))]
+    return max(_LEAST_MEMORY, min(_MOST_MEMORY, *shares))
 
 
 class _Options(TypedDict, total=False):
@@ -731,7 +736,7 @@ def _short(folder: str, need: str, node: Node) -> EngineFailure:
 def _not_started(folder: str, error: Exception, asked: str, node: Node) -> EngineFailure:
     return EngineFailure(
         f"vLLM could not start on {folder}: {_cause(error)} (it asked for {asked}, and {_free(node)}); try {INSTEAD}, "
-        "a smaller eval.gpu_memory on a GPU, or llmrec doctor",
+        "a smaller eval.gpu_memory (--gpu-memory) on a GPU, or llmrec doctor",
         kind="failed",
         at=folder,
         column="eval.backend",

@@ -20,8 +20,9 @@ import numpy as np
 from llmrec.backends.encode import Encoder
 from llmrec.durable import replacing
 from llmrec.errors import ModelError, require
+from llmrec.machine import has_cuda
 from llmrec.models.exits import check
-from llmrec.models.load import BUNDLE, has_cuda, load_model, load_tokenizer, resolve, weights_stamp
+from llmrec.models.load import BUNDLE, load_model, load_tokenizer, resolve, weights_stamp
 from llmrec.models.text_encoder import batches_of, find_encoder
 from llmrec.models.traits import is_paired
 from llmrec.progress import Bar

@@ -14,7 +14,8 @@ from llmrec.baselines.neural import put_back, weights_of
 from llmrec.baselines.yes_no import LikeRatioConfig
 from llmrec.data.split import others, scale_of, threshold
 from llmrec.errors import DataError, require
-from llmrec.models.load import cpu_has_bf16, resolve
+from llmrec.machine import cpu_has_bf16
+from llmrec.models.load import resolve
 from llmrec.progress import Bar
 from llmrec.recipe.schema import Depth, ModelSection, Positive
 from llmrec.results import Reads

@@ -334,7 +334,7 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
     template, own = study.eval_templates(family)[0], family_of(family)
     results = []
     for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
-        backend = HFBackend(model, encoder, exit=depth)
+        backend = HFBackend(model, encoder, batch_tokens=study.recipe.eval.batch_tokens, exit=depth)
         asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
