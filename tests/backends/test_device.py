@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,18 +196,17 @@ def test_only_one_function_says_whether_there_is_a_gpu_for_models() -> None:
     assert asks == {"machine.py", "train/follow.py", "models/load.py"}
 
 
-@pytest.mark.parametrize(("capability", "dtype", "autocasts"), [((7, 5), "float16", False), ((8, 9), "bfloat16", True)])
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 9), "bfloat16")])
 def test_bfloat16_is_taken_where_it_is_native(
-    capability: tuple[int, int], dtype: str, autocasts: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")
-    from llmrec.train.precision import mixed_precision
+    from llmrec.train.precision import half
 
     card(monkeypatch, capability)
     assert load.device(AUTO) == load.device(CUDA) == "cuda"
-    assert load.dtype(AUTO) == getattr(torch, dtype)
-    context = mixed_precision(SimpleNamespace(device=torch.device("cuda")))
-    assert isinstance(context, nullcontext) is not autocasts
+    model: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert load.dtype(AUTO) == half(model) == getattr(torch, dtype)
 
 
 def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
