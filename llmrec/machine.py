@@ -89,10 +89,11 @@ def _prepare_cuda() -> None:
     # have, its gradients can be NaN (pytorch #196678, trl #7181), and it plans anew for every new shape. Without it
     # causal rows use flash attention and masked ones the memory-efficient kernel.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        # Every step has another shape, which fragments fixed segments. Not by an environment variable: vLLM's processes
-        # would inherit it, and GPUs that share a model exchange memory that cannot be expandable.
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    # Every step has another shape, which fragments fixed segments. Not by an environment variable: vLLM's processes
+    # would inherit it, and GPUs that share a model exchange memory that cannot be expandable. The name is torch's own.
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if configure and not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        configure("expandable_segments:True")
 
 
 def _without_gpu() -> bool:
