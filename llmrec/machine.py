@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -238,6 +239,16 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
         quota=cpu_quota(proc, cgroups),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     )
+
+
+def cores() -> list[int]:
+    """Return the cores that this process may use; empty where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Bind this process to some of the cores that `cores` names."""
+    os.sched_setaffinity(0, cores)
 
 
 def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:

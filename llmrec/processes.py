@@ -28,6 +28,8 @@ _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZ
 _WAIT = timedelta(seconds=10)
 # Seconds between looks at processes that print nothing, and seconds that a process may take to end.
 _LOOK, _PATIENCE = 0.2, 30.0
+# Not every system has process groups.
+_KILL_GROUP = getattr(os, "killpg", None)
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -224,7 +226,7 @@ def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
         if child.poll() != 0:
             with suppress(OSError):
                 # A process that was killed leaves those that it started.
-                os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+                child.kill() if _KILL_GROUP is None else _KILL_GROUP(child.pid, signal.Signals["SIGKILL"])
             child.wait()
         assert child.stdin is not None
         with suppress(OSError):

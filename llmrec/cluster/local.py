@@ -14,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llmrec import processes
+from llmrec import machine, processes
 from llmrec.cli.run import RunOptions
 from llmrec.cli.train import train_together
 from llmrec.cluster.evaluation import merge_run, refuse_without_model
 from llmrec.cluster.jobs import Advanced, Job, Worked, Worker, published, shard_counts, work_all
 from llmrec.errors import LlmrecError, RecipeError, require
-from llmrec.machine import processor
 from llmrec.pipeline.augmenting import FEATURES, merge_augment, refuse_other_store
 from llmrec.pipeline.engines import gpus_of_engine
 from llmrec.pipeline.run import Run, run
@@ -113,7 +112,7 @@ def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
     Raises:
         RecipeError: If there are too few GPUs, or GPUs of several kinds.
     """
-    shared = {**processes.threads(count, processor().usable), QUIET: "1"}
+    shared = {**processes.threads(count, machine.processor().usable), QUIET: "1"}
     size = gpus_of_engine(recipe.model, recipe.eval)
     if size == 0:
         return [shared for _ in range(count)]
@@ -143,7 +142,7 @@ def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
 
 def _cores(index: int, count: int) -> str:
     """Return the cores of a process, separated by commas; empty if there are fewer than processes."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    cores = machine.cores()
     return ",".join(map(str, cores[index::count])) if len(cores) >= count else ""
 
 
@@ -180,7 +179,7 @@ def _main(folder: str, token: str, count: str, cores: str, log: str, *numbers: s
     processes.end_with_parent()
     if cores:
         # vLLM binds a thread to each core that it may use.
-        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
+        machine.keep_to([int(core) for core in cores.split(",")])
     work(Path(folder), token, int(count), f"this machine ({log})", [int(number) for number in numbers])
 
 
