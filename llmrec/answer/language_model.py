@@ -43,7 +43,7 @@ from llmrec.answer.strategy import (
 )
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
-from llmrec.backends.vllm.adapters import Adapter, live_adapters
+from llmrec.backends.vllm.adapters import Adapter
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
@@ -56,7 +56,6 @@ from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.pipeline.bundle import Bundle, refuse_changed
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.pipeline.resume import Budget
-from llmrec.recipe.load import load_stored
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Item, Ranking, Unparsed
 
@@ -137,7 +136,7 @@ class LanguageModel:
         budget: Budget | None = None,
         bundle: Bundle | None = None,
         ranks: bool = True,
-        base: Bundle | None = None,
+        adapters: Sequence[Adapter] = (),
         beside: LanguageModel | None = None,
     ) -> LanguageModel:
         """Open a model with its catalogue and data; weights are loaded at the first question.
@@ -148,8 +147,8 @@ class LanguageModel:
             budget: The record of seconds, by stage.
             bundle: The model, if not the one that ``options.model`` names.
             ranks: Require a model that ranks; False admits one tuned only on questions about single items.
-            base: The base of a tuned model, if it is asked too; the two then share an engine where they can.
-            beside: The tuned model of which this is the ``base``.
+            adapters: The adapters of models that share an engine on a GPU, this one or others.
+            beside: The model that was opened with these adapters, to share its engine where possible.
 
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
@@ -192,13 +191,16 @@ class LanguageModel:
                 bundle.seed,
                 budget,
                 answers,
-                adapters=[] if base is None or not weights else _adapters(bundle, base, weights),
+                adapters=adapters,
                 beside=None if beside is None else beside.engines,
             ),
             weights=weights,
             store=answers,
             budget=budget,
         )
+        if beside is not None and model.engines.is_shared("vllm", weights):
+            # An engine serves one call at a time.
+            model._lock = beside._lock
         only = not ranks and not ranking_families_of(bundle)
         asking = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
         model.default = model._made(options, asking)
@@ -669,10 +671,3 @@ def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
             sent = now
 
     return listen
-
-
-def _adapters(bundle: Bundle, base: Bundle, weights: str) -> list[Adapter]:
-    """Return the adapter that makes the weights of a run out of those of its base, if vLLM supports it."""
-    if bundle.run is None or load_stored(bundle.run).train.start is not None:
-        return []
-    return live_adapters(base.folder, weights_stamp(base.folder), bundle.run / "adapter", weights)

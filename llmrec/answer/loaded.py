@@ -77,7 +77,8 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
     Args:
         folder: A run folder, an exported folder, a model folder or a hub name.
         models: The models that answer, the default first: ``tuned``, ``untuned``, a row of the run's report by its
-            name, such as ``fusion with texts``, or a baseline; by default the model itself, the ensembles of its
+            name, such as ``fusion with texts``, a baseline, or the folder of another run with the same base model and
+            catalogue, whose tuned model has the name of the folder; by default the model itself, the ensembles of its
             run, and the classic recommenders of its recipe.
         options: Options of `llmrec.answer.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
 

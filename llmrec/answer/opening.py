@@ -26,18 +26,19 @@ from llmrec.answer.recommender import (
     meant,
 )
 from llmrec.answer.strategy import data_of, ranking_families_of
+from llmrec.backends.vllm.adapters import Adapter, live_adapters
 from llmrec.backends.vllm.backend import free_share
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.retrieve import check_retriever
-from llmrec.data.assemble import read_items
+from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import FILE as INTERACTIONS
-from llmrec.ensembles.members import choosing
+from llmrec.ensembles.members import FUSIONS, choosing
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
-from llmrec.models.load import resolve
+from llmrec.models.load import resolve, weights_stamp
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.study import load_tables, with_texts
@@ -71,7 +72,7 @@ class Models:
     scale: tuple[float, float] | None
     blank: SplitDataset
     _similar: dict[str, Recommender] = field(default_factory=dict)
-    _bases: list[LanguageModel] = field(default_factory=list)
+    _languages: Mapping[str, LanguageModel] = field(default_factory=dict)
     # A signature hashes the whole catalogue, so it is computed once per state of the catalogue.
     _cards: dict[str, Card] = field(default_factory=dict)
 
@@ -190,8 +191,8 @@ class Models:
 
     def close(self) -> None:
         """Stop the engines."""
-        for base in self._bases:
-            base.close()
+        for model in self._languages.values():
+            model.close()
 
     def _kept(self, name: str) -> Recommender:
         known = meant(name, self.opened)
@@ -209,45 +210,156 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 
     Args:
         options: ``model`` names a run, an exported folder, or a model; the rest configures a language model.
-        names: The models, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, or a
-            baseline. By default: the model that validation users chose, if the run asked no language model or was made
-            by `auto`; the language model, the ensembles of the run, and the classic recommenders of its recipe that are
-            fitted in seconds.
+        names: The models, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, a
+            baseline, or the folder of another run, whose tuned model has the name of the folder. By default: the model
+            that validation users chose, if the run asked no language model or was made by `auto`; the language model,
+            the ensembles of the run, and the classic recommenders of its recipe that are fitted in seconds.
 
     Raises:
         LlmrecError: If a model cannot be opened, or a name is unknown.
     """
     asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
     bundle = bundle_of(asked)
-    base = None
-    if bundle.weights:
-        other = _untuned(bundle) if UNTUNED in names and bundle.run else None
-        base = LanguageModel.open(asked, bundle=bundle, ranks=False, base=other)
-        both = other is not None and not {own_name(bundle), *_fusions(bundle)}.isdisjoint(names)
-        if both and asked.gpu_memory is None and base.on_gpu and not base.engines.is_shared("vllm", base.weights):
-            # Each has its own engine, and the first would otherwise take all of the GPU that is free.
-            asked = replace(asked, gpu_memory=free_share(asked.tensor_parallel) / 2)
-            base = LanguageModel.open(asked, bundle=bundle, ranks=False)
-    items = dict((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
-    if base is not None:
-        base.items = items
-    data = training_data(bundle, "--models") if _learns(bundle) else None
     fusions = _fusions(bundle)
+    languages = _open_languages(asked, bundle, names, fusions) if bundle.weights else {}
+    base = languages.get(own_name(bundle))
+    items = dict((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
+    data = training_data(bundle, "--models") if _learns(bundle) else None
     models = Models(
         opened={},
         items=items,
         data=data,
         scale=bundle.rating_scale,
         blank=data_of(bundle, items),
-        _bases=[base] if base else [],
+        _languages=languages,
     )
     finder = _finder(models, fusions)
-    if base is not None:
-        base.name, base.finder = own_name(bundle), finder
+    for name, model in languages.items():
+        model.items, model.name, model.finder = items, name, finder
     for name in dict.fromkeys(names or offered(bundle, items)):
-        model = _opened(name, options, models, bundle, fusions, base, finder)
-        models.opened[model.name] = model
+        opened = _opened(name, options, models, bundle, fusions, base, finder)
+        models.opened[opened.name] = opened
     return models
+
+
+def _open_languages(
+    options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
+) -> dict[str, LanguageModel]:
+    """Open the language model of a folder and the others asked for; on a GPU they share an engine where they can.
+
+    Args:
+        options: The options of the models.
+        bundle: The model of the folder.
+        names: See `open_models`.
+        fusions: The ensembles of the folder, which may ask its model.
+
+    Returns:
+        The models by name.
+
+    Raises:
+        LlmrecError: If a model cannot be opened, or another run has another base model, item codes or catalogue.
+    """
+    own, runs = own_name(bundle), _other_runs(options, names)
+    base = {UNTUNED: _untuned(bundle)} if UNTUNED in names else {}
+    if runs:
+        together = [bundle, *runs.values()]
+        _check_equal("base model", {str(item.run): weights_stamp(_pretrained(item)) for item in together})
+        _check_equal("set of item codes", {str(item.run): item.index and item.index.digest for item in together})
+    asks_own = not {own, *fusions}.isdisjoint(names)
+    tuned = [*([bundle] if asks_own else []), *runs.values()]
+    adapters = _adapters(tuned, _untuned(bundle)) if len(tuned) + len(base) > 1 else []
+    if len(adapters) + len(base) == 1:
+        # A model that shares with no other is served from its merged weights.
+        adapters = []
+
+    def opened(options: RecommenderOptions) -> dict[str, LanguageModel]:
+        first = LanguageModel.open(options, bundle=bundle, ranks=False, adapters=adapters)
+        others = {
+            name: LanguageModel.open(replace(options, model=str(other.run)), bundle=other, ranks=False, beside=first)
+            for name, other in {**runs, **base}.items()
+        }
+        return {own: first, **others}
+
+    models = opened(options)
+    if runs:
+        _check_equal("catalogue", {str(item.bundle.run): digest_items(item.items or {}) for item in models.values()})
+    asked = [model for name, model in models.items() if name != own or asks_own]
+    shared = [model for model in asked if model.engines.is_shared("vllm", model.weights)]
+    engines = len(asked) - max(0, len(shared) - 1)
+    if engines > 1 and options.gpu_memory is None and options.backend != "hf" and models[own].on_gpu:
+        # The first engine would otherwise take all of the GPU that is free.
+        models = opened(replace(options, gpu_memory=free_share(options.tensor_parallel) / engines))
+    return models
+
+
+def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, Bundle]:
+    """Return the tuned models of other runs, by name."""
+    runs: dict[str, Bundle] = {}
+    for folder in dict.fromkeys(names):
+        name = _run_name(folder)
+        if name is None:
+            continue
+        if options.backend == "openai":
+            raise RecipeError(
+                f"--models {folder}: a server answers with one model only; serve this run alone",
+                kind="contradiction",
+                column="--models",
+            )
+        if name in runs or name in _reserved_names():
+            raise RecipeError(
+                f"--models {folder}: {name!r} is the name of another model; rename the folder",
+                kind="duplicate",
+                column="--models",
+            )
+        runs[name] = bundle_of(replace(options, model=folder))
+        if not runs[name].weights:
+            raise RecipeError(
+                f"--models {folder}: this run asked no language model (eval.arms is empty); serve it alone",
+                kind="unsupported",
+                column="--models",
+            )
+    return runs
+
+
+def _run_name(name: str) -> str | None:
+    """Return the name of the tuned model of another run, given its folder; None for anything else."""
+    folder = Path(name).expanduser()
+    if name in _reserved_names() or not (folder / "recipe.yaml").is_file():
+        return None
+    return folder.absolute().name
+
+
+def _reserved_names() -> set[str]:
+    return {TUNED, UNTUNED, PLAIN, *FUSIONS.values(), *BASELINES}
+
+
+def _check_equal(what: str, values: Mapping[str, object]) -> None:
+    """Reject models that differ in a value; it is given by folder, that of the served model first."""
+    (served, wanted), *others = values.items()
+    for folder, value in others:
+        if value != wanted:
+            raise RecipeError(
+                f"--models: {folder} has another {what} than {served}, so one service cannot answer with both; serve "
+                "it alone",
+                kind="mismatch",
+                at=folder,
+                column="--models",
+            )
+
+
+def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
+    """Return the adapters that one engine over a base can put on it, without those that vLLM does not support."""
+    stamp = weights_stamp(base.folder)
+    return [
+        adapter
+        for bundle in tuned
+        if bundle.run is not None
+        and load_stored(bundle.run).train.start is None
+        # An engine has one window, and rows of added tokens may differ.
+        and bundle.model.max_length == base.model.max_length
+        and weights_stamp(_untuned(bundle).folder) == stamp
+        for adapter in live_adapters(base.folder, stamp, bundle.run / "adapter", weights_stamp(bundle.folder))
+    ]
 
 
 def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
@@ -273,7 +385,8 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
     default = default_of(bundle)
     if default is not None and not names:
         return default.sentence
-    return f"the default is {(names or offered(bundle))[0]}"
+    first = (names or offered(bundle))[0]
+    return f"the default is {_run_name(first) or first}"
 
 
 @dataclass(frozen=True)
@@ -333,13 +446,8 @@ def _opened(
     finder: Recommender | None,
 ) -> Recommender:
     """Open one model of a folder; ``base`` is its language model, if there is one."""
-    if base is not None and name == base.name:
-        return base
-    if base is not None and name == UNTUNED:
-        other = LanguageModel.open(base.options, bundle=_untuned(bundle), ranks=False, beside=base)
-        other.items, other.name, other.finder = models.items, name, finder
-        models._bases.append(other)
-        return other
+    if (language := models._languages.get(_run_name(name) or name)) is not None:
+        return language
     # An ensemble is identified by its name or by the id of its row.
     joined = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
     if joined is not None and models.data is not None:
@@ -469,15 +577,20 @@ def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender 
 
 def _untuned(bundle: Bundle) -> Bundle:
     """Return the base model of a run, with the prompts of the tuned model."""
+    # A base model with added tokens is stored in the run.
+    resized = None if bundle.run is None else bundle.run / "base"
+    folder = str(resized) if resized is not None and resized.is_dir() else _pretrained(bundle)
+    model = bundle.model.model_copy(update={"name": folder})
+    return replace(bundle, folder=folder, model=model, tuned=False)
+
+
+def _pretrained(bundle: Bundle) -> str:
+    """Return the folder of the pretrained model that a run started from."""
     if bundle.run is None:
         raise RecipeError(
-            f"--models {UNTUNED}: {bundle.folder} does not say what it was tuned from; name the run folder",
+            f"--models: {bundle.folder} does not say what it was tuned from; name the run folder",
             kind="unsupported",
             column="--models",
         )
     recipe = load_stored(bundle.run)
-    # A base model with added tokens is stored in the run.
-    resized = bundle.run / "base"
-    folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)
-    model = bundle.model.model_copy(update={"name": folder})
-    return replace(bundle, folder=folder, model=model, tuned=False)
+    return resolve(recipe.model, seed=recipe.seed)

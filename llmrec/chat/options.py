@@ -23,7 +23,11 @@ class ChatOptions(ModelOptions):
     ]
     models: Annotated[
         tuple[str, ...],
-        About(names=("--models",), metavar="NAME", help="What ranks: tuned, fusion, or a baseline; the run's default."),
+        About(
+            names=("--models",),
+            metavar="NAME",
+            help="What ranks: tuned, fusion, a baseline or another run; the run's default.",
+        ),
     ] = ()
     manager: Annotated[
         str, About(metavar="rules|MODEL", help="Who chooses the tools: rules, or a language model by folder or name.")

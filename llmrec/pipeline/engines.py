@@ -86,7 +86,7 @@ class Engines:
         store: The answer cache; None: no cache.
         adapters: Tuned models whose base is asked too. On a GPU, one vLLM engine then answers for all of them. On a CPU
             each has its own: adapters on an engine are slower there than merged weights (docs/scaling.md).
-        beside: Engines of another of these models, to share one with.
+        beside: Engines of another of these models, to share one with; they must agree in all settings but the seed.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Engines:
     ) -> None:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
-        if beside is not None and not beside._encoder_equals(encoder):
+        if beside is not None and beside._shape != self._shape:
             beside = None
         self._adapters: tuple[Adapter, ...] = tuple(adapters) if beside is None else beside._adapters
         self._shared: _OpenEngine = _OpenEngine() if beside is None else beside._shared
@@ -247,8 +247,12 @@ class Engines:
         elif not shared:
             self._shared.close()
 
-    def _encoder_equals(self, other: Encoder) -> bool:
-        return (self._encoder.digest, self._encoder.max_length) == (other.digest, other.max_length)
+    @property
+    def _shape(self) -> tuple[object, ...]:
+        """What models must have in common to share an engine, besides their base."""
+        # The folder names the model.
+        sections = self._model.model_dump_json(exclude={"name"}), self._section.model_dump_json()
+        return self._encoder.digest, self._encoder.max_length, sections
 
     def _kept(self, engine: str) -> bool:
         # The token usage of a server's client is recorded in the store of its shard.
@@ -266,9 +270,9 @@ class Engines:
         holder = _keeper if self._kept(engine) else self._shared if shared else None
         if holder is None:
             return start()
-        # The folder names the model.
-        sections = self._model.model_dump_json(exclude={"name"}), self._section.model_dump_json()
-        inputs = (engine, home, digest, self._encoder.digest, self._encoder.max_length, self._seed, sections, adapters)
+        # Decoding is greedy, so models of runs with different seeds can share an engine.
+        seed = None if shared else self._seed
+        inputs = (engine, home, digest, self._shape, seed, adapters)
         started = holder.get(repr(inputs), start)
         if adapter is None:
             return started

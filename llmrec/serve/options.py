@@ -21,7 +21,7 @@ class ServeOptions(ModelOptions):
         About(
             names=("--models",),
             metavar="NAME",
-            help="What answers, the default first; repeatable: tuned, untuned, a row of the report or a baseline.",
+            help="What answers, the default first; repeatable: tuned, untuned, a report row, a baseline, another run.",
         ),
     ] = ()
     host: Annotated[str, About(help="Address to listen at; 0.0.0.0 for all, which takes --keys.")] = "127.0.0.1"

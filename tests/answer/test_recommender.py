@@ -232,6 +232,7 @@ def test_two_language_models_share_a_gpu(run: Path, tmp_path: Path, monkeypatch:
     assert shares(("tuned", "untuned")) == [0.4, 0.4]
     assert shares(("tuned",)) == [None] and shares(("untuned", "popularity")) == [None]
     assert shares(("tuned", "untuned"), replace(plain, gpu_memory=0.3)) == [0.3, 0.3]
+    assert shares(("tuned", "untuned"), replace(plain, backend="hf")) == [None, None]
     # One engine for both takes all that is free.
     monkeypatch.setattr(engines.Engines, "is_shared", lambda self, engine, weights: engine == "vllm")
     assert shares(("tuned", "untuned")) == [None, None]

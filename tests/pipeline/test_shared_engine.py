@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
-from llmrec.answer.opening import open_models
+import llmrec
+from llmrec.answer.opening import default_sentence, open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import Question
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.vllm.adapters import Adapter
 from llmrec.data.requests import RankRequest
-from llmrec.errors import EngineFailure
+from llmrec.durable import checked, write_checked
+from llmrec.errors import EngineFailure, LlmrecError
 from llmrec.models.load import load_tokenizer
-from llmrec.pipeline import engines
+from llmrec.pipeline import bundle, engines
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.resume import Budget
-from llmrec.recipe.load import load_recipe
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.recipe.schema import EvalSection, ModelSection
 from llmrec.registry import BACKENDS
 from llmrec.registry import lookup as looked_up
 from llmrec.types import Item
+from tests.facts import Facts, raises
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
@@ -61,7 +66,7 @@ class Adapting(FakeBackend):
 
     def adapted(self, adapter: Adapter) -> Self:
         view = type(self).__new__(type(self))
-        view.__dict__.update(self.__dict__, adapter=adapter.folder.name)
+        view.__dict__.update(self.__dict__, adapter=adapter.folder.parent.name)
         return view
 
     def score(self, *args: Any, **options: Any) -> Any:
@@ -115,7 +120,7 @@ def test_a_run_asks_base_and_adapter_through_one_engine_on_a_gpu(
         Adapting.started, Adapting.asked = [], []
         made = pipeline.run(load_recipe(str(page), more), tmp_path / name, quiet=True)
         assert Adapting.started == started, name
-        assert set(Adapting.asked) == ({"", "adapter"} if name == "gpu" else {""})
+        assert set(Adapting.asked) == ({"", "gpu"} if name == "gpu" else {""})
         assert {row["arm"] for row in made.results["rows"]} >= {"zero-shot", "few-shot", "tuned"}
         assert Adapting.open == 0
     # Nothing is started again, and the answers of the one are not those of the other.
@@ -167,6 +172,130 @@ def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
         models.close()
         assert Adapting.open == 0
     assert len({model.signature for model in models.opened.values()}) == len(models.opened)
+
+
+@pytest.fixture(scope="module")
+def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of one base and catalogue: ``a``, ``b`` with other templates and seeds, and ``dora``."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, more in (
+        ("a", ()),
+        ("b", ("tasks.direct.templates=[after-history]", "tasks.direct.strategies=[list]", "seed=3", "train.steps=3")),
+        ("dora", ("train.lora.dora=true",)),
+    ):
+        recipe = load_recipe(str(page), ("eval.arms=[tuned]", "eval.backend=hf", *more))
+        pipeline.run(recipe, folder / name, quiet=True)
+    # A window is part of an engine.
+    short = shutil.copytree(folder / "b", folder / "short") / "merged" / bundle.FILE
+    write_checked(short, {**checked(short.read_bytes()), "max_length": 300})
+    return folder
+
+
+def test_a_service_opens_one_engine_for_the_models_of_several_runs(
+    device: Callable[[bool], None], runs: Path, llama_folder: Path
+) -> None:
+    base = llama_folder.name
+    for gpu, names, started in (
+        (True, ("tuned", "b"), [(base, 2)]),
+        (True, ("untuned", "b", "tuned"), [(base, 2)]),
+        (True, ("b", "untuned"), [(base, 1)]),
+        # Not supported by vLLM, and of another window.
+        (True, ("tuned", "untuned", "dora"), [(base, 1), ("merged", 0)]),
+        (True, ("tuned", "dora"), [("merged", 0), ("merged", 0)]),
+        (True, ("short", "untuned"), [("merged", 0), (base, 0)]),
+        (False, ("tuned", "b"), [("merged", 0), ("merged", 0)]),
+    ):
+        device(gpu)
+        Adapting.started, Adapting.asked = [], []
+        options = RecommenderOptions(model=str(runs / "a"), backend="vllm", gpu_memory=0.3 if gpu else None)
+        models = open_models(options, [str(runs / name) if "tuned" not in name else name for name in names])
+        assert tuple(models.opened) == names
+        for name in (*names, *names):
+            Adapting.asked = []
+            (found,) = models.answer(Question(model=name, strategy="label"), [REQUEST])
+            assert len(found.answer.items) == 3  # type: ignore[union-attr]
+            live = started == [(base, 2)] or (started[0] == (base, 1) and name != "dora")
+            assert set(Adapting.asked) == {{"tuned": "a", "b": "b"}.get(name, "") if live else ""}, (names, name)
+        assert Adapting.started == started and Adapting.open == len(started), names
+        assert len({model.signature for model in models.opened.values()}) == len(names)
+        models.close()
+        assert Adapting.open == 0
+
+
+def test_models_of_several_runs_answer_as_alone(runs: Path) -> None:
+    asked: dict[str, Any] = {"backend": "hf", "dtype": "float32"}
+    with llmrec.load(str(runs / "a"), models=["tuned", str(runs / "b"), str(runs / "short")], **asked) as together:
+        assert together.models == ("tuned", "b", "short")
+        items = list(together.items)
+        question: dict[str, Any] = {"history": items[:3], "candidates": items[5:12]}
+        found = {}
+        # In turn, twice: neither answers for the other.
+        for name in ("tuned", "b", "tuned", "b"):
+            lists = [together.rank(**question, model=name), together.rank(**question, model=name, strategy="label")]
+            found.setdefault(name, lists)
+            assert found[name] == lists
+        with raises(LlmrecError, Facts("failed", says="more than the 300 that fit")):
+            together.rank(**question, model="short")
+        prompts = {name: together._models.prompt(Question(model=name), REQUEST) for name in together.models}
+        signatures = {name: together.signature(name) for name in together.models}
+    assert found["tuned"][1] != found["b"][1] and prompts["tuned"] != prompts["b"] == prompts["short"]
+    assert len(set(signatures.values())) == 3
+    for name, folder in (("tuned", "a"), ("b", "b")):
+        with llmrec.load(str(runs / folder), models=["tuned"], **asked) as alone:
+            assert found[name] == [alone.rank(**question), alone.rank(**question, strategy="label")]
+            assert prompts[name] == alone._models.prompt(Question(), REQUEST)
+    assert default_sentence(str(runs / "a"), [str(runs / "b")]) == "the default is b"
+
+
+def test_a_new_item_is_known_to_the_models_of_all_runs(runs: Path) -> None:
+    models = open_models(RecommenderOptions(model=str(runs / "a"), backend="hf"), ["tuned", str(runs / "b")])
+    before = {card.name: card.signature for card in models.cards()}
+    after = {card.name: card.signature for card in models.change_items({"new": Item(item_id="new", title="New")})}
+    assert before.keys() == after.keys() == {"tuned", "b"} and not set(before.values()) & set(after.values())
+    models.close()
+
+
+def test_runs_that_one_service_cannot_answer_with_are_refused(
+    runs: Path, llama_folder: Path, qwen_folder: Path, tmp_path: Path
+) -> None:
+    def altered(name: str, *changes: str) -> str:
+        folder = shutil.copytree(runs / "b", tmp_path / name)
+        recipe = load_recipe(str(folder / "recipe.yaml"), changes)
+        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        return str(folder)
+
+    base = altered("base", f"model.name={qwen_folder}")
+    rows = [f"u{n % 5},k{n % 7},5,{n}" for n in range(35)]
+    (table := tmp_path / "table.csv").write_text(
+        "\n".join(["user_id,item_id,rating,timestamp", *rows]), encoding="utf-8"
+    )
+    catalogue = altered("catalogue", f"data={{source: table, path: {table}, noun: products}}")
+    unfinished = altered("unfinished")
+    shutil.rmtree(Path(unfinished) / "merged")
+    codes = Path(altered("codes", "index={scheme: random}"))
+    study = build_study(load_stored(codes))
+    assert study.index is not None
+    bundle.write(study, codes / "merged")
+    study.index.save(codes / "merged" / "index")
+    classic = altered("classic", "eval.arms=[]")
+    shutil.rmtree(Path(classic) / "merged")
+    untuned, again = altered("untuned"), shutil.copytree(runs / "b", tmp_path / "again" / "b")
+    a, b = str(runs / "a"), str(runs / "b")
+    for model, names, facts in (
+        (a, [base], Facts("mismatch", file="base", column="--models", says="base model")),
+        (a, [catalogue], Facts("mismatch", file="catalogue", column="--models", says="catalogue")),
+        (a, [str(codes)], Facts("mismatch", file="codes", column="--models", says="item codes")),
+        (a, [unfinished], Facts("missing-file", file="unfinished", says="llmrec run")),
+        (a, [classic], Facts("unsupported", column="--models", says="no language model")),
+        (a, [untuned], Facts("duplicate", column="--models", says="rename")),
+        (a, [b, str(again)], Facts("duplicate", column="--models", says="'b'")),
+        (a, [str(tmp_path / "nowhere")], Facts("unknown-name", column="--models")),
+        (str(llama_folder), [b], Facts("unsupported", column="--models", says="name the run folder")),
+    ):
+        with raises(LlmrecError, facts):
+            open_models(RecommenderOptions(model=model, backend="hf"), ["popularity", *names])
+    with raises(LlmrecError, Facts("contradiction", column="--models", says="server")):
+        open_models(RecommenderOptions(model=a, backend="openai", server_model="m"), [b])
 
 
 def test_identities_say_how_an_adapter_is_put_on(

@@ -138,6 +138,17 @@ def test_a_model_gives_one_list_of_candidates(url: str, rec: Loaded, run: Path, 
     )
 
 
+def test_a_service_answers_with_the_models_of_several_runs(run: Path, rec: Loaded, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    models, store = ("tuned", str(other)), str(tmp_path / "store.sqlite")
+    asked = questions(3, candidates=7)
+    service = make_service(ServeOptions(model=str(run), models=models, store=store, backend="hf", dtype="float32"))
+    with listening(make_app(service, Auth())) as (url,):
+        wait_ready(url)
+        assert httpx.get(f"{url}/ready").json()["models"] == ["tuned", "other"]
+        agree(in_python(rec, asked, model="tuned"), *(over_http(url, asked, model=name) for name in ("tuned", "other")))
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
