@@ -43,6 +43,7 @@ def test_a_model_in_its_stored_dtype_is_mapped_and_shared(tmp_path: Path, monkey
     assert needed(folder, "float32").loading == 4 * weights
     assert needed(folder, "bfloat16", TrainSection(method="full")).loading == 4 * weights
     alone = needed(folder, "bfloat16").training
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert needed(folder, "float32").loading == 16 * weights
     assert needed(folder, "bfloat16").training == pytest.approx(4 * alone - 3 * 2 * weights)
