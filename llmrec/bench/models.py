@@ -18,9 +18,11 @@ from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.durable import sha256_of
 from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.cells import Kind
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import kind_of, reads_of, widest
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
-from llmrec.ensembles.weights import Kind, Tried
+from llmrec.ensembles.weights import Tried
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.index.semantic import item_fields, item_vectors
@@ -45,8 +47,8 @@ log = logging.getLogger(__name__)
 
 # Number of validation users for the weights of a mixture, a random sample: each costs a search per member.
 _CHOOSING = 5000
-# The most scores of a member for fitting an ensemble, requests times items: 120 MB in single precision.
-_WEIGHING = 30_000_000
+# Number of validation cases for fitting an ensemble, a random sample: each has some hundred candidates.
+_WEIGHING = 20_000
 # Conversions of a baseline's scores to probabilities of the next item.
 _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
     "counts": from_counts,
@@ -277,9 +279,10 @@ class Models:
         weighing = self._halves(data)[1]
         if family(self.suite).answer is Ranking:
             parts = [Member(label, model, self._kind(label)) for label, model in models.items()]
-            result: CatalogueEnsemble | Blend = CatalogueEnsemble(row.label, parts, filtered=table == "excluded")
-            cases = ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items)))
-            result.fit(cases, dissect=dissect, only=only)
+            result: CatalogueEnsemble | Blend = CatalogueEnsemble(
+                row.label, parts, filtered=table == "excluded", context=Context(data), learns=row.ranker
+            )
+            result.fit(ranking_cases(weighing, _WEIGHING), dissect=dissect, only=only)
         else:
             result = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
             result.fit(self._rated(weighing), dissect=dissect, only=only)

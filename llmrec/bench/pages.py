@@ -68,6 +68,8 @@ _HEADINGS = {
 _KINDS: dict[Reads | None, str] = {**KINDS, "texts": "texts too", None: "not said"}
 _TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
 _LEADERBOARD, _SLICES = "LEADERBOARD.md", "SLICES.md"
+# Features of a ranker that are listed.
+_FEATURES = 12
 # Names that Markdown uses as anchors unchanged.
 _ANCHOR = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
 
@@ -449,6 +451,9 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
             for part in sorted(fusion.parts, key=lambda part: -(part.loss or 0.0))
         ]
         blocks += [block, _left(["part", "weight", "lost without it, on validation"], lines)]
+        if fusion.features:
+            shares = [[cell(feature.name), f"{feature.gain or 0.0:.3f}"] for feature in fusion.features[:_FEATURES]]
+            blocks += ["Its features with the largest shares of the gain:", _left(["feature", "share"], shares)]
     return [Markup(block) for block in blocks]
 
 

@@ -48,7 +48,7 @@ from llmrec.pipeline.study import load_split
 from llmrec.progress import Bar
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, compared_metrics, lookup
-from llmrec.results import Figure
+from llmrec.results import Figure, FusionWeights
 from llmrec.tasks.family import answers
 from llmrec.terminal import works_in
 from llmrec.types import Case, Interaction, Probability, Rating
@@ -270,7 +270,8 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
     tables = {}
     for name, choice in tuned.choices.items():
         table = _figures([run[name] for run in runs], [run[name] for run in (runs[0], *others)], suite.bootstrap)
-        chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": weights_of(choice.model)}
+        fusion = _without_trees(weights_of(choice.model))
+        chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": fusion}
         tables[name] = table.model_copy(update=chosen)
     made = BenchmarkRow(
         name=row.label,
@@ -286,6 +287,11 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
         memory_gb=round(memory[0] / 2**30, 2),
     )
     return Done(made, {name: _values([run[name] for run in runs]) for name in tables})
+
+
+def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
+    """Return weights without the text of their trees, which takes a hundred times what else is known of a row."""
+    return weights and weights.model_copy(update={"trees": None})
 
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.ensembles.weights import Fit, Form, Tried, WeighedCases, Weights, Without, folds_of, forms, left_out
+from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.trees import Setting
+from llmrec.ensembles.weights import (
+    Fit,
+    Form,
+    Tried,
+    Weights,
+    Without,
+    alone,
+    crossed,
+    folds_of,
+    learned,
+    left_out,
+    limits,
+    logit,
+    onto,
+    pool,
+    preferred,
+    ranker,
+    setting_of,
+)
 from llmrec.errors import LlmrecError
 from llmrec.types import Case
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Limits for measuring the contribution of a member, which refits all folds: cases times items, and minimum cases.
-_DISSECTED, _LEAST = 12_000_000, 500
+# Limits for measuring the contribution of a member, which refits all folds: cells, and minimum cases.
+_DISSECTED, _LEAST = 300_000, 500
 
 
 def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
@@ -34,9 +55,14 @@ class Ensemble:
         crossed: The cross-fitted result of the best form for each case, shape (n,); None if no form was chosen.
     """
 
-    def __init__(self, name: str) -> None:
-        """Create the ensemble with the name of its row."""
-        self.name = name
+    def __init__(self, name: str, *, learns: bool = True) -> None:
+        """Create the ensemble.
+
+        Args:
+            name: The name of its row.
+            learns: Whether a ranker takes part in the choice of the form.
+        """
+        self.name, self._learns = name, learns
         self.weights: Weights | None = None
         self.tried: tuple[Tried, ...] = ()
         self.without: tuple[Without, ...] = ()
@@ -91,66 +117,110 @@ class Ensemble:
 
     def _choose(
         self,
-        known: WeighedCases,
+        cells: Cells,
         users: Sequence[str],
         *,
+        repeats: bool,
         dissect: bool,
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Keep the ranking form with the best cross-fitted NDCG@10, or the given form, fitted to all cases.
+        """Keep the preferred ranking form by cross-fitted NDCG@10 (`preferred`), or the given form, on all cases.
 
         The forms include the ensembles ``onto``, unchanged and with the members that they lack. Their single members
         are not included: the ensemble may have been found better on more users than these.
         """
         folds, every = folds_of(self.name, users), np.arange(len(users))
-        fits = {form: fit for form, fit in forms(known, self.names).items() if form not in settled(onto)}
-        bases = {base.name: _Base(base, self.names, users) for base in onto}
-        fits |= {(base.of.fitted.form, name): base.as_is for name, base in bases.items()}
-        beside = {f"{name} and {base.others(self.names)}": base for name, base in bases.items()}
-        for text, base in beside.items():
-            form: Form = "pool" if base.of.fitted.form == "pool" else "logit"
-            fits[form, text] = base.put(known, base.free)
-        if only is not None:
-            fits = {form: fit for form, fit in fits.items() if form == (only.form, only.name)}
-        whole = {form: fit(every, None) for form, fit in fits.items()}
+        values: dict[tuple[Form, str], NDArray[np.float64]] = {}
         if only is None:
-            values = {form: known.crossed(fit, whole[form], folds) for form, fit in fits.items()}
-            self.tried = tuple(Tried(form, part, float(result.mean())) for (form, part), result in values.items())
+            options = {option.key: option for option in self._options(cells, users, repeats=repeats, onto=onto)}
+            if self._learns and (result := learned(cells, folds)) is not None:
+                option = _trees(result[0], len(self.names))
+                options[option.key], values[option.key] = option, result[1]
+            for key in options.keys() - values.keys():
+                fit = options[key].on(cells)
+                values[key] = crossed(cells, fit, fit(every, None), folds)
+            values = {key: values[key] for key in options}
+            self.tried = tuple(Tried(form, name, float(item.mean())) for (form, name), item in values.items())
+            best = options[preferred(values, next((key for key in values if key[0] == "ranker"), None), users)]
         else:
             self.tried = (only,)
-        best = max(self.tried, key=lambda each: each.value)
-        self.crossed = values[best.form, best.name] if only is None else None
-        self.weights = whole[best.form, best.name]
-        self._apart = {}
-        self._fitted_to = tuple(users), fits[best.form, best.name]
-        if best.name in bases:
-            return
-        if best.name in beside:
-            if dissect:
-                base = beside[best.name]
-                first = known.crossed(fits[best.form, best.name], self.weights, folds)
-                less = [
-                    known.crossed(base.put(known, [item for item in base.free if item != place]), self.weights, folds)
-                    for place in base.free
-                ]
-                self.without = tuple(
-                    left_out(self.names[place], first, item, users) for place, item in zip(base.free, less, strict=True)
-                )
-            return
-        if best.form == "logit":
-            low, high = known.limits(self.weights, users)
-            self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)
-        if dissect and best.form != "alone":
-            few = known.first(max(_LEAST, _DISSECTED // known.had.shape[1]))
-            fit, count = few.logit if best.form == "logit" else few.pool, len(few.truth)
-            all_parts = few.crossed(fit, self.weights, folds[:count])
-            rest = [
-                few.crossed(partial(fit, off=place), self.weights, folds[:count]) for place in range(len(self.names))
-            ]
-            self.without = tuple(
-                left_out(name, all_parts, item, users[:count]) for name, item in zip(self.names, rest, strict=True)
+            setting = setting_of(only)
+            able = self._options(cells, users, repeats=repeats, onto=onto)
+            best = (
+                _trees(setting, len(self.names))
+                if setting
+                else next(o for o in able if o.key == (only.form, only.name))
             )
+        self.crossed = values.get(best.key)
+        self.weights = best.on(cells)(every, None)
+        self._apart = {}
+        self._fitted_to = tuple(users), best.on(cells)
+        if self.weights.form == "logit" and len(best.members) == len(self.names):
+            self.weights = limits(cells, self.weights, users, repeats=repeats)
+        if dissect and best.members:
+            few = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.had)))])
+            count = len(few.starts) - 1
+            first, *less = (
+                crossed(few, best.on(few, without), self.weights, folds[:count]) for without in (None, *best.members)
+            )
+            self.without = tuple(
+                left_out(self.names[member], first, item, users[:count])
+                for member, item in zip(best.members, less, strict=True)
+            )
+
+    def _options(
+        self, cells: Cells, users: Sequence[str], *, repeats: bool, onto: Sequence[Ensemble]
+    ) -> Iterator[_Option]:
+        """Yield every form but the ranker."""
+        every = range(len(self.names))
+        yield _Option("logit", "logit", partial(_bound, logit, repeats=repeats), tuple(every))
+        yield _Option("pool", "pool", partial(_bound, pool, repeats=repeats), tuple(every))
+        for member, name in enumerate(self.names):
+            if ("alone", name) not in settled(onto):
+                yield _Option("alone", name, partial(_bound, alone, member=member, repeats=repeats))
+        for base in (_Base(ensemble, self.names, users) for ensemble in onto):
+            form, name = base.of.fitted.form, base.of.name
+            yield _Option(form, name, base.unchanged)
+            extended: Form = "pool" if form == "pool" else "logit"
+            yield _Option(extended, f"{name} and {base.others(self.names)}", base.put, base.free)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A form that takes part in the choice.
+
+    Attributes:
+        form: The form.
+        name: Its name.
+        fit_on: See `on`.
+        members: The members whose contribution is measured.
+    """
+
+    form: Form
+    name: str
+    fit_on: Callable[[Cells, int | None], Fit]
+    members: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[Form, str]:
+        """The form and its name."""
+        return self.form, self.name
+
+    def on(self, cells: Cells, without: int | None = None) -> Fit:
+        """Return the function that fits it to some of the cases, without a member if one is given."""
+        return self.fit_on(cells, without)
+
+
+def _bound(fit: Callable[..., Weights], cells: Cells, without: int | None, **settings: Any) -> Fit:
+    """Return the function that fits a form to some of the cases."""
+    more = settings if without is None else {**settings, "off": without}
+    return lambda rows, start: fit(cells.of(rows), start, **more)
+
+
+def _trees(setting: Setting, members: int) -> _Option:
+    """Return the ranker of a setting."""
+    return _Option("ranker", setting.name, partial(_bound, ranker, setting=setting), tuple(range(members)))
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
@@ -184,10 +254,15 @@ class _Base:
         inside = {self._users[row] for row in rows.tolist()}
         result = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))
-        return Weights(result.form, tuple(known.get(name, 0.0) for name in self._names), result.repeat)
+        return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 
-    def put(self, known: WeighedCases, free: Sequence[int]) -> Fit:
-        """Return the function that fits it together with some of the members that it lacks."""
+    def unchanged(self, cells: Cells, without: int | None) -> Fit:
+        """Return `as_is`, whatever the cells."""
+        return self.as_is
+
+    def put(self, cells: Cells, without: int | None) -> Fit:
+        """Return the function that fits it together with the members that it lacks, or all of these but one."""
+        free = [member for member in self.free if member != without]
         if not free:
             return self.as_is
-        return lambda rows, start: known.onto(self.as_is(rows), free, rows)
+        return lambda rows, start: onto(cells.of(rows), self.as_is(rows), free)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -12,11 +14,15 @@ from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.cells import Kind
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember
-from llmrec.ensembles.weights import Kind
+from llmrec.ensembles.trees import Trees
+from llmrec.ensembles.weights import Form, Weights, Without
+from llmrec.errors import ModelError
 from llmrec.models.text_encoder import learned_from
 from llmrec.registry import BASELINES, lookup
-from llmrec.results import FusionWeights, PartWeight, Prediction, Reads
+from llmrec.results import FeatureGain, FusionWeights, PartWeight, Prediction, Reads, StoredTrees
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
 
 FUSIONS: Mapping[Reads, str] = {
@@ -81,6 +87,7 @@ def join(
     *,
     onto: Sequence[Ensemble] = (),
     dissect: bool = True,
+    context: Context | None = None,
 ) -> ListEnsemble | Blend:
     """Return an ensemble of members, fitted to the cases for its weights.
 
@@ -91,10 +98,11 @@ def join(
         answer: The answer type of the family.
         onto: Ensembles of some of the members, to which the others may be added; they may be fitted to more cases.
         dissect: Measure the loss without each member.
+        context: Further features for a ranker.
     """
     result: ListEnsemble | Blend
     if answer is Ranking:
-        result = ListEnsemble(name, [ListMember(part.name, part, part.kind) for part in parts])
+        result = ListEnsemble(name, [ListMember(part.name, part, part.kind) for part in parts], context=context)
     else:
         result = Blend(name, [(part.name, part) for part in parts], judges=answer is Probability)
     result.fit(cases, dissect=dissect, onto=onto)
@@ -105,14 +113,53 @@ def weights_of(model: Any) -> FusionWeights | None:
     """Return the weights of an ensemble as stored in records; None for any other model."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
         return None
-    result = model.fitted
-    low, high = result.low or (None,) * len(result.parts), result.high or (None,) * len(result.parts)
-    losses = {item.name: {"loss": item.loss, "loss_low": item.low, "loss_high": item.high} for item in model.without}
-    parts = [
+    return record_of(model.fitted, model.names, {item.name: item for item in model.without})
+
+
+def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, Without]) -> FusionWeights:
+    """Return weights as stored in records.
+
+    Args:
+        weights: The weights.
+        names: The members.
+        without: What is lost without a member, by name.
+    """
+    low, high = weights.low or (None,) * len(weights.parts), weights.high or (None,) * len(weights.parts)
+    losses = {item.name: {"loss": item.loss, "loss_low": item.low, "loss_high": item.high} for item in without.values()}
+    parts = tuple(
         PartWeight(name=name, weight=weight, low=least, high=most, **losses.get(name, {}))
-        for name, weight, least, most in zip(model.names, result.parts, low, high, strict=False)
-    ]
-    return FusionWeights(form=result.form, parts=tuple(parts), repeat=result.repeat or None)
+        for name, weight, least, most in zip(names, weights.parts, low, high, strict=False)
+    )
+    more: dict[str, Any] = {}
+    if weights.trees is not None:
+        gains = sorted(weights.trees.gains.items(), key=lambda item: -item[1])
+        text = base64.b64encode(zlib.compress(weights.trees.text.encode())).decode()
+        more = {
+            "features": tuple(FeatureGain(name=name, gain=gain) for name, gain in gains),
+            "trees": StoredTrees(text=text, features=weights.trees.names),
+        }
+    if weights.base is not None:
+        more = {"base": record_of(weights.base, names, {}), "scale": weights.scale}
+    return FusionWeights(form=weights.form, parts=parts, repeat=weights.repeat or None, **more)
+
+
+def restored(record: FusionWeights) -> Weights:
+    """Return stored weights as an ensemble uses them.
+
+    Raises:
+        ModelError: If its trees are damaged.
+    """
+    parts = tuple(float(part.weight or 0.0) for part in record.parts)
+    trees = None
+    if record.trees is not None:
+        try:
+            text = zlib.decompress(base64.b64decode(record.trees.text, validate=True)).decode()
+        except (ValueError, zlib.error) as error:
+            raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
+        trees = Trees(text, record.trees.features)
+    base = None if record.base is None else restored(record.base)
+    form: Form = record.form  # type: ignore[assignment]
+    return Weights(form, parts, record.repeat or 0.0, trees=trees, base=base, scale=record.scale or 0.0)
 
 
 def widest(reads: Sequence[Reads | None]) -> Reads:

@@ -14,19 +14,25 @@ can be ranked, these have an additional weight.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.weights import CELLS, Kind, Tried, WeighedCases, Weights, combined
+from llmrec.ensembles.cells import TOP, Cells, Kind, best, joined
+from llmrec.ensembles.context import Context
+from llmrec.ensembles.weights import Tried, Weights, folds_of
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, CatalogueScorer, Predictor, Ranking, Request, Unparsed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+CELLS = 1 << 24
+"""Scores of a block of requests, all members together: 64 MB in single precision."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,33 @@ class Member:
 class CatalogueEnsemble(Ensemble):
     """An ensemble of scorers of the catalogue; it is a `CatalogueScorer`."""
 
-    def __init__(self, name: str, parts: Sequence[Member], *, filtered: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Member],
+        *,
+        filtered: bool,
+        context: Context | None = None,
+        learns: bool = True,
+    ) -> None:
         """Create the ensemble.
 
         Args:
             name: The name of the row.
             parts: The members, with the same catalogue in the same order.
             filtered: Whether items of the history are excluded from rankings.
+            context: Further features for a ranker; None: it has the members' scores alone.
+            learns: Whether a ranker takes part in the choice of the form.
 
         Raises:
             LlmrecError: If there are fewer than two members, or they have different catalogues.
         """
         if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
             raise LlmrecError(f"{name}: a fusion needs two or more parts over one catalogue", kind="mismatch")
-        super().__init__(name)
-        self.parts, self.filtered = tuple(parts), filtered
+        super().__init__(name, learns=learns)
+        self.parts, self.filtered, self.context = tuple(parts), filtered, context
+        self._column = {item: index for index, item in enumerate(self.items)}
+        self._codes = np.empty(0, dtype=np.int64) if context is None else context.codes(self.items)
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -74,7 +92,7 @@ class CatalogueEnsemble(Ensemble):
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
-        """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
+        """Fit the weights of every form, and keep the preferred form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member.
@@ -86,46 +104,97 @@ class CatalogueEnsemble(Ensemble):
             LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse([(part.name, part.scorer) for part in self.parts], cases)
-        self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect, only=only)
+        truth = np.array([self._column[str(case.truth)] for case in cases], dtype=np.int64)
+        requests, block = [case.request for case in cases], self._block
+        blocks = [
+            self._cells(requests[start : start + block], truth[start : start + block])[0]
+            for start in range(0, len(requests), block)
+        ]
+        users = [case.request.user_id for case in cases]
+        self._choose(joined(blocks), users, repeats=not self.filtered, dissect=dissect, only=only)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""
-        # A member with weight 0 is not called.
-        raw = [
-            np.asarray(part.scorer.scores(requests)) if weight else np.empty(0)
-            for part, weight in zip(self.parts, self.fitted.parts, strict=True)
+        """Return the scores of all items, shape (n, items); see `CatalogueScorer.scores`.
+
+        Items that are no candidates come after all candidates, by the sum of the members' standardised scores.
+        """
+        weights = self.fitted
+        if weights.form == "alone":
+            # Members with weight 0 are not called.
+            (member,) = (part for part, weight in zip(self.parts, weights.parts, strict=True) if weight)
+            alone: NDArray[np.float64] = np.asarray(member.scorer.scores(requests), dtype=np.float64)
+            return alone + weights.repeat * self._history(requests) if weights.repeat else alone
+        blocks = [
+            self._scored(weights, requests[start : start + self._block])
+            for start in range(0, len(requests), self._block)
         ]
-        kinds, had = [part.kind for part in self.parts], _history(self, requests)
-        return np.asarray(combined(self.fitted, raw, kinds, had, had if self.filtered else None), dtype=np.float64)
+        return np.concatenate(blocks) if blocks else np.empty((0, len(self.items)))
+
+    @property
+    def _block(self) -> int:
+        """Requests that are scored at a time."""
+        return max(1, CELLS // (len(self.items) * len(self.parts)))
+
+    def _scored(self, weights: Weights, requests: Sequence[Request]) -> NDArray[np.float64]:
+        cells, chosen, raw = self._cells(requests)
+        return _completed(weights.scores(cells), chosen, raw)
+
+    def _cells(
+        self, requests: Sequence[Request], truth: NDArray[np.int64] | None = None
+    ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
+        """Return the candidates of requests, which items these are, shape (n, items), and the members' scores.
+
+        Args:
+            requests: The requests.
+            truth: The column of each target, which can be ranked although the history may contain it.
+        """
+        raw = [np.asarray(part.scorer.scores(requests), dtype=np.float32) for part in self.parts]
+        had, here = self._history(requests), np.arange(len(requests))
+        out = had.copy() if self.filtered else None
+        if out is not None and truth is not None:
+            out[here, truth] = False
+        chosen = best(raw, out)
+        starts = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))])
+        place = None
+        if truth is not None:
+            cells = np.cumsum(chosen, axis=1)[here, truth] - 1 + starts[:-1]
+            place = np.where(chosen[here, truth], cells, -1)
+        rows, columns = np.nonzero(chosen)
+        context = {} if self.context is None else self.context.features(requests, rows, self._codes[columns])
+        seen = np.zeros_like(had) if self.filtered else had
+        kinds = tuple(part.kind for part in self.parts)
+        scores = np.stack([values[chosen] for values in raw])
+        return Cells(self.names, kinds, starts, scores, seen[chosen], place, context), chosen, raw
+
+    def _history(self, requests: Sequence[Request]) -> NDArray[np.bool_]:
+        """Return whether each item is in the history, shape (n, items)."""
+        had = np.zeros((len(requests), len(self.items)), dtype=bool)
+        for row, request in enumerate(requests):
+            had[row, [self._column[event.item_id] for event in request.history if event.item_id in self._column]] = True
+        return had
 
 
-def _known(fusion: CatalogueEnsemble, cases: Sequence[Case]) -> WeighedCases:
-    requests = [case.request for case in cases]
-    column = {item: index for index, item in enumerate(fusion.items)}
-    truth = np.array([column[str(case.truth)] for case in cases])
-    had = _history(fusion, requests)
-    if fusion.filtered:
-        had[np.arange(len(truth)), truth] = False
-    block = max(1, CELLS // len(fusion.items))
-    raw = [
-        np.concatenate(
-            [
-                np.asarray(part.scorer.scores(requests[start : start + block]), dtype=np.float32)
-                for start in range(0, len(requests), block)
-            ]
-        )
-        for part in fusion.parts
-    ]
-    out = had if fusion.filtered else None
-    return WeighedCases(raw, [part.kind for part in fusion.parts], had, truth, out, not fusion.filtered)
+def _completed(
+    scores: NDArray[np.float64], chosen: NDArray[np.bool_], raw: Sequence[NDArray[np.float32]]
+) -> NDArray[np.float64]:
+    """Return scores of all items, shape (n, items): items that are no candidates come after all candidates.
 
-
-def _history(fusion: CatalogueEnsemble, requests: Sequence[Request]) -> NDArray[np.bool_]:
-    column: Mapping[str, int] = {item: index for index, item in enumerate(fusion.items)}
-    had = np.zeros((len(requests), len(column)), dtype=bool)
-    for row, request in enumerate(requests):
-        had[row, [column[event.item_id] for event in request.history if event.item_id in column]] = True
-    return had
+    Args:
+        scores: Of the candidates, request by request.
+        chosen: Which items are candidates, shape (n, items).
+        raw: The scores of each member, whose standardised sum orders the others, shape (n, items).
+    """
+    result = np.full(chosen.shape, np.inf)
+    result[chosen] = scores
+    if chosen.all():
+        return result
+    lowest = result.min(axis=1, keepdims=True)
+    others = np.zeros(chosen.shape)
+    for values in raw:
+        centred = values - values.mean(axis=1, keepdims=True, dtype=np.float64)
+        others += centred / np.maximum(centred.std(axis=1, keepdims=True), 1e-9)
+    after = np.where(np.isfinite(lowest), lowest, 0) - 1 - (others.max(axis=1, keepdims=True) - others)
+    return np.asarray(np.where(chosen, result, after))
 
 
 # --------------------------------------------------------------------------- lists
@@ -164,13 +233,20 @@ class ListEnsemble(Ensemble):
             target is not among the candidates.
     """
 
-    def __init__(self, name: str, parts: Sequence[ListMember], weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[ListMember],
+        weights: Weights | None = None,
+        context: Context | None = None,
+    ) -> None:
         """Create the ensemble.
 
         Args:
             name: The name of the row.
             parts: The members.
             weights: The weights of an earlier ``fit``.
+            context: Further features for a ranker; None: it has the members' scores alone.
 
         Raises:
             LlmrecError: If there are fewer than two members, or the number of weights differs.
@@ -178,7 +254,7 @@ class ListEnsemble(Ensemble):
         if len(parts) < 2 or (weights is not None and len(weights.parts) != len(parts)):
             raise LlmrecError(f"{name}: a fusion needs two or more parts, and a weight for each", kind="mismatch")
         super().__init__(name)
-        self.parts, self.weights = tuple(parts), weights
+        self.parts, self.weights, self.context = tuple(parts), weights, context
         self.validation: dict[str, float] = {}
 
     @property
@@ -199,19 +275,12 @@ class ListEnsemble(Ensemble):
             LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse([(part.name, part.predictor) for part in self.parts], cases)
-        requests = [case.request for case in cases]
-        text = [part.predictor.answer(requests) for part in self.parts]
-        sets = _sets(requests, text)
-        able = [place for place, case in enumerate(cases) if str(case.truth) in sets[place]]
-        known = self._known(
-            [cases[place] for place in able],
-            [sets[place] for place in able],
-            [[answers[place] for place in able] for answers in text],
-        )
-        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, onto=onto)
+        cells, able = self.known(cases)
+        users = [cases[place].request.user_id for place in able]
+        self._choose(cells, users, repeats=bool(cells.had.any()), dissect=dissect, onto=onto)
         assert self.crossed is not None
-        result = zip((requests[place].id for place in able), self.crossed.tolist(), strict=True)
-        self.validation = {**dict.fromkeys((request.id for request in requests), 0.0), **dict(result)}
+        result = zip((cases[place].request.id for place in able), self.crossed.tolist(), strict=True)
+        self.validation = {**dict.fromkeys((case.request.id for case in cases), 0.0), **dict(result)}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`.
@@ -219,21 +288,20 @@ class ListEnsemble(Ensemble):
         An item that a member does not know has the member's least favourable score, depending on the sign of its
         weight. So items that no member knows come last.
         """
-        weights, kinds = self.fitted, [part.kind for part in self.parts]
-        text = [part.predictor.answer(requests) for part in self.parts]
+        weights = self.fitted
+        given = [part.predictor.answer(requests) for part in self.parts]
         answers: list[Answer] = []
-        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, text), strict=True)):
+        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, given), strict=True)):
             if not candidates:
-                answers.append(Unparsed(request_id=request.id, reason="no part has an answer for the request"))
+                answers.append(Unparsed(request_id=request.id, reason="no member has an answer for the request"))
                 continue
             # One request at a time, so that results do not depend on other requests.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
-            rows = [
-                _with_least(_scores(entry[index], candidates, part.kind), new, weight)[None]
-                for entry, part, new, weight in zip(text, self.parts, strange, weights.parts, strict=True)
-            ]
-            had = _had(request, candidates)[None]
-            (result,) = combined(weights, rows, kinds, had, None).astype(np.float64)
+            # A single member ranks all items as it does without an ensemble.
+            top = len(candidates) if weights.form == "alone" else TOP
+            own = [item[index] for item in given]
+            cells, chosen, raw = self._cells(request, candidates, own, strange=strange, top=top)
+            (result,) = _completed(weights.scores(cells), chosen, raw)
             order = np.lexsort((strange.all(axis=0), -result)).tolist()
             answers.append(
                 Ranking(
@@ -244,33 +312,62 @@ class ListEnsemble(Ensemble):
             )
         return answers
 
-    def _known(
-        self, cases: Sequence[Case], sets: Sequence[Sequence[str]], said: Sequence[Sequence[Answer]]
-    ) -> WeighedCases:
-        """Return cases with the members' scores; smaller candidate sets are padded."""
-        shape = len(cases), max(map(len, sets), default=0)
-        out, had = np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        for row, (case, candidates) in enumerate(zip(cases, sets, strict=True)):
-            out[row, : len(candidates)] = False
-            had[row, : len(candidates)] = _had(case.request, candidates)
-        raw = []
-        for part, answers in zip(self.parts, said, strict=True):
-            result = np.zeros(shape, dtype=np.float32)
-            for row, (answer, candidates) in enumerate(zip(answers, sets, strict=True)):
-                scores = _scores(answer, candidates, part.kind)
-                # Padding must not be the maximum, relative to which the other scores are computed.
-                result[row] = scores.min() if part.kind == "logits" else 0
-                result[row, : len(candidates)] = scores
-            raw.append(result)
-        truth = [candidates.index(str(case.truth)) for case, candidates in zip(cases, sets, strict=True)]
-        return WeighedCases(
-            raw,
-            [part.kind for part in self.parts],
-            had,
-            np.array(truth, dtype=np.int64),
-            out if out.any() else None,
-            bool(had.any()),
-        )
+    def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
+        """Return the candidates of the cases whose target is among them, and the indices of these cases."""
+        requests = [case.request for case in cases]
+        answers = [part.predictor.answer(requests) for part in self.parts]
+        sets = _sets(requests, answers)
+        truth = [
+            candidates.index(str(case.truth)) if str(case.truth) in candidates else -1
+            for case, candidates in zip(cases, sets, strict=True)
+        ]
+        able = [place for place, index in enumerate(truth) if index >= 0]
+        blocks = [
+            self._cells(requests[place], sets[place], [item[place] for item in answers], truth=truth[place])[0]
+            for place in able
+        ]
+        if not blocks:
+            folds_of(self.name, [])
+        return joined(blocks), able
+
+    def _cells(
+        self,
+        request: Request,
+        candidates: Sequence[str],
+        answers: Sequence[Answer],
+        *,
+        truth: int | None = None,
+        strange: NDArray[np.bool_] | None = None,
+        top: int = TOP,
+    ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
+        """Return what `CatalogueEnsemble` has of several requests for one, whose items are given.
+
+        Args:
+            request: The request.
+            candidates: The items that are ranked.
+            answers: The answer of each member.
+            truth: The index of the target.
+            strange: Which items a member does not know, shape (members, candidates).
+            top: Items of each member that an ensemble ranks; the others come after them.
+        """
+        scores = [_scores(answer, candidates, part.kind) for answer, part in zip(answers, self.parts, strict=True)]
+        if strange is not None and strange.any():
+            known = zip(scores, strange, self.fitted.parts, strict=True)
+            scores = [_with_least(values, new, weight) for values, new, weight in known]
+        raw = [values[None].astype(np.float32) for values in scores]
+        chosen = best(raw, None, top)
+        (places,) = np.nonzero(chosen[0])
+        cell = None
+        if truth is not None:
+            cell = np.array([np.searchsorted(places, truth) if chosen[0, truth] else -1])
+        items = [candidates[index] for index in places]
+        context = {}
+        if self.context is not None:
+            rows = np.zeros(len(items), dtype=np.int64)
+            context = self.context.features([request], rows, self.context.codes(items))
+        kinds, starts = tuple(part.kind for part in self.parts), np.array([0, len(items)])
+        had = _had(request, items)
+        return Cells(self.names, kinds, starts, np.concatenate(raw)[:, places], had, cell, context), chosen, raw
 
 
 def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:

@@ -12,6 +12,7 @@ from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError, RecipeError
@@ -51,10 +52,11 @@ class FusedFinder:
         """Return ensembles weighed by validation users, and for requests of these users by the other half."""
         parts = self._parts(data)
         choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
-        by_weighers = _weighed(parts, _held(data, weigh))
+        context = Context(data)
+        by_weighers = _weighed(parts, _held(data, weigh), context)
         if split != "valid":
             return [(by_weighers, None)]
-        return [(by_weighers, frozenset(choose)), (_weighed(parts, _held(data, choose)), frozenset(weigh))]
+        return [(by_weighers, frozenset(choose)), (_weighed(parts, _held(data, choose), context), frozenset(weigh))]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return an ensemble fitted only on training interactions of the other folds.
@@ -66,8 +68,8 @@ class FusedFinder:
         weighs = known[(known.index(part) + 1) % len(known)] if part in known else known[0]
         users = [user for user, own in sorted(parts.items()) if own == weighs != part]
         inside = [user for user, own in parts.items() if own in (part, weighs)]
-        fitted = self._parts(replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside))))
-        return _weighed(fitted, [_last(data, user) for user in users[:MOST]])
+        rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside)))
+        return _weighed(self._parts(rest), [_last(data, user) for user in users[:MOST]], Context(rest))
 
     def _parts(self, data: SplitDataset) -> list[Member]:
         """Return the baselines, fitted to training interactions.
@@ -95,7 +97,7 @@ class FusedFinder:
         return results
 
 
-def _weighed(parts: Sequence[Member], cases: Sequence[Case]) -> CatalogueEnsemble:
+def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
     """Return an ensemble, fitted to cases.
 
     Raises:
@@ -110,7 +112,7 @@ def _weighed(parts: Sequence[Member], cases: Sequence[Case]) -> CatalogueEnsembl
             kind="too-few",
             column="eval.candidates.retriever",
         )
-    fusion = CatalogueEnsemble(FUSED, parts, filtered=True)
+    fusion = CatalogueEnsemble(FUSED, parts, filtered=True, context=context)
     fusion.fit(cases)
     return fusion
 

@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import Field, JsonValue, ValidationError
 
 from llmrec.durable import checked, write_checked
-from llmrec.ensembles.members import answers_of, kind_of
-from llmrec.ensembles.weights import CUT, Kind, Weights
+from llmrec.ensembles.cells import CUT, Kind
+from llmrec.ensembles.members import answers_of, kind_of, restored
+from llmrec.ensembles.weights import Weights
 from llmrec.errors import ModelError
 from llmrec.metrics.ranking import ndcg, standing
 from llmrec.recipe.schema import BaselineSection
@@ -24,7 +25,7 @@ from llmrec.types import Case, Ranking
 FILE = "fusions.json"
 """The file of the ensembles in a run folder and an exported folder."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file; raised whenever the same weights give different lists."""
 
 
@@ -66,8 +67,7 @@ class Fused(Record):
 
     def weights(self) -> Weights:
         """Return the weights as an ensemble accepts them."""
-        parts = tuple(float(part.weight or 0.0) for part in self.fitted.parts)
-        return Weights(self.fitted.form, parts, self.fitted.repeat or 0.0)  # type: ignore[arg-type]
+        return restored(self.fitted)
 
 
 def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reserved: float) -> Fused:

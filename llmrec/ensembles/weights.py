@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llmrec.data.hashing import hash64
-from llmrec.errors import LlmrecError
-from llmrec.metrics.ranking import ndcg
+from llmrec.ensembles import trees
+from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.trees import Setting, Trees
+from llmrec.errors import LlmrecError, installed
 from llmrec.metrics.stats import StatisticName, paired
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-Kind = Literal["counts", "logits", "beams"]
-"""The kind of scores: nonnegative and read as shares; on a log scale; or probabilities of found items only."""
-
-Form = Literal["logit", "pool", "ridge", "alone"]
+Form = Literal["ranker", "logit", "pool", "ridge", "alone"]
 
 Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
 """Fits a form to some of the cases, starting from weights that may be close to the solution."""
 
-FOLDS, CUT = 5, 10
+FOLDS = 5
 
-# The lower limit of a share before its logarithm is taken.
-_FLOOR = 1e-6
 # The bootstrap samples for the limits of a member's contribution.
 _RESAMPLES = 1000
-CELLS = 1 << 24
-"""Cells of a block of scores: 64 MB in single precision."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +36,13 @@ class Weights:
 
     Attributes:
         form: The form; ``alone`` is the first member with a weight.
-        parts: One weight per member; exponents of a logit, shares of a pool.
+        parts: One weight per member: exponents of a logit, shares of a pool, of a ranker the shares in its gain.
         repeat: Log weight of an item of the history relative to other items; 0 if none can be ranked.
         low: 95 % limits of the weights over users, those of ``repeat`` last; empty if there are none.
         high: The upper limits; see ``low``.
+        trees: The model of a ranker.
+        base: A ranker to whose score those of the members are added.
+        scale: The weight of its score.
     """
 
     form: Form
@@ -53,6 +50,32 @@ class Weights:
     repeat: float = 0.0
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    trees: Trees | None = None
+    base: Weights | None = None
+    scale: float = 0.0
+
+    @property
+    def queries_all(self) -> bool:
+        """Whether members without a weight are queried too: they find candidates."""
+        return self.trees is not None or self.base is not None
+
+    def scores(self, cells: Cells) -> NDArray[np.float64]:
+        """Return the score of each candidate, higher is better, shape (cells,)."""
+        if self.trees is not None:
+            return self.trees.scores(matrix(cells, self.trees.names))
+        total = np.zeros(len(cells.had))
+        if self.base is not None:
+            total = self.scale * self.base.scores(cells)
+        for member, weight in enumerate(self.parts):
+            if not weight:
+                continue
+            if self.form == "alone":
+                total = cells.raw[member].astype(np.float64)
+                break
+            total = total + weight * (cells.shares(member) if self.form == "pool" else cells.scores(member))
+        if self.form == "pool":
+            total = np.log(np.maximum(total, 1e-300))
+        return total + self.repeat * cells.had if self.repeat else total
 
 
 @dataclass(frozen=True)
@@ -115,77 +138,6 @@ def limits_of(
     return tuple((values - errors).tolist()), tuple((values + errors).tolist())
 
 
-def combined(
-    weights: Weights,
-    raw: Sequence[NDArray[Any]],
-    kinds: Sequence[Kind],
-    had: NDArray[np.bool_],
-    out: NDArray[np.bool_] | None,
-) -> NDArray[np.floating[Any]]:
-    """Return the ensemble's scores of items, higher is better, shape (n, m).
-
-    Args:
-        weights: The fitted weights.
-        raw: Scores of each member, shape (n, m).
-        kinds: The scale of each member's scores.
-        had: Whether an item is in the history, shape (n, m).
-        out: Items excluded from the normalisation of members, shape (n, m); None: no items.
-    """
-    total: NDArray[np.floating[Any]] = np.zeros(had.shape, dtype=np.float32 if weights.form == "logit" else np.float64)
-    for weight, scores, kind in zip(weights.parts, raw, kinds, strict=True):
-        if not weight:
-            continue
-        if weights.form == "alone":
-            total = np.asarray(scores, dtype=np.float64)
-            break
-        total = total + weight * (feature(scores, kind, out) if weights.form == "logit" else share(scores, kind, out))
-    if weights.form == "pool":
-        total = np.log(np.maximum(total, 1e-300))
-    return total + weights.repeat * had if weights.repeat else total
-
-
-def feature(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """Return scores on a log scale, shape (n, m): log-shares of counts, or logits minus their maximum.
-
-    Items outside the beams of a search get the probability of its last beam.
-    """
-    values = np.array(scores, dtype=np.float32)
-    if kind == "logits":
-        values -= values.max(axis=1, keepdims=True)
-        return values
-    np.maximum(values, 0, out=values)
-    if kind == "beams":
-        least = np.min(values, axis=1, keepdims=True, where=values > 0, initial=1.0)
-        np.log(np.maximum(values, np.maximum(least, 1e-30)), out=values)
-        return values
-    if out is not None:
-        values[out] = 0
-    totals = values.sum(axis=1, keepdims=True)
-    np.divide(values, totals, out=values, where=totals > 0)
-    np.log(values + np.float32(_FLOOR), out=values)
-    return values
-
-
-def share(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """Return scores as probabilities over the items, shape (n, m); rows without any score are uniform."""
-    values = np.array(scores, dtype=np.float64)
-    if kind == "logits":
-        if out is not None:
-            values[out] = -np.inf
-        values -= values.max(axis=1, keepdims=True)
-        values = np.exp(values)
-    elif kind == "beams":
-        values = np.maximum(values, np.min(values, axis=1, keepdims=True, where=values > 0, initial=1.0))
-    else:
-        values = np.maximum(values, 0)
-    if out is not None:
-        values[out] = 0
-    totals = values.sum(axis=1, keepdims=True)
-    result = np.full_like(values, 1 / values.shape[1])
-    np.divide(values, totals, out=result, where=totals > 0)
-    return result
-
-
 def left_out(
     name: str,
     first: NDArray[np.float64],
@@ -198,307 +150,304 @@ def left_out(
     return Without(name, result.value, result.low, result.high)
 
 
+def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
+    """Return the form to use: the best of the linear ones, unless the ranker is better by more than a standard error.
+
+    A ranker has thousands of parameters, so noise must not choose it over weights or a single member (the
+    one-standard-error rule, Breiman et al., 1984, section 3.4.3, of paired differences). Weights compete with single
+    members without a margin: they have one parameter a member, and of few users a margin costs more than noise does.
+
+    Args:
+        values: The cross-fitted value of each case by form, higher is better, shape (n,).
+        learned: The form of the ranker; None: there is none.
+        users: The user of each case; differences are summed by user.
+    """
+    best = max((form for form in values if form != learned), key=lambda form: values[form].mean())
+    if learned is None:
+        return best
+    _, cluster = np.unique(np.array(users), return_inverse=True)
+    gains = values[learned] - values[best]
+    sums = np.bincount(cluster, weights=gains - gains.mean())
+    return learned if gains.mean() > np.sqrt((sums**2).sum()) / len(gains) else best
+
+
+# --------------------------------------------------------------------------- features
+
+_OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
+    "score": Cells.scores,
+    "rank": Cells.ranks,
+    "relative score": Cells.relative,
+}
+
+
+def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
+    """Return the features of a ranker: three of each member but ``off``, the history's, and the context's."""
+    members = [name for place, name in enumerate(cells.names) if place != off]
+    own = [f"{name}: {what}" for name in members for what in _OF_MEMBER]
+    return (*own, *(["in history"] if cells.had.any() else []), *cells.context)
+
+
+def member_of(feature: str) -> str | None:
+    """Return the member whose score a feature of a ranker is; None for other features."""
+    member, _, what = feature.rpartition(": ")
+    return member if what in _OF_MEMBER and member else None
+
+
+def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
+    """Return the features of a ranker, shape (cells, len(names)); what a context lacks is NaN, a missing value."""
+    result = np.full((len(cells.had), len(names)), np.nan, dtype=np.float32)
+    for place, name in enumerate(names):
+        member, _, what = name.rpartition(": ")
+        if what in _OF_MEMBER and member in cells.names:
+            result[:, place] = _OF_MEMBER[what](cells, cells.names.index(member))
+        elif name == "in history":
+            result[:, place] = cells.had
+        elif name in cells.context:
+            result[:, place] = cells.context[name]
+    return result
+
+
+def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
+    """Return the members' scores on a log scale, and with ``repeats`` whether an item is in the history, (k, cells)."""
+    rows = [cells.scores(member) for member in range(len(cells.names))]
+    return np.stack([*rows, cells.had.astype(np.float32)] if repeats else rows)
+
+
 # --------------------------------------------------------------------------- fitting
 
 # Ridge penalty of the standardised weights of a logit, for the whole sample.
 _PENALTY = 1.0
 # Ranks an item below all others.
 _NEVER = -1e9
+# Cases with their target among the candidates that a ranker needs.
+LEAST_CASES = 200
 
 
-@dataclass
-class WeighedCases:
-    """Validation cases with the members' scores.
+def _likelihood(
+    weights: NDArray[np.float64], logs: NDArray[np.float32], cells: Cells
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return the negative log-likelihood, its gradient, shape (k,), and the probability of each cell.
 
-    Attributes:
-        raw: Scores of each member, shape (n, items), in single precision.
-        kinds: The scale of each member's scores.
-        had: Whether an item is in the history, shape (n, items).
-        truth: Column of the target, shape (n,).
-        out: Items that cannot be ranked, shape (n, items), never the target; None: all can be.
-        repeats: Whether items of the history can be ranked, so that their weight is fitted.
+    Every case must have its target among the candidates.
     """
+    assert cells.truth is not None
+    total = weights @ logs.astype(np.float64)
+    total -= cells.most(total)[cells.rows]
+    own = total[cells.truth]
+    chances = np.exp(total)
+    sums = cells.total(chances)
+    chances /= sums[cells.rows]
+    gradient = logs @ chances - logs[:, cells.truth].sum(axis=1, dtype=np.float64)
+    return float((np.log(sums) - own).sum()), gradient, chances
 
-    raw: list[NDArray[np.float32]]
-    kinds: list[Kind]
-    had: NDArray[np.bool_]
-    truth: NDArray[np.int64]
-    out: NDArray[np.bool_] | None
-    repeats: bool
-    _features: NDArray[np.float32] | None = None
-    _shares: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
-    def features(self) -> NDArray[np.float32]:
-        """Return the members' scores on a log scale, and if ``repeats`` whether an item is in the history.
+def _maximised(
+    logs: NDArray[np.float32],
+    cells: Cells,
+    centre: NDArray[np.float64],
+    begin: NDArray[np.float64] | None = None,
+    bounds: Sequence[tuple[float | None, float | None]] | None = None,
+) -> NDArray[np.float64]:
+    """Return weights of maximum likelihood with a ridge penalty of their standardised distance to ``centre``."""
+    spreads = np.array([float(row[row > _NEVER / 2].std(dtype=np.float64)) for row in logs])
+    scales = np.maximum(spreads, 1e-6)
 
-        Returns:
-            Shape (n, parts, items), so that the values of a case are contiguous.
-        """
-        if self._features is None:
-            shape = len(self.truth), len(self.raw) + self.repeats, self.had.shape[1]
-            self._features = np.empty(shape, dtype=np.float32)
-            for index, (raw, kind) in enumerate(zip(self.raw, self.kinds, strict=True)):
-                self._features[:, index] = feature(raw, kind, self.out)
-            if self.repeats:
-                self._features[:, -1] = self.had
-        return self._features
+    def loss(scaled: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weights = scaled / scales
+        value, gradient, _ = _likelihood(weights, logs, cells)
+        away = scaled - centre * scales
+        return value + _PENALTY * float(away @ away), gradient / scales + 2 * _PENALTY * away
 
-    def first(self, count: int) -> WeighedCases:
-        """Return the first cases as a view."""
-        part = slice(count)
-        out = None if self.out is None else self.out[part]
-        shares = None if self._shares is None else (self._shares[0][part], self._shares[1][part])
-        raw = [item[part] for item in self.raw]
-        return WeighedCases(
-            raw, self.kinds, self.had[part], self.truth[part], out, self.repeats, self.features()[part], shares
-        )
+    # The import takes a tenth of a second, and most commands fit nothing.
+    from scipy.optimize import minimize
 
-    # ----------------------------------------------------------------------- forms
+    start = np.full(len(logs), 1.0 / len(logs)) if begin is None else begin * scales
+    options = {"maxiter": 100, "ftol": 1e-8}
+    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x / scales)
 
-    def logit(self, rows: NDArray[np.int64], start: Weights | None = None, off: int | None = None) -> Weights:
-        """Return the weights of the conditional logit by maximum likelihood, with a small ridge penalty.
 
-        Args:
-            rows: The cases to fit to.
-            start: Initial weights, which save time and do not change the result.
-            off: A member that is left out.
-        """
-        count, parts = self.features().shape[1], len(self.raw)
-        scales = np.array([max(self._spread(place, rows), 1e-6) for place in range(count)])
-        used = np.array([place != off for place in range(count)])
+def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
+    """Return the weights of the conditional logit by maximum likelihood, with a small ridge penalty.
 
-        def loss(scaled: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            weights = np.zeros(count)
-            weights[used] = scaled / scales[used]
-            value, gradient, _ = self._likelihood(weights, rows)
-            return value + _PENALTY * float(scaled @ scaled), gradient[used] / scales[used] + 2 * _PENALTY * scaled
+    Args:
+        cells: The cases to fit to.
+        start: Initial weights, which save time and do not change the result.
+        repeats: Whether items of the history can be ranked, so that their weight is fitted.
+        off: A member that is left out.
+    """
+    known = cells.of(cells.hits)
+    logs = _logs(known, repeats=repeats)
+    used = [place for place in range(len(logs)) if place != off]
+    begin = None
+    if start is not None:
+        begin = np.array([*start.parts, *([start.repeat] if repeats else [])])[used]
+    result = np.zeros(len(logs))
+    result[used] = _maximised(logs[used], known, np.zeros(len(used)), begin)
+    parts = len(cells.names)
+    return Weights("logit", tuple(result[:parts].tolist()), float(result[-1]) if repeats else 0.0)
 
-        begin = np.full(count, 1.0 / parts)
-        if start is not None:
-            begin = np.array([*start.parts, *([start.repeat] if self.repeats else [])]) * scales
-        # The import takes a tenth of a second, and most commands fit nothing.
-        from scipy.optimize import minimize
 
-        fitted = minimize(loss, begin[used], jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-8}).x
-        result = np.zeros(count)
-        result[used] = fitted / scales[used]
-        weights = tuple(float(weight) for weight in result[:parts])
-        return Weights("logit", weights, float(result[-1]) if self.repeats else 0.0)
+def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
+    """Return a logit's weights with their 95 % limits; see `limits_of`."""
+    known = cells.of(cells.hits)
+    assert known.truth is not None
+    logs = _logs(known, repeats=repeats).astype(np.float64)
+    values = np.array([*weights.parts, *([weights.repeat] if repeats else [])])
+    _, _, chances = _likelihood(values, logs.astype(np.float32), known)
+    weighed = logs * chances
+    means = known.total(weighed)
+    scores = (means - logs[:, known.truth]).T
+    low, high = limits_of(values, scores, weighed @ logs.T - means @ means.T, [users[row] for row in cells.hits])
+    return replace(weights, low=low, high=high)
 
-    def _spread(self, place: int, rows: NDArray[np.int64]) -> float:
-        """Return the standard deviation of a feature over the candidates of some cases."""
-        values = self.features()[rows, place]
-        result = values if self.out is None else values[~self.out[rows]]
-        return float(result.std(dtype=np.float64))
 
-    def _likelihood(
-        self, weights: NDArray[np.float64], rows: NDArray[np.int64], *, curvature: bool = False
-    ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-        """Return the negative log-likelihood with its gradient, and optionally gradients by case and curvature.
+def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
+    """Return the weights of the linear pool by maximum likelihood, with the weight of history items.
 
-        Returns:
-            The value; the gradient, shape (k,); with ``curvature`` its matrix below the gradients of the cases, shape
-            (n + k, k), else an empty array.
-        """
-        features, single = self.features(), weights.astype(np.float32)
-        count = len(weights)
-        value, gradient = 0.0, np.zeros(count)
-        item, matrix = [], np.zeros((count, count))
-        block = max(1, CELLS // (features.shape[2] * count))
-        inside = np.zeros(len(self.truth), dtype=bool)
-        inside[rows] = True
-        for begin in range(0, len(inside), block):
-            # Slices avoid copies: other cases are computed and ignored, which is cheaper than gathering.
-            part = slice(begin, begin + block)
-            counted = inside[part]
-            if not counted.any():
-                continue
-            total = np.matmul(single, features[part])
-            if self.out is not None:
-                total[self.out[part]] = -np.inf
-            total -= total.max(axis=1, keepdims=True)
-            own = total[np.arange(len(total)), self.truth[part]].astype(np.float64)
-            chances = np.exp(total, out=total)
-            sums = chances.sum(axis=1, keepdims=True)
-            chances /= sums
-            value += float((np.log(sums[:, 0]) - own)[counted].sum())
-            means = np.matmul(features[part], chances[:, :, None])[:, :, 0].astype(np.float64)
-            wide = means - features[part][np.arange(len(total)), :, self.truth[part]]
-            gradient += wide[counted].sum(axis=0)
-            if curvature:
-                item.append(wide[counted])
-                both = np.einsum("nkm,nm,nlm->kl", features[part][counted], chances[counted], features[part][counted])
-                matrix += both - means[counted].T @ means[counted]
-        if not curvature:
-            return value, gradient, np.empty(0)
-        return value, gradient, np.concatenate([*item, matrix])
+    Args:
+        cells: The cases to fit to.
+        start: Unused, since a fit takes milliseconds.
+        repeats: Whether items of the history can be ranked, so that their weight is fitted.
+        off: A member that is left out.
+    """
+    known = cells.of(cells.hits)
+    used = [place for place in range(len(cells.names)) if place != off]
+    own, seen, had = _shares(known)
+    shares, worth = _mixed(own[:, used], seen[:, used], had, repeats=repeats)
+    result = np.zeros(len(cells.names))
+    result[used] = shares
+    return Weights("pool", tuple(result.tolist()), worth)
 
-    def limits(self, weights: Weights, users: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return 95 % limits of a logit's weights, robust and clustered over users (White, Econometrica 1982)."""
-        values = np.array([*weights.parts, *([weights.repeat] if self.repeats else [])])
-        _, _, both = self._likelihood(values, np.arange(len(self.truth)), curvature=True)
-        scores, curvature = both[: -len(values)], both[-len(values) :]
-        return limits_of(values, scores, curvature, users)
 
-    def pool(self, rows: NDArray[np.int64], start: Weights | None = None, off: int | None = None) -> Weights:
-        """Return the weights of the linear pool by maximum likelihood, with the weight of history items.
+def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return each member's probability of each target and of all history items, (n, k), and which targets are such."""
+    assert known.truth is not None
+    shares = [known.shares(member) for member in range(len(known.names))]
+    own = np.stack([values[known.truth] for values in shares], axis=1)
+    seen = np.stack([known.total(values * known.had) for values in shares], axis=1)
+    return own, seen, known.had[known.truth]
 
-        Args:
-            rows: The cases to fit to.
-            start: Unused, since a fit takes milliseconds.
-            off: A member that is left out.
-        """
-        used = [place for place in range(len(self.raw)) if place != off]
-        own, seen = (item[rows][:, used] for item in self.shares())
 
-        def loss(free: NDArray[np.float64]) -> float:
-            shares = _softmax(free[: own.shape[1]])
-            mixed = own @ shares
-            if self.repeats:
-                worth = np.exp(free[-1])
-                mixed = mixed * np.where(self.had[rows, self.truth[rows]], worth, 1.0)
-                mixed = mixed / (1 + (worth - 1) * (seen @ shares))
-            return float(-np.log(np.maximum(mixed, 1e-300)).sum())
+def _mixed(
+    own: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, worth: float = 0.0
+) -> tuple[NDArray[np.float64], float]:
+    """Return shares of maximum likelihood, and with ``repeats`` the log weight of history items, else ``worth``."""
 
-        begin = np.zeros(own.shape[1] + self.repeats)
-        from scipy.optimize import minimize
+    def loss(free: NDArray[np.float64]) -> float:
+        shares = _softmax(free[: own.shape[1]])
+        factor = np.exp(free[-1] if repeats else worth)
+        mixed = own @ shares * np.where(had, factor, 1.0) / (1 + (factor - 1) * (seen @ shares))
+        return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
-        result = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
-        shares = np.zeros(len(self.raw))
-        shares[used] = _softmax(result[: own.shape[1]])
-        return Weights("pool", tuple(float(item) for item in shares), float(result[-1]) if self.repeats else 0.0)
+    from scipy.optimize import minimize
 
-    def onto(
-        self, base: Weights, free: Sequence[int], rows: NDArray[np.int64], start: Weights | None = None
-    ) -> Weights:
-        """Return an ensemble with further members: the weight of the ensemble as a whole, and of each further member.
+    begin = np.zeros(own.shape[1] + repeats)
+    result = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
+    return _softmax(result[: own.shape[1]]), float(result[-1]) if repeats else worth
 
-        In a logit the ridge penalty shrinks them to 1 and 0; in a pool the ensemble is a member like the others. So a
-        few cases suffice to add members to an ensemble that was fitted on many.
 
-        Args:
-            base: Weights of all members, 0 for the further ones.
-            free: Indices of the further ones.
-            rows: The cases to fit to.
-            start: Unused, since there are few weights.
-        """
-        if base.form == "pool":
-            return self._pooled_onto(base, free, rows)
-        places = list(free)
-        whole = np.array([*base.parts, *([base.repeat] if self.repeats else [])])
-        inside = np.matmul(whole.astype(np.float32), self.features()[rows])
-        ranked = inside if self.out is None else inside[~self.out[rows]]
-        # If all items of the history come last, their scores are excluded from the spread.
-        spread = float(ranked[ranked > _NEVER / 2].std(dtype=np.float64))
-        scales = np.array([max(item, 1e-6) for item in (spread, *(self._spread(place, rows) for place in places))])
-        begin = np.array([1.0, *(0.0 for _ in places)])
+def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
+    """Return an ensemble with further members: the weight of the ensemble as a whole, and of each further member.
 
-        def placed(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-            weights: NDArray[np.float64] = numbers[0] * whole
-            weights[places] += numbers[1:]
-            return weights
+    In a logit the ridge penalty shrinks them to 1 and 0; in a pool the ensemble is a member like the others. So a few
+    cases suffice to add members to an ensemble that was fitted on many.
 
-        def loss(numbers: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            value, gradient, _ = self._likelihood(placed(numbers), rows)
-            away = scales * (numbers - begin)
-            slope = np.array([gradient @ whole, *gradient[places]]) + 2 * _PENALTY * scales * away
-            return value + _PENALTY * float(away @ away), slope
-
-        bounds = [(0.0, None), *((None, None) for _ in places)]
-        from scipy.optimize import minimize
-
-        result = placed(minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds).x)
-        parts = tuple(float(weight) for weight in result[: len(self.raw)])
-        return Weights("logit", parts, float(result[-1]) if self.repeats else 0.0)
-
-    def _pooled_onto(self, base: Weights, free: Sequence[int], rows: NDArray[np.int64]) -> Weights:
-        own, seen = (
-            np.column_stack([item[rows] @ np.array(base.parts), item[rows][:, list(free)]]) for item in self.shares()
-        )
-        worth = np.exp(base.repeat)
-        factor = np.where(self.had[rows, self.truth[rows]], worth, 1.0)
-
-        def loss(numbers: NDArray[np.float64]) -> float:
-            shares = _softmax(numbers)
-            mixed = (own @ shares) * factor / (1 + (worth - 1) * (seen @ shares))
-            return float(-np.log(np.maximum(mixed, 1e-300)).sum())
-
-        begin = np.zeros(own.shape[1])
-        from scipy.optimize import minimize
-
-        shares = _softmax(minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x)
+    Args:
+        cells: The cases to fit to.
+        base: Weights of all members, 0 for the further ones.
+        free: Indices of the further ones.
+    """
+    known, places = cells.of(cells.hits), list(free)
+    if base.form == "pool":
+        own, seen, had = _shares(known)
+        joined = [np.column_stack([item @ np.array(base.parts), item[:, places]]) for item in (own, seen)]
+        shares, _ = _mixed(joined[0], joined[1], had, repeats=False, worth=base.repeat)
         parts = shares[0] * np.array(base.parts)
-        parts[list(free)] = shares[1:]
-        return Weights("pool", tuple(float(part) for part in parts), base.repeat)
+        parts[places] = shares[1:]
+        return Weights("pool", tuple(parts.tolist()), base.repeat)
+    logs = np.stack([base.scores(known).astype(np.float32), *(known.scores(place) for place in places)])
+    bounds = [(0.0, None), *((None, None) for _ in places)]
+    scale, *added = _maximised(logs, known, np.eye(len(logs))[0], np.eye(len(logs))[0], bounds).tolist()
+    if base.trees is not None:
+        parts = np.zeros(len(cells.names))
+        parts[places] = added
+        return Weights("logit", tuple(parts.tolist()), base=base, scale=scale)
+    parts = scale * np.array(base.parts)
+    parts[places] += added
+    return Weights("logit", tuple(parts.tolist()), scale * base.repeat, base=base.base, scale=scale * base.scale)
 
-    def alone(self, place: int, rows: NDArray[np.int64]) -> float:
-        """Return the offset of history items for a single member: 0, or one that ranks all other items first."""
-        results = []
-        for worth in (0.0, _NEVER):
-            weights = Weights("alone", tuple(float(place == item) for item in range(len(self.raw))), worth)
-            results.append((self.ndcg(weights, rows).mean(), worth))
-        return max(results)[1]
 
-    def shares(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return each member's probability of each target, and of all history items, shape (n, parts)."""
-        if self._shares is None:
-            own, seen, here = [], [], np.arange(len(self.truth))
-            block = max(1, CELLS // self.had.shape[1])
-            for raw, kind in zip(self.raw, self.kinds, strict=True):
-                for begin in range(0, len(here), block):
-                    part = slice(begin, begin + block)
-                    values = share(raw[part], kind, None if self.out is None else self.out[part])
-                    own.append(values[np.arange(len(values)), self.truth[part]])
-                    seen.append((values * self.had[part]).sum(axis=1))
-            sizes = len(self.raw), len(here)
-            self._shares = np.concatenate(own).reshape(sizes).T, np.concatenate(seen).reshape(sizes).T
-        return self._shares
+def alone(cells: Cells, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
+    """Return a single member; where history items can be ranked, as it is or with these below all others."""
+    parts = tuple(float(member == place) for place in range(len(cells.names)))
+    able = [Weights("alone", parts, worth) for worth in ((0.0, _NEVER) if repeats else (0.0,))]
+    return max(able, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
-    def ndcg(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return NDCG@10 of some cases with given weights, in expectation over ties, shape (n,)."""
-        block = max(1, CELLS // self.had.shape[1])
-        greater, tied = [], []
-        for start in range(0, len(rows), block):
-            part = rows[start : start + block]
-            out = None if self.out is None else self.out[part]
-            if weights.form == "logit":
-                values = np.array([*weights.parts, *([weights.repeat] if self.repeats else [])], dtype=np.float32)
-                result = np.matmul(values, self.features()[part])
-            else:
-                result = combined(weights, [item[part] for item in self.raw], self.kinds, self.had[part], out)
-            if out is not None:
-                result = np.where(out, -np.inf, result)
-            own = result[np.arange(len(part)), self.truth[part]][:, None]
-            greater.append((result > own).sum(axis=1))
-            tied.append((result == own).sum(axis=1))
-        return np.asarray(ndcg(np.concatenate(greater), np.concatenate(tied), CUT))
 
-    def crossed(self, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return NDCG@10 of each case with weights fitted to the other folds, shape (n,).
+def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off: int | None = None) -> Weights:
+    """Return a ranker of gradient-boosted trees; ``parts`` are the members' shares in the gain of its splits."""
+    known = cells.of(cells.hits)
+    names = feature_names(cells, off)
+    booster = trees.fit(matrix(known, names), _labels(known), np.diff(known.starts), setting)
+    model = Trees(booster.model_to_string(), names)
+    shares = {name: 0.0 for name in cells.names}
+    for feature, gain in model.gains.items():
+        member = member_of(feature)
+        if member is not None:
+            shares[member] += gain
+    return Weights("ranker", tuple(shares.values()), trees=model)
 
-        Args:
-            fit: Fits the form.
-            whole: The form fitted to all cases, as the initial value for the folds.
-            folds: The fold of each case.
-        """
-        result = np.zeros(len(self.truth))
-        for fold in range(FOLDS):
-            outside = np.flatnonzero(folds == fold)
-            result[outside] = self.ndcg(fit(np.flatnonzero(folds != fold), whole), outside)
-        return result
+
+def _labels(known: Cells) -> NDArray[np.int8]:
+    labels = np.zeros(len(known.had), dtype=np.int8)
+    labels[known.truth] = 1
+    return labels
+
+
+def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np.float64]] | None:
+    """Return the best setting of a ranker, and the cross-fitted NDCG@10 of each case, shape (n,).
+
+    Returns:
+        None if there are too few cases for a ranker, or LightGBM is not installed.
+    """
+    if len(cells.hits) < LEAST_CASES or not installed("lightgbm"):
+        return None
+    features = matrix(cells, feature_names(cells))
+
+    def fit_to(inside: NDArray[np.bool_], setting: Setting) -> Any:
+        rows = cells.hits[inside[cells.hits]]
+        known = cells.of(rows)
+        return trees.fit(features[np.isin(cells.rows, rows)], _labels(known), np.diff(known.starts), setting)
+
+    return trees.cross_fitted(("lambdarank", "binary"), fit_to, features, cells.rows, folds, cells.ndcg)
+
+
+def setting_of(form: Tried | None) -> Setting | None:
+    """Return the setting of a ranker that was chosen before; None for another form."""
+    if form is None or form.form != "ranker":
+        return None
+    objective, _, rounds = form.name.partition(", ")
+    return Setting(objective, int(rounds.removesuffix(" trees")))  # type: ignore[arg-type]
+
+
+def crossed(cells: Cells, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return NDCG@10 of each case with weights fitted to the other folds, shape (n,).
+
+    Args:
+        cells: All cases.
+        fit: Fits the form.
+        whole: The form fitted to all cases, as the initial value for the folds.
+        folds: The fold of each case.
+    """
+    result = np.zeros(len(folds))
+    for fold in np.unique(folds):
+        held = np.flatnonzero(folds == fold)
+        outside = cells.of(held)
+        weights = fit(np.flatnonzero(folds != fold), whole)
+        result[held] = outside.ndcg(weights.scores(outside))
+    return result
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
     result = np.exp(values - values.max())
     return np.asarray(result / result.sum())
-
-
-def forms(known: WeighedCases, names: Sequence[str]) -> dict[tuple[Form, str], Fit]:
-    """Return the functions that fit each form to some of the cases, by form and name; a single member has its name."""
-
-    def alone(place: int, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        weights = tuple(float(place == item) for item in range(len(names)))
-        return Weights("alone", weights, known.alone(place, rows) if known.repeats else 0.0)
-
-    parts = {("alone", name): partial(alone, place) for place, name in enumerate(names)}
-    return {("logit", "logit"): known.logit, ("pool", "pool"): known.pool, **parts}  # type: ignore[dict-item]

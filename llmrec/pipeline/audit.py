@@ -141,7 +141,8 @@ def examine(
     yield from leaks.alignment_checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)
     yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
-    for result in (leaks.item_index(study), leaks.feature_texts(study)):
+    learned = leaks.rankers(study, results["rows"], predictions)
+    for result in (learned, leaks.item_index(study), leaks.feature_texts(study)):
         if result is not None:
             yield result
     yield id_arithmetic(study.data, split)

@@ -18,6 +18,7 @@ from llmrec.baselines.fits import fitted
 from llmrec.baselines.rating import UserMean
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import (
     FUSIONS,
     NOTHING,
@@ -328,7 +329,8 @@ class Evaluation:
         try:
             answers = [part_of(row) for row in able]
             onto = bases_of(self._study, spec.family, answers, self._weighing.cases(spec.family))
-            model = join(spec.predictor, answers, cases, family_of(spec.family).answer, onto=onto)
+            context = Context(self._study.data)
+            model = join(spec.predictor, answers, cases, family_of(spec.family).answer, onto=onto, context=context)
             result = evaluate(model, self._cases[spec.family], **self._measuring(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import FUSIONS, Recalled, join, weighed_by, weights_of, widest
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
@@ -156,7 +157,8 @@ def _fused(
     own, text = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    model = join(FUSIONS[kind], text, cases, own.answer, onto=bases_of(study, family, text, every))
+    onto, context = bases_of(study, family, text, every), Context(study.data)
+    model = join(FUSIONS[kind], text, cases, own.answer, onto=onto, context=context)
     result = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from scipy.special import chdtrc
 
 from llmrec.baselines.fits import fitted
@@ -24,6 +25,10 @@ from llmrec.data.candidates import touched
 from llmrec.data.described import NAMED
 from llmrec.data.features import FeatureStore, Pair
 from llmrec.data.split import SplitDataset, earlier, request_id
+from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.context import Context
+from llmrec.ensembles.members import Recalled, answers_of, kind_of, restored
+from llmrec.ensembles.rankers import ListEnsemble, ListMember
 from llmrec.guard import clean, without_item_tokens
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import shown
@@ -34,6 +39,7 @@ from llmrec.pipeline.study import Study, build_task, leak_warning, leaking_users
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import BaselineSection
 from llmrec.registry import is_positional
+from llmrec.results import Row
 from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import Family, families, family_of
 from llmrec.tasks.pool import training_examples
@@ -43,6 +49,8 @@ from llmrec.train.rows import Branching
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
 _SHOWN = 5
+# Standard errors of a gain that is no chance.
+_SURE = 4.0
 # False positive rate of one statistical check.
 _ALARM = 1e-4
 _SCORED = 50
@@ -296,6 +304,73 @@ def baselines(study: Study) -> Check:
         ]
     count = sum(map(len, asked.values()))
     return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
+
+
+def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame) -> Check | None:
+    """Check that learned rankers know the held-out items only through the scores of their members.
+
+    Their other features are computed again with other held-out interactions, and must be the same. And where the
+    members' scores of each held-out item are exchanged for those of a random candidate, a ranker must find it less
+    well.
+
+    Returns:
+        None if the run has no ranker.
+    """
+    learned = [Row.model_validate(row) for row in rows if (row.get("fusion") or {}).get("trees")]
+    wrong = []
+    for row in learned:
+        cases, data = study.cases(row.task), study.task_data(row.task)
+        parts = _members(row, [Row.model_validate(other) for other in rows], predictions)
+        assert row.fusion is not None
+        weights = restored(row.fusion)
+        other = redrawn(redrawn(data, "valid", 1), "test", 2)
+        cells, again = (ListEnsemble(row.id, parts, weights, Context(known)).known(cases)[0] for known in (data, other))
+        wrong += [f"{row.id}: {name} depends on what is held out" for name in told_by_context(cells, again)]
+        before, after = (known.ndcg(weights.scores(known)) for known in (cells, cells.redrawn(study.recipe.seed)))
+        if tells(before, after):
+            wrong.append(
+                f"{row.id}: NDCG@10 {before.mean():.3f}, and {after.mean():.3f} without its members' knowledge"
+            )
+    if not learned:
+        return None
+    return verdict(
+        "held-out items that rankers know otherwise than from their members", f"{len(learned)} rankers", wrong
+    )
+
+
+def told_by_context(cells: Cells, again: Cells) -> list[str]:
+    """Return the features that differ between cells with one set of held-out interactions and with another."""
+    return [
+        name
+        for name, values in cells.context.items()
+        if not np.array_equal(values, again.context[name], equal_nan=True)
+    ]
+
+
+def tells(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
+    """Return whether NDCG@10 by case is significantly higher after the exchange of the members' scores."""
+    gains = after - before
+    return bool(gains.mean() > _SURE * gains.std() / len(gains) ** 0.5)
+
+
+def _members(row: Row, rows: Sequence[Row], predictions: pl.DataFrame) -> list[ListMember]:
+    """Return the members of an ensemble with their stored answers to the evaluated requests."""
+    assert row.fusion is not None
+    result = []
+    for part in row.fusion.parts:
+        own = next(
+            other
+            for other in rows
+            if other.task == row.task
+            and other.predictor == part.name
+            and (other.arm == "baseline" or (other.arm, other.template) == (row.arm, row.template))
+        )
+        kind = kind_of(part.name.partition("(")[0]) if own.arm == "baseline" else "logits"
+        stored = predictions.filter(pl.col("row_id") == own.id)
+        texts = dict(stored.select("request_id", "parsed").iter_rows())
+        answers = answers_of({request: json.loads(text) if text else None for request, text in texts.items()}, ())
+        result.append(ListMember(part.name, Recalled(part.name, own.reads or "events", kind, answers), kind))
+    return result
 
 
 def _refitted(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:

@@ -13,6 +13,7 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.split import halves
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import FUSIONS, NOTHING, Recalled, join, kind_of, reads_of, widest
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
@@ -351,7 +352,8 @@ class Judge:
         for kind in fusible(self.study, self.family) if weighers else ():
             able = [part for part in parts if widest([part.reads, kind]) == kind]
             onto = bases_of(self.study, self.family, able, weighers)
-            result[FUSIONS[kind]] = self.figure(join(FUSIONS[kind], able, weighers, Ranking, onto=onto))
+            joined = join(FUSIONS[kind], able, weighers, Ranking, onto=onto, context=Context(self.study.data))
+            result[FUSIONS[kind]] = self.figure(joined)
         return result
 
     @cached_property

@@ -9,6 +9,7 @@ from typing import get_args
 
 from llmrec.data.split import SplitDataset, halves
 from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import FUSIONS, NOTHING, Recalled, choosing, join, reads_of, widest
 from llmrec.ensembles.rankers import ListEnsemble
 from llmrec.ensembles.retrieving import MOST
@@ -118,10 +119,11 @@ def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequen
         cases: All cases that weigh the baselines.
     """
     results: list[ListEnsemble | Blend] = []
+    answer, context = family_of(family).answer, Context(study.data)
     for kind in fusible(study, family) if cases else ():
         able = [part for part in parts if widest([part.reads, kind]) == kind]
         if len(able) < len(parts):
-            results.append(join(FUSIONS[kind], able, cases, family_of(family).answer, onto=results, dissect=False))
+            results.append(join(FUSIONS[kind], able, cases, answer, onto=results, dissect=False, context=context))
     return results
 
 

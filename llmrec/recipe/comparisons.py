@@ -31,6 +31,7 @@ class SuiteRow(Section):
     fuse: tuple[str, ...] = Field(
         (), description="names of rows above, joined with weights from validation users that chose nothing else"
     )
+    ranker: bool = Field(True, description="fuse: a learned ranker takes part in the choice of the form")
     name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
     seeds: Positive | None = Field(
         None, description="only the first so many of the suite's seeds, for what is slow to train; None: all of them"

@@ -42,6 +42,7 @@ KINDS: Mapping[Reads | None, str] = {
 _BEHIND = -1e6
 
 FORMS: Mapping[str, str] = {
+    "ranker": "a learned ranker, gradient-boosted trees: shares of their gain",
     "logit": "a conditional logit: exponents",
     "ridge": "a ridge regression",
     "pool": "a linear pool: shares",

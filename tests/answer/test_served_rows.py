@@ -19,9 +19,11 @@ from llmrec.answer.recommender import Answered
 from llmrec.baselines.fits import fitted
 from llmrec.data.requests import history_entry
 from llmrec.data.split import halves
+from llmrec.ensembles import base, weights
 from llmrec.errors import RecipeError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.audit import audit
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.weighing import Weighing
@@ -265,3 +267,24 @@ def test_an_item_that_a_recommender_has_not_learned_from_is_told(run: pipeline.R
         assert isinstance(found, Answered) and found.unknown_user and found.cold and not found.unknown_items
         (found,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], Wanted(k=1))
         assert isinstance(found, Answered) and found.unknown_items == ("no such",) and not found.cold
+
+
+def test_a_ranker_is_stored_audited_and_served_as_it_was_measured(
+    requests: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
+    monkeypatch.setattr(weights, "LEAST_CASES", 5)
+    monkeypatch.setattr(base, "preferred", lambda values, learned, users: learned or next(iter(values)))
+    made = pipeline.run(load_recipe("recipes/movielens-100k/four-tasks.yaml", CLASSIC), tmp_path / "r", quiet=True)
+    forms = {row["predictor"]: row["fusion"]["form"] for row in made.results["rows"] if row.get("fusion")}
+    assert forms["fusion"] == "ranker"
+    with llmrec.load(str(made.folder), models=["fusion"]) as served:
+        for request in requests:
+            wanted = measured(made, "sequential/baseline/fusion")[request["id"]]
+            found = served.rank(**request, k=100)
+            assert [(item.item_id, item.score) for item in found] == wanted
+    checks = {check.name: check for check in audit(made.folder)}
+    rankers = checks["held-out items that rankers know otherwise than from their members"]
+    assert rankers.verdict == "clean" and not any(check.verdict == "leak" for check in checks.values())
+    report = (made.folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Features of the ranker" in report and "item: popularity" in report

@@ -16,8 +16,9 @@ from llmrec.baselines.sasrec import SASRec
 from llmrec.baselines.tune import tune
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import halves
-from llmrec.ensembles.rankers import CatalogueEnsemble, Member, _known
-from llmrec.ensembles.weights import Kind, Tried, Weights, combined, feature, share
+from llmrec.ensembles.cells import Cells, Kind
+from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.weights import Tried, Weights, limits, logit, pool
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.metrics.ranking import ndcg
@@ -67,6 +68,22 @@ def _part(name: str, values: NDArray[np.float64], kind: Kind = "logits") -> Memb
     return Member(name, _Table(name, {f"r{row}": each for row, each in enumerate(values)}), kind)
 
 
+def _cells(
+    raw: Sequence[NDArray[np.float64]],
+    kinds: Sequence[Kind] = ("logits", "logits"),
+    *,
+    truth: NDArray[np.int64] | None = None,
+    had: NDArray[np.bool_] | None = None,
+) -> Cells:
+    """Cells over whole tables of scores, shape (n, items)."""
+    many, items = raw[0].shape
+    starts = np.arange(many + 1) * items
+    seen = np.zeros(many * items, dtype=bool) if had is None else had.ravel()
+    scores = np.stack([values.ravel() for values in raw]).astype(np.float32)
+    names = tuple(f"m{n}" for n in range(len(raw)))
+    return Cells(names, tuple(kinds), starts, scores, seen, None if truth is None else truth + starts[:-1])
+
+
 def _value(scorer: CatalogueEnsemble, cases: Sequence[Case], seen: str) -> float:
     found = rank_catalogue(scorer, cases, cutoffs=(), seen=(seen,))[seen]  # type: ignore[arg-type]
     return float(ndcg(found.greater, found.tied, 10).mean())
@@ -93,7 +110,9 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     rng = np.random.default_rng(4)
     one, other, noise = (rng.normal(0, 1.5, (800, len(ITEMS))) for _ in range(3))
     cases = _cases(rng, _softmax(one + 0.5 * other))
-    fusion = CatalogueEnsemble("all", [_part("one", one), _part("other", other), _part("noise", noise)], filtered=True)
+    fusion = CatalogueEnsemble(
+        "all", [_part("one", one), _part("other", other), _part("noise", noise)], filtered=True, learns=False
+    )
     fusion.fit(cases)
     assert fusion.without == ()
     fusion.fit(cases, dissect=True)
@@ -102,7 +121,7 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     assert first.loss > second.loss > 0.02 and first.low > 0 and second.low > 0
     assert third.low < 0.005 and abs(third.loss) < 0.01
     # Without its strongest part, what is left does as well as a fusion of the others.
-    rest = CatalogueEnsemble("rest", fusion.parts[1:], filtered=True)
+    rest = CatalogueEnsemble("rest", fusion.parts[1:], filtered=True, learns=False)
     rest.fit(cases)
     values = {each.form: each.value for each in rest.tried}
     whole = {each.form: each.value for each in fusion.tried}
@@ -162,14 +181,15 @@ def test_maximum_likelihood_finds_the_weights_that_made_the_data(form: str) -> N
     made = _softmax(1.2 * one + 0.6 * other) if form == "logit" else 0.7 * _softmax(one) + 0.3 * _softmax(other)
     # Without a history nothing is hidden, so that the chances are those of the form.
     cases = _cases(rng, made, had=0)
-    fusion = CatalogueEnsemble("both", [_part("one", one), _part("other", other)], filtered=True)
+    fusion = CatalogueEnsemble("both", [_part("one", one), _part("other", other)], filtered=True, learns=False)
     fusion.fit(cases)
-    known = _known(fusion, cases)
-    rows = np.arange(many)
-    found = known.logit(rows) if form == "logit" else known.pool(rows)
+    column = {item: place for place, item in enumerate(ITEMS)}
+    known = _cells([one, other], truth=np.array([column[str(case.truth)] for case in cases]))
+    found = (logit if form == "logit" else pool)(known, repeats=False)
     assert found.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)
     if form == "logit":
-        low, high = known.limits(found, [case.request.user_id for case in cases])
+        found = limits(known, found, [case.request.user_id for case in cases], repeats=False)
+        low, high = found.low, found.high
         assert low[0] < 1.2 < high[0] and low[1] < 0.6 < high[1] and high[0] - low[0] < 0.2
 
 
@@ -183,8 +203,8 @@ def test_a_repeated_item_is_worth_what_validation_says() -> None:
         had[row, [ITEMS.index(event.item_id) for event in case.request.history]] = True
     parts = [_part("one", logits + 4 * had), _part("noise", rng.normal(0, 1, logits.shape) + 2 * had)]
     open_, filtered = (
-        CatalogueEnsemble("open", parts, filtered=False),
-        CatalogueEnsemble("filtered", parts, filtered=True),
+        CatalogueEnsemble("open", parts, filtered=False, learns=False),
+        CatalogueEnsemble("filtered", parts, filtered=True, learns=False),
     )
     open_.fit(cases[:1000])
     filtered.fit(cases[:1000])
@@ -204,10 +224,9 @@ def test_on_validation_no_fusion_is_below_its_best_part(seed: int, noise: float)
     parts.append(_part("counts", np.floor(_softmax(logits + rng.normal(0, 1, logits.shape)) * 20), "counts"))
     fusion = CatalogueEnsemble("all", parts, filtered=True)
     fusion.fit(cases)
-    best = max(each.value for each in fusion.tried)
-    assert best >= max(each.value for each in fusion.tried if each.form == "alone")
-    assert fusion.weights is not None
-    assert fusion.weights.form == next(each for each in fusion.tried if each.value == best).form
+    best = max(form.value for form in fusion.tried)
+    assert best >= max(form.value for form in fusion.tried if form.form == "alone")
+    assert fusion.fitted.form == next(form for form in fusion.tried if form.value == best).form
 
 
 def test_one_part_alone_ranks_as_it_does_itself() -> None:
@@ -221,17 +240,14 @@ def test_one_part_alone_ranks_as_it_does_itself() -> None:
 
 
 def test_what_a_search_did_not_find_has_the_chance_of_its_last_beam() -> None:
-    scores = np.array([[0.5, 0.2, 0.0, 0.0]])
-    assert np.exp(feature(scores, "beams", None)) == pytest.approx(np.array([[0.5, 0.2, 0.2, 0.2]]))
-    assert share(scores, "beams", None) == pytest.approx(np.array([[0.5, 0.2, 0.2, 0.2]]) / 1.1)
+    cells = _cells([np.array([[0.5, 0.2, 0.0, 0.0]])], ["beams"])
+    assert np.exp(cells.scores(0)) == pytest.approx(np.array([0.5, 0.2, 0.2, 0.2]))
+    assert cells.shares(0) == pytest.approx(np.array([0.5, 0.2, 0.2, 0.2]) / 1.1)
 
 
-def test_shares_leave_out_what_cannot_be_ranked() -> None:
-    hidden = np.array([[True, False, False]])
-    for kind in ("counts", "logits"):
-        found = share(np.array([[9.0, 1.0, 1.0]]), kind, hidden)
-        assert found == pytest.approx(np.array([[0.0, 0.5, 0.5]]))
-    assert share(np.zeros((1, 4)), "counts", None) == pytest.approx(np.full((1, 4), 0.25))
+def test_shares_add_up_to_one_and_are_uniform_without_a_score() -> None:
+    assert _cells([np.array([[9.0, 1.0, 1.0]])], ["counts"]).shares(0) == pytest.approx(np.array([9, 1, 1]) / 11)
+    assert _cells([np.zeros((1, 4))], ["counts"]).shares(0) == pytest.approx(np.full(4, 0.25))
 
 
 def test_scores_do_not_depend_on_what_else_is_asked() -> None:
@@ -239,9 +255,9 @@ def test_scores_do_not_depend_on_what_else_is_asked() -> None:
     one, two = rng.normal(0, 1, (6, 40)), rng.random((6, 40))
     had = rng.random((6, 40)) < 0.1
     for weights in (Weights("logit", (0.7, 0.4), -2.0), Weights("pool", (0.6, 0.4), -2.0)):
-        whole = combined(weights, [one, two], ["logits", "counts"], had, None)
-        alone = combined(weights, [one[2:3], two[2:3]], ["logits", "counts"], had[2:3], None)
-        assert np.array_equal(whole[2:3], alone)
+        whole = weights.scores(_cells([one, two], ["logits", "counts"], had=had)).reshape(6, 40)
+        alone = weights.scores(_cells([one[2:3], two[2:3]], ["logits", "counts"], had=had[2:3]))
+        assert np.array_equal(whole[2], alone)
 
 
 def test_too_few_users_and_other_catalogues_are_refused() -> None:

@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.ensembles.base import _Base
+from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
-from llmrec.ensembles.weights import Form, Kind, Tried, WeighedCases, Weights, combined
+from llmrec.ensembles.weights import Form, Tried, Weights, onto
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -97,17 +98,13 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
     joined.fit(few, dissect=True, onto=[base])
     # That the base is better than its parts alone has been said by more cases.
     assert {each.name for each in joined.tried} == {"logit", "pool", "new", "base", "base and new"}
-    known = joined._known(
-        few,
-        [case.request.candidates or () for case in few],
-        [part.predictor.answer([case.request for case in few]) for part in joined.parts],
-    )
-    every, whole = np.arange(len(few)), _Base(base, joined.names, [case.request.user_id for case in few])
-    before = whole.as_is(every)
-    weights = known.onto(before, [2], every)
+    known, _ = joined.known(few)
+    whole = _Base(base, joined.names, [case.request.user_id for case in few])
+    before = whole.as_is(np.arange(len(few)))
+    weights = onto(known, before, [2])
     assert weights.form == form and weights.parts[2] > 0.1
     assert weights.parts[0] / weights.parts[1] == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
-    assert known.ndcg(weights, every).mean() > known.ndcg(before, every).mean() + 0.03
+    assert known.ndcg(weights.scores(known)).mean() > known.ndcg(before.scores(known)).mean() + 0.03
 
 
 def test_who_judges_a_fusion_has_no_say_in_it() -> None:
@@ -120,18 +117,14 @@ def test_who_judges_a_fusion_has_no_say_in_it() -> None:
     base.fit(cases)
     own = {each.name: each.value for each in base.tried}
     users = [case.request.user_id for case in cases]
-    known = base._known(
-        cases,
-        [case.request.candidates or () for case in cases],
-        [voice.predictor.answer([case.request for case in cases]) for voice in voices[:6]],
-    )
+    known, _ = base.known(cases)
     base._apart.clear()
-    base._choose(known, users, dissect=False, only=Tried("logit", "logit", 0.0))
+    base._choose(known, users, repeats=False, dissect=False, only=Tried("logit", "logit", 0.0))
     joined = ListEnsemble("joined", voices)
     joined.fit(cases, dissect=True, onto=[base])
     found = {each.name: each.value for each in joined.tried}
     assert found["base"] == pytest.approx(own["logit"], abs=1e-3)
-    assert known.ndcg(base.fitted, np.arange(USERS)).mean() > own["logit"] + 0.005
+    assert known.ndcg(base.fitted.scores(known)).mean() > own["logit"] + 0.005
 
 
 def test_a_part_that_knows_nothing_leaves_the_fusion_as_it_is() -> None:
@@ -232,7 +225,9 @@ def test_what_a_list_leaves_out_stands_behind_its_last_item(kind: Kind, left_out
         np.array([[*([8.0, 4.0, 2.0] + [left_out] * 3)[turn:], *([8.0, 4.0, 2.0] + [left_out] * 3)[:turn]]])
         for turn in (0, 3)
     ]
-    (expected,) = combined(weights, told, [kind, kind], np.zeros((1, 6), dtype=bool), None)
+    scores = np.concatenate(told).astype(np.float32)
+    cells = Cells(("first", "second"), (kind, kind), np.array([0, 6]), scores, np.zeros(6, dtype=bool))
+    expected = weights.scores(cells)
     assert isinstance(found, Ranking)
     ranked = dict(zip(found.items, found.scores, strict=True))
     assert [ranked[item] for item in ("i00", "i01", "i02", "i09", "i10", "i11")] == pytest.approx(expected.tolist())
@@ -290,16 +285,3 @@ def test_too_few_users_or_parts_are_refused() -> None:
     fusion = ListEnsemble("few", [_voice("one", rows), _voice("other", rows)])
     with raises(LlmrecError, Facts(kind="too-few")):
         fusion.fit(_cases(rng, rows)[:9])
-
-
-def test_what_fills_up_small_sets_changes_no_weight() -> None:
-    rng = np.random.default_rng(4)
-    # Few cases, so that the penalty, which depends on the spread of each part, is felt.
-    raw = [rng.normal(0, 1, (20, 4)).astype(np.float32), rng.normal(0, 3, (20, 4)).astype(np.float32)]
-    truth, had = raw[0].argmax(axis=1), np.zeros((20, 4), dtype=bool)
-    plain = WeighedCases(raw, ["logits", "logits"], had, truth, None, repeats=False)
-    filled = [np.hstack([each, np.repeat(each.min(axis=1, keepdims=True), 16, axis=1)]) for each in raw]
-    out = np.arange(20)[None].repeat(20, axis=0) >= 4
-    padded = WeighedCases(filled, ["logits", "logits"], np.zeros((20, 20), dtype=bool), truth, out, repeats=False)
-    weights = [known.logit(np.arange(20)).parts for known in (plain, padded)]
-    assert weights[0] == pytest.approx(weights[1], rel=1e-3)

@@ -1,0 +1,219 @@
+"""The candidates of requests with the scores of an ensemble's members: the input of every form of ensemble.
+
+Candidates of all requests are in flat arrays, grouped by request, so that a request with twenty candidates and one with
+three hundred cost what they have. Where the whole catalogue is ranked, the candidates are the union of the members'
+best items: candidate generation by several models, and a second stage that combines them (Covington et al., RecSys
+2016, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmrec.metrics.ranking import ndcg
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Kind = Literal["counts", "logits", "beams"]
+"""The kind of scores: nonnegative and read as shares; on a log scale; or probabilities of found items only."""
+
+TOP = 40
+"""Items of each member among the candidates, where the whole catalogue is ranked."""
+CUT = 10
+"""The cut-off of the NDCG by which forms are compared."""
+
+# The lower limit of a share before its logarithm is taken.
+_FLOOR = np.float32(1e-6)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One cell per request and candidate.
+
+    Attributes:
+        names: The members, k of them.
+        kinds: The scale of each member's scores.
+        starts: The first cell of each request, and the number of cells, shape (n + 1,).
+        raw: Scores of each member, shape (k, cells).
+        had: Whether a candidate is in the history, shape (cells,).
+        truth: The cell of each request's target, -1 if it is no candidate, shape (n,); None outside of fitting.
+        context: Further features by name, shape (cells,) each; see `llmrec.ensembles.context`.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    starts: NDArray[np.int64]
+    raw: NDArray[np.float32]
+    had: NDArray[np.bool_]
+    truth: NDArray[np.int64] | None = None
+    context: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """The request of each cell."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    @cached_property
+    def hits(self) -> NDArray[np.int64]:
+        """The requests whose target is a candidate: only these say something about weights."""
+        assert self.truth is not None
+        return np.flatnonzero(self.truth >= 0)
+
+    def of(self, cases: NDArray[np.int64]) -> Cells:
+        """Return the cells of some requests, given by their ascending indices."""
+        kept = np.zeros(len(self.starts) - 1, dtype=bool)
+        kept[cases] = True
+        cells = kept[self.rows]
+        starts = np.concatenate([[0], np.cumsum(np.diff(self.starts)[cases])])
+        truth = None
+        if self.truth is not None:
+            own = self.truth[cases]
+            truth = np.where(own >= 0, own - self.starts[cases] + starts[:-1], -1)
+        context = {name: values[cells] for name, values in self.context.items()}
+        return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
+
+    def redrawn(self, seed: int) -> Cells:
+        """Return the cells with the members' scores of each target exchanged for those of a random candidate.
+
+        The members then know nothing of the targets: an ensemble that still finds them knows them otherwise.
+        """
+        assert self.truth is not None
+        rng, raw = np.random.default_rng(seed), self.raw.copy()
+        known = self.hits
+        others = self.starts[known] + rng.integers(0, np.diff(self.starts)[known])
+        raw[:, self.truth[known]], raw[:, others] = self.raw[:, others], self.raw[:, self.truth[known]]
+        return replace(self, raw=raw)
+
+    # ------------------------------------------------------------------ a request at a time
+
+    def total(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the sum of values over the candidates of each request, shape (..., n)."""
+        return _reduced(np.add, values, self.starts, 0)
+
+    def most(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the greatest value among the candidates of each request, shape (..., n)."""
+        return _reduced(np.maximum, values, self.starts, -np.inf)
+
+    def ndcg(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Return NDCG@10 of each request by scores of the cells, in expectation over ties, shape (n,).
+
+        It is 0 where the target is no candidate.
+        """
+        assert self.truth is not None
+        own = np.where(self.truth >= 0, values[np.maximum(self.truth, 0)], np.nan)[self.rows]
+        greater, tied = (self.total(which.astype(np.int64)) for which in (values > own, values == own))
+        return np.asarray(ndcg(greater, tied, CUT))
+
+    # ------------------------------------------------------------------ features
+
+    def scores(self, member: int) -> NDArray[np.float32]:
+        """Return a member's scores on a log scale: log-shares of counts, or logits minus their maximum.
+
+        Items outside the beams of a search get the probability of its last beam.
+        """
+        values, kind = self.raw[member], self.kinds[member]
+        if kind == "logits":
+            return np.asarray(values - self.most(values)[self.rows], dtype=np.float32)
+        values = np.maximum(values, 0)
+        if kind == "beams":
+            least = -self.most(np.where(values > 0, -values, -1))
+            return np.asarray(np.log(np.maximum(values, np.maximum(least, 1e-30)[self.rows])), dtype=np.float32)
+        totals = self.total(values)[self.rows]
+        shares = np.divide(values, totals, out=np.zeros_like(values), where=totals > 0)
+        return np.asarray(np.log(shares + _FLOOR), dtype=np.float32)
+
+    def shares(self, member: int) -> NDArray[np.float64]:
+        """Return a member's scores as probabilities over the candidates; uniform without any score."""
+        values, kind = self.raw[member].astype(np.float64), self.kinds[member]
+        if kind == "logits":
+            values = np.exp(values - self.most(values)[self.rows])
+        elif kind == "beams":
+            values = np.maximum(values, -self.most(np.where(values > 0, -values, -1))[self.rows])
+        else:
+            values = np.maximum(values, 0)
+        totals = self.total(values)[self.rows]
+        uniform = 1 / np.diff(self.starts)[self.rows]
+        return np.asarray(np.divide(values, totals, out=uniform, where=totals > 0))
+
+    def ranks(self, member: int) -> NDArray[np.float32]:
+        """Return the rank of each candidate by a member, from 1; at most `TOP` + 1, and equal for equal scores."""
+        values = self.raw[member]
+        order = np.lexsort((-values, self.rows))
+        ranked, rows = values[order], self.rows[order]
+        position = np.arange(len(order)) - self.starts[rows]
+        # An equal score has the position of the first of its run.
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = (ranked[1:] != ranked[:-1]) | (rows[1:] != rows[:-1])
+        result = np.empty(len(order), dtype=np.float32)
+        result[order] = np.minimum(position[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))], TOP) + 1
+        return result
+
+    def relative(self, member: int) -> NDArray[np.float32]:
+        """Return a member's log-scale scores minus their mean over the candidates, in standard deviations."""
+        values = self.scores(member).astype(np.float64)
+        count = np.diff(self.starts)
+        mean = self.total(values) / np.maximum(count, 1)
+        centred = values - mean[self.rows]
+        spread = np.sqrt(self.total(centred**2) / np.maximum(count, 1))
+        return np.asarray(centred / np.maximum(spread, 1e-9)[self.rows], dtype=np.float32)
+
+
+def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empty: float) -> NDArray[Any]:
+    """Reduce values over the cells of each request; a request without cells has the value ``empty``."""
+    counts = np.diff(starts)
+    result = np.full((*values.shape[:-1], len(counts)), empty, dtype=values.dtype)
+    if counts.any():
+        result[..., counts > 0] = by.reduceat(values, starts[:-1][counts > 0], axis=-1)
+    return result
+
+
+def best(raw: Sequence[NDArray[np.float32]], out: NDArray[np.bool_] | None, top: int = TOP) -> NDArray[np.bool_]:
+    """Return which items are candidates: the union of the members' best, shape (n, items).
+
+    An item with a member's lowest score is none of its best: of all items without a vote, none is better than another.
+
+    Args:
+        raw: Scores of each member, shape (n, items).
+        out: Items that cannot be ranked; None: all can be.
+        top: Items of each member.
+    """
+    result = np.zeros(raw[0].shape, dtype=bool)
+    for scores in raw:
+        values = scores if out is None else np.where(out, -np.inf, scores)
+        lowest = np.min(values, axis=1, keepdims=True, where=values > -np.inf, initial=np.inf)
+        if values.shape[1] > top:
+            places = np.argpartition(-values, top - 1, axis=1)[:, :top]
+            chosen = np.take_along_axis(values, places, axis=1) > lowest
+            rows, columns = np.nonzero(chosen)
+            result[rows, places[rows, columns]] = True
+        else:
+            result |= values > -np.inf
+    return result
+
+
+def joined(blocks: Sequence[Cells]) -> Cells:
+    """Return the cells of several blocks of requests of one ensemble, in sequence."""
+    if not blocks:
+        raise ValueError("there are no requests")
+    sizes = np.array([len(block.had) for block in blocks])
+    before = np.cumsum(sizes) - sizes
+    starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=True)]
+    truths = []
+    for block, start in zip(blocks, before, strict=True):
+        assert block.truth is not None
+        truths.append(np.where(block.truth >= 0, block.truth + start, -1))
+    return Cells(
+        blocks[0].names,
+        blocks[0].kinds,
+        np.concatenate([*starts, [sizes.sum()]]),
+        np.concatenate([block.raw for block in blocks], axis=1),
+        np.concatenate([block.had for block in blocks]),
+        np.concatenate(truths),
+        {name: np.concatenate([block.context[name] for block in blocks]) for name in blocks[0].context},
+    )

@@ -1,0 +1,249 @@
+"""Gradient-boosted trees by LightGBM: the learned second stage of an ensemble.
+
+Trees combine what a weight per member cannot: a member counts more where the history is short, or where another member
+has no vote. LightGBM (Ke et al., NeurIPS 2017) rather than XGBoost or CatBoost: its wheel takes 10 MB, a model of a
+hundred trees is 180 KB of text that holds numbers only, so that nothing is unpickled, and results do not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmrec.errors import ModelError, require
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Objective = Literal["lambdarank", "binary", "regression"]
+"""Of rankings LambdaRank (Burges, MSR-TR-2010-82) or cross entropy; of yes/no cross entropy; of ratings squares."""
+
+ROUNDS = (5, 10, 20, 30, 40, 60, 80, 100, 125, 150)
+"""Numbers of trees, of which cross-fitting chooses one."""
+
+_OPTIONS: Mapping[str, Any] = {
+    "learning_rate": 0.05,
+    "num_leaves": 15,
+    "min_data_in_leaf": 200,
+    "feature_fraction": 0.5,
+    "lambdarank_truncation_level": 20,
+    "seed": 0,
+    "deterministic": True,
+    "force_row_wise": True,
+    "verbose": -1,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What cross-fitting chooses: the objective and the number of trees."""
+
+    objective: Objective
+    rounds: int = ROUNDS[-1]
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return f"{self.objective}, {self.rounds} trees"
+
+
+@dataclass(frozen=True)
+class Trees:
+    """A fitted model, read and evaluated without LightGBM, whose reader ends the process where a text is damaged.
+
+    Attributes:
+        text: LightGBM's text format.
+        names: The features in the order of its columns.
+    """
+
+    text: str
+    names: tuple[str, ...]
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """The share of each feature in the gain of all splits."""
+        arrays = _arrays(self.text, len(self.names))
+        gains = np.bincount(arrays.feature[arrays.inner], arrays.gain[arrays.inner], minlength=len(self.names))
+        return dict(zip(self.names, (gains / (gains.sum() or 1.0)).tolist(), strict=True))
+
+    def scores(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the raw scores of rows of features, shape (n,)."""
+        arrays = _arrays(self.text, len(self.names))
+        block = max(1, _CELLS // len(arrays.roots))
+        parts = [_summed(arrays, features[start : start + block]) for start in range(0, len(features), block)]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Trees as arrays, a row a tree, shape (trees, most nodes), or (trees, most leaves) of ``leaves``.
+
+    Attributes:
+        roots: The first node of each tree; a child or root below 0 is the leaf of that number's complement.
+        feature: The feature that a node splits by.
+        threshold: Rows with at most this value go left.
+        left: The child of these.
+        right: The child of the others.
+        missing: Where rows without a value go; without such rows in training they count as 0.
+        gain: The gain of the split.
+        inner: Which nodes there are.
+        leaves: The values of leaves.
+    """
+
+    roots: NDArray[np.int64]
+    feature: NDArray[np.int64]
+    threshold: NDArray[np.float64]
+    left: NDArray[np.int64]
+    right: NDArray[np.int64]
+    missing: NDArray[np.bool_]
+    gain: NDArray[np.float64]
+    inner: NDArray[np.bool_]
+    leaves: NDArray[np.float64]
+
+
+# Rows times trees of a block.
+_CELLS = 1 << 20
+# Bits of LightGBM's decision_type: rows without a value go left; they were seen in training.
+_LEFT, _SEEN = 2, 8
+
+
+@lru_cache(maxsize=16)
+def _arrays(text: str, features: int) -> _Arrays:
+    """Return the trees of a text.
+
+    Raises:
+        ModelError: If the text is not that of trees over this number of features: it may be from a damaged folder, or
+            somebody else's.
+    """
+    try:
+        blocks = text.split("\nend of trees", 1)[0].split("\nTree=")[1:]
+        trees = [dict(line.split("=", 1) for line in block.split("\n") if "=" in line) for block in blocks]
+        counts = [int(tree["num_leaves"]) for tree in trees]
+        if not trees or min(counts) < 1 or any(tree.get("num_cat", "0") != "0" for tree in trees):
+            raise ValueError("there is no tree, or one of categories")
+        widest = max(counts)
+
+        def table(key: str, dtype: Any, extra: int = 0) -> NDArray[Any]:
+            result = np.zeros((len(trees), max(1, widest - 1 + extra)), dtype=dtype)
+            for row, (tree, count) in enumerate(zip(trees, counts, strict=True)):
+                result[row, : count - 1 + extra] = np.array(tree.get(key, "").split(), dtype=dtype)
+            return result
+
+        inner = np.arange(max(1, widest - 1)) < np.array(counts)[:, None] - 1
+        feature, left, right = (table(key, np.int64) for key in ("split_feature", "left_child", "right_child"))
+        threshold, gain = table("threshold", np.float64), table("split_gain", np.float64)
+        kind, leaves = table("decision_type", np.int64), table("leaf_value", np.float64, extra=1)
+        if np.any((feature < 0) | (feature >= features)):
+            raise ValueError("a tree reads other features")
+        # A threshold may be infinite: it then divides rows with a value from those without.
+        if np.isnan(threshold).any() or not (np.isfinite(leaves).all() and np.isfinite(gain).all()):
+            raise ValueError("a tree holds no numbers")
+        own, nodes = np.array(counts)[:, None], np.arange(inner.shape[1])
+        for child in (left, right):
+            # A node comes after the node above it, so that no path is a loop.
+            if np.any(inner & ((child < -own) | (child >= own - 1) | ((child >= 0) & (child <= nodes)))):
+                raise ValueError("a tree points outside of itself")
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
+    missing = np.where(kind & _SEEN, (kind & _LEFT) > 0, threshold >= 0)
+    roots = np.where(np.array(counts) > 1, 0, -1)
+    return _Arrays(roots, feature, threshold, left, right, missing, gain, inner, leaves)
+
+
+def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the sum of the trees' values for rows of features, shape (n,)."""
+    rows, trees = np.arange(len(features))[:, None], np.arange(len(arrays.roots))
+    node = np.tile(arrays.roots, (len(features), 1))
+    while (going := node >= 0).any():
+        at = trees, np.maximum(node, 0)
+        values = features[rows, arrays.feature[at]]
+        left = np.where(np.isnan(values), arrays.missing[at], values <= arrays.threshold[at])
+        node = np.where(going, np.where(left, arrays.left[at], arrays.right[at]), node)
+    return np.asarray(arrays.leaves[trees, ~node].sum(axis=1))
+
+
+def fit(
+    features: NDArray[np.float32],
+    labels: NDArray[Any],
+    sizes: NDArray[np.int64],
+    setting: Setting,
+) -> Any:
+    """Return a fitted LightGBM booster.
+
+    Args:
+        features: One row per candidate, shape (n, f).
+        labels: 1 for the target and 0 for others, or ratings, shape (n,).
+        sizes: Number of candidates of each request; they are in sequence.
+        setting: The objective and the number of trees.
+
+    Raises:
+        MissingExtra: If LightGBM is not installed.
+    """
+    lightgbm = require("lightgbm", "ranker")
+    group = sizes if setting.objective == "lambdarank" else None
+    least = min(_OPTIONS["min_data_in_leaf"], max(1, len(labels) // 50))
+    options = {**_OPTIONS, "objective": setting.objective, "min_data_in_leaf": least}
+    return lightgbm.train(options, lightgbm.Dataset(features, labels, group=group), setting.rounds)
+
+
+def staged(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float64]]:
+    """Return the raw scores of rows of features after each number of trees of `ROUNDS`, shape (n,) each."""
+    total, done, result = np.zeros(len(features)), 0, []
+    for count in ROUNDS:
+        total = total + booster.predict(features, raw_score=True, start_iteration=done, num_iteration=count - done)
+        result.append(total)
+        done = count
+    return result
+
+
+def chosen(
+    values: Mapping[Setting, NDArray[np.float64]], folds: NDArray[np.int64]
+) -> tuple[Setting, NDArray[np.float64]]:
+    """Return the best setting, and the values of each case under the setting that the other folds choose.
+
+    So the values are no better than on new cases, though the setting was chosen by such values.
+
+    Args:
+        values: The cross-fitted value of each case by setting, higher is better, shape (n,).
+        folds: The fold of each case.
+    """
+    settings = list(values)
+    table = np.array([values[setting] for setting in settings])
+    apart = np.empty(table.shape[1])
+    for fold in np.unique(folds):
+        inside = folds == fold
+        apart[inside] = table[table[:, ~inside].mean(axis=1).argmax(), inside]
+    return settings[int(table.mean(axis=1).argmax())], apart
+
+
+def cross_fitted(
+    objectives: Sequence[Objective],
+    fit_to: Callable[[NDArray[np.bool_], Setting], Any],
+    features: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    folds: NDArray[np.int64],
+    value: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+) -> tuple[Setting, NDArray[np.float64]]:
+    """Choose the objective and the number of trees by cross-fitting over users; see `chosen`.
+
+    Args:
+        objectives: The objectives to try.
+        fit_to: Fits a setting to the cases of a mask, shape (cases,).
+        features: One row per candidate, shape (n, f).
+        rows: The case of each candidate.
+        folds: The fold of each case.
+        value: Returns the value of each case by scores of all candidates, shape (cases,).
+    """
+    values: dict[Setting, NDArray[np.float64]] = {}
+    for objective in objectives:
+        scores = np.zeros((len(ROUNDS), len(features)))
+        for fold in np.unique(folds):
+            held = (folds == fold)[rows]
+            scores[:, held] = staged(fit_to(folds != fold, Setting(objective)), features[held])
+        values |= {Setting(objective, count): value(scores[n]) for n, count in enumerate(ROUNDS)}
+    return chosen(values, folds)

@@ -1,0 +1,268 @@
+"""The learned second stage: it finds what weights cannot, and noise chooses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import polars as pl
+import pytest
+from numpy.typing import NDArray
+
+from llmrec.ensembles import weights as forms
+from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.context import Context
+from llmrec.ensembles.members import record_of, restored
+from llmrec.ensembles.trees import ROUNDS, Setting, Trees, chosen, fit
+from llmrec.ensembles.weights import (
+    Fit,
+    Weights,
+    alone,
+    learned,
+    logit,
+    onto,
+    pool,
+    preferred,
+    ranker,
+    setting_of,
+)
+from llmrec.errors import ModelError
+from llmrec.pipeline.leaks import redrawn, tells, told_by_context
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.schema import DataSection
+from llmrec.results import FusionWeights
+from llmrec.types import Request
+from tests.facts import Facts, raises
+
+pytest.importorskip("lightgbm")
+
+CASES, ITEMS = 1500, 30
+
+
+def _cells(members: Sequence[NDArray[np.float64]], truth: NDArray[np.int64], **context: NDArray[np.float64]) -> Cells:
+    many = len(truth)
+    starts = np.arange(many + 1) * ITEMS
+    return Cells(
+        tuple(f"m{n}" for n in range(len(members))),
+        ("logits",) * len(members),
+        starts,
+        np.stack([values.ravel() for values in members]).astype(np.float32),
+        np.zeros(many * ITEMS, dtype=bool),
+        truth + starts[:-1],
+        {name: values.ravel().astype(np.float32) for name, values in context.items()},
+    )
+
+
+def _linear(cells: Cells) -> dict[tuple[str, str], Fit]:
+    """The forms that are no trees."""
+    made = {("logit", "logit"): partial(logit, repeats=False), ("pool", "pool"): partial(pool, repeats=False)}
+    made |= {("alone", name): partial(alone, member=n, repeats=False) for n, name in enumerate(cells.names)}
+    return {key: lambda rows, start, fit=fit: fit(cells.of(rows), start) for key, fit in made.items()}
+
+
+def _drawn(rng: np.random.Generator, logits: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.asarray((logits + rng.gumbel(size=logits.shape)).argmax(axis=1))
+
+
+def _switched(rng: np.random.Generator) -> Cells:
+    """One member is right for users with a short history, the other for those with a long one."""
+    one, other = (rng.normal(0, 2, (CASES, ITEMS)) for _ in range(2))
+    long = rng.random(CASES) < 0.5
+    truth = _drawn(rng, np.where(long[:, None], other, one))
+    return _cells([one, other], truth, long=np.repeat(long[:, None], ITEMS, axis=1))
+
+
+FOLDS = np.arange(CASES) % 5
+USERS = [f"u{n}" for n in range(CASES)]
+
+
+def test_a_ranker_finds_when_each_member_is_right_and_weights_cannot() -> None:
+    rng = np.random.default_rng(0)
+    cells, fresh = _switched(rng), _switched(rng)
+    result = learned(cells, FOLDS)
+    assert result is not None
+    setting, values = result
+    linear = _linear(cells)
+    every = np.arange(CASES)
+    whole = {form: fit(every, None) for form, fit in linear.items()}
+    crossed = {form: forms.crossed(cells, fit, whole[form], FOLDS) for form, fit in linear.items()}
+    assert values.mean() > max(item.mean() for item in crossed.values()) + 0.03
+    # The cross-fitted value is that of new users.
+    weights = ranker(cells, setting=setting)
+    assert fresh.ndcg(weights.scores(fresh)).mean() == pytest.approx(values.mean(), abs=0.02)
+    assert weights.trees is not None and weights.trees.gains["long"] > 0.01
+    assert preferred({**crossed, "ranker": values}, "ranker", USERS) == "ranker"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_gains_nothing(seed: int) -> None:
+    """Members that know nothing: the cross-fitted value of the ranker is that of chance."""
+    rng = np.random.default_rng(seed)
+    members = [rng.normal(0, 1, (CASES, ITEMS)) for _ in range(4)]
+    cells = _cells(members, rng.integers(0, ITEMS, CASES))
+    result = learned(cells, FOLDS)
+    assert result is not None
+    chance = (1 / np.log2(np.arange(2, 12))).sum() / ITEMS
+    assert result[1].mean() == pytest.approx(chance, abs=3 * result[1].std() / CASES**0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_useful_member_beside_noise_is_not_made_worse(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    good = rng.normal(0, 2, (CASES, ITEMS))
+    cells, fresh = (
+        _cells([good, *(rng.normal(0, 2, good.shape) for _ in range(3))], _drawn(rng, good)) for _ in range(2)
+    )
+    linear = _linear(cells)
+    whole = {form: fit(np.arange(CASES), None) for form, fit in linear.items()}
+    values = {form: forms.crossed(cells, fit, whole[form], FOLDS) for form, fit in linear.items()}
+    result = learned(cells, FOLDS)
+    assert result is not None
+    name = ("ranker", result[0].name)
+    values[name] = result[1]  # type: ignore[index]
+    best = preferred(values, name, USERS)
+    used = ranker(cells, setting=result[0]) if best == name else whole[best]
+    single = fresh.ndcg(fresh.raw[0]).mean()
+    assert fresh.ndcg(used.scores(fresh)).mean() > single - 0.01
+
+
+def test_a_simple_form_is_kept_where_the_gain_is_within_one_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.random(400)
+    noise = rng.normal(0, 0.2, 400)
+    noise -= noise.mean()
+    error = 0.2 / 400**0.5
+    users = [str(n) for n in range(400)]
+    for gain, chosen_form in ((0.5, "weights"), (2.0, "ranker")):
+        values = {"member": base - 0.1, "weights": base, "ranker": base + noise + gain * error}
+        assert preferred(values, "ranker", users) == chosen_form
+        assert preferred({"member": base - 0.1, "weights": base}, None, users) == "weights"
+    # If the cases of a user differ alike, the same gain is less certain.
+    alike = np.repeat(rng.normal(0, 0.2, 10), 40)
+    alike -= alike.mean()
+    values = {"weights": base, "ranker": base + alike + 2 * error}
+    assert preferred(values, "ranker", users) == "ranker"
+    assert preferred(values, "ranker", [str(n // 40) for n in range(400)]) == "weights"
+
+
+def test_the_value_of_a_setting_is_measured_where_it_was_not_chosen() -> None:
+    """Of many settings without an effect the best looks good by chance, but not on the folds that did not choose it."""
+    rng = np.random.default_rng(1)
+    values = {Setting("binary", count): rng.normal(0, 1, CASES) for count in range(200)}
+    setting, apart = chosen(values, FOLDS)
+    assert values[setting].mean() > 2 / CASES**0.5
+    assert abs(apart.mean()) < 2 / CASES**0.5
+
+
+def test_trees_are_text_that_is_read_as_lightgbm_reads_it() -> None:
+    import lightgbm
+
+    rng = np.random.default_rng(2)
+    features = rng.normal(0, 1, (3000, 4)).astype(np.float32)
+    # Values that are missing, in one column often enough to be learned from.
+    features[rng.random(len(features)) < 0.3, 1] = np.nan
+    labels = (np.nan_to_num(features[:, 0]) + np.isnan(features[:, 1]) > 0.5).astype(np.int8)
+    for objective in ("lambdarank", "binary", "regression"):
+        booster = fit(features, labels, np.full(300, 10), Setting(objective, 20))
+        trees = Trees(booster.model_to_string(), tuple("abcd"))
+        other = features.copy()
+        other[::7, 3] = np.nan  # never missing in training
+        for rows in (features, other):
+            assert trees.scores(rows) == pytest.approx(booster.predict(rows, raw_score=True), abs=1e-12)
+        assert np.array_equal(trees.scores(features)[5:6], trees.scores(features[5:6]))
+        gains = booster.feature_importance("gain")
+        assert list(trees.gains.values()) == pytest.approx(gains / gains.sum(), rel=1e-4)
+    constant = lightgbm.train({"objective": "regression", "verbose": -1}, lightgbm.Dataset(features, np.zeros(3000)), 2)
+    assert np.all(Trees(constant.model_to_string(), tuple("abcd")).scores(features) == 0)
+
+
+def test_damaged_trees_are_refused_and_never_end_the_process() -> None:
+    rng = np.random.default_rng(3)
+    features = rng.normal(0, 1, (2000, 3)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(np.int8)
+    text = fit(features, labels, np.full(200, 10), Setting("binary", 5)).model_to_string()
+    refused = 0
+    for seed in range(200):
+        drawn = np.random.default_rng(seed)
+        letters = list(text)
+        for place in drawn.integers(0, len(letters), drawn.integers(1, 10)):
+            letters[place] = str(drawn.choice(list("0123456789- =.\nxe")))
+        try:
+            assert np.isfinite(Trees("".join(letters), tuple("abc")).scores(features[:50])).all()
+        except ModelError as error:
+            refused += error.kind == "damaged"
+    assert 20 < refused < 200
+    for wrong in ("", "tree\nversion=v4\nnonsense", text.replace("left_child=", "left_child=1 ", 1)):
+        with raises(ModelError, Facts(kind="damaged")):
+            Trees(wrong, tuple("abc")).scores(features)
+    with raises(ModelError, Facts(kind="damaged")):
+        Trees(text, ("a",)).scores(np.zeros((1, 1), dtype=np.float32) if "split_feature=2" in text else features)
+
+
+def test_weights_are_read_back_from_their_record_with_trees_and_with_a_ranker_as_base() -> None:
+    cells = _switched(np.random.default_rng(5))
+    trees = ranker(cells, setting=Setting("lambdarank", ROUNDS[1]))
+    joined = Weights("logit", (0.0, 0.3), base=trees, scale=0.9)
+    for weights in (trees, joined, Weights("pool", (0.4, 0.6), -2.0)):
+        record = FusionWeights.model_validate_json(record_of(weights, cells.names, {}).model_dump_json())
+        assert np.array_equal(restored(record).scores(cells), weights.scores(cells))
+    record = record_of(trees, cells.names, {})
+    assert record.trees is not None and sum(feature.gain or 0 for feature in record.features) == pytest.approx(1)
+    damaged = record.model_copy(update={"trees": record.trees.model_copy(update={"text": "no base64"})})
+    with raises(ModelError, Facts(kind="damaged")):
+        restored(damaged)
+
+
+def test_further_members_are_added_to_a_ranker_by_weights() -> None:
+    """A ranker of two members, fitted on many users, and a third that few users weigh."""
+    rng = np.random.default_rng(6)
+    cells = _switched(rng)
+    assert cells.truth is not None
+    third = np.where(np.isin(np.arange(len(cells.had)), cells.truth), 1.5, 0.0) + rng.normal(0, 1, len(cells.had))
+    more = replace(
+        cells, names=("m0", "m1", "m2"), kinds=("logits",) * 3, raw=np.vstack([cells.raw, third.astype(np.float32)])
+    )
+    base = replace(ranker(cells, setting=Setting("lambdarank", 40)), parts=(0.5, 0.5, 0.0))
+    few, rest = more.of(np.arange(100)), more.of(np.arange(100, CASES))
+    both = onto(few, base, [2])
+    assert both.base == base and both.parts[2] > 0.3 and both.scale > 0.3
+    assert rest.ndcg(both.scores(rest)).mean() > rest.ndcg(base.scores(rest)).mean() + 0.03
+
+
+def test_a_setting_is_read_back_from_its_name() -> None:
+    setting = Setting("lambdarank", 40)
+    assert setting_of(forms.Tried("ranker", setting.name, 0.1)) == setting
+    assert setting_of(forms.Tried("logit", "logit", 0.1)) is None
+
+
+def test_without_what_the_members_know_a_ranker_finds_nothing() -> None:
+    cells = _switched(np.random.default_rng(3))
+    weights = ranker(cells, setting=Setting("lambdarank", 40))
+    before, after = (known.ndcg(weights.scores(known)) for known in (cells, cells.redrawn(0)))
+    chance = (1 / np.log2(np.arange(2, 12))).sum() / ITEMS
+    assert after.mean() == pytest.approx(chance, abs=0.03) and before.mean() > chance + 0.2
+    assert not tells(before, after) and tells(after, before)
+
+
+def test_features_are_those_of_training_and_a_planted_leak_is_found() -> None:
+    """Features of a split do not change with what is held out; popularity that counts held-out events does."""
+    data = load_split(DataSection(source="made-reviews"), 0)
+    other = redrawn(redrawn(data, "valid", 1), "test", 2)
+    requests = [
+        Request(id=str(n), user_id=user, history=data.train_events(user)) for n, user in enumerate(data.users())
+    ]
+    leaky = [replace(known, train=pl.concat([known.train, known.test])) for known in (data, other)]
+    for one, two, found in ((data, other, False), (*leaky, True)):
+        cells = []
+        for known in (one, two):
+            context = Context(known)
+            codes = np.tile(np.arange(len(context.ids)), len(requests))
+            rows = np.repeat(np.arange(len(requests)), len(context.ids))
+            features = context.features(requests, rows, codes)
+            starts = np.arange(len(requests) + 1) * len(context.ids)
+            nothing = np.zeros((1, len(rows)), dtype=np.float32)
+            cells.append(Cells(("m",), ("logits",), starts, nothing, np.zeros(len(rows), bool), None, features))
+        assert "item: popularity" in cells[0].context
+        assert bool(told_by_context(*cells)) is found
