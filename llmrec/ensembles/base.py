@@ -138,7 +138,7 @@ class Ensemble:
                 option = _trees(result[0], len(self.names))
                 options[option.key], values[option.key] = option, result[1]
             for key in options.keys() - values.keys():
-                fit = options[key].on(cells)
+                fit = options[key].on(cells, None)
                 values[key] = crossed(cells, fit, fit(every, None), folds)
             values = {key: values[key] for key in options}
             self.tried = tuple(Tried(form, name, float(item.mean())) for (form, name), item in values.items())
@@ -153,9 +153,10 @@ class Ensemble:
                 else next(o for o in able if o.key == (only.form, only.name))
             )
         self.crossed = values.get(best.key)
-        self.weights = best.on(cells)(every, None)
+        fit = best.on(cells, None)
+        self.weights = fit(every, None)
         self._apart = {}
-        self._fitted_to = tuple(users), best.on(cells)
+        self._fitted_to = tuple(users), fit
         if self.weights.form == "logit" and len(best.members) == len(self.names):
             self.weights = limits(cells, self.weights, users, repeats=repeats)
         if dissect and best.members:
@@ -193,23 +194,19 @@ class _Option:
     Attributes:
         form: The form.
         name: Its name.
-        fit_on: See `on`.
+        on: Cells, and a member that is left out or None -> the function that fits the form to some of their cases.
         members: The members whose contribution is measured.
     """
 
     form: Form
     name: str
-    fit_on: Callable[[Cells, int | None], Fit]
+    on: Callable[[Cells, int | None], Fit]
     members: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[Form, str]:
         """The form and its name."""
         return self.form, self.name
-
-    def on(self, cells: Cells, without: int | None = None) -> Fit:
-        """Return the function that fits it to some of the cases, without a member if one is given."""
-        return self.fit_on(cells, without)
 
 
 def _bound(fit: Callable[..., Weights], cells: Cells, without: int | None, **settings: Any) -> Fit:

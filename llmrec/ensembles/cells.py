@@ -197,10 +197,37 @@ def best(raw: Sequence[NDArray[np.float32]], out: NDArray[np.bool_] | None, top:
     return result
 
 
+def gathered(
+    raw: Sequence[NDArray[np.float32]],
+    chosen: NDArray[np.bool_],
+    had: NDArray[np.bool_],
+    truth: NDArray[np.int64] | None,
+    names: Sequence[str],
+    kinds: Sequence[Kind],
+    context: Mapping[str, NDArray[np.float32]],
+) -> Cells:
+    """Return the cells of items that are candidates.
+
+    Args:
+        raw: Scores of each member, shape (n, items).
+        chosen: Which items are candidates, shape (n, items); see `best`.
+        had: Whether an item is in the history, shape (n, items).
+        truth: The column of each target; None outside of fitting.
+        names: The members.
+        kinds: The scale of each member's scores.
+        context: Further features of the candidates, request by request.
+    """
+    starts = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))])
+    place = None
+    if truth is not None:
+        here = np.arange(len(truth))
+        place = np.where(chosen[here, truth], starts[:-1] + np.cumsum(chosen, axis=1)[here, truth] - 1, -1)
+    scores = np.stack([values[chosen] for values in raw])
+    return Cells(tuple(names), tuple(kinds), starts, scores, had[chosen], place, context)
+
+
 def joined(blocks: Sequence[Cells]) -> Cells:
-    """Return the cells of several blocks of requests of one ensemble, in sequence."""
-    if not blocks:
-        raise ValueError("there are no requests")
+    """Return the cells of one or more blocks of requests of one ensemble, in sequence."""
     sizes = np.array([len(block.had) for block in blocks])
     before = np.cumsum(sizes) - sizes
     starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=True)]

@@ -23,8 +23,8 @@ class Context:
     """The features of a split: popularity, recency, age and price of items, and the length of histories.
 
     Everything is computed from training interactions, the catalogue and the request's own history. A feature of which
-    the data have nothing is left out. Similarities of texts are not among them: members that read texts have them, and
-    beside these they added nothing (docs/fusion.md).
+    the data have nothing is left out. Similarities of texts are not among them: the scores of members that read texts
+    contain them.
 
     Args:
         data: The split; its held-out interactions are not used.

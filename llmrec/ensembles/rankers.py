@@ -1,15 +1,16 @@
 """Ensembles of rankers, with weights from validation users on whom no member was tuned.
 
-Two forms of the probability of the next item:
+Members find candidates, and one of these forms ranks them:
 
 - a conditional logit, ``p(j) = softmax_j(sum_k w_k z_kj)`` over the members' scores z (McFadden, 1974): weights are
   exponents, and a negative one means that a member overstates what another one also contributes;
 - a linear pool, ``p(j) = sum_k w_k p_k(j)`` with weights that sum to 1 (Jelinek and Mercer, 1980): a member with
-  probability 0 for an item cannot veto it.
+  probability 0 for an item cannot veto it;
+- gradient-boosted trees over the members' scores and ranks and `llmrec.ensembles.context`.
 
-Both are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG, cross-fitted over users,
-and every single member is a form too: on validation no ensemble is worse than its best member. If items of the history
-can be ranked, these have an additional weight.
+Weights are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG, cross-fitted over
+users, and every single member is a form too: on validation no ensemble is worse than its best member. If items of the
+history can be ranked, these have an additional weight.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.cells import TOP, Cells, Kind, best, joined
+from llmrec.ensembles.cells import TOP, Cells, Kind, best, gathered, joined
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.weights import Tried, Weights, folds_of
+from llmrec.ensembles.weights import Tried, Weights
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, CatalogueScorer, Predictor, Ranking, Request, Unparsed
 
@@ -149,22 +150,15 @@ class CatalogueEnsemble(Ensemble):
             truth: The column of each target, which can be ranked although the history may contain it.
         """
         raw = [np.asarray(part.scorer.scores(requests), dtype=np.float32) for part in self.parts]
-        had, here = self._history(requests), np.arange(len(requests))
+        had = self._history(requests)
         out = had.copy() if self.filtered else None
         if out is not None and truth is not None:
-            out[here, truth] = False
+            out[np.arange(len(requests)), truth] = False
         chosen = best(raw, out)
-        starts = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))])
-        place = None
-        if truth is not None:
-            cells = np.cumsum(chosen, axis=1)[here, truth] - 1 + starts[:-1]
-            place = np.where(chosen[here, truth], cells, -1)
-        rows, columns = np.nonzero(chosen)
-        context = {} if self.context is None else self.context.features(requests, rows, self._codes[columns])
         seen = np.zeros_like(had) if self.filtered else had
-        kinds = tuple(part.kind for part in self.parts)
-        scores = np.stack([values[chosen] for values in raw])
-        return Cells(self.names, kinds, starts, scores, seen[chosen], place, context), chosen, raw
+        context = _context(self.context, requests, chosen, self._codes)
+        kinds = [part.kind for part in self.parts]
+        return gathered(raw, chosen, seen, truth, self.names, kinds, context), chosen, raw
 
     def _history(self, requests: Sequence[Request]) -> NDArray[np.bool_]:
         """Return whether each item is in the history, shape (n, items)."""
@@ -172,6 +166,23 @@ class CatalogueEnsemble(Ensemble):
         for row, request in enumerate(requests):
             had[row, [self._column[event.item_id] for event in request.history if event.item_id in self._column]] = True
         return had
+
+
+def _context(
+    context: Context | None, requests: Sequence[Request], chosen: NDArray[np.bool_], codes: NDArray[np.int64]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the further features of candidates; none without a context.
+
+    Args:
+        context: The features of the split.
+        requests: The requests.
+        chosen: Which items are candidates, shape (n, items).
+        codes: The code of each item, shape (items,); see `Context.codes`.
+    """
+    if context is None:
+        return {}
+    rows, columns = np.nonzero(chosen)
+    return context.features(requests, rows, codes[columns])
 
 
 def _completed(
@@ -327,7 +338,10 @@ class ListEnsemble(Ensemble):
             for place in able
         ]
         if not blocks:
-            folds_of(self.name, [])
+            nothing = np.empty((0, 1))
+            raw, none = [nothing.astype(np.float32)] * len(self.parts), nothing.astype(bool)
+            kinds = [part.kind for part in self.parts]
+            return gathered(raw, none, none, np.empty(0, dtype=np.int64), self.names, kinds, {}), able
         return joined(blocks), able
 
     def _cells(
@@ -355,19 +369,11 @@ class ListEnsemble(Ensemble):
             known = zip(scores, strange, self.fitted.parts, strict=True)
             scores = [_with_least(values, new, weight) for values, new, weight in known]
         raw = [values[None].astype(np.float32) for values in scores]
-        chosen = best(raw, None, top)
-        (places,) = np.nonzero(chosen[0])
-        cell = None
-        if truth is not None:
-            cell = np.array([np.searchsorted(places, truth) if chosen[0, truth] else -1])
-        items = [candidates[index] for index in places]
-        context = {}
-        if self.context is not None:
-            rows = np.zeros(len(items), dtype=np.int64)
-            context = self.context.features([request], rows, self.context.codes(items))
-        kinds, starts = tuple(part.kind for part in self.parts), np.array([0, len(items)])
-        had = _had(request, items)
-        return Cells(self.names, kinds, starts, np.concatenate(raw)[:, places], had, cell, context), chosen, raw
+        chosen, had = best(raw, None, top), _had(request, candidates)[None]
+        codes = np.empty(0, dtype=np.int64) if self.context is None else self.context.codes(candidates)
+        context = _context(self.context, [request], chosen, codes)
+        kinds, target = [part.kind for part in self.parts], None if truth is None else np.array([truth])
+        return gathered(raw, chosen, had, target, self.names, kinds, context), chosen, raw
 
 
 def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
@@ -403,6 +409,6 @@ def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
         known = {item: -float(np.log(index)) for index, item in enumerate(answer.items, start=1)}
-    # Items missing from a ranking come after its last; `feature` handles items missing from a search.
+    # Items missing from a ranking come after its last; `Cells.scores` handles items missing from a search.
     least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

@@ -54,11 +54,6 @@ class Weights:
     base: Weights | None = None
     scale: float = 0.0
 
-    @property
-    def queries_all(self) -> bool:
-        """Whether members without a weight are queried too: they find candidates."""
-        return self.trees is not None or self.base is not None
-
     def scores(self, cells: Cells) -> NDArray[np.float64]:
         """Return the score of each candidate, higher is better, shape (cells,)."""
         if self.trees is not None:

@@ -316,23 +316,26 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
     Returns:
         None if the run has no ranker.
     """
-    learned = [Row.model_validate(row) for row in rows if (row.get("fusion") or {}).get("trees")]
+    if not any((row.get("fusion") or {}).get("trees") for row in rows):
+        return None
+    every = [Row.model_validate(row) for row in rows]
+    learned = [row for row in every if row.fusion is not None and row.fusion.trees is not None]
     wrong = []
     for row in learned:
         cases, data = study.cases(row.task), study.task_data(row.task)
-        parts = _members(row, [Row.model_validate(other) for other in rows], predictions)
+        parts = _members(row, every, predictions)
         assert row.fusion is not None
         weights = restored(row.fusion)
         other = redrawn(redrawn(data, "valid", 1), "test", 2)
         cells, again = (ListEnsemble(row.id, parts, weights, Context(known)).known(cases)[0] for known in (data, other))
         wrong += [f"{row.id}: {name} depends on what is held out" for name in told_by_context(cells, again)]
+        if not len(cells.hits):
+            continue
         before, after = (known.ndcg(weights.scores(known)) for known in (cells, cells.redrawn(study.recipe.seed)))
         if tells(before, after):
             wrong.append(
                 f"{row.id}: NDCG@10 {before.mean():.3f}, and {after.mean():.3f} without its members' knowledge"
             )
-    if not learned:
-        return None
     return verdict(
         "held-out items that rankers know otherwise than from their members", f"{len(learned)} rankers", wrong
     )

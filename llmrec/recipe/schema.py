@@ -1000,7 +1000,7 @@ class TrainSection(Section):
     )
     save_every: Annotated[Positive, Affects()] = Field(50, description="optimiser steps between checkpoints")
     save_minutes: Annotated[float | None, Affects()] = Field(
-        None, gt=0, description="and a checkpoint after so many minutes without one; None: by steps alone"
+        None, gt=0, description="also save a checkpoint this many minutes after the last one; None: by steps only"
     )
     keep_checkpoints: Annotated[int, Affects()] = Field(
         2, ge=2, description="the newest may be torn by a kill, so at least two"

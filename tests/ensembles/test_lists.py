@@ -275,6 +275,16 @@ def test_a_part_that_reads_titles_places_what_the_others_do_not_know() -> None:
     assert isinstance(answer, Ranking) and answer.items == ("i11", "i05", "i00")
 
 
+def test_cases_whose_target_is_no_candidate_say_nothing() -> None:
+    rows = np.random.default_rng(5).normal(0, 1, (USERS, SIZE))
+    missed = [replace(case, truth="i99") for case in _cases(np.random.default_rng(5), rows)[:20]]
+    fusion = ListEnsemble("both", [_voice("one", rows), _voice("other", rows)])
+    cells, able = fusion.known(missed)
+    assert able == [] and len(cells.hits) == len(cells.had) == 0
+    with raises(LlmrecError, Facts(kind="too-few")):
+        fusion.fit(missed)
+
+
 def test_too_few_users_or_parts_are_refused() -> None:
     rng = np.random.default_rng(5)
     rows = rng.normal(0, 1, (USERS, SIZE))
