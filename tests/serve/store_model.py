@@ -66,8 +66,10 @@ def killed(where: str, calls: int) -> int:
     assert process.stdout is not None
     reported = [int(process.stdout.readline()) for _ in range(calls)]
     process.send_signal(signal.SIGKILL)
-    reported += [int(line) for line in process.communicate(timeout=60)[0].split()]
-    assert process.returncode == -signal.SIGKILL
+    # Not communicate(): it reads the pipe itself, and would lose lines that readline() has buffered.
+    reported += [int(line) for line in process.stdout.read().split()]
+    process.stdout.close()
+    assert process.wait(timeout=60) == -signal.SIGKILL
     assert reported == list(range(len(reported)))
     return len(reported)
 
