@@ -72,6 +72,12 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     }
 
 
+def _form(tried: Tried | None) -> dict[str, Any]:
+    """Return the form of an ensemble as parameters of its row."""
+    assert tried is not None
+    return {"form": tried.form, "of": tried.name}
+
+
 def family(suite: Suite) -> Family:
     """Return the family of a suite's predictors; a full ranking is of the next item."""
     return family_of("sequential" if suite.task == "ranking" else suite.task)
@@ -104,12 +110,12 @@ class Models:
             data: The split to fit it on.
             seed: Seed of the row, and of the members of a mixture.
             table: The table of its figures; members of a mixture have the parameters chosen for it.
-            parameters: The chosen parameters; for a mixture its ``weights``, for an ensemble the keys ``form``, ``of``
-                and ``parts``, the table whose parameters its members have.
+            parameters: The chosen parameters; for a mixture its ``weights``, for an ensemble the keys ``form`` and
+                ``of``.
         """
         if row.fuse:
             form = Tried(parameters["form"], parameters["of"], 0.0)
-            return self._fused(row, data, seed, table, parameters["parts"], only=form)
+            return self._fused(row, data, seed, table, only=form)
         if row.mix:
             parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
             return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
@@ -217,26 +223,13 @@ class Models:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Fit an ensemble for each table; its trials are the forms.
-
-        Its members have the parameters chosen for the table, or for another one: if items of the history can be ranked,
-        the ensemble itself weights them, and its members need not.
-        """
+        """Fit an ensemble for each table; its trials are the forms."""
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
-        seed = self.suite.seeds[0]
         for table in tables:
-            # Tables for which some member has different parameters.
-            differing = {str([self.chosen[label][of] for label in row.fuse]): of for of in (*reversed(tables), table)}
-            results: list[tuple[Tried, str]] = []
-            for of in sorted(differing.values(), key=(table, *tables).index):
-                tried = self._fused(row, data, seed, table, of).tried
-                results += [(entry, of) for entry in tried]
-            names = [{"form": entry.form, "of": entry.name, "parts": of} for entry, of in results]
-            trials += [Trial(name, {table: abs(entry.value)}) for name, (entry, _) in zip(names, results, strict=True)]
-            best = max(range(len(results)), key=lambda place: results[place][0].value)
-            model = self._fused(row, data, seed, table, results[best][1], dissect=True, only=results[best][0])
-            choices[table] = Choice(names[best], model=model)
+            model = self._fused(row, data, self.suite.seeds[0], table, dissect=table == tables[0])
+            trials += [Trial(_form(entry), {table: abs(entry.value)}) for entry in model.tried]
+            choices[table] = Choice(_form(model.chosen), model=model)
         return Tuned(choices=choices, trials=tuple(trials), metric=metric)
 
     def _fused(
@@ -245,19 +238,20 @@ class Models:
         data: SplitDataset,
         seed: int,
         table: str,
-        of: str,
         *,
         dissect: bool = False,
         only: Tried | None = None,
     ) -> CatalogueEnsemble | Blend:
         """Return a fitted ensemble of rows.
 
+        Where items of the history can be ranked, the ensemble weighs them itself. So its members have the parameters
+        chosen for other items, if there is a table of these.
+
         Args:
             row: The ensemble.
             data: The split.
             seed: Seed of its members.
             table: Its table.
-            of: The table for which the parameters of its members were chosen.
             dissect: See `CatalogueEnsemble.fit`.
             only: The chosen form; None to choose it.
 
@@ -265,6 +259,7 @@ class Models:
             RecipeError: If a member is an ensemble.
         """
         models = {}
+        of = "excluded" if family(self.suite).answer is Ranking and "excluded" in self.suite.seen else table
         for label in row.fuse:
             part = self._row(label)
             if part.parts:

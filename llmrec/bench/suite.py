@@ -33,14 +33,13 @@ from llmrec.ensembles.members import weights_of
 from llmrec.entries import Kind
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
-from llmrec.evaluate.compare import is_by_request, over_runs
+from llmrec.evaluate.compare import over_runs
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.evaluate.slices import target_slices
 from llmrec.fingerprint import fingerprint
 from llmrec.machine import versions
-from llmrec.metrics.significance import over_seeds
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.results import describe
 from llmrec.pipeline.resume import SUITE, locked, read_stage
@@ -464,13 +463,12 @@ def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Ro
 
 
 def _values(runs: Sequence[Once]) -> dict[str, Values]:
-    """Return values by request, averaged over seeds; for metrics that are not means, those of each seed."""
+    """Return values by request, with several seeds those of each seed."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:
         if name in runs[0].evaluated.values:
-            seeds = [run.evaluated.values[name] for run in runs]
-            by_seed = not is_by_request(name) and len(seeds) > 1
-            values[name] = [[float(v) for v in one] for one in seeds] if by_seed else over_seeds(seeds).values.tolist()
+            seeds = [[float(value) for value in run.evaluated.values[name]] for run in runs]
+            values[name] = seeds if len(seeds) > 1 else seeds[0]
     return values
 
 

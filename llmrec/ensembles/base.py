@@ -51,6 +51,7 @@ class Ensemble:
         name: The name of its row.
         weights: None before ``fit``.
         tried: Forms with their cross-fitted results.
+        chosen: The form of the fitted weights.
         without: The contribution of each member, if ``dissect`` was set and the best form has several members.
         crossed: The cross-fitted result of the best form for each case, shape (n,); None if no form was chosen.
     """
@@ -65,6 +66,7 @@ class Ensemble:
         self.name, self._learns = name, learns
         self.weights: Weights | None = None
         self.tried: tuple[Tried, ...] = ()
+        self.chosen: Tried | None = None
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
         # The users and forms of the fit, and the cached results of `apart_from`.
@@ -143,8 +145,9 @@ class Ensemble:
             values = {key: values[key] for key in options}
             self.tried = tuple(Tried(form, name, float(item.mean())) for (form, name), item in values.items())
             best = options[preferred(values, next((key for key in values if key[0] == "ranker"), None), users)]
+            self.chosen = next(entry for entry in self.tried if (entry.form, entry.name) == best.key)
         else:
-            self.tried = (only,)
+            self.tried, self.chosen = (only,), only
             setting = setting_of(only)
             able = self._options(cells, users, repeats=repeats, onto=onto)
             best = (

@@ -125,6 +125,7 @@ class Blend(Ensemble):
         self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
         best = min(errors, key=lambda each: errors[each])
         form, name = best
+        self.chosen = Tried(form, name, -printed[best])
         self._line = fits[best](every, features)
         self._lines = {frozenset(): self._line}
         self._refit = tuple(users), lambda rows: fits[best](rows, features)
