@@ -91,17 +91,18 @@ def _words(node: ast.expr) -> set[str]:
 
 def compared(tree: ast.AST, text: str) -> Iterator[tuple[int, str]]:
     """Yield comparisons with a family's name, or with the type of its section, as (line, source)."""
+    families = set(TASKS)
     for node in ast.walk(tree):
-        said = ast.get_source_segment(text, node) if isinstance(node, ast.Compare | ast.Call) else None
-        if said is None:
-            continue
         if isinstance(node, ast.Compare):
-            # A column or a role may be called as a family is: what is compared tells them apart.
-            about = re.search(r"\b(family|families|task|tasks)\b", said)
-            if about and any(_words(side) & set(TASKS) for side in (node.left, *node.comparators)):
-                yield node.lineno, said
-        elif said.startswith("isinstance(") and re.search(r"\b[A-Z]\w+Section\b", said) and "Prompt" not in said:
-            yield node.lineno, said
+            if any(_words(side) & families for side in (node.left, *node.comparators)):
+                source = ast.get_source_segment(text, node) or ""
+                # A column or a role may be called as a family is: what is compared tells them apart.
+                if re.search(r"\b(family|families|task|tasks)\b", source):
+                    yield node.lineno, source
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            source = ast.get_source_segment(text, node) or ""
+            if re.search(r"\b[A-Z]\w+Section\b", source) and "Prompt" not in source:
+                yield node.lineno, source
 
 
 def without_kind(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, str]]:

@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,7 @@ def source_of(place: Path) -> Source:
     return lambda name: wheel.read(name).decode() if name in names else None
 
 
+@cache
 def used(root: Path = ROOT) -> tuple[dict[str, set[str]], set[tuple[str, str]], set[str]]:
     """Return what llmrec's code uses: keywords by call, imports as (module, name), and environment variables."""
     keywords: dict[str, set[str]] = {name: set() for name in CALLS}
@@ -186,8 +188,12 @@ def _accepted(source: Source, file: str, name: str) -> set[str]:
 
 
 def _class(source: Source, file: str, name: str) -> ast.ClassDef | None:
-    tree = ast.parse(source(file) or "")
-    return next((node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name), None)
+    return next((node for node in _classes(source(file) or "") if node.name == name), None)
+
+
+@cache
+def _classes(text: str) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
 
 
 def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
