@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +49,24 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def commit(checkout: Path | None = None) -> str:
+    """Return the short hash of a checkout's commit, with ``+`` if tracked files differ from it; empty without git.
+
+    Args:
+        checkout: A folder of the checkout; None: the one that llmrec runs from.
+    """
+    folder = checkout or Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists() or (git := shutil.which("git")) is None:
+        return ""
+
+    def output(*arguments: str) -> str:
+        done = subprocess.run([git, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    result = output("rev-parse", "--short", "HEAD")
+    return f"{result}+" if result and output("status", "--porcelain", "--untracked-files=no") else result
 
 
 def command_line(*program: str) -> str:

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec import __version__
-from llmrec.bench.pages import own_pages, read_results, shared_pages
+from llmrec.bench import leaderboard
+from llmrec.bench.pages import own_pages
 from llmrec.bench.records import BenchmarkPair, BenchmarkResult, BenchmarkRow, BenchmarkTable, PairSlice
 from llmrec.bench.references import all_references
 from llmrec.durable import write_checked, write_json, write_text
 from llmrec.evaluate.compare import Contrast, Plan, Standing, compare_tables, exploratory
 from llmrec.evaluate.slices import FEW
-from llmrec.machine import command_line, machine, versions
+from llmrec.machine import command_line, commit, machine, versions
 from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.comparisons import AnyPair, Benchmark, ChatSuite, PartialPair, Suite, names_of
 from llmrec.recipe.load import recipe_hash
@@ -122,6 +123,7 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
         llmrec=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         command=command_line(),
+        commit=commit(),
         hash=recipe_hash(page),
         versions=versions(),
         machine=machine(),
@@ -133,13 +135,10 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
     )
     file = results / f"{result.benchmark}.json"
     write_json(file, result.as_json())
-    pages = own_pages(result)
-    # Only the folder of committed results has a leaderboard.
-    if result.kind == "suite" and results.name == "results":
-        pages |= shared_pages(read_results(results), all_references())
+    pages = own_pages(result, all_references()) | leaderboard.beside(results)
     for name, text in pages.items():
         write_text(results.parent / name, text)
-    titles = {"LEADERBOARD.md": "leaderboard", f"{result.benchmark}.md": "page"}
+    titles = {leaderboard.PAGE: "leaderboard", f"{result.benchmark}.md": "page"}
     titles |= {name: f"picture {Path(name).stem}" for name in pages if name.endswith(".svg")}
     return Ran(result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
 

@@ -11,5 +11,5 @@ FUNCTIONS = {"compare": "llmrec.bench.runs:compare_runs"}
 HOOKS = {
     "run-page": "llmrec.bench.run:run_page",
     "check-page": "llmrec.bench.run:check_page",
-    "rewrite-pages": "llmrec.bench.pages:rewrite",
+    "rewrite-pages": "llmrec.bench.leaderboard:rewrite",
 }

@@ -1,8 +1,7 @@
-"""The pages of benchmarks: one each, except for suites, which share the leaderboard and the page of slices.
+"""The pages of benchmarks, one each. `llmrec.bench.leaderboard` makes the page over all data sets.
 
-Results are untrusted files: the templates escape every text except `Markup`, whose parts have passed `escape.cell` or
-`escape.code`. The templates are ``benchmark.md.j2``, ``leaderboard.md.j2`` and
-``slices.md.j2``.
+Results are untrusted files: the template escapes every text except `Markup`, whose parts have passed `escape.cell` or
+`escape.code`.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,9 +26,8 @@ from llmrec.bench.records import (
     RowFigures,
     place,
 )
-from llmrec.bench.references import Published, Reference, all_references
+from llmrec.bench.references import Published, Reference
 from llmrec.chat.opening import MANAGERS
-from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
 from llmrec.registry import better, lower
@@ -65,13 +61,9 @@ _HEADINGS = {
     "excluded": "Seen items filtered",
     "included": "Seen items not filtered",
 }
-_KINDS: dict[Reads | None, str] = {**KINDS, "texts": "texts too", None: "not said"}
 _TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
-_LEADERBOARD, _SLICES = "LEADERBOARD.md", "SLICES.md"
 # Features of a ranker that are listed.
 _FEATURES = 12
-# Names that Markdown uses as anchors unchanged.
-_ANCHOR = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
 
 
 # --------------------------------------------------------------------------- reading and writing
@@ -93,7 +85,15 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
                 f"{file}: is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
             ) from error
         if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
-            results.append(result_of({"benchmark": file.stem, **content}))
+            result = result_of({"benchmark": file.stem, **content})
+            if result.benchmark != file.stem:
+                raise DataError(
+                    f"{file}: holds the result of {flat(result.benchmark)!r}, and a result's name is that of its file; "
+                    "rename the file, or write it again with `llmrec eval`",
+                    kind="mismatch",
+                    at=file,
+                )
+            results.append(result)
     return results
 
 
@@ -154,66 +154,30 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
             )
 
 
-def rewrite(folder: Path) -> list[Path]:
-    """Write the leaderboard and the benchmarks' pages next to a folder of results, and return them.
+def own_pages(result: BenchmarkResult, references: Mapping[str, Reference]) -> dict[str, str]:
+    """Return a benchmark's page and pictures by file name.
 
     Args:
-        folder: The folder ``eval/results``; no page is written for another folder, such as that of a run.
-
-    Raises:
-        DataError: If a file is not JSON or is incomplete.
-        LlmrecError: If the rows of one table were measured under different protocols.
-    """
-    if not folder.is_dir() or (folder / "results.json").is_file():
-        return []
-    results = read_results(folder)
-    written = shared_pages(results, all_references())
-    for result in results:
-        written |= own_pages(result)
-    for name, text in written.items():
-        write_text(folder.parent / name, text)
-    return [folder.parent / name for name in written]
-
-
-def shared_pages(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> dict[str, str]:
-    """Return the pages that all suites share, by file name; empty without suites."""
-    if not any(result.kind == "suite" for result in results):
-        return {}
-    return {_LEADERBOARD: leaderboard(results, references), _SLICES: slices_page(results)}
-
-
-def own_pages(result: BenchmarkResult) -> dict[str, str]:
-    """Return a benchmark's page and pictures by file name; a suite has none."""
-    if result.kind == "suite":
-        return {}
-    pictures = {_picture(result, table): _drawn(result, table) for table in result.tables if _plot(result, table)}
-    return {f"{result.benchmark}.md": _engine().get_template("benchmark.md.j2").render(view=_view(result)), **pictures}
-
-
-def leaderboard(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> str:
-    """Return the leaderboard page of all suites.
-
-    Args:
-        results: From `read_results`.
+        result: From `read_results`.
         references: Pages of published figures by name.
     """
-    suites = sorted((result for result in results if result.kind == "suite"), key=lambda result: result.benchmark)
-    views = [_view(result, [references[name] for name in result.references if name in references]) for result in suites]
-    head = Markup(_glance(suites)) if len(suites) > 1 else ""
-    return _engine().get_template("leaderboard.md.j2").render(glance=head, views=views, users=USERS, seeds=SEEDS)
+    pictures = {_picture(result, table): _drawn(result, table) for table in result.tables if _plot(result, table)}
+    view = _view(result, [references[name] for name in result.references if name in references])
+    return {f"{result.benchmark}.md": engine().get_template("benchmark.md.j2").render(view=view), **pictures}
 
 
 @functools.cache
-def _engine() -> ImmutableSandboxedEnvironment:
-    engine = markdown_engine(Path(__file__).resolve().parent)
-    engine.globals.update(exploratory=_exploratory, compared=_compared, managers=MANAGERS, least=SEEDS)
-    return engine
+def engine() -> ImmutableSandboxedEnvironment:
+    """Return the template engine of the pages."""
+    result = markdown_engine(Path(__file__).resolve().parent)
+    result.globals.update(exploratory=_exploratory, compared=_compared, managers=MANAGERS, least=SEEDS)
+    return result
 
 
 # --------------------------------------------------------------------------- a benchmark
 
 
-def _view(result: BenchmarkResult, references: Sequence[Reference] = ()) -> dict[str, Any]:
+def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str, Any]:
     """Return the template variables of a benchmark."""
     tuned = [row for row in result.rows if row.arm == "tuned"]
     return {
@@ -238,7 +202,8 @@ def _view(result: BenchmarkResult, references: Sequence[Reference] = ()) -> dict
         "fewer": [row for row in result.rows if row.fewer_seeds and row.seeds < SEEDS],
         "tested": [pair for pair in result.pairs if pair.p is not None],
         "ensembles": any(figures.members for row in result.rows for figures in row.tables.values()),
-        "unknown": _beside(result, references, "unknown", "### Published, treatment of the history not stated", ""),
+        "slices": _slices(result),
+        "unknown": _beside(result, references, "unknown", "## Published, treatment of the history not stated", ""),
     }
 
 
@@ -619,6 +584,13 @@ def _same_data(page: Reference, result: BenchmarkResult) -> bool:
     return all(getattr(result.data, what) == count for what, count in page.counts.items())
 
 
+def published_beside(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[Published]:
+    """Return the published rows on a suite's own data, under its protocol and one treatment of the history."""
+    named = [references[name] for name in result.references if name in references]
+    fitting = [page for page in named if _fits(page, result) and _same_data(page, result)]
+    return [row for page in fitting for row in page.rows if row.seen == seen]
+
+
 def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
     """Return published rows, best first by their last metric."""
 
@@ -639,53 +611,11 @@ def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
     return _left(["system", *metrics, "source", "note"], lines)
 
 
-# --------------------------------------------------------------------------- pages over all suites
-
-
-def _glance(suites: Sequence[BenchmarkResult]) -> str:
-    """Return a table of suites in the given order, with the best row of each kind and links to sections."""
-    kinds = [kind for kind in (*get_args(Reads), None) if any(row.reads == kind for s in suites for row in s.rows)]
-    lines = []
-    for result in suites:
-        name = cell(result.benchmark)
-        linked = f"[{name}](#{result.benchmark})" if _ANCHOR.fullmatch(result.benchmark) else name
-        protocol = result.protocol
-        users, seeds = (protocol.users, len(protocol.seeds)) if protocol else (0, 0)
-        table = next((table for table in result.tables if table.name == "excluded"), result.tables[0])
-        best = (
-            _best([entry for entry in result.standings(table) if entry[0].reads == kind], result, table)
-            for kind in kinds
-        )
-        standing = ", *exploratory*" if _exploratory(users, seeds) else ""
-        lines.append([f"{linked}{standing}", f"{users:,}", cell(table.metric), *best])
-    return grid(["suite", "users", "metric", *(_KINDS[kind] for kind in kinds)], lines, numeric_to=2)
-
-
-def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], result: BenchmarkResult, table: BenchmarkTable) -> str:
-    """Return the best row's name and figure, marked if it has fewer seeds than required."""
-    if not entries or (value := entries[0][1].value(table.metric)) is None:
-        return DASH
-    row, protocol = entries[0][0], result.protocol
-    few = row.fewer_seeds and row.seeds < SEEDS and protocol is not None and len(protocol.seeds) >= SEEDS
-    return f"{cell(row.name)} {value:.4f}" + (", *exploratory*" if few else "")
-
-
-@dataclass(frozen=True)
-class SliceView:
-    """Planned comparisons of a suite between rows of different kinds, each with its table of slices."""
-
-    result: BenchmarkResult
-    comparisons: Mapping[str, str]
-
-
-def slices_page(results: Sequence[BenchmarkResult]) -> str:
-    """Return the Markdown page of slices; suites without planned comparisons of two kinds are omitted."""
-    suites = sorted((result for result in results if result.kind == "suite"), key=lambda result: result.benchmark)
-    views = [SliceView(result, tables) for result in suites if (tables := _slices(result))]
-    return _engine().get_template("slices.md.j2").render(views=views)
+# --------------------------------------------------------------------------- slices
 
 
 def _slices(result: BenchmarkResult) -> dict[str, str]:
+    """Return tables of slices of the planned comparisons between rows that read different things, by their titles."""
     reads = {row.name: row.reads for row in result.rows}
     order = get_args(Reads)
     kinds: dict[tuple[str, str], list[BenchmarkPair]] = {}

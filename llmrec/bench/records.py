@@ -226,6 +226,7 @@ class BenchmarkResult(Record):
 
     Attributes:
         kind: Kind of its page.
+        commit: The commit of the checkout that computed it; empty if llmrec did not run from one.
         hash: Hash of its page.
         data: The data; None if runs may differ in it.
         pairs: The planned comparisons, tested as one family over all tables.
@@ -244,6 +245,7 @@ class BenchmarkResult(Record):
     llmrec: str = ""
     created: str = ""
     command: str = ""
+    commit: str = ""
     hash: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Fact] = Field(default_factory=dict)

@@ -11,16 +11,27 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import statistic_of, taken
-from llmrec.metrics.significance import Decision, decide, detectable, detectable_from, detectable_line, enough, signflip
+from llmrec.metrics.significance import (
+    Decision,
+    decide,
+    detectable,
+    detectable_from,
+    detectable_line,
+    enough,
+    over_users_and_seeds,
+    signflip,
+)
 from llmrec.metrics.stats import (
     Difference,
     Interval,
     Sampled,
     Taken,
+    at_all,
     interval,
     interval_of,
     mean_of,
     paired_of,
+    root_or_not,
     verdict,
 )
 from llmrec.registry import better, metric_of
@@ -65,12 +76,14 @@ class Contrast:
         """Return the smallest true difference that is detected with a power of 80 %.
 
         Args:
-            found: The result of `sampled`; its resamples give the standard error of a metric that is not a mean.
+            found: The result of `sampled`; its resamples give the standard error of a metric that is not a mean, and
+                of rows with several seeds.
             comparisons: Number of comparisons corrected together.
         """
-        if not _is_mean(self.metric):
-            error = float(np.std(found.draws, ddof=1)) if len(found.draws) > 1 else 0.0
-            return detectable_from(error, len(set(self.users)), comparisons=comparisons)
+        if not _is_mean(self.metric) or max(np.ndim(row.values) for row in (self.a, self.b)) > 1:
+            # Half the width of the central 68 %: resamples over seeds have heavy tails.
+            low, high = np.quantile(found.draws, [0.15866, 0.84134])
+            return detectable_from(float(high - low) / 2, len(set(self.users)), comparisons=comparisons)
         one, other, users = _means(self.metric, self.a.values, self.b.values, self.users)
         return detectable(one, other, comparisons=comparisons, users=users, statistic=statistic_of(self.metric))
 
@@ -228,7 +241,8 @@ def sampled(
     over the users with both classes. AUC is not a mean and gets the paired bootstrap.
 
     A row may have several seeds. Values are averaged over them first; for metrics that are not means of a request's
-    values the figures are averaged: the AUC of averaged probabilities would be that of an ensemble.
+    values the figures are averaged: the AUC of averaged probabilities would be that of an ensemble. The variance over
+    seeds is added to that over users, see `llmrec.metrics.significance.over_users_and_seeds`.
 
     Args:
         metric: Name of the metric.
@@ -245,9 +259,24 @@ def sampled(
     if not _is_mean(metric):
         truth = _truth(metric, *np.atleast_2d(a), *np.atleast_2d(b))
         first, second = (mean_of(_statistics(metric, np.atleast_2d(row), truth, users)) for row in (a, b))
-        return paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
-    one, other, owners = _means(metric, a, b, users)
-    return signflip(one, other, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+        found = paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
+    else:
+        one, other, owners = _means(metric, a, b, users)
+        found = signflip(one, other, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+    return over_users_and_seeds(found, *(_by_seed(metric, row, users) for row in (a, b)), seed=seed)
+
+
+def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
+    """Return the figure of each seed of a row, shape (seeds,)."""
+    seeds = np.atleast_2d(values)
+    if len(seeds) == 1:
+        return np.zeros(1)
+    if is_by_request(metric):
+        return np.asarray(root_or_not(seeds.mean(axis=1), statistic_of(metric)))
+    truth = _truth(metric, *seeds)
+    if not _is_mean(metric):
+        return np.array([at_all(entry, len(set(users))) for entry in _statistics(metric, seeds, truth, users)])
+    return np.array([np.mean(np.asarray(_again(metric, row, truth, users).result)) for row in seeds])
 
 
 def is_by_request(metric: str) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import gammaln, stdtrit
 
-from llmrec.metrics.stats import Sampled, StatisticName, by_user, finite, root_or_not
+from llmrec.metrics.stats import Sampled, StatisticName, by_user, finite, root_or_not, tail_p
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -62,6 +62,33 @@ def signflip(
         value = float((left - right).sum() / sizes.sum())
     draws = _halves(left, right, sizes, statistic, resamples, seed)
     return Sampled(value, flip_p(left - right, resamples=resamples, seed=seed), draws)
+
+
+def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
+    """Add the variance over training seeds to the resamples of a difference, which vary over users alone.
+
+    Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
+    (Bouthillier et al., "Accounting for Variance in Machine Learning Benchmarks", MLSys 2021). Each resample gets a
+    draw of Student's t with the standard error over seeds, and p is at least the share of resamples beyond 0. Two rows
+    with the same number of seeds are paired by seed, since their seeds may share members and samples. The variance
+    over users is in both terms, which makes the interval conservative.
+
+    Args:
+        found: The difference with its resamples over users.
+        a: The figure of each seed of the first system, shape (seeds,); one value for a deterministic one.
+        b: The figures of the second system.
+        seed: Seed of the draws.
+    """
+    one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    groups = [one - other] if one.size == other.size else [one, other]
+    drawn = [group for group in groups if group.size > 1]
+    error = math.sqrt(sum(float(np.var(group, ddof=1)) / group.size for group in drawn))
+    if not error:
+        return found
+    freedom = min(group.size for group in drawn) - 1
+    noise = np.random.default_rng([seed, 1]).standard_t(freedom, size=len(found.draws))
+    draws = found.draws + error * noise
+    return Sampled(found.value, max(found.p, tail_p(draws)), draws)
 
 
 def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:

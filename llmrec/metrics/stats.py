@@ -146,7 +146,7 @@ def interval_of(
         method: See `interval`; ``bca`` adds n evaluations of the statistic.
         level: See `interval`.
     """
-    value = _at_all(statistic, n)
+    value = at_all(statistic, n)
     draws = _resample(statistic, n, resamples, seed)
     left_out = np.empty(0)
     if method == "bca" and n > 1:
@@ -209,7 +209,7 @@ def paired(
 def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sampled:
     """Bootstrap a difference that is a function of resampled users, such as that of two corpus BLEUs."""
     draws = _resample(difference, n, resamples, seed)
-    return Sampled(_at_all(difference, n), _p_of(draws), draws)
+    return Sampled(at_all(difference, n), tail_p(draws), draws)
 
 
 def verdict(
@@ -305,11 +305,11 @@ def _difference(
     level: float,
 ) -> Difference:
     draws = _resample(difference, n, resamples, seed)
-    value = _at_all(difference, n)
-    return Difference(value, *_bounds(draws, value, left_out, method, _tails(level)), _p_of(draws))
+    value = at_all(difference, n)
+    return Difference(value, *_bounds(draws, value, left_out, method, _tails(level)), tail_p(draws))
 
 
-def _p_of(draws: NDArray[np.float64]) -> float:
+def tail_p(draws: NDArray[np.float64]) -> float:
     """Return twice the smaller share of resamples at or beyond 0, including the observed value."""
     below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
     return min(1.0, 2 * (min(below, above) + 1) / (len(draws) + 1))
@@ -321,7 +321,8 @@ def times_drawn(rows: NDArray[np.intp], n: int) -> NDArray[np.float64]:
     return np.bincount(flat, minlength=len(rows) * n).reshape(len(rows), n).astype(np.float64)
 
 
-def _at_all(statistic: Statistic, n: int) -> float:
+def at_all(statistic: Statistic, n: int) -> float:
+    """Return the value of a statistic on all n users."""
     return float(statistic(np.arange(n)[None, :])[0])
 
 

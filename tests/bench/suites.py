@@ -1,11 +1,13 @@
-"""A made suite result and a page of published figures, for the leaderboard."""
+"""A made suite result, its page, and a page of published figures."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmrec.bench.pages import own_pages, result_of
+from llmrec.bench.records import BenchmarkResult
 from llmrec.bench.references import Reference
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
@@ -110,3 +112,9 @@ def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
     found.update({key: next(stream) for key in ("benchmark", "description", "command")}, notes=[next(stream)])
     found["machine"]["cpu"] = next(stream)
     return found
+
+
+def page_of(content: dict[str, Any] | BenchmarkResult, references: Mapping[str, Reference] | None = None) -> str:
+    """Return the page of a suite's result."""
+    result = content if isinstance(content, BenchmarkResult) else result_of(content)
+    return own_pages(result, references or {})[f"{result.benchmark}.md"]

@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 
 from llmrec.bench.engine import compared
-from llmrec.bench.pages import frontier, own_pages, rewrite
+from llmrec.bench.leaderboard import rewrite
+from llmrec.bench.pages import frontier, own_pages
 from llmrec.bench.recipes import Line, _add, made_of, points, recipe_of
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
 from llmrec.bench.run import run_benchmark
@@ -277,7 +278,7 @@ def test_the_front_holds_what_nothing_cheaper_beats() -> None:
 
 def test_the_rows_of_the_front_are_named_below_the_picture() -> None:
     rows = [row("cheap", 10, 0.2), row("better", 20, 0.5), row("worse", 30, 0.1), row("best", 900, 0.6)]
-    drawn = own_pages(result("HR@1", [*rows, row("markov", 0, 0.3, arm="baseline")], best_baseline="markov"))
+    drawn = own_pages(result("HR@1", [*rows, row("markov", 0, 0.3, arm="baseline")], best_baseline="markov"), {})
     texts = [
         "".join(each.itertext()) for each in ET.fromstring(drawn["b-direct.svg"]).iter() if each.tag.endswith("text")
     ]
@@ -290,7 +291,7 @@ def test_the_rows_of_the_front_are_named_below_the_picture() -> None:
 
 
 def test_no_name_becomes_markup() -> None:
-    found = own_pages(result("HR@1", [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]))
+    found = own_pages(result("HR@1", [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]), {})
     assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
     ET.fromstring(found["b-direct.svg"])
     assert "<script>" not in found["b-direct.svg"]
@@ -317,7 +318,7 @@ def test_an_ensemble_costs_what_its_members_cost() -> None:
     model = row("label · list · tuned", 500, 0.4, arm="tuned")
     other = row("label · list · longer", 700, 0.4, arm="tuned")
     joined = row("fusion with models · list · tuned", 0, 0.5, arm="tuned", members=("label · list · tuned", "markov"))
-    text = own_pages(result("HR@1", [joined, model, other, row("markov", 0, 0.3, arm="baseline")]))["b.md"]
+    text = own_pages(result("HR@1", [joined, model, other, row("markov", 0, 0.3, arm="baseline")]), {})["b.md"]
     costs = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in text.splitlines() if line[:2] == "| "}
     assert costs["fusion with models · list · tuned"] == costs["label · list · tuned"] == "500"
     assert "An ensemble costs what its members cost." in text

@@ -13,7 +13,6 @@ import yaml
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.bench import suite as suites
 from llmrec.bench.models import Models
-from llmrec.bench.pages import leaderboard, result_of
 from llmrec.bench.run import run_benchmark
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
@@ -23,6 +22,7 @@ from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.strategies.catalogue import Mixture, from_counts, from_logits
 from llmrec.types import Case, Event, Request
+from tests.bench.suites import page_of
 from tests.facts import Facts, raises
 
 RECIPE: dict[str, Any] = {
@@ -154,7 +154,7 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family over both tables
     assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
     assert all("2 planned comparisons" in line for line in (table["detectable"] for table in results["tables"]))
-    assert "both less markov-1" in leaderboard([result_of(results)], {})
+    assert "both less markov-1" in page_of(results)
     data = _data(page)
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))

@@ -15,9 +15,10 @@ import pytest
 
 from llmrec.answer.opening import open_classics
 from llmrec.backends.fake import FakeBackend
-from llmrec.bench import conversations, pages
+from llmrec.bench import conversations
 from llmrec.bench.conversations import TABLE, Talk, made_row, tables_of
 from llmrec.bench.engine import Made, compared
+from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.run import run_benchmark
 from llmrec.chat import simulator
 from llmrec.chat.audience import DataUser, data_users, talks
@@ -78,7 +79,7 @@ def test_a_suite_over_a_recipe_has_every_row_and_pair(ran: Path) -> None:
     assert all(pair["p"] >= pair["p_raw"] and pair["low"] <= pair["value"] <= pair["high"] for pair in found["pairs"])
     page = (ran / "eval" / "made.md").read_text(encoding="utf-8")
     assert "| rules of brands (users know brand) |" in page and "rules less history" in page and "Exploratory" in page
-    assert pages.rewrite(ran / "eval" / "results") == [ran / "eval" / "made.md"]
+    assert rewrite(ran / "eval" / "results") == [ran / "eval" / "made.md"]
     assert (ran / "eval" / "made.md").read_text(encoding="utf-8") == page
 
 

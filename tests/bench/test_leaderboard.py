@@ -1,4 +1,4 @@
-"""The leaderboard page: order, marks, one protocol a table, and texts that stay text."""
+"""Pages of suites and the leaderboard: order, marks, one protocol a table, and texts that stay text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from llmrec.bench.pages import leaderboard, read_results, result_of
+from llmrec.bench import leaderboard
+from llmrec.bench.pages import read_results
 from llmrec.bench.references import load_reference
 from llmrec.errors import DataError, LlmrecError
-from tests.bench.suites import hostile_suite, made_reference, made_suite
+from tests.bench.suites import hostile_suite, made_reference, made_suite, page_of
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
@@ -20,8 +21,8 @@ from tests.report.reading import blocks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _page(*suites: dict[str, Any]) -> str:
-    return leaderboard([result_of(suite) for suite in suites or (made_suite(),)], {"papers": made_reference()})
+def _page(suite: dict[str, Any] | None = None) -> str:
+    return page_of(suite or made_suite(), {"papers": made_reference()})
 
 
 def _tables(text: str) -> list[list[str]]:
@@ -63,25 +64,6 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
     ]
 
 
-def test_several_suites_have_a_head_with_the_best_row_of_each_kind() -> None:
-    assert "| suite |" not in _page()
-    films, odd = made_suite(), made_suite() | {"benchmark": "Odd (name)"}
-    for row, reads in zip(films["rows"], ("events", "texts", "language model", "events"), strict=True):
-        row["reads"] = reads
-    odd["protocol"] = odd["protocol"] | {"seeds": [0]}
-    odd["rows"][3]["tables"]["excluded"]["metrics"]["NDCG@10"] |= {"value": None, "undefined": "no request"}
-    page = _page(odd, films)
-    head = _tables(page)[0]
-    assert head == [
-        "| suite | users | metric | events alone | texts too | a language model or fine-tuned text encoder "
-        "| not said |",
-        "| --- | ---: | --- | --- | --- | --- | --- |",
-        "| Odd (name), *exploratory* | 943 | NDCG@10 | – | – | – | item-knn 0.1170 |",
-        "| [films](#films) | 943 | NDCG@10 | sasrec 0.1560 | popularity 0.0650 | item-knn 0.1170 | – |",
-    ]
-    assert page.index("| [films](#films) |") < page.index("## films")
-
-
 def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
     text = _page()
     assert "The 2 planned comparisons have p Holm-adjusted over all tables of the file" in text
@@ -92,7 +74,7 @@ def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
 
 def test_notes_of_a_result_are_before_its_tables() -> None:
     text = _page(made_suite() | {"notes": ["Mind *this*."]})
-    assert "\n\nMind \\*this\\*.\n\n" in text and text.index("Mind") < text.index("### Seen")
+    assert "\n\nMind \\*this\\*.\n\n" in text and text.index("Mind") < text.index("## Seen")
 
 
 def test_a_section_says_how_its_parameters_came_about() -> None:
@@ -136,11 +118,11 @@ def test_lower_is_better_for_ratings() -> None:
     assert [line.split(" | ")[0] for line in ours[2:]] == ["| popularity", "| item-knn", "| random", "| sasrec"]
     assert "**0.9000**" in ours[2] and ours[5].split(" | ")[1] == "undefined"
     assert "RMSE of sasrec is undefined. Nothing is compared with what has no figure." in _page(suite)
-    assert "### Ratings" in _page(suite)
+    assert "## Ratings" in _page(suite)
     for row in suite["rows"]:
         row["tables"]["yes-no"] = row["tables"].pop("rating")
     suite["tables"][0]["name"] = "yes-no"
-    assert "### Yes or no to an item" in _page(suite)
+    assert "## Yes or no to an item" in _page(suite)
 
 
 def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:
@@ -151,22 +133,22 @@ def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:
     assert [re.findall(r"0\.\d{4}", line) for line in published[2:]] == [["0.0600"], ["0.0500", "0.0400"], ["0.9000"]]
     other = made_suite()
     other["protocol"]["candidates"] = "uniform-100"
-    assert "Published" not in _page(other).split("## films")[1]
+    assert "Published" not in _page(other)
 
 
 def test_published_rows_on_other_interactions_stand_apart_with_their_counts() -> None:
     counts = {"users": 943, "items": 1682}
     other = made_reference().model_copy(update={"counts": counts, "data": "all films"})
-    text = leaderboard([result_of(made_suite())], {"papers": made_reference(), "all": other})
+    text = page_of(made_suite(), {"papers": made_reference(), "all": other})
     assert text == _page()  # a suite prints the pages that it names
     suite = made_suite() | {"references": ["papers", "all"]}
-    text = leaderboard([result_of(suite)], {"papers": made_reference(), "all": other})
+    text = page_of(suite, {"papers": made_reference(), "all": other})
     apart = "but on other interactions (all films: 943 users, 1,682 items)"
     assert text.count(f"Published under the same protocol, {apart}:\n") == 2
-    assert text.count(f"### Published, treatment of the history not stated, {apart}\n") == 1
+    assert text.count(f"## Published, treatment of the history not stated, {apart}\n") == 1
     assert text.count("Published under the same protocol:\n") == 2
     suite["data"]["items"] = 1682
-    text = leaderboard([result_of(suite)], {"papers": made_reference(), "all": other})
+    text = page_of(suite, {"papers": made_reference(), "all": other})
     assert text.count("other interactions") == 0 and len(_tables(text)[1]) == 2 + 2 * 3
 
 
@@ -191,10 +173,14 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_only_suites_are_read_from_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "b.json").write_text(json.dumps(made_suite()))
+    (tmp_path / "films.json").write_text(json.dumps(made_suite()))
     (tmp_path / "a.json").write_text('{"kind": "run"}')
     (tmp_path / "c.json").write_text("[1]")
     assert [found.benchmark for found in read_results(tmp_path)] == ["films"]
+    # A result names the files of its page, so its name must be that of its own file.
+    (tmp_path / "d.json").write_text(json.dumps(made_suite() | {"benchmark": "../films"}))
+    with raises(DataError, Facts("mismatch", "d.json", says="../films")):
+        read_results(tmp_path)
     (tmp_path / "d.json").write_text("{")
     with raises(DataError, Facts("syntax", "d.json", says="`llmrec eval`")):
         read_results(tmp_path)
@@ -214,14 +200,99 @@ def test_every_page_of_published_figures_in_the_repository_can_be_read(tmp_path:
 @pytest.mark.parametrize("texts", [SCRIPTS, FORMULAS, MARKDOWN], ids=["scripts", "formulas", "markdown"])
 def test_no_text_becomes_markup(texts: tuple[str, ...]) -> None:
     size = len(texts)
-    expected = blocks(
-        leaderboard([result_of(hostile_suite([f"x{k}" for k in range(size)]))], {"papers": made_reference()})
-    )
+    expected = blocks(page_of(hostile_suite([f"x{k}" for k in range(size)]), {"papers": made_reference()}))
     shown = set()
     for start in range(0, size, 8):
         turned = [*texts[start:], *texts[:start]]
-        text = leaderboard([result_of(hostile_suite(turned))], {"papers": made_reference(turned[::-1])})
+        text = page_of(hostile_suite(turned), {"papers": made_reference(turned[::-1])})
         assert blocks(text) == expected
         assert not re.search(r"<[A-Za-z!/?]", text)
         shown |= {table[0].count(" | ") for table in _tables(text)}
     assert len(shown) == 2
+
+
+def _board(tmp_path: Path, settings: dict[str, Any], *suites: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    results = tmp_path / "results"
+    results.mkdir(exist_ok=True)
+    for suite in suites:
+        (results / f"{suite['benchmark']}.json").write_text(json.dumps(suite))
+    (tmp_path / "leaderboard.yaml").write_text(json.dumps(settings))
+    pages = leaderboard.beside(results, {"papers": made_reference()})
+    return pages["LEADERBOARD.md"], json.loads(pages["leaderboard.json"])
+
+
+SETTINGS = {
+    "groups": [
+        {
+            "title": "Next item",
+            "columns": [
+                {"suite": "films", "title": "Films", "table": "excluded"},
+                {"suite": "books", "title": "Books", "table": "excluded"},
+                {"suite": "later", "title": "Not run yet"},
+            ],
+        }
+    ],
+    "models": {
+        "sasrec": {"title": "SASRec", "pretrained": "none | at all"},
+        "item-knn": {"title": "Item-kNN"},
+        "random": {"title": "Random"},
+    },
+    "left_out": ["popularity"],
+}
+
+
+def test_the_leaderboard_has_a_row_for_each_model_and_a_column_for_each_data_set(tmp_path: Path) -> None:
+    films, books = made_suite(), made_suite() | {"benchmark": "books"}
+    for suite in (films, books):
+        for row, reads in zip(suite["rows"], ("events", "events", "texts", "language model"), strict=True):
+            row["reads"] = reads
+        suite["rows"][0]["baseline"] = "random"
+    # On books item-kNN was not run, and no row is shown to be worse than the best.
+    books["rows"] = [row for row in books["rows"] if row["name"] != "item-knn"]
+    books["comparisons"] = []
+    text, (table,) = _board(tmp_path, SETTINGS, films, books)
+    lines = _tables(text)[0]
+    assert lines[0] == ("| model | type | pretrained | Films | Books | mean rank | training | ms a request |")
+    cells = [[part.strip() for part in line.strip("|").split(" | ")] for line in lines[2:]]
+    assert [line[0] for line in cells[:3]] == ["SASRec", "Item-kNN", "Random"]
+    assert [line[1] for line in cells[:3]] == ["language model", "text", "control"]
+    assert cells[0][2:6] == ["none \\| at all", "**0.1560**", "**0.1560**", "1.0"]
+    # Films: the best row is better by an interval without 0. Books: nothing is shown.
+    assert cells[1][3:6] == ["0.1170", "–", "–"] and cells[2][3:6] == ["0.0130", "**0.0130**", "2.0"]
+    assert [column["title"] for column in table["columns"]] == ["Films", "Books"] and not table["lower"]
+    assert table["rows"][1]["cells"][1] is None and table["rows"][0]["cells"][0]["best"]
+    # Published systems under the same protocol, at their best figure.
+    assert any(line[0].startswith("*P5") and line[1] == "*published*" for line in cells[3:])
+    assert "popularity" not in text
+
+
+def test_rows_without_a_description_are_named(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "models": {"sasrec": {"title": "SASRec"}}, "left_out": []}
+    _board(tmp_path, settings, made_suite())
+    board = leaderboard.load_board(tmp_path)
+    assert board is not None
+    assert leaderboard.missing(board, read_results(tmp_path / "results")) == ["item-knn", "popularity", "random"]
+    assert leaderboard.load_board(tmp_path / "nowhere") is None
+    (tmp_path / "leaderboard.yaml").write_text("groups: 3")
+    with raises(DataError, Facts("wrong-format", "leaderboard.yaml")):
+        leaderboard.load_board(tmp_path)
+
+
+def test_the_leaderboard_of_the_repository_describes_every_row_of_its_suites() -> None:
+    board = leaderboard.load_board(ROOT / "eval")
+    assert board is not None
+    assert leaderboard.missing(board, read_results(ROOT / "eval" / "results")) == []
+
+
+@pytest.mark.parametrize("texts", [SCRIPTS, FORMULAS, MARKDOWN], ids=["scripts", "formulas", "markdown"])
+def test_no_text_of_the_leaderboard_becomes_markup(tmp_path: Path, texts: tuple[str, ...]) -> None:
+    made = made_suite()
+    settings = {
+        **SETTINGS,
+        "models": {
+            row["name"]: {"title": text, "pretrained": text} for row, text in zip(made["rows"], texts, strict=False)
+        },
+    }
+    settings["left_out"] = []
+    text, _ = _board(tmp_path, settings, made)
+    assert not re.search(r"<[A-Za-z!/?]", text)

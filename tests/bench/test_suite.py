@@ -1,4 +1,4 @@
-"""Suites: what is measured, what is tuned on, what a killed one keeps, and what the leaderboard prints."""
+"""Suites: what is measured, what is tuned on, what a killed one keeps, and what its page prints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from llmrec.baselines.tune import tune
 from llmrec.bench import suite as suites
 from llmrec.bench.engine import Ran
 from llmrec.bench.models import Models
-from llmrec.bench.pages import leaderboard, slices_page
 from llmrec.bench.recipes import points, recipe_of
 from llmrec.bench.references import reference
 from llmrec.bench.run import run_benchmark
@@ -36,6 +35,7 @@ from llmrec.registry import BASELINES
 from llmrec.report.wording import DASH
 from llmrec.resources import resource
 from llmrec.tasks.family import family_of
+from tests.bench.suites import page_of
 from tests.facts import Facts, raises
 
 PAGE: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
         assert row["memory_gb"] > 0 and {"tune", "fit", "answer"} <= set(row["seconds"])
 
 
-def test_a_row_can_have_fewer_seeds_and_the_leaderboard_says_so(tmp_path: Path) -> None:
+def test_a_row_can_have_fewer_seeds_and_the_page_says_so(tmp_path: Path) -> None:
     als = {"baseline": "als", "parameters": {"factors": 4, "iterations": 2}, "tune": False}
     rows = [{"baseline": "markov-1"}, {**als, "name": "all seeds"}, {**als, "name": "one seed", "seeds": 1}]
     rows += [{"fuse": ["markov-1", one], "name": f"with {one}"} for one in ("all seeds", "one seed")]
@@ -90,9 +90,7 @@ def test_a_row_can_have_fewer_seeds_and_the_leaderboard_says_so(tmp_path: Path) 
         name: 1 if name in few else 2 for name in ("all seeds", "one seed", "with all seeds", "with one seed")
     }
     assert {row["name"] for row in ran.results.as_json()["rows"] if row.get("fewer_seeds")} == few
-    assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.files["leaderboard"].read_text(
-        "utf-8"
-    )
+    assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.files["page"].read_text("utf-8")
 
 
 def test_users_are_counted_where_each_has_several_held_out_interactions() -> None:
@@ -199,7 +197,7 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr(CatalogueEnsemble, "fit", weighing)
     ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
     assert chose and weighed and not chose & weighed
-    board = leaderboard([ran.results], {})
+    board = page_of(ran.results)
     fused = ran.results.rows[-1]
     assert [row.reads for row in ran.results.rows] == ["events"] * 4
     assert fused.seeds == 2 and {pair.a for pair in ran.results.pairs} == {"all"}
@@ -275,7 +273,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     assert 40 * every.value == pytest.approx(10 * cold.value + 30 * warm.value)
     content, markov = ((row.tables["included"].cold or {})["NDCG@10"] for row in found.rows)
     assert cold.value == pytest.approx(content - markov) and cold.value > 0
-    board = leaderboard([found], {})
+    board = page_of(found)
     few = "the 10 requests for items without training interactions, of 2 items and clustered by these, exploratory"
     assert f"{few}: content less markov-1" in board
     assert "Targets without training interactions, 10 requests" in board
@@ -285,20 +283,19 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
         assert sum(part.n for part in parts) == 40
         # Fewer than twenty requests say nothing.
         assert all((part.value is None) == (part.n < 20) for part in parts)
-    shown = slices_page([found])
-    assert "content (texts too, by an encoder that is not trained here) less markov-1 (events alone), NDCG@10:" in shown
-    assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in shown
+    assert "content (texts too, by an encoder that is not trained here) less markov-1 (events alone), NDCG@10:" in board
+    assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in board
     # What was thought of later is described, and is no part of the family.
     later = Suite(**page | {"pairs": pairs[:1], "explored": pairs[1:]})
     again = run_benchmark(later, out=tmp_path / "o", results=tmp_path / "r").results
     assert len(again.pairs) == 1 and [pair.items for pair in again.explored] == ["cold", "warm"]
     assert all(pair.p is None and pair.verdict is None for pair in again.explored)
-    assert again.explored[0].value == cold.value and "Thought of after the test split" in leaderboard([again], {})
+    assert again.explored[0].value == cold.value and "Thought of after the test split" in page_of(again)
     # Without a cold item there is no figure, and the page says so.
     table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
-    assert none.pairs[1].value is None and "content less markov-1: there is no such request" in leaderboard([none], {})
+    assert none.pairs[1].value is None and "content less markov-1: there is no such request" in page_of(none)
     with pytest.raises(ValueError, match="belongs to the task ranking"):
         Suite(**page | {"task": "rating"})
 
@@ -316,7 +313,7 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     (pair,) = some.pairs
     assert some.unrun == 2 and pair.p is not None and pair.p_raw is not None
     assert pair.p == pytest.approx(min(1.0, 3 * pair.p_raw))
-    board = leaderboard([some], {})
+    board = page_of(some)
     assert "Not run: markov, both; 2 planned comparisons with them count in the correction" in board
     # The rest is run later, and what was run is not run again.
     whole = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
@@ -493,7 +490,7 @@ def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:
             Suite(**page | {"rows": [row | wrong]})
 
 
-def test_the_command_writes_results_and_the_leaderboard_beside_them(
+def test_the_command_writes_results_and_their_page_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "made.yaml"
@@ -506,8 +503,8 @@ def test_the_command_writes_results_and_the_leaderboard_beside_them(
     assert not ended.value.code
     assert "popularity" in capsys.readouterr().out
     assert json.loads((results / "made.json").read_text(encoding="utf-8"))["protocol"]["seeds"] == [3]
-    board = (tmp_path / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8")
-    assert "## made" in board and "Seen items filtered" in board and "| popularity |" in board
+    board = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
+    assert "# made" in board and "Seen items filtered" in board and "| popularity |" in board
 
 
 PAGES = sorted(resource("eval", "suites").glob("*.yaml"))

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from eval.benchmarks.calibration import KINDS, MODELS, calibrate, familywise, keeps, run_like, swapped
 from llmrec.evaluate.compare import Contrast
-from llmrec.metrics.significance import attainable, detectable, detectable_line, flip_p, over_seeds, signflip
+from llmrec.metrics.significance import (
+    attainable,
+    detectable,
+    detectable_line,
+    flip_p,
+    over_seeds,
+    over_users_and_seeds,
+    signflip,
+)
 from llmrec.metrics.stats import Difference, interval, paired, verdict
 
 _DIFFERENCES = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.0, 0.25, 0.5, 1.0, 1.7]), min_size=1, max_size=9)
@@ -258,6 +266,30 @@ def test_seeds_do_not_count_as_users() -> None:
     averaged = signflip(over_seeds(seeds).values, np.zeros(60), resamples=2000, seed=0).at()
     pooled = signflip(np.concatenate(seeds), np.zeros(600), resamples=2000, seed=0).at()
     assert averaged.high - averaged.low > 2.5 * (pooled.high - pooled.low)
+
+
+def test_the_variance_over_seeds_widens_an_interval_and_keeps_the_level() -> None:
+    rng = np.random.default_rng(0)
+    wrong = alone = 0
+    for trial in range(400):
+        # Equal systems, whose seeds differ by as much as the mean over users does.
+        user, shift = rng.normal(0, 0.5, 100), rng.normal(0, 0.05, 3)
+        a = user + shift[:, None] + rng.normal(0, 0.1, (3, 100))
+        b = user + rng.normal(0, 0.1, 100)
+        found = signflip(a.mean(axis=0), b, resamples=200, seed=trial)
+        both = over_users_and_seeds(found, a.mean(axis=1), b.mean(keepdims=True), seed=trial)
+        assert both.value == found.value and both.p >= found.p
+        alone += found.p <= 0.05
+        wrong += both.p <= 0.05
+    assert alone > 100 and wrong < 30
+    # One seed has no variance, and neither have equal figures.
+    assert over_users_and_seeds(found, [0.1], [0.2], seed=0) is found
+    assert over_users_and_seeds(found, [0.1, 0.1], [0.2], seed=0) is found
+    # Rows with as many seeds are paired, so that what a seed does to both does not count.
+    shared = over_users_and_seeds(found, [0.1, 0.2, 0.3], [0.0, 0.1, 0.2], seed=0)
+    assert np.allclose(shared.draws, found.draws)
+    wide = over_users_and_seeds(found, [0.1, 0.2, 0.3], [0.0, 0.1], seed=0)
+    assert np.ptp(wide.draws) > np.ptp(found.draws)
 
 
 # ------------------------------------------------------------------ what could have been shown

@@ -23,8 +23,7 @@ from tests.report.reading import parser
 
 pytest.importorskip("llmrec.bench", reason="the extension is not there")
 
-from llmrec.bench.pages import leaderboard, result_of
-from tests.bench.suites import hostile_suite, made_reference
+from tests.bench.suites import hostile_suite, made_reference, page_of
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -134,8 +133,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _without_policy(pages["html"], "open.html")
     _rendered(pages["markdown"].read_text("utf-8"), folder / "markdown.html")
     suites = [hostile_suite([*texts[start:], *texts[:start]]) for start in range(0, len(texts), 12)]
-    board = leaderboard([result_of(suite) for suite in suites], {"papers": made_reference(texts)})
-    _rendered(board, folder / "leaderboard.html")
+    text = "\n\n".join(page_of(suite, {"papers": made_reference(texts)}) for suite in suites)
+    _rendered(text, folder / "suites.html")
     for name, text in LIVELY.items():
         _rendered(text, folder / f"{name}.html")
     return folder
@@ -152,7 +151,7 @@ def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.fixture(scope="module")
 def unguarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """Hostile pages without any policy, pages whose script must run, and one whose script the policy must stop."""
-    sources = {name: (f"{name}.html", 1200) for name in ("markdown", "leaderboard", *LIVELY)}
+    sources = {name: (f"{name}.html", 1200) for name in ("markdown", "suites", *LIVELY)}
     sources["page"] = ("wild/report/open.html", 1200)
     sources |= {name: (f"clean/report/{name}.html", 1200) for name in ("attacked", "attacked-open")}
     return _browse(folder, sources, tmp_path_factory.mktemp("unguarded"))
@@ -177,7 +176,7 @@ def test_escaping_alone_is_enough(unguarded: Seen) -> None:
     assert found["pwned"] is None and found["plots"] == PLOTS and found["links"] == 0
 
 
-@pytest.mark.parametrize("name", ["markdown", "leaderboard"])
+@pytest.mark.parametrize("name", ["markdown", "suites"])
 def test_rendered_markdown_runs_nothing(unguarded: Seen, name: str) -> None:
     found = unguarded.page(name)
     assert found["pwned"] is None and found["links"] == 0 and found["text"] > 10_000

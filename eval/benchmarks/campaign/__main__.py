@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from eval.benchmarks.campaign import good
 from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, Surface, cases
 from eval.benchmarks.campaign.watch import SECONDS, Worker
 from llmrec.durable import write_json
-from llmrec.machine import machine
+from llmrec.machine import commit, machine
 
 _HOWS = {"answered": "answered", "refused": "refused", "traceback": "tracebacks", "hang": "hangs", "death": "deaths"}
 _LONG = 200
@@ -50,7 +49,7 @@ def main() -> None:
         return
     state = {
         "date": date.today().isoformat(),
-        "commit": _commit(checkout),
+        "commit": commit(checkout),
         "seed": chosen.seed,
         "gib": chosen.gib,
         **_summed(found),
@@ -184,13 +183,6 @@ def _summed(found: dict[str, Any]) -> dict[str, Any]:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _commit(checkout: Path) -> str:
-    told = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from eval.benchmarks.faults.stops import Case
 from eval.benchmarks.faults.works import Bench
 from eval.benchmarks.faults.zygote import zygote
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
+from llmrec.machine import commit, machine, versions
 
 PARTS = {
     "kills": stops.kills,
@@ -127,7 +126,7 @@ def _record(found: Sequence[Mapping[str, Any]], planned: Sequence[Case], chosen:
         "what": "SIGKILL, a full disk, damaged files, links, a second process and read-only folders; then the same "
         "command, and all that it left compared with what a process left that nothing disturbed",
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "seed": chosen.seed,
         "machine": machine(),
         "versions": versions(),
@@ -153,11 +152,6 @@ def _counts(found: Sequence[Mapping[str, Any]], planned: Sequence[Case]) -> dict
 
 def _refused(each: Mapping[str, Any]) -> bool:
     return each.get("became") == "refused" or each.get("ended") == 2 or bool(each.get("refused"))
-
-
-def _commit() -> str:
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return told.stdout.strip()
 
 
 if __name__ == "__main__":

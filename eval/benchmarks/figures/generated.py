@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
-from llmrec.bench.pages import own_pages, read_results, shared_pages
+from llmrec.bench import leaderboard
+from llmrec.bench.pages import own_pages, read_results
 from llmrec.bench.references import all_references
 
 TIMED = ("search", "search_vllm", "training")
@@ -26,9 +27,10 @@ def wanted(root: Path) -> dict[str, str]:
     """
     results = root / "eval" / "results"
     benchmarks = read_results(results)
-    pages = shared_pages(benchmarks, all_references(root / "eval" / "references"))
+    references = all_references(root / "eval" / "references")
+    pages = leaderboard.beside(results, references)
     for result in benchmarks:
-        pages |= own_pages(result)
+        pages |= own_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
     listed = experiments.read(root / "eval" / "experiments.yaml", results)
     found["eval/EXPERIMENTS.md"] = experiments.write(listed)

@@ -1,0 +1,371 @@
+"""The leaderboard: models by data sets, from the results that ``eval/leaderboard.yaml`` names.
+
+Results are untrusted files: the template escapes every text except `Markup`, whose parts have passed `escape.cell`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from llmrec.bench.pages import engine, own_pages, published_beside, read_results
+from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, place
+from llmrec.bench.references import Page, Reference, all_references
+from llmrec.durable import write_text
+from llmrec.errors import DataError, RecipeError
+from llmrec.recipe.pages import parsed
+from llmrec.registry import lower
+from llmrec.report.escape import cell, flat
+from llmrec.report.table import grid
+from llmrec.report.wording import DASH
+
+PAGE, DATA, SETTINGS = "LEADERBOARD.md", "leaderboard.json", "leaderboard.yaml"
+
+Type = Literal["control", "interactions", "text", "fine-tuned text encoder", "language model", "ensemble"]
+
+# Seconds below which a training time is not resolved.
+_BRIEF = 1.0
+
+
+class Column(Page):
+    """One data set.
+
+    Attributes:
+        suite: The suite with its results.
+        title: Its name on the leaderboard.
+        table: The table of the suite; empty for its first.
+    """
+
+    suite: str
+    title: str
+    table: str = ""
+
+
+class Group(Page):
+    """Data sets with the same models and metric."""
+
+    title: str
+    columns: tuple[Column, ...]
+
+
+class Model(Page):
+    """The description of a row.
+
+    Attributes:
+        title: Its name on the leaderboard.
+        pretrained: Its pretrained network and the number of its weights; empty without one.
+    """
+
+    title: str
+    pretrained: str = ""
+
+
+class Board(Page):
+    """Settings of the leaderboard.
+
+    Attributes:
+        groups: The tables.
+        models: Descriptions by the rows' names; rows without one are left out, and `missing` names them.
+        left_out: Rows of the suites that are controls of their pages and no models of the leaderboard.
+    """
+
+    groups: tuple[Group, ...]
+    models: Mapping[str, Model]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model's figure on a data set.
+
+    Attributes:
+        value: The figure.
+        low: Lower 95 % limit over users.
+        high: The upper limit; see ``low``.
+        best: Whether the best model of the data set is not shown to be better.
+        rank: Rank among the models of the data set, 1 for the best.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    best: bool
+    rank: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A model with its figures, None where it was not run."""
+
+    name: str
+    model: Model
+    type: Type
+    training: float | None
+    answer: float | None
+    cells: tuple[Cell | None, ...]
+    mean_rank: float | None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A table of the leaderboard."""
+
+    title: str
+    metric: str
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    published: tuple[tuple[str, str, tuple[float | None, ...]], ...]
+
+
+def load_board(folder: Path) -> Board | None:
+    """Read the settings of the leaderboard of a folder of pages; None if it has none.
+
+    Raises:
+        DataError: If the file cannot be used.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        return Board.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
+    except (OSError, RecipeError, ValidationError, ValueError) as error:
+        raise DataError(
+            f"{path}: not settings of a leaderboard ({flat(str(error))}); see llmrec.bench.leaderboard.Board",
+            kind="wrong-format",
+            at=path,
+        ) from error
+
+
+def beside(folder: Path, references: Mapping[str, Reference] | None = None) -> dict[str, str]:
+    """Return the page and data of the leaderboard of a folder of results; empty if it has no settings.
+
+    Args:
+        folder: The folder of results; the settings are in its parent folder.
+        references: Pages of published figures by name; None: those of llmrec.
+
+    Raises:
+        DataError: If the settings or a result cannot be used.
+        LlmrecError: If the rows of one table were measured under different protocols.
+    """
+    board = load_board(folder.parent)
+    if board is None:
+        return {}
+    return pages(board, read_results(folder), all_references() if references is None else references)
+
+
+def rewrite(folder: Path) -> list[Path]:
+    """Write the leaderboard and the benchmarks' pages next to a folder of results, and return them.
+
+    Args:
+        folder: The folder ``eval/results``; no page is written for another folder, such as that of a run.
+
+    Raises:
+        DataError: If a file is not JSON or is incomplete.
+        LlmrecError: If the rows of one table were measured under different protocols.
+    """
+    if not folder.is_dir() or (folder / "results.json").is_file():
+        return []
+    references = all_references()
+    written = beside(folder, references)
+    for result in read_results(folder):
+        written |= own_pages(result, references)
+    for name, text in written.items():
+        write_text(folder.parent / name, text)
+    return [folder.parent / name for name in written]
+
+
+def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> Iterator[Matrix]:
+    """Yield the tables of the leaderboard; columns whose suite has no result yet are left out."""
+    known = {result.benchmark: result for result in results}
+    for group in board.groups:
+        columns = tuple(column for column in group.columns if column.suite in known)
+        if not columns:
+            continue
+        found = [_column(column, known[column.suite]) for column in columns]
+        lines = list(_lines(board, found))
+        metric = found[0][1].metric
+        lines.sort(key=lambda line: _order(line, metric))
+        published = _published([(result, table.name) for result, table in found], references, metric)
+        yield Matrix(group.title, metric, columns, tuple(lines), published)
+
+
+def missing(board: Board, results: Sequence[BenchmarkResult]) -> list[str]:
+    """Return the rows of the leaderboard's suites that it neither describes nor leaves out."""
+    suites = {column.suite for group in board.groups for column in group.columns}
+    rows = {row.name for result in results if result.benchmark in suites for row in result.rows}
+    return sorted(rows - set(board.models) - set(board.left_out))
+
+
+def pages(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> dict[str, str]:
+    """Return the page of the leaderboard and its data for the site, by file name."""
+    tables = list(matrices(board, results, references))
+    views = [{"matrix": matrix, "grid": Markup(_grid(matrix))} for matrix in tables]
+    text = engine().get_template("leaderboard.md.j2").render(views=views)
+    return {PAGE: text, DATA: json.dumps([_as_json(matrix) for matrix in tables], indent=1) + "\n"}
+
+
+# --------------------------------------------------------------------------- one table
+
+
+def _column(column: Column, result: BenchmarkResult) -> tuple[BenchmarkResult, BenchmarkTable]:
+    return result, next((table for table in result.tables if table.name == column.table), result.tables[0])
+
+
+def _lines(board: Board, columns: Sequence[tuple[BenchmarkResult, BenchmarkTable]]) -> Iterator[Line]:
+    standings = [_cells(board, result, table) for result, table in columns]
+    complete = {name for name in standings[0] if all(name in cells for cells in standings)}
+    for name in dict.fromkeys(name for cells in standings for name in cells):
+        rows = [row for result, _ in columns for row in result.rows if row.name == name]
+        cells = tuple(standing.get(name) for standing in standings)
+        ranks = [_rank_among(standing, complete, name) for standing in standings] if name in complete else []
+        yield Line(
+            name,
+            board.models[name],
+            _type(rows[0]),
+            _mean([_training(row) for row in rows]),
+            _mean([_answer(result, row) for result, _ in columns for row in result.rows if row.name == name]),
+            cells,
+            float(np.mean(ranks)) if len(ranks) > 1 else None,
+        )
+
+
+def _cells(board: Board, result: BenchmarkResult, table: BenchmarkTable) -> dict[str, Cell]:
+    """Return the figures of a column by row, best first."""
+    # The best row is compared with every other; a row that it does not beat is as good as far as is known.
+    beaten = {
+        pair.b
+        for pair in result.comparisons
+        if pair.table == table.name and pair.low is not None and pair.high is not None and pair.low * pair.high > 0
+    }
+    entries = [(row, own.metrics[table.metric]) for row, own in result.standings(table) if row.name in board.models]
+    figures = [(row, figure) for row, figure in entries if figure.value is not None]
+    return {
+        row.name: Cell(figure.value or 0.0, figure.low, figure.high, row.name not in beaten, rank)
+        for rank, (row, figure) in enumerate(figures, 1)
+    }
+
+
+def _rank_among(standing: Mapping[str, Cell], names: set[str], name: str) -> int:
+    return 1 + sum(cell.rank < standing[name].rank for other, cell in standing.items() if other in names)
+
+
+def _type(row: BenchmarkRow) -> Type:
+    if row.baseline == "random":
+        return "control"
+    if any(figures.fusion for figures in row.tables.values()):
+        return "ensemble"
+    if row.reads == "language model":
+        return "fine-tuned text encoder" if row.encoder else "language model"
+    return "text" if row.reads == "texts" else "interactions"
+
+
+def _training(row: BenchmarkRow) -> float | None:
+    """Return the seconds of one fit, of an ensemble those of its own weights; None if only the search was timed."""
+    spent = row.seconds.get("fit", 0.0)
+    if any(figures.fusion for figures in row.tables.values()):
+        spent += row.seconds.get("tune", 0.0)
+    elif spent < _BRIEF and row.seconds.get("tune", 0.0) > _BRIEF:
+        return None
+    return spent / row.seeds
+
+
+def _answer(result: BenchmarkResult, row: BenchmarkRow) -> float:
+    """Return the milliseconds of one request in the evaluation."""
+    requests = sum(figures.n for figures in row.tables.values()) * row.seeds
+    return 1000 * row.seconds.get("answer", 0.0) / max(1, requests)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
+    """Return the sort key of a model: controls last, then by mean rank, then by its first figure."""
+    first = next((cell.value for cell in line.cells if cell is not None), None)
+    return line.type == "control", line.mean_rank or float("inf"), *place(first, metric)
+
+
+def _published(
+    columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
+) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
+    """Return published systems with their source and figures under the protocol of each column, best first."""
+    systems: dict[str, tuple[str, list[float | None]]] = {}
+    for number, (result, table) in enumerate(columns):
+        for row in published_beside(result, references, table):
+            if metric in row.values:
+                _, values = systems.setdefault(row.system, (row.source, [None] * len(columns)))
+                known = values[number]
+                values[number] = row.values[metric] if known is None else _better(known, row.values[metric], metric)
+    lines = [(system, source, tuple(values)) for system, (source, values) in systems.items()]
+    return tuple(sorted(lines, key=lambda line: min(place(value, metric) for value in line[2])))
+
+
+def _better(one: float, other: float, metric: str) -> float:
+    return min(one, other) if lower(metric) else max(one, other)
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def _grid(matrix: Matrix) -> str:
+    ranked = any(line.mean_rank is not None for line in matrix.lines)
+    head = ["model", "type", "pretrained", *(column.title for column in matrix.columns)]
+    head += [*(["mean rank"] if ranked else []), "training", "ms a request"]
+    lines = []
+    for line in matrix.lines:
+        own = [cell(line.model.title), line.type, cell(line.model.pretrained or DASH), *map(_shown, line.cells)]
+        own += [DASH if line.mean_rank is None else f"{line.mean_rank:.1f}"] if ranked else []
+        lines.append([*own, _time(line.training), DASH if line.answer is None else f"{line.answer:.1f}"])
+    for system, _, values in matrix.published:
+        cells = [DASH if value is None else f"*{value:.4f}*" for value in values]
+        lines.append([f"*{cell(system)}*", "*published*", "", *cells, *([""] if ranked else []), "", ""])
+    return grid([cell(name) for name in head], lines, numeric_from=3)
+
+
+def _shown(entry: Cell | None) -> str:
+    if entry is None:
+        return DASH
+    return f"**{entry.value:.4f}**" if entry.best else f"{entry.value:.4f}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return DASH
+    if seconds < _BRIEF:
+        return "< 1 s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _as_json(matrix: Matrix) -> dict[str, Any]:
+    return {
+        "title": matrix.title,
+        "metric": matrix.metric,
+        "lower": lower(matrix.metric),
+        "columns": [{"title": column.title, "page": f"{column.suite}.html"} for column in matrix.columns],
+        "rows": [
+            {
+                "model": line.model.title,
+                "type": line.type,
+                "pretrained": line.model.pretrained,
+                "cells": [
+                    entry and {"value": entry.value, "low": entry.low, "high": entry.high, "best": entry.best}
+                    for entry in line.cells
+                ],
+                "mean_rank": line.mean_rank,
+                "training": line.training,
+                "answer": line.answer,
+            }
+            for line in matrix.lines
+        ],
+        "published": [
+            {"model": system, "source": source, "cells": list(values)} for system, source, values in matrix.published
+        ],
+    }
