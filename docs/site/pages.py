@@ -127,4 +127,6 @@ def write(folder: Path) -> list[str]:
         waiting += [each for each in dict.fromkeys(linked) if each not in known]
         known |= set(linked)
     shutil.copytree(ASSETS, folder / "assets")
+    board = (ROOT / "eval" / "leaderboard.json").read_text(encoding="utf-8")
+    (folder / "assets" / "leaderboard-data.js").write_text(f"window.LEADERBOARD = {board}", encoding="utf-8")
     return sorted(place_of(path) for path in known)

@@ -73,7 +73,8 @@ class Board(Page):
     Attributes:
         groups: The tables.
         models: Descriptions by the rows' names; rows without one are left out, and `missing` names them.
-        left_out: Rows of the suites that are controls of their pages and no models of the leaderboard.
+        left_out: Rows of the suites that are controls of their pages and no models of the leaderboard, and published
+            systems that are none.
     """
 
     groups: tuple[Group, ...]
@@ -192,7 +193,7 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
         lines = list(_lines(board, found))
         metric = found[0][1].metric
         lines.sort(key=lambda line: _order(line, metric))
-        published = _published([(result, table.name) for result, table in found], references, metric)
+        published = _published(board, [(result, table.name) for result, table in found], references, metric)
         yield Matrix(group.title, metric, columns, tuple(lines), published)
 
 
@@ -220,7 +221,8 @@ def _column(column: Column, result: BenchmarkResult) -> tuple[BenchmarkResult, B
 
 def _lines(board: Board, columns: Sequence[tuple[BenchmarkResult, BenchmarkTable]]) -> Iterator[Line]:
     standings = [_cells(board, result, table) for result, table in columns]
-    complete = {name for name in standings[0] if all(name in cells for cells in standings)}
+    controls = {row.name for result, _ in columns for row in result.rows if _type(row) == "control"}
+    complete = {name for name in standings[0] if all(name in cells for cells in standings)} - controls
     for name in dict.fromkeys(name for cells in standings for name in cells):
         rows = [row for result, _ in columns for row in result.rows if row.name == name]
         cells = tuple(standing.get(name) for standing in standings)
@@ -294,13 +296,13 @@ def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
 
 
 def _published(
-    columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
+    board: Board, columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
 ) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
     """Return published systems with their source and figures under the protocol of each column, best first."""
     systems: dict[str, tuple[str, list[float | None]]] = {}
     for number, (result, table) in enumerate(columns):
         for row in published_beside(result, references, table):
-            if metric in row.values:
+            if metric in row.values and row.system not in board.left_out:
                 _, values = systems.setdefault(row.system, (row.source, [None] * len(columns)))
                 known = values[number]
                 values[number] = row.values[metric] if known is None else _better(known, row.values[metric], metric)
