@@ -3,6 +3,8 @@
 ``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench
 NAME=auto``. ``--peer FOLDER``, for the first run, the second and so on, adds what another library reached on the same
 data (`auto_peer.py`), measured as `llmrec score` does; for a run without one what an earlier call measured stays.
+``--by-hand RESULT ROW``, likewise, names the best ensemble with weights of a committed suite whose rows and grids were
+chosen by hand: its figure is copied, and not measured again.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def measured(run: Path) -> dict[str, Any]:
         "metric": metric,
         "budget_seconds": told["budget_seconds"],
         "seconds": told["seconds"],
-        "fusion": _figure(fused["metrics"][metric]),
+        "fusion": {**_figure(fused["metrics"][metric]), "form": fused["fusion"]["form"]},
         "best_single": {"recommender": single["predictor"].partition("(")[0], **_figure(single["metrics"][metric])},
         "less_best_single": _compared(results["comparisons"], fused["id"], single["id"], metric),
         "sentence": told["sentence"],
@@ -47,6 +49,13 @@ def reached(folder: Path) -> dict[str, Any]:
     told = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     found = score(str(folder / "lists.csv"), str(folder / "truth.csv"), k=(10,)).metrics["NDCG@10"]
     return told | {"test": {"value": found.value, "low": found.low, "high": found.high}}
+
+
+def by_hand(result: str, row: str) -> dict[str, Any]:
+    """Return the figure of an ensemble of a committed suite, seen items filtered."""
+    rows = json.loads(Path(f"eval/results/{result}.json").read_text(encoding="utf-8"))["rows"]
+    (metrics,) = (each["tables"]["excluded"]["metrics"] for each in rows if each["name"] == row)
+    return {"result": result, "row": row, **_figure(metrics["NDCG@10"])}
 
 
 def _figure(metric: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.auto")
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--peer", type=Path, action="append", default=[], help="of the data of a run, in their order")
+    parser.add_argument("--by-hand", nargs=2, action="append", default=[], metavar=("RESULT", "ROW"))
     parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
     parser.add_argument("--command", default="make bench NAME=auto")
@@ -80,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = json.loads(asked.target.read_text(encoding="utf-8"))["runs"] if asked.target.is_file() else {}
     for run, peer in zip(asked.runs, asked.peer, strict=False):
         found[run.name]["peer"] = reached(peer)
+    for run, reference in zip(asked.runs, asked.by_hand, strict=False):
+        found[run.name]["by_hand"] = by_hand(*reference)
     for name in found:
         if "peer" in before.get(name, {}):
             found[name].setdefault("peer", before[name]["peer"])

@@ -248,6 +248,19 @@ def test_what_promises_more_gets_more_of_the_time() -> None:
     assert search._share([nothing, good]) == pytest.approx(170.0 / 8)
 
 
+def test_the_final_run_has_time_for_learned_rankers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autos, "installed", lambda package: True)
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml")
+    left = {}
+    for cases in (0, 199, 5000):
+        search = autos._Search(recipe, "", Path(), [], 290.0, 1.0, print, clock=lambda: 100.0, cases=cases)
+        search.tried = {name: autos.Tried(Part(name, "markov"), [Done({}, 0.1, 20.0)]) for name in "abcd"}
+        left[cases] = search._left()
+    # Without enough cases for a ranker only the fits of four members are to come, twice.
+    assert left[0] == left[199] == pytest.approx(190.0 - 2 * 4 * 20)
+    assert left[5000] == pytest.approx(left[0] - 5000 * 16 * 3e-4)
+
+
 def test_no_time_is_an_error_that_names_the_option(table: Path, tmp_path: Path, few: None) -> None:
     with pytest.raises(DataError) as caught:
         autos.build(AutoOptions(table=str(table), budget="0.1s", out=tmp_path / "run"))
