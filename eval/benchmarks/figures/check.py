@@ -9,8 +9,9 @@ from pathlib import Path
 
 import yaml
 
+from eval.benchmarks.figures import verdicts
 from eval.benchmarks.figures.generated import wanted
-from eval.benchmarks.figures.pages import figures, masked, read
+from eval.benchmarks.figures.pages import figures, masked, plain_claims, read
 from eval.benchmarks.figures.pointers import PointerError, Results
 from eval.benchmarks.record import changed_since
 
@@ -100,6 +101,8 @@ def _page(name: str, text: str, allowed: Sequence[Allowed], results: Results) ->
             continue
         if written != f"{bound.figure.sign}{bound.figure.digits}":
             yield f"{where} is {written} in {bound.expression}"
+    for place, said in verdicts.faults(plain_claims(text), page.bound, results):
+        yield f"{_where(name, text, place)}: {said}"
 
 
 def _where(name: str, text: str, place: int) -> str:

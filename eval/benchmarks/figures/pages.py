@@ -149,6 +149,13 @@ def masked(text: str) -> str:
     return text
 
 
+def plain_claims(text: str) -> str:
+    """Return the page with comments and code blocks blanked; places stay."""
+    for pattern in (FENCE, COMMENT):
+        text = pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    return text
+
+
 def figures(plain: str, start: int = 0, end: int | None = None) -> list[Figure]:
     """Return the figures of a masked page between two places."""
     return [

@@ -58,6 +58,20 @@ class Results:
 
     def find(self, pointer: str) -> list[Decimal]:
         """Return the numbers that a pointer leads to, in order."""
+        return [_number(each, pointer) for each in self._entries(pointer)]
+
+    def entry(self, pointer: str) -> dict[str, Any]:
+        """Return the only object that a pointer leads to.
+
+        Raises:
+            PointerError: If it leads to nothing, to several entries, or to something else.
+        """
+        found = self._entries(pointer)
+        if len(found) != 1 or not isinstance(found[0], dict):
+            raise PointerError(f"{pointer} leads to {len(found)} values")
+        return found[0]
+
+    def _entries(self, pointer: str) -> list[Any]:
         name, _, path = pointer.partition(":")
         found = [self.file(name)]
         for match in STEP.finditer(path):
@@ -65,7 +79,7 @@ class Results:
                 found = [inner for each in found for inner in _enter(each, match["key"], pointer)]
             elif match["inside"] is not None:
                 found = [inner for each in found for inner in _select(each, match["inside"], pointer)]
-        return [_number(each, pointer) for each in found]
+        return found
 
     def value(self, text: str) -> Decimal:
         """Return what an expression comes to.
