@@ -319,17 +319,18 @@ def _better(one: float, other: float, metric: str) -> float:
 
 def _grid(matrix: Matrix) -> str:
     ranked = any(line.mean_rank is not None for line in matrix.lines)
-    head = ["model", "type", "pretrained", *(column.title for column in matrix.columns)]
-    head += [*(["mean rank"] if ranked else []), "training", "ms a request"]
+    head = ["model", *(column.title for column in matrix.columns), *(["mean rank"] if ranked else [])]
+    head += ["type", "pretrained", "training", "ms a request"]
     lines = []
     for line in matrix.lines:
-        own = [cell(line.model.title), line.type, cell(line.model.pretrained or DASH), *map(_shown, line.cells)]
+        own = [cell(line.model.title), *map(_shown, line.cells)]
         own += [DASH if line.mean_rank is None else f"{line.mean_rank:.1f}"] if ranked else []
-        lines.append([*own, _time(line.training), DASH if line.answer is None else f"{line.answer:.1f}"])
+        own += [line.type, cell(line.model.pretrained or DASH), _time(line.training)]
+        lines.append([*own, DASH if line.answer is None else f"{line.answer:.1f}"])
     for system, _, values in matrix.published:
         cells = [DASH if value is None else f"*{value:.4f}*" for value in values]
-        lines.append([f"*{cell(system)}*", "*published*", "", *cells, *([""] if ranked else []), "", ""])
-    return grid([cell(name) for name in head], lines, numeric_from=3)
+        lines.append([f"*{cell(system)}*", *cells, *([""] if ranked else []), "*published*", "", "", ""])
+    return grid([cell(name) for name in head], lines, numeric_from=1)
 
 
 def _shown(entry: Cell | None) -> str:

@@ -28,8 +28,6 @@
 
   const columnsOf = (table) => [
     { head: "model", text: (row) => row.model, note: (row) => row.source || "" },
-    { head: "type", text: (row) => row.type },
-    { head: "pretrained", text: (row) => row.pretrained || "–" },
     ...table.columns.map((column, place) => ({
       head: column.title,
       page: column.page,
@@ -43,6 +41,8 @@
       best: table.lower ? 1 : -1,
     })),
     { head: "mean rank", key: (row) => row.mean_rank, text: (row) => shown(row.mean_rank, 1), best: 1 },
+    { head: "type", text: (row) => row.type },
+    { head: "pretrained", text: (row) => row.pretrained || "–" },
     { head: "training", key: (row) => row.training, text: (row) => time(row.training), best: 1 },
     { head: "ms a request", key: (row) => row.answer, text: (row) => shown(row.answer, 1), best: 1 },
   ];
