@@ -264,7 +264,8 @@ def _type(row: BenchmarkRow) -> Type:
     if any(figures.fusion for figures in row.tables.values()):
         return "ensemble"
     if row.reads == "language model":
-        return "fine-tuned text encoder" if row.encoder else "language model"
+        # Rankers among the baselines fine-tune text encoders; generative models are rows of recipes.
+        return "fine-tuned text encoder" if row.baseline else "language model"
     return "text" if row.reads == "texts" else "interactions"
 
 
