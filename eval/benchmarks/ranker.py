@@ -28,7 +28,7 @@ from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.cells import TOP, Cells, best, gathered, joined
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import Member
-from llmrec.ensembles.weights import feature_names, matrix
+from llmrec.ensembles.weights import Tried, feature_names, matrix
 from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.significance import signflip
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 CUT, RESAMPLES, BLOCK = 10, 2000, 512
 TABLE = "excluded"
-RANKER, LINEAR, SINGLE = "llmrec, ranker", "llmrec, linear forms", "best single member"
+CHOSEN, LINEAR, RANKER = "llmrec", "llmrec, linear forms alone", "llmrec, ranker alone"
+SINGLE = "best single member"
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ class SecondStage(Ensemble):
     def names(self) -> tuple[str, ...]:
         return self.members
 
-    def measured(self, train: Cells, users: Sequence[str], test: Cells) -> Measured:
+    def measured(self, train: Cells, users: Sequence[str], test: Cells, only: Tried | None = None) -> Measured:
         """Fit it, and measure it on test users: a target that is no candidate is below all candidates."""
         begin = time.process_time()
-        self._choose(train, users, repeats=False, dissect=False)
+        self._choose(train, users, repeats=False, dissect=False, only=only)
         fitted_at = time.process_time()
         values = test.ndcg(self.fitted.scores(test))
         return Measured(values, fitted_at - begin, time.process_time() - fitted_at)
@@ -229,11 +230,14 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
         },
     )
     ensembles = {
-        label: SecondStage(label, [member.name for member in members], learns=label == RANKER)
-        for label in (RANKER, LINEAR)
+        label: SecondStage(name, [member.name for member in members], learns=label != LINEAR)
+        for label in (CHOSEN, LINEAR, RANKER)
     }
     owners = [case.request.user_id for case in cases]
-    rows = {label: ensemble.measured(here, owners, there) for label, ensemble in ensembles.items()}
+    rows = {label: ensembles[label].measured(here, owners, there) for label in (CHOSEN, LINEAR)}
+    # Its setting was chosen already, whether or not the choice fell on it.
+    (trees,) = (tried for tried in ensembles[CHOSEN].tried if tried.form == "ranker")
+    rows[RANKER] = ensembles[RANKER].measured(here, owners, there, only=trees)
     single = max(valid, key=lambda member: valid[member].mean())
     rows[SINGLE] = Measured(tested[single], 0.0, 0.0)
     told, values = peer(python, folder, test, users, list(items))
@@ -262,7 +266,12 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
             }
             for label, row in rows.items()
         ],
-        "pairs": [{"a": RANKER, "b": label, **_difference(rows[RANKER], row)} for label, row in rows.items()][1:],
+        "pairs": [
+            {"a": a, "b": b, **_difference(rows[a], rows[b])}
+            for a in (CHOSEN, RANKER)
+            for b in rows
+            if b not in (CHOSEN, RANKER)
+        ],
         "peer": told,
     }
 
