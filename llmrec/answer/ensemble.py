@@ -7,7 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, retrieved
-from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto, signed
+from llmrec.answer.recommender import (
+    EXPLAIN,
+    RANK,
+    Answered,
+    Kind,
+    Question,
+    Reasons,
+    Recommender,
+    check_only_auto,
+    signed,
+)
 from llmrec.answer.strategy import Asking
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
@@ -20,7 +30,10 @@ from llmrec.ensembles.rankers import ListEnsemble, ListMember
 from llmrec.ensembles.stored import Fused, FusedPart, read
 from llmrec.errors import RecipeError
 from llmrec.pipeline.bundle import Bundle
-from llmrec.types import Answer, Item, Predictor, Ranking, Unparsed
+from llmrec.types import Answer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
+
+# The largest contributions that are named; the others are added up.
+_NAMED = 4
 
 
 def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
@@ -66,7 +79,7 @@ class Ensemble:
 
     kind: Kind = "fusion"
     strategies: tuple[str, ...] = ()
-    verbs: tuple[str, ...] = (RANK,)
+    verbs: tuple[str, ...] = (RANK, EXPLAIN)
 
     def __init__(
         self,
@@ -105,12 +118,12 @@ class Ensemble:
     ) -> list[Answered]:
         """See `Recommender`."""
         check_only_auto(self, question)
+        if question.verb == EXPLAIN:
+            return [self._explained(request) for request in requests]
         depth = question.depth
         filled = [request if request.candidates else self._filled(request, depth) for request in requests]
         able = [request for request in filled if request.candidates]
-        ranked = None
-        if self._model is not None and able:
-            ranked = [item.answer for item in self._model.answer(able, Question(depth=depth))]
+        ranked = self._rankings(able, depth)
         joined = iter(self.join(able, ranked))
         answers: list[Answered] = []
         for request, given in zip(filled, requests, strict=True):
@@ -135,6 +148,64 @@ class Ensemble:
             requests: Requests with candidates.
             ranked: The answers of the language model; None if it is no member.
         """
+        fusion, translated = self._fusion(requests, ranked)
+        joined: list[Ranking | Unparsed] = []
+        for n, answer in enumerate(fusion.answer(translated)):
+            given = ranked[n] if ranked else None
+            if isinstance(given, Unparsed):
+                joined.append(given)
+            elif isinstance(answer, Ranking):
+                back = self._naming.back(answer, requests[n])
+                joined.append(back if given is None else replace(back, raw=given.raw, cost=given.cost))
+            else:
+                joined.append(Unparsed(request_id=requests[n].id, reason="there is nothing to rank"))
+        return joined
+
+    def reasons(
+        self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
+    ) -> list[Reasons]:
+        """Return the contributions of the members to each of the first items of every list, in words.
+
+        The lists are ranked again, because contributions are relative to the mean over all candidates.
+        """
+        results = []
+        for request, answer in zip(requests, lists, strict=True):
+            reasons = Reasons()
+            # The popular items for a cold-start user are not of the ensemble.
+            if isinstance(answer.answer, Ranking) and not answer.cold:
+                pool = request if request.candidates else self._filled(request, question.depth)
+                parts, reasons.cost = self._contributions(pool, question.depth)
+                reasons.texts = [_in_words(parts.get(item)) for item in answer.answer.items[:first]]
+            results.append(reasons)
+        return results
+
+    def _explained(self, request: RankRequest) -> Answered:
+        """Return the contributions of the members to one item among the items that the user could get, in words."""
+        (item,) = request.candidates
+        pool = self._filled(replace(request, candidates=()), 0)
+        pool = replace(pool, candidates=(item, *(other for other in pool.candidates if other.item_id != item.item_id)))
+        parts, cost = self._contributions(pool, 0)
+        return Answered(answer=Text(request_id=request.id, text=_in_words(parts.get(item.item_id)), cost=cost))
+
+    def _contributions(self, request: RankRequest, depth: int) -> tuple[dict[str, dict[str, float]], Cost]:
+        """Return the contributions to the scores of candidates, by item, and the cost of the language model."""
+        ranked = self._rankings([request], depth)
+        fusion, translated = self._fusion([request], ranked)
+        (parts,) = fusion.contributions(translated)
+        names = zip(request.candidates, translated[0].candidates or (), strict=True)
+        known = {item.item_id: parts[name] for item, name in names if name in parts}
+        return known, Cost() if ranked is None else ranked[0].cost
+
+    def _rankings(self, requests: Sequence[RankRequest], depth: int) -> list[Answer] | None:
+        """Return the rankings of the language model; None if it is no member, or there is no request."""
+        if self._model is None or not requests:
+            return None
+        return [item.answer for item in self._model.answer(requests, Question(depth=depth))]
+
+    def _fusion(
+        self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None
+    ) -> tuple[ListEnsemble, list[Request]]:
+        """Return the ensemble with its members, and requests as these know them; see `join`."""
         translated = [self._naming.request(request) for request in requests]
         answers: dict[str, Answer] = {}
         for n, item in enumerate(ranked or ()):
@@ -150,18 +221,7 @@ class Ensemble:
             for part in self._fused.parts
         ]
         fusion = ListEnsemble(self._fused.id, parts, self._weights, self._context)
-        numbered = [replace(request, id=str(n)) for n, request in enumerate(translated)]
-        joined: list[Ranking | Unparsed] = []
-        for n, answer in enumerate(fusion.answer(numbered)):
-            given = ranked[n] if ranked else None
-            if isinstance(given, Unparsed):
-                joined.append(given)
-            elif isinstance(answer, Ranking):
-                back = self._naming.back(answer, requests[n])
-                joined.append(back if given is None else replace(back, raw=given.raw, cost=given.cost))
-            else:
-                joined.append(Unparsed(request_id=requests[n].id, reason="there is nothing to rank"))
-        return joined
+        return fusion, [replace(request, id=str(n)) for n, request in enumerate(translated)]
 
     def _predictor(self, part: FusedPart, answers: dict[str, Answer]) -> Predictor:
         if part.baseline is None:
@@ -181,3 +241,14 @@ class Ensemble:
         # An item that no member knows is ranked last among candidates, and excluded from lists of the catalogue.
         left = (item for name, item in self._items.items() if name not in out and self._naming.has(item))
         return replace(request, candidates=tuple(left))
+
+
+def _in_words(parts: Mapping[str, float] | None) -> str:
+    """Return the contributions to an item's score in words, the largest first."""
+    if parts is None:
+        return "none of the members has it among its best items"
+    ordered = sorted(parts.items(), key=lambda part: -abs(part[1]))
+    texts = [f"{name} {value:+.3g}" for name, value in ordered[:_NAMED]]
+    if rest := ordered[_NAMED:]:
+        texts.append(f"{len(rest)} more {sum(value for _, value in rest):+.3g}")
+    return ", ".join(texts)

@@ -405,7 +405,9 @@ class LanguageModel:
             with backend.heard(_cleaned(listener)):
                 return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
 
-    def reasons(self, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int) -> list[Reasons]:
+    def reasons(
+        self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
+    ) -> list[Reasons]:
         """Return a generated sentence on each of the first items of every list; failed lists get none."""
         reasoner = Reasoner(self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16)
         pools = [

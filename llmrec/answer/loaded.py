@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -209,8 +209,16 @@ class Loaded(Displayed):
             record, row, lambda user: self.known.histories.of_user(user), items, self._profiles, whole=whole
         )
 
-    def lists(self, requests: Sequence[RankRequest], wanted: Wanted) -> list[Answered | LlmrecError]:
-        """Return a list or an error for every request; requests with the same question are answered in one batch."""
+    def lists(
+        self, requests: Sequence[RankRequest], wanted: Wanted, *, rationale: int = 0
+    ) -> list[Answered | LlmrecError]:
+        """Return a list or an error for every request; requests with the same question are answered in one batch.
+
+        Args:
+            requests: The requests.
+            wanted: The specification of the lists.
+            rationale: The number of first items with a rationale.
+        """
         check_verb(self._models.get(wanted.model), RANK)
         lists: dict[int, Answered | LlmrecError] = {}
         steps = {n: listing(request, wanted, self._catalogue) for n, request in enumerate(requests)}
@@ -221,7 +229,7 @@ class Loaded(Displayed):
                 asked[n] = next(steps[n]) if answer is None else steps[n].send(answer)
                 return
             except StopIteration as done:
-                lists[n] = done.value
+                lists[n] = self._with_reasons(done.value, *asked[n], rationale) if rationale else done.value
             except LlmrecError as error:
                 lists[n] = error
             asked.pop(n, None)
@@ -263,7 +271,10 @@ class Loaded(Displayed):
 
     @_named_in_python
     def explain(self, item: Any, **who: Any) -> str:
-        """Explain why an item suits a user; ``who`` as in `rank`."""
+        """Explain why an item suits a user; ``who`` as in `rank`.
+
+        A language model writes a sentence; of an ensemble these are the largest contributions to the item's score.
+        """
         return str(self._about("explanation", item, **who))
 
     def close(self) -> None:
@@ -325,6 +336,10 @@ class Loaded(Displayed):
                 for rank, item in enumerate(_scored(answer), start=1):
                     add(row, number, answer.notes, rank=rank, item_id=item.item_id, title=item.title, score=item.score)
         return pa.table(columns, schema=_SCHEMA)
+
+    def _with_reasons(self, answer: Answered, question: Question, request: RankRequest, first: int) -> Answered:
+        (reasons,) = self._models.reasons(question, [request], [answer], first)
+        return replace(answer, reasons=reasons, notes=(*answer.notes, *reasons.notes))
 
     def _about(self, family: str, item: Any, *, model: str | None = None, **who: Any) -> float | str:
         question = Question(model=model, verb=family)

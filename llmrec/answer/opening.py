@@ -150,14 +150,15 @@ class Models:
             return None
 
     def reasons(
-        self, name: str | None, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
+        self, question: Question, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
     ) -> list[Reasons]:
         """Return rationales for the first items of lists; a note says why there are none."""
-        model = self.get(name)
-        if not isinstance(model, LanguageModel):
-            return [Reasons(notes=[f"{model.name} is no language model, and writes no rationales"]) for _ in requests]
+        model = self.get(question.model)
+        if not isinstance(model, LanguageModel | Ensemble):
+            note = f"{model.name} is no language model and no ensemble, and gives no rationales"
+            return [Reasons(notes=[note]) for _ in requests]
         try:
-            return model.reasons(requests, lists, first)
+            return model.reasons(requests, lists, question, first)
         except LlmrecError as error:
             return [Reasons(notes=[str(error)]) for _ in requests]
 

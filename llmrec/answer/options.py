@@ -125,9 +125,7 @@ class RecommenderOptions(ModelOptions):
             help="Join the model with the run's baselines, or rank by those alone, as the run weighed them.",
         ),
     ] = "none"
-    rationale: Annotated[
-        int, About(metavar="N", least=0, help="Also write a sentence on why, for the first N items.")
-    ] = 0
+    rationale: Annotated[int, About(metavar="N", least=0, help="Also say why, for the first N items.")] = 0
     top: Annotated[int | None, About(least=1, help="Keep the first so many; default: all.")] = None
     batch: BatchSize = BATCH
     max_length: Annotated[

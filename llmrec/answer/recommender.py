@@ -18,6 +18,8 @@ from llmrec.types import Answer, Cost, Ranking, Unparsed
 Kind = Literal["language model", "classic", "fusion"]
 RANK, SIMILAR, POPULAR = "rank", "similar", "popular"
 """Verbs that return a list; the others are names of families, which ask about one item."""
+EXPLAIN = "explanation"
+"""The family whose answer is a reason: a language model writes one, an ensemble names its members' contributions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ class Card:
 
 @dataclass
 class Reasons:
-    """Generated rationales of one ranking.
+    """Rationales of one ranking: generated sentences, or the contributions of an ensemble's members.
 
     Attributes:
         texts: One text per item, from the first; empty for a failure.

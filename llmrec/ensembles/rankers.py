@@ -15,7 +15,7 @@ history can be ranked, these have an additional weight.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -232,6 +232,25 @@ class ListMember:
         return self.knows is None or item in self.knows
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """The candidates of one request.
+
+    Attributes:
+        items: The candidates and the items that come after them.
+        strange: Which items a member does not know, shape (members, items).
+        cells: The candidates with the members' scores.
+        chosen: Which items are candidates, shape (1, items).
+        raw: The scores of each member, shape (1, items).
+    """
+
+    items: Sequence[str]
+    strange: NDArray[np.bool_]
+    cells: Cells
+    chosen: NDArray[np.bool_]
+    raw: list[NDArray[np.float32]]
+
+
 class ListEnsemble(Ensemble):
     """An ensemble of rankers that return lists, such as strategies with a language model.
 
@@ -299,29 +318,49 @@ class ListEnsemble(Ensemble):
         An item that a member does not know has the member's least favourable score, depending on the sign of its
         weight. So items that no member knows come last.
         """
-        weights = self.fitted
-        given = [part.predictor.answer(requests) for part in self.parts]
         answers: list[Answer] = []
-        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, given), strict=True)):
-            if not candidates:
+        for request, pool in zip(requests, self._pools(requests), strict=True):
+            if pool is None:
                 answers.append(Unparsed(request_id=request.id, reason="no member has an answer for the request"))
                 continue
-            # One request at a time, so that results do not depend on other requests.
-            strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
-            # A single member ranks all items as it does without an ensemble.
-            top = len(candidates) if weights.form == "alone" else TOP
-            own = [item[index] for item in given]
-            cells, chosen, raw = self._cells(request, candidates, own, strange=strange, top=top)
-            (result,) = _completed(weights.scores(cells), chosen, raw)
-            order = np.lexsort((strange.all(axis=0), -result)).tolist()
+            (result,) = _completed(self.fitted.scores(pool.cells), pool.chosen, pool.raw)
+            order = np.lexsort((pool.strange.all(axis=0), -result)).tolist()
             answers.append(
                 Ranking(
                     request_id=request.id,
-                    items=tuple(candidates[entry] for entry in order),
+                    items=tuple(pool.items[entry] for entry in order),
                     scores=tuple(result[order].tolist()),
                 )
             )
         return answers
+
+    def contributions(self, requests: Sequence[Request]) -> list[dict[str, dict[str, float]]]:
+        """Return the contributions to the scores of each request's candidates, by item and name.
+
+        See `Weights.contributions`. Items that no member has among its best have none.
+        """
+        results: list[dict[str, dict[str, float]]] = []
+        for pool in self._pools(requests):
+            results.append({})
+            if pool is not None:
+                parts = self.fitted.contributions(pool.cells)
+                for cell, column in enumerate(np.flatnonzero(pool.chosen[0]).tolist()):
+                    results[-1][pool.items[column]] = {name: float(values[cell]) for name, values in parts.items()}
+        return results
+
+    def _pools(self, requests: Sequence[Request]) -> Iterator[_Pool | None]:
+        """Yield the candidates of each request with the members' scores; None without candidates."""
+        given = [part.predictor.answer(requests) for part in self.parts]
+        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, given), strict=True)):
+            if not candidates:
+                yield None
+                continue
+            # One request at a time, so that results do not depend on other requests.
+            strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
+            # A single member ranks all items as it does without an ensemble.
+            top = len(candidates) if self.fitted.form == "alone" else TOP
+            own = [item[index] for item in given]
+            yield _Pool(candidates, strange, *self._cells(request, candidates, own, strange=strange, top=top))
 
     def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
         """Return the candidates of the cases whose target is among them, and the indices of these cases."""

@@ -78,6 +78,17 @@ class Trees:
         parts = [_summed(arrays, features[start : start + block]) for start in range(0, len(features), block)]
         return np.concatenate(parts) if parts else np.empty(0)
 
+    def contributions(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the contribution of each feature to the scores of rows of features, shape (n, f).
+
+        These are exact SHAP values with the distribution of features along the paths of the trees (Lundberg et al.,
+        Nature Machine Intelligence 2020): they sum to the score minus the mean score in training.
+        """
+        paths = _paths(self.text, len(self.names))
+        block = max(1, _CELLS // paths.feature.size)
+        parts = [_attributed(paths, features[start : start + block]) for start in range(0, len(features), block)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.names)))
+
 
 @dataclass(frozen=True)
 class _Arrays:
@@ -93,6 +104,8 @@ class _Arrays:
         gain: The gain of the split.
         inner: Which nodes there are.
         leaves: The values of leaves.
+        covers: The rows of training in each node.
+        leaf_covers: Those in each leaf.
     """
 
     roots: NDArray[np.int64]
@@ -104,9 +117,11 @@ class _Arrays:
     gain: NDArray[np.float64]
     inner: NDArray[np.bool_]
     leaves: NDArray[np.float64]
+    covers: NDArray[np.int64]
+    leaf_covers: NDArray[np.int64]
 
 
-# Rows times trees of a block.
+# Rows times trees of a block, or rows times features of all paths.
 _CELLS = 1 << 20
 # Bits of LightGBM's decision_type: rows without a value go left; they were seen in training.
 _LEFT, _SEEN = 2, 8
@@ -144,15 +159,22 @@ def _arrays(text: str, features: int) -> _Arrays:
         if np.isnan(threshold).any() or not (np.isfinite(leaves).all() and np.isfinite(gain).all()):
             raise ValueError("a tree holds no numbers")
         own, nodes = np.array(counts)[:, None], np.arange(inner.shape[1])
+        covers, leaf_covers = table("internal_count", np.int64), table("leaf_count", np.int64, extra=1)
+        below, at = np.zeros_like(covers), np.arange(len(trees))[:, None]
         for child in (left, right):
             # A node comes after the node above it, so that no path is a loop.
             if np.any(inner & ((child < -own) | (child >= own - 1) | ((child >= 0) & (child <= nodes)))):
                 raise ValueError("a tree points outside of itself")
+            below += np.where(child >= 0, covers[at, np.maximum(child, 0)], leaf_covers[at, np.maximum(~child, 0)])
+        if any(len({*left[n, : c - 1], *right[n, : c - 1]}) < 2 * (c - 1) for n, c in enumerate(counts)):
+            raise ValueError("a node of a tree is below two others")
+        if np.any(leaf_covers[np.arange(widest) < own] < 1) or np.any(inner & ((covers < 1) | (covers != below))):
+            raise ValueError("the rows of a tree do not add up")
     except (KeyError, ValueError, OverflowError) as error:
         raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
     missing = np.where(kind & _SEEN, (kind & _LEFT) > 0, threshold >= 0)
     roots = np.where(np.array(counts) > 1, 0, -1)
-    return _Arrays(roots, feature, threshold, left, right, missing, gain, inner, leaves)
+    return _Arrays(roots, feature, threshold, left, right, missing, gain, inner, leaves, covers, leaf_covers)
 
 
 def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -165,6 +187,88 @@ def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float6
         left = np.where(np.isnan(values), arrays.missing[at], values <= arrays.threshold[at])
         node = np.where(going, np.where(left, arrays.left[at], arrays.right[at]), node)
     return np.asarray(arrays.leaves[trees, ~node].sum(axis=1))
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """The paths to all leaves, as a range of each feature on them, shape (leaves, most features of a path).
+
+    Shorter paths are filled up with ranges that contain everything, which changes no contribution.
+
+    Attributes:
+        feature: The feature.
+        above: Rows with at most this value are not on the path.
+        most: Nor are rows with more than this.
+        missing: Whether rows without a value are.
+        share: The share of training rows that stay on the path at the splits by this feature.
+        value: The value of the leaf, shape (leaves, 1).
+    """
+
+    feature: NDArray[np.int64]
+    above: NDArray[np.float64]
+    most: NDArray[np.float64]
+    missing: NDArray[np.bool_]
+    share: NDArray[np.float64]
+    value: NDArray[np.float64]
+
+
+@lru_cache(maxsize=16)
+def _paths(text: str, features: int) -> _Paths:
+    """Return the paths of the trees of a text; see `_arrays`."""
+    arrays, everything = _arrays(text, features), (-np.inf, np.inf, True, 1.0)
+    paths: list[dict[int, tuple[float, float, bool, float]]] = []
+    values: list[float] = []
+    for tree, root in enumerate(arrays.roots.tolist()):
+        ahead: list[tuple[int, dict[int, tuple[float, float, bool, float]]]] = [(root, {})]
+        while ahead:
+            node, path = ahead.pop()
+            if node < 0:
+                paths.append(path)
+                values.append(float(arrays.leaves[tree, ~node]))
+                continue
+            at = tree, node
+            feature, threshold, left = int(arrays.feature[at]), float(arrays.threshold[at]), bool(arrays.missing[at])
+            above, most, stays, share = path.get(feature, everything)
+            for child, low, high, side in (
+                (int(arrays.left[at]), above, min(most, threshold), left),
+                (int(arrays.right[at]), max(above, threshold), most, not left),
+            ):
+                cover = arrays.covers[tree, child] if child >= 0 else arrays.leaf_covers[tree, ~child]
+                narrowed = low, high, stays and side, share * float(cover / arrays.covers[at])
+                ahead.append((child, {**path, feature: narrowed}))
+    width = max(1, *(len(path) for path in paths))
+    table = np.array(
+        [
+            [*((feature, *range_) for feature, range_ in path.items()), *[(0, *everything)] * (width - len(path))]
+            for path in paths
+        ],
+        dtype=np.float64,
+    )
+    columns = np.moveaxis(table, 2, 0)
+    missing = columns[3] > 0
+    return _Paths(columns[0].astype(np.int64), columns[1], columns[2], missing, columns[4], np.array(values)[:, None])
+
+
+def _attributed(paths: _Paths, features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the contributions of features, shape (n, f); see `Trees.contributions`.
+
+    A leaf's expected value given some features is its value times the share of each other feature, and 0 if a given one
+    is out of range. A feature's contribution is its mean effect over all orders of the features, with the weights
+    s! (d - 1 - s)! / d!. These are the integrals of t^s (1 - t)^(d - 1 - s) over [0, 1], so the sum over all subsets is
+    the integral of a product of one factor per feature, which Gauss-Legendre quadrature computes exactly.
+    """
+    # Infinite values are made finite, so that they are inside of the ranges that contain everything.
+    largest = np.finfo(np.float32).max
+    values = np.clip(features, -largest, largest)[:, paths.feature]
+    inside = np.where(np.isnan(values), paths.missing, (values > paths.above) & (values <= paths.most))
+    change = inside - paths.share
+    effect = np.zeros_like(change)
+    points, weights = np.polynomial.legendre.leggauss((paths.feature.shape[1] + 1) // 2)
+    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+        factors = paths.share + point * change
+        effect += weight * factors.prod(axis=2, keepdims=True) / factors
+    effect *= paths.value * change
+    return np.stack([effect[:, paths.feature == n].sum(axis=1) for n in range(features.shape[1])], axis=1)
 
 
 def fit(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,16 +62,42 @@ class Weights:
         total = np.zeros(len(cells.had))
         if self.base is not None:
             total = self.scale * self.base.scores(cells)
-        for member, weight in enumerate(self.parts):
-            if not weight:
-                continue
-            if self.form == "alone":
-                total = cells.raw[member].astype(np.float64)
-                break
-            total = total + weight * (cells.shares(member) if self.form == "pool" else cells.scores(member))
+        for _, votes in self._votes(cells):
+            total = total + votes
         if self.form == "pool":
             total = np.log(np.maximum(total, 1e-300))
         return total + self.repeat * cells.had if self.repeat else total
+
+    def contributions(self, cells: Cells) -> dict[str, NDArray[np.float64]]:
+        """Return the contribution of each member and further feature to the score of each candidate, (cells,) each.
+
+        They sum to the score minus its mean over the candidates of the request; those to a pool, whose score is a
+        logarithm, to its exponential minus the mean. To a ranker they are SHAP values, those of a member's features
+        together; to weights the products, which are the SHAP values of a linear model.
+        """
+        parts: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(cells.had)))
+        if self.trees is not None:
+            values = self.trees.contributions(matrix(cells, self.trees.names))
+            for name, column in zip(self.trees.names, values.T, strict=True):
+                parts[member_of(name) or name] += column
+        else:
+            if self.base is not None:
+                for name, column in self.base.contributions(cells).items():
+                    parts[name] += self.scale * column
+            for name, votes in self._votes(cells):
+                parts[name] += votes * np.exp(self.repeat * cells.had) if self.form == "pool" else votes
+            if self.repeat and self.form != "pool":
+                parts[_SEEN] += self.repeat * cells.had
+        sizes = np.maximum(np.diff(cells.starts), 1)
+        return {name: values - (cells.total(values) / sizes)[cells.rows] for name, values in parts.items()}
+
+    def _votes(self, cells: Cells) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the weighted scores of each member with a weight, shape (cells,)."""
+        for member, (name, weight) in enumerate(zip(cells.names, self.parts, strict=True)):
+            if weight and self.form == "alone":
+                yield name, cells.raw[member].astype(np.float64)
+            elif weight:
+                yield name, weight * (cells.shares(member) if self.form == "pool" else cells.scores(member))
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,8 @@ def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, us
 
 # --------------------------------------------------------------------------- features
 
+_SEEN = "in history"
+
 _OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
     "score": Cells.scores,
     "rank": Cells.ranks,
@@ -179,7 +208,7 @@ def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
     """Return the features of a ranker: three of each member but ``off``, the history's, and the context's."""
     members = [name for place, name in enumerate(cells.names) if place != off]
     own = [f"{name}: {what}" for name in members for what in _OF_MEMBER]
-    return (*own, *(["in history"] if cells.had.any() else []), *cells.context)
+    return (*own, *([_SEEN] if cells.had.any() else []), *cells.context)
 
 
 def member_of(feature: str) -> str | None:
@@ -195,7 +224,7 @@ def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
         member, _, what = name.rpartition(": ")
         if what in _OF_MEMBER and member in cells.names:
             result[:, place] = _OF_MEMBER[what](cells, cells.names.index(member))
-        elif name == "in history":
+        elif name == _SEEN:
             result[:, place] = cells.had
         elif name in cells.context:
             result[:, place] = cells.context[name]

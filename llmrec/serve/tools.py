@@ -332,7 +332,7 @@ TOOLS: Mapping[str, Tool] = {
         ),
         Tool(
             name="explain",
-            about=f"Have a model write why an item suits a user. {_WHOM}.",
+            about=f"Say why an item suits a user. {_WHOM}.",
             asked=AboutItem,
             answered=ItemText,
             verb="explain",

@@ -143,7 +143,7 @@ class RankBody(_About):
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
     exclude_seen: Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items."), NUMBER] = 0
+    rationale: Annotated[int, Field(ge=0, le=20, description="Why each of so many first items is there."), NUMBER] = 0
     rules: Rules = Rules()
 
 
@@ -166,7 +166,7 @@ async def rank(service: Service, body: RankBody) -> RankAnswer:
     reasons = Reasons()
     if body.rationale:
         first = min(body.rationale, body.k)
-        reasons = (await service.between("reasons", body.model, [request], [answer], first))[0]
+        reasons = (await service.between("reasons", question, [request], [answer], first))[0]
     notes = [*(note for note in answer.notes if note != COLD), *reasons.notes, *([COLD] if answer.cold else [])]
     took = since(begun)
     shows = body.show_prompt and not answer.cold
@@ -290,7 +290,7 @@ async def predict(service: Service, body: ItemBody) -> PredictAnswer:
 
 
 class ExplainAnswer(_Answer):
-    """Why the item suits the user, or what the user may write of it, in the model's words."""
+    """Why the item suits the user: in a language model's words, or by the contributions of an ensemble's members."""
 
     item_id: str
     text: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmrec.answer.recommender import Answered
 from llmrec.baselines.fits import fitted
 from llmrec.data.requests import history_entry
 from llmrec.data.split import halves
-from llmrec.ensembles import base, weights
+from llmrec.ensembles import base, rankers, weights
 from llmrec.errors import RecipeError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.pipeline import run as pipeline
@@ -148,6 +149,53 @@ def test_a_service_knows_the_rows_by_their_names(
             wanted = rec.rank(**requests[0], model=name, k=100)
             assert [each["item_id"] for each in found["items"]] == [each.item_id for each in wanted]
             assert found["model"]["name"] == ("item-knn(history=1)" if name == "item-knn" else name)
+
+
+# --------------------------------------------------------------------------- why an item is listed
+
+
+def test_an_ensemble_explains_its_lists_by_the_contributions_of_its_members(
+    run: pipeline.Run,
+    rec: Loaded,
+    requests: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    from llmrec.serve.app import make_app
+    from llmrec.serve.gates import Auth
+    from tests.serve.served import listening, wait_ready
+
+    whole = {"id": "whole", "history": requests[0]["history"]}
+    file = jsonl(tmp_path / "in.jsonl", [requests[0], whole, {"id": "cold", "user_id": "nobody"}])
+    asked = RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", rationale=2, top=3)
+    summary = rank_file(asked)
+    assert summary["by"] == "fusion with texts" and summary["rationale"]["written"] == 4
+    some, every, cold = lines(tmp_path / "o.jsonl")
+    assert cold["rationale"] == [] and len(every["rationale"]) == 2
+    members = {row["predictor"]: row for row in run.results["rows"]}["fusion with texts"]["fusion"]["parts"]
+    for item, text in zip(every["items"], every["rationale"], strict=False):
+        name, _, value = text.split(", ")[0].rpartition(" ")
+        assert name in {part["name"] for part in members} and float(value) > 0
+        assert rec.explain(item, history=whole["history"], model="fusion with texts") == text
+    # An item of the history, which the list cannot have, is explained among the others.
+    assert rec.explain(whole["history"][-1]["item_id"], history=whole["history"], model="fusion with texts")
+    with monkeypatch.context() as patch:
+        patch.setattr(rankers, "TOP", 3)
+        last = rec.rank(history=whole["history"], k=100)[-1]
+        assert rec.explain(last.item_id, history=whole["history"]) == "none of the members has it among its best items"
+    rank_file(replace(asked, by="popularity", out=tmp_path / "p.jsonl"))
+    assert all(not line["rationale"] and "popularity" in line["notes"][-1] for line in lines(tmp_path / "p.jsonl"))
+    with raises(RecipeError, Facts("unsupported", column="model")):
+        rec.explain(item, history=whole["history"], model="popularity")
+    service = make_service(ServeOptions(model=str(run.folder), store=str(tmp_path / "store.sqlite")))
+    with listening(make_app(service, Auth())) as (url,):
+        wait_ready(url)
+        listed = httpx.post(f"{url}/v1/rank", json={**requests[0], "k": 3, "rationale": 2}, timeout=60).json()
+        assert [item["rationale"] for item in listed["items"]] == [*some["rationale"], None]
+        about = {"history": whole["history"], "item_id": every["items"][0]}
+        answer = httpx.post(f"{url}/v1/explain", json=about, timeout=60).json()
+        assert (answer["text"], answer["model"]["name"]) == (every["rationale"][0], "fusion with texts")
 
 
 # --------------------------------------------------------------------------- which row answers first
@@ -283,6 +331,8 @@ def test_a_ranker_is_stored_audited_and_served_as_it_was_measured(
             wanted = measured(made, "sequential/baseline/fusion")[request["id"]]
             found = served.rank(**request, k=100)
             assert [(item.item_id, item.score) for item in found] == wanted
+        # An item is explained by the contributions of members and features.
+        assert "item: popularity" in served.explain(found[0].item_id, history=requests[-1]["history"])
     checks = {check.name: check for check in audit(made.folder)}
     rankers = checks["held-out items that rankers know otherwise than from their members"]
     assert rankers.verdict == "clean" and not any(check.verdict == "leak" for check in checks.values())

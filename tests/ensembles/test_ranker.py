@@ -171,11 +171,16 @@ def test_trees_are_text_that_is_read_as_lightgbm_reads_it() -> None:
         other[::7, 3] = np.nan  # never missing in training
         for rows in (features, other):
             assert trees.scores(rows) == pytest.approx(booster.predict(rows, raw_score=True), abs=1e-12)
+            *parts, mean = booster.predict(rows[:500], pred_contrib=True).T
+            assert trees.contributions(rows[:500]) == pytest.approx(np.array(parts).T, abs=1e-9)
+            assert trees.contributions(rows[:500]).sum(axis=1) + mean == pytest.approx(trees.scores(rows[:500]))
         assert np.array_equal(trees.scores(features)[5:6], trees.scores(features[5:6]))
         gains = booster.feature_importance("gain")
         assert list(trees.gains.values()) == pytest.approx(gains / gains.sum(), rel=1e-4)
     constant = lightgbm.train({"objective": "regression", "verbose": -1}, lightgbm.Dataset(features, np.zeros(3000)), 2)
-    assert np.all(Trees(constant.model_to_string(), tuple("abcd")).scores(features) == 0)
+    nothing = Trees(constant.model_to_string(), tuple("abcd"))
+    assert np.all(nothing.scores(features) == 0) and not nothing.contributions(features[:9]).any()
+    assert trees.contributions(features[:0]).shape == (0, 4)
 
 
 def test_damaged_trees_are_refused_and_never_end_the_process() -> None:
@@ -194,7 +199,8 @@ def test_damaged_trees_are_refused_and_never_end_the_process() -> None:
         except ModelError as error:
             refused += error.kind == "damaged"
     assert 20 < refused < 200
-    for wrong in ("", "tree\nversion=v4\nnonsense", text.replace("left_child=", "left_child=1 ", 1)):
+    wrong_count = text.replace("leaf_count=", "leaf_count=1", 1)
+    for wrong in ("", "tree\nversion=v4\nnonsense", text.replace("left_child=", "left_child=1 ", 1), wrong_count):
         with raises(ModelError, Facts(kind="damaged")):
             Trees(wrong, tuple("abc")).scores(features)
     with raises(ModelError, Facts(kind="damaged")):
@@ -213,6 +219,24 @@ def test_weights_are_read_back_from_their_record_with_trees_and_with_a_ranker_as
     damaged = record.model_copy(update={"trees": record.trees.model_copy(update={"text": "no base64"})})
     with raises(ModelError, Facts(kind="damaged")):
         restored(damaged)
+
+
+def test_contributions_of_the_members_sum_to_the_score_whatever_the_form() -> None:
+    cells = _switched(np.random.default_rng(7))
+    cells = replace(cells, had=np.arange(len(cells.had)) % 7 == 0).of(np.arange(20))
+    trees = ranker(_switched(np.random.default_rng(5)), setting=Setting("lambdarank", 20))
+    for weights, names in (
+        (trees, {"m0", "m1", "long"}),
+        (Weights("logit", (0.4, -0.6), -2.0), {"m0", "m1", "in history"}),
+        (Weights("logit", (0.0, 0.3), base=trees, scale=0.9), {"m0", "m1", "long"}),
+        (Weights("pool", (0.4, 0.6), -2.0), {"m0", "m1"}),
+        (Weights("alone", (0.0, 1.0)), {"m1"}),
+    ):
+        parts, scores = weights.contributions(cells), weights.scores(cells)
+        values = np.exp(scores) if weights.form == "pool" else scores
+        assert set(parts) == names
+        centred = values - cells.total(values)[cells.rows] / ITEMS
+        assert sum(parts.values()) == pytest.approx(centred, rel=1e-6, abs=1e-6)
 
 
 def test_further_members_are_added_to_a_ranker_by_weights() -> None:

@@ -27,7 +27,7 @@ from llmrec.types import Item, Unparsed
 # Options that also apply to classic recommenders; the others configure a language model.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
 # Options for ranking with a folder's language model, and for opening it.
-_ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse", "rationale")
+_ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse")
 _OPENED = (*(field.name for field in fields(ModelOptions) if field.name not in ("model", "items")), "max_length")
 
 
@@ -51,7 +51,7 @@ def resolved(options: RankOptions) -> RankOptions:
     bundle = bundles.read(options.model)
     own = own_name(bundle)
     asked = _changed(options, _ASKED)
-    by = options.by or (own if own and asked else offered(bundle)[0])
+    by = options.by or (own if own and (asked or options.rationale) else offered(bundle)[0])
     if not bundle.weights:
         asked += _changed(options, _OPENED)
     if by != own and asked:
@@ -177,13 +177,15 @@ class _NamedRanker:
     @property
     def identity(self) -> dict[str, object]:
         options, signature = self._options, self._loaded.signature()
-        return {"signature": signature, "whole": options.whole, "top": options.top, "batch": options.batch}
+        known = {"signature": signature, "whole": options.whole, "top": options.top, "batch": options.batch}
+        return {**known, "rationale": options.rationale} if options.rationale else known
 
     @property
     def described(self) -> Mapping[str, object]:
         options, signature = self._options, self._loaded.signature()
         if options.baseline is None:
-            return {"model": options.model, "by": self._loaded.models[0], "signature": signature}
+            reasons = options.rationale > 0
+            return {"model": options.model, "by": self._loaded.models[0], "signature": signature, "rationales": reasons}
         named = {"baseline": options.baseline, "signature": signature, "recipe": options.recipe}
         return {**named, "data": self._loaded.data_name}
 
@@ -210,7 +212,7 @@ class _NamedRanker:
         part: int | None = None,
     ) -> list[Answered]:
         able = [request for request in requests if isinstance(request, RankRequest)]
-        lists = iter(self._loaded.lists(able, Wanted(k=self._options.top)))
+        lists = iter(self._loaded.lists(able, Wanted(k=self._options.top), rationale=self._options.rationale))
         answers = [
             _answered(request, next(lists) if isinstance(request, RankRequest) else None) for request in requests
         ]

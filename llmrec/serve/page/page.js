@@ -618,7 +618,7 @@ async function rank(side) {
   place.replaceChildren(anyone && card ? "Ranking…" : "");
   if (anyone && card) {
     list.setAttribute("aria-busy", "true");
-    const rationale = state.why && card.kind === "language model" ? 3 : 0;
+    const rationale = state.why && card.kind !== "classic" ? 3 : 0;
     const body = { ...about(side), k: state.k, exclude_seen: state.seen, rationale, rules: rules() };
     try {
       answers[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
