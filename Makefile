@@ -51,7 +51,8 @@ notebooks: setup
 	@mkdir -p runs/notebooks
 	$(BIN)/jupyter execute docs/notebooks/*.ipynb --timeout=-1 --output='../../runs/notebooks/{notebook_name}'
 
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Files of one run are kept, which may be in memory (tests/conftest.py).
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -o tmp_path_retention_count=1
 
 test: setup
 ifdef CHANGED

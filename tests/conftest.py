@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,18 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # `make test` runs two processes; models of tests are too small to be worth two threads each beside that.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _has_room(folder: Path) -> bool:
+    """Return whether a folder has room for the files of all tests, and programs among them may be run."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return False
+    return shutil.disk_usage(folder).free > 8 * 2**30 and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+
+
+# Files are flushed thousands of times, and each time waits for a disk; those in memory are not waited for.
+if _has_room(Path("/dev/shm")):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
 # What a command sets for its process, as it was before any ran; fixtures of modules may run one before a test begins.

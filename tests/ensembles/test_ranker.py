@@ -39,6 +39,7 @@ from tests.facts import Facts, raises
 pytest.importorskip("lightgbm")
 
 CASES, ITEMS = 1500, 30
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 
 
 def _cells(members: Sequence[NDArray[np.float64]], truth: NDArray[np.int64], **context: NDArray[np.float64]) -> Cells:
@@ -96,7 +97,7 @@ def test_a_ranker_finds_when_each_member_is_right_and_weights_cannot() -> None:
     assert preferred({**crossed, "ranker": values}, "ranker", USERS) == "ranker"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_noise_gains_nothing(seed: int) -> None:
     """Members that know nothing: the cross-fitted value of the ranker is that of chance."""
     rng = np.random.default_rng(seed)
@@ -108,7 +109,7 @@ def test_noise_gains_nothing(seed: int) -> None:
     assert result[1].mean() == pytest.approx(chance, abs=3 * result[1].std() / CASES**0.5)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_useful_member_beside_noise_is_not_made_worse(seed: int) -> None:
     rng = np.random.default_rng(seed)
     good = rng.normal(0, 2, (CASES, ITEMS))

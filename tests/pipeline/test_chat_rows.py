@@ -24,7 +24,7 @@ from tests.facts import Facts, raises
 from tests.models.test_model_kinds import paired
 
 RECIPE = "recipes/movielens-100k/four-tasks.yaml"
-STEPS = ["train.steps=12", "train.batch_tokens=768"]
+STEPS = ["data={source: made-reviews, noun: products}", "reviews=null", "train.steps=12", "train.batch_tokens=768"]
 
 
 def written(folder: Path, file: Path, *changes: str) -> tuple[Written, list[Any], Plan, Encoder]:
@@ -100,7 +100,7 @@ def test_an_encoder_decoder_and_an_existing_file_are_refused(llama_folder: Path,
     with raises(RecipeError, Facts("unsupported", column="model.name")):
         write(study, tmp_path / "rows.jsonl")
     (tmp_path / "rows.jsonl").write_text("mine", encoding="utf-8")
-    words = ["prompts", RECIPE, f"model.name={llama_folder}", "--chat", f"{tmp_path}/rows.jsonl"]
+    words = ["prompts", RECIPE, f"model.name={llama_folder}", *STEPS, "--chat", f"{tmp_path}/rows.jsonl"]
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, LlmrecError) and done.exception.kind == "exists"
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8") == "mine"

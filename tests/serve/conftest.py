@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from httpx._transports import default
 
 if TYPE_CHECKING:
     from tests.serve.served import Served
+
+# Each of a thousand requests would read all certificates again.
+default.create_ssl_context = cache(default.create_ssl_context)
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,8 @@ def test_only_layers_with_a_backward_pass_are_computed_again(
 @pytest.mark.parametrize(
     ("backend", "settings"),
     [
-        ("aot_eager", {}),
+        ("eager", {}),
+        pytest.param("aot_eager", {}, marks=pytest.mark.slow),
         pytest.param("aot_eager", {"gradient_checkpointing": True, **TREE}, marks=pytest.mark.slow),
         pytest.param("aot_eager", {"method": "full"}, marks=pytest.mark.slow),
         pytest.param("inductor", TREE, marks=pytest.mark.slow),
@@ -240,7 +241,14 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 # --------------------------------------------------------------------------- optimisers and checkpoints
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize(
+    "name",
+    # Slow are those that differ from another one in their kernel alone, or in where their state lies.
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("adamw_torch", "paged_adamw_8bit") else ())
+        for name in OPTIMISERS
+    ],
+)
 def test_every_optimiser_learns_and_resumes(
     name: Any, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,9 @@ class Pieces:
 
     def _next(self) -> bytes:
         """Return the lines up to the last line end that was read, or all remaining ones at the end of the file."""
-        data: bytes = self._rest
+        # Joined once: a long line comes in a thousand chunks.
+        chunks: list[bytes] = [self._rest]
+        size = len(self._rest)
         while not self.ended:
             chunk: bytes = self._stream.read(self._block)
             self.ended = not chunk
@@ -146,14 +148,15 @@ class Pieces:
             end = chunk.rfind(b"\n") + 1
             if end:
                 self._rest = chunk[end:]
-                return data + chunk[:end]
-            data += chunk
-            if len(data) > LONGEST:
+                return b"".join((*chunks, chunk[:end]))
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > LONGEST:
                 self._rest, self._in_long = b"", True
                 self.line += 1
                 raise self.too_long()
         self._rest = b""
-        return data
+        return b"".join(chunks)
 
     def keep(self, raw: bytes) -> None:
         """Put back lines from the end of the latest block, so that the next block begins with them."""
