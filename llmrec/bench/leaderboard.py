@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from llmrec.bench.pages import engine, own_pages, published_beside, read_results
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, place
-from llmrec.bench.references import Page, Reference, all_references
+from llmrec.bench.references import Page, Published, Reference, all_references
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.pages import parsed
@@ -32,6 +32,9 @@ Type = Literal["control", "interactions", "text", "fine-tuned text encoder", "la
 
 # Seconds below which a training time is not resolved.
 _BRIEF = 1.0
+
+# Published systems below the models of a table; the pages of its data sets have all of them.
+_PUBLISHED = 8
 
 
 class Column(Page):
@@ -299,20 +302,28 @@ def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
 def _published(
     board: Board, columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
 ) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
-    """Return published systems with their source and figures under the protocol of each column, best first."""
-    systems: dict[str, tuple[str, list[float | None]]] = {}
+    """Return the first published systems with their sources and best figures under the protocol of each column.
+
+    They are ordered by their best rank among the published systems of a column, then by the number of their figures.
+    """
+    systems: dict[str, dict[int, Published]] = {}
+    ranks: dict[str, int] = {}
     for number, (result, table) in enumerate(columns):
-        for row in published_beside(result, references, table):
-            if metric in row.values and row.system not in board.left_out:
-                _, values = systems.setdefault(row.system, (row.source, [None] * len(columns)))
-                known = values[number]
-                values[number] = row.values[metric] if known is None else _better(known, row.values[metric], metric)
-    lines = [(system, source, tuple(values)) for system, (source, values) in systems.items()]
-    return tuple(sorted(lines, key=lambda line: min(place(value, metric) for value in line[2])))
-
-
-def _better(one: float, other: float, metric: str) -> float:
-    return min(one, other) if lower(metric) else max(one, other)
+        rows = [row for row in published_beside(result, references, table) if metric in row.values]
+        rows = [row for row in rows if row.system not in board.left_out]
+        best: dict[str, Published] = {}
+        for row in sorted(rows, key=lambda row: place(row.values[metric], metric)):
+            best.setdefault(row.system, row)
+        for rank, (system, row) in enumerate(best.items(), 1):
+            systems.setdefault(system, {})[number] = row
+            ranks[system] = min(rank, ranks.get(system, rank))
+    order = sorted(systems, key=lambda system: (ranks[system], -len(systems[system]), system))
+    lines = []
+    for system in order[:_PUBLISHED]:
+        figures = systems[system]
+        values = [figures[number].values[metric] if number in figures else None for number in range(len(columns))]
+        lines.append((system, "; ".join(dict.fromkeys(row.source for row in figures.values())), tuple(values)))
+    return tuple(lines)
 
 
 # --------------------------------------------------------------------------- writing
@@ -320,7 +331,8 @@ def _better(one: float, other: float, metric: str) -> float:
 
 def _grid(matrix: Matrix) -> str:
     ranked = any(line.mean_rank is not None for line in matrix.lines)
-    head = ["model", *(column.title for column in matrix.columns), *(["mean rank"] if ranked else [])]
+    head = ["model", *(f"[{cell(column.title)}]({column.suite}.md)" for column in matrix.columns)]
+    head += ["mean rank"] if ranked else []
     head += ["type", "pretrained", "training", "ms a request"]
     lines = []
     for line in matrix.lines:
@@ -331,7 +343,7 @@ def _grid(matrix: Matrix) -> str:
     for system, _, values in matrix.published:
         cells = [DASH if value is None else f"*{value:.4f}*" for value in values]
         lines.append([f"*{cell(system)}*", *cells, *([""] if ranked else []), "*published*", "", "", ""])
-    return grid([cell(name) for name in head], lines, numeric_from=1)
+    return grid(head, lines, numeric_from=1)
 
 
 def _shown(entry: Cell | None) -> str:

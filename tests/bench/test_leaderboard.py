@@ -11,7 +11,7 @@ import pytest
 
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import read_results
-from llmrec.bench.references import load_reference
+from llmrec.bench.references import Reference, load_reference
 from llmrec.errors import DataError, LlmrecError
 from tests.bench.suites import hostile_suite, made_reference, made_suite, page_of
 from tests.facts import Facts, raises
@@ -211,13 +211,15 @@ def test_no_text_becomes_markup(texts: tuple[str, ...]) -> None:
     assert len(shown) == 2
 
 
-def _board(tmp_path: Path, settings: dict[str, Any], *suites: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+def _board(
+    tmp_path: Path, settings: dict[str, Any], *suites: dict[str, Any], references: dict[str, Reference] | None = None
+) -> tuple[str, list[dict[str, Any]]]:
     results = tmp_path / "results"
     results.mkdir(exist_ok=True)
     for suite in suites:
         (results / f"{suite['benchmark']}.json").write_text(json.dumps(suite))
     (tmp_path / "leaderboard.yaml").write_text(json.dumps(settings))
-    pages = leaderboard.beside(results, {"papers": made_reference()})
+    pages = leaderboard.beside(results, references or {"papers": made_reference()})
     return pages["LEADERBOARD.md"], json.loads(pages["leaderboard.json"])
 
 
@@ -252,7 +254,9 @@ def test_the_leaderboard_has_a_row_for_each_model_and_a_column_for_each_data_set
     books["comparisons"] = []
     text, (table,) = _board(tmp_path, SETTINGS, films, books)
     lines = _tables(text)[0]
-    assert lines[0] == ("| model | Films | Books | mean rank | type | pretrained | training | ms a request |")
+    assert lines[0] == (
+        "| model | [Films](films.md) | [Books](books.md) | mean rank | type | pretrained | training | ms a request |"
+    )
     cells = [[part.strip() for part in line.strip("|").split(" | ")] for line in lines[2:]]
     assert [line[0] for line in cells[:3]] == ["SASRec", "Item-kNN", "Random"]
     assert [line[4] for line in cells[:3]] == ["language model", "text", "control"]
@@ -264,6 +268,31 @@ def test_the_leaderboard_has_a_row_for_each_model_and_a_column_for_each_data_set
     # Published systems under the same protocol, at their best figure.
     assert any(line[0].startswith("*P5") and line[4] == "*published*" for line in cells[3:])
     assert "popularity" not in text
+
+
+def _published(name: str, figures: list[tuple[str, float]]) -> Reference:
+    rows = [
+        {"system": system, "source": name, "seen": "excluded", "values": {"NDCG@10": figure}}
+        for system, figure in figures
+    ]
+    return Reference.model_validate(made_reference().model_dump() | {"reference": name, "rows": rows})
+
+
+def test_eight_published_systems_are_ordered_by_best_rank_then_by_the_number_of_their_figures(tmp_path: Path) -> None:
+    papers = [(f"s{number}", (50 - number) / 100) for number in range(10)]
+    references = {
+        "papers": _published("papers", papers),
+        "again": _published("again", [("s0", 0.3)]),
+        "others": _published("others", [("late", 0.4), ("s9", 0.5), ("s0", 0.1)]),
+    }
+    films = made_suite() | {"references": ["papers", "again"]}
+    books = made_suite() | {"benchmark": "books", "references": ["others"]}
+    text, (table,) = _board(tmp_path, SETTINGS, films, books, references=references)
+    assert [row["model"] for row in table["published"]] == ["s0", "s9", "late", "s1", "s2", "s3", "s4", "s5"]
+    assert [row["cells"] for row in table["published"][:3]] == [[0.5, 0.1], [0.41, 0.5], [None, 0.4]]
+    # The sources are those of the figures that are shown.
+    assert [row["source"] for row in table["published"][:4]] == ["papers; others", "papers; others", "others", "papers"]
+    assert "| *s5* |" in text and "s6" not in text
 
 
 def test_rows_without_a_description_are_named(tmp_path: Path) -> None:
