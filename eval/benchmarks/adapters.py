@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.adapters import Adapter, live_rank
 from llmrec.backends.vllm.backend import VLLMBackend, prepare_environment
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
@@ -124,8 +124,7 @@ def main(target: Path) -> None:
         "agreement": {
             of: agreement(answers["one_engine", of], answers["two_engines", of]) for of in ("base", "adapter")
         },
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
     sys.stdout.write(f"{result['seconds']}\n{result['times_as_long']}\n{result['agreement']}\n")

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from llmrec import score
 from llmrec.durable import write_json
-from llmrec.machine import machine
 
 
 def measured(run: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "command": asked.command,
             "what": "llmrec auto within a budget of wall time: NDCG@10 over the whole catalogue on test users",
             "note": asked.note,
-            "machine": machine(),
+            **provenance(),
             "runs": found,
         },
     )

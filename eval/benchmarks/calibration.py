@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.benchmarks.provenance import provenance
 from llmrec.baselines.parameters import make
 from llmrec.data.split import request_of
 from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Contrast, Standing
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.machine import machine, versions
 from llmrec.metrics.significance import ALPHA, attainable, enough, flip_p, holm, signflip
 from llmrec.metrics.stats import Difference, StatisticName, paired, verdict
 from llmrec.pipeline.study import load_split
@@ -280,8 +280,7 @@ def main(target: Path, part: str = "") -> None:
         "resamples": RESAMPLES,
         "slack": SLACK,
         **made,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
 

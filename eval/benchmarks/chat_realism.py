@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.benchmarks.chat_items import RECIPE, informed
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.redial_slots import lines
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import open_classics
@@ -39,7 +40,6 @@ from llmrec.chat.reading import Reader, title_of
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.data.hashing import hash64
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.metrics.probability import auc
 from llmrec.recipe.load import load_recipe
 
@@ -201,8 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "sides": [side_of("people", real), side_of("simulated users", made)],
             "rows": rows,
             "seconds": round(time.perf_counter() - begin, 1),
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         },
     )
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 RECIPE = "recipes/movielens-100k/manager.yaml"
 CONVERSATIONS = 300
@@ -46,7 +46,7 @@ def main(path: Path) -> None:
     words = ["chat", "runs/demo", "--simulate", str(CONVERSATIONS), "--tune", RECIPE]
     done = subprocess.run([sys.executable, "-m", "llmrec", *words, "--json"], check=True, stdout=subprocess.PIPE)
     asked = {"command": f"python -m eval.benchmarks.chat_tuning {path}", "of": " ".join(["llmrec", *words])}
-    write_json(path, asked | result(json.loads(done.stdout)) | {"machine": machine(), "versions": versions()})
+    write_json(path, asked | result(json.loads(done.stdout)) | {**provenance()})
 
 
 if __name__ == "__main__":

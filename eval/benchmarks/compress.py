@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.timing import alternated
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
-from llmrec.machine import command_line, machine, versions
+from llmrec.machine import command_line
 from llmrec.models.load import load_model, resolve
 from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.recipe.load import load_recipe
@@ -90,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "command": command,
             "candidates": CANDIDATES,
             "rows": [{"name": name, **row} for name, row in rows.items()],
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         },
     )
     for name, row in rows.items():

@@ -19,10 +19,11 @@ from typing import Any
 import httpx
 import numpy as np
 
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.serving import serving
 from llmrec.durable import write_json
 from llmrec.exports.agreement import on_validation
-from llmrec.machine import command_line, machine, versions
+from llmrec.machine import command_line
 from llmrec.pipeline.runs import open_run
 from llmrec.systems.m6.compress.compress import chosen, compress
 from llmrec.types import Case, Request
@@ -47,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": command_line("python", "-m", "eval.benchmarks.compress_run"),
         "train_seconds": json.loads((asked.run / "train.json").read_text(encoding="utf-8"))["seconds"],
         **{key: value for key, value in asdict(found).items() if key != "folder"},
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(asked.target, table)
     best = chosen(found.rows, _ANY, lower=True)

@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.recipe.load import load_recipe
 
 
@@ -67,8 +67,7 @@ def main() -> None:
         # Of the same validation users.
         "controls": record["judged"]["controls"] if record is not None else None,
         "test": _evaluated(given.run / "results.json"),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(given.target, found)
     print(f"{given.target}: {len(looks)} looks, best {best['ndcg']:.4f} at step {best['step']}")  # noqa: T201

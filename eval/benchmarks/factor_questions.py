@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from eval.benchmarks.kar import table
+from eval.benchmarks.provenance import provenance
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
@@ -203,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for (factor, other, _), each in zip(compared, decided, strict=True)
         ],
         "seconds": round(time.perf_counter() - begin, 1),
+        **provenance(),
         "machine": {**machine(), "threads": torch.get_num_threads()},
-        "versions": versions(),
     }
     write_json(given.target, found)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from eval.benchmarks.provenance import provenance
 from llmrec.augment.stores import ENCODER, timed
 from llmrec.data.features import Features, FeatureStore, Provenance, write_version, writing
 from llmrec.durable import write_json
 from llmrec.errors import require
-from llmrec.machine import machine, versions
 from llmrec.models.text_encoder import find_encoder, open_encoder
 
 SIZES = ((10_000, 64), (1_000_000, 64), (100_000, 384))
@@ -67,8 +67,7 @@ def main(target: Path) -> None:
         "command": "make bench NAME=features",
         "stores": [store(*size) for size in SIZES],
         "encoder": {"name": ENCODER, **online()},
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
 

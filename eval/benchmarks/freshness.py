@@ -32,6 +32,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from eval.benchmarks.kar import figures, measure, within
+from eval.benchmarks.provenance import provenance
 from llmrec.augment.texts import taste
 from llmrec.baselines.item_texts import latent, texts_of
 from llmrec.baselines.parameters import make
@@ -39,7 +40,6 @@ from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import Features, Provenance, publish
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.metrics.multi_target import Pairs, judge, ndcg
 from llmrec.types import Case, Event, Item, Request
 
@@ -276,8 +276,7 @@ def result(
         "seeds": list(range(len(next(iter(said.values()))))),
         "rows": rows,
         "pairs": pairs,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
 
 

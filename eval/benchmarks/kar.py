@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import svds
 
+from eval.benchmarks.provenance import provenance
 from llmrec.augment.stores import of_texts
 from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.dataset import Dataset, conform
@@ -43,7 +44,6 @@ from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
 from llmrec.fingerprint import digest_of, fingerprint
-from llmrec.machine import machine, versions
 from llmrec.metrics.probability import auc, gauc, log_loss
 from llmrec.metrics.significance import decide, enough
 from llmrec.metrics.stats import paired_of
@@ -334,8 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seen": sum(map(len, seen.values())),
         "seeds": list(range(given.seeds)),
         "seconds": round(time.perf_counter() - begin, 1),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(given.target, result)
 

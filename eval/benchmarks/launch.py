@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.pipeline.shards import SHARD, shards_of
 
 ROUNDS, USERS = 3, 16
@@ -55,12 +55,12 @@ def main(target: Path) -> None:
     write_json(
         target,
         {
+            "command": "make bench NAME=launch",
             "recipe": RECIPE,
             "runs": runs,
             "medians": medians,
             "ratio": {key: round(one[key] / two[key], 2) for key in one},
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         },
     )
 

@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import sha256_of, write_json
-from llmrec.machine import machine, versions
 
 _MAKE = """
 import sys, torch, transformers
@@ -88,8 +88,7 @@ def main(target: Path, *, layers: int) -> None:
         target,
         {
             "command": command,
-            "versions": versions(),
-            "machine": machine(),
+            **provenance(),
             "weights": weights,
             "equal": len({row["sha256"] for row in rows}) == 1,
             "times_less": rows[0]["peak"] / rows[1]["peak"],

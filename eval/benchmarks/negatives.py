@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.benchmarks.provenance import provenance
 from llmrec.data.candidates import draw
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.recipe.schema import CandidateSection, DataSection, Split
 from llmrec.tasks.base import keyed
 from llmrec.tasks.pool import Negatives
@@ -91,8 +91,7 @@ def main(target: Path) -> None:
         "candidates": COUNT,
         "chance": chance(COUNT),
         "rows": rows,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import polars as pl
 
+from eval.benchmarks.provenance import provenance
 from llmrec.data.dataset import Dataset
 from llmrec.data.sets.table import load
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.recipe.load import load_recipe
 from tests.workbook import workbook
 
@@ -347,8 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": SEED,
         "tables": found,
         "failed": failed,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(given.out, result)
     return int(failed > 0)

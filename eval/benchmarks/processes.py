@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 from safetensors.torch import load_file
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 STEPS, SAVE, KILLED_AT = 8, 3, 5
 RECIPE = (
@@ -50,13 +50,13 @@ def main(target: Path) -> None:
         killed = _killed(cut)
         gone_on = _done(_ALONE, cut)
         found = {
+            "command": "make bench NAME=processes",
             "recipe": RECIPE,
             "one": alone,
             "two": both | _beside(one, two),
             "killed": killed,
             "gone_on_in_one": gone_on | _beside(one, cut),
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         }
     write_json(target, found)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.benchmarks.provenance import provenance
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import SplitDataset, halves, request_of
@@ -29,7 +30,6 @@ from llmrec.ensembles.cells import TOP, Cells, best, gathered, joined
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import Member
 from llmrec.ensembles.weights import Tried, feature_names, matrix
-from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.significance import signflip
 from llmrec.metrics.stats import interval
@@ -301,8 +301,7 @@ def main(target: Path, names: Sequence[str]) -> None:
         new = measured(name, python, Path("runs/ranker") / name)
         result = json.loads(target.read_text(encoding="utf-8"))["data"] if target.is_file() else {}
         result[name] = new
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        result[name] |= {"commit": commit.stdout.strip(), "machine": machine(), "versions": versions()}
+        result[name] |= provenance()
         write_json(
             target,
             {

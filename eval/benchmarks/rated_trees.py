@@ -26,6 +26,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.special import logit
 
+from eval.benchmarks.provenance import provenance
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.validation import rating_cases
 from llmrec.bench.suite import cases_of, tables_of
@@ -37,7 +38,6 @@ from llmrec.ensembles.members import Recalled
 from llmrec.ensembles.trees import _OPTIONS, Objective, Setting, cross_fitted
 from llmrec.ensembles.weights import folds_of, preferred
 from llmrec.errors import require
-from llmrec.machine import machine, versions
 from llmrec.metrics.stats import StatisticName, paired
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
@@ -277,8 +277,7 @@ def main(target: Path, out: Path) -> None:
         "seeds": [0],
         "rows": rows,
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
 

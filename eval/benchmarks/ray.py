@@ -27,13 +27,14 @@ import psutil
 import typer
 
 from eval.benchmarks.faults.works import augmented
+from eval.benchmarks.provenance import provenance
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.cli.console import facts
 from llmrec.cluster.actors import finish_on, rank_on
 from llmrec.data.features import FeatureStore
 from llmrec.durable import read_json, sha256_of
-from llmrec.machine import machine, versions
+from llmrec.machine import versions
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment
 from llmrec.pipeline.shards import SHARD, shards_of
@@ -312,7 +313,7 @@ class Bench:
             "node_start_seconds": self.nodes.seconds,
             "node_starts_that_ray_gave_up": self.nodes.failed_starts,
             "estimate": estimate(self.cases),
-            "machine": machine(),
+            **provenance(),
             "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("OMP_")},
             "versions": {**versions(), "ray": version("ray")},
         }

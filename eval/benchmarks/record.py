@@ -19,6 +19,7 @@ import yaml
 
 from llmrec.cli.console import finish
 from llmrec.durable import CHECKSUM
+from llmrec.machine import commit
 from llmrec.pipeline.run import Run
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
@@ -45,6 +46,7 @@ def main(run: Path, target: Path, readme: Path | None = None, page: Path | None 
         if recipe_hash(load_recipe(page)) != recipe_hash(Recipe.model_validate(results["recipe"])):
             raise SystemExit(f"{run} was made with another recipe than {page}; run it again")
         results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
+    results["commit"] = commit()
     # What the report shows of users and items is theirs.
     for key in ("examples", "gallery", "newcomers"):
         results[key] = []

@@ -52,6 +52,7 @@ from scipy import sparse
 
 from eval.benchmarks.clustered import differences
 from eval.benchmarks.kar import table
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.redial_learned import TALKS, OtherDialogues, exchanged_items, named, synthetic
 from eval.benchmarks.redial_slots import PLACE, lines, slots
 from llmrec.chat.dual_encoder import ENCODER, LAST, mapped
@@ -62,7 +63,6 @@ from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
 from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.weights import FOLDS, Weights, folds_of, logit
-from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import hit_rate
 from llmrec.metrics.stats import interval
 from llmrec.models.text_encoder import text_embedder
@@ -390,8 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "slots": slot_rows,
             "turns with slots": turns,
             "seconds": round(time.perf_counter() - begin, 1),
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         },
     )
 

@@ -23,6 +23,7 @@ import polars as pl
 from starlette.testclient import TestClient
 
 import llmrec
+from eval.benchmarks.provenance import provenance
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.users import rank_users
 from llmrec.baselines.fits import fitted
@@ -33,7 +34,6 @@ from llmrec.data.sets.table import load
 from llmrec.durable import write_json, write_text
 from llmrec.ensembles.carried import carried
 from llmrec.evaluate.catalogue import rank_catalogue
-from llmrec.machine import machine, versions
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import DataSection
 from llmrec.serve.app import make_app
@@ -129,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "users": given.users,
             "k": K,
             **asked(folder, given.users, new),
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         }
     write_json(given.target, found)
     sys.stdout.write(f"{found['rows']}\n")

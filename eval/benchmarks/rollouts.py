@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from eval.benchmarks import search_peers as peers
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.search import made_model, prompts
 from eval.benchmarks.search_alone import made_codes
 from eval.benchmarks.timing import alternated, seconds_now
@@ -32,7 +33,7 @@ from llmrec.decode.beam import TreeEngine
 from llmrec.decode.rollouts import Way, rollouts
 from llmrec.decode.token_tree import Catalogue
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
+from llmrec.machine import machine
 from llmrec.models.load import quiet_libraries
 
 LENGTH, GROUP = 200, 16
@@ -104,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "times_faster": ratios,
             "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
             "seconds": seconds_now() - begin,
+            **provenance(),
             "machine": {**machine(), "threads": torch.get_num_threads()},
-            "versions": versions(),
         },
     )
     for name, row in found.items():

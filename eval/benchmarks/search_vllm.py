@@ -29,13 +29,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.search import made_model
 from eval.benchmarks.timing import faster, summary, within
 from llmrec.backends.vllm.backend import VLLMBackend, VLLMTree, prepare_environment
 from llmrec.decode.beam import beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.durable import write_json
-from llmrec.machine import cpu_has_bf16, machine, versions
+from llmrec.machine import cpu_has_bf16
 from llmrec.models.load import quiet_libraries
 from tests.conftest import make_tokenizer
 
@@ -288,8 +289,7 @@ def main(target: Path) -> None:
         "model": f"41 million random weights, {bench.dtype}",
         "took": time.perf_counter() - begin,
         **found,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
 

@@ -30,8 +30,8 @@ from typing import Any
 
 import httpx
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
@@ -107,8 +107,7 @@ def main() -> None:
         **found,
         "statuses": dict(sorted(statuses.items())),
         "faults": {f"{status} {endpoint}": count for (endpoint, status), count in answers.items() if status >= "500"},
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(chosen.target, result)
     print(json.dumps({key: result[key] for key in ("cases", "failures", "statuses", "faults", "seconds")}, indent=1))  # noqa: T201

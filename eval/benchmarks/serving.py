@@ -27,8 +27,8 @@ import httpx
 import numpy as np
 import psutil
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 CLIENTS = (1, 8, 32, 128)
 LOCUST = os.environ.get("LOCUST", "locust")
@@ -290,8 +290,8 @@ def main() -> None:
         begun = time.monotonic()
         found[name] = {**measure(), "seconds_taken": time.monotonic() - begun, "load_before": os.getloadavg()[0]}
         found |= {
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
+            "command": "make bench NAME=serving",
             "seconds": given.seconds,
             "locust": subprocess.run([LOCUST, "--version"], capture_output=True, text=True).stdout.split()[1],
         }

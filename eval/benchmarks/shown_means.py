@@ -13,8 +13,8 @@ from pathlib import Path
 
 import polars as pl
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 
@@ -59,8 +59,7 @@ def main(target: Path) -> None:
         "steps": steps,
         "no_mean": {name: by_heart(band, "item_id") for name, band in bands.items()},
         "share_of_rows": {name: len(band) / len(train) for name, band in bands.items()},
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
 

@@ -18,8 +18,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 RECIPE = "recipes/quickstart.yaml"
 # What was aimed at, in seconds.
@@ -95,8 +95,7 @@ def main() -> None:
             "command": "make bench NAME=commands",
             "rounds": given.rounds,
             "commands": found,
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
         },
     )
 

@@ -19,8 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 from tests.serve.store_model import agree
 
 
@@ -91,8 +91,7 @@ def main() -> None:
             "and killed processes, each compared with a model in memory",
             "date": date.today().isoformat(),
             "seed": chosen.seed,
-            "machine": machine(),
-            "versions": versions(),
+            **provenance(),
             "all": {key: sum(each[key] for each in found.values()) for key in ("tried", "sequences", "disagreed")},
             "databases": found,
             "seconds": round(time.monotonic() - begin),

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 ROWS_A_USER = 50
 _BLOCK = 2_000_000
@@ -204,8 +204,7 @@ def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
         "command": "make bench NAME=tables",
         "what": "seconds of each stage, and the peak memory of the process in it, by rows of a made-up CSV table",
         "rows_a_user": ROWS_A_USER,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
         "tables": [table for table in before if table["rows"] not in sizes],
     }
     for rows in sizes:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 Summary = dict[str, dict[str, float]]
 
@@ -104,11 +104,11 @@ def measured(
         found[name] = parts[name]() | {"load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}}
         if only:
             clock = os.environ.get("BENCH_CLOCK", "wall")
-            found[name]["apart"] = {**head, "machine": machine(), "versions": versions(), "clock": clock}
+            found[name]["apart"] = {**head, **provenance(), "clock": clock}
         for each in found[name]["goals"].values():
             figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
             sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
             sys.stdout.flush()
         sections = {each: found[each] for each in parts if each in found}
-        whole = kept or {**head, "machine": machine(), "versions": versions(), "seconds": time.perf_counter() - begin}
+        whole = kept or {**head, **provenance(), "seconds": time.perf_counter() - begin}
         write_json(target, {**whole, "sections": sections})

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from eval.benchmarks.provenance import provenance
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import plan
 from llmrec.durable import write_json
-from llmrec.machine import versions
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
@@ -98,7 +98,7 @@ def main(target: Path) -> None:
         "block": BLOCK,
         "behind_the_prompt": means,
         "times_of_the_masked_pass": {name: round(total / whole["tree"], 2) for name, total in whole.items()},
-        "versions": versions(),
+        **provenance(),
     }
     write_json(target, result)
     sys.stdout.write(f"{means}\n{result['times_of_the_masked_pass']}\n")

@@ -32,12 +32,12 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import stats
 
+from eval.benchmarks.provenance import provenance
 from llmrec.baselines.parameters import make
 from llmrec.baselines.validation import rating_cases
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.durable import write_json, write_text
-from llmrec.machine import machine, versions
 from llmrec.recipe.schema import Split
 from llmrec.systems.ubert.baseline import UBert
 from llmrec.types import Item, Rating
@@ -172,8 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seeds": list(range(given.seeds)),
         "parameters": {**PARAMETERS, "pretrain": given.pretrain},
         "seconds": round(time.process_time() - begin, 1),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
     write_json(given.target, result)
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import machine, versions
 
 POLICIES = {"spinning": None, "sleeping": "PASSIVE"}
 _TRAIN = """
@@ -65,7 +65,7 @@ def main(target: Path, *, seconds: float) -> None:
                 other.kill()
                 other.wait()
     command = f"python -m eval.benchmarks.waiting {target} --seconds {seconds:g}"
-    write_json(target, {"command": command, "versions": versions(), "machine": machine(), "rows": rows})
+    write_json(target, {"command": command, **provenance(), "rows": rows})
     for row in rows:
         beside = "beside a busy process" if row["busy_processes"] else "alone"
         sys.stdout.write(f"{row['threads']}, {beside}: {row['tokens_per_second']:.0f} tokens/s\n")

@@ -112,7 +112,7 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
     Args:
         page: The benchmark page.
         made: The rows.
-        results: Folder for ``<name>.json``; pages and pictures are written to its parent folder.
+        results: Folder for ``<name>.json``; pages are written to its parent folder.
         seconds: Time spent in this call.
     """
     kind = "suite" if isinstance(page, Suite) else "benchmark" if isinstance(page, Benchmark) else "chat"
@@ -139,7 +139,6 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
     for name, text in pages.items():
         write_text(results.parent / name, text)
     titles = {leaderboard.PAGE: "leaderboard", f"{result.benchmark}.md": "page"}
-    titles |= {name: f"picture {Path(name).stem}" for name in pages if name.endswith(".svg")}
     return Ran(result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
 
 

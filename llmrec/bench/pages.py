@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -30,13 +29,9 @@ from llmrec.bench.references import Published, Reference
 from llmrec.chat.opening import MANAGERS
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
-from llmrec.registry import better, lower
 from llmrec.report.breakdowns import in_words
-from llmrec.report.canvas import WIDE
-from llmrec.report.charts import draw
 from llmrec.report.escape import cell, flat, without_surrogates
-from llmrec.report.plots import CostPlot, Point
-from llmrec.report.render import markdown_engine, picture
+from llmrec.report.render import markdown_engine
 from llmrec.report.table import grid
 from llmrec.report.wording import (
     DASH,
@@ -155,15 +150,14 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
 
 
 def own_pages(result: BenchmarkResult, references: Mapping[str, Reference]) -> dict[str, str]:
-    """Return a benchmark's page and pictures by file name.
+    """Return a benchmark's page by file name.
 
     Args:
         result: From `read_results`.
         references: Pages of published figures by name.
     """
-    pictures = {_picture(result, table): _drawn(result, table) for table in result.tables if _plot(result, table)}
     view = _view(result, [references[name] for name in result.references if name in references])
-    return {f"{result.benchmark}.md": engine().get_template("benchmark.md.j2").render(view=view), **pictures}
+    return {f"{result.benchmark}.md": engine().get_template("benchmark.md.j2").render(view=view)}
 
 
 @functools.cache
@@ -194,7 +188,6 @@ def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str,
                 "planned": [pair for pair in result.pairs if pair.table == table.name],
                 "explored": [pair for pair in result.explored if pair.table == table.name],
                 "published": _beside(result, references, table.name, "Published under the same protocol", ":"),
-                "picture": _picture(result, table) if _plot(result, table) else "",
             }
             for table in result.tables
         ],
@@ -481,75 +474,6 @@ def _where(pair: BenchmarkPair) -> str:
     few = ", exploratory" if 0 < (pair.n or 0) < USERS else ""
     items = f", of {pair.clusters:,} items and clustered by these" if pair.clusters else ""
     return f", the {pair.n or 0:,} requests for items without training interactions{items}{few}"
-
-
-# --------------------------------------------------------------------------- quality and cost
-
-
-def _picture(result: BenchmarkResult, table: BenchmarkTable) -> str:
-    return f"{result.benchmark}-{table.name}.svg"
-
-
-def _drawn(result: BenchmarkResult, table: BenchmarkTable) -> str:
-    plot = _plot(result, table)
-    assert plot is not None
-    return picture(draw(plot, WIDE), f"{title(table.task)}: {table.metric} by tokens a request")
-
-
-def _plot(result: BenchmarkResult, table: BenchmarkTable) -> CostPlot | None:
-    """Return the plot of quality by tokens per request; None if fewer than two rows read tokens.
-
-    The line connects the Pareto-optimal rows, and only these are named.
-    """
-    entries, metric = result.standings(table), table.metric
-    costs = [
-        (_with_members(entries, figures, "tokens_per_request"), row, figures.metrics[metric])
-        for row, figures in entries
-        if row.arm != "baseline" and figures.value(metric) is not None
-    ]
-    costs = [entry for entry in costs if entry[0] > 0]
-    if len(costs) < 2:
-        return None
-    front = frontier([(tokens, row.name, figure.value or 0.0) for tokens, row, figure in costs], metric)
-    points: list[Point] = [
-        {
-            "label": flat(row.name),
-            "arm": row.arm,
-            "tokens": tokens,
-            "short": f"{figure.value:.3f}, {tokens:,.0f} tokens",
-            "value": figure.value or 0.0,
-            "low": None,
-            "high": None,
-            "text": f"{figure.value:.3f}, {tokens:,.0f} tokens",
-            "named": row.name in front,
-        }
-        for tokens, row, figure in costs
-    ]
-    control = next((entry for entry in entries if entry[0].name == table.best_baseline), None)
-    return {
-        "kind": "cost",
-        "metric": flat(metric),
-        "better": better(metric),
-        "unit": "a request",
-        "points": points,
-        "reference": control[1].value(metric) if control else None,
-        "control": flat(control[0].name) if control else None,
-    }
-
-
-def frontier(rows: Sequence[tuple[float, str, float]], metric: str) -> list[str]:
-    """Return the Pareto front, cheapest first: rows that none of the same or lower cost outperforms.
-
-    Args:
-        rows: Cost, name and value of each row.
-        metric: The metric, which determines whether higher is better.
-    """
-    sign, best, front = -1 if lower(metric) else 1, -math.inf, []
-    for _, name, value in sorted(rows, key=lambda row: (row[0], -sign * row[2])):
-        if sign * value > best:
-            best = sign * value
-            front.append(name)
-    return front
 
 
 # --------------------------------------------------------------------------- published figures

@@ -29,7 +29,7 @@ def run_benchmark(
     Args:
         page: From `llmrec.recipe.load`.
         out: Folder of finished rows, from which a killed benchmark resumes.
-        results: Folder for ``<name>.json``; pages and pictures are written to its parent folder.
+        results: Folder for ``<name>.json``; pages are written to its parent folder.
         say: Called with a line on each finished row.
         quiet: Show no progress bars of runs.
 

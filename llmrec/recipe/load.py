@@ -172,7 +172,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
 
 
 def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark:
-    """Read a benchmark, such as ``eval/suites/zero_few_tuned.yaml``, and apply overrides such as ``bootstrap=500``.
+    """Read a benchmark, such as ``eval/suites/two-stages.yaml``, and apply overrides such as ``bootstrap=500``.
 
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from llmrec.bench.engine import compared
 from llmrec.bench.leaderboard import rewrite
-from llmrec.bench.pages import frontier, own_pages
+from llmrec.bench.pages import own_pages
 from llmrec.bench.recipes import Line, _add, made_of, points, recipe_of
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
 from llmrec.bench.run import run_benchmark
@@ -109,9 +108,8 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
         assert values == sorted(values, reverse=heading == "## Direct")
     assert "exploratory: the interval is an unadjusted 95 %" in text and table["detectable"] in text
     assert rewrite(tmp_path / "eval" / "results")[0].read_text(encoding="utf-8") == text
-    assert "label · after-history · zero-shot" in text and "(small-direct.svg)" in text
+    assert "label · after-history · zero-shot" in text
     assert results["missing"] == 0 and "runs are missing" not in text
-    ET.fromstring((tmp_path / "eval" / "small-direct.svg").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -270,31 +268,9 @@ def result(metric: str, rows: Sequence[BenchmarkRow], **more: Any) -> BenchmarkR
     )
 
 
-def test_the_front_holds_what_nothing_cheaper_beats() -> None:
-    rows = [(10, "a", 0.3), (20, "b", 0.2), (30, "c", 0.5), (30, "d", 0.4), (90, "e", 0.5)]
-    assert frontier(rows, "HR@1") == ["a", "c"]
-    assert frontier(rows, "RMSE") == ["a", "b"]
-
-
-def test_the_rows_of_the_front_are_named_below_the_picture() -> None:
-    rows = [row("cheap", 10, 0.2), row("better", 20, 0.5), row("worse", 30, 0.1), row("best", 900, 0.6)]
-    drawn = own_pages(result("HR@1", [*rows, row("markov", 0, 0.3, arm="baseline")], best_baseline="markov"), {})
-    texts = [
-        "".join(each.itertext()) for each in ET.fromstring(drawn["b-direct.svg"]).iter() if each.tag.endswith("text")
-    ]
-    assert [text.partition(":")[0] for text in texts if " tokens" in text and ":" in text] == [
-        "cheap",
-        "better",
-        "best",
-    ]
-    assert any(text.startswith("markov") for text in texts)
-
-
 def test_no_name_becomes_markup() -> None:
     found = own_pages(result("HR@1", [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]), {})
     assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
-    ET.fromstring(found["b-direct.svg"])
-    assert "<script>" not in found["b-direct.svg"]
 
 
 def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:

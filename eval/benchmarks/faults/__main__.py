@@ -19,8 +19,8 @@ from eval.benchmarks.faults import damage, places, stops
 from eval.benchmarks.faults.stops import Case
 from eval.benchmarks.faults.works import Bench
 from eval.benchmarks.faults.zygote import zygote
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import commit, machine, versions
 
 PARTS = {
     "kills": stops.kills,
@@ -126,10 +126,8 @@ def _record(found: Sequence[Mapping[str, Any]], planned: Sequence[Case], chosen:
         "what": "SIGKILL, a full disk, damaged files, links, a second process and read-only folders; then the same "
         "command, and all that it left compared with what a process left that nothing disturbed",
         "date": date.today().isoformat(),
-        "commit": commit(),
         "seed": chosen.seed,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
         "all": _counts(kept, planned),
         "parts": parts,
         "wrong": [each for each in kept if each["wrong"]],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
+from eval.benchmarks import experiments, performance, record
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import own_pages, read_results
 from llmrec.bench.references import all_references
@@ -32,20 +30,9 @@ def wanted(root: Path) -> dict[str, str]:
     for result in benchmarks:
         pages |= own_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
-    listed = experiments.read(root / "eval" / "experiments.yaml", results)
-    found["eval/EXPERIMENTS.md"] = experiments.write(listed)
-    files = [results / f"{name}.json" for name in TIMED]
-    for file in files:
-        found |= {f"docs/performance/{goal.picture}": search_plots.draw(goal) for goal in search_plots.goals(file)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        performance = search_plots.page(files, "performance")
-    found["docs/generative/scaling.svg"] = scaling.picture(_read(results / "scaling.json"))
+    found["eval/EXPERIMENTS.md"] = experiments.write(experiments.read(results))
     parts = {
-        "docs/performance.md": {"performance:figures": performance},
-        "docs/indexes.md": {
-            "collisions:table": index_collisions.collisions_table(_read(results / "index_collisions.json")["rows"]),
-            "leak:table": index_collisions.leak_table(_read(results / "index_leak.json")),
-        },
+        "docs/performance.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
         "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
         "docs/results.md": {"quickstart:screen": record.screen(_read(results / "quickstart.json"))},
     }

@@ -1,25 +1,16 @@
-"""Draws a picture for each goal of the timed benchmarks, and writes docs/performance.md between its marks.
+"""The generated part of docs/performance.md: a table of the goals of the timed benchmarks, and notes on each section.
 
-``python -m eval.benchmarks.search_plots eval/results/search.json eval/results/search_vllm.json
-eval/results/training.json docs/performance``. The page is the file beside the folder, of its name. Nothing on it is
-typed by hand that a benchmark can say; why a goal was missed stands in `WHY`.
+Nothing in it is typed by hand that a benchmark can say; why a goal was missed stands in `WHY`.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec.report.canvas import WIDE, Canvas, Scale
-from llmrec.report.render import picture
-
-START, END = "<!-- performance:figures -->", "<!-- /performance:figures -->"
-_LEFT, _RIGHT, _TOP, _ROW = 290, 740, 104, 40
 FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": "Training"}
 HEADINGS = {
     "beam": "Search of a batch",
@@ -54,21 +45,10 @@ class Goal:
     name: str
     goal: dict[str, Any]
     around: dict[str, Any]
-    result: dict[str, Any]
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """What the section was measured with: that of its file, or its own where it was measured alone."""
-        return dict(self.around.get("apart", self.result))
 
     @property
     def subject(self) -> str:
         return HEADINGS[self.section] if self.section else FILES[self.file]
-
-    @property
-    def picture(self) -> str:
-        words = " ".join(each for each in (self.file, self.section, self.name) if each)
-        return re.sub(r"[^a-z0-9]+", "-", words.lower()) + ".svg"
 
     @property
     def sentence(self) -> str:
@@ -79,11 +59,6 @@ class Goal:
         return plain(
             f"{what[0].upper()}{what[1:]}: {shown[0]}{median}" if self._plain else f"{shown[0]} {what}{median}"
         )
-
-    @property
-    def compared(self) -> str:
-        """What the picture compares, without figures."""
-        return plain(f"{self.subject}: {self.goal['what'].removeprefix('times ')}")
 
     @property
     def wanted(self) -> str:
@@ -122,7 +97,7 @@ def goals(file: Path) -> Iterator[Goal]:
     result = json.loads(file.read_text(encoding="utf-8"))
     for section, around in result.get("sections", {"": result}).items():
         for name, goal in around["goals"].items():
-            yield Goal(file.stem, section, name, goal, around, result)
+            yield Goal(file.stem, section, name, goal, around)
 
 
 def conditions(result: dict[str, Any]) -> str:
@@ -134,31 +109,6 @@ def conditions(result: dict[str, Any]) -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
     clock = "; processor time on a machine that others used" if result.get("clock") == "processor" else ""
     return f"{where}; {', '.join(shown)}; {result['model']}{clock}"
-
-
-def draw(goal: Goal) -> str:
-    """Return the picture: a bar for each implementation, and where the goal begins."""
-    bars, line = goal.goal["bars"], goal.goal["line"]
-    bottom = _TOP + _ROW * len(bars)
-    canvas = Canvas(width=WIDE, height=bottom + 76)
-    along = Scale(low=0.0, high=max(*bars.values(), line), start=_LEFT, end=_RIGHT)
-    canvas.text(26, 28, goal.subject, "tick")
-    canvas.text(26, 50, goal.sentence, "name")
-    x = along(line)
-    for number, (name, value) in enumerate(bars.items()):
-        y, end = _TOP + _ROW * number, max(along(value), _LEFT + 2.0)
-        canvas.text(26, y + 18, plain(name), "" if number else "name")
-        canvas.box(_LEFT, y, end - _LEFT, 26, "band" if number else "bar")
-        # The figure is behind its bar, or behind the line where that would go through it.
-        canvas.text((x if end - 8 < x < end + 76 else end) + 8, y + 18, amount(value, goal.goal["unit"]))
-    canvas.line(x, _TOP - 10, x, bottom - 6, "reference")
-    label = f"goal: {goal.wanted}, {goal.verdict}"
-    canvas.text(x, _TOP - 16, label, "tick", anchor="start" if x < 700 else "end")
-    load = goal.around.get("load", {}).get("after", goal.result["machine"]["load"])
-    where, _, what = conditions(goal.measured).partition("; ")
-    for number, note in enumerate((goal.result["command"], f"{where}; load {load}; fastest round", what)):
-        canvas.text(26, bottom + 22 + 19 * number, note, "tick")
-    return picture(canvas, f"{goal.sentence}; goal {goal.wanted}, {goal.verdict}")
 
 
 # --------------------------------------------------------------------------- words
@@ -388,8 +338,8 @@ NOTES: dict[str, Callable[[dict[str, Any]], str]] = {
 # --------------------------------------------------------------------------- page
 
 
-def page(files: list[Path], folder: str) -> str:
-    """Return what stands between the marks."""
+def page(files: list[Path]) -> str:
+    """Return what stands between the marks of the page."""
     found = [goal for file in files for goal in goals(file)]
     lines = ["| Measured | Result | Goal | |", "|---|---|---|---|"]
     lines += [f"| {each.subject} | {each.sentence} | {each.wanted} | {each.verdict} |" for each in found]
@@ -399,37 +349,15 @@ def page(files: list[Path], folder: str) -> str:
         lines += ["", f"## {FILES[file.stem]}", "", f"{plain(what)}: `{result['command']}`. {conditions(result)}."]
         for section, around in result.get("sections", {"": result}).items():
             own = [each for each in found if (each.file, each.section) == (file.stem, section)]
-            lines += _section(section, around, own, folder)
+            lines += _section(section, around, own)
     return "\n".join(lines)
 
 
-def _section(section: str, around: dict[str, Any], own: list[Goal], folder: str) -> list[str]:
+def _section(section: str, around: dict[str, Any], own: list[Goal]) -> list[str]:
     lines = ["", f"### {HEADINGS[section]}", "", plain(around["what"])] if section else []
     if "apart" in around:
         lines += ["", f"Measured alone: {conditions(around['apart'])}."]
     for each in own:
-        known = (section, each.name) in WHY and not each.goal["met"]
-        why = WHY[section, each.name](each) if known else ""
-        lines += ["", f"![{each.compared}]({folder}/{each.picture})", *(["", why] if why else [])]
-        if not each.goal["met"] and not why:
-            sys.stdout.write(f"no reason is written down for {each.file} {section} {each.name}\n")
+        if (section, each.name) in WHY and not each.goal["met"]:
+            lines += ["", WHY[section, each.name](each)]
     return [*lines, "", NOTES[section](around)] if section in NOTES else lines
-
-
-def main(files: list[Path], folder: Path) -> None:
-    """Draw and write."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.svg"):
-        old.unlink()
-    for file in files:
-        for goal in goals(file):
-            (folder / goal.picture).write_text(draw(goal), encoding="utf-8")
-    target = folder.with_suffix(".md")
-    before, _, rest = target.read_text(encoding="utf-8").partition(START)
-    after = rest.partition(END)[2]
-    target.write_text(f"{before}{START}\n\n{page(files, folder.name)}\n\n{END}{after}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    *results, where = (Path(argument) for argument in sys.argv[1:])
-    main([file for file in results if file.is_file()], where)
