@@ -217,6 +217,22 @@ def trained_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return shared(tmp_path_factory, "trained", lambda folder: pipeline.run(recipe, folder, quiet=True))
 
 
+@pytest.fixture(scope="session")
+def ranker_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run like `trained_run` whose ensembles are learned rankers."""
+    pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
+    from llmrec.pipeline import run as pipeline
+    from llmrec.recipe.load import load_recipe
+    from tests.answer.rank_cases import TRAINED
+    from tests.planted import changes
+
+    def make(folder: Path) -> None:
+        own = [f"model.name={llama_folder}", *TRAINED, *changes(folder.with_name("planted"))]
+        pipeline.run(load_recipe("recipes/movielens-100k/four-tasks.yaml", own), folder, quiet=True)
+
+    return shared(tmp_path_factory, "ranker", make)
+
+
 @pytest.fixture(scope="module")
 def plain(llama_folder: Path) -> Any:
     """Return an untuned toy model, opened as `llmrec rank` opens one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -228,16 +228,34 @@ class Classic:
 
     def _best(self, request: RankRequest, translated: Request, scores: NDArray[np.float64], depth: int) -> Ranking:
         assert isinstance(self.model, CatalogueScorer)
-        names = self.model.items
-        out = request.barred if request.keep_seen else request.barred | {event.item_id for event in translated.history}
-        open_ = np.fromiter((name not in out and name in self.items for name in names), dtype=bool, count=len(names))
-        scores[~open_] = -np.inf
-        order = np.argsort(-scores, kind="stable")[: min(depth, int(open_.sum()))]
-        return Ranking(
-            request_id=request.id,
-            items=tuple(names[row] for row in order),
-            scores=tuple(float(scores[row]) for row in order),
-        )
+        able = listable(request, translated, self.model.items, self.items)
+        return best_of(request, self.model.items, scores, able, depth)
+
+
+def listable(
+    request: RankRequest, translated: Request, names: Sequence[str], items: Container[str]
+) -> NDArray[np.bool_]:
+    """Return which items can be in the list of a request about the whole catalogue, shape (len(names),).
+
+    Args:
+        request: The request.
+        translated: The same with the ids of the data.
+        names: The items that the recommender knows.
+        items: The catalogue.
+    """
+    out = request.barred if request.keep_seen else request.barred | {event.item_id for event in translated.history}
+    return np.array([name not in out and name in items for name in names], dtype=bool)
+
+
+def best_of(
+    request: RankRequest, names: Sequence[str], scores: NDArray[np.float64], able: NDArray[np.bool_], depth: int
+) -> Ranking:
+    """Return the best items by score, at most ``depth``, of those that are `listable`."""
+    scores = np.where(able, scores, -np.inf)
+    order = np.argsort(-scores, kind="stable")[: min(depth, int(able.sum()))]
+    return Ranking(
+        request_id=request.id, items=tuple(names[row] for row in order), scores=tuple(scores[order].tolist())
+    )
 
 
 class Retriever:

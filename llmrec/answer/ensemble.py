@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
-from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, retrieved
+import numpy as np
+
+from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, best_of, listable, retrieved
 from llmrec.answer.recommender import (
     EXPLAIN,
     RANK,
@@ -26,11 +29,11 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import Recalled, choosing
-from llmrec.ensembles.rankers import ListEnsemble, ListMember
+from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember, Member
 from llmrec.ensembles.stored import Fused, FusedPart, read
 from llmrec.errors import RecipeError
 from llmrec.pipeline.bundle import Bundle
-from llmrec.types import Answer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
+from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
 
 # The largest contributions that are named; the others are added up.
 _NAMED = 4
@@ -120,23 +123,27 @@ class Ensemble:
         check_only_auto(self, question)
         if question.verb == EXPLAIN:
             return [self._explained(request) for request in requests]
-        depth = question.depth
-        filled = [request if request.candidates else self._filled(request, depth) for request in requests]
-        able = [request for request in filled if request.candidates]
-        ranked = self._rankings(able, depth)
-        joined = iter(self.join(able, ranked))
-        answers: list[Answered] = []
-        for request, given in zip(filled, requests, strict=True):
-            if not request.candidates:
-                answers.append(Answered(answer=Unparsed(request_id=request.id, reason=NOTHING_LEFT)))
-                continue
-            answer = next(joined)
-            if isinstance(answer, Ranking) and not given.candidates:
+        depth, filled = question.depth, list(requests)
+        whole = [n for n, request in enumerate(requests) if not request.candidates]
+        answers: dict[int, Ranking | Unparsed] = {}
+        if self._model is None:
+            answers.update(zip(whole, self._lists([requests[n] for n in whole], depth), strict=True))
+        else:
+            for n in whole:
+                filled[n] = self._filled(requests[n], depth)
+        able = [n for n, request in enumerate(filled) if request.candidates]
+        posed = [filled[n] for n in able]
+        for n, answer in zip(able, self.join(posed, self._rankings(posed, depth)), strict=True):
+            if isinstance(answer, Ranking) and not requests[n].candidates:
                 answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
+            answers[n] = answer
+        results = []
+        for n, request in enumerate(filled):
+            answer = answers.get(n) or Unparsed(request_id=request.id, reason=NOTHING_LEFT)
             # A language model reads titles, so it knows items that no other member knows.
             unknown = self._naming.known(request)[1] if self._model is None else ()
-            answers.append(answered(answer, request, self._items, unknown))
-        return answers
+            results.append(answered(answer, request, self._items, unknown))
+        return results
 
     def changed(self) -> None:
         """See `Recommender`."""
@@ -241,6 +248,36 @@ class Ensemble:
         # An item that no member knows is ranked last among candidates, and excluded from lists of the catalogue.
         left = (item for name, item in self._items.items() if name not in out and self._naming.has(item))
         return replace(request, candidates=tuple(left))
+
+    def _lists(self, requests: Sequence[RankRequest], depth: int) -> list[Ranking | Unparsed]:
+        """Return the best items of the catalogue for requests without candidates, by baselines that score all items."""
+        if not requests:
+            return []
+        translated = [self._naming.request(request) for request in requests]
+        able = np.array(
+            [
+                listable(request, same, self._whole.items, self._items)
+                for request, same in zip(requests, translated, strict=True)
+            ]
+        )
+        asked = [replace(same, candidates=None) for same in translated]
+        scores = self._whole.scores(asked, ~able)
+        return [
+            best_of(request, self._whole.items, row, some, depth)
+            if some.any()
+            else Unparsed(request_id=request.id, reason=NOTHING_LEFT)
+            for request, row, some in zip(requests, scores, able, strict=True)
+        ]
+
+    @cached_property
+    def _whole(self) -> CatalogueEnsemble:
+        """The ensemble of the same baselines over the whole catalogue; items of the history are barred by requests."""
+        members = []
+        for part in self._fused.parts:
+            scorer = self._predictor(part, {})
+            assert isinstance(scorer, CatalogueScorer)
+            members.append(Member(part.name, scorer, part.kind))
+        return CatalogueEnsemble(self._fused.id, members, filtered=False, context=self._context, weights=self._weights)
 
 
 def _in_words(parts: Mapping[str, float] | None) -> str:

@@ -84,7 +84,7 @@ def _votes(
         Sums, shape (b, items); an item is not a neighbour of itself.
     """
     if weights.shape[1] > _DENSE:
-        return _votes_of_few(weights, matrix, similar)
+        return _votes_of_few(weights, matrix, model.kept("readers", matrix_key, matrix.T.tocsr), similar)
     both = model.kept("products", matrix_key, lambda: (matrix.T @ matrix).toarray())
 
     def near() -> NDArray[np.float64]:
@@ -99,23 +99,47 @@ def _votes(
     return np.asarray(weights.tocsr() @ model.kept("near", (matrix_key, key), near))
 
 
-def _votes_of_few(weights: Any, matrix: Any, similar: Similar) -> NDArray[np.float64]:
-    """Return the sums from pairs of the histories' items only, for catalogues whose pairs do not fit in memory."""
+def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> NDArray[np.float64]:
+    """Return the sums from pairs of the histories' items only, for catalogues whose pairs do not fit in memory.
+
+    Sums of each `_BLOCK` of items are added up, but blocks of few items of the histories are computed together: a
+    single request has some twenty items, most of them alone in their block.
+
+    Args:
+        weights: Weights of the items of each history, sparse, shape (b, items).
+        matrix: Training users and items, sparse, shape (users, items).
+        readers: The same transposed.
+        similar: See `_votes`.
+    """
     total = np.zeros(weights.shape)
-    by_item, weights = matrix.T.tocsr(), weights.tocsc()
-    for start in range(0, weights.shape[1], _BLOCK):
-        part = weights[:, start : start + _BLOCK]
-        asked = np.flatnonzero(np.diff(part.indptr))
-        if not len(asked):
-            continue
-        both = (by_item[start + asked] @ matrix).tocoo()
-        other = both.col != start + asked[both.row]
-        rows, columns = both.row[other], both.col[other]
-        values = similar(both.data[other], start + asked[rows], columns)
-        near = sparse.csr_array((values, (rows, columns)), shape=both.shape)
-        votes = (part[:, asked].tocsr() @ near).tocoo()
-        # Few items of a large catalogue have votes from one block; a dense sum would visit all of them.
-        total[votes.row, votes.col] += votes.data
+    weights = weights.tocoo()
+    order = np.lexsort((weights.row, weights.col))
+    rows, items, values = weights.row[order], weights.col[order], weights.data[order]
+    blocks = items // _BLOCK
+    # Ends of runs of whole blocks with at most `_BLOCK` different items together.
+    start = 0
+    while start < len(items):
+        end = int(np.searchsorted(blocks, blocks[start], side="right"))
+        while end < len(items):
+            further = int(np.searchsorted(blocks, blocks[end], side="right"))
+            if further - start > _BLOCK:
+                break
+            end = further
+        part = slice(start, end)
+        asked, places = np.unique(items[part], return_inverse=True)
+        both = (readers[asked] @ matrix).tocoo()
+        other = both.col != asked[both.row]
+        past, columns = both.row[other], both.col[other]
+        near = sparse.csr_array((similar(both.data[other], asked[past], columns), (past, columns)), shape=both.shape)
+        # One row for each block of a request, so that a request's sums do not depend on which blocks others have.
+        sums, own = np.unique(blocks[part] * len(total) + rows[part], return_inverse=True)
+        votes = sparse.csr_array((values[part], (own, places)), shape=(len(sums), len(asked))) @ near
+        voters = np.repeat(sums % len(total), np.diff(votes.indptr))
+        _, firsts = np.unique(sums // len(total), return_index=True)
+        for cells in map(slice, votes.indptr[firsts], votes.indptr[[*firsts[1:], len(sums)]]):
+            # Few items of a large catalogue have votes from one block; a dense sum would visit all of them.
+            total[voters[cells], votes.indices[cells]] += votes.data[cells]
+        start = end
     return total
 
 
@@ -171,8 +195,12 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
         """Return the sums of similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         matrix = model.kept("matrix", config.weighting, lambda: _weighed(model.binary, config.weighting))
-        squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
-        shares = np.power(squares, config.asymmetry), np.power(squares, 1 - config.asymmetry)
+
+        def powers() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
+            return np.power(squares, config.asymmetry), np.power(squares, 1 - config.asymmetry)
+
+        shares = model.kept("powers", (config.weighting, config.asymmetry), powers)
 
         def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
             return both / (shares[0][item] * shares[1][past] + config.shrinkage)
@@ -220,14 +248,21 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the walk probabilities divided by popularity for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        of_user = np.asarray(model.binary.sum(axis=1)).ravel()
-        of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
-        # Each of the two columns of a product has the square root of the weight of their common user.
-        roots = np.power(of_user, -config.alpha / 2)
-        matrix = model.kept("matrix", config.alpha, lambda: sparse.diags_array(roots) @ model.binary)
+
+        def walked() -> Any:
+            # Each of the two columns of a product has the square root of the weight of their common user.
+            of_user = np.asarray(model.binary.sum(axis=1)).ravel()
+            return sparse.diags_array(np.power(of_user, -config.alpha / 2)) @ model.binary
+
+        def powers() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
+            return np.power(of_item, -config.alpha), np.power(of_item, -config.beta)
+
+        matrix = model.kept("matrix", config.alpha, walked)
+        leaving, arriving = model.kept("powers", (config.alpha, config.beta), powers)
 
         def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
-            return both * np.power(of_item[past], -config.alpha) * np.power(of_item[item], -config.beta)
+            return both * leaving[past] * arriving[item]
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
         votes = _votes(weights, model, matrix, similar, matrix_key=config.alpha, key=config.beta)

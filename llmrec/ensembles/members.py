@@ -157,6 +157,8 @@ def restored(record: FusionWeights) -> Weights:
         except (ValueError, zlib.error) as error:
             raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
         trees = Trees(text, record.trees.features)
+    elif record.form == "ranker":
+        raise ModelError("the trees of an ensemble are missing", kind="damaged")
     base = None if record.base is None else restored(record.base)
     form: Form = record.form  # type: ignore[assignment]
     return Weights(form, parts, record.repeat or 0.0, trees=trees, base=base, scale=record.scale or 0.0)

@@ -62,6 +62,7 @@ class CatalogueEnsemble(Ensemble):
         filtered: bool,
         context: Context | None = None,
         learns: bool = True,
+        weights: Weights | None = None,
     ) -> None:
         """Create the ensemble.
 
@@ -71,6 +72,7 @@ class CatalogueEnsemble(Ensemble):
             filtered: Whether items of the history are excluded from rankings.
             context: Further features for a ranker; None: it has the members' scores alone.
             learns: Whether a ranker takes part in the choice of the form.
+            weights: The weights of an earlier ``fit``.
 
         Raises:
             LlmrecError: If there are fewer than two members, or they have different catalogues.
@@ -78,7 +80,7 @@ class CatalogueEnsemble(Ensemble):
         if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
             raise LlmrecError(f"{name}: a fusion needs two or more parts over one catalogue", kind="mismatch")
         super().__init__(name, learns=learns)
-        self.parts, self.filtered, self.context = tuple(parts), filtered, context
+        self.parts, self.filtered, self.context, self.weights = tuple(parts), filtered, context, weights
         self._column = {item: index for index, item in enumerate(self.items)}
         self._codes = np.empty(0, dtype=np.int64) if context is None else context.codes(self.items)
 
@@ -114,10 +116,14 @@ class CatalogueEnsemble(Ensemble):
         users = [case.request.user_id for case in cases]
         self._choose(joined(blocks), users, repeats=not self.filtered, dissect=dissect, only=only)
 
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+    def scores(self, requests: Sequence[Request], barred: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
         """Return the scores of all items, shape (n, items); see `CatalogueScorer.scores`.
 
         Items that are no candidates come after all candidates, by the sum of the members' standardised scores.
+
+        Args:
+            requests: The requests.
+            barred: Items that are no candidates, besides those of the history if ``filtered``, shape (n, items).
         """
         weights = self.fitted
         if weights.form == "alone":
@@ -125,10 +131,8 @@ class CatalogueEnsemble(Ensemble):
             (member,) = (part for part, weight in zip(self.parts, weights.parts, strict=True) if weight)
             alone: NDArray[np.float64] = np.asarray(member.scorer.scores(requests), dtype=np.float64)
             return alone + weights.repeat * self._history(requests) if weights.repeat else alone
-        blocks = [
-            self._scored(weights, requests[start : start + self._block])
-            for start in range(0, len(requests), self._block)
-        ]
+        slices = [slice(start, start + self._block) for start in range(0, len(requests), self._block)]
+        blocks = [self._scored(weights, requests[part], None if barred is None else barred[part]) for part in slices]
         return np.concatenate(blocks) if blocks else np.empty((0, len(self.items)))
 
     @property
@@ -136,25 +140,33 @@ class CatalogueEnsemble(Ensemble):
         """Requests that are scored at a time."""
         return max(1, CELLS // (len(self.items) * len(self.parts)))
 
-    def _scored(self, weights: Weights, requests: Sequence[Request]) -> NDArray[np.float64]:
-        cells, chosen, raw = self._cells(requests)
+    def _scored(
+        self, weights: Weights, requests: Sequence[Request], barred: NDArray[np.bool_] | None
+    ) -> NDArray[np.float64]:
+        cells, chosen, raw = self._cells(requests, barred=barred)
         return _completed(weights.scores(cells), chosen, raw)
 
     def _cells(
-        self, requests: Sequence[Request], truth: NDArray[np.int64] | None = None
+        self,
+        requests: Sequence[Request],
+        truth: NDArray[np.int64] | None = None,
+        barred: NDArray[np.bool_] | None = None,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
         """Return the candidates of requests, which items these are, shape (n, items), and the members' scores.
 
         Args:
             requests: The requests.
             truth: The column of each target, which can be ranked although the history may contain it.
+            barred: See `scores`.
         """
         raw = [np.asarray(part.scorer.scores(requests), dtype=np.float32) for part in self.parts]
         had = self._history(requests)
         out = had.copy() if self.filtered else None
         if out is not None and truth is not None:
             out[np.arange(len(requests)), truth] = False
-        chosen = best(raw, out)
+        if barred is not None:
+            out = barred if out is None else out | barred
+        chosen = best(raw, out, TOP)
         seen = np.zeros_like(had) if self.filtered else had
         context = _context(self.context, requests, chosen, self._codes)
         kinds = [part.kind for part in self.parts]
@@ -238,14 +250,14 @@ class _Pool:
 
     Attributes:
         items: The candidates and the items that come after them.
-        strange: Which items a member does not know, shape (members, items).
+        unknown: The items that no member knows, which come last.
         cells: The candidates with the members' scores.
         chosen: Which items are candidates, shape (1, items).
         raw: The scores of each member, shape (1, items).
     """
 
     items: Sequence[str]
-    strange: NDArray[np.bool_]
+    unknown: Sequence[str]
     cells: Cells
     chosen: NDArray[np.bool_]
     raw: list[NDArray[np.float32]]
@@ -316,7 +328,7 @@ class ListEnsemble(Ensemble):
         """Rank the candidates of each request; see `Predictor.answer`.
 
         An item that a member does not know has the member's least favourable score, depending on the sign of its
-        weight. So items that no member knows come last.
+        weight. Items that no member knows come last.
         """
         answers: list[Answer] = []
         for request, pool in zip(requests, self._pools(requests), strict=True):
@@ -324,12 +336,12 @@ class ListEnsemble(Ensemble):
                 answers.append(Unparsed(request_id=request.id, reason="no member has an answer for the request"))
                 continue
             (result,) = _completed(self.fitted.scores(pool.cells), pool.chosen, pool.raw)
-            order = np.lexsort((pool.strange.all(axis=0), -result)).tolist()
+            order, least = np.argsort(-result, kind="stable").tolist(), float(result.min())
             answers.append(
                 Ranking(
                     request_id=request.id,
-                    items=tuple(pool.items[entry] for entry in order),
-                    scores=tuple(result[order].tolist()),
+                    items=(*(pool.items[entry] for entry in order), *pool.unknown),
+                    scores=(*result[order].tolist(), *(least for _ in pool.unknown)),
                 )
             )
         return answers
@@ -357,10 +369,13 @@ class ListEnsemble(Ensemble):
                 continue
             # One request at a time, so that results do not depend on other requests.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
+            # They are no part of what the features of the others relate to.
+            last = np.logical_and.reduce(strange) & (not strange.all())
+            known, unknown = ([candidates[n] for n in np.flatnonzero(which)] for which in (~last, last))
             # A single member ranks all items as it does without an ensemble.
-            top = len(candidates) if self.fitted.form == "alone" else TOP
+            top = len(known) if self.fitted.form == "alone" else TOP
             own = [item[index] for item in given]
-            yield _Pool(candidates, strange, *self._cells(request, candidates, own, strange=strange, top=top))
+            yield _Pool(known, unknown, *self._cells(request, known, own, strange=strange[:, ~last], top=top))
 
     def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
         """Return the candidates of the cases whose target is among them, and the indices of these cases."""

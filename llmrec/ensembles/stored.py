@@ -137,11 +137,11 @@ def read(folder: Path) -> Stored:
         result = checked(path.read_bytes())
         if result["format"] == FORMAT:
             chosen = result.get("choice")
-            return Stored(
-                [Fused.model_validate(item) for item in result["fusions"]],
-                None if chosen is None else Choice.model_validate(chosen),
-            )
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            fusions = [Fused.model_validate(item) for item in result["fusions"]]
+            for fused in fusions:
+                fused.weights()
+            return Stored(fusions, None if chosen is None else Choice.model_validate(chosen))
+    except (OSError, ValueError, KeyError, TypeError, ValidationError, ModelError) as error:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",
             kind="damaged",

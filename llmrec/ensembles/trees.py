@@ -179,14 +179,18 @@ def _arrays(text: str, features: int) -> _Arrays:
 
 def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the sum of the trees' values for rows of features, shape (n,)."""
-    rows, trees = np.arange(len(features))[:, None], np.arange(len(arrays.roots))
-    node = np.tile(arrays.roots, (len(features), 1))
-    while (going := node >= 0).any():
-        at = trees, np.maximum(node, 0)
-        values = features[rows, arrays.feature[at]]
-        left = np.where(np.isnan(values), arrays.missing[at], values <= arrays.threshold[at])
-        node = np.where(going, np.where(left, arrays.left[at], arrays.right[at]), node)
-    return np.asarray(arrays.leaves[trees, ~node].sum(axis=1))
+    # Flat arrays of pairs of a row and a tree, and only of those that have not reached a leaf.
+    trees, nodes = arrays.feature.shape
+    tree, row = np.tile(np.arange(trees), len(features)), np.repeat(np.arange(len(features)), trees)
+    node, values = arrays.roots[tree], features.ravel()
+    going = np.flatnonzero(node >= 0)
+    while len(going):
+        at = tree[going] * nodes + node[going]
+        own = values.take(row[going] * features.shape[1] + arrays.feature.take(at))
+        left = np.where(np.isnan(own), arrays.missing.take(at), own <= arrays.threshold.take(at))
+        node[going] = np.where(left, arrays.left.take(at), arrays.right.take(at))
+        going = going[node[going] >= 0]
+    return np.asarray(arrays.leaves[tree, ~node].reshape(len(features), trees).sum(axis=1))
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,9 @@ def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRo
 
 def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
     able = [row for row in rows if row.weighing]
-    cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in able)]
     for kind in get_args(Reads):
         parts = [row for row in able if widest([row.figures.reads, kind]) == kind]
+        cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in parts)]
         if cases and len(parts) >= 2 and widest([row.figures.reads for row in parts]) == kind:
             yield _fused(study, weighing, family, kind, parts, cases)
 

@@ -31,9 +31,10 @@ CONTROLS, JOINED = "sequential/baseline/fusion with texts", "sequential/tuned/fu
 BASELINES = ["popularity", "item-knn(history=5)", "markov-1", "markov", "content"]
 
 
-@pytest.fixture(scope="module")
-def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shutil.copytree(trained_run, tmp_path_factory.mktemp("run") / "r")
+@pytest.fixture(scope="module", params=["trained_run", "ranker_run"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a linear ensemble, and one with a learned ranker."""
+    return shutil.copytree(request.getfixturevalue(request.param), tmp_path_factory.mktemp("run") / "r")
 
 
 def results_of(run: Path) -> dict[str, Any]:
@@ -124,6 +125,10 @@ def test_a_run_shows_what_its_fusions_weigh(run: Path) -> None:
     assert [part["name"] for part in alone["fusion"]["parts"]] == names
     assert [part["name"] for part in joined["fusion"]["parts"]] == [*names, "likelihood"]
     assert (alone["reads"], joined["reads"]) == ("texts", "language model")
+    if events["fusion"]["form"] == "ranker":
+        # A model that says little is added to the ranker by a weight, or not at all.
+        assert alone["fusion"]["form"] == "ranker" and alone["fusion"]["trees"]
+        assert joined["fusion"]["form"] == "ranker" or joined["fusion"]["base"]["trees"]
     pairs = {(each["a"], each["b"]) for each in results_of(run)["comparisons"] if "verdict" in each}
     for control in (events, alone):
         assert {(joined["id"], control["id"]), ("sequential/tuned/likelihood/continue-list", control["id"])} <= pairs
@@ -152,10 +157,10 @@ def test_what_was_not_weighed_is_refused(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
-    run: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake")
-    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED, *more])
+    other = load_recipe(run / "recipe.yaml", more)
     second = pipeline.run(other, tmp_path / "second", quiet=True)
 
     def fail(*args: Any, **named: Any) -> None:
@@ -171,17 +176,21 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     assert sum(row["arm"] == "baseline" for row in rows.values()) == 8
     assert {row["arm"] for row in rows.values()} == {"baseline", "tuned", "zero-shot"}
     alone = rows["sequential/baseline/fusion with texts"]
+    # The ensembles of the baselines are those of the run.
+    known = {row["id"]: row["fusion"] for row in results_of(run)["rows"] if row.get("fusion")}
+    for name in ("sequential/baseline/fusion", alone["id"]):
+        assert rows[name]["fusion"] == known[name]
     pairs = {(each["a"], each["b"]) for each in made.results["comparisons"] if "verdict" in each}
     assert (joined["id"], alone["id"]) in pairs
     assert made.report.is_file() and "What <bdi>fusion" in made.report.read_text(encoding="utf-8")
     assert pl.read_parquet(tmp_path / "joined" / "predictions.parquet").height == 12 * len(rows)
 
 
-def test_runs_over_other_cases_are_not_joined(run: Path, llama_folder: Path, tmp_path: Path) -> None:
+def test_runs_over_other_cases_are_not_joined(trained_run: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake", "eval.users=11")
-    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED, *more])
+    other = load_recipe(trained_run / "recipe.yaml", more)
     second = pipeline.run(other, tmp_path / "second", quiet=True)
     with raises(DataError, Facts(kind="mismatch")):
-        pipeline.fuse([run, second.folder], tmp_path / "joined")
+        pipeline.fuse([trained_run, second.folder], tmp_path / "joined")
     with raises(DataError, Facts(kind="missing-file")):
-        pipeline.fuse([run, tmp_path], tmp_path / "joined")
+        pipeline.fuse([trained_run, tmp_path], tmp_path / "joined")

@@ -594,7 +594,11 @@ def test_pairs_of_a_small_catalogue_are_those_of_a_large_one(kind: Any, monkeypa
     for change in changes:
         tuned = model.with_config(kind.Config(**change))
         small = tuned.scores(requests)
-        with monkeypatch.context() as patched:
-            patched.setattr(knn, "_DENSE", 1)
-            large = tuned.scores(requests)
-        assert np.isfinite(small).all() and np.allclose(small, large, rtol=1e-9, atol=1e-12)
+        for block in (1, 7, 256):
+            with monkeypatch.context() as patched:
+                patched.setattr(knn, "_DENSE", 1)
+                patched.setattr(knn, "_BLOCK", block)
+                large = tuned.scores(requests)
+                # To the last digit: the sums of a request do not depend on who else asks.
+                assert np.array_equal(np.concatenate([tuned.scores([request]) for request in requests]), large)
+            assert np.isfinite(small).all() and np.allclose(small, large, rtol=1e-9, atol=1e-12)

@@ -35,6 +35,7 @@ from llmrec.registry import BASELINES
 from llmrec.report.wording import DASH
 from llmrec.resources import resource
 from llmrec.tasks.family import family_of
+from tests import planted
 from tests.bench.suites import page_of
 from tests.facts import Facts, raises
 
@@ -213,6 +214,29 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
     run_benchmark(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
     data = load_split(Suite(**PAGE).data, 0)
     assert chose == set(data.valid["user_id"])
+
+
+def test_a_ranker_is_a_row_unless_the_row_rules_it_out(tmp_path: Path) -> None:
+    pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
+    data = planted.write(tmp_path / "data")
+    columns = {"user": "user_id", "item": "item_id", "time": "timestamp"}
+    members = ["popularity", "markov-1", "content"]
+    rows: list[dict[str, Any]] = [{"baseline": name, "tune": False} for name in members]
+    rows += [{"name": "learned", "fuse": members}, {"name": "linear", "ranker": False, "fuse": members}]
+    page = PAGE | {
+        "data": {
+            "source": "table", "path": f"{data}/events.csv", "items": f"{data}/items.csv", "columns": columns,
+        },
+        "seeds": [0], "split_seeds": [0], "rows": rows, "pairs": [["learned", "linear"]],
+    }  # fmt: skip
+    ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
+    tables = {row.name: row.tables for row in ran.results.rows if row.name in ("learned", "linear")}
+    for seen in ("excluded", "included"):
+        learned, linear = (tables[name][seen] for name in ("learned", "linear"))
+        assert learned.parameters["form"] == "ranker" != linear.parameters["form"]
+        assert learned.metrics["NDCG@10"].value > linear.metrics["NDCG@10"].value
+        assert learned.fusion is not None and "history: length" in {item.name for item in learned.fusion.features}
+    assert "Its features with the largest shares of the gain" in page_of(ran.results)
 
 
 def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:

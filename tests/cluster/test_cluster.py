@@ -205,6 +205,26 @@ def test_a_worker_ranks_the_bytes_of_one_process_with_one_engine(
     assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
 
 
+@pytest.mark.parametrize("fixture", ["trained_run", "ranker_run"])
+def test_a_worker_ranks_by_an_ensemble(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str
+) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    monkeypatch.setattr(run, "PART", 2)
+    folder = request.getfixturevalue(fixture)
+    first = "k" if fixture == "trained_run" else "i"
+    asked_of = [{"id": f"r{n}", "history": [f"{first}{n + 1:02d}", f"{first}{n + 11:02d}"]} for n in range(7)]
+    requests = jsonl(tmp_path / "in.jsonl", asked_of)
+    asked = RankOptions(model=str(folder), requests=requests, out=tmp_path / "out.jsonl", by="fusion with texts", top=5)
+    whole = rank_file(replace(asked, out=tmp_path / "whole.jsonl"))
+    job = Job("rank", asked.target, asked)
+    with published(job) as token:
+        worker = Worker(shards_of(job.target), token, 3, "node", 1)
+        work_all(job, 3, lambda numbers: (worker.work(number) for number in reversed(numbers)))
+    assert whole["ranked"] == len(asked_of)
+    assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
+
+
 def test_a_restart_drops_what_was_there_once_and_not_at_every_try(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.types import Cost
+from tests import planted
 from tests.augment_recipe import augmenting_recipe
 from tests.facts import Facts, raises
 
@@ -184,11 +185,15 @@ def _no_engine(*_: object) -> None:
     raise AssertionError("an engine was started")
 
 
+@pytest.mark.parametrize("form", ["linear", pytest.param("ranker", marks=pytest.mark.slow)])
 def test_an_evaluation_in_shards_has_the_figures_of_one_process(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, form: str
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    chosen = recipe(llama_folder)
+    if form == "ranker":
+        pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
+    own = planted.changes(tmp_path / "data") if form == "ranker" else ()
+    chosen = recipe(llama_folder, *own)
     whole, home = tmp_path / "whole", tmp_path / "run"
     pipeline.run(chosen, whole, quiet=True, may_train=False)
     for index in (2, 1):
@@ -202,9 +207,11 @@ def test_an_evaluation_in_shards_has_the_figures_of_one_process(
     assert figures(home) == figures(whole)
     predictions = [(place / "predictions.parquet").read_bytes() for place in (home, whole)]
     assert predictions[0] == predictions[1]
+    forms = {row["fusion"]["form"] for row in figures(home)["rows"] if row.get("fusion") and row["arm"] == "baseline"}
+    assert ("ranker" in forms) == (form == "ranker")
 
     # A shard of another recipe does not belong to the others.
-    evaluate_shard(recipe(llama_folder, "eval.users=6"), home, Shard(1, 2), quiet=True)
+    evaluate_shard(recipe(llama_folder, *own, "eval.users=6"), home, Shard(1, 2), quiet=True)
     with raises(LlmrecError, Facts("mismatch", says="inputs or options")):
         merge_run(home, quiet=True)
 

@@ -26,6 +26,7 @@ from llmrec.serve.gates import Auth
 from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
 from tests.answer.rank_cases import jsonl, lines, options
+from tests.planted import ITEMS
 from tests.serve.served import Served, listening, wait_ready
 
 CLASSIC = ["popularity", "item-knn", "markov-1", "markov"]
@@ -180,6 +181,27 @@ def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, mod
         in_python(rec, asked, model=model),
         in_frame(rec, asked, model=model),
     )
+
+
+@pytest.mark.parametrize(("model", "fuse"), [("fusion with texts", "baselines"), ("fusion with models", "model")])
+def test_a_learned_ranker_gives_one_list(ranker_run: Path, tmp_path: Path, model: str, fuse: str) -> None:
+    run, drawn = shutil.copytree(ranker_run, tmp_path / "r"), random.Random(5)
+    names = [f"i{n:02d}" for n in range(ITEMS)]
+    asked = [{"id": f"r{n}", "history": drawn.sample(names, 1 + n)} for n in range(3)]
+    listed = [{**question, "candidates": drawn.sample(names, 7)} for question in asked]
+    service = make_service(
+        ServeOptions(model=str(run), store=str(tmp_path / "s.sqlite"), backend="hf", dtype="float32", batch=4)
+    )
+    with llmrec.load(str(run), backend="hf", dtype="float32") as rec, listening(make_app(service, Auth())) as (url,):
+        wait_ready(url)
+        # A language model orders what the ranker retrieves, whose lists the other case compares.
+        for more in ({}, {"k": 5}, {"exclude_seen": False})[: 1 if fuse == "model" else 3]:
+            questions = asked if more else listed
+            first = in_python(rec, questions, model=model, **more)
+            agree(first, over_http(url, questions, model=model, together=False, **more))
+            same = agree_nearly if model == "fusion with models" else agree
+            same(first, batched(url, questions, model=model, **more), in_frame(rec, questions, model=model, **more))
+        agree(in_python(rec, listed, model=model), in_file(run, tmp_path, listed, fuse=fuse, batch=64))
 
 
 @pytest.mark.parametrize(("model", "fuse"), [("fusion with texts", "baselines"), ("fusion with models", "model")])

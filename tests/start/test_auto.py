@@ -29,6 +29,7 @@ from llmrec.start import auto as autos
 from llmrec.start.auto import Part, Plan, data_page, has_texts, judged, parts_for, plan, with_model
 from llmrec.start.auto_trial import Done
 from llmrec.start.options import AutoOptions, budget_seconds
+from tests import planted
 
 # Grids that are searched through in a moment, so that no test depends on a budget.
 PLAIN: dict[str, Json] = {"weighting": "none", "shrinkage": 0.0, "asymmetry": 0.5}
@@ -133,6 +134,30 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
         RankOptions(baseline="fusion", recipe=str(made.folder), requests=asked, out=tmp_path / "later.jsonl", top=3)
     )
     assert "have changed since it was measured" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_learned_ranker_is_served_where_it_is_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
+    data = planted.write(tmp_path / "data")
+    try_few(monkeypatch)
+    texts: dict[str, Json] = {"decay": 0.7, "history": 20, "whitening": 0.0}
+    parts = [Part("popularity", "popularity"), Part("markov-1", "markov-1"), Part("content", "content", texts)]
+    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: parts)
+    options = AutoOptions(
+        table=str(data / "events.csv"),
+        items=str(data / "items.csv"),
+        budget=f"{ENDLESS}s",
+        out=tmp_path / "run",
+        classic=True,
+    )
+    made = autos.build(options)
+    rows = {row["predictor"]: row for row in made.run.results["rows"]}
+    assert rows["fusion with texts"]["fusion"]["form"] == "ranker" and made.served == "fusion with texts"
+    lamps = [f"i{n:02d}" for n in range(planted.ITEMS) if planted.WORDS[n % len(planted.WORDS)] == "lamp"]
+    with load(str(made.folder)) as rec:
+        assert rec.models[0] == "fusion with texts"
+        assert {item.item_id for item in rec.rank(history=lamps[:2], k=4)} == set(lamps[2:])
 
 
 def test_what_is_best_on_validation_is_served_and_named_everywhere(whole: Whole) -> None:

@@ -1,0 +1,127 @@
+"""Times single requests about a whole catalogue to an ensemble with a learned ranker.
+
+Run by ``make bench NAME=rank-ensemble``: the ensemble of eleven members of ``eval/suites/amazon14-toys-ranker.yaml``,
+whose data ``LLMREC_DATA`` holds, with a ranker of the setting that the suite's result names, fitted to fewer users,
+which changes no time. The command starts it on one core with one thread; ``BENCH_CLOCK=processor`` where others use the
+core too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from eval.benchmarks.timing import seconds_now
+from llmrec.answer.ensemble import Ensemble
+from llmrec.answer.recommender import Question
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.validation import ranking_cases
+from llmrec.data.requests import PastEvent, RankRequest
+from llmrec.data.split import halves
+from llmrec.durable import write_json
+from llmrec.ensembles.context import Context
+from llmrec.ensembles.members import weights_of
+from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.stored import Fused, FusedPart
+from llmrec.ensembles.weights import Tried
+from llmrec.machine import machine, versions
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.load import load_suite
+from llmrec.types import Request
+
+SUITE, ENSEMBLE = "eval/suites/amazon14-toys-ranker.yaml", "ensemble of interactions and texts"
+# Users to which its ranker is fitted; the items of a list that a service asks for at least.
+FITTING, DEPTH = 1500, 50
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.rank_ensemble")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--requests", type=int, default=1000)
+    chosen = parser.parse_args()
+    write_json(chosen.target, measured(chosen.requests))
+
+
+def measured(count: int) -> dict[str, Any]:
+    """Time requests about the catalogue, one at a time, as a service asks its ensemble."""
+    suite = load_suite(SUITE)
+    rows = {row.name or str(row.baseline): row for row in suite.rows}
+    result = json.loads(Path(f"eval/results/{suite.suite}.json").read_text(encoding="utf-8"))
+    (form,) = (row["tables"]["excluded"]["parameters"]["of"] for row in result["rows"] if row["name"] == ENSEMBLE)
+    data = load_split(suite.data, suite.split_seeds[0])
+    choose, weigh = halves(data, suite.reserved)
+    parts = [
+        FusedPart(name=name, baseline=rows[name].baseline, parameters=dict(rows[name].parameters))
+        for name in rows[ENSEMBLE].fuse
+    ]
+    members = [
+        Member(part.name, fitted(str(part.baseline), part.parameters, choose, seed=0), part.kind) for part in parts
+    ]
+    learned = CatalogueEnsemble(ENSEMBLE, members, filtered=True, context=Context(data))
+    learned.fit(ranking_cases(weigh, FITTING), only=Tried("ranker", form, 0.0))
+    weights = weights_of(learned)
+    assert weights is not None
+    fused = Fused(
+        id=f"sequential/baseline/{ENSEMBLE}",
+        family="sequential",
+        arm="baseline",
+        parts=tuple(parts),
+        fitted=weights,
+        seed=0,
+        reserved=suite.reserved,
+    )
+    items = data.dataset.items
+    model = Ensemble(fused, data, items, ENSEMBLE)
+    held = data.holdouts("test")
+    requests = [
+        RankRequest(
+            id=str(n),
+            candidates=(),
+            user_id=one.user_id,
+            history=tuple(
+                PastEvent(item=items[event.item_id], rating=event.rating, timestamp=event.timestamp)
+                for event in data.history(one.user_id, "test")
+            ),
+        )
+        for n, one in zip(range(count), held, strict=False)
+    ]
+    question = Question(depth=DEPTH)
+    # The members are fitted, and their matrices are made, when the first request comes.
+    model.answer(requests[:3], question)
+
+    def times(once: Callable[[Any], object], asked: Sequence[Any]) -> dict[str, float]:
+        spent = []
+        for request in asked:
+            begin = seconds_now()
+            once(request)
+            spent.append(seconds_now() - begin)
+        return {"median_ms": 1000 * median(spent), "p99_ms": 1000 * quantiles(spent, n=100)[98]}
+
+    whole = times(lambda request: model.answer([request], question), requests)
+    posed = [
+        Request(id=one.id, user_id=str(one.user_id), history=data.history(str(one.user_id), "test")) for one in requests
+    ]
+    each = {member.name: times(lambda one, of=member.scorer: of.scores([one]), posed) for member in members}
+    return {
+        "command": "LLMREC_DATA=folder BENCH_CLOCK=processor make bench NAME=rank-ensemble",
+        "what": f"one request at a time about the whole catalogue, the best {DEPTH} items, histories of the test users",
+        "clock": os.environ.get("BENCH_CLOCK", "wall"),
+        "suite": suite.suite,
+        "form": form,
+        "items": len(items),
+        "requests": len(requests),
+        "answer": {**whole, "goal": {"at_most_ms": 30, "met": whole["p99_ms"] <= 30}},
+        "members": each,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    main()
