@@ -395,7 +395,7 @@ def test_a_refreshed_ranker_finds_a_new_item_by_its_text(ranked: pipeline.Run, t
         wait_ready(url)
 
         def asked() -> list[str]:
-            found = httpx.post(f"{url}/v1/rank", json={"user_id": "fresh", "k": 5}, timeout=60).json()
+            found = httpx.post(f"{url}/v1/rank", json={"user_id": "fresh", "k": 8}, timeout=60).json()
             assert found["model"]["name"] == "fusion with texts"
             return [item["item_id"] for item in found["items"]]
 

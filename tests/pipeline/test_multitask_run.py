@@ -16,11 +16,10 @@ from llmrec.pipeline import run as pipeline
 from llmrec.pipeline import runs
 from llmrec.pipeline.study import Study, build_study, encoder_of
 from llmrec.pipeline.training import plan_training, training_key
-from llmrec.recipe.load import load_benchmark, load_recipe
+from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.report.plots import losses
 from llmrec.report.results import read
-from llmrec.resources import resource
 from llmrec.train.steps import Plan
 from tests.conftest import make_model
 from tests.facts import Facts, raises
@@ -28,7 +27,6 @@ from tests.review_files import records, write
 
 pytest.importorskip("llmrec.bench", reason="the extension is not there")
 
-from llmrec.bench.recipes import points
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -180,18 +178,6 @@ def test_sizes_are_what_a_family_can_ask_about(tmp_path: Path, monkeypatch: pyte
 def test_the_training_key_sees_the_mixture(change: str, llama_folder: Path) -> None:
     one, two = (training_key(build_study(recipe(llama_folder, *more)), str(llama_folder)) for more in ((), (change,)))
     assert one != two
-
-
-def test_the_shipped_page_trains_all_and_each_alone() -> None:
-    bench = load_benchmark(resource("eval", "suites", "multitask.yaml"))
-    every = {"rating", "sequential", "direct", "explanation", "review", "stars"}
-    found = {}
-    for point in points(bench):
-        chosen = load_recipe(bench.recipe, [*bench.overrides, *point.run.overrides])
-        assert set(chosen.tasks.present()) == every
-        found[point.label] = frozenset(chosen.trained())
-    groups = [{"rating"}, {"sequential"}, {"direct"}, {"explanation"}, {"review", "stars"}]
-    assert set(found.values()) == {frozenset(every), *map(frozenset, groups)}
 
 
 # --------------------------------------------------------------------------- a family that is left out

@@ -54,7 +54,7 @@ def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
         ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results", say=lines.append)
     assert len(lines) == 4 and all(f"GAUC undefined ({OF_USERS})" in line and "AUC 0." in line for line in lines)
     assert [line.metric for line in ran.results.comparisons] == ["AUC"]
-    board = ran.files["leaderboard"].read_text(encoding="utf-8")
+    board = ran.files["page"].read_text(encoding="utf-8")
     assert f"GAUC is undefined: {OF_USERS}." in board and NOTHING not in board
     assert all(line.split(" | ")[2] == "undefined" for line in board.splitlines() if line.startswith("| l"))
 
@@ -63,7 +63,7 @@ def test_a_suite_without_a_headline_compares_nothing_and_says_so(tmp_path: Path)
     page = suite(table(tmp_path, (5.0,)), pairs=[("like-ratio", "logistic")], split_seeds=[0, 1])
     ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
     assert ran.results.comparisons == () and ran.results.pairs == ()
-    board = ran.files["leaderboard"].read_text(encoding="utf-8")
+    board = ran.files["page"].read_text(encoding="utf-8")
     assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in board and "best row is better" not in board
 
 

@@ -53,7 +53,7 @@ def test_wrong_key_is_named_with_its_place(results: dict[str, Any], save: Save) 
         write(save(results))
 
 
-RUNS = ("four-tasks", "book-explanations", "p5-ids", "p5-t5-small")
+RUNS = ("four-tasks", "p5-decoder")
 
 
 @pytest.mark.parametrize("name", RUNS)
