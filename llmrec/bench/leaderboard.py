@@ -34,7 +34,7 @@ Type = Literal["control", "interactions", "text", "fine-tuned text encoder", "la
 _BRIEF = 1.0
 
 # Published systems below the models of a table; the pages of its data sets have all of them.
-_PUBLISHED = 8
+_PUBLISHED = 6
 
 
 class Column(Page):
@@ -249,7 +249,12 @@ def _cells(board: Board, result: BenchmarkResult, table: BenchmarkTable) -> dict
         for pair in result.comparisons
         if pair.table == table.name and pair.low is not None and pair.high is not None and pair.low * pair.high > 0
     }
-    entries = [(row, own.metrics[table.metric]) for row, own in result.standings(table) if row.name in board.models]
+    # An ensemble that came to a single member is that member.
+    entries = [
+        (row, own.metrics[table.metric])
+        for row, own in result.standings(table)
+        if row.name in board.models and not (own.fusion and own.fusion.form == "alone")
+    ]
     figures = [(row, figure) for row, figure in entries if figure.value is not None]
     return {
         row.name: Cell(figure.value or 0.0, figure.low, figure.high, row.name not in beaten, rank)
