@@ -299,9 +299,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
-    """Return the sort key of a model: controls last, then by mean rank, then by its first figure."""
-    first = next((cell.value for cell in line.cells if cell is not None), None)
-    return line.type == "control", line.mean_rank or float("inf"), *place(first, metric)
+    """Return the sort key of a model: controls last, then by mean rank on its own data sets, then by a figure."""
+    known = [cell for cell in line.cells if cell is not None]
+    return line.type == "control", float(np.mean([cell.rank for cell in known])), *place(known[0].value, metric)
 
 
 def _published(
