@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrec.report.table import grid
+
 FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": "Training"}
 HEADINGS = {
     "beam": "Search of a batch",
@@ -198,38 +200,42 @@ def _catalogue(section: dict[str, Any]) -> str:
 
 
 def _exact(section: dict[str, Any]) -> str:
-    rows = [
-        "| First token's perplexity | Proven at 20 beams | Best list at 20 beams | Beams for a proof, median | most |",
-        "|---|---|---|---|---|",
+    head = [
+        *("First token's perplexity", "Proven at 20 beams", "Best list at 20 beams"),
+        *("Beams for a proof, median", "most"),
     ]
-    for each in section["models"]:
-        cells = (
+    rows = [
+        [
             f"{each['perplexity_of_first_token']:.1f} of 20",
             f"{each['certified']:.1%}",
             f"{each['same_list']:.1%}",
-        )
-        rows.append(f"| {' | '.join(cells)} | {each['median_width']:.0f} | {each['largest_width']} |")
-    return "\n".join(rows)
+            f"{each['median_width']:.0f}",
+            str(each["largest_width"]),
+        ]
+        for each in section["models"]
+    ]
+    return grid(head, rows)
 
 
 def _vllm(result: dict[str, Any]) -> str:
+    head = ["Tokens of a prompt", "Tokens read", "Requests", "Without reading forced tokens", "Requests"]
     rows = [
-        "| Tokens of a prompt | Tokens read | Requests | Without reading forced tokens | Requests |",
-        "|---|---|---|---|---|",
+        [length, *(f"{work[name]:,}" for work in ways.values() for name in ("tokens", "requests"))]
+        for length, ways in result["work"].items()
     ]
-    for length, ways in result["work"].items():
-        cells = [f"{work[name]:,}" for work in ways.values() for name in ("tokens", "requests")]
-        rows.append(f"| {' | '.join([length, *cells])} |")
     apart = max(result["largest_difference_nats"].values())
-    return "\n".join([f"Scores differ by at most {apart:.1g} nats from those of `prompt_logprobs`.", "", *rows])
+    return "\n".join(
+        [f"Scores differ by at most {apart:.1g} nats from those of `prompt_logprobs`.", "", grid(head, rows)]
+    )
 
 
 def _rows(section: dict[str, Any]) -> str:
     work, losses, speed = section["work"], section["losses"], section["targets_per_second"]
-    rows = ["| | Tokens computed | Steps | Targets a second | Mean loss |", "|---|---|---|---|---|"]
-    for name, each in work.items():
-        cells = (plain(name), f"{each['tokens']:,}", each["steps"], f"{speed[name]:,.0f}", f"{losses[name]:.4f}")
-        rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    head = ["", "Tokens computed", "Steps", "Targets a second", "Mean loss"]
+    rows = [
+        [plain(name), f"{each['tokens']:,}", str(each["steps"]), f"{speed[name]:,.0f}", f"{losses[name]:.4f}"]
+        for name, each in work.items()
+    ]
     apart = abs(section["loss_in_float32"] - section["loss_of_positions_in_float32"])
     warned = "; ".join(dict.fromkeys(section["warnings"])) or "nothing about neighbours in a packed row"
     return "\n".join(
@@ -238,7 +244,7 @@ def _rows(section: dict[str, Any]) -> str:
             f" within {max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: "
             f"{warned}. TRL was given one example per target here; the next section gives it the same sequences.",
             "",
-            *rows,
+            grid(head, rows),
         ]
     )
 
@@ -273,15 +279,18 @@ def _packing(section: dict[str, Any]) -> str:
 
 
 def _windows(section: dict[str, Any]) -> str:
+    head = ["", "Mean loss", "Less evaluation", "Mean distance from evaluation", "from the same positions"]
     rows = [
-        "| | Mean loss | Less evaluation | Mean distance from evaluation | from the same positions |",
-        "|---|---|---|---|---|",
+        [
+            plain(name),
+            f"{each['mean_loss']:.4f}",
+            f"{each['from_evaluation']:+.4f}",
+            f"{each['apart_from_evaluation']:.4f}",
+            f"{each['apart_from_same_places']:.4f}",
+        ]
+        for name, each in section["losses"].items()
+        if name != "targets"
     ]
-    for name, each in section["losses"].items():
-        if name != "targets":
-            cells = (f"{each[key]:.4f}" for key in ("mean_loss", "apart_from_evaluation", "apart_from_same_places"))
-            mean, apart, places = cells
-            rows.append(f"| {plain(name)} | {mean} | {each['from_evaluation']:+.4f} | {apart} | {places} |")
     return "\n".join(
         [
             f"{section['losses']['targets']['late']:.0f} target tokens; exploratory. *Evaluation* reads one prompt per "
@@ -289,22 +298,18 @@ def _windows(section: dict[str, Any]) -> str:
             "remains between that and the *band* is information carried by the states of earlier lines (hidden-state "
             "leakage).",
             "",
-            *rows,
+            grid(head, rows),
         ]
     )
 
 
 def _features(section: dict[str, Any]) -> str:
-    rows = [
-        "| | Seconds a step | First step | Megabytes | Of these, the optimiser's state |",
-        "|---|---|---|---|---|",
-    ]
+    head, rows = ["", "Seconds a step", "First step", "Megabytes", "Of these, the optimiser's state"], []
     for name, each in section["seconds"].items():
         first, size = section["first_step_seconds"][name], section["megabytes"][name]
         state = section["optimiser_megabytes"][name]
-        rows.append(
-            f"| {plain(name)} | {each['min']:.2f} ({each['median']:.2f}) | {first:.1f} | {size:,.0f} | {state:.1f} |"
-        )
+        step = f"{each['min']:.2f} ({each['median']:.2f})"
+        rows.append([plain(name), step, f"{first:.1f}", f"{size:,.0f}", f"{state:.1f}"])
     return "\n".join(
         [
             "The fastest step, in brackets the median; steps of one method have the same loss up to rounding. Float32 "
@@ -312,7 +317,7 @@ def _features(section: dict[str, Any]) -> str:
             "where llmrec leaves frozen lower layers out. The first step of torch_compile found its kernels in torch's "
             "cache, from a run before. Liger's kernels and scaled float16 need a GPU and were not measured.",
             "",
-            *rows,
+            grid(head, rows),
         ]
     )
 
@@ -341,8 +346,8 @@ NOTES: dict[str, Callable[[dict[str, Any]], str]] = {
 def page(files: list[Path]) -> str:
     """Return what stands between the marks of the page."""
     found = [goal for file in files for goal in goals(file)]
-    lines = ["| Measured | Result | Goal | |", "|---|---|---|---|"]
-    lines += [f"| {each.subject} | {each.sentence} | {each.wanted} | {each.verdict} |" for each in found]
+    rows = [[each.subject, each.sentence, each.wanted, each.verdict] for each in found]
+    lines = [grid(["Measured", "Result", "Goal", ""], rows, numeric_from=4)]
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         what = f"{result['what'][0].upper()}{result['what'][1:]}"

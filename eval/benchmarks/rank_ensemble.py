@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from eval.benchmarks.provenance import provenance
 from eval.benchmarks.timing import seconds_now
 from llmrec.answer.ensemble import Ensemble
 from llmrec.answer.recommender import Question
@@ -29,7 +30,6 @@ from llmrec.ensembles.members import weights_of
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.stored import Fused, FusedPart
 from llmrec.ensembles.weights import Tried
-from llmrec.machine import machine, versions
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
 from llmrec.types import Request
@@ -118,8 +118,7 @@ def measured(count: int) -> dict[str, Any]:
         "requests": len(requests),
         "answer": {**whole, "goal": {"at_most_ms": 30, "met": whole["p99_ms"] <= 30}},
         "members": each,
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
     }
 
 

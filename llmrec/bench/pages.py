@@ -156,7 +156,7 @@ def own_pages(result: BenchmarkResult, references: Mapping[str, Reference]) -> d
         result: From `read_results`.
         references: Pages of published figures by name.
     """
-    view = _view(result, [references[name] for name in result.references if name in references])
+    view = _view(result, _named(result, references))
     return {f"{result.benchmark}.md": engine().get_template("benchmark.md.j2").render(view=view)}
 
 
@@ -483,7 +483,7 @@ def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str,
     """Return published rows of one treatment of the history, with those on other data separated by page."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
-    same = [row for page in fitting if _same_data(page, result) for row in page.rows if row.seen == seen]
+    same = _on_its_data(result, references, seen)
     blocks = [f"{heading}{end}", _published(same, metrics)] if same else []
     for page in fitting:
         rows = [row for row in page.rows if row.seen == seen]
@@ -510,8 +510,16 @@ def _same_data(page: Reference, result: BenchmarkResult) -> bool:
 
 def published_beside(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[Published]:
     """Return the published rows on a suite's own data, under its protocol and one treatment of the history."""
-    named = [references[name] for name in result.references if name in references]
-    fitting = [page for page in named if _fits(page, result) and _same_data(page, result)]
+    return _on_its_data(result, _named(result, references), seen)
+
+
+def _named(result: BenchmarkResult, references: Mapping[str, Reference]) -> list[Reference]:
+    """Return the references that a suite names and that exist."""
+    return [references[name] for name in result.references if name in references]
+
+
+def _on_its_data(result: BenchmarkResult, references: Sequence[Reference], seen: str) -> list[Published]:
+    fitting = [page for page in references if _fits(page, result) and _same_data(page, result)]
     return [row for page in fitting for row in page.rows if row.seen == seen]
 
 

@@ -150,45 +150,6 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     return float(levels[-1]) if len(levels) else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class OverSeeds:
-    """The average of several training seeds as one system.
-
-    Attributes:
-        values: Mean over seeds of each request's value, shape (n,), for pairing with another system.
-        figures: The figure of each seed.
-        value: The figure of ``values``.
-        sd: Standard deviation of ``figures``, with n - 1; None for a single seed.
-    """
-
-    values: NDArray[np.float64]
-    figures: tuple[float, ...]
-    value: float
-    sd: float | None
-
-
-def over_seeds(values_by_seed: Sequence[ArrayLike], *, statistic: StatisticName = "mean") -> OverSeeds:
-    """Average seeds per request before systems are paired, so that users remain the sampling unit.
-
-    Pooling seeds as if they were further users would count every user several times. The interval over users does not
-    cover the variance over seeds, which ``sd`` gives.
-
-    Args:
-        values_by_seed: One array per seed, shape (n,) each, over the same requests in the same order.
-        statistic: ``root_mean`` for squared errors: the figure is then the root of the mean over requests and seeds.
-
-    Raises:
-        ValueError: If there is no seed or seeds differ in their number of requests.
-    """
-    arrays = [finite(values, statistic) for values in values_by_seed]
-    if not arrays or len({array.size for array in arrays}) != 1:
-        raise ValueError(f"seeds must have the same requests: {[array.size for array in arrays]}")
-    values: NDArray[np.float64] = np.stack(arrays).mean(axis=0)
-    figures = tuple(float(root_or_not(array.mean(), statistic)) for array in arrays)
-    sd = float(np.std(figures, ddof=1)) if len(figures) > 1 else None
-    return OverSeeds(values, figures, float(root_or_not(values.mean(), statistic)), sd)
-
-
 def detectable(
     a: ArrayLike,
     b: ArrayLike,

@@ -143,7 +143,7 @@ class RankBody(_About):
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
     exclude_seen: Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="Why each of so many first items is there."), NUMBER] = 0
+    rationale: Annotated[int, Field(ge=0, le=20, description="Number of first items to give a reason for."), NUMBER] = 0
     rules: Rules = Rules()
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import psutil
 import pytest
 
 from tests.recovery.kills import SMALL
+from tests.spawned import llmrec
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +20,7 @@ pytestmark = pytest.mark.slow
 def started(model: str, out: Path, *more: str) -> subprocess.Popen[str]:
     """Begin a training in two processes."""
     words = ["train", "recipes/movielens-100k/four-tasks.yaml", *SMALL, f"model.name={model}", *more, "--launch", "2"]
-    told = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMREC_FITS": "off"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmrec", *words, "--out", str(out)],
-        env={**os.environ, **told},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return llmrec(*words, "--out", str(out))
 
 
 def test_two_processes_answer_once_and_go_on_after_one_was_killed(llama_folder: Path, tmp_path: Path) -> None:

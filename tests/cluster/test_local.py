@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from llmrec.records import Shard
 from tests.augment_recipe import augmenting_recipe
 from tests.cluster.test_shards import BASE, figures, recipe
 from tests.facts import Facts, raises
+from tests.spawned import llmrec
 
 # --------------------------------------------------------------------------- GPUs and cores
 
@@ -164,20 +164,8 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 
 
 def begun(model: Path, out: Path, *words: str, command: str = "eval", **environment: str) -> subprocess.Popen[str]:
-    told = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMREC_FITS": "off", **environment}
     line = [command, "recipes/movielens-100k/four-tasks.yaml", f"model.name={model}", *BASE, *words]
-    # A shell that starts tests in the background has them ignore SIGINT, and children inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "llmrec", *line, "--out", str(out)],
-            env={**os.environ, **told},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return llmrec(*line, "--out", str(out), **environment)
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:

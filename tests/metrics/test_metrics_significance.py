@@ -19,7 +19,6 @@ from llmrec.metrics.significance import (
     detectable,
     detectable_line,
     flip_p,
-    over_seeds,
     over_users_and_seeds,
     signflip,
 )
@@ -244,26 +243,11 @@ def test_many_users_are_not_widened() -> None:
 # ------------------------------------------------------------------ seeds
 
 
-def test_seeds_are_averaged_per_request() -> None:
-    found = over_seeds([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
-    assert found.values.tolist() == pytest.approx([2 / 3, 0.0, 2 / 3])
-    assert found.figures == pytest.approx((1 / 3, 1 / 3, 2 / 3))
-    assert found.value == pytest.approx(4 / 9)
-    assert found.sd == pytest.approx(np.std([1 / 3, 1 / 3, 2 / 3], ddof=1))
-    assert over_seeds([[0.5]]).sd is None
-    root = over_seeds([[1.0, 9.0], [4.0, 4.0]], statistic="root_mean")
-    assert root.figures == pytest.approx((math.sqrt(5), 2.0))
-    assert root.value == pytest.approx(math.sqrt(4.5))
-    for wrong in ([], [[1.0], [1.0, 2.0]]):
-        with pytest.raises(ValueError, match="same requests"):
-            over_seeds(wrong)
-
-
 def test_seeds_do_not_count_as_users() -> None:
     rng = np.random.default_rng(0)
     user = rng.normal(0.05, 0.5, 60)
     seeds = [user + rng.normal(0, 0.01, 60) for _ in range(10)]
-    averaged = signflip(over_seeds(seeds).values, np.zeros(60), resamples=2000, seed=0).at()
+    averaged = signflip(np.mean(seeds, axis=0), np.zeros(60), resamples=2000, seed=0).at()
     pooled = signflip(np.concatenate(seeds), np.zeros(600), resamples=2000, seed=0).at()
     assert averaged.high - averaged.low > 2.5 * (pooled.high - pooled.low)
 

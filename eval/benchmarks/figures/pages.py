@@ -144,14 +144,17 @@ class _Names:
 
 def masked(text: str) -> str:
     """Return the page with everything blanked that can hold no figure; places stay."""
-    for pattern in (FENCE, GENERATED, COMMENT, *HIDDEN):
-        text = pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
-    return text
+    return _blanked(text, FENCE, GENERATED, COMMENT, *HIDDEN)
 
 
 def plain_claims(text: str) -> str:
     """Return the page with comments and code blocks blanked; places stay."""
-    for pattern in (FENCE, COMMENT):
+    return _blanked(text, FENCE, COMMENT)
+
+
+def _blanked(text: str, *patterns: re.Pattern[str]) -> str:
+    """Return a text with everything that matches blanked, one pattern after the other; lines stay."""
+    for pattern in patterns:
         text = pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
     return text
 
@@ -174,7 +177,7 @@ def read(text: str, excepted: Sequence[tuple[int, int]] = ()) -> Page:
     plain = masked(text)
     for start, end in excepted:
         plain = plain[:start] + re.sub(r"[^\n]", " ", plain[start:end]) + plain[end:]
-    code = FENCE.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    code = _blanked(text, FENCE)
     names, bound, faults = _Names(), [], []
     for comment in BINDING.finditer(code):
         line = text.rfind("\n", 0, comment.start()) + 1
