@@ -20,11 +20,14 @@ from llmrec.cli.options import RecipeOptions
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import resolve
 from llmrec.pipeline.bundle import FILE
+from llmrec.pipeline.row_specs import RowSpec, specs_of
 from llmrec.pipeline.study import Study, build_study, build_task, encoder_of
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import ENGLISH
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
+from llmrec.strategies.counting import questions_of
+from llmrec.tasks.task import Want
 from llmrec.tasks.templates import Chosen, choose
 from llmrec.types import Example
 
@@ -57,6 +60,10 @@ class PromptsOptions(RecipeOptions):
         bool,
         About(names=("--all",), help="Say of every template what it shows and writes, and show three prompts a task."),
     ] = False
+    evaluation: Annotated[
+        bool,
+        About(names=("--eval",), help="Show evaluation prompts instead, few-shot demonstrations included."),
+    ] = False
     diff: Annotated[
         tuple[str, str] | None,
         About(metavar="A B", help="Compare two templates, or template A with how run folder B had it."),
@@ -73,12 +80,19 @@ class PromptsOptions(RecipeOptions):
 def prompts(options: PromptsOptions) -> None:
     """Show the prompts of a recipe as a model reads them.
 
-    The templates that it uses, and one rendered training prompt a task. What is learned stands in «these marks». A
-    template that the recipe does not train on is rendered where it is named.
+    Lists the templates of the recipe and prints one training prompt per task, with the learned text in «these marks».
+    --template also renders templates that the recipe does not train on. --eval prints the prompt of the first evaluated
+    request for each row of the results table.
     """
     recipe = load_recipe(options.recipe, options.overrides)
     recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)
     study = build_study(recipe)
+    if options.evaluation and (options.chat or options.every or options.diff):
+        raise RecipeError(
+            "--eval cannot be combined with --chat, --all or --diff; use --template or --set to select its templates",
+            kind="contradiction",
+            column="--eval",
+        )
     if options.chat is not None:
         if options.template or options.sets or options.every or options.diff:
             raise RecipeError(
@@ -91,6 +105,9 @@ def prompts(options: PromptsOptions) -> None:
         return
     chosen = named(study, wanted, options.sets)
     alone = bool(options.template or options.sets)
+    if options.evaluation:
+        show_prompts(evaluated(study, encoder_of(study, resolve(recipe.model, seed=recipe.seed)), chosen))
+        return
     if options.diff is None:
         store_facts(templates=chosen)
         detailed = options.every or alone
@@ -328,6 +345,47 @@ def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, lis
                 first[example.template] = text
         shown[family] = [*first.values(), *more][:count]
     return shown
+
+
+def evaluated(study: Study, encoder: Encoder, templates: Sequence[Template]) -> dict[str, list[str]]:
+    """Return the first evaluation prompt of each row of the results table; equal prompts are listed once.
+
+    Of a strategy that asks several questions per request, it is a question of the form and size that it asks.
+
+    Args:
+        study: The study.
+        encoder: Renders the prompts.
+        templates: The templates whose rows are shown.
+
+    Raises:
+        RecipeError: If the recipe evaluates none of the templates with a language model.
+    """
+    wanted, result = {template.id for template in templates}, dict[str, list[str]]()
+    for arm in study.recipe.eval.arms:
+        for spec in specs_of(study, arm):
+            if spec.template is not None and spec.template.id in wanted and not spec.joins:
+                result.setdefault(_first(study, encoder, spec, spec.template), []).append(spec.id)
+    if not result:
+        raise RecipeError(
+            "no evaluation prompt to show: the recipe evaluates none of these templates; name them in "
+            "tasks.<family>.eval_templates, and settings in eval.arms",
+            kind="empty",
+        )
+    return {rows[0]: [f"[{', '.join(rows)}]\n{text}"] for text, rows in result.items()}
+
+
+def _first(study: Study, encoder: Encoder, spec: RowSpec, template: Template) -> str:
+    task, section = study.tasks[spec.family], study.recipe.eval
+    request = study.cases(spec.family)[0].request
+    if spec.predictor == "two-step":
+        return encoder.text(task.profile_prompt(request))
+    candidates = request.candidates or ()
+    asked = questions_of(spec.predictor, len(candidates), section) if candidates else None
+    if asked is None:
+        want: Want = "ranking" if spec.predictor == "list" else "one"
+        return encoder.text(task.prompt(request, template=template.name, shots=spec.shots, want=want))
+    part = replace(request, candidates=candidates[: asked.size])
+    return encoder.text(task.prompt(part, template=template.name, shots=spec.shots, want=asked.want))
 
 
 def marked(example: Example, encoder: Encoder) -> str:

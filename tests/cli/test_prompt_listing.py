@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from llmrec.backends.encode import Encoder
 from llmrec.cli import prompts
 from llmrec.cli.main import app
-from llmrec.cli.prompts import WIDTH, fields, find, lines, named, rendered, rows
+from llmrec.cli.prompts import WIDTH, evaluated, fields, find, lines, named, rendered, rows
 from llmrec.errors import RecipeError
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import Study, build_study
@@ -210,6 +210,26 @@ def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encode
 # --------------------------------------------------------------------------- the command
 
 
+def test_the_evaluation_prompts_are_those_of_the_first_case(encoder: Encoder) -> None:
+    strategies = "tasks.direct.strategies=[label, list, pointwise-yes]"
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, strategies]))
+    shown = evaluated(study, encoder, named(study, ["rate-next", "continue-list", "after-history"]))
+    case, task = study.cases("sequential")[0], study.tasks["sequential"]
+    for arm, shots in (("zero-shot", 0), ("few-shot", 1)):
+        (text,) = shown[f"sequential/{arm}/likelihood/continue-list"]
+        asked = encoder.text(task.prompt(case.request, template="continue-list", shots=shots))
+        assert text.partition("\n")[2] == asked
+    assert "tuned" in shown["sequential/zero-shot/likelihood/continue-list"][0].partition("\n")[0]
+    one, whole, yes = (
+        shown[f"direct/zero-shot/{name}/after-history"][0] for name in ("label", "list", "pointwise-yes")
+    )
+    assert "Answer with its label." in one and "Order all labels" in whole
+    assert "Answer Yes or No." in yes and "\nA. " in yes and "\nB. " not in yes
+    assert {row.partition("/")[0] for row in shown} == {"sequential", "direct", "rating"}
+    with pytest.raises(RecipeError, match="no evaluation prompt to show"):
+        evaluated(study, encoder, named(study, ["m6-rate"]))
+
+
 def command(*arguments: str) -> str:
     done = CliRunner().invoke(app, ["prompts", *arguments])
     assert done.exit_code == 0, done.output
@@ -223,5 +243,7 @@ def test_the_command_lists_renders_and_compares(llama_folder: Path) -> None:
     alone = command(*recipe, "--template", "rate-next", "--set", "m6")
     assert alone.count("[rating/m6-rate, not trained on here]\n") == alone.count("[rating/rate-next]\n") == 1
     assert "rating/list-ratings" not in alone
+    asked = command(*recipe, "--eval", "-t", "rating/rate-next")
+    assert asked.startswith("[rating/zero-shot/expected/rate-next, ") and "«" not in asked
     compared = command(*recipe, "--diff", "rate-next", "m6-rate")
     assert compared.startswith("- rating/rate-next\n+ rating/m6-rate\n")
