@@ -61,7 +61,12 @@ PLANTED = [
     ("eval/LEADERBOARD.md", "| Popularity |", "| Popular |", "eval/LEADERBOARD.md: is not what its generator writes"),
     ("eval/EXPERIMENTS.md", "| 943 |", "| 944 |", "eval/EXPERIMENTS.md: is not what its generator writes"),
     ("eval/two-stages.md", "0.", "1.", "eval/two-stages.md: is not what its generator writes"),
-    ("docs/preference.md", "no significant difference", "significantly better", "the text says 'significantly better'"),
+    (
+        "docs/preference-and-rl.md",
+        "no significant difference",
+        "significantly better",
+        "the text says 'significantly better'",
+    ),
     ("docs/cold-items.md", "`unisrec` less `content`", "`unisrec` less `markov`", "the text compares with markov"),
     (EXCEPTIONS, "page: docs/indexes.md", "page: docs/encoder.md", "has no figure in"),
     (EXCEPTIONS, "text: the collaborative", "text: a collaborative", "no figure in 'a collaborative hybrid"),

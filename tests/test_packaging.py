@@ -35,8 +35,8 @@ DOCUMENTS = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
 )
 
-SHARED_PAGES = {"stars": "review"}
-"""Families that are described on another family's page."""
+PAGES_OF_TASKS = ("prompts", "ranking-methods")
+"""The pages with the tables of tasks, and of the methods that answer them."""
 
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
 
@@ -453,17 +453,15 @@ def test_documents_name_every_baseline_and_source() -> None:
 
 
 @pytest.mark.parametrize("family", registry.TASKS)
-def test_every_family_has_a_page_with_its_strategies_figures_and_a_command(family: str) -> None:
-    page = (ROOT / "docs" / "families" / f"{SHARED_PAGES.get(family, family)}.md").read_text(encoding="utf-8")
+def test_every_task_is_in_the_tables_of_its_pages(family: str) -> None:
+    prompts, methods = ((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES_OF_TASKS)
     section = {name: field.annotation for name, field in TasksSection.model_fields.items()}[family]
     (settings,) = (option for option in get_args(section) if option is not type(None))
-    names = [*family_of(family).strategies, *(each.name for each in settings().baselines)]
-    assert [name for name in names if f"`{name}`" not in page] == []
-    assert family_of(family).headline.partition("@")[0] in page
-    assert re.search(r"```sh\n(?:.*\n)*?.*llmrec run ", page)
-    assert {"In", "Out", "Scored by"} <= set(re.findall(r"^## (.+)$", page, flags=re.MULTILINE))
-    overview = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
-    assert f"[`{family}`](families/{SHARED_PAGES.get(family, family)}.md)" in overview
+    (row,) = (line for line in prompts.splitlines() if line.startswith(f"| `{family}` | "))
+    assert [each.name for each in settings().baselines if f"`{each.name}`" not in row] == []
+    assert family_of(family).headline.partition("@")[0] in row
+    rows = [line for line in methods.splitlines() if line.startswith("| ") and f"`{family}`" in line]
+    assert [name for name in family_of(family).strategies if not any(f"| `{name}` |" in line for line in rows)] == []
 
 
 def _within(page: Path) -> str:

@@ -103,9 +103,9 @@ class RecommenderOptions(ModelOptions):
             choices=("file", "all"), help="Which items are ranked: each request's own, or all that its history lacks."
         ),
     ] = "file"
-    strategy: Annotated[
-        str, About(metavar="auto|NAME", help="How candidates are ordered; docs/strategies.md has the names.")
-    ] = "auto"
+    strategy: Annotated[str, About(metavar="auto|NAME", help="Ranking method; docs/ranking-methods.md lists them.")] = (
+        "auto"
+    )
     beams: Annotated[
         int, About(least=1, help="With --candidates all: prefixes kept of each request, and items returned.")
     ] = BEAMS

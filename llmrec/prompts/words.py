@@ -1,6 +1,6 @@
 """Words of a language that code writes into prompts and finds in answers: yes and no, numbers, "out of".
 
-One file per language, ``prompts/languages/<code>.yaml``; docs/languages.md explains how to add one. All other words of
+One file per language, ``prompts/languages/<code>.yaml``; docs/prompts.md explains how to add one. All other words of
 a prompt are in its template.
 """
 

@@ -822,7 +822,7 @@ class JudgeSection(Section):
 
 
 class PreferenceSection(Section):
-    """What was chosen over what, in place of the answer's own tokens: after SFT, docs/preference.md."""
+    """What was chosen over what, in place of the answer's own tokens: after SFT, docs/preference-and-rl.md."""
 
     loss: Literal["dpo", "s-dpo", "simpo", "ipo"] = Field(
         "s-dpo",

@@ -141,7 +141,7 @@ class RankBody(_About):
 
     candidates: Annotated[list[DataId | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
-    strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
+    strategy: Annotated[Id, Field(description="Ranking method of a language model; docs/ranking-methods.md.")] = "auto"
     exclude_seen: Bool = True
     rationale: Annotated[int, Field(ge=0, le=20, description="Number of first items to give a reason for."), NUMBER] = 0
     rules: Rules = Rules()

@@ -8,5 +8,5 @@ and the keys of the recipe's ``eval`` that it accepts, and implements `llmrec.st
 - its entry in ``STRATEGIES`` of `llmrec.registry`: the families that it answers, the keys of ``eval`` that it accepts
   (a new key is a field of `llmrec.recipe.schema.EvalSection`), and whether its answer depends on the order of
   candidates; `llmrec.tasks.direct.fits` decides which templates of the direct family are compatible with it
-- its number of questions in `llmrec.strategies.counting`, if it scores labels, and its row in docs/strategies.md
+- its number of questions in `llmrec.strategies.counting`, if it scores labels, and its row in docs/ranking-methods.md
 """

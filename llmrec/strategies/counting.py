@@ -1,4 +1,4 @@
-"""Number and size of the questions of a strategy per request; docs/strategies.md has the formulas."""
+"""Number and size of the questions of a strategy per request; docs/ranking-methods.md has the formulas."""
 
 from __future__ import annotations
 

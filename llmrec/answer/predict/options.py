@@ -22,6 +22,6 @@ class PredictOptions(ModelOptions):
         str, About(metavar="NAME", help="rating, ctr, explanation, review or stars; default: the only one tuned.")
     ] = "auto"
     template: Template = None
-    strategy: Annotated[str, About(metavar="auto|NAME", help="How it is asked; docs/strategies.md.")] = "auto"
+    strategy: Annotated[str, About(metavar="auto|NAME", help="Method; docs/ranking-methods.md lists them.")] = "auto"
     batch: BatchSize = BATCH
     limit: Annotated[int | None, About(least=1, help="Answer the first so many questions only.")] = None
