@@ -27,7 +27,7 @@ help:
 	@echo "make test-all          run slow tests too: killed engines, real servers, longer sweeps"
 	@echo "make check-extensions  remove each extension with its tests from a copy, and check the rest"
 	@echo "make lint              ruff, mypy, import-linter, licences; schemas for docker/, CITATION.cff and workflows, hadolint if there"
-	@echo "make docs              write the command-line reference, the schemas of docs/schema/ and docs/openapi.json"
+	@echo "make docs              write the reference of commands, configuration and Python, docs/schema/ and docs/openapi.json"
 	@echo "make figures           write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make site              build the documentation site, build/site, and check its links; no model and no data is fetched"
 	@echo "make bench NAME=...    run a benchmark; without NAME: list them"
@@ -81,10 +81,10 @@ lint: setup
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 docs: setup
-	$(BIN)/typer llmrec.cli.main utils docs --name llmrec --output docs/cli.md
 	$(BIN)/llmrec schema recipe --out docs/schema/recipe.json
 	$(BIN)/llmrec schema suite --out docs/schema/suite.json
 	$(BIN)/python -m llmrec.serve.openapi docs/openapi.json
+	$(BIN)/python -m docs.site.reference
 
 figures: setup
 	$(BIN)/python -m eval.benchmarks.figures --write

@@ -489,20 +489,20 @@ PANELS = ("Start", "Train and evaluate", "Serve", "Data", "Advanced")
 COMMANDS = extended(
     "COMMANDS",
     {
-        "doctor": Command("llmrec.cli.doctor:doctor", "Start", "Check versions, hardware, model and data."),
-        "check": Command(
-            "llmrec.cli.check:check", "Train and evaluate", "Check a recipe, its data and its model without weights."
+        "doctor": Command(
+            "llmrec.cli.doctor:doctor", "Start", "Check the installation, hardware, model access and data."
         ),
+        "check": Command("llmrec.cli.check:check", "Train and evaluate", "Validate a recipe, its data and its model."),
         "run": Command(
             "llmrec.cli.run:run",
             "Train and evaluate",
-            "Run a recipe end to end: data, training, evaluation, report.",
+            "Run a recipe: prepare data, train, evaluate, report.",
             resumes=True,
         ),
         "train": Command(
             "llmrec.cli.train:train",
             "Train and evaluate",
-            "Train and merge only; `run` and `eval` reuse the result.",
+            "Fine-tune the model of a recipe without evaluating it.",
             resumes=True,
         ),
         "eval": Command(
@@ -512,39 +512,46 @@ COMMANDS = extended(
             resumes=True,
         ),
         "report": Command(
-            "llmrec.cli.report:report", "Train and evaluate", "Write the report of a run again from its results."
+            "llmrec.cli.report:report", "Train and evaluate", "Rebuild the report of a run from its results."
         ),
-        "audit": Command(
-            "llmrec.cli.audit:audit", "Train and evaluate", "Look for held-out data where it must not be."
+        "audit": Command("llmrec.cli.audit:audit", "Train and evaluate", "Check a run for data leakage."),
+        "score": Command(
+            "llmrec.cli.score:score_files", "Train and evaluate", "Compute ranking metrics for lists of any system."
         ),
-        "score": Command("llmrec.cli.score:score_files", "Train and evaluate", "Measure ranked lists of any system."),
         "rank": Command(
             "llmrec.cli.rank:rank", "Serve", "Rank items for a file of requests, or for every user.", resumes=True
         ),
         "predict": Command(
-            "llmrec.cli.predict:predict", "Serve", "Answer a file of questions about one item each.", resumes=True
+            "llmrec.cli.predict:predict", "Serve", "Predict ratings, clicks or texts for a file of items.", resumes=True
         ),
         "export": Command(
-            "llmrec.cli.export:export", "Serve", "Write a tuned model as a folder that stands alone.", resumes=True
+            "llmrec.cli.export:export", "Serve", "Export a fine-tuned model with a model card.", resumes=True
         ),
         "data": Command("llmrec.cli.data:data", "Data", "Print statistics of a recipe's data and its split."),
-        "prompts": Command("llmrec.cli.prompts:prompts", "Data", "Show the prompts of a recipe as a model reads them."),
-        "index": Command("llmrec.cli.index:index", "Data", "Build a recipe's item index and show its codes."),
+        "prompts": Command(
+            "llmrec.cli.prompts:prompts", "Data", "Show the prompt templates and rendered prompts of a recipe."
+        ),
+        "index": Command("llmrec.cli.index:index", "Data", "Build the item IDs of a recipe and show examples."),
         "augment": Command(
-            "llmrec.cli.augment:augment", "Data", "Have a language model write texts of users and items.", resumes=True
+            "llmrec.cli.augment:augment",
+            "Data",
+            "Generate texts of users and items with a language model.",
+            resumes=True,
         ),
         "features": Command(
-            "llmrec.cli.features:COMMANDS", "Data", "Manage stores of texts that a language model wrote."
+            "llmrec.cli.features:COMMANDS", "Data", "Manage feature stores: texts and their embeddings."
         ),
         "fuse": Command(
-            "llmrec.cli.fuse:fuse", "Advanced", "Combine the rows of finished runs into ensembles.", resumes=True
+            "llmrec.cli.fuse:fuse", "Advanced", "Build ensembles from the models of finished runs.", resumes=True
         ),
         "tune-encoder": Command(
             "llmrec.cli.tune_encoder:tune_encoder",
             "Advanced",
             "Fine-tune a text encoder on a recipe's interactions.",
         ),
-        "schema": Command("llmrec.cli.schema:schema", "Advanced", "Write the JSON schema of recipes or of suites."),
+        "schema": Command(
+            "llmrec.cli.schema:schema", "Advanced", "Write the JSON schema of recipes or suites for editors."
+        ),
     },
 )
 

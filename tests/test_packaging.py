@@ -12,18 +12,18 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 import llmrec
+from docs.site import reference
 from llmrec import registry, setup_env
 from llmrec.cli import doctor as checks
+from llmrec.cli.schema import described
 from llmrec.data.sets.pages import known
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.load import load_recipe
@@ -415,35 +415,18 @@ def test_a_failed_step_shows_its_last_30_lines(env: setup_env.Environment) -> No
 # --------------------------------------------------------------------------- documents
 
 
-def _sections(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[tuple[str, str]]:
-    """Yield (section class, key) of a recipe, every section once."""
-    if model in seen:
-        return
-    seen.add(model)
-    for key, field in model.model_fields.items():
-        yield model.__name__, key
-        for option in (field.annotation, *get_args(field.annotation)):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                yield from _sections(option, seen)
+def test_the_generated_reference_is_current() -> None:
+    stale = [path.name for path, text in reference.pages().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run make docs"
 
 
-def test_recipe_page_names_every_key() -> None:
-    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    keys = list(_sections(Recipe, set()))
-    assert len(keys) > 60
-    undocumented = [f"{section}.{key}" for section, key in keys if not re.search(rf"`{key}`|[`{{ ,]{key}:", page)]
-    assert not undocumented
-
-
-def test_the_page_of_baselines_lists_every_parameter_with_its_default() -> None:
-    text = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
-    listed: dict[tuple[str, str, str], list[str]] = {}
-    for name in registry.BASELINES:
-        for key, field in registry.lookup(registry.BASELINES, name, "baseline").Config.model_fields.items():
-            default = "null" if field.default is None else str(field.default).lower()
-            listed.setdefault((key, default, str(field.description)), []).append(f"`{name}`")
-    rows = [f"| {', '.join(names)} | `{key}` | {default} | {said} |" for (key, default, said), names in listed.items()]
-    assert "\n".join(rows) in text
+def test_every_setting_has_a_description() -> None:
+    configs = [registry.lookup(registry.BASELINES, name, "baseline").Config for name in registry.BASELINES]
+    for model in (Recipe, Suite, Benchmark, ChatSuite, *configs):
+        made = described(model)
+        for name, section in {"": made, **made.get("$defs", {})}.items():
+            keys = section.get("properties", {})
+            assert [key for key, entry in keys.items() if not entry.get("description")] in ([], ["name"]), (model, name)
 
 
 def test_documents_name_every_baseline_and_source() -> None:
@@ -532,7 +515,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         for family, section in recipe.tasks.present().items():
             assert {each.name for each in section.baselines} <= set(registry.BASELINES), family
             assert set(section.strategies) <= set(registry.STRATEGIES), family
-    if page.name in ("recipe.md", "data.md", "own-data.md", "baselines.md"):
+    if page.name in ("config.md", "data.md", "own-data.md", "baselines.md"):
         assert blocks
 
 

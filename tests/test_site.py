@@ -7,7 +7,6 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +98,6 @@ def test_files_are_shown_as_code_and_folders_as_lists(sources: Path) -> None:
     assert (sources / pages.place_of("docs/openapi.json")).read_bytes() == (
         pages.ROOT / "docs" / "openapi.json"
     ).read_bytes()
-
-
-def test_the_page_of_python_names_what_is_public_and_what_there_is() -> None:
-    text = (pages.ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    public = {f"llmrec.{name}" for name in llmrec.__all__ if name[0].islower()}
-    named = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
-    assert public <= set(named) and len(named) == len(set(named))
-    for name in named:
-        module, _, attribute = name.rpartition(".")
-        assert getattr(import_module(module), attribute).__doc__, name
 
 
 def test_the_example_needs_no_library_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,24 +40,27 @@ class About:
     argument: bool = False
 
 
-BatchSize = Annotated[int, About(least=1, help="Requests handed to the engine at a time.")]
-Template = Annotated[str | None, About(metavar="NAME", help="Default: the one that the model was evaluated with.")]
+BatchSize = Annotated[int, About(least=1, help="Number of requests sent to the model at a time.")]
+Template = Annotated[
+    str | None, About(metavar="NAME", help="Prompt template. Default: the one used in the evaluation.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """A model, its items, and the engine of a language model: what every command that opens a model takes."""
 
-    model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")]
+    model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")]
     items: Annotated[
-        Path | None, About(help="Table of items: item_id, title, fields. Default: the run's own data.")
+        Path | None, About(help="Table of items with item_id, title and further fields. Default: the items of the run.")
     ] = None
-    noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
+    noun: Annotated[str | None, About(metavar="PLURAL", help="Plural noun for items in prompts, such as films.")] = None
     backend: Annotated[
         str,
         About(
             choices=("auto", "vllm", "hf", "openai"),
-            help="Engine; auto: the faster one here; openai: a server.",
+            help="Inference engine. auto: the faster one on this machine; openai: a server with an "
+            "OpenAI-compatible API.",
         ),
     ] = "auto"
     server_url: Annotated[
@@ -65,26 +68,28 @@ class ModelOptions:
         About(
             names=("--server-url",),
             metavar="URL",
-            help="With --backend openai: the address as far as /v1; repeatable: servers of one model.",
+            help="With --backend openai: base URL of the server, ending in /v1. Repeat it for several servers of "
+            "the same model.",
         ),
     ] = ()
-    server_model: Annotated[str | None, About(metavar="NAME", help="The name that the server knows its model by.")] = (
-        None
-    )
+    server_model: Annotated[
+        str | None, About(metavar="NAME", help="With --backend openai: the model name on the server.")
+    ] = None
     server_key_env: Annotated[
-        str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
+        str | None,
+        About(metavar="VARIABLE", help="With --backend openai: environment variable that holds the API key."),
     ] = None
     gpu_memory: Annotated[
         float | None,
-        About(metavar="SHARE", help="vllm: share of the GPU's memory, such as 0.5; default: what is free."),
+        About(metavar="SHARE", help="vLLM: fraction of GPU memory to use, such as 0.5. Default: what is free."),
     ] = None
     tensor_parallel: Annotated[
-        int, About(least=1, metavar="N", help="vllm: GPUs that share every layer of the model.")
+        int, About(least=1, metavar="N", help="vLLM: number of GPUs for tensor parallelism.")
     ] = 1
     enforce_eager: Annotated[
-        bool, About(help="vllm on a GPU: compile nothing; starts sooner, answers more slowly.")
+        bool, About(help="vLLM on a GPU: disable CUDA graphs and compilation. Starts sooner, answers more slowly.")
     ] = False
-    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of a language model's weights.")] = DTYPE
+    dtype: Annotated[str, About(choices=get_args(Dtype), help="Data type of the model weights.")] = DTYPE
 
     def recommender(self, **changes: Any) -> RecommenderOptions:
         """Return these options with others of a recommender."""
@@ -95,41 +100,49 @@ class ModelOptions:
 class RecommenderOptions(ModelOptions):
     """A model and its configuration for ranking, without the source of requests or the destination of answers."""
 
-    task: Annotated[str, About(metavar="auto|sequential|direct", help="Which family asks.")] = "auto"
+    task: Annotated[str, About(metavar="auto|sequential|direct", help="Task whose prompts rank the items.")] = "auto"
     template: Template = None
     candidates: Annotated[
         str,
         About(
-            choices=("file", "all"), help="Which items are ranked: each request's own, or all that its history lacks."
+            choices=("file", "all"),
+            help="Items to rank. file: the candidates of each request; all: every item that is not in the history.",
         ),
     ] = "file"
-    strategy: Annotated[str, About(metavar="auto|NAME", help="Ranking method; docs/ranking-methods.md lists them.")] = (
-        "auto"
-    )
+    strategy: Annotated[str, About(metavar="auto|NAME", help="Ranking method, see docs/ranking-methods.md.")] = "auto"
     beams: Annotated[
-        int, About(least=1, help="With --candidates all: prefixes kept of each request, and items returned.")
+        int, About(least=1, help="With --candidates all: beam width, which is also the number of items returned.")
     ] = BEAMS
-    exact: Annotated[bool, About(help="With --candidates all: search until no other item can be better.")] = EXACT
+    exact: Annotated[bool, About(help="With --candidates all: continue the search until the result is exact.")] = EXACT
     settings: Annotated[
         tuple[str, ...],
-        About(names=("--set",), metavar="KEY=VALUE", help="What the strategy takes, such as eval.permutations=3."),
+        About(
+            names=("--set",),
+            metavar="KEY=VALUE",
+            help="Setting of the ranking method, such as eval.permutations=3. Repeatable.",
+        ),
     ] = ()
     retrieve: Annotated[
-        str | None, About(metavar="NAME", help="A recommender that finds candidates for requests without.")
+        str | None, About(metavar="NAME", help="Baseline that retrieves candidates for requests without candidates.")
     ] = None
-    k: Annotated[int, About(least=1, help="With --retrieve: candidates a request.")] = 20
+    k: Annotated[int, About(least=1, help="With --retrieve: number of candidates per request.")] = 20
     fuse: Annotated[
         str,
         About(
             choices=("none", "model", "baselines"),
-            help="Join the model with the run's baselines, or rank by those alone, as the run weighed them.",
+            help="model: rank by the ensemble of the model and the run's baselines; baselines: by the ensemble of "
+            "the baselines alone.",
         ),
     ] = "none"
-    rationale: Annotated[int, About(metavar="N", least=0, help="Also say why, for the first N items.")] = 0
-    top: Annotated[int | None, About(least=1, help="Keep the first so many; default: all.")] = None
+    rationale: Annotated[
+        int, About(metavar="N", least=0, help="Also generate an explanation for each of the first N items.")
+    ] = 0
+    top: Annotated[int | None, About(least=1, help="Number of ranked items to return per request. Default: all.")] = (
+        None
+    )
     batch: BatchSize = BATCH
     max_length: Annotated[
-        int | None, About(least=16, help="Longest prompt with answer in tokens; default: as tuned.")
+        int | None, About(least=16, help="Maximum length of prompt and answer, in tokens. Default: as in training.")
     ] = None
 
     @property

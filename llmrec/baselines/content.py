@@ -48,12 +48,12 @@ class _Texts:
 class ContentConfig(WhitenedConfig):
     """Parameters of `Content`."""
 
-    history: Positive = Field(20, description="how many of the latest events count")
-    decay: Decay = Field(0.7, description="factor from one event to the one before")
+    history: Positive = Field(20, description="Number of latest interactions to use.")
+    decay: Decay = Field(0.7, description="Weight of an interaction relative to the next one.")
     synthetic: str = Field(
-        "", description="store with synthetic items, each of which stands before the events of a user who has few"
+        "", description="Feature store with synthetic items, which precede the interactions of users with few."
     )
-    cold: Positive = Field(5, description="maximum number of events of such users")
+    cold: Positive = Field(5, description="Maximum number of interactions of such users.")
 
     @property
     def folders(self) -> tuple[str, ...]:

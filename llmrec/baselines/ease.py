@@ -36,10 +36,12 @@ class _Linear:
 class EASEConfig(Section):
     """Parameters of `EASE`."""
 
-    penalty: AboveZero = Field(250.0, description="ridge penalty")
-    decay: Decay = Field(0.9, description="factor from one event of the history to the one before; 1 weighs all alike")
+    penalty: AboveZero = Field(250.0, description="Ridge penalty.")
+    decay: Decay = Field(
+        0.9, description="Weight of an interaction of the history relative to the next one. 1: equal weights."
+    )
     dtype: Literal["float32", "float64"] = Field(
-        "float64", description="of the matrix; float32 takes half the memory and time"
+        "float64", description="Data type of the matrix. float32 halves memory and time."
     )
 
 

@@ -46,19 +46,16 @@ class _Vectors:
 class ALSConfig(Section):
     """Parameters of `ALS`."""
 
-    factors: Positive = Field(128, description="length of a vector")
-    regularization: float = Field(1.0, ge=0, description="ridge penalty of the vectors")
-    alpha: AboveZero = Field(10.0, description="confidence of an interaction, above 1 for more than that of none")
-    iterations: Positive = Field(15, description="rounds over users and items")
+    factors: Positive = Field(128, description="Number of dimensions.")
+    regularization: float = Field(1.0, ge=0, description="L2 penalty.")
+    alpha: AboveZero = Field(10.0, description="Confidence of an interaction; that of all other items is 1.")
+    iterations: Positive = Field(15, description="Number of iterations.")
     user: Literal["mean", "solve"] = Field(
         "mean",
-        description="the user's vector: mean of the history's item vectors, or solve for it by least squares, as in "
-        "training",
+        description="User vector: `mean` of the history's item vectors, or `solve` for it by least squares.",
     )
-    decay: Decay = Field(
-        0.8, description="factor of a weight or confidence from one item of the history to the one before"
-    )
-    threads: int = Field(1, ge=0, description="of the solver, 0: all cores; they do not change the result")
+    decay: Decay = Field(0.8, description="Weight of an item of the history relative to the next one.")
+    threads: int = Field(1, ge=0, description="Number of threads, 0: all cores. Does not change the result.")
 
 
 class ALS(ScoredBaseline[ALSConfig, _Vectors]):
@@ -137,16 +134,15 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
 class BPRConfig(Section):
     """Parameters of `BPR`."""
 
-    factors: Positive = Field(64, description="length of a vector")
-    learning_rate: AboveZero = Field(0.05, description="of stochastic gradient descent")
-    regularization: float = Field(0.001, ge=0, description="penalty of the vectors")
-    iterations: Positive = Field(100, description="passes over the training interactions")
-    decay: Decay = Field(0.8, description="factor from one event of the history to the one before")
+    factors: Positive = Field(64, description="Number of dimensions.")
+    learning_rate: AboveZero = Field(0.05, description="Learning rate of SGD.")
+    regularization: float = Field(0.001, ge=0, description="L2 penalty.")
+    iterations: Positive = Field(100, description="Number of epochs.")
+    decay: Decay = Field(0.8, description="Weight of an interaction of the history relative to the next one.")
     threads: int = Field(
         1,
         ge=0,
-        description="of training, 0: all cores; with more than one the seed no longer fixes the result, since they "
-        "write to the same vectors in any order",
+        description="Number of threads, 0: all cores. With more than one, the result is not reproducible.",
     )
 
 

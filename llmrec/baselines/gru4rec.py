@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class GRU4RecConfig(ProfiledConfig):
     """Parameters of `GRU4Rec`."""
 
-    dim: Width = Field(128, description="length of item vectors and of the state")
-    layers: Depth = Field(1, description="recurrent layers, one above the other")
+    dim: Width = Field(128, description="Dimension of item embeddings and hidden states.")
+    layers: Depth = Field(1, description="Number of recurrent layers.")
 
 
 class GRU4Rec(SequenceNetwork[GRU4RecConfig]):

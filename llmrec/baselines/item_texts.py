@@ -55,9 +55,10 @@ class TextsConfig(Section):
 
     encoder: str = Field(
         LSA,
-        description="lsa; a text encoder such as all-MiniLM-L6-v2, a name or a folder; or store:FOLDER, of features",
+        description="`lsa`; a text encoder such as `all-MiniLM-L6-v2` (name or folder); or `store:FOLDER`, a feature "
+        "store.",
     )
-    shuffled: bool = Field(False, description="a control: every item has the text of another one, drawn once")
+    shuffled: bool = Field(False, description="Ablation: assign the texts to random items.")
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ class WhitenedConfig(TextsConfig):
     """The parameters of how a baseline reads item texts and whitens their vectors."""
 
     whitening: float = Field(
-        0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
+        0.5, ge=0, le=1, description="Exponent of the whitening of the embeddings. 0: none, 1: full."
     )
 
 

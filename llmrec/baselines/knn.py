@@ -146,20 +146,22 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
 class ItemKNNConfig(Section):
     """Parameters of `ItemKNN`."""
 
-    history: Positive = Field(20, description="how many of the latest events count")
-    decay: Decay = Field(0.7, description="factor from one event to the one before; 1 weighs all alike")
+    history: Positive = Field(20, description="Number of latest interactions to use.")
+    decay: Decay = Field(0.7, description="Weight of an interaction relative to the next one. 1: equal weights.")
     asymmetry: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="exponent that the scored item's length has, the history's item having the rest; 0.5: the cosine",
+        description="Exponent of the scored item's norm in the similarity. 0.5: cosine similarity.",
     )
     weighting: Literal["none", "user-idf", "tf-idf"] = Field(
         "none",
-        description="of the training matrix; user-idf: users count less the more items they have; tf-idf: popular "
-        "items count less in a user's row, and rows have length 1",
+        description="Weighting of the training matrix. `user-idf`: lower weights for users with many items; "
+        "`tf-idf`: lower weights for popular items, with normalised rows.",
     )
-    shrinkage: float = Field(0.0, ge=0, description="what is added to the divisor, which lowers figures of rare items")
+    shrinkage: float = Field(
+        0.0, ge=0, description="Shrinkage term in the denominator, which lowers the similarity of rare items."
+    )
 
 
 class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
@@ -214,10 +216,12 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
 class RP3BetaConfig(Section):
     """Parameters of `RP3Beta`."""
 
-    history: Positive = Field(100, description="how many of the latest events count")
-    decay: Decay = Field(0.8, description="factor from one event to the one before; 1 weighs all alike")
-    alpha: float = Field(0.8, ge=0, description="exponent of the chances of the second and third step")
-    beta: float = Field(0.6, ge=0, description="exponent of the popularity by which a score is divided")
+    history: Positive = Field(100, description="Number of latest interactions to use.")
+    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next one. 1: equal weights.")
+    alpha: float = Field(
+        0.8, ge=0, description="Exponent of the transition probabilities of the second and third step."
+    )
+    beta: float = Field(0.6, ge=0, description="Exponent of the popularity that scores are divided by.")
 
 
 class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):

@@ -43,8 +43,8 @@ class _Transitions:
 class MarkovConfig(Section):
     """Parameters of `Markov`; the defaults were chosen on MovieLens-100K's validation split."""
 
-    order: Positive = Field(10, description="how many of the latest items vote, and how far apart a step may be")
-    decay: Decay = Field(0.85, description="factor from one event to the one before")
+    order: Positive = Field(10, description="Number of latest items to use, and maximum distance of a transition.")
+    decay: Decay = Field(0.85, description="Weight of an interaction relative to the next one.")
 
 
 class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
@@ -106,9 +106,9 @@ class _Counted:
 class MarkovCooccurrenceConfig(Section):
     """Parameters of `MarkovCooccurrence`."""
 
-    history: Positive = Field(20, description="how many of the latest events count for co-occurrence")
-    decay: Decay = Field(0.8, description="factor from one event to the one before")
-    transition: float = Field(1.0, ge=0, description="weight of one direct transition from the last item")
+    history: Positive = Field(20, description="Number of latest interactions to use for co-occurrence.")
+    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next one.")
+    transition: float = Field(1.0, ge=0, description="Weight of one transition from the last item.")
 
 
 class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):

@@ -46,18 +46,17 @@ _SCALE = 2.5
 class TowersConfig(WhitenedConfig, NeuralConfig):
     """The parameters of text encoding and of the training of towers."""
 
-    dim: Width = Field(128, description="length of the vectors that users and items are compared by")
-    dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
-    max_len: Positive = Field(10, description="maximum number of items that the network sees, the latest")
-    batch: Positive = Field(1024, description="targets of one optimiser step")
-    negatives: None = Field(None, description="the softmax is over all items")
-    learning_rate: AboveZero = Field(2e-3, description="of Adam")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
-    epochs: Positive = Field(30, description="passes over the training sequences, at most")
+    dim: Width = Field(128, description="Dimension of user and item vectors.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
+    max_len: Positive = Field(10, description="Maximum number of latest items to use.")
+    batch: Positive = Field(1024, description="Targets per optimiser step.")
+    negatives: None = Field(None, description="Not used: the softmax is over all items.")
+    learning_rate: AboveZero = Field(2e-3, description="Learning rate of Adam.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
+    epochs: Positive = Field(30, description="Maximum number of epochs.")
     patience: Positive | None = Field(
         3,
-        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
-        "a look at the validation split",
+        description="Early stopping: epochs without a better validation NDCG@10. `null`: run all epochs.",
     )
 
 
@@ -235,10 +234,8 @@ def turn(network: torch.nn.Module, names: Sequence[str]) -> None:
 class TextMatcherConfig(TowersConfig):
     """Parameters of `TextMatcher`."""
 
-    heads: int = Field(
-        4, ge=0, description="attention heads between the items of a history, as in NRMS; 0: none, as in NAML"
-    )
-    attention: Positive = Field(64, description="width of the layer that says how much an item of the history counts")
+    heads: int = Field(4, ge=0, description="Number of attention heads between history items (NRMS). 0: none (NAML).")
+    attention: Positive = Field(64, description="Width of the attention layer that weights history items.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TextMatcherConfig:

@@ -73,11 +73,11 @@ class _Factors:
 class MFConfig(RecencyConfig):
     """Parameters of `MF`."""
 
-    factors: Positive = Field(10, description="length k of a vector")
-    penalty: AboveZero = Field(0.1, description="ridge penalty of a vector, for each of its ratings")
-    user_penalty: AboveZero = Field(5.0, description="ridge penalty of user biases")
-    item_penalty: AboveZero = Field(3.0, description="ridge penalty of item biases")
-    rounds: Positive = Field(20, description="times that users and items are solved for")
+    factors: Positive = Field(10, description="Number of dimensions.")
+    penalty: AboveZero = Field(0.1, description="L2 penalty of a vector, per rating.")
+    user_penalty: AboveZero = Field(5.0, description="L2 penalty of user biases.")
+    item_penalty: AboveZero = Field(3.0, description="L2 penalty of item biases.")
+    rounds: Positive = Field(20, description="Number of alternating iterations.")
 
 
 class MF(Baseline[MFConfig, _Factors]):
@@ -126,12 +126,12 @@ class MF(Baseline[MFConfig, _Factors]):
 class SVDConfig(RecencyConfig):
     """Parameters of `SVD`."""
 
-    factors: Positive = Field(50, description="length k of a vector")
-    penalty: AboveZero = Field(0.1, description="penalty of biases and vectors in the loss of one rating")
-    learning_rate: AboveZero = Field(0.01, description="step of one rating")
-    epochs: Positive = Field(40, description="passes over the ratings")
-    batch: Positive = Field(500, description="ratings of one step")
-    user_penalty: AboveZero = Field(5.0, description="ridge penalty of an unknown user's bias")
+    factors: Positive = Field(50, description="Number of dimensions.")
+    penalty: AboveZero = Field(0.1, description="L2 penalty of biases and vectors.")
+    learning_rate: AboveZero = Field(0.01, description="Learning rate.")
+    epochs: Positive = Field(40, description="Number of epochs.")
+    batch: Positive = Field(500, description="Ratings per step.")
+    user_penalty: AboveZero = Field(5.0, description="L2 penalty of the bias of users without training ratings.")
 
 
 class SVD(Baseline[SVDConfig, _Factors]):

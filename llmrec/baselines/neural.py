@@ -207,30 +207,28 @@ _STOP_CASES = 10_000
 class NeuralConfig(Section):
     """The parameters of a sequence network: training and maximum sequence length."""
 
-    dropout: float = Field(0.5, ge=0, lt=1, description="share of values left out in training")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate.")
     max_len: Positive = Field(
         50,
-        description="maximum number of items that the network sees; longer training sequences are cut into pieces",
+        description="Maximum sequence length. Longer training sequences are split.",
     )
     negatives: Positive | None = Field(
-        None, description="items drawn as negatives for each step; None: the softmax over all items"
+        None, description="Number of sampled negatives per step. `null`: softmax over all items."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of the products with the item table in the loss over all items; auto: bfloat16 where the "
-        "processor multiplies it natively. Weights, softmax, optimiser and scoring are in single precision whatever "
-        "it is",
+        description="Precision of the matrix products with the item embeddings in the loss. `auto`: bfloat16 where "
+        "the processor supports it. All else is in single precision.",
     )
-    batch: Positive = Field(512, description="targets of one optimiser step, about")
-    learning_rate: AboveZero = Field(1e-3, description="of Adam")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
-    epochs: Positive = Field(100, description="passes over the training sequences, at most")
+    batch: Positive = Field(512, description="Approximate number of targets per optimiser step.")
+    learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    epochs: Positive = Field(100, description="Maximum number of epochs.")
     patience: Positive | None = Field(
         10,
-        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
-        "a look at the validation split",
+        description="Early stopping: epochs without a better validation NDCG@10. `null`: run all epochs.",
     )
-    quiet: bool = Field(False, description="no progress line on the standard error")
+    quiet: bool = Field(False, description="Hide the progress bar.")
 
     @property
     def half(self) -> bool:
@@ -241,9 +239,7 @@ class NeuralConfig(Section):
 class SequenceConfig(NeuralConfig):
     """The parameters of a sequence network, with its device."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the network is trained and asked; auto: a GPU where torch can use one"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device. `auto`: a GPU if PyTorch can use one.")
 
     @property
     def half(self) -> bool:
@@ -271,12 +267,14 @@ class SequenceConfig(NeuralConfig):
 class ProfiledConfig(SequenceConfig):
     """The parameters of a sequence network, with user features."""
 
-    features: str = Field(
-        "", description="a folder of features (docs/features.md): what it has on the user stands before the history"
+    features: str = Field("", description="Feature store whose user features precede the history.")
+    shuffled: bool = Field(False, description="Ablation: assign features to random users.")
+    whitening: float = Field(
+        1.0, ge=0, le=1, description="Exponent of the whitening of the features. 0: none, 1: full."
     )
-    shuffled: bool = Field(False, description="a control: features of users are dealt out anew")
-    whitening: float = Field(1.0, ge=0, le=1, description="exponent that evens out the directions of features")
-    experts: Positive = Field(3, description="that turn features into a step of the sequence, beside two further ones")
+    experts: Positive = Field(
+        3, description="Number of experts that project the features, in addition to two shared ones."
+    )
 
     @property
     def folders(self) -> tuple[str, ...]:

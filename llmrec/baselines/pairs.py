@@ -47,22 +47,23 @@ _LONG = 3600.0
 class TransitionsTunedConfig(TransitionsTextConfig):
     """Parameters of `TransitionsTuned`."""
 
-    encoder: str = Field("all-MiniLM-L6-v2", description="the text encoder that is tuned: a name or a folder")
-    blocks: Positive = Field(2, description="how many of the encoder's last blocks are tuned")
-    apart: Positive = Field(3, le=20, description="how many places apart the items of a pair may be")
-    nearby: float = Field(0.6, gt=0, le=1, description="factor from pairs to those that are a place further apart")
-    temperature: AboveZero = Field(0.05, description="of the softmax over the pairs of a step")
-    batch: Positive = Field(256, description="pairs of one optimiser step, each the negative of the others")
-    steps: Positive = Field(80, description="optimiser steps of an epoch")
-    epochs: Positive = Field(3, description="epochs at most; the learning rate falls to 0 over them")
+    encoder: str = Field("all-MiniLM-L6-v2", description="Text encoder to fine-tune: name or folder.")
+    blocks: Positive = Field(2, description="Number of last layers of the encoder to fine-tune.")
+    apart: Positive = Field(3, le=20, description="Maximum distance between the two items of a training pair.")
+    nearby: float = Field(
+        0.6, gt=0, le=1, description="Weight of a pair relative to one whose items are one position closer."
+    )
+    temperature: AboveZero = Field(0.05, description="Temperature of the contrastive loss.")
+    batch: Positive = Field(256, description="Pairs per optimiser step, with in-batch negatives.")
+    steps: Positive = Field(80, description="Optimiser steps per epoch.")
+    epochs: Positive = Field(3, description="Maximum number of epochs; the learning rate decays to 0.")
     patience: Positive | None = Field(
         2,
-        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
-        "a look at the validation split",
+        description="Early stopping: epochs without a better validation NDCG@10. `null`: run all epochs.",
     )
-    learning_rate: AboveZero = Field(1e-4, description="of AdamW, after a warm-up of 20 steps")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
-    quiet: bool = Field(False, description="no progress line on the standard error")
+    learning_rate: AboveZero = Field(1e-4, description="Learning rate of AdamW, after a warm-up of 20 steps.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
+    quiet: bool = Field(False, description="Hide the progress bar.")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class RecentPopularityConfig(Section):
     """Parameters of `RecentPopularity`."""
 
     half_life: AboveZero = Field(
-        0.1, description="age at which an interaction counts half, as a share of all training interactions"
+        0.1, description="Age at which an interaction has half the weight, as a share of all training interactions."
     )
 
 

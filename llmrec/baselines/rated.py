@@ -33,10 +33,8 @@ _PRIOR = 2.0
 class RecencyConfig(Section):
     """The parameters of how the latest ratings of a history change a prediction."""
 
-    recency: float = Field(
-        0.6, ge=0, description="weight of the fading mean of what the model misses in the history's ratings; 0: none"
-    )
-    decay: Decay = Field(0.7, description="factor from one rating of the history to the one before")
+    recency: float = Field(0.6, ge=0, description="Weight of the decayed mean error on the history's ratings. 0: none.")
+    decay: Decay = Field(0.7, description="Weight of a rating of the history relative to the next one.")
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class ItemMean(_Means):
 class UserItemBiasConfig(RecencyConfig):
     """Parameters of `UserItemBias`."""
 
-    user_penalty: AboveZero = Field(5.0, description="ridge penalty of user biases")
-    item_penalty: AboveZero = Field(3.0, description="ridge penalty of item biases")
+    user_penalty: AboveZero = Field(5.0, description="L2 penalty of user biases.")
+    item_penalty: AboveZero = Field(3.0, description="L2 penalty of item biases.")
 
 
 class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):

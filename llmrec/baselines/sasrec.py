@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class AttentionConfig(SequenceConfig):
     """The dimensions of a network of attention blocks."""
 
-    dim: Width = Field(64, description="length of item vectors and hidden states; a multiple of heads")
-    layers: Depth = Field(2, description="blocks of attention and feed-forward")
-    heads: Width = Field(2, description="attention heads")
+    dim: Width = Field(64, description="Dimension of item embeddings and hidden states; a multiple of `heads`.")
+    layers: Depth = Field(2, description="Number of transformer layers.")
+    heads: Width = Field(2, description="Number of attention heads.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AttentionConfig:

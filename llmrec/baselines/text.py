@@ -201,9 +201,9 @@ def first_sentence(text: str) -> str:
 class TextRidgeConfig(Section):
     """Parameters of `TextRidge`."""
 
-    penalty: AboveZero = Field(1.0, description="ridge penalty of the weights of words")
-    words: Positive = Field(2, description="words of the longest sequence that has a weight")
-    least: Positive = Field(2, description="in how many training reviews a word or sequence must stand")
+    penalty: AboveZero = Field(1.0, description="Ridge penalty.")
+    words: Positive = Field(2, description="Maximum n-gram length.")
+    least: Positive = Field(2, description="Minimum number of training reviews with an n-gram.")
 
 
 @dataclass(frozen=True)

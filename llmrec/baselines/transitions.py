@@ -55,14 +55,20 @@ class Steps:
 class TransitionsConfig(Section):
     """Parameters of `Transitions`."""
 
-    reach: int = Field(10, ge=1, le=_FURTHEST, description="how many places apart a step may be")
-    fade: Decay = Field(0.7, description="factor from a step to one that is a place longer")
-    backward: float = Field(0.5, ge=0, le=1, description="what a step counts in the other direction")
-    smoothing: float = Field(1.0, gt=0, description="what is added to the steps from an item before they are divided")
-    leaving: float = Field(0.25, ge=0, le=1, description="exponent of the steps from an item by which its votes divide")
-    arriving: float = Field(0.1, ge=0, le=1, description="exponent of the popularity of the item that is voted for")
-    history: Positive = Field(10, description="how many of the latest events vote")
-    decay: Decay = Field(0.6, description="factor from one event to the one before")
+    reach: int = Field(10, ge=1, le=_FURTHEST, description="Maximum distance of a transition, in positions.")
+    fade: Decay = Field(0.7, description="Weight of a transition relative to one that is a position shorter.")
+    backward: float = Field(0.5, ge=0, le=1, description="Weight of transitions in the reverse direction.")
+    smoothing: float = Field(
+        1.0, gt=0, description="Constant added to an item's transition count before normalisation."
+    )
+    leaving: float = Field(
+        0.25, ge=0, le=1, description="Exponent of the source item's transition count in the normalisation."
+    )
+    arriving: float = Field(
+        0.1, ge=0, le=1, description="Exponent of the target item's popularity in the normalisation."
+    )
+    history: Positive = Field(10, description="Number of latest interactions to use.")
+    decay: Decay = Field(0.6, description="Weight of an interaction relative to the next one.")
 
 
 class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
@@ -108,11 +114,11 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
 class TransitionsTextConfig(TransitionsConfig, TextsConfig):
     """Parameters of `TransitionsText`."""
 
-    text: float = Field(0.3, ge=0, description="weight of the items that resemble the latest ones")
-    sharpness: float = Field(8.0, gt=0, description="exponent of likenesses before they become shares")
-    text_history: Positive = Field(3, description="how many of the latest events count for their text")
-    text_decay: Decay = Field(0.5, description="factor from one of them to the one before")
-    onward: float = Field(0.5, ge=0, description="weight of the items that resemble those that are stepped to")
+    text: float = Field(0.3, ge=0, description="Weight of items with texts similar to the latest ones.")
+    sharpness: float = Field(8.0, gt=0, description="Exponent of text similarities before normalisation.")
+    text_history: Positive = Field(3, description="Number of latest interactions to use for text similarity.")
+    text_decay: Decay = Field(0.5, description="Weight of one of them relative to the next one.")
+    onward: float = Field(0.5, ge=0, description="Weight of items with texts similar to the targets of transitions.")
 
 
 class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):

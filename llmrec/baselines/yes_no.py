@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 class LikeRatioConfig(Section):
     """Parameters of `LikeRatio`."""
 
-    liked: float | None = Field(None, description="lowest rating that is a like; None: three quarters up the scale")
+    liked: float | None = Field(
+        None, description="Lowest rating that counts as a like. `null`: three quarters up the rating scale."
+    )
 
 
 class LikeRatio(Baseline[LikeRatioConfig, Counts]):
@@ -71,19 +73,17 @@ class _Linear:
 class LogisticConfig(LikeRatioConfig):
     """Parameters of `Logistic`."""
 
-    penalty: AboveZero = Field(1.0, description="weight of the squared weights")
+    penalty: AboveZero = Field(1.0, description="L2 penalty.")
     features: Literal["counts", "recent", "ids"] = Field(
         "recent",
-        description="recent: also how the user has rated lately; ids: also a weight for each user and each item",
+        description="`recent`: add features of the user's latest ratings; `ids`: also a weight per user and per item.",
     )
-    decay: Decay = Field(0.8, description="of features=recent: factor from one rating of the user to the one before")
-    id_penalty: AboveZero = Field(
-        100.0, description="of features=ids: weight of the squares of users' and items' weights"
-    )
+    decay: Decay = Field(0.8, description="`recent`: weight of a rating relative to the user's next one.")
+    id_penalty: AboveZero = Field(100.0, description="`ids`: L2 penalty of user and item weights.")
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on features counted from user and item; see `llmrec.baselines.counted.Counted`.
+    """Logistic regression on counts of the user and the item, see `llmrec.baselines.counted.Counted`.
 
     ``features=recent`` adds the user's recent ratings, weighed by ``decay``, and ``features=ids`` a weight for each
     user and item of training, as in a one-hot encoding. Weights minimise the mean log-loss plus

@@ -15,20 +15,31 @@ from llmrec.recipe.shared import RESAMPLES
 class CompareOptions:
     """Two run folders, and the output of their differences."""
 
-    a: Annotated[Path, About(argument=True, metavar="RUN_A", help="A finished run folder.")]
-    b: Annotated[Path, About(argument=True, metavar="RUN_B", help="Another one, over the same cases.")]
+    a: Annotated[Path, About(argument=True, metavar="RUN_A", help="Finished run folder.")]
+    b: Annotated[
+        Path,
+        About(
+            argument=True, metavar="RUN_B", help="Finished run folder to compare it with, evaluated on the same cases."
+        ),
+    ]
     to: Annotated[
-        Path | None, About(metavar="FILE", help="Also write every difference: .csv, .tsv, .jsonl or .parquet.")
+        Path | None,
+        About(metavar="FILE", help="Also write all differences to this file (.csv, .tsv, .jsonl or .parquet)."),
     ] = None
-    resamples: Annotated[int, About(least=1, help="Of the users, for the intervals.")] = RESAMPLES
-    seed: Annotated[int, About(help="Of the resamples.")] = 0
+    resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples for the confidence intervals.")] = (
+        RESAMPLES
+    )
+    seed: Annotated[int, About(help="Random seed of the bootstrap.")] = 0
 
 
 def compare(options: CompareOptions) -> None:
-    """Compare two finished runs over the same cases.
+    """Compare two finished runs on the same cases.
 
-    Paired differences with intervals. Rows stand for the runs or are in both; --json and --to hold every metric. Runs
-    over other users, items, candidates or splits are refused. Nothing is asked again.
+    Prints paired differences with confidence intervals; --json and --to contain every metric. Runs with different
+    users, items, candidates or splits are rejected. No model is run again.
+
+    Example:
+        llmrec compare runs/quickstart runs/longer
     """
     from llmrec.bench.runs import NOTE, compare_runs, tables, write
 

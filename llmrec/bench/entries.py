@@ -4,7 +4,7 @@ from llmrec.entries import Command
 
 COMMANDS = {
     "compare": Command(
-        "llmrec.bench.command:compare", "Train and evaluate", "Compare two finished runs over the same cases."
+        "llmrec.bench.command:compare", "Train and evaluate", "Compare two finished runs on the same cases."
     ),
 }
 FUNCTIONS = {"compare": "llmrec.bench.runs:compare_runs"}

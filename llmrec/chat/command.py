@@ -8,10 +8,12 @@ from llmrec.chat.options import ChatOptions
 
 
 def chat(options: ChatOptions) -> None:
-    """Talk with a recommender about its catalogue.
+    """Chat with a recommender, or test recorded dialogues.
 
-    A line at a time, or replay a transcript as a test. It shows items of the catalogue alone; docs/chat.md says what it
-    understands.
+    Reads one message per line. Answers name only items of the catalogue. Experimental: see docs/experimental.md.
+
+    Example:
+        llmrec chat runs/demo
     """
     from llmrec.chat.run import chat
 

@@ -3,5 +3,5 @@
 from llmrec.entries import Command
 
 COMMANDS = {
-    "chat": Command("llmrec.chat.command:chat", "Serve", "Talk with a recommender about its catalogue."),
+    "chat": Command("llmrec.chat.command:chat", "Serve", "Chat with a recommender, or test recorded dialogues."),
 }

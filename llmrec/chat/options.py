@@ -19,39 +19,49 @@ class ChatOptions(ModelOptions):
     """A recommender for a conversation, and its manager."""
 
     model: Annotated[
-        str, About(argument=True, metavar="RUN", help="A run folder, or an exported folder with its interactions.")
+        str, About(argument=True, metavar="RUN", help="Run folder, or an exported folder that includes interactions.")
     ]
     models: Annotated[
         tuple[str, ...],
         About(
             names=("--models",),
             metavar="NAME",
-            help="What ranks: tuned, fusion, a baseline or another run; the run's default.",
+            help="Model that ranks: tuned, fusion, a baseline or another run. Default: that of the run.",
         ),
     ] = ()
     manager: Annotated[
-        str, About(metavar="rules|MODEL", help="Who chooses the tools: rules, or a language model by folder or name.")
+        str, About(metavar="rules|MODEL", help="Dialogue manager: rules, or a language model (name or folder).")
     ] = RULES
     encoder: Annotated[
         str | None,
-        About(metavar="NAME", help="A text encoder, or a folder of --learn: search compares meanings too."),
+        About(metavar="NAME", help="Text encoder (name, or folder written by --learn) for semantic search."),
     ] = None
     ranker: Annotated[
-        str | None, About(metavar="MODEL", help="A language model, by folder or name, that also orders and explains.")
+        str | None, About(metavar="MODEL", help="Language model (name or folder) that reranks items and explains them.")
     ] = None
-    k: Annotated[int, About(least=1, most=MOST, help="Items of a list.")] = 5
-    save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript, as JSON lines.")] = None
+    k: Annotated[int, About(least=1, most=MOST, help="Number of items in a list.")] = 5
+    save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript as JSON lines.")] = None
     replay: Annotated[
-        Path | None, About(metavar="FILE", help="Hold a transcript's conversations again; 1 where an answer differs.")
+        Path | None,
+        About(metavar="FILE", help="Replay the conversations of a transcript. Exit code 1 if an answer differs."),
     ] = None
     simulate: Annotated[
-        int | None, About(least=1, metavar="N", help="Hold N conversations with simulated users, who know no title.")
+        int | None, About(least=1, metavar="N", help="Run N conversations with simulated users who do not name titles.")
     ] = None
-    seed: Annotated[int, About(least=0, help="Of the simulated users.")] = 0
+    seed: Annotated[int, About(least=0, help="Random seed of the simulated users.")] = 0
     learn: Annotated[
-        Path | None, About(metavar="FOLDER", help="Learn a dual encoder from them, over --encoder, for --encoder.")
+        Path | None,
+        About(
+            metavar="FOLDER",
+            help="Train a dual encoder on the simulated conversations, starting from --encoder, and write it to "
+            "this folder.",
+        ),
     ] = None
     tune: Annotated[
-        Path | None, About(metavar="RECIPE", help="Tune its model to choose the tools, on --simulate or --replay.")
+        Path | None,
+        About(
+            metavar="RECIPE",
+            help="Fine-tune the recipe's model to select tools, on the conversations of --simulate or --replay.",
+        ),
     ] = None
-    calls: Annotated[bool, About(help="Also print the calls and the seconds of each answer.")] = False
+    calls: Annotated[bool, About(help="Also print tool calls and the latency of each answer.")] = False

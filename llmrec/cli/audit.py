@@ -18,14 +18,19 @@ _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
 class AuditOptions:
     """A run, and whether its model is asked as well."""
 
-    folder: Annotated[Path, About(argument=True, metavar="RUN", help="A run folder, such as runs/quickstart.")]
-    memory: Annotated[bool, About(help="Also ask the untuned model for the catalogue; loads it.")] = False
+    folder: Annotated[Path, About(argument=True, metavar="RUN", help="Run folder, such as runs/quickstart.")]
+    memory: Annotated[
+        bool, About(help="Also test whether the untuned model has memorised the catalogue. Loads the model.")
+    ] = False
 
 
 def audit(options: AuditOptions) -> None:
-    """Look for held-out data where it must not be.
+    """Check a run for data leakage.
 
-    And for what else may explain a figure. Exit code 1 on a leak.
+    Also reports other facts that may explain a result, such as popular targets. Exit code 1 if there is a leak.
+
+    Example:
+        llmrec audit runs/quickstart
     """
     from llmrec.pipeline import audit as audits
 

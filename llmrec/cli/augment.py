@@ -23,18 +23,27 @@ _SHOWN = 3
 class AugmentOptions(RecipeOptions):
     """A recipe, its store of texts, and which of them are written."""
 
-    out: Annotated[Path | None, About(help="The store; <run folder>/features by default.")] = None
-    dry_run: Annotated[bool, About(help="Print what it would cost, and a prompt.")] = False
-    without_model: Annotated[bool, About(help="The control: the same events and items; <run folder>/control.")] = False
+    out: Annotated[Path | None, About(help="Folder of the feature store. Default: features in the run folder.")] = None
+    dry_run: Annotated[bool, About(help="Print the estimated cost and an example prompt; generate nothing.")] = False
+    without_model: Annotated[
+        bool,
+        About(
+            help="Write a reference store from the same interactions and items without a language model. Default "
+            "folder: control in the run folder."
+        ),
+    ] = False
     shard: Shard = None
     ray: Ray = None
 
 
 def augment(options: AugmentOptions) -> None:
-    """Have a language model write texts of users and items.
+    """Generate texts of users and items with a language model.
 
-    They are stored with their vectors as features. A killed call resumes where it was. Texts on users are written from
-    what nothing else learns from, where data.split.kind=prefix keeps it apart.
+    Stores the texts and their embeddings in a feature store. An interrupted call resumes. With data.split.kind=prefix,
+    texts on users are written from interactions that no model is trained on.
+
+    Example:
+        llmrec augment recipes/movielens-100k/kar.yaml --dry-run
     """
     from llmrec import records
     from llmrec.pipeline import augmenting

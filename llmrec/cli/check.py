@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 class CheckOptions(RecipeOptions):
     """A page, and whether its run is estimated."""
 
-    recipe: Annotated[str, About(argument=True, metavar="PAGE", help="A recipe, or a suite or benchmark.")]
-    dry_run: Annotated[bool, About(help="Also count rows and tokens, render prompts, estimate time and memory.")] = (
-        False
-    )
+    recipe: Annotated[str, About(argument=True, metavar="PAGE", help="Recipe, suite or benchmark file.")]
+    dry_run: Annotated[
+        bool, About(help="Also count training rows and tokens, render prompts, and estimate time and memory.")
+    ] = False
 
 
 def check(options: CheckOptions) -> None:
-    """Check a recipe, its data and its model without weights.
+    """Validate a recipe, its data and its model.
 
-    It refuses what a run would refuse, also of a suite or a benchmark and the recipes that it names.
+    Finds the errors that a run would report, without loading model weights. Suites and benchmarks are checked with the
+    recipes that they use.
+
+    Example:
+        llmrec check recipes/quickstart.yaml --dry-run
     """
     from llmrec.recipe.load import kind_of_page
 

@@ -17,7 +17,11 @@ _SAID = ("source", "path", "rows", "made", "sha256")
 
 
 def data(options: RecipeOptions) -> None:
-    """Print statistics of a recipe's data and its split."""
+    """Print statistics of a recipe's data and its split.
+
+    Example:
+        llmrec data recipes/quickstart.yaml
+    """
     from llmrec.data.stats import statistics
     from llmrec.pipeline import study as studies
     from llmrec.recipe.load import load_recipe

@@ -46,14 +46,17 @@ class DoctorOptions:
     """What is looked at."""
 
     security: Annotated[
-        bool, About(help="Look for what is unsafe instead: weights, modes, keys, recipes, services.")
+        bool, About(help="Run a security check instead: weight formats, file permissions, API keys, recipes, services.")
     ] = False
 
 
 def doctor(options: DoctorOptions) -> None:
-    """Check versions, hardware, model and data.
+    """Check the installation, hardware, model access and data.
 
-    One line each, with the fix; exit code 1 if something is wrong.
+    Prints one line per check, with a fix for each problem. Exit code 1 if there is a problem.
+
+    Example:
+        llmrec doctor
     """
     result = list(security.examine() if options.security else examine())
     store_facts(

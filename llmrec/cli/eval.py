@@ -18,19 +18,22 @@ class EvalOptions(RunOptions):
 
     recipe: Annotated[
         str,
-        About(argument=True, metavar="PAGE", help="A recipe, or a suite or benchmark such as eval/suites/NAME.yaml."),
+        About(argument=True, metavar="PAGE", help="Recipe, or a suite or benchmark such as eval/suites/toys.yaml."),
     ]
-    results: Annotated[Path, About(help="Of a suite: folder for its results; its page goes beside the folder.")] = Path(
-        "eval/results"
-    )
+    results: Annotated[
+        Path,
+        About(help="Suites and benchmarks: folder for the results. The Markdown page is written next to this folder."),
+    ] = Path("eval/results")
 
 
 def evaluate(options: EvalOptions) -> None:
     """Evaluate a recipe without training, or run a suite.
 
-    The tuned setting takes the adapter that `train` left. A suite puts predictors under one protocol, a benchmark
-    recipes beside each other, a suite of conversations managers before the same simulated users; all go on where they
-    were killed.
+    The fine-tuned model is the one that llmrec train wrote. A suite evaluates models with one protocol; a benchmark
+    compares runs of recipes. An interrupted evaluation resumes.
+
+    Example:
+        llmrec eval recipes/quickstart.yaml eval.users=500
     """
     from llmrec.pipeline import run as pipeline
     from llmrec.recipe.load import kind_of_page, load_recipe

@@ -7,9 +7,12 @@ from llmrec.exports.options import ExportOptions, refuse_untuned
 
 
 def export(options: ExportOptions) -> None:
-    """Write a tuned model as a folder that stands alone.
+    """Export a fine-tuned model with a model card.
 
-    llmrec, transformers and vLLM load it; it has a model card and checksums.
+    The folder loads in llmrec, transformers and vLLM, and contains checksums.
+
+    Example:
+        llmrec export runs/quickstart --out films-model --licence mit
     """
     # Checked before torch and transformers are imported.
     refuse_untuned(options.run)

@@ -13,8 +13,11 @@ import typer
 from llmrec.answer.options import About
 from llmrec.cli.console import say, short, show, store_facts
 
-Store = Annotated[Path, About(argument=True, metavar="STORE", help="A folder of features; docs/features.md.")]
-Kind = Annotated[Literal["user", "item", "synthetic"], About(help="What the ids name.")]
+Store = Annotated[
+    Path,
+    About(argument=True, metavar="STORE", help="Folder of a feature store, see docs/text-features-and-cold-start.md."),
+]
+Kind = Annotated[Literal["user", "item", "synthetic"], About(help="Kind of entity.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +31,25 @@ class StoreOptions:
 class ImportOptions:
     """A table of texts, and the store that they are written to."""
 
-    texts: Annotated[str, About(argument=True, metavar="TEXTS", help="A table with user_id or item_id, and a text.")]
-    out: Annotated[Path, About(help="The store; a new version of it is published.")]
+    texts: Annotated[
+        str, About(argument=True, metavar="TEXTS", help="Table with user_id or item_id, and a text column.")
+    ]
+    out: Annotated[Path, About(help="Feature store to write; an existing one gets a new version.")]
     kind: Kind = "item"
-    text: Annotated[str, About(help="Column of the texts.")] = "text"
+    text: Annotated[str, About(help="Name of the text column.")] = "text"
     seen: Annotated[
-        str | None, About(help="A table with user_id and item_id: the interactions that texts were written from.")
+        str | None, About(help="Table with user_id and item_id: the interactions that the texts were written from.")
     ] = None
-    encoder: Annotated[str, About(help="A text encoder, a name or a folder.")] = "all-MiniLM-L6-v2"
+    encoder: Annotated[str, About(help="Text encoder: name or folder.")] = "all-MiniLM-L6-v2"
 
 
 def import_texts(options: ImportOptions) -> None:
-    """Make features of texts that somebody else wrote.
+    """Import texts into a feature store.
 
-    Those of the other kind stay as they are.
+    An existing store keeps its texts of other kinds.
+
+    Example:
+        llmrec features import item_texts.csv --out features --kind item
     """
     from llmrec.augment.stores import from_table, whole
     from llmrec.data.features import FeatureStore, write_version, writing
@@ -60,13 +68,18 @@ class ShowOptions(StoreOptions):
     """A store of features, and whose texts are shown."""
 
     ids: Annotated[
-        tuple[str, ...], About(argument=True, metavar="[ID]...", help="Whose texts; none: what is in it.")
+        tuple[str, ...],
+        About(argument=True, metavar="[ID]...", help="IDs whose texts to print. Default: a summary of the store."),
     ] = ()
     kind: Kind = "user"
 
 
 def show_store(options: ShowOptions) -> None:
-    """Print what a store holds, or some of its texts."""
+    """Print a summary of a feature store, or its texts.
+
+    Example:
+        llmrec features show features C1042 --kind user
+    """
     from llmrec.data.features import FeatureStore
 
     if not options.ids:
@@ -86,13 +99,16 @@ class DiffOptions:
     """Two stores of features."""
 
     old: Store
-    new: Annotated[Path, About(argument=True, metavar="STORE", help="The newer one.")]
+    new: Annotated[Path, About(argument=True, metavar="STORE", help="Folder of the newer feature store.")]
 
 
 def diff(options: DiffOptions) -> None:
-    """Print what two stores say differently.
+    """Compare two feature stores.
 
-    Exit code 1 if they do.
+    Exit code 1 if they differ.
+
+    Example:
+        llmrec features diff features-old features-new
     """
     from llmrec.augment.stores import compare
     from llmrec.data.features import PLURALS, FeatureStore
@@ -112,15 +128,18 @@ def diff(options: DiffOptions) -> None:
 class EditOptions(StoreOptions):
     """A text of a store, and its correction."""
 
-    name: Annotated[str, About(argument=True, metavar="ID", help="Whose text.")]
-    text: Annotated[str, About(help="What it should say.")]
+    name: Annotated[str, About(argument=True, metavar="ID", help="ID whose text to change.")]
+    text: Annotated[str, About(help="New text.")]
     kind: Kind = "user"
 
 
 def edit(options: EditOptions) -> None:
-    """Correct a text.
+    """Change one text in a feature store.
 
-    Its vector is computed again by the encoder of the store.
+    Its embedding is computed again with the text encoder of the store.
+
+    Example:
+        llmrec features edit features C1042 --text 'Bakes bread at home.'
     """
     from llmrec.augment import stores
 
@@ -135,13 +154,16 @@ def edit(options: EditOptions) -> None:
 class ForgetOptions(StoreOptions):
     """A store of features, and a user of it."""
 
-    user: Annotated[str, About(argument=True, metavar="USER", help="Who is erased.")]
+    user: Annotated[str, About(argument=True, metavar="USER", help="User to erase.")]
 
 
 def forget(options: ForgetOptions) -> None:
-    """Erase a person: text, vector and interactions.
+    """Erase a user: text, embedding and interactions.
 
-    Texts on others that had seen some of them are named.
+    Lists the users whose texts were written from some of the erased interactions.
+
+    Example:
+        llmrec features forget features C1042
     """
     from llmrec.augment import stores
 
@@ -153,9 +175,12 @@ def forget(options: ForgetOptions) -> None:
 
 
 def bench(options: StoreOptions) -> None:
-    """Time look-ups of one id and of a hundred.
+    """Measure the lookup latency of a feature store.
 
-    Half of them are unknown.
+    Looks up one ID and 100 IDs at a time; half of them are unknown.
+
+    Example:
+        llmrec features bench features
     """
     from llmrec.augment.stores import timed
     from llmrec.data.features import PLURALS, FeatureStore

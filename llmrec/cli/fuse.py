@@ -14,16 +14,22 @@ from llmrec.cli.console import finish
 class FuseOptions:
     """Runs, and the folder of their ensembles."""
 
-    runs: Annotated[tuple[Path, ...], About(argument=True, metavar="RUN...", help="Finished runs over the same cases.")]
-    out: Annotated[Path, About(metavar="FOLDER", help="The folder to write.")]
+    runs: Annotated[
+        tuple[Path, ...],
+        About(argument=True, metavar="RUN...", help="Finished run folders, evaluated on the same cases."),
+    ]
+    out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
 
 
 def fuse(options: FuseOptions) -> None:
-    """Combine the rows of finished runs into ensembles.
+    """Build ensembles from the models of finished runs.
 
-    Weights come from users of the validation split. Nothing is asked again. Each family gets the fusion of rows that
-    know events alone, of those that read texts too, and of all with the language models, beside the rows themselves and
-    compared with them.
+    Weights are fitted on validation users; no model is run again. Each task gets an ensemble of the models that use
+    interactions only, one that adds text-based models, and one that adds language models. All are compared with the
+    single models.
+
+    Example:
+        llmrec fuse runs/quickstart runs/baselines --out runs/ensemble
     """
     from llmrec.pipeline import run as pipeline
 

@@ -15,14 +15,19 @@ from llmrec.cli.options import RecipeOptions
 class IndexOptions(RecipeOptions):
     """A recipe, where its index goes, and which items are shown."""
 
-    out: Annotated[Path | None, About(help="Folder to write; runs/<name>/index by default.")] = None
-    items: Annotated[str, About(metavar="ID,ID", help="Items to show, with those nearest to them.")] = ""
+    out: Annotated[Path | None, About(help="Output folder. Default: runs/NAME/index.")] = None
+    items: Annotated[
+        str, About(metavar="ID,ID", help="Comma-separated item IDs to show, with their nearest neighbours.")
+    ] = ""
 
 
 def index(options: IndexOptions) -> None:
-    """Build a recipe's item index and show its codes.
+    """Build the item IDs of a recipe and show examples.
 
-    It writes a page with figures and examples.
+    Writes a page with statistics and examples of the semantic or other IDs that the section index configures.
+
+    Example:
+        llmrec index recipes/movielens-100k/index-semantic.yaml
     """
     from llmrec.pipeline import index_report
     from llmrec.recipe.load import load_recipe

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any, Literal
 
 import typer
@@ -18,7 +19,7 @@ from typer.main import get_command
 from llmrec import __version__, processes, progress, terminal
 from llmrec.cli.console import facts, given, say
 from llmrec.cli.ending import run_and_exit
-from llmrec.cli.options import takes
+from llmrec.cli.options import example_of, takes
 from llmrec.progress import QUIET
 from llmrec.registry import COMMANDS, PANELS, attribute
 
@@ -53,12 +54,14 @@ def _options(
             "--json",
             callback=_remembered,
             expose_value=False,
-            help="Print one JSON object, and all else on the error stream.",
+            help="Print the result as one JSON object; messages go to standard error.",
         ),
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", callback=_remembered, expose_value=False, help="Say which stages are reused."),
+        typer.Option(
+            "--verbose", "-v", callback=_remembered, expose_value=False, help="Also print which stages are reused."
+        ),
     ] = False,
     quiet: Annotated[
         bool,
@@ -67,13 +70,16 @@ def _options(
             "-q",
             callback=_remembered,
             expose_value=False,
-            help="No progress bars, and errors as the only notes.",
+            help="Hide progress bars and print only errors.",
         ),
     ] = False,
     log_level: Annotated[
         Level | None,
         typer.Option(
-            "--log-level", callback=_remembered, expose_value=False, help="In place of -v (info) and -q (error)."
+            "--log-level",
+            callback=_remembered,
+            expose_value=False,
+            help="Log level; replaces -v (info) and -q (error).",
         ),
     ] = None,
 ) -> None:
@@ -189,7 +195,7 @@ def app_of(functions: Mapping[str, Callable[[Any], None]], **settings: Any) -> t
         cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **settings
     )
     for name, function in functions.items():
-        made.command(name, cls=_Command)(takes(function))
+        made.command(name, cls=_Command, epilog=f"\b\nExample:\n{indent(example_of(function), '  ')}")(takes(function))
     return made
 
 
@@ -202,7 +208,7 @@ def _version(value: bool) -> None:
 app = typer.Typer(
     name="llmrec",
     cls=_Root,
-    help="Tune a language model into a recommender, and measure it honestly.",
+    help="Fine-tune language models as recommenders, and compare them with baselines.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -213,7 +219,7 @@ app = typer.Typer(
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, cleandoc
 from pathlib import Path
+from textwrap import dedent
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -13,21 +14,23 @@ import typer
 from llmrec.answer.options import About
 from llmrec.errors import RecipeError
 
-Out = Annotated[Path | None, About(help="Run folder; runs/<name> by default.")]
+Out = Annotated[Path | None, About(help="Run folder. Default: runs/NAME.")]
 Shard = Annotated[
-    str | None, About(metavar="I/N", help="Do the I-th of N pieces alone; llmrec merge puts them together.")
+    str | None, About(metavar="I/N", help="Process only shard I of N; combine the shards with llmrec merge.")
 ]
 Ray = Annotated[
     str | None,
     About(
         metavar="local|HOST:PORT",
-        help="Have a Ray cluster work all pieces, and put them together; ray.* of the recipe says how.",
+        help="Process all shards on a Ray cluster, then merge them. Configured by the recipe's section ray.",
     ),
 ]
 
 Launch = Annotated[
     int | None,
-    About(least=1, metavar="N", help="Use N processes of this machine, each with a GPU or its share of the cores."),
+    About(
+        least=1, metavar="N", help="Use N processes on this machine, each with one GPU or its share of the CPU cores."
+    ),
 ]
 
 
@@ -35,12 +38,14 @@ Launch = Annotated[
 class RecipeOptions:
     """A recipe, and keys that are changed."""
 
-    recipe: Annotated[
-        str, About(argument=True, metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")
-    ]
+    recipe: Annotated[str, About(argument=True, metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
     overrides: Annotated[
         tuple[str, ...],
-        About(argument=True, metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=20 eval.users=100."),
+        About(
+            argument=True,
+            metavar="[KEY=VALUE]...",
+            help="Recipe keys to override, such as train.steps=20 eval.users=100.",
+        ),
     ] = ()
 
 
@@ -58,6 +63,8 @@ def refuse_several(shard: str | None, ray: str | None, launch: int | None = None
 def takes(function: Callable[[Any], None]) -> Callable[..., None]:
     """Return a function of a record as a callback whose parameters are the fields of the record, required ones first.
 
+    Its docstring is the help text, without the section ``Example:``.
+
     Args:
         function: A function with one parameter, annotated with a dataclass whose fields are `Annotated` with an `About`
             each.
@@ -70,9 +77,20 @@ def takes(function: Callable[[Any], None]) -> Callable[..., None]:
     def called(**given: Any) -> None:
         function(record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
 
-    called.__name__, called.__doc__ = function.__name__, function.__doc__
+    called.__name__, called.__doc__ = function.__name__, _docstring(function)[0]
     called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return called
+
+
+def example_of(function: Callable[[Any], None]) -> str:
+    """Return the section ``Example:`` at the end of the docstring of a command: command lines."""
+    return _docstring(function)[1]
+
+
+def _docstring(function: Callable[[Any], None]) -> tuple[str, str]:
+    """Return the help text of a command and its example, both without indentation."""
+    text, _, example = cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
+    return text, dedent(example)
 
 
 def _parameter(field: Field[Any], hint: Any) -> Parameter:

@@ -9,10 +9,13 @@ from llmrec.cli.console import short, show
 
 
 def predict(options: PredictOptions) -> None:
-    """Answer a file of questions about one item each.
+    """Predict ratings, clicks or texts for a file of items.
 
-    Ratings, yes or no, explanations, reviews. A killed call resumes where it was. Exit code 0: every line answered; 1:
-    some failed, and say why; 2: nothing done.
+    Supports ratings, yes/no predictions, explanations and reviews. An interrupted run resumes. Exit code 0: all rows
+    processed; 1: some failed, with the reason in the output; 2: nothing was done.
+
+    Example:
+        llmrec predict --model runs/quickstart --in pairs.csv --out ratings.csv --family rating
     """
     from llmrec.answer.predict.run import predict_file
 

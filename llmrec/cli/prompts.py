@@ -49,40 +49,43 @@ class PromptsOptions(RecipeOptions):
         About(
             names=("--template", "-t"),
             metavar="NAME|FILE",
-            help="Show this template alone, trained on or not; repeatable.",
+            help="Show only this template, even if the recipe does not use it. Repeatable.",
         ),
     ] = ()
     sets: Annotated[
         tuple[str, ...],
-        About(names=("--set",), metavar="NAME", help="Show the templates of this set alone, such as m6; repeatable."),
+        About(names=("--set",), metavar="NAME", help="Show only the templates of this set, such as m6. Repeatable."),
     ] = ()
     every: Annotated[
         bool,
-        About(names=("--all",), help="Say of every template what it shows and writes, and show three prompts a task."),
+        About(names=("--all",), help="Describe every template and print three prompts per task."),
     ] = False
     evaluation: Annotated[
         bool,
-        About(names=("--eval",), help="Show evaluation prompts instead, few-shot demonstrations included."),
+        About(names=("--eval",), help="Show evaluation prompts instead, including few-shot examples."),
     ] = False
     diff: Annotated[
         tuple[str, str] | None,
-        About(metavar="A B", help="Compare two templates, or template A with how run folder B had it."),
+        About(metavar="A B", help="Compare two templates, or template A with its version in run folder B."),
     ] = None
     chat: Annotated[
         Path | None,
         About(
             metavar="FILE",
-            help="Write the training rows as chat messages (JSONL), for TRL, axolotl, LLaMA-Factory.",
+            help="Write the training rows as chat messages (JSONL) for TRL, axolotl or LLaMA-Factory.",
         ),
     ] = None
 
 
 def prompts(options: PromptsOptions) -> None:
-    """Show the prompts of a recipe as a model reads them.
+    """Show the prompt templates and rendered prompts of a recipe.
 
     Lists the templates of the recipe and prints one training prompt per task, with the learned text in «these marks».
     --template also renders templates that the recipe does not train on. --eval prints the prompt of the first evaluated
-    request for each row of the results table.
+    request for each model of the results table.
+
+    Example:
+        llmrec prompts recipes/quickstart.yaml --all
     """
     recipe = load_recipe(options.recipe, options.overrides)
     recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)

@@ -14,8 +14,12 @@ from llmrec.registry import hook
 def rank(options: RankOptions) -> None:
     """Rank items for a file of requests, or for every user.
 
-    By a language model or a classic recommender: candidate sets, or the whole catalogue. A killed run resumes where it
-    was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
+    Ranks the candidates of each request or the whole catalogue, with a language model or a baseline. An interrupted run
+    resumes. Exit code 0: all requests ranked; 1: some failed, with the reason in the output; 2: nothing was done.
+
+    Example:
+        llmrec rank --model runs/quickstart --all-users --to lists.csv --top 10
+        llmrec rank --model runs/quickstart --in requests.jsonl --out lists.jsonl
     """
     from llmrec.answer.rank.run import STDOUT, console_rows, rank_file
     from llmrec.answer.rank.sharded import rank_shard

@@ -20,16 +20,19 @@ class ReportOptions:
         About(
             argument=True,
             metavar="RUN",
-            help="A run folder, such as runs/quickstart, or a folder such as eval/results.",
+            help="Run folder such as runs/quickstart, or a folder of suite results such as eval/results.",
         ),
     ]
-    table: Annotated[bool, About(help="Of a run folder: also print its tables.")] = False
+    table: Annotated[bool, About(help="Run folder: also print the tables.")] = False
 
 
 def report(options: ReportOptions) -> None:
-    """Write the report of a run again from its results.
+    """Rebuild the report of a run from its results.
 
-    Of a folder of results such as eval/results: the leaderboard and the benchmarks' pages.
+    For a folder of suite results such as eval/results: rebuild the leaderboard and the pages of the benchmarks.
+
+    Example:
+        llmrec report runs/quickstart --table
     """
     from llmrec.pipeline import run as pipeline
 

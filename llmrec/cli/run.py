@@ -26,10 +26,13 @@ class RunOptions(RecipeOptions):
 
 
 def run(options: RunOptions) -> None:
-    """Run a recipe end to end: data, training, evaluation, report.
+    """Run a recipe: prepare data, train, evaluate, report.
 
-    A second run reuses every stage whose inputs did not change; a killed run resumes where it was. With --launch both
-    training and evaluation use N processes. A shard, and --ray, train nothing: train first.
+    A second run reuses every stage whose inputs have not changed, and an interrupted run resumes. With --launch,
+    training and evaluation use N processes. --shard and --ray distribute the evaluation only: run llmrec train first.
+
+    Example:
+        llmrec run recipes/quickstart.yaml train.steps=50 eval.users=100
     """
     from llmrec.cli.estimate import print_estimate
     from llmrec.pipeline import run as pipeline

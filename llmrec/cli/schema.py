@@ -35,14 +35,17 @@ _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 class SchemaOptions:
     """The kind of page, and the file of its schema."""
 
-    kind: Annotated[PageKind, About(argument=True, help="Of which pages; suites and benchmarks have one.")] = "recipe"
-    out: Annotated[Path | None, About(metavar="FILE", help="The file to write; by default it is printed.")] = None
+    kind: Annotated[PageKind, About(argument=True, help="File type. suite also covers benchmarks.")] = "recipe"
+    out: Annotated[Path | None, About(metavar="FILE", help="Output file. Default: print the schema.")] = None
 
 
 def schema(options: SchemaOptions) -> None:
-    """Write the JSON schema of recipes or of suites.
+    """Write the JSON schema of recipes or suites for editors.
 
-    Editors complete keys and names by it, and mark mistakes.
+    Editors use it to complete keys and mark errors.
+
+    Example:
+        llmrec schema recipe --out recipe.schema.json
     """
     text = schema_text(options.kind)
     if options.out is None:
@@ -59,7 +62,7 @@ def schema_text(kind: PageKind) -> str:
 
 
 def _recipe() -> Schema:
-    made = _plain(Recipe)
+    made = described(Recipe)
     defs = made["$defs"]
     for name, family in families().items():
         section = _section(family.section, defs)
@@ -87,7 +90,7 @@ def _recipe() -> Schema:
 
 
 def _suite() -> Schema:
-    suite, benchmark, chat = _plain(Suite), _plain(Benchmark), _plain(ChatSuite)
+    suite, benchmark, chat = described(Suite), described(Benchmark), described(ChatSuite)
     defs = suite.pop("$defs") | benchmark.pop("$defs") | chat.pop("$defs")
     defs["SuiteRow"]["properties"]["baseline"]["anyOf"][0] = _named(BASELINES)
     defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
@@ -110,7 +113,7 @@ def _baseline(defs: Schema) -> Schema:
     rules = []
     for name in BASELINES:
         config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
-        made = _plain(config)
+        made = described(config)
         defs |= made.pop("$defs", {})
         parameters = made["properties"]
         rules.append(
@@ -139,7 +142,7 @@ def _baseline(defs: Schema) -> Schema:
 def _section(section: type[BaseModel], defs: Schema) -> Schema:
     """Return the schema of a family's section, including families of plug-ins."""
     if section.__name__ not in defs:
-        made = _plain(section)
+        made = described(section)
         defs |= made.pop("$defs", {})
         defs[section.__name__] = made
     properties: Schema = defs[section.__name__]["properties"]
@@ -150,7 +153,7 @@ def _named(names: Iterable[str]) -> Schema:
     return {"anyOf": [{"type": "string", "enum": list(names)}, _OWN]}
 
 
-def _plain(model: type[BaseModel]) -> Schema:
+def described(model: type[BaseModel]) -> Schema:
     """Return pydantic's schema with descriptions instead of titles that only repeat a key."""
     made = model.model_json_schema()
     for entry in _objects(made):

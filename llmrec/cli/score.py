@@ -28,25 +28,40 @@ class ScoreOptions:
     """One or two files of ranked lists, and what is relevant."""
 
     ranked: Annotated[
-        tuple[Path, ...], About(argument=True, metavar="RANKED [OTHER]", help="Ranked lists; of two, how they differ.")
+        tuple[Path, ...],
+        About(
+            argument=True,
+            metavar="RANKED [OTHER]",
+            help="File of ranked lists; a second file is compared with the first.",
+        ),
     ] = ()
-    truth: Annotated[Path, About(help="What is relevant: a table with a user and an item a row, or TREC qrels.")]
-    user: Annotated[str | None, About(metavar="COLUMN", help="Column of the user; default: known by its name.")] = None
-    item: Annotated[str | None, About(metavar="COLUMN", help="Column of the item; default: known by its name.")] = None
-    k: Annotated[str, About(metavar="K,K", help="Ranks at which metrics are cut.")] = ",".join(map(str, _EVAL.cutoffs))
-    graded: Annotated[bool, About(help="NDCG takes the truth's relevance for its gain, as trec_eval does.")] = False
+    truth: Annotated[Path, About(help="Relevant items: a table with a user and an item in each row, or TREC qrels.")]
+    user: Annotated[str | None, About(metavar="COLUMN", help="Name of the user column. Default: detected.")] = None
+    item: Annotated[str | None, About(metavar="COLUMN", help="Name of the item column. Default: detected.")] = None
+    k: Annotated[str, About(metavar="K,K", help="Comma-separated cut-offs of the metrics.")] = ",".join(
+        map(str, _EVAL.cutoffs)
+    )
+    graded: Annotated[bool, About(help="Compute NDCG with graded relevance and linear gain, as trec_eval does.")] = (
+        False
+    )
     planned: Annotated[
-        str | None, About(metavar="METRIC", help="Of two: the metric that they were to be compared on; it is tested.")
+        str | None,
+        About(
+            metavar="METRIC", help="With two files: metric of the planned comparison, which gets a significance test."
+        ),
     ] = None
-    resamples: Annotated[int, About(least=1, help="Of the bootstrap over users.")] = _EVAL.bootstrap
-    seed: Annotated[int, About(help="Of the resamples.")] = 0
+    resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples over users.")] = _EVAL.bootstrap
+    seed: Annotated[int, About(help="Random seed of the bootstrap.")] = 0
 
 
 def score_files(options: ScoreOptions) -> None:
-    """Measure ranked lists of any system.
+    """Compute ranking metrics for lists of any system.
 
-    Every ranking metric against what is relevant, with a 95 % interval. Lists are those of `llmrec rank`, a table with
-    a row a ranked item, or a TREC run. Two files are compared, by user.
+    Computes every ranking metric with a 95 % confidence interval. Lists are the output of llmrec rank, a table with one
+    row per ranked item, or a TREC run. A second file is compared with the first, by user.
+
+    Example:
+        llmrec score lists.csv --truth held_out.csv --k 10,20
     """
     if len(options.ranked) not in (1, 2):
         raise RecipeError(

@@ -26,9 +26,13 @@ class TrainOptions(RecipeOptions):
 
 
 def train(options: TrainOptions) -> None:
-    """Train and merge only; `run` and `eval` reuse the result.
+    """Fine-tune the model of a recipe without evaluating it.
 
-    torchrun and accelerate launch can start it too, also on several machines: see docs/scaling.md.
+    llmrec run and llmrec eval reuse the result. torchrun and accelerate launch can start this command too, also on
+    several machines: see docs/scaling.md.
+
+    Example:
+        llmrec train recipes/quickstart.yaml --launch 2
     """
     from llmrec.pipeline import run as pipeline
     from llmrec.pipeline.study import folder_of

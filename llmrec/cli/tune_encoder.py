@@ -15,8 +15,8 @@ from llmrec.cli.options import RecipeOptions
 class TuneEncoderOptions(RecipeOptions):
     """A recipe, the encoder to begin from, and the folder to write."""
 
-    out: Annotated[Path, About(metavar="FOLDER", help="The folder to write.")]
-    encoder: Annotated[str, About(metavar="NAME", help="The text encoder to begin from: a name or a folder.")] = (
+    out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
+    encoder: Annotated[str, About(metavar="NAME", help="Text encoder to start from: name or folder.")] = (
         "all-MiniLM-L6-v2"
     )
 
@@ -24,9 +24,11 @@ class TuneEncoderOptions(RecipeOptions):
 def tune_encoder(options: TuneEncoderOptions) -> None:
     """Fine-tune a text encoder on a recipe's interactions.
 
-    It learns which items follow each other in training. The folder can stand wherever a recipe names an encoder, with
-    the same data and seed: `transitions-text`, `content`, `tower`, semantic IDs and item tokens. Rows that use it count
-    as language models.
+    The encoder learns which items follow each other in the training data. Use the folder wherever a recipe names a text
+    encoder, with the same data and seed: `transitions-text`, `content`, `text-matcher`, semantic IDs and item tokens.
+
+    Example:
+        llmrec tune-encoder recipes/quickstart.yaml --out encoder
     """
     from llmrec.baselines.pairs import TransitionsTunedConfig
     from llmrec.pipeline.encoder_tuning import tune_encoder as tune

@@ -20,20 +20,25 @@ class MergeOptions:
     target: Annotated[
         Path,
         About(
-            argument=True, metavar="TARGET", help="What the shards are of: the --out of rank, a run folder, a store."
+            argument=True,
+            metavar="TARGET",
+            help="What the shards belong to: the --out file of llmrec rank, a run folder or a feature store.",
         ),
     ]
     shards: Annotated[
         tuple[Path, ...],
-        About(argument=True, metavar="[SHARD]...", help="Folders of shards; by default TARGET.shards/*."),
+        About(argument=True, metavar="[SHARD]...", help="Folders of the shards. Default: TARGET.shards/*."),
     ] = ()
 
 
 def merge(options: MergeOptions) -> None:
-    """Put the shards of a job together.
+    """Merge the shards of a distributed job.
 
-    Of `rank`, `eval`, `run` or `augment`, as one process writes it; no model is asked again. Missing, damaged or
-    doubled shards, and those of other inputs, are refused. Exit code of rank: 1 if lines failed.
+    Works for rank, eval, run and augment; no model is run again. Missing, damaged, duplicate or foreign shards are
+    errors. Exit code 1 if some requests of rank failed.
+
+    Example:
+        llmrec merge runs/quickstart
     """
     merge_shards(options.target, options.shards)
 

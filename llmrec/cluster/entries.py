@@ -3,7 +3,9 @@
 from llmrec.entries import Command
 
 COMMANDS = {
-    "merge": Command("llmrec.cluster.command:merge", "Advanced", "Put the shards of a job together.", resumes=True),
+    "merge": Command(
+        "llmrec.cluster.command:merge", "Advanced", "Merge the shards of a distributed job.", resumes=True
+    ),
 }
 HOOKS = {
     "shards": "llmrec.cluster.actors:ask_shards",

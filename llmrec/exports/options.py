@@ -15,28 +15,35 @@ from llmrec.recipe.load import STORED, load_stored
 class ExportOptions:
     """The run to export, with the content and path of the export."""
 
-    run: Annotated[Path, About(argument=True, metavar="RUN", help="A finished run folder, such as runs/quickstart.")]
-    out: Annotated[Path, About(metavar="FOLDER", help="The folder to write.")]
+    run: Annotated[Path, About(argument=True, metavar="RUN", help="Finished run folder, such as runs/quickstart.")]
+    out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
     dtype: Annotated[
         str,
         About(
-            metavar="auto|float32|bfloat16|float16", help="Of the weights; auto: the one that the run was evaluated in."
+            metavar="auto|float32|bfloat16|float16",
+            help="Data type of the weights. auto: the one used in the evaluation.",
         ),
     ] = "auto"
-    adapter_only: Annotated[bool, About(help="Write the adapter, not a whole model.")] = False
+    adapter_only: Annotated[bool, About(help="Export only the LoRA adapter.")] = False
     with_items: Annotated[
         bool,
-        About(names=("--with-items/--no-items",), help="Whether the catalogue goes in; it may have an owner."),
+        About(
+            names=("--with-items/--no-items",), help="Whether to include the item catalogue; check its licence first."
+        ),
     ] = True
-    with_interactions: Annotated[bool, About(help="Training interactions too, so that `rank --fuse` works there.")] = (
-        False
+    with_interactions: Annotated[
+        bool, About(help="Also include the training interactions, which --fuse and chat need.")
+    ] = False
+    check_users: Annotated[int, About(least=0, help="Number of validation cases per task that verify the export.")] = 50
+    licence: Annotated[str | None, About(help="Licence of the fine-tuned weights and the model card.")] = None
+    base_licence: Annotated[str | None, About(help="Licence of the base model, if the model does not declare it.")] = (
+        None
     )
-    check_users: Annotated[int, About(least=0, help="Validation cases a task on which the export is checked.")] = 50
-    licence: Annotated[str | None, About(help="Of the tuned weights and the card.")] = None
-    base_licence: Annotated[str | None, About(help="Of the base model, where it does not say itself.")] = None
-    push: Annotated[str | None, About(metavar="USER/NAME", help="Upload to the model hub.")] = None
-    private: Annotated[bool, About(names=("--private/--public",), help="Whether what is uploaded is private.")] = True
-    force: Annotated[bool, About(help="Replace an earlier export.")] = False
+    push: Annotated[str | None, About(metavar="USER/NAME", help="Upload to this Hugging Face repository.")] = None
+    private: Annotated[
+        bool, About(names=("--private/--public",), help="Whether the uploaded repository is private.")
+    ] = True
+    force: Annotated[bool, About(help="Overwrite an earlier export.")] = False
 
     @property
     def address(self) -> str:

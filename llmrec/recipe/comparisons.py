@@ -13,28 +13,33 @@ from llmrec.recipe.schema import DataSection, Name, Positive, Resamples, Section
 
 
 class SuiteRow(Section):
-    """One row of a suite: a baseline, a language model tuned by a recipe, or a mixture of other rows."""
+    """A model of a suite: a baseline, the model of a recipe, or a mixture or ensemble of earlier models."""
 
-    baseline: str | None = None
-    parameters: dict[str, Value] = Field(default={}, description="of the baseline; they stay as they are")
-    tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
+    baseline: str | None = Field(None, description="Name of a baseline.")
+    parameters: dict[str, Value] = Field(default={}, description="Fixed parameters of the baseline.")
+    tune: bool = Field(True, description="Search the baseline's hyperparameter grid on the validation split.")
     grid: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(
-        default={}, description="values of the baseline's parameters to choose among, in place of its declared ones"
+        default={}, description="Grid of parameter values to search, instead of the baseline's own."
     )
-    recipe: str | None = Field(None, description="a recipe page; its model is tuned on the suite's data and searched")
-    overrides: tuple[str, ...] = Field((), description="recipe: changed keys, such as index.scheme=random")
-    depth: Positive = Field(100, description="recipe: items that the search finds; the others tie behind them")
-    mix: tuple[str, ...] = Field((), description="names of rows above, whose probabilities are mixed")
+    recipe: str | None = Field(
+        None, description="Recipe whose model is trained on the suite's data and ranks the catalogue."
+    )
+    overrides: tuple[str, ...] = Field((), description="With `recipe`: overridden keys, such as `index.scheme=random`.")
+    depth: Positive = Field(
+        100, description="With `recipe`: number of ranked items per request; all others tie below them."
+    )
+    mix: tuple[str, ...] = Field((), description="Names of earlier models whose probabilities are mixed.")
     weights: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] = Field(
-        (), max_length=6, description="mix: declared weights of its rows, one of which is chosen on validation"
+        (), max_length=6, description="With `mix`: candidate weights, one of which is chosen on the validation split."
     )
     fuse: tuple[str, ...] = Field(
-        (), description="names of rows above, joined with weights from validation users that chose nothing else"
+        (),
+        description="Names of earlier models, the members of an ensemble with weights from reserved validation users.",
     )
-    ranker: bool = Field(True, description="fuse: a learned ranker takes part in the choice of the form")
-    name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
+    ranker: bool = Field(True, description="With `fuse`: also consider a learned ranker as the form of the ensemble.")
+    name: str = Field("", description="Name in tables. Empty: the baseline, the recipe or the members.")
     seeds: Positive | None = Field(
-        None, description="only the first so many of the suite's seeds, for what is slow to train; None: all of them"
+        None, description="Use only this many of the suite's seeds, for models that are slow to train. Unset: all."
     )
 
     @model_validator(mode="after")
@@ -69,10 +74,10 @@ class SuiteRow(Section):
 
 
 class DiversitySection(Section):
-    """Similarity of two items of a list, for ILD: words of a field, or text vectors."""
+    """Item similarity for intra-list diversity: words of a field, or text embeddings."""
 
-    field: str | None = Field(None, description="item field with words, such as genres")
-    encoder: str | None = Field(None, description="text encoder of titles and fields, such as all-MiniLM-L6-v2")
+    field: str | None = Field(None, description="Item field with words, such as genres.")
+    encoder: str | None = Field(None, description="Text encoder of titles and fields, such as `all-MiniLM-L6-v2`.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> DiversitySection:
@@ -82,11 +87,11 @@ class DiversitySection(Section):
 
 
 class PartialPair(Section):
-    """Two rows on some of the requests."""
+    """A comparison on a part of the requests."""
 
-    rows: tuple[str, str] = Field(description="the first less the second")
+    rows: tuple[str, str] = Field(description="The two models; the difference is first minus second.")
     items: Literal["cold", "warm"] = Field(
-        description="requests whose target has no training interaction, or all others"
+        description="`cold`: requests whose target has no training interaction; `warm`: all others."
     )
 
 
@@ -94,43 +99,54 @@ AnyPair = tuple[str, str] | PartialPair
 
 
 class Suite(Section):
-    """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
+    """Models evaluated with one protocol on one data set."""
 
-    task: Literal["ranking", "rating", "ctr"] = Field("ranking", description="ctr: will the user like the item")
-    suite: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    plugins: str | None = Field(None, description="folder beside this page with modules of plug-ins; docs/plugins.md")
-    data: DataSection
-    split: Literal["valid", "test"] = "test"
+    task: Literal["ranking", "rating", "ctr"] = Field(
+        "ranking", description="Ranking of the catalogue, rating prediction, or like (yes/no) prediction."
+    )
+    suite: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the suite.")
+    description: str = Field("", description="Description for the results page.")
+    plugins: str | None = Field(None, description="Folder with modules of plug-ins, see docs/extend.md.")
+    data: DataSection = Field(description="Data, as in a recipe.")
+    split: Literal["valid", "test"] = Field("test", description="Evaluated split.")
     seen: tuple[Literal["excluded", "included"], ...] = Field(
         ("excluded", "included"),
         min_length=1,
-        description="whether items of the history can be ranked; first: headline",
+        description="Whether items of the history can be recommended. The first value is the main result.",
     )
-    cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1)
-    liked: float | None = Field(None, description="ctr: lowest rating that is a yes; None: three quarters up the scale")
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
-    split_seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
-    diversity: DiversitySection | None = Field(None, description="ranking: how ILD compares items; None: no ILD")
-    bootstrap: Resamples = 2000
-    users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
+    cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1, description="Cut-offs k of the metrics.")
+    liked: float | None = Field(
+        None, description="`ctr`: lowest rating that counts as a yes. Unset: three quarters up the rating scale."
+    )
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Random seeds of models that depend on one.")
+    split_seeds: tuple[Seed, ...] = Field(
+        (0,), min_length=1, description="Random seeds of the split (order of equal timestamps). Several give a range."
+    )
+    diversity: DiversitySection | None = Field(
+        None, description="`ranking`: item similarity for intra-list diversity (ILD). Unset: no ILD."
+    )
+    bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
+    users: Positive | None = Field(None, description="Number of evaluated users. Unset: all.")
     reserved: float = Field(
-        0.5, gt=0, lt=1, description="share of validation users that weigh fusions and choose no parameter or epoch"
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of validation users that fit ensemble weights and do not select hyperparameters or epochs.",
     )
-    min_history: int = Field(0, ge=0, description="leave out requests of users with fewer known events")
-    rows: tuple[SuiteRow, ...] = Field(min_length=1)
+    min_history: int = Field(0, ge=0, description="Minimum history length of evaluated requests.")
+    rows: tuple[SuiteRow, ...] = Field(min_length=1, description="Models to compare.")
     pairs: tuple[AnyPair, ...] = Field(
         (),
-        description="planned comparisons: names of rows, is the first better than the second in every table; with "
-        "{rows, items} on cold or warm items alone",
+        description="Planned comparisons, which are tested: is the first model better than the second? `{rows, "
+        "items}` restricts one to cold-start or warm items.",
     )
     explored: tuple[AnyPair, ...] = Field(
-        (), description="comparisons that were thought of after the test split was seen: described, not tested"
+        (), description="Comparisons chosen after seeing test results: reported without a test."
     )
-    skip: tuple[str, ...] = Field(
-        (), description="names of rows that are left out, with those that join them; the results say so"
+    skip: tuple[str, ...] = Field((), description="Models to skip, with the ensembles that contain them.")
+    references: tuple[str, ...] = Field(
+        (), description="Names of files in eval/references with published results to print next to these."
     )
-    references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -177,34 +193,35 @@ def names_of(pair: AnyPair) -> tuple[str, str]:
 
 
 class BenchmarkRun(Section):
-    """Runs of one recipe: one for each point of a grid, and each seed."""
+    """Runs of one recipe: one for each combination of a grid and each seed."""
 
-    name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="its label in tables")
-    recipe: str = Field("", description="a recipe page; empty: the benchmark's own")
-    overrides: tuple[str, ...] = Field((), description="changed keys, such as eval.arms=[zero-shot]")
+    name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="Name in tables.")
+    recipe: str = Field("", description="Recipe. Empty: the benchmark's own.")
+    overrides: tuple[str, ...] = Field((), description="Overridden keys, such as `eval.arms=[zero-shot]`.")
     start: str = Field(
-        "", description="a run above, whose tuned model of the same seed this one continues: its train.start"
+        "", description="Earlier run whose fine-tuned model of the same seed this run continues (`train.start`)."
     )
-    teacher: str = Field("", description="a run above, whose tuned model of the same seed teaches: train.teacher.run")
+    teacher: str = Field(
+        "", description="Earlier run whose fine-tuned model of the same seed is the teacher (`train.teacher.run`)."
+    )
     grid: dict[str, tuple[Any, ...]] = Field(
-        default={}, description="keys of the recipe with lists of values: every combination is a run"
+        default={}, description="Recipe keys with lists of values; every combination is a run."
     )
-    seeds: tuple[int, ...] = Field(
-        (), description="values of train.seed, over which figures are averaged; empty: the recipe's own"
-    )
+    seeds: tuple[int, ...] = Field((), description="Values of `train.seed` to average over. Empty: the recipe's seed.")
 
 
 class Benchmark(Section):
-    """Recipes compared on the same cases: models, examples, strategies and templates, with their cost."""
+    """Runs of recipes compared on the same cases, with their cost."""
 
-    benchmark: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    recipe: str = Field("", description="a recipe page for runs that name none")
-    overrides: tuple[str, ...] = Field((), description="changed keys of every run")
-    runs: tuple[BenchmarkRun, ...] = Field(min_length=1)
-    bootstrap: Resamples = 2000
+    benchmark: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the benchmark.")
+    description: str = Field("", description="Description for the results page.")
+    recipe: str = Field("", description="Recipe of the runs that name none.")
+    overrides: tuple[str, ...] = Field((), description="Keys overridden in every run.")
+    runs: tuple[BenchmarkRun, ...] = Field(min_length=1, description="Runs to compare.")
+    bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
     pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="planned comparisons: names of rows as the page has them, is the first better than the second"
+        (),
+        description="Planned comparisons: pairs of model names as in the results, is the first better than the second?",
     )
 
     @model_validator(mode="after")
@@ -236,22 +253,22 @@ class Benchmark(Section):
 
 
 class ChatRow(Section):
-    """One row of a suite of conversations: the dialogue manager, and the simulated users."""
+    """A system of a suite of conversations: the dialogue manager, the ranker and the simulated users."""
 
     manager: str = Field(
         min_length=1,
-        description="rules; history: the recommender's next list, whatever was said; random: any legal call, whatever "
-        "was said; or a language model by folder or name",
+        description="Dialogue manager: `rules`; `history` (ignores messages); `random` (random valid calls); or a "
+        "language model.",
     )
     ranker: str | None = Field(
         None,
         min_length=1,
-        description="a language model by folder or name that grades the first items of each list; its order and the "
-        "recommender's are joined; None: the recommender alone",
+        description="Language model that grades the top items; its ranking is combined with the recommender's. "
+        "Unset: the recommender alone.",
     )
-    name: str = Field("", description="empty: the manager's, and the ranker's")
-    users: Positive | None = Field(None, description="only the first of the suite's, such as for a language model")
-    knows: tuple[str, ...] = Field((), description="fields of items that these users know and speak of; empty: all")
+    name: str = Field("", description="Name in tables. Empty: the manager and the ranker.")
+    users: Positive | None = Field(None, description="Use only this many of the suite's users. Unset: all.")
+    knows: tuple[str, ...] = Field((), description="Item fields that the simulated users know. Empty: all.")
 
     @property
     def label(self) -> str:
@@ -260,30 +277,35 @@ class ChatRow(Section):
 
 
 class ChatSuite(Section):
-    """Conversations of simulated users with several managers over one catalogue and one recommender."""
+    """Conversations of simulated users with several dialogue managers. Experimental, see docs/experimental.md."""
 
-    chat: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    recipe: str = Field(description="a recipe page: its data, its seed, and what it says of the recommender")
-    overrides: tuple[str, ...] = Field((), description="changed keys of the recipe")
-    recommender: str = Field("item-knn", description="a classic recommender, which learns from the training part")
+    chat: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the suite.")
+    description: str = Field("", description="Description for the results page.")
+    recipe: str = Field(description="Recipe with the data, the seed and settings of the recommender.")
+    overrides: tuple[str, ...] = Field((), description="Overridden keys of the recipe.")
+    recommender: str = Field("item-knn", description="Baseline that recommends, fitted on the training split.")
     items: str | None = Field(
-        None, description="table of items with what can be talked about: item_id, title, fields; None: the recipe's own"
+        None, description="Table of items with the fields that conversations are about. Unset: the items of the recipe."
     )
-    split: Literal["valid", "test"] = Field("test", description="whose held-out items users want")
-    users: Positive = Field(200, description="users of a seed, drawn by a hash")
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of who is drawn, and of how they say it")
-    turns: Positive = Field(5, description="turns of a conversation, at most")
+    split: Literal["valid", "test"] = Field("test", description="Split whose held-out items are the users' targets.")
+    users: Positive = Field(200, description="Number of users per seed.")
+    seeds: tuple[Seed, ...] = Field(
+        (0, 1, 2), min_length=1, description="Random seeds of user sampling and simulation."
+    )
+    turns: Positive = Field(5, description="Maximum number of turns per conversation.")
     # The list length of managers that choose it.
-    k: int = Field(5, ge=5, le=50, description="items of a list of rules and of history; the others show five at most")
-    past: int = Field(40, ge=0, le=90, description="last items of a user's history that the profile begins with")
-    liked: float | None = Field(
-        None, description="lowest rating of a liked item; None: three quarters up the scale, or all without ratings"
+    k: int = Field(
+        5, ge=5, le=50, description="Number of items per list of `rules` and `history`. The others show at most five."
     )
-    bootstrap: Resamples = 2000
-    rows: tuple[ChatRow, ...] = Field(min_length=1)
+    past: int = Field(40, ge=0, le=90, description="Number of latest history items in the initial profile.")
+    liked: float | None = Field(
+        None,
+        description="Lowest rating of a liked item. Unset: three quarters up the rating scale; without ratings, all.",
+    )
+    bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
+    rows: tuple[ChatRow, ...] = Field(min_length=1, description="Systems to compare.")
     pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="planned comparisons: names of rows, is the first better than the second on the users of both"
+        (), description="Planned comparisons: is the first system better than the second on the users of both?"
     )
 
     @model_validator(mode="after")

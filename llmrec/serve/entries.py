@@ -4,15 +4,13 @@ from llmrec.entries import Command
 
 COMMANDS = {
     "serve": Command(
-        "llmrec.serve.command:serve", "Serve", "Serve a model over HTTP, with a page to look at.", serves=True
+        "llmrec.serve.command:serve", "Serve", "Serve recommendations over HTTP, with a web page.", serves=True
     ),
-    "serve-key": Command(
-        "llmrec.serve.command:serve_key", "Serve", "Make an API key for `llmrec serve`, or revoke one."
-    ),
+    "serve-key": Command("llmrec.serve.command:serve_key", "Serve", "Create or revoke an API key for llmrec serve."),
     "refresh": Command(
         "llmrec.serve.command:refresh",
         "Serve",
-        "Add new events and items to a folder that is served.",
+        "Add new interactions and items to a served model.",
         resumes=True,
     ),
 }

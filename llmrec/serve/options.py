@@ -14,31 +14,49 @@ class ServeOptions(ModelOptions):
     """A model, and the configuration of its service."""
 
     model: Annotated[
-        str, About(argument=True, metavar="MODEL", help="A run folder, an exported folder, a model folder or hub name.")
+        str,
+        About(
+            argument=True, metavar="MODEL", help="Run folder, exported folder, model folder or Hugging Face model name."
+        ),
     ]
     models: Annotated[
         tuple[str, ...],
         About(
             names=("--models",),
             metavar="NAME",
-            help="What answers, the default first; repeatable: tuned, untuned, a report row, a baseline, another run.",
+            help="Model to serve: tuned, untuned, a model of the report, a baseline or another run. Repeatable; the "
+            "first one is the default.",
         ),
     ] = ()
-    host: Annotated[str, About(help="Address to listen at; 0.0.0.0 for all, which takes --keys.")] = "127.0.0.1"
-    port: Annotated[int, About(least=0, help="Port; 0 takes a free one.")] = 8000
+    host: Annotated[str, About(help="Address to listen on. 0.0.0.0 listens on all interfaces and requires --keys.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, About(least=0, help="Port. 0 selects a free one.")] = 8000
     store: Annotated[
         str | None,
-        About(metavar="FILE|URL", help="Events and changed items: a file, or postgresql://...; RUN/service.sqlite."),
+        About(
+            metavar="FILE|URL",
+            help="Storage for new interactions and catalogue changes: a SQLite file or postgresql://... Default: "
+            "service.sqlite in the model folder.",
+        ),
     ] = None
-    keys: Annotated[Path | None, About(help="File of API keys, made by `llmrec serve-key`.")] = None
-    per_minute: Annotated[int | None, About(least=1, help="Requests of one key or address in a minute.")] = None
-    rules: Annotated[Path | None, About(help="YAML or JSON file of rules that always stand; see docs/serve.md.")] = None
+    keys: Annotated[Path | None, About(help="File of API keys, created with llmrec serve-key.")] = None
+    per_minute: Annotated[
+        int | None, About(least=1, help="Rate limit per API key or client address, in requests per minute.")
+    ] = None
+    rules: Annotated[
+        Path | None, About(help="YAML or JSON file of business rules that apply to every request, see docs/serving.md.")
+    ] = None
     batch: BatchSize = 32
-    window: Annotated[int, About(least=0, help="Milliseconds that a question waits for others.")] = 5
-    room: Annotated[int, About(least=1, help="Questions that may wait; more are refused with 429.")] = 256
-    timeout: Annotated[int, About(least=1, help="Seconds that a question may take.")] = 60
-    body_limit: Annotated[int, About(least=1024, help="Bytes of a body.")] = 1 << 20
-    mcp: Annotated[bool, About(help="Offer the verbs to agents as well, at /mcp.")] = False
+    window: Annotated[
+        int, About(least=0, help="Maximum time to wait for further requests of a batch, in milliseconds.")
+    ] = 5
+    room: Annotated[
+        int, About(least=1, help="Maximum number of queued requests. Further requests get HTTP status 429.")
+    ] = 256
+    timeout: Annotated[int, About(least=1, help="Request timeout, in seconds.")] = 60
+    body_limit: Annotated[int, About(least=1024, help="Maximum size of a request body, in bytes.")] = 1 << 20
+    mcp: Annotated[bool, About(help="Also serve the Model Context Protocol (MCP) at /mcp.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +64,27 @@ class RefreshOptions:
     """A model, and the events and items since its training."""
 
     model: Annotated[
-        str, About(argument=True, metavar="MODEL", help="A run folder, or a folder that was refreshed before.")
+        str, About(argument=True, metavar="MODEL", help="Run folder, or a folder that was refreshed before.")
     ]
     events: Annotated[
         str | None,
-        About(metavar="FILE|STORE", help="New events: a table, or the store of a service (file or postgresql://)."),
+        About(
+            metavar="FILE|STORE",
+            help="New interactions: a table, or the storage of a service (file or postgresql://...).",
+        ),
     ] = None
-    items: Annotated[Path | None, About(help="Table of new items: item_id, title and fields.")] = None
+    items: Annotated[Path | None, About(help="Table of new items with item_id, title and fields.")] = None
     out: Annotated[
-        Path | None, About(metavar="FOLDER", help="The folder to write; a refreshed one is renewed in its place.")
+        Path | None,
+        About(metavar="FOLDER", help="Output folder. A folder that was refreshed before is updated in place."),
     ] = None
     train: Annotated[
-        int | None, About(least=1, metavar="STEPS", help="Also go on training for so many steps, on all events.")
+        int | None,
+        About(least=1, metavar="STEPS", help="Also continue training for this many steps on all interactions."),
     ] = None
     server: Annotated[
-        str | None, About(metavar="URL", help="Tell a service that serves the folder to read it anew.")
+        str | None, About(metavar="URL", help="URL of a running service of this folder, which then reloads it.")
     ] = None
     key_env: Annotated[
-        str | None, About(metavar="VARIABLE", help="With --server: the environment variable that holds an admin key.")
+        str | None, About(metavar="VARIABLE", help="With --server: environment variable that holds an admin API key.")
     ] = None

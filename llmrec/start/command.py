@@ -10,7 +10,10 @@ from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 def init(options: InitOptions) -> None:
     """Write a recipe for a table of interactions.
 
-    It says which column was taken for what, and why.
+    Prints which column was used for what, and why.
+
+    Example:
+        llmrec init orders.csv --items products.csv
     """
     from llmrec.start import init as start
     from llmrec.start.columns import asked
@@ -32,7 +35,10 @@ def init(options: InitOptions) -> None:
 def auto(options: AutoOptions) -> None:
     """Build a recommender from a table within a time budget.
 
-    Recommenders are tuned, joined and measured; the best one is ready to serve.
+    Tunes models, combines them into an ensemble and evaluates them. The best one is ready for llmrec serve.
+
+    Example:
+        llmrec auto orders.csv --items products.csv --budget 30m
     """
     from llmrec.start import auto as autos
 
@@ -42,9 +48,12 @@ def auto(options: AutoOptions) -> None:
 
 
 def tune(options: TuneOptions) -> None:
-    """Search a recipe's settings on the validation split.
+    """Tune hyperparameters of a recipe on validation users.
 
-    Within a budget of time; the best settings are written as a recipe.
+    Stops after a time budget and writes the best settings as a recipe.
+
+    Example:
+        llmrec tune recipes/quickstart.yaml --over train.learning_rate=1e-4..1e-3 --budget 1h
     """
     from llmrec.start.tune import search, told
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "tune": Command(
         "llmrec.start.command:tune",
         "Train and evaluate",
-        "Search a recipe's settings on the validation split.",
+        "Tune hyperparameters of a recipe on validation users.",
         resumes=True,
     ),
 }

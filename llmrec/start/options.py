@@ -19,16 +19,22 @@ class TableOptions:
     """A table of interactions, and the roles of its columns."""
 
     table: str
-    items: Annotated[str | None, About(help="A second table, with one row an item.")] = None
-    query: Annotated[str | None, About(help="What is asked of a database: one SELECT.")] = None
-    user: Annotated[str | None, About(help="Column of users.")] = None
-    item: Annotated[str | None, About(help="Column of items.")] = None
-    rating: Annotated[str | None, About(help="Column of ratings; none: leave them out.")] = None
-    time: Annotated[str | None, About(help="Column of times; none: the order of the rows.")] = None
-    title: Annotated[str | None, About(help="Column of item titles; none: ids stand in.")] = None
-    fields: Annotated[str | None, About(help="Further item columns, A,B; none: no such.")] = None
-    dates: Annotated[str | None, About(help="Order in dates such as 03/04/2024: day-first or month-first.")] = None
-    split: Annotated[str | None, About(help="Column of the parts train, valid and test; none: draw a split.")] = None
+    items: Annotated[str | None, About(help="Table of items, with one row per item.")] = None
+    query: Annotated[str | None, About(help="With a database: the SELECT statement to read.")] = None
+    user: Annotated[str | None, About(help="Column of user IDs. Default: detected.")] = None
+    item: Annotated[str | None, About(help="Column of item IDs. Default: detected.")] = None
+    rating: Annotated[str | None, About(help="Column of ratings; none to ignore ratings. Default: detected.")] = None
+    time: Annotated[str | None, About(help="Column of timestamps; none to use the row order. Default: detected.")] = (
+        None
+    )
+    title: Annotated[str | None, About(help="Column of item titles; none to use item IDs. Default: detected.")] = None
+    fields: Annotated[
+        str | None, About(help="Comma-separated item feature columns; none to use none. Default: detected.")
+    ] = None
+    dates: Annotated[str | None, About(help="Order of dates such as 03/04/2024: day-first or month-first.")] = None
+    split: Annotated[
+        str | None, About(help="Column with the values train, valid and test; none to split by llmrec.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +46,15 @@ class InitOptions(TableOptions):
         About(
             argument=True,
             metavar="TABLE",
-            help="A file, BOOK.xlsx#SHEET or a folder; or sqlite:///FILE, duckdb:///FILE, postgresql:// or hf://NAME.",
+            help="File, BOOK.xlsx#SHEET, folder, database (sqlite:///FILE, duckdb:///FILE, postgresql://...) or "
+            "Hugging Face dataset (hf://NAME).",
         ),
     ]
-    out: Annotated[Path | None, About(help="The recipe; <name>.yaml by default.")] = None
-    name: Annotated[str | None, About(help="The recipe's name; the table's by default.")] = None
-    text: Annotated[str | None, About(help="Column of texts by users; none: leave them out.")] = None
-    mend: Annotated[Path | None, About(help="Write a copy of the table with its faults fixed, and use that.")] = None
-    force: Annotated[bool, About(help="Write over an existing recipe or copy.")] = False
+    out: Annotated[Path | None, About(help="Recipe file to write. Default: NAME.yaml.")] = None
+    name: Annotated[str | None, About(help="Name of the recipe. Default: the name of the table.")] = None
+    text: Annotated[str | None, About(help="Column of review texts; none to ignore texts. Default: detected.")] = None
+    mend: Annotated[Path | None, About(help="Fix faults of the table in a copy at this path, and use the copy.")] = None
+    force: Annotated[bool, About(help="Overwrite an existing recipe or copy.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +66,17 @@ class AutoOptions(TableOptions):
         About(
             argument=True,
             metavar="TABLE",
-            help="As `llmrec init` takes it, or a recipe whose data is meant: FILE.yaml.",
+            help="Table as for llmrec init, or a recipe file whose data to use.",
         ),
     ]
     budget: Annotated[
-        str, About(metavar="TIME", help="Wall time for all of it, such as 90s, 30m or 2h; a number alone is minutes.")
+        str, About(metavar="TIME", help="Time budget, such as 90s, 30m or 2h. A number without unit is minutes.")
     ] = "30m"
-    out: Annotated[Path | None, About(help="The run folder; runs/<name>-auto by default.")] = None
-    name: Annotated[str | None, About(help="What the run is called; the table's name by default.")] = None
-    users: Annotated[int, About(help="Test users that the finished recommender is measured on.", least=1)] = 5000
-    classic: Annotated[bool, About(help="Tune no language model, whatever the budget allows.")] = False
-    rating: Annotated[str | None, About(help="Column of ratings, which nothing here reads; left out by default.")] = (
-        None
-    )
+    out: Annotated[Path | None, About(help="Run folder. Default: runs/NAME-auto.")] = None
+    name: Annotated[str | None, About(help="Name of the run. Default: the name of the table.")] = None
+    users: Annotated[int, About(help="Number of test users for the final evaluation.", least=1)] = 5000
+    classic: Annotated[bool, About(help="Do not fine-tune a language model, whatever the budget.")] = False
+    rating: Annotated[str | None, About(help="Column of ratings, which are not used. Default: none.")] = None
 
     @property
     def seconds(self) -> float:
@@ -83,28 +88,32 @@ class AutoOptions(TableOptions):
 class TuneOptions:
     """A recipe, the keys that are searched, and a budget."""
 
-    recipe: Annotated[str, About(argument=True, metavar="RECIPE", help="The recipe, such as recipes/quickstart.yaml.")]
+    recipe: Annotated[str, About(argument=True, metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
     over: Annotated[
         tuple[str, ...],
         About(
             metavar="KEY=VALUES",
-            help="A key and its values: 1e-4..1e-3 (a range; on a log scale from a factor of 10 on) or 8,16,32.",
+            help="Key to search and its values: a range such as 1e-4..1e-3 (log scale if it spans a factor of 10 or "
+            "more) or a list such as 8,16,32. Repeatable.",
         ),
     ]
     overrides: Annotated[
-        tuple[str, ...], About(names=("--set",), metavar="KEY=VALUE", help="A key of the recipe that stays as it is.")
+        tuple[str, ...],
+        About(names=("--set",), metavar="KEY=VALUE", help="Recipe key to override in all trials. Repeatable."),
     ] = ()
-    budget: Annotated[str, About(metavar="TIME", help="Wall time of this call, such as 90s, 30m or 2h.")] = "2h"
-    trials: Annotated[int | None, About(least=1, help="Trials in all; default: as many as the budget allows.")] = None
+    budget: Annotated[str, About(metavar="TIME", help="Time budget of this call, such as 90s, 30m or 2h.")] = "2h"
+    trials: Annotated[
+        int | None, About(least=1, help="Maximum number of trials. Default: as many as the budget allows.")
+    ] = None
     metric: Annotated[
         str | None,
         About(
             metavar="FAMILY/METRIC",
-            help="What decides, on validation users; default: the headline metric of the first of the recipe's "
-            "families, in the order rating, sequential, direct, explanation, alignment, ctr, review, stars.",
+            help="Metric to optimise on validation users. Default: the main metric of the recipe's first task, in "
+            "the order rating, sequential, direct, explanation, alignment, ctr, review, stars.",
         ),
     ] = None
-    out: Annotated[Path | None, About(help="The folder of trials; runs/<name>-tune by default.")] = None
+    out: Annotated[Path | None, About(help="Folder of the trials. Default: runs/NAME-tune.")] = None
 
 
 def budget_seconds(text: str, option: str) -> float:

@@ -15,13 +15,19 @@ class PredictOptions(ModelOptions):
     """A file of questions, a file of answers, and what answers."""
 
     requests: Annotated[
-        Path, About(names=("--in",), help="Questions: .jsonl, .csv, .tsv or .parquet, each with an 'item'.")
+        Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with an item in each row.")
     ]
-    out: Annotated[Path, About(help="Answers, in any of these formats.")]
+    out: Annotated[Path, About(help="Output file, in any of these formats.")]
     family: Annotated[
-        str, About(metavar="NAME", help="rating, ctr, explanation, review or stars; default: the only one tuned.")
+        str,
+        About(
+            metavar="NAME",
+            help="Task: rating, ctr, explanation, review or stars. Default: the only one that was trained.",
+        ),
     ] = "auto"
     template: Template = None
-    strategy: Annotated[str, About(metavar="auto|NAME", help="Method; docs/ranking-methods.md lists them.")] = "auto"
+    strategy: Annotated[str, About(metavar="auto|NAME", help="Prediction method, see docs/ranking-methods.md.")] = (
+        "auto"
+    )
     batch: BatchSize = BATCH
-    limit: Annotated[int | None, About(least=1, help="Answer the first so many questions only.")] = None
+    limit: Annotated[int | None, About(least=1, help="Process only the first N rows.")] = None

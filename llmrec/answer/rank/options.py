@@ -16,56 +16,71 @@ from llmrec.recipe.shared import Form
 class RankOptions(RecommenderOptions):
     """Options of a ranking: the file of requests, the file of ranked lists, and the model."""
 
-    model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")] = ""
+    model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")] = ""
     baseline: Annotated[
-        str | None, About(metavar="NAME", help="In place of --model: a classic recommender; docs/baselines.md.")
+        str | None,
+        About(metavar="NAME", help="Rank with this baseline instead of --model, see docs/baselines-and-ensembles.md."),
     ] = None
     recipe: Annotated[
         str | None,
-        About(metavar="PAGE", help="With --baseline: a recipe or run, whose data it learns from, with its parameters."),
+        About(metavar="PAGE", help="With --baseline: recipe or run folder with the training data and the parameters."),
     ] = None
     requests: Annotated[
         Path | None,
-        About(names=("--in",), help="Requests: .jsonl, .csv, .tsv (each also .gz) or .parquet; see docs/rank.md."),
+        About(
+            names=("--in",),
+            help="Requests: .jsonl, .csv, .tsv (also with .gz) or .parquet, see docs/batch-inference-and-export.md.",
+        ),
     ] = None
-    out: Annotated[Path | None, About(help="Rankings, in any of these formats; - is the standard output.")] = None
+    out: Annotated[Path | None, About(help="Output file, in any of these formats; - for standard output.")] = None
     form: Annotated[
         str,
         About(
             choices=("auto", *get_args(Form)),
-            help="One record a request, a row a ranked item, or a TREC run; auto: by the ending of --out.",
+            help="Output format. records: one record per request; long: one row per ranked item; trec: a TREC run; "
+            "auto: from the file name of --out.",
         ),
     ] = "auto"
-    all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data instead.")] = False
+    all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data.")] = False
     to: Annotated[
         str | None,
         About(
-            metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db, sqlite:///FILE or postgresql://..."
+            metavar="FILE|URL",
+            help="With --all-users: output file or database (.parquet, .csv, .jsonl, .db, sqlite:///FILE or "
+            "postgresql://...).",
         ),
     ] = None
     by: Annotated[
         str | None,
-        About(metavar="NAME", help="A model of the folder: tuned, untuned, a row of the report or a baseline."),
+        About(
+            metavar="NAME", help="Which model of the run folder: tuned, untuned, a model of the report or a baseline."
+        ),
     ] = None
-    limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
+    limit: Annotated[int | None, About(least=1, help="Rank only the first N requests.")] = None
     shard: Annotated[
-        str | None, About(metavar="I/N", help="Rank the I-th of N pieces; llmrec merge puts them together.")
+        str | None, About(metavar="I/N", help="Rank only shard I of N; combine the shards with llmrec merge.")
     ] = None
     ray: Annotated[
         str | None,
-        About(metavar="local|HOST:PORT", help="Have a Ray cluster rank all pieces, and put them together."),
+        About(metavar="local|HOST:PORT", help="Rank all shards on a Ray cluster, then merge them."),
     ] = None
     actors: Annotated[
         int | None,
-        About(least=1, help="With --ray: processes with a model each; default: as many as there is room for."),
+        About(
+            least=1,
+            help="With --ray: number of processes, each with its own copy of the model. Default: as many as fit.",
+        ),
     ] = None
-    cpus: Annotated[float, About(help="With --ray: logical CPUs of an actor.")] = 1.0
-    gpus: Annotated[float | None, About(help="With --ray: GPUs of an actor; default: 1 where there are some.")] = None
+    cpus: Annotated[float, About(help="With --ray: logical CPUs per process.")] = 1.0
+    gpus: Annotated[float | None, About(help="With --ray: GPUs per process. Default: 1 if the cluster has GPUs.")] = (
+        None
+    )
     shards: Annotated[
-        int | None, About(least=1, help="With --ray: pieces; default: as those that are there, else four an actor.")
+        int | None,
+        About(least=1, help="With --ray: number of shards. Default: the existing ones, otherwise four per process."),
     ] = None
     restart: Annotated[
-        bool, About(help="Drop what an earlier, killed run left, and write over an output that was changed since.")
+        bool, About(help="Discard partial results of an earlier run, and overwrite an output file that was changed.")
     ] = False
 
     @property

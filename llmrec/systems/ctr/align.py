@@ -48,19 +48,21 @@ class Align(TextsConfig):
 
     encoder: str = Field(
         "all-MiniLM-L6-v2",
-        description="text encoder, a name or a folder; lsa: no language model; `chance`: vectors without meaning",
+        description="Text encoder: name or folder. `lsa`: no language model; `chance`: random vectors, an ablation.",
     )
     sides: Literal["both", "user", "item"] = Field(
-        "both", description="what sentences say: of the user and the latest events, of the item, or both"
+        "both", description="Content of the sentences: the user with the latest interactions, the item, or both."
     )
-    longer: bool = Field(False, description="a control: no texts, but as many more epochs on the answers")
-    epochs: Positive = Field(3, description="passes over the training rows")
-    batch: Positive = Field(512, description="rows of one optimiser step, among which a row finds its sentence")
-    width: Positive = Field(128, description="length of the vectors that are compared")
-    parts: Positive = Field(4, description="sub-vectors of each, every one of which finds its likest; width / parts")
-    temperature: AboveZero = Field(0.7, description="divides similarities")
-    learning_rate: AboveZero = Field(5e-4, description="of AdamW, after a rise over the first tenth of the steps")
-    weight_decay: float = Field(1e-5, ge=0, description="decoupled")
+    longer: bool = Field(False, description="Ablation: no texts, but as many more epochs on the labels.")
+    epochs: Positive = Field(3, description="Number of epochs.")
+    batch: Positive = Field(512, description="Examples per optimiser step, with in-batch negatives.")
+    width: Positive = Field(128, description="Dimension of the compared vectors.")
+    parts: Positive = Field(4, description="Number of sub-vectors, each matched with its most similar one.")
+    temperature: AboveZero = Field(0.7, description="Temperature of the similarities.")
+    learning_rate: AboveZero = Field(
+        5e-4, description="Learning rate of AdamW, with warm-up over the first tenth of the steps."
+    )
+    weight_decay: float = Field(1e-5, ge=0, description="Decoupled weight decay.")
 
     @model_validator(mode="after")
     def _possible(self) -> Align:

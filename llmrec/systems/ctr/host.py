@@ -42,32 +42,33 @@ _ROWS, _DIGITS = 4096, 9
 class HostConfig(LikeRatioConfig):
     """The parameters of the inputs and the training of a CTR host."""
 
-    dim: Width = Field(16, description="length of the vectors of ids and values")
-    window: Positive = Field(20, description="maximum number of rated events that the network sees, the latest")
-    hidden: str = Field("128,64", description="widths of the layers above the fields, with commas between them")
-    user_id: bool = Field(False, description="whether each user of training has a vector of its own")
-    numbers: bool = Field(True, description="whether it also reads what `logistic` reads")
-    decay: Decay = Field(0.8, description="of these numbers: factor from one rating of the user to the one before")
-    features: str = Field("", description="folders of features (docs/features.md), with commas between them")
-    sides: Literal["both", "user", "item"] = Field("both", description="which features of them")
-    shuffled: bool = Field(False, description="a control: features of users and of items are dealt out anew")
+    dim: Width = Field(16, description="Embedding dimension.")
+    window: Positive = Field(20, description="Maximum number of latest rated interactions to use.")
+    hidden: str = Field("128,64", description="Comma-separated widths of the hidden layers.")
+    user_id: bool = Field(False, description="Learn an embedding per training user.")
+    numbers: bool = Field(True, description="Also use the input features of `logistic`.")
+    decay: Decay = Field(0.8, description="With `numbers`: weight of a rating relative to the user's next one.")
+    features: str = Field("", description="Comma-separated folders of feature stores.")
+    sides: Literal["both", "user", "item"] = Field("both", description="Use user features, item features or both.")
+    shuffled: bool = Field(False, description="Ablation: assign features to random users and items.")
     seen: Literal["leave", "refuse"] = Field(
-        "leave", description="training rows that a feature has seen: left out, or a reason to stop"
+        "leave", description="Training examples that a feature was computed from: `leave` them out, or raise an error."
     )
-    whitening: float = Field(1.0, ge=0, le=1, description="exponent that evens out the directions of features")
-    experts: Positive = Field(3, description="of each table of features, beside two that all share")
-    dropout: float = Field(0.1, ge=0, lt=1, description="share of values left out in training")
-    batch: Positive = Field(1024, description="rows of one optimiser step")
-    learning_rate: AboveZero = Field(1e-3, description="of Adam")
-    weight_decay: float = Field(1e-5, ge=0, description="decoupled, as in AdamW")
-    epochs: Positive = Field(20, description="passes over the training rows, at most")
+    whitening: float = Field(
+        1.0, ge=0, le=1, description="Exponent of the whitening of the features. 0: none, 1: full."
+    )
+    experts: Positive = Field(3, description="Number of experts per feature store, in addition to two shared ones.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate.")
+    batch: Positive = Field(1024, description="Examples per optimiser step.")
+    learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
+    weight_decay: float = Field(1e-5, ge=0, description="Decoupled weight decay (AdamW).")
+    epochs: Positive = Field(20, description="Maximum number of epochs.")
     patience: Positive | None = Field(
         2,
-        description="epochs without a better validation log-loss after which training ends; None: all epochs, without "
-        "a look at the validation split",
+        description="Early stopping: epochs without a better validation log loss. `null`: run all epochs.",
     )
-    quiet: bool = Field(True, description="no line for each epoch in the log")
-    align: Align | None = Field(None, description="a first stage that brings the network near texts (CTRL); None: none")
+    quiet: bool = Field(True, description="Do not log every epoch.")
+    align: Align | None = Field(None, description="First training stage: contrastive alignment with texts (CTRL).")
 
     @field_validator("hidden")
     @classmethod

@@ -100,7 +100,7 @@ def products(fields: Any) -> Any:
 class DCNConfig(HostConfig):
     """Parameters of `DCN`."""
 
-    cross: Positive = Field(2, description="cross layers")
+    cross: Positive = Field(2, description="Number of cross layers.")
 
 
 class DCN(Host[DCNConfig]):
@@ -140,8 +140,8 @@ def crossed(cross: Any, first: Any) -> Any:
 class AutoIntConfig(HostConfig):
     """Parameters of `AutoInt`."""
 
-    attention: Positive = Field(2, description="layers of attention")
-    heads: Width = Field(2, description="attention heads; dim is a multiple of them")
+    attention: Positive = Field(2, description="Number of attention layers.")
+    heads: Width = Field(2, description="Number of attention heads; must divide `dim`.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AutoIntConfig:

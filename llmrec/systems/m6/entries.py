@@ -6,7 +6,7 @@ COMMANDS = {
     "compress": Command(
         "llmrec.systems.m6.compress.command:compress",
         "Advanced",
-        "Export the best smaller version that is fast enough.",
+        "Export the best model below a latency limit.",
     ),
 }
 

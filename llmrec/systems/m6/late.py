@@ -38,22 +38,22 @@ _CANDIDATES = 64
 class LateConfig(LikeRatioConfig):
     """The parameters of the joint layers and of their training."""
 
-    model: str = Field("SmolLM2-135M-Instruct", description="a decoder, its name or folder")
+    model: str = Field("SmolLM2-135M-Instruct", description="Decoder language model: name or folder.")
     joint: int = Field(
         3,
         ge=0,
-        description="last layers that read all segments together, and are trained; 0, a control: a head on the mean of "
-        "the history's states and the candidate's last one",
+        description="Number of last layers that process all segments jointly and are trained. 0, an ablation: a head "
+        "on averaged states.",
     )
     layers: Depth | None = Field(
-        None, description="number of layers to keep of the model; with joint as large, a control: a small model"
+        None, description="Number of model layers to keep. Equal to `joint`, an ablation: a small model."
     )
-    history: Positive = Field(10, description="maximum number of rated events shown, the latest")
-    rows: Positive = Field(2000, description="training ratings that are asked about, drawn by seed")
-    epochs: Positive = Field(2, description="passes over them")
-    batch: Positive = Field(16, description="rows of one optimiser step")
-    learning_rate: AboveZero = Field(1e-4, description="of AdamW")
-    quiet: bool = Field(False, description="no progress line on the standard error")
+    history: Positive = Field(10, description="Maximum number of latest rated interactions in the prompt.")
+    rows: Positive = Field(2000, description="Number of sampled training ratings.")
+    epochs: Positive = Field(2, description="Number of epochs.")
+    batch: Positive = Field(16, description="Examples per optimiser step.")
+    learning_rate: AboveZero = Field(1e-4, description="Learning rate of AdamW.")
+    quiet: bool = Field(False, description="Hide the progress bar.")
 
 
 @dataclass

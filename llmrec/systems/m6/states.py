@@ -30,20 +30,20 @@ _TITLE, _TEXT = 32, 128
 class StateTowerConfig(TowersConfig):
     """Parameters of `StateTower`."""
 
-    encoder: str = Field("SmolLM2-135M-Instruct", description="the causal language model, a name or a folder")
+    encoder: str = Field("SmolLM2-135M-Instruct", description="Causal language model: name or folder.")
     layers: Depth | None = Field(
         None,
-        description="number of first layers of the model that are run; fewer cost less; None: all",
+        description="Number of first model layers to run. `null`: all.",
     )
-    max_len: Positive = Field(20, description="maximum number of items that the model reads, the latest")
+    max_len: Positive = Field(20, description="Maximum number of latest items to use.")
     windows: Positive | None = Field(
-        2, description="number of windows of max_len items that training reads of each user, the latest; None: all"
+        2, description="Number of latest training windows of `max_len` items per user. `null`: all."
     )
-    batch: Positive = Field(512, description="targets of one optimiser step, which are each other's negatives")
-    negatives: None = Field(None, description="the softmax is over the targets of a batch")
-    temperature: AboveZero = Field(0.07, description="what cosines are divided by")
+    batch: Positive = Field(512, description="Targets per optimiser step, with in-batch negatives.")
+    negatives: None = Field(None, description="Not used: the softmax is over the targets of a batch.")
+    temperature: AboveZero = Field(0.07, description="Temperature of the cosine similarities.")
     corrected: bool = Field(
-        False, description="take the logarithm of an item's share of the targets off its logit in training"
+        False, description="Apply logQ correction: subtract the log frequency of an item from its logit in training."
     )
 
 

@@ -27,34 +27,31 @@ _ROWS = 64
 class UBertConfig(TextsConfig):
     """Parameters of `UBert`."""
 
-    encoder: str = Field("all-MiniLM-L6-v2", description="the text encoder whose token states are read, frozen")
-    shuffled: bool = Field(False, description="a control: every training review has the text of another one")
-    reviews: Positive = Field(
-        8, description="maximum number of training reviews read of the user, and of the item, the latest"
-    )
-    tokens: Positive = Field(64, description="tokens of the longest review; of longer ones the rest is cut")
-    dim: Width = Field(32, description="length of the vectors of users, items and tokens")
-    start: str | None = Field(None, description="folder of weights that another domain taught")
-    pretrain: int = Field(0, ge=0, description="epochs of masked opinion words and ratings of single reviews before")
+    encoder: str = Field("all-MiniLM-L6-v2", description="Frozen text encoder whose token states are used.")
+    shuffled: bool = Field(False, description="Ablation: assign the texts to random training reviews.")
+    reviews: Positive = Field(8, description="Maximum number of latest training reviews per user and per item.")
+    tokens: Positive = Field(64, description="Maximum review length, in tokens.")
+    dim: Width = Field(32, description="Dimension of user, item and token vectors.")
+    start: str | None = Field(None, description="Folder of weights pretrained on another domain.")
+    pretrain: int = Field(0, ge=0, description="Pretraining epochs on masked opinion words and single-review ratings.")
     lexicon: str | None = Field(
         None,
-        description="pretrain: file of opinion words, one per line; None: the words of training reviews whose ratings "
-        "are furthest from the mean",
+        description="Pretraining: file of opinion words, one per line. `null`: words of the training reviews with "
+        "the most extreme ratings.",
     )
-    opinions: Positive = Field(200, description="pretrain: how many such words without a file")
-    masked: float = Field(0.5, gt=0, le=1, description="pretrain: share of the opinion words that are masked")
-    beta: float = Field(1.0, ge=0, description="pretrain: weight of the loss of ratings")
-    dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
-    batch: Positive = Field(64, description="ratings of one optimiser step")
-    learning_rate: AboveZero = Field(1e-3, description="of Adam")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
-    epochs: Positive = Field(30, description="passes over the training ratings, at most")
+    opinions: Positive = Field(200, description="Pretraining: number of such words without a file.")
+    masked: float = Field(0.5, gt=0, le=1, description="Pretraining: share of opinion words to mask.")
+    beta: float = Field(1.0, ge=0, description="Pretraining: weight of the rating loss.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
+    batch: Positive = Field(64, description="Ratings per optimiser step.")
+    learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
+    epochs: Positive = Field(30, description="Maximum number of epochs.")
     patience: Positive | None = Field(
         3,
-        description="epochs without a lower validation RMSE after which training ends; None: all epochs, without a "
-        "look at the validation split",
+        description="Early stopping: epochs without a lower validation RMSE. `null`: run all epochs.",
     )
-    quiet: bool = Field(False, description="no progress line on the standard error")
+    quiet: bool = Field(False, description="Hide the progress bar.")
 
     @model_validator(mode="after")
     def _reads_tokens(self) -> UBertConfig:

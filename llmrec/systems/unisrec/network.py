@@ -31,27 +31,31 @@ _NOISE = 1e-2
 class UniSRecConfig(TextsConfig, AttentionConfig):
     """Parameters of `UniSRec`."""
 
-    experts: Positive = Field(8, description="whitenings that are mixed")
-    temperature: AboveZero = Field(0.07, description="what cosines are divided by")
-    ids: bool = Field(False, description="transductive: items of training also have a learned vector")
+    experts: Positive = Field(8, description="Number of mixed whitening transformations.")
+    temperature: AboveZero = Field(0.07, description="Temperature of the cosine similarities.")
+    ids: bool = Field(False, description="Transductive setting: training items also have a learned embedding.")
     start: str | None = Field(
-        None, description="folder of weights that another domain taught; of these the adaptor alone learns on"
+        None, description="Folder of weights pretrained on another domain; only the adaptor is trained further."
     )
-    pretrain: int = Field(0, ge=0, description="epochs of the contrastive losses before the softmax")
-    contrast: float = Field(1e-3, ge=0, description="pretrain: weight of the loss between sequences")
-    item_drop: float = Field(0.2, ge=0, lt=1, description="pretrain: share of items left out of a changed sequence")
+    pretrain: int = Field(0, ge=0, description="Number of contrastive pretraining epochs.")
+    contrast: float = Field(1e-3, ge=0, description="Pretraining: weight of the sequence-sequence loss.")
+    item_drop: float = Field(
+        0.2, ge=0, lt=1, description="Pretraining: share of items to drop from an augmented sequence."
+    )
     word_drop: float = Field(
-        0.2, ge=0, lt=1, description="pretrain: share of words left out of the texts of every other changed sequence"
+        0.2,
+        ge=0,
+        lt=1,
+        description="Pretraining: share of words to drop from the texts of half of the augmented sequences.",
     )
-    device: Literal["cpu"] = Field("cpu", description="where the network is trained and asked")
-    dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
-    negatives: None = Field(None, description="the softmax is over all items")
-    batch: Positive = Field(2048, description="targets of one optimiser step, about")
-    epochs: Positive = Field(50, description="passes over the training sequences, at most")
+    device: Literal["cpu"] = Field("cpu", description="Device.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
+    negatives: None = Field(None, description="Not used: the softmax is over all items.")
+    batch: Positive = Field(2048, description="Approximate number of targets per optimiser step.")
+    epochs: Positive = Field(50, description="Maximum number of epochs.")
     patience: Positive | None = Field(
         5,
-        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
-        "a look at the validation split",
+        description="Early stopping: epochs without a better validation NDCG@10. `null`: run all epochs.",
     )
 
     @model_validator(mode="after")

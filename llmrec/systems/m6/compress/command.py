@@ -16,21 +16,28 @@ from llmrec.cli.console import say, show
 class CompressOptions:
     """A run, the time that its answers may take, and the folder of the export."""
 
-    run: Annotated[Path, About(argument=True, metavar="RUN", help="A finished run folder whose answers are labels.")]
-    target_ms: Annotated[float, About(least=0, help="Milliseconds that 20 candidates may take here.")]
-    out: Annotated[Path, About(metavar="FOLDER", help="The folder of the export.")]
-    users: Annotated[int, About(least=1, help="Validation users that decide.")] = 50
+    run: Annotated[
+        Path, About(argument=True, metavar="RUN", help="Finished run folder whose model answers with labels.")
+    ]
+    target_ms: Annotated[
+        float, About(least=0, help="Maximum latency of scoring 20 candidates on this machine, in milliseconds.")
+    ]
+    out: Annotated[Path, About(metavar="FOLDER", help="Output folder of the export.")]
+    users: Annotated[int, About(least=1, help="Number of validation users to evaluate on.")] = 50
     depths: Annotated[
-        tuple[int, ...], About(names=("--depth",), least=1, help="Layers to answer behind; may be repeated.")
+        tuple[int, ...], About(names=("--depth",), least=1, help="Number of layers to keep. Repeatable.")
     ] = ()
-    force: Annotated[bool, About(help="Replace an earlier export.")] = False
+    force: Annotated[bool, About(help="Overwrite an earlier export.")] = False
 
 
 def compress(options: CompressOptions) -> None:
-    """Export the best smaller version that is fast enough.
+    """Export the best model below a latency limit.
 
-    A tuned model is measured at several depths and in several dtypes. Writes RUN/compress.json. Exit code 1: none is
-    fast enough, and nothing was exported.
+    Measures the fine-tuned model with fewer layers and other data types. Writes RUN/compress.json. Exit code 1 if no
+    version is fast enough; nothing is exported then.
+
+    Example:
+        llmrec compress runs/labels --target-ms 100 --out films-small
     """
     from llmrec.systems.m6.compress import compress as compressing
 
