@@ -81,7 +81,7 @@ def test_what_is_wrong_is_found_where_it_stands(old: str, new: str, where: list[
 
 def test_keys_and_names_are_explained() -> None:
     made = stored("recipe")
-    assert made["properties"]["train"]["description"] == "Fine-tuning through TRL's SFTTrainer."
+    assert made["properties"]["train"]["description"] == "Fine-tuning."
     keys = made["$defs"]["TrainSection"]["properties"]
     assert "lora8" in keys["method"]["description"] and "lora8" in keys["method"]["enum"]
     # A page on a base needs to say nothing else; names of somebody's own are not marked.
