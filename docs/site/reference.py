@@ -127,7 +127,7 @@ def _tasks(defs: Schema) -> Iterator[str]:
         assert section is not None
         properties = defs[section.__name__]["properties"]
         own = {
-            name: {"description": "See above."} | entry
+            name: entry | ({"description": "See above."} if name in shared["properties"] else {})
             for name, entry in properties.items()
             if name not in shared["properties"] or entry.get("default") != shared["properties"][name].get("default")
         }

@@ -19,7 +19,7 @@ from llmrec.cli.console import say, store_facts, written
 from llmrec.durable import write_text
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
-from llmrec.recipe.schema import Recipe, TasksSection
+from llmrec.recipe.schema import Recipe, TaskSection, TasksSection
 from llmrec.registry import BASELINES, SOURCES, TASKS, lookup
 from llmrec.tasks.family import families
 
@@ -162,8 +162,13 @@ def described(model: type[BaseModel]) -> Schema:
     for owner in (made, *made.get("$defs", {}).values()):
         if "description" in owner:
             owner["description"] = " ".join(owner["description"].split())
-        for key in owner.get("properties", {}).values():
-            if "description" not in key and (text := _first_sentence(key, made.get("$defs", {}))):
+        for name, key in owner.get("properties", {}).items():
+            if "description" in key:
+                continue
+            if "strategies" in owner["properties"] and name in TaskSection.model_fields:
+                # A task changes the default alone.
+                key["description"] = TaskSection.model_fields[name].description
+            elif text := _first_sentence(key, made.get("$defs", {})):
                 key["description"] = text
     return made
 

@@ -473,7 +473,7 @@ class IndexSection(Section):
 class BaselineSection(Section):
     """A baseline, written as its name, or as a mapping of its name and parameters."""
 
-    name: str
+    name: str = Field(description="Name of the baseline.")
     parameters: dict[str, Value] = Field({}, description="Parameters that differ from their defaults.")
 
     @model_validator(mode="before")
