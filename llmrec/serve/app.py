@@ -154,12 +154,12 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/health", tags=["state"])
     async def health() -> schema.Health:
-        """Whether the process answers."""
+        """Return whether the process is alive."""
         return schema.Health()
 
     @router.get("/ready", tags=["state"], responses={503: {"model": schema.Ready}})
     async def ready(response: Response) -> schema.Ready:
-        """Whether questions to models are answered now."""
+        """Return whether the models are loaded: status 200, otherwise 503."""
         if not service.engine.ready:
             response.status_code = 503
         names = [card.name for card in service.engine.cards]
@@ -167,7 +167,7 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics", tags=["state"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def measured() -> Response:
-        """Figures for Prometheus."""
+        """Return Prometheus metrics."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
@@ -235,7 +235,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
-        """List the models, the default first; none while the engine starts for the first time."""
+        """List the models, the default first."""
         return schema.Models(models=[card_of(card) for card in service.engine.cards])
 
     @router.get("/v1/items")
@@ -244,7 +244,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=schema.MOST_ITEMS)] = 20,
         offset: Annotated[int, Query(ge=0, le=1 << 31)] = 0,
     ) -> schema.FoundItems:
-        """Look for items by title or id."""
+        """Search items by title or ID."""
         results, total = service.catalogue.search(q, limit=limit, offset=offset)
         return schema.FoundItems(items=[_item(item) for item in results], total=total)
 
@@ -255,34 +255,34 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.put("/v1/items", responses=failures(*_POSTED), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
-        """Add or replace items; questions from then on know them."""
+        """Add or replace items, for all later requests."""
         results = [Item(item_id=entry.item_id, title=entry.title, fields=dict(entry.fields)) for entry in body.items]
         return schema.Stored(stored=await service.put_items(results))
 
     @router.delete("/v1/items/{item_id:path}", responses=failures(404), dependencies=[Depends(auth.admin)])
     async def remove_item(item_id: _Id) -> schema.Removed:
-        """Remove an item; no list holds it from then on."""
+        """Remove an item from the catalogue and from all later lists."""
         await service.remove_item(item_id)
         return schema.Removed(removed=1)
 
     @router.get("/v1/users/{user_id:path}", responses=failures(404))
     async def user(user_id: _Id) -> schema.KnownUser:
-        """Return what a user did, oldest first."""
+        """Return the history of a user, oldest first."""
         return _known_user(user_id, await service.user(user_id), service.catalogue.items)
 
     @router.delete("/v1/users/{user_id:path}", dependencies=[Depends(auth.admin)])
     async def erase(user_id: _Id) -> schema.Erased:
-        """Erase a person: events, and texts about the person."""
+        """Erase a user: stored interactions and generated texts."""
         return await service.erase(user_id)
 
     @router.post("/v1/events", responses=failures(*_POSTED, 404))
     async def events(body: schema.EventsBody) -> schema.Stored:
-        """Extend the histories of users; it is stored once this is answered."""
+        """Add interactions to the histories of users; they are stored when the answer arrives."""
         return schema.Stored(stored=await service.add_events(body))
 
     @router.post("/v1/reload", dependencies=[Depends(auth.admin)])
     async def reload() -> schema.Models:
-        """Read the models anew and put them in the place of those that answer meanwhile."""
+        """Load the model folder again; the old models answer until the new ones are ready."""
         await service.reload()
         return schema.Models(models=[card_of(card) for card in service.engine.cards])
 

@@ -1,8 +1,9 @@
-"""Pages, parts of pages and pictures that are written from committed results, as their generators write them now."""
+"""Pages and parts of pages that are generated from results, definitions of data sets and the OpenAPI document."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from eval.benchmarks import experiments, performance, record
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import own_pages, read_results
 from llmrec.bench.references import all_references
+from llmrec.data.sets.pages import Known, Layout, published
+from llmrec.registry import SOURCES
+from llmrec.report.table import grid
+
+PUBLISHED = "llmrec.data.sets.published:published"
+"""The reader of most published data sets."""
 
 TIMED = ("search", "search_vllm", "training")
-"""Results that docs/performance.md shows."""
+"""Results that eval/PERFORMANCE.md shows."""
 
 
 def wanted(root: Path) -> dict[str, str]:
@@ -32,9 +39,13 @@ def wanted(root: Path) -> dict[str, str]:
     found = {f"eval/{name}": text for name, text in pages.items()}
     found["eval/EXPERIMENTS.md"] = experiments.write(experiments.read(results))
     parts = {
-        "docs/performance.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
+        "eval/PERFORMANCE.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
         "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
-        "docs/results.md": {"quickstart:screen": record.screen(_read(results / "quickstart.json"))},
+        "docs/datasets-and-output-files.md": {
+            "datasets:published": data_sets(published()),
+            "quickstart:screen": record.screen(_read(results / "quickstart.json")),
+        },
+        "docs/serving.md": {"serving:endpoints": endpoints(_read(root / "docs" / "openapi.json"))},
     }
     for name, own in parts.items():
         text = (root / name).read_text(encoding="utf-8")
@@ -42,6 +53,69 @@ def wanted(root: Path) -> dict[str, str]:
             text = _put(text, mark, part)
         found[name] = text
     return found
+
+
+def data_sets(known: Sequence[Known]) -> str:
+    """Return the table of published data sets, and a list of their terms.
+
+    Args:
+        known: Their definitions.
+    """
+    head = ("`data.source`", "Files", "Users / items / interactions", "Rating", "Time", "Text", "Fields")
+    terms: dict[str, list[str]] = {}
+    for each in known:
+        terms.setdefault(each.licence, []).append(f"`{each.name}`")
+    listed = [f"- {', '.join(names)}: {licence}." for licence, names in terms.items()]
+    return "\n".join([grid(head, [_data_set(each) for each in known], numeric_from=len(head)), "", *listed])
+
+
+def _data_set(known: Known) -> list[str]:
+    layouts = known.layouts
+    fields = dict.fromkeys(each.name for one in layouts if one.items for each in one.items.attributes)
+    people = dict.fromkeys(each.name for one in layouts if one.people for each in one.people.attributes)
+    columns = [*([", ".join(fields)] if fields else []), *([f"of users: {', '.join(people)}"] if people else [])]
+    # A data set with a reader of its own, MIND, has times that only order its interactions.
+    time = _some(layouts, "time") if SOURCES[known.name] == PUBLISHED else "order only"
+    return [
+        f"[`{known.name}`]({known.page})",
+        known.fetch,
+        _counts(known),
+        f"{known.scale[0]:g} to {known.scale[1]:g}" if known.scale and _some(layouts, "rating") != "–" else "–",
+        time,
+        _some(layouts, "texts"),
+        "; ".join(columns) or "–",
+    ]
+
+
+def _some(layouts: Sequence[Layout], column: str) -> str:
+    """Return whether all, some or none of the variants of a data set have a column."""
+    found = {bool(getattr(layout.events, column)) for layout in layouts}
+    return "–" if found == {False} else "yes" if found == {True} else "some files"
+
+
+def _counts(known: Known) -> str:
+    """Return the published sizes: of the only file, or that of the largest one and the number of files."""
+    files = known.counts.files if known.counts else {}
+    if not files:
+        return "not published"
+    largest = max(files, key=lambda name: files[name][2])
+    sizes = " / ".join("–" if size is None else f"{size:,}" for size in files[largest])
+    return sizes if len(files) == 1 else f"{len(files)} categories; largest {largest.partition('.')[0]}: {sizes}"
+
+
+def endpoints(document: Mapping[str, Any]) -> str:
+    """Return the table of the HTTP endpoints.
+
+    Args:
+        document: The OpenAPI document of the service.
+    """
+    rows: dict[str, list[str]] = {}
+    for path, operations in document["paths"].items():
+        for method in operations:
+            # A batch route is in the row of its single route.
+            about = document["paths"][path.removesuffix("/batch")][method]["description"].replace("``", "`")
+            rows.setdefault(about, []).append(f"`{method.upper()} {path}`")
+    return grid(["Endpoint", "Purpose"], [[", ".join(paths), about] for about, paths in rows.items()], numeric_from=2)
 
 
 def _read(path: Path) -> dict[str, Any]:
