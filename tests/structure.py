@@ -1,4 +1,4 @@
-"""What must stay true of the package's structure and of docs/design.md: ``make lint`` runs it.
+"""What must stay true of the package's structure and of ARCHITECTURE.md: ``make lint`` runs it.
 
 The layers themselves are import-linter's; here they are compared with the page.
 
@@ -140,25 +140,25 @@ def without_kind(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, str]]
 
 
 def stale(page: str, known: dict[str, Path], trees: dict[str, ast.Module]) -> Iterator[str]:
-    """Yield what docs/design.md names and nobody defines: ``folder/name.py``, with ``:Class.function`` or without."""
+    """Yield what ARCHITECTURE.md names and nobody defines: ``folder/name.py``, with ``:Class.function`` or without."""
     for module, function in re.findall(r"`((?:\w+/)*\w+\.py)(?::([\w.]+))?`", page):
         if (ROOT / module).is_file():
             continue
         name = ".".join(("llmrec", *Path(module).with_suffix("").parts)).removesuffix(".__init__")
         if name not in known:
-            yield f"docs/design.md: there is no {module}"
+            yield f"ARCHITECTURE.md: there is no {module}"
             continue
         node: ast.AST | None = trees[name]
         for part in function.split(".") if function else ():
             inside = ast.iter_child_nodes(node) if node else ()
             node = next((each for each in inside if getattr(each, "name", None) == part), None)
         if node is None:
-            yield f"docs/design.md: {module} has no {function}"
+            yield f"ARCHITECTURE.md: {module} has no {function}"
 
 
 def layers() -> tuple[str, str]:
-    """Return the layers as docs/design.md has them, and as import-linter checks them."""
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Layers")[2]
+    """Return the layers as ARCHITECTURE.md has them, and as import-linter checks them."""
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## Layers")[2]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (checked,) = [each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
     # Parentheses allow a layer to be missing: extensions can be removed.
@@ -186,10 +186,10 @@ def breaches() -> tuple[list[str], str]:
         f"{known[name].relative_to(ROOT).as_posix()}:{line}: {said[:60]!r} has no kind"
         for name, line, said in without_kind(trees)
     ]
-    problems += stale((ROOT / "docs" / "design.md").read_text(encoding="utf-8"), known, trees)
+    problems += stale((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), known, trees)
     written, checked = layers()
     if written != checked:
-        problems.append("docs/design.md: its layers are not those of pyproject.toml")
+        problems.append("ARCHITECTURE.md: its layers are not those of pyproject.toml")
     problems += [f"import circle: {', '.join(group)}" for group in circles(graph)]
     problems += [f"folder circle: {', '.join(group)}" for group in circles(folder_graph(graph, known))]
     return problems, f"{len(known)} modules, {lines} lines"
