@@ -342,7 +342,7 @@ class Row(Measured, Asked):
 
 
 class Prediction(Record):
-    """A request of a row, as stored in predictions.parquet; docs/results.md lists the columns.
+    """A request of a row, as stored in predictions.parquet; docs/datasets-and-output-files.md lists the columns.
 
     Fields with a default are None in files of older versions, and where they do not apply.
 
@@ -558,7 +558,7 @@ class Results(Displayed, Record):
 
 
 class StoredResults(Displayed, dict[str, Any]):
-    """The content of results.json as dictionaries and lists; see `Results` and docs/results.md."""
+    """The content of results.json as dictionaries and lists; see `Results` and docs/datasets-and-output-files.md."""
 
     def _summary(self) -> Summary:
         return Results.model_validate(self)._summary()

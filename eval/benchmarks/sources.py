@@ -121,7 +121,7 @@ def check(folder: Path) -> dict[str, Any]:
             }
         sys.stdout.write(f"{page.name}: {where}: {json.dumps(found[f'{page.name}: {where}'])}\n")
     if not found:
-        sys.stdout.write(f"{folder} holds no file of a published set: docs/data.md has their names\n")
+        sys.stdout.write(f"{folder} holds no file of a published data set; see docs/datasets-and-output-files.md\n")
     return found
 
 

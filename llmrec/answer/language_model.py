@@ -309,7 +309,7 @@ class LanguageModel:
     # ------------------------------------------------------------------- configuration by options
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
-        """Read one request in the format of docs/rank.md, or return why it is invalid.
+        """Read one request in the format of docs/batch-inference-and-export.md, or return why it is invalid.
 
         Missing data of a user are taken from the run's data.
 

@@ -146,7 +146,7 @@ class Loaded(Displayed):
             model: One of `models`.
             strategy: How a language model orders candidates.
             exclude_seen: Exclude seen items when the catalogue is ranked.
-            rules: Business rules, in the format of docs/serve.md.
+            rules: Business rules, in the format of docs/serving.md.
             profile: A text about the user.
             id: The id of the request, which determines the order of equal scores.
 

@@ -160,7 +160,9 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
     duplicates = f"{rows - kept} rows repeat a user with an item; the latest of each is kept" if rows > kept else ""
     page = Page(name, path.name, _written(path, target), None, Columns(), {}, duplicates, plan, source=source)
     plan, recipe, cut = _write(page, target, check=True, dataset=dataset)
-    message = [f"{path}: files of {source}, which llmrec reads as they were published (docs/data.md)"]
+    message = [
+        f"{path}: files of {source}, which llmrec reads as they were published (docs/datasets-and-output-files.md)"
+    ]
     message += [*_figures(events, plan, whole=True), *_task_lines(plan), *_listed(_plan_hints(plan, cut))]
     return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
@@ -458,7 +460,8 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
     if known := sources_with(used.table.frame.columns):
         hints.append(
             f"its columns are those of {', '.join(known)}: `llmrec init FOLDER` with the folder of such a set, or the "
-            "name as data.source, reads the files as they were published, with titles and terms (docs/data.md)"
+            "name as data.source, reads the files as they were published, with titles and terms "
+            "(docs/datasets-and-output-files.md)"
         )
     hints += [_events_hint(col, kinds, plan) for col, kinds in _events(roles)]
     if roles.title not in (None, roles.item) and plan.facts.with_title < 1:

@@ -401,7 +401,7 @@ def small_1m(folder: Path) -> Path:
 
 @pytest.mark.skipif(not (shutil.which("awk") and shutil.which("iconv")), reason="awk or iconv is missing")
 def test_the_commands_of_the_page_make_what_the_archive_holds_with_ties_as_in_the_file(tmp_path: Path) -> None:
-    page = Path("docs/data.md").read_text(encoding="utf-8")
+    page = Path("docs/datasets-and-output-files.md").read_text(encoding="utf-8")
     (commands,) = (block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "ratings.dat" in block)
     archive = small_1m(tmp_path)
     with zipfile.ZipFile(archive) as files:

@@ -1,4 +1,6 @@
-"""Computes every figure of a run again from predictions.parquet and items.parquet, as docs/results.md says.
+"""Computes every figure of a run again from predictions.parquet and items.parquet.
+
+docs/datasets-and-output-files.md describes their columns.
 
 numpy and the standard library alone, with pyarrow to read the files and, for texts, sacrebleu and rouge-score; nothing
 of llmrec, so that a mistake in its metrics or in what it stores cannot hide.

@@ -128,7 +128,8 @@ def members_of(source: str, path: str | None) -> list[Member]:
     """
     if path is None:
         raise DataError(
-            f"source {source!r} needs a folder, a zip archive or a file; set data.path; see docs/data.md",
+            f"source {source!r} needs a folder, a zip archive or a file; set data.path; see "
+            "docs/datasets-and-output-files.md",
             kind="missing-key",
             column="data.path",
         )

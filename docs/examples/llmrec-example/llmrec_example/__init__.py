@@ -1,1 +1,1 @@
-"""An example of plug-ins for llmrec: docs/plugins.md."""
+"""An example of plug-ins for llmrec: docs/extend.md."""
