@@ -16,7 +16,10 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path(__file__).parent / "assets"
 
-ROOT_PAGES = {"README.md": "overview.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
+ROOT_PAGES = {
+    "README.md": "overview.md",
+    **{name: name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md")},
+}
 """Pages at the root of the repository. The home page is docs/index.md, so that README.md has another name."""
 IMAGES = {".svg", ".png"}
 LONGEST = 60_000
