@@ -173,7 +173,7 @@ def write_clicks(path: Path, seed: int = 0) -> Path:
         (o.customer_id, o.product.product_id, str(int(o.at.timestamp() * 1000)), "web" if o.order_id % 3 else "app")
         for o in orders(seed)
     ]
-    return _write(path, [("visitor", "sku", "ts", "channel"), *rows], ",")
+    return _write(path, [("visitor", "product_id", "ts", "channel"), *rows], ",")
 
 
 def write_parts(path: Path, seed: int = 0) -> Path:
@@ -196,9 +196,9 @@ def write_parts(path: Path, seed: int = 0) -> Path:
 
 
 def write_products(path: Path, seed: int = 0) -> Path:
-    """Write the table of products that goes with the clicks."""
+    """Write the table of products of the orders and the clicks."""
     rows = [(p.product_id, p.name, p.category, f"{p.price:.2f}") for p in products(seed)]
-    return _write(path, [("sku", "name", "category", "price"), *rows], ",")
+    return _write(path, [("product_id", "name", "category", "price"), *rows], ",")
 
 
 def _write(path: Path, rows: Sequence[Sequence[str]], separator: str, mark: str = "") -> Path:

@@ -515,7 +515,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         for family, section in recipe.tasks.present().items():
             assert {each.name for each in section.baselines} <= set(registry.BASELINES), family
             assert set(section.strategies) <= set(registry.STRATEGIES), family
-    if page.name in ("config.md", "datasets-and-output-files.md", "own-data.md", "baselines.md"):
+    if page.name in ("config.md", "datasets-and-output-files.md", "your-data.md", "baselines.md"):
         assert blocks
 
 

@@ -16,7 +16,7 @@ from docs.site.pages import REPORT
 
 SHOWN = {
     "home": "index.html",
-    "tutorial": "tutorials/serve-your-shop.html",
+    "tutorial": "your-data.html",
     "guide": "install.html",
     "reference": "api.html",
     "leaderboard": "eval/LEADERBOARD.html",

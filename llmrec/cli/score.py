@@ -101,7 +101,7 @@ def score(
 
     Args:
         ranked: A path or a frame: lists of llmrec, a table with one row per ranked item, or a TREC run; see
-            docs/score.md.
+            docs/benchmark.md.
         truth: A path or a frame: the relevant items, one row per item, or TREC qrels.
         against: Other lists for the same truth, whose figures are subtracted from those of ``ranked``, paired by user.
         k: Cutoffs of the metrics.

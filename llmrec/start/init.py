@@ -475,12 +475,12 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
             option = f"--items {shlex.quote(str(companion))}"
             hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
     if path is not None and (people := of_atomic(path, ".user")) is not None:
-        hints.append(f"{people} is about users: data.users and data.columns.user_fields read it (docs/own-data.md)")
+        hints.append(f"{people} is about users: data.users and data.columns.user_fields read it (docs/your-data.md)")
     beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
     if beside is not None and beside.is_file() and roles.split is None:
         hints.append(
             f"{beside.name} lies beside it: if both are a published split, write data.files and data.split.kind=given "
-            "in place of data.path (docs/own-data.md)"
+            "in place of data.path (docs/your-data.md)"
         )
     if not used.whole:
         hints.append("only a part of the table was read; `llmrec check` reads it whole")

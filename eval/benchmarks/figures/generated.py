@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import experiments, performance, record
+from eval.benchmarks.figures import chart
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import own_pages, read_results
 from llmrec.bench.references import all_references
@@ -37,6 +38,7 @@ def wanted(root: Path) -> dict[str, str]:
     for result in benchmarks:
         pages |= own_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
+    found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
     found["eval/EXPERIMENTS.md"] = experiments.write(experiments.read(results))
     parts = {
         "eval/PERFORMANCE.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
