@@ -60,6 +60,7 @@ PLANTED = [
     ("eval/PERFORMANCE.md", "**16.2x**", "**18.2x**", "eval/PERFORMANCE.md: is not what its generator writes"),
     ("eval/LEADERBOARD.md", "| Popularity |", "| Popular |", "eval/LEADERBOARD.md: is not what its generator writes"),
     ("eval/EXPERIMENTS.md", "| 943 |", "| 944 |", "eval/EXPERIMENTS.md: is not what its generator writes"),
+    ("eval/NEGATIVE_RESULTS.md", "worse", "better", "eval/NEGATIVE_RESULTS.md: is not what its generator writes"),
     ("eval/two-stages.md", "0.", "1.", "eval/two-stages.md: is not what its generator writes"),
     (
         "docs/preference-and-rl.md",
@@ -82,18 +83,18 @@ def test_planted_edits_are_found(checkout: Path) -> None:
 
 
 def test_another_result_is_found_and_written(checkout: Path) -> None:
-    results = checkout / "eval" / "results" / "hour.json"
+    results = checkout / "eval" / "results" / "narrow.json"
     content = json.loads(results.read_text())
-    for pair in content["test"]["comparisons"]:
+    for pair in content["pairs"]:
         pair["value"] *= 2
     results.write_text(json.dumps(content))
     pages = {name: (checkout / name).read_text(encoding="utf-8") for name in named(checkout)}
-    assert len([fault for fault in faults(checkout) if "hour:" in fault]) == 4
-    assert write(checkout) == ["docs/generative.md", "docs/log.md"]
+    assert len([fault for fault in faults(checkout) if "narrow:" in fault]) == 1
+    assert write(checkout) == ["docs/experimental.md", "eval/NEGATIVE_RESULTS.md", "eval/narrow.md"]
     assert faults(checkout) == write(checkout) == []
     for name, text in pages.items():
         now = (checkout / name).read_text(encoding="utf-8")
-        assert re.sub(r"−\.0\d\d (?=\[)", "", now) == re.sub(r"−\.0\d\d (?=\[)", "", text)
+        assert re.sub(r"\+\.00\d\d (?=\[)", "", now) == re.sub(r"\+\.00\d\d (?=\[)", "", text)
 
 
 def test_the_command_says_what_is_wrong_and_puts_it_right(

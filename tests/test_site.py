@@ -79,7 +79,7 @@ def test_links_follow_their_targets_and_code_stays_as_it_is() -> None:
         "[f](../docker/) [`g`](../README.md)<!-- not seen --> `[h](../LICENSE) <!-- seen -->`\n"
         "```md\n[i](../LICENSE)\n```\n" + pages.REPORT_HERE
     )
-    written, linked = pages.rewritten(text, "docs/protocol.md", "protocol.md")
+    written, linked = pages.rewritten(text, "docs/experimental.md", "experimental.md")
     assert written == (
         "[a](eval/LEADERBOARD.md#top) ![b](generative/scaling.svg) [c](https://x.org) [d](#here) [e](code/LICENSE.md) "
         "[f](docker/README.md) [`g`](overview.md) `[h](../LICENSE) <!-- seen -->`\n"

@@ -1,8 +1,8 @@
 """What a mean rating that leaves the row's own rating out tells of that rating, by the step to which it is rounded.
 
-``python -m eval.benchmarks.shown_means eval/results/shown_means.json`` on MovieLens-100K; docs/m6.md has the table. Of
-two readers of the shown mean one does not know the item, and has the correlation of mean and rating. The other knows by
-heart, for each item and each shown mean, the commonest rating of these training rows.
+``python -m eval.benchmarks.shown_means eval/results/shown_means.json`` on MovieLens-100K; docs/reproduce-papers.md says
+why it matters. Of two readers of the shown mean one does not know the item, and has the correlation of mean and rating.
+The other knows by heart, for each item and each shown mean, the commonest rating of these training rows.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
 # Digits of sums of ratings: the order of addition must not decide a rounded mean.
 _DIGITS = 6
 # Means are shown in steps of 0.5. With the sum of an item's ratings, a reader could derive the rating of a row from an
-# exact mean of the others. A mean describes the item equally well in half points (figures in docs/m6.md).
+# exact mean of the others. A mean describes the item equally well in half points (eval/results/shown_means.json).
 _STEP = 0.5
 
 

@@ -51,7 +51,7 @@ MODEL = "with-model"
 
 # Validation users, and test users, that the language model is evaluated on.
 _USERS = 200
-# With fewer training tokens a model of 135 M parameters was worse than a Markov chain on every data set of docs/log.md.
+# With fewer training tokens a model of 135 M parameters was worse than a Markov chain wherever it was run.
 _LEAST_TOKENS = 1_000_000
 # Training tokens per second, and seconds per search of the catalogue, by device: two cores, measured;
 # one H100, estimated and not measured.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import experiments, performance, record
+from eval.benchmarks import experiments, metric_table, negative, performance, record
 from eval.benchmarks.figures import chart
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import own_pages, read_results
@@ -40,8 +40,10 @@ def wanted(root: Path) -> dict[str, str]:
     found = {f"eval/{name}": text for name, text in pages.items()}
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
     found["eval/EXPERIMENTS.md"] = experiments.write(experiments.read(results))
+    found[negative.PAGE] = negative.write(root)
     parts = {
         "eval/PERFORMANCE.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
+        metric_table.PAGE: {"metrics:table": metric_table.table()},
         "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
         "docs/datasets-and-output-files.md": {
             "datasets:published": data_sets(published()),

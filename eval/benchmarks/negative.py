@@ -1,0 +1,121 @@
+"""Writes ``eval/NEGATIVE_RESULTS.md``: what was tried and did not help.
+
+``eval/negative_results.yaml`` lists the ideas and points to comparisons in ``eval/results``; values, intervals and
+verdicts are read from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import ROUND_HALF_EVEN, Decimal
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.benchmarks.experiments import read
+from eval.benchmarks.figures.pointers import PointerError, Results
+from llmrec.registry import lower
+from llmrec.report.table import grid
+from llmrec.report.wording import SEEDS, USERS
+
+SOURCE = "eval/negative_results.yaml"
+PAGE = "eval/NEGATIVE_RESULTS.md"
+NO_DIFFERENCE = "no significant difference"
+_VERDICTS = {
+    "shown": "significantly better",
+    "contradicted": "significantly worse",
+    "not shown": NO_DIFFERENCE,
+}
+_HEAD = f"""# Negative results
+
+Ideas that were measured and did not help. The table is written by `make figures` from `{SOURCE}` and `eval/results/`.
+
+- **Compared**: A − B, over the same users. **Effect**: the difference with its interval. Planned comparisons are
+  corrected for their number (Holm): their intervals exclude 0 exactly if p is at most .05. All others have an
+  unadjusted 95 % interval and are *not tested*.
+- *No significant difference* does not mean equal: these users cannot tell.
+- \\* exploratory: fewer than {USERS} users or fewer than {SEEDS} training seeds. It describes this run, and nothing
+  more is claimed from it.
+- The language model is SmolLM2-135M-Instruct if no other is named.
+  [How differences are tested](../docs/evaluation-protocol-and-metrics.md#statistics).
+"""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One comparison of an idea.
+
+    Attributes:
+        data: The data set, and which of its cases.
+        compared: What is subtracted from what.
+        at: Pointer to the comparison.
+        metric: Its metric, where the comparison does not name it.
+        exploratory: Whether it has one training seed, where the result does not say so itself.
+        verdict: `NO_DIFFERENCE` in place of the verdict of the comparison.
+        why: Why the verdict is replaced.
+    """
+
+    data: str
+    compared: str
+    at: str
+    metric: str = ""
+    exploratory: bool = False
+    verdict: str = ""
+    why: str = ""
+
+
+def write(root: Path) -> str:
+    """Return the page.
+
+    Raises:
+        PointerError: If a pointer leads to no comparison, or a verdict is replaced without a reason.
+    """
+    results = Results(root)
+    small = {item.result for item in read(root / "eval" / "results") if item.exploratory}
+    rows = []
+    for idea in yaml.safe_load((root / SOURCE).read_text(encoding="utf-8")):
+        for entry in idea["tested"]:
+            tested = Tested(**entry)
+            file = tested.at.partition(":")[0]
+            pair = results.entry(tested.at)
+            metric = tested.metric or pair.get("metric", "")
+            star = r" \*" if tested.exploratory or file in small else ""
+            cells = [tested.data, tested.compared, metric, _effect(pair), f"{_verdict(tested, pair, metric)}{star}"]
+            rows.append([idea["idea"], *cells, _link(root, file)])
+    header = ["idea", "data", "compared", "metric", "effect", "verdict", "result"]
+    return "\n".join([_HEAD, grid(header, rows, len(header)), ""])
+
+
+def _effect(pair: dict[str, Any]) -> str:
+    places = 3 if pair.get("metric") == "RMSE" or abs(pair["value"]) >= 0.1 else 4
+    value, low, high = (_signed(pair[key], places) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _signed(value: float, places: int) -> str:
+    rounded = Decimal(str(value)).quantize(Decimal(1).scaleb(-places), rounding=ROUND_HALF_EVEN)
+    digits = str(abs(rounded)).removeprefix("0") if abs(rounded) < 1 else str(abs(rounded))
+    sign = "−" if rounded < 0 else "+" if rounded > 0 else ""
+    return f"{sign}{digits}"
+
+
+def _verdict(tested: Tested, pair: dict[str, Any], metric: str) -> str:
+    if tested.verdict:
+        if tested.verdict != NO_DIFFERENCE or not tested.why:
+            raise PointerError(
+                f"{SOURCE}, {tested.at}: a verdict is replaced by {NO_DIFFERENCE!r} only, and with a reason"
+            )
+        return f"{NO_DIFFERENCE} ({tested.why})"
+    if pair.get("verdict"):
+        return _VERDICTS[pair["verdict"]]
+    if pair.get("p") is None:
+        return "not tested"
+    if pair["p"] > 0.05:
+        return NO_DIFFERENCE
+    return _VERDICTS["shown" if (pair["value"] < 0) == lower(metric) else "contradicted"]
+
+
+def _link(root: Path, name: str) -> str:
+    page = f"{name}.md"
+    return f"[{name}]({page})" if (root / "eval" / page).exists() else f"[{name}](results/{name}.json)"

@@ -1,0 +1,53 @@
+"""The page of negative results takes its figures and verdicts from the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eval.benchmarks import negative
+from eval.benchmarks.figures.pointers import PointerError
+
+PAIR = {"a": "x", "b": "y", "value": -0.01234, "low": -0.02, "high": 0.0, "metric": "NDCG@10"}
+
+
+def page(tmp_path: Path, pair: dict[str, Any], **entry: str) -> str:
+    (tmp_path / "eval" / "results").mkdir(parents=True)
+    (tmp_path / "eval" / "results" / "made.json").write_text(json.dumps({"pairs": [pair]}))
+    tested = {"data": "D", "compared": "x − y", "at": "made:pairs[a=x]", **entry}
+    (tmp_path / negative.SOURCE).write_text(yaml.safe_dump([{"idea": "I", "tested": [tested]}]))
+    return negative.write(tmp_path).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "effect", "verdict"),
+    [
+        ({}, "−.0123 [−.0200, .0000]", "not tested"),
+        ({"verdict": "not shown"}, "−.0123 [−.0200, .0000]", "no significant difference"),
+        ({"verdict": "contradicted"}, "−.0123 [−.0200, .0000]", "significantly worse"),
+        ({"p": 0.01}, "−.0123 [−.0200, .0000]", "significantly worse"),
+        ({"p": 0.01, "metric": "RMSE"}, "−.012 [−.020, .000]", "significantly better"),
+        ({"p": 0.2, "value": 1.5}, "+1.500 [−.020, .000]", "no significant difference"),
+    ],
+)
+def test_effect_and_verdict_are_those_of_the_comparison(
+    tmp_path: Path, changed: dict[str, Any], effect: str, verdict: str
+) -> None:
+    metric = changed.get("metric", "NDCG@10")
+    expected = f"| I | D | x − y | {metric} | {effect} | {verdict} | [made](results/made.json) |"
+    assert page(tmp_path, {**PAIR, **changed}) == expected
+
+
+def test_a_verdict_is_only_ever_weakened_and_with_a_reason(tmp_path: Path) -> None:
+    weaker = {"verdict": negative.NO_DIFFERENCE, "why": "one seed decides"}
+    assert "| no significant difference (one seed decides) |" in page(tmp_path / "a", PAIR, **weaker)
+    for name, wrong in (("b", {"verdict": negative.NO_DIFFERENCE}), ("c", {**weaker, "verdict": "better"})):
+        with pytest.raises(PointerError, match=re.escape("a verdict is replaced by")):
+            page(tmp_path / name, PAIR, **wrong)
+    with pytest.raises(PointerError, match="no entry has a=z"):
+        page(tmp_path / "d", PAIR, at="made:pairs[a=z]")
