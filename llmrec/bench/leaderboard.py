@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,11 +78,13 @@ class Board(Page):
         models: Descriptions by the rows' names; rows without one are left out, and `missing` names them.
         left_out: Rows of the suites that are controls of their pages and no models of the leaderboard, and published
             systems that are none.
+        featured: Rows of the short table in the README.
     """
 
     groups: tuple[Group, ...]
     models: Mapping[str, Model]
     left_out: tuple[str, ...] = ()
+    featured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,24 @@ def pages(board: Board, results: Sequence[BenchmarkResult], references: Mapping[
     return {PAGE: text, DATA: json.dumps([_as_json(matrix) for matrix in tables], indent=1) + "\n"}
 
 
+def featured(board: Board, matrix: Matrix) -> Matrix:
+    """Return a table of the leaderboard with its featured rows alone, in the same order."""
+    lines = tuple(line for line in matrix.lines if line.name in board.featured)
+    return replace(matrix, lines=lines, published=())
+
+
+def short_grid(matrix: Matrix, folder: str) -> str:
+    """Return a table of the leaderboard without ranks and times.
+
+    Args:
+        matrix: The table.
+        folder: The folder of the benchmarks' pages, as links begin.
+    """
+    head = ["Model", *_heads(matrix, folder), "Type"]
+    lines = [[cell(line.model.title), *map(_shown, line.cells), line.type] for line in matrix.lines]
+    return grid(head, lines, 1, len(head) - 1)
+
+
 # --------------------------------------------------------------------------- one table
 
 
@@ -336,7 +356,7 @@ def _published(
 
 def _grid(matrix: Matrix) -> str:
     ranked = any(line.mean_rank is not None for line in matrix.lines)
-    head = ["model", *(f"[{cell(column.title)}]({column.suite}.md)" for column in matrix.columns)]
+    head = ["model", *_heads(matrix)]
     head += ["mean rank"] if ranked else []
     head += ["type", "pretrained", "training", "ms a request"]
     lines = []
@@ -349,6 +369,10 @@ def _grid(matrix: Matrix) -> str:
         cells = [DASH if value is None else f"*{value:.4f}*" for value in values]
         lines.append([f"*{cell(system)}*", *cells, *([""] if ranked else []), "*published*", "", "", ""])
     return grid(head, lines, numeric_from=1)
+
+
+def _heads(matrix: Matrix, folder: str = "") -> list[str]:
+    return [f"[{cell(column.title)}]({folder}{column.suite}.md)" for column in matrix.columns]
 
 
 def _shown(entry: Cell | None) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from eval.benchmarks import experiments, metric_table, negative, performance, record
 from eval.benchmarks.figures import chart
+from eval.benchmarks.figures.parts import put
+from eval.benchmarks.gpu import __main__ as gpu_check
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import own_pages, read_results
 from llmrec.bench.references import all_references
@@ -41,10 +43,18 @@ def wanted(root: Path) -> dict[str, str]:
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
     found["eval/EXPERIMENTS.md"] = experiments.write(experiments.read(results))
     found[negative.PAGE] = negative.write(root)
+    board = leaderboard.load_board(root / "eval")
+    assert board is not None
+    matrix = leaderboard.featured(board, next(leaderboard.matrices(board, benchmarks, references)))
     parts = {
         "eval/PERFORMANCE.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
         metric_table.PAGE: {"metrics:table": metric_table.table()},
-        "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
+        "README.md": {"leaderboard:matrix": leaderboard.short_grid(matrix, "eval/")},
+        "docs/quickstart.md": {
+            "quickstart:screen": record.screen(_read(results / "quickstart.json")),
+            "quickstart:table": record.table(_read(results / "quickstart.json")),
+        },
+        "docs/install.md": {"gpu:checks": gpu_check.table(gpu_check.stored(root / gpu_check.RESULT))},
         "docs/datasets-and-output-files.md": {
             "datasets:published": data_sets(published()),
             "quickstart:screen": record.screen(_read(results / "quickstart.json")),
@@ -54,7 +64,7 @@ def wanted(root: Path) -> dict[str, str]:
     for name, own in parts.items():
         text = (root / name).read_text(encoding="utf-8")
         for mark, part in own.items():
-            text = _put(text, mark, part)
+            text = put(text, mark, part)
         found[name] = text
     return found
 
@@ -125,10 +135,3 @@ def endpoints(document: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-def _put(text: str, mark: str, part: str) -> str:
-    """Return a page with what stands between two marks replaced; as it was if it has none."""
-    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    before, found, rest = text.partition(start)
-    return f"{before}{start}\n\n{part}\n\n{end}{rest.partition(end)[2]}" if found else text

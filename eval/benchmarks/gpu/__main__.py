@@ -17,25 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu.checks import CHECKS, Check, Failure, Machine, NotRun, faults, shown
 from llmrec.durable import read_json, write_json, write_text
 
-RESULT, PAGE, WORK = Path("eval/results/gpu.json"), Path("docs/gpu.md"), Path("runs/gpu-check")
-_HEAD = """# On a GPU
-
-What has been seen of llmrec on a GPU, check by check. `make gpu-check` runs the checks on a machine with NVIDIA GPUs \
-and writes this page from `eval/results/gpu.json`. A check passes if every value that it measures is in the range of \
-the third column. What passed is not run again for the same GPU and commit:
-
-```sh
-make gpu-check                                          # hours, and 100 GB of disk
-make gpu-check ARGS="--only masked-backward serve"      # some of them
-make gpu-check ARGS="--on cpu --only masked-backward"   # their code alone, with a tiny model: no result is kept
-```
-
-[gpu-recipes.md](gpu-recipes.md) has the recipes for GPUs that some of the checks run, with estimates.
-
-"""
+PART = "gpu:checks"
+RESULT, PAGE, WORK = Path("eval/results/gpu.json"), Path("docs/install.md"), Path("runs/gpu-check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="write the page from the stored result, and run nothing")
     chosen = parser.parse_args(arguments)
     if chosen.page:
-        write_text(PAGE, page(stored(RESULT)))
+        _write(stored(RESULT))
         return 0
     result = RESULT if chosen.on == "gpu" else WORK / "cpu.json"
     gpus = _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
@@ -65,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = [check for check in CHECKS if check.name in chosen.only]
     found = run(checks, machine, stored(result), stamp, again=chosen.again, keep=lambda kept: write_json(result, kept))
     if machine.gpus:
-        write_text(PAGE, page(found))
+        _write(found)
     return int(any(entry["verdict"] == "failed" for entry in found["checks"].values()))
 
 
@@ -141,25 +128,27 @@ def one(check: Check, machine: Machine) -> dict[str, Any]:
     return {"verdict": verdict, "seconds": round(time.monotonic() - begin, 1), "measured": facts, "why": why}
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """Return the page of results; without results it says that no GPU has run the checks."""
-    entries, told = found["checks"], "**No machine with a GPU has run any of them yet.** No figure here is from a GPU."
+def table(found: Mapping[str, Any]) -> str:
+    """Return the results as Markdown; without results it says that no GPU has run the checks."""
+    entries = found["checks"]
+    status = f"0 of {len(CHECKS)} checks have been run: no machine with a GPU has been available."
     if entries:
         passed = sum(entry["verdict"] == "passed" for entry in entries.values())
         stamps = " and ".join(sorted({f"`{entry['stamp']}`" for entry in entries.values()}))
-        told = f"{passed} of {len(CHECKS)} passed, on {stamps}."
-    rows = [
-        "| Check | What is run | It passes if | GPUs | Verdict | Seconds | Measured |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        status = f"{passed} of {len(CHECKS)} passed, on {stamps}."
+    rows = ["| Check | What it runs | GPUs | Result |", "|---|---|---:|---|"]
     for check in CHECKS:
         entry = entries.get(check.name, {"verdict": "not run", "seconds": "", "measured": {}, "why": ""})
-        limits = "; ".join(f"`{name}` {shown(*limit)}" for name, limit in check.limits.items())
         measured = f"`{json.dumps(entry['measured'], ensure_ascii=False)}`" if entry["measured"] else ""
-        why = "; ".join(filter(None, (entry["why"], measured)))
-        cells = (check.name, check.title, limits, check.gpus, entry["verdict"], entry["seconds"], why)
+        seconds = f"{entry['seconds']:.0f} s" if entry["seconds"] else ""
+        result = "; ".join(filter(None, (entry["verdict"], seconds, entry["why"], measured)))
+        cells = (check.name, check.title, check.gpus, result)
         rows.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join((_HEAD + told, "", *rows)) + "\n"
+    return "\n".join((status, "", *rows))
+
+
+def _write(found: Mapping[str, Any]) -> None:
+    write_text(PAGE, put(PAGE.read_text(encoding="utf-8"), PART, table(found)))
 
 
 if __name__ == "__main__":

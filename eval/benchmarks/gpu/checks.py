@@ -1,4 +1,4 @@
-"""The checks: what each runs, and the limits of what it measures. docs/gpu.md says which of them a GPU has run.
+"""The checks: what each runs, and the limits of what it measures. docs/install.md says which of them a GPU has passed.
 
 A check runs commands of llmrec as users do and returns what it measured. Whether it passes is decided by `faults`
 alone: every limit names a measured value and its range. So a check without a measurement fails, and a test can give
