@@ -31,7 +31,7 @@ help:
 	@echo "make figures           write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make site              build the documentation site, build/site, and check its links; no model and no data is fetched"
 	@echo "make bench NAME=...    run a benchmark; without NAME: list them"
-	@echo "make gpu-check         on a machine with GPUs: check what ships, eval/results/gpu.json, docs/gpu.md; what passed is kept"
+	@echo "make gpu-check         on a machine with GPUs: check what ships, eval/results/gpu.json, docs/install.md; what passed is kept"
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; install one (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python"; exit 2; }

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
 from eval.benchmarks.gpu import checks
 from eval.benchmarks.gpu.checks import CHECKS, Check, Facts, Failure, Machine, NotRun, faults
@@ -132,13 +133,14 @@ def test_what_passed_is_not_run_again_and_each_result_is_kept_at_once(machine: M
 
 
 def test_the_page_says_what_was_run_and_that_nothing_was() -> None:
-    empty = gpu_check.page({"checks": {}})
-    assert empty.count("| not run |") == len(CHECKS) and "No machine with a GPU" in empty
-    assert Path("docs/gpu.md").read_text(encoding="utf-8") == gpu_check.page(gpu_check.stored(gpu_check.RESULT))
+    empty = gpu_check.table({"checks": {}})
+    assert empty.count("| not run |") == len(CHECKS) and "no machine with a GPU" in empty
+    page = gpu_check.PAGE.read_text(encoding="utf-8")
+    assert page == put(page, gpu_check.PART, gpu_check.table(gpu_check.stored(gpu_check.RESULT)))
     entry = {"verdict": "failed", "seconds": 61.4, "measured": {"wrong": "a|b"}, "why": "x | y", "stamp": STAMP}
-    text = gpu_check.page({"checks": {"environment": entry}})
+    text = gpu_check.table({"checks": {"environment": entry}})
     assert f"0 of {len(CHECKS)} passed, on `{STAMP}`." in text
-    assert '| failed | 61.4 | x \\| y; `{"wrong": "a\\|b"}` |' in text
+    assert '| failed; 61 s; x \\| y; `{"wrong": "a\\|b"}` |' in text
 
 
 def test_commands_are_run_and_their_output_is_kept(machine: Machine) -> None:

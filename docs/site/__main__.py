@@ -1,6 +1,6 @@
 """Builds the documentation site, ``build/site``: ``python -m docs.site``, which ``make site`` runs.
 
-Its pages are laid out (`docs.site.pages`), a run without a model makes the example report (docs/example.md), and
+Its pages are laid out (`docs.site.pages`), a run without a model makes the example report (docs/quickstart.md), and
 Zensical builds the rest as ``zensical.toml`` says. Nothing is fetched.
 """
 

@@ -1,6 +1,7 @@
-"""Takes pictures of the built site, wide and narrow, light and dark, with a Chromium that is installed.
+"""Takes screenshots of the built site with an installed Chromium; ``CHROMIUM`` names another executable.
 
-``python -m docs.site.screenshots build/site build/screenshots``; ``CHROMIUM`` names another executable.
+``python -m docs.site.screenshots build/site`` writes those that pages of ``docs/`` show.
+``python -m docs.site.screenshots build/site FOLDER`` writes some pages, wide and narrow, light and dark, into a folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from docs.site.pages import REPORT
+from docs.site.pages import REPORT, ROOT
 
 SHOWN = {
     "home": "index.html",
@@ -23,6 +24,8 @@ SHOWN = {
     "report": REPORT,
 }
 """What is shown, by the name of its pictures."""
+PICTURES = {"report.png": (REPORT, (1200, 850))}
+"""Screenshots in ``docs/``: the page of the site, and the size in CSS pixels."""
 SIZES = {"desktop": (1400, 1800), "phone": (390, 1800)}
 """Width and height in CSS pixels."""
 SCHEMES = {"dark": 0, "light": 1}
@@ -57,6 +60,14 @@ def take(page: Path, picture: Path, size: tuple[int, int], scheme: int, scratch:
         sys.exit(f"screenshots: {page} has no picture\n{done.stderr[-2000:]}")
 
 
+def pictures(site: Path) -> None:
+    """Write the screenshots of the documentation, and print their paths."""
+    for name, (page, size) in PICTURES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            take(site / page, ROOT / "docs" / name, size, SCHEMES["light"], Path(scratch))
+        sys.stdout.write(f"{ROOT / 'docs' / name}\n")
+
+
 def main(site: Path, out: Path) -> None:
     """Write a picture of each page in each size and scheme, and print their paths."""
     out = out.resolve()
@@ -74,4 +85,7 @@ def main(site: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) > 2:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        pictures(Path(sys.argv[1]))

@@ -1,7 +1,7 @@
 """Keeps a run's results in the repository: ``make bench NAME=record`` after ``make quickstart``.
 
 ``python -m eval.benchmarks.record RUN TARGET`` writes them without prompts, texts and raw answers, which hold other
-people's data; with a README as third argument its table of the quickstart too, and with the recipe's page as fourth
+people's data; with docs/quickstart.md as third argument its table too, and with the recipe's page as fourth
 what that page sets, so that a test can say that the page has changed since.
 """
 
@@ -34,8 +34,8 @@ SIMPLE = ("random", "frequent-text", "global-mean", "user-mean", "popularity", "
 """What a model has to beat first, the strongest last; a task has some of them."""
 
 
-def main(run: Path, target: Path, readme: Path | None = None, page: Path | None = None) -> None:
-    """Write the results, and the table where there is a README.
+def main(run: Path, target: Path, shown: Path | None = None, page: Path | None = None) -> None:
+    """Write the results, and the table into a page of the documentation.
 
     Raises:
         SystemExit: If the recipe's page is not what was run.
@@ -55,12 +55,12 @@ def main(run: Path, target: Path, readme: Path | None = None, page: Path | None 
     for row in results["rows"]:
         row["failures"] = []
     target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if readme is None:
+    if shown is None:
         return
-    text = readme.read_text(encoding="utf-8")
+    text = shown.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
-    readme.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    shown.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
 
 
 def changed_since(results: dict[str, Any], page: Path) -> list[str]:
@@ -140,7 +140,7 @@ def _how(results: dict[str, Any]) -> str:
     stages = ", ".join(f"{entry['stage']} {entry['seconds']:.0f} s" for entry in results["budget"])
     said = [
         f"`{results['command']}` with llmrec {results['llmrec']}, recipe {results['recipe_hash']}",
-        f"Asked by {_listed([f'{asked[task]} ({task})' for task in tasks])}",
+        f"Methods: {_listed([f'{asked[task]} ({task})' for task in tasks])}",
         f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
         rule(read).rstrip("."),
         caution(read, name=str).rstrip("."),

@@ -320,6 +320,17 @@ def test_the_leaderboard_of_the_repository_describes_every_row_of_its_suites() -
     board = leaderboard.load_board(ROOT / "eval")
     assert board is not None
     assert leaderboard.missing(board, read_results(ROOT / "eval" / "results")) == []
+    assert set(board.featured) <= set(board.models) and len(board.featured) <= 10
+
+
+def test_the_short_table_has_the_featured_rows_in_the_order_of_the_whole_one(tmp_path: Path) -> None:
+    _board(tmp_path, SETTINGS | {"featured": ["random", "sasrec"]}, made_suite())
+    board = leaderboard.load_board(tmp_path)
+    assert board is not None
+    (whole,) = leaderboard.matrices(board, read_results(tmp_path / "results"), {})
+    lines = leaderboard.short_grid(leaderboard.featured(board, whole), "eval/").splitlines()
+    assert lines[0] == "| Model | [Films](eval/films.md) | Type |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| SASRec", "| Random"]
 
 
 @pytest.mark.parametrize("texts", [SCRIPTS, FORMULAS, MARKDOWN], ids=["scripts", "formulas", "markdown"])

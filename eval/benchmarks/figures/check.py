@@ -74,7 +74,8 @@ def faults(root: Path) -> list[str]:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             found.append(f"{name}: is not what its generator writes from the committed results; run make figures")
     found += [
-        f"README.md: the table was recorded with another recipes/quickstart.yaml: {each}; run make quickstart record"
+        f"docs/quickstart.md: its table was recorded with another recipes/quickstart.yaml: {each}; run make quickstart "
+        "record"
         for each in changed_since(results.file("quickstart"), root / "recipes" / "quickstart.yaml")
     ]
     return found

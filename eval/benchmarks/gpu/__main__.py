@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.figures.parts import put
-from eval.benchmarks.gpu.checks import CHECKS, Check, Failure, Machine, NotRun, faults, shown
+from eval.benchmarks.gpu.checks import CHECKS, Check, Failure, Machine, NotRun, faults
 from llmrec.durable import read_json, write_json, write_text
 
 PART = "gpu:checks"
