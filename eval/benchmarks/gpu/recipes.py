@@ -1,6 +1,6 @@
 """Estimates for recipes/gpu: memory by the formula of the dry run, hours by arithmetic. Nothing is run.
 
-`make bench NAME=gpu-recipes` writes eval/results/gpu_recipes.json, which docs/gpu-recipes.md is bound to.
+`make bench NAME=gpu-recipes` writes eval/results/gpu_recipes.json, which pages of docs/ are bound to.
 
 A token takes 2 floating-point operations a weight of the blocks in a forward pass, as many again backwards through
 frozen weights, twice as many where all weights learn, and once more with gradient checkpointing. Each half of an
