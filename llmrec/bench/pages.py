@@ -274,7 +274,7 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     if any(entry.metrics[table.metric].range for entry in figures):
         columns.append(("over tie rules", lambda _, own: _range(own.metrics[table.metric])))
     if less := _less(result, table):
-        head = "best row less this one" if result.kind == "suite" else "less the best baseline"
+        head = "best model − this one" if result.kind == "suite" else "− best baseline"
         columns.append((head, lambda row, _: less.get(row.name, DASH)))
     if any(entry.tie_rate is not None for entry in figures):
         columns.append(("ties", lambda _, own: DASH if own.tie_rate is None else f"{own.tie_rate:.1%}"))
@@ -454,9 +454,9 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _compared(pair: BenchmarkPair) -> str:
     """Return a comparison in one line; an exploratory one has no p and verdict."""
-    ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}"
+    ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} − {cell(pair.b)}"
     if pair.n == 0:
-        return Markup(f"{ends}: there is no such request")
+        return Markup(f"{ends}: no request of this kind")
     result = difference(pair.value, pair.low, pair.high, 4)
     if pair.verdict is None:
         return Markup(f"{ends}: {result}")
@@ -556,7 +556,7 @@ def _slices(result: BenchmarkResult) -> dict[str, str]:
         if pair.slices and one is not None and other is not None and order.index(one) > order.index(other):
             kinds.setdefault((pair.a, pair.b), []).append(pair)
     return {
-        Markup(f"{cell(a)} ({KINDS[reads[a]]}) less {cell(b)} ({KINDS[reads[b]]}), {cell(pairs[0].metric)}:"): Markup(
+        Markup(f"{cell(a)} ({KINDS[reads[a]]}) − {cell(b)} ({KINDS[reads[b]]}), {cell(pairs[0].metric)}:"): Markup(
             _slice_table(pairs)
         )
         for (a, b), pairs in kinds.items()

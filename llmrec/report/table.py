@@ -187,14 +187,14 @@ def _task_table(results: Results, task: str) -> Table:
 def _comparison_table(results: Results) -> Table:
     styles = {"shown": "green", "not shown": "yellow", "contradicted": "red"}
     table = table_of("Planned comparisons", [rule(results)])
-    table.add_column("a, less b", overflow="fold")
+    table.add_column("a − b", overflow="fold")
     for head in ("Difference", "p"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("a is")
     for entry in planned(results):
         one, other = (label(results.row(side)) for side in (entry.a, entry.b))
         table.add_row(
-            plain(f"{one}, less {other} ({entry.metric})"),
+            plain(f"{one} − {other} ({entry.metric})"),
             Text(with_interval(entry.value, entry.low, entry.high, sign=True)),
             Text(p_value(entry.p)),
             Text(outcome(entry.verdict), style=styles.get(entry.verdict or "", "")),

@@ -398,7 +398,7 @@ def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
         "shown": "The tuned row is significantly better than zero-shot",
         "not shown": "There is no significant difference between the tuned row and zero-shot",
         "contradicted": "The tuned row is significantly worse than zero-shot",
-        None: "The tuned row less zero-shot, exploratory",
+        None: "Fine-tuned − zero-shot, exploratory",
     }[found.tuned.verdict]
     return f"{what}: {stated(found.tuned)}."
 

@@ -154,7 +154,7 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family over both tables
     assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
     assert all("2 planned comparisons" in line for line in (table["detectable"] for table in results["tables"]))
-    assert "both less markov-1" in page_of(results)
+    assert "both − markov-1" in page_of(results)
     data = _data(page)
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))

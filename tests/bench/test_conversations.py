@@ -78,7 +78,7 @@ def test_a_suite_over_a_recipe_has_every_row_and_pair(ran: Path) -> None:
     assert [pair.get("n", 12) for pair in found["pairs"]] == [12, 6]
     assert all(pair["p"] >= pair["p_raw"] and pair["low"] <= pair["value"] <= pair["high"] for pair in found["pairs"])
     page = (ran / "eval" / "made.md").read_text(encoding="utf-8")
-    assert "| rules of brands (users know brand) |" in page and "rules less history" in page and "Exploratory" in page
+    assert "| rules of brands (users know brand) |" in page and "rules − history" in page and "Exploratory" in page
     assert rewrite(ran / "eval" / "results") == [ran / "eval" / "made.md"]
     assert (ran / "eval" / "made.md").read_text(encoding="utf-8") == page
 
@@ -119,7 +119,7 @@ def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["pairs"][0]["n"] == 6
     page = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
     assert "rules, graded by a model: `a model` grades the first items of each list." in page
-    assert "chooses the tools" not in page
+    assert "tools are chosen by" not in page
 
 
 def talk(seed: int, user: str, hit: int | None, turns: int) -> Talk:

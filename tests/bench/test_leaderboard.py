@@ -38,7 +38,7 @@ def _tables(text: str) -> list[list[str]]:
 def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
     ours = _tables(_page())[0]
     assert ours[0] == (
-        "| predictor | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best row less this one | ties | parameters | "
+        "| predictor | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best model − this one | ties | parameters | "
         "seconds | GB |"
     )
     assert ours[2] == (
@@ -49,7 +49,7 @@ def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
     assert [line.split(" | ")[6] for line in ours[2:]] == [
         "–", "+0.0300 [+0.0100, +0.0500]", "+0.0700 [+0.0500, +0.0900]", "+0.1100 [+0.0900, +0.1300]",
     ]  # fmt: skip
-    assert "best row less this one" not in _tables(_page(made_suite() | {"comparisons": []}))[0][0]
+    assert "best model − this one" not in _tables(_page(made_suite() | {"comparisons": []}))[0][0]
 
 
 def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
@@ -66,9 +66,9 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
 
 def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
     text = _page()
-    assert "The 2 planned comparisons have p Holm-adjusted over all tables of the file" in text
-    assert "sasrec less item-knn: +0.0300 [+0.0001, +0.0600] (97.5 %), p 0.040, significantly better" in text
-    assert "sasrec less item-knn: +0.0300 [-0.0100, +0.0600] (97.5 %), p 0.100, no significant difference" in text
+    assert "The 2 planned comparisons have p-values that are Holm-adjusted over all tables of this file" in text
+    assert "sasrec − item-knn: +0.0300 [+0.0001, +0.0600] (97.5 %), p 0.040, significantly better" in text
+    assert "sasrec − item-knn: +0.0300 [-0.0100, +0.0600] (97.5 %), p 0.100, no significant difference" in text
     assert "exploratory: unadjusted 95 % intervals, no p and no verdict" in text
 
 

@@ -299,7 +299,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     assert cold.value == pytest.approx(content - markov) and cold.value > 0
     board = page_of(found)
     few = "the 10 requests for items without training interactions, of 2 items and clustered by these, exploratory"
-    assert f"{few}: content less markov-1" in board
+    assert f"{few}: content − markov-1" in board
     assert "Targets without training interactions, 10 requests" in board
     assert not cold.slices and not warm.slices
     for kind in ("count", "words", "history"):
@@ -307,19 +307,21 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
         assert sum(part.n for part in parts) == 40
         # Fewer than twenty requests say nothing.
         assert all((part.value is None) == (part.n < 20) for part in parts)
-    assert "content (texts too, by an encoder that is not trained here) less markov-1 (events alone), NDCG@10:" in board
+    assert "content (texts too, by an encoder that is not trained here) − markov-1 (events alone), NDCG@10:" in board
     assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in board
     # What was thought of later is described, and is no part of the family.
     later = Suite(**page | {"pairs": pairs[:1], "explored": pairs[1:]})
     again = run_benchmark(later, out=tmp_path / "o", results=tmp_path / "r").results
     assert len(again.pairs) == 1 and [pair.items for pair in again.explored] == ["cold", "warm"]
     assert all(pair.p is None and pair.verdict is None for pair in again.explored)
-    assert again.explored[0].value == cold.value and "Thought of after the test split" in page_of(again)
+    assert again.explored[0].value == cold.value and "Exploratory comparisons, added after the test split" in page_of(
+        again
+    )
     # Without a cold item there is no figure, and the page says so.
     table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
-    assert none.pairs[1].value is None and "content less markov-1: there is no such request" in page_of(none)
+    assert none.pairs[1].value is None and "content − markov-1: no request of this kind" in page_of(none)
     with pytest.raises(ValueError, match="belongs to the task ranking"):
         Suite(**page | {"task": "rating"})
 

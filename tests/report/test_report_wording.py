@@ -60,7 +60,7 @@ def test_a_model_that_wins_is_set_against_the_best_baseline(results: dict[str, A
         ("shown", "The tuned row is significantly better than", "over 4 tasks: significantly better in"),
         ("not shown", "There is no significant difference", "no significant difference in Pick from candidates"),
         ("contradicted", "The tuned row is significantly worse than", "significantly worse in Pick from candidates"),
-        (None, "The tuned row less zero-shot, exploratory", "over 3 tasks: significantly better in"),
+        (None, "Fine-tuned − zero-shot, exploratory", "over 3 tasks: significantly better in"),
     ],
 )
 def test_each_verdict_has_its_own_words(results: dict[str, Any], outcome: str | None, start: str, tally: str) -> None:
