@@ -53,7 +53,7 @@ def augment(options: AugmentOptions) -> None:
     refuse_several(options.shard, options.ray)
     if options.without_model and (options.shard, options.ray) != (None, None):
         raise RecipeError(
-            "--shard and --ray share out questions, and --without-model asks none; drop one of them",
+            "--without-model makes no model calls, so --shard and --ray do not apply; remove one of them",
             kind="contradiction",
             column="--without-model",
         )

@@ -43,7 +43,7 @@ def check(options: CheckOptions) -> None:
         _check_recipe(page, options.overrides, dry_run=options.dry_run)
         return
     if options.dry_run:
-        raise RecipeError(f"--dry-run estimates a recipe, and {page} is a {kind}; leave it out", kind="contradiction")
+        raise RecipeError(f"--dry-run applies to recipes, and {page} is a {kind}; remove it", kind="contradiction")
     hook("check-page")(kind, page, options.overrides)
 
 

@@ -147,7 +147,10 @@ def edit(options: EditOptions) -> None:
     made = stores.edit(options.store, kind, name, text)
     store_facts(kind=kind, id=name, text=text, made_from_it=made)
     for other in made:
-        say(f"written from it, and unchanged: the text of {other} {name}; correct it with edit --kind {other}")
+        say(
+            f"not updated, although it was written from this text: the text of {other} {name}; change it with edit "
+            f"--kind {other}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +172,9 @@ def forget(options: ForgetOptions) -> None:
 
     gone = stores.forget(options.store, options.user)
     store_facts(erased=gone)
-    say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; versions before are removed")
+    say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; earlier versions are removed")
     if gone.others:
-        say(f"written from them too, and to be written anew: {', '.join(gone.others)}")
+        say(f"generate these texts again, they were written from erased interactions too: {', '.join(gone.others)}")
 
 
 def bench(options: StoreOptions) -> None:

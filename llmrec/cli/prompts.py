@@ -99,8 +99,8 @@ def prompts(options: PromptsOptions) -> None:
     if options.chat is not None:
         if options.template or options.sets or options.every or options.diff:
             raise RecipeError(
-                "--chat writes the rows of every template that is trained on; leave the other options out, and choose "
-                "templates with tasks.<family>.templates",
+                "--chat writes the rows of all training templates; remove the other options, and select templates "
+                "with tasks.<family>.templates",
                 kind="contradiction",
                 column="--chat",
             )
@@ -117,7 +117,7 @@ def prompts(options: PromptsOptions) -> None:
         for line in lines(study, chosen) if detailed else names(study):
             say(line)
         if not detailed:
-            say("--all says what each shows and writes; --template NAME renders any of them\n")
+            say("--all describes each template; --template NAME renders one\n")
     encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
     if options.diff is not None:
         differences = list(compare(study, encoder, *options.diff))
@@ -136,11 +136,14 @@ def _write_chat(study: Study, file: Path) -> None:
     store_facts(written=done)
     say(f"{file}: {done.rows:,} training rows of {done.steps:,} steps, in their order")
     if done.partly:
-        say(f"{done.partly:,} of them continue lists: llmrec learns {done.share:.0%} of their tokens, others learn all")
+        say(
+            f"{done.partly:,} of them continue lists: llmrec trains on {done.share:.0%} of their tokens, other "
+            "trainers on all"
+        )
     if done.cut:
         say(f"{done.cut:,} of them end within train.max_row_tokens")
     if done.dropped:
-        say(f"{done.dropped:,} rows were left out, whose one answer is longer than train.max_row_tokens")
+        say(f"{done.dropped:,} rows were left out because their answer is longer than train.max_row_tokens")
     if done.different:
         say(f"{done.different:,} of them have other tokens once the model's chat template writes the answer too")
 
@@ -164,7 +167,7 @@ def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Reci
         file = next((entry for entry in (Path(name).expanduser(), beside / name) if entry.is_file()), None)
         if file is None:
             raise RecipeError(
-                f"template {name!r}: there is no such file in the working folder or beside the recipe; check the path",
+                f"template {name!r}: no such file in the working directory or the folder of the recipe; check the path",
                 kind="missing-file",
                 at=name,
             )
@@ -189,7 +192,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
     for name in sets:
         if name not in known_sets:
             raise RecipeError(
-                f"unknown template set {name!r}{did_you_mean(name, known_sets)}; this recipe's families have "
+                f"unknown template set {name!r}{did_you_mean(name, known_sets)}; the tasks of this recipe have "
                 f"{', '.join(known_sets) or 'none'}",
                 kind="unknown-name",
             )
@@ -206,7 +209,8 @@ def find(study: Study, name: str) -> Template:
     result = [template for template in every.values() if name in (template.id, template.name)]
     if len(result) > 1:
         raise RecipeError(
-            f"template {name!r}: say which of {', '.join(template.id for template in result)}",
+            f"template {name!r}: it exists in several tasks; choose one of "
+            f"{', '.join(template.id for template in result)}",
             kind="ambiguous",
             at=name,
         )
@@ -214,13 +218,13 @@ def find(study: Study, name: str) -> Template:
         family = name.rpartition("/")[0]
         if family and family not in study.templates:
             raise RecipeError(
-                f"template {name!r}: this recipe has no family {family!r}{did_you_mean(family, study.templates)}; its "
-                f"families are {', '.join(study.templates)}",
+                f"template {name!r}: this recipe has no task {family!r}{did_you_mean(family, study.templates)}; its "
+                f"tasks are {', '.join(study.templates)}",
                 kind="unknown-name",
             )
         close = did_you_mean(name, [*every, *(template.name for template in every.values())])
         raise RecipeError(
-            f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists those of its families",
+            f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists those of its tasks",
             kind="unknown-name",
             at=name,
         )
@@ -435,7 +439,7 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
     other = recorded(folder, one) if stored else find(study, second)
     if one.family != other.family:
         raise RecipeError(
-            f"{one.id} and {other.id} answer different questions; compare templates of one family", kind="contradiction"
+            f"{one.id} and {other.id} belong to different tasks; compare templates of one task", kind="contradiction"
         )
     # The diff goes from the older to the newer template.
     left, right = (other, one) if stored else (one, other)

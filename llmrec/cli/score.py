@@ -65,7 +65,9 @@ def score_files(options: ScoreOptions) -> None:
     """
     if len(options.ranked) not in (1, 2):
         raise RecipeError(
-            f"{len(options.ranked)} files of lists: give one, or two to compare", kind="missing-key", column="RANKED"
+            f"{len(options.ranked)} files of ranked lists; give one, or two to compare",
+            kind="missing-key",
+            column="RANKED",
         )
     scores = score(
         options.ranked[0],
@@ -120,7 +122,7 @@ def score(
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
     """
     if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
-        raise RecipeError("k: give ranks of at least 1, such as 5,10", kind="bad-value", column="--k")
+        raise RecipeError("k: give cut-offs of at least 1, such as 5,10", kind="bad-value", column="--k")
     how = Judging(tuple(dict.fromkeys(k)), resamples, seed, graded, planned)
     if planned is not None and (against is None or planned not in how.names):
         what = "it is tested on two lists; give another" if against is None else f"choose from {', '.join(how.names)}"

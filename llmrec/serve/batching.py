@@ -248,7 +248,7 @@ class Batcher:
             # An exception here would stop the queue for good.
             log.exception("a batch failed that should not have")
             for item in batch:
-                _settle(item.future, LlmrecError("this question failed; the log says where", kind="defect"))
+                _settle(item.future, LlmrecError("this request failed; see the log of the service", kind="defect"))
             return
         took = time.monotonic() - begun
         self._each = 0.8 * self._each + 0.2 * took / len(batch)

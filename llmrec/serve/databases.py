@@ -450,7 +450,7 @@ class Postgres:
 def _no_url() -> DataError:
     # The URL is not shown: it may contain a password anywhere.
     return DataError(
-        "the address of the store is no URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
+        "the address of the store is not a URL; use postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
         "password as %40 %3A %2F %3F %23 %25",
         kind="bad-value",
     )

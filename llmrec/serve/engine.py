@@ -382,7 +382,7 @@ class Supervisor:
         with self._lock:
             old, self._engine = self._engine, None
         if old is not None:
-            log.warning("the GPU has no room for a second engine: nothing answers until the new one has its weights")
+            log.warning("not enough GPU memory for a second engine: requests wait until the new one is loaded")
             old.close()
 
 
@@ -447,7 +447,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
         return error
     except Exception:
         log.exception("%s failed that should not have", name)
-        return LlmrecError("this failed inside the engine; its log says where", kind="defect")
+        return LlmrecError("this failed in the engine; see its log", kind="defect")
 
 
 def _answered(
@@ -461,7 +461,7 @@ def _answered(
         error = fault
     except Exception:
         log.exception("a question failed that should not have")
-        error = LlmrecError("this question failed inside the engine; its log says where", kind="defect")
+        error = LlmrecError("this request failed in the engine; see its log", kind="defect")
     if len(requests) == 1:
         return [error]
     return [_answered(models, question, [request], listener)[0] for request in requests]

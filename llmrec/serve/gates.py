@@ -113,7 +113,7 @@ class StrictRoute(APIRoute):
                 if name not in known:
                     takes = f"it takes {', '.join(known)}" if known else "it takes none"
                     raise DataError(
-                        f"{shown(name)} is no parameter of this address{did_you_mean(name, known)}; {takes}",
+                        f"{shown(name)} is not a parameter of this endpoint{did_you_mean(name, known)}; {takes}",
                         kind="unknown-key",
                         column=name[:_SHOWN],
                     )

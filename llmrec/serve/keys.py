@@ -89,14 +89,15 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
     """
     if not re.fullmatch(_NAME, name):
         raise DataError(
-            f"{shown(name)} is no name for a key; take 1 to 64 letters and digits, and . _ @ - after the first",
+            f"{shown(name)} is not a valid name for a key; use 1 to 64 letters, digits and . _ @ -, starting with a "
+            "letter or digit",
             kind="bad-value",
             column="name",
         )
     with _writing(file, make=True) as known:
         if any(key.name == name for key in known):
             raise LlmrecError(
-                f"{file} holds a key named {name!r} already; revoke it first, or choose another name",
+                f"{file} already contains a key named {name!r}; revoke it first, or choose another name",
                 kind="duplicate",
                 at=file,
                 column="name",
@@ -114,7 +115,7 @@ def revoke(file: Path, name: str) -> None:
         if len(kept) == len(known):
             guess = did_you_mean(name, [key.name for key in known])
             raise LlmrecError(
-                f"{file} holds no key named {shown(name)}{guess}; name one that it holds",
+                f"{file} contains no key named {shown(name)}{guess}",
                 kind="unknown-name",
                 at=file,
                 column="name",
@@ -136,14 +137,14 @@ def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
         try:
             if not lock(handle):
                 raise LlmrecError(
-                    f"another process is writing to {file}; wait until it has ended", kind="busy", at=file
+                    f"another process is writing to {file}; wait until it has finished", kind="busy", at=file
                 )
             yield _read(file)[1] if file.exists() else ()
         finally:
             os.close(handle)
     except OSError as error:
         raise LlmrecError(
-            f"the file of keys {file} cannot be written ({reason(error)}); make it writable, or name another",
+            f"cannot write the key file {file} ({reason(error)}); make it writable, or choose another file",
             kind="unreadable",
             at=file,
         ) from error
@@ -169,13 +170,14 @@ def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
             raw = stream.read(_LARGEST + 1)
     except OSError as error:
         raise LlmrecError(
-            f"the file of keys {file} cannot be read ({reason(error)}); give the service leave to read it",
+            f"cannot read the key file {file} ({reason(error)}); make it readable for the service, such as with chmod "
+            "u+r",
             kind="unreadable",
             at=file,
         ) from error
     if status.st_mode & 0o077:
         raise LlmrecError(
-            f"others than its owner may read or write the file of keys {file}; run: chmod 600 {file}",
+            f"the key file {file} is accessible to other users; run: chmod 600 {file}",
             kind="unsafe",
             at=file,
         )
@@ -184,14 +186,14 @@ def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
 
 def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
     if len(raw) > _LARGEST:
-        raise LlmrecError(f"{file} is too large for a file of keys; name another", kind="too-large", at=file)
+        raise LlmrecError(f"{file} is too large for a key file; use another file", kind="too-large", at=file)
     fix = "restore a copy, or move it away and make keys anew"
     try:
         result = json.loads(raw)
         if isinstance(result, dict) and type(result.get("format")) is int and result["format"] > FORMAT:
             raise LlmrecError(
-                f"{file} was written by a newer llmrec (format {result['format']}, this one knows {FORMAT}); install "
-                "that llmrec: pip install -U llmrec",
+                f"{file} was written by a newer llmrec (format {result['format']}, this version supports {FORMAT}); "
+                "upgrade: pip install -U llmrec",
                 kind="unsupported",
                 at=file,
             )
@@ -200,17 +202,17 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise LlmrecError(
-            f"{file} is no file of keys, or is damaged: {where or 'it'}: {first['msg']}; {fix}",
+            f"{file} is not a key file, or is damaged: {where or 'it'}: {first['msg']}; {fix}",
             kind="damaged",
             at=file,
             column=where or None,
         ) from None
     except (ValueError, RecursionError) as error:
-        raise LlmrecError(f"{file} is no JSON ({reason(error)}); {fix}", kind="damaged", at=file) from None
+        raise LlmrecError(f"{file} is not JSON ({reason(error)}); {fix}", kind="damaged", at=file) from None
     twice = len({key.name for key in keys}) < len(keys)
     if twice:
         raise LlmrecError(
-            f"{file} holds two keys of one name; give each a name of its own", kind="duplicate", at=file, column="name"
+            f"{file} contains two keys of the same name; rename one", kind="duplicate", at=file, column="name"
         )
     return keys
 
@@ -300,7 +302,7 @@ class RateLimit:
     def __init__(self, per_minute: int, burst: int) -> None:
         for column, value in (("per_minute", per_minute), ("burst", burst)):
             if value < 1:
-                raise DataError(f"{column} is {value}; take 1 or more", kind="bad-value", column=column)
+                raise DataError(f"{column} is {value}; use at least 1", kind="bad-value", column=column)
         self._rate, self._burst = per_minute / 60, float(burst)
         self._lock = Lock()
         # The remaining tokens and their time, by name, the most recent last.
@@ -321,7 +323,9 @@ class RateLimit:
             0.0 if the request is accepted; else the seconds to wait, without taking tokens.
         """
         if not (math.isfinite(cost) and cost >= 0):
-            raise DataError(f"a request cannot cost {cost}; give a number from 0", kind="bad-value", column="cost")
+            raise DataError(
+                f"a request cannot cost {cost}; use a number of at least 0", kind="bad-value", column="cost"
+            )
         now = time.monotonic() if now is None else now
         with self._lock:
             left, since = self._left.get(name, (self._burst, now))

@@ -74,7 +74,7 @@ def _server(service: Service) -> Server[Any]:
 
     async def call(_: Any, given: protocol.CallToolRequestParams) -> protocol.CallToolResult:
         if given.name not in TOOLS:
-            raise MCPError(protocol.INVALID_PARAMS, f"there is no tool {clean(given.name, 60)!r}")
+            raise MCPError(protocol.INVALID_PARAMS, f"unknown tool {clean(given.name, 60)!r}")
         return await called(service, TOOLS[given.name], given.arguments or {})
 
     return Server("llmrec", version=__version__, instructions=_ABOUT, on_list_tools=tools, on_call_tool=call)

@@ -60,7 +60,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     """
     if options.events is None and options.items is None:
         raise DataError(
-            "there is nothing to refresh with; name new events with --events, new items with --items, or both",
+            "nothing to refresh with; give new interactions with --events, new items with --items, or both",
             kind="missing-key",
             column="--events",
         )
@@ -103,21 +103,22 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
     refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
     if options.out is None and not refreshed:
         raise DataError(
-            f"{options.model} was not refreshed before, and a run stays as it was measured; name a folder with --out",
+            f"{options.model} is a run, which is not changed; give an output folder with --out",
             kind="missing-key",
             column="--out",
         )
     out = options.out or Path(bundle.folder)
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise DataError(
-            f"--out {out} holds files that `llmrec refresh` did not write; name another folder",
+            f"--out {out} contains files that `llmrec refresh` did not write; choose another folder",
             kind="exists",
             at=out,
             column="--out",
         )
     if options.train is not None and bundle.run is None:
         raise DataError(
-            f"--train continues from a run, and {options.model} is none; name the run folder, with --out {out}",
+            f"--train continues from a run, and {options.model} is not a run folder; give the run folder, with --out "
+            f"{out}",
             kind="unsupported",
             column="--train",
         )
@@ -144,7 +145,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
     result = carried(Path(bundle.folder), seed=bundle.seed)
     if result is None:
         raise DataError(
-            f"{bundle.folder} holds no interactions to go on from; name the run folder",
+            f"{bundle.folder} contains no interactions; give the run folder",
             kind="unsupported",
             at=bundle.folder,
         )
@@ -189,7 +190,8 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
     strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
     if strange:
         raise DataError(
-            f"{len(strange)} items of the new events have no title, such as {strange[0]!r}; name a table with --items",
+            f"{len(strange)} items of the new interactions have no title, such as {strange[0]!r}; give a table with "
+            "--items",
             kind="unknown-name",
             column="--items",
         )
@@ -326,10 +328,10 @@ def _reload(url: str, key_env: str | None) -> None:
         answer = httpx.post(f"{url.rstrip('/')}/v1/reload", headers=headers, timeout=600)
     except httpx.HTTPError as error:
         raise LlmrecError(
-            f"--server {url}: {type(error).__name__}; the folder is written, so POST /v1/reload will do",
+            f"--server {url}: {type(error).__name__}; the folder is written; reload the service with POST /v1/reload",
             kind="unreachable",
             column="--server",
         ) from None
     if answer.status_code != 200:
         message = answer.json().get("error", {}).get("message", "") if answer.content else ""
-        raise LlmrecError(f"--server {url} says {answer.status_code}: {message}", kind="failed", column="--server")
+        raise LlmrecError(f"--server {url} answered {answer.status_code}: {message}", kind="failed", column="--server")

@@ -97,8 +97,9 @@ def _check_open(options: ServeOptions) -> None:
     """Reject an address that others can reach without keys."""
     if options.host not in _LOOPBACK and options.keys is None:
         raise DataError(
-            f"--host {options.host} lets others reach this service, and without --keys whoever does may ask it and "
-            "change its catalogue; make a key with `llmrec serve-key keys.json NAME`, and name the file with --keys",
+            f"--host {options.host} makes this service reachable from other machines, and without --keys everyone "
+            "there can use it and change its catalogue; create a key with `llmrec serve-key keys.json NAME`, and "
+            "give the file with --keys",
             kind="unsafe",
             column="--keys",
         )
@@ -114,7 +115,8 @@ def _listen(options: ServeOptions) -> socket.socket:
     except OSError as error:
         listening.close()
         raise DataError(
-            f"--host {options.host} --port {options.port}: {error.strerror}; name another --port, or 0 for a free one",
+            f"--host {options.host} --port {options.port}: {error.strerror}; choose another --port, or 0 for a free "
+            "one",
             kind="busy",
             column="--port",
         ) from None
@@ -131,7 +133,7 @@ def _rules(file: Path | None) -> Rules:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--rules {file} cannot be read: {error}", kind="unreadable", at=file) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"--rules {file} is no JSON: {error}", kind="syntax", at=file) from None
+        raise DataError(f"--rules {file} is not JSON: {error}", kind="syntax", at=file) from None
     try:
         return Rules.read(result or {})
     except LlmrecError as error:

@@ -192,7 +192,7 @@ class Service:
     async def reload(self) -> None:
         """Replace the engine by one that reads all files again."""
         if self._reloading.locked():
-            raise LlmrecError("the models are being read anew already; wait for that", kind="busy")
+            raise LlmrecError("the models are being reloaded already; wait until this has finished", kind="busy")
         async with self._reloading:
             asked = self.settings.options
             try:
@@ -248,7 +248,7 @@ class Service:
         done = asyncio.wrap_future(running)
         await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic() - (1 - _TURN) * patience))
         if running.cancel():
-            raise StoreError("others write to the store, and the turn of this request did not come", kind="busy")
+            raise StoreError("timed out while waiting for other writes to the store", kind="busy")
         await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic()))
         if not done.done():
             raise TooLate(
@@ -320,7 +320,7 @@ class Service:
         known = () if name is None else cards[name].strategies
         if known and strategy not in ("auto", "search", *known):
             raise DataError(
-                f"there is no strategy {strategy[:60]!r}{did_you_mean(strategy, known)}; there are auto, "
+                f"unknown strategy {strategy[:60]!r}{did_you_mean(strategy, known)}; known are auto, "
                 f"{', '.join(known)}",
                 kind="unknown-name",
                 column="strategy",
@@ -458,7 +458,7 @@ class Conversations:
         """Return the facts and the parser for the current catalogue."""
         catalogue = self._service.catalogue
         if not catalogue.items:
-            raise DataError("there is no item to talk about; put some with PUT /v1/items", kind="empty")
+            raise DataError("the catalogue is empty; add items with PUT /v1/items", kind="empty")
         known, changes = self._known, catalogue.changes
         if known is None or known[0] is not catalogue or known[1] != changes:
             facts = Facts(catalogue.items)
@@ -472,9 +472,7 @@ async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
     try:
         await asyncio.wait_for(lock.acquire(), seconds)
     except TimeoutError:
-        raise StoreError(
-            "others change the catalogue, and the turn of this request did not come", kind="busy"
-        ) from None
+        raise StoreError("timed out while waiting for other changes of the catalogue", kind="busy") from None
     try:
         yield
     finally:

@@ -95,8 +95,7 @@ class ServiceStore:
         if "://" in where:
             # Not shown: it may contain a password.
             raise DataError(
-                "a store is a file of SQLite or a database of PostgreSQL, and this address is neither; give the path "
-                "of a file, or postgresql://USER@HOST/NAME",
+                "a store is an SQLite file or a PostgreSQL database; give the path of a file, or postgresql://USER@HOST/NAME",
                 kind="unsupported",
             )
         return cls(SQLite(Path(where).expanduser(), wait))
@@ -321,7 +320,7 @@ def _json(event: StoredEvent) -> str:
 def _text(value: str, column: str) -> str:
     if is_no_text(value):
         raise DataError(
-            f"{column} {shown(value)} holds NUL or half of a surrogate pair, which is no text; leave it out",
+            f"{column} {shown(value)} contains NUL or an unpaired surrogate; remove it",
             kind="encoding",
             column=column,
         )

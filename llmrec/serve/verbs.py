@@ -234,7 +234,7 @@ async def about(
         service.catalogue.get(item)
     if unknown := sorted(body.context.keys() - CONTEXT):
         raise DataError(
-            f"context: {unknown[0]!r} is nothing that a family is told; it may have {', '.join(sorted(CONTEXT))}",
+            f"context: {unknown[0]!r} is not a known context field; known are {', '.join(sorted(CONTEXT))}",
             kind="unknown-key",
             column="context",
         )
@@ -466,7 +466,7 @@ def _text_of(given: str | Mapping[str, object]) -> str:
     """Return the text of a document."""
     text = given if isinstance(given, str) else given.get("text", next(iter(given.values()), ""))
     if not isinstance(text, str) or not text.strip():
-        raise DataError("a document has no text; leave it out", kind="empty", column="documents")
+        raise DataError("a document has no text; remove it", kind="empty", column="documents")
     if len(text) > LONGEST_TEXT:
         reason = f"a document has {len(text)} characters, more than {LONGEST_TEXT}; shorten it"
         raise DataError(reason, kind="too-large", column="documents")

@@ -389,17 +389,18 @@ def build(
             search.rest()
         except KeyboardInterrupt:
             say(
-                "stopped: finishing with what was found so far; Ctrl-C again ends at once, and the same command resumes"
+                "stopped: finishing with the results so far; press Ctrl-C again to end at once; the same command "
+                "resumes"
             )
         chosen = search.chosen(options.users)
         best = search.best(chosen, split)
         count = len(chosen.tasks.present()["sequential"].baselines)
-        say(f"fitting and measuring {count} recommenders and their fusions")
+        say(f"fitting and evaluating {count} recommenders and their ensembles")
         result = run(chosen, folder, choice=best)
         results = Results.model_validate(result.results)
         sentence = brought(results, "sequential")
         if planned.steps:
-            say(f"tuning a language model for {planned.steps} steps")
+            say(f"fine-tuning a language model for {planned.steps} steps")
             try:
                 joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
             except EngineFailure as failure:
@@ -530,7 +531,7 @@ class _Search:
         if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
             raise DataError(
-                f"nothing could be fitted in the time ({notes or 'there was none'}); give --budget more", kind="too-few"
+                f"nothing could be fitted in the time ({notes or 'there was none'}); increase --budget", kind="too-few"
             )
         baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
         for tried in result.values():

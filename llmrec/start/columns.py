@@ -71,7 +71,7 @@ def asked(options: TableOptions) -> Asked:
     order = next((known for known in ORDERS if known == dates), None)
     if dates is not None and order is None:
         raise DataError(
-            f"--dates {dates!r}{did_you_mean(dates, ORDERS)}: say {' or '.join(ORDERS)}",
+            f"--dates {dates!r}{did_you_mean(dates, ORDERS)}; use {' or '.join(ORDERS)}",
             kind="unknown-name",
             column="dates",
         )
@@ -177,8 +177,8 @@ def check_asked(
     twice = next((column for column in taken if taken.count(column) > 1), None)
     if twice is not None:
         raise DataError(
-            f"the column {twice!r} is named for two things: "
-            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; give each a column of its own",
+            f"the column {twice!r} is used for two options: "
+            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; use one column per option",
             kind="contradiction",
             column=twice,
         )

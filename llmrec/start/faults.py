@@ -284,7 +284,7 @@ def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
     """
     if path.suffix.lower() not in COPY_ENDINGS:
         raise DataError(
-            f"--mend {path}: a copy is written as {' or '.join(COPY_ENDINGS)}; give it one of these endings",
+            f"--mend {path}: the copy must end in {' or '.join(COPY_ENDINGS)}",
             kind="wrong-format",
             at=path,
         )

@@ -101,10 +101,12 @@ def init(
     if items is not None:
         items_path = _items_file(items, table)
     if query is not None and not is_database(table):
-        raise DataError(f"--query: {table} is no database, so nothing is asked; leave it out", kind="contradiction")
+        raise DataError(f"--query: {table} is not a database; remove the option", kind="contradiction")
     if mend is not None and mend.exists() and any(_is(mend, given) for given in (path, items_path) if given):
         raise DataError(
-            f"--mend {mend} is the table itself, which is never written over; name another file", kind="exists", at=mend
+            f"--mend {mend} is the table itself, which is never overwritten; choose another file",
+            kind="exists",
+            at=mend,
         )
     backend = backend or AUTO
     if path is not None and asked == Asked() and items is None and (source := source_of(path)) is not None:
@@ -188,9 +190,7 @@ def name_of(name: str | None, table: str) -> str:
 def _target(out: Path | None, name: str, force: bool) -> Path:
     target = out if out is not None else Path(f"{name}.yaml")
     if target.suffix.lower() not in (".yaml", ".yml"):
-        raise RecipeError(
-            f"--out {target}: a recipe ends in .yaml; give it this ending", kind="wrong-format", at=target
-        )
+        raise RecipeError(f"--out {target}: the name of a recipe must end in .yaml", kind="wrong-format", at=target)
     if target.is_dir():
         raise RecipeError.at(target, "unreadable", " is a folder; name a file after --out")
     if target.exists() and not force:

@@ -126,6 +126,6 @@ def budget_seconds(text: str, option: str) -> float:
     unit = _UNITS.get(result[2] or "m") if result else None
     if result is None or unit is None or float(result[1]) <= 0:
         raise RecipeError(
-            f"{option} {text!r} is no time; write one such as 90s, 30m or 2h", kind="bad-value", column=option
+            f"{option} {text!r} is not a duration; use one such as 90s, 30m or 2h", kind="bad-value", column=option
         )
     return float(result[1]) * unit

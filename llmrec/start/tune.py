@@ -104,7 +104,7 @@ def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
         )
     keys = [space.key for space in result]
     if len(set(keys)) < len(keys):
-        raise RecipeError(f"--over: a key stands twice in {', '.join(keys)}", kind="duplicate", column="--over")
+        raise RecipeError(f"--over: a key is given twice:  {', '.join(keys)}", kind="duplicate", column="--over")
     return result
 
 
@@ -279,7 +279,7 @@ def _metric(recipe: Recipe, asked: str | None) -> tuple[str, str]:
     family, _, metric = (asked or next(iter(families))).partition("/")
     if family not in families:
         raise RecipeError(
-            f"--metric {asked!r}: the recipe has the families {', '.join(families)}; write FAMILY or FAMILY/METRIC",
+            f"--metric {asked!r}: the recipe has the tasks {', '.join(families)}; use TASK or TASK/METRIC",
             kind="unknown-name",
             column="--metric",
         )
@@ -305,8 +305,8 @@ def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> o
         study.set_user_attr("of", mark)
     elif known != mark:
         raise RecipeError(
-            f"{out} holds the search of another recipe, other values or another metric; choose another --out, or "
-            "remove it",
+            f"{out} contains a search with another recipe, other values or another metric; choose another --out, or "
+            "remove the folder",
             kind="mismatch",
             at=out,
             column="--out",
@@ -358,7 +358,7 @@ class _Search:
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         broken = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
         if len(broken) >= _HOPELESS and not complete:
-            raise LlmrecError(f"the first {len(broken)} trials broke, the last with: {broken[-1]}", kind="failed")
+            raise LlmrecError(f"the first {len(broken)} trials failed, the last with: {broken[-1]}", kind="failed")
         if self.options.trials is not None and len(complete) + len(broken) >= self.options.trials:
             return f"{self.options.trials} trials are done"
         if grid(self.spaces) is not None and trials and not waiting:
@@ -383,7 +383,7 @@ class _Search:
                 raise
             asked.set_user_attr("error", str(error))
             study.tell(asked, state=TrialState.FAIL)
-            self.say(f"trial {asked.number}: {shown} broke: {error}")
+            self.say(f"trial {asked.number}: {shown} failed: {error}")
             return
         asked.set_user_attr("seconds", time.monotonic() - begin)
         self._same(study, question, shown)
@@ -402,7 +402,7 @@ class _Search:
         failed = [trial for trial in study.trials if "error" in trial.user_attrs]
         if not complete:
             raise LlmrecError(
-                f"no trial could be run; the last broke with: {failed[-1].user_attrs['error']}", kind="failed"
+                f"no trial succeeded; the last failed with: {failed[-1].user_attrs['error']}", kind="failed"
             )
         best = study.best_trial
         chosen = self._point(best.params)
@@ -451,9 +451,10 @@ class _Search:
         other = [name for name, value in question.items() if value != first[name]]
         if other:
             raise RecipeError(
-                f"--over: the trial with {shown} was judged on another {' and another '.join(other)} than the first, "
-                "so their figures cannot be compared; search keys that change the recommender, and set those that "
-                "change the question with --set",
+                f"--over: the trial with {shown} was evaluated with another {' and another '.join(other)} than the "
+                "first, "
+                "so their figures cannot be compared; search keys that change the model, and set those that change "
+                "the evaluation with --set",
                 kind="mismatch",
                 column="--over",
             )

@@ -104,7 +104,7 @@ def test_names_and_sets_narrow_it(study: Study) -> None:
     ("names", "sets", "parts"),
     [
         (["rate-nxt"], [], ("rate-nxt", "did you mean 'rate-next'")),
-        (["one-history"], [], ("say which of", "rating/one-history", "sequential/one-history")),
+        (["one-history"], [], ("choose one of", "rating/one-history", "sequential/one-history")),
         (["ctr/by-taste"], [], ("no family 'ctr'", "rating, ")),
         ([], ["m-6"], ("unknown template set 'm-6'", "did you mean 'm6'", "families have de, m6")),
     ],

@@ -169,7 +169,7 @@ def test_places_that_are_no_file(tmp_path: Path) -> None:
             new_key(tmp_path / name, "shop")
     with raises(LlmrecError, Facts("unsafe", "link")):
         new_key(tmp_path / "link", "shop")
-    with raises(LlmrecError, Facts("unreadable", says="cannot be written")):
+    with raises(LlmrecError, Facts("unreadable", says="cannot write the key file")):
         new_key(tmp_path / "gone" / ("x" * 300), "shop")
     assert not (tmp_path / "folder" / "keys.json").exists()
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_answered_is_said(served: Served) -> None:
     assert refused(served.url, "rate", item_id="k01", history=["k02"], model="popularity")
 
     async def erase(client: Client) -> None:
-        with pytest.raises(MCPError, match="no tool 'erase_user'"):
+        with pytest.raises(MCPError, match="unknown tool 'erase_user'"):
             await client.call_tool("erase_user", {"user_id": "u01"})
 
     talk(served.url, erase)

@@ -170,7 +170,7 @@ def test_nothing_is_written_over_without_force(folder: Path) -> None:
     assert "copy.csv exists" in llmrec("init", "bestellungen.csv", *options)
     assert Path("copy.csv").read_text(encoding="utf-8") == "mine\n" and not Path("eu.yaml").exists()
     before = Path("bestellungen.csv").read_bytes()
-    assert "never written over" in llmrec("init", "bestellungen.csv", "--mend", "bestellungen.csv", "--force")
+    assert "never overwritten" in llmrec("init", "bestellungen.csv", "--mend", "bestellungen.csv", "--force")
     assert Path("bestellungen.csv").read_bytes() == before
 
 
@@ -182,7 +182,7 @@ def test_nothing_is_written_over_without_force(folder: Path) -> None:
         (["orders.csv", "--dates", "dayfirst"], ["did you mean 'day-first'"]),
         (["ordrs.csv"], ["did you mean 'orders.csv'"]),
         (["sqlite:///gone.db"], ["gone.db"]),
-        (["orders.csv", "--query", "SELECT 1"], ["--query", "no database"]),
+        (["orders.csv", "--query", "SELECT 1"], ["--query", "not a database"]),
         (["orders.csv", "--items", "sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
         (["orders.xlsx"], ["orders.xlsx"]),
         (["bestellungen.csv", "--mend", "x.txt"], ["x.txt", ".parquet"]),
