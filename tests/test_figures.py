@@ -56,7 +56,7 @@ def test_every_figure_is_what_its_source_says() -> None:
 PLANTED = [
     ("docs/quickstart.md", "| 0.647 |", "| 0.747 |", "docs/quickstart.md: is not what its generator writes"),
     ("README.md", "## Examples", "It is 12 % better.\n\n## Examples", "12 % has no source"),
-    ("docs/generative.md", "hour:test/comparisons", "hour:test/pairs", "leads to nothing"),
+    ("docs/generative-and-semantic-ids.md", "hour:test/rows", "hour:test/pairs", "leads to nothing"),
     ("eval/PERFORMANCE.md", "**16.2x**", "**18.2x**", "eval/PERFORMANCE.md: is not what its generator writes"),
     ("eval/LEADERBOARD.md", "| Popularity |", "| Popular |", "eval/LEADERBOARD.md: is not what its generator writes"),
     ("eval/EXPERIMENTS.md", "| 943 |", "| 944 |", "eval/EXPERIMENTS.md: is not what its generator writes"),
@@ -68,9 +68,9 @@ PLANTED = [
         "significantly better",
         "the text says 'significantly better'",
     ),
-    ("docs/cold-items.md", "`unisrec` less `content`", "`unisrec` less `markov`", "the text compares with markov"),
-    (EXCEPTIONS, "page: docs/indexes.md", "page: docs/encoder.md", "has no figure in"),
-    (EXCEPTIONS, "text: the collaborative", "text: a collaborative", "no figure in 'a collaborative hybrid"),
+    ("docs/baselines-and-ensembles.md", "than `sasrec`", "than `markov`", "the text compares with markov"),
+    (EXCEPTIONS, "page: docs/baselines-and-ensembles.md", "page: docs/install.md", "docs/install.md has no figure in"),
+    (EXCEPTIONS, "text: 8 bytes per item", "text: 9 bytes per item", "no figure in '9 bytes per item"),
 ]
 
 
@@ -100,9 +100,9 @@ def test_another_result_is_found_and_written(checkout: Path) -> None:
 def test_the_command_says_what_is_wrong_and_puts_it_right(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(checkout, "docs/generative.md", "(−.027 [", "(−.037 [")
-    wrong = r"docs/generative\.md, line .*\.037 is −\.027 in hour:"
-    for flag, code, says in (("--check", 1, wrong), ("--write", 0, r"written: docs/generative\.md\n$")):
+    plant(checkout, "docs/baselines-and-ensembles.md", "+.0061 [", "+.0071 [")
+    wrong = r"docs/baselines-and-ensembles\.md, line .*\.0071 is \+\.0061 in toys:"
+    for flag, code, says in (("--check", 1, wrong), ("--write", 0, r"written: docs/baselines-and-ensembles\.md\n$")):
         monkeypatch.setattr(sys, "argv", ["figures", flag, "--root", str(checkout)])
         assert command() == code
         assert re.match(says, capsys.readouterr().out)

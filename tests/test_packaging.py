@@ -433,7 +433,7 @@ def test_every_setting_has_a_description() -> None:
 
 
 def test_documents_name_every_baseline_and_source() -> None:
-    for page, names in (("baselines", registry.BASELINES), ("datasets-and-output-files", registry.SOURCES)):
+    for page, names in (("baselines-and-ensembles", registry.BASELINES), ("datasets-and-output-files", registry.SOURCES)):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert [name for name in names if f"`{name}`" not in text] == [], page
 
@@ -518,7 +518,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         for family, section in recipe.tasks.present().items():
             assert {each.name for each in section.baselines} <= set(registry.BASELINES), family
             assert set(section.strategies) <= set(registry.STRATEGIES), family
-    if page.name in ("config.md", "datasets-and-output-files.md", "your-data.md", "baselines.md"):
+    if page.name in ("config.md", "datasets-and-output-files.md", "your-data.md", "baselines-and-ensembles.md"):
         assert blocks
 
 

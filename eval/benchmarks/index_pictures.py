@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/indexes.md: the ID of one real film under each scheme, and its neighbours.
+"""Draws the pictures of docs/generative-and-semantic-ids.md: the ID of a film, and the films that share its prefixes.
 
 ``python -m eval.benchmarks.index_pictures docs/indexes`` builds the indexes of recipes/movielens-100k/index-*.yaml.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -19,14 +18,7 @@ from llmrec.pipeline.indexing import build_index
 from llmrec.recipe.load import load_recipe
 
 FILM = "Toy Story (1995)"
-# Two films of the catalogue share this title.
-SHARED = "Chasing Amy (1997)"
-NAMES = (
-    *("title", "random", "sequential", "token", "collaborative", "collaborative-token"),
-    *("semantic", "semantic-token", "category"),
-)
-# Codes of a file are drawn from those of this scheme, as if they had been made elsewhere.
-IMPORTED = "semantic"
+NAMES = ("semantic", "collaborative")
 _WIDTH, _ROW, _PAD = 960, 74, 26
 _INK, _SOFT, _LINE, _BACK = "#1f2430", "#5b6375", "#d5dae3", "#ffffff"
 _FILL, _QUIET = "#2f6f9f", "#e8edf3"
@@ -65,16 +57,16 @@ class Canvas:
 
 
 def draw(index: ItemIndex, item: str, titles: Mapping[str, str], popular: Mapping[str, int]) -> str:
-    """Return the picture of one item's code: a row for each prefix, with the items that share it."""
+    """Return the picture of one item's ID: a row for each prefix, with the items that share it."""
     pieces, canvas = index.codes[item], Canvas()
     canvas.text(_PAD, 40, titles[item], size=20)
-    canvas.text(_PAD + len(titles[item]) * 11.6 + 12, 40, "is written", size=15, ink=_SOFT)
-    x = _PAD + len(titles[item]) * 11.6 + 92
+    canvas.text(_PAD + len(titles[item]) * 11.6 + 12, 40, "has the ID", size=15, ink=_SOFT)
+    x = _PAD + len(titles[item]) * 11.6 + 100
     for piece in pieces:
         x = canvas.box(x, 20, piece, strong=True) + 4
     y = 84.0
     left = 40 + max(sum(len(piece) * _CHAR + 24 for piece in pieces), 150)
-    for depth in range(1, len(pieces) + 1) if index.tokens else (1,):
+    for depth in range(1, len(pieces) + 1):
         x = float(_PAD)
         for place, piece in enumerate(pieces):
             x = canvas.box(x, y, piece, strong=place < depth) + 4
@@ -82,34 +74,20 @@ def draw(index: ItemIndex, item: str, titles: Mapping[str, str], popular: Mappin
         for n, (line, ink) in enumerate(lines):
             canvas.text(left, y + 14 + 21 * n, line, ink=ink)
         y += max(_ROW, 30 + 21 * len(lines))
-    return canvas.svg(y + 4, f"The code of {titles[item]} in an index of the scheme {index.scheme}")
+    return canvas.svg(y + 4, f"The ID of {titles[item]} in an index with the scheme {index.scheme}")
 
 
 def _about(
     index: ItemIndex, item: str, prefix: Sequence[str], titles: Mapping[str, str], popular: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Say who shares a prefix; of codes that are text, who stands beside it."""
-    if not index.tokens:
-        return _beside(index, item, titles)
+    """Return lines on the items that share a prefix."""
     sharing = [other for other, pieces in index.codes.items() if pieces[: len(prefix)] == tuple(prefix)]
     if len(sharing) == 1:
         return [("only this film", _INK)]
     others = sorted((other for other in sharing if other != item), key=lambda other: (-popular.get(other, 0), other))
     names = [_cut(titles[other], 44) for other in others[:5]]
-    rows = [(f"{len(sharing)} films begin so, among them", _SOFT)]
+    rows = [(f"shared by {len(sharing)} films, such as", _SOFT)]
     return [*rows, *((", ".join(names[at : at + 2]), _INK) for at in range(0, 4, 2) if names[at : at + 2])]
-
-
-def _beside(index: ItemIndex, item: str, titles: Mapping[str, str]) -> list[tuple[str, str]]:
-    if index.scheme == "title":
-        same = [other for other in index.codes if titles[other] == titles[item] and other != item]
-        return [("another film has this title; it is written", _SOFT)] + [
-            (index.codes[other][0], _INK) for other in same
-        ]
-    number = int(index.codes[item][0])
-    by_number = {int(pieces[0]): other for other, pieces in index.codes.items()}
-    near = [n for n in (number - 2, number - 1, number + 1, number + 2) if n in by_number]
-    return [("beside it stand", _SOFT)] + [(f"{n}  {_cut(titles[by_number[n]], 60)}", _INK) for n in near]
 
 
 def _cut(text: str, length: int) -> str:
@@ -123,15 +101,10 @@ def main(folder: Path) -> None:
         assert recipe.index is not None
         data = split(load(recipe.data, seed=recipe.seed), recipe.data.split, seed=recipe.seed)
         titles = {item: entry.title for item, entry in data.dataset.items.items()}
-        wanted = SHARED if name == "title" else FILM
         index = build_index(recipe.index, data, seed=recipe.seed)
-        found = [item for item, title in titles.items() if title == wanted]
-        item = max(found, key=lambda each: (len("".join(index.codes[each])), each))
+        item = next(item for item, title in titles.items() if title == FILM)
         popular = Counter(data.train["item_id"].to_list())
         (folder / f"{name}.svg").write_text(draw(index, item, titles, popular), encoding="utf-8")
-        if name == IMPORTED:
-            imported = replace(index, scheme="external")
-            (folder / "external.svg").write_text(draw(imported, item, titles, popular), encoding="utf-8")
         sys.stdout.write(f"{name}: {index.encode(item)}\n")
 
 

@@ -460,7 +460,7 @@ def _opened(
         return _classic(section, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
     own = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
     has = [*own, *fusions]
-    more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
+    more = " and the baselines of docs/baselines-and-ensembles.md" if models.data is not None else ""
     raise RecipeError(
         f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *known])}; it has {', '.join(has)}{more}",
         kind="unknown-name",

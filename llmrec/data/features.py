@@ -1,6 +1,6 @@
 """Features: precomputed vectors and texts of users or items, with the interactions that they were made from.
 
-A store is a folder that a service can memory-map and read without llmrec: docs/features.md shows it in ten lines of
+A store is a folder that a service can memory-map and read without llmrec: docs/text-features-and-cold-start.md shows it in ten lines of
 numpy.
 
     current           the name of the version that counts

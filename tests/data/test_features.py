@@ -47,10 +47,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_ten_lines_of_numpy_read_it_too(tmp_path: Path) -> None:
-    """The lines that docs/features.md shows, word for word."""
+    """The lines that docs/text-features-and-cold-start.md shows, word for word."""
     users = some(9)
     publish(tmp_path / "store", [users])
-    page = (Path(__file__).parent.parent.parent / "docs" / "features.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent.parent / "docs" / "text-features-and-cold-start.md").read_text(
+        encoding="utf-8"
+    )
     lines = page.split("```python\n# without llmrec\n")[1].split("```")[0]
     assert len(lines.strip().splitlines()) <= 10
     names = {"folder": str(tmp_path / "store"), "asked": ["nobody", *users.ids]}
