@@ -433,7 +433,10 @@ def test_every_setting_has_a_description() -> None:
 
 
 def test_documents_name_every_baseline_and_source() -> None:
-    for page, names in (("baselines-and-ensembles", registry.BASELINES), ("datasets-and-output-files", registry.SOURCES)):
+    for page, names in (
+        ("baselines-and-ensembles", registry.BASELINES),
+        ("datasets-and-output-files", registry.SOURCES),
+    ):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert [name for name in names if f"`{name}`" not in text] == [], page
 
