@@ -100,6 +100,11 @@ class PlainTokenizer:
         ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included."""
+        text: str = self._core.decode(list(tokens), skip_special_tokens=False)
+        return text
+
     def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
         """Render turns as transformers does, with ``tokenize=False``."""
         world = ImmutableSandboxedEnvironment(

@@ -84,6 +84,8 @@ def test_a_plain_tokenizer_encodes_as_transformers_does(llama_folder: Path) -> N
     prompt = Prompt(messages=turns, answer_prefix=(Segment("text", "1. Heat\n"),))
     assert plain.prompt(prompt) == full.prompt(prompt) and plain.text(prompt) == full.text(prompt)
     assert plain.piece("Fargo ünd\n") == full.piece("Fargo ünd\n")
+    said = list(plain.piece("Fargo ünd\n"))
+    assert plain.tokenizer.decode(said) == full.tokenizer.decode(said)
     names = ["<a_0>", "<a_1>", "<b_0>"]
     assert add_item_tokens(plain.tokenizer, names) == add_item_tokens(full.tokenizer, names)
     assert plain.tokenizer.get_vocab() == full.tokenizer.get_vocab()
