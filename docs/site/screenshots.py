@@ -19,7 +19,7 @@ SHOWN = {
     "home": "index.html",
     "tutorial": "your-data.html",
     "guide": "install.html",
-    "reference": "api.html",
+    "reference": "python-api.html",
     "leaderboard": "eval/LEADERBOARD.html",
     "report": REPORT,
 }
