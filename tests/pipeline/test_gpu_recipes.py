@@ -204,6 +204,14 @@ def test_a_recipe_is_planned_and_estimated_without_a_model(
     assert re.search(r"memory: about +[\d.]+ GiB" if command == "check" else r"tokens", done.stdout), done.stdout
 
 
+def test_the_page_on_benchmarks_shows_the_recipe(tmp_path: Path) -> None:
+    page = (resource("recipes").parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(name: gpu-qwen3-4b\n.*?)```", page, re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
+    recipe = load_recipe(FOLDER / "qwen3-4b.yaml")
+    assert load_recipe(tmp_path / "shown.yaml") == recipe.model_copy(update={"description": ""})
+
+
 ARCHITECTURES = [("qwen3-4b", "gemma-3"), ("qwen3-4b", "llama-3")]
 
 
