@@ -46,10 +46,10 @@ def test_every_page_stands_in_the_navigation_once_and_every_entry_is_a_page(sett
     assert [entry for entry, times in named.items() if times > 1] == []
     assert [next(iter(part)) for part in settings["nav"]] == [
         "Home",
-        "Tutorials",
-        "How-to guides",
+        "Get started",
+        "Guides",
         "Reference",
-        "Background",
+        "Results",
     ]
 
 

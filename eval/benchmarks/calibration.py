@@ -159,7 +159,7 @@ def run_like(n: int, controls: int, rng: np.random.Generator) -> list[Contrast]:
 
 def real_values() -> dict[str, Values]:
     """Fit each of `MODELS` with two seeds and return its values by user, by metric."""
-    suite = load_suite("eval/suites/movielens-100k.yaml")
+    suite = load_suite("eval/suites/ml-100k.yaml")
     data = load_split(suite.data, 0)
     cases = [
         Case(request=request_of(data, held, "test", item=None), truth=held.item_id) for held in data.holdouts("test")

@@ -1,6 +1,6 @@
 """Times single requests about a whole catalogue to an ensemble with a learned ranker.
 
-Run by ``make bench NAME=rank-ensemble``: the ensemble of eleven members of ``eval/suites/amazon14-toys-ranker.yaml``,
+Run by ``make bench NAME=rank-ensemble``: the ensemble of interactions and texts of ``eval/suites/toys.yaml``,
 whose data ``LLMREC_DATA`` holds, with a ranker of the setting that the suite's result names, fitted to fewer users,
 which changes no time. The command starts it on one core with one thread; ``BENCH_CLOCK=processor`` where others use the
 core too.
@@ -34,7 +34,7 @@ from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
 from llmrec.types import Request
 
-SUITE, ENSEMBLE = "eval/suites/amazon14-toys-ranker.yaml", "ensemble of interactions and texts"
+SUITE, ENSEMBLE = "eval/suites/toys.yaml", "ensemble of interactions and texts"
 # Users to which its ranker is fitted; the items of a list that a service asks for at least.
 FITTING, DEPTH = 1500, 50
 
@@ -53,11 +53,12 @@ def measured(count: int) -> dict[str, Any]:
     suite = load_suite(SUITE)
     rows = {row.name or str(row.baseline): row for row in suite.rows}
     result = json.loads(Path(f"eval/results/{suite.suite}.json").read_text(encoding="utf-8"))
-    (form,) = (row["tables"]["excluded"]["parameters"]["of"] for row in result["rows"] if row["name"] == ENSEMBLE)
+    chosen = {row["name"]: row["tables"]["excluded"]["parameters"] for row in result["rows"]}
+    form = chosen[ENSEMBLE]["of"]
     data = load_split(suite.data, suite.split_seeds[0])
     choose, weigh = halves(data, suite.reserved)
     parts = [
-        FusedPart(name=name, baseline=rows[name].baseline, parameters=dict(rows[name].parameters))
+        FusedPart(name=name, baseline=rows[name].baseline, parameters=chosen[name])
         for name in rows[ENSEMBLE].fuse
     ]
     members = [

@@ -63,8 +63,8 @@ class Source:
 
 
 SOURCES = {
-    "movielens-100k": Source("movielens-100k-tuned", "fusion of events and texts", ("sasrec",)),
-    "amazon14-toys": Source("amazon14-toys-ranker", "ensemble of interactions and texts"),
+    "movielens-100k": Source("ml-100k", "ensemble of interactions and texts", ("sasrec",)),
+    "amazon14-toys": Source("toys", "ensemble of interactions and texts"),
 }
 
 

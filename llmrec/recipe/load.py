@@ -163,7 +163,7 @@ def _plain(value: Any) -> Json:
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """Read a suite, such as ``eval/suites/movielens-100k.yaml``, and apply overrides such as ``seeds=[0]``.
+    """Read a suite, such as ``eval/suites/ml-100k.yaml``, and apply overrides such as ``seeds=[0]``.
 
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.

@@ -258,7 +258,7 @@ _RESERVED = FusionSection().reserved
 _FINISH = 2.0
 _LEAST_FINISH = 20.0
 # Seconds on one core to fit the learned rankers of a run's ensembles, per validation case and squared number of members
-# (amazon14-toys-ranker: two ensembles of 8 and 11 members, 9,706 cases).
+# (two ensembles of 8 and 11 members on Amazon Toys, 9,706 cases).
 _RANKING = 3e-4
 # Largest share of the budget for one first trial.
 _FIRST_SHARE = 0.15

@@ -568,11 +568,11 @@ def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
 
 
 @pytest.mark.skipif("LLMREC_DATA" not in os.environ, reason="LLMREC_DATA names no folder with the Amazon sequences")
-@pytest.mark.parametrize("name", ["amazon14-beauty", "amazon14-toys"])
+@pytest.mark.parametrize("name", ["beauty", "toys"])
 def test_the_sequences_are_those_of_the_published_figures(name: str) -> None:
     suite = load_suite(str(resource("eval", "suites") / f"{name}.yaml"))
     data = split(load(suite.data, seed=0), suite.data.split, seed=0)
-    counts = reference(name).counts
+    counts = reference(f"amazon14-{name}").counts
     assert len(data.dataset.items) == counts["items"]
     assert data.dataset.interactions["user_id"].n_unique() == counts["users"]
     assert len(data.dataset.interactions) == counts["interactions"]
