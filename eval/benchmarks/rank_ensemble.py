@@ -58,8 +58,7 @@ def measured(count: int) -> dict[str, Any]:
     data = load_split(suite.data, suite.split_seeds[0])
     choose, weigh = halves(data, suite.reserved)
     parts = [
-        FusedPart(name=name, baseline=rows[name].baseline, parameters=chosen[name])
-        for name in rows[ENSEMBLE].fuse
+        FusedPart(name=name, baseline=rows[name].baseline, parameters=chosen[name]) for name in rows[ENSEMBLE].fuse
     ]
     members = [
         Member(part.name, fitted(str(part.baseline), part.parameters, choose, seed=0), part.kind) for part in parts

@@ -1,7 +1,7 @@
 """Features: precomputed vectors and texts of users or items, with the interactions that they were made from.
 
-A store is a folder that a service can memory-map and read without llmrec: docs/text-features-and-cold-start.md shows it in ten lines of
-numpy.
+A store is a folder that a service can memory-map and read without llmrec, in ten lines of numpy:
+docs/text-features-and-cold-start.md.
 
     current           the name of the version that counts
     VERSION/meta.json           format, numbers of rows and columns, provenance

@@ -216,9 +216,9 @@ def notes(study: Study) -> list[str]:
             results.append(f"{wide}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         results.append(
-            "Ranking figures are over the whole catalogue without the items of the history. A model returns as many items "
-            "as it has beams, a baseline 100; a target that is not returned is a miss. This lowers MRR, but no figure with "
-            "a cut-off of at most the number of beams."
+            "Ranking figures are over the whole catalogue without the items of the history. A model returns as many "
+            "items as it has beams, a baseline 100; a target that is not returned is a miss. This lowers MRR, but no "
+            "figure with a cut-off of at most the number of beams."
         )
     results += [f"{cut}." for table in study.tables if (cut := baskets(table))]
     if study.aligned is not None:
