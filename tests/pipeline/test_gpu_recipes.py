@@ -208,8 +208,8 @@ def test_the_page_on_benchmarks_shows_the_recipe(tmp_path: Path) -> None:
     page = (resource("recipes").parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"```yaml\n(name: gpu-qwen3-4b\n.*?)```", page, re.DOTALL)
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
-    recipe = load_recipe(FOLDER / "qwen3-4b.yaml")
-    assert load_recipe(tmp_path / "shown.yaml") == recipe.model_copy(update={"description": ""})
+    recipe = load_recipe(FOLDER / "qwen3-4b.yaml").model_dump()
+    assert load_recipe(tmp_path / "shown.yaml").model_dump() == recipe | {"description": ""}
 
 
 ARCHITECTURES = [("qwen3-4b", "gemma-3"), ("qwen3-4b", "llama-3")]
