@@ -6,6 +6,7 @@ A check reads the data of the run (drawn sets, stored answers) and returns its r
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -188,10 +189,12 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
     name, figures = "order of the candidates", {}
     for what, key in (("popularity", counts), ("item ids", ids)):
         values = [np.array([key.get(item, 0) for item in items], dtype=float) for items in sets.values()]
-        results = [_correlation(value) for value in values if len(value) > 2 and np.ptp(value) > 0]
-        if not results:
+        tested = [value for value in values if len(value) > 2 and np.ptp(value) > 0]
+        if not tested:
             continue
-        mean, error = float(np.mean(results)), float(np.std(results) / np.sqrt(len(results)) + 1e-9)
+        mean = float(np.mean([_correlation(value) for value in tested]))
+        # The variance of a rank correlation of n shuffled items is 1 / (n - 1); the sample's own is 0 by chance for few.
+        error = math.sqrt(sum(1 / (len(value) - 1) for value in tested)) / len(tested)
         figures[what] = mean
         if abs(mean) > max(5 * error, 0.05):
             return Check(name, f"follows {what}: mean rank correlation {mean:+.2f}", "leak", (), figures)
