@@ -101,8 +101,6 @@ class Baseline(Generic[C, M]):
             compared by difference.
         FITS: The maximum number of settings that tuning fits; None: unlimited.
         AT_ANSWER: Parameters that ``answer`` reads and ``fit`` does not; see `with_config`.
-        MIXES: Its scores are counts or logits of the next item, according to `SCORES`, so that mixtures can convert
-            them to probabilities.
         AUTO: Hyperparameter settings that `llmrec auto` tries, by cost.
         FITS_ON: The rows of a split that ``fit`` reads: training rows only, or also validation rows, for early
             stopping.
@@ -117,7 +115,6 @@ class Baseline(Generic[C, M]):
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     READS: ClassVar[Reads] = "events"
     SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
-    MIXES: ClassVar[bool] = False
     AUTO: ClassVar[tuple[Auto, ...]] = ()
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()

@@ -176,7 +176,6 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
 
     name = "item-knn"
     Config = ItemKNNConfig
-    MIXES = True
     AUTO = (Auto(5), Auto(9, "whole history", {"history": 200, "decay": 1.0}))
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "decay": DECAYS,

@@ -57,7 +57,6 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
     name = "markov"
     Config = MarkovConfig
-    MIXES = True
     AUTO = (Auto(4),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "order": (1, 2, 3, 5, 7, 10, 15, 20, 30),
@@ -81,7 +80,6 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
 
     name = "markov-1"
     Config = NoParameters
-    MIXES = True
     AUTO = (Auto(3),)
 
     def fit(self, data: SplitDataset) -> None:
@@ -123,7 +121,6 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
 
     name = "markov-cooccurrence"
     Config = MarkovCooccurrenceConfig
-    MIXES = True
     AUTO = (Auto(7),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "transition": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),

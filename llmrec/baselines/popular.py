@@ -86,7 +86,6 @@ class Popularity(_SameForAll[NoParameters]):
 
     name = "popularity"
     Config = NoParameters
-    MIXES = True
     AUTO = (Auto(1),)
 
     def fit(self, data: SplitDataset) -> None:
@@ -113,7 +112,6 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
 
     name = "recent-popularity"
     Config = RecentPopularityConfig
-    MIXES = True
     AUTO = (Auto(2),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "half_life": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
