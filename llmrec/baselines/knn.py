@@ -186,7 +186,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ItemKNNConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Store the training matrix."""
         self._model = _Readers.of(data)
 
@@ -240,7 +240,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(RP3BetaConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Store the training matrix."""
         self._model = _Readers.of(data)
 

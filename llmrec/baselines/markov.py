@@ -63,7 +63,7 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
         "decay": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
     }
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the transitions in every user's training sequence."""
         self._model = _chain(data, self._config.order, self._config.decay)
 
@@ -82,7 +82,7 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
     Config = NoParameters
     AUTO = (Auto(3),)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the direct transitions in every user's training sequence."""
         self._model = _chain(data, 1, 1.0)
 
@@ -129,7 +129,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(MarkovCooccurrenceConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count transitions and co-occurrences in every user's training sequence."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
