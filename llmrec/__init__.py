@@ -1,15 +1,16 @@
 """llmrec: fine-tune language models as recommender systems, and evaluate them.
 
-Three lines do what the command line does::
+A recommender from a frame of interactions, and lists for its users::
 
     import llmrec
-    recipe = llmrec.load_recipe("recipes/quickstart.yaml")
-    run = llmrec.run(recipe)
+    rec = llmrec.fit(interactions, items, model="auto", budget="5m")
+    rec.recommend(["u1", "u2"], k=10)
+    rec.evaluate(test)
 
-Two more load the tuned model and rank items::
+A recipe trains a language model as the command line does::
 
-    rec = llmrec.load("runs/quickstart")
-    rec.rank(history=["1", "50"], k=10)
+    run = llmrec.run("recipes/quickstart.yaml")
+    rec = llmrec.load(run.folder)
 """
 
 from __future__ import annotations
@@ -22,23 +23,28 @@ __all__ = [
     "Recipe",
     "__version__",
     "auto",
+    "baselines",
     "check",
     "compare",
     "export",
+    "fit",
     "fuse",
     "init",
     "load",
     "load_recipe",
+    "metrics",
     "run",
     "score",
     "tune",
 ]
 
 if _typing.TYPE_CHECKING:
+    from llmrec import baselines as baselines
+    from llmrec import metrics as metrics
     from llmrec.answer.loaded import load as load
-    from llmrec.bench.runs import compare_runs as compare
-    from llmrec.cli.score import score as score
+    from llmrec.bench.runs import compare as compare
     from llmrec.errors import LlmrecError as LlmrecError
+    from llmrec.evaluate.scoring import score as score
     from llmrec.exports.export import export as export
     from llmrec.pipeline.run import check as check
     from llmrec.pipeline.run import fuse as fuse
@@ -46,9 +52,12 @@ if _typing.TYPE_CHECKING:
     from llmrec.recipe.load import load_recipe as load_recipe
     from llmrec.recipe.schema import Recipe as Recipe
     from llmrec.start.functions import auto as auto
+    from llmrec.start.functions import fit as fit
     from llmrec.start.functions import init as init
     from llmrec.start.functions import tune as tune
 
+# Modules whose attributes are public.
+_MODULES = ("baselines", "metrics")
 # The names of extensions are in the registry.
 _FUNCTIONS = {
     "LlmrecError": "llmrec.errors:LlmrecError",
@@ -59,7 +68,7 @@ _FUNCTIONS = {
     "load": "llmrec.answer.loaded:load",
     "load_recipe": "llmrec.recipe.load:load_recipe",
     "run": "llmrec.pipeline.run:run",
-    "score": "llmrec.cli.score:score",
+    "score": "llmrec.evaluate.scoring:score",
 }
 
 
@@ -67,6 +76,10 @@ def __getattr__(name: str) -> _typing.Any:
     """Import a public name on first use, so that ``import llmrec`` stays fast."""
     if name not in __all__:
         raise AttributeError(f"module 'llmrec' has no attribute {name!r}")
+    if name in _MODULES:
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
     from llmrec.registry import FUNCTIONS, attribute
 
     target = _FUNCTIONS.get(name) or FUNCTIONS.get(name)

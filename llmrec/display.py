@@ -10,8 +10,10 @@ from typing import TypeVar
 
 # C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Limits of a representation: rows of a table, lines of a text, characters of a cell.
-_ROWS, _LINES, _CELL = 20, 30, 80
+SHOWN = 20
+"""The maximum number of rows of a table in a representation."""
+# Its maximum number of lines of a text, and of characters of a cell.
+_LINES, _CELL = 30, 80
 
 _Row = TypeVar("_Row")
 
@@ -56,7 +58,7 @@ def as_text(found: Summary) -> str:
     """Return a summary as lines of text without control characters."""
     lines = [_cell(found.title)]
     lines += _columns([(_cell(name), _cell(value)) for name, value in found.facts.items()])
-    rows, more = _first(found.rows, _ROWS)
+    rows, more = _first(found.rows, SHOWN)
     if rows:
         lines += _columns([[_cell(item) for item in row] for row in (found.header, *rows)])
     lines += [f"  ... {more} more rows"] * (more > 0)
@@ -67,7 +69,7 @@ def as_text(found: Summary) -> str:
 
 def as_html(found: Summary) -> str:
     """Return a summary as a fragment of HTML in which every text is escaped."""
-    rows, more = _first(found.rows, _ROWS)
+    rows, more = _first(found.rows, SHOWN)
     parts = [f"<p><strong>{_escaped(found.title)}</strong></p>"]
     if found.facts:
         facts = (f"<tr><th>{_escaped(name)}</th>{_cells('td', [value])}</tr>" for name, value in found.facts.items())

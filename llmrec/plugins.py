@@ -63,7 +63,7 @@ KINDS: Mapping[str, Kind] = {
             *("name", "Config.model_validate", "fit", "answer", "reads", "text_encoder", "with_config", "looked_at"),
             *("stochastic", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER"),
         ),
-        "derive it from llmrec.baselines.base.Baseline, and give it name, Config, fit(data) and answer(requests)",
+        "derive it from llmrec.baselines.base.Baseline, and give it name, Config, learn(data) and answer(requests)",
     ),
     "strategies": Kind(
         "strategy", (), "write a class that is made from a Prompting, with asker, engine and answer(requests)"
@@ -98,6 +98,9 @@ KINDS: Mapping[str, Kind] = {
         ("name", "capabilities", "close"),
         "give it name, capabilities, the verbs among them, and close(), as llmrec.types.Backend has",
         takes=("folder", "encoder", "*", "model", "section", "seed"),
+    ),
+    "metrics": Kind(
+        "metric", ("kind", "about", "function", "several"), "make it a llmrec.entries.MetricEntry", called=False
     ),
 }
 """The kinds of plug-ins by name of their table; ``llmrec.NAME`` is the group of their entry points."""

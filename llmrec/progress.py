@@ -228,7 +228,7 @@ class Bar:
         return f" {int(self._done):,} of {self._total:,}{f' {self._unit}' if self._unit else ''}"
 
     def _told(self) -> str:
-        text = f", {self._said}" if self._said else ""
+        text = f"{',' if self._total is not None else ''} {self._said}" if self._said else ""
         return f"{text};" if self._total is not None or text else ""
 
     def _left(self, spent: float) -> str:

@@ -9,7 +9,8 @@ those of the same name here (`extended`), so deleting its folder removes its nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,8 @@ from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.entries import BaselineEntry, Better, Command, Kind, MetricEntry, StrategyEntry
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 _Entry = TypeVar("_Entry")
 Table = Mapping[str, str] | Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry]
@@ -176,7 +179,7 @@ BASELINES = extended(
 )
 
 # In the order of tables.
-METRICS = extended(
+_METRICS = extended(
     "METRICS",
     {
         "HR": MetricEntry(
@@ -427,6 +430,23 @@ METRICS = extended(
     },
 )
 
+
+def _installed_metrics() -> dict[str, MetricEntry]:
+    """Return the metrics of installed packages; a faulty one is left out with a warning."""
+    result: dict[str, MetricEntry] = {}
+    for name in plugins.installed("metrics"):
+        try:
+            # A built-in name is rejected with the recipe.
+            if name not in _METRICS:
+                result[name] = plugins.find("metrics", name)
+        except RecipeError as error:
+            log.warning("the metric %s is left out: %s", name, error)
+    return result
+
+
+METRICS: dict[str, MetricEntry] = {**_METRICS, **_installed_metrics()}
+"""The metrics by name, without a cut-off: built-in ones, then those of installed packages."""
+
 TABLES: Mapping[str, Table] = {
     "baselines": BASELINES,
     "strategies": STRATEGIES,
@@ -435,7 +455,10 @@ TABLES: Mapping[str, Table] = {
     "sources": SOURCES,
     "backends": BACKENDS,
 }
-"""The tables by kind of plug-in; see `llmrec.plugins.KINDS`."""
+"""The tables of components that recipes name, by kind of plug-in."""
+
+BUILT_IN: Mapping[str, Collection[str]] = {**TABLES, "metrics": _METRICS}
+"""The built-in names by kind of plug-in; see `llmrec.plugins.KINDS`."""
 
 # Names in recipes of plug-in families, by family name.
 _FURTHER: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,36 @@ def test_a_metric_and_a_baseline_are_a_file_and_an_entry_each(tmp_path: Path) ->
     assert rows["popularity"]["TopHalf"].signature.startswith("TopHalf|gain:binary|")
     report = (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
     assert "rare" in report and "TopHalf" in report
+
+
+INSTALLED = """
+from llmrec.entries import MetricEntry
+
+FIRST = MetricEntry(kind="ranking", about="whether the first item is relevant", several="acme_first:first", cut=True)
+
+
+def first(judged, k):
+    values = judged.total * 0.0
+    values[judged.request[judged.greater == 0]] = 1.0
+    return values
+"""
+
+
+def test_a_metric_of_an_installed_package_is_a_function_and_a_row_of_score(tmp_path: Path) -> None:
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llmrec.metrics]\nFirst = acme_first:FIRST\nLost = acme_first:NONE\n")
+    (tmp_path / "acme_first.py").write_text(INSTALLED, encoding="utf-8")
+    code = """
+import llmrec
+lists, truth = {"u": ["a", "b"], "v": ["b"]}, {"u": "a", "v": "c"}
+print(llmrec.metrics.first(lists, truth), llmrec.metrics.first.per_user(lists, truth))
+rows = [{"user": user, "item": item} for user, items in lists.items() for item in items]
+print(llmrec.score(rows, [{"user": "u", "item": "a"}], k=(2,), resamples=10).metrics["First@2"].value)
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout == "0.5 {'u': 1.0, 'v': 0.0}\n1.0\n", done.stderr
+    assert "the metric Lost is left out" in done.stderr

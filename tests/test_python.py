@@ -49,7 +49,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_completion_offers_the_public_names_alone() -> None:
     assert dir(llmrec) == sorted(llmrec.__all__)
-    assert {"auto", "export", "fuse", "init", "load", "run", "score", "tune", "LlmrecError"} <= set(dir(llmrec))
+    assert {
+        "auto",
+        "baselines",
+        "export",
+        "fit",
+        "fuse",
+        "init",
+        "metrics",
+        "load",
+        "run",
+        "score",
+        "tune",
+        "LlmrecError",
+    } <= set(dir(llmrec))
     for name in llmrec.__all__:
         found = getattr(llmrec, name)
         assert found is getattr(llmrec, name) and (name == "__version__" or found.__doc__)
@@ -69,6 +82,7 @@ def test_what_a_notebook_shows_of_a_run_is_short(run: Any) -> None:
     recipe = as_recipe(run.results["recipe"])
     with llmrec.load(str(run.folder)) as rec:
         shown = [run, run.results, Results.model_validate(run.results), run.rows[0], recipe, rec]
+        shown += [rec.items, rec.known, rec._models, rec._models.data, rec._models.data.dataset, rec.rank(user="u1")]
         for each in shown:
             assert len(repr(each)) < 2500 and str(each) == repr(each)
             assert each._repr_html_().startswith("<div>")
@@ -81,6 +95,8 @@ def test_what_a_notebook_shows_of_a_run_is_short(run: Any) -> None:
 def test_what_init_check_and_score_return_is_short(run: Any) -> None:
     begun = llmrec.init(FRAME)
     assert "taken for" in repr(begun) and len(repr(begun)) < 2500
+    path = run.folder / "data" / "interactions.parquet"
+    assert begun.recipe.data.path is None and llmrec.init(path).recipe.data.path == str(path)
     checked = llmrec.check(run.results["recipe"])
     assert "sequential 40" in repr(checked)
     truth = FRAME.select("user", "item").unique(["user"], keep="last", maintain_order=True)
@@ -196,7 +212,7 @@ def test_messages_name_keywords(text: str, spoken: str) -> None:
 
 
 def test_the_command_line_still_names_its_options() -> None:
-    from llmrec.cli.score import score
+    from llmrec.evaluate.scoring import score
 
     for asked, column in ((llmrec.score, "k"), (score, "--k")):
         with pytest.raises(llmrec.LlmrecError) as caught:

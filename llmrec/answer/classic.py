@@ -19,6 +19,7 @@ from llmrec.baselines.retrieve import best, shuffled
 from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest, some
 from llmrec.data.split import SplitDataset
+from llmrec.display import Displayed, Summary
 from llmrec.ensembles.carried import carried
 from llmrec.errors import DataError
 from llmrec.pipeline.bundle import Bundle
@@ -158,8 +159,8 @@ def _warn_of_change(run: Path, data: SplitDataset) -> None:
         )
 
 
-@dataclass
-class Classic:
+@dataclass(repr=False)
+class Classic(Displayed):
     """A classic recommender, fitted to the training interactions of a run.
 
     Attributes:
@@ -183,6 +184,9 @@ class Classic:
 
     def __post_init__(self) -> None:
         self._naming = Naming(self.data)
+
+    def _summary(self) -> Summary:
+        return Summary(f"{self.name} on {self.data.dataset.name}")
 
     @property
     def verbs(self) -> tuple[str, ...]:

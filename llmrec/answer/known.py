@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from llmrec.data.read.typed import per_second
 from llmrec.data.requests import RankRequest, history_entry, identity, read_request
 from llmrec.data.sets.table import load
 from llmrec.data.split import time_order
+from llmrec.display import SHOWN, Displayed, Summary
 from llmrec.ensembles.carried import NUMBERED, carried
 from llmrec.errors import DataError, did_you_mean
 from llmrec.pipeline import bundle as bundles
@@ -203,8 +205,16 @@ class Histories:
         ]
 
 
-@dataclass(frozen=True)
-class Known:
+class Items(Displayed, dict[str, Item]):
+    """A catalogue by id."""
+
+    def _summary(self) -> Summary:
+        rows = [(item.item_id, item.title) for item in islice(self.values(), SHOWN)]
+        return Summary(f"{len(self):,} items", header=("item_id", "title"), rows=rows)
+
+
+@dataclass(frozen=True, repr=False)
+class Known(Displayed):
     """The items and users of a run or an exported folder.
 
     Attributes:
@@ -220,6 +230,10 @@ class Known:
     features: Sequence[Path] = field(default_factory=tuple)
     profiles: Callable[[str], Profile] | None = None
     users: Users = field(default_factory=dict)
+
+    def _summary(self) -> Summary:
+        facts = {"items": f"{len(self.items):,}", "users": f"{len(self.histories.users):,}"}
+        return Summary("Catalogue and histories", {**facts, "events": f"{len(self.histories.items):,}"})
 
     @property
     def digest(self) -> str:

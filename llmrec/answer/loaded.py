@@ -1,43 +1,58 @@
-"""A model in three lines of Python: `llmrec.load` returns an object that ranks, rates and explains.
+"""A recommender in Python: `llmrec.fit` and `llmrec.load` return an object that ranks, rates, explains and evaluates.
 
 ::
 
     rec = llmrec.load("runs/quickstart")
-    rec.rank(history=["1", "50"], k=10)
-    rec.rank(frame)
+    rec.recommend(["u1", "u2"], k=10)
+    rec.rank(["50", "172"], history=["1", "50"])
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from llmrec.answer.checks import decided
 from llmrec.answer.known import Catalogue, Known, Profile, known_of, profiles_of, read_known
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import Wanted, listing
-from llmrec.answer.opening import Models, open_models
+from llmrec.answer.opening import Models, open_models, reserved_by
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.prompting import value_of
 from llmrec.answer.recommender import RANK, Answered, Question, check_verb, ranking_of
 from llmrec.answer.rules import Rules
+from llmrec.answer.saving import drafted, link, publish, refuse_other_files, rows_of, write
 from llmrec.data.frames import as_arrow, like
+from llmrec.data.lists import Entities, read_lists, read_truth
 from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, identity, read_request, some
 from llmrec.display import Displayed, Summary, listed
+from llmrec.durable import write_text
+from llmrec.ensembles import stored
 from llmrec.errors import DataError, LlmrecError, did_you_mean
+from llmrec.evaluate.scoring import Scores, judging, score_lists
 from llmrec.keywords import speaks_python
+from llmrec.pipeline import bundle as bundles
+from llmrec.progress import Bar
+from llmrec.recipe.load import STORED, dump, load_stored
+from llmrec.recipe.schema import Recipe
+from llmrec.recipe.shared import RESAMPLES
+from llmrec.results import Choice
 from llmrec.types import Item, Unparsed
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Loaded", "Scored", "Wanted", "load"]
+__all__ = ["Loaded", "Ranked", "Scored", "Wanted", "load"]
 
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
 # The batch size for the requests of a frame.
@@ -68,8 +83,16 @@ class Scored:
     score: float
 
 
+class Ranked(Displayed, list[Scored]):
+    """A list of items, best first."""
+
+    def _summary(self) -> Summary:
+        rows = [(str(rank), item.item_id, item.title, f"{item.score:.4g}") for rank, item in enumerate(self, start=1)]
+        return Summary(f"{len(self)} items", header=("rank", "item_id", "title", "score"), rows=rows)
+
+
 @_named_in_python
-def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
+def load(folder: str | Path, *, models: Sequence[str] = (), frame: Any = None, **options: Any) -> Loaded:
     """Open a run, an exported folder or a model, to answer any number of questions.
 
     Weights are loaded at the first question that needs them. Use the result as a context manager, or close it.
@@ -80,6 +103,7 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
             name, such as ``fusion with texts``, a baseline, or the folder of another run with the same base model and
             catalogue, whose tuned model has the name of the folder; by default the model itself, the ensembles of its
             run, and the classic recommenders of its recipe.
+        frame: A frame whose library the tables of `Loaded.recommend` have; None: polars.
         options: Options of `llmrec.answer.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
 
     Raises:
@@ -90,20 +114,34 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
     except TypeError as error:
         raise LlmrecError(f"llmrec.load: {error}", kind="unknown-key") from None
     asked = decided(asked)
-    return Loaded(asked, open_models(asked, models))
+    return Loaded(asked, open_models(asked, models), frame=frame)
 
 
 class Loaded(Displayed):
-    """Open models, returned by `load`. It is thread-safe; calls of a language model are serialised.
+    """A recommender: open models over one catalogue, returned by `llmrec.fit` and `llmrec.load`.
+
+    It is thread-safe; calls of a language model are serialised.
 
     Args:
         options: The options of the models.
         models: The open models.
         known: The known items and users; None: those of the folder of ``options``, read when needed.
+        recipe: The recipe of a recommender without a folder, and the choice of its model; None: a model that no folder
+            can name.
+        frame: A frame whose library tables of results have; None: polars.
     """
 
-    def __init__(self, options: RecommenderOptions, models: Models, known: Known | None = None) -> None:
-        self._options, self._models, self._given = options, models, known
+    def __init__(
+        self,
+        options: RecommenderOptions,
+        models: Models,
+        known: Known | None = None,
+        *,
+        recipe: tuple[Recipe, Choice | None] | None = None,
+        frame: Any = None,
+    ) -> None:
+        self._options, self._models, self._given, self._recipe = options, models, known, recipe
+        self._frame = pl.DataFrame() if frame is None else frame
         self._warned: set[str] = set()
 
     def _summary(self) -> Summary:
@@ -119,59 +157,178 @@ class Loaded(Displayed):
         return tuple(self._models.opened)
 
     @_named_in_python
+    def recommend(
+        self,
+        users: Any = None,
+        k: int = 10,
+        *,
+        where: Mapping[str, object] | None = None,
+        exclude_seen: bool = True,
+        model: str | None = None,
+        strategy: str = "auto",
+    ) -> Any:
+        """Return the best items of the catalogue for users or histories, as a table.
+
+        Args:
+            users: One of: ids of users, as a list, a series or an array; one id; histories, as a list of lists of
+                items; a frame of requests, one per row, with some of the columns ``id``, ``user_id`` (or ``user``),
+                ``history``, ``candidates`` and ``profile``. None: all users of the data.
+            k: The maximum number of items for each.
+            where: Business rules, in the format of docs/serving.md, such as ``{"only": {"genre": ["Comedy"]}}``.
+            exclude_seen: Exclude seen items.
+            model: One of `models`.
+            strategy: How a language model orders candidates.
+
+        Returns:
+            A table with one row per item, and the columns ``user_id`` (for histories ``id``, their position from 0),
+            ``rank``, ``item_id``, ``title`` and ``score``. For a frame of requests also ``id``, ``error`` and
+            ``notes`` (such as unknown items of a history), with one row for each request that failed. It is of the
+            library of ``users``; for a list of ids or histories of that of the interactions of `llmrec.fit`, or else
+            polars.
+
+        Raises:
+            LlmrecError: If a request cannot be answered; for a frame, if it cannot be read, or no column has users,
+                histories or candidates.
+        """
+        wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
+        if (sequence := _sequence(self.users if users is None else users)) is None:
+            return like(users, self._table(as_arrow(users, "requests frame").to_pylist(), wanted))
+        histories = any(not isinstance(entry, str | int | float | None) for entry in sequence)
+        if not histories:
+            self._warn_of_strangers(sequence)
+        rows = [
+            {"id": str(n), "history": list(entry)} if histories else {"id": str(entry), "user_id": entry}
+            for n, entry in enumerate(sequence)
+        ]
+        with Bar("recommending", len(rows), unit="lists", passing=True) as bar:
+            table = self._table(rows, wanted, bar) if rows else _SCHEMA.empty_table()
+        return like(self._like(users), table.select(["id" if histories else "user_id", *_SCHEMA.names[2:6]]))
+
+    @_named_in_python
     def rank(
         self,
-        frame: Any = None,
+        candidates: Sequence[Any] | None = None,
         *,
         history: Sequence[Any] | None = None,
         user: str | None = None,
-        candidates: Sequence[Any] | None = None,
         k: int = 10,
         model: str | None = None,
         strategy: str = "auto",
         exclude_seen: bool = True,
-        rules: Mapping[str, object] | None = None,
+        where: Mapping[str, object] | None = None,
         profile: str = "",
         id: str = "1",
-    ) -> Any:
-        """Rank candidates, or the whole catalogue, for one user, or for every row of a frame.
+    ) -> Ranked:
+        """Rank candidates, or the whole catalogue, for one user.
 
         Args:
-            frame: Rows with some of the columns ``id``, ``user_id`` (or ``user``), ``history``, ``candidates`` and
-                ``profile``: a pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user.
-            history: Items, oldest first: ids, or dictionaries with ``item_id``, ``title``, ``rating``, ``timestamp``.
-            user: A user of the run's data, whose history is used if none is given.
             candidates: Items to rank, as in ``history``; None: the whole catalogue.
-            k: The maximum number of items of a list.
+            history: Items, oldest first: ids, or dictionaries with ``item_id``, ``title``, ``rating``, ``timestamp``.
+            user: A user of the data, whose history is used if none is given.
+            k: The maximum number of items of the list.
             model: One of `models`.
             strategy: How a language model orders candidates.
             exclude_seen: Exclude seen items when the catalogue is ranked.
-            rules: Business rules, in the format of docs/serving.md.
+            where: Business rules; see `recommend`.
             profile: A text about the user.
             id: The id of the request, which determines the order of equal scores.
 
         The logger ``llmrec`` warns of unknown users and unknown items of histories, once each.
 
-        Returns:
-            A list of `Scored`, best first; for a frame, a frame of the same library with the columns ``id``,
-            ``user_id``, ``rank``, ``item_id``, ``title``, ``score``, ``error`` and ``notes`` (such as unknown items of
-            a history): one row per item, and one per failed request.
-
         Raises:
-            LlmrecError: If a single question cannot be answered; for a frame, if it cannot be read, or no column has
-                users, histories or candidates.
+            LlmrecError: If the question cannot be answered.
         """
-        wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
-        if frame is not None:
-            if not (history is None and user is None and candidates is None and not profile):
-                raise DataError("rank takes a frame, or one user's history; give one of them", kind="contradiction")
-            return like(frame, self._frame(as_arrow(frame, "requests frame").to_pylist(), wanted))
+        wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
         record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
         (answer,) = self.lists([self._request(record, 1)], wanted)
         if isinstance(answer, LlmrecError):
             raise answer
         self._warn(answer, user)
         return _scored(answer)
+
+    @_named_in_python
+    def evaluate(
+        self,
+        test: Any,
+        *,
+        against: Loaded | None = None,
+        k: int | Sequence[int] = 10,
+        model: str | None = None,
+        exclude_seen: bool = True,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+    ) -> Scores:
+        """Measure the lists of the users of test interactions, with 95 % intervals.
+
+        Args:
+            test: A frame or the path of a table: one row per relevant item, with the columns of the interactions of
+                `llmrec.fit`, or usual names such as ``user_id`` and ``item_id``.
+            against: Another recommender, whose figures are subtracted, paired by user. The difference on NDCG at the
+                largest cutoff is tested.
+            k: One or more cutoffs of the metrics.
+            model: One of `models`; ``against`` answers with its default.
+            exclude_seen: Exclude the items of a user's history from the lists. Such items in ``test`` then cannot be
+                found.
+            resamples: Number of bootstrap resamples over users.
+            seed: Seed of the resamples.
+
+        Raises:
+            LlmrecError: If ``test`` cannot be read, or a user cannot be answered.
+        """
+        cuts = (k,) if isinstance(k, int) else tuple(k)
+        how = judging(cuts, resamples, seed, whole=False, planned=f"NDCG@{max(cuts, default=0)}" if against else None)
+        truth = read_truth(test, self._columns, by_user=True)
+        users = truth.frame["key"].unique().sort().to_list()
+        if exclude_seen:
+            self._warn_of_seen(truth.frame)
+        lists = []
+        for rec, name in ((self, model), *(((against, None),) if against else ())):
+            table = rec.recommend(pa.array(users), max(cuts), exclude_seen=exclude_seen, model=name)
+            lists.append(replace(read_lists(table), name=name or rec.models[0]))
+        if len({entry.name for entry in lists}) < len(lists):
+            lists = [replace(entry, name=f"{letter}: {entry.name}") for letter, entry in zip("AB", lists, strict=True)]
+        return score_lists(lists, replace(truth, name="test interactions"), how)
+
+    @_named_in_python
+    def save(self, folder: str | Path) -> Path:
+        """Write the recommender to a folder that `llmrec.load` and ``llmrec serve`` open, and return its path.
+
+        The folder holds the interactions and the catalogue, and weights of a language model. Classic recommenders are
+        fitted again when the folder is opened, or restored from the cache of fits. `llmrec.export` writes a language
+        model without user data.
+
+        Args:
+            folder: A new folder, or one written by `save`, which is replaced.
+
+        Raises:
+            LlmrecError: If the folder holds other files.
+        """
+        out = Path(folder).expanduser()
+        refuse_other_files(out, "folder")
+        with drafted(out) as draft:
+            reserved, measured = 0.0, stored.Stored()
+            if self._recipe is not None:
+                recipe, choice = self._recipe
+                if choice is None:
+                    raise DataError(
+                        f"the class of {self.models[0]} is defined in __main__, which no folder can name; move it",
+                        kind="unsupported",
+                    )
+                write_text(draft / STORED, dump(recipe))
+                measured = replace(measured, choice=choice)
+            else:
+                bundle = bundles.read(self._options.model)
+                source = bundle.run or Path(bundle.folder)
+                reserved, measured = reserved_by(bundle), stored.settled(stored.read(source))
+                if bundle.weights:
+                    link(Path(bundle.folder), draft)
+                else:
+                    shutil.copyfile(source / STORED, draft / STORED)
+            data = self._models.data
+            rows = None if data is None else rows_of(data, reserved)
+            write(draft, self._options.model, self._models.items, rows, measured)
+            publish(draft, out)
+        return out
 
     @property
     def users(self) -> list[str]:
@@ -245,7 +402,7 @@ class Loaded(Displayed):
         return [lists[n] for n in range(len(requests))]
 
     @_named_in_python
-    def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
+    def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> Ranked:
         """Return items that are co-chosen with others (``interactions``), or have similar texts (``text``).
 
         Raises:
@@ -254,9 +411,8 @@ class Loaded(Displayed):
         if isinstance(items, str):
             raise DataError(f"items: {items!r} is one text; give a list of ids, such as [{items!r}]", kind="bad-value")
         Wanted(k)
-        for item in items:
-            self._catalogue.get(item)
-        request = read_request({"history": list(items)}, 1, self._models.items, whole=True)
+        known = [self._catalogue.get(str(item)).item_id for item in items]
+        request = read_request({"history": known}, 1, self._models.items, whole=True)
         return _scored(self._models.similar(by).answer([request], Question(depth=k))[0])
 
     @_named_in_python
@@ -301,6 +457,24 @@ class Loaded(Displayed):
         return None if self._given is not None else profiles_of(self._options.model)
 
     @cached_property
+    def _columns(self) -> Entities:
+        """The columns of users and items in the tables of the data."""
+        if self._recipe is not None:
+            recipe = self._recipe[0]
+        else:
+            folder = Path(self._options.model).expanduser()
+            if not (folder / STORED).is_file():
+                return Entities()
+            recipe = load_stored(folder)
+        return Entities(recipe.data.columns.user, recipe.data.columns.item)
+
+    def _like(self, users: Any) -> Any:
+        """Return a frame of the library of a series or an array of users; by default that of the interactions."""
+        if isinstance(users, pa.Array | pa.ChunkedArray):
+            return _SCHEMA.empty_table()
+        return users if type(users).__module__.partition(".")[0] in ("pandas", "polars") else self._frame
+
+    @cached_property
     def _catalogue(self) -> Catalogue:
         return Catalogue(self._models.items)
 
@@ -308,7 +482,8 @@ class Loaded(Displayed):
         known = {key: value for key, value in record.items() if value is not None}
         return self.read(known, row, whole="candidates" not in known)
 
-    def _frame(self, rows: Sequence[Mapping[str, Any]], wanted: Wanted) -> pa.Table:
+    def _table(self, rows: Sequence[Mapping[str, Any]], wanted: Wanted, bar: Bar | None = None) -> pa.Table:
+        """Return the lists of requests, one row per item, and per failed request; with a bar, failures are raised."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)
 
@@ -331,11 +506,33 @@ class Loaded(Displayed):
             for number, row in part:
                 answer = answers[number]
                 if isinstance(answer, LlmrecError):
+                    if bar is not None:
+                        raise answer
                     add(row, number, requests[number].notes if number in requests else (), error=str(answer))
                     continue
                 for rank, item in enumerate(_scored(answer), start=1):
                     add(row, number, answer.notes, rank=rank, item_id=item.item_id, title=item.title, score=item.score)
+            if bar is not None:
+                bar.advance(len(part))
         return pa.table(columns, schema=_SCHEMA)
+
+    def _warn_of_strangers(self, users: Sequence[object]) -> None:
+        names = pl.Series([identity({"user_id": user}, 1)[1] for user in users], dtype=pl.String)
+        strange = names.filter(~names.is_in(self.known.histories.users.implode())).drop_nulls()
+        if len(strange):
+            log.warning("users without data, who get the most popular items: %s", some(strange.to_list()))
+
+    def _warn_of_seen(self, relevant: pl.DataFrame) -> None:
+        by_user = relevant.group_by("key", maintain_order=True).agg("item").iter_rows()
+        past = self.known.histories.of_user
+        seen = sum(len({event.item_id for event in past(user)}.intersection(items)) for user, items in by_user)
+        if seen:
+            log.warning(
+                "%s of %s relevant items are in the histories of their users, so no list has them; fit without them "
+                "or give exclude_seen=False",
+                f"{seen:,}",
+                f"{relevant.height:,}",
+            )
 
     def _with_reasons(self, answer: Answered, question: Question, request: RankRequest, first: int) -> Answered:
         (reasons,) = self._models.reasons(question, [request], [answer], first)
@@ -413,6 +610,19 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def _scored(answer: Answered) -> list[Scored]:
+def _scored(answer: Answered) -> Ranked:
     ranking = ranking_of(answer)
-    return [Scored(*item) for item in zip(ranking.items, answer.titles, ranking.scores, strict=True)]
+    return Ranked(Scored(*item) for item in zip(ranking.items, answer.titles, ranking.scores, strict=True))
+
+
+def _sequence(given: Any) -> list[Any] | None:
+    """Return ids or histories as a list; None for a frame, which has columns."""
+    if isinstance(given, str | int):
+        return [given]
+    if isinstance(given, list | tuple | set | frozenset | range):
+        rows = bool(given) and isinstance(next(iter(given)), Mapping)
+        # A number of numpy is one of Python.
+        return None if rows else [entry.item() if isinstance(entry, np.generic) else entry for entry in given]
+    framed = isinstance(given, pa.Table | pa.RecordBatch) or hasattr(given, "columns") or hasattr(given, "features")
+    listing = next((name for name in ("to_list", "to_pylist", "tolist") if hasattr(given, name)), None)
+    return None if framed or listing is None else list(getattr(given, listing)())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llmrec.answer.checks import bundle_of
 from llmrec.answer.classic import Classic, training_data
 from llmrec.answer.ensemble import Ensemble
-from llmrec.answer.known import catalogue_of
+from llmrec.answer.known import Items, catalogue_of
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import COLD
 from llmrec.answer.options import PLAIN, TUNED, UNTUNED, RecommenderOptions
@@ -28,12 +29,13 @@ from llmrec.answer.recommender import (
 from llmrec.answer.strategy import data_of, ranking_families_of
 from llmrec.backends.vllm.adapters import Adapter, live_adapters
 from llmrec.backends.vllm.backend import free_share
-from llmrec.baselines.fits import fitted
-from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.fits import fit_stored
+from llmrec.baselines.parameters import hashes_of, make
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
+from llmrec.display import Displayed, Summary
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import FILE as INTERACTIONS
 from llmrec.ensembles.members import FUSIONS, choosing
@@ -44,7 +46,7 @@ from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.study import load_tables, with_texts
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
-from llmrec.registry import BASELINES, answering, is_plugin, lookup
+from llmrec.registry import BASELINES, is_plugin, lookup
 from llmrec.results import Choice
 from llmrec.tasks.family import answers, families
 from llmrec.types import Item
@@ -54,8 +56,8 @@ POPULARITY = "popularity"
 _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
 
 
-@dataclass
-class Models:
+@dataclass(repr=False)
+class Models(Displayed):
     """Open models by name, over one catalogue that may change.
 
     Attributes:
@@ -75,6 +77,10 @@ class Models:
     _languages: Mapping[str, LanguageModel] = field(default_factory=dict)
     # A signature hashes the whole catalogue, so it is computed once per state of the catalogue.
     _cards: dict[str, Card] = field(default_factory=dict)
+
+    def _summary(self) -> Summary:
+        rows = [(model.name, model.kind, ", ".join(model.verbs)) for model in self.opened.values()]
+        return Summary(f"Models over {len(self.items):,} items", header=("model", "kind", "answers"), rows=rows)
 
     def get(self, name: str | None = None) -> Recommender:
         """Return a model by its name; None: the default."""
@@ -224,7 +230,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     fusions = _fusions(bundle)
     languages = _open_languages(asked, bundle, names, fusions) if bundle.weights else {}
     base = languages.get(own_name(bundle))
-    items = dict((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
+    items = Items((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
     data = training_data(bundle, "--models") if _learns(bundle) else None
     models = Models(
         opened={},
@@ -406,6 +412,8 @@ class Default:
     def sentence(self) -> str:
         """A sentence on the choice."""
         choice = self.choice
+        if not choice.users:
+            return f"the default is {self.name}"
         return (
             f"the default is {self.name}, the best of {len(choice.figures)} on {choice.users:,} validation users "
             f"({choice.metric} {choice.value:.4f})"
@@ -455,14 +463,13 @@ def _opened(
         asks_model = any(part.baseline is None for part in fusions[joined].parts)
         return Ensemble(fusions[joined], models.data, models.items, joined, base if asks_model else None, finder)
     section = _section(bundle.tasks, name)
-    known = dict.fromkeys([*answering(BASELINES, "sequential"), *answering(BASELINES, "rating")])
-    if (section.name in known or is_plugin(BASELINES, section.name)) and models.data is not None:
-        return _classic(section, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
+    if (section.name in BASELINES or is_plugin(BASELINES, section.name)) and models.data is not None:
+        return _classic(section, models.data, models.items, seed=bundle.seed, reserved=reserved_by(bundle))
     own = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
     has = [*own, *fusions]
     more = " and the baselines of docs/baselines-and-ensembles.md" if models.data is not None else ""
     raise RecipeError(
-        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *known])}; it has {', '.join(has)}{more}",
+        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *BASELINES])}; it has {', '.join(has)}{more}",
         kind="unknown-name",
         column="--models",
     )
@@ -490,7 +497,7 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
             )
         check_retriever(item.name, "--baseline")
     data = load_tables(recipe)[0]
-    known = dict(data.dataset.items if items is None else read_items(items))
+    known = Items(data.dataset.items if items is None else read_items(items))
     models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
     fusion = recipe.eval.fusion
     for item in chosen:
@@ -505,7 +512,7 @@ def _learns(bundle: Bundle) -> bool:
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
-def _reserved(bundle: Bundle) -> float:
+def reserved_by(bundle: Bundle) -> float:
     """Return the fraction of validation users that weight the ensembles of a run and choose no epochs of baselines."""
     if bundle.run is None:
         # The interactions in an exported folder lack these users.
@@ -540,7 +547,13 @@ def _section(tasks: TasksSection, name: str) -> BaselineSection:
 
 
 def _classic(
-    section: BaselineSection, data: SplitDataset, items: Mapping[str, Item], *, seed: int, reserved: float = 0.0
+    section: BaselineSection,
+    data: SplitDataset,
+    items: Mapping[str, Item],
+    *,
+    seed: int,
+    reserved: float = 0.0,
+    model: Any = None,
 ) -> Classic:
     """Return a classic recommender, fitted as in its run; texts are those of the current catalogue.
 
@@ -550,16 +563,41 @@ def _classic(
         items: The catalogue.
         seed: The seed of the fit.
         reserved: The fraction of validation users that choose no epoch.
+        model: The baseline, to be fitted; None: a new one.
     """
     name, parameters = section.name, section.parameters
+    # A given class need not be in the registry; then it ranks.
+    known = model is None or name in BASELINES
     if name == _SIMILAR["text"]:
         # Removed items with interactions keep their texts; `Classic` lists only items of the catalogue.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
-    model = fitted(name, parameters, choosing(name, data, reserved) if reserved else data, seed=seed)
+    model = make(name, parameters, seed=seed) if model is None else model
+    model = fit_stored(model, choosing(name, data, reserved) if reserved else data, seed=seed)
+    family = family_about(name) if known else None
+    read = hashes_of(name, parameters) if known else {}
+    made_by = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": read}
+    return Classic(section.label, model, data, items, family, made_by)
+
+
+def family_about(name: str) -> str | None:
+    """Return the family of questions about one item that a baseline answers; None: it ranks."""
     about = (item for item in families().values() if not item.answers_with_items)
-    family = next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
-    known = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
-    return Classic(section.label, model, data, items, family, known)
+    return next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
+
+
+def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, model: Any = None) -> Models:
+    """Fit a classic recommender to data in memory.
+
+    Args:
+        section: The baseline with its parameters.
+        data: Its training data, whose items are the catalogue.
+        seed: The seed of the fit.
+        model: The baseline, to be fitted; None: a new one.
+    """
+    items = Items(data.dataset.items)
+    opened = _classic(section, data, items, seed=seed, model=model)
+    scale = data.dataset.rating_scale
+    return Models(opened={opened.name: opened}, items=items, data=data, scale=scale, blank=data)
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
+from pydantic_core import PydanticUndefined
 from scipy import sparse
 
+import llmrec
 from llmrec.data.read.codes import codes, in_numbers
+from llmrec.data.split import SplitDataset
 from llmrec.durable import Json
-from llmrec.errors import RecipeError
+from llmrec.errors import DataError, ErrorKind, RecipeError, did_you_mean
 from llmrec.recipe.schema import Section
 from llmrec.results import Reads
 from llmrec.types import Answer, Ranking, Request, Unparsed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from llmrec.data.split import SplitDataset
 
     #: Scores of every catalogue item: requests -> (b, items).
     Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
@@ -50,7 +52,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 class Trainable(Protocol):
     """A predictor that learns from training interactions."""
 
-    def fit(self, data: SplitDataset) -> None:
+    def fit(self, data: SplitDataset) -> object:
         """Learn from the training interactions of ``data`` only."""
         ...
 
@@ -88,8 +90,64 @@ class Auto:
     seconds: float = 0.0
 
 
+def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: str) -> C:
+    """Return the checked config of a baseline.
+
+    Args:
+        made: The class of the config.
+        name: The name of the baseline.
+        parameters: Parameters by name; missing ones have their defaults.
+        where: What holds them, for the message.
+
+    Raises:
+        RecipeError: If a parameter is unknown, or a value is out of bounds.
+    """
+    known = list(made.model_fields)
+    try:
+        return made.model_validate(parameters)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            message = str(detail["msg"]).removeprefix("Value error, ")
+            if detail["type"] == "extra_forbidden":
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                problems.append(f"{name!r} has no parameter {key!r}{did_you_mean(key, known)}; {takes}")
+            elif key:
+                problems.append(f"{key} of {name!r}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}")
+            else:
+                problems.append(f"{name!r}: {message}")
+        unknown = error.errors()[0]["type"] == "extra_forbidden"
+        kind: ErrorKind = "unknown-key" if unknown else "bad-value"
+        raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where.rpartition(": ")[2]) from None
+
+
+def _parameters(config: type[Section]) -> list[Parameter]:
+    """Return the parameters of a config, and the seed, as keywords of a function."""
+    known: dict[str, tuple[Any, Any]] = {
+        name: (entry.annotation, entry.get_default(call_default_factory=True))
+        for name, entry in config.model_fields.items()
+    }
+    known["seed"] = (int, 0)
+    return [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if default is PydanticUndefined else default,
+            annotation=kind,
+        )
+        for name, (kind, default) in known.items()
+    ]
+
+
 class Baseline(Generic[C, M]):
-    """The base class of baselines; subclasses add ``fit`` and ``answer``.
+    """The base class of baselines; subclasses add ``learn`` and ``answer``.
+
+    A baseline is used like an estimator of scikit-learn: parameters are keywords of the constructor, ``fit`` takes a
+    frame, and `sklearn.base.clone` copies it without its fitted state::
+
+        model = ItemKNN(history=5).fit(interactions)
+        model.recommend(["u1", "u2"], k=10)
 
     Attributes:
         name: Its name in recipes and tables.
@@ -100,11 +158,9 @@ class Baseline(Generic[C, M]):
         SCORES: The scale of a ranker's scores in an ensemble: ``counts``, at least 0, compared by ratio; or ``logits``,
             compared by difference.
         FITS: The maximum number of settings that tuning fits; None: unlimited.
-        AT_ANSWER: Parameters that ``answer`` reads and ``fit`` does not; see `with_config`.
-        MIXES: Its scores are counts or logits of the next item, according to `SCORES`, so that mixtures can convert
-            them to probabilities.
+        AT_ANSWER: Parameters that ``answer`` reads and ``learn`` does not; see `with_config`.
         AUTO: Hyperparameter settings that `llmrec auto` tries, by cost.
-        FITS_ON: The rows of a split that ``fit`` reads: training rows only, or also validation rows, for early
+        FITS_ON: The rows of a split that ``learn`` reads: training rows only, or also validation rows, for early
             stopping.
         looked_at: Users whose validation interactions chose an epoch or a parameter; they do not determine its ensemble
             weight.
@@ -117,7 +173,6 @@ class Baseline(Generic[C, M]):
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     READS: ClassVar[Reads] = "events"
     SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
-    MIXES: ClassVar[bool] = False
     AUTO: ClassVar[tuple[Auto, ...]] = ()
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
@@ -126,16 +181,84 @@ class Baseline(Generic[C, M]):
     looked_at: frozenset[str] = frozenset()
     recalled: float = 0.0
 
-    def __init__(self, config: C | None = None, *, seed: int = 0) -> None:
+    _recommender: Any = None
+
+    def __init__(self, config: C | None = None, *, seed: int = 0, **parameters: Any) -> None:
         """Create a baseline that is not fitted yet.
 
         Args:
-            config: The parameters; None for the defaults.
+            config: All parameters, checked; None: those given by name.
             seed: The random seed.
+            parameters: Parameters of `Config` by name; the others have their defaults.
+
+        Raises:
+            RecipeError: If a parameter is unknown, or a value is out of bounds.
         """
-        self._config: C = config or self.Config()
+        self._config: C = config or config_from(self.Config, self.name, parameters, type(self).__name__)
         self._seed = seed
         self._model: M | None = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Give the constructor a signature with the parameters of `Config`, for completion and `help`."""
+        super().__init_subclass__(**keywords)
+        if isinstance(config := vars(cls).get("Config"), type):
+            cls.__signature__ = Signature(_parameters(config))  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        defaults = {parameter.name: parameter.default for parameter in _parameters(type(self._config))}
+        changed = [f"{name}={value!r}" for name, value in self.get_params().items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters and the seed by name; ``deep`` is for scikit-learn and has no effect."""
+        return {**dict(self._config), "seed": self._seed}
+
+    def set_params(self, **parameters: Any) -> Self:
+        """Change parameters, for the next ``fit``.
+
+        Raises:
+            RecipeError: If a parameter is unknown, or a value is out of bounds.
+        """
+        known = {**self.get_params(), **parameters}
+        self._seed = known.pop("seed")
+        self._config = config_from(self.Config, self.name, known, type(self).__name__)
+        return self
+
+    def fit(self, interactions: Any, items: Any = None, **columns: Any) -> Self:
+        """Fit to interactions, and return the baseline.
+
+        Args:
+            interactions: A frame or the path of a table, as `llmrec.fit` takes it; or a `SplitDataset`, of which only
+                the training interactions are learned.
+            items: A frame or the path of a table with one row per item.
+            columns: Names of columns, such as ``user="customer"``; see `llmrec.fit`.
+        """
+        if isinstance(interactions, SplitDataset):
+            self.learn(interactions)
+        else:
+            self._recommender = llmrec.fit(interactions, items, model=self, **columns)
+        return self
+
+    def learn(self, data: SplitDataset) -> None:
+        """Learn from the training interactions of a split."""
+        raise NotImplementedError
+
+    @property
+    def recommender(self) -> Any:
+        """The recommender on the interactions of ``fit``, which ranks, rates, explains and evaluates.
+
+        Raises:
+            DataError: If ``fit`` was not called with a frame or a table.
+        """
+        if self._recommender is None:
+            raise DataError(
+                f"{self!r} is not fitted; call fit(interactions) with a frame or a table", kind="missing-value"
+            )
+        return self._recommender
+
+    def recommend(self, users: Any = None, k: int = 10, **options: Any) -> Any:
+        """Return the best items for users or histories, as the method of `recommender` does."""
+        return self.recommender.recommend(users, k, **options)
 
     @property
     def config(self) -> C:
@@ -187,7 +310,7 @@ class Baseline(Generic[C, M]):
 
 
 class ScoredBaseline(Baseline[C, S]):
-    """A baseline that ranks by scores of the whole catalogue; subclasses define ``fit`` and ``scores``."""
+    """A baseline that ranks by scores of the whole catalogue; subclasses define ``learn`` and ``scores``."""
 
     @property
     def items(self) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         frozenset(ContentConfig.model_fields) - set(TextsConfig.model_fields) - {"synthetic", "cold"}
     )
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Encode the texts of all items.
 
         Raises:

@@ -66,7 +66,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})
     FITS_ON = "train"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Solve for the weights by a Cholesky factorisation.
 
         Cost: n**3 multiplications for n items with training interactions; the matrix is factored and inverted

@@ -82,7 +82,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"user", "decay"})
     FITS_ON = "train"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Alternate between user and item vectors.
 
         Raises:
@@ -166,7 +166,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})
     FITS_ON = "train"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Train on sampled pairs by gradient descent.
 
         Raises:

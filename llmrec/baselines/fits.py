@@ -230,12 +230,23 @@ def fitted(
             same = other.with_config(model.config)
             same.recalled = 0.0
             return same
+    return fit_stored(model, data, seed=seed)
+
+
+def fit_stored(model: Any, data: SplitDataset, *, seed: int) -> Any:
+    """Fit a baseline, or restore a stored fit, and return it.
+
+    Args:
+        model: The baseline.
+        data: The split.
+        seed: The seed of the baseline.
+    """
     key = fit_key(model, data, seed) if isinstance(model, Storable) and keeps() else None
     if key is not None and (seconds := recall(model, key, data)) is not None:
         model.recalled = seconds
         return model
     begin = time.monotonic()
-    with Bar(f"fitting {name}", None, quiet=bool(getattr(model.config, "quiet", False))):
+    with Bar(f"fitting {model.name}", None, quiet=bool(getattr(getattr(model, "config", None), "quiet", False))):
         model.fit(data)
     if key is not None:
         keep(model, key, time.monotonic() - begin)

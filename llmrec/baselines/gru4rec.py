@@ -33,7 +33,6 @@ class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
 
     name = "gru4rec"
     Config = GRU4RecConfig
-    MIXES = True
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "dim": (32, 64, 128, 256),
         "layers": (1, 2),

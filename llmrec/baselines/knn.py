@@ -178,7 +178,6 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
 
     name = "item-knn"
     Config = ItemKNNConfig
-    MIXES = True
     AUTO = (Auto(5), Auto(9, "whole history", {"history": 200, "decay": 1.0}))
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "decay": DECAYS,
@@ -189,7 +188,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ItemKNNConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Store the training matrix."""
         self._model = _Readers.of(data)
 
@@ -245,7 +244,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(RP3BetaConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Store the training matrix."""
         self._model = _Readers.of(data)
 

@@ -57,14 +57,13 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
     name = "markov"
     Config = MarkovConfig
-    MIXES = True
     AUTO = (Auto(4),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "order": (1, 2, 3, 5, 7, 10, 15, 20, 30),
         "decay": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
     }
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the transitions in every user's training sequence."""
         self._model = _chain(data, self._config.order, self._config.decay)
 
@@ -81,10 +80,9 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
 
     name = "markov-1"
     Config = NoParameters
-    MIXES = True
     AUTO = (Auto(3),)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the direct transitions in every user's training sequence."""
         self._model = _chain(data, 1, 1.0)
 
@@ -123,7 +121,6 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
 
     name = "markov-cooccurrence"
     Config = MarkovCooccurrenceConfig
-    MIXES = True
     AUTO = (Auto(7),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "transition": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
@@ -132,7 +129,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(MarkovCooccurrenceConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count transitions and co-occurrences in every user's training sequence."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)

@@ -116,7 +116,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
     READS: ClassVar[Reads] = "texts"
     SCORES = "logits"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Learn the maps.
 
         Raises:

@@ -98,7 +98,7 @@ class MF(Baseline[MFConfig, _Factors]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Alternate between users and items.
 
         Raises:
@@ -152,7 +152,7 @@ class SVD(Baseline[SVDConfig, _Factors]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Train the model.
 
         Raises:

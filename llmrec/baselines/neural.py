@@ -332,7 +332,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
     SCORES = "logits"
     _profiles: Profiles | None = None
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Train the network.
 
         Raises:

@@ -149,7 +149,7 @@ class TransitionsTuned(TransitionsText):
     READS = "language model"
     _config: TransitionsTunedConfig
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the transitions, fine-tune the encoder, and find each item's neighbours by its vectors.
 
         Raises:
@@ -162,7 +162,7 @@ class TransitionsTuned(TransitionsText):
         self._put(steps, self._tuned(data, steps).every().numpy())
 
     def tuned(self, data: SplitDataset) -> TunedEncoder:
-        """Return the encoder of the best epoch; raises the errors of `fit`."""
+        """Return the encoder of the best epoch; raises the errors of `learn`."""
         return self._tuned(data, counted(data))
 
     def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from llmrec.baselines.base import LSA
+from llmrec.baselines.base import LSA, config_from
 from llmrec.baselines.item_texts import STORE
 from llmrec.data.features import FeatureStore
 from llmrec.durable import MANIFEST, sha256_of
-from llmrec.errors import ErrorKind, ModelError, RecipeError, did_you_mean
+from llmrec.errors import ModelError
 from llmrec.models.text_encoder import CHANCE, find_encoder
 from llmrec.recipe.schema import Section
 from llmrec.registry import BASELINES, lookup
@@ -33,24 +31,7 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
         RecipeError: If the baseline or a parameter is unknown, or a value is out of bounds.
     """
     made: type[Section] = lookup(BASELINES, name, f"baseline of {where}", key=where).Config
-    known = list(made.model_fields)
-    try:
-        return made.model_validate(parameters)
-    except ValidationError as error:
-        problems = []
-        for detail in error.errors():
-            key = ".".join(str(part) for part in detail["loc"])
-            message = str(detail["msg"]).removeprefix("Value error, ")
-            if detail["type"] == "extra_forbidden":
-                takes = f"it takes {', '.join(known)}" if known else "it takes none"
-                problems.append(f"{name!r} has no parameter {key!r}{did_you_mean(key, known)}; {takes}")
-            elif key:
-                problems.append(f"{key} of {name!r}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}")
-            else:
-                problems.append(f"{name!r}: {message}")
-        unknown = error.errors()[0]["type"] == "extra_forbidden"
-        kind: ErrorKind = "unknown-key" if unknown else "bad-value"
-        raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where.rpartition(": ")[2]) from None
+    return config_from(made, name, parameters, where)
 
 
 def stops_early(name: str) -> bool:

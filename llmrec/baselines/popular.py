@@ -60,7 +60,7 @@ class Random(_SameForAll[NoParameters]):
     name = "random"
     Config = NoParameters
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Store the catalogue; nothing is learned."""
         catalogue = Catalogue.of(data)
         self._model = _Weights(catalogue, np.zeros(len(catalogue.ids)))
@@ -86,10 +86,9 @@ class Popularity(_SameForAll[NoParameters]):
 
     name = "popularity"
     Config = NoParameters
-    MIXES = True
     AUTO = (Auto(1),)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the training interactions of every item."""
         catalogue = Catalogue.of(data)
         self._model = _Weights(catalogue, counts(Log.of(data, catalogue), catalogue))
@@ -113,13 +112,12 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
 
     name = "recent-popularity"
     Config = RecentPopularityConfig
-    MIXES = True
     AUTO = (Auto(2),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "half_life": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     }
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Sum the weights of every item's training interactions."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)

@@ -46,7 +46,7 @@ class _Levels:
 class _Means(Baseline[NoParameters, _Levels]):
     Config = NoParameters
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Compute the means.
 
         Raises:
@@ -120,7 +120,7 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Solve for the biases.
 
         Raises:

@@ -49,7 +49,6 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
     name = "sasrec"
     Config = SASRecConfig
-    MIXES = True
     AUTO = (Auto(17),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "dropout": (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8),

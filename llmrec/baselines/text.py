@@ -113,7 +113,7 @@ class FrequentText(Baseline[NoParameters, str]):
     name = "frequent-text"
     Config = NoParameters
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Find the text.
 
         Raises:
@@ -139,7 +139,7 @@ class NearestText(Baseline[NoParameters, _Library]):
     Config = NoParameters
     READS = "texts"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Index the training texts.
 
         Raises:
@@ -175,7 +175,7 @@ class FirstSentence(Baseline[NoParameters, str]):
     Config = NoParameters
     READS = "texts"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Find the text for requests without a review.
 
         Raises:
@@ -234,7 +234,7 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         "least": (1, 2, 3, 5, 10),
     }
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Solve for the word weights.
 
         Raises:

@@ -100,7 +100,7 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the transitions over every distance."""
         self._model = counted(data)
 
@@ -144,7 +144,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - set(TextsConfig.model_fields)
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Count the transitions, and find each item's nearest neighbours by text.
 
         Raises:

@@ -45,7 +45,7 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
     name = "like-ratio"
     Config = LikeRatioConfig
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Compute the share of likes in training.
 
         Raises:
@@ -100,7 +100,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         "id_penalty": (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
     }
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Fit the weights on the training ratings.
 
         Raises:

@@ -1,20 +1,18 @@
-"""Fits the rows of a suite that are not baselines: fine-tuned models of recipes, mixtures and ensembles."""
+"""Fits the rows of a suite that are not baselines: fine-tuned models of recipes, and ensembles."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
 from llmrec.baselines.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
-from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases
+from llmrec.baselines.validation import ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.durable import sha256_of
 from llmrec.ensembles.blend import Blend
@@ -36,24 +34,17 @@ from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, TASKS, lookup, stamps, written
 from llmrec.results import Reads
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
+from llmrec.strategies.catalogue import CatalogueRanker, SearchedCatalogue
 from llmrec.tasks.family import Family, family_of
-from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating, Request
+from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 log = logging.getLogger(__name__)
 
-# Number of validation users for the weights of a mixture, a random sample: each costs a search per member.
-_CHOOSING = 5000
 # Number of validation cases for fitting an ensemble, a random sample: each has some hundred candidates.
 _WEIGHING = 20_000
-# Conversions of a baseline's scores to probabilities of the next item.
-_PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
-    "counts": from_counts,
-    "logits": from_logits,
-}
 
 
 def _read_by(recipe: Recipe) -> Mapping[str, Any]:
@@ -108,17 +99,13 @@ class Models:
         Args:
             row: The row.
             data: The split to fit it on.
-            seed: Seed of the row, and of the members of a mixture.
-            table: The table of its figures; members of a mixture have the parameters chosen for it.
-            parameters: The chosen parameters; for a mixture its ``weights``, for an ensemble the keys ``form`` and
-                ``of``.
+            seed: Seed of the row, and of the members of an ensemble.
+            table: The table of its figures; members of an ensemble have the parameters chosen for it.
+            parameters: The chosen parameters; for an ensemble the keys ``form`` and ``of``.
         """
         if row.fuse:
             form = Tried(parameters["form"], parameters["of"], 0.0)
             return self._fused(row, data, seed, table, only=form)
-        if row.mix:
-            parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
-            return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
         known = self._fitted.get((row.label, data.fingerprint, seed), [])
         if row.baseline is None:
             model = known[0] if known else self._tuned(row, self.choosing(data), seed)
@@ -129,31 +116,18 @@ class Models:
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
-        """Cache a fitted row that a mixture or ensemble needs later; others would only use memory."""
-        if any(row.label in other.parts for other in self.suite.rows):
+        """Cache a fitted row that an ensemble needs later; others would only use memory."""
+        if any(row.label in other.fuse for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
             if not any(model is entry for entry in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Choose the weights of a mixture or ensemble on validation; a fine-tuned model has nothing to choose."""
+        """Choose the form and weights of an ensemble on validation; a fine-tuned model has nothing to choose."""
         if row.fuse:
             return self._weighed(row, data, tables)
-        if not row.mix:
-            only = Choice(dict(self._recipe(row)[1]))
-            return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
-        cases, trials = ranking_cases(self.choosing(data), _CHOOSING), []
-        for weights in row.weights:
-            parameters = {"weights": list(weights)}
-            values: dict[str, float] = {}
-            for together in self._alike(row, tables):
-                model = self.fit(row, data, self.suite.seeds[0], together[0], parameters)
-                values |= mean_ndcgs(model, cases, together)
-            trials.append(Trial(parameters, values))
-            log.info("%s %s: validation %s %s", row.label, weights, RANKED, values)
-        best = {table: max(trials, key=lambda trial: trial.values[table]) for table in tables}
-        choices = {table: Choice(trial.parameters) for table, trial in best.items()}
-        return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
+        only = Choice(dict(self._recipe(row)[1]))
+        return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
 
     def inputs(self, row: SuiteRow) -> Any:
         """Return further inputs of a row's cache key: the recipe, the files it reads, or its members."""
@@ -161,7 +135,7 @@ class Models:
             return _read_by(self._recipe(row)[0])
         if row.baseline is not None:
             return [*self.read(row), *stamps([(BASELINES, row.baseline)]).values()]
-        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
+        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.fuse]
 
     def read(self, row: SuiteRow) -> list[Hashes]:
         """Return hashes of the files that a baseline reads in addition to the data, including those of its grid."""
@@ -173,8 +147,8 @@ class Models:
 
     def reads(self, row: SuiteRow) -> Reads:
         """Return what a row reads of items; an ensemble reads what its members read."""
-        if row.parts:
-            return widest([self.reads(self._row(label)) for label in row.parts])
+        if row.fuse:
+            return widest([self.reads(self._row(label)) for label in row.fuse])
         if row.baseline is not None:
             return reads_of(row.baseline, row.parameters)
         recipe = self._recipe(row)[0]
@@ -187,7 +161,7 @@ class Models:
         """Return whether another seed gives different figures."""
         if row.baseline is not None:
             return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
-        return not row.parts or any(self.stochastic(self._row(label)) for label in row.parts)
+        return not row.fuse or any(self.stochastic(self._row(label)) for label in row.fuse)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
         """Return a split whose validation rows are those of the users for choosing parameters and epochs."""
@@ -262,7 +236,7 @@ class Models:
         of = "excluded" if family(self.suite).answer is Ranking and "excluded" in self.suite.seen else table
         for label in row.fuse:
             part = self._row(label)
-            if part.parts:
+            if part.fuse:
                 raise RecipeError(
                     f"suite {self.suite.suite}: {row.label} joins {label}, which is itself joined; name its rows",
                     kind="unsupported",
@@ -296,36 +270,6 @@ class Models:
             return cases
         least = threshold(scale_of(data), self.suite.liked)
         return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
-
-    def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
-        """Return groups of tables in which every member of a mixture has the same parameters."""
-        result: dict[str, list[str]] = {}
-        for table in tables:
-            result.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
-        return list(result.values())
-
-    def _probabilities(
-        self, row: SuiteRow, data: SplitDataset, seed: int, table: str
-    ) -> Callable[[Sequence[Request]], NDArray[np.float64]]:
-        """Return a function from requests to probabilities of items, shape (n, items).
-
-        Raises:
-            RecipeError: If the scores of a row cannot be converted to probabilities.
-        """
-        model = self.fit(row, data, seed, table, self.chosen[row.label][table])
-        if row.baseline is None:
-            scores: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
-            return scores
-        made = lookup(BASELINES, row.baseline, "baseline")
-        if not getattr(made, "MIXES", False):
-            mixing = [name for name in BASELINES if lookup(BASELINES, name, "baseline").MIXES]
-            raise RecipeError(
-                f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
-                f"choose from {', '.join(mixing)}",
-                kind="unsupported",
-                at=self.suite.suite,
-            )
-        return lambda requests: _PROBABILITIES[made.SCORES](model.scores(requests))
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
         """Return a row's recipe, and its keys for display in tables."""

@@ -1,4 +1,4 @@
-"""Implements `llmrec compare` and `llmrec.compare`: two finished runs, row by row, paired by user."""
+"""Implements `llmrec compare` and `llmrec.compare`: two runs, row by row, or two recommenders, paired by user."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from llmrec.answer.loaded import Loaded
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.data.ranked import write_records
 from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.evaluate.compare import Contrast, Standing, exploratory
+from llmrec.evaluate.scoring import Scores
 from llmrec.metrics.signature import parse_signature
 from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.runs import finished, stored_row
@@ -76,6 +78,34 @@ class ComparedRuns(Displayed, Record):
         ]
         facts = {"A": self.a, "B": self.b, **{title(task): metric for task, metric in self.headline.items()}}
         return Summary("Two runs compared", facts, ("task", "row", "A", "B", "A − B [95 %]"), rows)
+
+
+def compare(
+    a: Any, b: Any, test: Any = None, *, resamples: int = RESAMPLES, seed: int = 0, **options: Any
+) -> Scores | ComparedRuns:
+    """Compare two recommenders on test interactions, or two finished runs: A − B, paired by user.
+
+    Args:
+        a: A recommender of `llmrec.fit` or `llmrec.load`; without ``test``, a run folder or the result of `llmrec.run`.
+        b: Another one.
+        test: Test interactions; see `Loaded.evaluate`. The planned comparison, on NDCG at the largest cutoff, has a p.
+        resamples: Number of resamples of the users, for the intervals.
+        seed: Seed of the resamples.
+        options: Further options of `Loaded.evaluate`, such as ``k=(10,)``.
+
+    Raises:
+        LlmrecError: If the test interactions cannot be read, or as `compare_runs`.
+    """
+    opened = [isinstance(one, Loaded) for one in (a, b)]
+    if test is None and not any(opened):
+        return compare_runs(a, b, resamples=resamples, seed=seed)
+    if test is None or not all(opened):
+        wrong = "recommenders are compared on test interactions" if any(opened) else "runs have their own test users"
+        raise DataError(
+            f"test: {wrong}; give two recommenders and test, or two runs", kind="contradiction", column="test"
+        )
+    scores: Scores = a.evaluate(test, against=b, resamples=resamples, seed=seed, **options)
+    return scores
 
 
 def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> ComparedRuns:

@@ -223,7 +223,7 @@ def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, Split
         # Without defaults, so that a new key of the page does not invalidate finished rows.
         row=row.model_dump(exclude_defaults=True),
         grid=grid_of(suite, row) if row.baseline else None,
-        parts=[models.chosen[label] for label in row.parts],
+        parts=[models.chosen[label] for label in row.fuse],
         inputs=models.inputs(row) if row.baseline is None else None,
         files=models.read(row) if row.baseline else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
@@ -350,9 +350,9 @@ def _measured(
     """Fit and evaluate the choice, jointly for tables with equal choices; ``first`` is for the tuning seed."""
     results: dict[str, Once] = {}
     together: dict[str, list[str]] = {}
-    # A mixture has separate members for each table, whatever its weights are.
+    # An ensemble has separate members for each table, whatever its form is.
     for table, choice in tuned.choices.items():
-        together.setdefault(f"{table if row.parts else ''}{dict(choice.parameters)}", []).append(table)
+        together.setdefault(f"{table if row.fuse else ''}{dict(choice.parameters)}", []).append(table)
     for tables in together.values():
         choice = tuned.choices[tables[0]]
         begin, before = time.monotonic(), models.earlier

@@ -36,7 +36,7 @@ from llmrec.machine import Memory, Node, Processor, memory, node_memory, process
 from llmrec.models.load import available
 from llmrec.models.wheels import WHEELS
 from llmrec.recipe.schema import ModelSection
-from llmrec.registry import TABLES
+from llmrec.registry import BUILT_IN
 from llmrec.resources import cache_dir, resource
 from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU, kernels_fix, missing_for_kernels
 
@@ -639,11 +639,11 @@ def check_model(name: str) -> Iterator[Finding]:
 
 def check_plugins() -> Iterator[Finding]:
     """List installed plug-ins by their entry points, without importing them."""
-    result = [(group, name) for group in TABLES for name in plugins.installed(group)]
+    result = [(group, name) for group in BUILT_IN for name in plugins.installed(group)]
     for group, name in result:
         points = plugins.installed(group)[name]
         where = " and ".join(f"{plugins.package_of(point)} ({point.value})" for point in points)
-        fault = plugins.fault_of(group, name, TABLES[group])
+        fault = plugins.fault_of(group, name, BUILT_IN[group])
         yield Finding(f"plug-in {name}", f"{plugins.KINDS[group].what} of {where}", fix=fault and f"it {fault}")
     if not result:
         yield Finding("plug-ins", "none installed")

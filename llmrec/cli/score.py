@@ -1,21 +1,19 @@
-"""The command `llmrec score`, and `llmrec.score`: metrics of ranked lists of any system."""
+"""The command `llmrec score`: metrics of ranked lists of any system."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from llmrec.answer.options import About
 from llmrec.cli.console import say, store_facts
-from llmrec.data.lists import Entities, read_lists, read_truth
-from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.evaluate.scoring import Judging, ScoredLists, Scores, score_lists
-from llmrec.recipe.schema import EvalSection
+from llmrec.errors import RecipeError
+from llmrec.evaluate.scoring import ScoredLists, Scores, score
+from llmrec.recipe.shared import CUTOFFS, RESAMPLES
 from llmrec.results import Pair
 
-_EVAL = EvalSection()
 _UNITS = {"user": "users", "request": "requests"}
 _ORDERS = {
     "rank": "there is no score, so the column of ranks orders the lists",
@@ -39,7 +37,7 @@ class ScoreOptions:
     user: Annotated[str | None, About(metavar="COLUMN", help="Name of the user column. Default: detected.")] = None
     item: Annotated[str | None, About(metavar="COLUMN", help="Name of the item column. Default: detected.")] = None
     k: Annotated[str, About(metavar="K,K", help="Comma-separated cut-offs of the metrics.")] = ",".join(
-        map(str, _EVAL.cutoffs)
+        map(str, CUTOFFS)
     )
     graded: Annotated[bool, About(help="Compute NDCG with graded relevance and linear gain, as trec_eval does.")] = (
         False
@@ -50,7 +48,7 @@ class ScoreOptions:
             metavar="METRIC", help="With two files: metric of the planned comparison, which gets a significance test."
         ),
     ] = None
-    resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples over users.")] = _EVAL.bootstrap
+    resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples over users.")] = RESAMPLES
     seed: Annotated[int, About(help="Random seed of the bootstrap.")] = 0
 
 
@@ -84,67 +82,6 @@ def score_files(options: ScoreOptions) -> None:
     store_facts(**scores.as_json())
     for line in lines(scores):
         say(line)
-
-
-def score(
-    ranked: Any,
-    truth: Any,
-    *,
-    against: Any = None,
-    k: Sequence[int] = _EVAL.cutoffs,
-    graded: bool = False,
-    planned: str | None = None,
-    resamples: int = _EVAL.bootstrap,
-    seed: int = 0,
-    user: str | None = None,
-    item: str | None = None,
-) -> Scores:
-    """Measure ranked lists of any system, with a 95 % interval for every metric.
-
-    Args:
-        ranked: A path or a frame: lists of llmrec, a table with one row per ranked item, or a TREC run; see
-            docs/benchmark.md.
-        truth: A path or a frame: the relevant items, one row per item, or TREC qrels.
-        against: Other lists for the same truth, whose figures are subtracted from those of ``ranked``, paired by user.
-        k: Cutoffs of the metrics.
-        graded: Whether NDCG uses the relevance in the truth as gain; otherwise every relevant item has a gain of 1.
-        planned: The metric of the planned comparison of two lists; it is tested, the others are only described.
-        resamples: Number of bootstrap resamples over users.
-        seed: Seed of the resamples.
-        user: Column of the user, in every file that has it; by default one with a typical name, such as ``userId``.
-        item: Column of the item, likewise.
-
-    Returns:
-        Figures in [0, 1] by metric, with counts of users and items.
-
-    Raises:
-        DataError: If a file or frame cannot be read; it names the file and the row.
-        RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
-    """
-    if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
-        raise RecipeError("k: give cut-offs of at least 1, such as 5,10", kind="bad-value", column="--k")
-    how = Judging(tuple(dict.fromkeys(k)), resamples, seed, graded, planned)
-    if planned is not None and (against is None or planned not in how.names):
-        what = "it is tested on two lists; give another" if against is None else f"choose from {', '.join(how.names)}"
-        raise RecipeError(
-            f"planned: {planned!r} cannot be tested{did_you_mean(planned, how.names) if against is not None else ''}; "
-            f"{what}",
-            kind="contradiction" if against is None else "unknown-name",
-            column="--planned",
-        )
-    asked = Entities(user, item)
-    relevant = read_truth(truth, asked)
-    lists = [read_lists(entry, relevant.unit, asked) for entry in (ranked, against) if entry is not None]
-    known = [*relevant.columns, *(name for entry in lists for name in entry.columns)]
-    for option, column in (("--user", user), ("--item", item)):
-        if column is not None and column not in known:
-            raise DataError(
-                f"{option} {column}: no file has this column{did_you_mean(column, known)}; their columns are: "
-                f"{', '.join(dict.fromkeys(known))}",
-                kind="missing-column",
-                column=option,
-            )
-    return score_lists(lists, relevant, how)
 
 
 def cutoffs(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import polars as pl
 from llmrec.data.hashing import digest_frame, digest_strings
 from llmrec.data.read.codes import coded, codes, pairs
 from llmrec.data.read.limits import reason
+from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.guard import clean
 from llmrec.recipe.schema import Filter
@@ -97,8 +98,8 @@ class GivenSplit:
     history_only: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Dataset:
+@dataclass(frozen=True, repr=False)
+class Dataset(Displayed):
     """Interactions, items and users of one source, after filters and before the split.
 
     Attributes:
@@ -136,6 +137,10 @@ class Dataset:
                 f": {len(absent)} items have interactions but no entry, such as {min(absent)!r}",
                 "item_id",
             )
+
+    def _summary(self) -> Summary:
+        facts = {"interactions": f"{self.interactions.height:,}", self.noun: f"{len(self.items):,}"}
+        return Summary(f"Data set {self.name!r}", facts)
 
     @property
     def made(self) -> bool:

@@ -117,13 +117,14 @@ class _Records:
     columns: Sequence[str] = ()
 
 
-def read_truth(source: Any, asked: Entities = Entities()) -> Truth:
+def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = False) -> Truth:
     """Read relevant items.
 
     Args:
         source: The path of a table or of TREC qrels, or a frame (see `llmrec.data.frames.as_arrow`). Columns: a user or
             a request, an item, and for graded relevance a relevance; without it all items are relevant.
         asked: Names of the columns.
+        by_user: The rows are interactions: items are relevant to users, and repeated pairs count once.
 
     Raises:
         DataError: If it cannot be read, or a pair is repeated.
@@ -136,7 +137,7 @@ def read_truth(source: Any, asked: Entities = Entities()) -> Truth:
             ": these are ranked lists and not what is relevant; give a table with a user and an item in each row",
         )
     columns = table.frame.columns
-    requests, users = _found(table, REQUESTS), asked.find(columns, "user")
+    requests, users = None if by_user else _found(table, REQUESTS), asked.find(columns, "user")
     key = requests or users
     if key is None:
         raise _lacks(table, "user")
@@ -152,6 +153,8 @@ def read_truth(source: Any, asked: Entities = Entities()) -> Truth:
             else pl.repeat(1.0, table.frame.height, eager=True),
         }
     )
+    if by_user:
+        frame = frame.sort("gain", descending=True, maintain_order=True).unique(["key", "item"], maintain_order=True)
     _once(frame, table.where, "the relevant items")
     kept = frame.filter(pl.col("gain") > 0)
     barren = frozenset(frame["key"].unique()) - frozenset(kept["key"].unique())

@@ -22,6 +22,7 @@ from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
 from llmrec.data.read.codes import codes, in_codes_of
 from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows, cold_parts
+from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
@@ -75,8 +76,8 @@ class Holdouts(Sequence[Interaction]):
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
-class SplitDataset:
+@dataclass(frozen=True, repr=False)
+class SplitDataset(Displayed):
     """A data set split into training, validation and test interactions.
 
     Frames hold the interaction columns, grouped by user, each user's rows in time order.
@@ -105,6 +106,11 @@ class SplitDataset:
     known: pl.DataFrame = field(default_factory=_no_rows)
     cold: frozenset[str] = frozenset()
     drawn: NDArray[np.uint64] | None = field(default=None, compare=False)
+
+    def _summary(self) -> Summary:
+        parts = {"training": self.train, "validation": self.valid, "test": self.test, "history only": self.known}
+        facts = {"split": self.kind, **{name: f"{frame.height:,} interactions" for name, frame in parts.items()}}
+        return Summary(f"Split of {self.dataset.name!r}", facts)
 
     @property
     def measures(self) -> bool:
@@ -265,12 +271,27 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     )
 
 
-def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash") -> SplitDataset:
-    """Hold out nothing: a model trained on the result can answer requests, but no metrics can be computed."""
+def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.0) -> SplitDataset:
+    """Hold out nothing for tests: a model trained on the result can answer requests, but not be measured.
+
+    Args:
+        dataset: The data set.
+        seed: Seed of ties in time and of the held-out users.
+        ties: What orders events at the same time.
+        valid: Share of users whose last event is held out for validation, to stop training.
+    """
     rows = Rows(_in_time_order(dataset, seed, moments=False, ties=ties))
     train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
     none = train.clear()
-    return SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
+    data = SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
+    if not valid:
+        return data
+    place, count = pl.int_range(pl.len()).over("user_id"), pl.len().over("user_id")
+    last = train.filter((place == count - 1) & (count > 1))
+    held = last.filter(pl.Series(hash64("stops", seed, last["user_id"]) < np.uint64(valid * 2**64), dtype=pl.Boolean))
+    rest = train.join(held, on=PAIR, how="anti", maintain_order="left")
+    pairs = frozenset(held.select(PAIR).iter_rows())
+    return replace(data, train=rest, valid=held, held_out=pairs) if rest.height else data
 
 
 def _in_time_order(dataset: Dataset, seed: int, *, moments: bool, ties: Ties) -> pl.DataFrame:

@@ -76,10 +76,11 @@ def carried(folder: Path, *, seed: int) -> SplitDataset | None:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); export the run again", kind="damaged", at=path
         ) from error
-    parts = {name: frame.filter(pl.col("part") == name).select(*SCHEMA) for name in ("train", "valid")}
+    # Held-out interactions of a saved recommender are only history.
+    names = ("train", "valid", "held")
+    train, valid, held = (frame.filter(pl.col("part") == name).select(*SCHEMA) for name in names)
     data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)
-    held = frozenset(parts["valid"].select("user_id", "item_id").iter_rows())
-    train, valid = parts["train"], parts["valid"]
+    pairs = frozenset(pl.concat([valid, held]).select("user_id", "item_id").iter_rows())
     # Exports of an earlier version have no sampling keys.
     kept = rows.filter(pl.col("part") == "valid")["drawn"].to_numpy() if "drawn" in rows.columns else None
-    return SplitDataset(data, "given", seed, train=train, valid=valid, test=valid.clear(), held_out=held, drawn=kept)
+    return SplitDataset(data, "given", seed, train=train, valid=valid, test=held, held_out=pairs, drawn=kept)

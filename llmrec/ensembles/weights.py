@@ -312,7 +312,9 @@ def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int
 
 
 def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
-    """Return a logit's weights with their 95 % limits; see `limits_of`."""
+    """Return a logit's weights with their 95 % limits; see `limits_of`. Without a case with its item there are none."""
+    if not len(cells.hits):
+        return weights
     known = cells.of(cells.hits)
     assert known.truth is not None
     logs = _logs(known, repeats=repeats).astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,14 +12,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from llmrec import __version__
-from llmrec.data.lists import Lists, Order, Truth, Unit
+from llmrec.data.lists import Entities, Lists, Order, Truth, Unit, read_lists, read_truth
 from llmrec.display import Displayed, Summary, listed
 from llmrec.entries import MetricEntry
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
-from llmrec.metrics.multi_target import Judged, Pairs, judge
+from llmrec.metrics.functions import matched
+from llmrec.metrics.multi_target import Judged
 from llmrec.metrics.signature import signature
+from llmrec.recipe.shared import CUTOFFS, RESAMPLES
 from llmrec.records import Record
 from llmrec.registry import METRICS, attribute
 from llmrec.results import Metric, Pair
@@ -86,7 +89,9 @@ class Scores(Displayed, Record):
         header, rows = ["metric", *titles], []
         for name in self.metrics:
             cells = [_with_interval(item.metrics[name]) for item in self.lists]
-            rows.append([name, *cells, *([_with_interval(self.comparisons[name], "+")] if self.comparisons else [])])
+            if (pair := self.comparisons.get(name)) is not None:
+                cells.append(_with_interval(pair, "+") + ("" if pair.p is None else f", p {pair.p:.3g}"))
+            rows.append([name, *cells])
         if self.comparisons:
             header.append(f"{titles[0]} - {titles[1]}")
         return Summary(f"Scores against {self.truth}", facts, header, rows)
@@ -108,6 +113,7 @@ class Judging:
         seed: Seed of the bootstrap.
         graded: Use the relevance as gain of NDCG; otherwise every relevant item has gain 1.
         planned: The metric of the planned comparison, which is tested; the others are exploratory.
+        whole: Compute also the metrics of whole lists, without a cut-off.
     """
 
     cutoffs: tuple[int, ...]
@@ -115,11 +121,91 @@ class Judging:
     seed: int = 0
     graded: bool = False
     planned: str | None = None
+    whole: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the metrics."""
-        return tuple(name for name, *_ in _several(self.cutoffs))
+        return tuple(name for name, *_ in _several(self))
+
+
+def judging(
+    k: Sequence[int],
+    resamples: int,
+    seed: int,
+    *,
+    graded: bool = False,
+    planned: str | None = None,
+    whole: bool = True,
+    several: bool = True,
+) -> Judging:
+    """Return checked settings; see `Judging`. ``several``: whether two lists are compared.
+
+    Raises:
+        RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
+    """
+    if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
+        raise RecipeError("k: give ranks of at least 1, such as 5,10", kind="bad-value", column="--k")
+    how = Judging(tuple(dict.fromkeys(k)), resamples, seed, graded, planned, whole)
+    if planned is not None and not (several and planned in how.names):
+        what = f"choose from {', '.join(how.names)}" if several else "it is tested on two lists; give another"
+        raise RecipeError(
+            f"planned: {planned!r} cannot be tested{did_you_mean(planned, how.names) if several else ''}; {what}",
+            kind="unknown-name" if several else "contradiction",
+            column="--planned",
+        )
+    return how
+
+
+def score(
+    ranked: Any,
+    truth: Any,
+    *,
+    against: Any = None,
+    k: Sequence[int] = CUTOFFS,
+    graded: bool = False,
+    planned: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    user: str | None = None,
+    item: str | None = None,
+) -> Scores:
+    """Measure ranked lists of any system, with a 95 % interval for every metric.
+
+    Args:
+        ranked: A path or a frame: lists of llmrec, a table with one row per ranked item, or a TREC run; see
+            docs/benchmark.md.
+        truth: A path or a frame: the relevant items, one row per item, or TREC qrels.
+        against: Other lists for the same truth, whose figures are subtracted from those of ``ranked``, paired by user.
+        k: Cutoffs of the metrics.
+        graded: Whether NDCG uses the relevance in the truth as gain; otherwise every relevant item has a gain of 1.
+        planned: The metric of the planned comparison of two lists; it is tested, the others are only described.
+        resamples: Number of bootstrap resamples over users.
+        seed: Seed of the resamples.
+        user: Column of the user, in every file that has it; by default one with a typical name, such as ``userId``.
+        item: Column of the item, likewise.
+
+    Returns:
+        Figures in [0, 1] by metric, with counts of users and items.
+
+    Raises:
+        DataError: If a file or frame cannot be read; it names the file and the row.
+        RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
+    """
+    how = judging(k, resamples, seed, graded=graded, planned=planned, several=against is not None)
+    asked = Entities(user, item)
+    relevant = read_truth(truth, asked)
+    lists = [read_lists(entry, relevant.unit, asked) for entry in (ranked, against) if entry is not None]
+    known = [*relevant.columns, *(name for entry in lists for name in entry.columns)]
+    for option, column in (("--user", user), ("--item", item)):
+        if column is not None and column not in known:
+            raise DataError(
+                f"{option} {column}: no file has this column{did_you_mean(column, known)}; their columns are: "
+                f"{', '.join(dict.fromkeys(known))}",
+                kind="missing-column",
+                column=option,
+            )
+    return score_lists(lists, relevant, how)
 
 
 def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
@@ -177,13 +263,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
             f"({_some(keys.to_list())}); check that both files use the same ids",
             "user",
         )
-    frame = lists.frame.filter(pl.col("key").is_in(keys.implode()))
-    items = pl.concat([frame["item"], truth.frame["item"]]).unique().sort()
-    wanted = truth.frame
-    gains = wanted["gain"].to_numpy() if how.graded else np.ones(wanted.height)
-    ranked = Pairs(_numbers(frame["key"], keys), _numbers(frame["item"], items), frame["score"].to_numpy())
-    relevant = Pairs(_numbers(wanted["key"], keys), _numbers(wanted["item"], items), gains)
-    judged = judge(ranked, relevant, len(keys))
+    judged = matched(lists, truth, keys, graded=how.graded)
     tied = np.unique(judged.request[judged.tied > judged.relevant])
     about: dict[str, int | float] = {
         "judged": len(keys),
@@ -195,20 +275,16 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
     return judged, about
 
 
-def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
-    return known.search_sorted(names).to_numpy().astype(np.int64)
-
-
-def _several(cutoffs: Sequence[int]) -> list[tuple[str, MetricEntry, int | None]]:
+def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
     """Return the metrics that allow several relevant items, with their cut-offs; those of whole lists last."""
-    entries = {name: entry for name, entry in METRICS.items() if entry.several}
-    whole = [(name, entry, None) for name, entry in entries.items() if entry.both or not entry.cut]
-    cut = [(f"{name}@{k}", entry, k) for k in cutoffs for name, entry in entries.items() if entry.cut or entry.both]
+    several = [(name, entry) for name, entry in METRICS.items() if entry.several]
+    cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
+    whole = [(name, entry, None) for name, entry in several if how.whole and (entry.both or not entry.cut)]
     return [*cut, *whole]
 
 
 def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
-    return {name: attribute(entry.several)(judged, k) for name, entry, k in _several(how.cutoffs)}
+    return {name: attribute(entry.several)(judged, k) for name, entry, k in _several(how)}
 
 
 def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:

@@ -324,6 +324,9 @@ class TunedEncoder:
         self._folder = Path(folder)
         self._encoder = open_encoder(folder)
         model = self._encoder.model.requires_grad_(False)
+        if model.device.type == "cpu":
+            # For short texts the fused kernel's backward pass is slower than plain matrix products.
+            model.set_attn_implementation("eager")
         holder, name, layers = _blocks_of(model, folder)
         if not 1 <= blocks <= len(layers):
             raise ModelError(

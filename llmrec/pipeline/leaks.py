@@ -193,7 +193,7 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
         if not tested:
             continue
         mean = float(np.mean([_correlation(value) for value in tested]))
-        # The variance of a rank correlation of n shuffled items is 1 / (n - 1); the sample's own is 0 by chance for few.
+        # The variance of the rank correlation of n shuffled items is 1 / (n - 1); a few sets do not show it.
         error = math.sqrt(sum(1 / (len(value) - 1) for value in tested)) / len(tested)
         figures[what] = mean
         if abs(mean) > max(5 * error, 0.05):

@@ -13,7 +13,7 @@ from llmrec.recipe.schema import DataSection, Name, Positive, Resamples, Section
 
 
 class SuiteRow(Section):
-    """A model of a suite: a baseline, the model of a recipe, or a mixture or ensemble of earlier models."""
+    """A model of a suite: a baseline, the fine-tuned model of a recipe, or an ensemble of earlier models."""
 
     baseline: str | None = Field(None, description="Name of a baseline.")
     parameters: dict[str, Value] = Field(default={}, description="Fixed parameters of the baseline.")
@@ -28,10 +28,6 @@ class SuiteRow(Section):
     depth: Positive = Field(
         100, description="With `recipe`: number of ranked items per request; all others tie below them."
     )
-    mix: tuple[str, ...] = Field((), description="Names of earlier models whose probabilities are mixed.")
-    weights: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] = Field(
-        (), max_length=6, description="With `mix`: candidate weights, one of which is chosen on the validation split."
-    )
     fuse: tuple[str, ...] = Field(
         (),
         description="Names of earlier models, the members of an ensemble with weights from reserved validation users.",
@@ -44,11 +40,9 @@ class SuiteRow(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> SuiteRow:
-        kinds = [name for name in ("baseline", "recipe", "mix", "fuse") if getattr(self, name)]
+        kinds = [name for name in ("baseline", "recipe", "fuse") if getattr(self, name)]
         if len(kinds) != 1:
-            raise ValueError(
-                f"rows: each row has one of baseline, recipe, mix and fuse; this one has {kinds or 'none'}"
-            )
+            raise ValueError(f"rows: each row has one of baseline, recipe and fuse; this one has {kinds or 'none'}")
         if len(self.fuse) == 1:
             raise ValueError(f"rows: a fusion joins two rows or more; this one has {self.fuse[0]} alone")
         if twice := sorted(set(self.grid) & set(self.parameters)):
@@ -57,20 +51,13 @@ class SuiteRow(Section):
             )
         if self.grid and not (self.baseline and self.tune):
             raise ValueError("rows: a grid belongs to a row with a baseline that is tuned; drop it")
-        if bool(self.mix) != bool(self.weights) or any(len(weight) != len(self.mix) for weight in self.weights):
-            raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
         return self
 
     @property
     def label(self) -> str:
         """The name of the row in tables and files."""
         stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
-        return self.name or self.baseline or stem or "+".join(self.parts)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the rows that it joins, if it is an ensemble."""
-        return self.mix or self.fuse
+        return self.name or self.baseline or stem or "+".join(self.fuse)
 
 
 class DiversitySection(Section):
@@ -153,22 +140,22 @@ class Suite(Section):
         """The rows that are skipped: those of ``skip``, and ensembles with one of them."""
         results: list[str] = []
         for row in self.rows:
-            if row.label in self.skip or any(part in results for part in row.parts):
+            if row.label in self.skip or any(part in results for part in row.fuse):
                 results.append(row.label)
         return tuple(results)
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
         """Return the seeds of a stochastic row; an ensemble has as many as each of its members."""
-        own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.parts))]
+        own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.fuse))]
         return self.seeds[: min((many for many in own if many is not None), default=None)]
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Suite:
         known: set[str] = set()
         for row in self.rows:
-            if self.task != "ranking" and (row.recipe or row.mix):
+            if self.task != "ranking" and row.recipe:
                 raise ValueError(f"rows: {row.label} ranks the catalogue, which is the task ranking, not {self.task}")
-            for part in row.parts:
+            for part in row.fuse:
                 if part not in known:
                     raise ValueError(f"rows: {row.label} joins {part!r}, which is no row above it; write it before")
             if row.label in known:

@@ -22,7 +22,7 @@ from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
 from llmrec.recipe.paths import placed
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
-from llmrec.registry import TABLES, TASKS, is_plugin, lookup, open_family
+from llmrec.registry import BUILT_IN, TABLES, TASKS, is_plugin, lookup, open_family
 from llmrec.resources import resource
 
 # The maximum number of characters of a value in an error message.
@@ -472,7 +472,7 @@ def imported(
         file: The file.
         given: Whether the user passed the file, which is consent to its plug-ins; see `llmrec.plugins`.
     """
-    plugins.refuse_faults(TABLES)
+    plugins.refuse_faults(BUILT_IN)
     named, folder = plug_ins(values), values.get(PLUGINS)
     beside = folder if isinstance(folder, str) else None
     addresses = [item for item in named if plugins.is_address(item.name)]

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 
 import polars as pl
 
-from llmrec.answer.known import ITEMS
+from llmrec.answer.saving import KEPT, MARK, drafted, link, publish, refuse_other_files, write
 from llmrec.baselines.parameters import stops_early
-from llmrec.data.assemble import read_items, write_items
+from llmrec.data.assemble import read_items
 from llmrec.data.dataset import SCHEMA, Dataset, conform
 from llmrec.data.described import described_items
 from llmrec.data.read.table import read_table
 from llmrec.data.read.typed import ids, numbers, per_second, since_1970, times
 from llmrec.data.sets.table import load
 from llmrec.data.split import halves, split, time_order, whole
-from llmrec.durable import replacing, write_json
 from llmrec.ensembles import stored
-from llmrec.ensembles.carried import FILE, carried
+from llmrec.ensembles.carried import carried
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
@@ -35,11 +32,6 @@ from llmrec.recipe.load import STORED, load_stored
 from llmrec.serve.options import RefreshOptions
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
-
-MARK = "refreshed.json"
-"""The file that marks a folder written by `llmrec refresh`, which may overwrite it."""
-
-_KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
 
 
 @dataclass(frozen=True)
@@ -70,21 +62,18 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     before = _before(bundle, measured.fusions[0].reserved if _choose(measured.fusions) else None)
     after, added = _joined(before, options, bundle.seed)
     model = Path(bundle.folder)
-    with _draft(out) as draft:
+    with drafted(out) as draft:
         if options.train is not None:
             model = _trained(bundle, after, options, draft / "training")
         if not bundle.weights:
             # This file names the recommenders.
             shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
         elif model != out:
-            _link(model, draft)
+            link(model, draft)
         rows = after.rows if _choose(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
-        rows.write_parquet(draft / FILE)
-        write_items(after.items, draft / ITEMS)
-        stored.save(draft, stored.settled(measured))
-        write_json(draft / MARK, {"from": str(options.model), "interactions": rows.height, "items": len(after.items)})
+        write(draft, str(options.model), after.items, rows, stored.settled(measured))
         shutil.rmtree(draft / "training", ignore_errors=True)
-        _publish(draft, out)
+        publish(draft, out)
     if options.server is not None:
         _reload(options.server, options.key_env)
     return {
@@ -108,13 +97,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
             column="--out",
         )
     out = options.out or Path(bundle.folder)
-    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise DataError(
-            f"--out {out} contains files that `llmrec refresh` did not write; choose another folder",
-            kind="exists",
-            at=out,
-            column="--out",
-        )
+    refuse_other_files(out, "--out")
     if options.train is not None and bundle.run is None:
         raise DataError(
             f"--train continues from a run, and {options.model} is not a run folder; give the run folder, with --out "
@@ -141,7 +124,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
             cut = split(data, recipe.data.split, seed=recipe.seed)
             order = time_order(data, recipe.seed, ties=recipe.data.split.ties)
             rows = _choosing(rows[order], halves(cut, reserved)[0].valid)
-        return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
+        return _State(rows.select(KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
     result = carried(Path(bundle.folder), seed=bundle.seed)
     if result is None:
         raise DataError(
@@ -149,9 +132,9 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
             kind="unsupported",
             at=bundle.folder,
         )
-    parts = [(name, frame) for name, frame in (("train", result.train), ("valid", result.valid)) if frame.height]
-    rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts])
-    return _State(rows.select(_KEPT), dict(result.dataset.items))
+    parts = (("train", result.train), ("valid", result.valid), ("train", result.test))
+    rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts if frame.height])
+    return _State(rows.select(KEPT), dict(result.dataset.items))
 
 
 def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
@@ -200,7 +183,7 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
     # Pairs that choose an epoch are excluded from training, including their repetitions.
     held = rows.filter(pl.col("part") == "valid")
     fresh = fresh.join(held, on=["user_id", "item_id"], how="anti")
-    both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(_KEPT)])
+    both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(KEPT)])
     # Readers of a split rely on the order of each user's events; ties are ordered by its seed.
     data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
     return _State(both[time_order(data, seed)], items, before.users), fresh.height
@@ -281,40 +264,6 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
     pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
     return folder / "merged"
-
-
-def _link(model: Path, draft: Path) -> None:
-    """Add a model's files to a folder, as hard links if the file system supports them."""
-    for file in sorted(model.rglob("*")):
-        if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS):
-            continue
-        target = draft / file.relative_to(model)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, target)
-        except OSError:
-            shutil.copyfile(file, target)
-
-
-@contextmanager
-def _draft(out: Path) -> Iterator[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _publish(draft: Path, out: Path) -> None:
-    """Move a folder to its destination; an existing one is replaced file by file, the catalogue before the events."""
-    if not out.exists():
-        draft.rename(out)
-        return
-    for file in sorted(draft.rglob("*"), key=lambda each: (each.name == MARK, each.name == FILE, str(each))):
-        if file.is_file():
-            with replacing(out / file.relative_to(draft)) as target:
-                shutil.move(file, target)
 
 
 def _reload(url: str, key_env: str | None) -> None:

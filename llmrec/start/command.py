@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrec.cli.console import say, store_facts
+from llmrec.cli.console import console, say, store_facts
 from llmrec.progress import note
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 
@@ -40,10 +40,13 @@ def auto(options: AutoOptions) -> None:
     Example:
         llmrec auto orders.csv --items products.csv --budget 30m
     """
+    from llmrec.report.results import results_of
+    from llmrec.report.verdicts import metrics_table
     from llmrec.start import auto as autos
 
     made = autos.build(options, say=note)
     store_facts(**autos.record(made, options))
+    console().print(metrics_table(results_of(made.run.results)))
     say(autos.told(made))
 
 

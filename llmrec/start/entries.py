@@ -16,6 +16,7 @@ COMMANDS = {
 }
 FUNCTIONS = {
     "auto": "llmrec.start.functions:auto",
+    "fit": "llmrec.start.functions:fit",
     "init": "llmrec.start.functions:init",
     "tune": "llmrec.start.functions:tune",
 }

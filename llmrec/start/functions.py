@@ -1,26 +1,45 @@
-"""The functions `llmrec.init`, `llmrec.auto` and `llmrec.tune`."""
+"""The functions `llmrec.fit`, `llmrec.init`, `llmrec.auto` and `llmrec.tune`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from llmrec.answer.known import Histories, Known
+from llmrec.answer.loaded import Loaded, load
+from llmrec.answer.opening import family_about, open_fitted
+from llmrec.answer.options import RecommenderOptions
+from llmrec.baselines.base import Trainable
+from llmrec.baselines.parameters import make
 from llmrec.data.frames import as_arrow, only_for_a_moment
+from llmrec.data.sets.table import load as read_data
+from llmrec.data.split import whole
 from llmrec.display import Displayed, Summary, listed
+from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.keywords import in_python, keywords_of
-from llmrec.progress import note, silent
+from llmrec.pipeline.run import run
+from llmrec.progress import Bar, note, silent
 from llmrec.recipe.load import Overrides, as_recipe, in_words, load_recipe
 from llmrec.recipe.pages import flow
-from llmrec.recipe.schema import Recipe
+from llmrec.recipe.schema import BaselineSection, Recipe
+from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.results import Choice
 from llmrec.start import init as start
-from llmrec.start.auto import Auto, build
+from llmrec.start.auto import PAGES, Auto, build
 from llmrec.start.columns import asked
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 from llmrec.start.tune import TuneResult, search
+from llmrec.tasks.family import missing_controls
+from llmrec.types import Predictor
+
+_ROLES = ("user", "item", "rating", "time", "title", "text", "fields", "dates", "split")
+# Share of users whose last event decides when a network stops training.
+_STOPS = 0.1
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,8 +79,8 @@ def init(
     A role that is not given is guessed; ``"none"`` means that there is no such column.
 
     Args:
-        frame: Interactions; see `llmrec.data.frames.with_frames`.
-        items: Items as a frame, one row per item.
+        frame: Interactions as a frame, see `llmrec.data.frames.with_frames`, or the path of a table.
+        items: Items as a frame or the path of a table, one row per item.
         name: The recipe's name.
         user: Column of users.
         item: Column of items.
@@ -76,22 +95,34 @@ def init(
     Raises:
         DataError: If the roles cannot be guessed, or the frame supports no task.
     """
-    options = InitOptions(
-        table="frame",
-        user=user,
-        item=item,
-        rating=rating,
-        time=time,
-        title=title,
-        text=text,
-        fields=fields,
-        dates=dates,
-        split=split,
-    )
+    roles = _given(locals())
+    with _recipe_for(frame, items, roles, name=name) as (recipe, found):
+        frames = {"path": frame, "items": items}
+        absent = {key: None for key, table in frames.items() if not isinstance(table, str | Path)}
+        data = recipe.data.model_copy(update=absent)
+        return Begun(recipe.model_copy(update={"data": data}), in_python(found, keywords_of(init)))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names of columns among the arguments of a function, and what belongs to them."""
+    return {role: values[role] for role in _ROLES if values[role] is not None}
+
+
+@contextmanager
+def _recipe_for(
+    interactions: Any, items: Any, roles: Mapping[str, Any], *, name: str, only_data: bool = False
+) -> Iterator[tuple[Recipe, str]]:
+    """Yield the recipe of `init` for frames or paths of tables, and its findings; frames exist only in this context.
+
+    With ``only_data`` only its section ``data`` is of use, and faults of the table are fixed.
+    """
+    options = InitOptions(table="frame", **roles)
     with only_for_a_moment() as (place, named):
         tables = {}
-        for key, entry in (("interactions", frame), ("items", items)):
-            if entry is not None:
+        for key, entry in (("interactions", interactions), ("items", items)):
+            if isinstance(entry, str | Path):
+                tables[key] = str(entry)
+            elif entry is not None:
                 tables[key] = str(place / f"{key}.parquet")
                 pq.write_table(as_arrow(entry, f"{key} frame"), tables[key])
         made = start.init(
@@ -100,11 +131,11 @@ def init(
             out=place / "recipe.yaml",
             name=name,
             asked=asked(options),
+            mend=place / "mended.csv" if only_data else None,
             in_memory=True,
+            only_data=only_data,
         )
-        recipe, result = load_recipe(made.recipe), in_python(named(made.found), keywords_of(init))
-    data = recipe.data.model_copy(update={"path": None, "items": None})
-    return Begun(recipe.model_copy(update={"data": data}), result)
+        yield load_recipe(made.recipe), named(made.found)
 
 
 def auto(
@@ -173,7 +204,137 @@ def auto(
         split=split,
         query=query,
     )
-    return build(options, silent if quiet else note, data=None if named else table, items=None if path else items)
+    with Bar("auto", None, quiet=quiet) as bar:
+
+        def say(line: str) -> None:
+            # A notebook shows no log, but the bar.
+            note(line)
+            bar.advance(0, line)
+
+        listener = silent if quiet else say
+        return build(options, listener, data=None if named else table, items=None if path else items)
+
+
+def fit(
+    interactions: Any = None,
+    items: Any = None,
+    model: Any = "auto",
+    budget: str = "5m",
+    *,
+    out: str | Path | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    user: str | None = None,
+    item: str | None = None,
+    rating: str | None = None,
+    time: str | None = None,
+    title: str | None = None,
+    text: str | None = None,
+    fields: str | None = None,
+    dates: str | None = None,
+    split: str | None = None,
+) -> Loaded:
+    """Fit a recommender to interactions, and return it ready to answer.
+
+    Args:
+        interactions: Interactions as a frame, see `llmrec.data.frames.with_frames`, or the path of a table. Optional
+            with a recipe that names its data.
+        items: Items as a frame or the path of a table, one row per item.
+        model: One of: ``"auto"``, the best ensemble that `llmrec.auto` finds within the budget; the name of a baseline
+            (docs/baselines.md), such as ``"transitions-tuned"`` or ``"sasrec"``; a baseline, such as
+            ``llmrec.baselines.ItemKNN(history=5)``; or a recipe as `llmrec.run` takes it, such as the path of a file.
+            A baseline learns from all interactions; the others hold some out, on which they are measured.
+        budget: Wall time of ``"auto"``, such as ``"90s"``, ``"5m"`` or ``"2h"``.
+        out: The run folder of ``"auto"`` or of a recipe; by default as in `llmrec.auto` and `llmrec.run`.
+        seed: The random seed of a baseline given by name.
+        quiet: Whether to print no lines about the steps.
+        user: Column of users; each column is guessed if it is not given.
+        item: Column of items.
+        rating: Column of ratings, which only baselines that predict ratings or answers read.
+        time: Column of times; ``"none"``: the order of the rows.
+        title: Column of item titles; ``"none"``: ids are shown.
+        text: Column of texts that users wrote, which only baselines that write texts read.
+        fields: Further item columns, comma-separated; ``"none"``: no columns.
+        dates: Order in dates such as 03/04/2024: ``"day-first"`` or ``"month-first"``.
+        split: Column of the parts train, valid and test.
+
+    Raises:
+        LlmrecError: If the interactions or the model cannot be used.
+    """
+    columns = _given(locals())
+    frame = None if isinstance(interactions, str | Path) else interactions
+    if isinstance(model, str) and model == "auto":
+        # It reads no texts that users wrote.
+        named = {role: column for role, column in columns.items() if role != "text"}
+        made = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
+        return load(str(made.folder), frame=frame)
+    if isinstance(model, Recipe | Mapping) or (isinstance(model, str | Path) and str(model).endswith(PAGES)):
+        tables = {"path": interactions, "items": items}
+        changed = {f"data.{key}": str(table) for key, table in tables.items() if isinstance(table, str | Path)}
+        named = {**columns, "fields": fields.split(",")} if fields is not None else columns
+        changed |= {f"data.columns.{role}": column for role, column in named.items()}
+        frames = {key: None if isinstance(table, str | Path) else table for key, table in tables.items()}
+        done = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
+        return load(str(done.folder), frame=frame)
+    return _fit_baseline(interactions, items, _baseline(model, seed), columns, frame)
+
+
+def _baseline(model: Any, seed: int) -> Any:
+    """Return a baseline by its name, or a given one."""
+    if not isinstance(model, str | Path):
+        if isinstance(model, Predictor) and isinstance(model, Trainable):
+            return model
+        raise RecipeError(f"model: {model!r} has no fit and answer; give a baseline", kind="bad-value", column="model")
+    name = str(model)
+    if name not in BASELINES and not is_plugin(BASELINES, name):
+        known = ["auto", *BASELINES]
+        raise RecipeError(
+            f"model: unknown {name!r}{did_you_mean(name, known)}; give the path of a recipe, or one of: "
+            f"{', '.join(known)}",
+            kind="unknown-name",
+            column="model",
+        )
+    return make(name, {}, seed=seed)
+
+
+def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[str, Any], frame: Any) -> Loaded:
+    """Fit a baseline to all interactions, in memory."""
+    if interactions is None:
+        raise DataError(
+            "interactions: give a frame or the path of a table", kind="missing-value", column="interactions"
+        )
+    kind = type(model)
+    registered = model.name in BASELINES and lookup(BASELINES, model.name, "baseline") is kind
+    section = BaselineSection(
+        name=model.name if registered else f"{kind.__module__}:{kind.__qualname__}",
+        parameters=model.config.model_dump(mode="json", exclude_defaults=True) if hasattr(model, "config") else {},
+    )
+    family = family_about(model.name) if registered else None
+    # Rankers read no ratings, and a row without a rating is still an interaction.
+    roles = {"rating": "none", **columns} if family is None else columns
+    seed = model.get_params()["seed"] if hasattr(model, "get_params") else 0
+    with _recipe_for(interactions, items, roles, name="fitted", only_data=True) as (recipe, _):
+        core = recipe.data.filter.model_copy(update={"user_core": 1, "item_core": 1})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filter": core})})
+        dataset = read_data(recipe.data, seed=seed)
+    stops = getattr(getattr(model, "config", None), "patience", None) is not None
+    data = whole(dataset, seed=seed, ties=recipe.data.split.ties, valid=_STOPS if stops else 0.0)
+    models = open_fitted(section, data, seed=seed, model=model)
+    known = Known(models.items, Histories.of(dataset, seed))
+    named = _with_baseline(recipe, section, family or "sequential", seed)
+    return Loaded(RecommenderOptions(model=section.label), models, known, recipe=named, frame=frame)
+
+
+def _with_baseline(recipe: Recipe, section: BaselineSection, family: str, seed: int) -> tuple[Recipe, Choice | None]:
+    """Return the recipe that names a baseline, and the choice of it, with which a folder is opened again."""
+    if section.name.startswith("__main__:"):
+        return recipe, None
+    values = recipe.model_dump(mode="json")
+    controls = [{"name": name} for name in missing_controls(family, [section.name])]
+    values["tasks"] = {family: {"baselines": [*controls, section.model_dump(mode="json")]}}
+    values["eval"], values["seed"] = {"arms": []}, seed
+    values["data"] |= {"path": None, "items": None}
+    return as_recipe(values), Choice(row=f"{family}/baseline/{section.label}", metric="", value=0.0, users=0)
 
 
 def tune(

@@ -74,6 +74,7 @@ def init(
     backend: str | None = None,
     query: str | None = None,
     in_memory: bool = False,
+    only_data: bool = False,
 ) -> Made:
     """Write a recipe for a table.
 
@@ -88,6 +89,7 @@ def init(
         backend: The backend; by default each run chooses it.
         query: The query of a database.
         in_memory: Whether the table is a frame in Python, which gets no fixed copy.
+        only_data: Whether only the section ``data`` is needed, so that no task has to be possible.
 
     Raises:
         DataError: If the table cannot be read, its roles cannot be guessed, or it has faults to fix.
@@ -140,10 +142,12 @@ def init(
     names = (roles.item, roles.title or "", items_path.name if items_path else "", called)
     events = events_of(roles)
     plan = decide(events, names, whole=used.whole, backend=backend)
+    if only_data:
+        plan = replace(plan, tasks={**dict.fromkeys(FAMILIES, (False, "")), "sequential": (True, "")})
     written = _written(path, target) if path is not None else table
     page = _page(name, called, written, items_path, target, roles, plan, used, listed)
     page = replace(page, query=query, where=next((_where(col, kinds, plan) for col, kinds in _events(roles)), ""))
-    check = used.whole and plan.facts.rows <= _CHECKED_ROWS
+    check = not only_data and used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
     message = [*_columns(read, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
     message += [*_task_lines(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]

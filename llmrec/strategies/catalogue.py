@@ -150,7 +150,6 @@ class SearchedCatalogue:
         self.name, self.items = name, tuple(items)
         self._ranker = ranker
         self._column = {item: index for index, item in enumerate(self.items)}
-        # A mixture calls once for each of its declared weights.
         self._known: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -170,54 +169,3 @@ class SearchedCatalogue:
 def _key(request: Request) -> tuple[str, int]:
     """Return a key of a request: a user may have requests before and after the validation event."""
     return request.id, len(request.history)
-
-
-class Mixture:
-    """Mixes next-item probabilities of several scorers: sum over m of w_m p_m(item | history).
-
-    Linear interpolation, as for language models (Jelinek and Mercer, 1980): a member with probability 0 for an item
-    cannot veto it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        items: Sequence[str],
-        parts: Sequence[Callable[[Sequence[Request]], NDArray[np.float64]]],
-        weights: Sequence[float],
-    ) -> None:
-        """Create the mixture.
-
-        Args:
-            name: The name of the row.
-            items: The catalogue, in the column order of all members.
-            parts: The members: requests -> probabilities, shape (n, items).
-            weights: One weight per member, at least 0.
-        """
-        self.name, self.items = name, tuple(items)
-        self._parts, self._weights = tuple(parts), tuple(weights)
-
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return mixed probabilities, shape (n, items); see `CatalogueScorer.scores`."""
-        mixed = np.zeros((len(requests), len(self.items)))
-        for part, weight in zip(self._parts, self._weights, strict=True):
-            if weight:
-                mixed += weight * part(requests)
-        return mixed
-
-
-def from_counts(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return non-negative scores as probabilities, shape (n, items); a row of zeros is unchanged."""
-    values = scores.astype(np.float64)
-    totals = values.sum(axis=1, keepdims=True)
-    np.divide(values, totals, out=values, where=totals > 0)
-    return values
-
-
-def from_logits(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return logits as probabilities, shape (n, items)."""
-    values = scores.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
-    np.exp(values, out=values)
-    values /= values.sum(axis=1, keepdims=True)
-    return values

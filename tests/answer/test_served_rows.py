@@ -319,7 +319,7 @@ def test_what_is_unknown_is_told_in_files_frames_and_lists(
     rank_file(RankOptions(model=str(linear.folder), requests=file, out=tmp_path / "o.jsonl", top=2))
     notes = [line["notes"] for line in lines(tmp_path / "o.jsonl")]
     with llmrec.load(str(linear.folder)) as rec:
-        frame = rec.rank(asked, k=2)
+        frame = rec.recommend(asked, k=2)
         assert [row["notes"] for row in frame[::2]] == ["; ".join(each) for each in notes]
         assert "'nobody' is not known" in notes[0][0] and "the most popular items" in notes[0][-1]
         assert "'no such'" in notes[1][0] and "data have of this user" in notes[2][0] and len(notes[2]) == 1
@@ -365,7 +365,7 @@ def test_a_ranker_lists_what_its_members_find_in_the_catalogue(ranked: pipeline.
         assert [item.score for item in whole] == sorted((item.score for item in whole), reverse=True)
         again = rec.rank(history=lamps[:2], k=ITEMS, exclude_seen=False)
         assert len(again) == ITEMS and set(lamps[:2]) <= {item.item_id for item in again}
-        few = rec.rank(history=lamps[:2], k=ITEMS, rules={"only": {"price": ["2"]}})
+        few = rec.rank(history=lamps[:2], k=ITEMS, where={"only": {"price": ["2"]}})
         kept = {f"i{n:02d}" for n in range(ITEMS) if n % 7 == 1} - set(lamps[:2])
         assert {item.item_id for item in few} == kept
         # The rules apply before candidates are chosen, and the order is that of the same items as candidates.

@@ -51,6 +51,11 @@ class _Blind:
             name=whole.name, items=whole.items, rating_scale=whole.rating_scale, reviews=whole.reviews
         )
 
+    @property
+    def __class__(self) -> Any:
+        """Pass for a split."""
+        return SplitDataset
+
     def __getattr__(self, name: str) -> Any:
         if name in ("test", "held_out", "holdouts", "fingerprint"):
             raise AssertionError(f"tuning looked at {name!r}")

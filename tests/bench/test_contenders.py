@@ -1,4 +1,4 @@
-"""Suite rows that are no baselines: models that a recipe tunes, and mixtures of rows."""
+"""Suite rows that are no baselines: models that a recipe fine-tunes, and ensembles with them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import numpy as np
 import pytest
 import yaml
 
-from llmrec.baselines.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.validation import ranking_cases
 from llmrec.bench import suite as suites
 from llmrec.bench.models import Models
 from llmrec.bench.run import run_benchmark
 from llmrec.data.split import SplitDataset
-from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background, cold_figures
 from llmrec.metrics.significance import holm
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
-from llmrec.strategies.catalogue import Mixture, from_counts, from_logits
-from llmrec.types import Case, Event, Request
+from llmrec.types import Case, Request
 from tests.bench.suites import page_of
-from tests.facts import Facts, raises
 
 RECIPE: dict[str, Any] = {
     "name": "small",
@@ -53,7 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "rows": [
             {"baseline": "markov-1"},
             {"recipe": str(file), "depth": 20},
-            {"mix": ["small", "markov-1"], "weights": [[1, 0], [0, 1], [1, 1]], "name": "both"},
+            {"fuse": ["small", "markov-1"], "ranker": False, "name": "both"},
         ],
         "pairs": [["both", "markov-1"]],
     }
@@ -69,7 +66,7 @@ def _data(page: dict[str, Any]) -> SplitDataset:
     return load_split(Suite(**page).data, 0)
 
 
-def test_a_tuned_model_and_a_mixture_stand_in_the_table_of_the_baselines(ran: tuple[Path, dict[str, Any]]) -> None:
+def test_a_fine_tuned_model_and_an_ensemble_are_in_the_table_of_the_baselines(ran: tuple[Path, dict[str, Any]]) -> None:
     rows = {row["name"]: row for row in ran[1]["rows"]}
     assert list(rows) == ["markov-1", "small", "both"]
     assert rows["small"]["tables"]["excluded"]["parameters"] == {"model": "from scratch", "index": "token", "steps": 30}
@@ -82,24 +79,6 @@ def test_a_tuned_model_and_a_mixture_stand_in_the_table_of_the_baselines(ran: tu
                 and table["n"] == rows["both"]["tables"][seen]["n"]
             )
     assert {line["b"] for line in ran[1]["comparisons"]} | {line["a"] for line in ran[1]["comparisons"]} == set(rows)
-
-
-def test_weights_are_chosen_on_validation_and_a_weight_alone_is_that_row(
-    page: dict[str, Any], ran: tuple[Path, dict[str, Any]]
-) -> None:
-    folder, results = ran
-    both = results["rows"][2]
-    for seen, table in both["tables"].items():
-        values = [trial["values"][seen] for trial in both["trials"]]
-        assert table["parameters"] == both["trials"][int(np.argmax(values))]["parameters"]
-    data, suite = _data(page), Suite(**page)
-    contenders = Models(suite, folder / "out")
-    cases = ranking_cases(data)
-    for row, trial in zip(suite.rows[1::-1], both["trials"], strict=False):
-        for seen, value in trial["values"].items():
-            chosen = results["rows"][suite.rows.index(row)]["tables"][seen]["parameters"]
-            model = contenders.fit(row, data, 0, seen, chosen)
-            assert mean_ndcgs(model, cases, (seen,))[seen] == pytest.approx(value)
 
 
 def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
@@ -181,33 +160,17 @@ def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ra
     assert ((scores > 0).sum(axis=1) == min(20, len(model.items))).all() and (scores.sum(axis=1) <= 1 + 1e-6).all()
 
 
-def test_a_mixture_is_the_weighted_sum_of_probabilities() -> None:
-    request = [Request(id="r", user_id="u", history=(Event(item_id="a"),))]
-    parts = [lambda _: np.array([[0.2, 0.8]]), lambda _: np.array([[0.6, 0.4]])]
-    mixed = Mixture("m", ("a", "b"), parts, (1.0, 0.5)).scores(request)
-    np.testing.assert_allclose(mixed, [[0.5, 1.0]])
-    np.testing.assert_allclose(from_counts(np.array([[1.0, 3.0], [0.0, 0.0]])), [[0.25, 0.75], [0.0, 0.0]])
-    np.testing.assert_allclose(from_logits(np.array([[1000.0, 1000.0]])), [[0.5, 0.5]])
-
-
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe, mix and fuse"),
-        ({"mix": ["markov-1"], "weights": [[1, 1]]}, "one number for each"),
-        ({"mix": ["ease"], "weights": [[1]]}, "no row above"),
-        ({"mix": ["markov-1"], "weights": [[-1]]}, "greater than or equal"),
+        ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe and fuse"),
+        ({"fuse": ["ease", "markov-1"]}, "no row above"),
+        ({"fuse": ["markov-1"]}, "two rows or more"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_refused(page: dict[str, Any], row: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Suite(**page | {"rows": [{"baseline": "markov-1"}, row]})
-
-
-def test_scores_that_are_no_probabilities_are_not_mixed(page: dict[str, Any], tmp_path: Path) -> None:
-    rows = [{"baseline": "ease", "tune": False}, {"mix": ["ease"], "weights": [[1]], "name": "m"}]
-    with raises(RecipeError, Facts("unsupported", "made", says=("ease", "choose from popularity"))):
-        run_benchmark(Suite(**page | {"rows": rows, "pairs": []}), out=tmp_path / "out", results=tmp_path / "results")
 
 
 def test_results_name_no_folder_of_this_machine(ran: tuple[Path, dict[str, Any]]) -> None:

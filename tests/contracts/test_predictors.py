@@ -131,7 +131,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 def _fitted(name: str, data: SplitDataset, *, seed: int = 5, **settings: Any) -> Any:
     predictor = make(name, _settings(name) | settings, seed=seed)
-    predictor.fit(data)
+    predictor.learn(data)
     return predictor
 
 

@@ -143,7 +143,7 @@ class Half(Baseline[HalfConfig, float]):
     name = "half"
     Config = HalfConfig
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         self._model = self._config.value
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

@@ -85,11 +85,13 @@ def in_python(rec: Loaded, asked: Sequence[dict[str, Any]], **more: Any) -> list
     def plain(found: list[Scored]) -> List:
         return [(each.item_id, each.score) for each in found]
 
+    more = {{"rules": "where"}.get(key, key): value for key, value in more.items()}
     return [plain(rec.rank(**{"k": 1000, **question, **more})) for question in asked]
 
 
 def in_frame(rec: Loaded, asked: list[dict[str, Any]], **more: Any) -> list[List]:
-    found = rec.rank(asked, **{"k": 1000, **more})
+    more = {{"rules": "where"}.get(key, key): value for key, value in more.items()}
+    found = rec.recommend(asked, **{"k": 1000, **more})
     lists: dict[str, List] = {question["id"]: [] for question in asked}
     for row in found:
         assert row["error"] is None

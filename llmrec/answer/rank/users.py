@@ -120,7 +120,7 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
             if path.is_file():
                 bar.skip(len(part))
             else:
-                result = rec.rank(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
+                result = rec.recommend(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
                 with replacing(path) as draft:
                     pq.write_table(result.select(_COLUMNS), draft)
                 bar.advance(len(part))

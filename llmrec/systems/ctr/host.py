@@ -177,7 +177,7 @@ class Host(Baseline[H, Fitted]):
         align = Align.model_validate(parameters["align"]) if isinstance(parameters.get("align"), Mapping) else None
         return None if align is None or align.longer else super().text_encoder(align.model_dump())
 
-    def fit(self, data: SplitDataset, cases: Sequence[Case] | None = None) -> None:
+    def learn(self, data: SplitDataset, cases: Sequence[Case] | None = None) -> None:
         """Train the network on the training ratings.
 
         Args:

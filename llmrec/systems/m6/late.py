@@ -156,7 +156,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
         """Return how it represents items: without joint layers no pretrained weight is fine-tuned."""
         return cls.READS if config.joint else "texts"
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Train the joint layers.
 
         Raises:

@@ -74,7 +74,7 @@ class StateTower(TextTowers[StateTowerConfig]):
     #: Centre and whitening of states after histories, shapes (d,) and (d, k).
     _lens: tuple[NDArray[np.float32], NDArray[np.float32]]
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Encode the texts, and train the maps.
 
         Raises:
@@ -85,7 +85,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         """
         refuse_unpretrained(self.name, self._config.encoder, "text-matcher")
         self._open(data)
-        super().fit(data)
+        super().learn(data)
         self._known.clear()
 
     def state(self) -> dict[str, NDArray[Any]]:

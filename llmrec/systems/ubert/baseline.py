@@ -71,7 +71,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     # The weights of pretraining alone, which cannot answer.
     _taught: Reviewed | None = None
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Train on training ratings and reviews.
 
         Raises:
@@ -101,7 +101,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self._taught, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Train only on masked opinion words and ratings of single reviews, for `save`; raises the errors of `fit`."""
+        """Train only on masked opinion words and ratings of single reviews, for `save`; raises those of `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -128,7 +128,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
                 member.
         """
         early, data = data.kind == "prefix", halves(data, reserved)[0]
-        self.fit(replace(data, train=data.known, known=data.known.clear()) if early else data)
+        self.learn(replace(data, train=data.known, known=data.known.clear()) if early else data)
         model, config = self._fitted, self._config
         made = Provenance(
             system=self.name,

@@ -69,7 +69,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
     }
     FITS: ClassVar[int] = 5
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Train the adaptor, and the sequence encoder unless it is transferred from another domain.
 
         Raises:
@@ -97,7 +97,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Train with the contrastive losses only, without validation, for `save`; raises the errors of `fit`."""
+        """Train with the contrastive losses only, without validation, for `save`; raises the errors of `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)

@@ -46,7 +46,7 @@ class TitleWords(ScoredBaseline[TitleWordsConfig, Words]):
     READS = "texts"
     families = ("sequential", "direct")
 
-    def fit(self, data: SplitDataset) -> None:
+    def learn(self, data: SplitDataset) -> None:
         """Compare the titles of the catalogue, and count training interactions."""
         catalogue = Catalogue.of(data)
         titles = [set(data.dataset.items[item].title.casefold().split()) for item in catalogue.ids]

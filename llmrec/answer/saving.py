@@ -1,0 +1,109 @@
+"""Folders that hold all that a recommender needs: the model, the catalogue, interactions and ensembles.
+
+`llmrec.load` and `llmrec serve` open them without the run; `llmrec refresh` adds events and items to them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+import polars as pl
+
+from llmrec.answer.known import ITEMS
+from llmrec.data.assemble import write_items
+from llmrec.data.split import SplitDataset, halves
+from llmrec.durable import replacing, write_json
+from llmrec.ensembles import stored
+from llmrec.ensembles.carried import FILE
+from llmrec.errors import DataError
+from llmrec.pipeline.bundle import SUMS
+from llmrec.types import Item
+
+MARK = "refreshed.json"
+"""The file that marks such a folder, which `llmrec refresh` may overwrite."""
+
+KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
+"""The columns of its interactions."""
+
+
+def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
+    """Return all interactions of a split with their part, in the order of each user's events.
+
+    Args:
+        data: The split.
+        reserved: The fraction of validation users who choose no epoch; their interactions are only history.
+    """
+    choosing, weighing = halves(data, reserved)
+    parts = {"train": [data.train], "valid": [choosing.valid], "held": [data.known, weighing.valid, data.test]}
+    frames = [frame.with_columns(part=pl.lit(part)) for part, some in parts.items() for frame in some]
+    return pl.concat([frame.select(pl.col("user_id", "item_id").cast(pl.String), *KEPT[2:]) for frame in frames])
+
+
+def write(
+    draft: Path, source: str, items: Mapping[str, Item], rows: pl.DataFrame | None, measured: stored.Stored
+) -> None:
+    """Write everything but the model into a folder.
+
+    Args:
+        draft: The folder.
+        source: The name of the model, for the record.
+        items: The catalogue.
+        rows: The interactions; None: there are none.
+        measured: The ensembles, and the model that answers by default.
+    """
+    if rows is not None:
+        rows.write_parquet(draft / FILE)
+    write_items(items, draft / ITEMS)
+    stored.save(draft, measured)
+    write_json(draft / MARK, {"from": source, "interactions": 0 if rows is None else rows.height, "items": len(items)})
+
+
+def refuse_other_files(out: Path, option: str) -> None:
+    """Reject a folder with files that were not written here."""
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise DataError(
+            f"{option} {out} holds files that were not written by this command; name another folder",
+            kind="exists",
+            at=out,
+            column=option,
+        )
+
+
+def link(model: Path, draft: Path) -> None:
+    """Add a model's files to a folder, as hard links if the file system supports them."""
+    for file in sorted(model.rglob("*")):
+        if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS, SUMS):
+            continue
+        target = draft / file.relative_to(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a folder to write; see `publish`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, out: Path) -> None:
+    """Move a folder to its destination; an existing one is replaced file by file, the catalogue before the events."""
+    if not out.exists():
+        draft.rename(out)
+        return
+    for file in sorted(draft.rglob("*"), key=lambda each: (each.name == MARK, each.name == FILE, str(each))):
+        if file.is_file():
+            with replacing(out / file.relative_to(draft)) as target:
+                shutil.move(file, target)

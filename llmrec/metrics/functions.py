@@ -1,0 +1,109 @@
+"""Ranking metrics as functions of ranked lists and relevant items: ``llmrec.metrics.ndcg(lists, truth, k=10)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from llmrec.data.lists import Lists, Truth, read_lists, read_truth
+from llmrec.errors import RecipeError
+from llmrec.metrics.multi_target import Judged, Pairs, judge
+from llmrec.registry import METRICS, attribute
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, repr=False)
+class Metric:
+    """A ranking metric of `llmrec.registry.METRICS`, to be called.
+
+    Users without a list count as 0, users without relevant items are left out, and tied scores are resolved by
+    expectation; see `llmrec.metrics.multi_target`. `llmrec.score` computes all metrics with intervals.
+
+    Attributes:
+        name: Its name in tables.
+    """
+
+    name: str
+
+    def __call__(self, lists: Any, truth: Any, k: int | None = 10, *, graded: bool = False) -> float:
+        """Return the mean over users.
+
+        Args:
+            lists: The items of each user, best first, as ``{user: [item, ...]}`` or a sequence of lists; or a frame or
+                a file as `llmrec.score` takes it.
+            truth: The relevant items of each user, as ``{user: item}``, ``{user: [item, ...]}`` or
+                ``{user: {item: relevance}}``, or a sequence in the order of ``lists``; or a frame or a file.
+            k: The number of first items that count; None: all, for metrics without a cut-off.
+            graded: Whether NDCG uses the relevance as gain; otherwise every relevant item has a gain of 1.
+
+        Raises:
+            DataError: If the lists or the relevant items cannot be read.
+            RecipeError: If the metric cannot be cut at ``k``.
+        """
+        return float(np.mean(list(self.per_user(lists, truth, k, graded=graded).values())))
+
+    def per_user(self, lists: Any, truth: Any, k: int | None = 10, *, graded: bool = False) -> dict[str, float]:
+        """Return the value of each user, sorted by user; see `__call__`."""
+        entry = METRICS[self.name]
+        whole = k is None and entry.both
+        if isinstance(k, bool) or not (whole or (isinstance(k, int) and k >= 1)):
+            raise RecipeError(f"k: {k!r} is no rank for {self.name}; give 1 or more", kind="bad-value", column="k")
+        relevant = read_truth(_relevant(truth))
+        ranked = read_lists(_ranked(lists), relevant.unit)
+        keys = relevant.frame["key"].unique().sort()
+        values = attribute(entry.several)(matched(ranked, relevant, keys, graded=graded), k)
+        return dict(zip(keys.to_list(), values.tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {METRICS[self.name].about}"
+
+
+def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False) -> Judged:
+    """Match lists with relevant items.
+
+    Args:
+        lists: The lists; those of other keys are left out.
+        truth: The relevant items.
+        keys: The keys of ``truth``, sorted.
+        graded: Use the relevance as gain; otherwise every relevant item has gain 1.
+    """
+    frame, wanted = lists.frame.filter(pl.col("key").is_in(keys.implode())), truth.frame
+    items = pl.concat([frame["item"], wanted["item"]]).unique().sort()
+    gains = wanted["gain"].to_numpy() if graded else np.ones(wanted.height)
+    ranked = Pairs(_numbers(frame["key"], keys), _numbers(frame["item"], items), frame["score"].to_numpy())
+    return judge(ranked, Pairs(_numbers(wanted["key"], keys), _numbers(wanted["item"], items), gains), len(keys))
+
+
+def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
+    return known.search_sorted(names).to_numpy().astype(np.int64)
+
+
+def _by_user(given: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Return the entry of each user; None for a frame, such as a list of dictionaries, or a path."""
+    if isinstance(given, Mapping):
+        return given.items()
+    rows = isinstance(given, list) and given and isinstance(given[0], Mapping)
+    return enumerate(given) if isinstance(given, list | tuple) and not rows else None
+
+
+def _ranked(given: Any) -> Any:
+    users = _by_user(given)
+    return given if users is None else [{"user": str(user), "items": [*map(str, items)]} for user, items in users]
+
+
+def _relevant(given: Any) -> Any:
+    if (users := _by_user(given)) is None:
+        return given
+    rows = []
+    for user, items in users:
+        single = isinstance(items, str) or not isinstance(items, Iterable)
+        for item in [items] if single else items:
+            gain = float(items[item]) if isinstance(items, Mapping) else 1.0
+            rows.append({"user": str(user), "item": str(item), "relevance": gain})
+    return rows
