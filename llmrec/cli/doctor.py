@@ -445,14 +445,14 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
     note = ""
     if chip.quota is not None and chip.quota < chip.usable:
         threads = max(1, round(chip.quota))
-        note = f"threads are counted by cores and then held back; start with OMP_NUM_THREADS={threads}"
+        note = f"threads are created for all cores and then throttled; start with OMP_NUM_THREADS={threads}"
     quota = f", {chip.quota:g} by the container's quota" if chip.quota is not None else ""
     yield Finding("cores", f"{chip.usable} of {chip.cores} usable{quota}", note=note)
     busy = chip.load > chip.usable
     yield Finding(
         "load",
         f"{chip.load:.1f} processes want {chip.usable} cores" if busy else f"{chip.load:.1f}",
-        note="something else runs here, so that a run takes longer than estimated" if busy else "",
+        note="other programs are running, so runs take longer than estimated" if busy else "",
     )
 
 
@@ -617,7 +617,9 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
     reserved = environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     if reserved not in ("", "0"):
         yield Finding(
-            "VLLM_CPU_NUM_OF_RESERVED_CPU", reserved, note="vLLM leaves so many cores idle; unset it, or set it to 0"
+            "VLLM_CPU_NUM_OF_RESERVED_CPU",
+            reserved,
+            note="vLLM leaves this number of cores idle; unset it, or set it to 0",
         )
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > chip.usable:

@@ -79,7 +79,10 @@ def _recipe() -> Schema:
     defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
     defs["Baseline"] = _baseline(defs)
     del defs["BaselineSection"]
-    base = {"type": "string", "description": "a page beside this one whose keys stand wherever this one has none"}
+    base = {
+        "type": "string",
+        "description": "Another recipe, relative to this one, whose keys are used where this one has none.",
+    }
     made["properties"] = {"base": base} | made["properties"]
     needed = made.pop("required")
     made["anyOf"] = [{"required": ["base"]}, {"required": needed}]

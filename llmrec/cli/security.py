@@ -95,8 +95,8 @@ def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
     yield Finding(
         "pickled weights",
         _listed(files),
-        "llmrec loads none of them, other programs may, and run what is in them: convert what you need to safetensors, "
-        "and remove them",
+        "llmrec does not load them, but other programs may and then run code in them: convert the weights to "
+        "safetensors, and remove these files",
     )
 
 
@@ -106,7 +106,7 @@ def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> It
         names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
         yield Finding(what, f"others may read {_listed(exposed)}", f"chmod {mode} {names}")
     else:
-        yield Finding(what, f"{count} looked at, none readable for others" if count else "none here")
+        yield Finding(what, f"{count} checked, none readable by other users" if count else "none here")
 
 
 def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -129,8 +129,7 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
         yield Finding(
             "keys in recipes",
             _listed(holding),
-            "take the key out and have it replaced by whoever gave it; a recipe names an environment variable "
-            "(eval.server.key_env)",
+            "remove the key and replace it at its provider; recipes name an environment variable (eval.server.key_env)",
         )
     else:
         yield Finding("keys in recipes", f"none in {len(pages)} pages")
@@ -139,7 +138,7 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
         yield Finding(
             "trust_remote_code",
             f"on in {_listed(trusting)}",
-            "code that comes with the model runs with your rights: read it, pin model.revision, or leave the key out",
+            "code of the model runs with your permissions: read it and pin model.revision, or remove the key",
         )
     else:
         yield Finding("trust_remote_code", "off everywhere")
@@ -161,10 +160,10 @@ def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
         yield Finding(
             "services",
             f"without keys: {', '.join(exposed)}",
-            "whoever reaches this machine may ask: give it --keys (llmrec) or --api-key (vllm), or --host 127.0.0.1",
+            "reachable without authentication: use --keys (llmrec) or --api-key (vllm), or --host 127.0.0.1",
         )
     else:
-        yield Finding("services", "none here answers others without keys")
+        yield Finding("services", "no service is reachable without keys")
 
 
 def _option(words: Sequence[str], name: str) -> str | None:

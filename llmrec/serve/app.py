@@ -298,8 +298,8 @@ def _each(found: Sequence[Any]) -> list[Any]:
         if isinstance(result, LlmrecError):
             answers.append(schema.Failed(error=failure(result)[1]))
         elif isinstance(result, Exception):
-            log.error("a question of a batch failed that should not have", exc_info=result)
-            defect = schema.Failure(kind="defect", message="this failed inside the service; its log says where")
+            log.error("unexpected error in a request of a batch", exc_info=result)
+            defect = schema.Failure(kind="defect", message="this failed in the service; see its log")
             answers.append(schema.Failed(error=defect))
         else:
             answers.append(result)

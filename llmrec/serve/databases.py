@@ -27,7 +27,7 @@ from llmrec.machine import flush_folder
 
 VERSION = 1
 """Version of the tables."""
-MOVE = "restore a copy of it, or move it away with its log; it is left as it is"
+MOVE = "restore a backup, or move the file and its log away; it was not changed"
 """Advice for a damaged database."""
 
 _APPLICATION = 0x6C6C6D72
@@ -117,15 +117,15 @@ class Database(Protocol):
 
 # --------------------------------------------------------------------------- SQLite
 
-_LEAVE = "give the service leave to write there, or name another place"
-_ROOM = "make room on the disk and send it again; nothing of it was stored"
-_OTHER = "name another file; it is left as it is"
+_LEAVE = "give the service permission to write there, or choose another place"
+_ROOM = "make room on the disk and send it again; nothing was stored"
+_OTHER = "choose another file; this one was not changed"
 _SQLITE_MENDS: dict[int, _Mend] = {
     **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), ("damaged", MOVE)),
     **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), ("unreadable", _LEAVE)),
-    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), ("busy", "end the other program that holds it")),
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), ("busy", "end the other program that uses it")),
     sqlite3.SQLITE_FULL: ("exhausted", _ROOM),
-    sqlite3.SQLITE_IOERR: ("failed", "check the disk, its room and its file system"),
+    sqlite3.SQLITE_IOERR: ("failed", "check the disk, its free space and its file system"),
 }
 
 
@@ -242,7 +242,7 @@ class SQLite:
         if not head:
             raise self.error("empty", " is an empty file; remove it, or name another")
         if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
-            raise self.error("wrong-format", f" is no SQLite database, or its beginning is damaged; {_OTHER}")
+            raise self.error("wrong-format", f" is not an SQLite database, or its beginning is damaged; {_OTHER}")
         if int.from_bytes(head[68:72], "big") != _APPLICATION:
             raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
 
@@ -316,10 +316,12 @@ _REACH = "check the address, the user, PGPASSWORD or ~/.pgpass, and that the ser
 # By the prefix of the SQLSTATE; without one the server was not reached or disconnected.
 _POSTGRES_MENDS: dict[str, _Mend] = {
     **dict.fromkeys(("08", "28", "3D", "57P"), ("unreachable", _REACH)),
-    **dict.fromkeys(("42501", "25006", "3F"), ("unreadable", "grant the user leave to make and write tables there")),
+    **dict.fromkeys(
+        ("42501", "25006", "3F"), ("unreadable", "grant the user permission to create and write tables there")
+    ),
     **dict.fromkeys(
         ("42P01", "42P07", "42703", "42804"),
-        ("wrong-format", "its tables llmrec_… are another program's, or changed; name another database"),
+        ("wrong-format", "its tables llmrec_… belong to another program, or were changed; use another database"),
     ),
     **dict.fromkeys(("40", "55P03", "57014"), ("busy", "send it again")),
     "53": ("exhausted", "give the server room"),

@@ -171,7 +171,7 @@ class Engine:
 
 
 def _lost() -> EngineLost:
-    return EngineLost("the engine ended; it is started again, so ask again in a moment", kind="failed")
+    return EngineLost("the engine ended; it is being restarted, try again in a moment", kind="failed")
 
 
 # --------------------------------------------------------------------------- kept running
@@ -260,7 +260,7 @@ class Supervisor:
             engine = self._engine
             if engine is None:
                 why = f": {self.fault}" if self.fault else ""
-                raise EngineLost(f"the engine is starting{why}; ask again in a moment", kind="failed")
+                raise EngineLost(f"the engine is starting{why}; try again in a moment", kind="failed")
             try:
                 return engine.call(name, *arguments, listener=None if listener is None else noted)
             except EngineLost:
@@ -446,7 +446,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
     except LlmrecError as error:
         return error
     except Exception:
-        log.exception("%s failed that should not have", name)
+        log.exception("unexpected error in %s", name)
         return LlmrecError("this failed in the engine; see its log", kind="defect")
 
 
@@ -460,7 +460,7 @@ def _answered(
     except LlmrecError as fault:
         error = fault
     except Exception:
-        log.exception("a question failed that should not have")
+        log.exception("unexpected error in a request")
         error = LlmrecError("this request failed in the engine; see its log", kind="defect")
     if len(requests) == 1:
         return [error]

@@ -77,7 +77,7 @@ class Auth:
         if self._limit is not None:
             wait = self._limit.take(key.name if key else (scope.get("client") or ("",))[0])
             if wait > 0:
-                return failed(429, "busy", f"too many requests; ask again in {wait:.0f} s", after=wait)
+                return failed(429, "busy", f"too many requests; try again in {wait:.0f} s", after=wait)
         scope.setdefault("state", {})["key"] = key
         return None
 
@@ -151,7 +151,7 @@ class Plain:
         """Respond with 422, or pass the request on."""
         if scope["type"] == "http":
             if _CONTROL.search(scope["path"]):
-                refused = failed(422, "bad-value", "the address holds a control character; leave it out")
+                refused = failed(422, "bad-value", "the address contains a control character; remove it")
                 await refused(scope, receive, send)
                 return
             if scope["method"] == "HEAD":
@@ -226,7 +226,7 @@ class SameOrigin:
                 return "the request comes from a page of another site"
         local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
         if local and host and not _THIS.fullmatch(host):
-            return "this service answers to localhost alone; start it with --host"
+            return "this service accepts requests to localhost only; start it with --host"
         return None
 
 
@@ -244,7 +244,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "llmrec_request_seconds",
-            "Seconds to the end of an answer",
+            "Request latency in seconds",
             ("endpoint",),
             buckets=_SECONDS,
             registry=self._registry,
@@ -271,13 +271,13 @@ class _Load:
         load, engine = self._service.batcher.load, self._service.engine
         yield GaugeMetricFamily("llmrec_queue", "Questions that wait", load.waiting)
         yield GaugeMetricFamily("llmrec_engine_up", "Whether the engine answers", float(engine.ready))
-        yield CounterMetricFamily("llmrec_engine_starts", "Times that an engine was started", engine.starts)
-        yield CounterMetricFamily("llmrec_refused", "Questions that found the queue full", load.refused)
-        yield CounterMetricFamily("llmrec_late", "Questions that were given up", load.late)
-        yield CounterMetricFamily("llmrec_batches", "Batches that the engine was asked", sum(load.batches.values()))
+        yield CounterMetricFamily("llmrec_engine_starts", "Engine starts", engine.starts)
+        yield CounterMetricFamily("llmrec_refused", "Requests rejected because the queue was full", load.refused)
+        yield CounterMetricFamily("llmrec_late", "Abandoned requests", load.late)
+        yield CounterMetricFamily("llmrec_batches", "Batches processed by the engine", sum(load.batches.values()))
         asked = sum(size * times for size, times in load.batches.items())
-        yield CounterMetricFamily("llmrec_asked", "Questions that the engine was asked", asked)
-        yield CounterMetricFamily("llmrec_engine_seconds", "Seconds that the engine worked", load.seconds)
+        yield CounterMetricFamily("llmrec_asked", "Requests processed by the engine", asked)
+        yield CounterMetricFamily("llmrec_engine_seconds", "Seconds of engine time", load.seconds)
 
 
 class Measured:

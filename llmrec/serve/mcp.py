@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 PATH = "/mcp"
 _ABOUT = (
-    "A recommender over a closed catalogue. Items are named by their ids: find them with search_items. Whom a question "
-    f"is about, a user's id or a history of item ids tells. {DATA}"
+    "A recommender over a closed catalogue. Items are named by their ids: find them with search_items. Identify the "
+    f"user by a user id or a history of item ids. {DATA}"
 )
 
 
@@ -103,8 +103,8 @@ async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> 
     except LlmrecError as error:
         return _refused(str(error))
     except Exception:
-        log.exception("a tool failed that should not have")
-        return _refused("this call failed inside the service; its log says where")
+        log.exception("unexpected error in a tool")
+        return _refused("this call failed in the service; see its log")
     text = json.dumps(result, ensure_ascii=False)
     return protocol.CallToolResult(content=[protocol.TextContent(text=text)], structured_content=result)
 

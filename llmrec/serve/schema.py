@@ -219,7 +219,7 @@ class ModelCard(BaseModel):
 
     name: str
     kind: Literal["language model", "classic", "fusion"]
-    signature: str = Field(description="Changes with everything that can change an answer, but for the request.")
+    signature: str = Field(description="Hash of everything that can change an answer, except the request.")
     answers: list[str] = Field(
         description="rank, and families of questions about an item: rating, ctr, explanation, review, stars."
     )
@@ -245,7 +245,7 @@ class ChatBody(Body):
 
     text: Words = Field(examples=["a comedy, but not horror"])
     state: State = State()
-    model: Id | None = Field(None, description="What ranks; the default without one.")
+    model: Id | None = Field(None, description="Model that ranks; the default one if not given.")
     k: Annotated[int, Field(ge=1, le=50), NUMBER] = 5
 
 
@@ -295,7 +295,7 @@ class Removed(BaseModel):
     removed: int
 
 
-IN_MEMORY = "recommenders that read features keep what they read until the service is started again"
+IN_MEMORY = "recommenders with features keep them until the service is restarted"
 """Message on what remains of an erased user whose features a recommender has read."""
 
 
@@ -305,7 +305,7 @@ class Erased(BaseModel):
     user_id: str
     events: int
     features: int
-    remains: list[str] = Field(description="What a model was trained on stays in it until it is trained anew.")
+    remains: list[str] = Field(description="A model keeps what it was trained on until it is trained again.")
 
 
 class Health(BaseModel):

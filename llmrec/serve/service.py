@@ -171,8 +171,8 @@ class Service:
         remains += [schema.IN_MEMORY] if features else []
         if known:
             remains.append(
-                "the run's own data still holds interactions of this user, which no answer shows any more; take them "
-                "out of the table, and tune again, so that the model forgets them too"
+                "the training data of the run still contains interactions of this user, which are no longer used in "
+                "answers; remove them from the table and train again, so that the model forgets them too"
             )
         return schema.Erased(user_id=user_id, events=events, features=features, remains=remains)
 
@@ -200,10 +200,10 @@ class Service:
                 await asyncio.to_thread(self.engine.replace)
             except LlmrecError as error:
                 state = (
-                    "what answered before answers on"
+                    "the previous models stay active"
                     if self.engine.ready
-                    else "what answered before was closed, since the GPU has no room for two engines, and an engine is "
-                    "started again and again until it runs"
+                    else "the previous models were closed, because the GPU has no room for two engines; the engine is "
+                    "restarted until it runs"
                 )
                 raise EngineLost(f"{state}: {error}", kind=error.kind) from error
             catalogue = Catalogue(known.items)
@@ -221,7 +221,7 @@ class Service:
             telling = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
             await asyncio.wait({telling}, timeout=max(0.0, ends - time.monotonic()))
         if not telling.done():
-            raise TooLate("this is stored; the models know of it after what they do now", kind="exhausted")
+            raise TooLate("this is stored; the models use it after their current work", kind="exhausted")
         await telling
         return stored
 
@@ -251,9 +251,7 @@ class Service:
             raise StoreError("timed out while waiting for other writes to the store", kind="busy")
         await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic()))
         if not done.done():
-            raise TooLate(
-                "the store is slow; this may be stored or not, so look before you send it again", kind="failed"
-            )
+            raise TooLate("the store is slow; check whether this was stored before you send it again", kind="failed")
         return await done
 
     async def _finish_erasures(self) -> None:
@@ -418,7 +416,7 @@ class Conversations:
             )
 
         if self._closed:
-            raise EngineLost("the service is stopping; ask again in a moment", kind="failed")
+            raise EngineLost("the service is stopping; try again in a moment", kind="failed")
         # A turn ends when its thread is free again, not when its client disconnects.
         self._turns = {entry for entry in self._turns if not entry.done()}
         if len(self._turns) >= self._service.settings.room:
@@ -452,7 +450,7 @@ class Conversations:
             return waiting.result(self._service.settings.patience + _GRACE)
         except (TimeoutError, CancelledError) as error:
             waiting.cancel()
-            raise TooLate("the service did not answer in time; ask again", kind="exhausted") from error
+            raise TooLate("the service did not answer in time; try again", kind="exhausted") from error
 
     def _facts(self) -> tuple[Facts, Reader]:
         """Return the facts and the parser for the current catalogue."""

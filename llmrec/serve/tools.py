@@ -145,7 +145,7 @@ class ItemList(_Answer):
     """Items, best first."""
 
     items: list[ListedItem]
-    cold: bool = Field(description="Nothing was known of the user, and these are the most popular items.")
+    cold: bool = Field(description="The user is unknown; these are the most popular items.")
 
 
 class _AboutOne(_Answer):
@@ -309,7 +309,7 @@ TOOLS: Mapping[str, Tool] = {
         ),
         Tool(
             name="similar_items",
-            about="Find items that are like some items: chosen by the same users, or described in like words.",
+            about="Find similar items: chosen by the same users, or with similar texts.",
             asked=SimilarItems,
             answered=ItemList,
             verb="similar",
@@ -332,7 +332,7 @@ TOOLS: Mapping[str, Tool] = {
         ),
         Tool(
             name="explain",
-            about=f"Say why an item suits a user. {_WHOM}.",
+            about=f"Explain why an item suits a user. {_WHOM}.",
             asked=AboutItem,
             answered=ItemText,
             verb="explain",

@@ -61,7 +61,7 @@ class _About(Body):
     """Whom a question is about: a known user, a history, or both (then the history goes before the known one)."""
 
     model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
-    id: Annotated[Id, Field(description="Of the question: it decides the order of equal scores, and of labels.")] = "1"
+    id: Annotated[Id, Field(description="Seed of the request, for the order of equal scores and of labels.")] = "1"
     user_id: DataId | None = None
     history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
     profile: Prose = ""
@@ -151,7 +151,7 @@ class RankAnswer(_Answer):
     """Items, best first."""
 
     items: list[RankedItem]
-    cold: bool = Field(description="Nothing was known of the user, and the popular list was given.")
+    cold: bool = Field(description="The user is unknown; the list contains popular items.")
 
 
 async def rank(service: Service, body: RankBody) -> RankAnswer:
@@ -208,7 +208,7 @@ class ItemBody(_About):
     item: Annotated[
         ItemText | None, BeforeValidator(_no_id), Field(description="In place of item_id: an item with its own title.")
     ] = None
-    context: Fields = Field({}, description="What else is told: review, feature, headline, rating.")
+    context: Fields = Field({}, description="Additional inputs: review, feature, headline, rating.")
 
     @model_validator(mode="after")
     def _about_one(self) -> Self:
@@ -345,7 +345,7 @@ class SimilarBody(Body):
 
     item_ids: Annotated[list[DataId], Field(min_length=1, max_length=20)]
     by: Annotated[
-        Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
+        Literal["interactions", "text"], Field(description="Chosen by the same users, or with similar texts.")
     ] = "interactions"
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     rules: Rules = Rules()
@@ -594,7 +594,7 @@ VERBS: Mapping[str, Verb] = {
 def batch_of(body: type[BaseModel]) -> type[BaseModel]:
     """Return the body of several questions."""
     several = Annotated[list[body], Field(min_length=1, max_length=MOST_BATCH)]  # type: ignore[valid-type]
-    doc = "Several questions; each is answered, or fails, by itself."
+    doc = "Several requests; each succeeds or fails independently."
     return create_model(body.__name__.replace("Body", "Batch"), __base__=Body, __doc__=doc, requests=(several, ...))
 
 
@@ -602,4 +602,4 @@ def batch_of(body: type[BaseModel]) -> type[BaseModel]:
 def answers_of(answer: type[BaseModel]) -> type[BaseModel]:
     """Return the answers to several questions."""
     several = list[answer | Failed]  # type: ignore[valid-type]
-    return create_model(f"{answer.__name__}s", __doc__="One an asked question, in order.", answers=(several, ...))
+    return create_model(f"{answer.__name__}s", __doc__="One per request, in order.", answers=(several, ...))

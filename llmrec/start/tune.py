@@ -104,7 +104,7 @@ def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
         )
     keys = [space.key for space in result]
     if len(set(keys)) < len(keys):
-        raise RecipeError(f"--over: a key is given twice:  {', '.join(keys)}", kind="duplicate", column="--over")
+        raise RecipeError(f"--over: a key is given twice: {', '.join(keys)}", kind="duplicate", column="--over")
     return result
 
 
@@ -265,7 +265,7 @@ def told(result: TuneResult) -> str:
     """Return the result as text."""
     values = ", ".join(in_words(result.chosen))
     first = "" if result.first is None else f"; the recipe as it is: {result.first:.4f}"
-    broken = f", {result.failed} of them broke" if result.failed else ""
+    broken = f", {result.failed} of them failed" if result.failed else ""
     verdict = (
         f"best of {result.trials} trials{broken}: {result.metric} {result.best:.4f} on validation users with {values}"
         f"{first}"

@@ -500,13 +500,13 @@ def test_a_file_without_leave_is_one_error() -> None:
         with opened(folder / "s.db"):
             pass
         (folder / "s.db").chmod(0o000)
-        with raises(LlmrecError, Facts("unreadable", "s.db", says="leave")):
+        with raises(LlmrecError, Facts("unreadable", "s.db", says="permission")):
             ServiceStore.open(str(folder / "s.db"))
         (folder / "s.db").chmod(0o400)
         with raises(LlmrecError, Facts("unreadable", "s.db")), opened(folder / "s.db") as store:
             store.add_events([event("a")])
         folder.chmod(0o555)
-        with raises(LlmrecError, Facts("unreadable", "t.db", says="leave")):
+        with raises(LlmrecError, Facts("unreadable", "t.db", says="permission")):
             ServiceStore.open(str(folder / "t.db"))
 
 
