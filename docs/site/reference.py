@@ -210,8 +210,10 @@ _RESULTS = (
     "llmrec.start.tune:TuneResult",
     "llmrec.exports.export:Exported",
     "llmrec.answer.loaded:Loaded",
+    "llmrec.answer.loaded:Ranked",
     "llmrec.answer.loaded:Scored",
     "llmrec.evaluate.scoring:Scores",
+    "llmrec.metrics.functions:Metric",
     "llmrec.errors:LlmrecError",
 )
 # Methods of results for other parts of llmrec.
@@ -247,8 +249,13 @@ def functions() -> str:
     """Return the reference of the public functions, of what they return, and of the interfaces of plug-ins."""
     public = [(name, getattr(llmrec, name)) for name in llmrec.__all__ if name[0].islower()]
     lines = ["## Functions\n"]
-    for name, function in public:
-        lines.extend([f"### `llmrec.{name}`\n", *_call(name, function), *_documented(function)])
+    for name, member in public:
+        lines.append(f"### `llmrec.{name}`\n")
+        if inspect.ismodule(member):
+            names = ", ".join(f"`{inside}`" for inside in dir(member))
+            lines.extend([*_documented(member), f"Names: {names}\n"])
+        else:
+            lines.extend([*_call(name, member), *_documented(member)])
     lines.append("## Results and errors\n")
     for address in _RESULTS:
         lines.extend(_class(address, "###"))
