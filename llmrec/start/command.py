@@ -47,7 +47,7 @@ def auto(options: AutoOptions) -> None:
     made = autos.build(options, say=note)
     store_facts(**autos.record(made, options))
     console().print(metrics_table(results_of(made.run.results)))
-    say(autos.told(made))
+    say(f"\n{autos.told(made)}")
 
 
 def tune(options: TuneOptions) -> None:
