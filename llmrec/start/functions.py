@@ -241,7 +241,7 @@ def fit(
             with a recipe that names its data.
         items: Items as a frame or the path of a table, one row per item.
         model: One of: ``"auto"``, the best ensemble that `llmrec.auto` finds within the budget; the name of a baseline
-            (docs/baselines.md), such as ``"transitions-tuned"`` or ``"sasrec"``; a baseline, such as
+            (docs/baselines-and-ensembles.md), such as ``"transitions-tuned"`` or ``"sasrec"``; a baseline, such as
             ``llmrec.baselines.ItemKNN(history=5)``; or a recipe as `llmrec.run` takes it, such as the path of a file.
             A baseline learns from all interactions; the others hold some out, on which they are measured.
         budget: Wall time of ``"auto"``, such as ``"90s"``, ``"5m"`` or ``"2h"``.

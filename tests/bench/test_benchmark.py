@@ -297,4 +297,4 @@ def test_an_ensemble_costs_what_its_members_cost() -> None:
     text = own_pages(result("HR@1", [joined, model, other, row("markov", 0, 0.3, arm="baseline")]), {})["b.md"]
     costs = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in text.splitlines() if line[:2] == "| "}
     assert costs["fusion with models · list · tuned"] == costs["label · list · tuned"] == "500"
-    assert "An ensemble costs what its members cost." in text
+    assert "The cost of an ensemble is the sum over its members." in text

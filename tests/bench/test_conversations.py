@@ -118,7 +118,7 @@ def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.Mon
     assert alone["tokens_a_turn"] == 0 < held["tokens_a_turn"] and held["conversations"] == 6
     assert found["pairs"][0]["n"] == 6
     page = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
-    assert "rules, graded by a model: `a model` grades the first items of each list." in page
+    assert "rules, graded by a model: the first items of each list are reranked by `a model`." in page
     assert "tools are chosen by" not in page
 
 

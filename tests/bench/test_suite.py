@@ -91,7 +91,7 @@ def test_a_row_can_have_fewer_seeds_and_the_page_says_so(tmp_path: Path) -> None
         name: 1 if name in few else 2 for name in ("all seeds", "one seed", "with all seeds", "with one seed")
     }
     assert {row["name"] for row in ran.results.as_json()["rows"] if row.get("fewer_seeds")} == few
-    assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.files["page"].read_text("utf-8")
+    assert "because they have fewer than 3 training seeds: one seed (1), with one seed (1)." in ran.files["page"].read_text("utf-8")
 
 
 def test_users_are_counted_where_each_has_several_held_out_interactions() -> None:
@@ -340,7 +340,7 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     assert some.unrun == 2 and pair.p is not None and pair.p_raw is not None
     assert pair.p == pytest.approx(min(1.0, 3 * pair.p_raw))
     board = page_of(some)
-    assert "Not run: markov, both; 2 planned comparisons with them count in the correction" in board
+    assert "Not run: markov, both. The Holm correction counts 2 planned comparisons with them as if tested" in board
     # The rest is run later, and what was run is not run again.
     whole = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
     assert len(whole.pairs) == 3 and whole.unrun == 0 and not whole.skipped
