@@ -29,6 +29,13 @@ from llmrec.records import (
 from llmrec.registry import lower
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
+
+
+def arm_name(arm: str) -> str:
+    """Return the displayed name of a setting; ``tuned`` is shown as ``fine-tuned``."""
+    return "fine-tuned" if arm == "tuned" else arm
+
+
 Verdict = Literal["shown", "not shown", "contradicted"]
 
 Reads = Literal["events", "texts", "language model"]
@@ -200,8 +207,8 @@ class Setting(Record):
 
     @property
     def label(self) -> str:
-        """The label of the row within its task, such as ``tuned · likelihood · continue-list``."""
-        parts = [] if self.arm == "baseline" else [self.arm]
+        """The label of the row within its task, such as ``fine-tuned · likelihood · continue-list``."""
+        parts = [] if self.arm == "baseline" else [arm_name(self.arm)]
         return " · ".join([*parts, self.predictor, *([self.template.rpartition("/")[2]] if self.template else [])])
 
 

@@ -16,7 +16,7 @@ from llmrec.records import Record
 from llmrec.report.escape import flat, without_surrogates
 
 AUDIT = "audit.json"
-VERDICT = "This run leaks, so it gets no table."
+VERDICT = "This run leaks held-out data, so its report has no results."
 # The most serious findings come first.
 _ORDER = ("leak", "notice", "clean")
 
@@ -78,7 +78,7 @@ def audit_sentence(lines: Sequence[AuditLine]) -> str:
 
     leaks, notices = (sum(line.verdict == verdict for line in lines) for verdict in ("leak", "notice"))
     counts = f"{many(len(lines), 'check')}, {many(leaks, 'leak')}, {many(notices, 'notice')}"
-    return f"{counts}. Held-out data was looked for wherever it could enter training or prompts."
+    return f"{counts}. The audit searches training data and prompts for held-out data."
 
 
 def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:

@@ -33,19 +33,19 @@ _NAMES = (
     (r"count:from-(\d+)", "Targets with {0} training interactions or more"),
     (r"words:(\d+)-(\d+)", "Targets with {0} to {1} words of title and fields"),
     (r"words:from-(\d+)", "Targets with {0} words of title and fields or more"),
-    (r"history:(\d+)-(\d+)", "History of {0} to {1} events"),
-    (r"history:from-(\d+)", "History of {0} events or more"),
+    (r"history:(\d+)-(\d+)", "History of {0} to {1} interactions"),
+    (r"history:from-(\d+)", "History of {0} interactions or more"),
     (r"activity:(\d+)-(\d+)", "Users with {0} to {1} training interactions"),
     (r"activity:from-(\d+)", "Users with {0} training interactions or more"),
-    (r"age:quarter-1", "Asked soonest after training: the first quarter of held-out interactions"),
-    (r"age:quarter-([23])", "Asked later: quarter {0} of 4"),
-    (r"age:quarter-4", "Asked last: the last quarter of held-out interactions"),
+    (r"age:quarter-1", "Soonest after training: first quarter of held-out interactions"),
+    (r"age:quarter-([23])", "Later: quarter {0} of held-out interactions"),
+    (r"age:quarter-4", "Latest: last quarter of held-out interactions"),
     (r"user:([^:=]+)=([^:=]+)", "Users with {0}: {1}"),
     (r"user:([^:=]+):other", "Users with a less frequent {0}"),
     (r"user:([^:=]+):below-([^:=]+)", "Users with {0} below {1}"),
     (r"user:([^:=]+):([^:=]+)-to-([^:=]+)", "Users with {0} from {1} to below {2}"),
     (r"user:([^:=]+):from-([^:=]+)", "Users with {0} from {1} on"),
-    (r"user:([^:=]+):none", "Users whose {0} is not given"),
+    (r"user:([^:=]+):none", "Users without {0}"),
 )
 
 
@@ -257,11 +257,12 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
     if not tested:
         return ()
     if not biased:
-        return ("No language-model row is shown to depend on where the target stands among its candidates.",)
+        return ("No language model has a significant position bias.",)
     result = (
-        f"Position bias: where the target stands among its candidates changes its rank in {_named(biased, tested)}."
+        "Significant position bias (the position of the target among its candidates changes its rank): "
+        f"{_named(biased, tested)}."
     )
-    return (result, *([f"No such bias is shown for {_named(others, tested)}."] if others else []))
+    return (result, *([f"No significant position bias: {_named(others, tested)}."] if others else []))
 
 
 def bias_words(bias: PositionBias) -> str:
@@ -294,7 +295,7 @@ def _explained(biases: Sequence[PositionBias]) -> str:
     p = p_value(max(known, default=None))
     is_p = p if p[0] in f"<{DASH}" else f"= {p}" if len(known) == 1 else f"at most {p}"
     return (
-        f"it explains {_ends(shares, _percent)} of the variance of the rank, {_ends(chances, _percent)} expected by "
+        f"{_ends(shares, _percent)} of the variance of the rank, {_ends(chances, _percent)} expected by "
         f"chance; rank correlation {_ends(rhos, _signed)}; corrected p {is_p}"
     )
 

@@ -21,7 +21,7 @@ from llmrec.report.canvas import (
     text_width,
 )
 from llmrec.report.plots import Bars, CostPlot, Differences, Forest, Lines, Panel, Plot, Positions, Series
-from llmrec.results import Verdict
+from llmrec.results import Verdict, arm_name
 
 
 def pictures(plot: Plot) -> tuple[Canvas, Canvas]:
@@ -80,7 +80,7 @@ def differences(plot: Differences, width: float) -> Canvas:
         middle = upper + 36
         if row["detectable"]:
             left, right = scale(-row["detectable"]), scale(row["detectable"])
-            title = "Shaded: a true difference this small would often be missed"
+            title = "Shaded: below the minimum detectable effect"
             canvas.box(left, middle - 11, right - left, 22, "band", title=title)
         canvas.text(_MARGIN, upper + 15, row["label"], "name halo", width=width - 2 * _MARGIN)
         look, title = _LOOKS[row["verdict"]], f"{row['label']}: {row['beside']}: {row['text']}"
@@ -126,7 +126,7 @@ def forest(plot: Forest, width: float) -> Canvas:
 
 def settings(canvas: Canvas, arms: Sequence[str]) -> None:
     """Draw the legend of settings along the top."""
-    legend(canvas, [(arm, form, arm) for arm, form in MARKS.items() if arm in arms], _MARGIN)
+    legend(canvas, [(arm_name(arm), form, arm) for arm, form in MARKS.items() if arm in arms], _MARGIN)
 
 
 def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) -> None:

@@ -51,7 +51,7 @@ def usage_of(found: Diagnostics) -> list[Usage]:
 
 def _panel(level: Level, items: int) -> Usage:
     return {
-        "title": flat(f"items of each {index_summary.level_title(level)}"),
+        "title": flat(f"items per {index_summary.level_title(level)}"),
         "counts": list(level.counts),
         "available": level.available,
         "even": sum(level.counts) / level.available,
@@ -66,13 +66,13 @@ def branching_of(depths: Sequence[Depth]) -> list[Branching]:
     lengths = [depth.length for depth in depths]
     return [
         {
-            "title": "items under a prefix",
+            "title": "items with the prefix",
             "x": lengths,
             "mean": [depth.items for depth in depths],
             "most": [depth.most_items for depth in depths],
         },
         {
-            "title": "tokens that may follow a prefix",
+            "title": "possible next tokens",
             "x": lengths,
             "mean": [depth.fan_out for depth in depths],
             "most": [depth.most_fan_out for depth in depths],

@@ -18,41 +18,40 @@ FOLDER, DIAGNOSTICS, NEIGHBOURS = "index", "diagnostics.json", "neighbours.json"
 """The index folder of a run, and its files of figures and of groups of similar items."""
 
 SCHEMES: Mapping[str, str] = {
-    "title": "An item is written as its title. Of items that share one, each is told apart by a field in brackets, "
-    "or by a number.",
-    "random": "An item is written as a number dealt at random. It says nothing about the item, and the tokenizer cuts "
-    "it as it likes, so items share pieces that mean nothing.",
-    "sequential": "An item is written as a number. Numbers are dealt in the order in which items first appear in the "
-    "users' training histories: what one user chose one after another has neighbouring numbers.",
-    "token": "An item is one new token of its own. Items share nothing: what the model knows of one, it learned from "
-    "training interactions with it.",
-    "collaborative": "Items that the same users chose stand together in a tree, cut again and again. A code is the "
-    "path to an item, and ends with a token that tells the items of a leaf apart.",
-    "semantic": "An item's text becomes a vector, and each token of the code says more exactly where that vector lies: "
-    "items of similar text share their first tokens, and items of one code are told apart.",
-    "category": "A code is the path of an item's categories, most general first, and ends with a token that tells the "
-    "items of one category apart.",
-    "external": "The codes were read from a file; nothing is known here of how they were found.",
+    "title": "Each item is written as its title. Items with the same title get a field in brackets or a number.",
+    "random": "Each item is written as a random number. The number has no meaning, and the tokenizer splits it into "
+    "pieces that unrelated items share.",
+    "sequential": "Each item is written as a number. Numbers follow the order of first appearance in the training "
+    "histories of users, so consecutive items of a user have close numbers.",
+    "token": "Each item is one new token. Items share no tokens, so the model learns each item from its training "
+    "interactions.",
+    "collaborative": "Items are clustered hierarchically by co-occurrence in user histories. An ID is the path of an "
+    "item in the tree, followed by a token that distinguishes the items of a leaf.",
+    "semantic": "The text embedding of an item is quantised: each token of the ID refines it, so items with similar "
+    "texts share their first tokens. Items with the same tokens get another last token.",
+    "category": "An ID is the category path of an item, most general category first, followed by a token that "
+    "distinguishes the items of a category.",
+    "external": "The IDs were read from a file.",
 }
-HYBRID = "The last token belongs to the item alone (hybrid)."
+HYBRID = "The last token is unique to the item (hybrid)."
 
 # Key of a figure in a scheme -> its name on the page, and its format.
 _FIGURES = {
-    "collisions": ("Items that shared a code before repair", share),
-    "largest_bucket": ("Most items of one code before repair", count),
-    "moved": ("Items that repair gave another last token", share),
+    "collisions": ("Items with a duplicate ID before repair", share),
+    "largest_bucket": ("Largest number of items with one ID before repair", count),
+    "moved": ("Items with another last token after repair", share),
     "leaves": ("Leaves of the tree", count),
-    "largest_leaf": ("Most items of a leaf", count),
-    "paths": ("Paths of categories", count),
-    "largest_path": ("Most items of a path", count),
+    "largest_leaf": ("Largest leaf, items", count),
+    "paths": ("Category paths", count),
+    "largest_path": ("Largest category path, items", count),
     "unfiled": ("Items without a category", count),
-    "depth": ("Most tokens before the last one", count),
-    "isolated": ("Items that nobody chose along with another", count),
+    "depth": ("Largest depth without the last token", count),
+    "isolated": ("Items without co-occurrences", count),
     "untrained": ("Items without training interactions", count),
-    "inside": ("Pairs of one user's items that share a leaf", share),
-    "spare": ("Codes in the file for items that the data lacks", count),
-    "longest": ("Most pieces of a code", count),
-    "mse": ("Squared error of quantisation, of the vectors' squared length", share),
+    "inside": ("Item pairs of a user in the same leaf", share),
+    "spare": ("IDs in the file for unknown items", count),
+    "longest": ("Longest ID, pieces", count),
+    "mse": ("Quantisation error, relative to the squared norm", share),
 }
 
 
@@ -78,20 +77,20 @@ def key_figures(found: Diagnostics) -> dict[str, str]:
     """Return the key figures by name, in display order."""
     rows = {"Items": count(found.items)}
     if found.pieces is not None:
-        rows |= {"New tokens": count(found.tokens), "Tokens of a code": spread(found.pieces)}
+        rows |= {"New tokens": count(found.tokens), "Tokens per ID": spread(found.pieces)}
     if found.characters is not None:
-        rows["Characters of a code"] = spread(found.characters)
+        rows["Characters per ID"] = spread(found.characters)
     if found.first_words is not None:
         first = found.first_words
         common = f"most frequent: {flat(first.common)}, of {count(first.items)} items"
         rows["Different first words"] = f"{count(first.different)}; {common}"
     rows |= {name: text for name, text in map(_figure, found.figures.items()) if name}
     if found.bucket is not None:
-        rows["Most codes that differ in the last token alone"] = count(found.bucket)
-    rows["Duplicate codes"] = count(found.duplicates)
-    what = "Codes that are the start of another"
+        rows["Largest number of IDs that differ only in the last token"] = count(found.bucket)
+    rows["Duplicate IDs"] = count(found.duplicates)
+    what = "IDs that are a prefix of another ID"
     # A line break ends a text code, so a code may be a prefix of another.
-    rows[what] = f"{count(found.begun)}{' (the end of the line tells them apart)' if found.begun else ''}"
+    rows[what] = f"{count(found.begun)}{' (the line break separates them)' if found.begun else ''}"
     if found.tokens and found.begun:
         rows[what] = f"{count(found.begun)}: not prefix-free"
     return rows
@@ -125,7 +124,7 @@ def line(run_dir: Path) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    text = f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew"
+    text = f"{path}: cannot be read ({flat(str(error))}); run the recipe again"
     return DataError(text, kind="damaged", at=path)
 
 
@@ -158,12 +157,12 @@ def line_of(found: Mapping[str, Any]) -> str:
     shown = spread(Spread(least=int(length["least"]), mean=float(length["mean"]), most=int(length["most"])))
     unit = "tokens" if found["pieces"] else "characters"
     parts = [f"scheme {flat(str(found['scheme']))}", f"{count(int(found['items']))} items"]
-    parts.append(f"{unit} of a code: {shown}")
+    parts.append(f"{unit} per ID: {shown}")
     if found["tokens"]:
         parts.append(f"{count(int(found['tokens']))} new tokens")
     levels = [f"{rough(float(level['perplexity']))} of {count(int(level['available']))}" for level in found["levels"]]
     if levels:
         parts.append(f"perplexity by level: {', '.join(levels)}")
     if found["collisions"] is not None:
-        parts.append(f"shared a code before repair: {share(float(found['collisions']))}")
+        parts.append(f"duplicate IDs before repair: {share(float(found['collisions']))}")
     return "; ".join(parts)

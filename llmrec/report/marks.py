@@ -62,10 +62,10 @@ def legend(results: Results, task: str) -> str:
     if not has_marks(results, task):
         return ""
     control = best_baseline(results, task)
-    against = f", and with that of the best baseline, {label(control)}" if control else ""
+    against = f" and with the best baseline, {label(control)}" if control else ""
     return (
-        f"Marks compare the {results.headline[task]} of a language-model row with that of the zero-shot row of the "
-        f"same strategy and template{against}. Only planned comparisons have marks."
+        f"Marks compare the {results.headline[task]} of a language model with zero-shot (same scoring method and "
+        f"template){against}. Only planned comparisons have marks."
     )
 
 
@@ -86,9 +86,9 @@ def rule(results: Results) -> str:
         return ""
     pairs = "the only planned comparison" if len(result) == 1 else f"all {len(result)} planned comparisons"
     return (
-        f"Significantly better or worse: p, corrected by Holm's method over {pairs}, is at most .05. No significant "
-        "difference: this run cannot tell, which does not mean equal. Each interval is at the level of its Holm step, "
-        "so that it leaves out 0 exactly if p is at most .05."
+        f"Significantly better or worse: the p-value, Holm-corrected over {pairs}, is at most .05. No significant "
+        "difference does not mean that both are equal. Intervals are corrected too: they exclude 0 exactly if p is "
+        "at most .05."
     )
 
 

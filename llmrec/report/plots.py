@@ -229,10 +229,10 @@ def differences(results: Results) -> Differences:
     matches = [summary.headline(results, task) for task in results.tasks]
     matches = [entry for entry in matches if entry.difference is not None and entry.difference.value is not None]
     metrics = {entry.metric for entry in matches}
-    unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the control's figure"
+    unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the baseline"
     rows = [_difference(entry, share=len(metrics) > 1) for entry in matches]
     turned = sorted(flat(metric) for metric in metrics if lower(metric))
-    sides = f"better → ({listed(turned)} turned: lower is better)" if turned else "better →"
+    sides = f"better → ({listed(turned)}: sign reversed, lower is better)" if turned else "better →"
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
 
 
@@ -285,7 +285,7 @@ def losses(results: Results) -> Lines:
         series.append(_series(f"valid: {title(name)}", "valid", points))
     # A preference loss is a mean over lists, and the loss of rewards is that of a policy gradient.
     other = results.training is not None and (results.training.figured or any(line.reward for line in log))
-    return {"kind": "lines", "unit": "loss" if other else "loss, nats a token", "series": series}
+    return {"kind": "lines", "unit": "loss" if other else "loss, nats per token", "series": series}
 
 
 def figured(training: Training, name: str) -> Lines:
@@ -316,7 +316,7 @@ def rewards(training: Training) -> Lines:
     names = {
         "mean reward": "reward",
         "groups with the true item": "hit",
-        "groups without any advantage": "zero",
+        "groups without an advantage": "zero",
         "divergence, nats": "kl",
     }
     made = [(line.step, line.reward) for line in training.log if line.reward is not None]
@@ -324,7 +324,7 @@ def rewards(training: Training) -> Lines:
         _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in made])
         for label, name in names.items()
     ]
-    return {"kind": "lines", "unit": "a step's rollouts", "series": series}
+    return {"kind": "lines", "unit": "rollouts per step", "series": series}
 
 
 def speed(results: Results) -> Lines:

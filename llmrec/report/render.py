@@ -26,7 +26,7 @@ from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.canvas import Canvas
 from llmrec.report.charts import pictures
 from llmrec.report.plots import plots
-from llmrec.results import Results
+from llmrec.results import Results, arm_name
 
 _HERE = Path(__file__).resolve().parent
 Reasons = Mapping[str, Mapping[str, int]]
@@ -197,6 +197,6 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
     found.filters.update(
         label=wording.label, title_of=wording.title, short_template=wording.short_template, clip=facts.clip,
         answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure, outcome=wording.outcome,
-        outcome_of=wording.outcome_of, coverage=wording.coverage,
+        outcome_of=wording.outcome_of, coverage=wording.coverage, arm_name=arm_name,
     )  # fmt: skip
     return found

@@ -70,8 +70,8 @@ def check(results: Results, *, source: str = "results.json") -> None:
             )
         if not any(row.arm == "baseline" for row in rows):
             raise LlmrecError(
-                f"{source}: task {task!r} has no row with setting 'baseline', and a result without its controls means "
-                f"nothing; list some under tasks.{task}.baselines in the recipe and evaluate again",
+                f"{source}: task {task!r} has no row with setting 'baseline', so its results cannot be compared with a "
+                f"baseline; list some under tasks.{task}.baselines in the recipe and evaluate again",
                 kind="missing-value",
                 at=source,
                 column=f"tasks.{task}.baselines",
@@ -88,8 +88,8 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
     lacking = missing_controls(task, there) if is_family(task) else []
     if lacking or not there:
         raise LlmrecError(
-            f"{source}: task {task!r} lacks the controls {', '.join(lacking) or 'of any kind'}, measured by its "
-            f"headline metric {metric!r}, so there is nothing to hold the other rows against; name them under "
+            f"{source}: task {task!r} lacks the baselines {', '.join(lacking) or '(any)'} with its "
+            f"headline metric {metric!r}, so other models cannot be compared with a baseline; list them under "
             f"tasks.{task}.baselines in the recipe and evaluate again",
             kind="missing-value",
             at=source,
@@ -369,7 +369,7 @@ def failure_reasons(
         if total[row.id] != row.n:
             raise DataError(
                 f"{path}: holds {total[row.id]} predictions of row {row.id!r}, results.json says n = {row.n}; the two "
-                f"files are not of one run. {fix}",
+                f"files are from different runs. {fix}",
                 kind="mismatch",
                 at=path,
             )

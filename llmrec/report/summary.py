@@ -118,15 +118,15 @@ def question(results: Results, found: Iterable[Headline]) -> str:
     if any(row.arm != "baseline" for row in results.rows):
         return "Is the model better than the best baseline?"
     if any(entry.served and entry.model is not None and entry.model.fusion is None for entry in found):
-        return "Is the recommender that is served better than the best other one?"
-    return "Is the fusion better than the best single recommender?"
+        return "Is the served recommender better than the best other one?"
+    return "Is the ensemble better than the best single recommender?"
 
 
 def sentence(found: Headline) -> str:
     """Return a sentence on whether the model beats the control, with difference and interval."""
     if found.model is None or found.control is None:
-        lacking = "language-model row or fusion" if found.model is None else "control"
-        return f"There is no {lacking} with a figure for {found.metric}."
+        lacking = "language model or ensemble" if found.model is None else "baseline"
+        return f"No {lacking} has a value for {found.metric}."
     model, control = found.names
     if found.difference is None:
         figures = [number(row.metrics[found.metric].value) for row in (found.model, found.control)]
@@ -199,8 +199,8 @@ def added(results: Results) -> str:
             nothing = ", with weight 0" if unweighed(results, result.a) else ""
             parts.append(f"{stated(result)} in {title(task)}{nothing}, {outcome(result.verdict)}")
     if not parts:
-        return "What the tuned model adds to an ensemble of the classic recommenders was not measured (eval.fusion)."
-    return f"Added to the ensemble of the classic recommenders, the tuned model changes it by {'; by '.join(parts)}."
+        return "The contribution of the fine-tuned model to an ensemble of baselines was not measured (eval.fusion)."
+    return f"Adding the fine-tuned model to the ensemble of the baselines: {'; '.join(parts)}."
 
 
 def caution(results: Results, name: Callable[[str], str] = title) -> str:
@@ -219,7 +219,7 @@ def caution(results: Results, name: Callable[[str], str] = title) -> str:
         f"fewer than {USERS} users for {listed(few)}" if few else "",
     ]
     reasons = ", and ".join(filter(None, short))
-    return f"Exploratory, with {reasons}." if reasons else ""
+    return f"Exploratory: {reasons}." if reasons else ""
 
 
 def few_users(results: Results, task: str) -> bool:
@@ -252,7 +252,7 @@ def brought(results: Results, task: str) -> str:
     if result.control is not None and result.difference is not None:
         reached += f". {in_words(result.difference, *result.names)}: {stated(result.difference)}"
     elif result.control is not None:
-        reached += f", that of {result.names[1]} {number(result.control.metrics[metric].value)}"
+        reached += f"; {result.names[1]} has {number(result.control.metrics[metric].value)}"
     return " ".join(filter(None, (_choice(results, task), f"{reached}.", _parts(row, results))))
 
 
@@ -264,9 +264,9 @@ def _choice(results: Results, task: str) -> str:
     short = short_names(with_figures(results, task))
     figures = sorted(choice.figures.items(), key=lambda entry: -entry[1])
     beside = next(((name, value) for name, value in figures if name != choice.row), None)
-    after = f"; next is {short.get(beside[0], beside[0])}, {beside[1]:.4f}" if beside else ""
+    after = f"; the second best is {short.get(beside[0], beside[0])}, {beside[1]:.4f}" if beside else ""
     return (
-        f"{short.get(row.id, label(row))} is served: of {len(figures)} recommenders it has the best {choice.metric} on "
+        f"{short.get(row.id, label(row))} is served: it has the best {choice.metric} of {len(figures)} recommenders on "
         f"{count(choice.users)} validation users, {choice.value:.4f}{after}."
     )
 
@@ -285,9 +285,9 @@ def _parts(row: Row, results: Results) -> str:
     rest = len(parts) - len(gains)
     if not parts:
         return ""
-    what = f"What it loses without a part, on validation users: {listed(gains)}" if gains else ""
-    several = "one part could" if rest == 1 else f"{rest} parts could each"
-    others = f"{several} be left out without a loss that shows" if rest else ""
+    what = f"Validation loss without one member: {listed(gains)}" if gains else ""
+    several = "one member could" if rest == 1 else f"{rest} members could each"
+    others = f"{several} be removed without a significant loss" if rest else ""
     text = "; ".join(filter(None, (what, others)))
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -300,23 +300,23 @@ def _short_parts(row: Row, results: Results) -> list[tuple[Row, str]]:
 
 def _what_ran(results: Results) -> str:
     main, training = results.data.get("main"), results.training
-    where, how = "", "was not tuned"
+    where, how = "", "was not fine-tuned"
     if main:
         size = f"{count(main.users)} users, {count(main.items)} {visible(main.noun)}"
         where = f" on {visible(main.name)} ({size})"
     if training:
-        how = f"was tuned ({training.method}, {count(training.steps)} steps, {duration(training.seconds)})"
+        how = f"was fine-tuned ({training.method}, {count(training.steps)} steps, {duration(training.seconds)})"
     several = "one task" if len(results.tasks) == 1 else f"{len(results.tasks)} tasks"
     if not _asks(results):
-        return f"Classic recommenders alone were measured{where} in {several}; no language model was run."
-    return f"{visible(results.model_name or 'The model')} {how} and measured{where} in {several}."
+        return f"Baselines were evaluated{where} on {several}, without a language model."
+    return f"{visible(results.model_name or 'The model')} {how} and evaluated{where} on {several}."
 
 
 def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
     """Return the verdicts of tuned against zero-shot rows, with their tasks."""
     tested = [result for result in verdicts if result.tuned and result.tuned.verdict is not None]
     if not tested:
-        return "No comparison of tuned with zero-shot rows was planned."
+        return "No comparison of fine-tuned and zero-shot was planned."
     names: tuple[Verdict, ...] = ("shown", "contradicted", "not shown")
     groups = {
         name: [title(result.task) for result in tested if result.tuned and result.tuned.verdict == name]
@@ -324,13 +324,13 @@ def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
     }
     several = "the only task" if len(tested) == 1 else f"{len(tested)} tasks"
     parts = [f"{outcome(name)} in {listed(result)}" for name, result in groups.items() if result]
-    return f"Tuned against zero-shot, over {several}: {'; '.join(parts)}."
+    return f"Fine-tuned vs. zero-shot, {several}: {'; '.join(parts)}."
 
 
 def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
     ahead = [result for result in verdicts if result.control_leads]
     if not ahead:
-        return "No classic baseline is ahead of the best language-model row in any task."
+        return "No baseline is better than the best language model in any task."
     named = [f"{title(result.task)} ({label(result.best)})" for result in ahead if result.best]
     several = "the only task" if len(verdicts) == 1 else f"{len(ahead)} of {len(verdicts)} tasks"
-    return f"A baseline is ahead of every language-model row in {several}: {listed(named)}."
+    return f"A baseline is better than every language model in {several}: {listed(named)}."

@@ -158,7 +158,7 @@ def _task_table(results: Results, task: str) -> Table:
     # A figure that all rows share, without failures, needs no column.
     parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
     table = table_of(title(task), undefined(results, task))
-    table.add_column("Row", overflow="fold")
+    table.add_column("Model", overflow="fold")
     for index, name in enumerate(names):
         table.add_column(plain(name), justify="right", no_wrap=True)
         if index == 0:

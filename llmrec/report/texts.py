@@ -32,16 +32,16 @@ def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
     """Return which questions show the extra information; empty if all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:
-        return "shown by no question"
-    return "" if set(templates) <= set(fact.by) else f"shown by {listed([_bare(name) for name in fact.by])}"
+        return "in no prompt"
+    return "" if set(templates) <= set(fact.by) else f"in the prompts of {listed([_bare(name) for name in fact.by])}"
 
 
 def about_choice(results: Results, found: Sequence[Sample]) -> str:
     """Return a sentence on the number of sample requests and how they were chosen."""
     asked = max((row.n for row in results.rows if row.task == found[0].task), default=len(found))
     if len(found) >= asked:
-        return f"All {len(found)} requests, in an order drawn by the seed." if asked > 1 else "The only request."
-    return f"{len(found)} of {asked} requests, drawn by the seed and not by how good an answer is."
+        return f"All {len(found)} requests, in random order." if asked > 1 else "The only request."
+    return f"{len(found)} of {asked} requests, a random sample."
 
 
 def who(sample: Sample) -> str:

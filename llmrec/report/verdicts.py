@@ -27,7 +27,7 @@ from llmrec.report.wording import (
     verdict,
     with_figures,
 )
-from llmrec.results import Results, Row, Verdict
+from llmrec.results import Results, Row, Verdict, arm_name
 
 WIDTH = 80
 STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
@@ -52,7 +52,7 @@ def metrics_table(results: Results) -> Table:
     made.title = None
     made.add_column("Task and metric", overflow="fold")
     for arm in arms or ["ensemble"]:
-        made.add_column(arm.replace("-", "\n"), justify="right", no_wrap=True)
+        made.add_column(arm_name(arm).replace("-", "\n"), justify="right", no_wrap=True)
     made.add_column("best baseline" if asks else "best single", justify="right", overflow="fold")
     made.add_column("difference", justify="right", no_wrap=True)
     for task, result in firsts.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmrec.registry import is_family, lower
 from llmrec.report.escape import flat, visible
-from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Verdict
+from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Verdict, arm_name
 from llmrec.tasks.family import family_of
 
 USERS, SEEDS = 200, 3
@@ -16,12 +16,12 @@ DASH = "–"
 UNDEFINED = "undefined"
 NOT_EVALUATED = "not evaluated"
 DETECTABLE = (
-    "Detectable: the smallest true difference that the comparison would find in 80 of 100 repetitions. No significant "
-    "difference does not mean equal."
+    "Minimum detectable effect: the smallest true difference that the test would find with 80 % power. No significant "
+    "difference does not mean that both are equal."
 )
 EXPLORATORY = (
-    "Exploratory: not planned beforehand, so that these differences have unadjusted 95 % intervals, no p and no "
-    "verdict; they suggest what to test and prove nothing."
+    "Exploratory comparisons were not planned. Their 95 % intervals are unadjusted, and they have no p-value and no "
+    "verdict: use them to choose what to test next, not as evidence."
 )
 _OUTCOMES: dict[Verdict, str] = {
     "shown": "significantly better",
@@ -31,22 +31,22 @@ _OUTCOMES: dict[Verdict, str] = {
 
 
 KINDS: Mapping[Reads | None, str] = {
-    "events": "events alone",
-    "texts": "texts too, by an encoder that is not trained here",
-    "language model": "a language model or fine-tuned text encoder",
+    "events": "interactions only",
+    "texts": "interactions and texts, with a pretrained text encoder",
+    "language model": "language model or fine-tuned text encoder",
     None: "",
 }
-"""What rows read of items; the kinds are separate, as a claim for one compares with the best of those above it."""
+"""The input of models; a claim for one kind compares with the best model of the kinds above it."""
 
 # At this log weight or less, items of the history rank after all others.
 _BEHIND = -1e6
 
 FORMS: Mapping[str, str] = {
-    "ranker": "a learned ranker, gradient-boosted trees: shares of their gain",
-    "logit": "a conditional logit: exponents",
+    "ranker": "a learned ranker (gradient-boosted trees); weights are shares of the gain",
+    "logit": "a conditional logit model; weights are exponents",
     "ridge": "a ridge regression",
-    "pool": "a linear pool: shares",
-    "alone": "one part alone",
+    "pool": "a linear combination of probabilities; weights are shares",
+    "alone": "a single member",
 }
 """The forms of an ensemble; see `llmrec.ensembles.rankers`."""
 
@@ -100,7 +100,7 @@ def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: 
     for (metric, reason), named in grouped.items():
         of = f" of {listed(named)}" if len(named) < rows else ""
         why = f": {reason}" if reason else ""
-        more = " Nothing is compared with what has no figure." if metric == headline else ""
+        more = " Models without a value are not compared." if metric == headline else ""
         lines.append(visible(f"{metric}{of} is {UNDEFINED}{why}.{more}"))
     return lines
 
@@ -171,8 +171,8 @@ def history_worth(repeat: float | None) -> str:
     if not repeat:
         return ""
     if repeat <= _BEHIND:
-        return "Seen items are ranked behind all others."
-    return f"A seen item adds {repeat:+.2f} to the logarithm of a score."
+        return "Seen items are ranked after all others."
+    return f"Seen items get {repeat:+.2f} added to the log score."
 
 
 def difference(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
@@ -207,11 +207,11 @@ def rough(value: float | None) -> str:
 
 
 def favours(metrics: Sequence[str]) -> str:
-    """Return a sentence on which sign of a difference a - b favours a."""
+    """Return a sentence on which sign of a difference a - b means that a is better."""
     turned = sorted({metric for metric in metrics if lower(metric)})
     if not turned:
-        return "A positive difference favours a."
-    return f"A positive difference favours a, except for {listed(turned)}, where lower is better."
+        return "A positive difference means that a is better."
+    return f"A positive difference means that a is better, except for {listed(turned)}, where lower is better."
 
 
 def duration(seconds: float | None) -> str:
@@ -232,7 +232,7 @@ def short_template(row: Setting) -> str:
 
 
 def label(row: Setting) -> str:
-    """Return the label of a row, such as ``tuned · likelihood · continue-list``."""
+    """Return the label of a row, such as ``fine-tuned · likelihood · continue-list``."""
     return flat(row.label)
 
 
@@ -266,8 +266,8 @@ def _settings(row: Row) -> list[str]:
 
 
 def arm_label(arm: str, predictor: str) -> str:
-    """Return the common label of rows that differ only in template, such as ``tuned · likelihood``."""
-    return flat(f"{arm} · {predictor}")
+    """Return the common label of rows that differ only in template, such as ``fine-tuned · likelihood``."""
+    return flat(f"{arm_name(arm)} · {predictor}")
 
 
 # --------------------------------------------------------------------------- verdicts
@@ -371,33 +371,33 @@ def verdict(results: Results, task: str) -> TaskVerdict:
 def winner_sentence(found: TaskVerdict) -> str:
     """Return a sentence on which row is first, explicit if it is a control."""
     if found.best is None:
-        return f"No row has a value for {found.metric}."
+        return f"No model has a value for {found.metric}."
     score = found.best.metrics[found.metric]
     what = f"{found.metric} {with_interval(score.value, score.low, score.high)}"
     if found.best.arm == "baseline":
-        start = f"A classic baseline has the best figure: {label(found.best)}, with {what}."
+        start = f"The best model is a baseline, {label(found.best)}, with {what}."
     else:
-        start = f"A language-model row has the best figure: {label(found.best)}, with {what}."
+        start = f"The best model is a language model, {label(found.best)}, with {what}."
     if found.joined:
-        start = f"Leaving aside ensembles that contain the model, {start[0].lower()}{start[1:]}"
+        start = f"Apart from ensembles that contain the language model: {start[0].lower()}{start[1:]}"
     if found.rival is None:
         return start
-    other = "language-model row" if found.best.arm == "baseline" else "baseline"
-    reach = f" The best {other}, {label(found.rival)}, reaches {number(found.rival.metrics[found.metric].value)}"
+    other = "language model" if found.best.arm == "baseline" else "baseline"
+    reach = f" The best {other}, {label(found.rival)}, has {number(found.rival.metrics[found.metric].value)}"
     if found.lead is None:
         return f"{start}{reach}."
-    return f"{start}{reach}; the difference: {stated(found.lead)}, {outcome(found.lead.verdict)}."
+    return f"{start}{reach}. Difference: {stated(found.lead)}, {outcome(found.lead.verdict)}."
 
 
 def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
     """Return a sentence on the tuned against the zero-shot row, with interval and verdict."""
     if found.tuned is None:
         tuned = any(row.task == found.task and row.arm == "tuned" for row in rows)
-        return "No tuned row was compared with a zero-shot row." if tuned else "This run has no tuned row."
+        return "The fine-tuned model was not compared with zero-shot." if tuned else "This run has no fine-tuned model."
     what = {
-        "shown": "The tuned row is significantly better than zero-shot",
-        "not shown": "There is no significant difference between the tuned row and zero-shot",
-        "contradicted": "The tuned row is significantly worse than zero-shot",
+        "shown": "Fine-tuning is significantly better than zero-shot",
+        "not shown": "There is no significant difference between fine-tuned and zero-shot",
+        "contradicted": "Fine-tuning is significantly worse than zero-shot",
         None: "Fine-tuned − zero-shot, exploratory",
     }[found.tuned.verdict]
     return f"{what}: {stated(found.tuned)}."

@@ -117,7 +117,7 @@ def test_lower_is_better_for_ratings() -> None:
     ours = _tables(_page(suite))[0]
     assert [line.split(" | ")[0] for line in ours[2:]] == ["| popularity", "| item-knn", "| random", "| sasrec"]
     assert "**0.9000**" in ours[2] and ours[5].split(" | ")[1] == "undefined"
-    assert "RMSE of sasrec is undefined. Nothing is compared with what has no figure." in _page(suite)
+    assert "RMSE of sasrec is undefined. Models without a value are not compared." in _page(suite)
     assert "## Ratings" in _page(suite)
     for row in suite["rows"]:
         row["tables"]["yes-no"] = row["tables"].pop("rating")

@@ -78,7 +78,7 @@ def test_every_scheme_is_written_and_told(recipe: Path, scheme: str) -> None:
 def test_shared_titles_are_counted(recipe: Path) -> None:
     made = index_report.index(load_recipe(recipe))
     assert made.found.collisions == 2 / 25
-    assert index_summary.key_figures(made.found)["Items that shared a code before repair"] == "8 %"
+    assert index_summary.key_figures(made.found)["Items with a duplicate ID before repair"] == "8 %"
 
 
 def test_it_lies_in_the_run_folder_and_is_written_again(recipe: Path) -> None:

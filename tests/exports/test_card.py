@@ -177,7 +177,7 @@ def test_figures_come_with_baselines_intervals_signatures_and_who_won(results: d
         assert f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]" in section
         assert metric.signature in section
     assert section.count("(baseline)") == sum(row.arm == "baseline" for row in found.rows)
-    assert "baseline has the best figure" in section and "A language-model row has the best figure" in section
+    assert "The best model is a baseline" in section and "The best model is a language model" in section
     assert "One seed only." in section
     assert "were measured on" not in section
     assert "were measured on bfloat16 weights; this folder holds float32" in render(

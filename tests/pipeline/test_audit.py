@@ -678,7 +678,7 @@ def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
     audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))], of=of)
     with raises(
         LlmrecError,
-        Facts("leak", "audit.json", says=("this run leaks, so it gets no table", "candidates: 3 in 10 sets", "a|b")),
+        Facts("leak", "audit.json", says=("this run leaks held-out data", "candidates: 3 in 10 sets", "a|b")),
     ):
         read(tmp_path)
 

@@ -126,13 +126,13 @@ def test_a_run_whose_index_saw_held_out_items_gets_no_table(
     monkeypatch.setitem(INDEXES, "sequential", "test_index_runs:Whole")  # type: ignore[arg-type]
     monkeypatch.setattr("test_index_runs.Whole", Whole, raising=False)
     chosen = recipe(llama_folder, "index={scheme: sequential}", "eval.arms=[zero-shot]")
-    with raises(LlmrecError, Facts("leak", "audit.json", says="this run leaks, so it gets no table")):
+    with raises(LlmrecError, Facts("leak", "audit.json", says="this run leaks held-out data")):
         pipeline.run(chosen, tmp_path / "r", quiet=True)
     found = json.loads((tmp_path / "r" / "audit.json").read_text())
     assert found["leaks"] == 1
     (leak,) = [check for check in found["checks"] if check["verdict"] == "leak"]
     assert leak["name"] == "item index that learned from held-out interactions" and "codes move" in leak["found"]
-    assert "This run leaks, so it gets no table." in (tmp_path / "r" / "report" / "index.html").read_text()
+    assert "This run leaks held-out data, so its report has no results." in (tmp_path / "r" / "report" / "index.html").read_text()
 
 
 def test_codes_from_a_file_cannot_be_proven(llama_folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llmrec.bench.run import run_benchmark
 
 ONE_CLASS = "all truths are of one class, so there is no pair of a yes and a no"
 OF_USERS = "no user has both a yes and a no"
-NOTHING = "Nothing is compared with what has no figure."
+NOTHING = "Models without a value are not compared."
 
 
 def table(folder: Path, last: Sequence[float]) -> Path:

@@ -28,7 +28,7 @@ def test_the_model_is_the_best_language_model_row_and_the_control_the_best_basel
     entry = next(e for e in results["comparisons"] if e["a"] == found.model.id and e["b"] == found.control.id)
     assert (found.difference.value, found.verdict) == (entry["value"], "contradicted") and entry["value"] < 0
     assert sentence(found) == (
-        "tuned · likelihood · continue-list is significantly worse than markov-1: NDCG@10 −0.060 [−0.085, −0.035], "
+        "fine-tuned · likelihood · continue-list is significantly worse than markov-1: NDCG@10 −0.060 [−0.085, −0.035], "
         "200 users."
     )
 
@@ -88,7 +88,7 @@ def test_an_exploratory_difference_makes_no_claim(results: dict[str, Any]) -> No
         for key in ("verdict", "p", "p_raw", "level"):
             entry.pop(key, None)
     said = sentence(headline(results_of(results), "direct"))
-    ahead = "tuned · label · pick-one is ahead of item-knn on these users (exploratory): NDCG@10 +0.050"
+    ahead = "fine-tuned · label · pick-one is ahead of item-knn on these users (exploratory): NDCG@10 +0.050"
     assert said.startswith(ahead) and "significant" not in said and "better" not in said
 
 

@@ -133,10 +133,10 @@ def test_every_scheme_has_its_sentence() -> None:
 
 def test_faults_are_said() -> None:
     found = diagnose(tree_index(40))
-    assert index_summary.key_figures(found)["Codes that are the start of another"] == "0"
+    assert index_summary.key_figures(found)["IDs that are a prefix of another ID"] == "0"
     broken = replace(found, begun=3, duplicates=2)
     rows = index_summary.key_figures(broken)
-    assert "not prefix-free" in rows["Codes that are the start of another"] and rows["Duplicate codes"] == "2"
+    assert "not prefix-free" in rows["IDs that are a prefix of another ID"] and rows["Duplicate IDs"] == "2"
 
 
 @pytest.mark.parametrize("kind", ["tokens", "titles", "numbers"])

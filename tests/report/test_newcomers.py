@@ -29,8 +29,8 @@ def _page(save: Save, results: dict[str, Any], *found: dict[str, Any]) -> str:
 def test_a_new_item_stands_with_its_neighbours_and_its_users(save: Save, results: dict[str, Any]) -> None:
     page = _page(save, results, _newcomer(results, "A quiet film"))
     part = page[page.index('id="newcomers"') : page.index("</section>", page.index('id="newcomers"'))]
-    assert part.count("A quiet film") >= 6 and "(0.62)" in part and "in 12 lists of ten: at place 3" in part
-    assert "who chose it" in part and "Chosen by 4" in part and part.count("In no list of") == 1
+    assert part.count("A quiet film") >= 6 and "(0.62)" in part and "in 12 top-10 lists: rank 3" in part
+    assert "who chose it" in part and "Chosen by 4" in part and part.count("Not recommended by") == 1
     assert '<a href="#newcomers">' in page
 
 

@@ -66,7 +66,7 @@ def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path)
         Facts(
             "leak",
             "audit.json",
-            says=("this run leaks, so it gets no table", "training rows of direct: 2 held-out pairs"),
+            says=("this run leaks held-out data", "training rows of direct: 2 held-out pairs"),
         ),
     ) as e:
         write(folder)
@@ -74,7 +74,9 @@ def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path)
     assert {file.name for file in (folder / "report").iterdir()} == {"index.html", "report.md"}
     for name in ("index.html", "report.md"):
         text = (folder / "report" / name).read_text("utf-8")
-        assert text.index("This run leaks, so it gets no table.") < text.index("2 held-out pairs")
+        assert text.index("This run leaks held-out data, so its report has no results.") < text.index(
+            "2 held-out pairs"
+        )
         assert "1 leak, " in text and "u1, i7" in text and "\x1b" not in text and "<img" not in text
         assert not any(
             f"{row['metrics'][metric]['value']:.3f}" in text for row in results["rows"] for metric in row["metrics"]

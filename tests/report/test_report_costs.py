@@ -85,12 +85,13 @@ def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, A
     pages = write(save(results))
     html = pages["html"].read_text("utf-8").split('id="cost"')[1].split("</section>")[0]
     assert html.count('class="plot" id="cost-') == 4 and 'id="budget"' in html
-    assert "Forward passes a request" in html and '<td class="num">10</td><td class="num">41' in html
+    assert "Forward passes per request" in html and '<td class="num">10</td><td class="num">41' in html
     cells = "".join(f'<td class="num">{said}</td>' for said in ("41\u2009234", "766", "210", "210", "30 s", "0.15 s"))
     assert cells in html
     text = pages["markdown"].read_text("utf-8").split("## Cost")[1].split("\n## ")[0]
     assert (
-        "| Pick from candidates | tuned · label · pick-one | 41\u2009234 | 766 | 210 | 30 s | 0.15 s | 10 |" in text
+        "| Pick from candidates | fine-tuned · label · pick-one | 41\u2009234 | 766 | 210 | 30 s | 0.15 s | 10 |"
+        in text
         and "| train | 6 min 1 s |" in text
         and "| In all | 17 min 23 s |" in text
     )

@@ -78,17 +78,15 @@ def test_marks_stand_in_words_in_every_form(results: dict[str, Any], save: Save)
     pages = write(save(results))
     html = pages["html"].read_text("utf-8")
     row = _row_of(html, 2, "likelihood", "tuned", "<bdi>continue-list")
+    assert re.search(r'class="sig shown"><span aria-hidden="true">✓</span> vs. zero-shot<span class="vh">: signif', row)
     assert re.search(
-        r'class="sig shown"><span aria-hidden="true">✓</span> over zero-shot<span class="vh">: signif', row
-    )
-    assert re.search(
-        r'class="sig contradicted"><span aria-hidden="true">✗</span> over baseline.*?: significantly worse', row
+        r'class="sig contradicted"><span aria-hidden="true">✗</span> vs. baseline.*?: significantly worse', row
     )
     assert "sig" not in _row_of(html, 2, "markov-1", "baseline")
     assert html.count('href="#verdicts"') == 4 and html.count('id="verdicts"') == 1
     text = pages["markdown"].read_text("utf-8").split("### Next item")[1]
-    assert "| NDCG@10 | Beats zero-shot | Beats best baseline | HR@1 |" in text
-    assert re.search(rf"\| tuned · likelihood · continue-list \| 0\.500 \[[^|]*\| {BETTER} \| {WORSE} \|", text)
+    assert "| NDCG@10 | vs. zero-shot | vs. best baseline | HR@1 |" in text
+    assert re.search(rf"\| fine-tuned · likelihood · continue-list \| 0\.500 \[[^|]*\| {BETTER} \| {WORSE} \|", text)
     assert re.search(r"\| few-shot · likelihood · continue-list \| 0\.320 \[[^|]*\| – \| – \|", text)
     assert re.search(r"\| markov-1 \(baseline\) \| [^|]*\| – \| – \|", text)
     tex = pages["latex"].read_text("utf-8").split(r"\label{tab:llmrec-2}")[1].split(r"\end{table}")[0]
@@ -106,8 +104,8 @@ def test_marks_stand_in_words_in_every_form(results: dict[str, Any], save: Save)
 def test_the_legend_says_what_is_compared_and_the_rule_by_what(results: dict[str, Any]) -> None:
     found = results_of(results)
     said = legend(found, "sequential")
-    assert "NDCG@10 of a language-model row" in said and "markov-1" in said
-    assert "Holm's method over all 8 planned comparisons, is at most .05" in rule(found)
+    assert "NDCG@10 of a language model" in said and "markov-1" in said
+    assert "Holm-corrected over all 8 planned comparisons, is at most .05" in rule(found)
     results["comparisons"] = results["comparisons"][:1]
     found = results_of(results)
     assert "over the only planned comparison" in rule(found)
@@ -131,7 +129,7 @@ def test_exploratory_comparisons_stand_apart_without_p_and_verdict(results: dict
     assert tested.count("badge") == 8 and "badge" not in described and "few-shot" in described
     assert "97.5 %" in tested and "unadjusted 95" in described
     text = pages["markdown"].read_text("utf-8").split("### Exploratory")[1].split("## Training")[0]
-    assert text.count("few-shot") == 4 and "significant" not in text and "no p and no verdict" in text
+    assert text.count("few-shot") == 4 and "significant" not in text and "no p-value and no verdict" in text
 
 
 # --------------------------------------------------------------------------- templates
@@ -181,7 +179,9 @@ def test_seen_and_unseen_stand_in_the_page_and_in_markdown(several: dict[str, An
         cells = (f"{len(over.templates)}", f"{over.mean:.3f}", f"{over.low:.3f} to {over.high:.3f}")
         assert "".join(f'<td class="num">{said}</td>' for said in cells) in row
     line = next(
-        line for line in pages["markdown"].read_text("utf-8").splitlines() if line.startswith("| tuned · label | 3 |")
+        line
+        for line in pages["markdown"].read_text("utf-8").splitlines()
+        if line.startswith("| fine-tuned · label | 3 |")
     )
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:9] == [

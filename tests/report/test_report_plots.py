@@ -85,7 +85,9 @@ def test_the_first_screen_has_the_plot_its_text_and_a_card_a_family(run_dir: Pat
     text = write(run_dir)["html"].read_text("utf-8")
     first = text.split('<section id="summary"')[1].split("</section>")[0]
     said = first.split('id="differences"')[1].split('">')[0]
-    assert "Next item from history: tuned · likelihood · continue-list is significantly worse than markov-1" in said
+    assert (
+        "Next item from history: fine-tuned · likelihood · continue-list is significantly worse than markov-1" in said
+    )
     assert first.count('<article class="card">') == 4
     # The model's figure is the large one, and the difference has the sign that the table of comparisons has.
     large = re.findall(r'<span class="figure">([\d.]+)</span>', first)
@@ -126,12 +128,12 @@ def test_no_loss_flattens_the_others(results: dict[str, Any]) -> None:
 
 
 def test_a_loss_over_lists_is_no_nats_a_token(results: dict[str, Any]) -> None:
-    assert losses(results_of(results))["unit"] == "loss, nats a token"
+    assert losses(results_of(results))["unit"] == "loss, nats per token"
     results["training"]["log"][0]["figures"] = {"rewards/margins": 0.5}
     assert losses(results_of(results))["unit"] == "loss"
     told = markdown_page(results_of(results), {}, None, fix="")
-    assert "Validation losses are nats a target token; that of training is a mean over lists." in told
-    assert "Losses are nats a target token" not in told
+    assert "Validation losses are nats per target token; the training loss is a mean over lists." in told
+    assert "Losses are nats per target token" not in told
 
 
 def test_numbers_of_the_cost_plot_do_not_overlap(results: dict[str, Any]) -> None:

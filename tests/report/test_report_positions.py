@@ -88,10 +88,10 @@ def test_places_without_figures_and_single_requests_are_no_obstacle() -> None:
 def test_it_is_said_which_rows_are_biased(results: dict[str, Any]) -> None:
     found = results_of(results)
     assert sentences(found, "direct") == (
-        "Position bias: where the target stands among its candidates changes its rank in zero-shot · label · pick-one "
-        "(it explains 46 % of the variance of the rank, 10 % expected by chance; rank correlation +0.41; corrected p "
-        "< 0.001).",
-        "No such bias is shown for few-shot · label · pick-one and tuned · label with both templates.",
+        "Significant position bias (the position of the target among its candidates changes its rank): zero-shot · "
+        "label · pick-one (46 % of the variance of the rank, 10 % expected by chance; rank correlation +0.41; "
+        "corrected p < 0.001).",
+        "No significant position bias: few-shot · label · pick-one and fine-tuned · label with both templates.",
     )
     assert sentences(found, "rating") == ()
 
@@ -102,11 +102,12 @@ def test_rows_that_differ_in_their_template_are_named_together(several: dict[str
         row["position_bias"] = {"share": share, "chance": 0.1, "rho": rho, "p": p}
     first, rest = sentences(results_of(several), "direct")
     assert first.endswith(
-        "and tuned · label with 3 of 5 templates (it explains 30 % to 50 % of the variance of the rank, 10 % expected "
-        "by chance; rank correlation −0.50 to +0.00; corrected p at most 0.040)."
+        "and fine-tuned · label with 3 of 5 templates (30 % to 50 % of the variance of the rank, 10 % expected by "
+        "chance; rank correlation −0.50 to +0.00; corrected p at most 0.040)."
     )
     assert rest == (
-        "No such bias is shown for few-shot · label with all 5 templates and tuned · label with 2 of 5 templates."
+        "No significant position bias: few-shot · label with all 5 templates and fine-tuned · label with 2 of 5 "
+        "templates."
     )
 
 
@@ -114,9 +115,7 @@ def test_nothing_shown_is_said_once(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         if row.get("position_bias"):
             row["position_bias"] = {"share": None, "chance": None, "rho": None, "p": None}
-    assert sentences(results_of(results), "direct") == (
-        "No language-model row is shown to depend on where the target stands among its candidates.",
-    )
+    assert sentences(results_of(results), "direct") == ("No language model has a significant position bias.",)
     nothing = PositionBias(share=None, chance=None, rho=None, p=None)
     assert bias_words(nothing) == (
         "it explains – of the variance of the rank, – expected by chance; rank correlation –; corrected p –"
@@ -141,8 +140,8 @@ def test_the_curve_holds_every_language_model_row_and_the_best_baseline(results:
     assert [panel["title"] for panel in plot["panels"]] == [
         ["zero-shot · label", "pick-one"],
         ["few-shot · label", "pick-one"],
-        ["tuned · label", "pick-one"],
-        ["tuned · label", "unseen-pick-one"],
+        ["fine-tuned · label", "pick-one"],
+        ["fine-tuned · label", "unseen-pick-one"],
     ]
     assert plot["control"]["label"] == "item-knn"
     panel, own = plot["panels"][0], bands(rows["direct/zero-shot/label/pick-one"])

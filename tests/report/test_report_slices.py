@@ -26,8 +26,8 @@ Save = Callable[[dict[str, Any]], Path]
         ("item:warm-from-5", "Warm items: 5 training interactions or more"),
         ("item:head-0.8", "Head items: the most popular, with 80 % of training interactions"),
         ("item:long-tail-0.8", "Long-tail items: all others"),
-        ("history:5-9", "History of 5 to 9 events"),
-        ("history:from-50", "History of 50 events or more"),
+        ("history:5-9", "History of 5 to 9 interactions"),
+        ("history:from-50", "History of 50 interactions or more"),
         ("activity:0-4", "Users with 0 to 4 training interactions"),
         ("activity:from-50", "Users with 50 training interactions or more"),
         ("genre:drama", "genre:drama"),
@@ -71,8 +71,10 @@ def test_a_slice_of_one_case_has_no_interval_and_equal_figures_no_best(results: 
     table = slice_table(results_of(results), "direct")
     assert table is not None
     lines = {line.title: line for line in table.lines}
-    assert all(figure and figure.low is figure.high is None for figure in lines["History of 5 to 9 events"].figures)
-    assert lines["History of 50 events or more"].best is None
+    assert all(
+        figure and figure.low is figure.high is None for figure in lines["History of 5 to 9 interactions"].figures
+    )
+    assert lines["History of 50 interactions or more"].best is None
 
 
 def test_auc_is_sliced_by_another_metric_and_tasks_without_slices_have_no_table(results: dict[str, Any]) -> None:

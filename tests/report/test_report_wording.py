@@ -36,31 +36,31 @@ def _said(results: Results, task: str) -> str:
 def test_a_baseline_that_wins_is_named_as_one(results: dict[str, Any]) -> None:
     found = results_of(results)
     assert _said(found, "sequential") == (
-        "A classic baseline has the best figure: markov-1, with NDCG@10 0.560 [0.521, 0.603]. The best "
-        "language-model row, tuned · likelihood · continue-list, reaches 0.500; the difference: NDCG@10 +0.060 "
-        "[+0.035, +0.085], significantly better. The tuned row is significantly better than zero-shot: NDCG@10 +0.190 "
+        "The best model is a baseline, markov-1, with NDCG@10 0.560 [0.521, 0.603]. The best "
+        "language model, fine-tuned · likelihood · continue-list, has 0.500. Difference: NDCG@10 +0.060 "
+        "[+0.035, +0.085], significantly better. Fine-tuning is significantly better than zero-shot: NDCG@10 +0.190 "
         "[+0.165, +0.215]."
     )
-    assert "A classic baseline has the best figure: user-item-bias" in _said(found, "rating")
-    assert "A baseline is ahead of every language-model row in 2 of 4 tasks" in summary(found)
+    assert "The best model is a baseline, user-item-bias" in _said(found, "rating")
+    assert "A baseline is better than every language model in 2 of 4 tasks" in summary(found)
     assert "trivial" not in summary(found)
 
 
 def test_a_model_that_wins_is_set_against_the_best_baseline(results: dict[str, Any]) -> None:
     said = _said(results_of(results), "direct")
     assert said.startswith(
-        "A language-model row has the best figure: tuned · label · pick-one, with NDCG@10 0.520 [0.484, 0.560]."
+        "The best model is a language model, fine-tuned · label · pick-one, with NDCG@10 0.520 [0.484, 0.560]."
     )
-    assert "item-knn, reaches 0.470; the difference: NDCG@10 +0.050 [+0.024, +0.076], significantly better." in said
+    assert "item-knn, has 0.470. Difference: NDCG@10 +0.050 [+0.024, +0.076], significantly better." in said
 
 
 @pytest.mark.parametrize(
     ("outcome", "start", "tally"),
     [
-        ("shown", "The tuned row is significantly better than", "over 4 tasks: significantly better in"),
+        ("shown", "Fine-tuning is significantly better than", "4 tasks: significantly better in"),
         ("not shown", "There is no significant difference", "no significant difference in Pick from candidates"),
-        ("contradicted", "The tuned row is significantly worse than", "significantly worse in Pick from candidates"),
-        (None, "Fine-tuned − zero-shot, exploratory", "over 3 tasks: significantly better in"),
+        ("contradicted", "Fine-tuning is significantly worse than", "significantly worse in Pick from candidates"),
+        (None, "Fine-tuned − zero-shot, exploratory", "3 tasks: significantly better in"),
     ],
 )
 def test_each_verdict_has_its_own_words(results: dict[str, Any], outcome: str | None, start: str, tally: str) -> None:
@@ -94,7 +94,7 @@ def test_facing_twice_is_the_identity(value: float, half: float, outcome: str) -
 
 
 def test_what_the_model_adds_is_said(results: dict[str, Any]) -> None:
-    missing = "What the tuned model adds to an ensemble of the classic recommenders was not measured"
+    missing = "The contribution of the fine-tuned model to an ensemble of baselines was not measured"
     assert missing in summary(results_of(results))
     own = [row for row in results["rows"] if row["task"] == "sequential"]
     control = next(row for row in own if row["arm"] == "baseline")
@@ -124,10 +124,10 @@ def test_nothing_tuned_is_said(results: dict[str, Any]) -> None:
     results["rows"] = [row for row in results["rows"] if row["arm"] != "tuned"]
     results.update(comparisons=[], training=None)
     found = results_of(results)
-    assert tuning_sentence(verdict(found, "rating"), found.rows) == "This run has no tuned row."
-    assert "was not tuned" in summary(found) and "No comparison of tuned with zero-shot rows was planned" in summary(
+    assert tuning_sentence(verdict(found, "rating"), found.rows) == "This run has no fine-tuned model."
+    assert "was not fine-tuned" in summary(
         found
-    )
+    ) and "No comparison of fine-tuned and zero-shot was planned" in summary(found)
 
 
 def test_what_was_not_planned_makes_no_sentence(results: dict[str, Any]) -> None:

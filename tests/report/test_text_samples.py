@@ -103,13 +103,15 @@ def test_a_card_holds_inputs_truth_and_every_row(told: dict[str, Any], save: Sav
     assert lines["Rating shown by no question"] == "4" and lines["Headline"] == "Good"
     assert lines["Feature shown by because"] == "strap 7"
     labels = [label for label in lines if lines[label].endswith("wrote 7.")]
-    assert {"tuned · text · because", "tuned · text · unseen-because", "frequent-text", "nearest-text"} < set(labels)
+    assert {"fine-tuned · text · because", "fine-tuned · text · unseen-because", "frequent-text", "nearest-text"} < set(
+        labels
+    )
     assert len(labels) == len({row["id"] for row in told["rows"] if row["task"] == "explanation"})
     # The order of the rows is that of the table above.
     levels = {row["id"]: row["metrics"]["ROUGE-L"]["value"] for row in told["rows"] if row["task"] == "explanation"}
     order = [levels[lines[label].removesuffix(" wrote 7.")] for label in labels]
     assert all(before >= after for before, after in pairwise(order))
-    assert "20 of 200 requests, drawn by the seed and not by how good an answer is." in page
+    assert "20 of 200 requests, a random sample." in page
     assert '<a href="#texts">Texts</a>' in page and "<summary>15 more</summary>" in page
 
 
@@ -117,9 +119,9 @@ def test_the_markdown_page_holds_five(told: dict[str, Any], save: Save) -> None:
     _, _, text = read(told, save)
     section = text.partition("\n## Texts\n")[2].partition("\n## ")[0]
     assert section.count("\n#### ") == 5 == section.count("True text: ")
-    assert "The first 5 of them; the page has all." in section
-    assert "- tuned · text · because: explanation/tuned/text/because wrote 4." in section
-    assert "- feature (shown by because): strap 0" in section and "- brand: Brand 0" in section
+    assert "The first 5 are shown here, all of them in index.html." in section
+    assert "- fine-tuned · text · because: explanation/tuned/text/because wrote 4." in section
+    assert "- feature (in the prompts of because): strap 0" in section and "- brand: Brand 0" in section
     assert blocks(text).count("heading_open") == len(re.findall("^#+ ", text, re.MULTILINE))
 
 
@@ -128,11 +130,11 @@ def test_an_answer_that_could_not_be_read_stands_there_as_one(told: dict[str, An
     told["texts"][0]["answers"][row] = {"text": None, "error": "nothing written", "raw": "\n 4: \n"}
     told["texts"][1]["answers"][row] = {"text": None, "error": "the server timed out", "raw": ""}
     _, cards, text = read(told, save)
-    label = "tuned · text · because"
-    assert cards.lines(0)[label] == "could not be read nothing written: 4:"
-    assert cards.lines(1)[label] == "could not be read the server timed out"
-    assert f"- {label}: (could not be read) nothing written: 4:" in text
-    assert f"- {label}: (could not be read) the server timed out\n" in text
+    label = "fine-tuned · text · because"
+    assert cards.lines(0)[label] == "could not be parsed nothing written: 4:"
+    assert cards.lines(1)[label] == "could not be parsed the server timed out"
+    assert f"- {label}: (could not be parsed) nothing written: 4:" in text
+    assert f"- {label}: (could not be parsed) the server timed out\n" in text
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -143,7 +145,7 @@ def test_fewer_requests_are_all_shown_and_open(count: int, told: dict[str, Any],
         row["parse_rate"] = 1.0
     page, cards, text = read(told, save)
     assert len(cards.cards) == count
-    said = {1: "The only request.", 4: "All 4 requests, in an order drawn by the seed."}[count]
+    said = {1: "The only request.", 4: "All 4 requests, in random order."}[count]
     assert said in page and said in text
     assert " more</summary>" not in page and "The first 5" not in text
 
@@ -162,7 +164,7 @@ def test_two_tasks_have_their_own_cards(told: dict[str, Any], save: Save) -> Non
     told["headline"]["review"] = "ROUGE-L"
     told["texts"] += json.loads(json.dumps(told["texts"][:3]).replace("explanation", "review"))
     page, cards, text = read(told, save)
-    assert len(cards.cards) == 23 and "review/tuned" in cards.lines(22)["tuned · text · because"]
+    assert len(cards.cards) == 23 and "review/tuned" in cards.lines(22)["fine-tuned · text · because"]
     assert page.count("<summary>15 more</summary>") == 1
     assert "### Headline of a review" in text.partition("## Texts")[2]
 
@@ -172,7 +174,7 @@ def test_what_is_made_or_derived_is_said(told: dict[str, Any], save: Save) -> No
     told["tables"] = {"explanation": "reviews"}
     page, _, _ = read(told, save)
     section = page.partition('<section id="texts"')[2].partition("</section>")[0]
-    assert "nobody wrote the true texts" in section and "titles from keyphrases" in section
+    assert "the true texts were not written by people" in section and "titles from keyphrases" in section
 
 
 def test_a_damaged_sample_is_an_error_with_its_key(told: dict[str, Any], save: Save) -> None:

@@ -77,7 +77,7 @@ def test_the_page_draws_the_front_and_shows_every_row(tmp_path: Path) -> None:
     )
     assert all(0 <= x <= 540 and 0 <= y <= canvas.height for x, y in points)
     compressing.write(Compressed("AUC of ctr", 50, 0.0, rows[:1], None, None), "none", tmp_path / compressing.PAGE)
-    assert "No combination has a figure" in (tmp_path / compressing.PAGE).read_text(encoding="utf-8")
+    assert "No combination has a result" in (tmp_path / compressing.PAGE).read_text(encoding="utf-8")
 
 
 def _run(folder: Path) -> Path:
