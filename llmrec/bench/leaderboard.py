@@ -358,7 +358,7 @@ def _grid(matrix: Matrix) -> str:
     ranked = any(line.mean_rank is not None for line in matrix.lines)
     head = ["model", *_heads(matrix)]
     head += ["mean rank"] if ranked else []
-    head += ["type", "pretrained", "training", "ms a request"]
+    head += ["type", "pretrained", "training", "ms per request"]
     lines = []
     for line in matrix.lines:
         own = [cell(line.model.title), *map(_shown, line.cells)]

@@ -217,7 +217,7 @@ def _exploratory(users: int, seeds: int) -> str:
     few += [f"{seeds} training {'seed' if seeds == 1 else 'seeds'}, fewer than {SEEDS}"] if seeds < SEEDS else []
     if not few:
         return ""
-    return f"Exploratory ({'; '.join(few)}): figures and verdicts describe this run; nothing is claimed from them."
+    return f"Exploratory ({'; '.join(few)}): results and verdicts are preliminary."
 
 
 def _chosen(result: BenchmarkResult) -> list[str]:
@@ -229,14 +229,14 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     if tuned and all(
         any(trial.values.get(name) is not None for trial in row.trials) for row in tuned for name in names
     ):
-        lines.append("Parameters are chosen on validation, for each table by itself.")
+        lines.append("Hyperparameters are chosen on validation, separately for each table.")
     given = [
         row.name
         for row in result.rows
         if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
     ]
     if given:
-        lines.append(f"Not tuned in this suite, which names their parameters: {', '.join(given)}.")
+        lines.append(f"Hyperparameters fixed in this suite, not tuned: {', '.join(given)}.")
     return lines
 
 
@@ -266,7 +266,7 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     """Return the columns of a table that are not empty."""
     entries = result.standings(table)
     rows, figures = [row for row, _ in entries], [entry for _, entry in entries]
-    columns: list[Column] = [("predictor" if result.kind == "suite" else "row", _name)]
+    columns: list[Column] = [("predictor" if result.kind == "suite" else "model", _name)]
     for name in table.metrics:
         values = [entry.metrics[name].value for entry in figures if name in entry.metrics]
         best = min(values, key=functools.partial(place, metric=name), default=None)
@@ -296,12 +296,12 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
             (head, functools.partial(_dialogue, name, form))
             for head, name, form in (
                 ("turns", "turns", ".1f"),
-                ("seconds a turn", "seconds_a_turn", ".3f"),
-                ("tokens a turn", "tokens_a_turn", ",.0f"),
+                ("seconds per turn", "seconds_a_turn", ".3f"),
+                ("tokens per turn", "tokens_a_turn", ",.0f"),
             )
         ]
         columns += [
-            ("calls that parse", lambda _, own: f"{own.parse_rate:.3f}"),
+            ("parsed calls", lambda _, own: f"{own.parse_rate:.3f}"),
             ("users", functools.partial(_dialogue, "users", ",")),
         ]
     return columns
@@ -394,11 +394,11 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         worth = f" {note}" if (note := history_worth(fusion.repeat)) else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
         block = (
-            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}{limits}).{worth} Its parts took {spent:.0f} s "
-            f"with their tuning and seeds, the fusion itself {sum(row.seconds.values()):.0f} s."
+            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}{limits}).{worth} Fitting its members took {spent:.0f} "
+            f"s with tuning and all seeds, the ensemble itself {sum(row.seconds.values()):.0f} s."
         )
         if fusion.form == "alone":
-            blocks.append(f"{block} It is {cell(next(part.name for part in fusion.parts if part.weight))}.")
+            blocks.append(f"{block} The member is {cell(next(part.name for part in fusion.parts if part.weight))}.")
             continue
         lines = [
             [
@@ -408,10 +408,10 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
             ]
             for part in sorted(fusion.parts, key=lambda part: -(part.loss or 0.0))
         ]
-        blocks += [block, _left(["part", "weight", "lost without it, on validation"], lines)]
+        blocks += [block, _left(["member", "weight", "ablation, on validation"], lines)]
         if fusion.features:
             shares = [[cell(feature.name), f"{feature.gain or 0.0:.3f}"] for feature in fusion.features[:_FEATURES]]
-            blocks += ["Its features with the largest shares of the gain:", _left(["feature", "share"], shares)]
+            blocks += ["Its features with the largest share of the gain:", _left(["feature", "share"], shares)]
     return [Markup(block) for block in blocks]
 
 
@@ -439,7 +439,7 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     if not rows:
         return []
     few = max((figures.cold or {}).get("n", 0.0) for _, figures in entries)
-    note = f"Targets without training interactions, {few:.0f} requests; a row that is missing here finds none of them:"
+    note = f"Targets without training interactions, {few:.0f} requests; models that are not listed find none of them:"
     ordered = [cells for _, cells in sorted(rows, key=lambda entry: -entry[0])]
     head = ["predictor", *metrics, f"{table.metric} on all other requests", *shown]
     return [note, Markup(_left(head, ordered))]
@@ -456,7 +456,7 @@ def _compared(pair: BenchmarkPair) -> str:
     """Return a comparison in one line; an exploratory one has no p and verdict."""
     ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} − {cell(pair.b)}"
     if pair.n == 0:
-        return Markup(f"{ends}: no request of this kind")
+        return Markup(f"{ends}: no such requests")
     result = difference(pair.value, pair.low, pair.high, 4)
     if pair.verdict is None:
         return Markup(f"{ends}: {result}")
@@ -472,7 +472,7 @@ def _where(pair: BenchmarkPair) -> str:
     if pair.items == "warm":
         return f", the {pair.n or 0:,} requests for items with training interactions"
     few = ", exploratory" if 0 < (pair.n or 0) < USERS else ""
-    items = f", of {pair.clusters:,} items and clustered by these" if pair.clusters else ""
+    items = f", {pair.clusters:,} items, clustered by item" if pair.clusters else ""
     return f", the {pair.n or 0:,} requests for items without training interactions{items}{few}"
 
 

@@ -24,10 +24,7 @@ from llmrec.results import Figure, Results, Row
 Shared = tuple[str, str, str, str | None]
 """The key of a table: family, headline metric, its signature, and the hash of the candidates, if any."""
 
-_UNEQUAL = (
-    "asked different users, or about different items of theirs; give them the same data, split, seed, eval.users and "
-    "questions a user"
-)
+_UNEQUAL = "evaluated different users or items; give them the same data, split, seed, eval.users and questions a user"
 # Metrics that the page shows after that of the comparisons.
 _SHOWN = 3
 
@@ -133,7 +130,7 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
         if any(set(pair) <= names for names in tables.values()):
             continue
         unknown = next((name for name in pair if name not in rows), None)
-        why = "its rows stand in no table together" if unknown is None else f"there is no row {unknown!r}"
+        why = "no table contains both of its models" if unknown is None else f"unknown model {unknown!r}"
         near = "" if unknown is None else did_you_mean(unknown, rows)
         raise RecipeError(
             f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so fix the pair and "

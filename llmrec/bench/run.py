@@ -91,7 +91,7 @@ def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides
             if row.recipe:
                 load_recipe(row.recipe, row.overrides)
         store_facts(name=suite.suite, rows=[row.label for row in suite.rows], pairs=suite.pairs)
-        say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
+        say(f"suite {suite.suite} is valid: {len(suite.rows)} models, {len(suite.pairs)} planned comparisons")
     elif kind == "benchmark":
         bench = load_benchmark(page, overrides)
         todo = list(points(bench))
@@ -104,4 +104,4 @@ def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides
         load_recipe(talks.recipe, talks.overrides)
         check_retriever(talks.recommender, "recommender")
         store_facts(name=talks.chat, rows=[row.label for row in talks.rows], pairs=talks.pairs)
-        say(f"conversations {talks.chat} are valid: {len(talks.rows)} rows, {len(talks.pairs)} planned comparisons")
+        say(f"conversations {talks.chat} are valid: {len(talks.rows)} models, {len(talks.pairs)} planned comparisons")

@@ -77,7 +77,7 @@ class ComparedRuns(Displayed, Record):
             if (pair.task, pair.metric) == (task, metric)
         ]
         facts = {"A": self.a, "B": self.b, **{title(task): metric for task, metric in self.headline.items()}}
-        return Summary("Two runs compared", facts, ("task", "row", "A", "B", "A − B [95 %]"), rows)
+        return Summary("Two runs compared", facts, ("task", "model", "A", "B", "A − B [95 %]"), rows)
 
 
 def compare(
@@ -198,7 +198,7 @@ def _refuse_other_data(task: str, runs: Sequence[Path], results: tuple[Results, 
     data = [entry.data_of(task) for entry in results]
     if data[0] is None or data[1] is None or data[0].split_fingerprint != data[1].split_fingerprint:
         raise _mismatch(
-            runs, task, "on another table or split of it", "run both with the same data, data.split and seed", "data"
+            runs, task, "on other data or another split", "run both with the same data, data.split and seed", "data"
         )
 
 
@@ -235,7 +235,7 @@ def _protocol(signature: str) -> str:
 
 def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str) -> DataError:
     return DataError(
-        f"{runs[1]} measured {title(task)} {what} than {runs[0]}, so the two cannot be paired; {fix}",
+        f"{runs[1]} measured {title(task)} {what} than {runs[0]}, so the runs cannot be compared; {fix}",
         kind="mismatch",
         at=runs[1],
         column=column,
@@ -254,11 +254,13 @@ def tables(found: ComparedRuns) -> Iterator[Table]:
     for task, metric in found.headline.items():
         own = [pair for pair in found.differences if (pair.task, pair.metric) == (task, metric)]
         same = [pair for pair in own if not pair.best and pair.low == pair.high == 0]
-        notes = [f"{len(same)} rows are the same in both: {listed([_name(pair.a) for pair in same])}."] if same else []
+        notes = (
+            [f"{len(same)} models are the same in both: {listed([_name(pair.a) for pair in same])}."] if same else []
+        )
         users = f", {own[0].users:,} users" if own else ""
         turned = " (lower is better)" if lower(metric) else ""
         made = table_of(f"{title(task)}: {metric}{turned}{users}", notes)
-        made.add_column("Row", overflow="fold")
+        made.add_column("Model", overflow="fold")
         for head in ("A", "B", "A − B"):
             made.add_column(head, justify="right", no_wrap=True)
         for pair in own:

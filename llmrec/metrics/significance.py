@@ -217,7 +217,7 @@ def detectable_line(metric: str, found: Sequence[float | None], *, users: int, c
     """
     known = sorted(value for value in found if value is not None)
     if not known:
-        return f"What difference in {metric} {users:,} users could show cannot be said: all of them differ alike."
+        return f"The minimum detectable effect on {metric} is unknown: all {users:,} users have the same difference."
     reach = f"{known[0]:.2g}" if f"{known[0]:.2g}" == f"{known[-1]:.2g}" else f"{known[0]:.2g} to {known[-1]:.2g}"
     pairs = "1 planned comparison" if comparisons == 1 else f"{comparisons} planned comparisons"
     start, what = (f"With {users:,} users and {pairs}", "be significant")

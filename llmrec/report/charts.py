@@ -131,11 +131,13 @@ def settings(canvas: Canvas, arms: Sequence[str]) -> None:
 
 def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) -> None:
     """Draw a legend of names, forms and colours along the top, from ``start``."""
-    x = float(start)
-    for name, form, hue in marks:
+    x, widths = float(start), [text_width(name, SMALL) for name, _, _ in marks]
+    # Narrow plots have less space between the names.
+    room = (canvas.width - start - 16 - sum(widths)) / max(1, len(marks) - 1)
+    for (name, form, hue), width in zip(marks, widths, strict=True):
         canvas.mark(form, x + 5, 10, f"fill {hue}")
         canvas.text(x + 16, 14, name, "tick")
-        x += 34 + text_width(name, SMALL)
+        x += max(22.0, min(34.0, room)) + width
 
 
 def bars(plot: Bars, width: float) -> Canvas:

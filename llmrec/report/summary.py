@@ -285,7 +285,7 @@ def _parts(row: Row, results: Results) -> str:
     rest = len(parts) - len(gains)
     if not parts:
         return ""
-    what = f"Validation loss without one member: {listed(gains)}" if gains else ""
+    what = f"Ablation on validation users (loss without a member): {listed(gains)}" if gains else ""
     several = "one member could" if rest == 1 else f"{rest} members could each"
     others = f"{several} be removed without a significant loss" if rest else ""
     text = "; ".join(filter(None, (what, others)))

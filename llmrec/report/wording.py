@@ -42,11 +42,11 @@ KINDS: Mapping[Reads | None, str] = {
 _BEHIND = -1e6
 
 FORMS: Mapping[str, str] = {
-    "ranker": "a learned ranker (gradient-boosted trees); weights are shares of the gain",
-    "logit": "a conditional logit model; weights are exponents",
-    "ridge": "a ridge regression",
-    "pool": "a linear combination of probabilities; weights are shares",
-    "alone": "a single member",
+    "ranker": "gradient-boosted trees; weights are shares of the gain",
+    "logit": "conditional logit model; weights are exponents",
+    "ridge": "ridge regression",
+    "pool": "linear combination of probabilities; weights are shares",
+    "alone": "single member",
 }
 """The forms of an ensemble; see `llmrec.ensembles.rankers`."""
 

@@ -98,17 +98,17 @@ def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
         device: The device of the model; None if the training libraries are not installed.
     """
     if not titles:
-        return Plan(0, 0.0, "no language model: the items have no titles that it could read")
+        return Plan(0, 0.0, "no language model: the items have no titles")
     if device not in _TRAINS:
-        return Plan(0, 0.0, "no language model: nothing to train one with is installed (pip install 'llmrec[train]')")
+        return Plan(0, 0.0, "no language model: the training libraries are not installed (pip install 'llmrec[train]')")
     asking = _START + 2 * _USERS * _ASKS[device]
     least = asking + _LEAST_TOKENS / _TRAINS[device]
     allowed = budget * _SHARE
     if allowed < least:
         need = duration(least / _SHARE)
-        return Plan(0, 0.0, f"no language model: to tune one until it could help takes a budget of {need} here")
+        return Plan(0, 0.0, f"no language model: fine-tuning one takes a budget of at least {need} on this machine")
     steps = int((allowed - asking) * _TRAINS[device] / BATCH_TOKENS)
-    return Plan(steps, allowed, f"a language model has the last {duration(allowed)} of the budget")
+    return Plan(steps, allowed, f"the last {duration(allowed)} of the budget are for a language model")
 
 
 def with_model(recipe: Recipe, planned: Plan) -> Recipe:
@@ -136,12 +136,12 @@ def judged(results: Results) -> Judged:
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
     parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
     if not parts or parts[0].loss is None:
-        return Judged(False, "The tuned language model is not kept: the fusion gives it no weight.")
+        return Judged(False, "The fine-tuned language model is not used: its weight in the ensemble is 0.")
     part = parts[0]
     figure = with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
     if (part.loss_low or 0.0) > 0:
-        return Judged(True, f"The tuned language model is kept: it brings {figure} on validation users.")
-    return Judged(False, f"The tuned language model is not kept: it brings {figure} on validation users.")
+        return Judged(True, f"The fine-tuned language model is used: it changes NDCG@10 of the ensemble by {figure} on validation users.")
+    return Judged(False, f"The fine-tuned language model is not used: it changes NDCG@10 of the ensemble by {figure} on validation users.")
 
 
 # --------------------------------------------------------------------------- the members of the ensemble
@@ -263,7 +263,7 @@ _RANKING = 3e-4
 # Largest share of the budget for one first trial.
 _FIRST_SHARE = 0.15
 _POLL = 0.2
-_LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
+_LATE, _SLOW = "its time limit was reached", "one epoch takes longer than the time limit"
 # Names in the folder of trials.
 _OWN = frozenset({PAGE, FIXED, SCHEMA, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 
@@ -405,7 +405,7 @@ def build(
                 joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
             except EngineFailure as failure:
                 # The result of the classic recommenders is valid without it.
-                sentence += f" The tuned language model is not kept: {failure.reason}."
+                sentence += f" The fine-tuned language model is not used: {failure.reason}."
             else:
                 with_it = Results.model_validate(joined.results)
                 verdict = judged(with_it)
@@ -425,7 +425,7 @@ def _settings(number: int, which: str = "") -> str:
 
 def told(made: Auto) -> str:
     """Return the text to print: the sentence, the recommenders, and the next commands."""
-    tuned = "The best setting of each recommender, on the validation users who chose it and not the one that is served:"
+    tuned = "The best hyperparameters of each recommender, by NDCG@10 on the validation users for tuning:"
     lines = [*wrapped(made.sentence), "", *wrapped(tuned)]
     for tried in made.tried:
         best = tried.best
@@ -531,7 +531,7 @@ class _Search:
         if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
             raise DataError(
-                f"nothing could be fitted in the time ({notes or 'there was none'}); increase --budget", kind="too-few"
+                f"no recommender could be fitted within the budget ({notes or 'no time'}); increase --budget", kind="too-few"
             )
         baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
         for tried in result.values():
@@ -564,7 +564,7 @@ class _Search:
         while waiting:
             if self._left() <= 0:
                 for tried in waiting:
-                    tried.note = "no time was left"
+                    tried.note = "no time left"
                 return
             del waiting[: self._try(waiting, first=first, allowed=allowed)]
 
@@ -595,7 +595,7 @@ class _Search:
         for place in places.passed(done=code == 0):
             self._told(waiting[place], known[place], took)
         if code != 0:
-            note = _LATE if code is None else f"it failed; see {log}"
+            note = _LATE if code is None else f"failed; see {log}"
             self._told(waiting[places.now], known[places.now], took, note)
         return min(places.now + 1, len(waiting))
 
@@ -604,7 +604,7 @@ class _Search:
         tried.trials = done(self._file(tried.part), self._key(tried.part))
         tried.note = note or ("" if tried.trials else _SLOW)
         tried.seconds += took
-        figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
+        figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no result"
         new = tried.trials[known:]
         spent = round(max(took, sum(trial.seconds for trial in new)), 2)
         told = f"{figure}, {_settings(len(new), 'new ')} tried in {duration(spent)}"

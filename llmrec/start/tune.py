@@ -202,7 +202,7 @@ class TuneResult(Displayed):
     def _summary(self) -> Summary:
         facts = {
             self.metric: f"{self.best:.4f} on validation users",
-            "of the recipe as it is": "" if self.first is None else f"{self.first:.4f}",
+            "of the unchanged recipe": "" if self.first is None else f"{self.first:.4f}",
             "trials": f"{self.trials}, {self.failed} of them failed" if self.failed else str(self.trials),
             "recipe": str(self.recipe),
             "time": duration(self.seconds),
@@ -264,7 +264,7 @@ def search(
 def told(result: TuneResult) -> str:
     """Return the result as text."""
     values = ", ".join(in_words(result.chosen))
-    first = "" if result.first is None else f"; the recipe as it is: {result.first:.4f}"
+    first = "" if result.first is None else f"; unchanged recipe: {result.first:.4f}"
     broken = f", {result.failed} of them failed" if result.failed else ""
     verdict = (
         f"best of {result.trials} trials{broken}: {result.metric} {result.best:.4f} on validation users with {values}"
@@ -362,10 +362,10 @@ class _Search:
         if self.options.trials is not None and len(complete) + len(broken) >= self.options.trials:
             return f"{self.options.trials} trials are done"
         if grid(self.spaces) is not None and trials and not waiting:
-            return "every point was tried"
+            return "all settings were tried"
         spent = time.monotonic() - began
         if complete and spent + max(seconds, default=0.0) > budget:
-            return f"another trial would not end within the budget ({duration(spent)} of {duration(budget)} are spent)"
+            return f"another trial would exceed the budget ({duration(spent)} of {duration(budget)} used)"
         return None
 
     def trial(self, study: optuna.Study) -> None:

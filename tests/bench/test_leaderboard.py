@@ -58,9 +58,9 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
         row["reads"] = reads
     lines = [line.split(" | ")[0].removeprefix("| ") for line in _tables(_page(suite))[0][2:]]
     assert lines == [
-        *("*events alone*", "sasrec", "random"),
-        *("*texts too, by an encoder that is not trained here*", "popularity"),
-        *("*a language model or fine-tuned text encoder*", "item-knn"),
+        *("*interactions only*", "sasrec", "random"),
+        *("*interactions and texts, with a pretrained text encoder*", "popularity"),
+        *("*language model or fine-tuned text encoder*", "item-knn"),
     ]
 
 
@@ -83,11 +83,11 @@ def test_a_section_says_how_its_parameters_came_about() -> None:
     assert "Parameters are chosen" not in _page()
     values = {"excluded": 0.1, "included": 0.2}
     row |= {"baseline": "item-knn", "trials": [{"parameters": {"neighbours": k}, "values": values} for k in (10, 20)]}
-    assert "Parameters are chosen on validation, for each table by itself." in _page(suite)
+    assert "Hyperparameters are chosen on validation, separately for each table." in _page(suite)
     del values["included"]
     assert "Parameters are chosen" not in _page(suite)
     suite["rows"][3]["baseline"] = "sasrec"
-    assert "Not tuned in this suite, which names their parameters: sasrec." in _page(suite)
+    assert "Hyperparameters fixed in this suite, not tuned: sasrec." in _page(suite)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_the_leaderboard_has_a_row_for_each_model_and_a_column_for_each_data_set
     text, (table,) = _board(tmp_path, SETTINGS, films, books)
     lines = _tables(text)[0]
     assert lines[0] == (
-        "| model | [Films](films.md) | [Books](books.md) | mean rank | type | pretrained | training | ms a request |"
+        "| model | [Films](films.md) | [Books](books.md) | mean rank | type | pretrained | training | ms per request |"
     )
     cells = [[part.strip() for part in line.strip("|").split(" | ")] for line in lines[2:]]
     assert [line[0] for line in cells[:3]] == ["SASRec", "Item-kNN", "Random"]

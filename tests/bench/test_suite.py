@@ -236,7 +236,7 @@ def test_a_ranker_is_a_row_unless_the_row_rules_it_out(tmp_path: Path) -> None:
         assert learned.parameters["form"] == "ranker" != linear.parameters["form"]
         assert learned.metrics["NDCG@10"].value > linear.metrics["NDCG@10"].value
         assert learned.fusion is not None and "history: length" in {item.name for item in learned.fusion.features}
-    assert "Its features with the largest shares of the gain" in page_of(ran.results)
+    assert "Its features with the largest share of the gain" in page_of(ran.results)
 
 
 def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
-    assert none.pairs[1].value is None and "content − markov-1: no request of this kind" in page_of(none)
+    assert none.pairs[1].value is None and "content − markov-1: no such requests" in page_of(none)
     with pytest.raises(ValueError, match="belongs to the task ranking"):
         Suite(**page | {"task": "rating"})
 

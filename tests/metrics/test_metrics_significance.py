@@ -322,4 +322,4 @@ def test_one_line_says_what_could_have_been_shown() -> None:
     )
     assert "leave 0 outside an unadjusted" in detectable_line("RMSE", [0.0123], users=9, comparisons=0)
     assert "of 0.012 would" in detectable_line("RMSE", [0.0123, None], users=9, comparisons=1)
-    assert "cannot be said" in detectable_line("RMSE", [None], users=9, comparisons=1)
+    assert "is unknown" in detectable_line("RMSE", [None], users=9, comparisons=1)

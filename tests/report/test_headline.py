@@ -28,8 +28,8 @@ def test_the_model_is_the_best_language_model_row_and_the_control_the_best_basel
     entry = next(e for e in results["comparisons"] if e["a"] == found.model.id and e["b"] == found.control.id)
     assert (found.difference.value, found.verdict) == (entry["value"], "contradicted") and entry["value"] < 0
     assert sentence(found) == (
-        "fine-tuned · likelihood · continue-list is significantly worse than markov-1: NDCG@10 −0.060 [−0.085, −0.035], "
-        "200 users."
+        "fine-tuned · likelihood · continue-list is significantly worse than markov-1: NDCG@10 −0.060 [−0.085, "
+        "−0.035], 200 users."
     )
 
 
@@ -46,9 +46,7 @@ def test_an_ensemble_with_the_model_is_neither_model_nor_control(results: dict[s
     assert re.search(r"0\.500.*best baseline.*0\.600.*−0\.100.*in an ensemble.*\+0\.006.*weight 0", card, re.DOTALL)
     assert "0.985" not in card
     best = winner_sentence(verdict(found, "sequential"))
-    assert best.startswith(
-        "Leaving aside ensembles that contain the model, a classic baseline has the best figure: fus"
-    )
+    assert best.startswith("Apart from ensembles that contain the language model: the best model is a baseline, fus")
 
 
 def test_the_first_screen_shows_one_user(results: dict[str, Any], save: Save) -> None:
@@ -107,7 +105,7 @@ def test_without_a_language_model_the_fusion_is_set_against_its_best_part(result
     assert told.model is not None and told.names == ("fusion", "item-knn")
     none = "There is no significant difference between fusion and item-knn (exploratory): NDCG@10 +0.020"
     assert sentence(told).startswith(f"{none} [−0.010, +0.050]")
-    assert sentence(headline(found, "rating")) == "There is no language-model row or fusion with a figure for RMSE."
+    assert sentence(headline(found, "rating")) == "No language model or ensemble has a value for RMSE."
 
 
 @pytest.mark.parametrize(("metric", "better"), [("NDCG@10", 0.1), ("RMSE", -0.1), ("LogLoss", -0.1), ("AUC", 0.1)])

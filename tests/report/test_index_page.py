@@ -120,7 +120,7 @@ def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
 
 def test_tokens_of_single_items_are_not_plotted() -> None:
     found = diagnose(tree_index(40, hybrid=True))
-    assert [panel["title"] for panel in index_plots.usage_of(found)] == ["items of each <a_…>", "items of each <b_…>"]
+    assert [panel["title"] for panel in index_plots.usage_of(found)] == ["items per <a_…>", "items per <b_…>"]
     assert index_summary.HYBRID in index_summary.sentence(found)
     tokens = tuple(own_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
@@ -202,7 +202,7 @@ def test_a_run_with_an_index_links_to_its_page(run_dir: Path) -> None:
     with_index(run_dir, tree_index(40))
     text = page.write(run_dir)["html"].read_text("utf-8")
     assert '<a href="item-index.html">' in text
-    assert "scheme semantic; 40 items; tokens of a code: 3; 11 new tokens; perplexity by level: 5 of 5, 4 of 4" in text
+    assert "scheme semantic; 40 items; tokens per ID: 3; 11 new tokens; perplexity by level: 5 of 5, 4 of 4" in text
     assert "before repair: 12.5 %" in text
     assert 'href="index.html"' in (run_dir / "report" / "item-index.html").read_text("utf-8")
 
@@ -230,7 +230,7 @@ def test_neighbours_that_cannot_be_read_are_an_error(run_dir: Path, content: str
 
 def test_codes_of_text_have_a_line_too(run_dir: Path) -> None:
     with_index(run_dir, numbered(12))
-    assert index_summary.line(run_dir) == "scheme sequential; 12 items; characters of a code: 4"
+    assert index_summary.line(run_dir) == "scheme sequential; 12 items; characters per ID: 4"
 
 
 def test_a_run_without_the_page_has_no_link(run_dir: Path) -> None:

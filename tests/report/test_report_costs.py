@@ -93,7 +93,7 @@ def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, A
         "| Pick from candidates | fine-tuned · label · pick-one | 41\u2009234 | 766 | 210 | 30 s | 0.15 s | 10 |"
         in text
         and "| train | 6 min 1 s |" in text
-        and "| In all | 17 min 23 s |" in text
+        and "| Total | 17 min 23 s |" in text
     )
     line = next(line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["row"] == row["id"])
     assert (line["tokens_per_request"], line["seconds_per_request"], line["users"]) == ("210.0", "0.15", "200")

@@ -77,7 +77,7 @@ def test_only_the_headline_metric_and_the_best_baseline_count(results: dict[str,
 def test_marks_stand_in_words_in_every_form(results: dict[str, Any], save: Save) -> None:
     pages = write(save(results))
     html = pages["html"].read_text("utf-8")
-    row = _row_of(html, 2, "likelihood", "tuned", "<bdi>continue-list")
+    row = _row_of(html, 2, "likelihood", "fine-tuned", "<bdi>continue-list")
     assert re.search(r'class="sig shown"><span aria-hidden="true">✓</span> vs. zero-shot<span class="vh">: signif', row)
     assert re.search(
         r'class="sig contradicted"><span aria-hidden="true">✗</span> vs. baseline.*?: significantly worse', row
@@ -116,9 +116,9 @@ def test_comparisons_say_what_they_could_have_shown(results: dict[str, Any], sav
     results["comparisons"][0]["detectable"] = 0.0421
     pages = write(save(results))
     html = pages["html"].read_text("utf-8").split('id="comparisons"')[1].split("</section>")[0]
-    assert '<td class="num">0.042</td>' in html and "80 of 100 repetitions" in html
+    assert '<td class="num">0.042</td>' in html and "80 % power" in html
     assert "| 0.042 |" in pages["markdown"].read_text("utf-8").split("## Comparisons")[1]
-    assert "does not mean equal" in html
+    assert "does not mean that both are equal" in html
 
 
 def test_exploratory_comparisons_stand_apart_without_p_and_verdict(results: dict[str, Any], save: Save) -> None:
@@ -197,12 +197,12 @@ def test_a_result_with_one_template_is_marked(several: dict[str, Any], results: 
     html, text = pages["html"].read_text("utf-8"), pages["markdown"].read_text("utf-8")
     # All of explanations, none of pick from candidates, and of ratings all but the tuned rows.
     assert html.split('id="task-4"')[1].split("</table>")[0].count("single template") == 3
-    assert "Every result of this task stands on a single template" in html.split('id="task-4"')[1]
+    assert "All results of this task use a single template" in html.split('id="task-4"')[1]
     assert "single template" not in html.split('id="task-3"')[1].split("</section>")[0]
     ratings = html.split('id="task-1"')[1].split("</table>")[0]
     assert ratings.count("single template") == 2
     assert "single template" in _row_of(html, 1, "expected", "zero-shot")
-    assert "single template" not in _row_of(html, 1, "expected", "tuned")
+    assert "single template" not in _row_of(html, 1, "expected", "fine-tuned")
     assert "| explanation/because (seen, single template) |" in text and "| rating/half-stars (seen) |" in text
     lines = list(csv.DictReader(io.StringIO(csv_text(several))))
     said = {(line["task"], line["arm"]): line["single_template"] for line in lines}

@@ -17,7 +17,7 @@ from llmrec.report.page import write
 from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
 from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
-from llmrec.results import Results, Row
+from llmrec.results import Results, Row, arm_name
 from tests.report.test_report_page import Tree, plot_of
 
 
@@ -46,7 +46,7 @@ def test_better_is_to_the_right_for_every_metric(results: dict[str, Any]) -> Non
     # The tuned model has a higher RMSE and a lower NDCG than its control, and is better in the two others.
     signs = {name: row["value"] > 0 for name, row in rows.items()}
     assert list(signs.values()) == [False, False, True, True]
-    assert plot["sides"] == "better → (RMSE turned: lower is better)" and "control's figure" in plot["unit"]
+    assert plot["sides"] == "better → (RMSE: sign reversed, lower is better)" and "% of the baseline" in plot["unit"]
     rating = rows["Rating prediction"]
     assert rating["value"] == pytest.approx(-100 * 0.03 / 0.93) and "+0.030" in rating["text"]
     assert rating["low"] is not None and rating["high"] is not None
@@ -111,7 +111,7 @@ def test_figures_are_drawn_in_order_and_named(results: dict[str, Any]) -> None:
     drawn.sort(key=lambda mark: mark[1])
     rows = [row for row in found.standings("rating")]
     assert [said.partition(":")[0].split(" · ")[0] for _, _, said in drawn] == [
-        row.predictor if row.arm == "baseline" else row.arm for row in rows
+        row.predictor if row.arm == "baseline" else arm_name(row.arm) for row in rows
     ]
     assert all(before[0] <= after[0] + 6 for before, after in pairwise(drawn)), "lower RMSE first, so further left"
 

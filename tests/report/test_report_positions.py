@@ -118,7 +118,7 @@ def test_nothing_shown_is_said_once(results: dict[str, Any]) -> None:
     assert sentences(results_of(results), "direct") == ("No language model has a significant position bias.",)
     nothing = PositionBias(share=None, chance=None, rho=None, p=None)
     assert bias_words(nothing) == (
-        "it explains – of the variance of the rank, – expected by chance; rank correlation –; corrected p –"
+        "– of the variance of the rank, – expected by chance; rank correlation –; corrected p –"
     )
 
 

@@ -115,7 +115,7 @@ def test_what_the_model_adds_is_said(results: dict[str, Any]) -> None:
         results["comparisons"].append({**entry, **more, **numbers, "value": -0.02 - 0.03 * (1 - place)})
     # Of the fusions without the model the stronger one counts, whichever way the comparison was written.
     assert (
-        "Added to the ensemble of the classic recommenders, the tuned model changes it by NDCG@10 +0.020 [+0.010, "
+        "Adding the fine-tuned model to the ensemble of the baselines: NDCG@10 +0.020 [+0.010, "
         "+0.030] in Next item from history, significantly better. "
     ) in summary(results_of(results))
 

@@ -100,8 +100,8 @@ def test_a_card_holds_inputs_truth_and_every_row(told: dict[str, Any], save: Sav
     lines = cards.lines(7)
     assert lines["True text"] == "True words 7."
     # What every template shows has no mark, and what none shows says so.
-    assert lines["Rating shown by no question"] == "4" and lines["Headline"] == "Good"
-    assert lines["Feature shown by because"] == "strap 7"
+    assert lines["Rating in no prompt"] == "4" and lines["Headline"] == "Good"
+    assert lines["Feature in the prompts of because"] == "strap 7"
     labels = [label for label in lines if lines[label].endswith("wrote 7.")]
     assert {"fine-tuned · text · because", "fine-tuned · text · unseen-because", "frequent-text", "nearest-text"} < set(
         labels

@@ -56,7 +56,7 @@ def with_ensembles(results: dict[str, Any], weight: float) -> dict[str, Any]:
 def test_the_table_has_each_setting_beside_the_best_baseline(results: dict[str, Any]) -> None:
     text = shown(results)
     head, *lines = [line.split() for line in text.splitlines() if line.strip()]
-    assert head == ["zero", "few"]
+    assert head == ["zero", "few", "fine"]
     rating, unit = (line for line in lines if line[0] in ("Rating", "RMSE,"))
     assert rating[2:] == ["1.310", "1.220", "0.960", "0.930", "○", "+0.030"]
     assert unit[-3:] == ["user-item-bias", "[−0.018,", "+0.078]"]

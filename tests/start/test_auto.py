@@ -243,7 +243,7 @@ def test_a_part_that_breaks_or_takes_too_long_leaves_the_others(table: Path, tmp
     search.budget = 0.0  # no first trial may take any time
     search.parts = [Part("ease", "ease"), *FEW]
     search.first()
-    assert search.tried["ease"].note == "its time was up"
+    assert search.tried["ease"].note == "its time limit was reached"
     names = [each.name for each in search.chosen(10).tasks.present()["sequential"].baselines]
     assert "ease" not in names and "popularity" in names
 

@@ -78,7 +78,7 @@ def test_a_list_is_tried_whole_and_the_best_is_a_recipe(page: Path, tmp_path: Pa
     assert "best of 3 trials" in tuning.told(found)
 
     again: list[str] = []
-    assert tuning.search(asked, again.append).best == found.best and again == ["every point was tried"]
+    assert tuning.search(asked, again.append).best == found.best and again == ["all settings were tried"]
     with pytest.raises(RecipeError) as caught:
         tuning.search(options(page, tmp_path, "tasks.sequential.history=1,2"))
     assert caught.value.kind == "mismatch"
