@@ -69,7 +69,7 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
             say(cut)
         if result := study.leaks(table):
             warned.append(leak_warning(table, result))
-            say(f"{warned[-1]}; write profiles from training interactions alone")
+            say(f"{warned[-1]}; write profiles from training interactions only")
             say(f"    users: {', '.join(leaking_users(result))}")
     if wide := too_wide(study):
         warned.append(wide)

@@ -92,7 +92,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
             with suppress(LeakError):
                 page.write(folder, Made(results, predictions, lines))
     if not writable:
-        log.warning("%s cannot be written to, so audit.json and the report stay as they are", folder)
+        log.warning("%s is not writable, so audit.json and the report are not updated", folder)
     return checks
 
 
@@ -244,7 +244,7 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
     """
     numbers = {item: int(result[0]) for item in data.dataset.items if len(result := re.findall(r"\d+", item)) == 1}
     if len(numbers) < 0.9 * len(data.dataset.items):
-        return Check("id arithmetic", "not probed: item ids hold no single number")
+        return Check("id arithmetic", "not tested: item IDs contain no single number")
     return _arithmetic("id arithmetic", "ids", numbers, data, split)
 
 
@@ -256,7 +256,7 @@ def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
     """
     name = "code arithmetic"
     if index.scheme == "title":
-        return Check(name, "not probed: titles have no order that means anything")
+        return Check(name, "not tested: titles have no meaningful order")
     pieces = {item: [int(n) for n in re.findall(r"\d+", "".join(code))] for item, code in index.codes.items()}
     order = sorted(pieces, key=lambda item: (pieces[item], item))
     single = all(len(result) == 1 for result in pieces.values()) and not index.tokens
@@ -269,14 +269,14 @@ def _arithmetic(name: str, what: str, numbers: dict[str, int], data: SplitDatase
     pairs = [([e.item_id for e in past if e.item_id in numbers], h.item_id) for h, past in held if h.item_id in numbers]
     pairs = [(past, target) for past, target in pairs if past]
     if not pairs:
-        return Check(name, "not probed: no held-out request has a history")
+        return Check(name, "not tested: no held-out request has a history")
     rate = _rule(pairs, numbers)
     rng, items = np.random.default_rng(0), list(numbers)
     values = np.array([numbers[item] for item in items])
     dealt = [_rule(pairs, dict(zip(items, rng.permutation(values).tolist(), strict=True))) for _ in range(_ROUNDS)]
     chance = float(np.mean(dealt))
     figures = {"HR@5": rate, "chance": chance}
-    return Check(name, f"the rule reaches HR@5 {rate:.4f}, over random {what} {chance:.4f}", "notice", (), figures)
+    return Check(name, f"the rule has HR@5 {rate:.4f}, with random {what} {chance:.4f}", "notice", (), figures)
 
 
 def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> float:
@@ -358,9 +358,7 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
     examples = tuple(
         f"{data.dataset.items[items[a]].title!r} and {data.dataset.items[items[b]].title!r}" for a, b, _ in near[:5]
     )
-    result = (
-        f"{twins} of {len(items):,} items share their title with another, {len(near)} further pairs are nearly equal"
-    )
+    result = f"{twins} of {len(items):,} items have the title of another item; {len(near)} more pairs are nearly equal"
     figures = {"equal": float(twins), "near_pairs": float(len(near))}
     return Check("near-duplicate items", result, "notice" if twins or near else "clean", examples, figures)
 
@@ -380,7 +378,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
     asked = sum(user in held for user in users)
     examples = tuple(f"held-out user {user} and user {twin}" for user, twin in sorted(twins)[:5])
     count = len({user for user, _ in twins})
-    result = f"{count} of {asked:,} held-out users have a twin in training who has the held-out item too"
+    result = f"{count} of {asked:,} held-out users have a duplicate user in training with the held-out item"
     return Check("near-duplicate users", result, "notice" if count else "clean", examples, {"users": float(count)})
 
 
@@ -404,7 +402,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
     name = f"memorisation of {data.dataset.name}"
     halves = _halves(data)
     if len(halves) < 2 * _SOLVED:
-        return Check(name, "not probed: fewer than 8 titles have three words")
+        return Check(name, "not tested: fewer than 8 titles have three words")
     rng = keyed("memorisation", seed, data.dataset.name)
     chosen = rng.sample(halves, min(titles, len(halves)))
     tails = [tail for _, tail in chosen]
@@ -419,7 +417,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
         rates.append(sum(right) / len(right))
     true, control = rates
     figures = {"completed": true, "control": control, "titles": float(len(chosen))}
-    result = f"the untuned model completes {true:.1%} of {len(chosen)} titles, of mixed-up ones {control:.1%}"
+    result = f"the base model completes {true:.1%} of {len(chosen)} titles; control with permuted titles: {control:.1%}"
     return Check(name, result, "notice" if true > control + 0.02 else "clean", (), figures)
 
 

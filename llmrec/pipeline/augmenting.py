@@ -189,7 +189,8 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     for kind, tokens in planned.prompt_tokens().items():
         count = len(planned.asked[kind])
         seconds += tokens / _READS + count * section.max_tokens / _WRITES
-        rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} tokens read, {count * section.max_tokens:,} written at most"
+        most = count * section.max_tokens
+        rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} prompt tokens, at most {most:,} completion tokens"
     return rows | {"time": f"about {max(1, round(seconds / 60))} minutes for a small model on two cores"}
 
 
@@ -256,7 +257,7 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
             planned = plan(recipe)
         key = _answers_key(recipe, planned)
         if done_before(folder, key):
-            log.warning("shard %s is complete already", shard)
+            log.warning("shard %s is already complete", shard)
             return folder
         cost, count = Cost(), 0
         with _asking(recipe, planned, folder, budget) as (backend, *_):

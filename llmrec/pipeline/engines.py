@@ -175,7 +175,7 @@ class Engines:
             self._shared.close()
             if _keeper is not None:
                 _keeper.is_broken = True
-            log.warning("%s; transformers answers instead, %s", failure.reason, self._slower())
+            log.warning("%s; using transformers instead, %s", failure.reason, self._slower())
             self._open = ("hf", folder, weights), backend
             return self._offer("hf", folder, weights, most)
 
@@ -188,7 +188,7 @@ class Engines:
         if _on_gpu(self._model):
             return "which is slower (how much has not been measured on a GPU)"
         # SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels after 280 tokens 93 and 138 s.
-        return "which takes about twice as long for generated texts, and about as long for everything else"
+        return "which takes about twice as long for generated texts and about the same time otherwise"
 
     def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Offer:
         kind = lookup(BACKENDS, engine, "backend")

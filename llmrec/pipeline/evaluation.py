@@ -335,7 +335,7 @@ class Evaluation:
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
                 raise
-            log.warning("%s: no such row: %s", spec.id, error)
+            log.warning("%s: cannot be evaluated: %s", spec.id, error)
             return []
         validation = model.validation if isinstance(model, ListEnsemble) else {}
         row = self._keep(
@@ -360,7 +360,7 @@ class Evaluation:
         stored = read_stage(self._path(spec), key, row_of)
         if stored is None:
             return None
-        log.info("evaluation: reusing row %s", spec.id)
+        log.info("evaluation: reusing %s", spec.id)
         return row_of(stored)
 
     def _keep(

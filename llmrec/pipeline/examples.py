@@ -185,9 +185,9 @@ def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[
 def _answer_text(record: Prediction, item: str) -> str:
     """Return an answer as text: a number, or the rank of the item."""
     if answer := ranked(record.parsed):
-        return f"place {answer.index(item) + 1}" if item in answer else f"not among the first {len(answer)}"
+        return f"rank {answer.index(item) + 1}" if item in answer else f"not in the top {len(answer)}"
     parsed = json.loads(record.parsed)
-    return f"{parsed:.3f}" if isinstance(parsed, float) else "could not be read" if parsed is None else str(parsed)
+    return f"{parsed:.3f}" if isinstance(parsed, float) else "could not be parsed" if parsed is None else str(parsed)
 
 
 # --------------------------------------------------------------------------- samples
@@ -355,7 +355,7 @@ def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tu
         likeness = vectors.of(asked) @ vectors.of(warm).T
     except LlmrecError as error:
         # All metrics are computed by now, and must not be lost because of an example.
-        log.warning("new items stand without neighbours in the report: %s", error)
+        log.warning("the report shows cold-start items without similar items: %s", error)
         return dict.fromkeys(asked, ())
     for item, row in zip(asked, likeness, strict=True):
         best = np.argsort(-row, kind="stable")[:_NEAR]

@@ -78,7 +78,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
         try:
             return ItemIndex.load(folder)
         except DataError as error:
-            log.warning("%s; it is built again", error)
+            log.warning("%s; building it again", error)
     built = table.build(section, data, seed=seed, embed=embed)
     if embed is not None:
         built = replace(built, settings={**built.settings, _STAMP: embed.stamp})

@@ -175,8 +175,8 @@ def describe(data: SplitDataset) -> DataInfo:
 def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
     """Return notes on rows that were not evaluated, by reason."""
     for reason, count in Counter(row.reason for row in missing).items():
-        what = "1 row was" if count == 1 else f"{count} rows were"
-        yield f"{what} not evaluated, and running the same command again evaluates them: {reason}."
+        what = "1 model was" if count == 1 else f"{count} models were"
+        yield f"{what} not evaluated: {reason}. Run the same command again to evaluate them."
 
 
 def notes(study: Study) -> list[str]:
@@ -185,64 +185,64 @@ def notes(study: Study) -> list[str]:
     for data in filter(None, (study.data, study.reviews)):
         if data.dataset.made:
             results.append(
-                f"{data.dataset.name}: this table is made by the llmrec project; its texts are no real reviews."
+                f"{data.dataset.name}: synthetic data of the llmrec project; its texts are not real reviews."
             )
         if made := data.dataset.provenance.get("derived"):
             results.append(f"{data.dataset.name}: derived: {made}.")
     if (shape := study.recipe.model.shape) is not None:
         results.append(
-            f"The language model is a new {shape.kind} of width {shape.width}, trained from scratch: nothing was "
-            "pretrained, and all it knows is from the training rows of this run."
+            f"The language model is a new {shape.kind} of width {shape.width}, trained from scratch on the "
+            "training examples of this run, without pretraining."
         )
     for family in study.tasks:
         results += [
-            f"The question of {template.id} shows what could give its answer away: {template.leak}."
+            f"The prompt {template.id} contains information that could reveal the answer: {template.leak}."
             for template in study.eval_templates(family)
             if template.leak
         ]
     if study.candidates and study.recipe.eval.candidates.kind == "retrieved":
         name = study.recipe.eval.candidates.retriever
         results += [
-            f"Ranking figures of {family} are over the {study.candidates.count} items that {name} retrieves; "
-            f"{share:.1%} of the items that are asked for are among them, which no HR can exceed."
+            f"Ranking metrics of {family} are over the {study.candidates.count} items that {name} retrieves; "
+            f"they contain {share:.1%} of the targets, which is the maximum of HR."
             for family, share in _ceilings(study).items()
         ]
     elif study.candidates:
         results.append(
-            f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
-            "catalogue; they cannot be compared with full-ranking figures."
+            f"Ranking metrics are over {study.candidates.count} sampled candidates per request, not over the whole "
+            "catalogue, so they are not comparable with full-ranking metrics."
         )
         if wide := too_wide(study):
             results.append(f"{wide}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         results.append(
-            "Ranking figures are over the whole catalogue without the items of the history. A model returns as many "
+            "Ranking metrics are over the whole catalogue without the items of the history. A model returns as many "
             "items as it has beams, a baseline 100; a target that is not returned is a miss. This lowers MRR, but no "
-            "figure with a cut-off of at most the number of beams."
+            "metric with a cut-off of at most the number of beams."
         )
     results += [f"{cut}." for table in study.tables if (cut := baskets(table))]
     if study.aligned is not None:
         results.append(
-            f"Alignment figures are over {study.aligned.count} candidates a question, all of them items whose code and "
-            f"text were never trained together; chance is HR@1 {1 / study.aligned.count:.3f}. Each item counts as a "
-            "user of its own."
+            f"Alignment metrics are over {study.aligned.count} candidates per prompt, all of them items whose ID and "
+            f"text were never trained together; random HR@1 is {1 / study.aligned.count:.3f}. Each item counts as "
+            "one user."
         )
     rating = study.recipe.tasks.rating
     if rating is not None and rating.head is not None:
         results.append(
-            "The tuned model was trained through its rating head and is asked by it alone; the base model has no head "
-            "and is asked by the other strategies."
+            "The fine-tuned model is evaluated with its rating head only; the base model has no head and is evaluated "
+            "with the other scoring methods."
         )
     judged = study.recipe.tasks.ctr
     if judged is not None and judged.balance == "user":
         results.append(
-            "Yes/no questions are balanced inside each user, as many with a yes as with a no: what is known of a user "
-            "alone, such as the share of likes, reaches AUC and GAUC 0.5 and no more."
+            "Yes/no questions are balanced within each user, so a model that uses only the user, such as the share of "
+            "likes, has AUC and GAUC 0.5."
         )
     if "tuned" in study.recipe.eval.arms:
         results += _training_notes(study)
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
-        results.append("One training seed: intervals cover the choice of users, not the choice of seed.")
+        results.append("One training seed: intervals do not include the variance between seeds.")
     return results
 
 
@@ -253,18 +253,16 @@ def _training_notes(study: Study) -> list[str]:
     untaught = [family for family in weighted if family not in study.shares]
     if untaught:
         results.append(
-            f"Left out of training, and asked of the tuned model nonetheless: {', '.join(untaught)}. What it answers "
-            f"there comes from the base model and from training on {', '.join(study.shares)}."
+            f"The fine-tuned model was not trained on {', '.join(untaught)}; its answers there come from the base "
+            f"model and from training on {', '.join(study.shares)}."
         )
     if study.recipe.train.start is not None:
         results.append(
-            f"Training continued from the tuned model of another run, {Path(study.recipe.train.start).name}; "
-            "settings that are not tuned ask the base model, which knows nothing of that run."
+            f"Training continued from the fine-tuned model of another run, {Path(study.recipe.train.start).name}; "
+            "zero-shot and few-shot use the base model without that training."
         )
     if study.recipe.train.teacher is not None:
-        results.append(
-            f"The tuned model learned from the model of another run too, {Path(study.recipe.train.teacher.run).name}."
-        )
+        results.append(f"The fine-tuned model was distilled from the run {Path(study.recipe.train.teacher.run).name}.")
     return results
 
 

@@ -32,14 +32,14 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
     try:
         stored = checked(path.read_bytes())
     except (OSError, ValueError) as error:
-        log.warning("%s is damaged (%s); it is made again", path, error)
+        log.warning("%s is damaged (%s); it is computed again", path, error)
         return None
     if not isinstance(stored, dict) or stored.get("key") != key:
         return None
     try:
         form(stored)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
+        log.warning("%s is damaged (%s); it is computed again", path, type(error).__name__)
         return None
     return stored
 

@@ -156,13 +156,13 @@ def _candidates(sets: CandidateSection, family: str) -> str:
 
 def left_out(spec: RowSpec, study: Study) -> str:
     """Return a note if a family was not trained; otherwise an empty text."""
-    return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
+    return "; trained only on other tasks" if spec.arm == "tuned" and spec.family not in study.shares else ""
 
 
 def inputs_of(spec: RowSpec, study: Study) -> str:
     """Describe the input of a row."""
     task = study.tasks[spec.family]
-    fitted = "; scaled by answers to the validation split" if task.calibrates else ""
+    fitted = "; calibrated on the validation split" if task.calibrates else ""
     if spec.template is not None:
         return task.shows(spec.template, spec.shots) + fitted
     if family_of(spec.family).candidates == "items":

@@ -153,8 +153,8 @@ def run(
 def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
     missing, first = len(done.results["unevaluated"]), failures[0]
     return EngineFailure(
-        f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} rows were not evaluated and are "
-        f"marked in {done.report}; the same command evaluates them when it is run again",
+        f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} models were not evaluated and are "
+        f"marked in {done.report}; run the same command again to evaluate them",
         kind=first.kind,
         at=first.place,
         column=first.column,

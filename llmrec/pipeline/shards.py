@@ -130,7 +130,7 @@ def done_before(folder: Path, key: str) -> Finished | None:
     if result.key != key:
         return None
     if (name := result.damaged()) is not None:
-        log.warning("%s was changed since it was written; it is made again", folder / name)
+        log.warning("%s was changed since it was written; it is computed again", folder / name)
         return None
     return result
 

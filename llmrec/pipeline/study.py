@@ -527,7 +527,7 @@ def leak_warning(data: SplitDataset, leaks: tuple[ProfileLeak, ...]) -> str:
         return ""
     whose = "1 user is" if count == 1 else f"{count:,} users are"
     return (
-        f"{whose} set aside from evaluation, of {len(data.dataset.users):,} with a profile in {data.dataset.name}: "
-        f"the profile names an item that is held out for its own user, such as item {first.item_id} in the field "
+        f"{whose} excluded from the evaluation, of {len(data.dataset.users):,} with a profile in {data.dataset.name}: "
+        f"the profile contains a held-out item of the user, such as item {first.item_id} in the field "
         f"{first.field!r} of user {first.user_id}"
     )

@@ -119,7 +119,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     )
     for family, lost in dropped.items():
         if lost:
-            log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
+            log.warning("tasks.%s: %d training examples longer than train.max_row_tokens were dropped", family, lost)
     counts = dict.fromkeys(shares, 0)
     for numbers in steps.numbers():
         for n in numbers:
@@ -273,7 +273,7 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
             log.warning("training: llmrec has changed since %s was trained; remove %s to train again", merged, folder)
         return done
     if done["merged_sha256"] is not None:
-        log.warning("training: %s is not what training left there; it is made again", merged)
+        log.warning("training: %s was changed after training; it is written again", merged)
     return None
 
 
@@ -283,7 +283,7 @@ def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
     adapter = folder / "adapter"
     if done is None or not adapter.is_dir() or weights_sha256(adapter) != done["adapter_sha256"]:
         return None
-    log.warning("training: %s is finished, and only merged again", adapter)
+    log.warning("training: %s is complete; merging only", adapter)
     return done
 
 

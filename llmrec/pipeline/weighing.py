@@ -96,13 +96,13 @@ class Weighing:
         try:
             able = task.cases("valid")
         except DataError as error:
-            log.warning("%s: no fusion of the baselines: %s", family, error)
+            log.warning("%s: no ensemble of the baselines: %s", family, error)
             return []
         cases = of_first_users(able, MOST, among=set(weighers.frame["user_id"].to_list()), but=aside)
         result = len({case.request.user_id for case in cases})
         if result < 2 * FOLDS:
             log.warning(
-                "%s: no fusion of the baselines, which needs %d validation users to weigh it; there are %d",
+                "%s: no ensemble of the baselines: it needs %d validation users, and there are %d",
                 *(family, 2 * FOLDS, result),
             )
             return []

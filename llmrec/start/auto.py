@@ -139,9 +139,9 @@ def judged(results: Results) -> Judged:
         return Judged(False, "The fine-tuned language model is not used: its weight in the ensemble is 0.")
     part = parts[0]
     figure = with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
-    if (part.loss_low or 0.0) > 0:
-        return Judged(True, f"The fine-tuned language model is used: it changes NDCG@10 of the ensemble by {figure} on validation users.")
-    return Judged(False, f"The fine-tuned language model is not used: it changes NDCG@10 of the ensemble by {figure} on validation users.")
+    kept = (part.loss_low or 0.0) > 0
+    effect = f"it changes NDCG@10 of the ensemble by {figure} on validation users"
+    return Judged(kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}.")
 
 
 # --------------------------------------------------------------------------- the members of the ensemble
@@ -531,7 +531,8 @@ class _Search:
         if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
             raise DataError(
-                f"no recommender could be fitted within the budget ({notes or 'no time'}); increase --budget", kind="too-few"
+                f"no recommender was fitted within the budget ({notes or 'no time'}); increase --budget",
+                kind="too-few",
             )
         baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
         for tried in result.values():

@@ -191,7 +191,11 @@ def test_the_estimate_counts_what_would_be_read(llama_folder: Path) -> None:
     planned = augmenting.plan(made)
     assert made.augment is not None
     said = augmenting.estimate(planned, made.augment)
-    assert said["users"].startswith("6 texts") and "24 written at most" in said["users"] and "minutes" in said["time"]
+    assert (
+        said["users"].startswith("6 texts")
+        and "at most 24 completion tokens" in said["users"]
+        and "minutes" in said["time"]
+    )
 
 
 def test_content_neighbours_read_a_store_and_refuse_texts_that_have_seen_the_answer(tmp_path: Path) -> None:

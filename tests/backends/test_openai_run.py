@@ -213,7 +213,7 @@ def test_a_server_that_is_gone_leaves_the_classic_recommenders(llama_folder: Pat
 
     url = "http://127.0.0.1:9/v1"
     gone = f"eval.server={{url: '{url}', model: films, attempts: 1}}"
-    with raises(EngineFailure, Facts("unreachable", says=(url, "rows were not evaluated", "index.html"))):
+    with raises(EngineFailure, Facts("unreachable", says=(url, "models were not evaluated", "index.html"))):
         pipeline.run(recipe(llama_folder, url, gone), tmp_path / "run", quiet=True)
     results = json.loads((tmp_path / "run" / "results.json").read_bytes())
     assert {row["arm"] for row in results["rows"]} == {"baseline"}

@@ -36,13 +36,13 @@ def test_figures_have_names_that_are_words(tmp_path: Path, monkeypatch: pytest.M
     for name in ("_", "None", "made", "sha256", "digest"):
         assert not any(name in label for label in lines) and "None" not in said
     # A hash is as long as it takes to compare two.
-    assert max(map(len, lines["hash of the data"].replace(",", "").split())) == 12
+    assert max(map(len, lines["data hash"].replace(",", "").split())) == 12
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = printed(tmp_path, monkeypatch, "rating: none")
     assert "ratings                  none" in said
-    assert not any(name in said for name in ("texts", "ties in time", "new in test", "synthetic", "None"))
+    assert not any(name in said for name in ("texts", "equal timestamps", "new in test", "synthetic", "None"))
 
 
 def test_json_has_the_whole_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,7 @@ def test_9_a_profile_that_names_a_held_out_item(study: Study) -> None:
     checks = examine(told)
     check = checks["user profiles of made-reviews"]
     assert leaking(checks) == set() and check.verdict == "notice" and check.figures == {"users": 1}
-    assert check.found.startswith("1 user is set aside from evaluation, of 2 with a profile in made-reviews")
+    assert check.found.startswith("1 user is excluded from the evaluation, of 2 with a profile in made-reviews")
     assert check.examples == (f"user {user}: field 'likes' names held-out item {item}",)
     for family in study.tasks:
         assert user in {case.request.user_id for case in study.cases(family)}

@@ -114,7 +114,13 @@ def test_the_audit_sees_what_the_pool_shows(done: tuple[Recipe, pipeline.Run]) -
 
 def test_the_page_shows_the_family(done: tuple[Recipe, pipeline.Run]) -> None:
     page = (done[1].folder / "report" / "index.html").read_text(encoding="utf-8")
-    for words in ("Yes or no to an item", "Calibration", "Share of yes", "like-ratio", "balanced inside each user"):
+    for words in (
+        "Yes or no to an item",
+        "Calibration",
+        "Observed share of yes",
+        "like-ratio",
+        "balanced within each user",
+    ):
         assert words in page, words
     text = (done[1].folder / "report" / "report.md").read_text(encoding="utf-8")
     assert "#### Calibration" in text
@@ -134,7 +140,7 @@ def test_calibration_moves_probabilities_and_no_order(
         assert one["calibration"]["n"] > 0 and "calibration" not in other
         assert one["metrics"]["GAUC"]["value"] == pytest.approx(other["metrics"]["GAUC"]["value"])
         assert one["metrics"]["LogLoss"]["value"] != other["metrics"]["LogLoss"]["value"]
-        assert one["inputs"].endswith("scaled by answers to the validation split")
+        assert one["inputs"].endswith("calibrated on the validation split")
     # The users who weigh the fusion are not those whose answers the calibration is fitted to.
     evaluation = Evaluation(build_study(chosen), None, tmp_path / "r", Budget(quiet=True), quiet=True)
     fitted, weigh = (

@@ -170,7 +170,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     # Also the fusions that they would have been joined in.
     assert {name.split("/")[0] for name in missing} == {"direct"} and len(missing) > VLLM_ROWS
     assert set(engines_of(results).values()) == {"hf"} and len(engines_of(results)) == HF_ROWS
-    assert f"{len(missing)} of {len(missing) + len(results['rows'])} rows were not evaluated" in str(caught.value)
+    assert f"{len(missing)} of {len(missing) + len(results['rows'])} models were not evaluated" in str(caught.value)
     report = {file.suffix: file.read_text("utf-8") for file in (folder / "report").iterdir()}
     for text in report.values():
         assert text.count("not evaluated") >= len(missing)

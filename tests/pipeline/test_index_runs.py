@@ -132,7 +132,10 @@ def test_a_run_whose_index_saw_held_out_items_gets_no_table(
     assert found["leaks"] == 1
     (leak,) = [check for check in found["checks"] if check["verdict"] == "leak"]
     assert leak["name"] == "item index that learned from held-out interactions" and "codes move" in leak["found"]
-    assert "This run leaks held-out data, so its report has no results." in (tmp_path / "r" / "report" / "index.html").read_text()
+    assert (
+        "This run leaks held-out data, so its report has no results."
+        in (tmp_path / "r" / "report" / "index.html").read_text()
+    )
 
 
 def test_codes_from_a_file_cannot_be_proven(llama_folder: Path, tmp_path: Path) -> None:

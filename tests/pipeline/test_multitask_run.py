@@ -187,10 +187,10 @@ def test_a_family_that_is_left_out_is_asked_followed_and_marked(llama_folder: Pa
     done = pipeline.run(recipe(llama_folder, "train.without=[rating]"), tmp_path / "r", quiet=True)
     rows = {row["id"]: row for row in done.results["rows"]}
     asked = rows["rating/tuned/expected/list-ratings"]
-    assert asked["n"] > 0 and asked["inputs"].endswith("trained on other families alone")
-    assert "other families" not in rows["rating/zero-shot/expected/list-ratings"]["inputs"]
-    assert "other families" not in rows["direct/tuned/label/after-history"]["inputs"]
-    assert any("Left out of training" in note and "rating" in note for note in done.results["notes"])
+    assert asked["n"] > 0 and asked["inputs"].endswith("trained only on other tasks")
+    assert "other tasks" not in rows["rating/zero-shot/expected/list-ratings"]["inputs"]
+    assert "other tasks" not in rows["direct/tuned/label/after-history"]["inputs"]
+    assert any("was not trained on" in note and "rating" in note for note in done.results["notes"])
     training = done.results["training"]
     assert set(training["rows"]) == set(training["shares"]) == {"sequential", "direct"}
     lines = [json.loads(line) for line in (done.folder / "train_log.jsonl").read_text("utf-8").splitlines()]
@@ -225,7 +225,7 @@ def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, 
     )
     assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
     assert any(not two[name].allclose(base[name], atol=1e-5) for name in base)
-    assert any("continued from the tuned model" in note for note in done.results["notes"])
+    assert any("continued from the fine-tuned model" in note for note in done.results["notes"])
     # The other arms ask the base model.
     alone = pipeline.run(recipe(llama_folder, *OWN, "eval.arms=[zero-shot]"), tmp_path / "alone", quiet=True)
     zero = "rating/zero-shot/expected/list-ratings"

@@ -271,7 +271,7 @@ def test_a_profile_that_tells_an_answer_does_not_end_the_run(
     tasks = "tasks={direct: {eval_templates: [with-profile], strategies: [label], users: 200}}"
     words = [tasks, "eval.arms=[zero-shot]", "eval.backend=fake"]
     said = CliRunner().invoke(app, ["check", "recipes/movielens-100k/four-tasks.yaml", *SMALL, *words]).output
-    assert f"1 user is set aside from evaluation, of {len(users)} with a profile in made-reviews" in said
+    assert f"1 user is excluded from the evaluation, of {len(users)} with a profile in made-reviews" in said
     assert f"users: {told.user_id}\n" in said
     made = pipeline.run(recipe(llama_folder, *words), tmp_path / "r", quiet=True)
     assert {row["n"] for row in made.results["rows"]} == {len(users) - 1}
@@ -279,7 +279,7 @@ def test_a_profile_that_tells_an_answer_does_not_end_the_run(
     assert aside["users"] == [told.user_id] and told.item_id in aside["said"]
     for name, first in (("report.md", "- **"), ("index.html", 'class="opening"')):
         text = (made.folder / "report" / name).read_text("utf-8")
-        assert text.index("1 user is set aside from evaluation") < text.index(first)
+        assert text.index("1 user is excluded from the evaluation") < text.index(first)
     assert json.loads((made.folder / "audit.json").read_text("utf-8"))["leaks"] == 0
 
 

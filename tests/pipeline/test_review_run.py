@@ -81,7 +81,7 @@ def test_every_family_has_its_rows_and_figures(done: pipeline.Run) -> None:
 def test_what_is_derived_and_what_is_given_away_is_said(done: pipeline.Run) -> None:
     notes = done.results["notes"]
     assert any("derived: titles" in note and "pseudonyms" in note for note in notes)
-    leaks = [note for note in notes if "could give its answer away" in note]
+    leaks = [note for note in notes if "could reveal the answer" in note]
     assert len(leaks) == 2 and "explanation/user-title-feature" in leaks[0]
     assert "titles" in done.results["data"]["main"]["derived"]
     page = (done.folder / "report" / "index.html").read_text(encoding="utf-8")

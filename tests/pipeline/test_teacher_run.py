@@ -61,7 +61,7 @@ def test_a_narrower_model_learns_from_a_finished_run(teacher: Path, tmp_path: Pa
     # The teacher is part of what is learned, and none of what is followed.
     assert one[-1]["loss"] != other[-1]["loss"]
     assert one[0]["valid_loss"] == other[0]["valid_loss"] and one[0]["valid_loss"]
-    assert any("learned from the model of another run too" in note for note in done.results["notes"])
+    assert any("was distilled from the run" in note for note in done.results["notes"])
 
 
 def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path) -> None:

@@ -306,10 +306,10 @@ def test_an_answer_that_obeys_is_read_as_any_other(text: str, studies: dict[str,
 @pytest.mark.parametrize(
     ("parsed", "said"),
     [
-        ('{"items": ["a", "b"], "scores": [2, 1]}', "place 2"),
-        ('{"items": ["a", "c"], "scores": [2, 1]}', "not among the first 2"),
+        ('{"items": ["a", "b"], "scores": [2, 1]}', "rank 2"),
+        ('{"items": ["a", "c"], "scores": [2, 1]}', "not in the top 2"),
         ("0.25", "0.250"),
-        ("null", "could not be read"),
+        ("null", "could not be parsed"),
         ('"good"', "good"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_killed_merge_is_repeated_without_training(
     monkeypatch.setattr(sft, "train", lambda *_, **__: pytest.fail("it trains again"))
     with caplog.at_level(logging.WARNING):
         done = pipeline.train(recipe, tmp_path, quiet=True)
-    assert "is finished, and only merged again" in caplog.text
+    assert "is complete; merging only" in caplog.text
     assert done["merged_sha256"] == weights_stamp(str(tmp_path / "merged"))
     assert done["adapter_sha256"] == record["adapter_sha256"]
     # What merged now is reused, and an adapter that is damaged is not.

@@ -46,14 +46,14 @@ async function answerTo(text, called) {
   if (!answer.ok) {
     if (answer.status === 401) $("key").hidden = false;
     const told = await answer.json().catch(() => null);
-    throw new Error(told?.error?.message ?? `The service answered with ${answer.status}.`);
+    throw new Error(told?.error?.message ?? `The service returned status ${answer.status}.`);
   }
   for await (const { name, data } of events(answer)) {
     if (data.error) throw new Error(data.error.message);
     if (name === "done") return data;
     called(data);
   }
-  throw new Error("The answer broke off.");
+  throw new Error("The connection was interrupted.");
 }
 
 /** A list of items, each with what can be asked about it. @param {any[]} items */
@@ -154,7 +154,7 @@ async function say(text) {
     $("state").textContent = "";
     if (at !== begun) return;
     $("text").value ||= text;
-    $("failed").textContent = error instanceof Error ? error.message : "There is no answer.";
+    $("failed").textContent = error instanceof Error ? error.message : "No response.";
     $("failed").hidden = false;
   } finally {
     setBusy(false);

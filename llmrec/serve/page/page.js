@@ -85,10 +85,10 @@ class Refused extends Error {
 /** @param {number} status @param {any} body */
 function words(status, body) {
   if (status === 0) return "The service cannot be reached. Is it running?";
-  if (status === 401) return key ? "The service does not take this key." : "The service asks for a key.";
+  if (status === 401) return key ? "This API key is not valid." : "This service requires an API key.";
   if (typeof body?.error?.message === "string" && body.error.message) return body.error.message;
-  if (status === 429) return "The service was asked too often.";
-  return status === 503 ? "The service is busy." : `The service's answer, of status ${status}, cannot be read.`;
+  if (status === 429) return "Too many requests.";
+  return status === 503 ? "The service is busy." : `The service returned an unreadable response (status ${status}).`;
 }
 
 let key = keep();
@@ -130,7 +130,7 @@ async function send(path, { body, signal, stream }) {
   const refused = new Refused(answer.status, await answer.json().catch(() => null), wait);
   if (answer.status === 401) {
     $("key").hidden = false;
-    $("key-note").textContent = `${refused.message} A key is kept in this tab, until the tab is closed.`;
+    $("key-note").textContent = `${refused.message} The key is kept until you close this tab.`;
     if (document.activeElement === document.body) $("key-text").focus();
   }
   throw refused;
@@ -142,12 +142,12 @@ async function request(path, options = {}) {
     return await send(path, options);
   } catch (error) {
     if (!(error instanceof Refused) || error.wait === null || error.wait > MOST_WAIT) throw error;
-    say(`${error.message} It is asked again in ${error.wait} seconds.`);
+    say(`${error.message} Retrying in ${error.wait} seconds.`);
     for (let left = error.wait; left > 0; left--) {
-      options.onWait?.(`${error.message} It is asked again in ${left} s.`);
+      options.onWait?.(`${error.message} Retrying in ${left} s.`);
       await pause(1, options.signal);
     }
-    options.onWait?.("It is asked again…");
+    options.onWait?.("Retrying…");
     return send(path, options);
   }
 }
@@ -188,15 +188,15 @@ async function askForText(path, options, grow) {
     if (name === "done") return data;
     grow(String(data.text ?? ""));
   }
-  throw new Refused(500, { error: { message: "The answer broke off." } });
+  throw new Refused(500, { error: { message: "The connection was interrupted." } });
 }
 
 /** Show a failure in its place. @param {Element} place @param {any} error @param {() => void} again */
 function showError(place, error, again) {
   const known = error instanceof Refused;
   if (!known) console.warn(error);
-  const text = known ? error.message : "The answer could not be shown.";
-  const more = known ? `${error.at}${error.wait ? ` It may be asked again in ${error.wait} s.` : ""}` : "";
+  const text = known ? error.message : "The response could not be displayed.";
+  const more = known ? `${error.at}${error.wait ? ` Retry in ${error.wait} s.` : ""}` : "";
   place.replaceChildren(el("p", { class: "error" }, bdi(text), bdi(more, "muted"), " ", button("Try again", again)));
   say(text + more);
 }
@@ -336,7 +336,7 @@ function drawHistory(at, verb) {
   });
   list.replaceChildren(...drawn);
   list.hidden = last < 0;
-  const count = last < 0 ? "Nothing chosen yet" : last === 0 ? "1 event" : `${last + 1} events, the oldest first`;
+  const count = last < 0 ? "No items yet" : last === 0 ? "1 item" : `${last + 1} items, oldest first`;
   const whom = state.user ? ["User ", bdi(state.user), state.edited ? ", edited: " : ": "] : [];
   $("whom").replaceChildren(...whom, count);
   $("clear").disabled = last < 0 && !state.user;
@@ -458,8 +458,8 @@ function startSearch() {
       const found = await ask(`v1/items?${query}`, { signal, onWait: tell });
       found.items.forEach(learn);
       show(found.items);
-      const more = found.total > items.length ? ": type more to narrow them down" : "";
-      tell(items.length ? `${items.length} of ${COUNT.format(found.total)}${more}` : "No item's title holds this.");
+      const more = found.total > items.length ? ": type more to narrow the search" : "";
+      tell(items.length ? `${items.length} of ${COUNT.format(found.total)}${more}` : "No matching title.");
       say(note.textContent);
     } catch (error) {
       if (signal.aborted) return;
@@ -574,7 +574,7 @@ function startControls() {
   on("key", "submit", (event) => {
     event.preventDefault();
     const text = $("key-text").value.trim();
-    $("key-note").textContent = "A key has no spaces, and letters of ASCII only.";
+    $("key-note").textContent = "An API key has only ASCII characters and no spaces.";
     if (!/^[\x21-\x7e]+$/.test(text)) return; // nothing else can stand in a header
     key = keep(text);
     $("key-text").value = "";
@@ -622,7 +622,7 @@ async function rank(side) {
     const body = { ...about(side), k: state.k, exclude_seen: state.seen, rationale, rules: rules() };
     try {
       answers[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
-      place.replaceChildren(answers[side]?.items.length ? "" : "No item is left by the rules and by what was seen.");
+      place.replaceChildren(answers[side]?.items.length ? "" : "No items left: the rules and seen items exclude all of them.");
     } catch (error) {
       if (signal.aborted) return;
       showError(place, error, () => rank(side));
@@ -646,7 +646,7 @@ function cost({ milliseconds, usage }) {
 function aside({ notes, prompt }) {
   const list = el("ul", { class: "notes" }, ...(notes ?? []).map((note) => el("li", {}, bdi(note))));
   const pre = el("pre", { tabindex: "0", dir: "auto", "aria-label": "Prompt" }, prompt ?? "");
-  return [list, ...(prompt ? [el("details", {}, el("summary", {}, "What the model read"), pre)] : [])];
+  return [list, ...(prompt ? [el("details", {}, el("summary", {}, "Prompt"), pre)] : [])];
 }
 
 /** @param {number} side */
@@ -662,7 +662,7 @@ function drawList(side) {
   rows[side] = new Map(items.map((item) => [item.item_id, rowOf(side, item, shareOf(item.score))]));
   list.replaceChildren(...rows[side].values());
   if (rows[side].has(state.open[side])) openItem(side, state.open[side]);
-  const cold = answer?.cold ? "the popular list" : "";
+  const cold = answer?.cold ? "popular items" : "";
   const kind = cards.get(state.models[side])?.kind;
   $(`meta-${side}`).replaceChildren([kind, answer && cost(answer), cold].filter(Boolean).join(" · "));
   $(`foot-${side}`).replaceChildren(...(answer ? aside(answer) : []));
@@ -829,14 +829,14 @@ let starting = new AbortController();
 async function start() {
   starting.abort();
   const { signal } = (starting = new AbortController());
-  $("shared").textContent = "Asking the service…";
+  $("shared").textContent = "Connecting…";
   try {
     for (;;) {
       const answer = await fetch("ready", { signal }).catch(() => null);
       const told = await answer?.json().catch(() => null);
       // Where this cannot be asked, the request for the models says why.
       if (!answer || (answer.status !== 503 && told?.ready !== false)) break;
-      notice("The service is loading its models. It is asked again every few seconds.");
+      notice("The service is loading its models. Retrying every few seconds.");
       await pause(Math.min(retryAfter(answer) ?? 3, 10), signal);
     }
     const { models } = await ask("v1/models", { signal, onWait: notice });
@@ -865,7 +865,7 @@ function follow() {
   const { next, dropped } = readLink();
   state = next;
   if (!cards.size) notice("No model of this service ranks items.");
-  else notice(dropped ? "Parts of the link are not known here, and were left out." : "");
+  else notice(dropped ? "Some settings of the link are unknown here and were ignored." : "");
   drawControls();
   drawHistory();
   if (state.user && !state.edited) return void loadUser(state.user);

@@ -350,7 +350,7 @@ def _failures(drive: Drive) -> None:
     page.route("**/v1/rank", play)
     told += [(429, {"Retry-After": "2"})] * 2
     page.click("#example")
-    page.wait_for_selector("#state-0:has-text('It is asked again in 2 s')")
+    page.wait_for_selector("#state-0:has-text('Retrying in 2 s')")
     page.wait_for_selector("#list-0 > li")
     _settle(page)
     for status, words in ((503, text), (500, text), (-1, "cannot be reached")):
