@@ -235,7 +235,7 @@ class AlignmentTask(Task):
 
 FAMILY = Family(
     name="alignment",
-    title="What codes stand for",
+    title="Item IDs and item texts",
     task=AlignmentTask,
     section=AlignmentSection,
     answer=Ranking,

@@ -91,7 +91,9 @@ def test_a_row_can_have_fewer_seeds_and_the_page_says_so(tmp_path: Path) -> None
         name: 1 if name in few else 2 for name in ("all seeds", "one seed", "with all seeds", "with one seed")
     }
     assert {row["name"] for row in ran.results.as_json()["rows"] if row.get("fewer_seeds")} == few
-    assert "because they have fewer than 3 training seeds: one seed (1), with one seed (1)." in ran.files["page"].read_text("utf-8")
+    assert "because they have fewer than 3 training seeds: one seed (1), with one seed (1)." in ran.files[
+        "page"
+    ].read_text("utf-8")
 
 
 def test_users_are_counted_where_each_has_several_held_out_interactions() -> None:

@@ -105,7 +105,7 @@ def test_files_and_report_say_what_was_ranked(done: tuple[Recipe, pipeline.Run])
     assert results["candidates"]["main"]["digest"] != stored.digest
     assert {row["candidates"] for row in results["rows"] if row["task"] == "alignment"} == {stored.digest}
     page = (run.folder / "report" / "report.md").read_text(encoding="utf-8")
-    assert "### What codes stand for" in page and "random HR@1 is 0.200" in page
+    assert "### Item IDs and item texts" in page and "random HR@1 is 0.200" in page
     answers = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("task") == "alignment")
     for request, truth in answers.select("request_id", "truth").iter_rows():
         assert truth in stored.sets[request]

@@ -474,6 +474,4 @@ def test_classic_recommenders_are_kept_where_no_engine_asks_the_tuned_model(
     monkeypatch.setattr(autos, "plan", lambda seconds, **more: Plan(2, 1.0, "a language model is tuned"))
     made = autos.build(AutoOptions(table=str(table), budget=f"{ENDLESS}s", out=tmp_path / "run"))
     assert made.folder == tmp_path / "run"
-    assert made.sentence.endswith(
-        "The fine-tuned language model is not used: 2 of 9 rows were not evaluated: no memory."
-    )
+    assert made.sentence.endswith("language model is not used: 2 of 9 rows were not evaluated: no memory.")
