@@ -103,7 +103,7 @@ class AnswerStore:
             damaged += len(rows) - len(sound)
             result |= sound
         if damaged:
-            log.warning("%d answers in %s do not fit their checksums and are asked again", damaged, self._path)
+            log.warning("%d answers in %s do not match their checksums and are requested again", damaged, self._path)
         return result
 
     def put(self, answers: Iterable[tuple[str, Stored]]) -> None:
@@ -120,7 +120,7 @@ class AnswerStore:
             return Cost()
         if result[3] != _sum(*result[:3]):
             if not self._told:
-                log.warning("what was spent under %s is damaged in %s; it is counted anew, from 0", name, self._path)
+                log.warning("the budget record of %s is damaged in %s; counting starts again from 0", name, self._path)
             self._told = True
             return Cost()
         return Cost(prompt_tokens=result[1], completion_tokens=result[2])

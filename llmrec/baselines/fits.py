@@ -111,9 +111,9 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
         seconds = float(metadata["seconds"])
         os.utime(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        log.warning("the kept fit %s cannot be used (%s); %s is fitted again", path, error, model.name)
+        log.warning("the stored fit %s cannot be used (%s); fitting %s again", path, error, model.name)
         return None
-    log.info("%s: its fit is kept in %s, and not made again", model.name, path)
+    log.info("%s: reusing the stored fit %s", model.name, path)
     return seconds
 
 
@@ -139,7 +139,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
             Path(draft).unlink(missing_ok=True)
         _trim(path.parent, limit)
     except OSError as error:
-        log.warning("the fit of %s cannot be kept in %s (%s)", model.name, path.parent, error)
+        log.warning("the fit of %s cannot be stored in %s (%s)", model.name, path.parent, error)
 
 
 def _trim(folder: Path, limit: float) -> None:

@@ -148,7 +148,7 @@ def _simulated(conversation: Conversation, turns: list[transcripts.Turn], option
         encoder = options.encoder or ENCODER
         asked, items = of_transcript(turns, list(facts.items), encoder), text_embedder(encoder)(facts.texts)
         learn(encoder, asked, items, options.seed).save(options.learn)
-        say(f"the dual encoder is written: llmrec chat {options.model} --encoder {options.learn}")
+        say(f"dual encoder written: llmrec chat {options.model} --encoder {options.learn}")
 
 
 def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
@@ -157,7 +157,7 @@ def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
         _say(line)
     text = sum(turn.user is not None for turn in past)
     store_facts(turns=text, different=different)
-    say(f"{text} turns, {len(different)} of them different")
+    say(f"{text} turns, {len(different)} with different output")
     return int(bool(different))
 
 

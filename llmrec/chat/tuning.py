@@ -353,7 +353,7 @@ def leading(name: str) -> tuple[str, bool]:
         if (folder / ABOUT).is_file():
             about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")
             if about.get("sha") != load_templates(_FAMILY)["manage"].sha:
-                log.warning("%s was tuned on another version of the prompt chat/manage; tune it again", folder)
+                log.warning("%s was fine-tuned with another version of the prompt chat/manage; repeat it", folder)
             return str(folder), True
     return name, False
 

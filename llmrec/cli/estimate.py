@@ -25,6 +25,7 @@ from llmrec.pipeline.run import Session
 from llmrec.pipeline.study import Study, encoder_of
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.schema import ModelSection, TrainSection
+from llmrec.results import arm_name
 from llmrec.strategies.counting import questions_of
 from llmrec.types import Request
 
@@ -479,25 +480,25 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
         show("training rows", rows, json.dumps)
     result = estimate(study, encoder, base, rows)
     arms = {
-        f"{arm}: about": f"{work.tokens:,} tokens"
+        f"{arm_name(arm)} evaluation": f"{work.tokens:,} tokens"
         + (f", {result.eval_seconds[arm]:.0f} s" if result.eval_seconds else "")
         for arm, work in result.eval_work.items()
     }
     lines = {
         "parameters": f"{result.parameters:,}",
-        "training: about": f"{result.train_tokens:,} tokens, {result.train_seconds:.0f} s",
+        "training": f"{result.train_tokens:,} tokens, {result.train_seconds:.0f} s",
         **arms,
-        "together: about": minutes(sum(result.stages.values())),
-        "memory: about": f"{result.memory_gb} GiB" + _of_gpu(result.memory_gb, result.free_gb),
+        "total time": minutes(sum(result.stages.values())),
+        "memory": f"{result.memory_gb} GiB" + _of_gpu(result.memory_gb, result.free_gb),
     }
     if result.cpu is not None:
-        lines["CPU memory: about"] = result.cpu.text
+        lines["CPU memory"] = result.cpu.text
     if study.recipe.eval.backend == "openai":
         asked, written = (
             sum(getattr(work, name) for work in result.eval_work.values()) for name in ("asked", "written")
         )
-        cost = "" if result.cost is None else f", which cost {result.cost:.2f} by eval.server's prices"
-        lines["the server: about"] = f"{asked:,.0f} tokens read and {written:,.0f} written{cost}"
+        cost = "" if result.cost is None else f", cost {result.cost:.2f} with the prices of eval.server"
+        lines["server"] = f"{asked:,.0f} prompt tokens and {written:,.0f} completion tokens{cost}"
     show("estimate", lines, record={"estimate": result})
 
 
@@ -506,4 +507,4 @@ def _of_gpu(needed: float, free: float | None) -> str:
     if free is None:
         return ""
     fix = "set train.micro_tokens or train.gradient_checkpointing=true, or train.method=qlora"
-    return f" of the GPU, {free} GiB of which are free" + (f": too little; {fix}" if needed > free else "")
+    return f" of the GPU, {free} GiB free" + (f": too little; {fix}" if needed > free else "")

@@ -134,7 +134,7 @@ def _write_chat(study: Study, file: Path) -> None:
 
     done = write(study, file)
     store_facts(written=done)
-    say(f"{file}: {done.rows:,} training rows of {done.steps:,} steps, in their order")
+    say(f"{file}: {done.rows:,} training examples in {done.steps:,} steps, in training order")
     if done.partly:
         say(
             f"{done.partly:,} of them continue lists: llmrec trains on {done.share:.0%} of their tokens, other "
@@ -143,9 +143,9 @@ def _write_chat(study: Study, file: Path) -> None:
     if done.cut:
         say(f"{done.cut:,} of them end within train.max_row_tokens")
     if done.dropped:
-        say(f"{done.dropped:,} rows were left out because their answer is longer than train.max_row_tokens")
+        say(f"{done.dropped:,} examples were left out because their answer is longer than train.max_row_tokens")
     if done.different:
-        say(f"{done.different:,} of them have other tokens once the model's chat template writes the answer too")
+        say(f"{done.different:,} of them have other tokens if the chat template of the model includes the answer")
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:

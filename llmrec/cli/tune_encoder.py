@@ -37,4 +37,4 @@ def tune_encoder(options: TuneEncoderOptions) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     facts = tune(recipe, options.out, TransitionsTunedConfig(encoder=options.encoder))
     store_facts(folder=options.out, **facts)
-    say(f"encoder: {options.out}, tuned on {facts['interactions']:,} interactions of {facts['data']}")
+    say(f"encoder: {options.out}, fine-tuned on {facts['interactions']:,} interactions of {facts['data']}")

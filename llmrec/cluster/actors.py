@@ -209,7 +209,7 @@ def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequen
         for row in result.iter_rows():
             yield Worked.parse(row["worked"])
     except ray.exceptions.RayError as error:
-        log.warning("a pass over the shards broke off: %s", str(error).splitlines()[0])
+        log.warning("a pass over the shards was interrupted: %s", str(error).splitlines()[0])
 
 
 def alive(ray: Any) -> list[Mapping[str, float]]:

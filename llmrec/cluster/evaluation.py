@@ -68,7 +68,7 @@ def evaluate_shard(
             log.warning("shard %s is complete already", shard)
         else:
             if training is not None:
-                log.warning("a shard trains nothing: the tuned model is that of %s", home)
+                log.warning("a shard does not train: it uses the fine-tuned model of %s", home)
             with session.asking(training, home) as (weights, engines):
                 ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet, report=report)
             with closing(AnswerStore(folder / ANSWERS)) as store:

@@ -316,7 +316,7 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
                     at=shard_folder(job.target, Shard(lost[0], count)),
                 )
             if lost:
-                log.warning("%d shards were lost with the processes that worked them; they are worked again", len(lost))
+                log.warning("%d shards were lost with their processes; processing them again", len(lost))
     return [done[number] for number in sorted(done)]
 
 

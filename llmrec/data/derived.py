@@ -316,7 +316,7 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     try:
         write_json(path, results)
     except OSError as error:
-        log.warning("keyphrases cannot be kept in %s (%s); the next run extracts them again", path.parent, error)
+        log.warning("keyphrases cannot be stored in %s (%s); the next run extracts them again", path.parent, error)
     return results
 
 

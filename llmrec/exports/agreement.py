@@ -123,13 +123,13 @@ def measure(
             at=error.place,
             column=error.column,
         ) from error
-    say("measuring the adapter on its own base")
+    say("evaluating the adapter on its base model")
     live = _placed(live, recipe.model)
     width = str(live.dtype).removeprefix("torch.")
     before = _figures(live, study, encoder, rows, scored)
     del live
     release_memory()
-    say("measuring the exported weights on the same cases")
+    say("evaluating the exported weights on the same cases")
     section = ModelSection(name=str(exported), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
     written = _placed(load_model(str(exported), section), recipe.model)
     after = _figures(written, study, encoder, rows, scored)

@@ -226,7 +226,7 @@ def _write(
     notes = _notes(source, base, study, options)
     made_from = _made_from(source, base, study, dtype, options, changed=change is not None)
     if not options.force and export_files.made_from(options.out) == made_from:
-        say(f"{options.out} is complete already; --force writes it again")
+        say(f"{options.out} is already complete; --force writes it again")
         files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
         return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
     refuse(options.out, force=options.force, ours=ours)

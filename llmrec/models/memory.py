@@ -91,9 +91,9 @@ def placed(model: torch.nn.Module, place: str) -> Any:
     text = f"the model takes {size / gib:.1f} GiB as {name}, and {free / gib:.1f} GiB of the GPU are free"
     half = torch.bfloat16 if gpu_has_bf16() else torch.float16
     if model.dtype == torch.float32 and _with_room(size // 2) <= free:
-        log.warning("%s: it is asked in %s", text, str(half).removeprefix("torch."))
+        log.warning("%s: using %s for inference", text, str(half).removeprefix("torch."))
         return model.to(half).to(place)
-    log.warning("%s: it is asked on the CPU, which takes long", text)
+    log.warning("%s: using the CPU for inference, which is slow", text)
     return model
 
 

@@ -271,7 +271,7 @@ class Embedder:
                 result: NDArray[np.float32] = tensors.load_file(file)["vectors"]
                 return result
             except Exception as error:
-                log.warning("%s cannot be read (%s); the texts are embedded again", file, error)
+                log.warning("%s cannot be read (%s); computing the embeddings again", file, error)
         vectors = encode_texts(self._folder, texts)
         with replacing(file) as draft:
             tensors.save_file({"vectors": vectors}, draft, metadata=self.record)

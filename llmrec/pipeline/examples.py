@@ -242,7 +242,7 @@ def _told(study: Study, family: str, request: Request, view: View) -> Iterator[P
         yield PromptContents(name="profile", text=shortened(profile), by=by)
     if request.history and (by := _showing(templates, PAST)):
         titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_TITLES:]]
-        text = f"{len(request.history)}, the last of them: {'; '.join(titles)}"
+        text = f"{len(request.history)}; the latest: {'; '.join(titles)}"
         yield PromptContents(name="earlier items", text=shortened(text), by=by)
     known = view.pair(request.user_id, str(request.item))
     for variable, name in _STATISTICS.items():

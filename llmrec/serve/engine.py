@@ -309,7 +309,7 @@ class Supervisor:
                 return False
             self._engine = None
         engine.kill()
-        log.error("the engine ended; another is started")
+        log.error("the engine stopped; starting another")
         self.start()
         return True
 

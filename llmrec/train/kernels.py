@@ -81,7 +81,7 @@ def _apply_liger(base: torch.nn.Module) -> None:
 def unpaged(section: TrainSection, device: str) -> Iterator[None]:
     """Note once that on a CPU the moments of a paged optimiser stay where they are; bitsandbytes warns of it."""
     if device == "cpu" and section.optim.startswith("paged"):
-        log.info("training: on a CPU train.optim=%s pages nothing", section.optim)
+        log.info("training: train.optim=%s has no paging on a CPU", section.optim)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         yield

@@ -73,9 +73,7 @@ def widen(model: torch.nn.Module, device: str) -> None:
         # Layers in NF4 are unpacked to this dtype.
         if getattr(module, "compute_dtype", None) == torch.float16:
             module.compute_dtype = torch.float32
-    log.warning(
-        "this hardware multiplies no bfloat16: the model is trained in float32, which takes more memory and time"
-    )
+    log.warning("this hardware does not support bfloat16: training in float32, which takes more memory and time")
 
 
 @contextmanager

@@ -402,7 +402,10 @@ class RowStream:
         sample = keyed("pieces", self._seed, template.id, str(number)).sample(range(len(draws)), count)
         if all(rows[n] == self._plain(draws[n]) for n in sample):
             return rows
-        log.warning("%s: lines tokenised alone differ from whole rows, so rows are encoded one by one", template.id)
+        log.warning(
+            "%s: lines have other tokens alone than in a text, so texts are tokenised one by one",
+            template.id,
+        )
         self._tables[template.id] = None
         return None
 

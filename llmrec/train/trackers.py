@@ -116,7 +116,7 @@ def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, 
                 _begin(name, folder)
             _TRACKED[name](figures, folder, step)
         except Exception as error:
-            log.warning("%s did not take the figures of the evaluation (%s: %s)", name, type(error).__name__, error)
+            log.warning("%s did not accept the evaluation metrics (%s: %s)", name, type(error).__name__, error)
         else:
             write_json(folder / FILES[0], {**_kept(folder), reported: stamp})
 

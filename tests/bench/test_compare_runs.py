@@ -96,7 +96,7 @@ def test_python_takes_what_run_returned(runs: tuple[Path, Path]) -> None:
     [
         (["eval.users=11"], "eval.users", "12 and 11"),
         (["eval.candidates.count=4"], "eval.candidates", "other candidates"),
-        (["data.split.test=0.3"], "data", "another table or split"),
+        (["data.split.test=0.3"], "data", "other data or another split"),
         (["tasks={ctr: {baselines: [like-ratio, logistic]}}"], "tasks", "no task in common"),
         (["eval.cutoffs=[1, 5]"], "", ""),
     ],

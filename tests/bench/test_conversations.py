@@ -216,7 +216,7 @@ def test_the_command_line_holds_and_checks_it(
             cli.main()
         assert not ended.value.code
     told = capsys.readouterr().out
-    assert "4 rows, 2 planned comparisons" in told and "Hit@5-in-2" in told
+    assert "4 models, 2 planned comparisons" in told and "Hit@5-in-2" in told
     assert json.loads((results / "made.json").read_text(encoding="utf-8"))["protocol"]["turns"] == 2
 
 

@@ -300,7 +300,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     content, markov = ((row.tables["included"].cold or {})["NDCG@10"] for row in found.rows)
     assert cold.value == pytest.approx(content - markov) and cold.value > 0
     board = page_of(found)
-    few = "the 10 requests for items without training interactions, of 2 items and clustered by these, exploratory"
+    few = "the 10 requests for items without training interactions, 2 items, clustered by item, exploratory"
     assert f"{few}: content − markov-1" in board
     assert "Targets without training interactions, 10 requests" in board
     assert not cold.slices and not warm.slices

@@ -48,7 +48,7 @@ def test_a_conversation_is_saved_and_replays(
     assert chat(again) == 0
     turns[1]["items"] = turns[0]["items"]
     file.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
-    assert chat(again) == 1 and "1 of them different" in capsys.readouterr().out
+    assert chat(again) == 1 and "1 with different output" in capsys.readouterr().out
 
 
 def test_a_language_model_leads_under_the_token_tree(
@@ -172,7 +172,7 @@ def test_a_table_cannot_steer_the_terminal(
     transcripts.write(file, replayed)
     assert chat(ChatOptions(model=str(run), items=table, models=("popularity",), replay=file)) == 1
     said = capsys.readouterr().out
-    assert "colour: ]0;mine" in said and "2 of them different" in said
+    assert "colour: ]0;mine" in said and "2 with different output" in said
     assert not [character for character in said if character != "\n" and not character.isprintable()]
 
 

@@ -118,7 +118,7 @@ def test_a_server_has_tokens_and_money_and_no_probe(shop: Path, monkeypatch: pyt
     asked = ["eval.backend=openai", "eval.arms=[zero-shot]", "tasks.rating.strategies=[parsed]"]
     done = CliRunner().invoke(app, ["check", "shop.yaml", "--dry-run", server, *asked])
     assert done.exception is None, done.exception
-    found = re.search(r"the server: about +([\d,]+) tokens read and ([\d,]+) written, which cost ([\d.]+)", done.output)
+    found = re.search(r"server +([\d,]+) prompt tokens and ([\d,]+) completion tokens, cost ([\d.]+)", done.output)
     assert found is not None, done.output
     read, written = (int(found[n].replace(",", "")) for n in (1, 2))
     assert float(found[3]) == pytest.approx((2.0 * read + 10.0 * written) / 1e6, abs=0.006)
@@ -135,5 +135,5 @@ def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch
     assert "estimate" not in CliRunner().invoke(app, ["run", "shop.yaml", "--out", "small"]).output
     monkeypatch.setattr("llmrec.cli.estimate.LARGE", 40)
     said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
-    assert "training: about" in said and "memory: about" in said, said
-    assert re.search(r"CPU memory: about +[\d.]+ GiB for training and [\d.]+ GiB for its merge", said), said
+    assert "  training " in said and "  memory " in said, said
+    assert re.search(r"CPU memory +[\d.]+ GiB for training and [\d.]+ GiB for its merge", said), said

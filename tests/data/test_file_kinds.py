@@ -140,7 +140,7 @@ def test_lines_above_a_header_are_left_out_and_said(
     assert table.frame.equals(ROWS)
     above = ABOVE[kind].count("\n")
     assert (table.where(4).row, table.where(4).line) == (5, 6 + above)
-    assert f"{above} lines above its header" in caplog.text
+    assert f"{above} lines above the header" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -465,7 +465,7 @@ def test_the_same_command_finds_its_finished_work(run: Path, tmp_path: Path) -> 
     written = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     said: list[str] = []
     again = export.write_export(ExportOptions(run=run, out=out, check_users=0), say=said.append)
-    assert said == [f"{out} is complete already; --force writes it again"]
+    assert said == [f"{out} is already complete; --force writes it again"]
     assert again.files == done.files and again.notes == done.notes
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == written
     changes: list[dict[str, Any]] = [

@@ -186,7 +186,7 @@ def test_what_else_is_told_stands_where_a_template_shows_it(llama_folder: Path) 
         told = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
         assert told["profile"] == ("town: Ulm <b>", ["explanation/plain", "explanation/m6-reason"])
         text, by = told["earlier items"]
-        assert text.startswith(f"{len(request.history)}, the last of them: ")
+        assert text.startswith(f"{len(request.history)}; the latest: ")
         assert text.endswith(data.dataset.items[request.history[-1].item_id].title)
         assert by == ["explanation/in-own-words", "explanation/m6-reason"]
         messages = study.tasks["explanation"].prompt(request, template="m6-reason").messages

@@ -93,7 +93,7 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
         *("Templates", "Slices"), *("Templates", "Position", "Slices") * 2, *("Templates", "Slices"),
     ]  # fmt: skip
     for said in (
-        "A classic baseline has the best figure: markov-1",
+        "The best model is a baseline, markov-1",
         "synthetic data",
         "5f3c1a9b" * 8,
         "a3" * 32,

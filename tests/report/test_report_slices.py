@@ -49,7 +49,7 @@ def test_the_columns_are_the_best_row_of_each_arm_and_the_best_baseline(results:
         "direct/baseline/item-knn",
     ]
     assert [line.n for line in table.lines] == [n for n in SLICES.values() if n]
-    assert table.empty == ("History of 0 to 4 events",)
+    assert table.empty == ("History of 0 to 4 interactions",)
     for line, name in zip(table.lines, (name for name, n in SLICES.items() if n), strict=True):
         values = [next(part.metrics["NDCG@10"].value for part in row.slices if part.name == name) for row in table.rows]
         assert [figure and figure.value for figure in line.figures] == values
@@ -124,4 +124,4 @@ def test_slices_stand_in_the_page_and_in_markdown(results: dict[str, Any], save:
             )
     text = pages["markdown"].read_text("utf-8").split("### Pick from candidates")[1].split("#### Slices")[1]
     assert "| Rare items: fewer than 5 training interactions (few) | 14, 13 users | " in text
-    assert "No case falls into: History of 0 to 4 events." in text
+    assert "Slices without cases: History of 0 to 4 interactions." in text

@@ -159,7 +159,7 @@ def test_without_bfloat16_a_float16_model_is_trained_in_float32(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(record["loss"] is None or math.isfinite(record["loss"]) for record in done.log)
     assert [record.getMessage() for record in caplog.records if "float32" in record.getMessage()] == [
-        "this hardware multiplies no bfloat16: the model is trained in float32, which takes more memory and time"
+        "this hardware does not support bfloat16: training in float32, which takes more memory and time"
     ]
     whole, _ = run(llama_folder, tmp_path / "float32", steps=6)
     assert [record["loss"] for record in done.log][1:] == pytest.approx(

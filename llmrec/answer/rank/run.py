@@ -136,7 +136,7 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
             done = None if options.restart else finished(options.target, options.layout, key)
             summary = done or _work(options, source, recommender, key)
         if done is not None:
-            log.warning("%s is complete already; --restart ranks again", options.target)
+            log.warning("%s is already complete; --restart ranks again", options.target)
         remove(options.parts)
     return summary
 

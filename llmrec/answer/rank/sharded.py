@@ -87,7 +87,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
             with opened as (recommender, key):
                 done = done_before(folder, key)
                 if done is not None and done.told["form"] == options.layout:
-                    log.warning("shard %s is complete already; --restart ranks it again", shard)
+                    log.warning("shard %s is already complete; --restart ranks it again", shard)
                 else:
                     tally = Tally()
                     deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)
@@ -135,7 +135,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
     with locked(parts, own):
         done = finished(target, asked.form, asked.key)
         if done is not None:
-            log.warning("%s is complete already", target)
+            log.warning("%s is already complete", target)
         summary = done or _merged(result, asked)
         remove(parts)
     return summary

@@ -346,7 +346,7 @@ class HFBackend:
             self.packed = all(abs(a - b) <= (1.0 + 0.02 * abs(b) if loose else 0.01) for a, b in pairs)
             self._proven = True
             if not self.packed:
-                log.warning("this model ignores block masks: candidates are scored one by one")
+                log.warning("this model ignores block masks, so candidates are scored one by one")
         return self.packed
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:

@@ -211,7 +211,7 @@ class Fleet:
         if server.until and not server.tried:
             return
         if server.tried:
-            log.warning("%s answers again and is asked as before", server.url)
+            log.warning("%s is available again", server.url)
         server.until, server.rest, server.tried = 0.0, FIRST_REST, False
 
     def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
@@ -230,7 +230,7 @@ class Fleet:
             return
         rest = max(wait or 0.0, server.rest if gone else 0.0)
         if not server.tried:
-            log.warning("%s is left out for %.0f s (%s); the other servers are asked", server.url, rest, fault)
+            log.warning("%s is not used for %.0f s (%s); the other servers are used", server.url, rest, fault)
         if gone:
             server.rest = min(self._longest, 2 * server.rest)
         server.until, server.tried = self._clock() + rest, False

@@ -336,7 +336,7 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
                 at=wire.where,
                 column="eval.server.chat",
             )
-        log.info("%s is asked by chat: %s", wire.where, result)
+        log.info("%s uses the chat endpoint: %s", wire.where, result)
     return Offers(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))
 
 

@@ -252,7 +252,7 @@ class Delimited:
         if skipped and not self._warned:
             self._warned = True
             title = next((line.strip() for line in above if line.strip()), "")
-            log.warning("%s: %d lines above its header are left out, the first being %s", name, skipped, shown(title))
+            log.warning("%s: skipped %d lines above the header, first %s", name, skipped, shown(title))
         first = below.partition("\n")[0]
         if len(first) > _LONGEST_HEADER:
             raise DataError.at(

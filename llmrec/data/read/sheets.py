@@ -75,7 +75,7 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     chosen = names[0] if sheet is None else sheet
     if sheet is None and len(names) > 1:
         others = enumerated(names[1:])
-        log.warning("%s: the first sheet is read, %s; name another as %s#SHEET: %s", path, chosen, path, others)
+        log.warning("%s: reading the first sheet, %s; choose another with %s#SHEET: %s", path, chosen, path, others)
     name = f"{path}#{chosen}" if len(names) > 1 else str(path)
     # The library renames a repeated column.
     column_names(name, [text for text in head if text])

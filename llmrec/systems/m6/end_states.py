@@ -133,7 +133,7 @@ class EndStates:
             try:
                 return np.split(tensors.load_file(file)["states"], ends[:-1])
             except Exception as error:
-                log.warning("%s cannot be read (%s); the texts are read again", file, error)
+                log.warning("%s cannot be read (%s); computing the hidden states again", file, error)
         result = self._computed(lead, rows, most, last=False)
         if result:
             with replacing(file) as draft:

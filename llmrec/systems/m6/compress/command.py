@@ -56,6 +56,6 @@ def compress(options: CompressOptions) -> None:
     }
     show("20 candidates", lines, record={"compressed": made})
     if made.chosen is None:
-        say(f"none takes {options.target_ms:g} ms or less, and nothing was exported")
+        say(f"no combination takes {options.target_ms:g} ms or less, so nothing was exported")
         raise typer.Exit(1)
     say(f"exported: {options.out}, {made.chosen.layers} layers, {made.chosen.dtype}")

@@ -216,7 +216,7 @@ def compress(
             if kind != "int8":
                 raise
             # Earlier measurements are kept if a package does not work here.
-            log.warning("int8 is left out: %s", error)
+            log.warning("int8 is not available: %s", error)
     rows = with_front([row for own in results for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
     made = Compressed(
