@@ -52,7 +52,7 @@ from llmrec.results import Figure, Reads
 
 _HEADINGS = {
     "rating": "Ratings",
-    "yes-no": "Yes or no to an item",
+    "yes-no": "Like prediction",
     "excluded": "Seen items filtered",
     "included": "Seen items not filtered",
 }

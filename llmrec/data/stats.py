@@ -102,9 +102,9 @@ def baskets(data: SplitDataset) -> str:
     if share is None or share <= BASKETS:
         return ""
     return (
-        f"{share:.0%} of the held-out interactions of {data.dataset.name} have the same time as one in the history "
-        "that is shown with them, as items of one order have: the rest of the order gives them away. "
-        "data.split.kind=last_basket holds out whole orders, and global_time all that comes after a date"
+        f"{share:.0%} of the held-out interactions of {data.dataset.name} have the same timestamp as an interaction "
+        "of their history, for example items of one order, so the history can reveal them. data.split.kind=last_basket "
+        "holds out whole orders, global_time everything after a date"
     )
 
 

@@ -351,7 +351,7 @@ def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -
 
 FAMILY = Family(
     name="ctr",
-    title="Yes or no to an item",
+    title="Like prediction",
     task=CtrTask,
     section=CtrSection,
     answer=Probability,

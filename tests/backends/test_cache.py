@@ -222,7 +222,7 @@ def test_an_answer_whose_digits_were_changed_is_asked_again(tmp_path: Path, capl
     found = backend(AnswerStore(path), engine)
     assert found.score(QUESTIONS, [["x", "y"]] * len(QUESTIONS)) == scores
     assert engine.asked == len(QUESTIONS) and found.recalled == 0
-    assert "60 answers in" in caplog.text and "asked again" in caplog.text
+    assert "60 answers in" in caplog.text and "requested again" in caplog.text
     assert backend(AnswerStore(path), engine).score(QUESTIONS, [["x", "y"]] * len(QUESTIONS)) == scores
     assert engine.asked == len(QUESTIONS)
 
@@ -243,7 +243,7 @@ def test_a_table_without_checksums_is_set_aside_with_what_was_spent(tmp_path: Pa
     assert (tmp_path / "answers.sqlite.damaged").is_file()
     assert [record.getMessage() for record in caplog.records] == [
         f"{path} cannot be trusted (its answers have no checksums); it is kept as answers.sqlite.damaged, 0 answers of "
-        "it are used and the others are asked again"
+        "it are used and the others are requested again"
     ]
 
 

@@ -122,7 +122,7 @@ def test_lower_is_better_for_ratings() -> None:
     for row in suite["rows"]:
         row["tables"]["yes-no"] = row["tables"].pop("rating")
     suite["tables"][0]["name"] = "yes-no"
-    assert "## Yes or no to an item" in _page(suite)
+    assert "## Like prediction" in _page(suite)
 
 
 def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:

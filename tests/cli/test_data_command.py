@@ -29,7 +29,7 @@ def printed(folder: Path, monkeypatch: pytest.MonkeyPatch, columns: str, *option
 def test_figures_have_names_that_are_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = printed(tmp_path, monkeypatch, "rating: stars, time: ordered_at, title: product_name, text: comment")
     lines = {line[:25].strip(): line[25:].strip() for line in said.splitlines() if line.startswith("  ")}
-    assert lines["users"] == "80" and lines["interactions"].startswith("874, 18.2% of all pairs")
+    assert lines["users"] == "80" and lines["interactions"].startswith("874, 18.2% of all user-item pairs")
     assert lines["split"] == "leave_one_out: 714 train, 80 valid, 80 test"
     assert lines["ratings"].startswith("1 to 5: 1 in ") and lines["texts"] == "622 interactions"
     assert lines["source"] == "table, orders.csv" and lines["rows read"] == "900"
@@ -41,7 +41,7 @@ def test_figures_have_names_that_are_words(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = printed(tmp_path, monkeypatch, "rating: none")
-    assert "ratings                  none" in said
+    assert "ratings                 none" in said
     assert not any(name in said for name in ("texts", "equal timestamps", "new in test", "synthetic", "None"))
 
 

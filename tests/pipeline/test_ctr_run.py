@@ -115,7 +115,7 @@ def test_the_audit_sees_what_the_pool_shows(done: tuple[Recipe, pipeline.Run]) -
 def test_the_page_shows_the_family(done: tuple[Recipe, pipeline.Run]) -> None:
     page = (done[1].folder / "report" / "index.html").read_text(encoding="utf-8")
     for words in (
-        "Yes or no to an item",
+        "Like prediction",
         "Calibration",
         "Observed share of yes",
         "like-ratio",

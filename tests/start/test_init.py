@@ -427,7 +427,7 @@ def test_orders_are_cut_where_too_few_users_have_three(folder: Path) -> None:
     rows = [*baskets(9, 3, 2), *((f"v{row[0]}", *row[1:]) for row in baskets(40, 2, 3))]
     assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
     pl.DataFrame(rows, schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
-    assert "have the same time as one in the history" in llmrec("init", "t.csv")
+    assert "have the same timestamp as an interaction of their history" in llmrec("init", "t.csv")
 
 
 def test_zeros_that_may_mean_no_rating_are_pointed_out(folder: Path) -> None:
