@@ -266,7 +266,7 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     """Return the columns of a table that are not empty."""
     entries = result.standings(table)
     rows, figures = [row for row, _ in entries], [entry for _, entry in entries]
-    columns: list[Column] = [("predictor" if result.kind == "suite" else "model", _name)]
+    columns: list[Column] = [("model", _name)]
     for name in table.metrics:
         values = [entry.metrics[name].value for entry in figures if name in entry.metrics]
         best = min(values, key=functools.partial(place, metric=name), default=None)
@@ -441,7 +441,7 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     few = max((figures.cold or {}).get("n", 0.0) for _, figures in entries)
     note = f"Targets without training interactions, {few:.0f} requests; models that are not listed find none of them:"
     ordered = [cells for _, cells in sorted(rows, key=lambda entry: -entry[0])]
-    head = ["predictor", *metrics, f"{table.metric} on all other requests", *shown]
+    head = ["model", *metrics, f"{table.metric} on all other requests", *shown]
     return [note, Markup(_left(head, ordered))]
 
 

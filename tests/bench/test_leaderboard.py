@@ -38,7 +38,7 @@ def _tables(text: str) -> list[list[str]]:
 def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
     ours = _tables(_page())[0]
     assert ours[0] == (
-        "| predictor | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best model − this one | ties | parameters | "
+        "| model | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best model − this one | ties | parameters | "
         "seconds | GB |"
     )
     assert ours[2] == (
@@ -59,7 +59,7 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
     lines = [line.split(" | ")[0].removeprefix("| ") for line in _tables(_page(suite))[0][2:]]
     assert lines == [
         *("*interactions only*", "sasrec", "random"),
-        *("*interactions and texts, with a pretrained text encoder*", "popularity"),
+        *("*interactions and texts (pretrained encoder)*", "popularity"),
         *("*language model or fine-tuned text encoder*", "item-knn"),
     ]
 
