@@ -445,7 +445,7 @@ def of_user(request: RankRequest, *, known: bool) -> RankRequest:
         note = f"the user {shown(str(request.user_id))} is not known"
         return replace(request, unknown_user=True, notes=(note, *request.notes))
     events = len(request.history)
-    note = f"history: {events} event{'' if events == 1 else 's'} that the data have of this user"
+    note = f"history: {events} interaction{'' if events == 1 else 's'} of this user in the data"
     return replace(request, notes=(*request.notes, note))
 
 

@@ -196,7 +196,7 @@ def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str,
         "tested": [pair for pair in result.pairs if pair.p is not None],
         "ensembles": any(figures.members for row in result.rows for figures in row.tables.values()),
         "slices": _slices(result),
-        "unknown": _beside(result, references, "unknown", "## Published, treatment of the history not stated", ""),
+        "unknown": _beside(result, references, "unknown", "## Published, without a statement on seen items", ""),
     }
 
 
@@ -489,7 +489,7 @@ def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str,
         rows = [row for row in page.rows if row.seen == seen]
         if rows and not _same_data(page, result):
             counts = ", ".join(f"{count:,} {cell(what)}" for what, count in page.counts.items())
-            blocks += [f"{heading}, but on other interactions ({cell(page.data)}: {counts}){end}"]
+            blocks += [f"{heading}, on a different set of interactions ({cell(page.data)}: {counts}){end}"]
             blocks += [_published(rows, metrics)]
     return [Markup(block) for block in blocks]
 

@@ -224,8 +224,8 @@ def detectable_line(metric: str, found: Sequence[float | None], *, users: int, c
     if not comparisons:
         start, what = (f"With {users:,} users", "leave 0 outside an unadjusted 95 % interval")
     return (
-        f"{start}, a true difference in {metric} of {reach} would {what} in 80 of 100 repetitions; smaller ones mostly "
-        "would not, so that no significant difference does not mean equal."
+        f"{start}, a true difference in {metric} of {reach} would {what} in 80 of 100 repetitions. "
+        "Smaller differences would usually not be, so no significant difference does not mean equal."
     )
 
 

@@ -1193,7 +1193,8 @@ class CandidateSection(Section):
     )
     retriever: str | None = Field(
         None,
-        description="`retrieved`: baseline such as `item-knn`, or `fusion`, the ensemble of the baselines.",
+        description="`retrieved`: a baseline such as `item-knn`, or `fusion`, the ensemble of the task's baselines "
+        "without early stopping or a fine-tuned encoder.",
     )
 
     @model_validator(mode="after")

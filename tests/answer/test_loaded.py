@@ -210,7 +210,7 @@ def test_a_file_is_ranked_by_the_stored_history_of_a_known_user(rec: Loaded, run
     rank_file(options(run, jsonl(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl", batch=1))
     known, own, strange, none = lines(tmp_path / "out.jsonl")
     events = len(rec.known.histories.of_user("u01"))
-    assert known["notes"] == [f"history: {events} events that the data have of this user"]
+    assert known["notes"] == [f"history: {events} interactions of this user in the data"]
     assert strange["notes"] == ["the user 'nobody' is not known", "no history"]
     assert own["notes"] == [] and none["notes"] == ["no history"]
 

@@ -127,7 +127,7 @@ def test_lower_is_better_for_ratings() -> None:
 
 def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:
     text = _page()
-    assert text.count("Published under the same protocol") == 2 and "not stated" in text
+    assert text.count("Published under the same protocol") == 2 and "without a statement on seen items" in text
     published = _tables(text)[1]
     # Best first by the last metric that they print; a row without it comes after those with it.
     assert [re.findall(r"0\.\d{4}", line) for line in published[2:]] == [["0.0600"], ["0.0500", "0.0400"], ["0.9000"]]
@@ -143,13 +143,13 @@ def test_published_rows_on_other_interactions_stand_apart_with_their_counts() ->
     assert text == _page()  # a suite prints the pages that it names
     suite = made_suite() | {"references": ["papers", "all"]}
     text = page_of(suite, {"papers": made_reference(), "all": other})
-    apart = "but on other interactions (all films: 943 users, 1,682 items)"
+    apart = "on a different set of interactions (all films: 943 users, 1,682 items)"
     assert text.count(f"Published under the same protocol, {apart}:\n") == 2
-    assert text.count(f"## Published, treatment of the history not stated, {apart}\n") == 1
+    assert text.count(f"## Published, without a statement on seen items, {apart}\n") == 1
     assert text.count("Published under the same protocol:\n") == 2
     suite["data"]["items"] = 1682
     text = page_of(suite, {"papers": made_reference(), "all": other})
-    assert text.count("other interactions") == 0 and len(_tables(text)[1]) == 2 + 2 * 3
+    assert text.count("different set of interactions") == 0 and len(_tables(text)[1]) == 2 + 2 * 3
 
 
 def test_mixed_protocols_are_refused() -> None:

@@ -103,7 +103,7 @@ def test_lists_are_those_of_python_and_a_service(llama_folder: Path, tmp_path: P
             assert list(zip(row["items"], row["titles"], row["scores"], strict=True)) == [
                 (each.item_id, each.title, each.score) for each in wanted
             ]
-    assert "data have of this user" in rows[0]["notes"][0]
+    assert "of this user in the data" in rows[0]["notes"][0]
     assert "no history" in rows[5]["notes"] and rows[5]["items"] == rows[2]["items"]
 
 

@@ -139,7 +139,7 @@ def test_the_card_reports_the_run(run: Path, tmp_path: Path) -> None:
     assert results["training"]["adapter_sha256"] in card.text
     assert "Base model" in card.text and ": mit." in card.text
     assert "The best model is" in card.text
-    assert "no real reviews" in card.text
+    assert "not real reviews" in card.text
     assert "cc-by-4.0" in (tmp_path / "films" / "LICENSE").read_text(encoding="utf-8")
 
 

@@ -317,8 +317,8 @@ def test_detectable_differences_respect_users() -> None:
 def test_one_line_says_what_could_have_been_shown() -> None:
     assert detectable_line("NDCG@10", [0.0123, 0.02], users=22363, comparisons=5) == (
         "With 22,363 users and 5 planned comparisons, a true difference in NDCG@10 of 0.012 to 0.02 would be "
-        "significant in 80 of 100 repetitions; smaller ones mostly would not, so that no significant difference does "
-        "not mean equal."
+        "significant in 80 of 100 repetitions. Smaller differences would usually not be, so no significant difference "
+        "does not mean equal."
     )
     assert "leave 0 outside an unadjusted" in detectable_line("RMSE", [0.0123], users=9, comparisons=0)
     assert "of 0.012 would" in detectable_line("RMSE", [0.0123, None], users=9, comparisons=1)

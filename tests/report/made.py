@@ -247,7 +247,7 @@ def made_results(seed: int = 0) -> dict[str, Any]:
         "rows": rows, "headline": dict(HEADLINE), "comparisons": comparisons,
         "detectable": {
             task: f"With 200 users and 12 comparisons, a true difference in {metric} of 0.03 would be shown in 80 of "
-            "100 repetitions; smaller ones mostly would not."
+            "100 repetitions. Smaller differences would usually not be."
             for task, metric in HEADLINE.items()
         },
         "budget": [
