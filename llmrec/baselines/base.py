@@ -1,4 +1,4 @@
-"""What baselines share: the config, the fitted state, item indices, and the conversion of scores to rankings."""
+"""Base classes of baselines: config, fitted state, item indices, and conversion of scores to rankings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _STEPS, _EXACT = 1 << 24, 1 << 26
 _FILLER = 2.0**-20
 
 DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
-"""Decay factors of a history that tuning tries: from almost only the last event to equal weights."""
+"""Decay factors of a history that tuning tries: from almost only the last interaction to equal weights."""
 
 Decay = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0)]
@@ -76,11 +76,11 @@ class Auto:
     """A hyperparameter setting of a baseline that `llmrec auto` tries.
 
     Attributes:
-        cost: Position in the order of all settings, the quickest first.
-        label: Distinguishes it from the baseline's other settings.
+        cost: Position in the order of all settings, fastest first.
+        label: Name of the setting, if the baseline has several.
         fixed: Parameters that are not tuned.
-        items: The largest catalogue on which it is tried; None: any.
-        seconds: The smallest time budget with which it is tried.
+        items: Maximum number of items of the catalogue; None: unlimited.
+        seconds: Minimum time budget.
     """
 
     cost: int
@@ -97,7 +97,7 @@ def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: 
         made: The class of the config.
         name: The name of the baseline.
         parameters: Parameters by name; missing ones have their defaults.
-        where: What holds them, for the message.
+        where: Where they are given, for the error message.
 
     Raises:
         RecipeError: If a parameter is unknown, or a value is out of bounds.
@@ -123,7 +123,7 @@ def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: 
 
 
 def _parameters(config: type[Section]) -> list[Parameter]:
-    """Return the parameters of a config, and the seed, as keywords of a function."""
+    """Return the parameters of a config, and the seed, as keyword arguments."""
     known: dict[str, tuple[Any, Any]] = {
         name: (entry.annotation, entry.get_default(call_default_factory=True))
         for name, entry in config.model_fields.items()
@@ -150,7 +150,7 @@ class Baseline(Generic[C, M]):
         model.recommend(["u1", "u2"], k=10)
 
     Attributes:
-        name: Its name in recipes and tables.
+        name: Name in recipes and tables.
         stochastic: Whether results depend on the seed.
         GRID: Values by parameter that `tuning.tune` tries: numbers ascending, including the default.
         READS: How items are represented: by interactions alone; also by texts, through an encoder that is not trained
@@ -160,12 +160,11 @@ class Baseline(Generic[C, M]):
         FITS: The maximum number of settings that tuning fits; None: unlimited.
         AT_ANSWER: Parameters that ``answer`` reads and ``learn`` does not; see `with_config`.
         AUTO: Hyperparameter settings that `llmrec auto` tries, by cost.
-        FITS_ON: The rows of a split that ``learn`` reads: training rows only, or also validation rows, for early
-            stopping.
-        looked_at: Users whose validation interactions chose an epoch or a parameter; they do not determine its ensemble
-            weight.
-        recalled: The original duration of its fit in seconds if a stored fit was restored; else 0.
-        Config: Its parameters with their defaults and bounds.
+        FITS_ON: The part of a split that ``learn`` reads: training only, or also validation, for early stopping.
+        looked_at: Users whose validation interactions were used to choose an epoch or a parameter; they are not used
+            for its ensemble weight.
+        recalled: The original duration of the fit in seconds if a stored fit was restored; else 0.
+        Config: The parameters with their defaults and bounds.
     """
 
     name: str
@@ -184,10 +183,10 @@ class Baseline(Generic[C, M]):
     _recommender: Any = None
 
     def __init__(self, config: C | None = None, *, seed: int = 0, **parameters: Any) -> None:
-        """Create a baseline that is not fitted yet.
+        """Create an unfitted baseline.
 
         Args:
-            config: All parameters, checked; None: those given by name.
+            config: All parameters, validated; None: those given by name.
             seed: The random seed.
             parameters: Parameters of `Config` by name; the others have their defaults.
 
@@ -288,8 +287,8 @@ class Baseline(Generic[C, M]):
             known = ", ".join(sorted(self.AT_ANSWER)) or "none"
             raise RecipeError(
                 f"the baseline {self.name!r} was fitted with "
-                f"{', '.join(f'{key}={before[key]!r}' for key in fixed)}, and a fitted model is used again under other "
-                f"values of the parameters of its answers only ({known}); fit it anew",
+                f"{', '.join(f'{key}={before[key]!r}' for key in fixed)}; after fitting only these parameters can "
+                f"change: {known}. Fit it again with the new values",
                 kind="contradiction",
                 column=fixed[0],
             )
@@ -305,7 +304,7 @@ class Baseline(Generic[C, M]):
             RuntimeError: If ``fit`` was not called.
         """
         if self._model is None:
-            raise RuntimeError(f"the baseline {self.name!r} was asked before fit() was called")
+            raise RuntimeError(f"the baseline {self.name!r} is not fitted; call fit() first")
         return self._model
 
 
@@ -484,12 +483,12 @@ class Warm:
 
 
 def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64) -> Any:
-    """Weigh the items of each history by ``decay**age``, 1 for the last; a repeated item counts at its latest position.
+    """Weight the items of each history by ``decay**age``, 1 for the last; a repeated item counts at its last position.
 
     Args:
         histories: The result of `Warm.histories`.
         columns: Number of items.
-        decay: Factor from one item to the previous one; 1 weighs all items of a history by 1.
+        decay: Factor from one item to the previous one; 1: equal weights.
         dtype: The type of the weights.
 
     Returns:
@@ -506,13 +505,13 @@ def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, d
 
 
 def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:
-    """Weigh the last events of each history: the latest by 1, the previous one by ``decay``, and so on.
+    """Weight the last interactions of each history: the latest by 1, the previous one by ``decay``, and so on.
 
     Args:
         requests: Requests with histories, oldest first.
         catalogue: The item indices.
-        window: Number of latest events that count; an event with an unknown item takes a position but has no weight.
-        decay: Factor from one event to the previous one.
+        window: Number of latest interactions; one with an unknown item has a position but no weight.
+        decay: Factor from one interaction to the previous one.
 
     Returns:
         Sparse matrix of shape (requests, items); an item that occurs twice has the sum of its weights.
@@ -529,7 +528,7 @@ def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay
 
 
 def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) -> list[Answer]:
-    """Rank for every request by the scores of a baseline, block by block."""
+    """Rank the items of every request by the scores of a baseline, in blocks of requests."""
     block = max(1, _CELLS // max(1, len(catalogue.ids)))
     answers: list[Answer] = []
     for start in range(0, len(requests), block):
@@ -557,7 +556,7 @@ def refusal(request: Request) -> Unparsed | None:
     if not request.candidates:
         return Unparsed(request_id=request.id, reason="the request has no candidates")
     if len(set(request.candidates)) != len(request.candidates):
-        return Unparsed(request_id=request.id, reason="a candidate stands twice in the request")
+        return Unparsed(request_id=request.id, reason="the request has a duplicate candidate")
     return None
 
 

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     #: Features of the training ratings, shape (n, k).
     Rows = NDArray[np.float64]
 
-# A share of likes is shrunk towards the share of all ratings as if by this many additional ratings.
+# Prior strength, in ratings: shares of likes are shrunk towards the share over all ratings.
 _PRIOR = 1.0
-# Rating residuals are shrunk towards 0 in the same way: of an item, of a user, and of a user's recent ratings.
+# Prior strength of rating residuals, shrunk towards 0: of an item, of a user, and of a user's recent ratings.
 _OF_ITEM, _OF_USER, _LATELY = 3.0, 10.0, 2.0
-# A feature whose spread relative to its size, or to 1, is below this counts as constant.
+# A feature with a standard deviation below this, relative to max(mean, 1), counts as constant.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Likes, number and sum of each item's training ratings, and the share of likes and the mean over all of them."""
+    """Likes, number and sum of each item's training ratings, and the overall share of likes and mean rating."""
 
     liked: float
     share: float
@@ -44,7 +44,7 @@ class Counts:
 
     @staticmethod
     def of(known: Ratings, liked: float | None) -> Counts:
-        """Return training counts; ``liked`` is the lowest rating that is a like, None: three quarters of the scale."""
+        """Return training counts; ``liked`` is the lowest rating of a like, None: three quarters of the scale."""
         level = threshold(known.scale, liked)
         yes = (known.values >= level).astype(np.float64)
         size = len(known.item_index)
@@ -59,7 +59,7 @@ class Counts:
         )
 
     def of_history(self, request: Request) -> tuple[float, int]:
-        """Return the share of likes in a history, shrunk towards that of training, and its number of ratings."""
+        """Return the share of likes in a history, shrunk towards the training share, and its number of ratings."""
         known = [event.rating >= self.liked for event in request.history if event.rating is not None]
         return (sum(known) + _PRIOR * self.share) / (len(known) + _PRIOR), len(known)
 
@@ -94,15 +94,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Counted:
-    """Features of the user and the item of a request, standardised to mean 0 and spread 1 over the training rows.
+    """Features of the user and the item of a request, standardised to mean 0 and variance 1 over the training ratings.
 
     There are six: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean
-    of the user's ratings minus the levels of their items. Shares enter as log-odds, numbers as ``log(1 + n)``, means
-    shrunk towards 0. With a ``decay`` there is a seventh: the last mean, over previous ratings weighed by it (users
-    drift: Koren, CACM 2010).
+    of the user's ratings minus the levels of their items. Shares are log-odds, numbers ``log(1 + n)``, and means are
+    shrunk towards 0. With a ``decay`` there is a seventh: the same user mean with decaying weights (users drift: Koren,
+    CACM 2010).
 
     Attributes:
-        counts: The counts from which they are computed.
+        counts: The training counts.
         mean: Mean of each feature before standardisation, shape (k,).
         scale: Scale of each feature, shape (k,).
         decay: Factor from one rating of the user to the previous one; None: no seventh feature.
@@ -119,15 +119,15 @@ class Counted:
     ) -> tuple[Counted, Ratings, Rows]:
         """Return the features, the training ratings, and the leave-one-out feature values of each rating.
 
-        So no row contains its own answer. User features include events that are only part of histories, as in a
-        request's history; item features use training ratings only.
+        User features include ratings that occur only in histories, as in a request's history; item features use
+        training ratings only.
 
         Args:
             data: The split.
-            name: The name of the baseline, for the error.
+            name: The name of the baseline, for the error message.
             liked: The lowest rating that is a like; None: three quarters of the scale.
-            decay: The decay of the seventh feature; None: no such feature.
-            before: Count only the user's ratings before each rating, as for a request, instead of all others.
+            decay: The decay of the seventh feature; None: six features.
+            before: Use only the user's previous ratings, as for a request, instead of all others.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -139,7 +139,7 @@ class Counted:
         if decay is not None:
             rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
-        # The spread of a constant feature consists of rounding errors, which must not be scaled to 1.
+        # The standard deviation of a constant feature is a rounding error, which must not be scaled to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
         return Counted(result, mean, scale, decay), known, (rows - mean) / scale
 
@@ -167,13 +167,13 @@ def _odds(share: float) -> float:
 
 @dataclass(frozen=True)
 class _Past:
-    """All rated events of training users, including those that are only part of histories, in the order of each user.
+    """All ratings of training users, including those that occur only in histories, in order for each user.
 
     Attributes:
         users: User indices as in `Ratings`, shape (n,), ascending.
         likes: 1 for a like, shape (n,).
         left: Rating minus its item's level, shape (n,).
-        place: Position of each training rating among the events, in the order of `Ratings`, shape (training,).
+        place: Index of each training rating among these, in the order of `Ratings`, shape (training,).
     """
 
     users: NDArray[np.int64]
@@ -182,7 +182,7 @@ class _Past:
     place: NDArray[np.int64]
 
     def summed(self, values: NDArray[np.float64], *, before: bool) -> NDArray[np.float64]:
-        """Return the sum over the user's other events, or over the previous ones, for each training rating."""
+        """Return the sum over the user's other ratings, or over the previous ones, for each training rating."""
         if not before:
             return np.bincount(self.users, weights=values)[self.users][self.place] - values[self.place]
         running = np.cumsum(values) - values
@@ -198,7 +198,7 @@ class _Past:
         whole = pl.concat(frames).with_row_index("_row")
         number = whole["user_id"].replace_strict(dict(known.user_index), default=None, return_dtype=pl.Int64)
         whole = whole.with_columns(number.alias("_user")).drop_nulls("_user")
-        # A source may hold out events older than its training rows.
+        # A given split may hold out ratings that are older than training ratings.
         keys = ["_user", "timestamp", "_row"] if data.kind == "given" else ["_user", "_row"]
         whole = whole.sort(keys)
         levels = np.append(found.levels, 0.0)
@@ -218,7 +218,7 @@ class _Past:
 def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False) -> Rows:
     """Return the leave-one-out features of every training rating, shape (n, 6).
 
-    With ``before``, user features count only the previous ratings.
+    With ``before``, user features use only previous ratings.
     """
     truth = (known.values >= found.liked).astype(np.float64)
     count, likes, left = (past.summed(item, before=before) for item in (np.ones(len(past.left)), past.likes, past.left))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmrec.types import Request
 
 _TILE = 1024
-# The largest catalogue for `llmrec auto`: inverting an item-item matrix takes minutes and gigabytes.
+# Maximum number of items for `llmrec auto`: inverting a larger item-item matrix takes minutes and gigabytes.
 _MOST_ITEMS = 20_000
 
 
@@ -51,8 +51,8 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     With the binary training matrix X and ``P = (X'X + penalty * I)**-1``, the weights are ``B[i, j] = -P[i, j] /
     P[j, j]``, and 0 on the diagonal: the least squares solution of ``X = X B`` under a ridge penalty in which no item
     may predict itself. A score is the sum of the weights of the history's items, each times ``decay**age``; the paper
-    uses ``decay=1``. Memory: one dense matrix of the items with training interactions, 8 bytes per cell (4 with
-    ``float32``): 1.2 GB for 12,000 items.
+    uses ``decay=1``. Memory: a dense matrix over the items with training interactions, 8 bytes per cell (4 with
+    ``float32``), such as 1.2 GB for 12,000 items.
     """
 
     name = "ease"
@@ -93,7 +93,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         self._model = _Linear(catalogue, Warm.of(Log.of(data, catalogue), catalogue), state["weights"])
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the sums of weights for every request, shape (n, items)."""
+        """Return the scores for every request and item, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
         have = fading(histories, len(model.warm.places), self._config.decay, model.weights.dtype.type)
@@ -113,7 +113,7 @@ def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
             "the item-by-item matrix of the baseline 'ease' is not positive definite at this precision; "
             "use dtype='float64' or a larger penalty"
         )
-    # Only one triangle was written; it is mirrored to the other one tile by tile.
+    # LAPACK writes one triangle only; mirror it tile by tile.
     for start in range(0, len(inverse), _TILE):
         end = start + _TILE
         inverse[start:end, end:] = inverse[end:, start:end].T

@@ -1,7 +1,7 @@
 """Matrix factorisation of implicit feedback, through the package ``implicit``.
 
 Training learns one vector per item. A user's vector is computed from the history of the request, not from the user's
-id, so that unknown users and events after training need no special treatment.
+id, so that new users and interactions after training need no special treatment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WINDOW = 50
 
 @dataclass(frozen=True)
 class _Vectors:
-    """Vectors of the warm items, shape (warm, factors), and the model of the package."""
+    """Vectors of the warm items, shape (warm, factors), and the fitted model of ``implicit``."""
 
     catalogue: Catalogue
     warm: Warm
@@ -62,9 +62,9 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     """Factorises the binary training matrix by weighted least squares (Hu et al., ICDM 2008).
 
     A training interaction has confidence ``alpha``, everything else 1. With ``user=solve`` a user's vector is the least
-    squares solution for the history under the trained item vectors (their equation 4), the same step that training
-    makes, in which an item of age a has confidence ``alpha * decay**a``. With ``user=mean`` it is the mean of the
-    history's item vectors, an item of age a weighing ``decay**a``.
+    squares solution for the history with fixed item vectors (their equation 4), as in training, with confidence
+    ``alpha * decay**a`` for an item of age a. With ``user=mean`` it is the mean of the history's item vectors with
+    weights ``decay**a``.
     """
 
     name = "als"
@@ -83,7 +83,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     FITS_ON = "train"
 
     def learn(self, data: SplitDataset) -> None:
-        """Alternate between user and item vectors.
+        """Fit user and item vectors by alternating least squares.
 
         Raises:
             MissingExtra: If ``implicit`` is not installed.
@@ -147,10 +147,10 @@ class BPRConfig(Section):
 
 
 class BPR(ScoredBaseline[BPRConfig, _Vectors]):
-    """Learns from pairs to rank a user's items above the user's other items (Rendle et al., UAI 2009).
+    """Matrix factorisation with a pairwise loss, Bayesian personalised ranking (Rendle et al., UAI 2009).
 
-    The method does not define a user vector for a history. Here it is the weighted mean of the history's item vectors,
-    1 for the latest event, ``decay`` for the previous one, and the item bias, its popularity, is left out. On
+    The paper does not define a user vector for a history. Here it is the weighted mean of the history's item vectors,
+    with weight 1 for the latest interaction and ``decay`` for the previous one. The item bias is left out. On
     validation this is better than the user vectors learned in training.
     """
 
@@ -167,7 +167,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     FITS_ON = "train"
 
     def learn(self, data: SplitDataset) -> None:
-        """Train on sampled pairs by gradient descent.
+        """Train on sampled pairs by stochastic gradient descent.
 
         Raises:
             MissingExtra: If ``implicit`` is not installed.
@@ -228,7 +228,7 @@ def _training(data: SplitDataset) -> tuple[Warm, Any]:
 
 @contextmanager
 def _pinned() -> Iterator[None]:
-    """Limit the linear algebra of the package to one thread: with several, sums depend on their number."""
+    """Limit BLAS to one thread: with several, sums depend on the number of threads."""
     limits = require("threadpoolctl", "baselines").threadpool_limits
     with warnings.catch_warnings(), limits(1):
         # The package warns about a threaded BLAS, which is limited here.

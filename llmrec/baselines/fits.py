@@ -1,8 +1,7 @@
 """Fits baselines, and stores expensive fits by fingerprint for other runs and benchmarks.
 
 Files are safetensors in ``fits`` of the cache folder. Above `LIMIT`, files that were not read for `STALE` days are
-removed first, then those that save the least time for their size: an inverted item-item matrix is as large as hundreds
-of networks, each of which took a thousand times as long.
+removed first, then those that save the least time for their size.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ SWITCH = "LLMREC_FITS"
 LIMIT = 4.0
 """Default limit of stored fits in GiB."""
 LEAST = 2.0
-"""Minimum duration in seconds of a fit that is stored; reading a faster one back would gain nothing."""
+"""Minimum duration in seconds of a fit that is stored; restoring a faster one saves no time."""
 STALE = 30
-"""Days without a read after which a fit is deleted before all others: most are from older code and not read again."""
+"""Days without a read after which a fit is deleted before all others: most are from older code."""
 
 # Parameters of the progress bar.
 _SHOWN = {"quiet"}
@@ -62,7 +61,7 @@ class Storable(Protocol):
     FITS_ON: str
 
     def state(self) -> State:
-        """Return the fitted state as arrays, without user ids and without values that follow directly from the data."""
+        """Return the fitted state as arrays, without user ids and values that can be computed from the data."""
         ...
 
     def restore(self, data: SplitDataset, state: State) -> None:
@@ -106,7 +105,7 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("key") != key or metadata.get("sha256") != _digest(state, metadata.get("seconds", "")):
-            raise ValueError("it is not what was stored")
+            raise ValueError("its content has changed")
         model.restore(data, state)
         seconds = float(metadata["seconds"])
         os.utime(path)
@@ -179,7 +178,7 @@ def _limit() -> float:
         size = -1.0
     if not 0 <= size < float("inf"):
         raise RecipeError(
-            f"{SWITCH} is {value[:40]!r}; write how many GiB of fits are kept, such as 4, or off",
+            f"{SWITCH} is {value[:40]!r}; set the limit of stored fits in GiB, such as 4, or off",
             kind="bad-value",
             column=SWITCH,
         )

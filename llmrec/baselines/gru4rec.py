@@ -25,10 +25,9 @@ class GRU4RecConfig(ProfiledConfig):
 class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
     """Predicts each item of a sequence from those before it by a gated recurrent network (Hidasi et al., ICLR 2016).
 
-    The loss is the cross-entropy over all items at every position, with the item table as input and output, as
-    in later versions of the method (Hidasi and Karatzoglou, CIKM 2018), instead of a loss over the other items of a
-    batch. Its parameters are not tuned beyond the grid. Training stops as in SASRec: by the validation split, or after
-    ``epochs`` with ``patience=None``.
+    The loss is the cross-entropy over all items at every position instead of a loss over the other items of a batch,
+    and the item embeddings are input and output, as in later versions of the method (Hidasi and Karatzoglou, CIKM
+    2018). Training stops as in SASRec: by validation NDCG@10, or after ``epochs`` with ``patience=None``.
     """
 
     name = "gru4rec"

@@ -31,7 +31,7 @@ WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # Dimensions, oversampling and iterations of latent semantic analysis.
 _WIDTH, _MORE, _ROUNDS = 128, 16, 6
-# Directions whose spread is below this share of the first one are noise.
+# Directions with a standard deviation below this share of the first one are noise.
 _LEAST = 1e-3
 
 
@@ -43,15 +43,15 @@ def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
     """
     if encoder == LSA or encoder.startswith(STORE):
         raise RecipeError(
-            f"{name}: {encoder} is no pretrained model, which this baseline needs; name one, or take the baseline "
-            f"{instead}",
+            f"{name} needs a pretrained encoder, and {encoder} is not a pretrained model; name one, or use the "
+            f"baseline {instead}",
             kind="bad-value",
             column="encoder",
         )
 
 
 class TextsConfig(Section):
-    """The parameters of how a baseline reads item texts."""
+    """Parameters of the text embeddings of items."""
 
     encoder: str = Field(
         LSA,
@@ -62,11 +62,11 @@ class TextsConfig(Section):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The feature stores that are read."""
+        """The folders of the feature stores."""
         return (self.encoder.removeprefix(STORE),) if self.encoder.startswith(STORE) else ()
 
     def order(self, count: int) -> list[int]:
-        """Return the item whose text each item has: the same item, or with ``shuffled`` a random other one."""
+        """Return the index of the item whose text each item gets: its own, or with ``shuffled`` a random other one."""
         order = np.arange(count)
         if self.shuffled:
             drawn = np.random.default_rng(0).permutation(count)
@@ -76,7 +76,7 @@ class TextsConfig(Section):
 
 
 class WhitenedConfig(TextsConfig):
-    """The parameters of how a baseline reads item texts and whitens their vectors."""
+    """Parameters of the text embeddings of items and of their whitening."""
 
     whitening: float = Field(
         0.5, ge=0, le=1, description="Exponent of the whitening of the embeddings. 0: none, 1: full."
@@ -98,7 +98,7 @@ class Turned:
     centre: NDArray[np.float64]
     directions: NDArray[np.float64]
     spread: NDArray[np.float64]
-    # The vectors as the last exponent whitened them: a service asks for them at every request.
+    # Cache of the whitened vectors of the last exponent: a service needs them for every request.
     _last: dict[float, NDArray[np.float64]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -126,7 +126,7 @@ class Turned:
         return self._last[exponent]
 
     def turn(self, vectors: NDArray[np.floating[Any]], exponent: float) -> NDArray[np.float64]:
-        """Return other vectors with the same `whitening`, of length 1, shape (n, at most k)."""
+        """Apply the same `whitening` to other vectors; returns vectors of length 1, shape (n, at most k)."""
         return unit((vectors - self.centre) @ self.whitening(exponent))
 
 
@@ -144,8 +144,8 @@ def text_vectors(
     Args:
         data: The split.
         ids: The items.
-        config: Sets whose text an item has, and the encoder: ``lsa``, which is fitted on these texts alone (Deerwester
-            et al., JASIS 1990, over TF-IDF), or a text encoder, a name or a folder.
+        config: The encoder: ``lsa``, fitted on these texts alone (Deerwester et al., JASIS 1990, over TF-IDF), or the
+            name or folder of a text encoder; and whether texts are shuffled.
         change: Modifies each text before encoding; the encoder is fitted on the unmodified texts.
 
     Raises:
@@ -157,7 +157,7 @@ def text_vectors(
     if config.encoder.startswith(STORE):
         folder = config.encoder.removeprefix(STORE)
         if change is not None:
-            raise DataError(f"{folder} holds vectors, and no text whose words could be left out", kind="unsupported")
+            raise DataError(f"{folder} has vectors but no texts, so words cannot be left out", kind="unsupported")
         return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
@@ -173,7 +173,7 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
     """Open a store whose texts of a kind are compatible with a split.
 
     Raises:
-        DataError: If the store is missing, was written from other training interactions, or has a text based on a
+        DataError: If the store is missing, was written from other training interactions, or contains a text about a
             held-out one.
     """
     store = FeatureStore.open(folder, split=data.readable)
@@ -182,8 +182,8 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
         raise DataError.at(
             folder,
             "leak",
-            f": texts of {PLURALS[kind]} have seen {len(leaked)} held-out interactions, such as user {user!r} with "
-            f"item {item!r}; write them from the training part of this split",
+            f": the texts of {PLURALS[kind]} were written from {len(leaked)} held-out interactions, such as user "
+            f"{user!r} with item {item!r}; write them from the training part of this split",
         )
     return store
 
@@ -201,7 +201,7 @@ def texts_of(items: Sequence[Item]) -> list[str]:
         DataError: If no item has a title or a field.
     """
     if not any(item.title or item.fields for item in items):
-        raise DataError("no item has a title or a field, which this baseline reads", kind="missing-value")
+        raise DataError("this baseline needs item texts, and no item has a title or a field", kind="missing-value")
     fields = item_fields(items, SemanticIndex())
     return [item_text(item, fields) for item in items]
 
@@ -209,8 +209,8 @@ def texts_of(items: Sequence[Item]) -> list[str]:
 def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
     """Return TF-IDF vectors projected on the leading singular directions of ``texts``, of length 1.
 
-    The directions are found by subspace iteration from a fixed start (Halko et al., SIAM Review 2011, algorithm 4.4),
-    so that equal texts have equal vectors in every run.
+    Subspace iteration starts from fixed values (Halko et al., SIAM Review 2011, algorithm 4.4), so that results are
+    reproducible.
     """
     model = TfIdf.of(texts, least=2)
     matrix = model.vectors(texts)

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 # Items per block of pair counts. Fixed, so that sums do not depend on other requests.
 _BLOCK = 256
-# The largest catalogue for which all pairs are kept in memory, 8 bytes each, twice.
+# Maximum number of items for which all pairs are in memory, twice, 8 bytes each.
 _DENSE = 4096
 
 
 class Kept:
-    """A cache of the last matrix of each kind: tuning tries many settings, and most do not change most matrices."""
+    """A cache of the last matrix of each kind, for tuning: most settings differ in few matrices."""
 
     def __init__(self) -> None:
         """Create an empty cache."""
@@ -46,7 +46,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Readers:
-    """The binary training matrix, shape (users, items), and the popularity of its items.
+    """The binary training matrix, shape (users, items), and item popularity.
 
     Attributes:
         catalogue: The item indices.
@@ -100,10 +100,10 @@ def _votes(
 
 
 def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> NDArray[np.float64]:
-    """Return the sums from pairs of the histories' items only, for catalogues whose pairs do not fit in memory.
+    """Return the same sums computed for the histories' items only, for catalogues whose pairs do not fit in memory.
 
-    Sums of each `_BLOCK` of items are added up, but blocks of few items of the histories are computed together: a
-    single request has some twenty items, most of them alone in their block.
+    Sums of each `_BLOCK` of items are added up. Blocks with few items of the histories are computed together: a single
+    request has about twenty items, most of them alone in their block.
 
     Args:
         weights: Weights of the items of each history, sparse, shape (b, items).
@@ -131,13 +131,13 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
         other = both.col != asked[both.row]
         past, columns = both.row[other], both.col[other]
         near = sparse.csr_array((similar(both.data[other], asked[past], columns), (past, columns)), shape=both.shape)
-        # One row for each block of a request, so that a request's sums do not depend on which blocks others have.
+        # One row per request and block, so that a request's sums do not depend on the blocks of other requests.
         sums, own = np.unique(blocks[part] * len(total) + rows[part], return_inverse=True)
         votes = sparse.csr_array((values[part], (own, places)), shape=(len(sums), len(asked))) @ near
         voters = np.repeat(sums % len(total), np.diff(votes.indptr))
         _, firsts = np.unique(sums // len(total), return_index=True)
         for cells in map(slice, votes.indptr[firsts], votes.indptr[[*firsts[1:], len(sums)]]):
-            # Few items of a large catalogue have votes from one block; a dense sum would visit all of them.
+            # In a large catalogue few items have votes from one block; a dense sum would visit all items.
             total[voters[cells], votes.indices[cells]] += votes.data[cells]
         start = end
     return total
@@ -168,9 +168,9 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     """Scores an item by its similarity to the latest items of the history, over all neighbours.
 
     ``score(i) = sum_j decay**age(j) * x_i . x_j / (|x_i|**(2 a) * |x_j|**(2 (1 - a)) + shrinkage)`` over the last
-    ``history`` events j, for the columns x of the training matrix of users and items. With ``a = .5`` and without
-    shrinkage these are cosines (Sarwar et al., WWW 2001, section 3.1); other ``asymmetry`` a is the asymmetric cosine
-    (Aiolli, RecSys 2013, equation 3), and shrinkage as in Bell and Koren (ICDM 2007). The matrix is binary; with
+    ``history`` interactions j, for the columns x of the user-item training matrix. ``asymmetry`` a of .5 without
+    shrinkage gives cosines (Sarwar et al., WWW 2001, section 3.1); other values give the asymmetric cosine (Aiolli,
+    RecSys 2013, equation 3). Shrinkage follows Bell and Koren (ICDM 2007). The matrix is binary; with
     ``weighting=user-idf`` user u has the weight ``ln(1 + items / n_u)`` for n_u items, and with ``tf-idf`` item i has
     the weight ``ln(1 + users / n_i)``, rows scaled to length 1. An item is not a neighbour of itself. Items without a
     neighbour in the history, and all items for an empty history, are ordered by popularity.
@@ -226,11 +226,11 @@ class RP3BetaConfig(Section):
 class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     """Scores an item by three-step random-walk probability, divided by popularity (Paudel et al., TiiS 2016).
 
-    The walk goes from the user to an item j of the history, to a user u who had it, and to another item i of that user:
+    The walk goes from the user to an item j of the history, to a user u of j, and to another item i of u:
     ``score(i) = sum_j w_j sum_u (1 / n_j * 1 / n_u)**alpha / n_i**beta``, for n_j training users of an item and n_u
     training items of a user (their P3alpha, divided by popularity: RP3beta, section 3.3). The first step, which is
-    uniform over the history in the paper, goes to the last ``history`` events with ``w_j = decay**age(j)``. Walks that
-    return to j do not count. Items that no walk reaches are ordered by popularity.
+    uniform over the history in the paper, goes to the last ``history`` interactions with ``w_j = decay**age(j)``. Walks
+    that return to j do not count. Items that no walk reaches are ordered by popularity.
     """
 
     name = "rp3beta"
@@ -253,7 +253,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
         model, config = self._fitted, self._config
 
         def walked() -> Any:
-            # Each of the two columns of a product has the square root of the weight of their common user.
+            # Both factors of a product get the square root of the weight of their common user.
             of_user = np.asarray(model.binary.sum(axis=1)).ravel()
             return sparse.diags_array(np.power(of_user, -config.alpha / 2)) @ model.binary
 

@@ -1,4 +1,4 @@
-"""Item-to-item transitions: from the last item, from the last few with decay, and with co-occurrence added."""
+"""Markov models: transitions from the last item, from the last few with decay, and with co-occurrence."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class MarkovConfig(Section):
 class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
     """Scores an item by how often it followed the latest items of the history in training sequences.
 
-    A transition from i to j that skips d - 1 events counts ``decay**(d - 1)``, for d up to ``order``; at request time
-    the last ``order`` items vote with ``decay**age``. Popularity orders items without votes, below all items with
-    votes, and breaks ties.
+    A transition from i to j at distance d counts ``decay**(d - 1)``, for d up to ``order``; at request time the last
+    ``order`` items vote with ``decay**age``. Popularity orders items without votes, below all items with votes, and
+    breaks ties.
     """
 
     name = "markov"
@@ -73,9 +73,9 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
 
 class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
-    """The first-order Markov chain (Rendle et al., WWW 2010, section 4.1, without factorisation).
+    """First-order Markov chain (Rendle et al., WWW 2010, section 4.1, without factorisation).
 
-    Only the last item votes, by its direct transitions; popularity orders items without votes.
+    Scores are the direct transitions from the last item; popularity orders the other items.
     """
 
     name = "markov-1"
@@ -113,10 +113,9 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     """Adds co-occurrence with the history's items to transitions from the last item.
 
     ``score(i) = transition * steps(last, i) + sum_j decay**age(j) * both(j, i) / sqrt(pop(j) * pop(i) + 1)`` over the
-    last ``history`` events j, where ``steps`` counts direct transitions, ``both`` pairs of interactions of one user
-    and ``pop`` interactions, all in training. Popularity orders items with neither, and breaks ties. The model only
-    counts: on Amazon's sparse shop data it outperforms many published neural results, which makes it the reference
-    there.
+    last ``history`` interactions j, where ``steps`` counts direct transitions, ``both`` pairs of interactions of one
+    user and ``pop`` interactions, all in training. Popularity orders items with neither, and breaks ties. On Amazon's
+    sparse shop data this model outperforms many published neural results.
     """
 
     name = "markov-cooccurrence"
@@ -135,7 +134,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
         log = Log.of(data, catalogue)
         size, popular = len(catalogue.ids), counts(log, catalogue)
         users = log.matrix(size)
-        # A pair is two interactions: an item that a user had once does not co-occur with itself.
+        # Pairs of different interactions: an item that a user had once does not co-occur with itself.
         both = (users.T @ users - sparse.diags_array(popular)).tocoo()
         scale = np.sqrt(popular[both.row] * popular[both.col] + 1)
         together = sparse.csr_array((both.data / scale, (both.row, both.col)), shape=(size, size))

@@ -1,4 +1,4 @@
-"""Networks over item texts without parameters per item: shared code, and the text matcher (NAML, NRMS)."""
+"""Two-tower networks over item texts, without item embeddings: shared code, and the text matcher (NAML, NRMS)."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 # The number of validation cases for early stopping.
 _STOP_CASES = 5_000
-# Initial log scale of the cosines: a softmax over thousands of items needs a scale above 1.
+# Initial log scale (inverse temperature) of the cosines: a softmax over thousands of items needs a scale above 1.
 _SCALE = 2.5
 
 
 class TowersConfig(WhitenedConfig, NeuralConfig):
-    """The parameters of text encoding and of the training of towers."""
+    """Parameters of text encoding and of training."""
 
     dim: Width = Field(128, description="Dimension of user and item vectors.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
@@ -65,7 +65,7 @@ T = TypeVar("T", bound=TowersConfig)
 
 @dataclass
 class Towers:
-    """Vectors of all items, of length 1, shape (items, d), and the maps learned over them."""
+    """Text vectors of all items, of length 1, shape (items, d), and the trained network."""
 
     catalogue: Catalogue
     vectors: Any
@@ -107,7 +107,7 @@ class Towers:
 
 
 class TextTowers(ScoredBaseline[T, Towers]):
-    """A baseline of towers over fixed whitened text vectors; subclasses define ``_build`` and ``_query``.
+    """A two-tower baseline over frozen, whitened text vectors; subclasses define ``_build`` and ``_query``.
 
     Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept.
     """
@@ -117,7 +117,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
     SCORES = "logits"
 
     def learn(self, data: SplitDataset) -> None:
-        """Learn the maps.
+        """Train the network.
 
         Raises:
             DataError: If no item has a text.
@@ -139,7 +139,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         self._model = model
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the maps and the vectors of the items, as arrays."""
+        """Return the weights and the vectors of the items, as arrays."""
         return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
@@ -181,7 +181,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         optimiser: torch.optim.Optimizer,
         rng: np.random.Generator,
     ) -> float:
-        """Train on all rows once and return the mean loss of a softmax over all items outside the history."""
+        """Train for one epoch and return the mean loss of a softmax over all items outside the history."""
         torch, config = require("torch", "baselines"), self._config
         model.network.train()
         column = np.full(len(model.catalogue.ids), -1, dtype=np.int64)
@@ -251,11 +251,11 @@ class TextMatcher(TextTowers[TextMatcherConfig]):
     of the history attend to each other (NRMS, section 2.2): ``h_i = [sum_k softmax_k(q_i . k_k / sqrt(d)) v_k]``, the
     heads concatenated. Otherwise ``h_i = r_i`` (NAML, section 3.2). Additive attention then gives the weight of each:
     ``a_i = softmax_i(w . tanh(V h_i + b))``. The user is ``u = norm(sum_i a_i h_i)``; ``score(j) = exp(s) u . r_j``:
-    the probability of a click among some items is the softmax of their scores. The order of the history is
-    ignored, as in the papers.
+    the probability of a click among some items is the softmax of their scores. As in the papers, the order of the
+    history is ignored.
 
-    Unlike in the papers, the text encoder is frozen, vectors have the length of cosines, and the loss is over all items
-    with training interactions outside the history, instead of four sampled ones. Before training, all items have equal
+    Unlike in the papers, the text encoder is frozen, vectors have length 1, and the loss is over all items with
+    training interactions outside the history, instead of four sampled ones. Before training, all items have equal
     weights, and the similarity is that of `Content` without decay.
     """
 
@@ -299,7 +299,7 @@ def attended(network: torch.nn.Module, items: Any, mask: torch.Tensor, heads: in
     """Return the items of each history after self-attention (NRMS, section 2.2), shape (b, n, d).
 
     Args:
-        network: Has the maps ``query``, ``key`` and ``value``.
+        network: With the linear layers ``query``, ``key`` and ``value``.
         items: Item vectors, shape (b, n, d).
         mask: True for items, false for padding, shape (b, n).
         heads: Number of heads that share the d dimensions.
@@ -323,8 +323,8 @@ def weights(weigh: Any, items: Any, mask: torch.Tensor) -> Any:
 
 
 def shares(scores: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Return the softmax over the last axis of the scores under the mask; 0 for others and for rows without any."""
+    """Return the masked softmax over the last axis; 0 for masked entries and for rows without unmasked ones."""
     torch = require("torch", "baselines")
-    # In a row without any, the softmax over minus infinities would be NaN.
+    # In a fully masked row, the softmax over minus infinities would be NaN.
     hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(hidden, dim=-1) * mask

@@ -1,8 +1,8 @@
 """Matrix factorisation of ratings: biases and factors, by least squares or by gradient descent.
 
-Unknown users and items fall back to the biases: that of an unknown item is 0, that of an unknown user is computed from
-the ratings in the request's history. The model's errors on the latest ratings of the history are added with decaying
-weights (`rated.rate_lately`), and every prediction is clipped to the rating scale.
+The bias of an unknown item is 0, that of an unknown user is computed from the ratings in the request's history. The
+model's errors on the latest ratings of the history are added with decaying weights (`rated.rate_lately`), and every
+prediction is clipped to the rating scale.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class MF(Baseline[MFConfig, _Factors]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def learn(self, data: SplitDataset) -> None:
-        """Alternate between users and items.
+        """Fit the biases and factors by alternating least squares.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -137,7 +137,7 @@ class SVDConfig(RecencyConfig):
 class SVD(Baseline[SVDConfig, _Factors]):
     """The model of `MF`, trained by mini-batch stochastic gradient descent (Funk, 2006).
 
-    The gradient of a batch is summed for each user and item, so a batch is one step for each that occurs in it.
+    Gradients are summed over a batch for each user and item.
     """
 
     name = "svd"
@@ -202,7 +202,7 @@ def _solve(
     bias_penalty: float,
     penalty: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the ridge solution of every owner for its bias and vector.
+    """Return the ridge solution for the bias and vector of every owner (a user or an item).
 
     Args:
         owners: Owner of each rating, shape (n,); every owner has at least one.

@@ -1,8 +1,8 @@
-"""What the neural sequence models share: batches of sequences, losses over all items, and training with early stopping.
+"""Shared code of the neural sequence models: batches of sequences, losses over all items, and early stopping.
 
-Networks are plain ``torch.nn`` containers with an item table under ``table`` and a function that maps item indices
-into one vector per position. The table serves as input and as output, so a score is a dot product with it. It contains
-only the items with training interactions, since others have nothing to learn from.
+Networks are plain ``torch.nn`` containers with the item embeddings under ``table`` and a function that maps item
+indices to one vector per position. The table is input and output, so a score is a dot product with it. It contains
+only the items with training interactions.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Epochs(Protocol):
 
     @property
     def patience(self) -> int | None:
-        """Epochs without improvement before training stops; None: all epochs are trained."""
+        """Epochs without improvement before training stops; None: train all epochs."""
         ...
 
     @property
@@ -90,17 +90,17 @@ def until_least(
 
     Args:
         model: The model whose network is trained.
-        judge: Evaluates the current network on the validation split, lower is better; None: all epochs are trained and
-            the last one is kept.
+        judge: Evaluates the current network on the validation split, lower is better; None: train all epochs and keep
+            the last one.
         config: The training parameters.
         learn: Trains for one epoch with an optimiser, and returns the mean loss.
         measure: The name of the validation metric.
         sign: The factor for displaying it.
         rates: Groups of parameters with separate learning rates; None: one rate for all.
-        learned: Whether the network is already trained, and is kept unchanged if no epoch is better.
+        learned: Whether the network is already trained; it is kept unchanged if no epoch is better.
 
     Returns:
-        The epoch that was kept, from 1; 0: the unchanged network.
+        The best epoch, from 1; 0: the unchanged network.
     """
     torch, network = require("torch", "baselines"), model.network
     optimiser = torch.optim.AdamW(
@@ -140,15 +140,15 @@ class Batch:
 
 
 def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
-    """Split every user's items into pieces of at most ``max_len + 1``, from the end.
+    """Split every user's items into segments of at most ``max_len + 1``, from the end.
 
-    Adjacent pieces share an item, an input in one and a target in the other; after a lead every item of a piece is a
-    target, so that they share none.
+    Adjacent segments share an item, an input in one and a target in the other. With ``leads`` every item of a segment
+    is a target, so that they share none.
 
     Args:
         events: The training interactions.
-        max_len: Number of input items of a piece.
-        leads: Index that precedes each piece of a user, shape (users,); None: nothing.
+        max_len: Number of input items of a segment.
+        leads: Index that precedes each segment of a user, shape (users,); None: nothing.
     """
     ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
     pieces = []
@@ -186,7 +186,7 @@ def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
 
 
 def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of histories of the same length, at most ``most`` at a time, without empty ones."""
+    """Yield the indices of non-empty histories of the same length, at most ``most`` at a time."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for length in np.unique(lengths[lengths > 0]).tolist():
         places = np.flatnonzero(lengths == length)
@@ -195,17 +195,16 @@ def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator
 
 log = logging.getLogger(__name__)
 
-# Cells of a block of logits: 2 MB in single precision, which stay in a core's cache from the product to the gradient;
-# and a size that keeps a GPU busy.
+# Cells of a block of logits on a CPU, 2 MB in single precision, which fit in a core's cache; and on a GPU.
 _CELLS, _GPU_CELLS = 1 << 19, 1 << 26
-# Sequences that are scored together.
+# Sequences scored per batch.
 _ROWS = 512
 # The number of validation cases for early stopping; a larger sample changes only the third digit of NDCG@10.
 _STOP_CASES = 10_000
 
 
 class NeuralConfig(Section):
-    """The parameters of a sequence network: training and maximum sequence length."""
+    """Parameters of training and maximum sequence length."""
 
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate.")
     max_len: Positive = Field(
@@ -237,7 +236,7 @@ class NeuralConfig(Section):
 
 
 class SequenceConfig(NeuralConfig):
-    """The parameters of a sequence network, with its device."""
+    """Parameters of a sequence network, with its device."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device. `auto`: a GPU if PyTorch can use one.")
 
@@ -257,7 +256,7 @@ class SequenceConfig(NeuralConfig):
             return "cuda"
         if self.device == "cuda":
             raise RecipeError(
-                "device=cuda: torch finds no GPU here; `llmrec doctor` tells more. Set the parameter to auto or cpu",
+                "device=cuda: PyTorch finds no GPU; see `llmrec doctor`. Set the parameter to auto or cpu",
                 kind="unsupported",
                 column="device",
             )
@@ -265,7 +264,7 @@ class SequenceConfig(NeuralConfig):
 
 
 class ProfiledConfig(SequenceConfig):
-    """The parameters of a sequence network, with user features."""
+    """Parameters of a sequence network, with user features."""
 
     features: str = Field("", description="Feature store whose user features precede the history.")
     shuffled: bool = Field(False, description="Ablation: assign features to random users.")
@@ -278,18 +277,18 @@ class ProfiledConfig(SequenceConfig):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folder of features, if there is one."""
+        """The folders of the feature stores."""
         return (self.features,) if self.features else ()
 
     @property
     def steps(self) -> int:
-        """The maximum number of sequence steps of the network."""
+        """The maximum number of input steps of the network."""
         return self.max_len + bool(self.features)
 
 
 @dataclass
 class Trained:
-    """A trained network with the data it needs to score."""
+    """A trained network with the data needed for scoring."""
 
     catalogue: Catalogue
     warm: Warm
@@ -307,7 +306,7 @@ class Trained:
         return self.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the scores of every item after each history, shape (n, items); equal lengths form a batch."""
+        """Return the scores of every item after each history, shape (n, items)."""
         torch = require("torch", "baselines")
         histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
         table = self.network["table"].weight
@@ -336,7 +335,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Train the network.
 
         Raises:
-            DataError: If features cannot be read, or are based on training targets or held-out interactions.
+            DataError: If features cannot be read, or were written from training targets or held-out interactions.
             MissingExtra: If torch is not installed.
         """
         self._open(data)
@@ -384,7 +383,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         return network
 
     def _embedded(self, network: torch.nn.Module, items: Any) -> Any:
-        """Return the vectors of items by index, and of the user before them if there are features."""
+        """Return the item vectors by index, preceded by that of the user if there are features."""
         return network["table"](items) if self._profiles is None else self._profiles.embedded(network, items)
 
     def _build(self, items: int) -> Any:
@@ -407,8 +406,7 @@ def train(
     """Train a network on the training sequences, and keep the weights of its best epoch.
 
     Args:
-        data: The split. If ``config.patience`` is set, its validation interactions decide which epoch is kept, and
-            nothing else.
+        data: The split. If ``config.patience`` is set, its validation interactions are used for early stopping only.
         build: Creates the network for a number of items.
         encode: The forward function of the network.
         config: The training parameters.
@@ -423,7 +421,7 @@ def train(
     leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.places))
     sequences = pieces_of(warm.log(events), config.max_len, leads)
     cases = stop_cases(data, config, _STOP_CASES)
-    # Seeds torch for this fit only; the caller's random state is unchanged.
+    # Seed torch for this fit only; the caller's random state is unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(len(warm.places)).to(config.place)
@@ -480,10 +478,10 @@ def until_best(
         config: The training parameters.
         learn: Trains for one epoch with an optimiser, and returns the mean loss.
         rates: Groups of parameters with separate learning rates; None: one rate for all.
-        learned: Whether the network is already trained, and is kept unchanged if no epoch is better.
+        learned: Whether the network is already trained; it is kept unchanged if no epoch is better.
 
     Returns:
-        The epoch that was kept, from 1; 0: the unchanged network.
+        The best epoch, from 1; 0: the unchanged network.
     """
 
     def missing() -> float:
@@ -522,16 +520,16 @@ def over_all(
 ) -> tuple[float, Any, Any]:
     """Return the mean cross-entropy over all items and its gradients.
 
-    Each block of logits is converted to its gradient while in the cache: (softmax - one-hot) / n. Logits are freed with
-    their block, so memory does not grow with the batch.
+    Each block of logits is converted in place to its gradient, (softmax - one-hot) / n, and then freed, so memory does
+    not grow with the batch.
 
     Args:
         vectors: One vector per target, shape (n, d).
         table: Item vectors, shape (items, d).
         targets: Item indices, shape (n,).
         half: Multiply in bfloat16; the softmax stays in the precision of ``vectors``.
-        hidden: Items that are left out of the softmax unless they are the target, shape (n, k), repetitions allowed;
-            None: no items.
+        hidden: Items left out of the softmax unless they are the target, shape (n, k), repetitions allowed; None: no
+            items.
     """
     torch = require("torch", "baselines")
     of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
@@ -559,7 +557,7 @@ def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
 
     Args:
         logits: Logit of row i and candidate j, shape (n, n), with positives on the diagonal.
-        hidden: Pairs that are not negatives, booleans, shape (n, n); the diagonal always counts.
+        hidden: Mask of pairs that are not negatives, shape (n, n); the diagonal is always included.
     """
     torch = require("torch", "baselines")
     masked = logits.masked_fill(hidden.clone().fill_diagonal_(False), -torch.inf)
@@ -576,8 +574,8 @@ class _Sampled:
 
     ``negatives`` items are sampled for each step, with replacement, in proportion to their training interactions. A
     sampled item j represents ``1 / (negatives * q(j))`` items: ``log(negatives * q(j))`` is subtracted from its logit.
-    The logit of the target is not corrected, and samples of the target are dropped: so the expectation of the estimated
-    sum is the full sum.
+    The logit of the target is not corrected, and samples of the target are dropped, which makes the estimated sum
+    unbiased.
     """
 
     def __init__(self, warm: Warm, negatives: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""A text encoder fine-tuned on pairs of subsequent items, and an item-to-item transition model with its vectors."""
+"""A text encoder fine-tuned on consecutive items, and an item-to-item transition model with its vectors."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 # Early stopping: the number of validation cases, and the number and decay of the latest items of their histories.
 _STOP_CASES, _LATEST, _DECAY = 5_000, 5, 0.5
-# The share of an item's log target frequency that is subtracted from its similarity. With 1, the softmax over a batch
-# models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than at random.
+# Share of an item's log target frequency that is subtracted from its similarity (logQ correction). With 1, the softmax
+# over a batch models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than at
+# random.
 _FREQUENT = 0.5
 # Warm-up steps of the learning rate.
 _WARM = 20
-# The smallest time budget of `llmrec auto` in seconds: on two cores a fit takes minutes.
+# Minimum time budget of `llmrec auto` in seconds: on two cores a fit takes minutes.
 _LONG = 3600.0
 
 
@@ -89,7 +90,7 @@ class Pairs:
         for gap in range(1, apart):
             total = total + nearby**gap * steps.gaps[gap]
         total = sparse.csr_array(total)
-        # An item that follows itself has no information about texts.
+        # Repetitions of an item have no information about texts.
         total.setdiag(0)
         total.eliminate_zeros()
         result = total.tocoo()
@@ -97,9 +98,9 @@ class Pairs:
         return Pairs(first, then, result.data / max(result.data.sum(), 1e-300), total)
 
     def unknown(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which later items are negatives of which earlier ones: those that never follow them, shape (n, n).
+        """Return the mask of negatives: later items that never follow the earlier one in training, shape (n, n).
 
-        The pair itself, on the diagonal, is included: the softmax compares it with the others.
+        The diagonal, the positive pairs, is included, since the softmax needs it.
         """
         result: NDArray[np.bool_] = np.asarray(self.seen[first][:, then].toarray()) == 0
         np.fill_diagonal(result, True)
@@ -108,7 +109,7 @@ class Pairs:
 
 @dataclass
 class _Learner:
-    """The trainable part: the encoder's blocks."""
+    """The trainable layers of the encoder."""
 
     network: Any
     name: str
@@ -116,7 +117,7 @@ class _Learner:
 
 @dataclass
 class _Alike:
-    """Scores items by the similarity of their vectors to those of the latest items."""
+    """Scores items by vector similarity to the latest items."""
 
     steps: Steps
     vectors: NDArray[np.float32]
@@ -135,11 +136,11 @@ class _Alike:
 class TransitionsTuned(TransitionsText):
     """`TransitionsText` with a text encoder that is fine-tuned to predict which items follow each other.
 
-    The encoder's last blocks are trained with a contrastive loss (InfoNCE: van den Oord et al., arXiv 1807.03748, eq.
-    4): among the later items of a batch of pairs, which one follows the earlier item? Later items that also follow it
-    in training are not negatives, and a share of an item's log target frequency is subtracted from its similarity. The
-    best epoch by validation NDCG@10 of similarity alone is kept; if it is epoch 0, the model equals `TransitionsText`.
-    There are no parameters per item, so that cold-start items get their vectors from the fine-tuned encoder too.
+    The encoder's last layers are trained with a contrastive loss over a batch of pairs (InfoNCE: van den Oord et al.,
+    arXiv 1807.03748, eq. 4). Later items that also follow the earlier item in training are not negatives, and a share
+    of an item's log target frequency is subtracted from its similarity. The best epoch by validation NDCG@10 of
+    similarity alone is kept; if it is epoch 0, the model equals `TransitionsText`. There are no item embeddings:
+    cold-start items get their vectors from the fine-tuned encoder too.
     """
 
     name = "transitions-tuned"
@@ -155,7 +156,7 @@ class TransitionsTuned(TransitionsText):
         Raises:
             RecipeError: If the encoder is not a pretrained one.
             DataError: If no item has a text.
-            ModelError: If the encoder is missing or has fewer blocks.
+            ModelError: If the encoder is missing or has fewer layers.
             MissingExtra: If torch or transformers is not installed.
         """
         steps = counted(data)
@@ -184,7 +185,7 @@ class TransitionsTuned(TransitionsText):
                 (lambda: -mean_ndcgs(_Alike(steps, encoder.every().numpy()), cases)["excluded"]) if cases else None,
                 config,
                 learn,
-                measure="NDCG@10 of likeness",
+                measure="NDCG@10 of similarity",
                 sign=-1,
                 learned=True,
             )

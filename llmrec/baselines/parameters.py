@@ -50,9 +50,9 @@ def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
-    """Return hashes by kind of everything that a baseline reads besides the data: its parameters hold names and paths.
+    """Return hashes, by kind, of the models and feature stores that a baseline reads.
 
-    Missing or unusable sources are left out: ``fit`` raises an error for them.
+    Missing or unusable ones are left out: ``fit`` raises an error for them.
 
     Raises:
         RecipeError: As `config_of`.
@@ -60,7 +60,7 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
     """
     config, stores = config_of(name, parameters, "parameters"), stores_of(name, parameters)
     result: dict[str, str | dict[str, str] | None] = {"stores": stores}
-    # The parameters of a plug-in have no known meaning; the code of a plug-in has a stamp.
+    # The meaning of a plug-in's parameters is unknown; its code has a stamp.
     if type(config).__module__.startswith("llmrec."):
         held = config.model_dump(mode="json")
         start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")

@@ -54,7 +54,7 @@ class _SameForAll(ScoredBaseline[C, _Weights]):
 class Random(_SameForAll[NoParameters]):
     """Ranks at random: all items have the same score, so that metrics are expectations over all orders.
 
-    A list that must be truncated is sampled by a hash of the request's id.
+    A truncated list is a sample by a hash of the request's id.
     """
 
     name = "random"
@@ -105,9 +105,9 @@ class RecentPopularityConfig(Section):
 class RecentPopularity(_SameForAll[RecentPopularityConfig]):
     """Ranks by training interactions with weights that decay with age (Ji et al., SIGIR 2020, on time-aware counts).
 
-    The age of an interaction is the share of later training interactions, and so has no unit of time; an interaction of
-    age a has the weight ``2**(-a / half_life)``. Without timestamps the order between users is unknown: the age is then
-    given by the position from the end of the user's sequence.
+    The age of an interaction is the share of later training interactions; an interaction of age a has the weight
+    ``2**(-a / half_life)``. Without timestamps the order between users is unknown, and the age is the position from the
+    end of the user's sequence.
     """
 
     name = "recent-popularity"
@@ -122,7 +122,7 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         weights = 0.5 ** (_ages(log) / self._config.half_life)
-        # In a canonical order, so that the order of rows with equal timestamps does not change the last bits of a sum.
+        # In a canonical order, so that the order of rows with equal timestamps does not change the sum.
         order = np.lexsort((weights, log.items))
         summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
         # The weights of the oldest interactions may underflow; the count keeps such items above those without any.
@@ -136,7 +136,7 @@ def _ages(log: Log) -> NDArray[np.float64]:
         ends = np.cumsum(np.bincount(log.users, minlength=log.user_count))
         lateness = (np.arange(len(log.users)) - ends[log.users] + 1).astype(np.float64)
     else:
-        # An interaction without a timestamp, among others with one, counts as the oldest.
+        # If only some interactions have a timestamp, the others count as the oldest.
         lateness = np.where(np.isnan(log.times), np.nanmin(log.times), log.times)
     ordered = np.sort(lateness)
     return (len(ordered) - np.searchsorted(ordered, lateness, side="right")) / len(ordered)

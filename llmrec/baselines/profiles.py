@@ -1,4 +1,4 @@
-"""Feature-store vectors in networks: fields from gated experts (KAR), and user vectors as a first sequence step."""
+"""Feature-store vectors as network inputs: fields from gated experts (KAR), and user vectors as a first step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Table:
         kind: Users or items.
         centre: The mean of the vectors, shape (d,).
         whitening: The whitening map, shape (d, k).
-        shuffled: A control: every known entity has the vector of another one, chosen by id.
+        shuffled: Ablation: every known entity has the vector of another one, chosen by id.
     """
 
     store: FeatureStore
@@ -59,7 +59,7 @@ class Table:
 
     @staticmethod
     def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
-        """Fit the whitening on some names; directions without variance would saturate the gate."""
+        """Fit the whitening on some entities; without it, directions with little variance would saturate the gate."""
         turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
@@ -76,7 +76,7 @@ class Table:
         asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
         vectors, known = self.store.get(self.kind, asked)
         result = (vectors - self.centre) @ self.whitening
-        # The mean of all vectors is the centre: the remainder is a rounding error without a direction.
+        # A vector equal to the mean leaves a rounding error without a meaningful direction.
         result[~known] = 0
         lengths = np.linalg.norm(result, axis=1, keepdims=True)
         long = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 0)
@@ -85,7 +85,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Columns:
-    """The vectors of a table for some rows: each entity once, with the entity index of every row.
+    """The vectors of a table for some rows: one per entity, with the entity index of every row.
 
     Attributes:
         vectors: The vectors, shape (entities, k).
@@ -102,11 +102,11 @@ class Columns:
 
 @dataclass(frozen=True)
 class Adaptor:
-    """The feature tables of a host network.
+    """The feature tables of a network.
 
     Attributes:
-        tables: In the order of the stores, users before items.
-        seen: User-item pairs on which the texts are based.
+        tables: The tables, in the order of the stores, users before items.
+        seen: User-item pairs from which the texts were written.
     """
 
     tables: tuple[Table, ...]
@@ -134,7 +134,7 @@ class Adaptor:
             able = [kind for kind in store.kinds if kind in kinds]
             if not able:
                 raise DataError.at(
-                    folder, "missing-value", f" has features of {' and '.join(store.kinds)}s alone; say another side"
+                    folder, "missing-value", f" has only features of {' and '.join(store.kinds)}s; set another side"
                 )
             for kind in able:
                 names = sorted(set((rows.user_names if kind == "user" else rows.item_names).tolist()))
@@ -161,7 +161,7 @@ class Adaptor:
         return results
 
     def build(self, dim: int, experts: int) -> Any:
-        """Return the network: shared experts, and for each table its own experts and a gate over both."""
+        """Return the network: shared experts, and for each table separate experts and a gate over both."""
         nn = require("torch", "baselines").nn
 
         def expert() -> Any:
@@ -199,7 +199,7 @@ class Profiles:
 
     Attributes:
         adaptor: An adaptor with a single table.
-        places: Row of each user of the store.
+        places: Row index of each user.
         vectors: Shape (users + 1, width); the last row, zeros, belongs to unknown users.
         experts: Number of experts of the adaptor besides the shared ones.
     """
@@ -214,14 +214,14 @@ class Profiles:
         """Open a store and fit the whitening on the training users.
 
         Raises:
-            DataError: If the store is missing, has no user features, was written from another split, or is based on
-                training targets or held-out interactions.
+            DataError: If the store is missing, has no user features, or was written from another split, from training
+                targets or from held-out interactions.
             MissingExtra: If torch is not installed.
         """
         store = FeatureStore.open(folder, split=data.readable)
         if "user" not in store.kinds:
             raise DataError.at(
-                folder, "missing-value", f" has features of {store.kinds[0]}s alone, and those of users are read here"
+                folder, "missing-value", f" has only features of {store.kinds[0]}s, and features of users are needed"
             )
         refuse_seen(folder, store, data)
         table = Table.of(store, "user", list(data.train_counts()), exponent, shuffle=shuffle)
@@ -235,7 +235,7 @@ class Profiles:
     def build(self, dim: int) -> Any:
         """Return the network that maps a vector to a sequence step of length ``dim``."""
         network = self.adaptor.build(dim, self.experts)
-        # It moves with the network to a device, but is not stored with a fit: the store contains it.
+        # A buffer, so that it moves with the network; not persistent, since the feature store contains it.
         network.register_buffer("vectors", self.vectors, persistent=False)
         return network
 
@@ -247,12 +247,12 @@ class Profiles:
     def before(
         self, histories: Sequence[NDArray[np.int64]], users: Sequence[str], items: int
     ) -> list[NDArray[np.int64]]:
-        """Return histories with the user's index before each."""
+        """Return each history preceded by the user's index."""
         numbers = self.numbers(users, items)
         return [np.concatenate([numbers[row : row + 1], history]) for row, history in enumerate(histories)]
 
     def embedded(self, network: torch.nn.Module, items: Any) -> Any:
-        """Return one vector per step, of the user and of the items after it, shape (b, t, dim)."""
+        """Return one vector per step, of the user and then of the items, shape (b, t, dim)."""
         torch, table = require("torch", "baselines"), network["table"]
         adaptor = network["profiles"]
         own = adaptor.vectors[items[:, 0] - table.num_embeddings]

@@ -1,4 +1,4 @@
-"""What the rating baselines share: ratings as indices, ridge biases, and the conversion of predictions to answers."""
+"""Shared code of the rating baselines: ratings as indices, ridge biases, and conversion of predictions to answers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 RECENCIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 """Weights of the latest ratings that tuning tries."""
 
-# A decayed mean is shrunk towards 0 as if by this many additional events.
+# Prior strength of a decayed mean, in ratings.
 _PRIOR = 2.0
 
 
 class RecencyConfig(Section):
-    """The parameters of how the latest ratings of a history change a prediction."""
+    """Parameters of the correction by the latest ratings of a history."""
 
     recency: float = Field(0.6, ge=0, description="Weight of the decayed mean error on the history's ratings. 0: none.")
     decay: Decay = Field(0.7, description="Weight of a rating of the history relative to the next one.")
@@ -69,7 +69,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
             at=data.dataset.name,
             column="rating",
         )
-    # A canonical order of sums, so that the order of rows in the file does not change the last bits.
+    # Sums in a canonical order, so that the order of rows in the file does not change them.
     rated = rated.sort("user_id", "item_id", "rating", "order")
     user_names, users = np.unique(np.array(rated["user_id"].to_list(), dtype=object), return_inverse=True)
     item_names, items = np.unique(np.array(rated["item_id"].to_list(), dtype=object), return_inverse=True)
@@ -89,7 +89,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
 def ridge_biases(
     known: Ratings, user_penalty: float, item_penalty: float, *, tolerance: float = 1e-10, rounds: int = 1000
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Alternate between user and item biases until no user bias changes by more than ``tolerance``."""
+    """Solve for user and item biases alternately until no user bias changes by more than ``tolerance``."""
     residual = known.values - known.mean
     user_weight = np.bincount(known.users) + user_penalty
     item_weight = np.bincount(known.items) + item_penalty
@@ -112,7 +112,7 @@ def rate(
     answers: list[Answer] = []
     for request in requests:
         if request.item is None:
-            answers.append(Unparsed(request_id=request.id, reason="the request names no item to rate"))
+            answers.append(Unparsed(request_id=request.id, reason="the request has no item to rate"))
             continue
         value = min(high, max(low, predict(request.user_id, request.item, request)))
         answers.append(Rating(request_id=request.id, value=value))
@@ -128,8 +128,8 @@ def rate_lately(
     """Answer with a model's predictions, corrected by its recent errors in the history of the same request.
 
     A user's level drifts (Koren, CACM 2010, section 4, where ``b_user`` is a function of time). Here it changes by
-    ``recency * sum_t decay**age(t) * e(t) / (sum_t decay**age(t) + 2)`` for the errors e of the model on the rated
-    events t of the history, the latest one of age 0.
+    ``recency * sum_t decay**age(t) * e(t) / (sum_t decay**age(t) + 2)`` for the errors e of the model on the ratings t
+    of the history, age 0 for the latest.
 
     Args:
         requests: Requests with histories, also of unknown users.

@@ -1,7 +1,7 @@
 """Rating baselines: means and biases of the training ratings.
 
 Every prediction is clipped to the rating scale. The level of an unknown user is computed from the ratings in the
-request's history, if there are any: they are known at request time and are not used for training.
+request's history, if there are any.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GlobalMean(_Means):
 
 
 class UserMean(_Means):
-    """Predicts the mean of the user's ratings; for a user without ratings the item's mean, or else the global one."""
+    """Predicts the mean of the user's ratings; without any, the item's mean, or else the global mean."""
 
     name = "user-mean"
 
@@ -85,7 +85,7 @@ class UserMean(_Means):
 
 
 class ItemMean(_Means):
-    """Predicts the mean of the item's ratings; for an item without ratings the global one."""
+    """Predicts the mean of the item's ratings; without any, the global mean."""
 
     name = "item-mean"
 
@@ -106,8 +106,8 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
     """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3), corrected by recent errors.
 
     The biases minimise the squared error on the training ratings plus ``user_penalty * sum(b_user**2)`` and
-    ``item_penalty * sum(b_item**2)``. Each side has a closed-form solution with the other one fixed, and alternating
-    converges to the only minimum. `rated.rate_lately` computes the correction from the latest ratings of the history.
+    ``item_penalty * sum(b_item**2)``. Alternating the closed-form solutions for users and items converges to the unique
+    minimum. `rated.rate_lately` computes the correction from the latest ratings of the history.
     """
 
     name = "user-item-bias"

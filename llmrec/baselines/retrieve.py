@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 # Requests per block of dense scores.
 _BLOCK = 256
-# Folds of users: the lists of a fold come from a retriever that was fitted on the other folds.
+# Number of user folds: the lists of a fold come from a retriever that was fitted on the other folds.
 _FOLDS = 5
-# The maximum number of training events per user for which candidates are retrieved.
+# Maximum number of training interactions per user for which candidates are retrieved.
 _EVENTS = 20
 
 HARD = 20
-"""Number of top-ranked items that a retriever returns as rejected ones; a row samples some of them."""
+"""Number of top-ranked items from which hard negatives are sampled."""
 
 FUSED = "fusion"
 """The retriever that is an ensemble of the family's baselines."""
@@ -47,7 +47,7 @@ class Finder(Protocol):
         ...
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return the retriever for held-out interactions, and the users it can serve; None: all."""
+        """Return the retrievers for held-out interactions, each with the users it is used for; None: all."""
         ...
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
@@ -81,9 +81,9 @@ class Single:
         """Return the recommender, fitted to the interactions of the other folds; see `Finder`."""
         if stops_early(self.name):
             raise RecipeError(
-                f"{self.key}: {self.name} chooses its epoch on the validation split, and the lists of "
-                "training rows must not depend on that; choose another retriever, such as transitions, or train "
-                "other families alone (train.only)",
+                f"{self.key}: {self.name} uses the validation split for early stopping, so its lists cannot be used "
+                "for training; choose another retriever, such as transitions, or train other families only "
+                "(train.only)",
                 kind="unsupported",
                 column=self.key,
             )
@@ -115,9 +115,9 @@ def retrieve(
 ) -> CandidateSets:
     """Return the best items of a retriever for held-out interactions, in an uninformative order.
 
-    The retriever sees the history of the request; seen items are left out. The held-out item is not added: if the
+    The retriever gets the history of the request; seen items are left out. The held-out item is not added: if the
     retriever misses it, every ranking misses it. The order is shuffled by a hash of the request, so that a ranker
-    cannot copy the retriever.
+    cannot copy the order of the retriever.
 
     Args:
         data: The split data.
@@ -141,8 +141,8 @@ def retrieve(
             for request, items in zip(requests, best(model, requests, section.count), strict=True):
                 if len(items) < section.count:
                     raise DataError(
-                        f"user {request.user_id!r} has touched all but {len(items)} of {len(model.items)} items; set "
-                        "eval.candidates.count to at most that",
+                        f"user {request.user_id!r} has only {len(items)} unseen items of {len(model.items)}; set "
+                        "eval.candidates.count to at most this number",
                         kind="too-few",
                         column="eval.candidates.count",
                     )
@@ -150,7 +150,7 @@ def retrieve(
     sets = {name: sets[name] for name in (request_id(one.user_id, one.item_id) for one in held)}
     result = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets, users)
     log.info(
-        "%s finds %.1f %% of the held-out items among %d",
+        "%s: %.1f %% of the held-out items are among its %d candidates",
         finder.name,
         100 * ceiling(result, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
         section.count,
@@ -160,22 +160,22 @@ def retrieve(
 
 @dataclass(frozen=True)
 class Lists:
-    """Retrieved candidate lists for training events, on which a ranker is trained.
+    """Retrieved candidate lists for training interactions, on which a ranker is trained.
 
-    A retriever that was fitted on the event itself would nearly always rank it first. So users are divided into five
-    folds by a hash, and the lists of a fold come from a retriever that was fitted on the training interactions of the
-    other folds; it sees the previous events. Events that it does not find have no list, as in LlamaRec (arXiv
-    2311.02089, section 3.2). At most 20 events of a user are used. Nothing depends on held-out interactions, so a
-    retriever that chooses its epoch on validation is rejected.
+    A retriever that was fitted on an interaction would nearly always rank its item first. So users are divided into
+    five folds by a hash, and the lists of a fold come from a retriever that was fitted on the training interactions of
+    the other folds; its input is the history before the interaction. Interactions that it misses have no list, as in
+    LlamaRec (arXiv 2311.02089, section 3.2). At most 20 interactions of a user are used. Nothing depends on held-out
+    interactions, so retrievers with early stopping on the validation split are rejected.
 
     Attributes:
         data: The split data.
         section: ``retriever`` and ``count``.
         seed: The seed of the retriever and of sampling.
         finder: The retriever; None: the baseline that the section names.
-        others: If true, every event has a list, of items that the user never had in training, to which the event is
-            preferred. Otherwise a list contains the event's item, or the event has no list.
-        least: The minimum length of a list if a user has fewer than ``count`` items left; None: ``count``.
+        others: If true, every interaction has a list of negatives: items that the user never had in training. Otherwise
+            a list contains the interaction's item, or there is no list.
+        least: The minimum length of a list if a user has fewer than ``count`` unseen items; None: ``count``.
     """
 
     data: SplitDataset
@@ -186,7 +186,7 @@ class Lists:
     least: int | None = None
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return positions among a user's training events, and lists that contain the item of that event."""
+        """Return positions among a user's training interactions, each with its candidate list."""
         return self._made.get(user, ())
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
@@ -226,7 +226,13 @@ class Lists:
                         result.setdefault(user, []).append((at, tuple(items)))
         count = sum(map(len, result.values()))
         if not self.others:
-            log.info("%s finds %d of %d training events among %d", finder.name, count, looked, self.section.count)
+            log.info(
+                "%s: %d of %d training items are among its %d candidates",
+                finder.name,
+                count,
+                looked,
+                self.section.count,
+            )
         return result
 
     def _places(self, user: str) -> list[int]:
@@ -250,24 +256,22 @@ def check_retriever(name: str, where: str, *others: str) -> None:
     known = (*ranking, *others)
     if name not in ranking and not _scores(name):
         raise RecipeError(
-            f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from "
-            f"{', '.join(known)}",
+            f"{where}: {name!r} is not a ranking baseline{did_you_mean(name, known)}; choose from {', '.join(known)}",
             kind="unknown-name",
             column=where,
         )
 
 
 def _scores(name: str) -> bool:
-    """Whether a name belongs to a plug-in that scores the whole catalogue."""
+    """Whether a name is that of a plug-in that scores the whole catalogue."""
     made = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
     return all(hasattr(made, verb) for verb in ("scores", "items"))
 
 
 def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
-    """Return the best items outside the history for each request; fewer if the history leaves fewer.
+    """Return the best unseen items for each request; fewer if there are not enough.
 
-    Ties are ordered by a hash of the request's id, so that a retriever returns the same set everywhere and does not
-    favour items by their ids.
+    Ties are ordered by a hash of the request's id, so that results are reproducible and not biased by item ids.
     """
     scores = np.array(model.scores(requests), dtype=np.float64)
     column = {item: place for place, item in enumerate(model.items)}
@@ -292,6 +296,6 @@ def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:
 
     Args:
         sets: Retrieved candidates.
-        targets: Target by request; only the requests of the metric, since a subset has a different upper bound.
+        targets: Target by request, for the requests of the metric only.
     """
     return sum(item in sets.sets[name] for name, item in targets.items()) / max(1, len(targets))

@@ -39,12 +39,11 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
     The loss is the cross-entropy over all items at every position instead of the paper's binary loss with a single
     sampled negative, which lowered published SASRec results (Klenitskiy and Vasilev, RecSys 2023; Petrov and Macdonald,
-    RecSys 2023). ``negatives`` estimates it from sampled items, for large catalogues. Blocks normalise before attention
-    and feed-forward; the item table is input and output; position embeddings are learned and counted from the start of
-    the input.
+    RecSys 2023). ``negatives`` estimates it from sampled items, for large catalogues. Blocks use pre-normalisation; the
+    item embeddings are input and output; learned position embeddings count from the start of the input.
 
-    Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept:
-    the validation split chooses the epoch and nothing else. With ``patience=None`` it is not used.
+    Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept.
+    With ``patience=None`` the validation split is not used.
     """
 
     name = "sasrec"
@@ -86,7 +85,7 @@ def blocks_of(dim: int, layers: int) -> Any:
 
 
 def start_small(network: torch.nn.Module) -> Any:
-    """Initialise all matrices of a network from a narrow normal distribution and biases with 0, and return it."""
+    """Initialise the matrices of a network from a narrow normal distribution and the biases with 0, and return it."""
     init = require("torch", "baselines").nn.init
     for name, parameter in network.named_parameters():
         if parameter.dim() > 1:

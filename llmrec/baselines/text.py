@@ -107,7 +107,7 @@ class _Library:
 class FrequentText(Baseline[NoParameters, str]):
     """Writes the most frequent training text for every request.
 
-    Of equally frequent texts it takes the most typical: the one nearest to the sum of all training vectors.
+    Among equally frequent texts it takes the one most similar to the sum of all training vectors.
     """
 
     name = "frequent-text"
@@ -166,7 +166,7 @@ class NearestText(Baseline[NoParameters, _Library]):
 
 
 class FirstSentence(Baseline[NoParameters, str]):
-    """Writes the first sentence of the request's review; the most frequent training text without one.
+    """Writes the first sentence of the request's review; without a review, the most frequent training text.
 
     The first sentence of a text is the usual baseline for summaries (Nenkova, AAAI 2005).
     """
@@ -190,7 +190,7 @@ class FirstSentence(Baseline[NoParameters, str]):
 
 
 def first_sentence(text: str) -> str:
-    """Return the text up to and including the first full stop, question or exclamation mark; all text without one."""
+    """Return the text up to and including the first full stop, question mark or exclamation mark, or all of it."""
     result = _SENTENCE.match(text)
     return result.group(1).strip() if result else ""
 
@@ -208,7 +208,7 @@ class TextRidgeConfig(Section):
 
 @dataclass(frozen=True)
 class _Read:
-    """A vocabulary, its word weights, their product with the average vector, the mean rating and the scale."""
+    """A fitted ridge regression: vocabulary, word weights, their product with the mean vector, mean rating, scale."""
 
     model: TfIdf
     weights: NDArray[np.float64]
@@ -246,8 +246,8 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         rows = [row for row, pair in enumerate(pairs) if pair in reviews and reviews[pair].text]
         if not rows:
             raise DataError(
-                f"the baseline {self.name!r} reads reviews, and {data.dataset.name!r} has none of training; "
-                "use a source of reviews, such as amazon-reviews, or leave the stars task out",
+                f"the baseline {self.name!r} needs reviews, and the training interactions of {data.dataset.name!r} "
+                "have none; use a source with reviews, such as amazon-reviews, or remove the stars task",
                 kind="missing-value",
             )
         texts, values = [reviews[pairs[row]].text for row in rows], known.values[rows]
@@ -291,7 +291,7 @@ def _texts(data: SplitDataset, name: str) -> _Texts:
     if not kept:
         raise DataError(
             f"the baseline {name!r} needs texts, and the training interactions of {data.dataset.name!r} have none; "
-            "name the text column under data.columns.text, or leave the explanation task out",
+            "set data.columns.text to the text column, or remove the explanation task",
             kind="missing-column",
             at=data.dataset.name,
             column="text",
@@ -339,5 +339,5 @@ def _nearest(request: Request, library: _Library) -> str:
 
 def _write(request: Request, text: str) -> Answer:
     if request.item is None:
-        return Unparsed(request_id=request.id, reason="the request names no item to write about")
+        return Unparsed(request_id=request.id, reason="the request has no item to write about")
     return Text(request_id=request.id, text=text)

@@ -1,4 +1,4 @@
-"""The item-to-item transition models: normalised transitions in both directions, alone and with text similarity."""
+"""Item-to-item transition models: normalised transitions in both directions, alone and with text similarity."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Steps:
         catalogue: The item indices.
         gaps: Transitions over distance 1, 2, ..., each sparse, shape (items, items).
         popular: Training interactions of each item, shape (items,).
-        near: Text similarity to the nearest items, above 0, sparse, shape (items, items); None without text.
-        vectors: Text vectors of ``near``, of length 1, shape (items, d), if they were learned; else None.
+        near: Positive text similarity to the most similar items, sparse, shape (items, items); None without text.
+        vectors: Text vectors of ``near``, of length 1, shape (items, d), if the encoder was fine-tuned; else None.
         kept: Cached matrices of the last parameters.
     """
 
@@ -72,17 +72,16 @@ class TransitionsConfig(Section):
 
 
 class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
-    """Scores an item by its transitions from the latest items of the history, in either direction.
+    """Scores an item by its normalised transitions from the latest items of the history, in both directions.
 
     With ``F_d`` the number of times that an item followed another at distance ``d`` in a training sequence, transitions
     are ``S = sum_d fade**(d - 1) F_d``, in both directions ``R = S + backward * S'``, and normalised ``A[i, j] = R[i,
     j] / ((sum_k R[i, k] + smoothing)**leaving * (n_j + 1)**arriving)`` for n_j training interactions of item j. Then
-    ``score(j) = sum_i decay**age(i) * A[i, j]`` over the last ``history`` events i. It only counts; on sparse shop data
-    it is the best model without text. Popularity orders items without votes, and breaks ties.
+    ``score(j) = sum_i decay**age(i) * A[i, j]`` over the last ``history`` interactions i. On sparse shop data it is the
+    best model without text. Popularity orders items without votes, and breaks ties.
 
-    It combines known methods: item-to-item counts with powers of both degrees (Deshpande and Karypis, TOIS 2004,
-    section 4), and sequential rules over several positions with decay (Ludewig and Jannach, UMUAI 2018, section
-    3.1.2).
+    It combines item-to-item counts normalised by powers of both degrees (Deshpande and Karypis, TOIS 2004, section 4)
+    and sequential rules over several positions with decay (Ludewig and Jannach, UMUAI 2018, section 3.1.2).
     """
 
     name = "transitions"
@@ -122,12 +121,12 @@ class TransitionsTextConfig(TransitionsConfig, TextsConfig):
 
 
 class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
-    """Adds to `Transitions` the text similarity to the items of the history and to the items that follow them.
+    """`Transitions` with text similarity to the items of the history and to the items that follow them.
 
-    With T the text similarities, ``max(cos, 0)**sharpness`` of the 100 nearest items, rows scaled to sum 1, an item
-    has ``score(j) = sum_i w_i (A + onward * A T)[i, j] + text * sum_i v_i T[i, j]``, where ``w_i = decay**age(i)`` over
-    the last ``history`` events and ``v_i = text_decay**age(i)`` over the last ``text_history``. Cold-start items
-    have a score too. The encoder is frozen: nothing is learned about texts from interactions.
+    With T the text similarities, ``max(cos, 0)**sharpness`` of the 100 most similar items, rows scaled to sum 1, an
+    item has ``score(j) = sum_i w_i (A + onward * A T)[i, j] + text * sum_i v_i T[i, j]``, where ``w_i =
+    decay**age(i)`` over the last ``history`` interactions and ``v_i = text_decay**age(i)`` over the last
+    ``text_history``. Cold-start items have a score too. The encoder is frozen.
     """
 
     name = "transitions-text"
@@ -145,7 +144,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - set(TextsConfig.model_fields)
 
     def learn(self, data: SplitDataset) -> None:
-        """Count the transitions, and find each item's nearest neighbours by text.
+        """Count the transitions, and find the most similar items of each item by text.
 
         Raises:
             DataError: If no item has a text.
@@ -162,18 +161,17 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
         alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
         votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
-        # One product for the similarity to the following items and to the latest ones, for the rows of these requests
-        # only: the whole product of both matrices would be large.
+        # One product for both text terms, with the weights of these requests only: the product A T is large.
         resembling = (config.onward * votes + config.text * last) @ alike
         return filled(votes.toarray() + resembling.toarray(), model.popular)
 
 
 def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
-    """Return the positive cosines to the nearest other items, sparse, shape (items, items).
+    """Return the positive cosines to the most similar other items, sparse, shape (items, items).
 
     Args:
         vectors: Item vectors of length 1, shape (items, d).
-        count: Number of neighbours per item, plus those that tie with the last.
+        count: Number of neighbours per item; ties with the last one are added.
     """
     items = len(vectors)
     count = min(count, items - 1)
@@ -216,7 +214,7 @@ def _normalised(model: Steps, config: TransitionsConfig) -> Any:
 
 
 def _shares(near: Any, sharpness: float) -> Any:
-    """Return similarities to a power, with rows scaled to sum 1."""
+    """Raise similarities to a power and scale rows to sum 1."""
     result = near.copy()
     result.data = result.data**sharpness
     total = np.asarray(result.sum(axis=1)).ravel()

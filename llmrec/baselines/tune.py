@@ -1,4 +1,4 @@
-"""Chooses a baseline's parameters on the validation split, separately for each table that contains the baseline."""
+"""Hyperparameter tuning of a baseline on the validation split, separately for each table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- search
-# The search over hyperparameter settings: all settings of a small grid, one parameter at a time in a large one.
+# Search: all settings of a small grid, one parameter at a time in a large one.
 
 
 Point = dict[str, Any]
@@ -41,14 +41,14 @@ Point = dict[str, Any]
 Grid = Mapping[str, tuple[Any, ...]]
 
 Judge = Callable[[Point], Mapping[str, float] | None]
-"""Returns the figures of a setting, one per table, higher is better; None if no further fit is allowed."""
+"""Returns the results of a setting by table, higher is better; None if no further fit is allowed."""
 
 SMALL = 12
 """Maximum number of settings of a grid that is searched completely."""
 
 # The maximum number of rounds over all parameters.
 _ROUNDS = 3
-# The number of values without improvement after which the search along a parameter stops.
+# Number of values without improvement after which the search along a parameter stops.
 _PATIENCE = 2
 
 
@@ -60,9 +60,9 @@ def points(grid: Grid) -> list[Point]:
 def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge) -> None:
     """Evaluate settings until the best one for each table is found.
 
-    All settings of a grid of at most `SMALL` settings are tried. In a larger grid, one parameter at a time is moved
-    along its values while the metric improves, with the others fixed, until a round over all parameters changes
-    nothing. All values that are not numbers are tried, since they have no order.
+    All settings of a grid of at most `SMALL` settings are tried. In a larger grid, coordinate search moves one
+    parameter at a time along its values while the metric improves, until a round over all parameters changes nothing.
+    Values that are not numbers have no order and are all tried.
 
     Args:
         grid: Values by parameter; numbers ascending.
@@ -90,9 +90,9 @@ def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
 
 
 def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the parameters whose value is at an end of the grid, so that a better one may be outside.
+    """Return the parameters whose value is at an end of the grid, so that a better value may be outside the grid.
 
-    An end beyond which the config allows no value, such as a count of 1, is excluded.
+    Ends at a bound of the config, such as a count of 1, are excluded.
     """
     return tuple(
         name
@@ -154,7 +154,7 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
 
 
 def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
-    """Return the values on both sides of the current one, nearest first; all other values if they have no order."""
+    """Return the values on each side of the current one, nearest first; all other values if they have no order."""
     place = list(values).index(current)
     if not _ordered(values):
         return [[value for value in values if value != current]]
@@ -165,8 +165,7 @@ log = logging.getLogger(__name__)
 
 RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
-# The size of the sample of validation requests on which settings are evaluated: the maximum number of scores and of
-# requests per setting.
+# Maximum number of scores and of validation requests per setting.
 _SCORES, _CASES = 30_000_000, 10_000
 
 Parameters = Mapping[str, Any]
@@ -187,7 +186,7 @@ class Choice:
     Attributes:
         parameters: The best setting, by parameter name.
         border: The parameters whose value is at an end of the grid; see `llmrec.baselines.tune.borders`.
-        model: The fitted model of the best setting, for reuse with this seed; None if nothing was fitted.
+        model: The fitted model of the best setting with this seed; None if nothing was fitted.
     """
 
     parameters: Parameters
@@ -231,7 +230,7 @@ def tune(
     """Fit a baseline with the settings of its grid and return the best on the validation split.
 
     Models are fitted on training interactions and evaluated on validation interactions; the test split is not used.
-    Each fitted setting is evaluated for every table. The first of equal settings is kept.
+    Each fitted setting is evaluated for every table; of equal settings, the first is kept.
     `llmrec.baselines.tune.explore` describes the search, which ends after ``FITS`` fits if the class sets a limit.
 
     Args:
@@ -239,19 +238,19 @@ def tune(
         data: The split.
         seed: The seed of every fit.
         tables: The tables to choose for. For rankings, whether items of the history can be ranked: ``excluded``,
-            ``included`` or both. A rating or a yes/no answer has one table of any name.
-        grid: Values by parameter; None for the ``GRID`` of the baseline. An empty grid is the default setting alone.
+            ``included`` or both. Ratings and yes/no answers have one table of any name.
+        grid: Values by parameter; None for the ``GRID`` of the baseline. An empty grid tries the default setting only.
         known: Settings that an earlier call tried with the same data and seed; they are not fitted again.
         kept: Called with all trials after each new one.
 
     Raises:
-        RecipeError: If the baseline or a parameter is unknown, or the baseline writes texts, which have no such metric.
+        RecipeError: If the baseline or a parameter is unknown, or the baseline writes texts.
         DataError: If the split has no validation interactions.
     """
     made = lookup(BASELINES, name, "baseline")
     if _answers(name, Text):
         raise RecipeError(
-            f"the baseline {name!r} writes texts and has nothing to tune; leave it out of the tuning",
+            f"the baseline {name!r} writes texts, which have no metric for tuning; remove it from the tuning",
             kind="contradiction",
         )
     metric, measure = _measured(name, data, tables)
@@ -329,7 +328,7 @@ class _Search:
 
 
 def _answers(name: str, kind: type[Answer]) -> bool:
-    """Whether a baseline answers a task family whose answers are of a given kind."""
+    """Whether a baseline gives answers of a kind."""
     return any(answers(known, BASELINES, name, silent=False) for known in families().values() if known.answer is kind)
 
 
@@ -342,8 +341,8 @@ def _measured(
     cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)
     if not cases:
         raise DataError(
-            f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates or judges else 'interactions'} "
-            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, give a valid part, or use "
+            f"{data.dataset.name}: tuning {name!r} needs validation {'ratings' if rates or judges else 'interactions'},"
+            f" and the split {data.kind} has none; set data.split.valid above 0, give a valid part, or use "
             "leave_one_out",
             kind="empty",
             at=data.dataset.name,

@@ -1,4 +1,4 @@
-"""Evaluation for tuning and early stopping: on the validation split, without use of the test split."""
+"""Evaluation on the validation split, for tuning and early stopping; the test split is not used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def drawn(data: SplitDataset) -> NDArray[np.uint64]:
-    """Return the random keys by which validation interactions are sampled, smallest first, shape (n,)."""
+    """Return random sampling keys of the validation interactions; samples take the smallest, shape (n,)."""
     if data.drawn is not None and len(data.drawn) == len(data.valid):
         return data.drawn
     return hash64("validation", data.seed, data.valid["user_id"], data.valid["item_id"])
@@ -32,12 +32,12 @@ def drawn(data: SplitDataset) -> NDArray[np.uint64]:
 def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
     """Return the validation interactions as requests for the whole catalogue, in a seeded order.
 
-    Histories end before the validation events, so a target is in its own history only if the user had the item
+    Histories end before the validation interactions, so a target is in its history only if the user had the item
     before.
 
     Args:
         data: The split; its test interactions are not used.
-        limit: Return only this many, an unbiased sample.
+        limit: Maximum number of requests, a random sample; None: all.
     """
     users, items = data.valid["user_id"].to_list(), data.valid["item_id"].to_list()
     order = np.argsort(drawn(data), kind="stable")[:limit]
@@ -57,7 +57,7 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
     """Return the validation ratings as requests, in the order of the split; its test interactions are not used.
 
-    If the data has a review of a rating, the request contains its text as ``review``.
+    The request contains the text of the rating's review, if there is one, as ``review``.
 
     Args:
         data: The split.
@@ -91,7 +91,7 @@ def mean_ndcgs(
     Args:
         scorer: A fitted model that scores the catalogue.
         cases: Requests with the held-out item.
-        seen: Whether items of the history are ranked: ``excluded``, ``included`` or both. The target always is.
+        seen: Whether items of the history are ranked: ``excluded``, ``included`` or both. The target is always ranked.
         k: The cut-off.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Yes/no baselines: predict whether the user will like the item from simple counts of likes.
+"""Yes/no baselines: predict whether the user will like the item from counts of likes.
 
-A rating of ``liked`` or more is a like. The data on a user at request time is the history in the request, as for every
-other baseline; the data on an item is its training ratings.
+A rating of ``liked`` or more is a like. User features are computed from the history in the request, item features from
+training ratings.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class LikeRatioConfig(Section):
 
 
 class LikeRatio(Baseline[LikeRatioConfig, Counts]):
-    """Answers with the share of liked items in the request's history, regardless of the item.
+    """Predicts the share of liked items in the request's history, regardless of the item.
 
     On the released prompts of TALLRec (Bao et al., RecSys 2023) this rule reaches the AUC that is reported for the
-    fine-tuned model, so a yes/no result needs it for comparison. For one user it gives the same answer for every item:
-    its within-user AUC is 0.5 if histories do not change.
+    fine-tuned model, so yes/no results should be compared with it. Its within-user AUC is 0.5 if histories do not
+    change.
     """
 
     name = "like-ratio"
@@ -54,7 +54,7 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
         self._model = Counts.of(ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the share of likes in each history; that of training if the history has no rating."""
+        """Predict the share of likes in each history; without a rating, that of training."""
         model = self._fitted
         return _say(requests, np.array([model.of_history(request)[0] for request in requests]))
 
@@ -85,8 +85,8 @@ class LogisticConfig(LikeRatioConfig):
 class Logistic(Baseline[LogisticConfig, _Linear]):
     """Logistic regression on counts of the user and the item, see `llmrec.baselines.counted.Counted`.
 
-    ``features=recent`` adds the user's recent ratings, weighed by ``decay``, and ``features=ids`` a weight for each
-    user and item of training, as in a one-hot encoding. Weights minimise the mean log-loss plus
+    ``features=recent`` adds the user's recent ratings, weighted by ``decay``, and ``features=ids`` a one-hot encoding
+    of training users and items. Weights minimise the mean log-loss plus
     ``penalty / (2 n) * |w|**2`` over standardised features, with an unpenalised bias and ``id_penalty`` for users and
     items; the minimum is unique.
     """
@@ -130,7 +130,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the probability that each request's item is liked."""
+        """Predict the probability that each request's item is liked."""
         model = self._fitted
         # One row at a time, so that the last bits do not depend on the batch size.
         scores = np.array([(model.counted.row(request) * model.weights).sum() for request in requests]) + model.bias
@@ -165,7 +165,7 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
 
 def _say(requests: Sequence[Request], values: NDArray[np.float64]) -> list[Answer]:
     return [
-        Unparsed(request_id=request.id, reason="the request names no item to judge")
+        Unparsed(request_id=request.id, reason="the request has no item to judge")
         if request.item is None
         else Probability(request_id=request.id, value=float(value))
         for request, value in zip(requests, values, strict=True)

@@ -69,7 +69,7 @@ def test_a_baseline_is_an_estimator_of_frames(name: str, parameters: dict[str, A
         model.recommend(["u01"])
     if name == "text-ridge":
         # It learns from a source's own reviews, which a frame has not.
-        with pytest.raises(DataError, match="has none of training"):
+        with pytest.raises(DataError, match="needs reviews"):
             model.fit(FRAME, **COLUMNS)
         return
     assert model.fit(FRAME, **COLUMNS) is model
