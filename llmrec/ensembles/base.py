@@ -1,4 +1,4 @@
-"""What catalogue ensembles, list ensembles and blends share: members, weights, and the choice of the form."""
+"""Base class of catalogue ensembles, list ensembles and blends: members, weights, and the choice of the form."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from llmrec.types import Case
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Limits for measuring the contribution of a member, which refits all folds: cells, and minimum cases.
+# Limits for measuring the contribution of a member, which refits all folds: maximum cells and minimum cases.
 _DISSECTED, _LEAST = 300_000, 500
 
 
 def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
-    raise RuntimeError("a fusion was asked before fit() was called")
+    raise RuntimeError("the ensemble is not fitted; call fit() first")
 
 
 class Ensemble:
-    """The base class of ensembles, with the fitted weights and the forms that were tried.
+    """Base class of ensembles, with the fitted weights and the forms that were tried.
 
     Attributes:
-        name: The name of its row.
+        name: Name in tables.
         weights: None before ``fit``.
         tried: Forms with their cross-fitted results.
         chosen: The form of the fitted weights.
@@ -60,8 +60,8 @@ class Ensemble:
         """Create the ensemble.
 
         Args:
-            name: The name of its row.
-            learns: Whether a ranker takes part in the choice of the form.
+            name: Name in tables.
+            learns: Whether a ranker is one of the forms.
         """
         self.name, self._learns = name, learns
         self.weights: Weights | None = None
@@ -69,7 +69,7 @@ class Ensemble:
         self.chosen: Tried | None = None
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
-        # The users and forms of the fit, and the cached results of `apart_from`.
+        # Users and forms of the fit, and cached results of `apart_from`.
         self._fitted_to: tuple[tuple[str, ...], Fit] = (), _nothing
         self._apart: dict[frozenset[str], Weights] = {}
 
@@ -81,7 +81,7 @@ class Ensemble:
             RuntimeError: If ``fit`` was not called.
         """
         if self.weights is None:
-            raise RuntimeError(f"{self.name!r} was asked before fit() was called")
+            raise RuntimeError(f"{self.name!r} is not fitted; call fit() first")
         return self.weights
 
     @property
@@ -102,7 +102,7 @@ class Ensemble:
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
-        """Reject users who were used for model selection of a member.
+        """Reject users whose data was used for model selection of a member.
 
         Raises:
             LlmrecError: If ``looked_at`` of a member contains one of the users.
@@ -111,8 +111,8 @@ class Ensemble:
         for name, part in parts:
             if seen := users & getattr(part, "looked_at", frozenset()):
                 raise LlmrecError(
-                    f"{self.name}: {len(seen)} of {len(users)} users that are to weigh {name} have chosen its "
-                    "parameters or its epoch, so that it would seem better than it is; hold some back "
+                    f"{self.name}: {len(seen)} of {len(users)} users for the ensemble weights were used to choose "
+                    f"parameters or the epoch of {name}, which would overestimate it; reserve other users "
                     "(llmrec.data.split.halves)",
                     kind="leak",
                 )
@@ -127,10 +127,10 @@ class Ensemble:
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Keep the preferred ranking form by cross-fitted NDCG@10 (`preferred`), or the given form, on all cases.
+        """Fit the preferred ranking form by cross-fitted NDCG@10 (`preferred`), or the given form, to all cases.
 
-        The forms include the ensembles ``onto``, unchanged and with the members that they lack. Their single members
-        are not included: the ensemble may have been found better on more users than these.
+        The forms include the ensembles ``onto``, unchanged and with the members that they lack, but not the single
+        members of these, since an ensemble may have been chosen on more users.
         """
         folds, every = folds_of(self.name, users), np.arange(len(users))
         values: dict[tuple[Form, str], NDArray[np.float64]] = {}
@@ -176,7 +176,7 @@ class Ensemble:
     def _options(
         self, cells: Cells, users: Sequence[str], *, repeats: bool, onto: Sequence[Ensemble]
     ) -> Iterator[_Option]:
-        """Yield every form but the ranker."""
+        """Yield every form except the ranker."""
         every = range(len(self.names))
         yield _Option("logit", "logit", partial(_bound, logit, repeats=repeats), tuple(every))
         yield _Option("pool", "pool", partial(_bound, pool, repeats=repeats), tuple(every))
@@ -192,12 +192,12 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class _Option:
-    """A form that takes part in the choice.
+    """A candidate form.
 
     Attributes:
         form: The form.
         name: Its name.
-        on: Cells, and a member that is left out or None -> the function that fits the form to some of their cases.
+        on: Cells and a member to leave out or None -> the function that fits the form to some of their cases.
         members: The members whose contribution is measured.
     """
 
@@ -224,7 +224,7 @@ def _trees(setting: Setting, members: int) -> _Option:
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
-    """Return the forms that are worse than a given ensemble: each of its members alone."""
+    """Return the forms that need not be tried beside given ensembles: each of their members alone."""
     return {("alone", name) for base in bases for name in base.names}
 
 
@@ -250,18 +250,18 @@ class _Base:
         return " and ".join(names[place] for place in self.free)
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        """Return its weights over all members, fitted without users whose cases are not in ``rows``."""
+        """Return its weights over all members, fitted without the users whose cases are not in ``rows``."""
         inside = {self._users[row] for row in rows.tolist()}
         result = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))
         return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 
     def unchanged(self, cells: Cells, without: int | None) -> Fit:
-        """Return `as_is`, whatever the cells."""
+        """Return `as_is`; the arguments are ignored."""
         return self.as_is
 
     def put(self, cells: Cells, without: int | None) -> Fit:
-        """Return the function that fits it together with the members that it lacks, or all of these but one."""
+        """Return the function that fits it with the members that it lacks, optionally without one of them."""
         free = [member for member in self.free if member != without]
         if not free:
             return self.as_is

@@ -1,8 +1,7 @@
 """Ensembles of rating or yes/no predictors, with weights from users on whom no member was tuned.
 
-Ratings are combined by ridge regression (Breiman's stacking, Machine Learning 1996) and probabilities by logistic
-regression on their log-odds (a conditional logit of two items, as in `llmrec.ensembles.rankers` for rankings). The
-penalty, and whether a single member suffices, are chosen by cross-fitting over users.
+Ratings are combined by ridge regression (stacking: Breiman, Machine Learning 1996) and probabilities by logistic
+regression on their log-odds. The penalty, and whether to use a single member, are chosen by cross-fitting over users.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
 
 
 def _nothing(rows: NDArray[np.int64]) -> _Line:
-    raise RuntimeError("a blend was asked before fit() was called")
+    raise RuntimeError("the ensemble is not fitted; call fit() first")
 
 
 class Blend(Ensemble):
@@ -56,21 +55,21 @@ class Blend(Ensemble):
         """Create the ensemble.
 
         Args:
-            name: The name of the row.
-            parts: The members by name: fitted predictors that all answer with ratings, or all with probabilities.
-            judges: Whether they answer with probabilities.
+            name: Name in tables.
+            parts: The members by name: fitted predictors of ratings, or of probabilities.
+            judges: Whether they predict probabilities.
 
         Raises:
             LlmrecError: If there are fewer than two members.
         """
         if len(parts) < 2:
-            raise LlmrecError(f"{name}: a blend needs two or more parts", kind="mismatch")
+            raise LlmrecError(f"{name}: an ensemble needs at least two members", kind="mismatch")
         super().__init__(name)
         self.parts, self._judges = tuple(parts), judges
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mute: NDArray[np.float64] = np.zeros(len(parts))
-        # The cached results of `line_apart_from`, and the users and forms of the fit.
+        # Cached results of `line_apart_from`, and users and forms of the fit.
         self._lines: dict[frozenset[str], _Line] = {}
         self._refit: tuple[tuple[str, ...], Callable[[NDArray[np.int64]], _Line]] = (), _nothing
 
@@ -90,8 +89,8 @@ class Blend(Ensemble):
         """Fit the weights, and keep the form with the lowest cross-fitted error.
 
         Args:
-            cases: Validation cases of users who were not used to fit or choose a member, with a rating as truth, or
-                with 1 for yes and 0 for no.
+            cases: Validation cases of users who were not used to fit or choose a member, with a rating as truth, or 1
+                for yes and 0 for no.
             dissect: Fit the best form again without each member, for the attribute ``without``.
             only: The form to fit, if it was chosen before with another seed of the members.
             onto: Fitted blends of some of the members; the others may be added to each of them.
@@ -120,7 +119,7 @@ class Blend(Ensemble):
             fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
         crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
         errors = {item: float(result.mean()) for item, result in crossed.items()}
-        # As in the table: RMSE of ratings, log-loss of probabilities.
+        # RMSE of ratings, log-loss of probabilities.
         printed = {item: error if self._judges else error**0.5 for item, error in errors.items()}
         self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
         best = min(errors, key=lambda each: errors[each])
@@ -132,7 +131,7 @@ class Blend(Ensemble):
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
         if name in (base.name for base in bases):
             return
-        # The values for ratings are squared errors.
+        # For ratings these are squared errors.
         statistic: StatisticName = "mean" if self._judges else "root_mean"
         if name in beside:
             if dissect:
@@ -217,7 +216,7 @@ class Blend(Ensemble):
                 put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
                 name = f"{base.name} and {' and '.join(self.names[item] for item in put.free)}, penalty {penalty:g}"
                 beside[name], fits[form, name] = put, put.fit(put.free)
-            # Without further members the penalty has no effect.
+            # Without additional members the penalty has no effect.
             fits[base.fitted.form, base.name] = put.fit([])
         return fits, beside
 
@@ -255,7 +254,7 @@ class Blend(Ensemble):
         truth: NDArray[np.float64],
         offset: NDArray[np.float64] | None = None,
     ) -> _Line:
-        """Return the line fitted to features, with a fixed ``offset``."""
+        """Return the line fitted to features, with a fixed ``offset`` added."""
         count, before = features.shape[1], np.zeros(len(truth)) if offset is None else offset
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
         wide = (features - means) / scales

@@ -16,16 +16,16 @@ from llmrec.errors import ModelError
 
 FILE = "interactions.parquet"
 NUMBERED = "carried:"
-"""Prefix of user ids that replace the original ones: a bare number could be the id of another user."""
+"""Prefix of the new user ids; a bare number could be the id of another user."""
 _KEPT = ("rating", "timestamp")
 
 
 def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     """Write a run's training interactions and ensembles into a folder that already contains its ``items``.
 
-    Users are numbered in the order of their names, which are not written. Validation interactions of the users for
-    choosing epochs are included, with their sampling keys, and those of the users for ensemble weights are not, so that
-    baselines fitted from the folder equal those of the run.
+    Users are numbered in the order of their ids, which are not written. Validation interactions for early stopping are
+    included, with their sampling keys; those of the users for ensemble weights are not. So baselines fitted from the
+    folder equal those of the run.
 
     Args:
         data: The split.
@@ -38,13 +38,13 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     """
     result = stored.read(run)
     if not result.fusions or not items.is_file():
-        lacks = "fusion of rankings; evaluate its recipe with eval.fusion.controls=true"
-        what = lacks if items.is_file() else "catalogue to go with its interactions; drop --no-items"
+        lacks = "ensemble of rankings; evaluate its recipe with eval.fusion.controls=true"
+        what = lacks if items.is_file() else "catalogue, which the interactions need; remove --no-items"
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
     choosing = halves(data, result.fusions[0].reserved)[0]
-    # Ranks only: a hash could be traced to a user.
+    # Only the ranks of the keys: a hash could identify a user.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
     chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
     both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
@@ -76,7 +76,7 @@ def carried(folder: Path, *, seed: int) -> SplitDataset | None:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); export the run again", kind="damaged", at=path
         ) from error
-    # Held-out interactions of a saved recommender are only history.
+    # Held-out interactions of a saved recommender become history.
     names = ("train", "valid", "held")
     train, valid, held = (frame.filter(pl.col("part") == name).select(*SCHEMA) for name in names)
     data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)

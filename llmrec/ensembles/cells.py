@@ -1,9 +1,8 @@
 """The candidates of requests with the scores of an ensemble's members: the input of every form of ensemble.
 
-Candidates of all requests are in flat arrays, grouped by request, so that a request with twenty candidates and one with
-three hundred cost what they have. Where the whole catalogue is ranked, the candidates are the union of the members'
-best items: candidate generation by several models, and a second stage that combines them (Covington et al., RecSys
-2016, section 2).
+Candidates of all requests are in flat arrays, grouped by request, without padding. If the whole catalogue is ranked,
+the candidates are the union of the members' top items: candidate generation by several models, and a second stage that
+combines them (Covington et al., RecSys 2016, section 2).
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Kind = Literal["counts", "logits", "beams"]
-"""The kind of scores: nonnegative and read as shares; on a log scale; or probabilities of found items only."""
+"""The scale of scores: non-negative, used as shares; on a log scale; or probabilities of the items in beams only."""
 
 TOP = 40
-"""Items of each member among the candidates, where the whole catalogue is ranked."""
+"""Number of top items of each member that become candidates, if the whole catalogue is ranked."""
 CUT = 10
 """The cut-off of the NDCG by which forms are compared."""
 
@@ -37,7 +36,7 @@ class Cells:
     """One cell per request and candidate.
 
     Attributes:
-        names: The members, k of them.
+        names: The k members.
         kinds: The scale of each member's scores.
         starts: The first cell of each request, and the number of cells, shape (n + 1,).
         raw: Scores of each member, shape (k, cells).
@@ -61,7 +60,7 @@ class Cells:
 
     @cached_property
     def hits(self) -> NDArray[np.int64]:
-        """The requests whose target is a candidate: only these say something about weights."""
+        """The requests whose target is a candidate; only these are informative about weights."""
         assert self.truth is not None
         return np.flatnonzero(self.truth >= 0)
 
@@ -79,9 +78,9 @@ class Cells:
         return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
 
     def redrawn(self, seed: int) -> Cells:
-        """Return the cells with the members' scores of each target exchanged for those of a random candidate.
+        """Return the cells with the members' scores of each target swapped with those of a random candidate.
 
-        The members then know nothing of the targets: an ensemble that still finds them knows them otherwise.
+        The scores then have no information about the targets: an ensemble that still finds them has a leak.
         """
         assert self.truth is not None
         rng, raw = np.random.default_rng(seed), self.raw.copy()
@@ -90,20 +89,20 @@ class Cells:
         raw[:, self.truth[known]], raw[:, others] = self.raw[:, others], self.raw[:, self.truth[known]]
         return replace(self, raw=raw)
 
-    # ------------------------------------------------------------------ a request at a time
+    # ------------------------------------------------------------------ reductions by request
 
     def total(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the sum of values over the candidates of each request, shape (..., n)."""
         return _reduced(np.add, values, self.starts, 0)
 
     def most(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return the greatest value among the candidates of each request, shape (..., n)."""
+        """Return the maximum over the candidates of each request, shape (..., n)."""
         return _reduced(np.maximum, values, self.starts, -np.inf)
 
     def ndcg(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Return NDCG@10 of each request by scores of the cells, in expectation over ties, shape (n,).
 
-        It is 0 where the target is no candidate.
+        It is 0 if the target is not a candidate.
         """
         assert self.truth is not None
         own = np.where(self.truth >= 0, values[np.maximum(self.truth, 0)], np.nan)[self.rows]
@@ -115,7 +114,7 @@ class Cells:
     def scores(self, member: int) -> NDArray[np.float32]:
         """Return a member's scores on a log scale: log-shares of counts, or logits minus their maximum.
 
-        Items outside the beams of a search get the probability of its last beam.
+        Items outside the beams of a beam search get the probability of the last beam.
         """
         values, kind = self.raw[member], self.kinds[member]
         if kind == "logits":
@@ -129,7 +128,7 @@ class Cells:
         return np.asarray(np.log(shares + _FLOOR), dtype=np.float32)
 
     def shares(self, member: int) -> NDArray[np.float64]:
-        """Return a member's scores as probabilities over the candidates; uniform without any score."""
+        """Return a member's scores as probabilities over the candidates; uniform if it scores none of them."""
         values, kind = self.raw[member].astype(np.float64), self.kinds[member]
         if kind == "logits":
             values = np.exp(values - self.most(values)[self.rows])
@@ -147,7 +146,7 @@ class Cells:
         order = np.lexsort((-values, self.rows))
         ranked, rows = values[order], self.rows[order]
         position = np.arange(len(order)) - self.starts[rows]
-        # An equal score has the position of the first of its run.
+        # Equal scores get the rank of the first of them.
         first = np.ones(len(order), dtype=bool)
         first[1:] = (ranked[1:] != ranked[:-1]) | (rows[1:] != rows[:-1])
         result = np.empty(len(order), dtype=np.float32)
@@ -174,14 +173,14 @@ def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empt
 
 
 def best(raw: Sequence[NDArray[np.float32]], out: NDArray[np.bool_] | None, top: int = TOP) -> NDArray[np.bool_]:
-    """Return which items are candidates: the union of the members' best, shape (n, items).
+    """Return which items are candidates: the union of the members' top items, shape (n, items).
 
-    An item with a member's lowest score is none of its best: of all items without a vote, none is better than another.
+    Items with a member's lowest score are excluded from its top items: items without a vote are all tied.
 
     Args:
         raw: Scores of each member, shape (n, items).
-        out: Items that cannot be ranked; None: all can be.
-        top: Items of each member.
+        out: Items that cannot be ranked; None: none.
+        top: Number of top items of each member.
     """
     result = np.zeros(raw[0].shape, dtype=bool)
     for scores in raw:
@@ -206,7 +205,7 @@ def gathered(
     kinds: Sequence[Kind],
     context: Mapping[str, NDArray[np.float32]],
 ) -> Cells:
-    """Return the cells of items that are candidates.
+    """Return the cells of the candidates.
 
     Args:
         raw: Scores of each member, shape (n, items).
@@ -227,7 +226,7 @@ def gathered(
 
 
 def joined(blocks: Sequence[Cells]) -> Cells:
-    """Return the cells of one or more blocks of requests of one ensemble, in sequence."""
+    """Concatenate the cells of one or more blocks of requests of the same ensemble."""
     sizes = np.array([len(block.had) for block in blocks])
     before = np.cumsum(sizes) - sizes
     starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=True)]

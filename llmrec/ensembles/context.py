@@ -22,9 +22,8 @@ _RECENT = 0.1
 class Context:
     """The features of a split: popularity, recency, age and price of items, and the length of histories.
 
-    Everything is computed from training interactions, the catalogue and the request's own history. A feature of which
-    the data have nothing is left out. Similarities of texts are not among them: the scores of members that read texts
-    contain them.
+    They are computed from training interactions, the catalogue and the history of the request. Features without data
+    are left out. Text similarities are not included, since they are in the scores of members that use texts.
 
     Args:
         data: The split; its held-out interactions are not used.
@@ -36,13 +35,13 @@ class Context:
         self._codes = {item: code for code, item in enumerate(self.ids)}
 
     def codes(self, items: Sequence[str]) -> NDArray[np.int64]:
-        """Return the codes of items; -1 for an item that the catalogue lacks."""
+        """Return the codes of items; -1 for an item outside the catalogue."""
         return np.array([self._codes.get(item, -1) for item in items], dtype=np.int64)
 
     def features(
         self, requests: Sequence[Request], rows: NDArray[np.int64], codes: NDArray[np.int64]
     ) -> dict[str, NDArray[np.float32]]:
-        """Return each feature of pairs of a request and a candidate, shape (n,); NaN where it is unknown.
+        """Return each feature of pairs of a request and a candidate, shape (n,); NaN if it is unknown.
 
         Args:
             requests: The requests.

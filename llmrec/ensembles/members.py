@@ -1,4 +1,4 @@
-"""Members of an ensemble: their sources of information, stored answers, and the fit of an ensemble."""
+"""Members of an ensemble: their input modality, stored answers, and the fit of an ensemble."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FUSIONS: Mapping[Reads, str] = {
     "texts": "fusion with texts",
     "language model": "fusion with models",
 }
-"""Names of the rows of ensembles, by the widest kind among their members."""
+"""Names of ensembles in tables, by the input modality of their members."""
 
 NOTHING = "random"
-"""The baseline without information, which is not a member of an ensemble."""
+"""The random baseline, which is never a member of an ensemble."""
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
-    """Return the split for fitting a baseline; epochs are chosen without the users for ensemble weights."""
+    """Return the split for fitting a baseline; early stopping excludes the users for ensemble weights."""
     return halves(data, reserved)[0] if stops_early(name) else data
 
 
@@ -46,11 +46,11 @@ class Recalled:
     """A member of an ensemble that returns stored answers.
 
     Attributes:
-        name: Its name in tables.
+        name: Name in tables.
         reads: How it represents items.
         kind: The scale of its scores.
         answers: Answers by request id; see `answers_of`.
-        looked_at: Users from whose validation interactions something was chosen; they must not determine its weight.
+        looked_at: Users whose validation interactions were used for model selection; not used for its weight.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Recalled:
     looked_at: frozenset[str] = field(default=frozenset(), repr=False)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Return the answers; unparsed ones remain unparsed."""
+        """Return the stored answers."""
         return [self.answers[request.id] for request in requests]
 
 
@@ -75,7 +75,7 @@ def _answer(request: str, said: Any) -> Answer:
     if isinstance(said, dict):
         return Ranking(request_id=request, items=tuple(said["items"]), scores=tuple(said["scores"]))
     if said is None:
-        return Unparsed(request_id=request, reason="the part gave no answer that could be read")
+        return Unparsed(request_id=request, reason="the answer of the member could not be parsed")
     return Rating(request_id=request, value=float(said))
 
 
@@ -89,14 +89,14 @@ def join(
     dissect: bool = True,
     context: Context | None = None,
 ) -> ListEnsemble | Blend:
-    """Return an ensemble of members, fitted to the cases for its weights.
+    """Return an ensemble of members, fitted to cases.
 
     Args:
-        name: The name of its row.
+        name: Name in tables.
         parts: Two or more members, each with answers to all cases.
         cases: Validation cases; for yes/no answers with 1 or 0 as truth.
         answer: The answer type of the family.
-        onto: Ensembles of some of the members, to which the others may be added; they may be fitted to more cases.
+        onto: Ensembles of some of the members, perhaps fitted to more cases; the other members may be added to them.
         dissect: Measure the loss without each member.
         context: Further features for a ranker.
     """
@@ -110,7 +110,7 @@ def join(
 
 
 def weights_of(model: Any) -> FusionWeights | None:
-    """Return the weights of an ensemble as stored in records; None for any other model."""
+    """Return the weights of an ensemble as stored in records; None for other models."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
         return None
     return record_of(model.fitted, model.names, {item.name: item for item in model.without})
@@ -122,7 +122,7 @@ def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, With
     Args:
         weights: The weights.
         names: The members.
-        without: What is lost without a member, by name.
+        without: The loss without each member, by name.
     """
     low, high = weights.low or (None,) * len(weights.parts), weights.high or (None,) * len(weights.parts)
     losses = {item.name: {"loss": item.loss, "loss_low": item.low, "loss_high": item.high} for item in without.values()}
@@ -144,7 +144,7 @@ def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, With
 
 
 def restored(record: FusionWeights) -> Weights:
-    """Return stored weights as an ensemble uses them.
+    """Return the weights of an ensemble from their stored form.
 
     Raises:
         ModelError: If its trees are damaged.
@@ -165,7 +165,7 @@ def restored(record: FusionWeights) -> Weights:
 
 
 def widest(reads: Sequence[Reads | None]) -> Reads:
-    """Return how an ensemble represents items: the widest representation of its members."""
+    """Return the input modality of an ensemble: the widest one of its members."""
     order = get_args(Reads)
     return max((read or order[0] for read in reads), key=order.index)
 
@@ -176,22 +176,22 @@ def kind_of(baseline: str) -> Kind:
 
 
 def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
-    """Return how a baseline represents items; with an encoder fine-tuned on the interactions it is a language model."""
+    """Return the input modality of a baseline; with a fine-tuned encoder it is a language model."""
     made = lookup(BASELINES, baseline, "baseline")
     own = made.reads(config_of(baseline, parameters, "parameters"))
-    # Features count as texts through a frozen encoder, whatever their author.
+    # Feature stores count as texts with a frozen encoder, even if a language model wrote them.
     known = widest(["texts", own]) if stores_of(baseline, parameters) else own
     encoder = made.text_encoder(parameters)
     return "language model" if known == "texts" and encoder is not None and learned_from(encoder) else known
 
 
 def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
-    """Return answers by request id: stored ones (`remembered`) and those in a row's records."""
+    """Return answers by request id: stored ones (`remembered`) and those in prediction records."""
     known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
     return {request: _answer(request, item) for request, item in known.items()}
 
 
 def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
-    """Return a description of how the row of an ensemble was weighed."""
+    """Return a description of an ensemble for reports."""
     users = len({case.request.user_id for case in cases})
-    return f"what {len(parts)} rows answer, weighed by {users} users of the validation split"
+    return f"ensemble of {len(parts)} models, weights fitted on {users} validation users"

@@ -1,16 +1,16 @@
 """Ensembles of rankers, with weights from validation users on whom no member was tuned.
 
-Members find candidates, and one of these forms ranks them:
+Members retrieve candidates, and one of these forms ranks them:
 
-- a conditional logit, ``p(j) = softmax_j(sum_k w_k z_kj)`` over the members' scores z (McFadden, 1974): weights are
-  exponents, and a negative one means that a member overstates what another one also contributes;
-- a linear pool, ``p(j) = sum_k w_k p_k(j)`` with weights that sum to 1 (Jelinek and Mercer, 1980): a member with
-  probability 0 for an item cannot veto it;
+- a conditional logit, ``p(j) = softmax_j(sum_k w_k z_kj)`` over the members' scores z (McFadden, 1974); weights can be
+  negative if members are correlated;
+- a linear pool, ``p(j) = sum_k w_k p_k(j)`` with weights that sum to 1 (Jelinek and Mercer, 1980), in which a member
+  with probability 0 for an item cannot veto it;
 - gradient-boosted trees over the members' scores and ranks and `llmrec.ensembles.context`.
 
-Weights are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG, cross-fitted over
-users, and every single member is a form too: on validation no ensemble is worse than its best member. If items of the
-history can be ranked, these have an additional weight.
+Weights are fitted by maximum likelihood, and the form is chosen by NDCG, cross-fitted over users. Every single member
+is a form too: on validation no ensemble is worse than its best member. If items of the history can be ranked, these
+have an additional weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 CELLS = 1 << 24
-"""Scores of a block of requests, all members together: 64 MB in single precision."""
+"""Maximum number of scores of a block of requests over all members: 64 MB in single precision."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Member:
     """A member that scores the catalogue.
 
     Attributes:
-        name: Its name in tables.
+        name: Name in tables.
         scorer: The fitted scorer of the catalogue.
         kind: The scale of its scores.
     """
@@ -67,18 +67,18 @@ class CatalogueEnsemble(Ensemble):
         """Create the ensemble.
 
         Args:
-            name: The name of the row.
+            name: Name in tables.
             parts: The members, with the same catalogue in the same order.
             filtered: Whether items of the history are excluded from rankings.
-            context: Further features for a ranker; None: it has the members' scores alone.
-            learns: Whether a ranker takes part in the choice of the form.
+            context: Further features for a ranker; None: only the members' scores.
+            learns: Whether a ranker is one of the forms.
             weights: The weights of an earlier ``fit``.
 
         Raises:
             LlmrecError: If there are fewer than two members, or they have different catalogues.
         """
         if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
-            raise LlmrecError(f"{name}: a fusion needs two or more parts over one catalogue", kind="mismatch")
+            raise LlmrecError(f"{name}: an ensemble needs two or more members with the same catalogue", kind="mismatch")
         super().__init__(name, learns=learns)
         self.parts, self.filtered, self.context, self.weights = tuple(parts), filtered, context, weights
         self._column = {item: index for index, item in enumerate(self.items)}
@@ -103,7 +103,7 @@ class CatalogueEnsemble(Ensemble):
             only: The form to fit, if it was chosen before with another seed of the members.
 
         Raises:
-            LlmrecError: If parameters or the epoch of a member were chosen from one of these users.
+            LlmrecError: If one of these users was used to choose parameters or the epoch of a member.
             LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse([(part.name, part.scorer) for part in self.parts], cases)
@@ -119,11 +119,11 @@ class CatalogueEnsemble(Ensemble):
     def scores(self, requests: Sequence[Request], barred: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
         """Return the scores of all items, shape (n, items); see `CatalogueScorer.scores`.
 
-        Items that are no candidates come after all candidates, by the sum of the members' standardised scores.
+        Other items come after all candidates, ordered by the sum of the members' standardised scores.
 
         Args:
             requests: The requests.
-            barred: Items that are no candidates, besides those of the history if ``filtered``, shape (n, items).
+            barred: Items to exclude from the candidates, in addition to the history if ``filtered``, shape (n, items).
         """
         weights = self.fitted
         if weights.form == "alone":
@@ -137,7 +137,7 @@ class CatalogueEnsemble(Ensemble):
 
     @property
     def _block(self) -> int:
-        """Requests that are scored at a time."""
+        """Number of requests scored per batch."""
         return max(1, CELLS // (len(self.items) * len(self.parts)))
 
     def _scored(
@@ -152,11 +152,11 @@ class CatalogueEnsemble(Ensemble):
         truth: NDArray[np.int64] | None = None,
         barred: NDArray[np.bool_] | None = None,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
-        """Return the candidates of requests, which items these are, shape (n, items), and the members' scores.
+        """Return the candidates of requests, their mask over the items, shape (n, items), and the members' scores.
 
         Args:
             requests: The requests.
-            truth: The column of each target, which can be ranked although the history may contain it.
+            truth: The column of each target, which can be ranked even if the history contains it.
             barred: See `scores`.
         """
         raw = [np.asarray(part.scorer.scores(requests), dtype=np.float32) for part in self.parts]
@@ -200,12 +200,12 @@ def _context(
 def _completed(
     scores: NDArray[np.float64], chosen: NDArray[np.bool_], raw: Sequence[NDArray[np.float32]]
 ) -> NDArray[np.float64]:
-    """Return scores of all items, shape (n, items): items that are no candidates come after all candidates.
+    """Return scores of all items, shape (n, items); items that are not candidates come after all candidates.
 
     Args:
-        scores: Of the candidates, request by request.
+        scores: Scores of the candidates, request by request.
         chosen: Which items are candidates, shape (n, items).
-        raw: The scores of each member, whose standardised sum orders the others, shape (n, items).
+        raw: The scores of each member, shape (n, items); their standardised sum orders the other items.
     """
     result = np.full(chosen.shape, np.inf)
     result[chosen] = scores
@@ -228,8 +228,8 @@ class ListMember:
     """A member that ranks candidates.
 
     Attributes:
-        name: Its name in tables.
-        predictor: Answers with a `Ranking` of the candidates; if this has no scores, they are ``-log(rank)``.
+        name: Name in tables.
+        predictor: Returns a `Ranking` of the candidates; without scores, they are ``-log(rank)``.
         kind: The scale of its scores.
         knows: The items that it can score; None: all.
     """
@@ -249,8 +249,8 @@ class _Pool:
     """The candidates of one request.
 
     Attributes:
-        items: The candidates and the items that come after them.
-        unknown: The items that no member knows, which come last.
+        items: The candidates, and the items ranked after them.
+        unknown: The items that no member can score, which come last.
         cells: The candidates with the members' scores.
         chosen: Which items are candidates, shape (1, items).
         raw: The scores of each member, shape (1, items).
@@ -264,11 +264,11 @@ class _Pool:
 
 
 class ListEnsemble(Ensemble):
-    """An ensemble of rankers that return lists, such as strategies with a language model.
+    """An ensemble of rankers that return lists, such as scoring methods with a language model.
 
-    Scores are normalised over the candidates of a request. If the whole catalogue is ranked, members answer with their
-    best items, and the candidates are the union of these. An item missing from a member's list has the score of the
-    list's last item if scores are logits, and half of it if scores are counts, which are between that and 0.
+    Scores are normalised over the candidates of a request. If the whole catalogue is ranked, the candidates are the
+    union of the members' lists. An item missing from a member's list gets the score of the list's last item if scores
+    are logits, and half of it if scores are counts.
 
     Attributes:
         validation: NDCG@10 of each case of ``fit``, by request id, with weights fitted without its user; 0 if the
@@ -285,16 +285,16 @@ class ListEnsemble(Ensemble):
         """Create the ensemble.
 
         Args:
-            name: The name of the row.
+            name: Name in tables.
             parts: The members.
             weights: The weights of an earlier ``fit``.
-            context: Further features for a ranker; None: it has the members' scores alone.
+            context: Further features for a ranker; None: only the members' scores.
 
         Raises:
             LlmrecError: If there are fewer than two members, or the number of weights differs.
         """
         if len(parts) < 2 or (weights is not None and len(weights.parts) != len(parts)):
-            raise LlmrecError(f"{name}: a fusion needs two or more parts, and a weight for each", kind="mismatch")
+            raise LlmrecError(f"{name}: an ensemble needs at least two members, and a weight for each", kind="mismatch")
         super().__init__(name)
         self.parts, self.weights, self.context = tuple(parts), weights, context
         self.validation: dict[str, float] = {}
@@ -308,8 +308,8 @@ class ListEnsemble(Ensemble):
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
-            cases: Validation cases of users who were not used to fit or choose a member. Cases whose target is not
-                among the candidates have no information about weights and are left out.
+            cases: Validation cases of users who were not used to fit or choose a member. Cases whose target is not a
+                candidate are left out.
             dissect: Fit the best form again without each member, for the attribute ``without``.
             onto: Fitted ensembles of some of the members; the others may be added to each of them.
 
@@ -327,13 +327,13 @@ class ListEnsemble(Ensemble):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`.
 
-        An item that a member does not know has the member's least favourable score, depending on the sign of its
-        weight. Items that no member knows come last.
+        An item that a member cannot score gets the member's worst score, given the sign of its weight. Items that no
+        member can score come last.
         """
         answers: list[Answer] = []
         for request, pool in zip(requests, self._pools(requests), strict=True):
             if pool is None:
-                answers.append(Unparsed(request_id=request.id, reason="no member has an answer for the request"))
+                answers.append(Unparsed(request_id=request.id, reason="no member answered the request"))
                 continue
             (result,) = _completed(self.fitted.scores(pool.cells), pool.chosen, pool.raw)
             order, least = np.argsort(-result, kind="stable").tolist(), float(result.min())
@@ -349,7 +349,7 @@ class ListEnsemble(Ensemble):
     def contributions(self, requests: Sequence[Request]) -> list[dict[str, dict[str, float]]]:
         """Return the contributions to the scores of each request's candidates, by item and name.
 
-        See `Weights.contributions`. Items that no member has among its best have none.
+        See `Weights.contributions`. Items that are in no member's list have none.
         """
         results: list[dict[str, dict[str, float]]] = []
         for pool in self._pools(requests):
@@ -369,10 +369,10 @@ class ListEnsemble(Ensemble):
                 continue
             # One request at a time, so that results do not depend on other requests.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
-            # They are no part of what the features of the others relate to.
+            # They are excluded before features are computed relative to the other candidates.
             last = np.logical_and.reduce(strange) & (not strange.all())
             known, unknown = ([candidates[n] for n in np.flatnonzero(which)] for which in (~last, last))
-            # A single member ranks all items as it does without an ensemble.
+            # A single member ranks all items as without an ensemble.
             top = len(known) if self.fitted.form == "alone" else TOP
             own = [item[index] for item in given]
             yield _Pool(known, unknown, *self._cells(request, known, own, strange=strange[:, ~last], top=top))
@@ -408,15 +408,15 @@ class ListEnsemble(Ensemble):
         strange: NDArray[np.bool_] | None = None,
         top: int = TOP,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
-        """Return what `CatalogueEnsemble` has of several requests for one, whose items are given.
+        """Return the candidates of a request with given items; see `CatalogueEnsemble._cells`.
 
         Args:
             request: The request.
-            candidates: The items that are ranked.
+            candidates: The items to rank.
             answers: The answer of each member.
             truth: The index of the target.
-            strange: Which items a member does not know, shape (members, candidates).
-            top: Items of each member that an ensemble ranks; the others come after them.
+            strange: Which items a member cannot score, shape (members, candidates).
+            top: Number of top items of each member that become candidates; other items come after them.
         """
         scores = [_scores(answer, candidates, part.kind) for answer, part in zip(answers, self.parts, strict=True)]
         if strange is not None and strange.any():
@@ -433,7 +433,7 @@ class ListEnsemble(Ensemble):
 def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
     """Return the candidates of each request, or the union of the members' lists.
 
-    They are sorted, since the last digit of sums depends on their order.
+    They are sorted, so that sums do not depend on the order of the lists.
     """
     return [
         sorted(request.candidates or ())
@@ -443,7 +443,7 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
 
 
 def _with_least(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
-    """Return the scores of a member, shape (m,), with the least favourable score for items that it does not know."""
+    """Return the scores of a member, shape (m,), with its worst score for items that it cannot score."""
     known = scores[~strange]
     if not strange.any() or not len(known):
         return scores
@@ -463,6 +463,6 @@ def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
         known = {item: -float(np.log(index)) for index, item in enumerate(answer.items, start=1)}
-    # Items missing from a ranking come after its last; `Cells.scores` handles items missing from a search.
+    # Items missing from a ranking come after its last item; `Cells.scores` handles items missing from a beam search.
     least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The ensemble of a family's baselines as a retriever: reranking starts from the strongest baseline's candidates."""
+"""The ensemble of a task's baselines as a retriever of candidates for reranking."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmrec.registry import BASELINES, lookup
 from llmrec.types import Case, CatalogueScorer, Request, SplitName
 
 MOST = 5000
-"""Maximum number of users for ensemble weights: more change them little, and every baseline ranks for each."""
+"""Maximum number of users for ensemble weights; more change them little and take longer."""
 _RANDOM = "random"
 
 
@@ -30,8 +30,8 @@ _RANDOM = "random"
 class FusedFinder:
     """A retriever with an ensemble of baselines.
 
-    Baselines without information, with early stopping on the validation split, or with an encoder fine-tuned on the
-    interactions are left out.
+    The random baseline, and baselines with early stopping on the validation split or with an encoder fine-tuned on the
+    interactions, are left out.
 
     Attributes:
         baselines: The baselines of the family.
@@ -49,7 +49,7 @@ class FusedFinder:
         return FUSED
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return ensembles weighed by validation users, and for requests of these users by the other half."""
+        """Return ensembles with weights from validation users, cross-fitted in halves for these users' requests."""
         parts = self._parts(data)
         choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
         context = Context(data)
@@ -61,8 +61,8 @@ class FusedFinder:
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return an ensemble fitted only on training interactions of the other folds.
 
-        Its weights are fitted on the last training interactions of the users of the next fold, which its members do not
-        use.
+        Its weights are fitted on the last training interactions of the users of the next fold, on which its members are
+        not fitted.
         """
         known = sorted(set(parts.values()))
         weighs = known[(known.index(part) + 1) % len(known)] if part in known else known[0]
@@ -89,8 +89,8 @@ class FusedFinder:
             results.append(Member(section.label, model, made.SCORES))
         if len(results) < 2:
             raise RecipeError(
-                f"eval.candidates.retriever: {FUSED} joins two baselines or more that choose no epoch by validation; "
-                "name them in the family's baselines, or choose another retriever",
+                f"eval.candidates.retriever: {FUSED} needs at least two baselines without early stopping; add them to "
+                "the baselines of the task, or choose another retriever",
                 kind="contradiction",
                 column="eval.candidates.retriever",
             )
@@ -106,9 +106,9 @@ def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -
     users = len({case.request.user_id for case in cases})
     if users < 2 * FOLDS:
         raise DataError(
-            f"eval.candidates.retriever: {FUSED} takes {2 * FOLDS} users to weigh it, of validation and of each fifth "
-            f"of training, and there are {users} here; hold out or give more, or choose a single retriever such as "
-            "transitions",
+            f"eval.candidates.retriever: {FUSED} needs {2 * FOLDS} users for its weights, in validation and in each "
+            f"fifth of training, and there are {users}; use more data or hold out more users, or choose a single "
+            "retriever such as transitions",
             kind="too-few",
             column="eval.candidates.retriever",
         )

@@ -1,4 +1,4 @@
-"""The stored form of ensembles in runs and exported folders: members, weights, and the row to serve."""
+"""The stored form of ensembles in runs and exported folders: members, weights, and the model to serve."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from llmrec.tasks.family import ranking_families
 from llmrec.types import Case, Ranking
 
 FILE = "fusions.json"
-"""The file of the ensembles in a run folder and an exported folder."""
+"""File name of the ensembles in a run folder and an exported folder."""
 
 FORMAT = 3
-"""Version of the file; raised whenever the same weights give different lists."""
+"""Format version; increased whenever the same weights give different lists."""
 
 
 class FusedPart(Record):
-    """A member: a baseline with its parameters, or a strategy of the language model, which has no baseline."""
+    """A member: a baseline with its parameters, or a scoring method of the language model, without a baseline."""
 
     name: str
     baseline: str | None = None
@@ -46,14 +46,14 @@ class Fused(Record):
     """An ensemble of rankings.
 
     Attributes:
-        id: The id of its row.
-        family: The family whose requests it answers.
-        arm: The variant of its language model; ``baseline`` if it has none.
+        id: Id of its row in the report.
+        family: The task whose requests it answers.
+        arm: The variant of its language model; ``baseline`` without one.
         template: The template for the language model.
         parts: The members, in the order of the weights.
         fitted: The weights.
         seed: The seed of the baselines.
-        reserved: Share of validation users for ensemble weights, who chose no epoch of a baseline.
+        reserved: Share of validation users for ensemble weights, who are not used for early stopping.
     """
 
     id: str
@@ -66,7 +66,7 @@ class Fused(Record):
     reserved: float
 
     def weights(self) -> Weights:
-        """Return the weights as an ensemble accepts them."""
+        """Return the weights for an ensemble."""
         return restored(self.fitted)
 
 
@@ -105,7 +105,7 @@ class Stored:
 
     Attributes:
         fusions: The ensembles, in the order of their rows.
-        choice: The row that is served by default; None: the language model, if there is one.
+        choice: The model that is served by default; None: the language model, if there is one.
     """
 
     fusions: Sequence[Fused] = ()
@@ -148,16 +148,16 @@ def read(folder: Path) -> Stored:
             at=path,
         ) from error
     raise ModelError(
-        f"{path} was written by another version, which joined lists otherwise; run `llmrec eval` on its recipe again",
+        f"{path} was written by an incompatible version; run `llmrec eval` on its recipe again",
         kind="unsupported",
         at=path,
     )
 
 
 def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[str, Fused]:
-    """Return the ensembles that can answer, by the name of their row in the report.
+    """Return the available ensembles, by their name in the report.
 
-    If several families have a row of the same name, the first family gets the name, and the others use their ids.
+    If several families have an ensemble of the same name, the first one gets the name, and the others use their ids.
 
     Args:
         fusions: The ensembles of a run or an exported folder.
@@ -176,7 +176,7 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
 
 
 def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
-    """Return the serving name of the chosen row.
+    """Return the serving name of the chosen model.
 
     Args:
         choice: The choice of a run.
@@ -192,7 +192,7 @@ def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
 
 
 class Answered(Protocol):
-    """A finished row with its answers for validation users; see `llmrec.pipeline.evaluation.ResultRow`."""
+    """An evaluated model with its answers for validation users; see `llmrec.pipeline.evaluation.ResultRow`."""
 
     @property
     def figures(self) -> Row:
@@ -210,23 +210,23 @@ class Answered(Protocol):
         ...
 
 
-# Rows that can be served: conventional recommenders, and the model that the run fine-tuned.
+# Models that can be served: baselines, and the model that the run fine-tuned.
 _ARMS = ("baseline", "tuned")
-# Results that differ by less are of the same list, computed in two ways.
+# Results that differ by less belong to the same lists.
 _SAME = 9
 
 
 def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Choice | None:
-    """Return the row to serve, from the first ranking family with rows that were evaluated on validation users.
+    """Return the model to serve, from the first ranking family with models that were evaluated on validation users.
 
-    Every row is evaluated on the validation users for ensemble weights, who chose no parameter or epoch of it; an
-    ensemble by its cross-fitted result, each user with weights fitted without this user. Test users are not used.
+    Models are compared on the validation users for ensemble weights, who were not used for model selection; ensembles
+    by their cross-fitted result. Test users are not used.
 
-    The first of equal rows is returned, and single recommenders before ensembles. An ensemble that equals one of its
+    Of equal models the first is returned, and single models before ensembles. An ensemble that equals one of its
     members is never returned.
 
     Args:
-        rows: The rows of a run.
+        rows: The models of a run.
         cases: The cases of validation users for ensemble weights, by family.
 
     Returns:
@@ -238,7 +238,7 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
         common = set.intersection(*(set(result) for result in judged.values())) if judged else set()
         if not common:
             continue
-        # Users that are missing for one row are left out for all rows, so that all are evaluated on the same users.
+        # Only users of all models, so that all are evaluated on the same users.
         figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in judged.items()}
         single = {row.figures.id for row in able if row.figures.fusion is None}
         order = sorted(figures, key=lambda name: name not in single)
@@ -249,7 +249,7 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
 
 
 def validated(row: Answered, cases: Sequence[Case]) -> Mapping[str, float]:
-    """Return NDCG@10 of a row for each validation case that it answered, by request id."""
+    """Return NDCG@10 of a model for each validation case that it answered, by request id."""
     if row.figures.fusion is not None:
         return row.validation
     answers = answers_of(row.weighing, ())

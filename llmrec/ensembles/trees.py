@@ -1,8 +1,7 @@
 """Gradient-boosted trees by LightGBM: the learned second stage of an ensemble.
 
-Trees combine what a weight per member cannot: a member counts more where the history is short, or where another member
-has no vote. LightGBM (Ke et al., NeurIPS 2017) rather than XGBoost or CatBoost: its wheel takes 10 MB, a model of a
-hundred trees is 180 KB of text that holds numbers only, so that nothing is unpickled, and results do not depend on the
+Unlike one weight per member, trees can weight a member by context, such as the length of the history. LightGBM (Ke et
+al., NeurIPS 2017) has a small wheel, stores models as text (nothing is unpickled), and its results do not depend on the
 number of threads.
 """
 
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Objective = Literal["lambdarank", "binary", "regression"]
-"""Of rankings LambdaRank (Burges, MSR-TR-2010-82) or cross entropy; of yes/no cross entropy; of ratings squares."""
+"""For rankings LambdaRank (Burges, MSR-TR-2010-82) or cross-entropy, for yes/no cross-entropy, for ratings squares."""
 
 ROUNDS = (5, 10, 20, 30, 40, 60, 80, 100, 125, 150)
-"""Numbers of trees, of which cross-fitting chooses one."""
+"""Numbers of trees to try."""
 
 _OPTIONS: Mapping[str, Any] = {
     "learning_rate": 0.05,
@@ -41,24 +40,24 @@ _OPTIONS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What cross-fitting chooses: the objective and the number of trees."""
+    """The hyperparameters that cross-fitting chooses: objective and number of trees."""
 
     objective: Objective
     rounds: int = ROUNDS[-1]
 
     @property
     def name(self) -> str:
-        """Its name in tables."""
+        """Name in tables."""
         return f"{self.objective}, {self.rounds} trees"
 
 
 @dataclass(frozen=True)
 class Trees:
-    """A fitted model, read and evaluated without LightGBM, whose reader ends the process where a text is damaged.
+    """A fitted model, read and evaluated without LightGBM, whose parser aborts the process on damaged files.
 
     Attributes:
         text: LightGBM's text format.
-        names: The features in the order of its columns.
+        names: The features, in column order.
     """
 
     text: str
@@ -66,7 +65,7 @@ class Trees:
 
     @property
     def gains(self) -> dict[str, float]:
-        """The share of each feature in the gain of all splits."""
+        """The gain importance of each feature, as a share."""
         arrays = _arrays(self.text, len(self.names))
         gains = np.bincount(arrays.feature[arrays.inner], arrays.gain[arrays.inner], minlength=len(self.names))
         return dict(zip(self.names, (gains / (gains.sum() or 1.0)).tolist(), strict=True))
@@ -92,20 +91,20 @@ class Trees:
 
 @dataclass(frozen=True)
 class _Arrays:
-    """Trees as arrays, a row a tree, shape (trees, most nodes), or (trees, most leaves) of ``leaves``.
+    """Trees as arrays, one row per tree, shape (trees, maximum nodes), or (trees, maximum leaves) for leaves.
 
     Attributes:
-        roots: The first node of each tree; a child or root below 0 is the leaf of that number's complement.
-        feature: The feature that a node splits by.
-        threshold: Rows with at most this value go left.
-        left: The child of these.
-        right: The child of the others.
-        missing: Where rows without a value go; without such rows in training they count as 0.
-        gain: The gain of the split.
-        inner: Which nodes there are.
-        leaves: The values of leaves.
-        covers: The rows of training in each node.
-        leaf_covers: Those in each leaf.
+        roots: Root node of each tree; a child or root n below 0 is leaf ``~n``.
+        feature: Split feature of each node.
+        threshold: Split value; rows with at most this value go left.
+        left: Left child.
+        right: Right child.
+        missing: Whether rows with a missing value go left; without any in training, as for the value 0.
+        gain: Gain of the split.
+        inner: Mask of the existing nodes.
+        leaves: Values of the leaves.
+        covers: Number of training rows in each node.
+        leaf_covers: Number of training rows in each leaf.
     """
 
     roots: NDArray[np.int64]
@@ -121,26 +120,25 @@ class _Arrays:
     leaf_covers: NDArray[np.int64]
 
 
-# Rows times trees of a block, or rows times features of all paths.
+# Cells of a block: rows times trees, or rows times features of all paths.
 _CELLS = 1 << 20
-# Bits of LightGBM's decision_type: rows without a value go left; they were seen in training.
+# Bits of LightGBM's decision_type: missing values go left; missing values occurred in training.
 _LEFT, _SEEN = 2, 8
 
 
 @lru_cache(maxsize=16)
 def _arrays(text: str, features: int) -> _Arrays:
-    """Return the trees of a text.
+    """Parse and validate the trees of a text.
 
     Raises:
-        ModelError: If the text is not that of trees over this number of features: it may be from a damaged folder, or
-            somebody else's.
+        ModelError: If they are not valid trees over this number of features; the file may be damaged or malicious.
     """
     try:
         blocks = text.split("\nend of trees", 1)[0].split("\nTree=")[1:]
         trees = [dict(line.split("=", 1) for line in block.split("\n") if "=" in line) for block in blocks]
         counts = [int(tree["num_leaves"]) for tree in trees]
         if not trees or min(counts) < 1 or any(tree.get("num_cat", "0") != "0" for tree in trees):
-            raise ValueError("there is no tree, or one of categories")
+            raise ValueError("it has no tree, or categorical splits")
         widest = max(counts)
 
         def table(key: str, dtype: Any, extra: int = 0) -> NDArray[Any]:
@@ -154,22 +152,22 @@ def _arrays(text: str, features: int) -> _Arrays:
         threshold, gain = table("threshold", np.float64), table("split_gain", np.float64)
         kind, leaves = table("decision_type", np.int64), table("leaf_value", np.float64, extra=1)
         if np.any((feature < 0) | (feature >= features)):
-            raise ValueError("a tree reads other features")
-        # A threshold may be infinite: it then divides rows with a value from those without.
+            raise ValueError("a tree uses unknown features")
+        # An infinite threshold separates rows with a value from those without.
         if np.isnan(threshold).any() or not (np.isfinite(leaves).all() and np.isfinite(gain).all()):
-            raise ValueError("a tree holds no numbers")
+            raise ValueError("a tree has values that are not finite")
         own, nodes = np.array(counts)[:, None], np.arange(inner.shape[1])
         covers, leaf_covers = table("internal_count", np.int64), table("leaf_count", np.int64, extra=1)
         below, at = np.zeros_like(covers), np.arange(len(trees))[:, None]
         for child in (left, right):
-            # A node comes after the node above it, so that no path is a loop.
+            # Children come after their parent, so that there are no cycles.
             if np.any(inner & ((child < -own) | (child >= own - 1) | ((child >= 0) & (child <= nodes)))):
-                raise ValueError("a tree points outside of itself")
+                raise ValueError("a child of a tree node is out of range")
             below += np.where(child >= 0, covers[at, np.maximum(child, 0)], leaf_covers[at, np.maximum(~child, 0)])
         if any(len({*left[n, : c - 1], *right[n, : c - 1]}) < 2 * (c - 1) for n, c in enumerate(counts)):
-            raise ValueError("a node of a tree is below two others")
+            raise ValueError("a tree node has two parents")
         if np.any(leaf_covers[np.arange(widest) < own] < 1) or np.any(inner & ((covers < 1) | (covers != below))):
-            raise ValueError("the rows of a tree do not add up")
+            raise ValueError("the row counts of a tree do not add up")
     except (KeyError, ValueError, OverflowError) as error:
         raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
     missing = np.where(kind & _SEEN, (kind & _LEFT) > 0, threshold >= 0)
@@ -179,7 +177,7 @@ def _arrays(text: str, features: int) -> _Arrays:
 
 def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the sum of the trees' values for rows of features, shape (n,)."""
-    # Flat arrays of pairs of a row and a tree, and only of those that have not reached a leaf.
+    # Flat arrays of (row, tree) pairs that have not reached a leaf.
     trees, nodes = arrays.feature.shape
     tree, row = np.tile(np.arange(trees), len(features)), np.repeat(np.arange(len(features)), trees)
     node, values = arrays.roots[tree], features.ravel()
@@ -195,15 +193,15 @@ def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float6
 
 @dataclass(frozen=True)
 class _Paths:
-    """The paths to all leaves, as a range of each feature on them, shape (leaves, most features of a path).
+    """The paths to all leaves, as a range of each feature on them, shape (leaves, maximum features of a path).
 
-    Shorter paths are filled up with ranges that contain everything, which changes no contribution.
+    Shorter paths are padded with ranges that contain everything, which changes no contribution.
 
     Attributes:
         feature: The feature.
-        above: Rows with at most this value are not on the path.
-        most: Nor are rows with more than this.
-        missing: Whether rows without a value are.
+        above: Exclusive lower limit of its value on the path.
+        most: Inclusive upper limit.
+        missing: Whether rows with a missing value are on the path.
         share: The share of training rows that stay on the path at the splits by this feature.
         value: The value of the leaf, shape (leaves, 1).
     """
@@ -258,10 +256,10 @@ def _attributed(paths: _Paths, features: NDArray[np.float32]) -> NDArray[np.floa
 
     A leaf's expected value given some features is its value times the share of each other feature, and 0 if a given one
     is out of range. A feature's contribution is its mean effect over all orders of the features, with the weights
-    s! (d - 1 - s)! / d!. These are the integrals of t^s (1 - t)^(d - 1 - s) over [0, 1], so the sum over all subsets is
+    s! (d - 1 - s)! / d!. These are the integrals of t^s (1 - t)^(d - 1 - s) over [0, 1]. So the sum over all subsets is
     the integral of a product of one factor per feature, which Gauss-Legendre quadrature computes exactly.
     """
-    # Infinite values are made finite, so that they are inside of the ranges that contain everything.
+    # Infinite values are made finite, so that they are inside the padding ranges.
     largest = np.finfo(np.float32).max
     values = np.clip(features, -largest, largest)[:, paths.feature]
     inside = np.where(np.isnan(values), paths.missing, (values > paths.above) & (values <= paths.most))
@@ -286,7 +284,7 @@ def fit(
     Args:
         features: One row per candidate, shape (n, f).
         labels: 1 for the target and 0 for others, or ratings, shape (n,).
-        sizes: Number of candidates of each request; they are in sequence.
+        sizes: Number of candidates of each request, in sequence.
         setting: The objective and the number of trees.
 
     Raises:
@@ -312,9 +310,9 @@ def staged(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float
 def chosen(
     values: Mapping[Setting, NDArray[np.float64]], folds: NDArray[np.int64]
 ) -> tuple[Setting, NDArray[np.float64]]:
-    """Return the best setting, and the values of each case under the setting that the other folds choose.
+    """Return the best setting, and the value of each case under the setting that the other folds choose.
 
-    So the values are no better than on new cases, though the setting was chosen by such values.
+    So the values are not biased by the choice of the setting.
 
     Args:
         values: The cross-fitted value of each case by setting, higher is better, shape (n,).

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 Form = Literal["ranker", "logit", "pool", "ridge", "alone"]
 
 Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
-"""Fits a form to some of the cases, starting from weights that may be close to the solution."""
+"""Fits a form to some of the cases, starting from given weights."""
 
 FOLDS = 5
 
-# The bootstrap samples for the limits of a member's contribution.
+# Number of bootstrap samples for the limits of a member's contribution.
 _RESAMPLES = 1000
 
 
@@ -37,12 +37,12 @@ class Weights:
 
     Attributes:
         form: The form; ``alone`` is the first member with a weight.
-        parts: One weight per member: exponents of a logit, shares of a pool, of a ranker the shares in its gain.
+        parts: One weight per member: exponents of a logit, shares of a pool, or gain importances in a ranker.
         repeat: Log weight of an item of the history relative to other items; 0 if none can be ranked.
-        low: 95 % limits of the weights over users, those of ``repeat`` last; empty if there are none.
-        high: The upper limits; see ``low``.
+        low: Lower 95 % limits of the weights over users, that of ``repeat`` last; empty if not computed.
+        high: Upper limits.
         trees: The model of a ranker.
-        base: A ranker to whose score those of the members are added.
+        base: A ranker, to whose score the scores of the members are added.
         scale: The weight of its score.
     """
 
@@ -71,9 +71,9 @@ class Weights:
     def contributions(self, cells: Cells) -> dict[str, NDArray[np.float64]]:
         """Return the contribution of each member and further feature to the score of each candidate, (cells,) each.
 
-        They sum to the score minus its mean over the candidates of the request; those to a pool, whose score is a
-        logarithm, to its exponential minus the mean. To a ranker they are SHAP values, those of a member's features
-        together; to weights the products, which are the SHAP values of a linear model.
+        They sum to the score minus its mean over the candidates of the request; for a pool, whose score is a logarithm,
+        to the exponential of the score minus its mean. For a ranker they are SHAP values, summed over the features of a
+        member; for weights the products, which are the SHAP values of a linear model.
         """
         parts: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(cells.had)))
         if self.trees is not None:
@@ -117,7 +117,7 @@ class Without:
         name: The name of the member.
         loss: The decrease of NDCG@10, or the increase of RMSE or log-loss, without it; above 0 for a useful member.
         low: Lower 95 % limit over users.
-        high: The upper limits; see ``low``.
+        high: Upper limit.
     """
 
     name: str
@@ -134,8 +134,8 @@ def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
     """
     if len(set(users)) < 2 * FOLDS:
         raise LlmrecError(
-            f"{name}: weights need validation cases of at least {2 * FOLDS} users, and there are {len(set(users))}; "
-            "reserve more users for them",
+            f"{name}: ensemble weights need validation cases of at least {2 * FOLDS} users, and there are "
+            f"{len(set(users))}; reserve more users for them",
             kind="too-few",
         )
     return (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
@@ -167,7 +167,7 @@ def left_out(
     users: Sequence[str],
     statistic: StatisticName = "mean",
 ) -> Without:
-    """Return what an ensemble loses without a member: ``first`` (with it) minus ``second`` (without it), by case."""
+    """Return the loss of an ensemble without a member: ``first`` (with it) − ``second`` (without it), by case."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return Without(name, result.value, result.low, result.high)
 
@@ -175,13 +175,13 @@ def left_out(
 def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
     """Return the form to use: the best of the linear ones, unless the ranker is better by more than a standard error.
 
-    A ranker has thousands of parameters, so noise must not choose it over weights or a single member (the
-    one-standard-error rule, Breiman et al., 1984, section 3.4.3, of paired differences). Weights compete with single
-    members without a margin: they have one parameter a member, and of few users a margin costs more than noise does.
+    A ranker has thousands of parameters and could be chosen by noise, hence the one-standard-error rule on paired
+    differences (Breiman et al., 1984, section 3.4.3). Weights have one parameter per member and compete with single
+    members without a margin.
 
     Args:
         values: The cross-fitted value of each case by form, higher is better, shape (n,).
-        learned: The form of the ranker; None: there is none.
+        learned: The form of the ranker; None: no ranker.
         users: The user of each case; differences are summed by user.
     """
     best = max((form for form in values if form != learned), key=lambda form: values[form].mean())
@@ -205,20 +205,20 @@ _OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
 
 
 def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
-    """Return the features of a ranker: three of each member but ``off``, the history's, and the context's."""
+    """Return the features of a ranker: three per member except ``off``, those of the history and of the context."""
     members = [name for place, name in enumerate(cells.names) if place != off]
     own = [f"{name}: {what}" for name in members for what in _OF_MEMBER]
     return (*own, *([_SEEN] if cells.had.any() else []), *cells.context)
 
 
 def member_of(feature: str) -> str | None:
-    """Return the member whose score a feature of a ranker is; None for other features."""
+    """Return the member of a ranker feature; None for features of history or context."""
     member, _, what = feature.rpartition(": ")
     return member if what in _OF_MEMBER and member else None
 
 
 def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the features of a ranker, shape (cells, len(names)); what a context lacks is NaN, a missing value."""
+    """Return the features of a ranker, shape (cells, len(names)); NaN for missing values."""
     result = np.full((len(cells.had), len(names)), np.nan, dtype=np.float32)
     for place, name in enumerate(names):
         member, _, what = name.rpartition(": ")
@@ -239,11 +239,11 @@ def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
 
 # --------------------------------------------------------------------------- fitting
 
-# Ridge penalty of the standardised weights of a logit, for the whole sample.
+# Ridge penalty of the standardised weights of a logit, over the whole sample.
 _PENALTY = 1.0
-# Ranks an item below all others.
+# Score that ranks an item below all others.
 _NEVER = -1e9
-# Cases with their target among the candidates that a ranker needs.
+# Minimum number of cases with their target among the candidates, for a ranker.
 LEAST_CASES = 200
 
 
@@ -272,7 +272,7 @@ def _maximised(
     begin: NDArray[np.float64] | None = None,
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
 ) -> NDArray[np.float64]:
-    """Return weights of maximum likelihood with a ridge penalty of their standardised distance to ``centre``."""
+    """Return maximum-likelihood weights with a ridge penalty on their standardised distance to ``centre``."""
     spreads = np.array([float(row[row > _NEVER / 2].std(dtype=np.float64)) for row in logs])
     scales = np.maximum(spreads, 1e-6)
 
@@ -312,7 +312,7 @@ def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int
 
 
 def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
-    """Return a logit's weights with their 95 % limits; see `limits_of`. Without a case with its item there are none."""
+    """Return a logit's weights with their 95 % limits; see `limits_of`. Without cases with a target there are none."""
     if not len(cells.hits):
         return weights
     known = cells.of(cells.hits)
@@ -332,7 +332,7 @@ def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int 
 
     Args:
         cells: The cases to fit to.
-        start: Unused, since a fit takes milliseconds.
+        start: Unused.
         repeats: Whether items of the history can be ranked, so that their weight is fitted.
         off: A member that is left out.
     """
@@ -346,7 +346,7 @@ def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int 
 
 
 def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Return each member's probability of each target and of all history items, (n, k), and which targets are such."""
+    """Return each member's probability of the target and of all history items, (n, k), and a mask of repeat targets."""
     assert known.truth is not None
     shares = [known.shares(member) for member in range(len(known.names))]
     own = np.stack([values[known.truth] for values in shares], axis=1)
@@ -357,7 +357,7 @@ def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDA
 def _mixed(
     own: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, worth: float = 0.0
 ) -> tuple[NDArray[np.float64], float]:
-    """Return shares of maximum likelihood, and with ``repeats`` the log weight of history items, else ``worth``."""
+    """Return maximum-likelihood shares, and the log weight of history items, ``worth`` without ``repeats``."""
 
     def loss(free: NDArray[np.float64]) -> float:
         shares = _softmax(free[: own.shape[1]])
@@ -373,15 +373,15 @@ def _mixed(
 
 
 def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
-    """Return an ensemble with further members: the weight of the ensemble as a whole, and of each further member.
+    """Add members to an ensemble: fit the weight of the ensemble as a whole and of each new member.
 
-    In a logit the ridge penalty shrinks them to 1 and 0; in a pool the ensemble is a member like the others. So a few
+    In a logit the ridge penalty shrinks these to 1 and 0; in a pool the ensemble is a member like the others. So a few
     cases suffice to add members to an ensemble that was fitted on many.
 
     Args:
         cells: The cases to fit to.
-        base: Weights of all members, 0 for the further ones.
-        free: Indices of the further ones.
+        base: Weights of all members, 0 for the new ones.
+        free: Indices of the new members.
     """
     known, places = cells.of(cells.hits), list(free)
     if base.form == "pool":
@@ -404,14 +404,14 @@ def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
 
 
 def alone(cells: Cells, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
-    """Return a single member; where history items can be ranked, as it is or with these below all others."""
+    """Return a single member; with ``repeats``, unchanged or with history items below all others."""
     parts = tuple(float(member == place) for place in range(len(cells.names)))
     able = [Weights("alone", parts, worth) for worth in ((0.0, _NEVER) if repeats else (0.0,))]
     return max(able, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
 
 def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off: int | None = None) -> Weights:
-    """Return a ranker of gradient-boosted trees; ``parts`` are the members' shares in the gain of its splits."""
+    """Return a ranker of gradient-boosted trees; its ``parts`` are the gain importances of the members."""
     known = cells.of(cells.hits)
     names = feature_names(cells, off)
     booster = trees.fit(matrix(known, names), _labels(known), np.diff(known.starts), setting)
@@ -462,7 +462,7 @@ def crossed(cells: Cells, fit: Fit, whole: Weights, folds: NDArray[np.int64]) ->
     Args:
         cells: All cases.
         fit: Fits the form.
-        whole: The form fitted to all cases, as the initial value for the folds.
+        whole: The form fitted to all cases, as initial values for the folds.
         folds: The fold of each case.
     """
     result = np.zeros(len(folds))

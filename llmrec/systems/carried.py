@@ -1,4 +1,4 @@
-"""Transfer of weights between domains: a folder with a card, sealed after writing."""
+"""Transfer of weights between domains: a folder with a model card and checksums."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Carried:
-    """A network whose weights transfer to another domain, without those of single users and items.
+    """A network whose weights transfer to another domain, without user and item embeddings.
 
     Attributes:
         name: The name of the baseline, and of both files.
         network: A torch module.
-        shape: The properties in which another network must agree to load the weights.
-        own: A part of the names of weights that are specific to a domain.
+        shape: Properties that must be equal to load the weights.
+        own: Substring in the names of weights that are specific to a domain.
         config: The parameters.
     """
 
@@ -67,17 +67,15 @@ class Carried:
             ModelError: If the folder is incomplete or damaged, or the weights are of another shape or encoder.
             DataError: If they were learned from these data under another split.
         """
-        path, fix = Path(folder), f"write it anew with the method save of a fitted {self.name}"
+        path, fix = Path(folder), f"write it again with the method save of a fitted {self.name}"
         if not verifies(path):
-            raise ModelError(
-                f"start: {folder} holds no weights of {self.name} as they were written; {fix}", kind="damaged", at=path
-            )
+            raise ModelError(f"start: {folder} has no intact weights of {self.name}; {fix}", kind="damaged", at=path)
         message = read_json(path / f"{self.name}.json", fix)
         for key, value in {**self.shape, "stamp": find_encoder(self.config.encoder)[1]}.items():
             if message.get(key) != value:
                 raise ModelError(
-                    f"start: {folder} was learned with {key}={message.get(key)!r}, and here it is {value!r}; "
-                    "give both the same parameters and encoder",
+                    f"start: {folder} was trained with {key}={message.get(key)!r}, but {key} is {value!r}; use the "
+                    "same parameters and encoder for both",
                     kind="mismatch",
                     at=path,
                     column=key,
@@ -85,8 +83,8 @@ class Carried:
         same = message.get("data") == data.dataset.name or message.get("fingerprint") == data.dataset.fingerprint
         if same and message.get("train") != digest_frame(data.train):
             raise DataError(
-                f"start: {folder} was learned from {data.dataset.name} under another split, and may know what is held "
-                "out here; learn it anew from the training part of this one",
+                f"start: {folder} was trained on another split of {data.dataset.name}, which may include interactions "
+                "that are held out here; train it again on the training part of this split",
                 kind="leak",
                 at=folder,
                 column="start",

@@ -150,9 +150,9 @@ def test_what_cannot_be_tuned_is_said() -> None:
         tune("marcov", data, seed=0)
     with raises(RecipeError, Facts("contradiction", says="'frequent-text'")):
         tune("frequent-text", data, seed=0)
-    with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="no interactions")):
+    with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="validation interactions")):
         tune("markov", replace(data, valid=data.valid.clear()), seed=0)
-    with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="no ratings")):
+    with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="validation ratings")):
         tune("mf", replace(data, valid=data.valid.with_columns(pl.lit(None, pl.Float64).alias("rating"))), seed=0)
 
 

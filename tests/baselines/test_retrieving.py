@@ -247,7 +247,7 @@ def test_a_recipe_retrieves_by_a_fusion(tmp_path: Path) -> None:
     row = next(study.tasks["direct"].examples("train"))
     assert len(row.negatives) == 7
     alone = FusedFinder(NAMED[:2] + NAMED[-1:], 0.5, 0)
-    with raises(RecipeError, Facts("contradiction", column="eval.candidates.retriever", says="two baselines or more")):
+    with raises(RecipeError, Facts("contradiction", column="eval.candidates.retriever", says="at least two baselines")):
         alone.fitted(MANY, "test")
 
 

@@ -162,5 +162,5 @@ def test_too_few_users_or_parts_are_refused() -> None:
         _blend(parts, judges=False).fit(_cases(truth[:6]))
     with raises(LlmrecError, Facts("mismatch")):
         _blend({"one": parts["one"]}, judges=False)
-    with pytest.raises(RuntimeError, match="before fit"):
+    with pytest.raises(RuntimeError, match="call fit"):
         _blend(parts, judges=False).answer([])

@@ -167,7 +167,7 @@ def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() ->
                 "both", [Member("popularity", counting, "counts"), Member(name, part, "logits")], filtered=True
             )
             if whole:
-                with raises(LlmrecError, Facts(kind="leak", says=(name, "hold some back"))):
+                with raises(LlmrecError, Facts(kind="leak", says=(name, "reserve other users"))):
                     fusion.fit(ranking_cases(weigh))
             else:
                 fusion.fit(ranking_cases(weigh))
@@ -268,5 +268,5 @@ def test_too_few_users_and_other_catalogues_are_refused() -> None:
         fusion.fit(_cases(rng, _softmax(logits)))
     with raises(LlmrecError, Facts("mismatch")):
         CatalogueEnsemble("both", [_part("one", logits)], filtered=True)
-    with pytest.raises(RuntimeError, match="before fit"):
+    with pytest.raises(RuntimeError, match="call fit"):
         fusion.scores([])

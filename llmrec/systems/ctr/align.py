@@ -1,10 +1,10 @@
-"""The first stage of CTRL (Li et al., arXiv 2306.02841): a CTR network is aligned with text descriptions of its rows.
+"""The first stage of CTRL (Li et al., arXiv 2306.02841): contrastive alignment of a CTR network with texts.
 
-Every training row is described by a sentence: the user's profile, titles of the latest events, and title and fields of
-the item, without the answer. A frozen text encoder encodes each of these parts once; the vector of a row is the
-concatenation of those of its parts, with the mean for titles. Two linear maps project it and the network's output to
-vectors of equal length, which are trained so that a row matches its sentence among those of the batch, and vice versa.
-Then maps and texts are discarded, and the network is trained on the answers alone.
+Every training example is described by the user's profile, the titles of the latest interactions, and title and fields
+of the item, without the label. A frozen text encoder encodes each of these parts once; the text vector of an example is
+their concatenation, with the mean over titles. Two linear projections map it and the network's output to vectors of
+equal length, which are trained to match within the batch, in both directions. Then projections and texts are
+discarded, and the network is trained on the labels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WARM = 0.1
 
 
 class Align(TextsConfig):
-    """The parameters of the alignment with texts."""
+    """Parameters of the alignment with texts."""
 
     encoder: str = Field(
         "all-MiniLM-L6-v2",
@@ -75,7 +75,7 @@ class Align(TextsConfig):
 
 @dataclass(frozen=True)
 class Sentences:
-    """The descriptions of rows, as vectors of their parts; row 0 of each is zeros, for unknown entities.
+    """The text vectors of users and items; row 0 of each is zeros, for unknown entities.
 
     Attributes:
         users: Vectors of user profiles, shape (users + 1, d).
@@ -89,7 +89,7 @@ class Sentences:
 
     @staticmethod
     def of(data: SplitDataset, fields: Fields, config: Align) -> Sentences:
-        """Encode each part once; with ``shuffled`` users and items have the texts of others.
+        """Encode the texts of users and items; with ``shuffled`` they get the texts of others.
 
         Raises:
             DataError: If no item has a title or a field, or the encoder was fine-tuned on another split.
@@ -109,11 +109,11 @@ class Sentences:
 
     @property
     def width(self) -> int:
-        """Length of the vector of a row."""
+        """Dimension of the text vector of an example."""
         return sum(item.shape[1] for item in (self.users, self.titles, self.items))
 
     def of_rows(self, rows: Rows) -> NDArray[np.float32]:
-        """Return the concatenated vectors of user, mean event title and item, shape (n, width)."""
+        """Return the concatenated vectors of user, mean history title and item, shape (n, width)."""
         known = (rows.events > 0)[..., None]
         past = self.titles[rows.events].sum(axis=1) / np.maximum(known.sum(axis=1), 1)
         return np.concatenate([self.users[rows.users], past.astype(np.float32), self.items[rows.items]], axis=1)
@@ -137,7 +137,7 @@ def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], lis
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The result of an epoch: mean loss, and share of rows most similar to their own sentence (0 without texts)."""
+    """The result of an epoch: mean loss, and share of examples most similar to their own text (0 without texts)."""
 
     loss: float
     right: float
@@ -153,16 +153,16 @@ def first_stage(
     sentences: Sentences | None,
     seed: int,
 ) -> Iterator[EpochResult]:
-    """Train a network on rows and their sentences, yielding after each epoch; without sentences, on the answers.
+    """Align a network with texts, yielding after each epoch; without texts, train it on the labels.
 
     Args:
         config: The parameters.
         network: The network to train.
-        rows: The training rows.
-        represent: Returns the network's representation of rows, shape (b, k).
-        judge: Returns the log-odds of rows, shape (b,).
-        sentences: The descriptions of the rows.
-        seed: The seed of the order of rows.
+        rows: The training examples.
+        represent: Returns the network's representation of examples, shape (b, k).
+        judge: Returns the log-odds of examples, shape (b,).
+        sentences: The text vectors.
+        seed: The seed of the order of examples.
     """
     torch = require("torch", "baselines")
     maps = torch.nn.ModuleDict()
@@ -217,7 +217,7 @@ def similar(rows: Any, sentences: Any, parts: int) -> Any:
 
 
 def same(rows: Rows) -> NDArray[np.bool_]:
-    """Return which other rows have the same user or item, and so are not negatives, shape (n, n)."""
+    """Return the mask of other examples with the same user or item, which are not negatives, shape (n, n)."""
     result: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
     np.fill_diagonal(result, val=False)
     return result

@@ -1,4 +1,4 @@
-"""Requests as fields: item and user with their attributes, the latest rated events, and count features."""
+"""Requests as fields: item and user with their attributes, the latest ratings, and count features."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# A field with more values, or longer ones, is a text and not an attribute.
+# A field with more values, or longer ones, is not an attribute but a text.
 _MOST_VALUES, _LONGEST_VALUE = 5_000, 60
-# The maximum number of values per item and attribute, and the minimum number of occurrences of a value.
+# Maximum number of values per item and attribute, and minimum number of occurrences of a value.
 _READ, _LEAST = 8, 2
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A field of items or users with few values, each with an index from 1 on.
+    """A categorical field of items or users, with values indexed from 1.
 
     Attributes:
         name: The name of the field.
@@ -76,8 +76,8 @@ class Rows:
         user_names: The original user ids, shape (n,).
         item_names: The original item ids, shape (n,).
         of_users: Value indices of each user attribute, shape (n, values).
-        events: Items of the latest rated events, the last one last, shape (n, window).
-        liked: 1 where the event was a like, shape (n, window).
+        events: Items of the latest ratings, the last one last, shape (n, window).
+        liked: 1 for a like, shape (n, window).
         numbers: Count features, shape (n, k).
         truth: 1 for a yes, shape (n,); 0 if unknown.
     """
@@ -118,13 +118,13 @@ class Fields:
     Attributes:
         users: Index by id of the users with training ratings.
         items: Index by id of the whole catalogue.
-        warm: Indices of the items with training ratings, shape (items + 1,); the others have no own embedding.
+        warm: Indices of the items with training ratings, shape (items + 1,); the others have no embedding.
         item_attributes: The attributes of items.
         item_values: Indices of each item's values, by attribute, shape (items + 1, values).
         user_attributes: The attributes of users.
         profiles: The profiles of users.
         counted: The count features.
-        window: Number of latest rated events in the input.
+        window: Number of latest ratings in the input.
     """
 
     users: Mapping[str, int]
@@ -139,7 +139,7 @@ class Fields:
 
     @staticmethod
     def of(data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float) -> tuple[Fields, Rows]:
-        """Return the indices, and the training ratings as requests, each with the previous events.
+        """Return the indices, and the training ratings as requests, each with the previous ratings as history.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -172,7 +172,7 @@ class Fields:
         learned = np.arange(both.height) >= frames[0].height
         _, of_user = codes(both["user_id"])
         keys = [np.arange(both.height), of_user]
-        if data.kind == "given":  # a source may hold out events older than its training rows
+        if data.kind == "given":  # a given split may hold out ratings that are older than training ratings
             keys.insert(1, both["timestamp"].fill_null(-np.inf).to_numpy())
         order = np.lexsort(keys)
         items = np.array([self.items.get(item, 0) for item in both["item_id"]], dtype=np.int64)[order]
@@ -201,14 +201,14 @@ class Fields:
             truth=likes.astype(np.float32),
         )
         result = rows.of(learned)
-        # In the order of the training frame, like the count features.
+        # In the order of the training frame, as the count features.
         back_in_order = np.argsort(order[learned])
         result = result.of(back_in_order)
         result.numbers[:] = numbers
         return result
 
     def asked(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
-        """Return requests as rows; a request without an item has an unknown one."""
+        """Return requests as indices; a request without an item has item 0."""
         shape = len(requests), self.window
         events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         level = self.counted.counts.liked

@@ -1,4 +1,4 @@
-"""What CTR hosts share: field embeddings, training with early stopping, and answers."""
+"""Base class of the CTR networks: field embeddings, training with early stopping, and answers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ log = logging.getLogger(__name__)
 
 # Small initial embeddings: with large ones two epochs overfit.
 _SPREAD = 0.05
-# Rows per batch of answers, and the digits to which answers are rounded: the last ones depend on the batch size.
+# Rows per batch of answers, and the digits to which answers are rounded, since the last digits depend on batch size.
 _ROWS, _DIGITS = 4096, 9
 
 
 class HostConfig(LikeRatioConfig):
-    """The parameters of the inputs and the training of a CTR host."""
+    """Parameters of the inputs and the training of a CTR network."""
 
     dim: Width = Field(16, description="Embedding dimension.")
     window: Positive = Field(20, description="Maximum number of latest rated interactions to use.")
@@ -75,17 +75,17 @@ class HostConfig(LikeRatioConfig):
     def _widths(cls, value: str) -> str:
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isdecimal() and int(part) for part in parts):
-            raise ValueError(f"hidden: {value!r} is no list of widths; write them with commas, such as 128,64")
+            raise ValueError(f"hidden: {value!r} is not a list of widths; separate them by commas, such as 128,64")
         return value
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths of the layers above the fields."""
+        """The widths of the hidden layers."""
         return tuple(int(part) for part in self.hidden.split(","))
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders of features."""
+        """The folders of the feature stores."""
         return tuple(part.strip() for part in self.features.split(",") if part.strip())
 
 
@@ -94,11 +94,11 @@ class Seen:
     """A batch of rows as vectors.
 
     Attributes:
-        item: Vectors of the items in question, shape (b, d).
-        fields: Vectors of all fields except the events, the item first, shape (b, f, d).
-        events: Vectors of the latest events, shape (b, window, d).
-        mask: 1 for events, 0 for padding, shape (b, window).
-        liked: 1 where the event was a like, shape (b, window).
+        item: Vectors of the requested items, shape (b, d).
+        fields: Vectors of all fields except the history, the item first, shape (b, f, d).
+        events: Vectors of the latest ratings, shape (b, window, d).
+        mask: 1 for ratings, 0 for padding, shape (b, window).
+        liked: 1 for a like, shape (b, window).
         numbers: Count features, shape (b, k).
     """
 
@@ -112,7 +112,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The input sizes of a network: fields including pooled events, dimensions of their vectors, and count features."""
+    """The input sizes of a network: number of fields with pooled history, vector dimensions, and count features."""
 
     fields: int
     dim: int
@@ -126,7 +126,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained network in double precision with the data it needs to answer."""
+    """A trained network in double precision with the data needed for answers."""
 
     fields: Fields
     adaptor: Adaptor
@@ -146,17 +146,16 @@ H = TypeVar("H", bound=HostConfig)
 
 
 class Host(Baseline[H, Fitted]):
-    """The base class of networks over fields; subclasses define the section *interface of hosts*, and ``POOLED``.
+    """Base class of networks over fields; subclasses define the methods of *interface of hosts*, and ``POOLED``.
 
-    Fields are the item, its attributes, those of the user, the user (optional), the events, and one for each table of
-    features. Count features are additional inputs. The loss is the cross-entropy; training ends when validation
-    log-loss has not fallen for ``patience`` epochs, and the best epoch's weights are kept: the validation split chooses
-    the epoch and nothing else.
+    Fields are the item, its attributes, those of the user, the user (optional), the history, and one for each feature
+    table. Count features are additional inputs. The loss is the cross-entropy; training ends when validation log-loss
+    has not fallen for ``patience`` epochs, and the best epoch's weights are kept.
     """
 
     stochastic = True
     POOLED: ClassVar[int] = 2
-    """Number of vectors into which the events are pooled: the mean of the likes, and that of the others."""
+    """Number of vectors into which the history is pooled: the mean over likes, and over the others."""
     FIRST_ORDER: ClassVar[bool] = False
     """Whether the last of the ``dim`` + 1 values of each vector is the feature's weight in a linear term."""
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -168,7 +167,7 @@ class Host(Baseline[H, Fitted]):
 
     @classmethod
     def reads(cls, config: H) -> Reads:
-        """Return how it represents items: by texts if a first stage uses them."""
+        """Return the input modality: texts if a first stage uses them."""
         return "texts" if config.align is not None and not config.align.longer else cls.READS
 
     @classmethod
@@ -186,8 +185,8 @@ class Host(Baseline[H, Fitted]):
                 in the split.
 
         Raises:
-            DataError: If there are none, a store cannot be read, a text is based on a held-out pair, or on a training
-                row with ``seen: refuse``.
+            DataError: If there are none, a store cannot be read, or a text was written from a held-out pair, or from a
+                training example with ``seen: refuse``.
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
@@ -211,7 +210,7 @@ class Host(Baseline[H, Fitted]):
         self._model = Fitted(fields, adaptor, network.double().eval(), epoch)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the probability that each request's item is liked."""
+        """Predict the probability that each request's item is liked."""
         model = self._fitted
         answers: list[Answer] = []
         for start in range(0, len(requests), _ROWS):
@@ -220,7 +219,7 @@ class Host(Baseline[H, Fitted]):
             chances = 1 / (1 + np.exp(-self._judge(model.network, model.fields, rows, model.adaptor.columns(rows))))
             for request, chance in zip(part, chances.tolist(), strict=True):
                 if request.item is None:
-                    answers.append(Unparsed(request_id=request.id, reason="the request names no item to judge"))
+                    answers.append(Unparsed(request_id=request.id, reason="the request has no item to judge"))
                     continue
                 value = min(max(round(chance, _DIGITS), 10**-_DIGITS), 1 - 10**-_DIGITS)
                 answers.append(Probability(request_id=request.id, value=value))
@@ -243,14 +242,14 @@ class Host(Baseline[H, Fitted]):
     # ----------------------------------------------------------------------- building blocks
 
     def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
-        """Return the rows on which no text is based; training on the others would overestimate texts."""
+        """Return the examples from which no text was written; training on the others would overestimate texts."""
         if not adaptor.seen:
             return rows
         if message := adaptor.seen & data.held_out:
             user, item = min(message)
             raise DataError(
-                f"{self.name}: a feature's text has seen {len(message)} held-out interactions, such as that of user "
-                f"{user!r} with item {item!r}; write the texts from the training part of this split (llmrec augment)",
+                f"{self.name}: feature texts were written from {len(message)} held-out interactions, such as that of "
+                f"user {user!r} with item {item!r}; write them from the training part of this split (llmrec augment)",
                 kind="leak",
             )
         pairs = zip(rows.user_names.tolist(), rows.item_names.tolist(), strict=True)
@@ -258,18 +257,23 @@ class Host(Baseline[H, Fitted]):
         lost = int((~kept).sum())
         if lost and self._config.seen == "refuse":
             raise DataError(
-                f"{self.name}: a feature's text has seen {lost} of {len(kept)} training rows; set seen=leave, or split "
-                "with data.split.kind=prefix, which keeps them apart",
+                f"{self.name}: feature texts were written from {lost} of {len(kept)} training examples; set "
+                "seen=leave, or use data.split.kind=prefix, which separates them",
                 kind="leak",
             )
         if not kept.any():
             raise DataError(
-                f"{self.name}: features have seen every training row, so that there is nothing to learn from; split "
-                "with data.split.kind=prefix",
+                f"{self.name}: feature texts were written from all training examples, so none is left for training; "
+                "use data.split.kind=prefix",
                 kind="leak",
             )
         if lost:
-            log.info("%s: %d of %d training rows, which features have seen, are left out", self.name, lost, len(kept))
+            log.info(
+                "%s: %d of %d training examples are left out, since feature texts were written from them",
+                self.name,
+                lost,
+                len(kept),
+            )
         return rows.of(kept)
 
     def _whole(self, fields: Fields, adaptor: Adaptor) -> Any:
@@ -398,7 +402,7 @@ class Host(Baseline[H, Fitted]):
         for table, values in zip(network["of_items"], fields.item_values, strict=True):
             events = events + mean(table, values[rows.events])
         mask = torch.from_numpy(rows.events > 0).to(kind)
-        # The vector of the item with its attributes, like those of events.
+        # The vector of the item includes its attributes, as those of the history.
         item = torch.stack(parts[: 1 + len(fields.item_values)], dim=1).sum(dim=1)
         return Seen(
             item=item,
@@ -413,7 +417,7 @@ class Host(Baseline[H, Fitted]):
 
 
 def pooled(seen: Seen) -> Any:
-    """Return the mean of the liked events and that of the others, shape (b, 2, d)."""
+    """Return the mean vector of the liked items of the history, and of the others, shape (b, 2, d)."""
     torch = require("torch", "baselines")
     means = []
     for weights in (seen.mask * seen.liked, seen.mask * (1 - seen.liked)):
@@ -423,7 +427,7 @@ def pooled(seen: Seen) -> Any:
 
 
 def all_fields(seen: Seen) -> Any:
-    """Return the fields with the `pooled` events, shape (b, f, d)."""
+    """Return the fields with the `pooled` history, shape (b, f, d)."""
     return require("torch", "baselines").cat([seen.fields, pooled(seen)], dim=1)
 
 

@@ -21,8 +21,8 @@ class DINConfig(HostConfig):
 class DIN(Host[DINConfig]):
     """Deep interest network (Zhou et al., KDD 2018, section 4.3).
 
-    The weight of an event h for the item q is a network over ``[q, h, q - h, q * h]``. Weights are not normalised, so
-    that several relevant events have more weight than one; padding has weight 0.
+    The weight of a history item h for the item q is a network over ``[q, h, q - h, q * h]``. Weights are not
+    normalised, so that several relevant items have more weight than one; padding has weight 0.
     """
 
     name = "din"
@@ -49,13 +49,13 @@ class DIN(Host[DINConfig]):
 
 
 def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
-    """Return the weighted sum of events, shape (b, d).
+    """Return the weighted sum of the history, shape (b, d).
 
     Args:
         weigh: Maps 4 d dimensions to a weight.
         item: Item vectors, shape (b, d).
-        events: Event vectors, shape (b, n, d).
-        mask: 1 for events, 0 for padding, shape (b, n).
+        events: Vectors of the history, shape (b, n, d).
+        mask: 1 for history items, 0 for padding, shape (b, n).
     """
     torch = require("torch", "baselines")
     beside = item[:, None, :].expand_as(events)
@@ -70,7 +70,7 @@ class DeepFMConfig(HostConfig):
 class DeepFM(Host[DeepFMConfig]):
     """A factorisation machine and a deep network over the same embeddings (Guo et al., IJCAI 2017, section 2.1).
 
-    Each feature has a weight in the first-order term, stored after its vector. Count features enter as in all hosts.
+    Each feature has a weight in the first-order term, stored after its vector.
     """
 
     name = "deepfm"

@@ -1,8 +1,7 @@
 """The hidden states of a causal language model at the ends of texts, as text vectors (M6-Rec, arXiv 2205.08084).
 
-With causal attention a state depends only on preceding tokens. So one pass over the texts of a history gives the state
-after each of them, equal to that of a history that ends there. States of many texts are stored in the cache folder,
-under a hash of weights, precision and texts.
+With causal attention a state depends only on preceding tokens, so one pass over the texts of a history gives the state
+after each of them. States are stored in the cache folder, under a hash of weights, precision and texts.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The number of rows from which on a progress bar is shown, and of rows whose last state is cached.
+# Minimum number of rows for a progress bar, and number of rows whose last state is cached.
 _MANY, _REMEMBERED = 256, 1 << 15
 
 
 def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
-    """Return the reader of a model, which remains loaded for the next caller with the same weights."""
+    """Return the encoder of a model, which remains loaded for the next call with the same weights."""
     return _opened(name, find_encoder(name)[1], half, layers)
 
 
@@ -52,17 +51,16 @@ class EndStates:
     """Encodes rows of texts, one per line, after an introductory line.
 
     Args:
-        name: A causal language model, a name or a folder.
+        name: Name or folder of a causal language model.
         half: Multiply in bfloat16.
-        layers: Use only this number of first layers, and the final norm; None: all.
+        layers: Number of first layers to use, followed by the final norm; None: all.
 
     Attributes:
         width: Dimensions of a state.
         read: Number of tokens that were computed and not cached.
 
     Raises:
-        ModelError: If it cannot be loaded, is an encoder-decoder, has fewer layers, or was fine-tuned by llmrec, on
-            interactions that its files do not record.
+        ModelError: If it cannot be loaded, is an encoder-decoder, has fewer layers, or was fine-tuned by llmrec.
     """
 
     def __init__(self, name: str, *, half: bool, layers: int | None = None) -> None:
@@ -71,8 +69,7 @@ class EndStates:
         folder = resolve(section)
         if (Path(folder) / BUNDLE).is_file():
             raise ModelError(
-                f"{name} was tuned by llmrec, on interactions that may be held out here; name the model that it began "
-                "from",
+                f"{name} was fine-tuned by llmrec on interactions that may be held out here; name its base model",
                 kind="leak",
                 at=name,
                 column="encoder",
@@ -80,7 +77,7 @@ class EndStates:
         model = load_model(folder, section, dtype=torch.float32)
         if is_paired(model.config):
             raise ModelError(
-                f"{name} is an encoder-decoder, whose states have no one end; name a causal language model",
+                f"{name} is an encoder-decoder, which is not supported; name a causal language model",
                 kind="unsupported",
                 at=name,
                 column="encoder",
@@ -90,7 +87,7 @@ class EndStates:
             check(model, "layers")
             if layers > (whole := len(self._body.layers)):
                 raise ModelError(
-                    f"{name} has {whole} layers, and {layers} are to be read; lower layers",
+                    f"layers={layers} is not possible: {name} has {whole} layers; lower layers",
                     kind="bad-value",
                     at=name,
                     column="layers",
@@ -108,7 +105,7 @@ class EndStates:
         """Return the tokens of a line: its truncated text, and a line break.
 
         Raises:
-            BackendError: If a text of the data would become a control token.
+            BackendError: If a text contains a control token.
         """
         return [*self._encoder.piece(text)[:most], *self._encoder.piece("\n")]
 
@@ -158,7 +155,7 @@ class EndStates:
         lengths = [len(first) + sum(map(len, row)) for row in lines]
         if self._limit is not None and max(lengths, default=0) > self._limit:
             raise ModelError(
-                f"a history of {max(lengths)} tokens is longer than the {self._limit} that {self._name} reads; lower "
+                f"a history has {max(lengths)} tokens, more than the context of {self._name} ({self._limit}); lower "
                 "max_len",
                 kind="too-large",
                 at=self._name,
@@ -170,7 +167,7 @@ class EndStates:
                 ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
                 for index, row in enumerate(batch):
                     ids[index, : lengths[row]] = torch.tensor([*first, *(item for line in lines[row] for item in line)])
-                # No token sees the padding after it.
+                # With causal attention, padding on the right has no effect.
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._half):
                     states = self._body(input_ids=ids.to(device), use_cache=False).last_hidden_state
                 for index, row in enumerate(batch):

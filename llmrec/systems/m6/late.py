@@ -36,7 +36,7 @@ _CANDIDATES = 64
 
 
 class LateConfig(LikeRatioConfig):
-    """The parameters of the joint layers and of their training."""
+    """Parameters of `LateInteraction`."""
 
     model: str = Field("SmolLM2-135M-Instruct", description="Decoder language model: name or folder.")
     joint: int = Field(
@@ -58,14 +58,14 @@ class LateConfig(LikeRatioConfig):
 
 @dataclass
 class Late:
-    """The two parts of the model, and its predictions for items.
+    """The model: lower layers, joint layers and head.
 
     Attributes:
         lower: The encoder of segments.
-        parts: The embeddings of kinds and the head, a ``torch.nn.ModuleDict``.
+        parts: The segment embeddings and the head, a ``torch.nn.ModuleDict``.
         items: The catalogue.
-        liked: The lowest rating that is a like.
-        history: Maximum number of events.
+        liked: The lowest rating of a like.
+        history: Maximum number of ratings.
         depth: Number of joint layers.
     """
 
@@ -82,7 +82,7 @@ class Late:
         return result.title if result is not None else item
 
     def user(self, events: Sequence[Event]) -> list[Part]:
-        """Return the segments of a user: the number of liked events, and each event."""
+        """Return the segments of a user: the number of likes, and each rating."""
         rated = [event for event in events if event.rating is not None][-self.history :]
         kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
         fields = {LIKED: "Liked", DISLIKED: "Did not like"}
@@ -101,7 +101,7 @@ class Late:
         return torch.cat([own + kinds[item.kind] for own, item in zip(states, segments, strict=True)])
 
     def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
-        """Return the log-odds of a yes for candidates of a user, who is encoded once; shape (n,)."""
+        """Return the log-odds of a yes for the candidates of a user, shape (n,); the user is encoded once."""
         torch, before = require("torch", "train"), self.embedded(user)
         after = [self.embedded([candidate]) for candidate in candidates]
         if not self.depth:
@@ -118,7 +118,7 @@ class Late:
         return self._head(states[torch.arange(len(after)), lengths - 1])
 
     def whole(self, prompts: Sequence[Sequence[Part]]) -> Any:
-        """Return the log-odds of whole prompts, each with its candidate last, as in training; shape (n,)."""
+        """Return the log-odds of whole prompts, each with its candidate last, for training; shape (n,)."""
         torch = require("torch", "train")
         if not self.depth:
             return torch.cat([self.logits(prompt[:-1], prompt[-1:]) for prompt in prompts])
@@ -139,7 +139,7 @@ class Late:
 
 
 class LateInteraction(Baseline[LateConfig, Late]):
-    """Answers with the probability of a like, from cached text states and a few joint layers.
+    """Predicts the probability of a like from cached text states and a few joint layers.
 
     The lower layers are frozen. The joint layers, the segment embeddings and the head are trained with the
     cross-entropy on training ratings; the validation split is not used.
@@ -153,7 +153,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     @classmethod
     def reads(cls, config: LateConfig) -> Reads:
-        """Return how it represents items: without joint layers no pretrained weight is fine-tuned."""
+        """Return the input modality; without joint layers no pretrained weight is fine-tuned."""
         return cls.READS if config.joint else "texts"
 
     def learn(self, data: SplitDataset) -> None:
@@ -161,7 +161,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
         Raises:
             DataError: If no training rating has previous ratings.
-            ModelError: If the model is missing, or is not a decoder of plain layers.
+            ModelError: If the model is missing or not supported.
             MissingExtra: If torch or transformers is not installed.
         """
         torch = require("torch", "train")
@@ -184,10 +184,10 @@ class LateInteraction(Baseline[LateConfig, Late]):
         self._model = model
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer with the probability that each request's item is liked; each history is encoded once."""
+        """Predict the probability that each request's item is liked; each history is encoded once."""
         model, result = self._fitted, dict[int, Answer]()
         torch = require("torch", "train")
-        # Requests of a user may be apart.
+        # Requests of a user need not be adjacent.
         groups: dict[tuple[str, tuple[Event, ...]], list[int]] = {}
         for n, request in enumerate(requests):
             if request.item is not None:
@@ -201,7 +201,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
                 for n, chance in zip(part, logits.sigmoid().tolist(), strict=True):
                     result[n] = Probability(request_id=requests[n].id, value=chance)
         return [
-            result.get(n) or Unparsed(request_id=request.id, reason="the request names no item to judge")
+            result.get(n) or Unparsed(request_id=request.id, reason="the request has no item to judge")
             for n, request in enumerate(requests)
         ]
 
@@ -227,13 +227,13 @@ class LateInteraction(Baseline[LateConfig, Late]):
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]
-            # Events that are only part of histories are inputs and never targets.
+            # Ratings that occur only in histories are inputs and never targets.
             own = set(data.train_events(user))
             result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
         if not result:
             raise DataError(
-                f"{self.name}: no training rating of {data.dataset.name} stands behind another one of its user; give "
-                "ratings, or leave the baseline out",
+                f"{self.name} needs users with at least two training ratings, and {data.dataset.name} has none; use "
+                "data with ratings, or remove the baseline",
                 kind="too-few",
                 at=data.dataset.name,
                 column="rating",

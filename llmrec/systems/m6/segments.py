@@ -1,10 +1,10 @@
 """Multi-segment late interaction (M6-Rec, Cui et al., arXiv 2205.08084): most layers encode each segment separately.
 
-A prompt is split into segments: the user's features, each event, the candidate. The lower layers encode every segment
-separately, with positions from 0, so that its states depend only on its text and can be cached: in memory and, for a
-catalogue, in a `FeatureStore` whose folder is named by weights and layer, and whose rows by text and token. The last
-few layers read all segments together, with a learned embedding of each kind of segment added. A candidate is last,
-so that everything before it is computed once for all candidates.
+A prompt is split into segments: the user's features, each interaction, the candidate. The lower layers encode every
+segment separately, with positions from 0, so that its states depend only on its text and can be cached: in memory and,
+for a catalogue, in a `FeatureStore` with keys of text and token in a folder named by weights and layer. The last few
+layers process all segments jointly, with a learned embedding per kind of segment. The candidate is last, so that the
+rest of the prompt is computed once for all candidates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # The number of texts per batch.
 _TEXTS = 64
-# The text for checking that both parts equal the whole model, and the tolerance relative to the largest state.
+# Text for checking that the divided model equals the whole one, and the tolerance relative to the largest state.
 _SAMPLE = "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
 _TOLERANCE = 1e-3
 
@@ -56,12 +56,12 @@ class Lower:
         layers: Number of layers to which the model is truncated first; None: all.
 
     Attributes:
-        joint: A decoder of the last layers and the final norm, which takes states instead of tokens.
+        joint: A decoder of the last layers and the final norm, with states as inputs.
         read: Number of tokens that were computed and not cached.
 
     Raises:
         RecipeError: If the model has fewer layers.
-        ModelError: If it is not a decoder of plain layers, or its two parts do not equal the whole model.
+        ModelError: If the model cannot be divided, that is, its two parts do not equal the whole model.
     """
 
     def __init__(self, folder: str, section: ModelSection, joint: int, layers: int | None = None) -> None:
@@ -73,7 +73,8 @@ class Lower:
         used = whole if layers is None else layers
         if joint > used or used > whole:
             raise RecipeError(
-                f"joint: {joint} of {used} layers are to be joint, and {section.name} has {whole}; lower one of them",
+                f"joint={joint} of {used} layers is not possible: {section.name} has {whole} layers; lower joint or "
+                "layers",
                 kind="bad-value",
                 column="joint",
             )
@@ -89,12 +90,12 @@ class Lower:
                 result = self.joint(inputs_embeds=self._sample(), use_cache=False).last_hidden_state
             wrong = float((result - expected).abs().max() / expected.abs().max())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            log.debug("%s cannot be cut", section.name, exc_info=error)
+            log.debug("%s cannot be divided", section.name, exc_info=error)
             wrong = float("nan")
         if not wrong <= _TOLERANCE:
             raise ModelError(
-                f"joint: the last {joint} layers of {section.name} (a {model.config.model_type}) give other states as "
-                "a separate decoder than in the whole model, so the model cannot be divided; choose another model",
+                f"joint: {section.name} (model type {model.config.model_type}) cannot be divided: its last {joint} "
+                "layers as a separate decoder give different states than in the whole model; choose another model",
                 kind="unsupported",
                 column="joint",
             )
@@ -107,7 +108,7 @@ class Lower:
         """Return a segment's tokens; an empty segment has a line break.
 
         Raises:
-            BackendError: If a text of the data would become a control token.
+            BackendError: If a text contains a control token.
         """
         return list(self._encoder.piece(text or "\n"))
 
@@ -129,7 +130,7 @@ class Lower:
             ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)
             for row, own in enumerate(part):
                 ids[row, : len(own)] = torch.tensor(own)
-            # With causal attention no token sees the padding after it.
+            # With causal attention, padding on the right has no effect.
             with torch.no_grad():
                 result = self._body(input_ids=ids, use_cache=False).last_hidden_state
             for text, own, states in zip(new[start : start + _TEXTS], part, result, strict=True):
@@ -145,7 +146,7 @@ class Lower:
     def keep(self, texts: Iterable[str]) -> int:
         """Store the states of texts, and return how many were stored before.
 
-        Nothing is stored while another process writes to the store.
+        If another process is writing to the store, nothing is stored.
         """
         asked = sorted(set(texts))
         result = self._load(asked)
@@ -166,7 +167,7 @@ class Lower:
             except LlmrecError as error:
                 if error.kind != "busy":
                     raise
-                log.info("%s; its states of texts are not added to", error)
+                log.info("%s; the states of texts are not stored", error)
         return result
 
     def _load(self, texts: Iterable[str]) -> int:
@@ -203,7 +204,7 @@ def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: in
         whole: Its number of layers.
     """
     config = copy.deepcopy(body.config)
-    # Settings that differ by layer, such as the kind of attention, are lists with a value for each.
+    # Settings that differ by layer, such as the attention type, are lists with one value per layer.
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == whole:
             setattr(config, name, list(value)[place])

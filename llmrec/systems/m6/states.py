@@ -1,4 +1,4 @@
-"""Retrieval heads: two maps over states of a causal language model, for users and for items (M6-Rec)."""
+"""Retrieval heads: a two-tower model over the hidden states of a causal language model (M6-Rec)."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class StateTowerConfig(TowersConfig):
 
 
 class StateTower(TextTowers[StateTowerConfig]):
-    """Predicts the next item from a language model's states at the end of a history and of an item's text.
+    """Predicts the next item from a language model's hidden states at the end of a history and of an item's text.
 
     As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a textual history and the state after an
-    item's text are each mapped to ``dim`` values of length 1, and ``score(j) = u . p_j / temperature``. The loss of a
-    user is ``-log(exp(s_i) / sum_j exp(s_j))`` over the targets of the batch, without those that the user also has
-    in training (false negatives). Targets occur as negatives in proportion to popularity, which lowers popular items;
-    ``corrected`` compensates for it (Yi et al., RecSys 2019, equation 3).
+    item's text are each projected to ``dim`` dimensions and length 1, and ``score(j) = u . p_j / temperature``. The
+    loss of a user is ``-log(exp(s_i) / sum_j exp(s_j))`` over the targets of the batch, without other training items of
+    the user (false negatives). Targets occur as negatives in proportion to popularity, which lowers the scores of
+    popular items; ``corrected`` compensates for it (Yi et al., RecSys 2019, equation 3).
 
-    The language model is frozen: states are centred and whitened, and two linear maps are trained. One pass over a span
-    of a user's items gives a training row at each of them, since causal states do not depend on later tokens.
+    The language model is frozen: states are centred and whitened, and two linear projections are trained. One pass over
+    a sequence of a user's items gives a training example at each of them, since attention is causal.
     """
 
     name = "state-tower"
@@ -75,10 +75,10 @@ class StateTower(TextTowers[StateTowerConfig]):
     _lens: tuple[NDArray[np.float32], NDArray[np.float32]]
 
     def learn(self, data: SplitDataset) -> None:
-        """Encode the texts, and train the maps.
+        """Encode the texts, and train the projections.
 
         Raises:
-            RecipeError: If the encoder is not a language model.
+            RecipeError: If the encoder is not a causal language model.
             DataError: If no item has a text.
             ModelError: If the model is missing, not causal, or was fine-tuned by llmrec.
             MissingExtra: If torch or transformers is not installed.
@@ -89,7 +89,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         self._known.clear()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the maps, the vectors of the items, and the whitening of states after histories, as arrays."""
+        """Return the projections, the vectors of the items, and the whitening of states after histories, as arrays."""
         centre, whitening = self._lens
         return super().state() | {"lens.centre": centre, "lens.whitening": whitening}
 
@@ -117,7 +117,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
 
     def _rows(self, events: Log) -> list[NDArray[np.int64]]:
-        """Encode spans of each user's items, and return every training target with the items before it."""
+        """Encode sequences of each user's items, and return every training target with the items before it."""
         config, owners = self._config, list[int]()
         pieces: list[NDArray[np.int64]] = []
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 # The number of validation ratings for early stopping.
 _STOP_CASES = 5_000
-# The digits to which answers are rounded: the last ones depend on the batch size.
+# Digits to which answers are rounded, since the last digits depend on the batch size.
 _DIGITS = 6
 _RESERVED: float = FusionSection.model_fields["reserved"].default
 # Tokens per batch of projections.
 _TOKENS = 1 << 16
-# A part of the names of embeddings of single users and items, which are specific to a domain.
+# Substring in the names of user and item embeddings, which are specific to a domain.
 _OWN = ".own."
 
 
@@ -49,13 +49,13 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     """Predicts a rating from the training reviews of the user and of the item (Qiu et al., AAAI 2021).
 
     A frozen text encoder computes the token states of all training reviews. The user encoder combines the embeddings of
-    user and domain with attention over the user's reviews; the item encoder mirrors it. Tokens of both sides are
-    matched by attention in both directions. The rating is linear in both vectors and the match, with the squared error
-    as loss. In training, the review of the predicted pair is excluded on both sides. A user or an item without training
-    ratings has the mean vector of all others, and no tokens.
+    user and domain with attention over the user's reviews; the item encoder does the same for items. Tokens of both
+    sides are matched by attention in both directions. The rating is linear in both vectors and the match, with the
+    squared error as loss. In training, the review of the predicted pair is excluded on both sides. A user or an item
+    without training ratings has the mean vector of all others, and no tokens.
 
     ``pretrain`` and `pretrained` first train on masked opinion words and on the ratings of single reviews. ``start``
-    loads weights from another domain, without its users and items.
+    loads weights from another domain, without user and item embeddings.
     """
 
     name = "ubert"
@@ -68,14 +68,14 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         "dropout": (0.0, 0.2, 0.5),
     }
     FITS: ClassVar[int] = 5
-    # The weights of pretraining alone, which cannot answer.
+    # Weights after pretraining only, which cannot answer.
     _taught: Reviewed | None = None
 
     def learn(self, data: SplitDataset) -> None:
         """Train on training ratings and reviews.
 
         Raises:
-            DataError: If there are none of either, or ``start`` was trained on interactions that this split holds out.
+            DataError: If ratings or reviews are missing, or ``start`` was trained on held-out interactions.
             ModelError: If the encoder or the weights are missing.
             RecipeError: If opinion words cannot be read.
             MissingExtra: If torch is not installed.
@@ -101,14 +101,14 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self._taught, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Train only on masked opinion words and ratings of single reviews, for `save`; raises those of `learn`."""
+        """Train only on masked opinion words and single-review ratings, for `save`; raises the errors of `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._taught, self._model = self._begun(data, pairs=False), None
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write weights for ``start`` in another domain, without those of single users and items.
+        """Write weights for ``start`` in another domain, without user and item embeddings.
 
         Args:
             folder: The folder, which is replaced.
@@ -120,12 +120,12 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         """Fit, and return user and item vectors for `llmrec.data.features.publish`, with their source interactions.
 
         Args:
-            data: The split with which they will be used. With ``kind: prefix``, training uses the events that are only
-                part of histories, so that all training rows remain for users of the vectors; otherwise the training
-                rows.
-            reserved: Share of validation users for ensemble weights in the recipe that uses the vectors
-                (``eval.fusion.reserved``). These users choose no epoch here, since a user of the vectors may be a
-                member.
+            data: The split with which they will be used. With ``kind: prefix``, training uses the interactions that
+                occur only in histories, so that models with these features can use all training interactions;
+                otherwise it uses the training interactions.
+            reserved: Share of validation users for ensemble weights in the recipe that uses the features
+                (``eval.fusion.reserved``). They are not used for early stopping, since a model with these features may
+                be a member of an ensemble.
         """
         early, data = data.kind == "prefix", halves(data, reserved)[0]
         self.learn(replace(data, train=data.known, known=data.known.clear()) if early else data)
@@ -187,12 +187,12 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
-        """Return an untrained network."""
+        """Return the untrained network."""
         network = network_of(width, len(known.user_index), len(known.item_index), self._config)
         return Reviewed(known, reviews, tokens, network, self._config, {})
 
     def _begun(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
-        """Return a network before training on pairs, with transferred or pretrained weights."""
+        """Return the network before training on pairs, with transferred or pretrained weights."""
         config, known = self._config, ratings(data, self.name)
         reviews = Reviews.read(data, known, config.order)
         frozen = Frozen(config.encoder, data, config.tokens)

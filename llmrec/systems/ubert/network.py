@@ -56,7 +56,7 @@ class UBertConfig(TextsConfig):
     @model_validator(mode="after")
     def _reads_tokens(self) -> UBertConfig:
         if self.encoder == LSA or self.encoder.startswith(STORE):
-            raise ValueError(f"{self.encoder} has no states of tokens; name a text encoder")
+            raise ValueError(f"encoder: {self.encoder} has no token states; name a text encoder")
         return self
 
 
@@ -144,7 +144,7 @@ class Reviewed:
         return torch.cat(parts)
 
     def settle(self) -> None:
-        """Compute the mean vectors for unknown users and items."""
+        """Compute the mean vectors, which are used for unknown users and items."""
         self.usual = {}
         self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
@@ -170,13 +170,13 @@ def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
     """
     torch = require("torch", "baselines")
     logits = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
-    # The lowest number instead of minus infinity, to avoid NaN in rows without tokens.
+    # The minimum float instead of minus infinity, to avoid NaN in rows without tokens.
     weights = torch.softmax(logits.masked_fill(~mask[:, None, :], torch.finfo(logits.dtype).min), dim=-1)
     return (weights @ values) * mask.any(dim=1)[:, None, None]
 
 
 def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
-    """Return review-aware vectors: the embeddings of id and domain, and the tokens they attend to; shape (b, dim).
+    """Return vectors from the embeddings of id and domain and from attention over review tokens, shape (b, dim).
 
     Args:
         side: The user encoder, or the item encoder.
@@ -189,12 +189,12 @@ def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
 
 
 def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: Any) -> Any:
-    """Return the match of both sides' tokens: attention in both directions, and a mean over each; (b, 2 dim)."""
+    """Return the match of both sides' tokens: attention in both directions, averaged over tokens; (b, 2 dim)."""
     torch = require("torch", "baselines")
     means = []
     pairs = (("user", of_user, user_mask, of_item, item_mask), ("item", of_item, item_mask, of_user, user_mask))
     for name, tokens, mask, others, there in pairs:
-        # One affinity matrix for both directions: the transpose is that of the other side.
+        # One affinity matrix for both directions, transposed for the other side.
         keys = match["affinity"](others) if name == "user" else others
         query = tokens if name == "user" else match["affinity"](tokens)
         aligned = attended(query, keys, others, there)
@@ -205,7 +205,7 @@ def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: A
 
 
 def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
-    """Return the network for a state size and numbers of users and items, whose embeddings are initially 0."""
+    """Return the network; user and item embeddings are initially 0. ``width`` is the size of token states."""
     nn, dim = require("torch", "baselines").nn, config.dim
 
     def side(count: int) -> Any:

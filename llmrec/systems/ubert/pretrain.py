@@ -52,7 +52,7 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
         results = sorted(word for word in words if _WORD.fullmatch(word))
         if not results:
             raise RecipeError(
-                f"lexicon: {config.lexicon} holds no word; write opinion words, one per line",
+                f"lexicon: {config.lexicon} contains no words; write opinion words, one per line",
                 kind="empty",
                 at=config.lexicon,
                 column="lexicon",
@@ -93,7 +93,7 @@ class Hidden:
         share: float,
         rng: np.random.Generator,
     ) -> Hidden:
-        """Mask opinion words at random, with all their tokens, at least one in each text that has any."""
+        """Mask all tokens of random opinion words, at least one word in each text that has any."""
         number = {word: place for place, word in enumerate(words)}
         hidden, result = [list(ids) for ids in encoded], []
         for row, text in enumerate(texts):
@@ -118,7 +118,7 @@ class Hidden:
 
 
 def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
-    """Return the last rating of each pair of user and item, like its review."""
+    """Return the last rating of each pair of user and item."""
     last = np.argsort(known.order)
     given = (column[last].tolist() for column in (known.users, known.items, known.values))
     return {(user, item): value for user, item, value in zip(*given, strict=True)}

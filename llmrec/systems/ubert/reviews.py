@@ -1,4 +1,4 @@
-"""Training reviews as frozen token states, and which of them may be used for a pair of user and item."""
+"""Training reviews as frozen token states, and the selection of reviews for a pair of user and item."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reviews:
         Args:
             data: The split.
             known: The indices of users and items; reviews without a rating are skipped.
-            order: Returns for a number of reviews whose text each has.
+            order: Returns, for a number of reviews, the index of the review whose text each gets.
 
         Raises:
             DataError: If no training rating has a review.
@@ -62,8 +62,8 @@ class Reviews:
                 results.append((known.user_index[user], known.item_index[item], message))
         if not results:
             raise DataError(
-                f"the baseline 'ubert' reads reviews, and no training rating of {data.dataset.name!r} has one; use a "
-                "source of reviews, such as amazon-reviews, or name the text column under data.columns.text",
+                f"the baseline 'ubert' needs reviews, and no training rating of {data.dataset.name!r} has one; use a "
+                "source with reviews, such as amazon-reviews, or set data.columns.text to the text column",
                 kind="missing-column",
                 at=data.dataset.name,
                 column="text",
@@ -88,13 +88,13 @@ class Reviews:
     def beside(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
         """Return the latest reviews of a user or an item that may be used for a pair.
 
-        The review of the pair itself is excluded, and so are reviews of the same user with the same text, which would
-        reveal the rating.
+        The review of the pair and reviews of the same user with the same text are excluded, since they would reveal the
+        rating.
 
         Args:
             side: The side: user or item.
-            user: Index of the user; -1: an unknown one.
-            item: Index of the item; -1: an unknown one.
+            user: Index of the user; -1: unknown.
+            item: Index of the item; -1: unknown.
             most: The maximum number of reviews.
         """
         owner = user if side == "user" else item

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # The number of validation cases for early stopping.
 _STOP_CASES = 5_000
-# Properties in which weights of another domain must agree, and embeddings of single items, which do not transfer.
+# Properties that must equal those of transferred weights, and the name of item embeddings, which do not transfer.
 _SHAPE, _OWN = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
 
 
@@ -47,15 +47,15 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
     After Hou et al. (KDD 2022). A text vector x becomes ``v = sum_k g_k (x - b_k) W_k``: parametric whitenings, mixed
     by ``g = softmax(x W_g + e * softplus(x W_n))``, with noise e in training only. The blocks of `SASRec`
     process the v of a sequence, and an item's score is the cosine of the last state and its v, divided by the
-    temperature; the softmax is over all items with training interactions. With ``ids`` (transductive) a training item
-    adds a learned embedding on both sides; without (inductive) there are no parameters per item, and items that are
-    added later are ranked like all others.
+    temperature; the softmax is over all items with training interactions. With ``ids`` (transductive) a learned
+    embedding is added to the vectors of training items; without (inductive) there are no item embeddings, and new items
+    are ranked like all others.
 
-    ``pretrain`` and `pretrained` first train with two contrastive losses whose negatives are the other rows of a batch:
-    a sequence with its next item, and, weighed by ``contrast``, with itself after dropping items or words. Rows with
-    the same target are not negatives of each other. All positions of a sequence are rows of the first loss, its last
-    position is one of the second. With ``start`` the sequence encoder of another domain is frozen, as in the paper;
-    dropout in the whitenings drops the same values for all of them, which allows a single product.
+    ``pretrain`` and `pretrained` first train with two contrastive losses with in-batch negatives: a sequence with its
+    next item, and, weighted by ``contrast``, with itself after dropping items or words. Rows with the same target are
+    not negatives of each other. The first loss uses all positions of a sequence, the second one the last position. With
+    ``start`` the sequence encoder of another domain is frozen, as in the paper. Dropout in the whitenings drops the
+    same values for all of them, which allows a single product.
     """
 
     name = "unisrec"
@@ -73,7 +73,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         """Train the adaptor, and the sequence encoder unless it is transferred from another domain.
 
         Raises:
-            DataError: If no item has a text, or ``start`` was trained on interactions that this split holds out.
+            DataError: If no item has a text, or ``start`` was trained on held-out interactions.
             ModelError: If the encoder or the weights are missing.
             MissingExtra: If torch is not installed.
         """
@@ -105,7 +105,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write weights for ``start`` in another domain, without embeddings of single items.
+        """Write weights for ``start`` in another domain, without item embeddings.
 
         Args:
             folder: The folder, which is replaced.
@@ -117,8 +117,8 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         config = self._config
         if not config.named:
             raise RecipeError(
-                f"unisrec: {config.encoder} makes other vectors of every data set, so that its weights are of no use "
-                "in another one; name a text encoder",
+                f"unisrec: vectors of {config.encoder} are specific to a data set, so weights trained on them do not "
+                "transfer; name a text encoder",
                 kind="unsupported",
                 column="encoder",
             )

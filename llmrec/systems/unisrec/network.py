@@ -62,8 +62,8 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
     def _vectors_are_the_same(self) -> UniSRecConfig:
         if self.start is not None and not self.named:
             raise ValueError(
-                f"start takes vectors of the encoder that its weights were learned with, and {self.encoder} makes "
-                "others of every data set; name a text encoder"
+                f"start needs the encoder with which its weights were trained, and vectors of {self.encoder} are "
+                "specific to a data set; name a text encoder"
             )
         return self
 
@@ -118,7 +118,7 @@ class Universal:
         result = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
         if "table" in network:
             own = torch.from_numpy(self.own[places])
-            # Items without training interactions have only the vector of their text.
+            # Items without training interactions have only the text vector.
             result = result + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
         return result
 
@@ -171,7 +171,7 @@ def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
 
 
 def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
-    """Return adaptor, sequence encoder and item embeddings, with initially equal gates."""
+    """Return the network of adaptor, sequence encoder and item embeddings, with initially equal gates."""
     torch = require("torch", "baselines")
     nn, dim, experts = torch.nn, config.dim, config.experts
     blocks = blocks_of(dim, config.layers)
@@ -244,7 +244,7 @@ def contrasted(
 def changed_sequences(
     batch: Batch, share: float, offset: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Drop items from sequences or, if there is an offset, words from all texts of a random half of them.
+    """Drop items from sequences or, with an offset, words from all texts of a random half of the sequences.
 
     Returns:
         Item indices, padded on the right, shape (b, t), plus the offset for items with words dropped; and the position

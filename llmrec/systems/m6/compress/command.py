@@ -14,7 +14,7 @@ from llmrec.cli.console import say, show
 
 @dataclass(frozen=True, kw_only=True)
 class CompressOptions:
-    """A run, the time that its answers may take, and the folder of the export."""
+    """Options of `llmrec compress`."""
 
     run: Annotated[
         Path, About(argument=True, metavar="RUN", help="Finished run folder whose model answers with labels.")

@@ -1,7 +1,7 @@
 """Measures a run's model at several depths and dtypes on validation cases, and exports the best that is fast enough.
 
-Answers at a depth are those of a model truncated there (`llmrec.models.exits`), so the export is an ordinary model with
-fewer layers. A run with ``train.exits`` was trained to answer at each of these depths.
+A model evaluated at a depth equals a model truncated there (`llmrec.models.exits`), so the export is an ordinary model
+with fewer layers. A run with ``train.exits`` was trained to answer at each of these depths.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from llmrec.tasks.family import family_of
 
 
 Kind = Literal["bfloat16", "float32", "int8"]
-"""The storage format of weights; int8: only the linear layers within the blocks, the rest in bfloat16."""
+"""The storage format of weights; int8: only the linear layers of the blocks, the rest in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,12 @@ class Row:
     """The measurements of a combination of depth and dtype.
 
     Attributes:
-        layers: Number of layers after which it answers.
+        layers: Number of layers.
         dtype: The dtype of its weights.
         quality: The primary metric on the cases; None if it is undefined.
         ms: Latency for 20 candidates in milliseconds.
         mb: Size of its weights in megabytes.
-        pareto: Whether no other combination is at least as good in all three and better in one.
+        pareto: Whether it is on the Pareto front of these three.
     """
 
     layers: int
@@ -112,12 +112,12 @@ def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
 
 
 def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
-    """Return the best row within the target, the fastest of equal ones; None if there is none."""
+    """Return the best combination within the target, the fastest of equal ones; None if there is none."""
     fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
     return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
 
 
-# --------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------- result file
 
 
 PAGE = "compress.html"
@@ -136,7 +136,7 @@ def write(found: Compressed, name: str, path: Path) -> None:
 
 
 def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
-    """Plot rows with a quality value; labels are layers, and the line is the Pareto front of quality and latency."""
+    """Plot the combinations with a quality value, labelled by layers, and their Pareto front of quality and latency."""
     canvas = Canvas(width=width, height=_BOTTOM + 46)
     times = [row.ms for row in rows]
     along = spanning([*times, found.target_ms] if found.target_ms > 0 else times, _LEFT, width - _RIGHT)
@@ -168,9 +168,9 @@ log = logging.getLogger(__name__)
 TABLE = "compress.json"
 CANDIDATES = 20
 KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
-# The tolerance between the quality of the export and of its row, since the order of sums differs.
+# Tolerance between the quality of the export and the measured one, since the order of sums differs.
 _APART = 0.01
-# The parts of a model that change when layers are removed.
+# Files of a model that change when layers are removed.
 _WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
 
 
@@ -193,7 +193,7 @@ def compress(
     """
     if not math.isfinite(target_ms):
         raise LlmrecError(
-            f"a target of {target_ms} ms is no number of milliseconds; write one, such as 20",
+            f"the target of {target_ms} ms is not a finite number; give milliseconds, such as 20",
             kind="bad-value",
             column="--target-ms",
         )
@@ -201,7 +201,7 @@ def compress(
     source = open_run(run)
     if source.merged is None:
         raise LlmrecError(
-            f"{run / 'merged'} is gone or not what training left; run `llmrec train` again", kind="damaged", at=run
+            f"{run / 'merged'} is missing or has changed; run `llmrec train` again", kind="damaged", at=run
         )
     refuse(out, force=force, ours=ours)
     study = on_validation(source.recipe, users)
@@ -232,8 +232,8 @@ def compress(
             (again,) = _measured(study, family, draft, best.dtype, (best.layers,))
             if abs((again.quality or 0.0) - (best.quality or 0.0)) > _APART:
                 raise LlmrecError(
-                    f"{out} would have {metric} {again.quality} where {best.quality} was measured; this is a defect in "
-                    "llmrec, and nothing was exported",
+                    f"{out}: the export has {metric} {again.quality}, but {best.quality} was measured; this is a "
+                    "defect in llmrec, and nothing was exported",
                     kind="defect",
                     at=out,
                 )
@@ -245,10 +245,9 @@ def compress(
 
 
 def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
-    """Replace the weights of an export by those of a truncated model, and note it in the card.
+    """Replace the weights of an export by those of a truncated model, and add a note to the model card.
 
-    The weights are the merged ones that were measured, in the row's dtype; an export in another dtype than the run's
-    would merge them again.
+    The weights are the measured ones, in the measured dtype.
     """
     model = opened(merged, row.dtype, recipe)
     body, text = model.get_decoder(), model.config.get_text_config()
@@ -267,23 +266,25 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
             file.replace(draft / file.name)
     drop_places(draft / "config.json")
     card = (draft / "README.md").read_text(encoding="utf-8")
-    note = f"\n`llmrec compress` cut this model behind layer {row.layers}. Figures above are of the whole model.\n"
+    note = (
+        f"\n`llmrec compress` truncated this model after layer {row.layers}. Results above are for the whole model.\n"
+    )
     if row.dtype == "int8":
         stored = "int8 in the linear layers of the blocks, bfloat16 elsewhere"
         card = re.sub(r"(?m)^(\| Weights in this folder \|).*$", rf"\1 {stored} |", card)
-        note += "\nIts weights in 8 bits are read by transformers with bitsandbytes (`eval.backend: hf`).\n"
+        note += "\nThe 8-bit weights require transformers with bitsandbytes (`eval.backend: hf`).\n"
     write_text(draft / "README.md", card + note)
 
 
 def _family(study: Study) -> str:
-    """Return the first trained family whose answers are scored labels."""
+    """Return the first trained family that is answered by label probabilities."""
     for family in study.shares:
         template = study.eval_templates(family)[0]
         if (strategy := study.tasks[family].scored_by(template)) is not None and strategy in ("yes-no", "expected"):
             return family
     raise LlmrecError(
-        "no trained family of this run is answered by labels, which alone may leave a model early; compress a run of "
-        "yes/no or of ratings",
+        "early exit needs a task that is answered by label probabilities, and no trained task of this run is; compress "
+        "a run with yes/no or rating prediction",
         kind="unsupported",
         column="tasks",
     )
@@ -292,8 +293,8 @@ def _family(study: Study) -> str:
 def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
     """Return a model with its weights in one of the measured dtypes.
 
-    In 8 bits each row of a matrix is scaled by its largest weight, and each token's states likewise, so that the error
-    of a weight is at most half a step of its row: LLM.int8() (Dettmers et al., arXiv 2208.07339), by bitsandbytes.
+    8-bit weights use LLM.int8() of bitsandbytes (Dettmers et al., arXiv 2208.07339): each row of a matrix and each
+    token's states are scaled by their largest value.
     """
     section = _section(folder, kind, recipe)
     if kind != "int8":
@@ -342,8 +343,8 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
         done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocols.protocol(family))
         if backend.exits is None or backend.exits.whole or not backend.exits.taken:
             raise LlmrecError(
-                f"answers of {family} are no labels of one token each for this tokenizer, so none leaves a model "
-                "early; compress a run of yes/no or of whole stars",
+                f"early exit needs labels of one token each, which the labels of {family} are not for this tokenizer; "
+                "compress a run with yes/no or whole-star ratings",
                 kind="unsupported",
                 column="tasks",
             )
