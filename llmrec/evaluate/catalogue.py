@@ -1,7 +1,7 @@
-"""Full ranking: scores the whole catalogue in batches, finds the rank of each target, and computes figures.
+"""Full ranking: scores the whole catalogue in batches, finds the rank of each target, and computes metrics.
 
-One comparison of each batch with its targets' scores serves both conventions about the history: the items above a
-target with seen items excluded are those above it among all items, without the seen ones.
+The scores of a batch are compared with its targets once for both conventions about seen items: to exclude them, the
+seen items above a target are subtracted.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ BOTH: tuple[Seen, ...] = ("excluded", "included")
 
 
 def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
-    """Return the conventions about whether items of the history can be ranked.
+    """Validate the conventions about items of the history, and return them.
 
     Raises:
         ValueError: If a name is neither ``excluded`` nor ``included``.
     """
     result = tuple(item for name in names for item in BOTH if item == name)
     if len(result) != len(names):
-        raise ValueError(f"seen items are excluded or included, not {', '.join(names)}")
+        raise ValueError(f"seen must be excluded or included, not {', '.join(names)}")
     return result
 
 
-# Cells of a batch of scores: 64 MB of float64, and about three times that while its lists are made.
+# Cells of a batch of scores: 64 MB of float64, and about three times that while lists are computed.
 _CELLS = 1 << 23
-# Cells that fit into the processor's cache while lists are made.
+# Cells that fit in the processor's cache while lists are computed.
 _CACHED = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
 class Standings:
-    """The standing of each request's target in the ranking of the catalogue.
+    """The rank of each request's target in the ranking of the catalogue.
 
     Attributes:
         greater: Items with a strictly higher score, shape (n,); the pool's size for a target outside the catalogue.
@@ -79,34 +79,32 @@ def rank_catalogue(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Mapping[str, Standings]:
-    """Rank every item of the catalogue for every case, whatever its candidates.
+    """Rank every item of the catalogue for every case; candidates are ignored.
 
-    With ``excluded``, items of a request's history cannot be ranked; its target always can, since a repeated item may
-    be the truth. With ``included``, all items can.
+    With ``excluded``, items of the history are not ranked, except the target, which may be a repeated item. With
+    ``included``, all items are ranked.
 
     Args:
         scorer: Scores the catalogue; float32 scores are compared unchanged.
         cases: Requests with an item as truth.
-        cutoffs: The largest is the length of lists; without any, lists are empty, which saves half of the time.
+        cutoffs: The largest is the length of lists; without any, lists are empty, which halves the time.
         seen: Which conventions to return.
-        batch: Requests scored at a time; by default as many as fit into 64 MB of scores.
-        seed: Breaks ties in lists by request and item, independent of any order.
-        progress: Called with the number of further requests done.
+        batch: Requests per batch; by default as many as fit in 64 MB of scores.
+        seed: Breaks ties in lists by request and item, independent of their order.
+        progress: Called with the number of requests in each finished batch.
 
     Returns:
-        Standings by convention.
+        Ranks and lists by convention.
 
     Raises:
-        LlmrecError: If there are no cases, or scores are not finite or not one per request and item.
+        LlmrecError: If there are no cases, or scores are not finite or of the wrong shape.
     """
     if not cases:
         raise LlmrecError("there is no case to rank; lower the filters or choose another split", kind="empty")
     items = scorer.items
     index = {item: place for place, item in enumerate(items)}
     if not items or len(index) != len(items):
-        raise LlmrecError(
-            f"{scorer.name}: the catalogue is empty or names an item twice; this is a defect in it", kind="defect"
-        )
+        raise LlmrecError(f"{scorer.name}: its catalogue is empty or has duplicate items; fix the model", kind="defect")
     length = min(max(cutoffs, default=0), len(items))
     names = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
     parts: dict[str, list[Standings]] = {entry: [] for entry in seen}
@@ -137,25 +135,24 @@ def evaluate_catalogue(
     """Evaluate a scorer by full ranking, with results as those of `evaluate`.
 
     Args:
-        scorer: A fitted baseline, or anything that scores the catalogue.
+        scorer: A fitted baseline or another scorer of the catalogue.
         cases: Requests with an item as truth; candidates are ignored.
         protocol: See `EvalProtocol`; its candidates become ``full``, and its users, if None, their number.
-        seen: Which conventions to measure.
+        seen: Which conventions to evaluate.
         background: Inputs of list metrics, see `llmrec.evaluate.lists`; None omits these metrics.
         batch: See `rank_catalogue`.
         progress: See `rank_catalogue`.
 
     Returns:
-        Figures, per-request values and records by convention. The seconds are those of the single pass for all
-        conventions.
+        Metrics, per-request values and records by convention. The time is that of the single pass for all conventions.
 
     Raises:
         LlmrecError: See `rank_catalogue`; also if the scorer's catalogue is not the protocol's.
     """
     if len(scorer.items) != protocol.catalogue:
         raise LlmrecError(
-            f"{scorer.name} scores {len(scorer.items)} items, but the catalogue has {protocol.catalogue}; over fewer "
-            "items a target ranks higher by itself, so fit it on the same data that the cases come from",
+            f"{scorer.name} scores {len(scorer.items)} items, but the catalogue has {protocol.catalogue}; fit it on "
+            "the data from which the cases come, since metrics over different catalogues are not comparable",
             kind="mismatch",
         )
     protocol = whole(protocol, cases)
@@ -181,7 +178,7 @@ def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class _SeenItems:
-    """The seen items of a batch without the targets, one entry per (request, item)."""
+    """The seen items of a batch except the targets, one entry per (request, item)."""
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -201,8 +198,8 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
     scores = np.asarray(scorer.scores([case.request for case in cases]))
     if scores.shape != (len(cases), items):
         raise LlmrecError(
-            f"{scorer.name} gave scores of shape {scores.shape} for {len(cases)} requests and {items} items; this is a "
-            "defect in it",
+            f"{scorer.name} returned scores of shape {scores.shape} for {len(cases)} requests and {items} items; fix "
+            "the model",
             kind="defect",
         )
     if scores.dtype.kind != "f":
@@ -212,8 +209,8 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
         row, column = (int(place[0]) for place in np.nonzero(~finite))
         raise LlmrecError(
             f"request {cases[row].request.id!r}: {scorer.name} gave item {scorer.items[column]!r} the score "
-            f"{scores[row, column]}, which has no rank. A model gives such scores when its sums overflow or it did not "
-            "converge; lower its learning rate or compute in float32",
+            f"{scores[row, column]}, which cannot be ranked. Training diverged or values overflow; lower the learning "
+            "rate or use float32",
             kind="bad-value",
         )
     return scores
@@ -254,7 +251,7 @@ def _standings(
 def _top(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Return the top items of each row, with ties ordered by a hash of request and item."""
+    """Return the top items of each request, with ties ordered by a hash of request and item."""
     n, items = scores.shape
     if length == 0:
         return np.empty((n, 0), dtype=np.int32), np.empty((n, 0))
@@ -271,10 +268,7 @@ def _top(
 def _by_hash(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """Return the top items of each row in any order; the hash decides among ties at the cut-off.
-
-    A plain partition would choose among ties by position.
-    """
+    """Return the top items of each request in any order; ties at the cut-off are broken by the hash."""
     n, items = scores.shape
     border = np.partition(scores, items - length, axis=1)[:, items - length]
     rows, columns = np.divmod(np.flatnonzero(scores >= border[:, None]), items)

@@ -1,4 +1,4 @@
-"""Compares rows over the same users: planned comparisons, tested as one family, and untested exploratory ones."""
+"""Compares models over the same users: planned comparisons, tested as one family, and untested exploratory ones."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _DUST = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The data of a row for comparisons.
+    """The data of a model for comparisons.
 
     Attributes:
-        name: Name of the row.
-        value: Its figure; None if undefined, and the row is then not compared.
+        name: Name of the model.
+        value: Its figure; None if undefined, and the model is then not compared.
         values: Its values, as for `compare`.
     """
 
@@ -61,7 +61,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """Two rows to be compared, a − b, on one metric over the same requests of ``users``."""
+    """Two models to compare, a − b, on one metric over the same requests of ``users``."""
 
     metric: str
     a: Standing
@@ -73,11 +73,11 @@ class Contrast:
         return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
 
     def detectable(self, found: Sampled, comparisons: int) -> float | None:
-        """Return the smallest true difference that is detected with a power of 80 %.
+        """Return the minimum detectable effect at a power of 80 %.
 
         Args:
-            found: The result of `sampled`; its resamples give the standard error of a metric that is not a mean, and
-                of rows with several seeds.
+            found: The result of `sampled`; its resamples give the standard error of metrics that are not means, and of
+                models with several seeds.
             comparisons: Number of comparisons corrected together.
         """
         if not _is_mean(self.metric) or max(np.ndim(row.values) for row in (self.a, self.b)) > 1:
@@ -96,7 +96,7 @@ class Plan:
         metric: The metric of the comparisons.
         planned: Comparisons planned beforehand.
         described: Exploratory comparisons.
-        partial: Planned comparisons on some of the requests; the sentence on detectable differences omits them.
+        partial: Planned comparisons on a subset of the requests; the sentence on detectable differences omits them.
     """
 
     metric: str
@@ -122,7 +122,7 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
         tables: The comparisons of each table.
         resamples: See `planned`.
         seed: Seed of the resamples.
-        more: Number of planned comparisons whose rows were not run.
+        more: Number of planned comparisons that were not run.
     """
     family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
     tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
@@ -130,7 +130,7 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
     for table in tables:
         own, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
         described = exploratory(table.described, resamples=resamples, seed=seed)
-        # The rows may have different numbers of users.
+        # The comparisons may have different numbers of users.
         groups: dict[int, list[Pair]] = {}
         for contrast, pair in zip((*table.planned, *table.described), (*own, *described), strict=True):
             groups.setdefault(len(set(contrast.users)), []).append(pair)
@@ -151,7 +151,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
         contrasts: All planned comparisons of a file.
         resamples: Minimum number; the smallest level of the family may need more.
         seed: Seed of the resamples.
-        more: Number of planned comparisons whose rows were not run.
+        more: Number of planned comparisons that were not run.
     """
     size = len(contrasts) + more
     results = [contrast.sampled(resamples=enough(resamples, size), seed=seed) for contrast in contrasts]
@@ -173,7 +173,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
 
 
 def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
-    """Return exploratory differences, each with an unadjusted 95 % interval, without p and verdict."""
+    """Return exploratory differences, each with an unadjusted 95 % interval, without p-value and verdict."""
     pairs = []
     for contrast in contrasts:
         drawn = contrast.sampled(resamples=resamples, seed=seed)
@@ -195,7 +195,7 @@ def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -
     """Return a sentence on the detectable differences of a table's planned and exploratory comparisons.
 
     Args:
-        metric: The metric that the rows of the table are compared by.
+        metric: The metric of the comparisons.
         pairs: Its comparisons of both kinds.
         users: Number of users.
         comparisons: Number of planned comparisons of the file.
@@ -222,7 +222,7 @@ def compare(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Compare two rows with an unadjusted 95 % interval; see `sampled`."""
+    """Compare two models with an unadjusted 95 % interval; see `sampled`."""
     return sampled(metric, a, b, users, resamples=resamples, seed=seed).at()
 
 
@@ -235,26 +235,26 @@ def sampled(
     resamples: int,
     seed: int,
 ) -> Sampled:
-    """Return the paired difference of two rows over the same requests of ``users``, a − b.
+    """Return the paired difference of two models over the same requests of ``users``, a − b.
 
-    Means are compared by flipping signs over users, see `significance`: RMSE as a root mean of squared errors, GAUC
+    Means are compared by a sign-flip test over users, see `significance`: RMSE as a root mean of squared errors, GAUC
     over the users with both classes. AUC is not a mean and gets the paired bootstrap.
 
-    A row may have several seeds. Values are averaged over them first; for metrics that are not means of a request's
-    values the figures are averaged: the AUC of averaged probabilities would be that of an ensemble. The variance over
+    A model may have several seeds. Values are averaged over them first; for metrics that are not means over requests
+    the figures are averaged, since the AUC of averaged probabilities would be that of an ensemble. The variance over
     seeds is added to that over users, see `llmrec.metrics.significance.over_users_and_seeds`.
 
     Args:
         metric: Name of the metric.
-        a: Values of the first row from `Evaluated.values`, shape (n,) or (seeds, n). For metrics that are not means
+        a: Values of the first model from `Evaluated.values`, shape (n,) or (seeds, n). For metrics that are not means
             over requests these are probabilities, with a minus sign (also for 0) where the truth is no.
-        b: Values of the second row.
+        b: Values of the second model.
         users: The user of each request.
         resamples: Number of resamples.
         seed: Seed of the resamples.
 
     Raises:
-        LlmrecError: If rows of probabilities have different truths, or the metric is undefined for one.
+        LlmrecError: If models of probabilities have different truths, or the metric is undefined for one of them.
     """
     if not _is_mean(metric):
         truth = _truth(metric, *np.atleast_2d(a), *np.atleast_2d(b))
@@ -267,7 +267,7 @@ def sampled(
 
 
 def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
-    """Return the figure of each seed of a row, shape (seeds,)."""
+    """Return the figure of each seed of a model, shape (seeds,)."""
     seeds = np.atleast_2d(values)
     if len(seeds) == 1:
         return np.zeros(1)
@@ -293,11 +293,11 @@ def _is_mean(metric: str) -> bool:
 def _means(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
-    """Return the values of two rows, averaged over seeds, with their users; or one value per user."""
+    """Return the values of two models, averaged over seeds, with their users; or one value per user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
     if is_by_request(metric):
         first, second = left.mean(axis=0), right.mean(axis=0)
-        # Means of equal numbers over one and over three seeds differ in the last digit.
+        # Means of equal values over different numbers of seeds may differ by rounding.
         return first, np.where(np.abs(first - second) < _DUST, first, second), users
     truth = _truth(metric, *left, *right)
     of_users = ([_again(metric, row, truth, users) for row in seeds] for seeds in (left, right))
@@ -306,14 +306,14 @@ def _means(
 
 
 def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
-    """Recompute a metric of probabilities from the values of a row."""
+    """Recompute a metric of probabilities from the values of a model."""
     entry = metric_of(metric)
     assert entry is not None
     inputs = {"probabilities": np.abs(values), "labels": truth, "owners": users}
     result = taken(metric, entry, inputs)
     if result is None or result.result is None:
         raise LlmrecError(
-            f"{metric}: {result.undefined if result else 'not taken'}, so there is nothing to compare", kind="too-few"
+            f"{metric} cannot be compared: {result.undefined if result else 'it was not computed'}", kind="too-few"
         )
     return result
 
@@ -326,10 +326,10 @@ def _statistics(
 
 
 def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return the truths, which rows encode in the signs of their values."""
+    """Return the truths, which are encoded in the signs of the values."""
     truth: NDArray[np.bool_] = ~np.signbit(rows[0])
     if any(not np.array_equal(truth, ~np.signbit(row)) for row in rows):
-        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
+        raise LlmrecError(f"{metric}: the two models have different truths, so they cannot be paired", kind="mismatch")
     return truth
 
 
@@ -345,7 +345,7 @@ def over_runs(
 
     Args:
         figures: One per seed.
-        values: Request values of each seed from `Evaluated.values`; users are resampled, jointly for all seeds.
+        values: Per-request values of each seed from `Evaluated.values`; users are resampled jointly for all seeds.
             Without them the interval is the mean of the seeds' intervals, which is wider.
         metric: Name of the metric.
         users: The user of each request.

@@ -29,7 +29,7 @@ class EvalProtocol:
         resamples: Bootstrap samples over users.
         seed: Seed of the bootstrap.
         catalogue: Number of items, the pool of requests without candidates.
-        users: Which or how many users were evaluated, for the signatures; None to omit it.
+        users: Name or number of the evaluated users, for the signatures; None to omit it.
         liked: Lowest rating that counts as liked, for the AUC of ratings; None omits that metric.
     """
 
@@ -48,7 +48,7 @@ class EvalProtocol:
         Args:
             metric: The metric's name.
             seen: ``excluded`` or ``included``, see `signature`.
-            slice: The cases of the figure; None for all.
+            slice: The subset of cases; None for all.
             how: Further details of the figure.
         """
         return signature(
@@ -65,7 +65,7 @@ class EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Figures by metric, and the per-request values for comparisons of rows, shape (n,) each."""
+    """Figures by metric, and the per-request values for comparisons, shape (n,) each."""
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def measure(
         users: The user of each request.
         protocol: The protocol, for signatures.
         cutoffs: Cut-offs of metrics that have them.
-        full: Compute only the metrics of full ranking.
+        full: Compute only metrics of full ranking.
         seen: ``excluded`` or ``included``, see `signature`.
     """
     entries = {name: entry for name, entry in METRICS.items() if entry.kind == kind and entry.full == full}
@@ -124,8 +124,8 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
     needed = {name for name, item in parameters.items() if item.default is item.empty} - entry.fixed.keys()
     if unknown := needed - inputs.keys():
         raise LlmrecError(
-            f"the metric {name} takes {', '.join(sorted(unknown))}, and metrics of its kind, {entry.kind}, are given "
-            f"{', '.join(inputs)}; rename its parameters",
+            f"the metric {name} has unknown parameters {', '.join(sorted(unknown))}; parameters of {entry.kind} "
+            f"metrics are {', '.join(inputs)}",
             kind="defect",
             at=entry.function,
         )
@@ -137,7 +137,7 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
 
 
 def statistic_of(metric: str) -> StatisticName:
-    """Return the statistic that gives a metric's figure from per-request values."""
+    """Return the statistic that computes a metric from per-request values."""
     entry = metric_of(metric)
     return "root_mean" if entry is not None and entry.root else "mean"
 
@@ -163,7 +163,7 @@ def mean_figure(
 
 
 def figure(value: float | None, low: float | None, high: float | None, signature: str, undefined: str = "") -> Metric:
-    """Return the figure of a metric, or the reason why it is undefined."""
+    """Return the record of a metric, with the reason if it is undefined."""
     if value is None:
         return Metric(value=None, low=low, high=high, signature=signature, undefined=undefined)
     return Metric(value=value, low=low, high=high, signature=signature)

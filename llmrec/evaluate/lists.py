@@ -1,4 +1,4 @@
-"""List metrics of a row: their inputs from the training data, and their figures."""
+"""List metrics, such as coverage and diversity, and their inputs from the training data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Background:
         users: Number of training users.
         words: Words of each item, such as its genres, for diversity.
         field: The field of the words.
-        vectors: A vector of each item, shape (items, d), for diversity in place of words; without both there is none.
+        vectors: A vector of each item, shape (items, d), for diversity instead of words; without both it is omitted.
         encoder: The encoder of the vectors.
     """
 
@@ -65,7 +65,7 @@ class Background:
             words = tuple(_words(data.dataset.items[item].fields.get(field, "")) for item in items)
             if not any(words):
                 raise LlmrecError(
-                    f"{data.dataset.name}: no item has the field {field!r}; name one that items have",
+                    f"{data.dataset.name}: no item has the field {field!r}; choose a field of the items",
                     kind="unknown-name",
                     at=data.dataset.name,
                 )
@@ -74,11 +74,11 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """The lists of one row.
+    """The lists of one model.
 
     Attributes:
-        numbers: Item numbers, best first, padded with -1, shape (n, k).
-        items: The item of each number.
+        numbers: Item indices, best first, padded with -1, shape (n, k).
+        items: The item of each index.
         seen: Whether lists may contain items of the history, ``excluded`` or ``included``.
     """
 
@@ -88,18 +88,18 @@ class Lists:
 
 
 def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background) -> Measurements:
-    """Return the list metrics of a row, at cut-off 10 if the protocol has it, else at its largest.
+    """Return the list metrics of a model, at cut-off 10 if the protocol has it, else at its largest.
 
-    Coverage, Gini and ColdItems are figures of all lists together; a resample has fewer different lists, so they have
-    no interval. Cold-start figures require a catalogue with cold-start items. Serendipity counts as expected the items
-    that training popularity would show the same user.
+    Coverage, Gini and ColdItems are computed over all lists together; they have no interval, since a resample has fewer
+    different lists. Cold-start metrics require a catalogue with cold-start items. Serendipity uses training popularity
+    as the expected list.
 
     Raises:
         LlmrecError: If the background is of another catalogue.
     """
     if tuple(lists.items) != background.items:
         raise LlmrecError(
-            "list metrics need counts of the same catalogue in the same order; build them from one split",
+            "list metrics need counts of the same catalogue in the same order; compute them from the same split",
             kind="mismatch",
         )
     k = min(_USUAL if _USUAL in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])

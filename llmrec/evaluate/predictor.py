@@ -1,7 +1,7 @@
-"""Runs one predictor over the cases of one task: answers -> per-request values -> figures with intervals.
+"""Evaluates a predictor on the cases of a task: answers -> per-request values -> metrics with intervals.
 
-No answer is dropped: one that cannot be parsed counts in the denominator as a miss, a fallback rating or probability,
-or an empty text, and lowers the parse rate.
+No answer is dropped: one that cannot be parsed counts as a miss, a fallback rating or probability, or an empty text,
+and lowers the parse rate.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ UNKNOWN = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """The measurements of answers of one kind.
+    """The metrics of answers of one kind.
 
     Attributes:
         metrics: Figures by metric.
         values: Per-request values by metric, shape (n,) each.
-        rates: Further figures of this kind.
-        tie_rate: Share of answers that tie.
+        rates: Further rates, such as the copy rate.
+        tie_rate: Share of answers with ties.
         columns: Per-request values by field of `llmrec.results.Prediction`.
     """
 
@@ -58,7 +58,7 @@ Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], M
 
 
 def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
-    """Return the function that measures answers of a kind; for ``background`` see `evaluate`."""
+    """Return the function that computes the metrics of a kind of answers; for ``background`` see `evaluate`."""
     texts: Measure = partial(_texts, background=background)
     kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
     return kinds.get(kind, _rankings)
@@ -93,7 +93,7 @@ def _users(cases: Sequence[Case]) -> list[str]:
 def standing_columns(
     greater: NDArray[np.int64], tied: NDArray[np.int64], pool: NDArray[np.int64]
 ) -> dict[str, Sequence[object]]:
-    """Return the prediction columns of each target's standing: its block of ties and its expected rank."""
+    """Return the prediction columns of each target: its block of ties and its expected rank."""
     ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
     return {"rank": ranks, "above": greater.tolist(), "tied": tied.tolist(), "pool": pool.tolist()}
 
@@ -113,7 +113,8 @@ def _ratings(
             predicted[i] = fallback(case.request)
         else:
             raise LlmrecError(
-                f"request {answer.request_id}: no rating could be read and no fallback was given", kind="missing-value"
+                f"request {answer.request_id}: the rating cannot be parsed, and there is no fallback",
+                kind="missing-value",
             )
     users = _users(cases)
     inputs = {"predicted": predicted, "truth": truth, "liked": protocol.liked, "owners": users}
@@ -147,13 +148,13 @@ def _texts(
     if background is None:
         return Measurements(metrics=taken.metrics, values=taken.values)
     copies, own = explained.copies(written, background), explained.copies(truth, background)
-    # Short texts recur naturally: the copy rate of the true texts is the reference.
+    # Short texts recur naturally, hence the copy rate of the true texts for reference.
     columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
     if features is None or named is None:
         rates = Rates(truth_copy_rate=float(own.mean()))
         return Measurements(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
     people = explained.named(truth, users, items, features)
-    # Reviews of an item are incomplete: true texts too name features that no other review names.
+    # Reviews of an item are incomplete: true texts also name features that no other review names.
     rates = Rates(
         truth_copy_rate=float(own.mean()),
         truth_hallucination_rate=people.hallucination,
@@ -194,7 +195,7 @@ def _probabilities(
     users = _users(cases)
     inputs = {"probabilities": text, "labels": truth, "owners": users}
     taken = measure("probability", inputs, users, protocol)
-    # Figures that are not means are compared by the probabilities, with a minus sign where the truth is no.
+    # Metrics that are not means are compared by the probabilities, with a minus sign where the truth is no.
     signed = np.copysign(text, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
     bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(text, truth))
@@ -215,7 +216,7 @@ def background_of(data: SplitDataset) -> explained.Background:
         rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
         features = {(user, item): feature for user, item, feature in rows}
     message = list(data.train.select("user_id", "item_id", "text").iter_rows())
-    # If a text is one sentence of a review, the rest supports features and can be copied too.
+    # If a text is one sentence of a review, the whole review supports features and can be copied.
     reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in message)
     message += [(user, item, review.text) for user, item, review in reviews if review is not None]
     users, items, texts = zip(*message, strict=True)
@@ -227,7 +228,7 @@ _SHOWN_FAILURES = 5
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The evaluation of one row.
+    """The evaluation of one model.
 
     Attributes:
         figures: Metrics with intervals and signatures, rates, cost.
@@ -255,7 +256,7 @@ def evaluate(
 
     Args:
         predictor: A baseline or a language model.
-        cases: Requests with their truth; the predictor sees the requests only.
+        cases: Requests with their truth; the predictor gets the requests only.
         name: Name of the table in messages, such as the family.
         kind: The expected kind of answers, which determines the metrics.
         protocol: See `EvalProtocol`.
@@ -269,7 +270,7 @@ def evaluate(
     """
     if not cases:
         raise LlmrecError(
-            f"{name}: the split holds no case to evaluate; lower the filters or choose another split", kind="empty"
+            f"{name}: the split has no cases to evaluate; lower the filters or choose another split", kind="empty"
         )
     start = time.monotonic()
     answers = predictor.answer([case.request for case in cases])
@@ -277,7 +278,7 @@ def evaluate(
     asked = [case.request.id for case in cases]
     if [answer.request_id for answer in answers] != asked:
         raise LlmrecError(
-            f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it", kind="defect"
+            f"predictor {predictor.name!r} did not answer every request in order; fix the predictor", kind="defect"
         )
     answers = [answer if isinstance(answer, (kind, Unparsed)) else _foreign(answer) for answer in answers]
     result = measure_of(kind, background)(cases, answers, protocol, fallback)
@@ -307,10 +308,10 @@ def evaluate(
 
 
 def _foreign(answer: Answer) -> Unparsed:
-    """Return the failure that replaces an answer of another family's kind."""
+    """Return the failure that replaces an answer of the wrong kind."""
     return Unparsed(
         request_id=answer.request_id,
-        reason=f"a {type(answer).__name__} does not answer this task",
+        reason=f"a {type(answer).__name__} is not an answer of this task",
         raw=answer.raw,
         prompt_hash=answer.prompt_hash,
         cost=answer.cost,

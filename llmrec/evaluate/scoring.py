@@ -36,11 +36,11 @@ class ScoredLists(Record):
         name: The file.
         metrics: Figures by name; those without a cut-off are over whole lists.
         judged: Number of users (or requests) with relevant items: the denominator.
-        without_list: Number of them without a list, which counts as 0 in every metric.
+        without_list: Number of these without a list, which counts as 0 in every metric.
         without_truth: Number of lists without relevant items, which are excluded.
         short: Number of judged lists shorter than the largest cut-off.
         tied: Share of the judged whose relevant items tie with other items.
-        order: The order of a list: a score, a rank, or the order of the rows.
+        order: What defines the order of a list: a score, a rank, or the order of the rows.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Scores(Displayed, Record):
         users: Number of judged users, the sampling units.
         relevant: Number of relevant pairs.
         barren: Number of users of the truth without relevant items, who are excluded.
-        lists: One file of lists, or the two that are compared.
+        lists: The results of one file of lists, or of two.
         comparisons: For two files, first − second, by metric.
     """
 
@@ -139,7 +139,7 @@ def judging(
     whole: bool = True,
     several: bool = True,
 ) -> Judging:
-    """Return checked settings; see `Judging`. ``several``: whether two lists are compared.
+    """Return validated settings; see `Judging`. ``several``: whether two lists are compared.
 
     Raises:
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
@@ -170,20 +170,20 @@ def score(
     user: str | None = None,
     item: str | None = None,
 ) -> Scores:
-    """Measure ranked lists of any system, with a 95 % interval for every metric.
+    """Evaluate ranked lists of any system, with a 95 % interval for every metric.
 
     Args:
         ranked: A path or a frame: lists of llmrec, a table with one row per ranked item, or a TREC run; see
             docs/benchmark.md.
         truth: A path or a frame: the relevant items, one row per item, or TREC qrels.
-        against: Other lists for the same truth, whose figures are subtracted from those of ``ranked``, paired by user.
+        against: Other lists for the same truth, with which ``ranked`` is compared (``ranked`` − ``against``, paired).
         k: Cutoffs of the metrics.
         graded: Whether NDCG uses the relevance in the truth as gain; otherwise every relevant item has a gain of 1.
-        planned: The metric of the planned comparison of two lists; it is tested, the others are only described.
+        planned: The metric of the planned comparison, which is tested; the other metrics are exploratory.
         resamples: Number of bootstrap resamples over users.
         seed: Seed of the resamples.
-        user: Column of the user, in every file that has it; by default one with a typical name, such as ``userId``.
-        item: Column of the item, likewise.
+        user: Column of the user in all files; by default one with a typical name, such as ``userId``.
+        item: Column of the item in all files; by default one with a typical name.
 
     Returns:
         Figures in [0, 1] by metric, with counts of users and items.
@@ -209,9 +209,9 @@ def score(
 
 
 def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
-    """Judge lists, and compare them if there are two.
+    """Evaluate lists, and compare them if there are two.
 
-    Ties are taken as the expectation over all orders of equal scores; see `llmrec.metrics.multi_target`.
+    Metrics are expectations over all orders of tied scores; see `llmrec.metrics.multi_target`.
 
     Args:
         lists: One or two files of lists.
@@ -259,7 +259,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
         raise DataError.at(
             lists.name,
             "mismatch",
-            f": no {lists.unit} of its lists ({_some(sorted(strangers))}) is in {truth.name} "
+            f": none of its {lists.unit}s ({_some(sorted(strangers))}) is in {truth.name} "
             f"({_some(keys.to_list())}); check that both files use the same ids",
             "user",
         )
@@ -276,7 +276,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
 
 
 def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
-    """Return the metrics that allow several relevant items, with their cut-offs; those of whole lists last."""
+    """Return the metrics for several relevant items, with their cut-offs; those of whole lists last."""
     several = [(name, entry) for name, entry in METRICS.items() if entry.several]
     cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
     whole = [(name, entry, None) for name, entry in several if how.whole and (entry.both or not entry.cut)]
@@ -288,7 +288,7 @@ def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
 
 
 def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:
-    # The pool, and the treatment of the history, are unknown for external lists.
+    # The candidates, and the treatment of the history, are unknown for external lists.
     protocol = EvalProtocol(
         split="given", candidates="given", cutoffs=how.cutoffs, resamples=how.resamples, seed=how.seed, catalogue=0
     )

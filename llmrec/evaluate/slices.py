@@ -1,8 +1,7 @@
 """Figures by slice: cold-start and long-tail items, history length, user activity, user attributes.
 
 Slices are defined by counts of training interactions or attributes of users, and on a split by time also by the time
-since training. The thresholds are part of the slice's name, which is part of the signature, so figures of different
-slices or thresholds cannot be mixed up.
+since training. The thresholds are part of the slice's name, which is part of the signature.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ if TYPE_CHECKING:
 # Slices by user attributes of a source, such as gender or age.
 #
 # The limits of slices are computed from all users of the data, evaluated or not, and are part of their names. Values
-# are untrusted, so names contain them percent-encoded: no value can end a name or imitate another slice.
+# are untrusted, so names contain them percent-encoded.
 
 
 MOST = 8
-"""An attribute with more values is binned: numbers into quartiles, words into the most frequent and the rest."""
+"""Maximum number of values. With more, numbers are binned into quartiles, words into the most frequent and others."""
 # A leading zero marks a code, such as a postcode, not a number.
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?")
 _LONG = 60
@@ -64,8 +63,8 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
         name: One of `attributes_of`.
 
     Returns:
-        Membership by slice name, shape (n,) each; the slices partition the cases. The last slice is that of users
-        without a value.
+        Membership by slice name, shape (n,) each; the slices partition the cases. The last slice has the users without
+        a value.
     """
     known = {user: text for user, item in dataset.users.items() if (text := _label(item.get(name, "")))}
     counts = Counter(known.values())
@@ -74,7 +73,7 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
     label, none = _labels(counts, start), f"{start}:none"
     labels = np.array([none if value is None else label(value) for value in own], dtype=object)
     names = dict.fromkeys(label(value) for value in sorted(counts, key=_order(counts)))
-    # The slice of the rest comes after the named values.
+    # The slice of other values comes after the named ones.
     ordered = sorted(names, key=lambda slice: slice.endswith(":other"))
     return {slice: labels == slice for slice in (*ordered, none)}
 
@@ -83,7 +82,7 @@ def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
     """Return a function from a value to the name of its slice."""
     if len(counts) > MOST and _are_numbers(counts):
         numbers = np.array([float(value) for value in counts.elements()], dtype=np.float64)
-        # Edges are values of users; equal edges, which occur if most users share a value, are merged.
+        # Edges are values of users; equal edges are merged.
         edges = np.unique(np.quantile(numbers, (0.25, 0.5, 0.75), method="higher"))
         above = numbers[numbers > numbers.min()]
         return _quartiles(
@@ -131,8 +130,8 @@ class SliceRules:
     """The thresholds of slices.
 
     Attributes:
-        cold: An item with fewer training interactions is cold.
-        head: The most popular items with this share of training interactions are the head, the rest the long tail.
+        cold: Items with fewer training interactions are cold-start items.
+        head: The most popular items with this share of training interactions are the head, the others the long tail.
         history: Ascending lower limits of the history bins after the first: (5, 10) gives 0-4, 5-9 and 10 or more.
         activity: As ``history``, for the user's number of training interactions.
     """
@@ -151,7 +150,7 @@ class SliceRules:
         for name, edges in (("history", self.history), ("activity", self.activity)):
             if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
                 raise LlmrecError(
-                    f"slices: {name} must hold rising numbers from 1, not {list(edges)}", kind="bad-value", column=name
+                    f"slices: {name} must be ascending numbers from 1, not {list(edges)}", kind="bad-value", column=name
                 )
 
 
@@ -160,14 +159,14 @@ def slices_of(
 ) -> dict[str, NDArray[np.bool_]]:
     """Return the membership of cases in each slice.
 
-    Item slices exist only if the item of every request, or else its truth, is in the catalogue. The slices of one kind
+    Item slices require that the item of every request, or its truth, is in the catalogue. The slices of one kind
     partition the cases.
 
     Args:
         cases: The evaluated cases.
         data: The data, whose training interactions are counted.
         rules: The thresholds; None for the defaults.
-        attributes: Attributes of users to slice by; one that no user of the data has is skipped.
+        attributes: Attributes of users to slice by; unknown ones are skipped.
 
     Returns:
         Membership by slice name, shape (n,) each.
@@ -240,7 +239,7 @@ def slice_figures(
             them, such as AUC, are omitted.
         cases: The cases in the same order.
         data: See `slices_of`.
-        metrics: The row's figures, ``Evaluated.figures.metrics``, whose signatures the slices' figures extend.
+        metrics: The overall figures, ``Evaluated.figures.metrics``, whose signatures are extended.
         protocol: The settings of intervals.
         rules: See `slices_of`.
         attributes: See `slices_of`.
@@ -253,7 +252,7 @@ def slice_figures(
     """
     for metric, item in values.items():
         if len(item) != len(cases):
-            raise ValueError(f"{metric}: {len(item)} values against {len(cases)} cases")
+            raise ValueError(f"{metric}: {len(item)} values but {len(cases)} cases")
     users = np.array([case.request.user_id for case in cases], dtype=object)
     means = {
         metric: (item, parse_signature(metrics[metric].signature))
@@ -284,7 +283,7 @@ def item_of(case: Case, data: SplitDataset) -> str | None:
 
 
 def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
-    """Return the minimum count of head items; items that tie with the last one belong to the head."""
+    """Return the minimum count of head items, including those that tie with the last one."""
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]

@@ -1,8 +1,8 @@
 """Metrics, their statistics and their signatures, with numpy and scipy only.
 
-``llmrec.metrics.ndcg(lists, truth, k=10)`` is the mean of a ranking metric over users, and
-``llmrec.metrics.ndcg.per_user(lists, truth, k=10)`` has the value of each user. So do ``hr``, ``recall``,
-``precision``, ``mrr`` and ``map``; see `llmrec.metrics.functions.Metric`.
+``llmrec.metrics.ndcg(lists, truth, k=10)`` returns the mean of a ranking metric over users, and
+``llmrec.metrics.ndcg.per_user(lists, truth, k=10)`` the value of each user. ``hr``, ``recall``, ``precision``, ``mrr``
+and ``map`` are used in the same way; see `llmrec.metrics.functions.Metric`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _names() -> dict[str, str]:
-    """Return the metrics that allow several relevant items, by the names of their functions."""
+    """Return the metrics for several relevant items, by function name."""
     from llmrec.registry import METRICS
 
     return {name.lower(): name for name, entry in METRICS.items() if entry.several}

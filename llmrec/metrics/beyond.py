@@ -1,7 +1,6 @@
 """Beyond-accuracy metrics of lists: coverage, novelty, concentration, popularity, cold start, diversity, serendipity.
 
-Lists are integer arrays of shape (n, k): item numbers from 0, best first, -1 where a list is shorter. Ties are broken
-when the lists are made, not here.
+Lists are integer arrays of shape (n, k): item indices from 0, best first, padded with -1. Ties must already be broken.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _CELLS = 1 << 22
 
 
 class Contents(Protocol):
-    """Item contents that diversity compares: words or vectors."""
+    """Item contents for diversity: words or vectors."""
 
     @property
     def words(self) -> Sequence[frozenset[str]] | None:
@@ -40,7 +39,7 @@ class Contents(Protocol):
 
     @property
     def vectors(self) -> Any:
-        """A vector of each item, shape (items, d), in place of words."""
+        """A vector of each item, shape (items, d), instead of words."""
         ...
 
     @property
@@ -91,7 +90,7 @@ def gini(lists: ArrayLike, k: int, items: int) -> float:
     """
     shown = np.sort(exposure(lists, k, items)).astype(np.float64)
     if shown.sum() == 0:
-        raise ValueError("the concentration of empty lists is not defined")
+        raise ValueError("the Gini coefficient of empty lists is undefined")
     if items == 1:
         return 0.0
     place = np.arange(1, items + 1)
@@ -101,8 +100,8 @@ def gini(lists: ArrayLike, k: int, items: int) -> float:
 def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
     """Novelty@k: mean self-information of a list's items in bits, shape (n,); 0 for an empty list.
 
-    ``log2(users / count)``, where count is the number of training users of the item (Zhou et al., PNAS 2010). An item
-    without any counts as having one user, since its novelty would be infinite otherwise.
+    ``log2(users / count)``, where count is the number of training users of the item, at least 1 (Zhou et al., PNAS
+    2010).
 
     Args:
         lists: See the module.
@@ -115,16 +114,16 @@ def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[
 
 
 def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
-    """Mean popularity of a list's items, their shares of training users, shape (n,)."""
+    """Mean popularity of a list's items, as shares of training users, shape (n,)."""
     held = np.asarray(counts, dtype=np.float64)
     return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
 
 
 def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[np.float64]:
-    """Exposure@k: the share of a list's positions held by items without training interactions, shape (n,).
+    """Exposure@k: the share of items without training interactions in a list, shape (n,).
 
-    The visibility of cold-start items: exposure of a group of items (Singh and Joachims, KDD 2018) with equal weight
-    for all positions.
+    The exposure of a group of items (Singh and Joachims, KDD 2018), here cold-start items, with equal weight for all
+    positions.
 
     Args:
         lists: See the module.
@@ -136,7 +135,7 @@ def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[n
 
 
 def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
-    """ColdItems@k: the number of different items without training interactions that are in some list."""
+    """ColdItems@k: the number of different items without training interactions in at least one list."""
     cold = np.asarray(cold_counts) == 0
     return int(np.count_nonzero(exposure(lists, k, len(cold))[cold]))
 
@@ -158,9 +157,9 @@ def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> S
     """
     after, before = np.asarray(of_lists, dtype=np.float64), np.asarray(of_histories, dtype=np.float64)
     if after.shape != before.shape or after.ndim != 1 or not after.size:
-        raise ValueError(f"lists and histories must be flat and alike, not of shapes {after.shape} and {before.shape}")
+        raise ValueError(f"lists and histories must have the same shape (n,), not {after.shape} and {before.shape}")
     if before.sum() <= 0:
-        raise ValueError("the histories hold no item that training users have, so there is nothing to compare with")
+        raise ValueError("the histories have no items with training users, so there is nothing to compare with")
 
     def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
         base = before[rows].sum(axis=1)
@@ -185,13 +184,13 @@ def popularity_lift(
         k: Cut-off of the lists.
         counts: Training users of each item, shape (items,).
         users: Number of training users.
-        histories: Item numbers of each request's history.
+        histories: Item indices of each request's history.
         owners: The user of each request; requests of a user are resampled together.
     """
     share = counts / max(users, 1)
     some = np.array([len(history) > 0 for history in histories])
     if not some.any() or not sum(float(share[history].sum()) for history in histories):
-        return Taken(result=None, undefined="no history holds an item that training users have")
+        return Taken(result=None, undefined="no history has an item with training users")
     names = [owner for owner, kept in zip(owners, some, strict=True) if kept]
     before, _ = by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
     after, _ = by_user(popularity(lists, k, counts, users)[some], names)
@@ -228,7 +227,7 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
     for start in range(0, len(cut), step):
         part = cut[start : start + step]
         mine = part >= 0
-        # The squared length of a sum of unit vectors is their number plus twice the cosines of all pairs.
+        # The squared length of a sum of unit vectors is their number plus twice the sum of the cosines of all pairs.
         total = np.einsum("nkd,nk->nd", unit[np.maximum(part, 0)], mine)
         alone = np.sum(known[np.maximum(part, 0)] * mine, axis=1)
         alike[start : start + step] = (np.einsum("nd,nd->n", total, total) - alone) / 2
@@ -238,8 +237,8 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
 def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str]]) -> NDArray[np.float64]:
     """ILD@k by fields: the mean of ``1 - Jaccard`` over the pairs of a list, shape (n,).
 
-    The Jaccard index of two items is the share of their words, such as genres, that they have in common. Items without
-    words have distance 1 to every other; a list with fewer than two items has diversity 0.
+    The Jaccard index of two items is the share of common words, such as genres. Items without words have distance 1 to
+    every other; a list with fewer than two items has diversity 0.
 
     Args:
         lists: See the module.
@@ -265,8 +264,8 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
 def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
     """Serendipity@k: the share of a list that is relevant and unexpected, shape (n,).
 
-    ``|(list without the expected list) and relevant| / k``: the first k items that a primitive recommender, such as
-    popularity, shows the same user are expected (Murakami et al., 2008; Ge et al., RecSys 2010). With one target per
+    ``|(list without the expected list) and relevant| / k``, where the expected list has the first k items of a
+    primitive recommender, such as popularity (Murakami et al., 2008; Ge et al., RecSys 2010). With one target per
     request it is at most 1 / k.
 
     Args:
@@ -278,7 +277,7 @@ def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLik
     own, usual = np.asarray(lists)[:, :k], np.asarray(expected)[:, :k]
     goal = np.asarray(targets).reshape(len(own), -1)
     if k < 1 or len(usual) != len(own):
-        raise ValueError(f"serendipity@{k} needs as many lists as expected ones: {len(own)} against {len(usual)}")
+        raise ValueError(f"serendipity@{k}: {len(own)} lists but {len(usual)} expected lists")
     hit = ((own[:, :, None] == goal[:, None, :]) & (goal[:, None, :] >= 0)).any(axis=2)
     known = (own[:, :, None] == usual[:, None, :]).any(axis=2)
     return np.asarray(np.sum(hit & ~known & (own >= 0), axis=1) / k, dtype=np.float64)
@@ -294,7 +293,7 @@ def _cut(lists: ArrayLike, k: int, items: int) -> Lists:
     if not 1 <= k <= table.shape[1]:
         raise ValueError(f"lists of {table.shape[1]} items cannot be cut at {k}")
     if table.size and (int(table.min()) < -1 or int(table.max()) >= items):
-        raise ValueError(f"item numbers must lie between -1 and {items - 1}")
+        raise ValueError(f"item indices must be between -1 and {items - 1}")
     return table[:, :k]
 
 

@@ -28,18 +28,17 @@ if TYPE_CHECKING:
 # Detects generated texts that copy training texts, exactly and without comparing all pairs.
 #
 # The similarity of two texts is ROUGE-L's F-measure (Lin, 2004) on lower-cased words: twice the length of the longest
-# common subsequence over the sum of both lengths. A pair that reaches a threshold shares most of its words, and
-# so at least one of the rarest words of each (prefix filtering: Chaudhuri et al., ICDE 2006; Bayardo et al., WWW
-# 2007). An inverted index over rare words alone therefore finds every pair that can reach it, and only those are
-# measured.
+# common subsequence over the sum of both lengths. A pair above a threshold shares most of its words, and so at least
+# one of the rarest words of each (prefix filtering: Chaudhuri et al., ICDE 2006; Bayardo et al., WWW 2007). So an
+# inverted index over rare words finds all pairs that can reach the threshold, and only their similarity is computed.
 
 
 COPIED = 0.9
-"""Similarity from which a text counts as a copy."""
+"""Minimum similarity of a copy."""
 
 _WORD = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# Rounding may put a share of whole words on either side of a whole number.
+# Tolerance for rounding errors of word counts.
 _EPS = 1e-9
 
 Words = tuple[str, ...]
@@ -58,9 +57,9 @@ class Library:
         number: Number of each piece.
         pieces: Numbers of all texts' pieces, one text after the other, shape (total,).
         starts: Start of each text's pieces, and the end, shape (n + 1,).
-        holders: Texts with a piece among their rarest ones, one piece after the other.
+        holders: Texts that have a piece among their rarest ones, concatenated over pieces.
         held: Start of each piece's holders, and the end, shape (pieces + 1,).
-        threshold: Similarity from which a text counts as a copy.
+        threshold: Minimum similarity of a copy.
     """
 
     texts: tuple[Words, ...]
@@ -90,7 +89,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
     known = tuple(dict.fromkeys(unit for unit in units if unit))
     results = [piece for unit in known for piece in _pieces(unit)]
     frequency = Counter(results)
-    # Equally rare pieces are ordered by themselves, so that the index does not depend on the order of texts.
+    # Equally rare pieces are sorted, so that the index does not depend on the order of texts.
     number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda each: (frequency[each], each)))}
     lengths = np.array([len(unit) for unit in known], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -113,10 +112,10 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
 
 
 def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
-    """Return whether each generated text is as similar to a training text or sentence as the threshold.
+    """Return whether the similarity of each generated text to a training text or sentence reaches the threshold.
 
-    A text without words is not a copy. Short texts are copies easily, so the share of copies among generated texts is
-    reported with that among the true ones.
+    A text without words is not a copy. Short texts are often copies, so the copy rate of generated texts is reported
+    with that of the true texts.
 
     Returns:
         Shape (n,).
@@ -149,7 +148,7 @@ def _pieces(words: Words) -> list[tuple[str, int]]:
 
 
 def _prefixes(lengths: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Return how many of a text's rarest pieces must include one shared with every similar text.
+    """Return the prefix length: every similar text shares at least one of this number of a text's rarest pieces.
 
     The shortest text that can be similar to one of n words has ``n t / (2 - t)`` words, all of them shared.
     """
@@ -162,7 +161,7 @@ def _is_copy(words: Words, known: Library) -> bool:
     if not words or words in known.same:
         return bool(words)
     size, threshold = len(words), known.threshold
-    # Pieces that are in no training text are the rarest of all and lead to none.
+    # Pieces that are in no training text are the rarest.
     own = sorted(known.number.get(piece, -1) for piece in _pieces(words))
     rare = [piece for piece in own[: int(_prefixes(np.array([size]), threshold)[0])] if piece >= 0]
     if not rare:
@@ -174,7 +173,7 @@ def _is_copy(words: Words, known: Library) -> bool:
     if not len(texts):
         return False
     shared = _shared(np.array(own), known, texts, lengths)
-    # The texts with the most shared words come first, so that a copy is found at once.
+    # Texts with the most shared words first, to find copies early.
     for place in np.argsort(-shared, kind="stable"):
         if shared[place] >= least[place] and _common(words, known.texts[texts[place]]) >= least[place]:
             return True
@@ -210,12 +209,12 @@ def _common(a: Words, b: Words) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The features of a data set according to its training reviews.
+    """The features of a data set in its training reviews.
 
     Attributes:
         vocabulary: Every feature of the training reviews, as its lower-cased words.
-        of_item: By item, the features that a training review of it names or was annotated with.
-        asked: The feature of each (user, item), including held-out pairs, if it has one.
+        of_item: By item, the features that its training reviews name or are annotated with.
+        asked: The annotated feature of each (user, item), including held-out pairs.
     """
 
     vocabulary: frozenset[Words]
@@ -243,8 +242,8 @@ def background(
         users: Users of the training interactions, shape (n,); an interaction with several texts is repeated.
         items: Their items.
         texts: Their texts; None for no text.
-        features: The feature of each (user, item); None if the data has none. Pairs that are not training interactions
-            are held out: their features are requested, but do not enter the vocabulary.
+        features: The feature of each (user, item); None if the data has none. Features of held-out pairs are used as
+            references but not added to the vocabulary.
 
     Raises:
         ValueError: If the three differ in length.
@@ -266,7 +265,7 @@ def background(
 def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[frozenset[Words]]:
     """Return the features that each text names.
 
-    If a feature is part of another, such as "battery" of "battery life", a text with the longer one names both.
+    If a feature contains another, as "battery life" contains "battery", a text with the longer one names both.
     """
     sizes = sorted({len(words) for words in vocabulary})
     results = []
@@ -303,7 +302,7 @@ def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Wo
         ValueError: If there are no features.
     """
     if not vocabulary:
-        raise ValueError("a coverage of no features is not defined")
+        raise ValueError("feature coverage without features is undefined")
     return len(frozenset().union(*found) & vocabulary) / len(vocabulary)
 
 
@@ -311,7 +310,7 @@ def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
     """Return DIV: the mean number of features shared by two generated texts; lower is more diverse.
 
     A feature that c texts name is shared by c (c - 1) / 2 pairs, so pairs need not be enumerated. Texts without
-    features share none and lower the figure, so read it together with FCR.
+    features lower the value, so report it with FCR.
 
     Returns:
         A value of 0 or more; None for fewer than two texts.
@@ -326,13 +325,13 @@ def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
 def unique_sentences(texts: Sequence[str]) -> float:
     """Return the unique sentence ratio, USR: distinct texts over all texts, by their lower-cased words.
 
-    A text without words does not count as distinct. The figure decreases with the number of texts.
+    A text without words does not count as distinct. The value decreases with the number of texts.
 
     Raises:
         ValueError: If there are no texts.
     """
     if not texts:
-        raise ValueError("a text metric over no requests is not defined")
+        raise ValueError("a text metric without requests is undefined")
     return len({words for text in texts if (words := words_of(text))}) / len(texts)
 
 
@@ -341,8 +340,8 @@ def hallucinated(
 ) -> NDArray[np.float64]:
     """Count the features that each text names, and those that no training review of its item names.
 
-    The hallucination rate is the sum of the latter over that of the former. An item without training reviews supports
-    no feature.
+    The hallucination rate is the sum of the latter over the sum of the former. For an item without training reviews,
+    all named features are unsupported.
 
     Returns:
         Shape (n, 2): named features, and of these the unsupported ones.
@@ -378,7 +377,7 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
-    """The feature statistics of a row's texts.
+    """The feature statistics of generated texts.
 
     Attributes:
         known: Requests whose reference has a feature, shape (m,).
@@ -400,7 +399,7 @@ class Named:
 
     @property
     def how(self) -> str:
-        """The signature part of feature figures, since they depend on the vocabulary."""
+        """The vocabulary size, which is part of the signature of feature metrics."""
         return f"features-{self.vocabulary}"
 
     @property
@@ -435,7 +434,7 @@ def copy_rate(texts: Sequence[str], background: Background) -> Taken:
 def match_rate(named: Named, owners: Sequence[str]) -> Taken:
     """FMR over the requests whose reference has a feature; see `feature_match`."""
     if not len(named.known):
-        return Taken(result=None, how=named.how, undefined="no request has a feature that its text should name")
+        return Taken(result=None, how=named.how, undefined="no reference has a feature")
     return Taken(result=named.match, users=[owners[place] for place in named.known], how=named.how)
 
 

@@ -1,11 +1,11 @@
 """Ranking metrics with several relevant items per request, as exact expectations over tied scores.
 
 The expectations over the orders of tied blocks have closed forms (McSherry and Najork, "Computing Information Retrieval
-Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008), which are computed here for all requests
-at once. Without ties the figures are those of trec_eval: in particular precision divides by k, and recall and average
-precision by the number of relevant items, even if k is smaller.
+Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008), computed here for all requests at once.
+Without ties the values equal those of trec_eval: in particular precision divides by k, and recall and average precision
+by the number of relevant items, even if k is smaller.
 
-A relevant item that the ranking omits counts in every denominator and gains nothing. All functions take the result of
+Relevant items missing from the ranking count as misses. All functions take the result of
 `llmrec.metrics.multi_target.judge`.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # items is equally likely at each of the ranks ``greater + 1 .. greater + tied``.
 
 
-# Bytes of the lookup table of pairs, which limits the requests per pass so that it fits into the processor's cache.
+# Maximum size in bytes of the lookup table of a batch of requests, so that it fits in the processor's cache.
 _TABLE = 1 << 18
 
 
@@ -39,8 +39,8 @@ class Pairs:
     """A flat table of (request, item, value), in any order.
 
     Attributes:
-        request: Number of the request, from 0, shape (m,).
-        item: Number of the item, from 0, shape (m,).
+        request: Request index, shape (m,).
+        item: Item index, shape (m,).
         value: The item's score in a ranking, or its gain among relevant items, shape (m,).
     """
 
@@ -54,7 +54,7 @@ class Judged:
     """The ranks of the relevant items of n requests, one entry per block of equal scores that contains any.
 
     Attributes:
-        request: Number of the block's request, shape (b,), not decreasing; blocks of a request are best first.
+        request: Request index of the block, shape (b,), non-decreasing; blocks of a request are best first.
         greater: Ranked items with a strictly higher score, shape (b,).
         tied: Items in the block, shape (b,).
         relevant: Relevant items in the block, at least 1, shape (b,).
@@ -86,12 +86,12 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
 
     Raises:
         LlmrecError: If a score is NaN.
-        ValueError: If a request number is not below n, an item is twice in a request, or a gain is not above 0.
+        ValueError: If a request index is not below n, a request has duplicate items, or a gain is not above 0.
     """
     request, item, score, begins = _sorted(ranked, n)
     wanted, goal, gain, goal_begins = _sorted(relevant, n)
     if gain.size and not (gain[-1] > 0 and np.isfinite(gain).all() and (gain > 0).all()):
-        raise ValueError("the gain of a relevant item must be above 0; leave out items that are not relevant")
+        raise ValueError("the gain of a relevant item must be above 0; remove items that are not relevant")
     hits = _matches(request, item, begins, wanted, goal, goal_begins)
     starts, sizes, block = _blocks(request, score, hits)
     first = _changes(block)
@@ -119,22 +119,22 @@ def place(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64],
 
     Args:
         ranked: See `judge`.
-        targets: Item number of each request's target, shape (n,).
+        targets: Item index of each request's target, shape (n,).
 
     Returns:
         ``greater`` and ``tied``, shape (n,): items with a higher score than the target, and with the same score,
-        including the target; a target that is not ranked has 0 tied.
+        including the target; ``tied`` is 0 for a target that is not ranked.
 
     Raises:
         LlmrecError: If a score is NaN.
-        ValueError: If a request number is not below n, or a target is twice in its ranking.
+        ValueError: If a request index is not below n, or a target is a duplicate in its ranking.
     """
     n = len(targets)
     request, item, score, begins = _sorted(ranked, n)
     hits = np.flatnonzero(item == np.repeat(targets, np.diff(begins)))
     owner = request[hits]
     if (owner[1:] == owner[:-1]).any():
-        raise ValueError("an item stands twice in the ranking of a request")
+        raise ValueError("the ranking of a request has duplicate items")
     starts, sizes, block = _blocks(request, score, hits)
     greater, tied = np.diff(begins), np.zeros(n, dtype=np.int64)
     greater[owner], tied[owner] = starts[block] - begins[owner], sizes[block]
@@ -146,10 +146,10 @@ def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
 
     Args:
         ids: Ids, such as the user of every row, shape (m,).
-        known: Sorted distinct ids that include all of them.
+        known: Sorted distinct ids, including all of ``ids``.
 
     Raises:
-        ValueError: If an id is not among the known ones.
+        ValueError: If an id is unknown.
     """
     values, among = np.asarray(ids), np.asarray(known)
     starts = _changes(values)
@@ -157,7 +157,7 @@ def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
         return np.empty(0, dtype=np.int64)
     places = np.searchsorted(among, values[starts])
     if not len(among) or (among[np.minimum(places, len(among) - 1)] != values[starts]).any():
-        raise ValueError("an id is not among the known ones")
+        raise ValueError("an id is unknown")
     return np.repeat(places, np.diff(np.append(starts, len(values)))).astype(np.int64, copy=False)
 
 
@@ -175,19 +175,19 @@ def _sorted(
     item = np.asarray(pairs.item, dtype=np.int64)
     value = np.asarray(pairs.value, dtype=np.float64)
     if not request.shape == item.shape == value.shape or request.ndim != 1:
-        raise ValueError(f"columns must be flat and alike, not of shapes {request.shape}, {item.shape}, {value.shape}")
+        raise ValueError(f"columns must have the same shape (m,), not {request.shape}, {item.shape}, {value.shape}")
     # A NaN makes the sum NaN, but so do two infinities, hence the second check.
     with np.errstate(invalid="ignore"):
         total = value.sum()
     if np.isnan(total) and np.isnan(value).any():
         where = int(request[np.flatnonzero(np.isnan(value))[0]])
-        raise LlmrecError(f"request number {where}: a score is not a number, so it has no rank", kind="bad-value")
+        raise LlmrecError(f"request number {where}: a score is NaN, which cannot be ranked", kind="bad-value")
     later = request[1:] > request[:-1]
     if not (later | ((request[1:] == request[:-1]) & (value[1:] <= value[:-1]))).all():
         order = np.lexsort((-value, request))
         request, item, value = request[order], item[order], value[order]
     if request.size and (request[0] < 0 or request[-1] >= n or item.min() < 0):
-        raise ValueError(f"requests must be numbered from 0 to {n - 1}, and items from 0")
+        raise ValueError(f"request indices must be between 0 and {n - 1}, and item indices at least 0")
     return request, item, value, np.searchsorted(request, np.arange(n + 1))
 
 
@@ -212,11 +212,11 @@ def _matches(
         wished = (wanted[goals] - start) * width + goal[goals]
         table[keys] = True
         if np.count_nonzero(table) != len(keys):
-            raise ValueError("an item stands twice in the ranking of a request")
+            raise ValueError("the ranking of a request has duplicate items")
         table[:] = False
         table[wished] = True
         if np.count_nonzero(table) != len(wished):
-            raise ValueError("an item stands twice among the relevant items of a request")
+            raise ValueError("the relevant items of a request have duplicates")
         hits.append(np.flatnonzero(table[keys]) + begins[start])
         table[:] = False
     return np.concatenate(hits) if hits else np.empty(0, dtype=np.int64)
@@ -231,7 +231,7 @@ def _blocks(
     request: NDArray[np.int64], score: NDArray[np.float64], hits: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return the starts of blocks of equal scores, their sizes, and the block of each hit."""
-    # If no hit has an equal neighbour, every hit is its own block, and no other block matters.
+    # If no hit is tied with a neighbour, every hit is a separate block, and other blocks do not matter.
     last = len(score) - 1
     above, below = np.maximum(hits - 1, 0), np.minimum(hits + 1, last)
     tied = ((above < hits) & (score[above] == score[hits]) & (request[above] == request[hits])) | (
@@ -264,8 +264,8 @@ def _gains(
 def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
     """HR@k, success at k: the probability that at least one relevant item is among the first k.
 
-    A block that rank k cuts shows ``m`` of its ``tied`` items; none of them is relevant with the hypergeometric
-    probability ``C(tied - relevant, m) / C(tied, m)``.
+    If rank k is within a block, ``m`` of its ``tied`` items are among the first k; none of these is relevant with the
+    hypergeometric probability ``C(tied - relevant, m) / C(tied, m)``.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -279,7 +279,7 @@ def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
     some = np.flatnonzero(possible)
     m = shown[some]
     missed[some] = np.exp(_log_choose(rest[some], m) - _log_choose(tied[some], m))
-    # At most one block is cut by rank k, so the blocks of a request are independent of each other.
+    # Rank k is within at most one block, so the blocks of a request are independent.
     values = np.ones(len(judged.total))
     np.multiply.at(values, judged.request[at], missed)
     return np.clip(1.0 - values, 0.0, 1.0)
@@ -306,9 +306,9 @@ def precision(judged: Judged, k: int) -> NDArray[np.float64]:
 def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
     """NDCG@k with binary or graded gains (Järvelin and Kekäläinen, TOIS 2002).
 
-    ``DCG = sum of gain / log2(rank + 1)`` over ranks up to k, linear in the gain as in trec_eval; give ``2**grade - 1``
-    as gains for the exponential form. An item of a tied block has the mean discount of the block's ranks. The ideal
-    list holds all relevant items, largest gain first, cut at k.
+    ``DCG = sum of gain / log2(rank + 1)`` over ranks up to k, linear in the gain as in trec_eval; use gains
+    ``2**grade - 1`` for the exponential form. An item of a tied block has the mean discount of the block's ranks. The
+    ideal list has all relevant items, largest gain first, cut at k.
 
     Returns:
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
@@ -337,7 +337,7 @@ def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float6
 
     Args:
         judged: See `judge`.
-        k: Ranks beyond it count 0; None means no cut-off. The denominator stays the number of relevant items.
+        k: Cut-off; None: none. The denominator is the number of relevant items in both cases.
 
     Returns:
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
@@ -361,7 +361,7 @@ def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]
 
     Args:
         judged: See `judge`.
-        k: Ranks beyond it count 0; None means no cut-off.
+        k: Cut-off; None: none.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -386,18 +386,18 @@ def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
 
     Args:
         judged: See `judge`.
-        pool: Number of rankable items, including relevant ones, shape (n,) or one number. Items that a ranking omits
-            count as tied below all that it ranks.
+        pool: Number of rankable items, including relevant ones, shape (n,) or one number. Items missing from a ranking
+            count as tied below all ranked items.
 
     Returns:
-        Values in [0, 1], shape (n,); NaN for a request whose pool holds one class only.
+        Values in [0, 1], shape (n,); NaN for a request with one class only.
     """
     size = np.broadcast_to(np.asarray(pool, dtype=np.int64), judged.total.shape)
     others = size - judged.total
     every = np.arange(len(judged.request))
     result = _sum(judged, every, judged.relevant.astype(np.float64))
     if (judged.ranked + (judged.total - result) > size).any():
-        raise ValueError("a pool holds fewer items than were ranked or are relevant")
+        raise ValueError("a pool has fewer items than are ranked or relevant")
     above = judged.greater - judged.before
     lost = _sum(judged, every, judged.relevant * (above + (judged.tied - judged.relevant) / 2))
     ranked_others = judged.ranked - result

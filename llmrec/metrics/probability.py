@@ -34,7 +34,7 @@ class Within:
         users: Names of all users, sorted, shape (u,).
         values: AUC of each user, NaN where a class is missing, shape (u,).
         weights: Weight of each user, 0 where a class is missing, shape (u,).
-        left_out: Number of users excluded because all their truths are of one class.
+        left_out: Number of users excluded, since all their labels are equal.
     """
 
     value: float
@@ -50,8 +50,8 @@ class Bin:
 
     Attributes:
         n: Number of answers.
-        said: Their mean P(yes).
-        so: The share of them whose truth is yes.
+        said: Mean P(yes).
+        so: Share of answers whose label is yes.
     """
 
     n: int
@@ -79,8 +79,8 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: Weights = "users") -> Within:
     """GAUC: AUC within users, averaged over the users with both classes.
 
-    Unlike pooled AUC it does not reward distinguishing users: a rule that knows only how often a user says yes gets 0.5
-    here. Zhu et al. (KDD 2017) weight users by impressions (``requests``); the default weights them equally.
+    Unlike pooled AUC it does not reward distinguishing users: predicting each user's share of yes scores 0.5. Zhu et
+    al. (KDD 2017) weight users by impressions (``requests``); the default weights them equally.
 
     Args:
         scores: See `auc`.
@@ -93,7 +93,7 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: We
     """
     guess, truth = _checked(scores, labels)
     if len(users) != len(guess):
-        raise ValueError(f"every answer needs its user: {len(guess)} answers against {len(users)} users")
+        raise ValueError(f"every answer needs a user: {len(guess)} answers but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
     values = _auc_by(owner, guess, truth, len(names))
     sizes = np.bincount(owner) if weights == "requests" else np.ones(len(names))
@@ -124,8 +124,7 @@ def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[st
 def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
     """Negative log-likelihood of each answer, in nats, shape (n,); LogLoss is its mean.
 
-    ``-log p``, where p, at least 1e-15, is the predicted probability of the truth: a certain answer that is wrong costs
-    34.5.
+    ``-log p``, where p, at least 1e-15, is the predicted probability of the true label; the maximum is 34.5.
 
     Raises:
         ValueError: See `auc`; also if a probability is outside [0, 1].
@@ -148,7 +147,7 @@ def calibration_error(
         labels: 1 for yes and 0 for no, shape (n,).
         bins: Number of bins.
         binning: ``width`` splits [0, 1] into equal intervals, ``mass`` the answers into equal numbers (Nguyen and
-            O'Connor, EMNLP 2015); equal probabilities stay in one bin, so bins may then differ in size.
+            O'Connor, EMNLP 2015); equal probabilities are in the same bin, so sizes may differ.
 
     Returns:
         A value in [0, 1].
@@ -185,7 +184,7 @@ def reliability(
 def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | None = None) -> Statistic:
     """AUC as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
-    A resample without one of the classes counts 0.5.
+    A resample with a single class counts as 0.5.
 
     Args:
         scores: See `auc`.
@@ -226,7 +225,7 @@ def _binned(
     """Return size, sum of probabilities and number of yes of each bin, shape (bins,) each."""
     guess, truth = _probabilities(probabilities, labels)
     if bins < 1:
-        raise ValueError(f"a calibration error needs at least 1 bin, not {bins}")
+        raise ValueError(f"bins must be at least 1, not {bins}")
     if binning == "width":
         own = np.minimum((guess * bins).astype(np.int64), bins - 1)
     else:
@@ -258,11 +257,11 @@ def _auc_by(
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     guess, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if guess.shape != truth.shape or guess.ndim != 1:
-        raise ValueError(f"scores and labels must be flat and alike, not of shapes {guess.shape} and {truth.shape}")
+        raise ValueError(f"scores and labels must have the same shape (n,), not {guess.shape} and {truth.shape}")
     if guess.size == 0:
-        raise ValueError("a metric over no answers is not defined")
+        raise ValueError("a metric without answers is undefined")
     if np.isnan(guess).any():
-        raise ValueError("a score is not a number; an answer that could not be read needs a stand-in")
+        raise ValueError("a score is NaN; replace answers that cannot be parsed by a fallback")
     if not np.isin(truth, (0.0, 1.0)).all():
         raise ValueError("labels must be 0 or 1")
     return guess, truth
@@ -271,5 +270,5 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64],
 def _probabilities(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     guess, truth = _checked(values, labels)
     if guess.min() < 0 or guess.max() > 1:
-        raise ValueError("a probability must lie in [0, 1]")
+        raise ValueError("a probability must be in [0, 1]")
     return guess, truth

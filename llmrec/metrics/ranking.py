@@ -1,15 +1,15 @@
 """Ranking metrics with one relevant item per request, as exact expectations over tied scores.
 
-If other items share the target's score, every order of the tied block is equally likely, so the target's rank is
-uniform on ``greater + 1 .. greater + tied``. Each metric here is the mean over those
-ranks in closed form (McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in
-the Presence of Tied Scores", ECIR 2008). They depend neither on the order of candidates nor on the stability of a sort.
+If other items have the target's score, every order of the tied block is equally likely, so the target's rank is uniform
+on ``greater + 1 .. greater + tied``. Each metric is the mean over these ranks in closed form (McSherry and Najork,
+"Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008). So
+metrics do not depend on the order of candidates.
 
 All functions take two integer arrays of shape (n,), one entry per request:
 
-- ``greater``: the number of items that score strictly higher than the target;
-- ``tied``: the number of items with the target's score, **including the target**; 0 means that the ranking omits the
-  target, which counts as 0 in every metric.
+- ``greater``: the number of items with a strictly higher score than the target;
+- ``tied``: the number of items with the target's score, **including the target**; 0 for a target missing from the
+  ranking, for which every metric is 0.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The standing of the target in a ranking.
+    """The rank of the target in a ranking, with ties.
 
     Attributes:
         greater: Number of items with a strictly higher score; the pool's size if the target is missing.
         tied: Size of the target's block of equal scores, including the target; 0 if it is missing.
-        missing: Whether the ranking omits the target.
+        missing: Whether the target is missing from the ranking.
     """
 
     greater: int
@@ -44,7 +44,7 @@ class Standing:
 
 
 def standing(ranking: Ranking, target: str, pool: int) -> Standing:
-    """Return the target's standing in a ranking by score, independent of the order of ``ranking.items``.
+    """Return the target's rank by score, independent of the order of ``ranking.items``.
 
     Args:
         ranking: Items with scores.
@@ -61,12 +61,12 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
     if (ranked := len(items) + ranking.unlisted) > pool:
         raise ValueError(f"request {ranking.request_id!r}: {ranked} items ranked out of a pool of {pool}")
     if len(set(items)) != len(items):
-        raise ValueError(f"request {ranking.request_id!r}: an item stands twice in the ranking")
+        raise ValueError(f"request {ranking.request_id!r}: the ranking has a duplicate item")
     for item, score in zip(items, scores, strict=True):
         if math.isnan(score):
             raise LlmrecError(
-                f"request {ranking.request_id!r}: the score of item {item!r} is not a number, so it has no rank. "
-                "A model gives such scores when its sums overflow; set model.dtype to float32 and run again.",
+                f"request {ranking.request_id!r}: the score of item {item!r} is NaN, which cannot be ranked. This "
+                "happens if values overflow; set model.dtype to float32 and run again.",
                 kind="bad-value",
             )
     if target not in items and not ranking.unlisted:
@@ -82,7 +82,7 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
 
 
 def hit_rate(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
-    """HR@k, which with one relevant item is recall@k: the probability that the target is among the first k.
+    """HR@k, equal to recall@k with one relevant item: the probability that the target is among the first k.
 
     ``clip(k - greater, 0, tied) / tied``.
 
@@ -116,7 +116,7 @@ def reciprocal_rank(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -
     Args:
         greater: See the module.
         tied: See the module.
-        k: Ranks beyond it count 0; None means no cut-off.
+        k: Cut-off; None: none.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -138,10 +138,7 @@ def precision(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64
 
 
 def average_precision(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
-    """Average precision with one relevant item, whose mean is MAP: the reciprocal rank, by definition.
-
-    Precision at the target's rank is 1 / rank, the only term of the average.
-    """
+    """Average precision with one relevant item, whose mean is MAP: equal to the reciprocal rank."""
     return reciprocal_rank(greater, tied, k)
 
 
@@ -161,7 +158,7 @@ def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.floa
     above, block = _checked(greater, tied, 1)
     others = np.broadcast_to(np.asarray(pool, dtype=np.int64), above.shape) - 1
     if (above + np.maximum(block - 1, 0) > np.maximum(others, 0) + (block == 0)).any():
-        raise ValueError("a pool holds fewer items than stand above or beside its target")
+        raise ValueError("a pool has fewer items than are ranked above or tied with its target")
     share = 1 - (above + (block - 1) / 2) / np.maximum(others, 1)
     return np.where(block == 0, 0.0, np.where(others > 0, share, 0.5))
 
@@ -176,14 +173,14 @@ def tie_rate(tied: ArrayLike) -> float:
     """Share of requests in which the target ties with another item; a missing target does not."""
     block = np.asarray(tied)
     if block.size == 0:
-        raise ValueError("the tie rate of no requests is not defined")
+        raise ValueError("the tie rate without requests is undefined")
     return float(np.mean(block > 1))
 
 
 def _checked(greater: ArrayLike, tied: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     above, block = _integers(greater, "greater"), _integers(tied, "tied")
     if above.shape != block.shape or above.ndim != 1:
-        raise ValueError(f"greater and tied must be flat and alike, not of shapes {above.shape} and {block.shape}")
+        raise ValueError(f"greater and tied must have the same shape (n,), not {above.shape} and {block.shape}")
     if k < 1:
         raise ValueError(f"a cut-off must be at least 1, not {k}")
     return above, block
@@ -192,7 +189,7 @@ def _checked(greater: ArrayLike, tied: ArrayLike, k: int) -> tuple[NDArray[np.in
 def _integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
     array: NDArray[Any] = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must hold integers, not {array.dtype}")
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
     if array.size and array.min() < 0:
         raise ValueError(f"{name} must not be negative")
     return array.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Signatures: strings with the protocol of a metric, so that different protocols never share a table.
+"""Signatures: strings with the evaluation protocol of a metric, to keep different protocols apart.
 
 Example: ``NDCG@10|gain:binary|ties:expected|cand:full|seen:excluded|split:loo/test|llmrec:0.1.0``.
 The order of the parts is fixed. Parts that do not apply to a metric are omitted, so ratings have neither ties nor
@@ -62,11 +62,11 @@ def signature(
     Args:
         metric: A name of `llmrec.registry.METRICS`, with its cut-off if any, such as ``NDCG@10``.
         gain: Gain of the relevant item, for ranking metrics only.
-        ties: Treatment of tied scores by ranking metrics. Lists show one draw of the tied items: ``seeded``.
+        ties: Treatment of tied scores by ranking metrics: ``expected``, or ``seeded`` for lists with one random order.
         candidates: ``full``, or kind and number such as ``uniform-20``; required by metrics of rankings and lists.
         seen: ``excluded`` or ``included``: whether items of the history can be ranked; required by the same metrics.
-        users: Which or how many users were evaluated; None to omit it.
-        slice: The cases of the figure; None for all.
+        users: Name or number of the evaluated users; None to omit it.
+        slice: The subset of cases; None for all.
         how: Further details that distinguish figures of this metric, such as ``jaccard-genres``.
         split: Kind of the split.
         version: Version of llmrec.

@@ -1,12 +1,12 @@
-"""Paired sign-flip tests, averages over seeds, and the smallest detectable difference.
+"""Paired sign-flip tests, averages over seeds, and the minimum detectable effect.
 
 If two systems are equally good, a user's two results are exchangeable, so every pattern of swaps is equally likely. The
 test counts the patterns with a difference at least as large as the observed one (Fisher 1935; for retrieval, Smucker,
 Allan and Carterette, CIKM 2007). The interval contains the differences that the test would not reject: its ends are
 percentiles of the means over random halves of the users, each user in or out with probability 1/2 (Hartigan, "Using
-Subsample Values as Typical Values", JASA 1969). Neither assumes a normal distribution; the false-positive rate keeps
-its level for few users and for the many zeros of hit rates, unlike that of bootstrap intervals of differences
-(``eval/benchmarks/calibration.py`` measures all of them).
+Subsample Values as Typical Values", JASA 1969). Neither assumes a normal distribution. Unlike with bootstrap intervals
+of differences, the false-positive rate stays at its level for few users and for hit rates with many zeros
+(``eval/benchmarks/calibration.py`` compares them).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 EXACT = 1 << 16
-"""The largest number of patterns that are enumerated; more are sampled."""
+"""Maximum number of patterns that are enumerated; more are sampled."""
 
-# Signs drawn at a time, 4 MB of them.
+# Number of signs per batch, 4 MB.
 _CHUNK = 1 << 19
 
 
@@ -65,13 +65,13 @@ def signflip(
 
 
 def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
-    """Add the variance over training seeds to the resamples of a difference, which vary over users alone.
+    """Add the variance over training seeds to the resamples of a difference, which vary over users only.
 
     Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
     (Bouthillier et al., "Accounting for Variance in Machine Learning Benchmarks", MLSys 2021). Each resample gets a
-    draw of Student's t with the standard error over seeds, and p is at least the share of resamples beyond 0. Two rows
-    with the same number of seeds are paired by seed, since their seeds may share members and samples. The variance
-    over users is in both terms, which makes the interval conservative.
+    draw of Student's t with the standard error over seeds, and p is at least the share of resamples beyond 0. Two
+    systems with the same number of seeds are paired by seed, since their seeds may share members and samples. The
+    variance over users is in both terms, which makes the interval conservative.
 
     Args:
         found: The difference with its resamples over users.
@@ -95,9 +95,9 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
     """Return the two-sided p-value of a sum of differences under random signs.
 
     Users with equal absolute differences are exchangeable, so only their number with each sign matters: hits of
-    thousands of users have few different patterns, and p is then exact (for hits it is McNemar's exact test). Other
-    differences get ``(1 + as large) / (1 + resamples)`` from drawn patterns (Phipson and Smyth 2010), which is never 0.
-    It also applies to root means: under a swap, the difference of RMSE is monotonic in the difference of the sums.
+    thousands of users have few different patterns, and p is exact (for hits it is McNemar's exact test). Otherwise p is
+    ``(1 + as large) / (1 + resamples)`` from drawn patterns (Phipson and Smyth 2010), which is never 0. It also applies
+    to root means: under a swap, the difference of RMSE is monotonic in the difference of the sums.
 
     Args:
         differences: One value per user, shape (n,); the order does not matter.
@@ -108,7 +108,7 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
     size = np.abs(item)
     if not size.any():
         return 1.0
-    # Scaled, so that neither tiny nor huge values exceed the range of floats.
+    # Scaled to avoid underflow and overflow.
     unit = float(size.max())
     observed = abs(float(np.sum(item / unit)))
     values, counts = _groups(size[size > 0] / unit)
@@ -125,8 +125,8 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
 def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     """Return the largest p-value up to alpha that `flip_p` can give for these absolute differences.
 
-    It is the test's false-positive rate. If few users differ it is far below alpha, and 0 if no outcome could have been
-    significant: of 5 users with equal differences, even 5 of one sign have a p of 0.06.
+    It is the test's false-positive rate. If few users differ it is far below alpha, and 0 if no outcome can be
+    significant: with 5 users of equal absolute differences, p is at least 0.06.
 
     Args:
         differences: One value per user, shape (n,).
@@ -160,18 +160,18 @@ def detectable(
     alpha: float = 0.05,
     power: float = 0.8,
 ) -> float | None:
-    """Return the smallest true difference that a comparison of these users detects with the given power.
+    """Return the minimum detectable effect: the smallest true difference detected with the given power.
 
     ``(t(1 - alpha / (2 m)) + t(power)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
     quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level of Holm's method
-    for the smallest p, so the figure is conservative. If the true difference is smaller, a result of no significant
-    difference says little.
+    for the smallest p, so the value is conservative. If the true difference is smaller, a non-significant result is
+    inconclusive.
 
     Args:
         a: Values of the first system, shape (n,).
         b: Values of the second system, in the same order of requests.
         comparisons: Number of comparisons corrected together.
-        statistic: See `signflip`; for root means, users' differences are those of the linearised RMSE.
+        statistic: See `signflip`; for root means, the differences are those of the linearised RMSE.
         users: See `signflip`.
         alpha: Level after correction.
         power: Probability of detection.
@@ -237,13 +237,13 @@ def _arms(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
-        raise ValueError(f"paired systems must have the same requests: {first.size} values against {second.size}")
+        raise ValueError(f"paired systems must have the same requests: {first.size} values and {second.size} values")
     (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
     return left, right, sizes
 
 
 def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return each user's influence on the figure, whose standard error is their standard deviation over sqrt(n)."""
+    """Return each user's influence on the figure; its standard error is the influences' std over sqrt(n)."""
     mean = sums.sum() / sizes.sum()
     moved: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
     if statistic == "mean":
@@ -259,7 +259,7 @@ def _bits(rows: int, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 def _chunks(n: int, resamples: int) -> Iterator[int]:
     if resamples < 1:
-        raise ValueError(f"a test needs resamples, not {resamples}")
+        raise ValueError(f"resamples must be at least 1, not {resamples}")
     rows = max(1, _CHUNK // max(1, n))
     for start in range(0, resamples, rows):
         yield min(rows, resamples - start)
@@ -273,7 +273,7 @@ def _halves(
     resamples: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """Return the differences over random halves; an empty half has none."""
+    """Return the differences over random halves; empty halves are skipped."""
     rng = np.random.default_rng(seed)
     columns = np.stack([left - right, sizes] if statistic == "mean" else [left, right, sizes], axis=1)
     drawn = []
@@ -330,7 +330,7 @@ def _drawn(
 
 ALPHA = 0.05
 """The largest corrected p-value of a significant difference."""
-# Draws beyond each end of the interval at the smallest level; with fewer its ends are mostly noise.
+# Minimum number of draws beyond each end of the interval at the smallest level; with fewer its ends are noisy.
 _BEYOND = 20
 
 
@@ -391,8 +391,8 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
 def at_most(p_values: Sequence[float]) -> list[float]:
     """Return the largest p-values before correction that Holm's method could have adjusted to these.
 
-    They are exact where each step is above the previous one and below 1. Equal adjusted values all get the bound of the
-    last. Correcting the bounds again, in a larger family, is conservative.
+    They are exact if adjusted values are strictly increasing and below 1. Equal adjusted values get the bound of the
+    last of them. Correcting the bounds again in a larger family is conservative.
 
     Raises:
         ValueError: If a p-value is outside [0, 1].
@@ -415,14 +415,14 @@ def enough(resamples: int, comparisons: int) -> int:
 def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> list[Decision]:
     """Correct the p-values of a family, and return each difference with an interval that agrees with its p.
 
-    The interval comes from resamples, p from an exact count or other draws, so the two can disagree at the border. Then
-    p decides, and the end in question moves: to 0 if the difference is not significant, else to the resampled
+    The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
+    decides, and the end of the interval moves: to 0 if the difference is not significant, else to the resampled
     difference nearest to 0 on its side.
 
     Args:
         found: The differences; see `enough` for the required resamples.
         alpha: Largest corrected p that is significant.
-        more: Number of differences of the family that are not yet known; they count with p = 1.
+        more: Number of differences of the family that are not yet known; they count as p = 1.
     """
     p_values = [*(item.p for item in found), *[1.0] * more]
     decisions = []
@@ -446,5 +446,5 @@ def _agreeing(low: float, high: float, found: Sampled, *, differs: bool) -> tupl
 def _ordered(p_values: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     p = np.asarray(p_values, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"p-values must lie in [0, 1]: {list(p_values)}")
+        raise ValueError(f"p-values must be in [0, 1]: {list(p_values)}")
     return p, np.argsort(p, kind="stable")

@@ -3,8 +3,8 @@
 The resampling unit is the user with all of their requests: requests of one user are correlated, and treating them as
 independent makes intervals too narrow. With one request per user, as in leave-one-out, ``users`` may be omitted.
 Resampling with replacement follows Efron and Tibshirani, "An Introduction to the Bootstrap" (1993): percentile
-intervals (chapter 13), BCa intervals (chapter 14). If every request has the same value, for instance
-no hit at all, the interval has width 0, which does not mean certainty.
+intervals (chapter 13), BCa intervals (chapter 14). If every request has the same value, such as no hit, the interval
+has width 0, which does not mean certainty.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 StatisticName = Literal["mean", "root_mean"]
 Method = Literal["percentile", "bca"]
 
-# Indices drawn at a time, 4 MB of them, so that gathered values stay in the cache.
+# Number of indices per batch, 4 MB, so that gathered values stay in the cache.
 _CHUNK = 1 << 19
-# Keeps percentiles of few users away from 0 and 1, whose normal quantiles are infinite.
+# Minimum distance of percentiles from 0 and 1, whose normal quantiles are infinite.
 _OUTERMOST = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """The result of a metric, if an array, a number or a `Statistic` is not enough.
+    """The result of a metric with further details.
 
     Attributes:
         result: Values whose mean is the figure, shape (n,), a number or a statistic over users; None if undefined.
@@ -72,12 +72,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A difference with its resamples, from which intervals of any level can be taken.
+    """A difference with its resamples, for intervals of any level.
 
     Attributes:
         value: The difference a − b of the figures.
         p: Two-sided p-value of no difference.
-        draws: The resampled differences, whose percentiles are the ends of intervals.
+        draws: The resampled differences; their percentiles are the ends of intervals.
     """
 
     value: float
@@ -111,7 +111,7 @@ def interval(
             estimand.
         statistic: The statistic of the values.
         users: The user of each request; None if each has a different user.
-        method: ``bca`` corrects bias and skewness; it changes few figures and costs nothing for means.
+        method: ``bca`` corrects bias and skewness.
         widen: Widen percentiles for few users, as Student's t does compared with the normal distribution
             (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015): plain ones are too narrow by a factor
             of sqrt(1 - 1 / n) and the ratio of the quantiles of t and z. From about 200 users on it has no effect.
@@ -173,7 +173,7 @@ def paired(
 ) -> Difference:
     """Bootstrap the difference of two systems over the same requests, a − b.
 
-    Each resample draws users once for both systems, so that the difficulty of a user for both cancels out.
+    Each resample draws users once for both systems.
 
     Args:
         a: Values of the first system, shape (n,).
@@ -182,7 +182,7 @@ def paired(
         seed: See `interval`.
         statistic: See `interval`.
         users: See `interval`.
-        method: See `interval`. For differences ``bca`` excludes 0 too often with few users.
+        method: See `interval`. With few users, ``bca`` intervals of differences exclude 0 too often.
         level: See `interval`.
 
     Returns:
@@ -194,10 +194,10 @@ def paired(
     """
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
-        raise ValueError(f"paired systems must have the same requests: {first.size} values against {second.size}")
+        raise ValueError(f"paired systems must have the same requests: {first.size} values and {second.size} values")
     (sums, sizes), (others, _) = by_user(first, users), by_user(second, users)
     if statistic == "mean":
-        # One gather instead of two, and the difference of equal systems is exactly 0.
+        # One gather instead of two; the difference of equal systems is exactly 0.
         difference = _statistic(sums - others, sizes, "mean")
     else:
         left, right = _statistic(sums, sizes, statistic), _statistic(others, sizes, statistic)
@@ -248,9 +248,9 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"a bootstrap needs a flat array of at least one value, not one of shape {array.shape}")
+        raise ValueError(f"a bootstrap needs an array of shape (n,) with n > 0, not {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError("a value is not finite; give a failed request the metric's worst value, never leave it NaN")
+        raise ValueError("a value is not finite; give a failed request the metric's worst value")
     if statistic == "root_mean" and array.min() < 0:
         raise ValueError("a root mean needs values of at least 0, such as squared errors")
     return array
@@ -264,7 +264,7 @@ def root_or_not(means: NDArray[np.float64], statistic: StatisticName) -> NDArray
 
 def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
     """Return ascending ranks from 1, shape (n,); equal values share their mean rank."""
-    # Same as scipy.stats.rankdata, whose import takes most of a second.
+    # Equals scipy.stats.rankdata, whose import takes most of a second.
     _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
@@ -274,7 +274,7 @@ def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[ND
     if users is None:
         return array, np.ones(array.size)
     if len(users) != array.size:
-        raise ValueError(f"every value needs its user: {array.size} values against {len(users)} users")
+        raise ValueError(f"every value needs a user: {array.size} values but {len(users)} users")
     owner = np.unique(np.array(users, dtype=object), return_inverse=True)[1]
     sums = np.bincount(owner, weights=array).astype(np.float64)
     return sums, np.bincount(owner).astype(np.float64)
@@ -335,7 +335,7 @@ def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.intp]]:
 
 def _resample(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArray[np.float64]:
     if n < 1 or resamples < 1:
-        raise ValueError(f"a bootstrap needs requests and resamples, not {n} and {resamples}")
+        raise ValueError(f"requests and resamples must be at least 1, not {n} and {resamples}")
     return np.concatenate([statistic(rows) for rows in _draws(n, resamples, seed)])
 
 
@@ -366,7 +366,7 @@ def _bca_tails(
     tails: NDArray[np.float64], draws: NDArray[np.float64], value: float, left_out: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Adjust the percentiles for bias and skewness of the bootstrap (Efron 1987, equations 2.3 and 6.6)."""
-    # Half of the ties count: discrete figures such as HR have many resamples equal to the value.
+    # Ties count half: for discrete figures such as HR many resamples equal the value.
     below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
     deviation = left_out.mean() - left_out if left_out.size else np.zeros(1)
     largest = float(np.abs(deviation).max())
@@ -377,7 +377,7 @@ def _bca_tails(
     deviation = deviation / largest
     acceleration = float(np.sum(deviation**3) / (6 * np.sum(deviation**2) ** 1.5))
     z = bias + ndtri(tails)
-    # Beyond the pole of the formula, which occurs only with few skewed values, the percentile is the last one.
+    # Beyond the pole of the formula (few, skewed values) the last percentile is used.
     room = 1 - acceleration * z
     moved: NDArray[np.float64] = ndtr(np.where(room > 0, bias + z / np.where(room > 0, room, 1.0), np.sign(z) * np.inf))
     return moved

@@ -1,7 +1,7 @@
 """Text metrics: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and Distinct-n, all as fractions in [0, 1].
 
-They use sacrebleu and rouge-score, so that figures agree with published ones; multiply by 100 to compare with papers
-that print percentages.
+They are computed with sacrebleu and rouge-score, for comparability with published results; multiply by 100 to compare
+with percentages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Seq
     Args:
         texts: Generated texts.
         references: One reference per text.
-        owners: The user of each text; None if each has a different user. The function numbers users in sorted order.
+        owners: The user of each text; None if each has a different user. Indices refer to the sorted users.
 
     Returns:
         A function from index arrays of shape (b, m) to b values.
@@ -59,7 +59,7 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Seq
 
 def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
     if len(users) != len(counts):
-        raise ValueError(f"every text needs its user: {len(counts)} texts against {len(users)} users")
+        raise ValueError(f"every text needs a user: {len(counts)} texts but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
     total = np.zeros((len(names), counts.shape[1]))
     np.add.at(total, owner, counts)
@@ -70,7 +70,7 @@ def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """BLEU-4 in [0, 1] from summed matches (4), totals (4), text length and reference length, shape (b, 10)."""
     matches, totals = sums[:, :_ORDER], sums[:, _ORDER : 2 * _ORDER]
     length, reference = sums[:, -2], sums[:, -1]
-    # Exponential smoothing: the j-th order without a match counts as 2**-j matches.
+    # Exponential smoothing: the j-th n-gram order without a match counts as 2**-j matches.
     empty = (matches == 0) & (totals > 0)
     smoothed = np.where(empty, 0.5 ** np.cumsum(empty, axis=1), matches)
     # As sacrebleu without effective order: a corpus without any match, or too short for 4-grams, scores 0.
@@ -83,7 +83,7 @@ def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin, 2004) of each request by rouge-score, without stemming.
 
-    rouge-score keeps only ASCII letters and digits of lower-cased text, so text in other scripts scores 0.
+    rouge-score uses only ASCII letters and digits of lower-cased text, so text in other scripts scores 0.
 
     Returns:
         ``{"ROUGE-1": (n,), "ROUGE-2": (n,), "ROUGE-L": (n,)}``, values in [0, 1].
@@ -108,8 +108,8 @@ def rouge_of(rouge: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Distinct n-grams over all n-grams of the texts (Li et al., NAACL 2016), on lower-cased words.
 
-    It decreases with the number of texts, so compare only over the same requests, and do not bootstrap it: a resample
-    repeats texts and thus their n-grams.
+    It decreases with the number of texts, so compare only over the same requests. It has no bootstrap interval, since a
+    resample repeats texts and thus their n-grams.
 
     Returns:
         A value in [0, 1]; 0 if no text has n words.
@@ -130,4 +130,4 @@ def _alike(texts: Sequence[str], references: Sequence[str]) -> None:
     if len(texts) != len(references):
         raise ValueError(f"{len(texts)} texts but {len(references)} references")
     if not texts:
-        raise ValueError("a text metric over no requests is not defined")
+        raise ValueError("a text metric without requests is undefined")

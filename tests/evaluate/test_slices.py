@@ -198,7 +198,7 @@ def test_wrong_rules_and_lengths_are_errors() -> None:
         with raises(LlmrecError, Facts("bad-value", column=key, says=str(next(iter(wrong))))):
             SliceRules(**wrong)  # type: ignore[arg-type]
     row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
-    with pytest.raises(ValueError, match="2 values against 1 cases"):
+    with pytest.raises(ValueError, match="2 values but 1 cases"):
         slice_figures({"MRR": np.ones(2)}, [case("u0", "a", 1)], split_of(TRAIN), metrics=row, protocol=PROTOCOL)
 
 

@@ -70,7 +70,7 @@ def test_match_is_with_the_feature_of_the_own_reference() -> None:
 def test_coverage_is_over_the_features_of_training() -> None:
     assert feature_coverage([frozenset([SOUND]), frozenset([SOUND, PRICE]), frozenset()], VOCABULARY) == 2 / 4
     assert feature_coverage([frozenset()], VOCABULARY) == 0.0
-    with pytest.raises(ValueError, match="no features"):
+    with pytest.raises(ValueError, match="without features"):
         feature_coverage([], frozenset())
 
 
@@ -93,7 +93,7 @@ def test_sentences_that_repeat() -> None:
     assert unique_sentences(["Good sound.", "good sound", "bad sound", "good  sound!"]) == 2 / 4
     # An answer that could not be read is no sentence of its own.
     assert unique_sentences(["", "", "x"]) == 1 / 3
-    with pytest.raises(ValueError, match="no requests"):
+    with pytest.raises(ValueError, match="without requests"):
         unique_sentences([])
 
 

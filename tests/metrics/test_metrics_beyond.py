@@ -57,7 +57,7 @@ def test_popularity_and_its_lift() -> None:
     assert statistic(np.array([[0, 0], [1, 1]])).tolist() == pytest.approx([4.0, 0.0])
     with pytest.raises(ValueError, match="nothing to compare"):
         beyond.popularity_lift_statistic([0.5], [0.0])
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="same shape"):
         beyond.popularity_lift_statistic([0.5], [0.5, 0.1])
 
 
@@ -86,7 +86,7 @@ def test_serendipity() -> None:
     assert beyond.serendipity(LISTS, 1, expected, [1, 1, 3]).tolist() == [0.0, 0.0, 0.0]
     several = beyond.serendipity(LISTS, 3, expected, [[1, 2], [-1, -1], [0, -1]])
     assert several.tolist() == pytest.approx([2 / 3, 0.0, 0.0])
-    with pytest.raises(ValueError, match="as many lists"):
+    with pytest.raises(ValueError, match="expected lists"):
         beyond.serendipity(LISTS, 3, expected[:1], [1, 1, 3])
 
 

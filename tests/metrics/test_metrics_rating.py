@@ -38,7 +38,7 @@ def test_values_that_are_not_finite_are_errors(bad: float) -> None:
 
 
 def test_lengths_must_agree_and_be_positive() -> None:
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="same shape"):
         rmse([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="no requests"):
+    with pytest.raises(ValueError, match="without requests"):
         rmse([], [])
