@@ -296,5 +296,5 @@ def test_a_run_is_recorded_with_its_page_and_refused_with_another(tmp_path: Path
     assert "a card" in text and "no GPU" not in text and "made: a note of the run" in text
     other = tmp_path / "other.yaml"
     other.write_text(page.read_text().replace("steps: 240", "steps: 250"))
-    with pytest.raises(SystemExit, match="made with another recipe"):
+    with pytest.raises(SystemExit, match="run with another recipe"):
         record.main(tmp_path, tmp_path / "kept.json", readme, other)

@@ -47,7 +47,7 @@ def test_a_verdict_is_only_ever_weakened_and_with_a_reason(tmp_path: Path) -> No
     weaker = {"verdict": negative.NO_DIFFERENCE, "why": "one seed decides"}
     assert "| no significant difference (one seed decides) |" in page(tmp_path / "a", PAIR, **weaker)
     for name, wrong in (("b", {"verdict": negative.NO_DIFFERENCE}), ("c", {**weaker, "verdict": "better"})):
-        with pytest.raises(PointerError, match=re.escape("a verdict is replaced by")):
+        with pytest.raises(PointerError, match=re.escape("a verdict can only be replaced by")):
             page(tmp_path / name, PAIR, **wrong)
     with pytest.raises(PointerError, match="no entry has a=z"):
         page(tmp_path / "d", PAIR, at="made:pairs[a=z]")

@@ -1,8 +1,8 @@
-"""One vLLM engine with an adapter on it, beside two engines over base and merged weights, on this machine.
+"""Compares one vLLM engine with a LoRA adapter and two engines with base and merged weights, on this machine.
 
 Run by ``make bench NAME=adapters``. The adapter is trained for a few steps, so that its answers are words. Both
-ways answer the same prompts of MovieLens-100K with base and adapter, alternately; seconds of starts, texts and scores,
-and how far adapter and merged weights agree, go to ``eval/results/adapters.json``.
+variants answer the same prompts of MovieLens-100K with base and adapter, alternately. ``eval/results/adapters.json``
+contains the seconds of starts, texts and scores, and the agreement of adapter and merged weights.
 """
 
 from __future__ import annotations

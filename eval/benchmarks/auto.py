@@ -1,10 +1,10 @@
-"""What `llmrec auto` reached: figures of finished run folders, as one committed file.
+"""Collects the results of `llmrec auto` from finished run folders into one committed file.
 
-``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench
-NAME=auto``. ``--peer FOLDER``, for the first run, the second and so on, adds what another library reached on the same
-data (`auto_peer.py`), measured as `llmrec score` does; for a run without one what an earlier call measured stays.
-``--by-hand RESULT ROW``, likewise, names the best ensemble with weights of a committed suite whose rows and grids were
-chosen by hand: its figure is copied, and not measured again.
+``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; ``make bench NAME=auto`` creates the runs.
+``--peer FOLDER``, once per run in the same order, adds the results of another library on the same data
+(`auto_peer.py`), computed as by `llmrec score`; for a run without a peer the earlier result is kept. ``--by-hand RESULT
+ROW``, likewise, copies the result of the best weighted ensemble of a committed suite with manually chosen models and
+grids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmrec.durable import write_json
 
 
 def measured(run: Path) -> dict[str, Any]:
-    """Return what a run folder says: data, budget, the fusion and the best single recommender on test users."""
+    """Return the data, the budget, and the test results of the ensemble and of the best single model of a run."""
     told = json.loads((run / "auto" / "auto.json").read_text(encoding="utf-8"))
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metric = results["headline"]["sequential"]
@@ -45,14 +45,14 @@ def measured(run: Path) -> dict[str, Any]:
 
 
 def reached(folder: Path) -> dict[str, Any]:
-    """Return what another library reached on the same test users: its best model on validation, and its trials."""
+    """Return the results of another library on the same test users: its best model on validation, and its trials."""
     told = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     found = score(str(folder / "lists.csv"), str(folder / "truth.csv"), k=(10,)).metrics["NDCG@10"]
     return told | {"test": {"value": found.value, "low": found.low, "high": found.high}}
 
 
 def by_hand(result: str, row: str) -> dict[str, Any]:
-    """Return the figure of an ensemble of a committed suite, seen items filtered."""
+    """Return the result of an ensemble of a committed suite, with seen items filtered."""
     rows = json.loads(Path(f"eval/results/{result}.json").read_text(encoding="utf-8"))["rows"]
     (metrics,) = (each["tables"]["excluded"]["metrics"] for each in rows if each["name"] == row)
     return {"result": result, "row": row, **_figure(metrics["NDCG@10"])}
@@ -63,7 +63,7 @@ def _figure(metric: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compared(pairs: Sequence[Mapping[str, Any]], a: str, b: str, metric: str) -> dict[str, Any] | None:
-    """Return the fusion less the best single recommender, paired by user; None where they were not compared."""
+    """Return the paired difference ensemble − best single model; None if they were not compared."""
     for pair in pairs:
         if pair["metric"] == metric and {pair["a"], pair["b"]} == {a, b}:
             sign = 1 if pair["a"] == a else -1
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read run folders and write the file."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.auto")
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--peer", type=Path, action="append", default=[], help="of the data of a run, in their order")
+    parser.add_argument("--peer", type=Path, action="append", default=[], help="peer results, in the order of the runs")
     parser.add_argument("--by-hand", nargs=2, action="append", default=[], metavar=("RESULT", "ROW"))
     parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if len(asked.peer) > len(asked.runs):
         parser.error(
-            f"{len(asked.peer)} peers for {len(asked.runs)} runs: give one for each run at most, in their order"
+            f"{len(asked.peer)} peers for {len(asked.runs)} runs: give at most one for each run, in the same order"
         )
     found = {run.name: measured(run) for run in asked.runs}
     before = json.loads(asked.target.read_text(encoding="utf-8"))["runs"] if asked.target.is_file() else {}

@@ -1,10 +1,10 @@
-"""RecTools' models under a budget, beside `llmrec auto`: grids judged on validation, the best measured on test users.
+"""Tunes RecTools' models within a time budget, for comparison with `llmrec auto`, and ranks for test users.
 
-It runs in that library's own environment, so it imports nothing of llmrec: ``PYTHON auto_peer.py FOLDER SECONDS``. The
-folder holds ``train.csv``, ``valid.csv`` and ``test.csv`` (user_id, item_id, position), as ``auto_split`` writes them;
-``lists.csv`` (user_id, item_id, rank, score) and ``trials.json`` are written beside them. Models are tried from the
-cheapest to the dearest of a large catalogue, each in a process of its own, which ends when the budget is spent; the
-best one is fitted again at the end, outside of it. SASRec is among them where torch is installed.
+It runs in a separate environment for RecTools and does not import llmrec: ``PYTHON auto_peer.py FOLDER SECONDS``. The
+folder contains ``train.csv``, ``valid.csv`` and ``test.csv`` (user_id, item_id, position) from ``auto_split``;
+``lists.csv`` (user_id, item_id, rank, score) and ``trials.json`` are written to it. Models are tried in ascending order
+of cost, each in a separate process, which is killed when the budget is spent; the best one on validation is then fitted
+again, outside the budget. SASRec is included if torch is installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from implicit.nearest_neighbours import CosineRecommender, TFIDFRecommender
 from rectools.dataset import Dataset
 from rectools.models import EASEModel, ImplicitALSWrapperModel, ImplicitItemKNNWrapperModel, PopularModel, PureSVDModel
 
-# RecTools imports its networks without torch, too, as something that cannot be made.
+# Without torch, RecTools imports its networks as placeholders that cannot be instantiated.
 SASREC = importlib.util.find_spec("torch") is not None
 if SASREC:
     from rectools.models import SASRecModel
@@ -37,7 +37,7 @@ Make = Callable[[], Any]
 
 
 def points() -> Iterator[tuple[str, Make]]:
-    """Yield models with a name each, cheapest first."""
+    """Yield models with their names, cheapest first."""
     yield "popular", PopularModel
     for neighbours in (20, 50, 100, 200):
         for kind in (CosineRecommender, TFIDFRecommender):
@@ -82,13 +82,13 @@ def lists(model: Any, data: Dataset, users: np.ndarray) -> pd.DataFrame:
 
 
 def ndcg(found: pd.DataFrame, truth: pd.DataFrame) -> float:
-    """Mean NDCG@10 with one relevant item a user; who has no list, or not the item in it, counts 0."""
+    """Mean NDCG@10 with one relevant item per user; users without a list, or without the item in it, count 0."""
     hits = found.merge(truth, on=["user_id", "item_id"])
     return float((1 / np.log2(hits["rank"] + 1)).sum() / truth["user_id"].nunique())
 
 
 def within(seconds: float, work: Callable[[], float]) -> float | None:
-    """Return what work gives in a process of its own, None where it takes longer."""
+    """Return the result of work in a separate process; None on a timeout."""
     if seconds <= 0:
         return None
     here, there = multiprocessing.Pipe(duplex=False)

@@ -1,7 +1,7 @@
-"""The split of a finished run as plain files, for other libraries: ``python -m eval.benchmarks.auto_split RUN FOLDER``.
+"""Writes the split of a run as CSV files, for other libraries: ``python -m eval.benchmarks.auto_split RUN FOLDER``.
 
-Writes ``train.csv``, ``valid.csv`` and ``test.csv`` (user_id, item_id, position: the place in the user's order), and
-``truth.csv`` (user_id, item_id), which `llmrec score` reads.
+Writes ``train.csv``, ``valid.csv`` and ``test.csv`` (user_id, item_id, position in the user's sequence), and
+``truth.csv`` (user_id, item_id) for `llmrec score`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(run: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         rows = part.select("user_id", "item_id", position=pl.int_range(pl.len()).over("user_id"))
-        # What is held out comes after what is known.
+        # Held-out interactions come after the known ones.
         rows.with_columns(pl.col("position") + {"train": 0, "valid": 1_000_000, "test": 2_000_000}[name]).write_csv(
             folder / f"{name}.csv"
         )

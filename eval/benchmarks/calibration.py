@@ -1,13 +1,13 @@
-"""How often do the tests call equal arms different? ``python -m eval.benchmarks.calibration OUT.json``.
+"""Measures the false-positive rate of the significance tests: ``python -m eval.benchmarks.calibration OUT.json``.
 
-Two tables. The first is of single comparisons, the second of whole families of planned ones, which are Holm-adjusted
-together: a family counts if any of its comparisons is called significant. With ``single`` or ``families`` as a second
-argument only that table is made, and the other one of OUT.json stays.
+There are two tables: single comparisons, and families of planned comparisons with Holm's correction, where a family
+counts if any of its comparisons is significant. With ``single`` or ``families`` as a second argument only that table is
+computed, and the other one in OUT.json is kept.
 
-Each single comparison draws two arms from one distribution (A/A) over the same made users, so every difference that is
-called real is a false positive. At a level of 5 %, 1,000 comparisons give 5 % +- 1.4 % (two standard errors) for a test
-that keeps its level. Where few users differ, no outcome has a p just below 5 %, and a valid test stays below the level;
-by how much is known for each comparison (`llmrec.metrics.significance.attainable`) and stands beside it.
+Each single comparison draws two variants from the same distribution (A/A) over the same synthetic users, so every
+significant difference is a false positive. For a valid test at a level of 5 %, 1,000 comparisons give 5 % +- 1.4 % (two
+standard errors). If few users differ, no outcome has a p just below 5 %, and the rate is lower; the attainable rate of
+each comparison (`llmrec.metrics.significance.attainable`) is reported with it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Arm = NDArray[np.float64]
 
 
 def normal(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
-    """Values that never tie, with a part that all arms share."""
+    """Values without ties, with a component that all variants share."""
     user = rng.normal(size=n)
     return [user + rng.normal(0, 0.5, n) for _ in range(arms)]
 
 
 def ties(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
-    """Few different values, so that many users tie."""
+    """Few different values, with many ties."""
     user = rng.integers(0, 3, n)
     return [user + rng.integers(0, 3, n) / 2 for _ in range(arms)]
 
@@ -85,17 +85,17 @@ KINDS: Mapping[str, tuple[Callable[..., list[Arm]], StatisticName]] = {
 
 
 def calibrate(kind: str, users: int, *, comparisons: int, resamples: int, bootstraps: bool = True) -> dict[str, Any]:
-    """Compare equal arms and count what is called different.
+    """Compare equal variants and count significant differences.
 
     Args:
         kind: Key of `KINDS`.
-        users: Users a comparison.
+        users: Users per comparison.
         comparisons: Number of comparisons.
-        resamples: Resamples of each.
-        bootstraps: Whether to count bootstrap intervals too, which no verdict uses.
+        resamples: Resamples per comparison.
+        bootstraps: Whether to include bootstrap intervals, which no verdict uses.
 
     Returns:
-        Rates of false positives; ``attainable`` is what an exact test can reach at most, on average.
+        Rates of false positives; ``attainable`` is the mean maximum rate of an exact test.
     """
     make, statistic = KINDS[kind]
     rng = np.random.default_rng([users, sum(map(ord, kind))])
@@ -121,31 +121,31 @@ def calibrate(kind: str, users: int, *, comparisons: int, resamples: int, bootst
 
 
 def keeps(row: Mapping[str, Any], slack: float = SLACK) -> bool:
-    """Say whether p and interval are within the slack of what they should be: attainable below, 5 % above."""
+    """Return whether p and interval are within the tolerance: at least the attainable rate, at most 5 %."""
     low, high = min(0.05, row["attainable"]) - slack, 0.05 + slack
     return all(low <= row[name] <= high for name in ("flip_p", "flip_interval"))
 
 
 # --------------------------------------------------------------------------- families of planned comparisons
 
-# The task families of a run: the kind of their values, and the metric that these stand for.
+# The task families of a run: the kind of their values, and the metric.
 TASKS: Mapping[str, str] = {"squared errors": "RMSE", "ndcg": "NDCG@10", "normal": "ROUGE-L"}
 CONTROLS = 4
 MODELS: Mapping[str, Mapping[str, float]] = {
     "als": {"factors": 64, "alpha": 5.0},
     "bpr": {"regularization": 0.0003, "decay": 0.8},
 }
-"""Rows whose seeds 0 and 1 are compared on MovieLens-100K, with the parameters that the suite chose on validation."""
+"""Models whose seeds 0 and 1 are compared on MovieLens-100K, with the parameters that the suite chose on validation."""
 REAL = ("NDCG@10", "HR@10")
 Values = Mapping[tuple[str, str], tuple[Arm, Arm]]
 """Values by user of two seeds, by model and treatment of the history."""
 
 
 def run_like(n: int, controls: int, rng: np.random.Generator) -> list[Contrast]:
-    """Return the planned comparisons of a run in which nothing has an effect.
+    """Return the planned comparisons of a run without any effects.
 
-    Each family has a tuned row, which is compared with an untuned one and with the best of the controls. With one
-    control all comparisons are true nulls. With several the best is picked on the very values that it is compared by.
+    Each family has a fine-tuned model, which is compared with the zero-shot one and with the best baseline. With one
+    baseline all comparisons are true nulls. With several, the best is chosen on the values with which it is compared.
     """
     found = []
     for kind, metric in TASKS.items():
@@ -183,12 +183,11 @@ def real_values() -> dict[str, Values]:
 
 
 def swapped(values: Values, metric: str, rng: np.random.Generator) -> list[Contrast]:
-    """Draw users with replacement and swap each one's two values by a coin.
+    """Draw users with replacement and swap the two values of each user with probability 1/2.
 
-    Two seeds of one row need not be equal: one may have come out better. After the swap a user's first value is as
-    likely to be either seed's, for every user by itself, so that the two arms are exchangeable and every difference is
-    chance: a true null on real values. A model's coin is the same for both treatments of the history, as its two
-    rankings of a user are alike.
+    Two seeds of a model need not be equal: one may be better. After the swap the two variants are exchangeable, a true
+    null on real values. The swap is the same for both treatments of the history, since the two rankings of a user by a
+    model are similar.
     """
     n = len(next(iter(values.values()))[0])
     drawn = rng.integers(0, n, n)
@@ -206,17 +205,16 @@ def swapped(values: Values, metric: str, rng: np.random.Generator) -> list[Contr
 def familywise(
     draw: Callable[[np.random.Generator], list[Contrast]], *, repetitions: int, resamples: int
 ) -> dict[str, Any]:
-    """Test families without any effect and count those in which something is called significant.
+    """Test families without any effect and count those with a significant comparison.
 
     Args:
-        draw: Makes the comparisons of one repetition.
+        draw: Draws the comparisons of one repetition.
         repetitions: Number of families.
-        resamples: Of each comparison; what a family's smallest level needs is drawn in any case.
+        resamples: Minimum number per comparison; more are drawn if the smallest level of a family needs them.
 
     Returns:
-        The rate, its parts by the direction of what was called significant, and the highest rate that exact tests of
-        these values could have reached, on average. Verdicts are those of `llmrec.evaluate.compare.planned`, which are
-        decided by p alone; intervals, which follow them, are not drawn.
+        The rate, in total and by direction, and the mean maximum rate of exact tests of these values. Verdicts are
+        those of `llmrec.evaluate.compare.planned`, which depend on p only; intervals are not computed.
     """
     rng = np.random.default_rng(17)
     wrong = dict.fromkeys(["any", "better", "worse"], 0)
@@ -240,7 +238,7 @@ def familywise(
 
 
 def families(repetitions: int = COMPARISONS) -> Iterator[dict[str, Any]]:
-    """Yield the family-wise error of simulated runs, and of two seeds of real rows."""
+    """Yield the family-wise error rate of simulated runs, and of two seeds of real models."""
     for users in USERS:
         for controls in (1, CONTROLS):
             found = familywise(partial(run_like, users, controls), repetitions=repetitions, resamples=RESAMPLES)
@@ -252,7 +250,7 @@ def families(repetitions: int = COMPARISONS) -> Iterator[dict[str, Any]]:
 
 
 def singles() -> Iterator[dict[str, Any]]:
-    """Yield the rates of single comparisons, of every kind with few and many users."""
+    """Yield the rates of single comparisons, for every kind with few and many users."""
     for users in USERS:
         for kind in KINDS:
             row = calibrate(kind, users, comparisons=COMPARISONS, resamples=RESAMPLES)
@@ -260,7 +258,7 @@ def singles() -> Iterator[dict[str, Any]]:
 
 
 def main(target: Path, part: str = "") -> None:
-    """Make both tables, or the one that is asked for, and write them."""
+    """Compute both tables, or the requested one, and write them."""
     kept = json.loads(target.read_text(encoding="utf-8")) if part else {}
     tables = {"single": ("rows", singles), "families": ("families", families)}
     made: dict[str, Any] = {}

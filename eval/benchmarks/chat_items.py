@@ -1,7 +1,7 @@
-"""Writes the films that ``eval/suites/chat_loop.yaml`` talks about: genres and year, and directors and countries.
+"""Writes the items of ``eval/suites/chat_loop.yaml``: films with genres, year, directors and countries.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.chat_items`` joins the films of MovieLens-100K with FOLDER/movie_facts
-(HetRec 2011) by title and year, into ``runs/chat/items.csv``. The terms of HetRec keep its facts out of the repository.
+(HetRec 2011) by title and year, into ``runs/chat/items.csv``. HetRec's terms do not allow redistribution.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECIPE, TARGET = "recipes/movielens-100k/four-tasks.yaml", Path("runs/chat/items
 
 
 def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:
-    """Return items with directors and countries, by titles and years that both tables have."""
+    """Return items with directors and countries, joined by title and year."""
     known = {}
     for row in table(folder / "movie_facts" / "hetrec_facts.tsv.gz").iter_rows(named=True):
         known[title_key(title_of(row["title"] or "")), str(row["year"])] = row
@@ -43,7 +43,7 @@ def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:
 
 
 def written(items: Mapping[str, Item]) -> str:
-    """Return items as a table of CSV, blank where an item has no such field."""
+    """Return items as CSV, with empty cells for missing fields."""
     fields = list(dict.fromkeys(field for item in items.values() for field in item.fields))
     lines = io.StringIO()
     rows = csv.writer(lines, lineterminator="\n")

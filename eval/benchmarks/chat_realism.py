@@ -1,15 +1,15 @@
-"""How easily simulated users are told from people, by what they say.
+"""Measures how well classifiers distinguish simulated users from people by their utterances.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.chat_realism eval/results/chat_realism.json`` reads FOLDER/convrec and
 FOLDER/movie_facts. People are the seekers of the 77 dialogues of IARD (Cai and Chen, UMAP 2020; texts of ReDial, CC BY
-4.0, of which nothing enters the repository); simulated are the users of ``eval/suites/chat_loop.yaml`` who talk with
-rules. Titles are replaced by one word, so that no classifier goes by the catalogue.
+4.0, which are not in the repository); simulated users are those of ``eval/suites/chat_loop.yaml`` with the rule-based
+manager. Titles are replaced by one word, so that classifiers cannot use the catalogue.
 
-Each classifier is a ridge regression on a linear kernel of what it sees of a session, over five folds of sessions:
-``words`` (tf-idf of words and pairs of them), ``letters`` (runs of three) and ``manner`` (turns, words a turn,
-questions, capitals, marks at the end, titles, variety). ``all`` is the mean of their standardised scores: an ensemble,
-as RecLLM measures its simulator (Friedman et al. 2023, arXiv 2305.07961). An AUC of .5 would say that nobody can tell.
-The control sets one half of the people against the other.
+Each classifier is a ridge regression with a linear kernel on features of a session, cross-fitted over five folds:
+``words`` (tf-idf of unigrams and bigrams), ``letters`` (character trigrams) and ``manner`` (turns, words per turn,
+questions, capitals, final punctuation, titles, variety). ``all`` is an ensemble, the mean of their standardised scores,
+as RecLLM evaluates its simulator (Friedman et al. 2023, arXiv 2305.07961). At an AUC of .5 they cannot be
+distinguished. The baseline compares one half of the people with the other.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ Floats = NDArray[np.float64]
 
 
 def masked(text: str, titles: Sequence[str]) -> str:
-    """Return a text whose titles are one word each, with their years."""
+    """Replace each title, with its year, by one word."""
     for title in sorted(filter(None, titles), key=len, reverse=True):
         text = re.sub(re.escape(title) + _YEAR, TITLE, text)
     return text
 
 
 def people(folder: Path) -> list[list[str]]:
-    """Return the lines of each seeker of IARD."""
+    """Return the utterances of each seeker of IARD."""
     return [
         [
             masked(turn["text"], [value for act in turn["acts"] for slot, value in act["slots"] if slot == "TITLE"])
@@ -70,7 +70,7 @@ def people(folder: Path) -> list[list[str]]:
 
 
 def simulated(folder: Path, users: int) -> list[list[str]]:
-    """Return the lines of simulated users who talk with the rules."""
+    """Return the utterances of simulated users in conversations with the rule-based manager."""
     models = open_classics(load_recipe(RECIPE), ["item-knn"])
     facts = Facts(informed(models.items, folder))
     lists = ModelLists(Catalogue(facts.items), asking(models))
@@ -108,7 +108,7 @@ def counts(sessions: Sequence[Sequence[str]], kind: str) -> Floats:
 
 
 def manner(sessions: Sequence[Sequence[str]]) -> Floats:
-    """Return how sessions are said, standardised, shape (sessions, 8)."""
+    """Return the style features of sessions, standardised, shape (sessions, 8)."""
     rows = []
     for session in sessions:
         sizes = [len(_WORD.findall(line)) for line in session]
@@ -128,12 +128,12 @@ def manner(sessions: Sequence[Sequence[str]]) -> Floats:
 
 
 def told_apart(features: Mapping[str, Floats], truth: Floats, seed: int = 0) -> dict[str, Floats]:
-    """Return the scores of each classifier for sessions that it was not fitted to, and of their mean.
+    """Return the cross-fitted scores of each classifier, and their mean.
 
     Args:
-        features: By name of the classifier, shape (sessions, d).
-        truth: 1 for those of the one side, 0 for the others, shape (sessions,).
-        seed: Of the folds.
+        features: Features by classifier, shape (sessions, d).
+        truth: Labels, 1 or 0, shape (sessions,).
+        seed: Seed of the folds.
     """
     fold = np.argsort(np.random.default_rng(seed).permutation(len(truth))) % FOLDS
     found = {}
@@ -169,7 +169,7 @@ def rows_of(sessions: Sequence[Sequence[str]], truth: Floats, what: str) -> list
 
 
 def side_of(name: str, sessions: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return how many sessions there are, their mean turns and words, and the share of different lines."""
+    """Return the number of sessions, their mean turns and words, and the share of distinct utterances."""
     said = [line for session in sessions for line in session]
     return {
         "side": name,

@@ -1,10 +1,10 @@
-"""How far a tuned manager of conversations calls what rules call, on MovieLens-100K.
+"""Measures how often a fine-tuned dialogue manager makes the tool calls of the rules, on MovieLens-100K.
 
-``python -m eval.benchmarks.chat_tuning eval/results/chat_tuning.json`` (`make bench NAME=chat-models`, which also holds
-conversations with the tuned model) tunes SmolLM2-135M-Instruct on 300 simulated conversations over the run
-``runs/demo``, and keeps what the command prints: the share of held-out calls, and of calls in wordings that no row has,
-that the model makes too, before and after tuning, beside the control that calls what usually follows. A call that was
-cut off resumes from its checkpoint.
+``python -m eval.benchmarks.chat_tuning eval/results/chat_tuning.json`` (`make bench NAME=chat-models`, which also runs
+conversations with the fine-tuned model) fine-tunes SmolLM2-135M-Instruct on 300 simulated conversations over the run
+``runs/demo``, and stores what the command prints: the model's accuracy on held-out calls and on calls with unseen
+wordings, before and after fine-tuning, and that of a baseline that predicts the most frequent next call. An interrupted
+run resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONVERSATIONS = 300
 
 
 def result(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the command told, with a row for each manager and kind of moments."""
+    """Parse the output of the command: one row for each manager and kind of turns."""
     return {
         "conversations": found["conversations"],
         "training_rows": found["rows"],
@@ -42,7 +42,7 @@ def result(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(path: Path) -> None:
-    """Tune and write."""
+    """Fine-tune and write the results."""
     words = ["chat", "runs/demo", "--simulate", str(CONVERSATIONS), "--tune", RECIPE]
     done = subprocess.run([sys.executable, "-m", "llmrec", *words, "--json"], check=True, stdout=subprocess.PIPE)
     asked = {"command": f"python -m eval.benchmarks.chat_tuning {path}", "of": " ".join(["llmrec", *words])}

@@ -1,4 +1,4 @@
-"""Planned differences of means over cases that belong to users, or dialogues: one family, intervals over clusters."""
+"""Planned differences of means with clustered cases, by users or dialogues: one family, intervals over clusters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def differences(
     """Return planned differences, corrected together.
 
     Args:
-        metric: What each is a difference of.
-        gains: Names of two rows, the first less the second of every case, and the cluster of every case.
+        metric: Name of the metric.
+        gains: Names of two models, their difference (first − second) for every case, and the cluster of every case.
     """
     sampled = []
     for _, _, values, clusters in gains:

@@ -1,11 +1,10 @@
-"""What late interaction, early exits and narrower weights save for 20 candidates behind ten events, yes or no to each.
+"""Measures the latency of late interaction, early exits and 8-bit weights: yes/no for 20 candidates after ten items.
 
-``python -m eval.benchmarks.compress eval/results/compress_ms.json`` asks SmolLM2-135M-Instruct, untrained, since
-weights change no time. Prompts as text are asked at each exit; late interaction with nothing kept of the user (cold:
-only titles of the catalogue are) and with all of it kept (warm). What asks in text keeps the beginning of the prompt
-before (``text``), but at exits; ``text, int8`` has the matrices of its layers in 8 bits, by bitsandbytes, as
-``llmrec compress`` measures and exports them. Tokens that were read are exact, and seconds those of this machine:
-``BENCH_CLOCK=processor`` where others use its cores too.
+``python -m eval.benchmarks.compress eval/results/compress_ms.json`` uses SmolLM2-135M-Instruct without fine-tuning,
+which does not change latency. Text prompts are evaluated at each exit; late interaction with cached catalogue titles
+only (cold), and with cached user segments too (warm). Text prompts use a prefix cache (``text``), except at early
+exits; ``text, int8`` has 8-bit linear layers by bitsandbytes, as ``llmrec compress`` measures and exports them. Token
+counts are exact; seconds are those of this machine. Set ``BENCH_CLOCK=processor`` if other processes use its cores.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ EXITS = (10, 15, 20, 30)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ask, measure and write."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.compress")
     parser.add_argument("target", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -103,12 +102,12 @@ def _scored(backend: HFBackend, prompts: Sequence[Any], answers: Sequence[Sequen
 
 
 def _odds(scored: Sequence[Any]) -> list[float]:
-    """Return how much likelier yes is than no for each candidate, in logs."""
+    """Return the log-odds of yes for each candidate."""
     return [each.logprobs[0] - each.logprobs[1] for each in scored]
 
 
 def _megabytes(model: Any) -> float:
-    """Return what the matrices of the layers take."""
+    """Return the size of the linear layers."""
     size = 0
     for module in model.get_decoder().layers.modules():
         weight = getattr(module, "weight", None)

@@ -1,9 +1,9 @@
-"""Compresses a run, serves the best combination, and asks the service what its figure was measured on.
+"""Compresses a run, serves the best combination, and checks that the service reproduces its quality.
 
-``python -m eval.benchmarks.compress_run RUN TARGET.json [--target-ms 20] [--users 50]``: what `llmrec compress` finds
-and chooses for a target; then the best combination of all, however slow, is exported and served, and ``llmrec serve``
-has to give its figure. The run's model answers ratings of whole stars, as the quickstart's does, and was trained with
-``train.exits``. The table is written before anything is served.
+``python -m eval.benchmarks.compress_run RUN TARGET.json [--target-ms 20] [--users 50]`` stores the combinations and the
+choice of `llmrec compress` for a target. Then the best combination, regardless of latency, is exported and served, and
+``llmrec serve`` must reproduce its metric. The run's model predicts ratings of whole stars, as in the quickstart, and
+was trained with ``train.exits``. The table is written before serving.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llmrec.pipeline.runs import open_run
 from llmrec.systems.m6.compress.compress import chosen, compress
 from llmrec.types import Case, Request
 
-# Questions of one call.
+# Requests per HTTP call.
 _BATCH = 64
-# Milliseconds that nothing takes.
+# A target below any latency, in milliseconds.
 _ANY = 1e9
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, export, serve, ask and write."""
+    """Measure, export, serve and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.compress_run")
     parser.add_argument("run", type=Path)
     parser.add_argument("target", type=Path)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _served(export: Path, store: Path, cases: Sequence[Case], dtype: str) -> dict[str, Any]:
-    """Return the figure of the answers that the service gives."""
+    """Return the metric of the service's answers."""
     apart = []
     with serving(
         str(export), store, "--models", "tuned", "--dtype", "bfloat16" if dtype == "int8" else dtype

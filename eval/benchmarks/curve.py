@@ -1,7 +1,7 @@
-"""The validation curve of a run that is trained, or was: ``python -m eval.benchmarks.curve RUN TARGET.json``.
+"""Extracts the validation curve of a run: ``python -m eval.benchmarks.curve RUN TARGET.json``.
 
-It reads the training log, so that a run which has not ended, or was ended early, can be told of as far as it got. Where
-the run was evaluated, its rows and comparisons stand beside the curve.
+It reads the training log, so that unfinished and interrupted runs are supported. The rows and comparisons of evaluated
+runs are included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmrec.recipe.load import load_recipe
 
 
 def _evaluated(path: Path) -> dict[str, object] | None:
-    """Return the figures of an evaluated run, None of one that was not."""
+    """Return the results of a run; None if it was not evaluated."""
     if not path.is_file():
         return None
     results = json.loads(path.read_text(encoding="utf-8"))

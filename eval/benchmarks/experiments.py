@@ -1,6 +1,6 @@
-"""The page of experiments, ``eval/EXPERIMENTS.md``: users, seeds and hours of every committed result on quality.
+"""Generates ``eval/EXPERIMENTS.md``: users, seeds and hours of every committed result on quality.
 
-An experiment of fewer than 200 users or 3 seeds is exploratory: nothing is claimed from it.
+An experiment with fewer than 200 users or 3 seeds is exploratory: no claim is based on it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Experiment:
     Attributes:
         result: Name of the file in ``eval/results``.
         cases: Number of users.
-        seeds: Of the rows that have any, the fewest of any such row; 0 where none has.
-        most: Seeds of the other rows.
-        hours: Spent.
+        seeds: Minimum number of seeds of the models with seeds; 0 if there are none.
+        most: Maximum number of seeds.
+        hours: Duration.
     """
 
     result: str
@@ -44,15 +44,15 @@ class Experiment:
 
     @property
     def exploratory(self) -> bool:
-        """Whether it is too small for a claim."""
+        """Whether it is too small for a claim (users or seeds)."""
         return self.cases < USERS or 0 < self.most < SEEDS
 
 
 def read(results: Path) -> list[Experiment]:
-    """Return the experiments of a folder: results with rows of models, and those of scripts that say users and seeds.
+    """Return the experiments of a folder: results of models, and results of scripts with users and seeds.
 
     Raises:
-        DataError: If a result does not hold what its line needs.
+        DataError: If a result lacks users, seeds or seconds.
     """
     found = []
     for path in sorted(results.glob("*.json")):
@@ -85,7 +85,7 @@ def _experiment(result: Mapping[str, Any], reader: _Reader, path: Path) -> Exper
         cases, seeds, seconds = reader(result)
         most = max(seeds, _most(result) if result.get("kind") == "suite" else seeds)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        what = f"{path} does not say its users, seeds and seconds ({error!r})"
+        what = f"{path} lacks users, seeds or seconds ({error!r})"
         raise DataError(what, kind="missing-key", at=path) from None
     return Experiment(path.stem, cases, seeds, most, seconds / 3600)
 
@@ -100,7 +100,7 @@ def _most(result: Mapping[str, Any]) -> int:
 
 
 def _chat(result: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Return the fewest users of a row with a language model, if there is one, else of any."""
+    """Return the minimum number of users over the language models, or over all models if there are none."""
     rows = [row["dialogues"] for row in result["rows"]]
     users = [row["users"] for row in rows]
     models = [row["users"] for row in rows if row["manager"] not in MANAGERS or row.get("ranker")]
@@ -108,7 +108,7 @@ def _chat(result: Mapping[str, Any]) -> tuple[int, int, float]:
 
 
 def _benchmark(result: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Return the smallest table's users and the smallest number of seeds of a tuned row."""
+    """Return the minimum number of users over tables, and of seeds over tuned models."""
     seeds = [row["seeds"] for row in result["rows"] if row["arm"] == "tuned"]
     return min(table["users"] for table in result["tables"]), min(seeds, default=1), result["seconds"]
 

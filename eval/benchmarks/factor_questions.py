@@ -1,12 +1,12 @@
-"""What a small language model knows of films, and what it reads from retrieved documents: director, country, decade.
+"""Measures factual question answering of a small language model about films, with and without retrieved documents.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.factor_questions eval/results/factor_questions.json`` reads
-FOLDER/movie_facts: directors, countries and years of films from HetRec 2011 as the truth, and leads of Wikipedia pages
-as documents, which HetRec did not write. Films that both know are drawn by a hash (``--films 300``), and SmolLM2-135M-
-Instruct is asked three questions on each: alone; with the passages that BM25 finds in the film's page within a budget
-of words (``--tokens 40``); and with those of another film. An answer is right that holds the truth: the full name of a
-director, a year of the decade or its name, a name of the country or its adjective. The decade is asked of a title
-without its year. Answers are kept under ``runs/factor-questions``; a killed run goes on.
+FOLDER/movie_facts: directors, countries and years of films from HetRec 2011 as the truth, and lead sections of
+Wikipedia pages as independent documents. Films in both are sampled by a hash (``--films 300``), and SmolLM2-135M-
+Instruct answers three questions on each: alone; with passages of the film's page by BM25 within a budget of words
+(``--tokens 40``); and with passages of another film. An answer is correct if it contains the truth: the full name of a
+director, a year of the decade or its name, a name of the country or its adjective. For the decade, the title has no
+year. Answers are stored under ``runs/factor-questions``; an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ QUESTIONS = {
     "country": ('Which country is the film "{title}" from?', "The film is from", "country American British French"),
     "decade": ('In which year was the film "{title}" made?', "The film was made in", "film released year"),
 }
-"""By factor: what is asked, how the answer begins, and what passages are looked for by."""
+"""By factor: the question, the beginning of the answer, and the query for passages."""
 SETTINGS = ("model alone", "model with retrieval", "model with another film's")
 COUNTRIES = {
     "USA": "usa|u s a|united states|u s|us|america|american",
@@ -68,14 +68,14 @@ COUNTRIES = {
     "Mexico": "mexico|mexican",
     "Denmark": "denmark|danish",
 }
-"""Names that count, by HetRec's; films from elsewhere are not drawn."""
+"""Accepted names by HetRec's name; films from other countries are not sampled."""
 _YEAR = re.compile(r"\s*\((\d{4})\)\s*$")
 _TOKENS, _BATCH = 8, 16
 
 
 @dataclass(frozen=True)
 class Film:
-    """A film that both tables know."""
+    """A film that is in both tables."""
 
     id: str
     title: str
@@ -84,7 +84,7 @@ class Film:
     year: int
 
     def holds(self, factor: str, text: str) -> bool:
-        """Whether a text holds the truth on a factor."""
+        """Whether a text contains the true value of a factor."""
         words = f" {plain(text)} "
         if factor == "director":
             return any(f" {plain(name)} " in words for name in self.directors)
@@ -94,19 +94,19 @@ class Film:
         return f" {decade}0s " in words or any(f" {decade}{digit} " in words for digit in range(10))
 
     def question(self, factor: str) -> str:
-        """Return what is asked."""
+        """Return the question."""
         title = _YEAR.sub("", self.title) if factor == "decade" else self.title
         title = re.sub(r"^(.*), (The|A|An)(?= \(|$)", r"\2 \1", title)
         return QUESTIONS[factor][0].format(title=title)
 
 
 def plain(text: str) -> str:
-    """Return the words of a text in small letters."""
+    """Return the lower-cased words of a text."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def films(folder: Path, documents: Documents, count: int) -> list[Film]:
-    """Draw films with a document, directors, a country of `COUNTRIES` and a year."""
+    """Sample films with a document, directors, a country of `COUNTRIES` and a year."""
     known, found = set(documents.names), []
     for row in table(folder / "hetrec_facts.tsv.gz").iter_rows(named=True):
         item, year = str(row["item_id"]), _YEAR.search(row["title"] or "")
@@ -117,7 +117,7 @@ def films(folder: Path, documents: Documents, count: int) -> list[Film]:
 
 
 def asked(template: Template, film: Film, factor: str, facts: Sequence[str]) -> Prompt:
-    """Return a question with passages, which enter it as data."""
+    """Return a question with passages."""
     values = {"item": {"facts": numbered(facts)}, "question": film.question(factor)}
     return Prompt(messages=template.turns(values), answer_prefix=(Segment("text", QUESTIONS[factor][1]),))
 
@@ -133,17 +133,17 @@ def answers(backend: CachedBackend, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def held(drawn: Sequence[Film], factor: str, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return 1 for each film whose text holds the truth, else 0, shape (films,)."""
+    """Return 1 for each film whose text contains the truth, else 0, shape (films,)."""
     return np.array([float(film.holds(factor, text)) for film, text in zip(drawn, texts, strict=True)])
 
 
 def mean_of(values: NDArray[np.float64]) -> Callable[[NDArray[np.intp]], NDArray[np.float64]]:
-    """Return what resamples of films have for a mean."""
+    """Return the mean of resampled films."""
     return lambda rows: np.asarray(values[rows].mean(axis=1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ask, and write what came out."""
+    """Run the questions, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.factor_questions")
     parser.add_argument("target", type=Path)
     parser.add_argument("--films", type=int, default=300)

@@ -1,6 +1,6 @@
-"""Times stores of features: build, size and look-ups, beside making a vector of a text when it is asked for.
+"""Times feature stores: build, size and look-ups, compared with encoding a text per request.
 
-``make bench NAME=features`` writes ``eval/results/feature_store.json``. Ids and vectors are drawn.
+``make bench NAME=features`` writes ``eval/results/feature_store.json``. Ids and vectors are random.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def store(rows: int, width: int) -> dict[str, Any]:
 
 
 def online(count: int = 20) -> dict[str, float]:
-    """Return milliseconds of making a vector of one text with the encoder in memory: p50 and p99."""
+    """Return the milliseconds of encoding one text with the encoder in memory: p50 and p99."""
     torch, encoder = require("torch", "train"), open_encoder(find_encoder(ENCODER)[0])
     seconds = []
     with torch.inference_mode():

@@ -1,16 +1,15 @@
-"""How fast profiles age: MovieLens replayed by year, a CTR host that learns anew each year beside older profiles.
+"""Measures the effect of stale user profiles: MovieLens by year, a CTR network trained each year, older profiles.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.freshness eval/results/freshness.json`` reads FOLDER/ml_latest_small (610
-users, 1996 to 2018). In each year the host learns from the `WINDOW` years before it, whatever is older is history, and
-every rating of the year is a question, with all ratings of the user before it as history: the host counts them, and has
-counted them all in what it learned from. A profile is the mean vector of the liked films of a user less that of the
-others, by the words of titles and genres; no language model is in it. At age a, profiles know what was rated before the
-a-th last year began, and the store knows the films that had been rated by then; the profile of a user in an earlier
-year, whose ratings the host learns from, is as old as it was then. So a user is another one in each year: the profile
-changes, and no rating is in a profile beside which it is learned from or asked about.
+users, 1996 to 2018). For each year the network is trained on the `WINDOW` years before it, older ratings are history,
+and every rating of the year is a test case, with all previous ratings of the user as history. A profile is the mean
+vector of the liked films of a user minus that of the others, by the words of titles and genres, without a language
+model. At age a, profiles contain the ratings before the a-th last year, and the store contains the films rated by then;
+profiles for training years have the same age. Users have separate ids in each year, since their profiles change, and no
+rating is both in a profile and a training or test case with it.
 
-``never`` are the profiles of the first replayed year. The controls are features of others (profiles and films' vectors
-alike), the host without either, and that host as it was in the first year, which never learns anew.
+``never`` are the profiles of the first year. Baselines are shuffled features (profiles and film vectors), the network
+without features, and that network trained in the first year only.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ HOST, LIKED, WINDOW = "deepfm", 4.0, 3
 YEARS = tuple(range(2013, 2019))
 NEVER = 99
 AGES: Mapping[str, int] = {"age 0": 0, "age 1": 1, "age 3": 3, "never refreshed": NEVER}
-"""Profiles by name: how many years old."""
+"""Age of the profiles in years, by name."""
 SHUFFLED, ALONE, FROZEN = "shuffled", "host alone", "host never trained anew"
 PAIRS = (
     ("age 0", ALONE),
@@ -62,12 +61,12 @@ PARAMETERS: Mapping[str, Any] = {"liked": LIKED, "epochs": 3, "patience": None}
 
 @dataclass(frozen=True)
 class Replay:
-    """Ratings in the order of time.
+    """Ratings by time.
 
     Attributes:
         events: Columns user_id, item_id, rating, timestamp and year, sorted by time.
-        items: By id.
-        vectors: Of what is said of items, by the place of their id in the order of ``items``, shape (items, d).
+        items: Items by id.
+        vectors: Text vectors of the items, in the order of ``items``, shape (items, d).
     """
 
     events: pl.DataFrame
@@ -76,13 +75,13 @@ class Replay:
 
     @staticmethod
     def of(events: pl.DataFrame, items: Mapping[str, Item]) -> Replay:
-        """Read what is said of items."""
+        """Compute the text vectors of items."""
         said = texts_of(list(items.values()))
         return Replay(events.sort("timestamp", "user_id", "item_id"), items, latent(said, said))
 
 
 def read(folder: Path) -> Replay:
-    """Return MovieLens as GroupLens packs it, times in UTC."""
+    """Read MovieLens in GroupLens' format, with times in UTC."""
 
     def table(name: str) -> pl.DataFrame:
         with gzip.open(folder / f"{name}.csv.gz") as stream:
@@ -105,23 +104,23 @@ def read(folder: Path) -> Replay:
 
 
 def before(year: int, age: int, first: int) -> int:
-    """Return the year before which everything is known to features that are so old; ``first``: of the replay."""
+    """Return the year up to which features of an age have data (exclusive); ``first`` is the first year."""
     return min(year, first) if age == NEVER else year - age
 
 
 def name_of(user: str, year: int) -> str:
-    """Return what a user is called in a year."""
+    """Return the id of a user in a year."""
     return f"{user}@{year}"
 
 
 def features(replay: Replay, year: int, age: int, first: int) -> list[Features]:
-    """Return profiles of users in a year and the years that the host learns from, and vectors of items.
+    """Return profiles of users in the test year and the training years, and vectors of items.
 
     Args:
         replay: The data.
-        year: That is asked about.
-        age: Of the features, in years.
-        first: Year of the replay.
+        year: The test year.
+        age: Age of the features in years.
+        first: First year.
     """
     made = Provenance(system="freshness benchmark")
     place = {item: number for number, item in enumerate(replay.items)}
@@ -144,7 +143,7 @@ def features(replay: Replay, year: int, age: int, first: int) -> list[Features]:
 
 
 def slice_of(replay: Replay, year: int) -> tuple[SplitDataset, list[Case]]:
-    """Return what the host of a year learns from, and the questions of the year."""
+    """Return the training data and the test cases of a year."""
     told = replay.events.filter(pl.col("year") < year)
     train = told.filter(pl.col("year") >= year - WINDOW)
     known = [
@@ -154,7 +153,7 @@ def slice_of(replay: Replay, year: int) -> tuple[SplitDataset, list[Case]]:
         for (other,), rows in train.sort("year").group_by("year", maintain_order=True)
     ]
     asked = replay.events.filter(pl.col("year") == year)
-    # The data know nothing of the year but its items.
+    # The data contain nothing of the test year except its items.
     whole = Dataset(
         name=f"ml-latest-small before {year}",
         noun="movies",
@@ -190,7 +189,7 @@ def _cases(asked: pl.DataFrame, told: pl.DataFrame) -> list[Case]:
     cases = []
     for user, item, rating, at, year in asked.select(*columns, "year").iter_rows():
         own, name = past.setdefault(user, []), name_of(user, year)
-        # Ratings of the same second were given on one page, and are no history of each other.
+        # Ratings of the same second were given together and are not history of each other.
         history = tuple(event for event in own if event.timestamp is not None and event.timestamp < at)
         cases.append(
             Case(request=Request(id=request_id(name, item), user_id=name, item=item, history=history), truth=rating)
@@ -200,7 +199,7 @@ def _cases(asked: pl.DataFrame, told: pl.DataFrame) -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Replay and write."""
+    """Run all years and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.freshness")
     parser.add_argument("target", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -245,7 +244,7 @@ def _since(begin: float) -> float:
 def result(
     replay: Replay, asked: Sequence[Case], said: Mapping[str, Sequence[Sequence[NDArray[np.float64]]]], years: list[int]
 ) -> dict[str, Any]:
-    """Return figures of all questions, of those of users who had rated in an earlier year, and the comparisons."""
+    """Return metrics of all cases, of those of users with ratings in earlier years, and the comparisons."""
     truth = np.array([float(float(case.truth) >= LIKED) for case in asked])
     users, of_year = zip(*(case.request.user_id.split("@") for case in asked), strict=True)
     joined = dict(replay.events.group_by("user_id").agg(pl.col("year").min()).iter_rows())
@@ -281,12 +280,12 @@ def result(
 
 
 def ndcg_within(values: NDArray[np.float64], liked: NDArray[np.float64], lists: Sequence[str]) -> float:
-    """Return the mean NDCG@10 of the ratings of a user in a year, in the order of their probabilities.
+    """Return the mean NDCG@10 of each user's ratings in a year, ranked by probability.
 
     Args:
         values: Probabilities, shape (n,).
         liked: 1 or 0, shape (n,).
-        lists: User and year of each rating. Those without a liked film, or with no other, say nothing of the order.
+        lists: User and year of each rating. Lists with a single class are left out.
     """
     known, of = np.unique(np.array(lists), return_inverse=True)
     counts, likes = np.bincount(of), np.bincount(of, liked)
@@ -296,7 +295,7 @@ def ndcg_within(values: NDArray[np.float64], liked: NDArray[np.float64], lists: 
 
 
 def show(found: Mapping[str, Any]) -> str:
-    """Return the rows as lines."""
+    """Return the results as lines of text."""
     return "\n".join(json.dumps(row) for row in found["rows"])
 
 

@@ -1,9 +1,9 @@
-"""Makes the stores that ``eval/suites/genre-items.yaml`` compares: what a content summariser adds to titles (GENRE).
+"""Writes the feature stores of ``eval/suites/genre-items.yaml``: titles with generated descriptions (GENRE).
 
-``LLMREC_DATA=FOLDER python -m eval.benchmarks.genre_items`` reads FOLDER/goodreads/items.tsv, as
-`eval.benchmarks.goodreads_sequences` writes it: titles, and a sentence on each that GPT-3.5 wrote from the title alone
-(Liu et al., WSDM 2024). It writes four stores of item features under ``runs/genre``: titles; titles with their
-sentence; titles with the sentence of another book; sentences alone. No text has seen an interaction.
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.genre_items`` reads FOLDER/goodreads/items.tsv from
+`eval.benchmarks.goodreads_sequences`: titles, and one sentence each that GPT-3.5 wrote from the title alone (Liu et
+al., WSDM 2024). It writes four stores of item features under ``runs/genre``: titles; titles with their
+sentence; titles with the sentence of another book; sentences alone. No text was written from interactions.
 """
 
 from __future__ import annotations

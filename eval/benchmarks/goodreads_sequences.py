@@ -1,14 +1,14 @@
-"""Writes ONCE's Goodreads data in the form of sequences, which ``eval/suites/goodreads.yaml`` reads.
+"""Converts ONCE's Goodreads data to sequences for ``eval/suites/goodreads.yaml``.
 
 ``python -m eval.benchmarks.goodreads_sequences SOURCE TARGET`` reads the folder ``data/goodreads`` of
 github.com/Jyonn/ONCE (Liu et al., WSDM 2024) and writes ``sequences.txt`` and ``items.tsv``:
 
-* ``user/data.npy``: users and their histories of up to nine books, as numbers of lines in the two vocabularies
-  ``user/tok.uid.dat`` and ``user/tok.bid.dat``. There are no times; the order is that of the file.
+* ``user/data.npy``: users and their histories of up to nine books, as line numbers in the two vocabularies
+  ``user/tok.uid.dat`` and ``user/tok.bid.dat``. There are no timestamps; the order is that of the file.
 * ``book.csv``: titles. ``book-desc.csv``: a sentence on each, which a language model wrote from the title alone.
 
-What the same folder has of users' interests and of generated books is left out: a language model wrote these from
-whole histories, so that they tell what a split holds out.
+User interests and generated books in the same folder are not used: a language model wrote them from whole histories,
+including held-out interactions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from llmrec.errors import DataError
 
-# An array of objects is stored as a pickle, which can call anything that can be imported; this one needs no more.
+# An array of objects is stored as a pickle, which can execute arbitrary code; only these names are allowed.
 _ARRAYS = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
@@ -35,12 +35,12 @@ _MODULES = {"numpy._core.multiarray": "numpy.core.multiarray"}
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads arrays, lists, numbers and strings, and refuses everything else."""
+    """Reads arrays, lists, numbers and strings, and rejects everything else."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         found = _ARRAYS.get((_MODULES.get(module_name, module_name), global_name))
         if found is None:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is no array")
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not an array")
         return found
 
 
@@ -49,13 +49,13 @@ def convert(source: Path, target: Path) -> tuple[int, int]:
 
     Args:
         source: ONCE's folder ``data/goodreads``.
-        target: Where ``sequences.txt`` and ``items.tsv`` go; made where it is not there.
+        target: Output folder for ``sequences.txt`` and ``items.tsv``.
 
     Returns:
-        How many users and interactions were written.
+        The numbers of users and interactions.
 
     Raises:
-        DataError: If a file is missing or is not what it is in that repository.
+        DataError: If a file is missing or has an unexpected format.
     """
     users, books = (_lines(source / "user" / f"tok.{name}.dat") for name in ("uid", "bid"))
     rows = list(_histories(source / "user" / "data.npy", users, books))
@@ -83,7 +83,7 @@ def _histories(path: Path, users: Sequence[str], books: Sequence[str]) -> Iterat
             yield users[int(user)], [books[int(book)] for book in history]
     except (ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise DataError(
-            f"{path}: does not hold users and histories ({error}); fetch it again from github.com/Jyonn/ONCE",
+            f"{path} has no users and histories ({error}); download it again from github.com/Jyonn/ONCE",
             kind="wrong-format",
             at=path,
         ) from error
@@ -94,7 +94,7 @@ def _pairs(path: Path, separator: str, key: str, value: str) -> Iterator[tuple[s
     absent = {key, value} - set(rows.fieldnames or ())
     if absent:
         raise DataError(
-            f"{path}: has no column {min(absent)!r}; fetch it again from github.com/Jyonn/ONCE",
+            f"{path} has no column {min(absent)!r}; download it again from github.com/Jyonn/ONCE",
             kind="missing-column",
             at=path,
             column=min(absent),
@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[str]:
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise DataError(
-            f"{path}: is not there; name the folder data/goodreads of github.com/Jyonn/ONCE",
+            f"{path} does not exist; name the folder data/goodreads of github.com/Jyonn/ONCE",
             kind="missing-file",
             at=path,
         )

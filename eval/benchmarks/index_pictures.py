@@ -37,7 +37,7 @@ class Canvas:
         self.parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {look}>{escape(text)}</text>')
 
     def box(self, x: float, y: float, text: str, *, strong: bool) -> float:
-        """Draw a piece and return where it ends."""
+        """Draw a token and return its right edge."""
         width = len(text) * _CHAR + 18
         fill, ink = (_FILL, "#ffffff") if strong else (_QUIET, _SOFT)
         self.parts.append(f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="30" rx="6" fill="{fill}"/>')
@@ -57,7 +57,7 @@ class Canvas:
 
 
 def draw(index: ItemIndex, item: str, titles: Mapping[str, str], popular: Mapping[str, int]) -> str:
-    """Return the picture of one item's ID: a row for each prefix, with the items that share it."""
+    """Draw one item's ID: a row for each prefix, with the items that share it."""
     pieces, canvas = index.codes[item], Canvas()
     canvas.text(_PAD, 40, titles[item], size=20)
     canvas.text(_PAD + len(titles[item]) * 11.6 + 12, 40, "has the ID", size=15, ink=_SOFT)
@@ -80,7 +80,7 @@ def draw(index: ItemIndex, item: str, titles: Mapping[str, str], popular: Mappin
 def _about(
     index: ItemIndex, item: str, prefix: Sequence[str], titles: Mapping[str, str], popular: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Return lines on the items that share a prefix."""
+    """Return lines of text about the items that share a prefix."""
     sharing = [other for other, pieces in index.codes.items() if pieces[: len(prefix)] == tuple(prefix)]
     if len(sharing) == 1:
         return [("only this film", _INK)]
@@ -95,7 +95,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def main(folder: Path) -> None:
-    """Draw every scheme's picture."""
+    """Draw the pictures of all schemes."""
     for name in NAMES:
         recipe = load_recipe(f"recipes/movielens-100k/index-{name}.yaml")
         assert recipe.index is not None

@@ -1,16 +1,15 @@
-"""What profiles that a language model wrote add to a CTR host: the six arms of KAR (Xi et al., RecSys 2024).
+"""Measures the effect of LLM-written user profiles on CTR networks: the variants of KAR (Xi et al., RecSys 2024).
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json`` reads FOLDER/ml1m_ctr: MovieLens-1M under a
-published random split of its ratings, and profiles that gpt-4o-mini wrote of training ratings (which ones is not
-recorded, so that all that it can have read count as seen: the last 40, the last 10 of five stars and the last 10 of two
-or less); FOLDER/ml1m/items.tsv.gz has a sentence on each film by GPT-3.5. Rows that were seen are history and never
-learned from, in every arm. A fit is kept under the folder ``runs/kar``, by tables
-and code; a killed run goes on.
+published random split of its ratings, and profiles that gpt-4o-mini wrote from training ratings. Which ratings is not
+recorded, so all possible ones are assumed: the last 40, the last 10 with five stars and the last 10 with two or less.
+FOLDER/ml1m/items.tsv.gz has a sentence on each film by GPT-3.5. Ratings in profiles are history and never training
+examples, in every variant. Fits are stored under ``runs/kar``, by tables and code; an interrupted run continues.
 
-``--data ml100k`` reads FOLDER/ml100k_profiles in the same way: MovieLens-100K under its own split u1, with profiles and
+``--data ml100k`` reads FOLDER/ml100k_profiles in the same way: MovieLens-100K under its split u1, with profiles and
 texts on films by gpt-4o-mini.
 
-The verdict on the language model is that of its texts less those made of the same events without it.
+The effect of the language model is the difference to features from the same interactions without it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ ARMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "language model, items alone": (("llm",), {"sides": "item"}),
     "factors of the same events": (("factors",), {}),
 }
-"""By name: stores, and parameters of the host."""
+"""Stores and network parameters, by variant."""
 PAIRS = (
     ("language model", "same events, no language model"),
     ("language model", "host"),
@@ -75,23 +74,23 @@ WINDOW = 20
 
 
 def table(path: Path) -> pl.DataFrame:
-    """Read a packed table of texts."""
+    """Read a compressed table of texts."""
     with gzip.open(path) as stream:
         return pl.read_csv(io.BytesIO(stream.read()), separator="\t", infer_schema=False, quote_char=None)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What is read of a data set.
+    """The tables of a data set.
 
     Attributes:
-        name: Of the data.
-        ratings: user_id, item_id, rating, timestamp and u1, the part of a published random split: train or test.
-        titles: By item.
-        genres: By item.
-        users: Attributes, by user.
-        profiles: What a language model wrote of each user.
-        told: What one wrote of each item.
+        name: Name of the data set.
+        ratings: Columns user_id, item_id, rating, timestamp and u1: train or test in a published random split.
+        titles: Titles by item.
+        genres: Genres by item.
+        users: Attributes by user.
+        profiles: LLM-written profile of each user.
+        told: LLM-written text of each item.
     """
 
     name: str
@@ -112,7 +111,7 @@ def ml1m(root: Path) -> Tables:
     told = films.select("item_id", "llm_summary_agent4rec")
     return Tables(
         "ml1m-u1",
-        # A pair without a place in its user's sequence cannot be put into a history.
+        # A pair without a position in its user's sequence cannot be in a history.
         found.filter(pl.col("timestamp") >= 0),
         dict(table(folder / "item_tmdb.tsv.gz").select("item_id", "title").iter_rows()),
         {item: (said or "").replace("|", ", ") for item, said in films.select("item_id", "genres").iter_rows()},
@@ -126,7 +125,7 @@ def ml1m(root: Path) -> Tables:
 
 
 def ml100k(root: Path) -> Tables:
-    """Read MovieLens-100K, whose ratings come from its own source."""
+    """Read MovieLens-100K, with the ratings of its data source."""
     folder, data = root / "ml100k_profiles", load(DataSection(source="movielens-100k"), seed=0)
     held = table(folder / "u1_test_pairs.tsv.gz").with_columns(pl.lit("test").alias("u1"))
     found = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
@@ -138,17 +137,17 @@ def ml100k(root: Path) -> Tables:
 
 
 def lines(path: Path) -> list[dict[str, str]]:
-    """Read packed JSON Lines."""
+    """Read compressed JSON Lines."""
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def read(given: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case], dict[str, frozenset[Pair]]]:
-    """Return the split, cases that judge when to stop and test cases, and what the profile of each user has seen.
+    """Return the split, early-stopping cases, test cases, and the interactions in each user's profile.
 
     Args:
         given: The tables.
-        rows: Training rows to keep, by a hash.
+        rows: Number of training examples to keep, by a hash.
     """
     found = given.ratings.sort("user_id", "timestamp", maintain_order=True)
     train, test = found.filter(pl.col("u1") == "train"), found.filter(pl.col("u1") == "test")
@@ -162,7 +161,7 @@ def read(given: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case]
     order = np.argsort(hash64("kar rows", 0, rest["user_id"], rest["item_id"]), kind="stable")
     count = len(order)
     valid, kept = rest[np.sort(order[: count // 20])], rest[np.sort(order[count // 20 : count // 20 + rows])]
-    # What is not learned from for want of time is history, as what profiles have seen.
+    # Training examples that are left out to save time are history, as the interactions in profiles.
     known = train.join(pl.concat([kept, valid]), on=["user_id", "item_id"], how="anti", maintain_order="left")
     items = {
         each: Item(item_id=each, title=given.titles.get(each, each), fields={"genres": given.genres.get(each, "")})
@@ -206,7 +205,7 @@ def _past(train: pl.DataFrame) -> dict[str, list[tuple[float, Event]]]:
 
 
 def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]]) -> list[Case]:
-    """Return ratings as questions whose histories are what stood before them."""
+    """Return ratings as cases with the previous ratings as history."""
     cases = []
     for user, item, rating, time_ in frame.select("user_id", "item_id", "rating", "timestamp").iter_rows():
         before = tuple(event for at, event in past.get(user, ()) if at < time_ and event.item_id != item)
@@ -216,9 +215,9 @@ def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]
 
 
 def stores(given: Tables, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
-    """Write the stores of all arms, those that are not there yet."""
+    """Write the missing stores of all variants."""
     users = sorted(seen)
-    # Which rows are kept changes with ``--rows``; what texts have seen does not, and is listed.
+    # The training examples depend on ``--rows``; the interactions in texts do not and are listed.
     made = Provenance(system="kar benchmark")
     items = data.dataset.items
     plain = {each: f"{item.title}. {item.fields['genres']}" for each, item in items.items()}
@@ -237,7 +236,7 @@ def stores(given: Tables, place: Path, data: SplitDataset, seen: Mapping[str, fr
         written = of_texts("user", said_of, provenance=made, seen=seen)
         publish(place / "llm", [written, of_texts("item", texts, provenance=made)])
     if not (place / "factors" / "current").is_file():
-        # The events that profiles may have read, and nothing else.
+        # The interactions that may be in profiles, and nothing else.
         known = data.known.with_columns(pl.col("user_id", "item_id").cast(pl.String))
         known = known.join(_frame(seen), on=["user_id", "item_id"], how="semi")
         of_users, of_items, own = _factors(known, users)
@@ -266,7 +265,7 @@ def _frame(seen: Mapping[str, frozenset[Pair]]) -> pl.DataFrame:
 def _factors(
     known: pl.DataFrame, users: Sequence[str], width: int = 32
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], list[str]]:
-    """Return vectors of users and items by a truncated decomposition of what ratings are above their items' means."""
+    """Return vectors of users and items by a truncated SVD of ratings minus item means."""
     items = sorted(known["item_id"].unique().to_list())
     of_user, of_item = ({each: place for place, each in enumerate(names)} for names in (users, items))
     rows = np.array([of_user[each] for each in known["user_id"]])
@@ -288,20 +287,20 @@ def measure(host: Any, cases: Sequence[Case]) -> NDArray[np.float64]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit what is not fitted yet, and write what came out."""
+    """Run the missing fits, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.kar")
     parser.add_argument("target", type=Path)
     parser.add_argument("--data", choices=("ml1m", "ml100k"), default="ml1m")
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--hosts", nargs="+", default=["deepfm"], choices=HOSTS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="by name; all")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="default: all")
     parser.add_argument("--keep", type=Path, default=Path("runs/kar"))
     given = parser.parse_args(arguments)
     begin = time.perf_counter()
     found = {"ml1m": ml1m, "ml100k": ml100k}[given.data](Path(os.environ.get("LLMREC_DATA", ".")))
     data, judges, cases, seen = read(found, given.rows)
-    # Other tables, other stores.
+    # Separate stores for each set of tables.
     given.keep /= digest_of(data=data.fingerprint, profiles=found.profiles, told=found.told)
     given.keep.mkdir(parents=True, exist_ok=True)
     stores(found, given.keep, data, seen)
@@ -408,10 +407,10 @@ def within(
     Seeds are averaged before a difference is taken; users are resampled.
 
     Args:
-        said: Probabilities of all questions by name and seed.
-        planned: Pairs of names, the first less the second.
-        truth: Of the questions.
-        users: Of the questions.
+        said: Probabilities of all cases by name and seed.
+        planned: Pairs of names; the difference is first − second.
+        truth: Labels of the cases.
+        users: Users of the cases.
     """
     of = {key: np.mean([gauc(v, truth, users).values for v in values], axis=0) for key, values in said.items()}
     found, counts = [], []

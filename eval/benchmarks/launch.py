@@ -1,8 +1,8 @@
-"""Evaluates SmolLM2-135M-Instruct in one process with two threads and in two processes with a thread each.
+"""Times the evaluation of SmolLM2-135M-Instruct in one process with two threads and in two with one thread each.
 
-``python -m eval.benchmarks.launch eval/results/launch.json``. The two are started by `llmrec eval --launch 2`. Both
-commands read the data, fit the baselines and write the report in one process; the seconds of the whole command and of
-the model's answers alone are noted, in turns, with the load of the machine.
+``python -m eval.benchmarks.launch eval/results/launch.json``. The two processes are started by `llmrec eval --launch
+2`. Both commands read the data, fit the baselines and write the report in one process; the seconds of the whole command
+and of the model's answers are recorded, alternately, with the load of the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPE = (
     "eval.backend=hf",
     "eval.fusion={}",
 )
-# One process with two threads, and two with a thread each.
+# One process with two threads, and two with one thread each.
 WAYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "one": ({"OMP_NUM_THREADS": "2"}, ()),
     "two": ({"OMP_NUM_THREADS": "1"}, ("--launch", "2")),
@@ -42,10 +42,10 @@ WAYS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 
 
 def main(target: Path) -> None:
-    """Run both in turns and write what they took."""
+    """Run both alternately and write the times."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as place:
-        # Before the first round: the model's files and the fits of baselines are cached.
+        # Before the first round, cache the model's files and the fits of baselines.
         _run(Path(place) / "first", *WAYS["one"])
         for number in range(ROUNDS):
             for way, settings in WAYS.items():

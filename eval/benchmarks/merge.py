@@ -1,9 +1,9 @@
-"""Memory of a merge: block by block as llmrec merges, and PEFT's merge of the whole model in float32.
+"""Measures the memory of merging a LoRA adapter: block by block by llmrec, and the whole model in float32 by PEFT.
 
-``python -m eval.benchmarks.merge eval/results/merge.json`` makes a Llama with random weights in bfloat16 and a LoRA
-adapter on all linear layers, merges it both ways, each in a process of its own, and compares the files. The peak of
-memory is what the process holds besides mapped files, read two hundred times a second, without what it holds before
-the merge: the system drops pages of mapped files when memory is short.
+``python -m eval.benchmarks.merge eval/results/merge.json`` creates a Llama with random weights in bfloat16 and a LoRA
+adapter on all linear layers, merges it both ways, each in a separate process, and compares the files. Peak memory is
+the anonymous memory of the process, sampled two hundred times per second, minus that before the merge; pages of mapped
+files are excluded, since the system can drop them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the table of metrics on docs/evaluation-protocol-and-metrics.md from the registry."""
+"""Generates the table of metrics in docs/evaluation-protocol-and-metrics.md from the registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS = {
 
 
 def table() -> str:
-    """Return every registered metric with its meaning, its direction, and whether models are compared by it."""
+    """Return every registered metric with its meaning, direction, and use in comparisons."""
     rows = []
     for name, entry in METRICS.items():
         names = [name] * (entry.both or not entry.cut) + [f"{name}@k"] * (entry.both or entry.cut)

@@ -1,7 +1,7 @@
-"""Writes ``eval/NEGATIVE_RESULTS.md``: what was tried and did not help.
+"""Generates ``eval/NEGATIVE_RESULTS.md``, the ideas that did not help.
 
-``eval/negative_results.yaml`` lists the ideas and points to comparisons in ``eval/results``; values, intervals and
-verdicts are read from there.
+``eval/negative_results.yaml`` lists the ideas with pointers to comparisons in ``eval/results``, which have the values,
+intervals and verdicts.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Tested:
     """One comparison of an idea.
 
     Attributes:
-        data: The data set, and which of its cases.
-        compared: What is subtracted from what.
+        data: The data set, and the subset of its cases.
+        compared: The two models.
         at: Pointer to the comparison.
-        metric: Its metric, where the comparison does not name it.
-        exploratory: Whether it has one training seed, where the result does not say so itself.
-        verdict: `NO_DIFFERENCE` in place of the verdict of the comparison.
-        why: Why the verdict is replaced.
+        metric: Its metric, if the comparison does not name it.
+        exploratory: Whether it has one training seed, if the result does not record that.
+        verdict: `NO_DIFFERENCE` instead of the verdict of the comparison.
+        why: Reason for replacing the verdict.
     """
 
     data: str
@@ -69,7 +69,7 @@ def write(root: Path) -> str:
     """Return the page.
 
     Raises:
-        PointerError: If a pointer leads to no comparison, or a verdict is replaced without a reason.
+        PointerError: If a pointer does not lead to a comparison, or a verdict is replaced without a reason.
     """
     results = Results(root)
     small = {item.result for item in read(root / "eval" / "results") if item.exploratory}
@@ -104,7 +104,7 @@ def _verdict(tested: Tested, pair: dict[str, Any], metric: str) -> str:
     if tested.verdict:
         if tested.verdict != NO_DIFFERENCE or not tested.why:
             raise PointerError(
-                f"{SOURCE}, {tested.at}: a verdict is replaced by {NO_DIFFERENCE!r} only, and with a reason"
+                f"{SOURCE}, {tested.at}: a verdict can only be replaced by {NO_DIFFERENCE!r}, with a reason"
             )
         return f"{NO_DIFFERENCE} ({tested.why})"
     if pair.get("verdict"):

@@ -1,8 +1,8 @@
-"""Shows how negatives that avoid held-out items tell the answer, and that those of training rows do not.
+"""Measures the leak of training negatives that avoid held-out items, and that llmrec's negatives do not leak.
 
-``python -m eval.benchmarks.negatives eval/results/negatives.json``. The rule knows no history and no item: it counts
-how often training rows showed each item to a user as a negative, and ranks the stored candidates by how seldom. Draws
-that know what is held out are built here as the negative example; nothing in llmrec can make them.
+``python -m eval.benchmarks.negatives eval/results/negatives.json``. A rule without history and item features counts
+how often each item was a user's negative in training, and ranks the stored candidates by ascending count. Sampling that
+avoids held-out items is implemented here as the negative example; llmrec does not support it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from llmrec.tasks.base import keyed
 from llmrec.tasks.pool import Negatives
 
 COUNT = 20
-"""Candidates of a request, and of a training row."""
+"""Number of candidates of a request, and of a training example."""
 ROWS = (20, 100, 200, 400)
-"""Training rows a user."""
+"""Training examples per user."""
 
 
 class Knowing(Negatives):
-    """Draws items that a user has had in no split, so that a held-out item is never shown as a negative."""
+    """Samples items that a user has in no split, so that a held-out item is never a negative."""
 
     def __init__(self, data: SplitDataset, kind: str) -> None:
-        """Remember all interactions, held-out ones among them."""
+        """Store all interactions, including held-out ones."""
         super().__init__(data, kind)
         self._whole = data.dataset.interactions
 
@@ -52,7 +52,7 @@ def chance(count: int) -> float:
 
 
 def ndcg(items: Sequence[str], target: str, shown: Mapping[str, int]) -> float:
-    """Return the NDCG@10 of candidates ranked by how seldom they were shown, in expectation over ties."""
+    """Return the NDCG@10 of candidates ranked by ascending number of uses as negatives, in expectation over ties."""
     above = sum(shown[item] < shown[target] for item in items)
     level = sum(shown[item] == shown[target] for item in items)
     return sum(1 / math.log2(2 + rank) for rank in range(above, above + level) if rank < 10) / level
@@ -61,7 +61,7 @@ def ndcg(items: Sequence[str], target: str, shown: Mapping[str, int]) -> float:
 def attacked(
     data: SplitDataset, negatives: Negatives, rows: Sequence[int]
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield numbers of rows a user and what the rule then reaches, a value a held-out interaction."""
+    """Yield numbers of training examples per user with the rule's NDCG@10, one value per held-out interaction."""
     sets = draw(data, "test", CandidateSection(count=COUNT), seed=0).sets
     held = data.holdouts("test")
     shown: dict[str, Counter[str]] = defaultdict(Counter)

@@ -1,8 +1,8 @@
-"""Nine kinds of tables that people have, taken through the documented commands: init, check, data and a classic run.
+"""Runs the documented commands (init, check, data and a run of baselines) on nine common kinds of tables.
 
-``python -m eval.benchmarks.own_tables`` writes eval/results/own_tables.json, and ends with 1 if a table fails. All rows
-follow from a seed: a shop with orders of several products, whose titles are HTML, and a folder of MovieLens' form. What
-a recipe reads has to be what was written: users, items, pairs of both, and titles as plain text.
+``python -m eval.benchmarks.own_tables`` writes eval/results/own_tables.json, with exit code 1 if a table fails. The
+tables are generated from a seed: a shop with orders of several products, whose titles are HTML, and a folder in
+MovieLens' format. The data that a recipe reads must equal the written data: users, items, pairs, and plain-text titles.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _NOTES = ("Bitte klingeln; zweimal!", "Ware zum\nHintereingang", "", "", "Beim N
 
 @dataclass(frozen=True)
 class Product:
-    """One product; ``title`` is plain text, and ``html`` what a shop has."""
+    """One product; ``title`` is plain text, ``html`` the title as stored."""
 
     sku: str
     title: str
@@ -75,7 +75,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Shop:
-    """A shop that was made from a seed."""
+    """A shop generated from a seed."""
 
     products: tuple[Product, ...]
     lines: tuple[Line, ...]
@@ -145,7 +145,7 @@ def german(made: Shop, folder: Path) -> None:
 
 
 def events(made: Shop, folder: Path) -> None:
-    """Kinds of events, addresses in place of ids, and no titles."""
+    """Event types, e-mail addresses as ids, and no titles."""
     kinds = ("view", "view", "cart", "purchase")
     rows = [
         (kinds[number % 4], line.email, line.product.sku, line.time.isoformat())
@@ -163,13 +163,13 @@ def _nested(line: Line) -> dict[str, Any]:
 
 
 def json_lines(made: Shop, folder: Path) -> None:
-    """An event a line, with nested objects."""
+    """One event per line, with nested objects."""
     text = "".join(json.dumps(_nested(line)) + "\n" for line in made.lines)
     (folder / "events.jsonl").write_text(text, encoding="utf-8")
 
 
 def json_orders(made: Shop, folder: Path) -> None:
-    """An order a line, with its lines in a list."""
+    """One order per line, with its items in a list."""
     rows = (
         {
             "id": lines[0].order,
@@ -218,7 +218,7 @@ def database(made: Shop, folder: Path) -> None:
 
 
 def parquet(made: Shop, folder: Path) -> None:
-    """A plain Parquet file with llmrec's own names."""
+    """A plain Parquet file with llmrec's column names."""
     rows = [(line.customer, line.product.sku, line.time, line.product.title) for line in made.lines]
     names = ["user_id", "item_id", "timestamp", "title"]
     pl.DataFrame(rows, schema=names, orient="row").write_parquet(folder / "plain.parquet")
@@ -246,9 +246,9 @@ class Table:
 
     Attributes:
         write: Writes it into a folder.
-        init: What is given to ``llmrec init``.
+        init: Arguments of ``llmrec init``.
         titled: Whether its items have titles.
-        split: The kind of split that fits it.
+        split: The kind of split.
     """
 
     write: Callable[[Shop, Path], None]
@@ -269,12 +269,12 @@ TABLES: Mapping[str, Table] = {
     "Parquet": Table(parquet, ("plain.parquet",)),
     "MovieLens folder": Table(movielens, ("ml-latest-small",)),
 }
-# No language model: what is shown is that the table is understood.
+# No language model: the test is whether the table is read correctly.
 CLASSIC = ("eval.arms=[]", "eval.users=40", "eval.bootstrap=100")
 
 
 def commands(table: Table) -> list[list[str]]:
-    """Return the commands of a table, in the folder in which it lies; `llmrec run` is the last."""
+    """Return the commands of a table, run in its folder; `llmrec run` is the last."""
     page = "mine.yaml"
     return [
         ["init", *table.init, "--name", "mine"],
@@ -285,7 +285,7 @@ def commands(table: Table) -> list[list[str]]:
 
 
 def differences(made: Shop, table: Table, data: Dataset, split: str) -> list[str]:
-    """Return what a recipe reads that is not what was written; empty if all is."""
+    """Return the differences between the data that a recipe reads and the written data."""
     pairs = {(line.customer, line.product.sku) for line in made.lines}
     rows = data.interactions.select("user_id", "item_id").unique()
     wanted = {
@@ -303,7 +303,7 @@ def differences(made: Shop, table: Table, data: Dataset, split: str) -> list[str
 
 
 def taken(name: str, made: Shop, folder: Path) -> dict[str, Any]:
-    """Take one table through its commands, and return what came of it."""
+    """Run the commands of one table, and return the outcome."""
     table, done = TABLES[name], list[dict[str, Any]]()
     table.write(made, folder)
     for words in commands(table):
@@ -331,7 +331,7 @@ def _here(path: str, folder: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Take every table, write what came of each, and return 1 if one failed."""
+    """Run all tables, write the outcomes, and return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.own_tables", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=Path("eval/results/own_tables.json"))
     given = parser.parse_args(arguments)

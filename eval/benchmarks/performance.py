@@ -1,4 +1,4 @@
-"""The generated part of eval/PERFORMANCE.md: the table of the timed benchmarks, with the goal of each."""
+"""Generates a part of eval/PERFORMANCE.md: the table of the timed benchmarks with their goals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LABELS = {
     ("training", "packing", "tokens"): ("Several targets after one history", "fewer tokens than padded rows"),
     ("training", "packing", "time"): ("Several targets after one history", "faster than padded rows"),
 }
-"""What was measured, and what its figure means, by file, section and goal."""
+"""The measurement and the meaning of its value, by file, section and goal."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Goal:
 
     Attributes:
         key: File, section and name.
-        content: Its entry in the file.
+        content: The entry in the file.
     """
 
     key: tuple[str, str, str]
@@ -77,7 +77,7 @@ class Goal:
 
     @property
     def row(self) -> list[str]:
-        """Its line of the table: fastest and median round, and whether both meet the goal."""
+        """The line of the table: fastest and median round, and whether both meet the goal."""
         what, meaning = LABELS[self.key]
         found = [self._value(value) for value in self.content["found"].values()]
         bound = "at_least" if "at_least" in self.content else "at_most"
@@ -94,7 +94,7 @@ class Goal:
 
 
 def goals(file: Path) -> Iterator[Goal]:
-    """Yield the goals of a result file: those of its sections, or its own."""
+    """Yield the goals of a result file or of its sections."""
     result = json.loads(file.read_text(encoding="utf-8"))
     for section, content in result.get("sections", {"": result}).items():
         for name, goal in content["goals"].items():

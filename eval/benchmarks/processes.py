@@ -1,8 +1,8 @@
-"""Trains SmolLM2-135M-Instruct in one process and in two, kills one of the two, and goes on in one.
+"""Trains SmolLM2-135M-Instruct in one process and in two, kills one of the two, and resumes in one process.
 
-``python -m eval.benchmarks.processes eval/results/processes.json``. The two are started by torchrun and talk through
-gloo. All runs are in float32 and without dropout, so that what differs is the order of sums. Seconds are noted with the
-load of the machine and compared with nothing.
+``python -m eval.benchmarks.processes eval/results/processes.json``. The two processes are started by torchrun and use
+gloo. All runs are in float32 and without dropout, so that only the order of sums differs. Seconds are recorded with the
+load of the machine, but not compared.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", 
 
 
 def main(target: Path) -> None:
-    """Run all of it and write what came out."""
+    """Run all trainings and write the results."""
     with tempfile.TemporaryDirectory() as place:
         one, two, cut = (Path(place) / name for name in ("one", "two", "cut"))
         alone = _done(_ALONE, one)
@@ -62,7 +62,7 @@ def main(target: Path) -> None:
 
 
 def _done(start: Sequence[str], out: Path) -> dict[str, Any]:
-    """Train to the end and return what was recorded."""
+    """Train to the end and return the records."""
     begin = time.monotonic()
     subprocess.run([*start, *RECIPE, "--out", str(out)], check=True)
     told = json.loads((out / "train.json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def _done(start: Sequence[str], out: Path) -> dict[str, Any]:
 
 
 def _killed(out: Path) -> dict[str, Any]:
-    """Begin in two processes, end the second with SIGKILL, and return how the rest ended."""
+    """Start two processes, kill the second with SIGKILL, and return how the first ended."""
     log = out / "train_log.jsonl"
     with tempfile.TemporaryFile("w+") as said:
         launcher = subprocess.Popen([*_TWO, *RECIPE, "--out", str(out)], stdout=said, stderr=said)
@@ -104,7 +104,7 @@ def _until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
 
 
 def _beside(one: Path, other: Path) -> dict[str, float]:
-    """Return how far two trainings are apart: losses in parts of themselves, weights in all."""
+    """Return the differences of two trainings: relative differences of losses, and differences of weights."""
     losses = [
         [line["loss"] for line in json.loads((run / "train.json").read_text(encoding="utf-8"))["log"][1:]]
         for run in (one, other)

@@ -1,4 +1,4 @@
-"""What every benchmark records of how its result was made."""
+"""The provenance that every benchmark result records."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from llmrec.machine import commit, machine, versions
 
 
 def provenance() -> dict[str, Any]:
-    """Return machine, versions of packages, commit of the checkout, and the seconds since the process was started."""
+    """Return the machine, package versions, commit, and the seconds since the process started."""
     duration = round(time.time() - psutil.Process().create_time(), 1)
     return {"machine": machine(), "versions": versions(), "commit": commit(), "duration": duration}

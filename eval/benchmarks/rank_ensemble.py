@@ -1,9 +1,8 @@
-"""Times single requests about a whole catalogue to an ensemble with a learned ranker.
+"""Times single full-catalogue requests to an ensemble with a learned ranker.
 
-Run by ``make bench NAME=rank-ensemble``: the ensemble of interactions and texts of ``eval/suites/toys.yaml``,
-whose data ``LLMREC_DATA`` holds, with a ranker of the setting that the suite's result names, fitted to fewer users,
-which changes no time. The command starts it on one core with one thread; ``BENCH_CLOCK=processor`` where others use the
-core too.
+Run by ``make bench NAME=rank-ensemble``: the ensemble of interactions and texts of ``eval/suites/toys.yaml``, with data
+in ``LLMREC_DATA`` and a ranker with the setting of the suite's result, fitted to fewer users, which does not change the
+latency. The command uses one core with one thread; set ``BENCH_CLOCK=processor`` if other processes use the core.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from llmrec.recipe.load import load_suite
 from llmrec.types import Request
 
 SUITE, ENSEMBLE = "eval/suites/toys.yaml", "ensemble of interactions and texts"
-# Users to which its ranker is fitted; the items of a list that a service asks for at least.
+# Number of users to which the ranker is fitted; minimum list length that a service requests.
 FITTING, DEPTH = 1500, 50
 
 
@@ -49,7 +48,7 @@ def main() -> None:
 
 
 def measured(count: int) -> dict[str, Any]:
-    """Time requests about the catalogue, one at a time, as a service asks its ensemble."""
+    """Time single requests, as in a service."""
     suite = load_suite(SUITE)
     rows = {row.name or str(row.baseline): row for row in suite.rows}
     result = json.loads(Path(f"eval/results/{suite.suite}.json").read_text(encoding="utf-8"))
@@ -92,7 +91,7 @@ def measured(count: int) -> dict[str, Any]:
         for n, one in zip(range(count), held, strict=False)
     ]
     question = Question(depth=DEPTH)
-    # The members are fitted, and their matrices are made, when the first request comes.
+    # Fit the members and build their matrices before the first timed request.
     model.answer(requests[:3], question)
 
     def times(once: Callable[[Any], object], asked: Sequence[Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""llmrec's learned ranker beside RecTools' two-stage model, over the same candidates of the same members, in one run.
+"""Compares llmrec's learned ranker with RecTools' two-stage model, over the same candidates of the same members.
 
 ``RECTOOLS_PYTHON=PYTHON LLMREC_DATA=FOLDER python -m eval.benchmarks.ranker eval/results/ranker.json``, where PYTHON is
 the interpreter of an environment with ``rectools[catboost]`` and ``lightgbm``. Members have the parameters that a
@@ -49,12 +49,12 @@ SINGLE = "best single member"
 
 @dataclass(frozen=True)
 class Source:
-    """The members: those of an ensemble of a suite, with the parameters in its committed result.
+    """The members of an ensemble of a suite, with the parameters in its committed result.
 
     Attributes:
         suite: The name of the suite.
         row: The name of the ensemble.
-        without: Members that are left out, since they take long to fit.
+        without: Members to leave out, since they take long to fit.
     """
 
     suite: str
@@ -69,7 +69,7 @@ SOURCES = {
 
 
 class SecondStage(Ensemble):
-    """The second stage of an ensemble over candidates that were gathered before."""
+    """The second stage of an ensemble over stored candidates."""
 
     def __init__(self, name: str, members: Sequence[str], *, learns: bool) -> None:
         super().__init__(name, learns=learns)
@@ -80,7 +80,7 @@ class SecondStage(Ensemble):
         return self.members
 
     def measured(self, train: Cells, users: Sequence[str], test: Cells, only: Tried | None = None) -> Measured:
-        """Fit it, and measure it on test users: a target that is no candidate is below all candidates."""
+        """Fit it, and evaluate it on test users; a target that is not a candidate ranks below all candidates."""
         begin = time.process_time()
         self._choose(train, users, repeats=False, dissect=False, only=only)
         fitted_at = time.process_time()
@@ -122,7 +122,7 @@ def candidates(
     folder: Path,
     which: str,
 ) -> tuple[Cells, dict[str, NDArray[np.float64]]]:
-    """Write the members' best items with scores, and llmrec's features of their union.
+    """Write the members' top items with scores, and llmrec's features of their union.
 
     Returns:
         The candidates, and NDCG@10 of each member and user.
@@ -142,7 +142,7 @@ def candidates(
         out = np.zeros((len(part), len(items)), dtype=bool)
         for row, request in enumerate(requests):
             out[row, [column[event.item_id] for event in request.history if event.item_id in column]] = True
-        # As in the measure: a repeated item may be the target.
+        # As in the metric, a repeated item may be the target.
         out[here, truth] = False
         raw = [np.asarray(member.scorer.scores(requests), dtype=np.float32) for member in members]
         union = np.zeros_like(out)
@@ -183,7 +183,7 @@ def candidates(
 
 
 def peer(python: str, folder: Path, cases: Sequence[Case], users: Mapping[str, int], items: Sequence[str]) -> Any:
-    """Run RecTools; return its file, and NDCG@10 of each test user under the best setting of each set of features."""
+    """Run RecTools; return its results, and NDCG@10 of each test user with the best setting for each feature set."""
     script = Path(__file__).with_name("ranker_peer.py")
     subprocess.run([python, str(script), str(folder)], check=True)
     told = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
@@ -201,7 +201,7 @@ def peer(python: str, folder: Path, cases: Sequence[Case], users: Mapping[str, i
 
 
 def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
-    """Measure both libraries on a data set."""
+    """Evaluate both libraries on a data set."""
     source = SOURCES[name]
     suite = load_suite(f"eval/suites/{source.suite}.yaml")
     data = load_split(suite.data, suite.split_seeds[0])
@@ -235,7 +235,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
     }
     owners = [case.request.user_id for case in cases]
     rows = {label: ensembles[label].measured(here, owners, there) for label in (CHOSEN, LINEAR)}
-    # Its setting was chosen already, whether or not the choice fell on it.
+    # Its setting was already chosen, even if the ranker was not.
     (trees,) = (tried for tried in ensembles[CHOSEN].tried if tried.form == "ranker")
     rows[RANKER] = ensembles[RANKER].measured(here, owners, there, only=trees)
     single = max(valid, key=lambda member: valid[member].mean())

@@ -1,13 +1,13 @@
-"""RecTools' two-stage model over given candidates, beside llmrec's learned ranker; `ranker.py` starts it.
+"""RecTools' two-stage model over given candidates, for comparison with llmrec's learned ranker; run by `ranker.py`.
 
-It runs in that library's own environment, so it imports nothing of llmrec: ``PYTHON ranker_peer.py FOLDER``. The folder
-holds ``events.npz`` (training interactions, and the held-out items of the reserved validation users), and for these
-users (``valid``) and the test users ``lists-*.npz`` (the best items of each member, with scores) and
-``features-*.npz`` (llmrec's features of all candidates). ``lists.npz`` and ``trials.json`` are written beside them.
+It runs in a separate environment for RecTools and does not import llmrec: ``PYTHON ranker_peer.py FOLDER``. The folder
+contains ``events.npz`` (training interactions, and the held-out items of the reserved validation users), and for these
+users (``valid``) and the test users ``lists-*.npz`` (the top items of each member, with scores) and ``features-*.npz``
+(llmrec's features of all candidates). ``lists.npz`` and ``trials.json`` are written to it.
 
-RecTools' first stage is made of its own models, so each member is a `ModelBase` that answers with the given lists; all
-else is `CandidateRankingModel` as it is. A fifth of the reserved users chooses the setting, which is then fitted to all
-of them.
+RecTools' first stage consists of its models, so each member is a `ModelBase` that returns the given lists; the rest is
+an unchanged `CandidateRankingModel`. The setting is chosen on a fifth of the reserved users, and then fitted to all of
+them.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from rectools.models.ranking.candidate_ranking import NegativeSamplerBase
 
 TOP, K = 40, 10
 CHUNK = 4000
-"""Users that are answered at a time."""
+"""Users per batch."""
 FOLDS, ENOUGH = 5, 1000
-"""Parts of the reserved users, each of which is held out in turn to choose the setting; one, if it has enough users."""
+"""Folds of the reserved users to choose the setting; a single one, if it has enough users."""
 LLMREC = {
     "n_estimators": 150,
     "learning_rate": 0.05,
@@ -53,16 +53,16 @@ LLMREC = {
     "colsample_bytree": 0.5,
     "lambdarank_truncation_level": 20,
 }
-"""The settings of `llmrec.ensembles.trees`, whose number of trees is the largest that it tries."""
+"""The settings of `llmrec.ensembles.trees`, with its largest number of trees."""
 OWN, SHARED = "scores and ranks", "scores, ranks and llmrec's features"
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What the members and llmrec know of the candidates of some users.
+    """The lists and features of the candidates of some users.
 
     Attributes:
-        lists: The best items of each member: user_id, item_id, score.
+        lists: The top items of each member: user_id, item_id, score.
         features: One row per candidate: user_id, item_id, and llmrec's features.
     """
 
@@ -76,7 +76,7 @@ class Tables:
             str(name): pd.DataFrame({key: lists[f"{key}-{place}"] for key in ("user_id", "item_id", "score")})
             for place, name in enumerate(lists["names"])
         }
-        # LightGBM takes no colons and commas in names.
+        # LightGBM does not allow colons and commas in names.
         columns = [f"llmrec_{place}" for place in range(len(features["names"]))]
         values = pd.DataFrame(features["values"], columns=columns)
         ids = pd.DataFrame({key: features[key] for key in ("user_id", "item_id")})
@@ -85,7 +85,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Stages:
-    """The tables for the training of the second stage, whose data lack held-out items, and for answers."""
+    """The tables for training the second stage, without held-out items, and for answers."""
 
     events: int
     train: Tables
@@ -96,7 +96,7 @@ class Stages:
 
 
 class Given(ModelBase):
-    """A member of the first stage, whose lists are given: they lack seen items already."""
+    """A first-stage model that returns given lists, from which seen items are already filtered."""
 
     def __init__(self, name: str, stages: Stages) -> None:
         super().__init__()
@@ -130,14 +130,14 @@ class HeldOut(Splitter):
 
 
 class EveryNegative(NegativeSamplerBase):
-    """All candidates that are no targets."""
+    """All candidates that are not targets."""
 
     def sample_negatives(self, train: pd.DataFrame) -> pd.DataFrame:
         return train
 
 
 class GivenFeatures(CandidateFeatureCollector):
-    """llmrec's features of pairs of a user and a candidate."""
+    """llmrec's features of user-candidate pairs."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
@@ -199,7 +199,7 @@ def dataset(train: pd.DataFrame, targets: pd.DataFrame) -> Dataset:
 
 
 def ndcg(lists: pd.DataFrame, targets: pd.DataFrame) -> float:
-    """Mean NDCG@10 with one relevant item a user; a user without it in the list counts 0."""
+    """Mean NDCG@10 with one relevant item per user; a user without it in the list counts 0."""
     hits = lists.merge(targets, on=["user_id", "item_id"])
     return float((1 / np.log2(hits["rank"] + 1)).sum() / len(targets))
 

@@ -1,13 +1,13 @@
-"""Would gradient-boosted trees combine ratings and yes/no answers better than the weights of `llmrec.ensembles.blend`?
+"""Compares gradient-boosted trees with the weights of `llmrec.ensembles.blend` for ratings and yes/no answers.
 
-``LLMREC_DATA=folder make bench NAME=rated-trees`` fits the members of the row ``fusion`` of suites with the parameters
-that were chosen earlier (``eval/results``), one seed. The weights, and trees with the settings of rankings
-(`llmrec.ensembles.trees`), are cross-fitted over the validation users for ensemble weights. Trees take the place of the
-weights, or are boosted from the weights' scores, so that they learn what these leave. They have the members' values,
-or features of the item and the history too. They are preferred by the rule of rankings: a gain of more than one
-standard error on these users. Test users choose nothing.
+``LLMREC_DATA=folder make bench NAME=rated-trees`` fits the members of the ensemble ``fusion`` of suites with the
+parameters in ``eval/results``, one seed. The weights, and trees with the settings of rankings
+(`llmrec.ensembles.trees`), are cross-fitted over the validation users for ensemble weights. Trees replace the weights,
+or are boosted from their scores. Their features are the members' values, or also features of the item and the history.
+They are preferred by the rule of rankings: a gain of more than one standard error on these users. Test users are not
+used for any choice.
 
-Members' answers are stored in a folder, from which a killed call goes on.
+Members' answers are stored in a folder, so that an interrupted call continues.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ SETS: Mapping[str, tuple[str, Sequence[str]]] = {
     "MovieLens-100K, yes/no, last tenths": ("movielens-100k-liked-fusion", (_TENTH,)),
     "MovieLens-1M, yes/no": ("ml1m-ctr", ()),
 }
-"""Suites with changed keys, by name. Parameters of members are those that the suites chose on their own split."""
+"""Suites with changed keys, by name. Members have the parameters that the suites chose on their splits."""
 _RESAMPLES = 2000
 _SURE = 1e-6
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The cases of a split, with the members' answers and further features, a row a case."""
+    """The cases of a split with the members' answers and further features, one row per case."""
 
     users: list[str]
     truth: NDArray[np.float64]
@@ -71,7 +71,7 @@ class Answers:
 
     @property
     def features(self) -> NDArray[np.float32]:
-        """Both, shape (n, f)."""
+        """Answers and features, shape (n, f)."""
         return np.column_stack([self.members, self.context]).astype(np.float32)
 
 
@@ -128,7 +128,7 @@ def answers(suite: Suite, chosen: Mapping[str, Mapping[str, Any]], file: Path) -
 
 
 def _blend(known: Answers, *, judges: bool) -> Blend:
-    """Return the ensemble of the members as it is."""
+    """Return the blend of the members."""
     answer = Probability if judges else Rating
     ids = [str(row) for row in range(len(known.users))]
     members = [
@@ -172,7 +172,7 @@ class Comparison:
         self._tested = self._weighed(self._every, test.members)
 
     def _weighed(self, inside: NDArray[np.bool_], members: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the scores of weights that are fitted to some of the cases."""
+        """Return the scores of weights fitted to some of the cases."""
         gone = np.array(self._known.users)[~inside].tolist()
         return self._blend.line_apart_from(frozenset(gone)).of(members)
 
@@ -185,17 +185,17 @@ class Comparison:
         return float(errors.mean() if self._judges else errors.mean() ** 0.5)
 
     def _less(self, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]) -> dict[str, float]:
-        """Return the figure of errors ``a``, and its difference to that of ``b`` with its interval over users."""
+        """Return the metric of errors ``a``, and its difference to that of ``b`` with its interval over users."""
         statistic: StatisticName = "mean" if self._judges else "root_mean"
         pair = paired(a, b, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
         return {"value": self._figure(a), "difference": pair.value, "low": pair.low, "high": pair.high}
 
     def trees(self, *, context: bool, boosted: bool) -> dict[str, Any]:
-        """Return what trees give.
+        """Return the results of trees.
 
         Args:
-            context: Whether they have the further features too.
-            boosted: Whether they are boosted from the scores of the weights.
+            context: Whether to include the further features.
+            boosted: Whether to boost from the scores of the weights.
         """
         known, test = self._known, self._test
         features, others = ((e.features if context else e.members.astype(np.float32)) for e in (known, test))
@@ -231,7 +231,7 @@ class Comparison:
         }
 
     def measured(self) -> dict[str, Any]:
-        """Return all figures."""
+        """Return all results."""
         known, test = self._known, self._test
         return {
             "metric": "LogLoss" if self._judges else "RMSE",

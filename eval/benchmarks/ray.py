@@ -1,8 +1,8 @@
-"""Two nodes of Ray on one machine: the bytes of one process, whatever is killed, and what the cluster costs.
+"""Checks that two Ray nodes give the output of one process, even after kills, and measures the overhead.
 
-Run by ``make bench NAME=ray``; it needs the extra ``ray``, and is small: a random model of two blocks, some hundred
-requests and two actors, since what is shown is that nothing is lost, doubled or in the wrong place. Each node is a
-``ray start`` of its own. Results are written after each case, so that what a broken-off run has found stays.
+Run by ``make bench NAME=ray``; it needs the extra ``ray``. It is small (a random model of two layers, some hundred
+requests and two actors), since it checks that nothing is lost, duplicated or misplaced. Each node is a separate ``ray
+start``. Results are written after each case, so that an interrupted run keeps them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ EVALUATED = (
 
 
 class Nodes:
-    """Nodes of one cluster on this machine, each of them processes that can be killed."""
+    """Nodes of one cluster on this machine, with processes that can be killed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,7 +78,7 @@ class Nodes:
         self.failed_starts = 0
 
     def start(self, name: str) -> None:
-        """Start a node; on a machine with much else to do Ray gives up on itself, and is started again."""
+        """Start a node, with retries, since Ray may time out on a busy machine."""
         for _ in range(TRIES):
             ports = [_free() for _ in range(5)]
             self.ports[name] = ports[0]
@@ -88,7 +88,7 @@ class Nodes:
                 *([*head, "--temp-dir", str(self._folder)] if name == "head" else ["--address", self.address]),
                 *("--node-ip-address", "127.0.0.1", "--num-cpus", str(NODE_CPUS), "--num-gpus", "0"),
                 *("--object-store-memory", "100000000", "--node-manager-port", str(ports[0])),
-                # Where ports are given, a node does not wait for the process that would choose them.
+                # With given ports, a node does not wait for the process that chooses them.
                 *("--metrics-export-port", str(ports[1]), "--runtime-env-agent-port", str(ports[2])),
                 *("--dashboard-agent-grpc-port", str(ports[3]), "--dashboard-agent-listen-port", str(ports[4])),
             ]
@@ -105,7 +105,7 @@ class Nodes:
         raise SystemExit(f"Ray does not start here: {done.stdout[-800:]}{done.stderr[-800:]}")
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Return the processes of a node: what serves it, and its workers."""
+        """Return the processes of a node: services and workers."""
         port, found = f"={self.ports[name]}", []
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
@@ -121,7 +121,7 @@ class Nodes:
         return [process for process in found if "MapWorker" in " ".join(_words(process))]
 
     def kill(self, name: str) -> None:
-        """Kill a node and all that runs there."""
+        """Kill a node and its processes."""
         for process in self.processes(name):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -149,13 +149,13 @@ def _free() -> int:
 
 
 def finished(target: Path) -> list[Path]:
-    """Return the records of the shards that are finished."""
+    """Return the records of the finished shards."""
     return sorted(shards_of(target).glob(f"*/{SHARD}"))
 
 
 @contextmanager
 def meanwhile(target: Path, harm: Callable[[], str] | None) -> Iterator[list[str]]:
-    """Do harm once the first shard is finished, and hand out what was done."""
+    """Kill something once the first shard is finished, and yield a description of it."""
     said: list[str] = []
     over = threading.Event()
 
@@ -175,7 +175,7 @@ def meanwhile(target: Path, harm: Callable[[], str] | None) -> Iterator[list[str
 
 
 class Bench:
-    """The cases, and what was found."""
+    """The cases and their results."""
 
     def __init__(self, folder: Path, target: Path) -> None:
         self._folder, self._target = folder, target
@@ -199,7 +199,7 @@ class Bench:
         )
 
     def rank(self, strategy: str, harm: Callable[[], str] | None = None) -> None:
-        """Rank in one process and on the cluster, where something is killed."""
+        """Rank in one process and on the cluster, with a kill."""
         begin = time.monotonic()
         whole = rank_file(self.options(f"whole-{strategy}", strategy))
         alone = time.monotonic() - begin
@@ -212,7 +212,7 @@ class Bench:
         self._found(f"rank, {strategy}", chosen.target, alone, spent, sha256_of(chosen.target) == whole["sha256"], said)
 
     def driver(self, strategy: str) -> None:
-        """Kill the command once some shards are finished, and give it again."""
+        """Kill the command once some shards are finished, and run it again."""
         chosen = self.options("ray-driver", strategy, actors=ACTORS, cpus=CPUS, gpus=0, shards=SHARDS)
         words = [
             sys.executable,
@@ -320,11 +320,11 @@ class Bench:
 
 
 def estimate(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return what a week of one GPU would take on more, from constants that were measured; no such run was made."""
+    """Estimate the duration of one GPU-week of work on more GPUs, from measured constants; not measured."""
     plain = [each for each in cases if not each["killed"] and each["seconds_one_process"] is not None]
     if not plain:
         return None
-    # What the command took beside its actors' work: to join, to start actors, to put together.
+    # The overhead of the command: joining, starting actors, merging.
     fixed = sum(each["seconds_command"] - each["actor_seconds"] / ACTORS for each in plain) / len(plain)
     opening = sum(each["seconds_to_open_a_shard"] for each in plain) / len(plain)
     each_actor = 4
@@ -354,14 +354,14 @@ def _figures(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Start the nodes, take the cases and write what was found."""
+    """Start the nodes, run the cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("target", type=Path)
     target = parser.parse_args().target
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # An actor computes with as many threads as one process does, whose last bits depend on it.
+    # An actor uses the same number of threads as one process, since sums depend on it.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Ray lets other processes go before its actors by default, which one process does not.
+    # By default Ray lowers the priority of its actors.
     os.environ.update({"RAY_worker_niceness": "0"})
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))

@@ -1,8 +1,8 @@
-"""Keeps a run's results in the repository: ``make bench NAME=record`` after ``make quickstart``.
+"""Stores a run's results in the repository: ``make bench NAME=record`` after ``make quickstart``.
 
-``python -m eval.benchmarks.record RUN TARGET`` writes them without prompts, texts and raw answers, which hold other
-people's data; with docs/quickstart.md as third argument its table too, and with the recipe's page as fourth
-what that page sets, so that a test can say that the page has changed since.
+``python -m eval.benchmarks.record RUN TARGET`` writes them without prompts, texts and raw answers, which contain other
+people's data. With docs/quickstart.md as third argument its table is updated; with the recipe as fourth its keys are
+stored, so that a test can detect changes.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from llmrec.results import Results
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 SIMPLE = ("random", "frequent-text", "global-mean", "user-mean", "popularity", "item-mean")
-"""What a model has to beat first, the strongest last; a task has some of them."""
+"""Simple baselines, the strongest last; a task has some of them."""
 
 
 def main(run: Path, target: Path, shown: Path | None = None, page: Path | None = None) -> None:
     """Write the results, and the table into a page of the documentation.
 
     Raises:
-        SystemExit: If the recipe's page is not what was run.
+        SystemExit: If the recipe differs from that of the run.
     """
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     if page is not None:
-        # Keys that are newer than the run have their defaults in both.
+        # Keys that are newer than the run have defaults in both.
         if recipe_hash(load_recipe(page)) != recipe_hash(Recipe.model_validate(results["recipe"])):
-            raise SystemExit(f"{run} was made with another recipe than {page}; run it again")
+            raise SystemExit(f"{run} was run with another recipe than {page}; run it again")
         results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
     results["commit"] = commit()
-    # What the report shows of users and items is theirs.
+    # The report's examples of users and items are personal data.
     for key in ("examples", "gallery", "newcomers"):
         results[key] = []
     for key in ("texts", "files", "example", CHECKSUM):
@@ -64,9 +64,9 @@ def main(run: Path, target: Path, shown: Path | None = None, page: Path | None =
 
 
 def changed_since(results: dict[str, Any], page: Path) -> list[str]:
-    """Return the keys of a recipe's page that have changed since its results were recorded, defaults left out.
+    """Return the keys of a recipe that have changed since its results were recorded, without defaults.
 
-    Names and descriptions change nothing.
+    Names and descriptions are ignored.
     """
     then, now = (dict(_flat(each)) for each in (results["recipe_page"], yaml.safe_load(page.read_text("utf-8"))))
     different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
@@ -86,7 +86,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return one line per task: the model in each setting, simple baselines, the best one, and paired differences."""
+    """Return one line per task: the model in each variant, simple baselines, the best one, and paired differences."""
     lines = [
         "| Task, metric, requests | Zero-shot | Few-shot | Fine-tuned | Simple baselines | Best baseline "
         "| Fine-tuned − zero-shot | Fine-tuned − simple baseline |",
@@ -114,14 +114,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _difference(results: dict[str, Any], a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Return the paired difference of two rows with its interval, and what may be said of it."""
+    """Return the paired difference of two models with its interval and verdict."""
     pair = next(each for each in results["comparisons"] if (each["a"], each["b"]) == (a["id"], b["id"]))
     text = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
     return text.replace("-", "−")
 
 
 def screen(results: dict[str, Any]) -> str:
-    """Return what the command prints at the end of the run, as a code block."""
+    """Return the final output of the command as a code block."""
     folder = Path("runs") / results["recipe"]["name"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -131,7 +131,7 @@ def screen(results: dict[str, Any]) -> str:
 
 
 def _how(results: dict[str, Any]) -> str:
-    """Say how the figures came about, from the run alone."""
+    """Return the conditions of the results, from the run."""
     tasks = list(results["headline"])
     asked = {row["task"]: row["predictor"] for row in reversed(results["rows"]) if row["arm"] == "zero-shot"}
     read = Results.model_validate(results)
