@@ -402,7 +402,7 @@ def test_what_a_plug_in_gives_and_answers_is_looked_at(tmp_path: Path, encoder: 
         build_study(load_recipe(page(tmp_path), ["data.source=own:table"]))
     rated = "tasks={rating: {baselines: [global-mean, user-mean, item-mean, user-item-bias, own:Recent]}}"
     with raises(
-        RecipeError, Facts("unknown-name", column="tasks.rating.baselines", says="does not answer this family")
+        RecipeError, Facts("unknown-name", column="tasks.rating.baselines", says="does not support this family")
     ):
         build_study(load_recipe(page(tmp_path), [rated]))
     with raises(RecipeError, Facts("bad-value", column="tasks.sequential.baselines", says="half_life of 'own:Recent'")):

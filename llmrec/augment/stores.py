@@ -78,14 +78,13 @@ def of_texts(
 def from_table(
     path: str, kind: FeatureKind, *, column: str = "text", seen: str | None = None, encoder: str = ENCODER
 ) -> Features:
-    """Return the texts of a user's table as features.
+    """Return the texts of a table as features.
 
     Args:
         path: A table with the column ``user_id`` or ``item_id``, and a column of texts.
         kind: The kind of the ids: users or items.
         column: Name of the text column.
-        seen: A table with the columns user_id and item_id: the interactions that the texts were written from, those of
-            a user for the text of that user. None: no interactions.
+        seen: A table of the interactions that each text was written from, with the columns user_id and item_id.
         encoder: A text encoder, by name or folder.
 
     Raises:
@@ -112,12 +111,12 @@ def from_table(
             raise DataError.at(
                 message.name,
                 "mismatch",
-                f" names none of the {kind}s of {table.name}, such as {told_of[0]!r}; write the ids alike",
+                f" contains none of the {kind}s of {table.name}, such as {told_of[0]!r}; use the same ids",
                 "user_id" if person else "item_id",
             )
         if without:
             log.warning(
-                "%s: %s of the %s %ss of %s do not stand in it, such as %r; their texts count as having seen nothing",
+                "%s: %s of the %s %ss of %s are missing, such as %r; their texts count as written from no interactions",
                 message.name,
                 f"{len(without):,}",
                 f"{len(told_of):,}",
@@ -194,7 +193,7 @@ def forget(folder: Path, user: str) -> Forgotten:
         had = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
         if not had and not pairs:
             raise DataError.at(
-                folder, "unknown-name", f" knows nothing of user {user!r}; answers that a model had given were removed"
+                folder, "unknown-name", f" has no data on user {user!r}; cached model answers were removed"
             )
         write_version(place, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
     return Forgotten(had, len(pairs), tuple(others))
@@ -232,12 +231,10 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[Feature
         raise DataError(f"the text of {kind} {each!r} would be blank; erase it with forget instead", kind="bad-value")
     named = store.provenance(kind).encoder
     if "name" not in named:
-        raise DataError.at(folder, "unsupported", " does not say which encoder made its vectors; make the store anew")
+        raise DataError.at(folder, "unsupported", " does not record the encoder of its vectors; rebuild the store")
     embedder = text_embedder(str(named["name"]))
     if embedder.stamp != named.get("stamp"):
-        raise DataError.at(
-            folder, "mismatch", f" was made with another {named['name']} than is here; make the store anew with it"
-        )
+        raise DataError.at(folder, "mismatch", f" was built with another version of {named['name']}; rebuild the store")
     with writing(folder) as place:
         store = FeatureStore.open(folder)
         tables = {known: whole(store, known) for known in store.kinds}

@@ -1,4 +1,4 @@
-"""The questions to a language model about users and items: prompts, and the interactions in each of them."""
+"""Prompts that generate texts on users and items, and the interactions in each prompt."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Asked:
     Attributes:
         id: Id of the user or item that the text is about.
         prompt: The question.
-        events: The events of the user that it shows, oldest first; empty for an item.
+        events: The user's interactions in the prompt, oldest first; empty for an item.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Asked:
 
     @property
     def seen(self) -> frozenset[Pair]:
-        """The interactions that the question shows."""
+        """The interactions in the prompt."""
         return frozenset((self.id, event.item_id) for event in self.events)
 
 
@@ -69,10 +69,10 @@ def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Te
 
 
 def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
-    """Return the events that a text on a user may be generated from, oldest first.
+    """Return the interactions that a text on a user may be generated from, oldest first.
 
-    With a split of kind ``prefix`` these are the user's first events, which nothing else is trained on; with other
-    splits the training events, which a baseline with the text as a feature then excludes.
+    With a split of kind ``prefix`` these are the user's first interactions, which nothing else is trained on; with
+    other splits the training interactions, which a baseline with the text as a feature then excludes.
     """
     return data.known_events(user) if data.kind == "prefix" else data.train_events(user)
 
@@ -86,15 +86,15 @@ def about_users(
     kind: FeatureKind = "user",
     interests: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Asked]:
-    """Return the questions about users with events that may be shown.
+    """Return the prompts about users who have interactions that may be shown.
 
     Args:
         data: The split data.
         section: The recipe's augment section.
-        seed: Seed of the draw, if there are more users than the limit.
+        seed: Seed of the sample, if there are more users than the limit.
         prompts: Files and folders of further templates.
-        kind: ``user``, or ``synthetic``: the next item of users with few events.
-        interests: The texts on users, which the second question may show.
+        kind: ``user``, or ``synthetic``: the next item of users with few interactions.
+        interests: The texts on users, which the prompt for synthetic items may show.
     """
     name = section.users if kind == "user" else section.synthetic
     assert name is not None
@@ -112,7 +112,7 @@ def about_users(
 
 
 def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
-    """Return the questions about the items of the catalogue; they show no interactions."""
+    """Return the prompts about the items of the catalogue; they show no interactions."""
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
     results = []
@@ -136,7 +136,7 @@ def key_of(kind: FeatureKind) -> str:
 
 
 def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
-    """Return the part of an answer that is stored; empty if the answer does not contain what was requested.
+    """Return the part of an answer to store; empty if the answer does not contain what was requested.
 
     For a text on a user with a closed list, these are the topics of the list that it names, in list order (GENRE, Liu
     et al., WSDM 2024, section 3.2). For a synthetic item, these are title and description from a JSON object, the

@@ -2,7 +2,7 @@
 
 Calls arrive in the fixed chunks of evaluation. The new answers of a call are committed in one transaction, so a kill
 loses only the current chunk, which is then computed again as a whole. A backend that returns answers one by one has
-each committed as it arrives. The engine starts at the first question that the table cannot answer.
+each committed as it arrives. The engine starts at the first question without a stored answer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _TABLES = (
 _ANSWER = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)"
 _MISSING = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
 _SPENT = "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)"
-# Errors of the machine that another attempt may not have: permission, lock, memory, I/O, full disk.
+# Errors of the machine that may be transient: permission, lock, memory, I/O, full disk.
 _CIRCUMSTANCES = frozenset(
     {
         *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR),
@@ -354,9 +354,8 @@ class Offer(NamedTuple):
     """An engine that can be started.
 
     Attributes:
-        identity: Everything besides the question that can change an answer: weights, tokenizer and chat template,
-        revision,
-            dtype, engine with its versions, device, decoding, seed, longest prompt.
+        identity: Everything except the question that can change an answer: weights, tokenizer and chat template,
+            revision, dtype, engine with its versions, device, decoding, seed, longest prompt.
         kind: The backend's class, for its name and its capabilities.
         start: Starts the engine.
     """
@@ -370,11 +369,11 @@ class CachedBackend:
     """A backend with cached answers.
 
     Args:
-        store: Where they are; None: nothing is remembered.
+        store: The stored answers; None disables the cache.
         identity: See `Offer`.
         kind: See `Offer`.
-        start: Starts the engine; called at most once, and not at all where every answer is known.
-        instead: Returns what answers in the place of an engine that failed; None, or an answer of None: nothing does.
+        start: Starts the engine; called at most once, and never if every answer is cached.
+        instead: Returns a replacement for an engine that failed, or None if there is none.
     """
 
     def __init__(
@@ -387,21 +386,21 @@ class CachedBackend:
     ) -> None:
         self.store, self._instead = store, instead
         self.replaced = 0
-        """How often another engine took the place of one that failed: answers before and after are of two engines."""
+        """Number of times that a failed engine was replaced; later answers are from the replacement."""
         self._take(Offer(identity, kind, start))
         self.part: int | None = None
-        """The part of a job that questions belong to, where its answers must not depend on what other parts asked.
+        """The part of a job that questions belong to; None: answers may be shared by all parts.
 
-        An engine that generates or searches for several prompts at once may differ in the last bits with what stands
-        beside a prompt, so that those answers are remembered for one part alone. Scores stand by themselves.
+        Generated texts and search results may differ in the last bits with the other prompts of a batch, so they are
+        cached per part. Scores are cached for all parts.
         """
         self._started: Backend | None = None
         self.recalled = 0
-        """Answers that came from the table."""
+        """Number of answers from the cache."""
         self.recalled_seconds = 0.0
-        """What those answers cost when they were computed."""
+        """The cost of those answers when they were computed."""
         self.start_seconds = 0.0
-        """What starting the engine took, which falls into the first call that needs it."""
+        """The cost of starting the engine, which is part of the first call that needs it."""
 
     def _take(self, offer: Offer) -> None:
         self.identity, kind, self._begin = offer
@@ -487,7 +486,7 @@ class CachedBackend:
             engine = self.start()
             if not isinstance(engine, HeadBackend):
                 raise BackendError(
-                    f"backend {self.name!r} reads no rating head; set eval.backend=hf",
+                    f"backend {self.name!r} has no rating head; set eval.backend=hf",
                     kind="unsupported",
                     column="eval.backend",
                 )
@@ -582,7 +581,7 @@ class _Questions:
             self._known = {} if backend.store is None else backend.store.get(self._keys)
             missing = {key: i for i, key in reversed(list(enumerate(self._keys))) if key not in self._known}
             if missing:
-                backend.start()  # not part of what an answer costs
+                backend.start()  # not part of the cost of an answer
             if backend.replaced == replaced:
                 break
         self._recalled = sum(key in self._known for key in self._keys)

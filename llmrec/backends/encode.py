@@ -1,9 +1,9 @@
-"""Tokenises prompts and training rows, identically for every engine.
+"""Tokenises prompts and training examples, identically for every engine.
 
 The tokenizer's chat template renders the chat part of a prompt. The answer is split into *pieces* at target boundaries
-and after each line, and each piece is tokenised separately; a candidate is one more piece. Training rows, prompts and
-candidates are therefore split alike, and a prompt's ids are a prefix of the training row's ids. Contents never contain
-control tokens: they are neutralised first, and the ids are checked afterwards.
+and after each line, and each piece is tokenised separately; a candidate is one more piece. Training examples,
+prompts and candidates are split the same way, so a prompt's ids are a prefix of its training example. Contents never
+contain control tokens: they are neutralised first, and the ids are checked afterwards.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _LARGE = 20_000
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Token ids and labels of one training row, equal in length.
+    """Token ids and labels of one training example, equal in length.
 
     Attributes:
         ids: Token ids.
-        labels: The same where there is loss, -100 elsewhere.
+        labels: Token ids where there is loss, -100 elsewhere.
         lines: The beginnings of the lines of a list, if requested.
         weight: The weight of each of its targets in a step's loss.
     """
@@ -186,15 +186,15 @@ class Encoder:
             return Catalogue.of([self.continuation(prompt, text, closed=True) for text in texts])
         except DataError as error:
             raise DataError(
-                f"{error} (items are counted from 0 as their texts were given; an index such as index: "
-                "{scheme: title} gives every item a text of its own)",
+                f"{error} (items are numbered from 0 in the order of their texts; an index such as index: "
+                "{scheme: title} gives every item a unique text)",
                 kind=error.kind,
                 at=error.place,
                 column=error.column,
             ) from None
 
     def row(self, example: Example) -> TokenRow:
-        """Return a training row, with loss on target pieces and on the end of turn if the row has one."""
+        """Return a training example, with loss on target pieces and on the end of turn if there is one."""
         ids = self.chat(example.messages)
         labels = [IGNORED] * len(ids)
         for text, is_target in marked_pieces(example.answer):
@@ -250,7 +250,7 @@ class Encoder:
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Tokenise chat turns up to the start of the answer, and check that no content forged a control token.
 
-        The last results are cached, since the answers of a question follow each other.
+        The last results are cached, since several answers to one prompt are encoded in sequence.
         """
         before, known = self._last
         if messages == before:
@@ -262,8 +262,8 @@ class Encoder:
             self._scaffold[roles] = self._marks(self.tokenizer.encode(self.turns_text(plain), add_special_tokens=False))
         if self._marks(ids) != self._scaffold[roles]:
             raise BackendError(
-                "a prompt holds other control tokens than its chat template writes, so some title, review or user "
-                f"text forges one; the turns begin {messages[-1].text[:120]!r}",
+                "a title, review or user text contains a control token of the chat template; remove it from the "
+                f"data; the turns begin {messages[-1].text[:120]!r}",
                 kind="unsafe",
             )
         self._last = (tuple(messages), tuple(ids))
@@ -273,7 +273,7 @@ class Encoder:
         return tuple(i for i in ids if i in self._control_ids)
 
     def _unknown(self) -> frozenset[int]:
-        """Return the id of letters outside the vocabulary, unless it has a second meaning.
+        """Return the id of the unknown token, unless it is also another special token.
 
         Titles in other scripts contain it, so it is no sign of forgery. Its spelling is neutralised like every control
         token.
@@ -327,8 +327,8 @@ class Encoder:
             folder = self.tokenizer.name_or_path
             reason = clean(str(error), _SHOWN) or type(error).__name__
             raise ModelError(
-                f"the chat template of {folder} cannot be used: {reason}; put chat_template.jinja (or the one in "
-                "tokenizer_config.json) back as the model's makers wrote it, or name another model",
+                f"the chat template of {folder} cannot be used: {reason}; restore the original chat_template.jinja "
+                "(or the one in tokenizer_config.json), or choose another model",
                 kind="unsupported",
                 at=folder,
                 column="model.name",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FakeBackend:
-    """Answers from hashes: the same prompt and candidate always get the same score, whatever the batch.
+    """Answers from hashes: the same prompt and candidate always get the same score, in any batch.
 
     Args:
         complete: Prompt text -> completion; by default a digit drawn from the prompt's hash.
@@ -90,7 +90,7 @@ class FakeBackend:
         return results
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return 16 seeded numbers per text."""
+        """Return a seeded vector of 16 dimensions per text."""
         return np.array([[_unit(text, str(k)) for k in range(16)] for text in texts], dtype=np.float32)
 
     def close(self) -> None:

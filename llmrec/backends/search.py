@@ -29,8 +29,8 @@ def search(
     """Answer `Backend.search` with a tree engine.
 
     Args:
-        make: Gives an engine; asked once.
-        encoder: Prompts and texts to token ids.
+        make: Creates the engine; called once.
+        encoder: Converts prompts and texts to token ids.
         prompts: See `Backend.search`.
         texts: The same.
         k: The same.
@@ -59,8 +59,8 @@ def search(
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
         for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):
             out = [excluded[n] for n in rows] if excluded else ()
-            asked = [encoded[n] for n in rows]
-            results = beam(reader, catalogue, asked, k=k, width=width, excluded=out, exact=exact)
+            batch = [encoded[n] for n in rows]
+            results = beam(reader, catalogue, batch, k=k, width=width, excluded=out, exact=exact)
             for n, result in zip(rows, results, strict=True):
                 value[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
             count_answers(len(rows))

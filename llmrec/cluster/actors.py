@@ -91,9 +91,9 @@ def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: in
     if most < least:
         raise RecipeError(
             f"--ray: {len(nodes)} nodes with {cpus:g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs have "
-            f"room for {most} actors of {asked.cpus:g} CPUs and {gpus:g} GPUs, one CPU left free, without which Ray "
-            f"Data would wait for ever; asked for: {least}. Ask for fewer or smaller ones (ray.actors, ray.cpus, "
-            "ray.gpus; llmrec rank: --actors, --cpus, --gpus), or start more nodes first",
+            f"room for {most} actors of {asked.cpus:g} CPUs and {gpus:g} GPUs (one CPU is reserved for Ray Data); "
+            f"requested: {least}. Request fewer or smaller ones (ray.actors, ray.cpus, ray.gpus; llmrec rank: "
+            "--actors, --cpus, --gpus), or start more nodes first",
             kind="exhausted",
             column="--ray",
         )
@@ -143,7 +143,7 @@ def knock(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise RecipeError(
-            f"--ray {address}: name {LOCAL}, or the HOST:PORT of a cluster's head node (ray start --head says it); "
+            f"--ray {address}: name {LOCAL}, or the HOST:PORT of a cluster's head node (ray start --head prints it); "
             "clients (ray://) cannot see the shared folder, so start the command on a node of the cluster",
             kind="bad-value",
             column="--ray",
@@ -153,10 +153,10 @@ def knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK).close()
         subprocess.run(asking, timeout=_ANSWER, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except (OSError, OverflowError, subprocess.SubprocessError) as error:
-        why = "it is no head node of Ray, or lets nobody in without its token"
+        why = "it is not a Ray head node, or requires its token"
         raise LlmrecError(
-            f"--ray {address}: no Ray answers there ({why if isinstance(error, subprocess.SubprocessError) else error})"
-            "; look whether the head node runs (ray status), and whether its token is here (ray get-auth-token)",
+            f"--ray {address}: no Ray there ({why if isinstance(error, subprocess.SubprocessError) else error})"
+            "; check that the head node runs (ray status), and that its token is here (ray get-auth-token)",
             kind="unreachable",
             column="--ray",
         ) from None
@@ -177,7 +177,7 @@ class Actor:
         self._worker = Worker(Path(folder), token, count, f"{node} ({_node_id()[:8]})", os.getpid())
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Work the shard of a row."""
+        """Run the shard of a row."""
         return {"worked": self._worker.work(int(row["shard"])).as_json()}
 
 
@@ -277,7 +277,7 @@ def rank_on(options: RankOptions, address: str) -> None:
         LlmrecError: See `work_on` and `llmrec.answer.rank.run.rank_file`.
     """
     if options.target == STDOUT:
-        raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
+        raise RecipeError("--out -: shards are merged into a file; name one", kind="unsupported", column="--out")
     options = resolved(options)
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
     given = {name: getattr(options, name) for name in OF_CLUSTERS}

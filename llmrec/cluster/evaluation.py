@@ -42,7 +42,7 @@ def evaluate_shard(
 
     Args:
         recipe: See `llmrec.pipeline.run.run`.
-        out: The run folder, with the tuned model if the recipe evaluates one; ``runs/<name>`` by default.
+        out: The run folder, with the fine-tuned model if the recipe evaluates one; ``runs/<name>`` by default.
         shard: The shard: whole batches of the cases of each row.
         overrides: Changed keys.
         quiet: Show no progress bars.
@@ -52,7 +52,7 @@ def evaluate_shard(
         The shard's folder.
 
     Raises:
-        LlmrecError: If the recipe has no language model, its tuned model is missing, or an engine fails.
+        LlmrecError: If the recipe has no language model, its fine-tuned model is missing, or an engine fails.
     """
     recipe = as_recipe(recipe, overrides)
     home = folder_of(recipe, out)
@@ -84,7 +84,7 @@ def refuse_without_model(recipe: Recipe) -> None:
     """Reject a recipe without a language model, whose evaluation has no shards."""
     if not recipe.eval.arms:
         raise RecipeError(
-            "this recipe asks no language model (eval.arms is empty), so that there is nothing to share out; run it in "
+            "this recipe has no language model (eval.arms is empty), so there is nothing to distribute; run it in "
             "one process",
             kind="unsupported",
             column="eval.arms",

@@ -109,8 +109,8 @@ def read_job(folder: Path, token: str) -> Job:
         fields = {}
     if fields.get("token") != token:
         raise LlmrecError(
-            f"{folder} is not the folder here that it is where the command was started; give --out a folder on a file "
-            "system that all nodes share, under one path",
+            f"{folder} is another folder here than where the command was started; set --out to a folder on a file "
+            "system that all nodes share, with the same path",
             kind="missing-file",
             at=folder,
             column="--out",
@@ -239,8 +239,8 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
     place, there = shards_of(target), shard_counts(target)
     if len(there) > 1 or (there and wanted not in (None, there[0])):
         raise RecipeError(
-            f"{place} holds shards of a job that was cut in {' and in '.join(map(str, there))}, not "
-            f"in {wanted or 'one number'}; name that number with --shards, or move the folder away",
+            f"{place} has shards of a job that was split into {' and '.join(map(str, there))}, not "
+            f"into {wanted or 'one number'}; set --shards to that number, or move the folder away",
             kind="mismatch",
             at=place,
             column="--shards",
@@ -249,7 +249,7 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
 
 
 def shard_counts(target: Path) -> list[int]:
-    """Return the numbers of shards into which a job was cut before, the most frequent first."""
+    """Return the numbers of shards into which a job was split before, the most frequent first."""
     place = shards_of(target)
     names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
     return [count for count, _ in Counter(int(name[1]) for name in names if name).most_common()]
@@ -308,10 +308,9 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
             fruitless = 0 if len(done) > before else fruitless + bool(lost)
             if fruitless == LOST:
                 raise LlmrecError(
-                    f"{len(lost)} of {count} shards were lost {LOST} times in a row with the processes that worked "
-                    f"them, first {lost[0]}/{count}: their memory or their nodes may not suffice. Those that are "
-                    f"finished are kept: the same command resumes, and llmrec {job.command} --shard {lost[0]}/{count} "
-                    "shows what is wrong",
+                    f"{len(lost)} of {count} shards were lost {LOST} times in a row with the processes that ran "
+                    f"them, first {lost[0]}/{count}: memory or nodes may be insufficient. Finished shards are kept: "
+                    f"the same command resumes, and llmrec {job.command} --shard {lost[0]}/{count} shows the error",
                     kind="failed",
                     at=shard_folder(job.target, Shard(lost[0], count)),
                 )

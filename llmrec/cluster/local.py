@@ -1,4 +1,4 @@
-"""The shards of a job on this machine: N worker processes, each with GPUs of its own or its share of the cores.
+"""The shards of a job on this machine: N worker processes, each with its own GPUs or its share of the cores.
 
 ``python -m llmrec.cluster.local FOLDER TOKEN COUNT CORES LOG NUMBER...`` is such a worker. It writes one line of JSON
 for each result and each step of its progress.
@@ -58,7 +58,7 @@ def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:
 
     Args:
         recipe: The recipe.
-        home: The run folder, with the tuned model if the recipe evaluates one.
+        home: The run folder, with the fine-tuned model if the recipe evaluates one.
         count: The number of processes.
 
     Raises:

@@ -291,7 +291,7 @@ def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
 def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
     """Return the best branches and complete items of each request, and record the best score that is pruned."""
     pool = Beams.join(beams.take(np.flatnonzero(beams.whole)), opened(beams, branches, logprobs))
-    # Ties fall by the order of paths, which does not depend on batch or width.
+    # Ties are broken by path order, which does not depend on batch or width.
     order, rank = ranked(pool, pool.scores)
     pruned = order[rank >= search.width]
     # A NaN score bounds nothing and stays NaN.

@@ -159,7 +159,7 @@ class Catalogue:
             return Catalogue(starts=tuple(int(start) for start in starts), lowest=int(lowest), **result)
         except Exception as error:
             raise DataError(
-                f"the catalogue {file} cannot be read ({error}); make it again", kind="damaged", at=file
+                f"the catalogue {file} cannot be read ({error}); rebuild it", kind="damaged", at=file
             ) from error
 
 
@@ -191,13 +191,13 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
         flat = np.fromiter(chain.from_iterable(paths), dtype=np.int32, count=int(lengths.sum()))
         table[np.arange(table.shape[1]) < lengths[:, None]] = flat
     if len(table) == 0:
-        raise DataError("the catalogue holds no item; give it some", kind="empty")
+        raise DataError("the catalogue has no items; add some", kind="empty")
     if lengths.min() == 0:
         raise DataError(
             f"item {int(lengths.argmin())} of the catalogue has no tokens; give it a code", kind="missing-value"
         )
     if int(table[:, 0].min()) < 0 or table.min() < -1:
-        raise DataError("the catalogue holds a negative token id", kind="bad-value")
+        raise DataError("the catalogue has a negative token id", kind="bad-value")
     return table, lengths
 
 
@@ -254,7 +254,7 @@ def _refuse_ambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fres
         if np.array_equal(table[place, :size], table[place + 1, :size]):
             one, two = int(order[place]), int(order[place + 1])
             raise DataError(
-                f"the tokens of item {one} of the catalogue begin those of item {two}; end codes by a line break or "
-                "the end of the turn",
+                f"the tokens of item {one} of the catalogue are a prefix of those of item {two}; end codes with a line "
+                "break or the end of the turn",
                 kind="duplicate",
             )

@@ -1,8 +1,8 @@
 """Bottleneck adapters parallel to the feed-forward part of every layer, as in M6-Rec (arXiv 2205.08084).
 
 A layer's FFN(Z) becomes FFN(Z) + lambda * (act(Z W1 + b1) W2 + b2). Lambda is trained too and starts at 0,
-where the model equals the base to the bit. The paper does not name its activation; here it is GELU. Plain architectures
-have no such parts, so the adapters cannot be merged: they are stored with a model's weights as
+where the model is bit-identical to the base. The paper does not name its activation; here it is GELU. Plain
+architectures have no such layers, so the adapters cannot be merged: they are stored with a model's weights as
 ``bottlenecks.safetensors``, and only `llmrec.models.load` loads them.
 """
 
@@ -28,7 +28,7 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
     Args:
         model: A decoder, with or without PEFT adapters.
         rank: Width of the bottleneck.
-        seed: Of the first weights.
+        seed: Seed of the initial weights.
 
     Raises:
         ModelError: If its layers have no ``mlp`` of one input and one output.
@@ -93,7 +93,9 @@ def load(model: torch.nn.Module, folder: Path) -> None:
             for name, item in wanted.items():
                 item.copy_(result[name])
     except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
-        raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
+        raise damaged(
+            f"{folder / WEIGHTS} cannot be read, or belongs to another model", folder / WEIGHTS, error
+        ) from error
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Any]:
@@ -107,8 +109,8 @@ def _parts(model: torch.nn.Module) -> list[Any]:
     parts = [getattr(layer, "mlp", None) for layer in layers or ()]
     if not parts or any(part is None or hasattr(part, "experts") for part in parts):
         raise ModelError(
-            f"train.method: a {_base(model).config.model_type} has no layers with one plain feed-forward part each, "
-            "beside which bottleneck adapters stand; set train.method=option",
+            f"train.method: a {_base(model).config.model_type} has no layers with one plain feed-forward block each, "
+            "as bottleneck adapters need; set train.method=option",
             kind="unsupported",
             column="train.method",
         )

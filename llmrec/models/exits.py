@@ -32,12 +32,12 @@ def check(model: torch.nn.Module, key: str) -> None:
     body = None if is_paired(model.config) else model.get_decoder()
     layered = hasattr(body, "layers") and hasattr(body, "norm")
     head = model.get_output_embeddings()
-    # The head of a model with item tokens is wrapped by the trained rows of these tokens, which its loss reads too.
+    # With item tokens, the head is wrapped by their trained rows, which the loss reads too.
     wrapper = getattr(head, "token_adapter", None)
     if not (layered and plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
         raise ModelError(
-            f"{key}: a {model.config.model_type} has not the layers, norm and plain head of a decoder that answers may "
-            "leave early; drop the key",
+            f"{key}: a {model.config.model_type} does not have the layers, norm and plain head of a decoder that early "
+            "exits need; remove the key",
             kind="unsupported",
             column=key,
         )
@@ -62,12 +62,12 @@ class Exits:
 
     Args:
         model: A decoder.
-        exit: A whole number: after this layer. A part of 1: after the first layer at which one of the labels has this
-            probability among them.
+        exit: A layer number: exit after this layer. A fraction: exit after the first layer at which one of the labels
+            has this probability among them.
 
     Attributes:
-        taken: After how many layers answers were given.
-        whole: How many prompts went through all layers, since their answers are no labels of one token each.
+        taken: The number of layers used for each answer.
+        whole: The number of prompts that used all layers, because their answers are not one-token labels.
 
     Raises:
         RecipeError: If the model has fewer layers.

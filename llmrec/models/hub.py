@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: the local cache, downloads, and a clear error for each way in which they fail."""
+"""Models of the Hugging Face hub: the local cache, downloads, and an error message for each kind of failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutErr
 
 
 def cached(name: str, revision: str | None, *, code: bool) -> str | None:
-    """Return the folder of a model that the hub's cache has completely, weights included; otherwise None."""
+    """Return the folder of a model that is complete in the hub's cache, weights included; otherwise None."""
     hub = require("huggingface_hub", "train")
     if not Path(_cache(), f"models--{name.replace('/', '--')}").is_dir():
         return None  # without the download library, which takes long to import
@@ -42,14 +42,14 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
     """Download a model into the hub's cache and return its folder.
 
     Args:
-        name: Of the hub, such as ``org/model``.
+        name: A name on the hub, such as ``org/model``.
         revision: A branch, tag or commit; None: the main one.
-        code: Fetch Python files too.
-        weights: Fetch the weights; otherwise what describes the model, which takes seconds.
+        code: Download Python files too.
+        weights: Download the weights; otherwise only configuration and tokenizer, which takes seconds.
 
     Raises:
-        ModelError: If the hub does not give it out or cannot be asked, or the disk is full; the message says what to
-            do. Also if its weights are in pickle files alone.
+        ModelError: If the hub denies access or cannot be reached, the disk is full, or its weights are in pickle files
+            only; the message contains the fix.
     """
     hub = require("huggingface_hub", "train")
     try:
@@ -58,7 +58,7 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(
                 f"model {name} has no safetensors files on the hub, and weights in pickle files are not loaded; choose "
-                "a revision that has them (model.revision), or convert it with save_pretrained and name the folder",
+                "a revision that has them (model.revision), or convert it with save_pretrained and use that folder",
                 kind="unsafe",
                 at=name,
                 column="model.name",
@@ -117,13 +117,12 @@ def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, 
     if numbers & set(_FULL) or "No space left on device" in said:
         free = _free(place)
         return "exhausted", (
-            f"the disk is full while it is fetched: {place} has {free:.1f} GiB left. Make room and run the command "
-            "again, which resumes where it broke off, or set HF_HOME to a folder on a larger disk"
+            f"the disk is full: {place} has {free:.1f} GiB left. Free space and run the command again, which resumes "
+            "the download, or set HF_HOME to a folder on a larger disk"
         )
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
         return "unreadable", (
-            f"the hub's cache {place} cannot be written; let this user write it (chown), or set HF_HOME to a folder "
-            "of yours"
+            f"the hub's cache {place} cannot be written; make it writable (chown), or set HF_HOME to a folder of yours"
         )
     return None
 
@@ -135,31 +134,34 @@ def _answered(
     page = f"{_endpoint()}/{name}"
     token = "the token in HF_TOKEN or of `hf auth login`" if _token() else "there is no token (HF_TOKEN)"
     if "HFValidationError" in kinds:
-        return "unknown-name", f"it is no folder here, and no name that the hub can have ({said}); correct model.name"
+        return "unknown-name", f"it is neither a local folder nor a valid name on the hub ({said}); correct model.name"
     if "GatedRepoError" in kinds:
         return "unreachable", (
-            f"the hub gives it out only to those who accepted its licence, and {token}. Accept it at {page}, and set "
+            f"the hub requires accepting its licence, and {token}. Accept it at {page}, and set "
             "HF_TOKEN to a token of that account"
         )
     if "RevisionNotFoundError" in kinds:
-        return "unknown-name", f"the hub has it, but no revision {revision!r}; see {page}/tree/main, or drop the key"
+        return "unknown-name", f"the hub has it, but no revision {revision!r}; see {page}/tree/main, or remove the key"
     if status == 401:
         return "unreachable", (
-            f"the hub does not know it, or it is private and the hub does not know who asks: {token}. Check the name "
-            f"at {page}, and set HF_TOKEN to a token that may read it"
+            f"it is not on the hub, or it is private and needs a valid token: {token}. Check the name at {page}, and "
+            "set HF_TOKEN to a token that may read it"
         )
     if status == 403:
         return "unreachable", (
-            f"the hub forbids it (403) to whom asks: {token}. Set HF_TOKEN to a token with the right to read it, which "
-            f"a fine-grained token has to name; see {page}"
+            f"the hub denies access (403): {token}. Set HF_TOKEN to a token with read access; a fine-grained token "
+            f"has to list the model; see {page}"
         )
     if status == 404 or "RepositoryNotFoundError" in kinds:
-        return "unknown-name", f"it is no folder here, and {_endpoint()} has no model of this name (404); correct it"
+        return (
+            "unknown-name",
+            f"it is not a local folder, and {_endpoint()} has no model of this name (404); correct it",
+        )
     if status == 407:
         return _unasked({"ProxyError"}, said)
     if status is not None:
         return "unreachable", (
-            f"the hub answers with status {status} ({said}); try again later, or name a folder that holds the model"
+            f"the hub responds with status {status} ({said}); try again later, or set model.name to a folder"
         )
     return None
 
@@ -168,22 +170,20 @@ def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
     """Return the error of a failed connection to the hub."""
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
-            f"the hub is not asked, since HF_HUB_OFFLINE is set, and its cache {_cache()} does not hold the model "
-            "whole; fetch it once without HF_HUB_OFFLINE, or set model.name to a folder"
+            f"HF_HUB_OFFLINE is set, and the hub's cache {_cache()} does not have the complete model; download it once "
+            "without HF_HUB_OFFLINE, or set model.name to a folder"
         )
     if "ProxyError" in kinds or "proxy" in said.lower() or (kinds & _UNREACHED and _behind_proxy()):
         return "unreachable", (
-            f"the proxy on the way to {_endpoint()} does not work ({said}); correct HTTPS_PROXY and NO_PROXY, or set "
-            "HF_HUB_OFFLINE=1 to do without the hub"
+            f"the proxy for {_endpoint()} does not work ({said}); correct HTTPS_PROXY and NO_PROXY, or set "
+            "HF_HUB_OFFLINE=1 to work without the hub"
         )
     if kinds & _UNREACHED:
         return "unreachable", (
             f"{_endpoint()} cannot be reached ({said}); check the network, set HF_ENDPOINT to a mirror, or set "
-            "model.name to a folder that holds the model"
+            "model.name to a folder"
         )
-    return "failed", (
-        f"fetching it from {_endpoint()} broke off ({said}); run the command again, which resumes where it broke off"
-    )
+    return "failed", (f"the download from {_endpoint()} was interrupted ({said}); run the command again to resume it")
 
 
 def _behind_proxy() -> bool:

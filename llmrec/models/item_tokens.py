@@ -36,7 +36,7 @@ def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -
     """Add tokens to a tokenizer, and return their ids in order.
 
     Raises:
-        ModelError: If the tokenizer cannot write one of them as a single id.
+        ModelError: If the tokenizer cannot encode one of them as a single id.
     """
     tokenizers = require("tokenizers", "train")
     # Not special, since answers are decoded without special tokens; not normalised, since they are matched exactly.
@@ -46,7 +46,7 @@ def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -
     written = tokenizer.encode("".join(tokens), add_special_tokens=False)
     if written != ids:
         raise ModelError(
-            f"the tokenizer {type(tokenizer).__name__} does not write item tokens such as {tokens[0]} as one id each; "
+            f"the tokenizer {type(tokenizer).__name__} does not encode item tokens such as {tokens[0]} as one id each; "
             "choose another model, or an index of numbers or titles",
             kind="unsupported",
             column="model.name",
@@ -72,14 +72,14 @@ def extended(
 
     Args:
         base: The model's folder.
-        section: How to load it.
-        index: Its ``vocabulary`` is added.
-        titles: The words of each item, by id; one that is left out gives none to its tokens.
+        section: The recipe's model section.
+        index: The index, whose ``vocabulary`` is added.
+        titles: Item titles by id; items may be missing.
         target: The folder to write.
         words: Start each new row from the words of its items; otherwise at random.
-        seed: Of the chance.
-        vectors: A vector of each item, by id; where they are given, new rows start from them and not from words.
-        whitened: Give each main direction of the vectors the same spread.
+        seed: Random seed.
+        vectors: Item vectors by id; if given, new rows start from them instead of from words.
+        whitened: Whiten the vectors.
     """
     torch = require("torch", "train")
     model = load_model(base, section, dtype=torch.float32)
@@ -172,7 +172,7 @@ def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
 def _meanings(
     index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int, *, whitened: bool
 ) -> list[NDArray[np.float32] | None]:
-    """Return the mean feature vector of each token's items, in the model's width; None without any.
+    """Return the mean feature vector of each token's items, in the model's width; None if there are none.
 
     Vectors are rotated to their principal components. Text vectors are whitened: without that, few components hold most
     of the variance, and differences between similar items would be lost (WhitenRec, ICDE 2024, section 3). Vectors of
@@ -209,14 +209,14 @@ def _rows(
     Args:
         table: Rows of the known vocabulary, shape (v, d).
         meanings: The embedding that each token represents, shape (d,) each.
-        levels: Which tokens are alternatives of each other.
-        seed: Of the chance.
+        levels: The level of each token in its code.
+        seed: Random seed.
     """
     centre = table.mean(axis=0)
     spread = float(np.sqrt(np.square(table - centre).sum(axis=1).mean()))
     rng = np.random.default_rng(seed)
-    chance = rng.standard_normal((len(meanings), table.shape[1])).astype(np.float32)
-    away = chance * np.float32(spread / np.sqrt(table.shape[1]))
+    noise = rng.standard_normal((len(meanings), table.shape[1])).astype(np.float32)
+    away = noise * np.float32(spread / np.sqrt(table.shape[1]))
     for level in dict.fromkeys(levels):
         members = [n for n, name in enumerate(levels) if name == level and meanings[n] is not None]
         if len(members) < 2:

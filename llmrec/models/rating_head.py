@@ -1,7 +1,7 @@
 """A head that predicts a rating from a hidden state: the last layer's, after the final norm, at a prompt's last token.
 
 Two formulations (Kang et al., arXiv 2305.06474, section 4): one class for each value of the scale, whose expectation is
-the rating, or one unit whose number is the rating. Its weights are stored with a model's as
+the rating, or one unit whose output is the rating. Its weights are stored with a model's as
 ``rating_head.safetensors``, their meaning in ``rating_head.json``.
 """
 
@@ -31,8 +31,8 @@ class HeadShape:
 
     Attributes:
         values: The rating scale, lowest first.
-        alpha: Weight of the cross-entropy in its training; 0 makes it one unit.
-        width: Of the hidden states.
+        alpha: Weight of the cross-entropy in its training; 0: a head with one unit.
+        width: Dimension of the hidden states.
     """
 
     values: tuple[float, ...]
@@ -58,7 +58,7 @@ class RatingHead:
         return self
 
     def outputs(self, states: torch.Tensor) -> Any:
-        """Return the outputs for hidden states of shape (n, width): logits of classes, or one number; float32.
+        """Return the outputs for hidden states of shape (n, width): logits of classes, or one rating; float32.
 
         Every dimension of the states is standardised first.
         """
@@ -80,13 +80,13 @@ class RatingHead:
 
 
 def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
-    """Create a head that predicts the average of the training rows for every state.
+    """Create a head that predicts the average of the training examples for every state.
 
     Its weights are 0 and its biases the log shares of the classes with add-one smoothing, or the mean rating. So
     training starts at the mean and nothing is random.
 
     Args:
-        shape: Of the head.
+        shape: Shape of the head.
         counts: How often each value of the scale is a target in training.
     """
     torch = require("torch", "train")

@@ -44,7 +44,7 @@ class SoftPrompt:
         count: The number of soft prompts.
         labels: Token ids of the labels that the last soft prompts are initialised from, in order; empty if answers are
             not labels.
-        tied: The last soft prompts are the labels' class vectors too.
+        tied: Whether the last soft prompts are also the labels' class vectors.
         seed: The seed of their initialisation.
     """
 
@@ -102,7 +102,7 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
     template = made.chat_template or _PLAIN
     if not isinstance(template, str):
         raise ModelError(
-            "train.method: this tokenizer has several chat templates, and soft prompts stand in one; choose another "
+            "train.method: this tokenizer has several chat templates, and soft prompts support one; choose another "
             "model, or train.method=lora",
             kind="unsupported",
             column="train.method",
@@ -124,7 +124,7 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
 
     Args:
         model: A causal language model.
-        prompt: How many there are, and the labels.
+        prompt: Number of soft prompts, and the labels.
         ids: The tokens' ids.
 
     Raises:
@@ -133,8 +133,8 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
     torch = require("torch", "train")
     if is_paired(model.config) or not plain_head(model.config, model.get_output_embeddings()):
         raise ModelError(
-            f"train.method: soft prompts take a decoder whose head is one plain matrix, and {model.config.model_type} "
-            "is none; set train.method=lora",
+            f"train.method: soft prompts need a decoder with a plain matrix as head, unlike {model.config.model_type}; "
+            "set train.method=lora",
             kind="unsupported",
             column="train.method",
         )

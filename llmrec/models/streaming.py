@@ -1,7 +1,7 @@
 """Saves a model's weights block by block, so that changing every weight takes the memory of one block.
 
-transformers maps safetensors files into memory, so a model loaded in its stored dtype takes almost no memory of its
-own: the system reads pages as they are needed and drops them again. A block, the tensors of one layer, is copied,
+transformers maps safetensors files into memory, so a model loaded in its stored dtype takes almost no memory:
+the system reads pages as they are needed and drops them again. A block, the tensors of one layer, is copied,
 changed, written to its place in the new file, and released.
 """
 
@@ -34,7 +34,7 @@ _STORED = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, without further ones that its folder holds."""
+    """Return the safetensors files of a model, without other ones in its folder."""
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]

@@ -35,7 +35,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
         auto: One of transformers' auto classes.
         folder: The model.
         unread: Parts that llmrec never reads, such as the ``pooler`` of a text encoder; they may be missing.
-        options: For ``from_pretrained``.
+        options: Arguments of ``from_pretrained``.
 
     Raises:
         ModelError: If a tensor is missing, of another shape or left over; it names them.
@@ -54,14 +54,14 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
         parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
         faults = "; ".join(f"{what}: {_named(names)}" for what, names in parts.items() if names)
         raise ModelError(
-            f"the weights in {folder} do not fit its config.json ({type(model).__name__}): {faults}. Put config.json "
-            "and the safetensors files back as save_pretrained wrote them together, or name another model",
+            f"the weights in {folder} do not match its config.json ({type(model).__name__}): {faults}. Restore "
+            "config.json and the safetensors files from one save_pretrained folder, or choose another model",
             kind="damaged",
             at=folder,
             column="model.name",
         )
     if beside:
-        log.warning("%s: tensors that %s does not have are not read: %s", folder, type(model).__name__, _named(beside))
+        log.warning("%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, _named(beside))
     return model
 
 

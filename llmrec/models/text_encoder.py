@@ -45,7 +45,7 @@ def find_encoder(name: str) -> tuple[str, str]:
     """Return the folder of a text encoder, resolved like a model, and a hash over its weights and tokenizer.
 
     Raises:
-        ModelError: If there is none of this name.
+        ModelError: If there is no encoder of this name.
     """
     folder = resolve(ModelSection(name=name)) if Path(name).is_dir() else _of_name(name)
     return folder, weights_stamp(folder)
@@ -79,7 +79,7 @@ class OpenEncoder:
         return [list(ids) for ids in result]
 
     def spans(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-        """Return the tokens of each text, truncated, and the character span of each; a frame for none."""
+        """Return the tokens of each text, truncated, and their character spans; those of special tokens are empty."""
         result = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
         places = [[(int(start), int(end)) for start, end in item] for item in result["offset_mapping"]]
         return [list(ids) for ids in result["input_ids"]], places
@@ -99,11 +99,11 @@ class OpenEncoder:
 def open_encoder(folder: str) -> OpenEncoder:
     """Load a text encoder.
 
-    Last hidden states are pooled as the folder's ``1_Pooling/config.json`` says (Reimers and Gurevych, EMNLP 2019): the
-    first token's, or the mean over all tokens, which is also what an encoder without that file gets.
+    Last hidden states are pooled as set in the folder's ``1_Pooling/config.json`` (Reimers and Gurevych, EMNLP 2019):
+    the first token's, or the mean over all tokens, which is also the default without that file.
 
     Raises:
-        ModelError: If the folder holds no encoder that transformers can load, or its weights do not fit its
+        ModelError: If the folder has no encoder that transformers can load, or its weights do not match its
             configuration.
     """
     torch, transformers = require("torch", "train"), require("transformers", "train")
@@ -119,8 +119,8 @@ def open_encoder(folder: str) -> OpenEncoder:
         # A damaged folder can raise any exception; see `llmrec.models.load`.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
-            f"the text encoder in {folder} cannot be loaded: {reason}; name a folder or hub "
-            "model saved with save_pretrained (safetensors) as index.semantic.encoder",
+            f"the text encoder in {folder} cannot be loaded: {reason}; set index.semantic.encoder "
+            "to a folder or hub model saved with save_pretrained (safetensors)",
             kind="damaged",
             at=folder,
             column="index.semantic.encoder",
@@ -151,7 +151,7 @@ def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterato
     """Yield batches of texts: their indices, last hidden states and mask, shapes (n, tokens, d), (n, tokens).
 
     Args:
-        encoder: Open.
+        encoder: An open encoder.
         encoded: The tokens of each text.
     """
     torch = require("torch", "train")
@@ -177,13 +177,13 @@ def _settings(folder: str, name: str) -> dict[str, Json]:
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{file} cannot be read ({error}); fetch the encoder again", kind="damaged", at=file
+            f"{file} cannot be read ({error}); download the encoder again", kind="damaged", at=file
         ) from error
     return result if isinstance(result, dict) else {}
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Group texts by length, so that little is padded; longest first, so that memory runs out at once or never."""
+    """Group texts by length, to limit padding; longest first, so that a lack of memory shows in the first batch."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if batches and (len(batches[-1]) + 1) * max(1, lengths[batches[-1][0]]) <= BATCH_TOKENS:
@@ -200,7 +200,7 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 log = logging.getLogger(__name__)
 
 CHANCE = "chance"
-"""An encoder without information: the control for what text adds to codes."""
+"""An encoder without information: the baseline for the contribution of text to codes."""
 TUNED = "llmrec-encoder.json"
 """The file in a fine-tuned encoder's folder that records its training data."""
 
@@ -220,9 +220,9 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
     """
     if learned_from(name) not in (None, digest_frame(data.train)):
         raise DataError(
-            f"the text encoder {name} was tuned on other training interactions than those of {data.dataset.name} as "
-            "it is split here, so that it may know what is held out; tune it with `llmrec tune-encoder` and the recipe "
-            "that uses it, or name the encoder that it began from",
+            f"the text encoder {name} was fine-tuned on other training interactions than those of this split of "
+            f"{data.dataset.name}, which may include held-out ones; fine-tune it with `llmrec tune-encoder` and this "
+            "recipe, or use the encoder that it was fine-tuned from",
             kind="leak",
             at=name,
             column="encoder",
@@ -232,7 +232,7 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
 
 def learned_from(name: str) -> str | None:
     """Return a digest of the interactions that an encoder was fine-tuned on; None if llmrec did not fine-tune it."""
-    # A feature store is not an encoder; it records what its texts have seen.
+    # A feature store is not an encoder; it records the interactions that its texts were generated from.
     if name == CHANCE or name.startswith("store:"):
         return None
     file = Path(find_encoder(name)[0]) / TUNED
@@ -330,7 +330,7 @@ class TunedEncoder:
         holder, name, layers = _blocks_of(model, folder)
         if not 1 <= blocks <= len(layers):
             raise ModelError(
-                f"the text encoder in {folder} has {len(layers)} blocks, so that its last {blocks} cannot be tuned",
+                f"the text encoder in {folder} has {len(layers)} blocks, so its last {blocks} cannot be fine-tuned",
                 kind="bad-value",
                 at=folder,
             )
@@ -430,8 +430,8 @@ def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]
             if isinstance(part, torch.nn.ModuleList) and len(part) == wanted:
                 return holder, name, list(part)
     raise ModelError(
-        f"the text encoder in {folder} ({type(model).__name__}) has no list of {wanted} blocks, so that they cannot be "
-        "tuned; take one of the kind of BERT, MPNet or a decoder",
+        f"the text encoder in {folder} ({type(model).__name__}) has no list of {wanted} blocks, so they cannot be "
+        "fine-tuned; choose a BERT, an MPNet or a decoder",
         kind="unsupported",
         at=folder,
     )

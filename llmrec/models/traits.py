@@ -19,7 +19,7 @@ _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_
 
 
 def plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
-    """Whether logits are exactly ``hidden @ weight.T``: no soft cap, scale or bias, and a plain matrix."""
+    """Whether logits are exactly ``hidden @ weight.T``, without soft cap, scale or bias."""
     text = config.get_text_config()
     shaped = any(getattr(text, name, None) for name in _SCALES)
     return not shaped and type(head) is require("torch", "train").nn.Linear and head.bias is None
@@ -71,7 +71,7 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 
     Args:
         config: A configuration of transformers.
-        itemsize: Bytes of a number.
+        itemsize: Bytes per value.
     """
     text = config.get_text_config()
     # A recurrent model has no attention heads.

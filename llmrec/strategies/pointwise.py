@@ -21,7 +21,7 @@ class LikelihoodRanker:
     """Ranks candidates by log P(title | prompt), summed over tokens, end of answer included.
 
     The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
-    no better than chance.
+    no better than random.
     """
 
     name = "likelihood"
@@ -44,7 +44,7 @@ class PriorRanker:
     """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt without user).
 
     The second term is the prior of a title, independent of the user. Its prompt uses the same template for a user
-    without history, profile or name, after the solved examples of the setting, sampled once for all. With weight 1 the
+    without history, profile or name, after few-shot examples that are sampled once for all requests. With weight 1 the
     score is the pointwise mutual information of title and history. A title's prior is computed once.
     """
 
@@ -93,9 +93,9 @@ class PriorRanker:
 
 
 class YesRanker:
-    """Asks for every candidate whether the user would choose it, and ranks by log P(yes) - log P(no).
+    """Ranks candidates by log P(yes) - log P(no) of the question whether the user would choose the candidate.
 
-    Each is the summed probability of all spellings in the template's language, as complete answers. A prompt contains
+    P is the summed probability of all spellings in the template's language, as complete answers. A prompt contains
     one candidate, so that there is no label bias and no position bias.
     """
 

@@ -76,7 +76,7 @@ class HeadRater:
         backend = asker.backend
         if "rate" not in backend.capabilities or not isinstance(backend, HeadBackend):
             raise BackendError(
-                f"tasks.rating.strategies: backend {backend.name!r} reads no rating head; set eval.backend=hf, or drop "
+                f"tasks.rating.strategies: backend {backend.name!r} has no rating head; set eval.backend=hf, or remove "
                 "'head'",
                 kind="unsupported",
                 column="tasks.rating.strategies",
@@ -111,8 +111,8 @@ class YesNoJudge:
     """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of a whole answer.
 
     TALLRec (Bao et al., RecSys 2023) uses the softmax over the first tokens of the two answers, whose ids depend on the
-    tokenizer. Sums over all tokens of an answer, as the template writes it, are equal if an answer is one token, and
-    have the same meaning for every tokenizer.
+    tokenizer. Sums over all tokens of an answer are equal if it is one token, and have the same meaning for every
+    tokenizer.
     """
 
     name = "yes-no"
@@ -141,7 +141,7 @@ class YesNoJudge:
 class ParsedYesNoJudge:
     """Generates an answer and parses yes as probability 1 and no as 0.
 
-    A text without either is unparsed. It counts in every denominator, as an answer that is neither.
+    A text without either is unparsed, and counts in every denominator as a wrong answer.
     """
 
     name = "parsed-yes-no"
@@ -197,7 +197,7 @@ class Calibrated:
         if not known:
             raise LlmrecError(
                 f"tasks.ctr.calibrate: {self.name} gave no answer to the {len(cases)} validation cases that could be "
-                "read; set it to none, or hold more out (data.split.valid, or the valid part of a given split)",
+                "parsed; set it to none, or hold out more (data.split.valid, or the valid part of a given split)",
                 kind="too-few",
                 column="tasks.ctr.calibrate",
             )

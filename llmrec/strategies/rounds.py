@@ -192,7 +192,7 @@ class Rounds:
             usable = [request for request in self._training if len(request.candidates or ()) >= size]
             if not usable:
                 raise LlmrecError(
-                    f"eval.debias: no training question has {size} candidates, as many as a request shows; set it to "
+                    f"eval.debias: no training question has {size} candidates, the number of a request; set it to "
                     "none, or lower eval.candidates.count",
                     kind="too-few",
                     column="eval.debias",
@@ -209,7 +209,7 @@ class Rounds:
 
     def _ranking(self, game: _Game) -> Ranking:
         order = game.order or ()
-        # The cost of training questions is assigned to the first request, so that a row's sum is complete.
+        # The cost of training questions is assigned to the first request, so that the sum is complete.
         cost, self._unbooked = game.cost + self._unbooked, Cost()
         return Ranking(
             request_id=game.request.id,
@@ -302,8 +302,8 @@ def permutation_ranker(
 ) -> Rounds:
     """Generate the order label by label, choosing among the remaining labels, so that it is a permutation.
 
-    Each step appends the most likely label to the answer. After ``depth`` steps the rest follow in the order of the
-    last distribution.
+    Each step appends the most likely label to the answer. After ``depth`` steps the others are ordered by the last
+    distribution.
 
     Args:
         asker: The setup of the strategy.

@@ -21,17 +21,17 @@ from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
 
 NOBODY = ""
-"""The user id of the rows; it does not occur in data."""
+"""The user id of the examples; it does not occur in data."""
 
 
 class AlignmentTask(Task):
     """The alignment family: a prompt shows an item's code and asks for its title, or its text and asks for its code.
 
-    There is no user and no history. Items are held out: their pairs of code and text are in no training row, and
-    evaluation asks only about them, so that a correct answer cannot be memorised.
+    There is no user and no history. Items are held out: their pairs of code and text are in no training example,
+    and evaluation uses only them, so that a correct answer cannot be memorised.
 
-    A case does not name its item, since the item is the answer; its id is a hash that only this task can resolve. So no
-    predictor can return its input, whichever of the two the prompt shows. Requests from elsewhere name their item.
+    A case does not name its item, since the item is the answer; its id is a hash that only this task can resolve. Other
+    requests name their item.
     """
 
     family = "alignment"
@@ -40,14 +40,14 @@ class AlignmentTask(Task):
         """Set up; see the other tasks. Examples are always drawn at random, since there are no histories.
 
         Raises:
-            RecipeError: If there is no index, no item is left to train on, or a template does not ask for a code by a
-                text, or for a text by a code.
+            RecipeError: If there is no index, no item is left to train on, or a template does not map a text to a code
+                or a code to a text.
         """
         data, seed, index = inputs.data, inputs.seed, inputs.index
         if index is None:
             raise RecipeError(
-                "tasks.alignment: it teaches what codes mean, and there is no index; add one to the recipe, such as "
-                "index: {scheme: semantic}, or drop the task",
+                "tasks.alignment: it trains the meaning of item codes and needs an index; add one to the recipe, such "
+                "as index: {scheme: semantic}, or remove the task",
                 kind="missing-key",
                 column="index",
             )
@@ -72,7 +72,7 @@ class AlignmentTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`. Rows of ``valid`` take the training templates in turn."""
+        """Yield examples with targets; see `Task`. Those of ``valid`` use the training templates in turn."""
         refuse_test(split)
         if split == "valid":
             for index, item in enumerate(self.held.valid[:limit]):
@@ -102,8 +102,8 @@ class AlignmentTask(Task):
             name = request_name(item, self._seed)
             if name not in self._candidates.sets:
                 raise DataError(
-                    "tasks.alignment: the stored candidates have no set for a held-out item; they were drawn for "
-                    "another split, seed or data set, so draw them again",
+                    "tasks.alignment: the stored candidates have no set for a held-out item, so they were drawn for "
+                    "another split, seed or data set; draw them again",
                     kind="mismatch",
                     column="tasks.alignment",
                 )
@@ -120,21 +120,21 @@ class AlignmentTask(Task):
         return Prompt(messages=with_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training items of few-shot examples, as events without a user.
+        """Return the training items of few-shot examples, as interactions without a user.
 
         Raises:
             DataError: If there are too few.
         """
         if shots == 0:
             return Drawn((), ())
-        # One more than needed, since the item of a request from elsewhere may be among them.
+        # One more than needed, since the item of another request may be among them.
         rng = keyed("alignment shots", self._seed, request.id)
         sample = rng.sample(self._trained, min(shots + 1, len(self._trained)))
         drawn = [item for item in sample if item != self._item(request)][:shots]
         if len(drawn) < shots:
             raise DataError(
-                f"tasks.alignment: {shots} few-shot examples are asked for, but only {len(self._trained)} items are "
-                "trained on, the one in question included; lower eval.shots.k",
+                f"tasks.alignment: {shots} few-shot examples are requested, but only {len(self._trained)} items are "
+                "training items, including that of the question; lower eval.shots.k",
                 kind="too-few",
                 column="eval.shots.k",
             )
@@ -174,10 +174,10 @@ class AlignmentTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check(self, template: Template) -> None:
-        """Reject templates that do not ask for the code by the text or vice versa.
+        """Reject templates that do not map a text to a code or vice versa.
 
         Raises:
-            RecipeError: If the template is invalid; the message names it and the fault.
+            RecipeError: If the template is invalid; the message names it and the problem.
         """
         if template.shape == "list":
             raise RecipeError(
@@ -225,7 +225,7 @@ class AlignmentTask(Task):
         item = request.item if request.item is not None else self._named.get(request.id)
         if item is None:
             raise DataError(
-                f"request {request.id!r}: the alignment task asks about one item, and this is none of its cases; set "
+                f"request {request.id!r}: the alignment task needs an item, and this is none of its cases; set "
                 "Request.item",
                 kind="missing-value",
                 column="item",

@@ -1,4 +1,4 @@
-"""Shared parts of the task families: the data as templates see it, rows in seeded order, and answers."""
+"""Shared code of the task families: template variables, examples in seeded order, and answers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from llmrec.types import (
 )
 
 YES, NO = "Yes", "No"
-"""Names of the two answers; a prompt writes them in the words of its template's language."""
+"""Names of the two answers; prompts use the words of their template's language."""
 
 ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
 ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})
 USER_STATS = frozenset({"user_stats"})
 """Variables for chats only: in a list, user statistics on successive lines would reveal the ratings."""
 PAST = frozenset({"history", "liked", "disliked"})
-"""Variables that show a user's past events; a template without them shows no past events."""
+"""Variables that show a user's history; a template without them shows none."""
 # The first words of a past review are sufficient; three complete ones would displace the question.
 _PAST_TEXT = 160
 
@@ -69,7 +69,7 @@ class View:
             entry = self.data.dataset.items.get(item_id)
             if entry is None:
                 raise DataError(
-                    f"{self.data.dataset.name}: there is no item {item_id!r}; ask about items of the catalogue",
+                    f"{self.data.dataset.name}: there is no item {item_id!r}; use items of the catalogue",
                     kind="unknown-name",
                     at=self.data.dataset.name,
                 )
@@ -109,7 +109,7 @@ class View:
         return {"user_stats": lambda: self._tallies.user(user_id, without).shown}
 
     def candidate(self, user_id: str, item_id: str) -> Values:
-        """Return a candidate as templates loop over it: as an event, with count and mean that exclude the user."""
+        """Return a candidate's variables in a template loop, with count and mean excluding the user."""
 
         def told(name: str) -> object:
             return (self._item_stats(item_id, user_id) or {}).get(name)
@@ -140,7 +140,7 @@ class View:
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
         """Return the variables about a user; a profile or fields in ``context`` replace the data's fields.
 
-        A user without a name is called by the id.
+        The name defaults to the id.
         """
         fields = self.data.dataset.users.get(user_id, {})
         token = self.index.users.get(user_id) if self.index is not None else None
@@ -157,7 +157,7 @@ class View:
         return known | {"user_stats": None}
 
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
-        """Return events as templates loop over them.
+        """Return the variables of interactions in a template loop.
 
         Each has the fields of its item by name, ``title``, ``details``, ``code``, ``rating``, ``text`` and ``n``,
         counted from 1; these take precedence over fields of the same name.
@@ -179,14 +179,14 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A training row before it is written as text.
+    """A training example before it is rendered as text.
 
     Attributes:
-        id: The row's id.
-        user_id: The user of the events.
+        id: The example's id.
+        user_id: The user of the interactions.
         template: The template that it will use.
-        events: The shown events, oldest first.
-        first_target: For list templates, the first target event; earlier ones are context.
+        events: The shown interactions, oldest first.
+        first_target: For list templates, the first target; earlier interactions are context.
     """
 
     id: str
@@ -197,13 +197,13 @@ class Draw:
 
 
 def shows_events(template: Template, history: int, shots: int) -> str:
-    """Describe how many events of a history and how many few-shot examples a prompt shows."""
+    """Describe the number of interactions and of few-shot examples in a prompt."""
     shows = template.shape == "list" or PAST & template.names("system", "user")
     return (f"text of the last {history} events" if shows else "no history") + solved_examples(shots)
 
 
 def solved_examples(shots: int) -> str:
-    """Describe how many few-shot examples a prompt shows, after its other contents."""
+    """Describe the number of few-shot examples in a prompt."""
     return f", {shots} solved examples" if shots else ""
 
 
@@ -213,7 +213,7 @@ def counted_rows(data: SplitDataset, column: str | None = None) -> int:
 
 
 def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
-    """Return a random generator seeded by names only, never by the order of rows or calls."""
+    """Return a random generator seeded by names only, never by the order of examples or calls."""
     return random.Random(hash_one(purpose, seed, *parts))
 
 
@@ -233,18 +233,18 @@ def listed(request: Request, family: str) -> tuple[str, ...]:
 
 
 def only_rated(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
-    """Return the events of a user that have a rating."""
+    """Return the interactions of a user that have a rating."""
     return rated(events)
 
 
 class Pasts(Mapping[str, tuple[Event, ...]]):
-    """Training events of a family by user, created from the split when they are read.
+    """Training interactions of a family by user, created from the split on access.
 
     Args:
         data: The split.
-        keep: Which of a user's events the family can use; None: all of them.
-        least: Minimum number per user; users with fewer are left out.
-        rated: Whether those with a rating are kept, in place of ``keep``.
+        keep: Selects a user's interactions for the family; None: all.
+        least: Minimum number per user; users with fewer are omitted.
+        rated: Keep interactions with a rating, instead of ``keep``.
     """
 
     def __init__(
@@ -263,13 +263,13 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         self._users = {user: size for user, size in counts.items() if size >= least}
 
     def __getitem__(self, user: str) -> tuple[Event, ...]:
-        """Return a user's events, oldest first."""
+        """Return a user's interactions, oldest first."""
         if user not in self._users:
             raise KeyError(user)
         return self._made(user)
 
     def sizes(self) -> Mapping[str, int]:
-        """Return the number of events of each user, without creating the events."""
+        """Return the number of interactions of each user, without creating them."""
         return self._users
 
     def __iter__(self) -> Iterator[str]:
@@ -281,7 +281,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         return len(self._users)
 
     def __contains__(self, user: object) -> bool:
-        """Whether a user has enough events."""
+        """Whether a user has enough interactions."""
         return user in self._users
 
     def _made(self, user: str) -> tuple[Event, ...]:
@@ -290,14 +290,14 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
 
 
 def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
-    """Yield (row id, user, random generator) endlessly, in passes over the users in random order.
+    """Yield (example id, user, random generator) endlessly, in passes over the users in random order.
 
     Raises:
         DataError: If there is no user to train on.
     """
     if not users:
         raise DataError(
-            f"tasks.{family}: no user has enough training interactions; use more data or drop the task",
+            f"tasks.{family}: no user has enough training interactions; use more data or remove the task",
             kind="too-few",
             column=f"tasks.{family}",
         )
@@ -322,9 +322,9 @@ def branch_events(
     *,
     seed: int,
 ) -> tuple[Template, tuple[Event, ...]]:
-    """Draw the template of a user's row in a pass, and the events that the row shows.
+    """Draw the template of a user's example in a pass, and its interactions.
 
-    A chat template shows the history that all families show in the pass, and the next event.
+    A chat template shows the history that all families show in the pass, and the next interaction.
     """
     rng = keyed(f"{family} branch", seed, str(number), user)
     template = rng.choice(chosen.train)
@@ -335,46 +335,46 @@ def branch_events(
 
 
 def branch_point(seed: int, number: int, user: str, events: int) -> int:
-    """Return the number of a user's events that are history in a pass, equal for families with the same events."""
+    """Return the length of a user's history in a pass, equal for families with the same interactions."""
     return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
 def refuse_test(split: SplitName) -> None:
-    """Reject rows with targets from the test split, which must not be used for training or selection."""
+    """Reject the test split, which must not be used for training or selection."""
     if split == "test":
-        raise ValueError("rows with targets come from 'train' or 'valid'; the test split is for cases() alone")
+        raise ValueError("examples with targets come from 'train' or 'valid'; the test split is only for cases()")
 
 
 def rated(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Return the events that have a rating."""
+    """Return the interactions that have a rating."""
     return tuple(event for event in events if event.rating is not None)
 
 
 def text_of(event: Event | Interaction) -> str:
-    """Return an event's text as one clean line; empty if it has none."""
+    """Return an interaction's text as one clean line; empty if it has none."""
     return clean(event.text or "", TEXT_LIMIT)
 
 
 def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
-    """Return the (user_id, item_id) pairs that a row shows."""
+    """Return the (user_id, item_id) pairs that an example shows."""
     return tuple((user_id, event.item_id) for event in events)
 
 
 def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:
-    """Return ``length`` consecutive events from a random start, or all if there are fewer."""
+    """Return ``length`` consecutive interactions from a random start, or all if there are fewer."""
     start = rng.randrange(max(1, len(events) - length + 1))
     return tuple(events[start : start + length])
 
 
 def asked_item(request: Request, family: str) -> str:
-    """Return the item that a request asks about.
+    """Return the item of a request.
 
     Raises:
         DataError: If it names no item.
     """
     if request.item is None:
         raise DataError(
-            f"request {request.id!r}: the {family} task asks about one item; set Request.item",
+            f"request {request.id!r}: the {family} task needs an item; set Request.item",
             kind="missing-value",
             column="item",
         )

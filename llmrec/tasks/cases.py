@@ -1,4 +1,4 @@
-"""The held-out cases of a split, each created when it is read."""
+"""The held-out cases of a split, created on access."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmrec.types import Case, Interaction, SplitName
 def held_out(data: SplitDataset, split: SplitName) -> Holdouts:
     """Return the held-out interactions of a split, which must not be the training split."""
     if split == "train":
-        raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
+        raise ValueError("the training split has no held-out interactions; use 'valid' or 'test'")
     return data.holdouts(split)
 
 
 class Cases(Sequence[Case]):
-    """The cases of held-out interactions, each created when it is read, since all histories at once would be large.
+    """The cases of held-out interactions, created on access, since all histories together would be large.
 
     Attributes:
         held: The interactions.
@@ -53,10 +53,10 @@ def of_first_users(
     """Return the cases of the first ``count`` users, in order, without creating the others.
 
     Args:
-        cases: Of any users.
-        count: Of users; None: all.
-        among: The users who come into question; None: all.
-        but: Users who do not.
+        cases: The cases.
+        count: Number of users; None: all.
+        among: Users to include; None: all.
+        but: Users to exclude.
     """
     asked = cases.held if isinstance(cases, Cases) else [case.request for case in cases]
     users = [item.user_id for item in asked]
@@ -66,7 +66,7 @@ def of_first_users(
 
 
 def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
-    """Return the first ``count`` held-out interactions of each user, in the order given; None: all."""
+    """Return the first ``count`` held-out interactions of each user, in the given order; None: all."""
     if count is None:
         return held
     seen: Counter[str] = Counter()
@@ -89,8 +89,8 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
     name = request_id(held.user_id, held.item_id)
     if name not in sets.sets:
         raise DataError(
-            f"tasks.{family}: the stored candidates have no set for {name!r}; they were drawn for another split, seed "
-            "or data set, so draw them again",
+            f"tasks.{family}: the stored candidates have no set for {name!r}, so they were drawn for another split, "
+            "seed or data set; draw them again",
             kind="mismatch",
             column=f"tasks.{family}",
         )
@@ -98,7 +98,7 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
 
 
 def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | None, family: str) -> Cases:
-    """Return every held-out interaction of users with candidate sets; without sets all, with no candidates.
+    """Return the held-out interactions of users with candidate sets; without sets all of them, without candidates.
 
     Raises:
         DataError: If there are sets but one is missing.

@@ -65,10 +65,10 @@ _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
 
 
 class CtrTask(Task):
-    """The yes/no family: the titles that a user liked and did not like, and one more title to judge.
+    """The yes/no family: the titles that a user liked and disliked, and one more title to judge.
 
     A list template has the answers of one user line by line; the history is in the answer, so that one training
-    row teaches an answer at every position.
+    example teaches an answer at every position.
 
     A rating of at least ``liked`` is a yes. With ``balance: user`` every user has as many yes questions as no
     questions, so that properties of the user, such as the share of likes, do not reveal the answer.
@@ -83,7 +83,7 @@ class CtrTask(Task):
         self._events = Pasts(data, rated=True)
         if inputs.learns and not self._events:
             raise DataError(
-                f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "
+                f"tasks.ctr: {data.dataset.name} has no ratings to derive yes or no from; remove the task or set "
                 "data.columns.rating",
                 kind="missing-column",
                 at=data.dataset.name,
@@ -104,7 +104,7 @@ class CtrTask(Task):
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
-        """The templates that training rows are drawn from."""
+        """The training templates."""
         return tuple(self._chosen.train)
 
     @property
@@ -113,7 +113,7 @@ class CtrTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`. For ``valid`` these are all rated events, balanced or not."""
+        """Yield examples with targets; see `Task`. For ``valid`` these are all rated interactions, balanced or not."""
         refuse_test(split)
         if split == "valid":
             for held in self._rated_holdouts("valid")[:limit]:
@@ -135,12 +135,12 @@ class CtrTask(Task):
                 shown = _last_of_each(window(events, self._section.window, rng))
                 yield self._listed(template, row, user, shown, last_only=False)
                 continue
-            # A question about the first event has no history, so it is only used for users without other events.
+            # The first interaction has no history, so it is only used for users without other interactions.
             at = rng.randrange(min(1, len(events) - 1), len(events))
             yield self._asking(template, row, user, events[:at], events[at])
 
     def kind(self, example: Example) -> str:
-        """Return the class of a training row: its answer, or the last answer of a list."""
+        """Return the class of a training example: its answer, or the last answer of a list."""
         yes, _ = self._answers(example.template)
         text = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
         return YES if text == yes else NO
@@ -166,8 +166,8 @@ class CtrTask(Task):
                 kept.append(held)
         if result and not kept:
             raise DataError(
-                f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set takes; "
-                "hold out several events a user (data.split.kind=last_share), or set tasks.ctr.balance=none",
+                f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set needs; "
+                "hold out several interactions per user (data.split.kind=last_share), or set tasks.ctr.balance=none",
                 kind="too-few",
                 column="tasks.ctr.balance",
             )
@@ -188,7 +188,7 @@ class CtrTask(Task):
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples, and the remaining history of the question."""
+        """Return the training interactions of few-shot examples, and the remaining history of the question."""
         item = asked_item(request, self.family)
         past = others(rated(request.history), item)
         return self._shots.draw(
@@ -196,10 +196,10 @@ class CtrTask(Task):
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return yes and no, as the template writes them.
+        """Return the template's words for yes and no.
 
         Raises:
-            RecipeError: If the template writes both the same way.
+            RecipeError: If both are the same.
         """
         return self._answers(template)
 
@@ -248,7 +248,7 @@ class CtrTask(Task):
         yes, no = (chosen.answer({"answer": text}) for text in (chosen.words.says_yes, chosen.words.says_no))
         if yes == no:
             raise RecipeError(
-                f"template {chosen.id}: its target is {yes!r} for a yes and for a no; write it with {{{{ answer }}}}",
+                f"template {chosen.id}: its target is {yes!r} for both yes and no; write it with {{{{ answer }}}}",
                 kind="bad-value",
                 at=chosen.id,
                 column="target",
@@ -277,7 +277,7 @@ class CtrTask(Task):
         return values | {"answer": template.words.said(yes=self._yes(event.rating))}
 
     def _answered(self, template: Template) -> Callable[[Values, Event], Values]:
-        """Return the function that makes the values of an answered list step."""
+        """Return the function that creates the values of an answered list step."""
 
         def answered(values: Values, event: Event) -> Values:
             return self._with_answer(template, values | self._view.pair(str(values["user_id"]), event.item_id), event)
@@ -285,7 +285,7 @@ class CtrTask(Task):
         return answered
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return a row with one question, about the event."""
+        """Return an example with one question, about the interaction."""
         shown = self._past.show(others(past, event.item_id), [event.item_id])
         if template.shape == "list":
             events = (*shown.events, event)
@@ -331,10 +331,10 @@ def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -
     Args:
         text: A completion.
         answers: The words for yes and no.
-        words: Of the language that was asked in, English by default.
+        words: Words of the prompt's language, English by default.
 
     Returns:
-        The place of the answer in ``answers``, or None.
+        The index of the answer in ``answers``, or None.
     """
     lead = (words or english()).lead
     message = lead.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)

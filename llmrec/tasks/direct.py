@@ -56,7 +56,7 @@ from llmrec.types import (
 )
 
 # ----------------------------------------------------------------------------
-# The answer that a direct template asks for: a candidate's label, the item, or yes or no; and its strategies.
+# The answer form of a direct template, which is a candidate's label, the item, or yes or no; and its strategies.
 
 
 Asks = Literal["label", "item", "yes"]
@@ -84,8 +84,8 @@ def reader_of(template: Template) -> str:
 def fits(template: Template, strategy: str) -> bool:
     """Whether a strategy of the direct family supports a template's answer form.
 
-    ``pointwise-yes`` also supports label templates that have text for it. A plug-in declares the forms in its attribute
-    ``reads``: ``label`` (default), ``item`` and ``yes``.
+    ``pointwise-yes`` also supports label templates with a yes-or-no question. A plug-in declares the forms in its
+    attribute ``reads``: ``label`` (default), ``item`` and ``yes``.
     """
     if is_plugin(STRATEGIES, strategy):
         return asks_for(template) in getattr(lookup(STRATEGIES, strategy, "strategy"), "reads", ("label",))
@@ -101,7 +101,7 @@ def check_words(template: Template) -> None:
     """
     if template.shape == "list":
         raise RecipeError(
-            f"template {template.id}: direct templates ask for one answer; use shape: chat",
+            f"template {template.id}: direct templates have one answer; use shape: chat",
             kind="unsupported",
             at=template.id,
             column="shape",
@@ -112,8 +112,7 @@ def check_words(template: Template) -> None:
         words = (template.words.says_yes, template.words.says_no)
         if any(template.answer({"answer": word}).strip().casefold() != word.casefold() for word in words):
             raise RecipeError(
-                f"template {template.id}: its target is another word than {' or '.join(words)}; write it with "
-                "{{ answer }}",
+                f"template {template.id}: its target is not {' or '.join(words)}; write it with {{{{ answer }}}}",
                 kind="bad-value",
                 at=template.id,
                 column="target",
@@ -147,7 +146,7 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
 
 
 def check_loss(templates: Sequence[Template], loss: str) -> None:
-    """Check that training templates write the candidates' texts if the loss is over their likelihoods.
+    """Check that training templates answer with the item if the loss is over title likelihoods.
 
     Raises:
         RecipeError: Naming the first template that does not.
@@ -169,14 +168,14 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
 
     Args:
         template: One that answers with a label.
-        values: The wanted answer -> the values that a question shows.
+        values: Answer form -> the values that a question shows.
 
     Raises:
-        RecipeError: If it has not.
+        RecipeError: If it does not.
     """
     if template.turns(values("one")) == template.turns(values("yes")):
         raise RecipeError(
-            f"template {template.id} has no words for the strategy 'pointwise-yes'; ask its question under "
+            f"template {template.id} has no question for the strategy 'pointwise-yes'; write one under "
             '{% if want == "yes" %}, or choose another template',
             kind="unsupported",
             at=template.id,
@@ -184,15 +183,15 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
 
 
 def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool) -> None:
-    """Check that rejected items of preference rows are among the candidates of the question.
+    """Check that rejected items of preference examples are among the candidates of the question.
 
     Args:
         preference: The recipe's ``train.preference``.
-        count: Candidates of a question.
+        count: Number of candidates of a question.
         retrieved: Whether they are retrieved.
 
     Raises:
-        RecipeError: If there are too few of them, or others are to be rejected.
+        RecipeError: If there are too few of them, or the rejected items are chosen otherwise.
     """
     if preference.negatives >= count:
         raise RecipeError(
@@ -203,15 +202,15 @@ def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool
         )
     if preference.rejected not in ("uniform", "ratings") or (preference.rejected == "ratings" and retrieved):
         raise RecipeError(
-            f"train.preference.rejected: tasks.direct rejects some of the candidates that its question shows, not "
-            f"{preference.rejected}; leave the key out, and choose by eval.candidates.kind how hard they are",
+            f"train.preference.rejected: tasks.direct rejects other candidates of its question, not "
+            f"{preference.rejected}; remove the key, and set their difficulty by eval.candidates.kind",
             kind="contradiction",
             column="train.preference.rejected",
         )
 
 
 def profile_template(name: str) -> Template:
-    """Return the template that asks for a user profile before candidates are shown.
+    """Return the template that generates a user profile before candidates are shown.
 
     Raises:
         RecipeError: If there is no template of that name, or it shows more than the history.
@@ -236,7 +235,7 @@ def refuse(template: Template, strategy: str) -> None:
         RecipeError: Always.
     """
     raise RecipeError(
-        f"the strategy {strategy!r} does not read the answers of template {template.id}, which "
+        f"the strategy {strategy!r} does not support the answers of template {template.id}, which "
         f"{_WORDS[asks_for(template)]}; use {reader_of(template)!r}, or another template",
         kind="contradiction",
         at=template.id,
@@ -252,15 +251,15 @@ def candidate_labels(count: int) -> tuple[str, ...]:
 
 
 _WANTS = get_args(Want)
-# The number of candidates of a training row without stored candidate sets.
+# The number of candidates of a training example without stored candidate sets.
 _COUNT = 20
 
 
 class DirectTask(Task):
-    """The direct family: candidates in one prompt, of which one is chosen or all are ordered; or yes or no to one item.
+    """The direct family: choose or rank the candidates in one prompt, or answer yes or no to one item.
 
-    By its target a template answers with a candidate's label, with the item's own code or title, as P5 does (RecSys
-    2022, appendix D), or with yes or no to one item that it names: see `llmrec.tasks.direct`.
+    A template's target is a candidate's label, an item's code or title, as in P5 (RecSys 2022, appendix D), or yes or
+    no to one item.
     """
 
     family = "direct"
@@ -295,13 +294,13 @@ class DirectTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`."""
+        """Yield examples with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
             every: Sequence[Interaction] = held_out(self._data, "valid")
             known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
             if self._lists is not None:
-                # Items that are not retrieved are in no list, as in training.
+                # As in training, items that are not retrieved are omitted.
                 every = tuple(held for held in every if request_id(held.user_id, held.item_id) in known)
             for held in every[:limit]:
                 name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
@@ -345,7 +344,7 @@ class DirectTask(Task):
         Args:
             request: The request, with candidates.
             template: Name of the template.
-            shots: Few-shot examples.
+            shots: Number of few-shot examples.
             want: ``one`` label, a ``ranking`` of all labels, or a ``yes`` or no to the only candidate. Templates whose
                 answer is not a label support one form only.
 
@@ -371,16 +370,16 @@ class DirectTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def questions(self, count: int) -> list[Request]:
-        """Return a number of questions about training events, with candidates as in evaluation.
+        """Return ``count`` questions about training interactions, with candidates as in evaluation.
 
-        They do not depend on held-out data: the chosen item is a training event, and the others are drawn from all
-        items without a training interaction of the user.
+        They do not depend on held-out data: the chosen item is from a training interaction, and the others are drawn
+        from all items without a training interaction of the user.
         """
         users = sorted(self._asked_users)
         keyed("direct questions", self._seed, "order").shuffle(users)
         asked = []
         for number, user in enumerate(islice(cycle(users), count)):
-            # Drawn separately from training rows, whose answers a fine-tuned model may have memorised.
+            # Drawn separately from training examples, whose answers a fine-tuned model may have memorised.
             rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
             at, pool = self._question(user, rng)
             asked.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
@@ -390,7 +389,7 @@ class DirectTask(Task):
 
     @cached_property
     def profile_template(self) -> Template:
-        """The template that asks for a user profile."""
+        """The template that generates a user profile."""
         return profile_template(self._section.profile.template)
 
     @property
@@ -399,7 +398,7 @@ class DirectTask(Task):
         return self._section.profile.max_tokens
 
     def profile_prompt(self, request: Request) -> Prompt:
-        """Render the question for a user profile, which shows only the history of the request."""
+        """Render the prompt for a user profile, which shows only the history of the request."""
         past = request.history[-self._section.profile.history :]
         values = self._view.user(request.user_id, request.context) | {"history": self._view.events(past, self._rating)}
         return Prompt(messages=self.profile_template.turns(values))
@@ -431,14 +430,14 @@ class DirectTask(Task):
         return reader_of(template)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples, and the remaining history of the question."""
+        """Return the training interactions of few-shot examples, and the remaining history of the question."""
         about = listed(request, self.family)
         return self._shots.draw(
             request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' labels, titles or codes in stored order, or a yes and a no, as the template writes."""
+        """Return the candidates' labels, titles or codes in stored order, or the template's words for yes and no."""
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
@@ -477,30 +476,30 @@ class DirectTask(Task):
 
     @cached_property
     def _asked_users(self) -> list[str]:
-        """Users of training rows: with retrieved candidates, those with at least one retrieved event.
+        """Users of training examples: with retrieved candidates, those with at least one retrieved training item.
 
         Raises:
-            DataError: If the retriever finds no event.
+            DataError: If the retriever finds no training item.
         """
         if self._lists is None:
             return list(self._events)
         results = [user for user in self._events if self._lists.of(user)]
         if not results:
             raise DataError(
-                f"tasks.direct: the retriever finds no training event among {self._count} items, so that there is no "
-                "list to learn from; raise eval.candidates.count, or choose another eval.candidates.retriever",
+                f"tasks.direct: the retriever finds no training item among {self._count} items, so there is no "
+                "list to train on; raise eval.candidates.count, or choose another eval.candidates.retriever",
                 kind="too-few",
                 column="eval.candidates",
             )
         return results
 
     def _question(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the index of a training event of a user, and candidates as in evaluation."""
+        """Return the index of a training interaction of a user, and candidates as in evaluation."""
         if self._lists is not None:
             at, result = rng.choice(self._lists.of(user))
             return at, shuffled(result, rng)
         events = self._events[user]
-        # A question about the first event has no history, so it is only used for users without other events.
+        # The first interaction has no history, so it is only used for users without other interactions.
         at = rng.randrange(min(1, len(events) - 1), len(events))
         return at, self._pool(user, events[at].item_id, self._count, rng)
 
@@ -516,7 +515,7 @@ class DirectTask(Task):
         listed = [
             entry | {"label": label, "code": code} for label, code, entry in zip(labels, codes, message, strict=True)
         ]
-        # Only the chosen item is among the user's training items; excluding all of them excludes its event.
+        # Only the chosen item is among the user's training items; excluding all of them excludes its interaction.
         about = self._view.user(user, context) | self._view.user_stats(user, pool)
         return about | {"history": self._view.events(past), "candidates": listed, "want": want}
 
@@ -536,7 +535,7 @@ class DirectTask(Task):
         return self._view.user(user, context) | self._view.about(item) | {"history": self._view.events(past)}
 
     def _chosen_one(self, template: Template, values: Values, pool: Sequence[str], item: str) -> Values:
-        """Return the target of a row: the label of an item, or the item."""
+        """Return the target of an example: the label of an item, or the item."""
         if asks_for(template) == "item":
             return values | {"item": self._view.item(item)}
         return values | {"label": candidate_labels(len(pool))[pool.index(item)]}
@@ -565,7 +564,7 @@ class DirectTask(Task):
         return replace(made, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return a row about the event's item, answered yes, or equally often about a negative, answered no."""
+        """Return an example about the interaction's item, with the answer yes, or equally often a negative, with no."""
         rng = keyed("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
         had = [event.item_id, *(entry.item_id for entry in past)]
@@ -576,7 +575,7 @@ class DirectTask(Task):
         made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         if self._listwise is not None:
             made = replace(made, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
-        # A negative is not an interaction of the user, and the event is not shown.
+        # A negative is not an interaction of the user, and the interaction is not shown.
         return made if yes else replace(made, pairs=made.pairs[:-1], negatives=(item,))
 
     def _solved(
@@ -585,7 +584,7 @@ class DirectTask(Task):
         values = self._values(user, events[:-1], pool, want)
         answer = self._chosen_one(template, values, pool, events[-1].item_id)
         if want == "ranking":
-            # Only the first rank is known from the data; the rest keep the listed order and show the answer's form.
+            # Only the first rank is known from the data; the others keep the listed order.
             best = str(answer["label"])
             answer |= {
                 "label": ", ".join(
@@ -604,10 +603,10 @@ class DirectTask(Task):
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
     ) -> tuple[Message, ...]:
-        """Return an example of a yes, or at every second index of a no."""
+        """Return an example with the answer yes, or no at every second index."""
         chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
         values = self._asking(template, user, events[:-1], (other if place % 2 else chosen,), "yes")
-        # A yes and a no exclude the same event, so that the user's statistics do not reveal the answer.
+        # Both exclude the same interaction, so that the user's statistics do not reveal the answer.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
         return solved_chat(template, values, values | {name: template.words.said(yes=not place % 2)})
@@ -622,7 +621,7 @@ class DirectTask(Task):
         pool = listed(request, self.family)
         if len(pool) != 1:
             raise DataError(
-                f"request {request.id!r}: a yes or no is about one candidate, and it has {len(pool)}",
+                f"request {request.id!r}: a yes-or-no question is about one candidate, but it has {len(pool)}",
                 kind="bad-value",
                 column="candidates",
             )

@@ -1,8 +1,8 @@
-"""Explanation: in this user's words, why does this item suit them?
+"""Explanation: generate a text in the user's style on why an item suits the user.
 
-Where the data have reviews, a question may also name the feature that the text is about, or the headline above the
-review; P5 (RecSys 2022, appendix D) does both, and asks for a rating and a text in one. The template's key ``leak``
-names what a question takes from the review that it asks for.
+With review data, a question may also contain the feature that the text is about, or the headline of the review, as in
+P5 (RecSys 2022, appendix D), which also generates a rating and a text together. The template's key ``leak`` lists the
+values that a question takes from the target review.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
 
-# A rating before the text, in an answer of both.
+# A rating before the text, in an answer with both.
 _RATED = re.compile(r"\W*\d+(?:[.,]\d+)?\s*(?:stars?)?\s*[:.,–—-]\s*(?=\S)", re.IGNORECASE)
 
 
@@ -58,20 +58,20 @@ class ExplanationTask(Task):
         for template in templates.values():
             if template.shape == "list":
                 raise RecipeError(
-                    f"template {template.id}: explanation templates ask for one text; use shape: chat",
+                    f"template {template.id}: explanation templates have one text; use shape: chat",
                     kind="unsupported",
                     at=template.id,
                     column="shape",
                 )
             asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
-            # In evaluation an answer of both is requested without the rating.
+            # In evaluation the rating is not requested.
             shown = asked - {"rating"} if _rates(template) else asked
             template.check(turns=shown, lead=(), target=asked | {"text"})
         self._events = Pasts(data, lambda _, events: _with_text(events))
         if inputs.learns and not self._events:
             raise DataError(
-                f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; name data.columns.text, "
-                "give a reviews table, or drop the task",
+                f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; set data.columns.text, "
+                "give a reviews table, or remove the task",
                 kind="missing-column",
                 at=data.dataset.name,
                 column="text",
@@ -82,7 +82,7 @@ class ExplanationTask(Task):
         if rated and unrated:
             raise DataError(
                 f"tasks.explanation: the template {rated[0]} writes a rating before the text, and {unrated} training "
-                f"texts of {data.dataset.name} have none; name other templates under tasks.explanation.templates",
+                f"texts of {data.dataset.name} have none; choose other templates in tasks.explanation.templates",
                 kind="missing-value",
                 at=data.dataset.name,
                 column="tasks.explanation.templates",
@@ -96,7 +96,7 @@ class ExplanationTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`."""
+        """Yield examples with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for case in self.cases("valid")[:limit]:
@@ -123,8 +123,8 @@ class ExplanationTask(Task):
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out texts; an interaction without text is not a case.
 
-        The context has the interaction's rating, if any; the template decides whether to show it. The feature and the
-        headline of a review are included only if an evaluation template shows them, since baselines read them too.
+        The context contains the interaction's rating, if any; the template decides whether to show it. The feature and
+        the headline of a review are included only if an evaluation template shows them, since baselines use them too.
         """
         asking = [self._chosen.every[name] for name in self._chosen.evaluate]
         named = frozenset({"rating"}).union(*(template.names("system", "user") for template in asking))
@@ -151,7 +151,7 @@ class ExplanationTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples, and the remaining history of the question."""
+        """Return the training interactions of few-shot examples, and the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request,
@@ -162,7 +162,7 @@ class ExplanationTask(Task):
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return nothing: a text is generated, not chosen."""
+        """Return an empty list: texts are generated."""
         return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:

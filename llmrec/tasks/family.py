@@ -29,25 +29,25 @@ class Family:
     """The properties of a task family that the rest of llmrec uses instead of its name.
 
     Attributes:
-        name: As in recipes, ``prompts/NAME`` and tables.
+        name: The name in recipes, ``prompts/NAME`` and tables.
         title: Heading of its table.
-        task: Makes its task from a section and `TaskInputs`.
+        task: Creates its task from a section and `TaskInputs`.
         section: Its section of a recipe.
-        answer: Kind of its answers; a `Ranking` has an item for its truth.
+        answer: Type of its answers; the truth of a `Ranking` is an item.
         headline: The main metric, at 10 if it has cutoffs.
         strategies: The scoring strategies of language models, the default first.
-        baselines: Classic predictors that answer it.
-        controls: Those that every table must hold: each takes seconds, and without them a figure means nothing.
-            Stronger ones are in the suites and can be named in any recipe.
-        candidates: Whose stored candidate sets it ranks: sets of users, or of held-out items; None: none.
+        baselines: Its baselines.
+        controls: The baselines required in every table, each of which takes seconds. Stronger ones are in the suites
+            and can be added to any recipe.
+        candidates: The kind of stored candidate sets: of users, or of held-out items; None: none.
         lists: Whether its prompts list the candidates.
-        column: The column that an interaction must have to be asked about.
-        lacking: What is said where the data has nothing in that column, with the places ``{data}`` and ``{where}``;
+        column: The column that an interaction needs to become a case.
+        lacking: The error if the data does not have that column, with the placeholders ``{data}`` and ``{where}``;
             empty: nothing is checked.
         writes: The part of a review that is in the text column for it.
-        second_table: Whether it reads the table ``reviews`` where the recipe names one.
-        grounded: Whether its texts are held against training texts and features.
-        quotes: Whether its questions may well hold the words of the answer.
+        second_table: Whether it uses the table ``reviews`` if the recipe has one.
+        grounded: Whether its texts are compared with training texts and features.
+        quotes: Whether its questions may contain the words of the answer.
         prompts: Folder of its templates; None: ``prompts/NAME``.
     """
 
@@ -77,7 +77,7 @@ class Family:
 
     @property
     def ranks_for_users(self) -> bool:
-        """Whether it ranks items for users: what `llmrec rank` and full ranking ask."""
+        """Whether it ranks items for users, as `llmrec rank` and full ranking require."""
         return self.candidates == "users"
 
     def headline_at(self, cutoffs: Sequence[int]) -> str:
@@ -98,15 +98,13 @@ def family_of(name: str) -> Family:
     """Return a family by its name.
 
     Raises:
-        RecipeError: If there is none, naming the closest one; or if a plug-in is not a `Family`.
+        RecipeError: If there is none, with the closest name; or if a plug-in is not a `Family`.
     """
     if name in TASKS:
         return _loaded(TASKS[name])
     result = registry.open_family(name)
     if not isinstance(result, Family):
-        raise RecipeError(
-            f"the task family {name!r} is no llmrec.tasks.family.Family; make it one", kind="defect", at=name
-        )
+        raise RecipeError(f"the task family {name!r} is not a llmrec.tasks.family.Family", kind="defect", at=name)
     return result
 
 
@@ -116,12 +114,12 @@ def families() -> Mapping[str, Family]:
 
 
 def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> bool:
-    """Whether a strategy or baseline supports a family; a plug-in declares it in its attribute ``families``.
+    """Whether a strategy or baseline supports a family; plug-ins declare their families in the attribute ``families``.
 
     Args:
         family: The family.
         table: ``STRATEGIES`` or ``BASELINES``.
-        name: In that table, or of a plug-in.
+        name: A name in that table, or of a plug-in.
         silent: The value for a plug-in that does not define it.
     """
     if not registry.is_plugin(table, name):
@@ -136,10 +134,10 @@ def ranking_families() -> tuple[str, ...]:
 
 
 def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
-    """Check that a family's strategies and baselines exist and answer that family, and that no control is missing.
+    """Check that a family's strategies and baselines exist and support it, and that no required baseline is missing.
 
     Raises:
-        RecipeError: If one does not, or a control is missing; the message lists the valid or missing ones.
+        RecipeError: If not; the message lists the valid or missing names.
     """
     own = family_of(family)
     for kind, names, known, table in (
@@ -150,7 +148,7 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
             if name in known or answers(own, table, name):
                 continue
             exists = name in table or registry.is_plugin(table, name)
-            why = "does not answer this family" if exists else f"is unknown{did_you_mean(name, known)}"
+            why = "does not support this family" if exists else f"is unknown{did_you_mean(name, known)}"
             raise RecipeError(
                 f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}",
                 kind="unknown-name",
@@ -159,13 +157,13 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
     lacking = missing_controls(family, baselines)
     if lacking:
         raise RecipeError(
-            f"tasks.{family}.baselines: the controls {', '.join(lacking)} must stand in the same table, or its figures "
-            "mean nothing; add them, or leave the key out for the default",
+            f"tasks.{family}.baselines: the required baselines {', '.join(lacking)} are missing, without which results "
+            "cannot be interpreted; add them, or remove the key for the default",
             kind="missing-value",
             column=f"tasks.{family}.baselines",
         )
 
 
 def missing_controls(family: str, baselines: Sequence[str]) -> list[str]:
-    """Return the compulsory controls of a family that are not among its baselines."""
+    """Return the required baselines of a family that are not among its baselines."""
     return [name for name in family_of(family).controls if name not in baselines]

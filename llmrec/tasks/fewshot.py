@@ -28,7 +28,7 @@ _POOL, _LIKENESS = 10, 0.3
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive training events of one user; the last one is the target of the example."""
+    """Consecutive training interactions of one user; the last one is the target of the example."""
 
     user_id: str
     events: tuple[Event, ...]
@@ -51,17 +51,17 @@ class ShotPool:
     """Draws examples that depend only on the data, the seed and the request.
 
     Args:
-        family: Whose examples these are.
-        events: Usable training events by user, oldest first.
+        family: The task family.
+        events: Usable training interactions by user, oldest first.
         seed: The run's seed.
-        choice: ``random``: other users' events; ``own``: the user's own earlier events, cut off the shown history so
-            that nothing occurs twice; ``similar``: users whose training items overlap most (Jaccard) with the history;
-            ``nearest``: users whose latest items read most like the latest of the history; ``diverse``: of the nearest,
-            those least like each other; ``recent``: the latest events of all; ``balanced``: other users' events, every
-            answer equally often.
-        least: Events that an example needs, the solved one included.
-        vectors: Of the items, for ``nearest`` and ``diverse``.
-        label: The answer that an event solves, for ``balanced``; None where a family's answers are no few labels.
+        choice: ``random``: other users' interactions; ``own``: the user's own earlier interactions, removed from the
+            shown history so that nothing occurs twice; ``similar``: users whose training items overlap most (Jaccard)
+            with the history; ``nearest``: users whose latest items have the texts most similar to the latest of the
+            history; ``diverse``: of the nearest, those least similar to each other; ``recent``: the latest interactions
+            of all; ``balanced``: other users' interactions, every answer equally often.
+        least: Minimum number of interactions of an example, including the target.
+        vectors: Item vectors, for ``nearest`` and ``diverse``.
+        label: The answer for an interaction, for ``balanced``; None if a family's answers are not a few labels.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class ShotPool:
             )
         if choice == "balanced" and label is None:
             raise RecipeError(
-                f"eval.shots.choice: 'balanced' evens out the answers of examples, and those of tasks.{family} are no "
-                "few labels; choose another, or drop the task",
+                f"eval.shots.choice: 'balanced' balances the answers of examples, but those of tasks.{family} are "
+                "not a few labels; choose another, or remove the task",
                 kind="contradiction",
                 column="eval.shots.choice",
             )
         if choice in BY_TEXT and vectors is None:
             raise RecipeError(
-                f"eval.shots.choice: {choice!r} compares texts of items, and there is no text encoder here",
+                f"eval.shots.choice: {choice!r} compares item texts, and there is no text encoder",
                 kind="unsupported",
                 column="eval.shots.choice",
             )
@@ -119,10 +119,10 @@ class ShotPool:
 
         Args:
             request: The question.
-            past: The available events of its history, oldest first.
-            shots: How many examples.
-            history: The maximum number of events in the question.
-            show: Selects these events; by default the latest.
+            past: The available interactions of its history, oldest first.
+            shots: Number of examples.
+            history: The maximum number of interactions in the question.
+            show: Selects these interactions; by default the latest.
 
         Raises:
             DataError: If there are fewer other users than requested examples.
@@ -191,14 +191,14 @@ class ShotPool:
 
     def _too_few(self, count: int) -> DataError:
         return DataError(
-            f"tasks.{self._family}: {count} few-shot examples are asked for, but only {len(self._users)} users "
+            f"tasks.{self._family}: {count} few-shot examples are requested, but only {len(self._users)} users "
             "have training interactions to draw them from; lower eval.shots.k",
             kind="too-few",
             column="eval.shots.k",
         )
 
     def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
-        """Return (user, end) pairs whose solved events have every answer equally often, in seeded order.
+        """Return (user, end) pairs whose targets have every answer equally often, in seeded order.
 
         With fewer examples than answers, the omitted answers are drawn for every request. An answer without further
         users is skipped.
@@ -246,7 +246,7 @@ class ShotPool:
 
     @cached_property
     def _latest(self) -> list[str]:
-        """Users by the time of their last training event, latest first; ties, and data without times, by hash."""
+        """Users by the time of their last training interaction, latest first; ties, and data without times, by hash."""
         times = np.array([self._events[user][-1].timestamp or 0.0 for user in self._users])
         return [self._users[place] for place in np.lexsort((self._ties, -times))]
 

@@ -21,12 +21,12 @@ KIND = "held-out-items"
 
 @dataclass(frozen=True)
 class HeldItems:
-    """Held-out items, each part in a seeded order, so that the first n are an unbiased sample.
+    """Held-out items, in a seeded order, so that the first n are an unbiased sample.
 
     Attributes:
         valid: Items for model selection.
         test: Items for reported figures.
-        groups: The normalised title of every item; all items of a group are held out or none is.
+        groups: The normalised title of every item; the items of a group are held out together.
     """
 
     valid: tuple[str, ...]
@@ -40,7 +40,7 @@ class HeldItems:
             ValueError: For the training split, which has no held-out items.
         """
         if split == "train":
-            raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
+            raise ValueError("the training split has no held-out items; use 'valid' or 'test'")
         return self.valid if split == "valid" else self.test
 
     @property
@@ -50,7 +50,7 @@ class HeldItems:
 
 
 def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
-    """Reject templates of another family whose training rows would show held-out items with code and title.
+    """Reject templates of another family whose training examples would show held-out items with code and title.
 
     Raises:
         RecipeError: If there is one.
@@ -58,8 +58,8 @@ def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
     for template in templates:
         if template.writes_both:
             raise RecipeError(
-                f"tasks.{family}.templates: {template.id} shows items by code and title at once, and tasks.alignment "
-                "asks for pairs that no training row has shown; name other templates, or drop that task",
+                f"tasks.{family}.templates: {template.id} shows items by code and title, and tasks.alignment "
+                "needs pairs that no training example shows; choose other templates, or remove that task",
                 kind="contradiction",
                 at=template.id,
                 column=f"tasks.{family}.templates",
@@ -69,12 +69,12 @@ def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
 def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:
     """Select held-out items by a seeded hash of their titles, so that adding an item changes no other.
 
-    Items with the same title are treated alike. With an index over titles their codes differ only in the disambiguating
-    part, so one of them in training would reveal the others.
+    Items with the same title are held out together. With an index over titles their codes differ only in the
+    disambiguating part, so one of them in training would reveal the others.
 
     Args:
         items: The catalogue.
-        share: About this share of it is held out, half for each part.
+        share: Approximate share of held-out items, half of it for each split.
         seed: The run's seed.
     """
     names = sorted(items)
@@ -106,7 +106,7 @@ def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> Ca
     alone = len({held.groups[item] for item in part})
     if alone < count:
         raise DataError(
-            f"tasks.alignment.held_out: it holds {len(part)} of {len(held.groups)} items out for the {split} split, "
+            f"tasks.alignment.held_out: {len(part)} of {len(held.groups)} items are held out for the {split} split, "
             f"of {alone} titles, fewer than the {count} candidates of a question; raise it, or lower "
             "eval.candidates.count",
             kind="too-few",

@@ -1,4 +1,4 @@
-"""Selects the shown events of a history: the latest, or those similar to the question, with a summary."""
+"""Selects the shown interactions of a history: the latest, or those similar to the question, with a summary."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Shown:
     """The shown part of a history.
 
     Attributes:
-        events: Oldest first.
-        summary: A summary of the other events; may be empty.
+        events: Interactions, oldest first.
+        summary: A summary of the other interactions; may be empty.
     """
 
     events: tuple[Event, ...]
@@ -68,13 +68,13 @@ class Shown:
 
 
 class HistorySelector:
-    """Selects the shown events of a history; only whole events.
+    """Selects the shown interactions of a history.
 
     Args:
-        section: ``history`` is how many events are shown, ``past`` by which rule.
-        dataset: Names the items and their kinds.
-        vectors: Of its items, for the rule ``relevant``.
-        templates: What evaluation and training ask with: a summary needs a place in them.
+        section: ``history`` is the number of shown interactions, ``past`` the rule.
+        dataset: The data set, with the items and their kinds.
+        vectors: Item vectors, for the rule ``relevant``.
+        templates: Templates of training and evaluation, which have to show a summary.
 
     Raises:
         RecipeError: If a rule lacks a required input.
@@ -86,7 +86,7 @@ class HistorySelector:
         self.history, self._rule, self._dataset, self._vectors = section.history, section.past, dataset, vectors
         if self._rule == "relevant" and vectors is None:
             raise RecipeError(
-                "tasks: past=relevant compares items by their texts, and there is no text encoder here",
+                "tasks: past=relevant compares item texts, and there is no text encoder",
                 kind="unsupported",
                 column="past",
             )
@@ -94,7 +94,7 @@ class HistorySelector:
             blind = [template.id for template in templates if not template.shows_profile]
             if blind:
                 raise RecipeError(
-                    f"tasks: past=summary writes what earlier events were like into the profile, which the template "
+                    f"tasks: past=summary writes a summary of earlier interactions into the profile, which template "
                     f"{blind[0]} does not show; choose templates that do, or another rule",
                     kind="contradiction",
                     at=blind[0],
@@ -106,7 +106,7 @@ class HistorySelector:
 
         Args:
             events: The whole history, oldest first.
-            about: The items of the question. Without any, events similar to the latest one are relevant.
+            about: The items of the question. Without any, interactions similar to the latest one are relevant.
         """
         if len(events) <= self.history or self._rule == "latest":
             return Shown(tuple(events[-self.history :]))
@@ -115,7 +115,7 @@ class HistorySelector:
         return Shown(self._relevant(events, about))
 
     def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
-        """Keep the latest event and those most similar to an item of the question; ties by recency."""
+        """Keep the latest interaction and those most similar to an item of the question; ties by recency."""
         assert self._vectors is not None
         past = self._vectors.of([event.item_id for event in events[:-1]])
         asked = self._vectors.of(list(about) or [events[-1].item_id])
@@ -124,7 +124,7 @@ class HistorySelector:
         return (*(events[place] for place in sorted(order.tolist())), events[-1])
 
     def _summary(self, events: Sequence[Event]) -> str:
-        """Summarise the number of events, their kinds, their ratings and the best-rated items."""
+        """Summarise the number of interactions, their kinds, their ratings and the best-rated items."""
         items = [self._dataset.items[event.item_id] for event in events]
         kinds: Counter[str] = Counter()
         for item in items:

@@ -1,4 +1,4 @@
-"""The training shares of tasks, and one stream of training rows from several tasks."""
+"""The training shares of tasks, and one stream of training examples from several tasks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def shares(weights: Mapping[str, float], size: Callable[[str], int], section: Tr
 
     With sizes n, ``proportional`` gives min(n, limit) and ``temperature`` its power of 1 / T, as T5 mixes its tasks
     (Raffel et al., arXiv 1910.10683, section 3.5.2). At T = 1 the two are the same, and with growing T the shares
-    become equal. The shares are of tokens, since the row lengths of families differ by an order of magnitude; the
-    paper's are shares of rows.
+    become equal. The shares are of tokens, since the example lengths of families differ by an order of magnitude;
+    the paper's are shares of examples.
 
     Args:
-        weights: The families' own, by name; a family of weight 0 takes no part under any mixture.
-        size: How many training interactions a family has; asked only where the mixture depends on it.
+        weights: Weights by family; a family of weight 0 is excluded from any mixture.
+        size: Returns the number of training interactions of a family; called only if the mixture depends on it.
         section: The recipe's ``train`` section.
 
     Returns:
-        The weights as they are, or shares that sum to 1.
+        The unchanged weights, or shares that sum to 1.
     """
     chosen = {name: weight for name, weight in weights.items() if weight > 0}
     if section.mixture == "weights" or not chosen:
@@ -46,14 +46,14 @@ def interleave(
     seed: int,
     size: Callable[[T], int] | None = None,
 ) -> Iterator[tuple[str, T]]:
-    """Interleave streams of rows so that their shares follow the weights; yields each row with its stream's name.
+    """Interleave streams of examples so that their shares follow the weights; yields each with its stream's name.
 
     The next row comes from the stream that is furthest behind its share so far. That is deterministic, and after any
     number of rows each stream is within one row of its share.
 
     Args:
         streams: Rows by name.
-        weights: By name; streams of weight 0 give no rows.
+        weights: Weights by name; streams of weight 0 yield nothing.
         seed: Breaks ties between streams that are equally far behind.
         size: The weight of a row, such as its number of tokens; None: one, so that shares are shares of rows.
 

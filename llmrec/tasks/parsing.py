@@ -13,7 +13,7 @@ from llmrec.prompts.words import Words, english
 
 _LONGEST = 20_000
 _ALNUM = r"[^\W_]"
-# Letters of scripts without spaces between words, or with attached particles, do not form a word with a label.
+# A label next to a letter of these scripts (no spaces between words, or attached particles) is still a label.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _JOINED = rf"[^\W_{_UNSPACED}]"
 _NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
@@ -68,12 +68,12 @@ def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words:
 
     Args:
         text: Such as ``B, A, C``, ``1. B) Title``, a JSON list, or a sentence.
-        labels: Capital letters, or numbers, one a candidate.
+        labels: Capital letters, or numbers, one per candidate.
         titles: The candidates' titles, in the same order.
-        words: Of the language that was asked in, English by default.
+        words: Words of the prompt's language, English by default.
 
     Returns:
-        Places in ``labels``, best first; empty where nothing could be read.
+        Indices in ``labels``, best first; empty if nothing could be parsed.
     """
     reader = _Reader(labels, titles, words or english())
     result: dict[int, None] = {}
@@ -187,7 +187,7 @@ class _Reader:
         """Return (start, end, index) of the titles in a line; a longer title hides a shorter one inside it."""
         words = _words(line)
         text = " " + "".join(f"{word} " for word, _, _ in words)
-        # Where each word begins in `text`, so that a hit is traced back to its place in the line.
+        # Where each word begins in `text`, to map a match back to its position in the line.
         offsets, offset = {}, 0
         for index, (word, _, _) in enumerate(words):
             offsets[offset] = index

@@ -1,4 +1,4 @@
-"""Negative and rejected items, and pools of a few fixed rows (TALLRec, section 4)."""
+"""Negative and rejected items, and pools of a few fixed examples (TALLRec, section 4)."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from llmrec.tasks.base import keyed
 from llmrec.tasks.task import EventLists, Task
 from llmrec.types import Event, Example
 
-# Consecutive duplicate rows after which a stream counts as exhausted.
+# Consecutive duplicate examples after which a stream counts as exhausted.
 _PATIENCE = 2000
 
 
 @runtime_checkable
 class Classed(Protocol):
-    """A task whose rows have classes that a pool balances."""
+    """A task whose examples have classes that a pool balances."""
 
     kinds: tuple[str, ...]
 
     def kind(self, example: Example) -> str:
-        """Return the class of a training row."""
+        """Return the class of a training example."""
         ...
 
 
 def pool(task: Task, count: int) -> tuple[Example, ...]:
-    """Return the first ``count`` different rows of a task's training stream.
+    """Return the first ``count`` different examples of a task's training stream.
 
-    Two rows are equal if they show the same events of the same user with the same last one, whatever the template. Of a
-    `Classed` task equally many rows of each class are taken; another class compensates for one with too few. A smaller
-    pool is a subset of a larger one as long as no class is exhausted.
+    Two examples are equal if they show the same interactions of the same user with the same last one, in any template.
+    The classes of a `Classed` task have equal numbers of examples; another class compensates for one with too few. A
+    smaller pool is a subset of a larger one as long as no class is exhausted.
 
     Raises:
-        RecipeError: If there are fewer different rows.
+        RecipeError: If there are fewer different examples.
     """
     kinds = task.kinds if isinstance(task, Classed) else ()
     room = {kind: count // len(kinds) + (place < count % len(kinds)) for place, kind in enumerate(kinds)}
@@ -59,7 +59,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         seen.add(key)
         kind = task.kind(example) if isinstance(task, Classed) else ""
         if kinds and taken[kind] >= room[kind]:
-            # A row of a full class is no progress, but may have to replace one of a class with too few.
+            # An example of a full class may have to replace one of a class with too few.
             spare[place] = example
             continue
         taken[kind] += 1
@@ -71,8 +71,8 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         chosen[place] = example
     if len(chosen) < count:
         raise RecipeError(
-            f"train.examples: tasks.{task.family} has only {len(chosen)} different training rows, and {count} are "
-            "asked for; lower it, or leave it out",
+            f"train.examples: tasks.{task.family} has only {len(chosen)} different training examples, but {count} are "
+            "requested; lower it, or remove it",
             kind="too-few",
             column="train.examples",
         )
@@ -80,7 +80,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
 
 
 def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Example]:
-    """Yield a task's training rows endlessly: its stream, or a pool of ``count``, reshuffled in every pass."""
+    """Yield a task's training examples endlessly: its stream, or a pool of ``count``, reshuffled in every pass."""
     if count is None:
         yield from task.examples("train")
         return
@@ -94,8 +94,8 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
 class Negatives:
     """Draws items without a training interaction of a user.
 
-    Held-out data is unknown here: a held-out item is drawn like any other, as in serving. Otherwise the item that is
-    never a negative of a user would be the answer.
+    Held-out items are drawn like all others, as in serving. Otherwise the item that is never a negative of a user would
+    be the answer.
 
     Args:
         data: The split data.
@@ -123,19 +123,19 @@ class Negatives:
 
         Args:
             user: The user, whose training items are excluded.
-            count: How many.
+            count: Number of items.
             rng: Random numbers.
             but: Further excluded items.
 
         Raises:
-            DataError: If fewer are left.
+            DataError: If there are fewer.
         """
         had = self._trained.get(user, frozenset()).union(but)
         free = len(self._catalogue) - len(had)
         if free < count:
             raise DataError(
-                f"user {user!r} has had {len(had)} of {len(self._catalogue)} items, which leaves {free}, fewer than "
-                f"the {count} negatives asked for; set {self._key} to at most {free + self._key.endswith('count')}",
+                f"user {user!r} has {len(had)} of {len(self._catalogue)} items, which leaves {free}, fewer than the "
+                f"{count} requested negatives; set {self._key} to at most {free + self._key.endswith('count')}",
                 kind="too-few",
                 column=self._key,
             )
@@ -157,14 +157,14 @@ class Negatives:
 
 @dataclass(frozen=True)
 class Rejecting:
-    """Draws the rejected items of training events (``train.preference.rejected``), from training interactions only.
+    """Draws the rejected items of training interactions (``train.preference.rejected``), from training data only.
 
     Attributes:
         family: The task family.
-        events: Training events by user.
+        events: Training interactions by user.
         section: ``negatives`` and ``rejected``.
         negatives: Draws items without an interaction of the user.
-        lists: Hard items for the indices of a user's events, if ``rejected`` names a ranker.
+        lists: Hard items for the indices of a user's interactions, if ``rejected`` names a ranker.
     """
 
     family: str
@@ -175,7 +175,7 @@ class Rejecting:
 
     @cached_property
     def users(self) -> list[str]:
-        """Users with an event that has a rejected item.
+        """Users with at least one interaction that has a rejected item.
 
         Raises:
             DataError: If there is none.
@@ -188,8 +188,8 @@ class Rejecting:
             results = list(self.events)
         if not results:
             raise DataError(
-                f"tasks.{self.family}: no user has a training event with {self.section.negatives} items that "
-                f"train.preference.rejected={self.section.rejected} finds; lower train.preference.negatives, or reject "
+                f"tasks.{self.family}: no user has a training interaction with {self.section.negatives} items from "
+                f"train.preference.rejected={self.section.rejected}; lower train.preference.negatives, or reject "
                 "others",
                 kind="too-few",
                 column="train.preference.rejected",
@@ -197,12 +197,12 @@ class Rejecting:
         return results
 
     def pair(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the index of an event of one of the `users`, and its rejected items."""
+        """Return the index of an interaction of one of the `users`, and its rejected items."""
         count = self.section.negatives
         if self.lists is not None or self.section.rejected == "ratings":
             at, items = rng.choice(self.lists.of(user) if self.lists is not None else list(self._lower(user)))
             return at, tuple(rng.sample(items, count))
-        # A question about the first event has no history.
+        # The first interaction has no history.
         at = rng.randrange(min(1, len(self.events[user]) - 1), len(self.events[user]))
         return at, tuple(self.negatives.draw(user, count, rng))
 
@@ -227,13 +227,13 @@ def shuffled(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
 def with_other_texts(
     event: Event, events: Mapping[str, tuple[Event, ...]], text: Callable[[Event], str], size: int, rng: random.Random
 ) -> list[Event]:
-    """Return an event, followed by the same with texts of other training events, at most ``size`` in total.
+    """Return an interaction, followed by the same with texts of other training interactions, at most ``size`` in total.
 
     Args:
-        event: The event of the true text.
-        events: Training events by user.
-        text: Reads an event's text; the returned texts are all different.
-        size: How many events.
+        event: The interaction of the true text.
+        events: Training interactions by user.
+        text: Returns an interaction's text; the returned texts are all different.
+        size: Maximum number of interactions.
         rng: Random numbers.
     """
     users, result = sorted(events), {text(event): event}

@@ -1,4 +1,4 @@
-"""Rating prediction: what would this user give this item?"""
+"""Rating prediction: the rating of a user for an item."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ _MOST_LABELS = 101
 class RatingTask(Task):
     """The rating family.
 
-    A list template asks for one user's ratings in order; the history is part of the answer, so that one training row
-    teaches a rating at every position. A chat template shows the history and asks about one item.
+    A list template has one user's ratings in order; the history is part of the answer, so that one training example
+    teaches a rating at every position. A chat template shows the history and asks for the rating of one item.
     """
 
     family = "rating"
@@ -82,8 +82,8 @@ class RatingTask(Task):
         self._listwise = inputs.listwise
         if (other := next(filter(learned_only, self._chosen.train), None)) is not None and self._listwise is not None:
             raise RecipeError(
-                f"train.preference: {other.id} is answered by yes or no, and ratings are compared with others; leave "
-                "it out of tasks.rating.templates",
+                f"train.preference: {other.id} is answered by yes or no, but preference training compares ratings; "
+                "remove it from tasks.rating.templates",
                 kind="contradiction",
                 column="tasks.rating.templates",
             )
@@ -93,7 +93,7 @@ class RatingTask(Task):
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
-        """The templates that training rows are drawn from."""
+        """The training templates."""
         return tuple(self._chosen.train)
 
     @property
@@ -102,7 +102,7 @@ class RatingTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`."""
+        """Yield examples with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for case in self.cases("valid")[:limit]:
@@ -132,9 +132,9 @@ class RatingTask(Task):
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training row in a pass, which begins with the history that all families show in that pass.
+        """Return a user's training example in a pass, which begins with the history that all families share in it.
 
-        None if the user rated nothing.
+        None if the user has no ratings.
         """
         events = self._events.get(user)
         if events is None:
@@ -170,7 +170,7 @@ class RatingTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples, and the remaining history of the question."""
+        """Return the training interactions of few-shot examples, and the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request, rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
@@ -181,7 +181,7 @@ class RatingTask(Task):
         return self.scale.labels
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Read the first number; None if there is none on the scale."""
+        """Parse the first number; None if there is none on the scale."""
         value = read_number(completion, self.scale.low, self.scale.high, self._chosen.words(template))
         return None if value is None else Rating(request_id=request.id, value=value)
 
@@ -200,7 +200,7 @@ class RatingTask(Task):
         return counted_rows(self._data, "rating")
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
-        """Return the strategies of one of the models.
+        """Return the strategies for the fine-tuned or the base model.
 
         A rating head replaces the label tokens of the fine-tuned model, which is therefore evaluated by its head only,
         and the base model, which has none, by the other strategies.
@@ -223,7 +223,7 @@ class RatingTask(Task):
     def _train_events(
         self, template: Template, user: str, rng: random.Random
     ) -> tuple[tuple[Event, ...], Mapping[str, str]]:
-        """Return the events of a row, the target last, and a summary of earlier ones."""
+        """Return the interactions of an example, the target last, and a summary of earlier ones."""
         events = self._events[user]
         if template.shape == "list":
             return window(events, self._section.window, rng), {}
@@ -274,7 +274,7 @@ class RatingTask(Task):
         return values | {"rating": self.scale.label(event.rating)}
 
     def _with_stars(self, row: str, values: Values, event: Event, words: Words) -> tuple[Values, Values]:
-        """Return the question and answer of a row that names a rating: the true one or, equally often, another."""
+        """Return question and answer of a yes/no example on a rating: the true one or, equally often, another."""
         assert event.rating is not None
         rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
         others = [label for label in self.scale.labels if label != true]
@@ -284,15 +284,15 @@ class RatingTask(Task):
 
 
 def learned_only(template: Template) -> bool:
-    """Whether a template asks for yes or no to a number of stars, which P5 trains on and does not evaluate."""
+    """Whether a template is a yes/no question on a number of stars, which P5 trains on and does not evaluate."""
     return "answer" in template.names("target")
 
 
 def _refuse_learned(template: Template) -> None:
     if learned_only(template):
         raise RecipeError(
-            f"tasks.rating.eval_templates: {template.id} asks whether a rating is so many stars, which is learned and "
-            "not evaluated; name templates that ask for the number, such as name-item",
+            f"tasks.rating.eval_templates: {template.id} is a yes/no question on a number of stars, which is only "
+            "used in training; choose templates that ask for the rating, such as name-item",
             kind="contradiction",
             at=template.id,
             column="tasks.rating.eval_templates",
@@ -324,7 +324,7 @@ class Scale:
         return max(0.0, 1.0 - abs(rating - truth) / ((self.high - self.low) or 1.0))
 
     def misrated(self, event: Event, size: int, rng: random.Random) -> list[Event]:
-        """Return a rated event, followed by the same with other ratings in random order, at most ``size`` in total."""
+        """Return a rated interaction, followed by it with other ratings in random order, at most ``size`` in total."""
         true = self.label(event.rating or 0.0)
         others = [value for value, label in zip(self.values, self.labels, strict=True) if label != true]
         return [event, *(replace(event, rating=value) for value in rng.sample(others, min(size - 1, len(others))))]
@@ -342,7 +342,7 @@ def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
 
     Args:
         data: The split.
-        learns: Whether there must be ratings to learn from; else the scale that the data names will do.
+        learns: Whether training ratings are required; otherwise the declared scale of the data is sufficient.
 
     Raises:
         DataError: If there are no ratings, or more than 101 steps.
@@ -350,7 +350,7 @@ def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
     ratings = data.train["rating"].drop_nulls().unique().to_list()
     if not ratings and (learns or data.dataset.rating_scale is None):
         raise DataError(
-            f"tasks.rating: {data.dataset.name} has no ratings; drop the task or name data.columns.rating",
+            f"tasks.rating: {data.dataset.name} has no ratings; remove the task or set data.columns.rating",
             kind="missing-column",
             at=data.dataset.name,
             column="rating",

@@ -1,7 +1,7 @@
 """Review: the headline or the rating of a user's review of an item (P5, RecSys 2022, appendix D).
 
 The question shows the review and no history. One task serves two families, whose templates write ``{{ headline }}``
-(family ``review``) or ``{{ rating }}`` (family ``stars``). A headline takes the place of an interaction's text: see
+(family ``review``) or ``{{ rating }}`` (family ``stars``). A headline replaces an interaction's text: see
 `llmrec.data.split`.
 """
 
@@ -70,8 +70,8 @@ class ReviewTask(Task):
         self.family, self.target = _kind(templates)
         if inputs.learns and not data.dataset.reviews:
             raise DataError(
-                f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source of reviews, such as "
-                "amazon-reviews, or drop the task",
+                f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source with reviews, such as "
+                "amazon-reviews, or remove the task",
                 kind="unsupported",
                 at=data.dataset.name,
                 column=f"tasks.{self.family}",
@@ -88,7 +88,7 @@ class ReviewTask(Task):
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
-                f"{self.target}; drop the task",
+                f"{self.target}; remove the task",
                 kind="missing-value",
                 at=data.dataset.name,
                 column=f"tasks.{self.family}",
@@ -106,7 +106,7 @@ class ReviewTask(Task):
         """
         if self._scale is None:
             raise RecipeError(
-                f"tasks.{self.family}: its templates write headlines, which have no scale",
+                f"tasks.{self.family}: its answers are headlines, which have no scale",
                 kind="unsupported",
                 column=f"tasks.{self.family}",
             )
@@ -118,7 +118,7 @@ class ReviewTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`."""
+        """Yield examples with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for held in self._held("valid")[:limit]:
@@ -158,7 +158,7 @@ class ReviewTask(Task):
         chosen, item = self._chosen.get(template), asked_item(request, self.family)
         if not request.context.get("review"):
             raise DataError(
-                f"request {request.id!r}: the {self.family} task reads a review; set context['review']",
+                f"request {request.id!r}: the {self.family} task needs a review; set context['review']",
                 kind="missing-value",
                 column="review",
             )
@@ -171,12 +171,12 @@ class ReviewTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples."""
+        """Return the training interactions of few-shot examples."""
         past = self._usable(request.user_id, request.history)
         return self._shots.draw(request, past, shots, self._section.history)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the scale's labels, lowest first; nothing for headlines, which are generated."""
+        """Return the scale's labels, lowest first; an empty list for headlines, which are generated."""
         return () if self._scale is None else self._scale.labels
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
@@ -188,7 +188,7 @@ class ReviewTask(Task):
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return the F1 of shared words, or the nearness of the rating as a share of the scale."""
+        """Return the F1 of shared words, or 1 minus the rating error as a share of the scale."""
         if isinstance(answer, Text) and self._scale is None:
             return shared_words(answer.text, str(case.truth))
         if isinstance(answer, Rating) and self._scale is not None:
@@ -252,10 +252,10 @@ class ReviewTask(Task):
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
-    """Return the family of templates, and their common answer.
+    """Return the family of templates.
 
     Raises:
-        RecipeError: If one is a list, or they ask for different things.
+        RecipeError: If one is a list, or their answers differ.
     """
     targets: dict[Target, str] = {}
     for template in templates.values():
@@ -272,8 +272,8 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     family = next(iter(templates.values())).family
     if len(targets) > 1:
         raise RecipeError(
-            f"templates {' and '.join(sorted(targets.values()))}: the one writes a headline and the other a rating; "
-            "those of one family write the same, headlines under prompts/review and ratings under prompts/stars",
+            f"templates {' and '.join(sorted(targets.values()))}: one answers with a headline and the other with a "
+            "rating; headlines belong in prompts/review and ratings in prompts/stars",
             kind="contradiction",
             column="target",
         )

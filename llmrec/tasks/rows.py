@@ -1,4 +1,4 @@
-"""Rows, questions and few-shot examples, as a list that is continued or as a chat with one answer."""
+"""Training examples, questions and few-shot examples, as a list to continue or as a chat with one answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmrec.types import (
 )
 
 Answered = Callable[[Values, Event], Values]
-"""Adds the true answer for an event to the values that a template's target shows."""
+"""Adds the true answer for an interaction to the variables of a template's target."""
 
 
 ListLoss = Literal["softmax", "lambda"]
@@ -52,7 +52,7 @@ def list_row(
     *,
     first_target: int = 0,
 ) -> Example:
-    """Return a list row whose lines are targets from ``first_target`` on; earlier ones are context."""
+    """Return a list example whose lines are targets from ``first_target`` on; earlier ones are context."""
     answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
     return list_example(template, row, user_id, values, answer, events)
 
@@ -102,7 +102,7 @@ def list_prompt(
     asked: Values,
     shots: Sequence[tuple[Message, ...]],
 ) -> Prompt:
-    """Return a prompt for the step after the answered ``steps`` of a list; ``asked`` are its lead's values."""
+    """Return a prompt for the step after the answered ``steps`` of a list; ``asked`` are the values of its lead."""
     opening = template.opening(values | asked | {"n": len(steps) + 1})
     return Prompt(
         messages=with_shots(template.turns(values), shots),
@@ -114,7 +114,7 @@ def list_prompt(
 def chat_example(
     template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
 ) -> Example:
-    """Return a row with one answer; ``past`` counts as shown only if the template shows a history."""
+    """Return an example with one answer; ``past`` counts as shown only if the template shows a history."""
     shown = past if PAST & template.names("system", "user") else ()
     return Example(
         id=row,
@@ -129,13 +129,13 @@ def chat_example(
 
 
 def preferred(rows: Iterable[Example]) -> Example:
-    """Return the first of rows that differ only in their last target, with the others as rejected."""
+    """Return the first of examples that differ only in their last target, with the others as rejected."""
     first, *others = rows
     return replace(first, rejected=tuple(row.answer[-1].text for row in others))
 
 
 def against(example: Example) -> list[Example]:
-    """Return a row, followed by the same with each of its rejected texts as its last target."""
+    """Return an example, followed by the same with each of its rejected texts as its last target."""
     begin = example.answer[:-1]
     return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]
 
@@ -143,7 +143,7 @@ def against(example: Example) -> list[Example]:
 def list_example(
     template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
 ) -> Example:
-    """Return a user row: a list of events whose target steps are marked in ``answer``."""
+    """Return a user example: a list of interactions whose target steps are marked in ``answer``."""
     return Example(
         id=row,
         user_id=user_id,

@@ -1,4 +1,4 @@
-"""Sequential recommendation: which item comes next in this user's history?"""
+"""Sequential recommendation: predict the next item of a user's history."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from llmrec.types import (
 class SequentialTask(Task):
     """The sequential family.
 
-    A list template asks to continue a list; the history is part of the answer, so that one training row teaches the
+    A list template is a list to continue; the history is part of the answer, so that one training example teaches the
     next title at every position. A chat template shows the history and asks for one title.
     """
 
@@ -109,7 +109,7 @@ class SequentialTask(Task):
         return tuple(sorted(self._data.dataset.items))
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets; see `Task`."""
+        """Yield examples with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for held in held_out(self._data, "valid")[:limit]:
@@ -125,7 +125,7 @@ class SequentialTask(Task):
             yield self.example(draw)
 
     def _preferences(self, rejecting: Rejecting, limit: int | None) -> Iterator[Example]:
-        """Yield rows whose only target is the last item, preferred to others."""
+        """Yield examples whose only target is the last item, preferred to others."""
         for row, user, rng in passes(self.family, rejecting.users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
             at, rejected = rejecting.pair(user, rng)
@@ -138,14 +138,14 @@ class SequentialTask(Task):
             yield replace(made, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
-        """Yield training rows before they are written as text: ``examples("train")`` is `example` of each, in order."""
+        """Yield training examples before they are rendered: ``examples("train")`` is `example` of each, in order."""
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
             yield Draw(row, user, template, events, self._section.warm_up)
 
     def example(self, draw: Draw) -> Example:
-        """Write a drawn row as text."""
+        """Render a drawn example as text."""
         return self._example(draw.template, draw.id, draw.user_id, draw.events, first_target=draw.first_target)
 
     @property
@@ -157,9 +157,9 @@ class SequentialTask(Task):
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training row in a pass, which begins with the history that all families show in that pass.
+        """Return a user's training example in a pass, which begins with the history that all families share in it.
 
-        None if the user has too few events.
+        None if the user has too few interactions.
         """
         events = self._events.get(user)
         if events is None:
@@ -175,7 +175,7 @@ class SequentialTask(Task):
         return ranking_cases(self._data, split, self._candidates, self.family)
 
     def training_cases(self) -> Iterator[Case]:
-        """Yield training events as questions with their preceding history; see `Task`."""
+        """Yield training interactions as questions with their preceding history; see `Task`."""
         for row, user, rng in passes(f"{self.family} question", list(self._events), self._seed, None):
             events = self._events[user]
             at = rng.randrange(max(1, self._section.warm_up), len(events))
@@ -185,7 +185,7 @@ class SequentialTask(Task):
         """Render a request; see `Task`.
 
         Raises:
-            RecipeError: If a complete ranking is requested as text: these templates ask for the next title.
+            RecipeError: If a complete ranking is requested as text: these templates generate the next title.
         """
         if want != "one":
             raise RecipeError(
@@ -204,7 +204,7 @@ class SequentialTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples, and the remaining history of the question."""
+        """Return the training interactions of few-shot examples, and the remaining history of the question."""
         return self._shots.draw(request, request.history, shots, self._section.history, self._past.show)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -218,7 +218,7 @@ class SequentialTask(Task):
         return tuple(chosen.answer(values | {"item": self._view.item(item), "n": n}) for item in items)
 
     def writes_alike(self, template: str) -> bool:
-        """Whether a template writes an item in the same way for every request."""
+        """Whether a template renders an item in the same way for every request."""
         return self._chosen.get(template).names("target") <= {"item", "noun"}
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
@@ -261,7 +261,7 @@ class SequentialTask(Task):
         some = next(iter(self._data.dataset.items), None)
         if bare and some is not None and not isinstance(self._view.item(some)["code"], Code):
             raise RecipeError(
-                f"tasks.sequential.templates: {bare[0]} writes codes one behind the other, and those of this index are "
+                f"tasks.sequential.templates: {bare[0]} lists codes without separators, and those of this index are "
                 "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template continue-codes",
                 kind="contradiction",
                 at=f"{self.family}/{bare[0]}",

@@ -22,19 +22,19 @@ from llmrec.tasks.rows import Listwise
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName
 
 Want = Literal["one", "ranking", "yes"]
-"""What a prompt asks about its candidates: to choose one, to rank all, or yes or no about a single one."""
+"""The requested answer: one candidate, a ranking of all, or yes or no about a single one."""
 
 
 class EventLists(Protocol):
-    """Item lists for training events: candidates that include the event's item, or rejected items."""
+    """Item lists for training interactions: candidates that include the interaction's item, or rejected items."""
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return indices of a user's training events, and a list for each."""
+        """Return indices of a user's training interactions, and a list for each."""
         ...
 
 
 class RetrievedLists(EventLists, Protocol):
-    """Retrieved candidates of training rows."""
+    """Retrieved candidates of training examples."""
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
         """Return the candidates of validation requests by id, if they include the target."""
@@ -46,18 +46,18 @@ class TaskInputs:
     """The inputs of every task besides its section of the recipe.
 
     Attributes:
-        data: The split data that the family reads.
+        data: The split data of the family.
         templates: All templates of the family by name.
-        seed: The seed of rows, windows and examples.
+        seed: The seed of training examples, windows and few-shot examples.
         candidates: Stored candidate sets, for families that rank them.
         shot_choice: The selection of few-shot examples (``eval.shots.choice``).
         index: The item index, if any.
         vectors: Text vectors of items, for similarity.
-        lists: Retrieved candidates of training events; None: they are drawn.
-        preference: How training rows are learned from preference; None: their answers are learned.
-        hard: Rejected items of training events, where ``preference`` names what ranks them.
-        learns: Whether there is something to learn from; without, a task can only ask.
-        held: Items whose code and text no training row shows together; None: the alignment task holds them out itself.
+        lists: Retrieved candidates of training interactions; None: they are drawn.
+        preference: The settings of preference training; None: answers are trained on directly.
+        hard: Rejected items of training interactions, if ``preference`` names a ranker.
+        learns: Whether there is training data; without it, a task can only evaluate.
+        held: Items whose code and text no training example shows together; None: the alignment task selects them.
     """
 
     data: SplitDataset
@@ -75,12 +75,12 @@ class TaskInputs:
 
     @property
     def listwise(self) -> Listwise | None:
-        """The preference settings of rows; None without preference training."""
+        """The preference settings of training examples; None without preference training."""
         section = self.preference
         return None if section is None else Listwise("softmax", 1 + section.negatives, preference=section)
 
     def past(self, section: TaskSection, asking: Sequence[Template]) -> HistorySelector:
-        """Return the selection of shown events."""
+        """Return the selection of shown interactions."""
         return HistorySelector(section, self.data.dataset, self.vectors, asking)
 
     def shots(
@@ -91,7 +91,7 @@ class TaskInputs:
         least: int = 1,
         label: Callable[[Event], Hashable] | None = None,
     ) -> ShotPool:
-        """Return the pool of few-shot examples from training events by user; see `ShotPool`."""
+        """Return the pool of few-shot examples from training interactions by user; see `ShotPool`."""
         return ShotPool(
             family, events, seed=self.seed, choice=self.shot_choice, least=least, vectors=self.vectors, label=label
         )
@@ -109,20 +109,20 @@ class Task(Protocol):
         ...
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets.
+        """Yield examples with targets.
 
-        For ``train`` this is an endless seeded stream from training interactions only: passes over the users, each row
-        with a randomly drawn window and seen template. For ``valid`` it is one row per held-out
-        case, with that case as the only target. ``limit`` caps the number of rows.
+        For ``train`` this is an endless seeded stream from training interactions only: passes over the users, each
+        example with a randomly drawn window and training template. For ``valid`` it is one example per held-out case,
+        with that case as the only target. ``limit`` caps their number.
         """
         ...
 
     def cases(self, split: SplitName) -> Sequence[Case]:
-        """Return the held-out cases of a split in a seeded order that does not depend on row order."""
+        """Return the held-out cases of a split in a seeded order that does not depend on the order of the data."""
         ...
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
-        """Render a request, with ``shots`` solved examples from training data before it.
+        """Render a request, with ``shots`` few-shot examples from training data before it.
 
         Raises:
             RecipeError: If the template has no text for the requested answer.
@@ -130,7 +130,7 @@ class Task(Protocol):
         ...
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events of few-shot examples, and the remaining history of the question."""
+        """Return the training interactions of few-shot examples, and the remaining history of the question."""
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class Task(Protocol):
             RecipeError: If the family does not rank the catalogue.
         """
         raise RecipeError(
-            f"tasks.{self.family} ranks no catalogue; tasks.sequential does",
+            f"tasks.{self.family} does not rank the catalogue; use tasks.sequential",
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
@@ -175,37 +175,37 @@ class Task(Protocol):
 
     @property
     def listwise(self) -> Listwise | None:
-        """The listwise settings of training rows with `Example.rejected`; None: rows are trained on tokens."""
+        """The listwise settings of examples with `Example.rejected`; None: examples are trained on tokens."""
         return self._listwise
 
     def words(self, template: str) -> Words:
-        """Return the words of a template's language, for strategies that write text themselves."""
+        """Return the words of a template's language, for strategies that create text."""
         return english()
 
     def training_cases(self) -> Iterator[Case]:
-        """Yield training events as questions with their preceding history, endlessly, in seeded order.
+        """Yield training interactions as questions with their preceding history, endlessly, in seeded order.
 
         Raises:
-            RecipeError: If the family does not ask for an item of the catalogue.
+            RecipeError: If the family does not predict an item of the catalogue.
         """
         raise RecipeError(
-            f"tasks.{self.family} asks for no item of the catalogue; tasks.sequential does",
+            f"tasks.{self.family} does not predict items of the catalogue; use tasks.sequential",
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
 
     def writes_alike(self, template: str) -> bool:
-        """Whether a template writes an item identically for every request, as a catalogue search requires."""
+        """Whether a template renders an item identically for every request, as a catalogue search requires."""
         return False
 
     def questions(self, count: int) -> list[Request]:
-        """Return a number of questions about training events, with candidates as in evaluation.
+        """Return ``count`` questions about training interactions, with candidates as in evaluation.
 
         Raises:
             RecipeError: If the family has no candidates.
         """
         raise RecipeError(
-            f"tasks.{self.family} lists no candidates, so that no position can be measured",
+            f"tasks.{self.family} lists no candidates, so no position bias can be measured",
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
@@ -247,7 +247,7 @@ class Task(Protocol):
 
     @property
     def profile_template(self) -> Template:
-        """The template that asks for a user profile.
+        """The template that generates a user profile.
 
         Raises:
             RecipeError: If the family has no profile.
@@ -264,7 +264,7 @@ class Task(Protocol):
         return 0
 
     def profile_prompt(self, request: Request) -> Prompt:
-        """Render the question for a user profile, which shows only the history of the request."""
+        """Render the prompt for a user profile, which shows only the history of the request."""
         raise RecipeError(
             f"tasks.{self.family} asks for no profile; tasks.direct does",
             kind="unsupported",
@@ -284,7 +284,7 @@ def only_one(family: str, want: Want) -> None:
     """
     if want != "one":
         raise RecipeError(
-            f"tasks.{family} asks for one answer and lists no candidates; use the direct task",
+            f"tasks.{family} has one answer and lists no candidates; use the direct task",
             kind="unsupported",
             column=f"tasks.{family}",
         )

@@ -21,7 +21,7 @@ class Chosen:
         train: The training templates; never an unseen one.
         evaluate: Names of the evaluation templates: the fine-tuned model's, then those of other settings.
         coded: Whether there is an index, so that templates may write codes.
-        reviewed: Whether the data have reviews, so that templates may show parts of them.
+        reviewed: Whether the data has reviews, so that templates may show them.
     """
 
     every: Mapping[str, Template]
@@ -32,7 +32,7 @@ class Chosen:
 
     @property
     def asking(self) -> tuple[Template, ...]:
-        """All templates of this task's rows and questions."""
+        """All templates of this task's training examples and questions."""
         return (*self.train, *(self.every[name] for name in self.evaluate))
 
     @property
@@ -44,26 +44,26 @@ class Chosen:
         """Return a template by name, or the trainable templates of a set for which the data has all variables.
 
         Raises:
-            RecipeError: As `get`; or if nothing of the set is left.
+            RecipeError: As `get`; or if no template of the set is left.
         """
         whole = [] if name in self.every else of_set(self.every, name)
         if not whole:
             return [self.get(name)]
         left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
         if not left:
-            lacking = "; ".join(sorted({self.lacks(template) or "it is unseen in training" for template in whole}))
-            raise RecipeError(f"no template of the set {name!r} can train here: {lacking}", kind="unsupported")
+            lacking = "; ".join(sorted({self.lacks(template) or "it is reserved for evaluation" for template in whole}))
+            raise RecipeError(
+                f"no template of the set {name!r} can be used for training: {lacking}", kind="unsupported"
+            )
         return left
 
     def lacks(self, template: Template) -> str:
         """Return the inputs of a template that the data or the recipe lacks; empty if it can be used."""
         if template.writes_codes and not self.coded:
-            return (
-                "writes items as codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
-            )
+            return "shows item codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
         if template.needs and not self.reviewed:
             return (
-                "shows parts of reviews, such as a headline, and this data has none; use a source of reviews, such as "
+                "shows parts of reviews, such as a headline, and the data has none; use a source with reviews, such as "
                 "amazon-reviews"
             )
         return ""
@@ -77,14 +77,14 @@ class Chosen:
         """Return a template by its name or ``family/name``.
 
         Raises:
-            RecipeError: If there is none, naming the closest one; or if it writes codes and there is no index.
+            RecipeError: If there is none, with the closest name; or if it uses codes and there is no index.
         """
         bare = name.rpartition("/")[2]
         if bare not in self.every:
             known = ", ".join(self.every)
             raise RecipeError(
-                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}. Your own are "
-                "named under the key prompts of the recipe",
+                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}. Add your own "
+                "with the recipe key prompts",
                 kind="unknown-name",
             )
         result = self.every[bare]
@@ -108,13 +108,13 @@ def choose(
     *,
     reviews: bool = False,
 ) -> Chosen:
-    """Select the section's templates; by default, with an index, those that write codes, if any.
+    """Select the section's templates; by default, with an index, those that use codes, if any.
 
-    Of these, templates that also write titles are used only if named or without alternatives. A list of bare codes is
+    Of these, templates that also show titles are used only if named or without alternatives. A list of bare codes is
     used only if named, since it supports only codes of item tokens. ``reviews`` enables templates that show reviews.
 
     Raises:
-        RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
+        RecipeError: If a name is unknown, a template for evaluation is used for training, one uses codes without an
             index, one needs reviews and there are none, or none is left.
     """
     everything = Chosen(templates, (), (), index is not None, reviews)
@@ -122,8 +122,8 @@ def choose(
     for template in named:
         if template.use == "unseen":
             raise RecipeError(
-                f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
-                "name it in eval_templates instead",
+                f"tasks.{family}.templates: {template.id} is reserved for evaluating new wordings; "
+                "use it in eval_templates instead",
                 kind="contradiction",
                 at=template.id,
                 column=f"tasks.{family}.templates",
@@ -136,7 +136,7 @@ def choose(
     train = tuple(named or (coded if index is not None and coded else plain))
     if not train:
         raise RecipeError(
-            f"tasks.{family}: there is no seen template; add one under prompts/{family}",
+            f"tasks.{family}: there is no training template; add one in prompts/{family}",
             kind="missing-file",
             column=f"tasks.{family}",
         )

@@ -259,7 +259,7 @@ def test_pages_that_are_overwritten_cost_their_answers_alone(tmp_path: Path, cap
         store.put([("new", 1)])
         assert store.get(["new"]) == {"new": 1}
         store.close()
-    assert len([record for record in caplog.records if "cannot be trusted" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "it was renamed to" in record.getMessage()]) == 1
     assert 100 < len(AnswerStore(path)) < 261
     assert (tmp_path / "answers.sqlite.damaged").stat().st_size >= len(content)
 

@@ -69,7 +69,7 @@ def test_another_tokenizer_is_asked_by_chat_or_refused(encoder: Encoder) -> None
         backend.close()
         with raises(
             BackendError,
-            Facts("mismatch", server.url, column="eval.server.chat", says=("the server counts 3", "set model.name")),
+            Facts("mismatch", server.url, column="eval.server.chat", says=("the server into 3", "set model.name")),
         ):
             OpenAIBackend(section(server.url, chat="completions"), encoder)
 
@@ -243,7 +243,7 @@ def test_labels_outside_the_likeliest_get_the_floor(encoder: Encoder, caplog: py
             floored += exactly not in likeliest
             assert value == pytest.approx(exactly if exactly in likeliest else likeliest[-1] - probe.MARGIN)
     assert 0 < floored < 100
-    assert sum("20 likeliest tokens" in record.message for record in caplog.records) == 1
+    assert sum("20 most likely tokens" in record.message for record in caplog.records) == 1
 
 
 def test_a_label_is_found_however_its_token_is_written() -> None:

@@ -212,7 +212,7 @@ def test_a_budget_stops_the_run_keeps_what_was_answered_and_outlives_it(tmp_path
                 column="eval.server.max_tokens_budget",
                 says=(
                     "eval.server.max_tokens_budget=400",
-                    "what was answered is kept",
+                    "answers so far are kept",
                     "run the same command again to continue",
                 ),
             ),
@@ -257,7 +257,7 @@ def test_a_budget_takes_a_server_that_counts() -> None:
     with (
         running(Behaviour(offers=frozenset({"chat"}))) as server,
         raises(
-            BackendError, Facts("unsupported", column="eval.server.max_tokens_budget", says="set a limit at the server")
+            BackendError, Facts("unsupported", column="eval.server.max_tokens_budget", says="set a limit on the server")
         ),
     ):
         OpenAIBackend(section(server.url, max_tokens_budget=1000))

@@ -121,7 +121,7 @@ def test_the_log_says_why_where_vllm_s_own_error_names_the_log(monkeypatch: pyte
     Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     told = "Worker failed with error 'No kernel for this; processor. Install another', please check the stack trace"
     monkeypatch.setattr(backend.terminal, "last_error", lambda: told)
-    with raises(EngineFailure, Facts("failed", says="on folder: No kernel for this, processor (it asked for")):
+    with raises(EngineFailure, Facts("failed", says="on folder: No kernel for this, processor (it requested")):
         start()
 
 

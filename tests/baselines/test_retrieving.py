@@ -141,7 +141,7 @@ def test_direct_rows_show_what_is_retrieved() -> None:
         def held(self) -> dict[str, tuple[str, ...]]:
             return {}
 
-    with raises(DataError, Facts("too-few", column="eval.candidates", says="the retriever finds no training event")):
+    with raises(DataError, Facts("too-few", column="eval.candidates", says="the retriever finds no training item")):
         next(make_task("direct", DATA, lists=Nothing()).examples("train"))
 
 

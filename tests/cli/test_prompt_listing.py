@@ -80,7 +80,7 @@ def test_the_list_says_what_a_template_shows_and_writes(study: Study) -> None:
 
 
 def test_a_template_that_cannot_be_used_says_why(study: Study) -> None:
-    assert "cannot be used here: it writes items as codes, and there is no index" in block(study, "next-code")
+    assert "cannot be used here: it shows item codes, and there is no index" in block(study, "next-code")
     missing = block(study, "name-title-headline")
     assert "needs reviews" in missing and "cannot be used here: it shows parts of reviews" in missing
     assert "cannot be used" not in block(study, "m6-rate")
@@ -171,7 +171,7 @@ def test_a_list_and_a_chat_meet_at_one_event(study: Study, encoder: Encoder) -> 
 
 def test_templates_that_cannot_be_rendered_are_compared_by_source(study: Study, encoder: Encoder) -> None:
     told = " ".join(" ".join(prompts.compare(study, encoder, "next-title", "next-code")).split())
-    assert "The prompts are not compared: sequential/next-code writes items as codes" in told
+    assert "The prompts are not compared: sequential/next-code shows item codes" in told
     assert "target - {{ item.title }} + {{ item.code }}" in told
     with raises(RecipeError, Facts("contradiction", says=("rating/rate-next", "sequential/next-title"))):
         list(prompts.compare(study, encoder, "rate-next", "next-title"))

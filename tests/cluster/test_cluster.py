@@ -312,7 +312,7 @@ def test_one_cpu_stays_free(nodes: list[dict[str, float]], asked: dict[str, Any]
 
 def test_a_cluster_without_a_free_cpu_is_refused_and_a_smaller_one_used_later() -> None:
     for nodes, asked in (([{"CPU": 1.0}], {}), ([{"CPU": 4.0}], {"gpus": 1}), ([{"CPU": 4.0}], {"cpus": 4})):
-        with raises(RecipeError, Facts("exhausted", column="--ray", says="one CPU left free")):
+        with raises(RecipeError, Facts("exhausted", column="--ray", says="one CPU is reserved")):
             places(nodes, RaySection(**asked))
     wanted = RaySection(actors=6)
     with raises(RecipeError, Facts("exhausted", column="--ray", says="asked for: 6")):
@@ -332,7 +332,7 @@ def test_an_address_that_does_not_answer_is_one_error() -> None:
 
 def test_somebody_else_at_an_address_is_left_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "_ANSWER", 0.2)
-    facts = Facts("unreachable", column="--ray", says="no head node of Ray")
+    facts = Facts("unreachable", column="--ray", says="not a Ray head node")
     with closing(socket.create_server(("127.0.0.1", 0))) as mute, raises(LlmrecError, facts):
         knock(f"127.0.0.1:{mute.getsockname()[1]}")
 

@@ -81,7 +81,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert again.starts == tree.starts and again.lowest == 1
     assert [again.path(place) for place in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
     (tmp_path / "torn").write_bytes(b"x")
-    with raises(DataError, Facts("damaged", tmp_path / "torn", says="make it again")):
+    with raises(DataError, Facts("damaged", tmp_path / "torn", says="rebuild it")):
         Catalogue.load(tmp_path / "torn")
 
 

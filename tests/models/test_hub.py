@@ -64,7 +64,7 @@ def test_a_mistyped_folder_is_called_one(hub: Hub, tmp_path: Path, monkeypatch: 
     for name, says in (
         ("runs/mien", "did you mean 'runs/mine'"),
         ("runs/mine/old", "does not exist"),
-        ("ratings.csv", "is a file and no folder"),
+        ("ratings.csv", "is a file, not a folder"),
     ):
         with raises(ModelError, Facts("missing-file", name, column="model.name", says=says)):
             resolve(ModelSection(name=name))

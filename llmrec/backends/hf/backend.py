@@ -47,7 +47,7 @@ class Listening:
     Args:
         encoder: Reads tokens.
         stop: The text that ends the answer; None: the end of turn does.
-        listener: Gets what was added to the text. A character whose bytes are not all there yet waits.
+        listener: Receives the added text; a character is held back until all of its bytes are generated.
     """
 
     def __init__(self, encoder: Encoder, stop: str | None, listener: Callable[[str], None]) -> None:
@@ -72,11 +72,11 @@ class Listening:
 
 
 class Counting:
-    """Tracks the progress of several prompts, of which transformers passes one token each at a time.
+    """Tracks the progress of a batch: transformers passes one token of each prompt at a time.
 
     Args:
-        prompts: How many.
-        max_tokens: Of the longest text.
+        prompts: Number of prompts.
+        max_tokens: Maximum number of tokens per text.
     """
 
     def __init__(self, prompts: int, max_tokens: int) -> None:
@@ -117,20 +117,19 @@ class HFBackend:
     Args:
         model: The loaded model, in any dtype, on any device.
         encoder: Its tokenizer and chat template.
-        batch_tokens: Upper bound on the padded tokens of one forward; None: as many as the device takes at a time.
+        batch_tokens: Upper bound on the padded tokens of one forward pass; None: a default for the device.
         packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
-            recurrent layers, and encoder-decoders other than T5, cannot take such a mask and are scored one row per
+            recurrent layers, and encoder-decoders other than T5, do not support such a mask and are scored one row per
             candidate instead.
-        warm: A search for one prompt continues from the search before it, as far as both prompts share a prefix: for
-            servers that ask about the same user again. Sums then differ in their last bits from those of a search by
-            itself.
-        head: The rating head that was trained with the model, if one was.
-        wide: Candidates of many prompts are scored together, each prompt read whole, and not one after the other with
-            what they share read once; None: on a GPU, where passes cost more than tokens.
-        exit: Where scores of labels of one token leave the model, see `llmrec.models.exits.Exits`; None: at its end.
+        warm: Reuse the cache of the previous search for the common prefix of a single prompt, for services that rank
+            for the same user repeatedly. Scores may then differ in the last bits.
+        head: The rating head trained with the model, if any.
+        wide: Score the candidates of many prompts in each pass, instead of one prompt after the other with shared
+            prefixes read once. None: on a GPU, where passes cost more than tokens.
+        exit: The early exit for one-token labels, see `llmrec.models.exits.Exits`; None: the last layer.
 
     Attributes:
-        listener: Gets the text of a prompt that is asked alone, piece by piece, while it is generated.
+        listener: Receives the text of a single prompt piece by piece while it is generated.
     """
 
     name = "hf"
@@ -268,8 +267,8 @@ class HFBackend:
         """Predict ratings in batches of similar length, one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:
             raise BackendError(
-                "this model has no rating head: it was not tuned with tasks.rating.head; drop 'head' from "
-                "tasks.rating.strategies, or tune it so",
+                "this model has no rating head: it was not fine-tuned with tasks.rating.head; remove 'head' from "
+                "tasks.rating.strategies, or fine-tune it with that key",
                 kind="unsupported",
                 column="tasks.rating.strategies",
             )
@@ -291,7 +290,7 @@ class HFBackend:
         vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), dtype=np.float32)
         encoded = [self.encoder.piece(text) for text in texts]
         for batch in self._batches([len(ids) for ids in encoded]):
-            # Padded on the right, so that positions are those of a text alone.
+            # Padded on the right, so that positions do not depend on the batch.
             ids, mask = self._padded([encoded[i] for i in batch], right=True)
             with torch.inference_mode():
                 if self._paired:
@@ -307,8 +306,8 @@ class HFBackend:
         """Free the model, and log how many scored answers could not exit early."""
         if self.exits is not None and self.exits.whole:
             log.warning(
-                "eval.exit: %d of %d scored prompts went through all layers: their answers are no labels of one token "
-                "each for this tokenizer",
+                "eval.exit: %d of %d scored prompts used all layers, because their answers are not one-token labels "
+                "for this tokenizer",
                 self.exits.whole,
                 self.exits.whole + self.exits.taken.total(),
             )
@@ -316,7 +315,7 @@ class HFBackend:
         self.model = self._tree = self._prefixes = None
 
     def _greedy(self, stored: Any, encoder: Encoder) -> Any:
-        """Return settings of plain greedy decoding, which keep only the start token of a model's own settings.
+        """Return settings of plain greedy decoding, with only the start token of the model's own settings.
 
         Other settings of generation_config.json, such as beams, penalties or suppressed tokens, would change answers
         here but not in other engines.
@@ -331,7 +330,7 @@ class HFBackend:
         )
 
     def _reads_trees(self) -> bool:
-        """Whether trees of tokens may be read in one row; tested as in `_may_pack`, with two short texts."""
+        """Whether a token tree can be computed as one sequence; tested as in `_may_pack`, with two short texts."""
         if self.packed and not self._proven:
             some = [self.encoder.piece(text) for text in ("one two", "three")]
             self._may_pack(list(self.encoder.piece("a b c")), some)
@@ -447,7 +446,7 @@ class HFBackend:
         return sums(result, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-        """Score with one full row per candidate, the reference implementation."""
+        """Score each candidate as a full sequence, the reference implementation."""
         torch = self._torch
         if self._paired:
             return read_through(self._rows_tree(), [ids], [tails])[0]
@@ -475,7 +474,7 @@ class HFBackend:
 
 
 def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
-    """Warn if positions of all rows of a batch are scaled by its longest one."""
+    """Warn if the positions of a batch are scaled by its longest row."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     known = int(
@@ -483,7 +482,7 @@ def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
     )
     if rope.get("rope_type") in ("dynamic", "longrope") and longest > known:
         log.warning(
-            "this model scales the places of a row by the longest row beside it once that has more than %d tokens: "
+            "this model scales positions by the longest row of a batch if that has more than %d tokens: "
             "scores of prompts near model.max_length=%d depend on the batch; set model.max_length=%d to avoid it",
             known,
             longest,

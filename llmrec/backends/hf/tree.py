@@ -41,7 +41,7 @@ class Body(Protocol):
 
         Args:
             ids: Token ids, shape (rows, columns).
-            mask: 1 or 0 for every column so far, shape (rows, all columns), or numbers to add to
+            mask: 1 or 0 for every column so far, shape (rows, all columns), or values to add to
                 attention, shape (rows, 1, columns, all columns).
             places: Position ids, shape (rows, columns).
             cache: The cache that the previous call returned; None at first.

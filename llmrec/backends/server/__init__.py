@@ -1,1 +1,1 @@
-"""The backend for servers that speak OpenAI's protocol."""
+"""The backend for servers with the OpenAI API."""

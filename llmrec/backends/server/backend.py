@@ -1,15 +1,14 @@
-"""A backend over any server that speaks OpenAI's protocol, or several of one model: hosted, vLLM's own, and others.
+"""A backend for servers with the OpenAI API, hosted or local; several servers of one model share the requests.
 
-Two routes, between which a first request decides (`llmrec.backends.server.probe`):
+There are two routes; a first request selects one (`llmrec.backends.server.probe`):
 
-- ``completions`` continues token ids, so that prompts, the given part of an answer and candidates are cut exactly as
-  in training. It takes the server's own tokenizer here, and labels and whole texts can be scored, where the server
-  gives log-probabilities.
-- ``chat`` sends turns. The given part of an answer becomes an assistant turn, and labels can be scored where the
-  server gives log-probabilities of the first token.
+- ``completions`` continues token ids, so that prompts, the given part of an answer and candidates are tokenised exactly
+    as in training. It needs the server's tokenizer, and scores labels and whole texts if the server returns
+      log-probabilities.
+      - ``chat`` sends turns. The given part of an answer becomes an assistant turn. Labels can be scored if the server
+        returns log-probabilities of the first token.
 
-Every request is one exchange, whose answer belongs to it and no other. Answers come out one by one as they arrive, so
-that `llmrec.backends.cache` stores each at once.
+Answers are yielded one by one as they arrive, and `llmrec.backends.cache` stores each at once.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _NAMED = 20
 # Candidates per request.
 _TOGETHER = 32
 _SHOWN, _LONG = 60, 100_000
-_WRITTEN = "strategies that read what is written still work: list, parsed and text"
+_WRITTEN = "strategies that parse generated text still work: list, parsed and text"
 
 
 class OpenAIBackend:
@@ -61,11 +60,11 @@ class OpenAIBackend:
 
     Args:
         section: Address, model, key, limits.
-        encoder: The tokenizer and chat template of the server's model; None asks by chat.
-        ledger: Where tokens are booked, so that budgets outlive the process.
+        encoder: The tokenizer and chat template of the server's model; None uses chat.
+        ledger: Records token usage, so that budgets persist across processes.
 
     Raises:
-        BackendError: If a server does not answer, refuses the key or does not know the model, or servers differ.
+        BackendError: If a server does not answer, rejects the key or does not have the model, or servers differ.
         MissingExtra: If httpx is not installed.
     """
 
@@ -117,8 +116,8 @@ class OpenAIBackend:
         """
         if "score" not in self.capabilities:
             raise BackendError(
-                f"the server {self._section.where} gives no log-probabilities of {self._section.model}, so nothing can "
-                f"be scored; {_WRITTEN} (tasks.<family>.strategies)",
+                f"the server {self._section.where} returns no log-probabilities of {self._section.model}, so nothing "
+                f"can be scored; {_WRITTEN} (tasks.<family>.strategies)",
                 kind="unsupported",
                 at=self._section.where,
             )
@@ -208,9 +207,9 @@ class OpenAIBackend:
         if self.offers.likelihood:
             return lambda: self._whole(asked, ids, tails)
         raise BackendError(
-            f"the server {self._section.where} gives log-probabilities of the first token alone, and {asked.named()} "
-            f"asks for those of longer texts, such as {texts[0]!r}; scores of one-token labels (label, expected) and "
-            f"{_WRITTEN} (tasks.<family>.strategies)",
+            f"the server {self._section.where} returns log-probabilities of the first token only, but "
+            f"{asked.named()} needs those of longer texts, such as {texts[0]!r}; scores of one-token labels (label, "
+            f"expected) and {_WRITTEN} (tasks.<family>.strategies)",
             kind="unsupported",
             at=self._section.where,
         )
@@ -251,10 +250,10 @@ class OpenAIBackend:
         labels = [text.strip() for text in texts]
         if closed or len(set(labels)) != len(labels) or not all(label.isalnum() for label in labels):
             raise BackendError(
-                f"the server {self._section.where} is asked by chat, which gives log-probabilities of the first token "
-                f"alone, and {asked.named()} asks for those of whole texts, such as {texts[0]!r}; {_WRITTEN} "
-                "(tasks.<family>.strategies). Where model.name is the model that the server has, "
-                "eval.server.chat=completions may score them",
+                f"the server {self._section.where} is used by chat, which returns log-probabilities of the first token "
+                f"only, but {asked.named()} needs those of whole texts, such as {texts[0]!r}; {_WRITTEN} "
+                "(tasks.<family>.strategies). If model.name is the server's model, eval.server.chat=completions may "
+                "score them",
                 kind="unsupported",
                 at=self._section.where,
                 column="eval.server.chat",
@@ -280,8 +279,8 @@ class OpenAIBackend:
         if found.floored and not self._floored:
             self._floored = True
             log.warning(
-                "%s gives log-probabilities of the %d likeliest tokens; labels that are not among them count as %g "
-                "nats below the least likely one, and tie",
+                "%s returns log-probabilities of the %d most likely tokens; other labels get a score %g nats below the "
+                "least likely one, and tie",
                 self._section.where,
                 self.offers.top,
                 MARGIN,

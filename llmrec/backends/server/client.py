@@ -2,12 +2,12 @@
 
 Retried are 408, 425, 429 and 5xx, time-outs, broken connections, and bodies that are incomplete, too large, not JSON or
 of the wrong form. Waits double and are drawn between 0 and their bound ("full jitter"), so that many clients do not
-return at once; a server's Retry-After is respected. All other errors are final. A server's own words are shown
-shortened, with the key taken out, and no answer is handed on with it.
+return at once; a server's Retry-After is respected. All other errors are final. Server messages are
+shortened, and the key is removed from messages and answers.
 
-An event loop runs in a separate thread, so that connections outlast a call. What it finishes is handed over one by
-one; the caller's thread stores each answer before it takes the next. Until then the answer keeps its place among those
-under way, so that a slow disk cannot pile up answers that a kill would lose.
+An event loop runs in a separate thread, so that connections outlast a call. Results are passed on one by one;
+the caller's thread stores each answer before it takes the next. Until then an answer counts as in progress, so that a
+slow disk does not pile up answers that a kill would lose.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Spending:
 
     Args:
         section: Caps and prices.
-        ledger: Where it is booked; None forgets it with the process.
+        ledger: Records usage beyond the process; None: this process only.
     """
 
     def __init__(self, section: ServerSection, ledger: Ledger | None) -> None:
@@ -98,7 +98,7 @@ class Spending:
         """
         section, total = self._section, self.total
         used = total.prompt_tokens + total.completion_tokens
-        kept = "what was answered is kept; raise the cap and run the same command again to continue"
+        kept = "answers so far are kept; raise the cap and run the same command again to continue"
         if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
             raise EngineFailure(
                 f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
@@ -174,8 +174,8 @@ class Fleet:
 
     Args:
         urls: Addresses of the servers.
-        longest: Seconds of the longest rest, but for one that a server asks for.
-        clock: Seconds that only rise.
+        longest: Maximum pause in seconds, unless a server requests a longer one.
+        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, urls: Sequence[str], longest: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -354,7 +354,7 @@ class Wire:
                 if asked is not None and asked > self._section.longest_wait:
                     raise EngineFailure(
                         f"{server.url}{path} asks to wait {asked:.0f} s before {what()}, longer than "
-                        f"eval.server.longest_wait={self._section.longest_wait:g}; what was answered is kept, run the "
+                        f"eval.server.longest_wait={self._section.longest_wait:g}; answers so far are kept, run the "
                         "same command again later, or raise that key",
                         kind="unreachable",
                         at=f"{server.url}{path}",
@@ -369,7 +369,7 @@ class Wire:
             return result
         seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
         raise EngineFailure(
-            f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is "
+            f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; answers so far are "
             "kept, run the same command again to continue, or raise eval.server.attempts or eval.server.timeout",
             kind="unreachable",
             at=f"{self.where}{path}",
@@ -437,8 +437,8 @@ class Wire:
             self._spending.count(cost)
         elif body is not None and self._spending.capped:
             raise BackendError(
-                f"{self.where} does not say how many tokens an answer used, so no budget can be kept; leave "
-                "eval.server.max_tokens_budget and max_cost out, and set a limit at the server",
+                f"{self.where} does not report the tokens of an answer, so no budget can be enforced; remove "
+                "eval.server.max_tokens_budget and max_cost, and set a limit on the server",
                 kind="unsupported",
                 at=self.where,
                 column="eval.server.max_tokens_budget",
@@ -462,7 +462,7 @@ class Wire:
         masked = _replaced(value, self._key, _MASK)
         if masked != value and not self._told:
             self._told.add(_MASK)
-            log.warning("%s repeats the key in its answers; it is kept as %s", self.where, _MASK)
+            log.warning("%s repeats the key in its answers; it is replaced with %s", self.where, _MASK)
         return masked
 
 
@@ -546,14 +546,14 @@ def key_of(section: ServerSection) -> str | None:
     key = os.environ.get(section.key_env, "").strip()
     if not key:
         raise BackendError(
-            f"eval.server.key_env: the environment variable {section.key_env} is not set; export it, or leave the key "
-            "out for a server that takes none",
+            f"eval.server.key_env: the environment variable {section.key_env} is not set; export it, or remove the "
+            "setting if the server needs no key",
             kind="missing-value",
             column="eval.server.key_env",
         )
     if not key.isascii() or not key.isprintable():
         raise BackendError(
-            f"eval.server.key_env: {section.key_env} holds characters that no key has; set it again",
+            f"eval.server.key_env: {section.key_env} contains characters that are not valid in a key; set it again",
             kind="bad-value",
             column="eval.server.key_env",
         )
@@ -658,14 +658,14 @@ def chat_body(
 ) -> dict[str, Json]:
     """Return the body of a request that answers chat turns greedily.
 
-    The given part of the answer is a final assistant turn. A server that supports it is asked to continue this turn;
-    others may start a new one.
+    The given part of the answer is a final assistant turn. A server that supports it continues this turn; others may
+    start a new one.
 
     Args:
         section: Model, room for thinking, further keys.
         prompt: The turns.
         room: Tokens of the answer.
-        control: What no text may spell out, where the server's tokens are known.
+        control: Control tokens that no text may contain, if the server's tokens are known.
         continues: Whether the server can continue an assistant turn.
         keys: Further keys of the request.
     """

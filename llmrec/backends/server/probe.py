@@ -55,7 +55,7 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     result = value["choices"]
     places = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
     if len(result) != count or set(places) != set(range(count)):
-        raise ValueError(f"{count} choices were asked for, those with index {places} came")
+        raise ValueError(f"expected {count} choices, received those with index {places}")
     ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, result, strict=True), key=_place)]
     return ordered
 
@@ -83,7 +83,7 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     else:
         text = choice["text"]
     if not isinstance(text, str):
-        raise ValueError("the text of the answer is no text")
+        raise ValueError("the text of the answer is not a string")
     # JSON can contain lone surrogates, which cannot be encoded.
     text = text.encode("utf-8", "replace").decode("utf-8")
     cost = usage(value) or Cost()
@@ -130,7 +130,7 @@ def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
 
     Args:
         value: The answer.
-        spellings: How servers may write each label's token, the surest first.
+        spellings: How servers may write each label's token, the most reliable first.
     """
     result = first(value)
     return by_name(result, [next((name for name in names if name in result), names[0]) for names in spellings])
@@ -181,7 +181,7 @@ def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[fl
     for choice, tail in zip(choices(value, len(tails)), tails, strict=True):
         rows = choice["logprobs"]["token_logprobs"]
         if len(rows) < start + len(tail):
-            raise ValueError(f"{start + len(tail)} log-probabilities were asked for, {len(rows)} came")
+            raise ValueError(f"{start + len(tail)} log-probabilities expected, {len(rows)} received")
         sums.append(sum(_nats(row) for row in rows[start : start + len(tail)]))
     return sums
 
@@ -195,7 +195,7 @@ def first(value: Any) -> dict[str, float]:
 def _nats(value: Any) -> float:
     """Return a log-probability; servers write a large negative number for none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
-        raise ValueError(f"{value!r} is no log-probability")
+        raise ValueError(f"{value!r} is not a log-probability")
     return float(value)
 
 
@@ -242,8 +242,7 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
 
     Raises:
         BackendError: As `probe`; or if they differ in capabilities, in whether they list the model, or in their answers
-        to
-            one prompt.
+        to one prompt.
     """
     wires = wire.each()
     result = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
@@ -261,7 +260,7 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
         if how:
             raise BackendError(
                 f"eval.server.url: {wires[0].where} and {one.where} do not serve the same model: {how}; serve "
-                f"{section.model} alike on all of them, or take one out of the list",
+                f"{section.model} on all of them, or remove one from the list",
                 kind="mismatch",
                 at=one.where,
                 column="eval.server.url",
@@ -284,7 +283,7 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
         return section.model in [model["id"] for model in value["data"]]
 
     try:
-        known = await wire.ask("/models", None, listed, what=lambda: "a question for its models")
+        known = await wire.ask("/models", None, listed, what=lambda: "the request for its models")
     except BackendError:
         known = None
     if not offers.top:
@@ -330,8 +329,8 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
             return result
         if section.chat == "completions":
             raise BackendError(
-                f"eval.server.chat: token ids cannot be continued at {wire.where}: {result}; set model.name to the "
-                "model that the server has, or eval.server.chat=chat",
+                f"eval.server.chat: {wire.where} cannot continue token ids: {result}; set model.name to the "
+                "server's model, or eval.server.chat=chat",
                 kind="mismatch",
                 at=wire.where,
                 column="eval.server.chat",
@@ -352,9 +351,9 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
                 raise
             return "it has no completions" if refusal.no_route else str(refusal)
         if read is None:
-            return "it does not count a prompt's tokens, so whether the tokenizer of model.name is its own is not known"
+            return "it does not report a prompt's tokens, so the tokenizer of model.name cannot be checked"
         if read not in lengths:
-            return f"the tokenizer of model.name makes {len(ids)} tokens of a text, the server counts {read}"
+            return f"the tokenizer of model.name splits a text into {len(ids)} tokens, the server into {read}"
     top, named = await _labels(wire, section, ids)
     rows = [ids, ids[:_ROOM]]
     return Offers(exact=True, top=top, named=named, likelihood=await _echoes(wire, section, rows))
@@ -400,7 +399,7 @@ async def _continues(wire: Wire) -> bool:
         return any(model.get("owned_by") == "vllm" for model in value["data"])
 
     try:
-        return await wire.ask("/models", None, read, what=lambda: "a question for its models")
+        return await wire.ask("/models", None, read, what=lambda: "the request for its models")
     except BackendError:
         return False
 
@@ -426,7 +425,7 @@ async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[
 
 
 async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], T]) -> T:
-    return await wire.ask(path, body, read, what=lambda: "a first question about what it offers")
+    return await wire.ask(path, body, read, what=lambda: "a test request")
 
 
 def _read_tokens(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Which trained adapters vLLM can put on a running engine, in place of merged weights."""
+"""Adapters that vLLM can load into a running engine, instead of merged weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _WEIGHTS = "adapter_model.safetensors"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The layers that adapters may change."""
 _TENSOR = re.compile(rf"\.(?:{'|'.join(LINEAR)})\.lora_[AB]\.weight$")
-# Settings of PEFT that vLLM ignores or refuses, with the values that change nothing. Rank and scale per module too:
-# `Adapter.rank` would be another.
+# PEFT settings that vLLM ignores or rejects, with their neutral values. An adapter has one rank and one scale for all
+# modules.
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -41,7 +41,7 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter that vLLM adds to the weights of its base at every request.
+    """A LoRA adapter that vLLM applies to its base model at each request.
 
     Attributes:
         base: The folder of the base model.
@@ -60,7 +60,7 @@ class Adapter:
 
 @runtime_checkable
 class Adaptable(Protocol):
-    """A backend whose engine can put adapters on its model."""
+    """A backend whose engine can apply adapters to its model."""
 
     def adapted(self, adapter: Adapter) -> Backend:
         """Return a backend over the same engine that answers with an adapter."""
@@ -68,7 +68,7 @@ class Adaptable(Protocol):
 
 
 def live_adapters(base: str, weights: str, folder: Path, digest: str) -> list[Adapter]:
-    """Return the adapter in a folder, or nothing if vLLM does not support it; see `Adapter` for the arguments."""
+    """Return the adapter in a folder, or an empty list if vLLM does not support it; for the arguments see `Adapter`."""
     rank = live_rank(folder)
     return [] if rank is None else [Adapter(base, weights, folder, digest, rank)]
 

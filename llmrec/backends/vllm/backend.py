@@ -3,10 +3,10 @@
 Candidates and catalogues are trees of tokens after a prompt. A tree is covered by paths, and each path is one request
 (`plan`), answered by one of three routes:
 
-- ``prefill``: the path is part of the prompt, and `prompt_logprob_token_ids` asks for its tokens, with the prefix cache
-  on: one step a path (the V2 model runner, which vLLM uses on GPUs);
-- ``forced``: a logits processor forces the tokens of the path while raw log-probabilities are read back: one step a
-  token (the V1 runner, which vLLM uses on CPUs);
+- ``prefill``: the path is part of the prompt, and `prompt_logprob_token_ids` requests its tokens, with the prefix cache
+    on: one step per path (the V2 model runner, which vLLM uses on GPUs);
+- ``forced``: a logits processor forces the tokens of the path while raw log-probabilities are read back: one step per
+    token (the V1 runner, which vLLM uses on CPUs);
 - ``nodes``: no paths, but one request per node of the tree (any runner).
 """
 
@@ -78,7 +78,7 @@ class Workload:
         return max(self.least(longest), min(self.tokens * self.token_bytes, max(_MOST, self.weights)))
 
     def sizes(self, longest: int, free: int) -> Iterator[int]:
-        """Yield the cache sizes to try: what is wanted or fits into ``free``, then half of it, down to the smallest."""
+        """Yield the cache sizes to try: the wanted size, limited to ``free``, then half of it, down to the smallest."""
         least = self.least(longest)
         size = max(least, min(self.wanted(longest), free - self.weights - _PROCESSES))
         while size > least:
@@ -130,9 +130,8 @@ def plan(
 ) -> tuple[list[Ask], list[int]]:
     """Return requests that cover the nodes of trees, and the entry of ``ids`` of each requested value.
 
-    A path starts at a node that no other path passes. So what a path shares with earlier ones ends before the first
-    node that it asks for: with the ``prefill`` route, no node of a path is in the cache by the requests of its own
-    batch.
+    A path starts at a node that no other path passes. So the prefix that a path shares with earlier ones ends before
+    its first requested node: with the ``prefill`` route, no request of a batch caches a node of another one's path.
 
     Args:
         texts: The text of each node, all different, parents before children.
@@ -213,7 +212,7 @@ class VLLMTree:
         return self._answers(wanted)
 
     def close(self) -> None:
-        """Discard the texts; the engine's cache keeps them until it needs the room."""
+        """Discard the texts; the engine's cache keeps them until it needs the space."""
         self._texts = []
 
     def _answers(self, wanted: Wanted) -> Floats:
@@ -244,7 +243,7 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
     With ``prefill``, the forced tokens belong to the prompt; otherwise they are generated.
     """
     # With forced tokens generated, requests with and without ids cannot be mixed in one step, so all have some. In a
-    # prompt, the ids after its last token are asked for like a label's, and the others by its rows.
+    # prompt, the ids after its last token are requested like a label's, and the others by its rows.
     rows = [list(row) for row in ask.wanted[:-1]] if prefill else []
     ids = ask.wanted[-1] if prefill else dict.fromkeys(token for row in ask.wanted for token in row)
     return vllm.SamplingParams(
@@ -254,7 +253,7 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
         logprob_token_ids=list(ids),
         prompt_logprob_token_ids=rows or None,
         prompt_logprob_start=len(ask.text) - 1 if rows else None,
-        # With rows, vLLM would read nothing from its cache of itself.
+        # With rows, vLLM would not read its cache by default.
         skip_reading_prefix_cache=False,
         detokenize=False,
         extra_args={"llmrec_forced": list(ask.forced)} if ask.forced and not prefill else None,
@@ -304,7 +303,7 @@ _CONTEXT = 0.75 * GIB
 # The largest cache of a small model without a known workload.
 _UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
 INSTEAD = "eval.backend=hf (as an option: --backend hf)"
-"""The settings that query a model without vLLM, for messages."""
+"""The settings that use a model without vLLM, for messages."""
 
 
 def free_share(gpus: int = 1) -> float:
@@ -336,7 +335,7 @@ class _Options(TypedDict, total=False):
 
 @dataclass
 class _Process:
-    """A started engine, which several backends may ask; ``llm`` is None once it is closed."""
+    """A started engine, which several backends may share; ``llm`` is None once it is closed."""
 
     watch: Watch
     llm: Any
@@ -349,14 +348,14 @@ class VLLMBackend:
         folder: A model folder or hub name.
         encoder: The tokenizer and chat template.
         dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``.
-        seed: Engine seed; decoding is greedy all the same.
-        route: How trees of tokens are read; auto: as the model runner allows.
-        gpu_memory: Share of the GPU's memory that the engine takes; None: what is free, and at most 92 %.
-        tensor_parallel: GPUs that share every layer.
-        pipeline_parallel: Groups of such GPUs that hold a part of the layers each.
-        eager: Compile nothing and capture no graphs, on a GPU; on a CPU it is always so.
-        workload: What is asked, which decides the KV cache on a CPU; None: as much as a small model gets at most.
-        adapters: Adapters of the model, which `adapted` puts on; none of them is used here.
+        seed: Engine seed; decoding is greedy in any case.
+        route: How token trees are read; auto: depends on the model runner.
+        gpu_memory: Share of the GPU's memory for the engine; None: the free share, at most 92 %.
+        tensor_parallel: Number of GPUs that share every layer.
+        pipeline_parallel: Number of pipeline stages, each with a part of the layers.
+        eager: Disable compilation and CUDA graphs; always so on a CPU.
+        workload: The expected requests, which determine the KV cache on a CPU; None: the maximum for a small model.
+        adapters: Adapters of the model for `adapted`; this backend uses none of them.
 
     Raises:
         EngineFailure: If the engine does not start, on a CPU also with the smallest cache.
@@ -482,7 +481,7 @@ class VLLMBackend:
             for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
         labels = [single_token_labels(group, closed=closed) for group in tails]
-        # Labels share all tokens but the last, which stand in the prompt.
+        # Labels share all tokens but the last; the shared ones are in the prompt.
         shared = [() if value is None else value.shared for value in labels]
         wanted = [
             group if value is None else [(token,) for token in value.distinct]
@@ -513,7 +512,7 @@ class VLLMBackend:
             nodes = list(children)
             starts = [0, *accumulate(map(len, children.values()))]
             wanted = [(node, token) for node in nodes for token in children[node]]
-            # Requests of one prompt stand together, so that it stays in the cache for them.
+            # Requests of one prompt are adjacent, so that it stays in the cache.
             part, entries = plan(
                 nodes, starts, [token for _, token in wanted], chains=self.route != "nodes", limit=_MAX_IDS
             )
@@ -604,7 +603,7 @@ class VLLMBackend:
             raise
 
     def _read(self, asked: Sequence[Ask], prompts: int = 0) -> Answers:
-        """Answer requests of a number of prompts; what vLLM dropped is asked again node by node."""
+        """Answer requests of a number of prompts; what vLLM dropped is requested again node by node."""
         if not asked:
             return Answers([], 0, 0)
         prefill = self.route == "prefill"
@@ -633,7 +632,7 @@ class VLLMBackend:
         return Answers(found, tokens + again.tokens, len(asked) + again.requests)
 
     def _room(self) -> int:
-        """Return the tokens that may be searched together, so that each round finds the previous one cached."""
+        """Return the number of tokens that may be searched together, so that the previous round stays cached."""
         # A prefix takes a whole block, however few of its tokens are new.
         return max(1, self._capacity() // 8)
 
@@ -719,7 +718,7 @@ def _fitted(
         if not (short := workload.is_short(size, node)) and len(failed) > 1:
             break
     if short:
-        raise _short(folder, f"{need} and memory to work with", node) from failed[-1]
+        raise _short(folder, f"{need} and working memory", node) from failed[-1]
     raise _not_started(folder, failed[-1], f"{size / GIB:.2f} GiB of KV cache", node) from failed[-1]
 
 
@@ -735,7 +734,7 @@ def _short(folder: str, need: str, node: Node) -> EngineFailure:
 
 def _not_started(folder: str, error: Exception, asked: str, node: Node) -> EngineFailure:
     return EngineFailure(
-        f"vLLM could not start on {folder}: {_cause(error)} (it asked for {asked}, and {_free(node)}); try {INSTEAD}, "
+        f"vLLM could not start on {folder}: {_cause(error)} (it requested {asked}, and {_free(node)}); try {INSTEAD}, "
         "a smaller eval.gpu_memory (--gpu-memory) on a GPU, or llmrec doctor",
         kind="failed",
         at=folder,

@@ -47,7 +47,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _with_children(known: dict[int, str]) -> dict[int, str]:
-    """Add child processes that the owner had no time to name."""
+    """Add child processes that the owner had no time to report."""
     live = {pid: start for pid, start in known.items() if start_time(pid) == start}
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}

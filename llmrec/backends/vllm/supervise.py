@@ -196,7 +196,7 @@ CLOSE_SECONDS = 8.0
 
 
 class EngineLost(Exception):
-    """An engine died or hangs; the message says what was observed."""
+    """An engine died or hangs; the message describes what was observed."""
 
 
 class Progress:
@@ -481,5 +481,5 @@ def _guard() -> subprocess.Popen[bytes] | None:
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
     except OSError as error:
-        log.debug("no guard beside the vLLM engine: %s", error)
+        log.debug("the vLLM engine has no guard: %s", error)
         return None
