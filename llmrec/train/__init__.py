@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: rows to optimiser steps, with adapters, of all weights, or of a rating head alone."""
+"""Fine-tuning of adapters, of all weights, or of a rating head."""

@@ -1,8 +1,8 @@
-"""Groups training rows into optimiser steps of about equal cost; the rows of a rating head have classes as targets.
+"""Groups training examples into optimiser steps of about equal cost; those of a rating head have classes as targets.
 
 The class of a target takes the position of its first token; the target's other tokens have no loss. Planning, counting,
 packing and resuming are therefore the same as for token targets. The rating head reads the hidden state before each
-rating: in a chat row that of the prompt's last token, in a list row one at every point at which evaluation asks.
+rating: in a chat example that of the prompt's last token, in a list example one before every rating.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     import torch
 
 # ----------------------------------------------------------------------------
-# Training rows of encoder-decoders: the encoder reads the text before a target, the decoder learns the target.
+# Training examples of encoder-decoders: the encoder reads the text before a target, the decoder learns the target.
 #
-# A row is a `TokenRow` whose labels are one span at its end. The tokens before it are the source. They are the same
-# tokens as in evaluation, since the prompt of a request and the beginning of a row are tokenised in the same
-# pieces. The labels are the target of a search: the answer with its closing tokens. Rows are therefore planned,
+# An example is a `TokenRow` whose labels are one span at its end. The tokens before it are the source. They are the
+# same tokens as in evaluation, since the prompt of a request and the beginning of an example are tokenised in the same
+# pieces. The labels are the target of a search: the answer with its closing tokens. Examples are therefore planned,
 # counted and grouped into steps like those of any other model.
 
 
 def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow]:
     """Return a row for each target of an example that fits ``limit`` tokens.
 
-    A list of n targets gives n rows, each with everything before its target as the source, as teacher forcing of one
-    decoder row gives n predictions (TIGER, NeurIPS 2023, section 3.2, trains on such pairs).
+    A list of n targets gives n rows, each with everything before its target as the source, as teacher forcing in a
+    decoder gives n predictions (TIGER, NeurIPS 2023, section 3.2, trains on such pairs).
     """
     question = encoder.chat(example.messages)
     last = len(example.answer) - 1
@@ -70,7 +70,7 @@ def paired_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int
     }
 
 
-# Rows that are sorted by length together: more means less padding, fewer means better mixed steps.
+# Number of rows sorted by length together: more means less padding, fewer means better mixed steps.
 _BUFFER_STEPS = 8
 
 
@@ -88,15 +88,15 @@ def plan(
     """Group rows into steps of at most ``batch_tokens`` padded tokens, in seeded order.
 
     Args:
-        rows: Training rows, drawn as far as they are needed.
-        steps: How many steps to plan at most.
+        rows: Training examples, drawn as needed.
+        steps: Maximum number of steps.
         batch_tokens: Padded tokens per step. A longer row is a separate step.
-        seed: Decides the order of steps.
-        width: Pack rows into masked rows of this number of columns. None: rows of similar length are padded.
-        band: Packed rows of lists: how many lines before its own a token sees. None: all.
-        lists: Rows are lists of this many candidates, the chosen one first, and each list is a masked row: targets of
-            the others get the weight 0. None: rows are independent.
-        behind: Tokens appended to each row before it is read: those of its rollouts.
+        seed: Seed of the order of steps.
+        width: Pack rows into sequences of this number of columns. None: rows of similar length are padded.
+        band: Number of preceding lines that a token of a packed list sees. None: all.
+        lists: Number of consecutive rows that are the candidates of one list, the chosen one first, in one packed
+            sequence; targets of the others get weight 0. None: rows are independent.
+        behind: Tokens appended to each row for its rollouts.
     """
     rng = random.Random(seed)
     table = RowTable()
@@ -112,7 +112,7 @@ def plan(
             if lists is None:
                 held += len(group[0].ids) + behind
             else:
-                # Tokens that the rows of a list share are read once.
+                # Tokens shared by the rows of a list are computed once.
                 made.append(one_bin(group))
                 held += made[-1].columns
         if not buffer:
@@ -142,9 +142,9 @@ def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
 
 
 def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Cut rows into parts of at most ``limit`` tokens, padding included, and return the numbers of the rows of each.
+    """Split rows into parts of at most ``limit`` tokens, padding included, and return the row numbers of each part.
 
-    A longer row is a part of its own. None: one part.
+    A longer row is a separate part. None: one part.
     """
     if limit is None or len(lengths) * max(lengths, default=0) <= limit:
         return [list(range(len(lengths)))]
@@ -153,13 +153,13 @@ def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
 
 
 def micro_steps(step: Step, limit: int | None) -> list[Step]:
-    """Cut a step as `parted` does its rows, or masked rows."""
+    """Split a step into parts as `parted` does with rows."""
     parts = parted([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
     return [step] if len(parts) == 1 else [step.part(numbers) for numbers in parts]
 
 
 def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
-    """Cut ascending lengths into spans of at most ``batch_tokens`` padded tokens."""
+    """Split ascending lengths into spans of at most ``batch_tokens`` padded tokens."""
     spans, start = [], 0
     for n, length in enumerate(lengths):
         if n > start and (n + 1 - start) * length > batch_tokens:
@@ -169,10 +169,10 @@ def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
 
 
 def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = False) -> TokenRow | None:
-    """Encode a row and cut it to ``limit`` tokens at its end; None if no target is left.
+    """Encode an example and truncate it to ``limit`` tokens; None if no target is left.
 
-    A user row cut at its end is a shorter user row: the targets that remain see the same context as before. With
-    ``lines`` a list row also records where its lines begin.
+    The remaining targets see the same context as before. With ``lines`` a list example also records where its lines
+    begin.
     """
     row = encoder.row(example)
     starts = tuple(start for start in _lines(example, encoder, len(row.ids)) if start < limit) if lines else ()
@@ -182,7 +182,7 @@ def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = Fal
 
 
 def _lines(example: Example, encoder: Encoder, length: int) -> list[int]:
-    """Return the first token of each line of a list row; pieces of line breaks belong to the line before them."""
+    """Return the first token of each line of a list example; pieces of line breaks belong to the preceding line."""
     if example.ends_turn:
         return []
     texts = pieces(example.answer)
@@ -201,7 +201,7 @@ def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[li
 
 
 def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
-    """Return rows as `llmrec.train.loss.rows_loss` takes them for this model, as lists of equal length."""
+    """Return the inputs of `llmrec.train.loss.rows_loss` for this model, as lists of equal length."""
     weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
     if is_paired(model.config):
         return paired_inputs(rows, pad) | weighted
@@ -211,7 +211,7 @@ def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict
 
 @dataclass(frozen=True)
 class Classes:
-    """Maps each target of a training row to its value on the rating scale."""
+    """Maps each target of a training example to its value on the rating scale."""
 
     encoder: Encoder
     scale: Scale
@@ -220,7 +220,7 @@ class Classes:
     def row(self, row: TokenRow) -> TokenRow | None:
         """Return the row with indices on the scale as labels; None if it has no target left.
 
-        A truncated target that could be another value, such as the 1 of a 10, has no loss.
+        A truncated target that could be a different value, such as the 1 of a 10, has no loss.
         """
         labels = [IGNORED] * len(row.ids)
         for start, end in runs(row.labels):
@@ -231,7 +231,7 @@ class Classes:
         return made if made.targets else None
 
     def counts(self, rows: Iterable[TokenRow]) -> list[int]:
-        """Return how often each value is a target of rows that `row` made, lowest first."""
+        """Return the frequency of each value as a target of rows from `row`, lowest first."""
         result = [0] * len(self.scale.values)
         for row in rows:
             for label in row.labels:
@@ -240,7 +240,7 @@ class Classes:
         return result
 
     def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
-        """Return the index of a target's tokens on the scale; None if they are not a value or may be half of one."""
+        """Return the index of a target's tokens on the scale; None if they are not a value or may be truncated."""
         if run not in self._texts:
             self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
         text = self._texts[run]
@@ -256,16 +256,16 @@ class Classes:
 
 @dataclass(slots=True)
 class Labels:
-    """Maps each target of a training row to its label, which the first token of an answer identifies.
+    """Maps each target of a training example to its label, which the first token of an answer identifies.
 
-    Labels are numbered in the order of addition: first those that a family declares, then as rows show them.
+    Labels are numbered in the order of addition: first those that a family declares, then those of examples.
 
     Attributes:
         encoder: The tokenizer with the soft prompts.
-        limit: How many labels there may be: one a soft prompt.
-        tied: Rows are learned as labels; otherwise as the tokens that they are, and answers need not be labels.
-        ids: Tokens of the labels so far; none where answers are no labels.
-        closed: No further label is taken: training rows were read.
+        limit: Maximum number of labels: one per soft prompt.
+        tied: Train on labels; otherwise on tokens, and answers need not be labels.
+        ids: Tokens of the labels so far; empty if answers are not labels.
+        closed: Whether all training examples were read, so that no label is added.
     """
 
     encoder: Encoder
@@ -278,10 +278,10 @@ class Labels:
     def row(self, row: TokenRow) -> TokenRow | None:
         """Return the row with label numbers where targets begin and no other loss; unchanged if not ``tied``.
 
-        None if no target is left: once labels are ``closed``, an answer that is none of them bears no loss.
+        None if no target is left: once labels are ``closed``, other answers have no loss.
 
         Raises:
-            RecipeError: If it is to be learned as labels, and an answer is more than one token, or one label too many.
+            RecipeError: If labels are tied, and an answer is more than one token, or there are too many labels.
         """
         if self.closed and not self.tied:
             return row
@@ -295,16 +295,16 @@ class Labels:
         return made if made.targets else None
 
     def add(self, answer: tuple[int, ...]) -> bool:
-        """Add the tokens of an answer as a label, and return whether answers are labels at all.
+        """Add the tokens of an answer as a label, and return whether answers are labels.
 
         Raises:
-            RecipeError: If they must be and this one is more than one token, or one label too many.
+            RecipeError: If they must be labels, and this one is more than one token or exceeds the limit.
         """
         why = "" if self.closed else self._read(answer)
         if why and self.tied:
             raise RecipeError(
-                f"train.method: {why}, and option tuning takes families that are answered by one of a few labels "
-                "of one token each, such as ctr; leave the others out (train.only), or set train.method=prompt or "
+                f"train.method: {why}, but option tuning needs families whose answers are a few one-token labels, "
+                "such as ctr; exclude the others (train.only), or set train.method=prompt or "
                 "lora",
                 kind="contradiction",
                 column="train.method",
@@ -321,13 +321,13 @@ class Labels:
             return f"the answer {self.encoder.tokenizer.decode(list(answer))!r} is more than one token"
         if answer[0] not in self.ids and not self._open:
             if len(self.ids) == self.limit:
-                return f"rows have more labels than train.soft.prompts={self.limit}"
+                return f"there are more labels than train.soft.prompts={self.limit}"
             self.ids.append(answer[0])
         return ""
 
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the spans of labels: one for each target, since a list names an item before each."""
+    """Return the spans of labels: one for each target, since every target of a list follows an item."""
     results: list[tuple[int, int]] = []
     for index, label in enumerate(labels):
         if label == IGNORED:

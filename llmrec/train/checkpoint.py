@@ -1,7 +1,7 @@
-"""Verified checkpoints: a manifest seals each when it is complete, and training resumes only from one that verifies.
+"""Verified checkpoints: a manifest seals each complete one, and training resumes only from one that matches it.
 
-The Trainer writes a checkpoint file by file under its final name, so a kill in the middle leaves a folder that looks
-newest and cannot be loaded.
+The Trainer writes a checkpoint file by file under its final name, so a kill leaves a newest folder that cannot be
+loaded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
     """Completes each saved checkpoint: writes further files into it and seals it after the last one.
 
     Args:
-        works: Each is handed the checkpoint's folder, one after the other.
-        world: The processes that train; each saves its own random states, and the first one does the rest.
-        minutes: Without a checkpoint for so long one is saved; None: only when its step is due.
-        every: Only after a multiple of so many steps: those that share their rollouts.
+        works: Functions called with the checkpoint's folder, in order.
+        world: The training processes; each saves its random states, and the first one does the rest.
+        minutes: Maximum time between checkpoints; None: save only by steps.
+        every: Save only after a multiple of this number of steps, which share their rollouts.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
         self._since = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Have the trainer save if it is time; the clock of the first process decides for all."""
+        """Make the trainer save if it is due by the clock of the first process."""
         if self._minutes is not None and state.global_step % self._every == 0:
             control.should_save |= bool(self._world.agree(time.monotonic() - self._since >= 60 * self._minutes))
 
@@ -74,7 +74,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints that the Trainer saved, newest first; other files in the folder belong to the user.
+    """Return the checkpoints that the Trainer saved, newest first; other files in the folder are ignored.
 
     Raises:
         LlmrecError: If one is a link, through which the Trainer would write.
@@ -115,7 +115,7 @@ def _unloadable(checkpoint: Path) -> str:
                 torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix == ".pt")
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]
-            return f"holds {file.name}, which is no plain state ({reason}),"
+            return f"holds {file.name}, which is not a plain state ({reason}),"
     return ""
 
 
@@ -133,6 +133,6 @@ def newest(folder: Path) -> Path | None:
         if not why:
             sound.append(checkpoint)
         else:
-            log.warning("training: %s %s and is dropped", checkpoint, why)
+            log.warning("training: %s %s and is removed", checkpoint, why)
             shutil.rmtree(checkpoint)
     return sound[0] if sound else None

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class Best:
     """Keeps the adapter of the best validation so far, and the best at each checkpoint that can be resumed.
 
-    A validation that is repeated after a kill may give another figure, since sums on a GPU are not deterministic. So
-    the adapter that was best at a checkpoint must outlive every better one that was found after that checkpoint.
+    A validation that is repeated after a kill may give a different value, since sums on a GPU are not deterministic. So
+    the best adapter at a checkpoint is kept even if a later one is better.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class Best:
         """Set up.
 
         Args:
-            folder: Where adapters are kept, each in a folder named by its step.
+            folder: The folder of the adapters, each in a folder named by its step.
             patience: Validations without improvement after which `done` is true; None: never.
-            measure: Returns the figure of a model; higher is better.
+            measure: Returns the metric of a model; higher is better.
             save: Writes a model's adapter into an existing folder.
-            checkpoints: Where the checkpoints are.
+            checkpoints: The folder of the checkpoints.
         """
         self._folder, self._patience, self._measure, self._save = folder, patience, measure, save
         self._checkpoints = checkpoints
-        # Step and figure of each validation that was the best so far.
+        # Step and metric of each validation that was the best so far.
         self._found: list[tuple[int, float]] = []
         self._since = 0
 
@@ -68,7 +68,7 @@ class Best:
         return self._found[-1][0] if self._found else 0
 
     def resume(self, looks: Iterable[tuple[int, float]]) -> None:
-        """Read back the validations of a killed run up to the checkpoint; the best adapter among them must exist."""
+        """Read the validations of a killed run up to the checkpoint; the best adapter among them must exist."""
         self._found, self._since = [], 0
         for step, value in looks:
             self._count(step, value)
@@ -104,7 +104,7 @@ class Best:
         kept = self._folder / str(self.step)
         if not kept.is_dir():
             raise LlmrecError(
-                f"{kept}, the adapter of the best look, is not there; remove {self._checkpoints} and train again",
+                f"{kept}, the adapter of the best validation, is missing; remove {self._checkpoints} and train again",
                 kind="missing-file",
                 at=kept,
             )
@@ -131,7 +131,7 @@ class Best:
 
 
 class Follow(TrainerCallback):  # type: ignore[misc]
-    """Shows progress, measures speed, follows validation losses, and writes one JSON line a step."""
+    """Shows progress, measures speed, tracks validation losses, and writes one JSON line per step."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._world = world
         # Where weights are sharded, no process can call the model alone.
         self.everybody = False
-        # Log fields of a step that makes its own rows.
+        # Log fields of a step that creates its own rows.
         self.told: Callable[[], Mapping[str, float]] = dict
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
@@ -158,7 +158,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self.records: list[dict[str, Any]] = []
         # Norm of the last step's gradient.
         self._norm: float | None = None
-        # Seconds that killed invocations spent up to the step that this one continues from.
+        # Seconds of killed invocations up to the checkpoint of this one.
         self.before = 0.0
         self._begin = time.monotonic()
         self._spent = 0.0
@@ -168,7 +168,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._bar = Bar("train", steps, unit="steps", quiet=self._quiet)
 
     def open(self, *, resumed: bool) -> None:
-        """Start a new log, or read back the one that a resumed run continues."""
+        """Start a new log, or read that of a resumed run."""
         if resumed and self._file.is_file():
             self.records = [
                 record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
@@ -214,7 +214,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write the line of a step, with validation losses where they are due.
+        """Write the line of a step, with validation losses if they are due.
 
         Raises:
             LlmrecError: If the loss is not a number.
@@ -230,7 +230,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
         figures = {name: float(value) for name, value in logs.items() if "/" in name}
         message = dict(self.told())
-        # Trackers, which are called next with the same log, have them too.
+        # Trackers are called next with the same log.
         logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in message.items()})
         self._record(
             {
@@ -254,11 +254,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._bar.stop()
 
     def _diverged(self, step: int, loss: object) -> LlmrecError:
-        """Return the error for a loss that is no finite number, with what the gradient of the step before says."""
+        """Return the error for a loss that is not finite, with the gradient norm of the previous step."""
         before = "" if self._norm is None else f", after a gradient of norm {self._norm:g} at step {step - 1}"
         column, advice = "train.learning_rate", "lower train.learning_rate, or set model.dtype=float32"
         if self._norm is not None and not math.isfinite(self._norm):
-            # The loss of that step was finite: its backward pass failed, whatever the learning rate.
+            # The loss of that step was finite, so its backward pass failed at any learning rate.
             column = "model.dtype"
             advice = (
                 "its loss was finite, so the backward pass overflowed or its attention kernel is faulty, and a lower "
@@ -278,7 +278,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(record) + "\n")
 
     def _looks(self, step: int, model: torch.nn.Module) -> dict[str, object]:
-        """Return the validation figures, which one process measures while the others wait."""
+        """Return the validation metrics, computed by one process while the others wait."""
         if not (self._world.first or self.everybody):
             return dict(self._unlooked())
         when = f"at step {step}" if step else "before step 1"
@@ -330,14 +330,14 @@ def _read(line: str) -> dict[str, Any] | None:
 
 
 def _as_logged(looks: Mapping[str, Any]) -> dict[str, float]:
-    """Return validation figures under the names that trainers give them."""
+    """Return validation metrics under the names used by trainers."""
     losses = {f"eval_loss/{task}": loss for task, loss in (looks.get("valid_loss") or {}).items()}
     ndcg = looks.get("valid_ndcg")
     return losses if ndcg is None else {**losses, "eval_NDCG@10": ndcg}
 
 
 def _now() -> float:
-    """Return the time after all queued GPU work is done: kernels run on after their calls have returned."""
+    """Return the time after all queued GPU work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()

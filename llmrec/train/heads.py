@@ -1,4 +1,4 @@
-"""Trains rating heads and soft prompts together with a model's other trainable weights, on token rows."""
+"""Trains rating heads and soft prompts together with a model's other trainable weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss, label_l
 from llmrec.train.steps import Step
 
 _NAME = "rating_head"
-# States that estimate the mean and standard deviation.
+# Number of states from which mean and standard deviation are estimated.
 _MEASURED = 512
 
 
@@ -37,8 +37,8 @@ def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequen
         model: From `llmrec.train.lora.load_trainable`.
         scale: The rating scale.
         alpha: Weight of the cross-entropy.
-        counts: How often each value of the scale is a target in training.
-        frozen: Train nothing but the head.
+        counts: Frequency of each value of the scale as a target in training.
+        frozen: Train only the head.
     """
     width = model.config.get_text_config().hidden_size
     head = new_head(HeadShape(values=scale.values, alpha=alpha, width=width), counts)
@@ -54,7 +54,7 @@ def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad
 
     Args:
         head: The head.
-        model: The model that it is on.
+        model: Its model.
         steps: Planned steps, whose labels are classes.
         pad: Any token id.
     """
@@ -85,8 +85,8 @@ def detach(model: torch.nn.Module) -> None:
 class HeadLoss:
     """The loss of a head: ``alpha * CE + (1 - alpha) * MSE`` over the scale.
 
-    The squared error is that of the expectation over classes, the number that is answered. A head with one unit has no
-    classes and only the squared error of its output.
+    The squared error is that of the predicted rating, the expectation over classes. A head with one unit has only the
+    squared error of its output.
     """
 
     head: RatingHead
@@ -136,7 +136,7 @@ class OptionLoss:
 
     Attributes:
         rows: All soft prompts, a trainable tensor of shape (count, width).
-        labels: How many labels there are.
+        labels: Number of labels.
     """
 
     rows: Any
@@ -150,19 +150,19 @@ class OptionLoss:
 
 
 def soft_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
-    """Return an encoder that puts soft prompts before prompts and rows."""
+    """Return an encoder that puts soft prompts before prompts and training examples."""
     return Encoder(soft_prompt.softened(encoder.tokenizer, train.soft.prompts), max_length=encoder.max_length)
 
 
 def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt) -> Any:
-    """Load a base model with trainable soft prompts, and adapters where the method has them.
+    """Load a base model with trainable soft prompts, and adapters if the method has them.
 
     Args:
         folder: The base model.
         model: How to load it.
         train: The training settings.
         encoder: From `soft_encoder`.
-        prompt: How many there are, and the labels.
+        prompt: Number of soft prompts, and the labels.
     """
     base = load_model(folder, model)
     ids = _ids(encoder, prompt)
@@ -179,7 +179,7 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
     share = sum(p.numel() for p in tuned.parameters() if p.requires_grad) / sum(p.numel() for p in tuned.parameters())
     if share > LARGEST:
         log.warning(
-            "training: %.1f %% of all weights are trained, more than the %.1f %% that make %s a small addition; lower "
+            "training: %.1f %% of all weights are trained, more than the %.1f %% expected for %s; lower "
             "train.soft.rank or train.soft.prompts",
             100 * share,
             100 * LARGEST,
@@ -199,8 +199,8 @@ def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPromp
     Args:
         folder: The base model.
         model: How to load it.
-        adapter: What training left.
-        prompt: What lies there of soft prompts.
+        adapter: The folder of the trained adapter.
+        prompt: Description of its soft prompts.
     """
     peft, base = require("peft", "train"), load_model(folder, model, dtype=torch.float32)
     ids = list(peft.PeftConfig.from_pretrained(str(adapter)).token_indices)
@@ -217,7 +217,7 @@ def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
 
 
 # ----------------------------------------------------------------------------
-# The loss on a model's hidden states: of a head, of tied labels, one at every depth, or of a teacher.
+# The loss on a model's hidden states: of a head, of tied labels, at every depth, or of distillation.
 
 
 def state_loss(
@@ -233,13 +233,13 @@ def state_loss(
     Args:
         model: The trained model.
         section: The recipe's ``train`` section.
-        head: A rating head on the model.
+        head: A rating head of the model.
         soft: Its soft prompts.
-        taught: A teacher, if any.
+        taught: The distillation loss, if any.
         items: Ids of the item tokens.
 
     Raises:
-        ModelError: If ``train.exits`` is set and answers cannot leave the model early.
+        ModelError: If ``train.exits`` is set and the model does not support early exits.
     """
     by: StateLoss | None = taught if head is None else HeadLoss(head)
     if soft is not None and soft.tied:
@@ -256,26 +256,26 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
     """Load a teacher model for the distillation loss of its student.
 
     Args:
-        folder: The teacher's merged model, whose tokenizer is that of the pupil.
+        folder: The teacher's merged model, with the student's tokenizer.
         model: The recipe's section, for device and dtype.
-        section: How it teaches.
-        vocabulary: Tokens that the pupil's head has.
+        section: The distillation settings.
+        vocabulary: Vocabulary size of the student's head.
 
     Raises:
-        ModelError: If it is an encoder-decoder, its head is more than one matrix product, or it has other tokens.
+        ModelError: If it is an encoder-decoder, its head is more than one matrix product, or its vocabulary differs.
     """
     teacher = load_model(folder, model).to(device(model)).eval().requires_grad_(False)
     if is_paired(teacher.config) or not plain_head(teacher.config, teacher.get_output_embeddings()):
         raise ModelError(
-            f"train.teacher: a {teacher.config.model_type} has no plain head over the states of a decoder; name a run "
-            "of another model",
+            f"train.teacher: a {teacher.config.model_type} is not a decoder with a plain head; choose a run of a "
+            "different model",
             kind="unsupported",
             column="train.teacher",
         )
     if (size := len(teacher.get_output_embeddings().weight)) != vocabulary:
         raise ModelError(
-            f"train.teacher: the head of {folder} has {size} rows, and that of the model to be trained {vocabulary}; "
-            "heads of one tokenizer may be padded otherwise, so take a teacher whose head is as long",
+            f"train.teacher: the head of {folder} has {size} rows, but that of the trained model {vocabulary}; "
+            "heads of one tokenizer may be padded differently, so choose a teacher with a head of the same size",
             kind="mismatch",
             column="train.teacher",
         )

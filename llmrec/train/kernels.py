@@ -16,15 +16,15 @@ from llmrec.recipe.schema import TrainSection
 
 log = logging.getLogger(__name__)
 
-# What Liger replaces that is not part of a layer: losses here read the decoder's states, and never call its losses.
+# Liger's options outside of layers: they replace losses that llmrec does not use.
 _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def recompute(model: torch.nn.Module) -> None:
-    """Have layers keep only their inputs and compute everything else again in the backward pass.
+    """Enable gradient checkpointing: layers keep only their inputs and recompute the rest in the backward pass.
 
-    The inputs of the first layer get no gradient, which transformers and TRL ask for and only reentrant checkpoints
-    need: layers below the first trained weight then have no backward pass, and are not computed again for it.
+    The inputs of the first layer get no gradient, which transformers and TRL enable but only reentrant checkpoints
+    need: so layers below the first trained weight have no backward pass and are not recomputed.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
@@ -32,7 +32,7 @@ def recompute(model: torch.nn.Module) -> None:
 
 @contextmanager
 def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[None]:
-    """Compute the layers of a model with the kernels that the recipe asks for.
+    """Compute the layers of a model with the kernels that the recipe selects.
 
     Liger replaces functions of the module in transformers that defines the model; they are restored at the end, since
     other models of the process may be on a CPU.
@@ -51,13 +51,13 @@ def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[Non
         if section.use_liger_kernel:
             _apply_liger(base)
         if section.torch_compile:
-            # Layers alone, since losses call the decoder and the head apart; one graph serves all of them. Rows of
-            # every step are of another length.
+            # Only layers, since losses call the decoder and the head separately; one graph serves all of them. The
+            # length of rows changes with every step.
             for module in base.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.compile(dynamic=True)
         with warnings.catch_warnings():
-            # torch's compiler looks at the gradient of every tensor that it meets.
+            # torch's compiler reads the gradient of every tensor.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
             yield
     finally:
@@ -79,7 +79,7 @@ def _apply_liger(base: torch.nn.Module) -> None:
 
 @contextmanager
 def unpaged(section: TrainSection, device: str) -> Iterator[None]:
-    """Note once that on a CPU the moments of a paged optimiser stay where they are; bitsandbytes warns of it."""
+    """Log once that on a CPU a paged optimiser pages nothing, instead of bitsandbytes' warning."""
     if device == "cpu" and section.optim.startswith("paged"):
         log.info("training: train.optim=%s has no paging on a CPU", section.optim)
     with warnings.catch_warnings():

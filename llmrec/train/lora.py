@@ -28,7 +28,7 @@ _BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
-    """Load the base as ``train.method`` asks and make the right weights trainable.
+    """Load the base model for ``train.method`` and make the right weights trainable.
 
     Args:
         folder: The base model.
@@ -37,11 +37,11 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
         tokens: Ids of item tokens, whose rows in the embeddings, and in an untied head, are trained fully.
 
     Raises:
-        RecipeError: If 8-bit training is asked for without CUDA, or no module matches ``train.lora.targets``.
+        RecipeError: If 8-bit training is requested without CUDA, or no module matches ``train.lora.targets``.
     """
     torch = require("torch", "train")
     if train.method == "full":
-        # Optimiser steps are smaller than bfloat16 can hold; autocast still multiplies in bfloat16.
+        # Optimiser steps are too small for bfloat16; autocast still multiplies in bfloat16.
         full = load_model(folder, model, dtype=torch.float32)
         full.llmrec_float32 = dtype(model) == torch.float32
         return _pruned(full, train)
@@ -59,7 +59,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
 def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
     """Merge an adapter into the unquantised base, in float32, and save the result in the model's dtype.
 
-    A QLoRA adapter is merged into the unquantised base too, which rounds less than merging into NF4. One block of the
+    So is a QLoRA adapter, since merging into NF4 would round more. One block of the
     model is in memory at a time; see `llmrec.models.streaming`.
     """
     torch, peft = require("torch", "train"), require("peft", "train")
@@ -73,7 +73,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     base = load_model(folder, model, dtype=exact_dtype(Path(folder)))
     if getattr(base, "is_quantized", False):
         raise ModelError(
-            f"{folder} holds quantised weights, into which no adapter is merged; set model.name to the unquantised "
+            f"{folder} has quantised weights, into which adapters cannot be merged; set model.name to the unquantised "
             "model, and train.method=qlora to train it quantised",
             kind="unsupported",
             at=folder,
@@ -97,7 +97,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
 
 
 def save_full(trained: Path, model: ModelSection, target: Path) -> None:
-    """Save fully fine-tuned float32 weights again in the model's dtype, for serving."""
+    """Save fully fine-tuned float32 weights in the model's dtype, for serving."""
     _save(load_model(str(trained), model, dtype=exact_dtype(trained)), trained, model, target)
 
 
@@ -132,7 +132,7 @@ def _pruned(model: torch.nn.Module, train: TrainSection) -> Any:
 def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter: Path) -> Any:
     """Load the result of training: the base model with the saved adapter, or fully fine-tuned weights.
 
-    Merged weights are compared with it. The base is quantised as ``train.method`` says, or in float32.
+    Used to check merged weights. The base is quantised for ``train.method``, or in float32.
 
     Raises:
         RecipeError: If the method needs CUDA and there is none.
@@ -208,8 +208,8 @@ def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
     reached = sum(m.base_layer.weight.numel() for m in base.modules() if hasattr(m, "lora_A") and len(m.lora_A))
     if 2 * reached < blocks:
         log.warning(
-            "training: adapters sit on %d %% of the weights of the blocks of a %s; experts that are one tensor are no "
-            "linear layers and stay as they are",
+            "training: adapters cover %d %% of the weights of the blocks of a %s; experts stored as one tensor are not "
+            "linear layers and are not trained",
             100 * reached // blocks,
             base.config.model_type,
         )
@@ -250,7 +250,7 @@ def refuse_method(model: ModelSection, train: TrainSection) -> None:
     """Reject a training method, an optimiser or kernels that this machine does not support.
 
     Raises:
-        RecipeError: If 8-bit training or Liger's kernels are asked for without CUDA, or compilation without a compiler.
+        RecipeError: If 8-bit training or Liger's kernels are requested without CUDA, or compilation without a compiler.
         MissingExtra: If a package is not installed.
     """
     if train.method in QUANTISED or train.optim in _BITSANDBYTES:
@@ -271,8 +271,8 @@ def refuse_method(model: ModelSection, train: TrainSection) -> None:
         require("liger_kernel", "liger")
     if train.torch_compile and not any(map(shutil.which, ("gcc", "clang", "cc"))):
         raise RecipeError(
-            "train.torch_compile: torch compiles layers with a C compiler, and none is on the PATH; install gcc and "
-            "g++, or set it to false",
+            "train.torch_compile: torch needs a C compiler, and there is none on the PATH; install gcc and g++, or set "
+            "it to false",
             kind="unsupported",
             column="train.torch_compile",
         )

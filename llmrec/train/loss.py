@@ -1,8 +1,8 @@
-"""Cross-entropy on label rows only.
+"""Losses computed only at labelled positions.
 
-The language-model head is the widest matrix of a small model; applying it to the rows that carry a label, a few
-hundred at a time, keeps both its cost and its memory proportional to the number of targets. Losses are summed here;
-`llmrec.train.sft` divides them by a step's targets. Of a rating head the loss is
+The language-model head is the widest matrix of a small model; applying it only to labelled positions, a few
+hundred at a time, keeps its cost and memory proportional to the number of targets. Losses are summed here;
+`llmrec.train.sft` divides them by a step's targets. The loss of a rating head is
 `llmrec.train.heads.HeadLoss`.
 """
 
@@ -48,13 +48,13 @@ class ExitLoss:
 
 @dataclass(frozen=True, slots=True)
 class TaughtLoss:
-    """Distillation from a frozen teacher of any size, which reads the same tokens.
+    """Distillation from a frozen teacher of any size with the same tokens.
 
     Attributes:
         teacher: A causal language model with a plain head over the same vocabulary.
         share: The share of the loss whose target is the teacher's distribution over tokens (Hinton et al., arXiv
             1503.02531, at temperature 1).
-        relations: Weight of the difference between the similarities of states and the teacher's; see `related`.
+        relations: Weight of the similarity-preserving loss; see `related`.
     """
 
     teacher: Any
@@ -71,7 +71,7 @@ class ItemLoss:
     """Cross-entropy in which the softmax of an item-token target runs over the item tokens only.
 
     Sequential recommenders use the same loss (SASRec, arXiv 1808.09781, section III-E, with a softmax over all items).
-    The model need not learn first that no word of its vocabulary can follow.
+    So the model need not learn to exclude the other tokens.
 
     Attributes:
         tokens: Ids of the item tokens, ascending.
@@ -103,8 +103,8 @@ def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
 
-    Each chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W at once, so logits never outlive their
-    chunk and are never recomputed. The trained part of the head gets its gradient from the same chunk,
+    Each chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W at once, so logits are freed with their
+    chunk and never recomputed. The trained part of the head gets its gradient from the same chunk,
     (softmax - target)' hidden: the whole head, or the rows of new tokens in the columns of these tokens.
 
     The target is 1 at the answer. With a teacher's states, ``share`` of it is their distribution instead, through the
@@ -175,8 +175,8 @@ def label_loss(
         input_ids: Token ids, right-padded, shape (rows, length). No attention mask is needed: under causal
             attention no position sees the padding that follows it.
         labels: Same shape; -100 where there is no loss.
-        by: Another loss of the states that labels follow; None: the language-model head's.
-        weights: What each target of a row counts, shape (rows,); None: 1.
+        by: The loss of the states before labels; None: that of the language-model head.
+        weights: Weight of each target of a row, shape (rows,); None: 1.
     """
     wanted = labels[:, 1:] != IGNORED
     counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
@@ -197,9 +197,9 @@ def paired_loss(
         model: An encoder-decoder, with or without PEFT adapters.
         input_ids: Sources, right-padded, shape (rows, longest source).
         attention_mask: 1 on tokens, 0 on padding, same shape.
-        labels: Targets, shape (rows, longest target); -100 after their ends. The decoder reads them one place later,
-            behind its start token; what stands behind an end is not seen by what comes before it.
-        weights: What each target of a row counts, shape (rows,); None: 1.
+        labels: Targets, shape (rows, longest target); -100 after their ends. The decoder reads them shifted by one,
+            after its start token; with causal attention no target sees the padding.
+        weights: Weight of each target of a row, shape (rows,); None: 1.
     """
     before = labels.new_full(labels.shape, int(model.config.decoder_start_token_id))
     # Padding may be any id; the start token is one.
@@ -214,17 +214,17 @@ def paired_loss(
 def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed loss over the targets of rows and their total weight, for a model of any kind.
 
-    ``by`` is that of `label_loss`; an encoder-decoder takes none.
+    ``by`` is that of `label_loss`; not supported for an encoder-decoder.
     """
     return paired_loss(model, **inputs) if is_paired(model.config) else label_loss(model, **inputs, by=by)
 
 
 def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
-    """Return the summed cross-entropy over the targets of packed rows and their total weight; see `label_loss`.
+    """Return the summed cross-entropy over the targets of packed sequences and their total weight; see `label_loss`.
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
-        packed: The parts of a `llmrec.train.packing.Stacked` as tensors, by name.
+        packed: The fields of a `llmrec.train.packing.Stacked` as tensors, by name.
         by: See `label_loss`.
     """
     after, wanted = packed["after"], packed["wanted"]
@@ -237,9 +237,9 @@ def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired:
     """Return the total weight of the targets of rows: the divisor of their summed loss, before it is computed.
 
     Args:
-        inputs: Those of `rows_loss` or `packed_loss`.
+        inputs: Inputs of `rows_loss` or `packed_loss`.
         by: See there; a loss of classes ignores weights.
-        paired: They are of an encoder-decoder.
+        paired: Whether the model is an encoder-decoder.
     """
     wanted = inputs["wanted"] if "wanted" in inputs else inputs["labels"][:, 0 if paired else 1 :]
     learned = wanted != IGNORED
@@ -252,11 +252,11 @@ def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired:
 
 @dataclass(frozen=True)
 class Legal:
-    """The tokens that may occur at each target of packed rows, given the token tree of a catalogue.
+    """The tokens that may occur at each target of packed sequences, given the token tree of a catalogue.
 
     Attributes:
         sets: Sets of legal tokens, as tensors.
-        which: The number of the set of each target, shape (targets,).
+        which: The index of the set of each target, shape (targets,).
     """
 
     sets: Sequence[Any]
@@ -289,15 +289,15 @@ class Legal:
 def target_losses(
     model: torch.nn.Module, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: Legal | None = None
 ) -> torch.Tensor:
-    """Return the cross-entropy of every target of packed rows, float32, shape (targets,).
+    """Return the cross-entropy of every target of packed sequences, float32, shape (targets,).
 
     Logits are recomputed in the backward pass, a few hundred targets at a time.
 
     Args:
         model: See `packed_loss`.
         packed: See there.
-        temperature: What logits are divided by.
-        legal: Renormalise over what may stand where each target does; None: over the vocabulary.
+        temperature: Divisor of the logits.
+        legal: Renormalise over the legal tokens at each target; None: over the vocabulary.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     after, wanted, inputs = packed["after"], packed["wanted"], _masked(model, packed)
@@ -323,7 +323,7 @@ def target_losses(
 
 
 def _masked(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the model inputs of packed rows."""
+    """Return the model inputs of packed sequences."""
     mask = block_mask(model, packed["ends"])
     return {"input_ids": packed["ids"], "position_ids": packed["places"], "attention_mask": mask}
 
@@ -407,7 +407,7 @@ def _item_loss(
     """Return the summed loss of targets and their total weight; item tokens as in `ItemLoss`."""
     head, rows, places = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
-    # Adapters train only the rows of item tokens, in ascending order; otherwise they are rows of the head.
+    # Adapters train only the rows of item tokens, in ascending order; otherwise the rows are those of the head.
     items = head.weight[tokens] if rows is None else rows[places.argsort()]
     chosen = torch.isin(targets, tokens)
     total = torch.zeros((), dtype=torch.float32, device=targets.device)
@@ -448,15 +448,15 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counts: Any = Non
 def list_loss(
     model: torch.nn.Module, packed: Mapping[str, Any], size: int, kind: ListLoss, temperature: float = 1.0
 ) -> tuple[Any, float]:
-    """Return the summed loss over lists of candidates, and how many lists there are.
+    """Return the summed loss over lists of candidates, and the number of lists.
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
-        packed: The parts of a `llmrec.train.packing.Stacked` as tensors, by name: the rows of one list behind those of
-            the other, and targets of chosen candidates with a weight above 0.
-        size: Candidates a list.
+        packed: The fields of a `llmrec.train.packing.Stacked` as tensors, by name: lists one after the other, and
+            targets of chosen candidates with a weight above 0.
+        size: Candidates per list.
         kind: `softmax` or `lambda`.
-        temperature: What log-likelihoods are divided by before that.
+        temperature: Divisor of log-likelihoods.
     """
     scores = list_scores(model, packed, size)
     loss = {"softmax": softmax_loss, "lambda": lambda_loss}[kind]
@@ -479,7 +479,7 @@ def lengths_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
 
 
 def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
-    """Sum the values of the targets of packed rows by row, shape (rows,)."""
+    """Sum the values of the targets of packed sequences by row, shape (rows,)."""
     owners = packed["owners"]
     return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values)
 
@@ -489,7 +489,7 @@ def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
     Args:
         scores: Shape (lists, candidates).
-        chosen: Place of the chosen one, shape (lists,).
+        chosen: Index of the chosen one, shape (lists,).
     """
     return torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
 
@@ -497,13 +497,13 @@ def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return LambdaRank's loss (Wang et al., The LambdaLoss Framework, CIKM 2018, section 4), summed over lists.
 
-    Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG that their exchange
-    makes, |1 / log2(1 + rank of the chosen) - 1 / log2(1 + rank of the other)|, in the order of the scores as they are.
-    Equal scores stand in their listed order.
+    Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG if both were
+    swapped, |1 / log2(1 + rank of the chosen) - 1 / log2(1 + rank of the other)|, in the current order of the scores.
+    Ties keep their listed order.
 
     Args:
         scores: Shape (lists, candidates).
-        chosen: Place of the chosen one, shape (lists,).
+        chosen: Index of the chosen one, shape (lists,).
     """
     order = scores.detach().argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(1, scores.shape[1] + 1).to(order).expand_as(order))

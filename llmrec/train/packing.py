@@ -1,18 +1,16 @@
-"""Packs rows into masked rows in which common prefixes are computed once.
+"""Packs rows into sequences in which common prefixes are computed once (shared-prefix packing).
 
-The rows of one masked row form a trie in depth-first order: a token's descendants follow it directly. So one number
-per column, the end of its subtree, defines the mask: column k is an ancestor of column q, or q itself, where
-k <= q < end of k. Nothing else is stored of the mask; it is built from these numbers when a step is computed, and
-rows that begin differently see nothing of each other. The token after a column is not the next column where rows
-part, so targets are pairs of a column and the token that is wanted after it, one for each label of each row: a
-shared token that bears loss in two rows counts twice, as it does in plain rows. Such masks are known from decoding
-(tree attention in SpecInfer, arXiv 2305.09781).
+The rows of a packed sequence form a trie in depth-first order: a token's descendants follow it directly. So one number
+per column, the end of its subtree, defines the attention mask: column k is an ancestor of column q, or q itself, if
+k <= q < end of k. The mask is built from these numbers when a step is computed, and rows with different beginnings do
+not see each other. Where rows diverge, the token after a column is not the next column, so targets are pairs of a
+column and the token after it, one for each label of each row: a shared token with loss in two rows counts twice, as
+without packing. Such masks are known from decoding (tree attention in SpecInfer, arXiv 2305.09781).
 
-With a *band* a token of a list sees its question and a few lines before its own, as many as evaluation shows, however
-long the row is (the windowed attention of Dynamic Target Isolation, arXiv 2503.01001). A line is then seen up to some
-later token of its row, so the end of its columns moves forward, and the mask keeps its form; such rows share their
-question alone. A band bounds what a layer reads, not what reaches it: in deeper layers the states of the lines that
-are seen have read lines before them.
+With a *band* (sliding-window attention) a token of a list sees its question and a few preceding lines, the number that
+evaluation shows, for rows of any length (Dynamic Target Isolation, arXiv 2503.01001). A line is then seen up to some
+later token of its row, so its columns end earlier; such rows share only their question. A band limits each layer, not
+the information flow: in deeper layers the visible lines contain information on lines before them.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The rows of one masked row, its number of columns, and how many earlier lines a token of a list sees."""
+    """The rows of a packed sequence, its number of columns, and its band: the preceding lines that a token sees."""
 
     rows: tuple[TokenRow, ...]
     columns: int
@@ -41,7 +39,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One masked row.
+    """One packed sequence.
 
     Attributes:
         ids: Token of each column, shape (columns,).
@@ -64,16 +62,16 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Masked rows of one step, padded on their right.
+    """Packed sequences of one step, padded on the right.
 
     Attributes:
         ids: Shape (rows, columns).
         places: Position ids, shape (rows, columns).
-        ends: Where subtrees end, counted in the own row; padding sees itself alone. Shape (rows, columns).
-        after: Columns that targets follow, counted over all rows one behind the other, shape (targets,).
+        ends: Where subtrees end, counted within each row; padding sees only itself. Shape (rows, columns).
+        after: Columns that targets follow, counted over all concatenated rows, shape (targets,).
         wanted: Target tokens, shape (targets,).
         weights: The weight of each target, float32, shape (targets,).
-        owners: The number of each target's row, counted over all masked rows one behind the other, shape (targets,).
+        owners: The number of each target's row, counted over all packed sequences, shape (targets,).
     """
 
     ids: Ints
@@ -86,13 +84,13 @@ class Stacked:
 
 
 def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
-    """Lay rows out as one masked row.
+    """Arrange rows as one packed sequence.
 
-    Tokens after the one that a row's last target follows are left out: nothing is predicted from them.
+    Tokens from the last target of a row on are omitted, since nothing is predicted from them.
 
     Args:
         rows: Rows with targets.
-        band: How many lines before its own a token of a list sees; None: all. It takes rows that know their lines.
+        band: Number of preceding lines that a token of a list sees; None: all. Needs rows with `lines`.
     """
     bodies = _sorted_bodies(rows, band)
     size = sum(len(body.ids) for body in bodies)
@@ -119,7 +117,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
 
 
 def stack(packed: Sequence[Packed], pad: int) -> Stacked:
-    """Stack masked rows into one padded batch."""
+    """Stack packed sequences into one padded batch."""
     longest = max(len(item.ids) for item in packed)
     shape = (len(packed), longest)
     ids, places = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -135,10 +133,10 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
 
 
 def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
-    """Distribute rows over masked rows of at most ``width`` columns, first-fit decreasing over tries of rows.
+    """Distribute rows over packed sequences of at most ``width`` columns, first-fit decreasing over tries of rows.
 
     Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
-    ``width`` gets a masked row alone. ``band`` is that of `tree`.
+    ``width`` gets its own sequence. ``band`` is that of `tree`.
     """
     groups = sorted(_groups(rows, width, band), key=lambda group: -group.columns)
     filled: list[list[_Group]] = []
@@ -146,7 +144,7 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
     for group in groups:
         first = group.bodies[0]
         for n, others in enumerate(filled):
-            # A prefix that the masked row already has, such as a system turn, takes no further columns.
+            # A prefix that the sequence already has, such as a system turn, takes no further columns.
             shared = max(_shared(first, other.bodies[0]) for other in others)
             if group.columns - shared <= room[n]:
                 others.append(group)
@@ -159,7 +157,7 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
 
 
 def one_bin(rows: Sequence[TokenRow]) -> Bin:
-    """Return rows as one masked row, however wide."""
+    """Return rows as one packed sequence of any width."""
     return _bin(_sorted_bodies(rows, None), None)
 
 
@@ -178,8 +176,8 @@ class _Body(NamedTuple):
         row: The row.
         ids: The tokens that are read.
         labels: All labels.
-        targets: Where targets are; the first token is never one.
-        alone: The length of the prefix that it may share: up to its first line if a band limits what its lines see.
+        targets: Positions of targets; the first token is never one.
+        alone: The length of the prefix that it may share: with a band, up to its first line.
         until: For each later token, the first position in the row that does not see it; empty without a band.
     """
 

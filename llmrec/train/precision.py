@@ -21,12 +21,12 @@ def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | Non
     """Return the dtype of products under autocast; None: products are in the dtype of the weights.
 
     bfloat16 where the hardware multiplies it natively. GPUs that only emulate it (Turing) multiply float16, in which
-    small gradients underflow unless the loss is scaled up, as ``fp16=True`` has accelerate do. A recipe that asks for a
-    float32 model trains in float32 throughout.
+    small gradients underflow unless the loss is scaled up, as accelerate does with ``fp16=True``. A float32 model is
+    trained in float32 throughout.
 
     Args:
         model: The model.
-        device: Where it will be trained, ``"cpu"`` or ``"cuda"``; None: where it is.
+        device: The training device, ``"cpu"`` or ``"cuda"``; None: the model's.
     """
     if getattr(model, "llmrec_float32", False):
         return None
@@ -43,10 +43,10 @@ def mixed_precision(model: torch.nn.Module) -> Any:
 
 @contextmanager
 def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None]:
-    """Have adapters take their inputs in half precision: under autocast their float32 copies are only kept.
+    """Make adapters use their inputs in half precision: under autocast float32 copies would only take memory.
 
-    DoRA's norms are computed in the precision of the input, so that its layers still convert it. PEFT's own
-    `disable_input_dtype_casting` takes them too, and does not go with trained token rows.
+    DoRA's layers still convert their input, since its norms are computed in the precision of the input. PEFT's
+    `disable_input_dtype_casting` affects them too, and is incompatible with trained token rows.
     """
     layers = [m for m in model.modules() if active and getattr(m, _CASTS, False) and not m.lora_variant]
     for layer in layers:
@@ -59,7 +59,7 @@ def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None
 
 
 def widen(model: torch.nn.Module, device: str) -> None:
-    """Convert trained float16 weights to float32, and all of a model where no half precision is available.
+    """Convert trained float16 weights to float32, and the whole model if no half precision is available.
 
     Small optimiser steps would be lost in float16.
     """
@@ -80,7 +80,7 @@ def widen(model: torch.nn.Module, device: str) -> None:
 def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
     """Keep adapters in float32 while the trainer is created: on a quantised base TRL converts them to bfloat16.
 
-    Small optimiser steps would be lost in them, and their gradients are rounded.
+    In bfloat16 small optimiser steps would be lost, and gradients rounded.
     """
     held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield

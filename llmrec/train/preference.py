@@ -12,7 +12,7 @@ the rejected answers:
 - ``ipo`` (Azar et al., AISTATS 2024, eq. 17, a token as in TRL): (h - 1 / (2 beta))^2 with h the difference of mean log
   ratios.
 
-There is no second model: while log-likelihoods of the reference are read, the adapter is switched off.
+There is no second model: the adapter is disabled to compute log-likelihoods of the reference.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from llmrec.train.loss import chosen_of, lengths_of, list_scores, softmax_loss
 
 @contextmanager
 def reference(model: torch.nn.Module) -> Iterator[None]:
-    """Disable a model's adapter, so that it is the reference model, and compute no gradients."""
+    """Disable a model's adapter and gradients, so that it is the reference model."""
     with torch.no_grad(), model.disable_adapter():
         yield
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Disable dropout permanently: a model and its reference must differ only by what was learned."""
+    """Disable dropout permanently: a model and its reference must differ only by training."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -52,7 +52,7 @@ def compare(
     The sums are those whose means TRL logs, under its names.
 
     Args:
-        model: A causal language model that takes block masks; with PEFT adapters, where the loss has a reference.
+        model: A causal language model that takes block masks; with PEFT adapters if the loss has a reference.
         packed: See `llmrec.train.loss.list_loss`; lists of one chosen answer and ``section.negatives`` others.
         section: The recipe's ``train.preference``.
     """
@@ -86,9 +86,9 @@ def rewards_of(
 
     Args:
         scores: Log-likelihoods, shape (lists, answers).
-        before: Those of the reference; None: there is none.
+        before: Those of the reference, if any.
         lengths: Tokens of each answer.
-        section: Which loss, and its scale.
+        section: The loss and its settings.
     """
     ratios = scores if before is None else scores - before
     return section.beta * (ratios / lengths if section.loss in ("simpo", "ipo") else ratios)
@@ -99,8 +99,8 @@ def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: Prefer
 
     Args:
         rewards: Shape (lists, answers).
-        chosen: Place of the chosen answer, shape (lists,).
-        section: Which loss.
+        chosen: Index of the chosen answer, shape (lists,).
+        section: The loss and its settings.
     """
     if section.loss == "s-dpo":
         behind = torch.zeros_like(rewards).scatter(1, chosen[:, None], section.margin)

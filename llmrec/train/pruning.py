@@ -1,9 +1,9 @@
-"""Magnitude pruning while training: gradual on a cubic schedule (Zhu and Gupta, arXiv 1710.01878), or all at once.
+"""Magnitude pruning during training: gradual on a cubic schedule (Zhu and Gupta, arXiv 1710.01878), or at once.
 
 Every linear layer of the blocks has a mask, which sets the weights of least magnitude to 0. With an adapter, the merged
 weight ``W + BA`` is masked in the forward pass, so that only the factors are trained and the exported model has the
-zeros of training. Masked weights keep their value and get no gradient; while the schedule runs, a later mask may use
-them again. Embeddings, the head, norms and biases are not pruned.
+same zeros. Masked weights keep their value and get no gradient; while the schedule runs, a later mask may restore
+them. Embeddings, the head, norms and biases are not pruned.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
 
     Args:
         section: The recipe's ``train.prune``.
-        steps: Optimiser steps of the training.
-        step: Of these, how many are done.
+        steps: Total number of optimiser steps.
+        step: Number of completed steps.
     """
     first, last = round(section.begin * steps), round(section.end * steps)
     if step >= last:
@@ -74,7 +74,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Add the sparsity to the log that trackers get next."""
+        """Add the sparsity to the log for trackers."""
         if logs and "loss" in logs:
             logs["sparsity"] = self._at(state.global_step)
 
@@ -95,8 +95,8 @@ def attach(model: torch.nn.Module) -> None:
     results = list(_linears(base))
     if not results:
         raise RecipeError(
-            f"train.prune: a {base.config.model_type} has no linear layers whose weights could be pruned; choose "
-            "another model, or drop train.prune",
+            f"train.prune: a {base.config.model_type} has no linear layers to prune; choose another model, or "
+            "remove train.prune",
             kind="unsupported",
             column="train.prune",
         )
@@ -114,7 +114,7 @@ def raise_to(model: torch.nn.Module, share: float) -> None:
 
 
 def kept(weight: torch.Tensor, share: float) -> Any:
-    """Return a mask of the weights to keep, in the shape of the weight; of equal ones the first are pruned."""
+    """Return a mask of the weights to keep, in the shape of the weight; among equal weights the first are pruned."""
     count = round(share * weight.numel())
     size = weight.detach().abs().float().flatten()
     if not count:
@@ -127,7 +127,7 @@ def kept(weight: torch.Tensor, share: float) -> Any:
 
 
 def sparsity(model: torch.nn.Module) -> float | None:
-    """Return the share of the layers' weights that masks hide; None where there are no masks."""
+    """Return the share of masked weights of the layers; None without masks."""
     masks = [mask for _, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None]
     if not masks:
         return None
@@ -136,7 +136,7 @@ def sparsity(model: torch.nn.Module) -> float | None:
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write a model's masks into a folder, where it has any."""
+    """Write a model's masks into a folder, if it has any."""
     masks = {name: mask for name, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None}
     if masks:
         bits = {name: np.packbits(mask.flatten().cpu().numpy()) for name, mask in masks.items()}
@@ -147,7 +147,7 @@ def load(model: torch.nn.Module, folder: Path) -> None:
     """Load the masks of a folder into a model, if there are any.
 
     Raises:
-        ModelError: If they cannot be read, or are of another model.
+        ModelError: If they cannot be read, or belong to another model.
     """
     if not (folder / WEIGHTS).is_file():
         return
@@ -159,10 +159,10 @@ def load(model: torch.nn.Module, folder: Path) -> None:
 
 
 def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]], None]:
-    """Return a function that sets masked weights of a plain model to 0, among parameters that it is given by name.
+    """Return a function that sets masked weights of a plain model to 0, given parameters by name.
 
     Raises:
-        ModelError: If the masks of the folder cannot be read, or are of another model.
+        ModelError: If the masks of the folder cannot be read, or belong to another model.
     """
     if not (folder / WEIGHTS).is_file():
         return lambda _: None
@@ -181,7 +181,7 @@ def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]
 
 
 def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
-    """Return the masks of a folder by layer, of the shapes of the weights; of the layers ``names``, by default all."""
+    """Return the masks of a folder by layer, in the shapes of the weights, for the layers ``names`` or all."""
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
             if set(file.keys()) != weights.keys():
@@ -189,14 +189,16 @@ def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None 
             for name, weight in weights.items():
                 bits = file.get_slice(name)
                 if bits.get_dtype() != "U8" or bits.get_shape() != [-(-weight.numel() // 8)]:
-                    raise ValueError(f"another shape of {name}")
+                    raise ValueError(f"different shape of {name}")
             masks = {}
             for name in weights if names is None else names:
                 bits = np.unpackbits(file.get_tensor(name), count=weights[name].numel()).astype(bool)
                 masks[name] = torch.from_numpy(bits).view(weights[name].shape)
             return masks
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
+        raise damaged(
+            f"{folder / WEIGHTS} cannot be read, or belongs to another model", folder / WEIGHTS, error
+        ) from error
 
 
 def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Makes the training rows of the task families.
+"""Encodes the training examples of the task families as token rows.
 
-An encoder-decoder has one row per target. Packed rows of families whose question follows the history share one history.
-Rows of tasks that can be drawn before they are written as text are assembled from lines that are tokenised once. All
-other rows are encoded from their text.
+An encoder-decoder has one row per target. Packed families whose question follows the history share one history. Tasks
+that can draw examples before rendering them are assembled from lines that are tokenised once. All other examples are
+encoded from their text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llmrec.types import Event, Example
 
 @dataclass(frozen=True, slots=True)
 class TextRow(TokenRow):
-    """A training row with the text that it was encoded from."""
+    """A training example with the text that it was encoded from."""
 
     example: Example | None = None
 
@@ -42,12 +42,12 @@ def _fitted(example: Example, encoder: Encoder, limit: int, *, lines: bool, text
 
 
 # ----------------------------------------------------------------------------
-# Samples the rows of a user together, so that tasks whose question follows the history share the history.
+# Samples the examples of a user together, so that tasks whose question follows the history share the history.
 
 
 @runtime_checkable
 class Branching(Protocol):
-    """A task that can make a row of a user with the same history as other tasks."""
+    """A task that can create an example of a user with the same history as other tasks."""
 
     @property
     def branches(self) -> bool:
@@ -55,7 +55,7 @@ class Branching(Protocol):
         ...
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return the user's row in a pass over the users; None if there is none."""
+        """Return the user's example in a pass over the users; None if there is none."""
         ...
 
 
@@ -79,10 +79,10 @@ def branching_rows(
         tasks: Families by name.
         weights: Their shares.
         users: All users.
-        encoder: What counts tokens.
-        limit: Longest row; a longer one is cut, or None where no target is left.
+        encoder: The tokenizer, which also counts tokens.
+        limit: Maximum length; a longer row is truncated, or None if no target is left.
         seed: The run's seed.
-        lines: Whether list rows say where their lines begin.
+        lines: Whether list rows record where their lines begin.
         texts: Whether rows are `TextRow`.
 
     Raises:
@@ -109,33 +109,34 @@ def branching_rows(
         if sum(served.values()) == before:
             names = ", ".join(served)
             raise DataError(
-                f"tasks {names}: no user has enough training interactions; use more data or drop a task", kind="too-few"
+                f"tasks {names}: no user has enough training interactions; use more data or remove a task",
+                kind="too-few",
             )
         number += 1
 
 
 # ----------------------------------------------------------------------------
-# Rows with all answers to one question, for a loss over the answers whose scores are the likelihoods of their texts.
+# Rows with all answers to one question, for a loss over answers scored by the likelihoods of their texts.
 #
 # Training thus learns the order that `llmrec.strategies.pointwise.LikelihoodRanker` uses: an answer's score is log
-# P(text | prompt), summed over its tokens. All answers to a question are in one masked row, so that the prompt is
-# read once and every score is exact. With one chosen candidate per list, ListNet's top-one loss (Cao et al., ICML
+# P(text | prompt), summed over its tokens. All answers to a question are in one packed sequence, so that the prompt
+# is read once and every score is exact. With one chosen candidate per list, ListNet's top-one loss (Cao et al., ICML
 # 2007), and ListMLE and PListMLE (Xia et al., ICML 2008; Lan et al., UAI 2014) truncated after the first rank, are
 # `softmax`; `lambda` weights pairs by the change in NDCG when they are swapped. Preference losses, which
 # compare a model with its initial state, read the same rows: `llmrec.train.preference`.
 
 
 def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
-    """Return the listwise setting that the rows of all tasks share; None if they are trained on tokens.
+    """Return the common listwise setting of all tasks; None if they are trained on tokens.
 
     Args:
-        tasks: The families that are trained, by name.
-        preference: Whether the recipe learns from preference.
-        paired: Name of the model, where it is an encoder-decoder.
+        tasks: The trained families, by name.
+        preference: Whether the recipe uses preference training.
+        paired: Name of the model if it is an encoder-decoder.
 
     Raises:
-        RecipeError: If other families are trained with those lists, a family has none for preference learning, or
-            the model is an encoder-decoder.
+        RecipeError: If listwise families are trained together with others, a family does not support preference
+            training, or the model is an encoder-decoder.
     """
     result = {family: task.listwise for family, task in tasks.items() if task.listwise is not None}
     if not (result or preference):
@@ -144,12 +145,12 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
     others = [name for name in tasks if name != family]
     key, instead = ("train.preference", "null") if preference else (f"tasks.{family}.loss", "answer")
     if family not in result:
-        what = f"rows of tasks.{family} say of no answer what it is preferred to; train another family (train.only)"
+        what = f"examples of tasks.{family} have no rejected answers; train another family (train.only)"
     elif paired is not None:
-        what = f"{paired} is an encoder-decoder, whose rows are not packed; choose another model"
+        what = f"{paired} is an encoder-decoder, which does not support packing; choose another model"
     elif others:
         what = (
-            f"lists of tasks.{family} are not learned beside rows of tasks.{others[0]}; leave one of both out of "
+            f"lists of tasks.{family} cannot be trained together with tasks.{others[0]}; remove one of them from "
             "training (train.only)"
         )
     else:
@@ -162,23 +163,23 @@ def list_rows(
 ) -> Iterator[TokenRow | None]:
     """Yield the rows of a question's answers, the chosen one first; None if one is too long.
 
-    A truncated text would have another likelihood.
+    A truncated text would have a different likelihood.
 
     Args:
-        listwise: How many answers a list has.
-        examples: The rows, without end.
+        listwise: The listwise setting, with the number of answers.
+        examples: An endless stream of examples.
         encoder: The tokenizer.
-        limit: Longest row in tokens.
+        limit: Maximum length of a row in tokens.
 
     Raises:
-        RecipeError: If a row has fewer answers.
+        RecipeError: If an example has fewer answers.
     """
     for example in examples:
         rows = [encoder.row(item) for item in against(example)]
         if len(rows) != listwise.size:
             raise RecipeError(
-                f"train.preference.negatives: the row {example.id} has {len(rows) - 1} other answers, and "
-                f"{listwise.size - 1} are asked for; set train.preference.negatives={max(1, len(rows) - 1)}, or choose "
+                f"train.preference.negatives: example {example.id} has {len(rows) - 1} other answers, but "
+                f"{listwise.size - 1} are requested; set train.preference.negatives={max(1, len(rows) - 1)}, or choose "
                 "other templates",
                 kind="too-large",
                 column="train.preference.negatives",
@@ -196,28 +197,28 @@ def list_rows(
 # A row of a list template is a question and one line per event. If a line depends only on its item, its ids are
 # kept in one flat array, and rows are gathered from it. `Encoder.row` splits answers after each line and at
 # targets, and the tail of a line ends with a line break, so no piece spans two lines and the ids are the same by
-# construction. A seeded sample of every chunk is still encoded from its text and compared; after the first
+# construction. A seeded sample of every chunk is also encoded from its text and compared; after the first
 # difference all rows of the template are encoded from their texts.
 
 
 log = logging.getLogger(__name__)
 
-# Rows read ahead: few at first, since a short run needs few, then enough to make numpy worth its calls.
+# Rows read ahead: few at first, since a short run needs few, then enough for numpy to be efficient.
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
-# Of every chunk, one row in this number is also encoded from its text, and at least this many.
+# Of every chunk, one row in `_ONE_IN` is also encoded from its text, and at least `_LEAST_CHECKED`.
 _ONE_IN, _LEAST_CHECKED = 128, 8
 
 
 @runtime_checkable
 class Drawing(Protocol):
-    """A task whose training rows can be drawn before they are written as text."""
+    """A task whose training examples can be drawn before they are rendered."""
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
-        """Yield drawn rows in the order of ``examples("train")``."""
+        """Yield drawn examples in the order of ``examples("train")``."""
         ...
 
     def example(self, draw: Draw) -> Example:
-        """Write a drawn row as text."""
+        """Render a drawn example."""
         ...
 
 
@@ -233,8 +234,8 @@ class Gathered:
 
     Attributes:
         ids: Token ids, shape (tokens,).
-        labels: The same where there is loss, and -100 elsewhere; shape (tokens,).
-        ends: Where each row ends, and before them 0; shape (rows + 1,).
+        labels: Token ids where there is loss, -100 elsewhere; shape (tokens,).
+        ends: 0, followed by the end of each row; shape (rows + 1,).
     """
 
     ids: NDArray[np.int32]
@@ -242,11 +243,11 @@ class Gathered:
     ends: NDArray[np.int64]
 
     def rows(self, limit: int) -> list[TokenRow | None]:
-        """Cut rows to ``limit`` tokens at their end, as `fit_row` does; None where no target is left."""
+        """Truncate rows to ``limit`` tokens, as `fit_row` does; None if no target is left."""
         starts, stops = self.ends[:-1], np.minimum(self.ends[1:], self.ends[:-1] + limit)
         seen = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
         kept = (seen[stops] > seen[starts]).tolist()
-        # Slices of one tuple share its Python numbers.
+        # Slices of one tuple share its integer objects.
         ids, labels = tuple(self.ids.tolist()), tuple(self.labels.tolist())
         spans = zip(starts.tolist(), stops.tolist(), kept, strict=True)
         return [TokenRow(ids[start:stop], labels[start:stop]) if keep else None for start, stop, keep in spans]
@@ -310,7 +311,7 @@ class LineTable:
         )
 
     def _learn(self, draws: Sequence[Draw]) -> None:
-        """Tokenise new questions and lines; the task writes each as a row."""
+        """Tokenise new questions and lines, each rendered by the task as an example."""
         for draw in draws:
             asked = None if self._one_question else draw.user_id
             if asked not in self._questions:
@@ -347,10 +348,9 @@ class LineTable:
 
 
 class RowStream:
-    """The training rows of a task that can be drawn before they are written as text.
+    """The training rows of a task that can draw examples before rendering them.
 
-    Iterating gives the same as ``fit_row(example, encoder, limit)`` for each of the task's examples, in order: the task
-    draws the content of a row either way, and reading ahead does not change it.
+    Iterating gives the same as ``fit_row(example, encoder, limit)`` for each of the task's examples, in order.
 
     Attributes:
         gathered: The number of rows assembled from lines.
@@ -395,7 +395,7 @@ class RowStream:
         try:
             rows = table.gather(draws).rows(self._limit)
         except BackendError:
-            # A text cannot be tokenised; its own row raises the error if it is reached.
+            # A text cannot be tokenised; its row raises the error if it is reached.
             self._tables[template.id] = None
             return None
         count = min(len(draws), max(_LEAST_CHECKED, len(draws) // _ONE_IN))
@@ -412,7 +412,7 @@ class RowStream:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where training rows come from.
+    """The sources of training rows.
 
     Attributes:
         tasks: The trained families by name.
@@ -436,28 +436,28 @@ def streams(
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
     """Return weighted streams of families and their rows; packed families that can share a history form one stream.
 
-    A row is None where no target of it fits ``train.max_row_tokens``.
+    A row is None if none of its targets fits ``train.max_row_tokens``.
 
     Args:
-        sources: See there.
+        sources: The sources of rows.
         shares: Shares of training tokens, by family.
         encoder: The tokenizer.
         texts: Whether the rows of a decoder are `TextRow`.
 
     Raises:
-        RecipeError: If rows of an encoder-decoder are to be packed.
+        RecipeError: If packing is requested for an encoder-decoder.
     """
     section, seed = sources.section, sources.seed
     packing = section.packing == "tree"
     if packing and sources.paired:
         raise RecipeError(
-            "train.packing: an encoder-decoder reads no packed rows; set train.packing=none",
+            "train.packing: an encoder-decoder does not support packing; set train.packing=none",
             kind="contradiction",
             column="train.packing",
         )
     tasks = {family: task for family in shares if isinstance(task := sources.tasks[family], Branching)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
-    # The rows of a pool are selected per family, before it is known which could share a history.
+    # A pool is selected per family, before it is known which examples could share a history.
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
     result: dict[str, Iterator[tuple[str, TokenRow | None]]]
@@ -481,7 +481,7 @@ def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterat
     if sources.paired:
         made = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in made for row in (*rows, *([] if rows else [None])))
-    # Only text shows where lines begin, and a pool contains only text.
+    # Line starts are only known from text, and a pool contains only text.
     if isinstance(task, Drawing) and section.band is None and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
     lines = section.band is not None
@@ -489,7 +489,7 @@ def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterat
 
 
 def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:
-    """Return the rows of held-out examples for the validation loss, without those with no target in ``limit``."""
+    """Return the rows of held-out examples for the validation loss, without those with no target within ``limit``."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]
     return [row for example in examples if (row := fit_row(example, encoder, limit)) is not None]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: TRL's SFTTrainer over planned steps, with loss on label rows only."""
+"""Supervised fine-tuning: TRL's SFTTrainer over planned steps, with loss at labelled positions only."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from llmrec.train.world import told as tell_world
 
 log = logging.getLogger(__name__)
 
-# Marks the batch of a process without rows: its loss has weight 0.
+# Marks the batch of a process without rows, whose loss has weight 0.
 _IDLE = "idle"
 # The batches of a step that is computed in parts.
 _PARTS = "parts"
@@ -58,8 +58,8 @@ _PARTS = "parts"
 class Training:
     """The outcome of a training run.
 
-    ``seconds`` includes ``seconds_before``, what killed invocations spent up to the checkpoint that was resumed.
-    ``kept_step`` is the step whose adapter validation selected. ``processes`` is the number of processes, and
+    ``seconds`` includes ``seconds_before``, the time of killed invocations up to the resumed checkpoint.
+    ``kept_step`` is the step of the adapter selected by validation. ``processes`` is the number of processes, and
     ``distributed`` their kind, as accelerate names it. ``sparsity`` is the share of zeros in pruned layers.
     """
 
@@ -90,7 +90,7 @@ class Objective(Protocol):
     updates: int
 
     def parts(self, model: torch.nn.Module, number: int) -> int:
-        """Return in how many parts a planned step is computed."""
+        """Return the number of parts of a planned step."""
         ...
 
     def loss(self, model: torch.nn.Module, number: int, part: int) -> tuple[Any, float]:
@@ -111,9 +111,9 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     world: World = World()
     # Further log fields of a step by name: first sums, then means.
     figures: Mapping[str, float] = {}
-    # The divisor of the losses of a step's parts; None: a step is one part, whose loss says it.
+    # The divisor of the losses of a step's parts; None: a step is one part, whose loss returns it.
     whole: float | None = None
-    # The scale of the step's gradients; it falls where they overflow.
+    # The scale of the step's gradients; it decreases if they overflow.
     scale: float = 0.0
     # Whether layers multiply under autocast, so that adapters need no float32 copies of their inputs.
     autocast: bool = False
@@ -125,15 +125,15 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return the planned steps in an order that does not depend on processes: each takes a share of every step."""
+        """Return the planned steps in an order that does not depend on processes; each gets a share of every step."""
         loader = super().get_train_dataloader()
         if self.world.size > 1:
-            # accelerate would distribute whole batches; transformers undoes that in the same way for its own sampler.
+            # accelerate would distribute whole batches; transformers disables that in the same way for its own sampler.
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the recipe's learning-rate schedule, whose warm-up ends at the full rate and does not begin at 0.
+        """Return the recipe's learning-rate schedule; its warm-up starts above 0 and ends at the full rate.
 
         With the Trainer's schedule the first warm-up step has rate 0, and a warm-up over all steps never reaches the
         full rate.
@@ -146,7 +146,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
-        """Return the loss of a step, and sum the gradients of its parts, one after the other."""
+        """Return the loss of a step, and accumulate the gradients of its parts."""
         parts: Sequence[Mapping[str, Any]] = inputs.get(_PARTS, [inputs])
         if self.objective is not None:
             parts = [{**inputs, "part": n} for n in range(self.objective.parts(model, int(inputs["step"])))]
@@ -175,8 +175,8 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Return the mean loss over the step's weighted targets, or over its lists.
 
-        With several processes each returns its part times their number, since gradients and logged losses are averaged
-        over processes: the mean is the loss of a single process with the whole step.
+        With several processes each returns its part times their number: gradients and logged losses are averaged over
+        processes, so the mean is the loss of a single process.
         """
         if self.objective is not None:
             total, count = self.objective.loss(model, int(inputs["step"]), inputs["part"])
@@ -192,10 +192,10 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log a step's figures with its loss, and those of the gradient scaler if there is one."""
+        """Log a step's values with its loss, and those of the gradient scaler if there is one."""
         scaled = {}
         if self.accelerator.scaler is not None:
-            # An optimiser that is fused with the scaler leaves steps out by itself, which accelerate does not see.
+            # An optimiser that is fused with the scaler skips steps itself, which accelerate does not see.
             scale = self.accelerator.scaler.get_scale()
             scaled = {"scaler/scale": scale, "scaler/skipped": float(scale < self.scale)}
         super().log({**logs, **self.figures, **scaled} if "loss" in logs else logs, *args, **kwargs)
@@ -225,11 +225,11 @@ class LossInputs:
     """Inputs of a training loss in addition to the tokens of its rows; none by default.
 
     Attributes:
-        head: A rating head on the model, for rows whose labels are classes; saved next to the adapter.
-        soft: The soft prompts of the model, for rows whose labels are numbers of labels where these are tied to them.
-        listwise: Rows are lists of candidates, planned as such, and have a loss over these.
-        objective: Makes the loss of each planned step itself.
-        taught: A teacher; validation still uses the loss of the answers.
+        head: A rating head of the model, for rows whose labels are classes; saved next to the adapter.
+        soft: The soft prompts of the model; if tied, the labels of rows are label numbers.
+        listwise: The settings of a loss over lists of candidates.
+        objective: Computes the loss of each planned step.
+        taught: A distillation loss; validation still uses the loss of the answers.
         items: Ids of the item tokens.
     """
 
@@ -264,15 +264,15 @@ def train(
         model: From `llmrec.train.lora.load_trainable`.
         encoder: Its tokenizer.
         steps: Planned optimiser steps.
-        valid: Held-out validation rows by task, whose loss is followed.
+        valid: Held-out validation rows by task, for the validation loss.
         section: The recipe's ``train`` section.
         folder: The run folder.
-        seed: Seeds the order of steps and dropout.
+        seed: Seed of the order of steps and of dropout.
         quiet: Show no progress bar.
         loss: Inputs of the loss in addition to the tokens of rows.
-        device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
-        judge: A model -> its figure on the validation split, for ``train.judge``: the adapter of the best look is kept.
-            None: that of the last step is.
+        device: The device, ``"cpu"`` or ``"cuda"``; None: the GPU, if torch can use one.
+        judge: A model -> its validation metric, for ``train.judge``: the best adapter is kept. None: keep that of the
+            last step.
     """
     loss = loss or LossInputs()
     head, soft, listwise, objective, taught = loss.head, loss.soft, loss.listwise, loss.objective, loss.taught
@@ -326,7 +326,7 @@ def train(
             data_collator=partial(_batch, model, steps, pad, world, section.micro_tokens)
             if objective is None
             else _number,
-            # Trackers follow the callback that adds validation losses to a step's log.
+            # Trackers come after the callback that adds validation losses to a step's log.
             callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
     kind = trainer.accelerator.distributed_type.value
@@ -402,14 +402,14 @@ def _no_lists(listwise: Listwise) -> str:
 
 
 def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
-    """Compute the loss of synthetic rows packed and unpacked, and reject a model where they differ.
+    """Compute the loss of synthetic rows packed and unpacked, and reject a model if they differ.
 
     Args:
         model: The model.
         instead: Recipe settings that disable packed rows.
 
     Raises:
-        RecipeError: If the model does not read the mask of packed rows.
+        RecipeError: If the model ignores the mask of packed sequences.
     """
     begin, ends = (5, 6, 7, 8, 9), ((10, 11, 12), (13, 14, 15, 16), (17,))
     rows = [TokenRow((*begin, *end), (*[IGNORED] * len(begin), *end)) for end in (*ends, (18, 19))]
@@ -429,8 +429,8 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
         reads = abs(one - two) <= (1e-3 + 1e-5 * abs(one) if exact else 0.3 + 0.005 * abs(one))
     if not reads:
         raise RecipeError(
-            f"{instead.partition('=')[0]}: models of type {model.config.model_type} do not read the mask that keeps "
-            f"packed rows apart; set {instead}",
+            f"{instead.partition('=')[0]}: models of type {model.config.model_type} ignore the mask that separates "
+            f"packed rows; set {instead}",
             kind="unsupported",
             column=instead.partition("=")[0],
         )
@@ -448,7 +448,7 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
     """Return the checkpoint that all processes resume from; the first process selects it and removes incomplete ones.
 
     Raises:
-        LlmrecError: If it is one of FSDP and this training is not, or the other way round.
+        LlmrecError: If only one of the checkpoint and this training uses FSDP.
     """
     result = newest(folder) if world.first else None
     step = world.agree(int(result.name.rpartition("-")[2]) if result is not None else -1)
@@ -457,8 +457,8 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
     checkpoint = folder / f"checkpoint-{step}"
     if (checkpoint / OF_FSDP).is_file() != sharded:
         raise LlmrecError(
-            f"{checkpoint} was saved {'without' if sharded else 'with'} FSDP and can only be continued so; start the "
-            f"training as before, in any number of processes, or remove {folder}",
+            f"{checkpoint} was saved {'without' if sharded else 'with'} FSDP and can only be resumed that way; start "
+            f"the training as before, with any number of processes, or remove {folder}",
             kind="mismatch",
             at=checkpoint,
         )
@@ -466,7 +466,7 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
 
 
 def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
-    """Return the number of a planned step: the trainer prefetches, so rows that the model makes itself come later."""
+    """Return the number of a planned step, since the trainer prefetches and rollouts need the current model."""
     (item,) = items
     return {"step": torch.tensor(item["step"])}
 
@@ -481,7 +481,7 @@ def _batch(
 ) -> dict[str, Any]:
     """Return the batch of one optimiser step, or this process's share of it; or several, of at most ``limit`` tokens.
 
-    All processes have as many parts, since each part that weights are divided over is computed by all of them.
+    All processes have the same number of parts, since sharded weights need all of them for each part.
     """
     (item,) = items
     step = steps[item["step"]]
@@ -489,7 +489,7 @@ def _batch(
     count = max(len(share) for share in shares)
     parts = [_laid(model, part, pad) for part in shares[world.rank] if part.rows]
     if len(parts) < count:
-        # Every process computes something, since gradients are summed over all.
+        # Every process computes a batch, since gradients are summed over all.
         shortest = min((part for share in shares for part in share if part.rows), key=lambda part: part.tokens)
         parts += [_laid(model, shortest, pad) | {_IDLE: torch.ones(())}] * (count - len(parts))
     return parts[0] if count == 1 else {_PARTS: parts}
@@ -527,7 +527,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         save_strategy="steps",
         save_steps=section.save_every,
         eval_strategy="no",
-        # Trackers are callbacks made by `trackers`; trackio's callback reads these two settings.
+        # Trackers are callbacks created by `trackers`; trackio's callback reads these two settings.
         report_to="none",
         project=trackio_project(),
         run_name=folder.name,
@@ -539,6 +539,6 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         seed=seed,
         use_cpu=device == "cpu",
     )
-    # One GPU trains: DataParallel would wrap the model, whose decoder is called outside of the wrapper.
+    # Use one GPU: DataParallel would wrap the model, whose decoder is called outside of the wrapper.
     config._n_gpu = min(config.n_gpu, 1)
     return config

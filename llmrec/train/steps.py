@@ -1,7 +1,7 @@
 """Planned steps, whose rows are stored in flat arrays until a step is read.
 
-A `TokenRow` takes about fifty bytes per token, since every number in it is an object. Here a token takes five: its id
-and whether it has loss. Rows and steps are created from the arrays when they are read.
+A `TokenRow` takes about fifty bytes per token, since every integer is an object. Here a token takes five: its id and
+whether it has loss. Rows and steps are created from the arrays when they are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The rows of one optimiser step and, with ``bins``, their packing into masked rows."""
+    """The rows of one optimiser step and, with ``bins``, their packing into sequences."""
 
     rows: tuple[TokenRow, ...]
     bins: tuple[Bin, ...] = ()
@@ -41,7 +41,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed without padding; shared prefixes of masked rows count once."""
+        """Tokens computed without padding; shared prefixes of packed sequences count once."""
         if self.bins:
             return sum(item.columns for item in self.bins)
         return sum(len(row.ids) for row in self.rows)
@@ -55,7 +55,7 @@ class Step:
         """Split the step into parts with about equal tokens, assigning the longest rows first.
 
         Args:
-            count: The number of parts. If there are fewer rows, or masked rows, some parts are empty.
+            count: The number of parts. If there are fewer rows or packed sequences, some parts are empty.
         """
         sizes = [item.columns for item in self.bins] or [len(row.ids) for row in self.rows]
         loads, parts = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
@@ -66,7 +66,7 @@ class Step:
         return [self.part(sorted(part)) for part in parts]
 
     def part(self, numbers: Sequence[int]) -> Step:
-        """Return the step of some of the rows, or masked rows, by their numbers."""
+        """Return the step of some of the rows or packed sequences, by their numbers."""
         if not self.bins:
             return Step(tuple(self.rows[n] for n in numbers))
         bins = tuple(self.bins[n] for n in numbers)
@@ -139,7 +139,7 @@ class Steps(Sequence[Step]):
     """Planned steps in order; a step is created when it is read.
 
     Attributes:
-        table: All rows in the order in which they were drawn: a few more than the steps use.
+        table: All rows in the order in which they were drawn, a few more than the steps use.
     """
 
     def __init__(self, table: RowTable, band: int | None = None) -> None:
@@ -151,7 +151,7 @@ class Steps(Sequence[Step]):
         self._sizes, self._columns, self._bin_ends = array("i"), array("i"), array("q", [0])
 
     def add(self, step: Step, numbers: Mapping[int, int]) -> None:
-        """Append a step; ``numbers`` are those of its rows, by `id`."""
+        """Append a step; ``numbers`` maps the `id` of its rows to row numbers."""
         self._order.extend([numbers[id(row)] for row in step.rows])
         self._ends.append(len(self._order))
         self._sizes.extend([len(item.rows) for item in step.bins])
@@ -159,7 +159,7 @@ class Steps(Sequence[Step]):
         self._bin_ends.append(len(self._sizes))
 
     def weighing(self, weights: Sequence[float]) -> Steps:
-        """Return the same steps with the weight of each target of a row, by row number."""
+        """Return the same steps with weights of targets, by row number."""
         made = copy(self)
         made._weights = weights
         return made
@@ -204,15 +204,15 @@ class Weighted:
 def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
     """Weight rows so that each family's share of a step's loss is its share of the step's tokens, on average.
 
-    Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list row has many
-    targets where a question with one answer has few: in a step with both, the list would have nearly all of the loss.
-    So a family's targets are weighted by tokens / targets, one number per family.
+    Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list example has many
+    more targets than a question with one answer, so it would have nearly all of the loss. So a family's targets are
+    weighted by tokens / targets, one weight per family.
 
     The mean weight is 1, and the rows of a single family are unchanged.
 
     Args:
         steps: Planned steps.
-        families: The family of every row that was drawn for them.
+        families: The family of every drawn row.
     """
     table, tokens, targets = steps.table, defaultdict[str, int](int), defaultdict[str, int](int)
     for numbers in steps.numbers():

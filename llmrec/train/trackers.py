@@ -1,7 +1,7 @@
-"""Experiment trackers, ``train.report_to``: losses while training, through transformers, and figures of the evaluation.
+"""Experiment trackers, ``train.report_to``: training losses, through transformers, and evaluation metrics.
 
 Both go into one run of a tracker, whose id is stored in the run folder. The trackers in `_TRACKED` also get evaluation
-figures; the others that transformers supports get losses only.
+metrics; the others that transformers supports get losses only.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def refuse_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known.INTEGRATION_TO_CALLBACK:
             raise RecipeError(
-                f"train.report_to: there is no tracker {name!r}{did_you_mean(name, known.INTEGRATION_TO_CALLBACK)}; "
-                f"known are {', '.join(sorted(known.INTEGRATION_TO_CALLBACK))}",
+                f"train.report_to: unknown tracker {name!r}{did_you_mean(name, known.INTEGRATION_TO_CALLBACK)}; "
+                f"known: {', '.join(sorted(known.INTEGRATION_TO_CALLBACK))}",
                 kind="unknown-name",
                 column="train.report_to",
             )
         if name not in known.get_available_reporting_integrations():
             raise MissingExtra(
                 f"train.report_to: the package of {name!r} is not installed; install it with: pip install {name}, or "
-                "take it out",
+                "remove it",
                 kind="not-installed",
                 column="train.report_to",
             )
@@ -89,8 +89,8 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
                 made.append(known[name]())
         except Exception as error:
             raise RecipeError(
-                f"train.report_to: {name} cannot begin a run ({type(error).__name__}: {' '.join(str(error).split())}); "
-                "fix that, or take it out",
+                f"train.report_to: {name} cannot start a run ({type(error).__name__}: {' '.join(str(error).split())}); "
+                "fix that, or remove the tracker",
                 kind="failed",
                 column="train.report_to",
             ) from error
@@ -98,13 +98,13 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
 
 
 def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
-    """Log the figures of an evaluation once; a failing tracker is only a warning, since results are written.
+    """Log the metrics of an evaluation once; a failing tracker is only a warning, since results are written.
 
     Args:
-        names: Trackers; those that take no figures are passed over.
+        names: Trackers; those that do not support evaluation metrics are skipped.
         figures: Name, such as ``direct/tuned/label/after-history/NDCG@10``, -> value.
         folder: The run folder.
-        step: Training steps that the evaluated model took.
+        step: Training steps of the evaluated model.
     """
     stamp = hashlib.sha256(json.dumps([sorted(figures.items()), step]).encode()).hexdigest()[:16]
     for name in names:

@@ -16,12 +16,12 @@ def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) ->
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.
-        encoder: Its tokenizer, whose tokens decide where words begin.
-        size: Rows of a new table: the longest count and 1.
-        seed: Of a new table.
+        encoder: Its tokenizer, which determines where words begin.
+        size: Rows of a new table: the maximum word number + 1.
+        seed: Seed of a new table.
 
     Raises:
-        RecipeError: If the model is no encoder-decoder.
+        RecipeError: If the model is not an encoder-decoder.
     """
     known = words_of(model)
     rows = model.get_input_embeddings().weight.shape[0]

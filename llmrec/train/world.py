@@ -27,7 +27,7 @@ SHARDED = "FSDP"
 """accelerate's name for sharding weights among processes."""
 # One process reads data, validates and merges while the others wait; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=1)
-# Messages of gloo and NCCL when the other side of a connection is gone.
+# Messages of gloo and NCCL for a lost connection.
 _GONE = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket")
 
 
@@ -36,8 +36,8 @@ class World:
     """The processes of a training.
 
     Attributes:
-        rank: The number of this one.
-        size: How many there are.
+        rank: Index of this process.
+        size: Number of processes.
     """
 
     rank: int = 0
@@ -87,7 +87,7 @@ def joined(device: str) -> Iterator[World]:
     """Connect the processes that a launcher started, through accelerate.
 
     Args:
-        device: Where they train, ``"cpu"`` or ``"cuda"``.
+        device: The device, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         RecipeError: If they do not match the settings.
@@ -99,7 +99,7 @@ def joined(device: str) -> Iterator[World]:
         return
     try:
         if not torch.distributed.is_initialized():
-            PartialState._reset_state()  # state that an earlier training left in the process
+            PartialState._reset_state()  # state of an earlier training in this process
         state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         if state.num_processes != processes.size():
             raise _other(f"{processes.size()} processes", f"{state.num_processes}")
@@ -114,35 +114,35 @@ def joined(device: str) -> Iterator[World]:
 
 
 def kind_asked(device: str) -> str:
-    """Return the kind of parallelism that the launcher asks for, as accelerate names it; ``"no"``: a single process.
+    """Return the kind of parallelism that the launcher requests, as accelerate names it; ``"no"``: a single process.
 
     Args:
-        device: Where the recipe trains, ``"cpu"`` or ``"cuda"``.
+        device: The recipe's device, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        RecipeError: If it is something that llmrec does not do, or that accelerate would silently not do.
+        RecipeError: If it is not supported by llmrec, or accelerate would silently ignore it.
     """
     _refuse_settings()
     sharded = _set("ACCELERATE_USE_FSDP")
     if sharded and device == "cpu":
         raise RecipeError(
-            "FSDP is asked for on a CPU, where accelerate silently takes MULTI_CPU: every process would hold the "
-            "whole model; train on GPUs, or leave ACCELERATE_USE_FSDP out",
+            "FSDP is requested on a CPU, where accelerate silently uses MULTI_CPU: every process would hold the "
+            "whole model; train on GPUs, or unset ACCELERATE_USE_FSDP",
             kind="unsupported",
         )
     count = processes.size()
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         if count > 1:
             raise RecipeError(
-                f"the environment speaks of {count} processes (WORLD_SIZE) and not of which this one is (RANK, "
-                "LOCAL_RANK), so every one would train alone; start them with `llmrec train RECIPE --launch N`, "
+                f"the environment sets {count} processes (WORLD_SIZE) but not the rank of this one (RANK, "
+                "LOCAL_RANK), so each would train alone; start them with `llmrec train RECIPE --launch N`, "
                 "torchrun or accelerate launch",
                 kind="unsupported",
             )
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
             raise RecipeError(
-                "accelerate launch was told to start several processes on a CPU and starts one, without mpirun; use "
-                "`llmrec train RECIPE --launch N` or torchrun",
+                "accelerate launch starts only one process on a CPU without mpirun, although several are requested; "
+                "use `llmrec train RECIPE --launch N` or torchrun",
                 kind="unsupported",
             )
         return "no"
@@ -161,15 +161,15 @@ def _refuse_settings() -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("", "no"):
         raise RecipeError(
-            f"accelerate is told mixed_precision: {precision}, and llmrec multiplies as model.dtype says; set "
-            "mixed_precision: 'no' there, and model.dtype in the recipe",
+            f"accelerate has mixed_precision: {precision}, but llmrec uses model.dtype; set mixed_precision: 'no' in "
+            "accelerate's configuration, and model.dtype in the recipe",
             kind="contradiction",
             column="model.dtype",
         )
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if _set(f"ACCELERATE_USE_{name}"):
             raise RecipeError(
-                f"accelerate is told to use {name}, which llmrec does not train with; choose MULTI_GPU or FSDP",
+                f"accelerate is set to {name}, which llmrec does not support; choose MULTI_GPU or FSDP",
                 kind="unsupported",
             )
 
@@ -182,23 +182,23 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: 
     """Reject settings incompatible with FSDP.
 
     Args:
-        plugin: accelerate's settings of it.
+        plugin: accelerate's FSDP settings.
         section: The training settings.
         scaled: Products are in float16, whose gradients are scaled.
-        plain: It is adapters or weights of the model itself, without a rating head or whole-word embeddings.
+        plain: Only adapters or weights of the model are trained, no rating head or whole-word embeddings.
 
     Raises:
         RecipeError: If the settings or the kind of training do not support sharding.
     """
     if scaled:
         raise RecipeError(
-            "FSDP needs GPUs that multiply bfloat16; set model.dtype=float32, or train with MULTI_GPU",
+            "FSDP needs GPUs with bfloat16; set model.dtype=float32, or train with MULTI_GPU",
             kind="unsupported",
             column="model.dtype",
         )
     if section.torch_compile or section.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise RecipeError(
-            "FSDP trains with AdamW of torch and without torch.compile; drop train.optim and train.torch_compile, or "
+            "FSDP needs torch's AdamW and no torch.compile; remove train.optim and train.torch_compile, or "
             "train with MULTI_GPU",
             kind="unsupported",
             column="train.optim",
@@ -223,8 +223,8 @@ def refuse_other(asked: str, obtained: str) -> None:
     """Reject a process group of another kind than requested.
 
     Args:
-        asked: From `kind_asked`.
-        obtained: accelerate's word for what there is.
+        asked: The result of `kind_asked`.
+        obtained: The kind that accelerate reports.
 
     Raises:
         RecipeError: If they differ.
@@ -235,14 +235,14 @@ def refuse_other(asked: str, obtained: str) -> None:
 
 def _other(asked: str, obtained: str) -> RecipeError:
     return RecipeError(
-        f"training on {asked} was asked for, and accelerate has {obtained}; compare its configuration and the "
+        f"training on {asked} was requested, but accelerate has {obtained}; compare its configuration and the "
         "environment (WORLD_SIZE, LOCAL_RANK, ACCELERATE_*) with docs/scaling.md",
         kind="mismatch",
     )
 
 
 def told(world: World, kind: str) -> None:
-    """Return a message with the number of processes and their kind."""
+    """Print the number of processes and their kind."""
     if world.size > 1:
         backend = torch.distributed.get_backend()
         note(f"training: {world.size} processes, {kind} ({backend})")
@@ -253,16 +253,16 @@ def refuse_different(world: World, digest: str, what: str) -> None:
 
     Args:
         world: The processes.
-        digest: Hexadecimal digits over what must be the same.
-        what: What that is, for the error.
+        digest: Hexadecimal hash of the inputs that must be equal.
+        what: Name of these inputs, for the error.
 
     Raises:
-        LlmrecError: If this process is the one.
+        LlmrecError: If the inputs of this process differ.
     """
     mine = int(digest[:15], 16)
     if world.agree(mine) != mine:
         raise LlmrecError(
-            f"training: process {world.rank} of {world.size} has other {what} than the first one; give all of them "
+            f"training: process {world.rank} of {world.size} has different {what} than the first one; give all of them "
             "the same data, recipe, model and version of llmrec",
             kind="mismatch",
         )
@@ -272,11 +272,11 @@ def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], 
     """Run a computation with a model as a forward pass of the wrapper around it.
 
     DDP prepares the sum of gradients in its forward pass, and FSDP2 gathers weights in that of the outermost module.
-    Losses here call parts of a model, decoder and head, so for one call they replace the model's own forward.
+    Losses call the decoder and the head separately, so for one call they replace the model's forward method.
 
     Args:
         model: A model, or DDP around one.
-        compute: Called with the model without anything around it, and the inputs.
+        compute: Called with the unwrapped model and the inputs.
         inputs: Tensors by name, at least one.
     """
     inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

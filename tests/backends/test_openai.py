@@ -332,7 +332,7 @@ def test_titles_are_not_scored_by_first_tokens(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), None, True, "-1"])
 def test_what_is_no_log_probability_is_malformed(value: Any) -> None:
-    with pytest.raises(ValueError, match="no log-probability"):
+    with pytest.raises(ValueError, match="not a log-probability"):
         probe.by_name({"4": value}, ["4"])
 
 

@@ -196,7 +196,7 @@ def test_a_tracker_that_is_lost_costs_no_results(said: Said, tmp_path: Path, cap
 
     log, sys.modules["wandb"].log = sys.modules["wandb"].log, fails  # type: ignore[attr-defined]
     trackers.report(["wandb", "trackio"], {"a/NDCG@10": 0.5}, tmp_path, step=3)
-    assert "wandb did not take the figures" in caplog.text
+    assert "wandb did not accept the evaluation metrics" in caplog.text
     assert said.logged("trackio", "a/") == [0.5]
     # They are told the next time, to the one that lacks them.
     sys.modules["wandb"].log = log  # type: ignore[attr-defined]

@@ -165,7 +165,7 @@ def test_other_data_in_one_process_is_refused(tmp_path: Path) -> None:
 
     first, second = together(2, differs, tmp_path / "told")
     assert "another of the 2 processes ended" in first
-    assert "process 1 of 2 has other training rows" in second
+    assert "process 1 of 2 has different training rows" in second
 
 
 ONE_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -181,7 +181,7 @@ ONE_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
         # What accelerate launch says to the one process that it starts for MULTI_CPU without mpirun.
         (
             {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
-            Facts("unsupported", says=("starts one", "torchrun")),
+            Facts("unsupported", says=("starts only one", "torchrun")),
         ),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, Facts("contradiction", column="model.dtype", says="mixed_precision")),
     ],

@@ -1,1 +1,1 @@
-"""Learning from reward: questions about training events, rewards of rollouts, and the loss of a step."""
+"""Reinforcement learning: questions about training interactions, rewards of rollouts, and the loss of a step."""

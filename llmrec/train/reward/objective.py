@@ -1,9 +1,9 @@
 """Policy-gradient training: rollouts of the current model, their rewards, and the loss of a step.
 
-Rollouts depend only on the seed, the id of their question and the weights, so that a resumed training draws the same.
-The rollouts of a question share one masked row, as the candidates of a list do (`llmrec.train.rows`). The reference
-model is the one below the adapter, which is disabled to evaluate it. Dropout is off, so that the trained policy is the
-one that was sampled.
+Rollouts depend only on the seed, the id of their question and the weights, so a resumed training draws the same ones.
+The rollouts of a question share one packed sequence, like the candidates of a list (`llmrec.train.rows`). The reference
+model is the base model, evaluated with the adapter disabled. Dropout is off, so that the trained policy is the sampled
+one.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) ->
     """Return the advantage of each rollout over the group's mean; their weighted sum is 0.
 
     Args:
-        rewards: Of each rollout, shape (n,).
-        weights: What each counts; they sum to 1, shape (n,).
+        rewards: Reward of each rollout, shape (n,).
+        weights: Weight of each rollout; they sum to 1, shape (n,).
         normalise: Divide by the group's standard deviation.
     """
     values = np.asarray(rewards, dtype=np.float64)
@@ -75,12 +75,12 @@ def policy_loss(
     2020), which is never below 0.
 
     Args:
-        own: Log-probability of each item under the model as it is, shape (n,); gradients pass.
+        own: Log-probability of each item under the current model, shape (n,), with gradients.
         old: The same under the model that drew it.
-        reference: The same under the model that training started from.
+        reference: The same under the initial model.
         gains: Advantages.
-        weights: What each rollout counts.
-        clip: How far the ratio to the model that drew may move a gradient.
+        weights: Weight of each rollout.
+        clip: Clipping range of the ratio.
         beta: The weight of the divergence.
     """
     ratio = (own - old).exp()
@@ -96,11 +96,11 @@ class _Part:
     """Rollouts of a planned step that are computed together, groups concatenated.
 
     Attributes:
-        packed: Their masked rows as tensors.
-        legal: The legal tokens at each target; None where log-probabilities are those of the full vocabulary.
+        packed: Their packed sequences as tensors.
+        legal: The legal tokens at each target; None: log-probabilities are over the full vocabulary.
         weights: The weight of each rollout, shape (n,).
         gains: Advantages, shape (n,).
-        reference: Log-probabilities under the model that training started from.
+        reference: Log-probabilities under the initial model.
         old: The same under the model that drew them; None before their first update.
     """
 
@@ -114,7 +114,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The rollouts of the planned step with a number, in parts, and their log figures."""
+    """The rollouts of the planned step ``number``, in parts, and their log values."""
 
     number: int
     parts: Sequence[_Part]
@@ -125,7 +125,7 @@ class RewardObjective:
     """Computes the loss of a step from rollouts of its questions.
 
     Attributes:
-        updates: Optimiser steps that take the same rollouts.
+        updates: Number of optimiser steps with the same rollouts.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class RewardObjective:
 
         Args:
             steps: Planned steps, whose rows are questions with their answers.
-            cases: The questions, by the number of their row.
+            cases: The questions, by row number.
             section: The recipe's ``train.reward``.
             rewards: The reward terms.
             pad: Any token id.
-            seed: Of the rollouts.
-            limit: Tokens that are computed together, padding included; None: those of a step.
+            seed: Seed of the rollouts.
+            limit: Maximum number of tokens computed together, padding included; None: a whole step.
         """
         self.updates = section.updates
         self._steps, self._cases, self._section, self._rewards = steps, cases, section, rewards
@@ -157,7 +157,7 @@ class RewardObjective:
         self._drawn: _Drawn | None = None
 
     def parts(self, model: torch.nn.Module, number: int) -> int:
-        """Return in how many parts a planned step is computed, and draw its rollouts; dropout stays disabled."""
+        """Draw the rollouts of a planned step, and return its number of parts; dropout stays disabled."""
         model.eval()
         if self._drawn is None or self._drawn.number != number:
             self._drawn = None
@@ -168,9 +168,9 @@ class RewardObjective:
         """Return the summed loss of a part of a planned step and the step's number of questions.
 
         Args:
-            model: With a PEFT adapter.
-            number: Of the planned step.
-            part: Of the step.
+            model: The model with a PEFT adapter.
+            number: Number of the planned step.
+            part: Index of the part.
         """
         self.parts(model, number)
         assert self._drawn is not None
@@ -188,7 +188,7 @@ class RewardObjective:
         return result.total, float(questions)
 
     def told(self) -> Mapping[str, float]:
-        """Return the log figures of the last step's rollouts; see `llmrec.records.RewardLine`."""
+        """Return the log values of the last step's rollouts; see `llmrec.records.RewardLine`."""
         return dict(self._drawn.told) if self._drawn is not None else {}
 
     def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
@@ -211,7 +211,7 @@ class RewardObjective:
             for own, group in zip(rewards, groups, strict=True)
         ]
         bins: list[Bin] = []
-        # The numbers of the rollouts in the rows of bins.
+        # The rollout numbers of the packed rows.
         orders: list[list[int]] = []
         for prompt, group in zip(prompts, groups, strict=True):
             rows = [_row(prompt, catalogue, item) for item in group.items.tolist()]
@@ -267,7 +267,7 @@ def _row(prompt: tuple[int, ...], catalogue: Catalogue, item: int) -> TokenRow:
 def _told(
     cases: Sequence[Case], groups: Sequence[Group], rewards: Sequence[Sequence[float]], items: Sequence[str]
 ) -> dict[str, float]:
-    """Return the figures of a step's rollouts; see `llmrec.records.RewardLine`."""
+    """Return the log values of a step's rollouts; see `llmrec.records.RewardLine`."""
     count = len(groups)
     shares: dict[int, float] = {}
     for group in groups:

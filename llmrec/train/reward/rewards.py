@@ -21,11 +21,11 @@ class Rewards:
 
     Attributes:
         kinds: Terms and their weights.
-        task: The task whose `Task.reward` rates a list.
-        items: The catalogue's items, as its paths were given.
+        task: The task whose `Task.reward` scores a list.
+        items: The catalogue's items, in the order of its paths.
         catalogue: Their paths.
         closing: The number of tokens that end every path and are not part of its code, such as a line break.
-        scorer: For `percentile`: a classic recommender.
+        scorer: For `percentile`: a baseline recommender.
     """
 
     kinds: Mapping[RewardKind, float]
@@ -60,13 +60,13 @@ class Rewards:
         return self.task.reward(Ranking(request_id=case.request.id, items=items, scores=scores), case)
 
     def _hit(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the reward of each item as a list of one: 1 for the true item."""
+        """Return the reward of a list with only the item: 1 for the true item."""
         return [self._listed(case, [place]) for place in places]
 
     def _ndcg(self, case: Case, places: Sequence[int]) -> list[float]:
         """Return the loss in the list's NDCG without each item: negative for items ranked above the true one.
 
-        The NDCG itself is the same for the whole group, so it could not tell its members apart.
+        The NDCG itself is the same for all items of a group.
         """
         whole = self._listed(case, places)
         return [whole - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
@@ -74,7 +74,7 @@ class Rewards:
     def _rank_penalty(self, case: Case, places: Sequence[int]) -> list[float]:
         """Return 0 for the true item, and shares of -1 for the others, by 1 / log2(1 + rank); MiniOneRec's, 2510.24431.
 
-        A group without the true item gives no information on the order of the others; all rewards are 0.
+        In a group without the true item, all rewards are 0.
         """
         hits = self._hit(case, places)
         if max(hits) <= 0:
@@ -98,7 +98,7 @@ class Rewards:
         return path[: len(path) - self.closing]
 
     def _percentile(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the share of the catalogue that a classic recommender scores below each item; ties count half."""
+        """Return the share of the catalogue that a baseline scores below each item; ties count half."""
         assert self.scorer is not None
         (scores,) = np.asarray(self.scorer.scores([case.request]))
         column = {item: n for n, item in enumerate(self.scorer.items)}
@@ -110,18 +110,18 @@ class Rewards:
 def closing_of(catalogue: Catalogue) -> int:
     """Return 1 if all paths of a catalogue end with one token, such as a line break, else 0.
 
-    Other tokens that they share may be a level of the codes on which all items agree.
+    Other shared tokens may be a level of the codes.
     """
     paths = [catalogue.path(place) for place in range(len(catalogue))]
     return int(min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1)
 
 
 # ----------------------------------------------------------------------------
-# Training events as questions in the form of evaluation: the prompt of a request, with its answer as the target.
+# Training interactions as questions in the form of evaluation: the prompt of a request, with its answer as the target.
 
 
 def question(task: Task, case: Case, template: str) -> Example:
-    """Return a question with its answer as a row, whose target tokens are the answer's path in the catalogue."""
+    """Return a question with its answer, whose target tokens are the answer's path in the catalogue."""
     request, truth = case.request, str(case.truth)
     prompt = task.prompt(request, template=template)
     (text,) = task.continuations(replace(request, candidates=(truth,)), template=template)
