@@ -63,7 +63,7 @@ def of_texts(
     """
     kept = {item: text for item, text in sorted(written.items()) if text.strip()}
     if not kept:
-        raise DataError(f"no {kind} has a text, so there is nothing to make features of", kind="empty")
+        raise DataError(f"no {kind} has a text, so no features can be created", kind="empty")
     embedder = text_embedder(encoder)
     return Features(
         kind,
@@ -96,9 +96,9 @@ def from_table(
     text = find(table, column, "", "--text")
     assert key is not None and text is not None
     names = [str(entry) for entry in ids(table, key)]
-    twice = {name for name, times in Counter(names).items() if times > 1}
-    if twice:
-        raise DataError.at(table.name, "duplicate", f": {kind} {min(twice)!r} has several texts; keep one", key)
+    duplicates = {name for name, times in Counter(names).items() if times > 1}
+    if duplicates:
+        raise DataError.at(table.name, "duplicate", f": {kind} {min(duplicates)!r} has several texts; keep one", key)
     written = dict(zip(names, texts(table, text), strict=True))
     pairs: dict[str, set[Pair]] = {}
     if seen is not None:
@@ -124,12 +124,12 @@ def from_table(
                 table.name,
                 without[0],
             )
-    made = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
+    provenance = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
     return of_texts(
         kind,
         written,
         encoder=encoder,
-        provenance=made,
+        provenance=provenance,
         seen={entry: frozenset(known) for entry, known in pairs.items()},
     )
 
@@ -158,8 +158,8 @@ class Forgotten:
 
     Attributes:
         text: Whether there was a text on the user.
-        pairs: Interactions of the user that texts were generated from.
-        others: Ids of other texts that were generated from some of them; these are kept and should be generated again.
+        pairs: Number of the user's interactions that texts were generated from.
+        others: Ids of other texts that were generated from some of them; these are kept and should be regenerated.
     """
 
     text: bool
@@ -244,8 +244,8 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[Feature
         vectors[row], message[row] = embedder([text])[0], text
         tables[kind] = replace(table, vectors=vectors, texts=message)
         write_version(place, list(tables.values()), dtype=store.dtype)
-    made = tables.get("synthetic")
-    return ("synthetic",) if kind == "user" and made is not None and each in made.ids else ()
+    synthetic = tables.get("synthetic")
+    return ("synthetic",) if kind == "user" and synthetic is not None and each in synthetic.ids else ()
 
 
 @dataclass(frozen=True)
@@ -280,16 +280,16 @@ def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
     names = store.ids(kind)
     rng = np.random.default_rng(0)
     drawn = [names[place] for place in rng.integers(0, len(names), _LOOKUPS).tolist()]
-    asked = [item if n % 2 else item + "?" for n, item in enumerate(drawn)]
+    ids = [item if n % 2 else item + "?" for n, item in enumerate(drawn)]
 
     def micro(call: Callable[[], Any]) -> float:
         begin = time.perf_counter()
         call()
         return (time.perf_counter() - begin) * 1e6
 
-    single = [micro(lambda each=each: store.get(kind, [each])) for each in asked]  # type: ignore[misc]
-    starts = range(0, len(asked) - _BATCH + 1, _BATCH)
-    many = [micro(lambda at=at: store.get(kind, asked[at : at + _BATCH])) for at in starts]  # type: ignore[misc]
+    single = [micro(lambda each=each: store.get(kind, [each])) for each in ids]  # type: ignore[misc]
+    starts = range(0, len(ids) - _BATCH + 1, _BATCH)
+    many = [micro(lambda at=at: store.get(kind, ids[at : at + _BATCH])) for at in starts]  # type: ignore[misc]
     return {
         "single_p50_us": _percentile(single, 50),
         "single_p99_us": _percentile(single, 99),

@@ -87,9 +87,9 @@ class AnswerStore:
         """Return the stored answers by key; one with a wrong checksum counts as missing."""
         result = self._get(keys)
         missing = [key for key in keys if key not in result] if self._further is not None else []
-        if missing and self._further is not None and (found := self._further.get(missing)):
-            self.put(found.items())
-            result |= found
+        if missing and self._further is not None and (further := self._further.get(missing)):
+            self.put(further.items())
+            result |= further
         return result
 
     def _get(self, keys: Sequence[str]) -> dict[str, Stored]:
@@ -410,39 +410,41 @@ class CachedBackend:
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt; see `Backend.generate`."""
-        asked = _Questions(self, lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts])
-        while indices := asked.missing():
+        questions = _Questions(
+            self, lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
+        )
+        while indices := questions.missing():
             engine, part = self.start(), [prompts[i] for i in indices]
-            with asked.replaced_on_failure():
+            with questions.replaced_on_failure():
                 if isinstance(engine, OneByOne):
                     for n, completion in engine.generate_each(part, max_tokens=max_tokens):
-                        asked.keep([indices[n]], [completion])
+                        questions.keep([indices[n]], [completion])
                 else:
-                    asked.keep(indices, engine.generate(part, max_tokens=max_tokens))
-        return [Completion(**answer) for answer in asked.answers]
+                    questions.keep(indices, engine.generate(part, max_tokens=max_tokens))
+        return [Completion(**answer) for answer in questions.answers]
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidate continuations; see `Backend.score`."""
-        asked = _Questions(
+        questions = _Questions(
             self,
             lambda: [
                 self._key("score", prompt, candidates=list(texts), closed=closed)
                 for prompt, texts in zip(prompts, candidates, strict=True)
             ],
         )
-        while indices := asked.missing():
+        while indices := questions.missing():
             engine, part, texts = self.start(), [prompts[i] for i in indices], [candidates[i] for i in indices]
-            with asked.replaced_on_failure():
+            with questions.replaced_on_failure():
                 if isinstance(engine, OneByOne):
                     for n, scores in engine.score_each(part, texts, closed=closed):
-                        asked.keep([indices[n]], [scores])
+                        questions.keep([indices[n]], [scores])
                 else:
-                    asked.keep(indices, engine.score(part, texts, closed=closed))
+                    questions.keep(indices, engine.score(part, texts, closed=closed))
         return [
             Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
-            for answer in asked.answers
+            for answer in questions.answers
         ]
 
     def search(
@@ -459,20 +461,20 @@ class CachedBackend:
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
         out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
-        asked = _Questions(
+        questions = _Questions(
             self,
             lambda: [
                 self._key("search", prompt, **question, excluded=barred)
                 for prompt, barred in zip(prompts, out, strict=True)
             ],
         )
-        while indices := asked.missing():
+        while indices := questions.missing():
             engine, part, barred = self.start(), [prompts[i] for i in indices], [out[i] for i in indices]
-            with asked.replaced_on_failure():
-                asked.keep(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))
+            with questions.replaced_on_failure():
+                questions.keep(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))
         return [
             SearchResult(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
-            for answer in asked.answers
+            for answer in questions.answers
         ]
 
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
@@ -481,8 +483,8 @@ class CachedBackend:
         Raises:
             BackendError: If the engine has no rating head.
         """
-        asked = _Questions(self, lambda: [self._key("rate", prompt) for prompt in prompts])
-        while indices := asked.missing():
+        questions = _Questions(self, lambda: [self._key("rate", prompt) for prompt in prompts])
+        while indices := questions.missing():
             engine = self.start()
             if not isinstance(engine, HeadBackend):
                 raise BackendError(
@@ -490,9 +492,9 @@ class CachedBackend:
                     kind="unsupported",
                     column="eval.backend",
                 )
-            with asked.replaced_on_failure():
-                asked.keep(indices, engine.rate([prompts[i] for i in indices]))
-        return [Read(**answer) for answer in asked.answers]
+            with questions.replaced_on_failure():
+                questions.keep(indices, engine.rate([prompts[i] for i in indices]))
+        return [Read(**answer) for answer in questions.answers]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return vectors; these are not cached."""
@@ -543,7 +545,7 @@ class CachedBackend:
         return True
 
     def _key(self, verb: str, prompt: Prompt, **question: Any) -> str:
-        asked = {
+        fields = {
             "verb": verb,
             "turns": [[message.role, [s.text for s in message.segments]] for message in prompt.messages],
             # Pieces are tokenised separately, so the boundaries of a text's pieces can change its tokens.
@@ -552,8 +554,8 @@ class CachedBackend:
             **question,
         }
         if self.part is not None and self._together and verb != "score":
-            asked["part"] = self.part
-        text = json.dumps([dict(self.identity), asked], sort_keys=True, ensure_ascii=False)
+            fields["part"] = self.part
+        text = json.dumps([dict(self.identity), fields], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

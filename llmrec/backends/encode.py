@@ -65,7 +65,7 @@ class Encoder:
 
     Args:
         tokenizer: A Hugging Face fast or slow tokenizer.
-        max_length: Longest prompt in tokens; a longer one is an error, never silently cut.
+        max_length: Maximum prompt length in tokens; longer prompts are errors, never truncated.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
@@ -101,7 +101,7 @@ class Encoder:
         """Return the ids of a prompt, including the given part of the answer.
 
         Raises:
-            BackendError: If it is longer than ``max_length``, or holds a forged control token.
+            BackendError: If it is longer than ``max_length``, or contains a forged control token.
         """
         ids = self.chat(prompt.messages)
         for text in pieces(prompt.answer_prefix):
@@ -176,9 +176,9 @@ class Encoder:
                 return Catalogue.load(file)
             except DataError as error:
                 log.warning("%s", error)
-        made = self._tree(texts, stop)
-        made.save(file)
-        return made
+        tree = self._tree(texts, stop)
+        tree.save(file)
+        return tree
 
     def _tree(self, texts: Sequence[str], stop: str | None) -> Catalogue:
         prompt = Prompt(messages=(), stop=stop)

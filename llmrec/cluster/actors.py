@@ -198,12 +198,12 @@ def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequen
     context.enable_progress_bars = False
     # A lost shard is no error: it is missing from the results, and repeated.
     context.max_errored_blocks = -1
-    here = places(alive(ray), asked)
+    resources = places(alive(ray), asked)
     rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
-    pool = ray.data.ActorPoolStrategy(size=min(here.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
+    pool = ray.data.ActorPoolStrategy(size=min(resources.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
     # A dead process is restarted on its node, but its shard is not retried there, since the node may be gone forever
     # and the shard would wait for it.
-    lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": here.cpus, "num_gpus": here.gpus}
+    lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": resources.cpus, "num_gpus": resources.gpus}
     result = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
     try:
         for row in result.iter_rows():
@@ -240,9 +240,9 @@ def work_on(
         LlmrecError: If the cluster cannot be used, or a shard fails.
     """
     with published(job) as token, cluster(address, asked) as ray:
-        here = places(alive(ray), asked, least=asked.actors or 1)
+        resources = places(alive(ray), asked, least=asked.actors or 1)
         first()
-        default = EACH * here.actors
+        default = EACH * resources.actors
         count = count_of(job.target, asked.shards, default if most is None else max(1, min(default, most)))
         fields = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
         done = work_all(job, count, partial(spread, ray, fields, asked))
@@ -257,11 +257,11 @@ def work_on(
         }
         facts = {"shards": count, "actors": processes, "nodes": nodes, "tokens": tokens, "actor_seconds": spent}
         show("ray", rows, record={"ray": facts})
-        if here.gpus and job.command != "rank":
+        if resources.gpus and job.command != "rank":
             # Answers are bound to the device that computed them: they are merged on a device of the same kind.
-            merge = ray.remote(num_cpus=here.cpus, num_gpus=here.gpus, max_retries=0)(_merge)
+            merge = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(_merge)
             ray.get(merge.remote(fields["folder"], token))
-    return here.gpus > 0
+    return resources.gpus > 0
 
 
 def _merge(folder: str, token: str) -> None:
@@ -280,18 +280,18 @@ def rank_on(options: RankOptions, address: str) -> None:
         raise RecipeError("--out -: shards are merged into a file; name one", kind="unsupported", column="--out")
     options = resolved(options)
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
-    given = {name: getattr(options, name) for name in OF_CLUSTERS}
+    settings = {name: getattr(options, name) for name in OF_CLUSTERS}
     try:
-        asked = RaySection(**given)
+        section = RaySection(**settings)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         raise RecipeError(
-            f"--{name} {given[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
+            f"--{name} {settings[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
         ) from None
     # Restart once and here: a lost shard is repeated, and keeps its finished parts.
     job = Job("rank", options.target, replace(options, restart=False))
     drop = partial(drop_shards, options.target) if options.restart else lambda: None
-    work_on(address, job, asked, -(-total // size), drop)
+    work_on(address, job, section, -(-total // size), drop)
     merge_shards(options.target)
 
 
@@ -301,8 +301,8 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
     Raises:
         LlmrecError: See `work_on`; also the errors of the command in one process.
     """
-    made = work_on(address, Job(command, target, recipe), recipe.ray)
-    if command != "eval" or not made:
+    merged = work_on(address, Job(command, target, recipe), recipe.ray)
+    if command != "eval" or not merged:
         # An existing feature store is unchanged.
         merge_shards(target)
         return

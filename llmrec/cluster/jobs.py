@@ -69,11 +69,11 @@ class Job:
 
     def write(self, token: str) -> None:
         """Write the job for all machines, with a token that identifies it."""
-        asked = self.asked
+        options = self.asked
         plain = (
-            asked.model_dump(mode="json")
-            if isinstance(asked, Recipe)
-            else TypeAdapter(RankOptions).dump_python(asked, mode="json")
+            options.model_dump(mode="json")
+            if isinstance(options, Recipe)
+            else TypeAdapter(RankOptions).dump_python(options, mode="json")
         )
         fields = {"command": self.command, "target": str(self.target.absolute()), "at": str(Path.cwd())}
         write_checked(shards_of(self.target) / JOB, {**fields, "token": token, "asked": plain})
@@ -87,14 +87,14 @@ class Job:
         Raises:
             LlmrecError: The errors of the command in one process.
         """
-        asked = self.asked
-        if isinstance(asked, RankOptions):
+        options = self.asked
+        if isinstance(options, RankOptions):
             # Each part contains its results, so answers need not be cached.
-            return partial(rank_shard, asked, ranker=open_ranker(asked, store=None, budget=Budget(quiet=True)))
+            return partial(rank_shard, options, ranker=open_ranker(options, store=None, budget=Budget(quiet=True)))
         keep_engine()
         if self.command == "eval":
-            return partial(evaluate_shard, asked, self.target, quiet=True, report=report)
-        return partial(augment_shard, asked, self.target, quiet=True)
+            return partial(evaluate_shard, options, self.target, quiet=True, report=report)
+        return partial(augment_shard, options, self.target, quiet=True)
 
 
 def read_job(folder: Path, token: str) -> Job:
@@ -125,8 +125,8 @@ def read_job(folder: Path, token: str) -> Job:
             at=fields["at"],
         ) from None
     ranks = fields["command"] == "rank"
-    asked = TypeAdapter(RankOptions).validate_python(fields["asked"]) if ranks else as_recipe(fields["asked"])
-    return Job(fields["command"], Path(fields["target"]), asked)
+    options = TypeAdapter(RankOptions).validate_python(fields["asked"]) if ranks else as_recipe(fields["asked"])
+    return Job(fields["command"], Path(fields["target"]), options)
 
 
 @dataclass(frozen=True)
@@ -236,16 +236,16 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
     Raises:
         RecipeError: If existing shards have a number other than the requested one.
     """
-    place, there = shards_of(target), shard_counts(target)
-    if len(there) > 1 or (there and wanted not in (None, there[0])):
+    place, counts = shards_of(target), shard_counts(target)
+    if len(counts) > 1 or (counts and wanted not in (None, counts[0])):
         raise RecipeError(
-            f"{place} has shards of a job that was split into {' and '.join(map(str, there))}, not "
+            f"{place} has shards of a job that was split into {' and '.join(map(str, counts))}, not "
             f"into {wanted or 'one number'}; set --shards to that number, or move the folder away",
             kind="mismatch",
             at=place,
             column="--shards",
         )
-    return there[0] if there else wanted or default
+    return counts[0] if counts else wanted or default
 
 
 def shard_counts(target: Path) -> list[int]:

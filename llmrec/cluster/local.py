@@ -117,12 +117,16 @@ def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
     if size == 0:
         return [shared for _ in range(count)]
     cuda = require("torch", "train").cuda
-    there, given = cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in given.split(",")][:there] if given else [str(index) for index in range(there)]
+    available, visible = cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = (
+        [name.strip() for name in visible.split(",")][:available]
+        if visible
+        else [str(index) for index in range(available)]
+    )
     if count * size > len(names):
-        each = "a GPU each" if size == 1 else f"{size} GPUs each (eval.tensor_parallel * eval.pipeline_parallel)"
+        need = "a GPU each" if size == 1 else f"{size} GPUs each (eval.tensor_parallel * eval.pipeline_parallel)"
         raise RecipeError(
-            f"--launch {count}: {count} processes with {each} need {count * size} GPUs, and {len(names)} are visible "
+            f"--launch {count}: {count} processes with {need} need {count * size} GPUs, and {len(names)} are visible "
             f"here; use --launch {max(1, len(names) // size)}",
             kind="unsupported",
             column="--launch",

@@ -79,7 +79,7 @@ class Beams:
     """The kept beams of all requests: prefixes at nodes with several children, and complete items.
 
     Attributes:
-        users: The request of each, shape (n,).
+        users: The request of each beam, shape (n,).
         nodes: The node in the catalogue.
         lows: The first of the node's items among the sorted paths.
         highs: The end of the node's items.
@@ -362,11 +362,11 @@ def _scored(
 
 
 def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
-    own = np.flatnonzero(beams.users == user)
-    own = own[np.lexsort((beams.lows[own], -beams.scores[own]))][:k]
-    places = beams.lows[own]
-    scores = tuple(float(score) for score in beams.scores[own])
-    short = "" if len(own) == k else f"only {left} of {len(search.catalogue)} items may be given"
+    rows = np.flatnonzero(beams.users == user)
+    rows = rows[np.lexsort((beams.lows[rows], -beams.scores[rows]))][:k]
+    places = beams.lows[rows]
+    scores = tuple(float(score) for score in beams.scores[rows])
+    short = "" if len(rows) == k else f"only {left} of {len(search.catalogue)} items may be given"
     # Pruning counts even if fewer than k items are left: then nothing was pruned.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
     items = tuple(int(item) for item in search.catalogue.order[places])

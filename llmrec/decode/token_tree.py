@@ -231,7 +231,7 @@ def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
         marks.append((table[lows[-1], column] - lowest).astype(kind))
     _refuse_ambiguous(table, lengths, order, fresh)
     starts = np.cumsum([0, *(len(low) for low in lows)])
-    firsts = [starts[at + 1] + np.searchsorted(after, own) for at, (own, after) in enumerate(pairwise(lows))]
+    firsts = [starts[at + 1] + np.searchsorted(after, before) for at, (before, after) in enumerate(pairwise(lows))]
     return Catalogue(
         marks=np.concatenate(marks),
         lowest=lowest,

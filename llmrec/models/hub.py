@@ -210,7 +210,7 @@ def _token() -> bool:
 
 def _free(place: str) -> float:
     """Return the free GiB on the disk of a folder that need not exist yet."""
-    there = Path(place)
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    return shutil.disk_usage(os.fspath(there)).free / 2**30
+    parent = Path(place)
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    return shutil.disk_usage(os.fspath(parent)).free / 2**30

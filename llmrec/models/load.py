@@ -205,10 +205,10 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
 def _no_folder(name: str, more: str = "") -> ModelError:
     """Return the error for a missing model folder."""
     path = Path(name)
-    beside = [str(item) for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-    what = "is a file, not a folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
+    siblings = [str(item) for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+    problem = "is a file, not a folder" if path.is_file() else f"does not exist{did_you_mean(name, siblings)}"
     return ModelError(
-        f"model folder {name} {what}; use the folder of a run or a model, or a name on the hub (model.name){more}",
+        f"model folder {name} {problem}; use the folder of a run or a model, or a name on the hub (model.name){more}",
         kind="missing-file",
         at=name,
         column="model.name",

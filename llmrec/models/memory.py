@@ -139,7 +139,7 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
     Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 43 and 49 bytes under
     bfloat16 autocast, 83 in float32, 85 to 96 in full fine-tuning. It was not measured on a GPU.
     """
-    whole, tables, adapters = count_weights(config, train)
+    total, tables, adapters = count_weights(config, train)
     text = config.get_text_config()
     layers, width = int(text.num_hidden_layers), int(text.hidden_size)
     row, wide = min(train.batch_tokens, train.micro_tokens or train.batch_tokens) * width, dtype(model).itemsize == 4
@@ -147,11 +147,11 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
     trained = _TRAINED + _MOMENTS.get(train.optim, 8.0)
     if train.method == "full":
         # bitsandbytes keeps the moments of embeddings in float32.
-        held, kept = trained * whole + (5.9 * tables if train.optim == "adamw_8bit" else 0.0), _KEPT_FULL
+        held, kept = trained * total + (5.9 * tables if train.optim == "adamw_8bit" else 0.0), _KEPT_FULL
     else:
         entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
         blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, entry)
-        held = blocks * (whole - tables) + entry * tables + trained * adapters
+        held = blocks * (total - tables) + entry * tables + trained * adapters
     learning = min(layers, train.lora.top_layers or layers) if train.method not in ("full", *METHODS) else layers
     if train.gradient_checkpointing:
         return held + row * ((_KEPT_CHECKPOINT_WIDE if wide else _KEPT_CHECKPOINT) * learning + kept)
@@ -162,23 +162,23 @@ def count_weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
     """Count weights on the meta device: all, those of the vocabulary, and those of adapters or soft prompts."""
     torch = require("torch", "train")
     with torch.device("meta"):
-        made = auto_class(config).from_config(config)
-    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(made)}
-    whole, vocabulary = sum(p.numel() for p in made.parameters()), sum(tables.values())
+        model = auto_class(config).from_config(config)
+    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(model)}
+    total, vocabulary = sum(p.numel() for p in model.parameters()), sum(tables.values())
     if train.method in METHODS:
         text, soft = config.get_text_config(), train.soft
-        beside = bottleneck.size(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
-        return whole, vocabulary, soft.prompts * text.hidden_size + beside * text.num_hidden_layers
+        bottlenecks = bottleneck.size(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
+        return total, vocabulary, soft.prompts * text.hidden_size + bottlenecks * text.num_hidden_layers
     targets = train.lora.targets
     linear = [
         module
-        for name, module in made.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
         and id(module.weight) not in tables
         and (not targets or name.rpartition(".")[2] in targets)
     ]
     adapters = train.lora.rank * sum(module.in_features + module.out_features for module in linear)
-    return whole, vocabulary, adapters
+    return total, vocabulary, adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +202,9 @@ class CpuMemory:
     @property
     def text(self) -> str:
         """The comparison with the free memory, in one line, with the fix if it is too small."""
-        each = f" in {self.processes} processes" if self.processes > 1 else ""
+        count = f" in {self.processes} processes" if self.processes > 1 else ""
         text = (
-            f"{_gib(max(self.loading, self.training))} for training{each} and {_gib(self.merging)} for its merge, of "
+            f"{_gib(max(self.loading, self.training))} for training{count} and {_gib(self.merging)} for its merge, of "
             f"{_gib(self.usable)} that are free"
         )
         return text if max(self.training, self.merging) <= self.usable else f"{text}: too little; {self.fix}"
@@ -230,26 +230,26 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
     """
     torch, count, stored = require("torch", "train"), processes.local(), exact_dtype(Path(folder))
     tensors = outlines(Path(folder))
-    whole = sum(size for _, size in tensors.values())
+    total = sum(size for _, size in tensors.values())
     # Tensors of single experts are joined, and so copied.
     joined = sum(size for name, (_, size) in tensors.items() if _EXPERT.search(name))
     wanted = torch.float32 if train.method == "full" else dtype(model)
     on_gpu, mapped = device(model) == "cuda", stored == wanted
     if on_gpu and train.method in ("qlora", "lora8"):
         # Quantised on the GPU, tensor by tensor.
-        own = 0.0
+        loaded = 0.0
     else:
-        own = float((joined if mapped else whole) * wanted.itemsize)
-    training = count * own
+        loaded = float((joined if mapped else total) * wanted.itemsize)
+    training = count * loaded
     if not on_gpu:
-        shared = whole * wanted.itemsize - own if train.method != "full" else 0.0
+        shared = total * wanted.itemsize - loaded if train.method != "full" else 0.0
         training = max(training, count * memory_of(config, model, train) - (count - 1) * shared)
     # A block in float32, its change, and its copy in the new dtype.
     merging = 12.0 * largest_block(tensors) + joined * stored.itemsize
     if train.method in METHODS:
-        merging = 4.0 * whole
+        merging = 4.0 * total
     return CpuMemory(
-        loading=count * own, training=training, merging=merging, processes=count, usable=machine.memory().usable
+        loading=count * loaded, training=training, merging=merging, processes=count, usable=machine.memory().usable
     )
 
 
@@ -261,7 +261,7 @@ def check_memory(folder: str, config: PretrainedConfig, model: ModelSection, tra
             does not, it is a warning.
     """
     if getattr(config, "quantization_config", None) is not None or getattr(config, "auto_map", None):
-        # Their sizes are known to their own code alone.
+        # Only their own code knows their sizes.
         return
     needed = cpu_memory(folder, config, model, train)
     if max(needed.loading, needed.merging) > needed.usable:

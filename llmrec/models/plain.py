@@ -112,8 +112,8 @@ class PlainTokenizer:
         )
         world.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         world.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        given = {"messages": list(turns), "tools": None, "documents": None, **self._special, **options}
-        return world.from_string(self.chat_template or "").render(given)
+        variables = {"messages": list(turns), "tools": None, "documents": None, **self._special, **options}
+        return world.from_string(self.chat_template or "").render(variables)
 
 
 def _refuse(message: str) -> None:

@@ -98,8 +98,8 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
     Raises:
         ModelError: If the tokenizer has several chat templates.
     """
-    transformers, made = require("transformers", "train"), copy.deepcopy(tokenizer)
-    template = made.chat_template or _PLAIN
+    transformers, copied = require("transformers", "train"), copy.deepcopy(tokenizer)
+    template = copied.chat_template or _PLAIN
     if not isinstance(template, str):
         raise ModelError(
             "train.method: this tokenizer has several chat templates, and soft prompts support one; choose another "
@@ -108,9 +108,9 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
             column="train.method",
         )
     new = [transformers.AddedToken(name, special=True, normalized=False) for name in names(count)]
-    made.add_tokens(new, special_tokens=True)
-    made.chat_template = "".join(names(count)) + template
-    return made
+    copied.add_tokens(new, special_tokens=True)
+    copied.chat_template = "".join(names(count)) + template
+    return copied
 
 
 def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:

@@ -48,9 +48,9 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
         for name, theirs, ours in result["mismatched_keys"]
         if name.partition(".")[0] not in unread
     )
-    beside, extra = _left_over(model, result["unexpected_keys"])
+    ignored, extra = _left_over(model, result["unexpected_keys"])
     if missing or shaped or extra:
-        extra = sorted([*extra, *beside])
+        extra = sorted([*extra, *ignored])
         parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
         faults = "; ".join(f"{what}: {_named(names)}" for what, names in parts.items() if names)
         raise ModelError(
@@ -60,8 +60,8 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
             at=folder,
             column="model.name",
         )
-    if beside:
-        log.warning("%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, _named(beside))
+    if ignored:
+        log.warning("%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, _named(ignored))
     return model
 
 
@@ -72,13 +72,13 @@ def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str
     model does not use. An additional layer, or a norm within a layer, is different: the model was trained with it and
     computes something else without it.
     """
-    own = model.base_model_prefix
-    body = getattr(model, own, model)
-    parts = {name.partition(".")[0] for item in (model, body) for name in item.state_dict()} - {own}
+    prefix = model.base_model_prefix
+    body = getattr(model, prefix, model)
+    parts = {name.partition(".")[0] for item in (model, body) for name in item.state_dict()} - {prefix}
     extra: list[str] = []
     beside: list[str] = []
     for name in sorted(names):
-        part = name.removeprefix(f"{own}.").partition(".")[0]
+        part = name.removeprefix(f"{prefix}.").partition(".")[0]
         if not _COMPUTED.search(name):
             (extra if part in parts else beside).append(name)
     return beside, extra

@@ -213,7 +213,7 @@ def text_embedder(name: str) -> Embedder:
 
 
 def fitting(name: str, data: SplitDataset) -> Embedder:
-    """Return the embedder of a text encoder for a split.
+    """Return the embedder of a text encoder for a split, checking its training data.
 
     Raises:
         DataError: If the encoder was fine-tuned on other training interactions, which may include held-out ones.

@@ -46,8 +46,8 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wan
         part = states[start : start + _ROWS]
         logits = head(part).float()
         if exact:
-            here = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
-            result[here] = logits[after[here] - start, wanted[here]].double()
+            selected = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
+            result[selected] = logits[after[selected] - start, wanted[selected]].double()
         else:
             largest = logits.topk(min(_LARGEST, logits.shape[-1])).indices
             logits.scatter_(-1, largest, (part[:, None].float() * head.weight[largest].float()).sum(-1))

@@ -47,7 +47,7 @@ def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: i
     """
     names: Mapping[str, int] = tokenizer.get_vocab()
     marks = _PIECES if any(name.startswith("\u2581") for name in names) else _BYTES
-    # The unknown token stands for a letter outside the vocabulary, which is part of a word.
+    # The unknown token represents a letter outside the vocabulary, which is part of a word.
     apart = {*control, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
     kinds = [INSIDE] * size
     for name, number in names.items():
@@ -141,8 +141,8 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         )
     words, tokens = getattr(encoder, _NAME), encoder.get_input_embeddings()(ids)
     places = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
-    given = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(places).to(tokens.dtype)}
-    return args[1:], given
+    arguments = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(places).to(tokens.dtype)}
+    return args[1:], arguments
 
 
 def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:

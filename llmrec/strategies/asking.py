@@ -108,16 +108,16 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
         RecipeError: If the strategy is unknown, or a plug-in rejects these arguments or lacks an attribute of a
             strategy.
     """
-    made = lookup(STRATEGIES, name, "strategy")
+    factory = lookup(STRATEGIES, name, "strategy")
     if not is_plugin(STRATEGIES, name):
-        result: Strategy = made(asker, **options)
+        result: Strategy = factory(asker, **options)
         return result
     try:
-        result = made(asker, **options)
+        result = factory(asker, **options)
     except TypeError as error:
-        given = ", ".join(["a Prompting", *options])
+        arguments = ", ".join(["a Prompting", *options])
         raise RecipeError(
-            f"the strategy {name!r} cannot be created with {given} ({error}); accept these arguments, eval keys by its "
+            f"the strategy {name!r} cannot be created with {arguments} ({error}); accept these, eval keys by its "
             "attribute keys",
             kind="defect",
             at=name,
@@ -161,8 +161,8 @@ def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None
         texts = [asker.task.continuations(request, template=asker.template) for request in part]
         closing = any(is_nested(labels) for labels in set(texts)) if closed is None else closed
         result = asker.backend.score(prompts, texts, closed=closing)
-        for request, prompt, asked, scores in zip(part, prompts, texts, result, strict=True):
-            yield Scored(request, asked, scores, prompt_hash(prompt))
+        for request, prompt, candidates, scores in zip(part, prompts, texts, result, strict=True):
+            yield Scored(request, candidates, scores, prompt_hash(prompt))
 
 
 def score_in_chunks(

@@ -62,8 +62,8 @@ def _pairwise(n: int, section: EvalSection) -> Count:
 def _setwise(n: int, section: EvalSection) -> Count:
     children = section.set_size - 1
     built = sum(_levels(node, n, children) for node in range(-(-(n - 1) // children)))
-    given = sum(_levels(0, n - place, children) for place in range(1, min(section.depth, n)))
-    return Count(section.permutations * (built + given), min(n, section.set_size))
+    count = sum(_levels(0, n - place, children) for place in range(1, min(section.depth, n)))
+    return Count(section.permutations * (built + count), min(n, section.set_size))
 
 
 def _levels(node: int, size: int, children: int) -> int:

@@ -73,8 +73,8 @@ class TwoStepRanker:
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
         """Return the generated profile of each request and its cost; None for a request with a profile."""
-        asked = [request for request in requests if not request.context.get("profile")]
-        prompts = [self._task.profile_prompt(request) for request in asked]
+        pending = [request for request in requests if not request.context.get("profile")]
+        prompts = [self._task.profile_prompt(request) for request in pending]
         result = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])
         message: list[tuple[str | None, Cost]] = []
         for request in requests:

@@ -226,7 +226,7 @@ def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
         score = math.exp(point[0]) * odds + point[1]
         return float((np.logaddexp(0, score) - wanted * score).mean())
 
-    # The import takes a tenth of a second, and most commands fit nothing.
+    # The import takes a tenth of a second, and most commands do not need it.
     from scipy.optimize import minimize
 
     result = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])

@@ -129,14 +129,16 @@ class Rounds:
 
     def _round(self, games: Sequence[_Game]) -> None:
         """Score the pending questions of all requests at once and advance them."""
-        asked = [(game, question, self._orders(game.request, question)) for game in games for question in game.waiting]
-        posed = [(game, self._pose(game.request, order)) for game, _, orders in asked for order in orders]
-        biases = {size: self._bias_of(size) for size in {len(question.shown) for _, question, _ in asked}}
+        pending = [
+            (game, question, self._orders(game.request, question)) for game in games for question in game.waiting
+        ]
+        posed = [(game, self._pose(game.request, order)) for game, _, orders in pending for order in orders]
+        biases = {size: self._bias_of(size) for size in {len(question.shown) for _, question, _ in pending}}
         result = iter(self._score([entry for _, entry in posed]))
         for game, entry in posed:
             game.hashes.append(prompt_hash(entry.prompt))
         replies: dict[int, list[Said]] = {id(game): [] for game in games}
-        for game, question, orders in asked:
+        for game, question, orders in pending:
             sums = dict.fromkeys((item for item in question.shown if item not in question.given), 0.0)
             for order in orders:
                 scores = next(result)
@@ -159,10 +161,10 @@ class Rounds:
         return orders
 
     def _pose(self, request: Request, question: Question) -> _Posed:
-        asked = replace(request, candidates=question.shown)
+        shown = replace(request, candidates=question.shown)
         asker, task = self.asker, self.asker.task
-        prompt = task.prompt(asked, template=asker.template, shots=asker.shots, want=self._want)
-        labels = dict(zip(question.shown, task.continuations(asked, template=asker.template), strict=True))
+        prompt = task.prompt(shown, template=asker.template, shots=asker.shots, want=self._want)
+        labels = dict(zip(question.shown, task.continuations(shown, template=asker.template), strict=True))
         items = _left(question)
         if not question.given:
             return _Posed(prompt, items, tuple(labels[item] for item in items))
@@ -226,8 +228,8 @@ def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
     The position of an item must not depend on earlier results of a strategy; otherwise a position bias of the model
     would accumulate over steps.
     """
-    here = set(items)
-    shown = [item for item in request.candidates or () if item in here]
+    unordered = set(items)
+    shown = [item for item in request.candidates or () if item in unordered]
     keyed("shown", 0, request.id, *_places(request, shown)).shuffle(shown)
     return tuple(shown)
 

@@ -181,7 +181,7 @@ class AlignmentTask(Task):
         """
         if template.shape == "list":
             raise RecipeError(
-                f"template {template.id}: alignment templates ask for one answer; use shape: chat",
+                f"template {template.id}: alignment templates have one answer; use shape: chat",
                 kind="unsupported",
                 at=template.id,
                 column="shape",
@@ -193,8 +193,8 @@ class AlignmentTask(Task):
                 kind="bad-value",
                 at=template.id,
             )
-        asked = {"noun", "item"} | ({"fields"} if template.answers_with_code else set())
-        template.check(turns=asked, lead=(), target={"noun", "item"})
+        variables = {"noun", "item"} | ({"fields"} if template.answers_with_code else set())
+        template.check(turns=variables, lead=(), target={"noun", "item"})
         template.turns(self._question(template, self._trained[0]))
         template.answer(self._answer(template, self._trained[0]))
 

@@ -58,8 +58,8 @@ def of_first_users(
         among: Users to include; None: all.
         but: Users to exclude.
     """
-    asked = cases.held if isinstance(cases, Cases) else [case.request for case in cases]
-    users = [item.user_id for item in asked]
+    requests = cases.held if isinstance(cases, Cases) else [case.request for case in cases]
+    users = [item.user_id for item in requests]
     able = dict.fromkeys(user for user in users if user not in but and (among is None or user in among))
     chosen = set(islice(able, count))
     return [cases[index] for index, user in enumerate(users) if user in chosen]

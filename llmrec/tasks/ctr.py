@@ -96,8 +96,8 @@ class CtrTask(Task):
             if template.shape == "list":
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | ABOUT_ITEM | {"n"}, target={"answer"})
             else:
-                asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "liked", "disliked"}
-                template.check(turns=asked, lead=(), target={"answer"})
+                variables = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "liked", "disliked"}
+                template.check(turns=variables, lead=(), target={"answer"})
         self._listwise = inputs.listwise
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, label=lambda event: self._yes(event.rating))
@@ -156,13 +156,13 @@ class CtrTask(Task):
         result = self._rated_holdouts(split)
         balanced, most = self._section.balance == "user", self._section.per_user or len(result)
         counts = Counter((held.user_id, self._yes(held.rating)) for held in result)
-        asked: Counter[tuple[str, bool]] = Counter()
+        questions: Counter[tuple[str, bool]] = Counter()
         kept = []
         for held in result:
             user, truth = held.user_id, self._yes(held.rating) and balanced
             room = min(counts[user, False], counts[user, True], most // 2) if balanced else most
-            asked[user, truth] += 1
-            if asked[user, truth] <= room:
+            questions[user, truth] += 1
+            if questions[user, truth] <= room:
                 kept.append(held)
         if result and not kept:
             raise DataError(

@@ -106,9 +106,9 @@ def check_words(template: Template) -> None:
             at=template.id,
             column="shape",
         )
-    asks, asked = asks_for(template), ABOUT_USER | {"history"}
+    asks, variables = asks_for(template), ABOUT_USER | {"history"}
     if asks == "yes":
-        template.check(turns=asked | {"item", "item_id", "fields"}, lead=(), target={"answer"})
+        template.check(turns=variables | {"item", "item_id", "fields"}, lead=(), target={"answer"})
         words = (template.words.says_yes, template.words.says_no)
         if any(template.answer({"answer": word}).strip().casefold() != word.casefold() for word in words):
             raise RecipeError(
@@ -118,10 +118,10 @@ def check_words(template: Template) -> None:
                 column="target",
             )
     elif asks == "item":
-        template.check(turns=asked | USER_STATS | {"candidates"}, lead=(), target={"noun", "item"})
+        template.check(turns=variables | USER_STATS | {"candidates"}, lead=(), target={"noun", "item"})
     else:
-        asked |= USER_STATS | {"candidates", "want"}
-        template.check(turns=asked, lead=(), target=asked | {"label"})
+        variables |= USER_STATS | {"candidates", "want"}
+        template.check(turns=variables, lead=(), target=variables | {"label"})
 
 
 def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -> None:
@@ -356,17 +356,17 @@ class DirectTask(Task):
             raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = listed(request, self.family)
-        asked = self._wanted(chosen, want, request)
+        form = self._wanted(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
         for index, shot in enumerate(drawn.windows):
             rng = keyed("direct shot candidates", self._seed, request.id, str(index))
-            if asked == "yes":
+            if form == "yes":
                 turns.append(self._solved_yes(chosen, shot.user_id, shot.events, index, rng))
                 continue
             shown = self._pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
-            turns.append(self._solved(chosen, shot.user_id, shot.events, shown, asked))
-        values = self._asking(chosen, request.user_id, drawn.history, pool, asked, drawn.context(request.context))
+            turns.append(self._solved(chosen, shot.user_id, shot.events, shown, form))
+        values = self._asking(chosen, request.user_id, drawn.history, pool, form, drawn.context(request.context))
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def questions(self, count: int) -> list[Request]:
@@ -377,13 +377,13 @@ class DirectTask(Task):
         """
         users = sorted(self._asked_users)
         keyed("direct questions", self._seed, "order").shuffle(users)
-        asked = []
+        result = []
         for number, user in enumerate(islice(cycle(users), count)):
             # Drawn separately from training examples, whose answers a fine-tuned model may have memorised.
             rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
             at, pool = self._question(user, rng)
-            asked.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
-        return asked
+            result.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
+        return result
 
     # ----------------------------------------------------------------------- the first step of two-step strategies
 
@@ -555,13 +555,13 @@ class DirectTask(Task):
         shown = self._past.show(past, pool)
         values = self._values(user, shown.events, pool, "one", shown.context({}))
         answer = self._chosen_one(template, values, pool, event.item_id)
-        made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
+        example = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         others = tuple(item for item in pool if item != event.item_id)
         count = 0 if self._listwise is None else self._listwise.size - 1
         drawn = others if count == len(others) else keyed("direct rejected", self._seed, row).sample(others, count)
         answers = (self._chosen_one(template, values, pool, item) for item in lower or drawn)
         rejected = tuple(template.answer(entry) + template.tail for entry in answers)
-        return replace(made, negatives=others, rejected=rejected)
+        return replace(example, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return an example about the interaction's item, with the answer yes, or equally often a negative, with no."""
@@ -572,11 +572,11 @@ class DirectTask(Task):
         shown = self._past.show(past, [item])
         values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
         answer = values | {"answer": template.words.said(yes=yes)}
-        made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
+        example = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         if self._listwise is not None:
-            made = replace(made, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
+            example = replace(example, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
         # A negative is not an interaction of the user, and the interaction is not shown.
-        return made if yes else replace(made, pairs=made.pairs[:-1], negatives=(item,))
+        return example if yes else replace(example, pairs=example.pairs[:-1], negatives=(item,))
 
     def _solved(
         self, template: Template, user: str, events: tuple[Event, ...], pool: tuple[str, ...], want: str

@@ -63,10 +63,10 @@ class ExplanationTask(Task):
                     at=template.id,
                     column="shape",
                 )
-            asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
+            variables = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
             # In evaluation the rating is not requested.
-            shown = asked - {"rating"} if _rates(template) else asked
-            template.check(turns=shown, lead=(), target=asked | {"text"})
+            shown = variables - {"rating"} if _rates(template) else variables
+            template.check(turns=shown, lead=(), target=variables | {"text"})
         self._events = Pasts(data, lambda _, events: _with_text(events))
         if inputs.learns and not self._events:
             raise DataError(
@@ -167,8 +167,8 @@ class ExplanationTask(Task):
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Return the completion as one clean line, without citations of missing facts; None if empty."""
-        asked = self._chosen.every.get(template.rpartition("/")[2])
-        if asked is not None and _rates(asked):
+        chosen = self._chosen.every.get(template.rpartition("/")[2])
+        if chosen is not None and _rates(chosen):
             rated = _RATED.match(completion)
             completion = completion[rated.end() :] if rated else ""
         text = clean(completion, TEXT_LIMIT)

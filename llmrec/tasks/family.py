@@ -139,13 +139,13 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
     Raises:
         RecipeError: If not; the message lists the valid or missing names.
     """
-    own = family_of(family)
+    record = family_of(family)
     for kind, names, known, table in (
-        ("strategies", strategies, own.strategies, STRATEGIES),
-        ("baselines", baselines, own.baselines, BASELINES),
+        ("strategies", strategies, record.strategies, STRATEGIES),
+        ("baselines", baselines, record.baselines, BASELINES),
     ):
         for name in names:
-            if name in known or answers(own, table, name):
+            if name in known or answers(record, table, name):
                 continue
             exists = name in table or registry.is_plugin(table, name)
             why = "does not support this family" if exists else f"is unknown{did_you_mean(name, known)}"

@@ -131,12 +131,12 @@ class ShotPool:
         if shots == 0:
             return Drawn((), shown.events, shown.summary)
         length = max(1, history // 2)
-        own: list[Window] = []
+        windows: list[Window] = []
         latest, summary = shown.events, shown.summary
         if self._choice == "own":
-            own, latest = self._own(request.user_id, past, shots, length, history)
-            latest, summary = (latest, "") if own else (shown.events, shown.summary)
-        missing = shots - len(own)
+            windows, latest = self._own(request.user_id, past, shots, length, history)
+            latest, summary = (latest, "") if windows else (shown.events, shown.summary)
+        missing = shots - len(windows)
         rng = keyed(f"{self._family} shots", self._seed, request.id)
         if self._choice == "balanced":
             ends = self._balanced(request, missing)
@@ -150,7 +150,7 @@ class ShotPool:
                 for user, first in zip(users, least, strict=True)
             ]
         drawn = [Window(user, self._events[user][max(0, end - length - 1) : end]) for user, end in ends]
-        return Drawn((*drawn, *own), latest, summary)
+        return Drawn((*drawn, *windows), latest, summary)
 
     def _own(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
@@ -253,8 +253,8 @@ class ShotPool:
     def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
         """Return users by the cosine between the mean vectors of their latest items and those of the history."""
         assert self._vectors is not None
-        asked = _mean(self._vectors.of([event.item_id for event in past]))
-        likeness = self._means(len(past)) @ asked
+        query = _mean(self._vectors.of([event.item_id for event in past]))
+        likeness = self._means(len(past)) @ query
         order = [place for place in np.lexsort((self._ties, -likeness)).tolist() if self._users[place] != user]
         if self._choice == "nearest" or not order:
             return [self._users[place] for place in order[:count]]

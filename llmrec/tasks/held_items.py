@@ -1,7 +1,7 @@
 """Held-out items, whose code and text are never trained together, and the candidates of questions about them.
 
-An item's text is not an interaction, so no data split holds it out. The items of alignment questions must be held out
-nevertheless: a model that has seen an item's code with its title could memorise the pair.
+An item's text is not an interaction, so data splits do not hold it out. The items of alignment questions must be held
+out nevertheless: a model trained on an item's code with its title could memorise the pair.
 """
 
 from __future__ import annotations

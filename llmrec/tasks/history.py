@@ -118,8 +118,8 @@ class HistorySelector:
         """Keep the latest interaction and those most similar to an item of the question; ties by recency."""
         assert self._vectors is not None
         past = self._vectors.of([event.item_id for event in events[:-1]])
-        asked = self._vectors.of(list(about) or [events[-1].item_id])
-        near = (past @ asked.T).max(axis=1)
+        query = self._vectors.of(list(about) or [events[-1].item_id])
+        near = (past @ query.T).max(axis=1)
         order = np.lexsort((-np.arange(len(near)), -near))[: self.history - 1]
         return (*(events[place] for place in sorted(order.tolist())), events[-1])
 

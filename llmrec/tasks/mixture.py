@@ -48,13 +48,13 @@ def interleave(
 ) -> Iterator[tuple[str, T]]:
     """Interleave streams of examples so that their shares follow the weights; yields each with its stream's name.
 
-    The next row comes from the stream that is furthest behind its share so far. That is deterministic, and after any
+    The next row comes from the stream that is furthest below its share so far. This is deterministic, and after any
     number of rows each stream is within one row of its share.
 
     Args:
         streams: Rows by name.
         weights: Weights by name; streams of weight 0 yield nothing.
-        seed: Breaks ties between streams that are equally far behind.
+        seed: Breaks ties between streams.
         size: The weight of a row, such as its number of tokens; None: one, so that shares are shares of rows.
 
     Raises:

@@ -129,9 +129,9 @@ class _Reader:
     def line(self, line: str) -> list[int]:
         """Return the candidate indices that a line mentions, in order."""
         line = UNSEEN.sub("", unicodedata.normalize("NFKC", line))
-        whole = title_key(line)
-        if whole in self._titles:
-            return [self._titles[whole]]
+        key = title_key(line)
+        if key in self._titles:
+            return [self._titles[key]]
         strict = self._strict.fullmatch(line)
         if strict:
             inner = re.findall(rf"(?<!{_ALNUM})\w+", strict["list"])

@@ -210,9 +210,9 @@ class Rejecting:
         """Yield indices, and items that the user chose later and rated lower, if there are enough."""
         events = self.events[user]
         for at in range(min(1, len(events) - 1), len(events)):
-            own, known = events[at].rating, {event.item_id for event in events[: at + 1]}
+            rating, known = events[at].rating, {event.item_id for event in events[: at + 1]}
             after = [event for event in events[at + 1 :] if event.item_id not in known and event.rating is not None]
-            lower = dict.fromkeys(e.item_id for e in after if own is not None and (e.rating or 0.0) < own)
+            lower = dict.fromkeys(e.item_id for e in after if rating is not None and (e.rating or 0.0) < rating)
             if len(lower) >= self.section.negatives:
                 yield at, tuple(lower)
 

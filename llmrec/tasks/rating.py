@@ -72,11 +72,11 @@ class RatingTask(Task):
                 lead = turns | ABOUT_ITEM | {"n"}
                 template.check(turns=turns, lead=lead, target=lead | {"rating"})
             else:
-                asked = turns | ABOUT_ITEM | USER_STATS | {"history"}
+                variables = turns | ABOUT_ITEM | USER_STATS | {"history"}
                 if learned_only(template):
-                    template.check(turns=asked | {"stars"}, lead=(), target={"answer"})
+                    template.check(turns=variables | {"stars"}, lead=(), target={"answer"})
                 else:
-                    template.check(turns=asked, lead=(), target=asked | {"rating"})
+                    template.check(turns=variables, lead=(), target=variables | {"rating"})
         for name in self._chosen.evaluate:
             _refuse_learned(templates[name])
         self._listwise = inputs.listwise

@@ -80,9 +80,9 @@ class ReviewTask(Task):
         self._view = View(data, inputs.index)
         scale = find_scale(data, learns=inputs.learns) if self.target == "rating" else None
         self._scale = scale
-        asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
+        variables = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
         for template in templates.values():
-            template.check(turns=asked, lead=(), target=asked | {self.target})
+            template.check(turns=variables, lead=(), target=variables | {self.target})
         self._listwise = inputs.listwise
         self._events = Pasts(data, self._usable)
         if inputs.learns and not self._events:

@@ -78,8 +78,8 @@ class SequentialTask(Task):
             if template.shape == "list":
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | {"n"}, target=ABOUT_USER | {"item", "n"})
             else:
-                asked = ABOUT_USER | {"history"}
-                template.check(turns=asked | USER_STATS, lead=(), target=asked | {"item"})
+                variables = ABOUT_USER | {"history"}
+                template.check(turns=variables | USER_STATS, lead=(), target=variables | {"item"})
         self._check_bare()
         least = max(2, section.warm_up + 1)
         if section.window < least:
@@ -130,12 +130,12 @@ class SequentialTask(Task):
             template, events = rng.choice(self._chosen.train), self._events[user]
             at, rejected = rejecting.pair(user, rng)
             shown = (*self._past.show(events[:at]).events, events[at])
-            made = self._example(template, row, user, shown, first_target=len(shown) - 1)
+            example = self._example(template, row, user, shown, first_target=len(shown) - 1)
             values = self._view.user(user) | {"n": len(shown)}
             if template.shape == "chat":
                 values |= self._question(user, shown)
             others = (template.answer(values | {"item": self._view.item(item)}) for item in rejected)
-            yield replace(made, negatives=rejected, rejected=tuple(text + template.tail for text in others))
+            yield replace(example, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
         """Yield training examples before they are rendered: ``examples("train")`` is `example` of each, in order."""
@@ -227,8 +227,8 @@ class SequentialTask(Task):
         Items that share the title share the first rank.
         """
         name = "code" if self._chosen.get(template).answers_with_code else "title"
-        own = request.candidates
-        known = self._catalogue(name) if own is None else items_by_text(self._view, name, own)
+        candidates = request.candidates
+        known = self._catalogue(name) if candidates is None else items_by_text(self._view, name, candidates)
         return read_item(completion, known, request)
 
     def reward(self, answer: Answer, case: Case) -> float:

@@ -46,12 +46,14 @@ class Chosen:
         Raises:
             RecipeError: As `get`; or if no template of the set is left.
         """
-        whole = [] if name in self.every else of_set(self.every, name)
-        if not whole:
+        members = [] if name in self.every else of_set(self.every, name)
+        if not members:
             return [self.get(name)]
-        left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
+        left = [template for template in members if template.use != "unseen" and not self.lacks(template)]
         if not left:
-            lacking = "; ".join(sorted({self.lacks(template) or "it is reserved for evaluation" for template in whole}))
+            lacking = "; ".join(
+                sorted({self.lacks(template) or "it is reserved for evaluation" for template in members})
+            )
             raise RecipeError(
                 f"no template of the set {name!r} can be used for training: {lacking}", kind="unsupported"
             )

@@ -103,7 +103,7 @@ def plan(
     planned = Steps(table, band)
     while len(planned) < steps:
         buffer: list[TokenRow] = []
-        made: list[Bin] = []
+        packed: list[Bin] = []
         first, held = len(table), 0
         while held < _BUFFER_STEPS * batch_tokens and len(group := list(islice(rows, lists or 1))) == (lists or 1):
             buffer += group
@@ -113,17 +113,17 @@ def plan(
                 held += len(group[0].ids) + behind
             else:
                 # Tokens shared by the rows of a list are computed once.
-                made.append(one_bin(group))
-                held += made[-1].columns
+                packed.append(one_bin(group))
+                held += packed[-1].columns
         if not buffer:
             break
         if lists is not None:
-            cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
+            cut = _cut_packed(sorted(packed, key=lambda each: each.columns), batch_tokens)
         elif width is None:
             cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
         else:
-            made = bins(buffer, min(width, batch_tokens), band)
-            cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
+            packed = bins(buffer, min(width, batch_tokens), band)
+            cut = _cut_packed(sorted(packed, key=lambda each: each.columns), batch_tokens)
         rng.shuffle(cut)
         numbers = {id(row): first + n for n, row in enumerate(buffer)}
         for step in cut[: steps - len(planned)]:

@@ -1,4 +1,4 @@
-"""Monitors training: progress, speed, validation figures, and one log line per step."""
+"""Monitors training: progress, speed, validation metrics, and one log line per step."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         world: World,
     ) -> None:
         self._world = world
-        # Where weights are sharded, no process can call the model alone.
+        # With sharded weights, no process can call the model alone.
         self.everybody = False
         # Log fields of a step that creates its own rows.
         self.told: Callable[[], Mapping[str, float]] = dict
@@ -321,7 +321,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
 
 
 def _read(line: str) -> dict[str, Any] | None:
-    """Read a log line; the last one of a killed run may be torn."""
+    """Parse a log line; the last one of a killed run may be incomplete."""
     try:
         record: dict[str, Any] = loads(line)
     except ValueError:

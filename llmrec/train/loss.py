@@ -96,8 +96,8 @@ def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
     """
     with torch.autocast(states.device.type, enabled=False):
         alike = (item.float() @ item.float().T for item in (states, teacher))
-        own, theirs = (torch.nn.functional.normalize(item, dim=1) for item in alike)
-        return (own - theirs).square().sum(dim=1).mean()
+        student, target = (torch.nn.functional.normalize(item, dim=1) for item in alike)
+        return (student - target).square().sum(dim=1).mean()
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]

@@ -63,11 +63,11 @@ def widen(model: torch.nn.Module, device: str) -> None:
 
     Small optimiser steps would be lost in float16.
     """
-    whole = half(model, device) is None
-    found = [p for p in model.parameters() if p.dtype == torch.float16 and (whole or p.requires_grad)]
-    for parameter in found:
+    everything = half(model, device) is None
+    parameters = [p for p in model.parameters() if p.dtype == torch.float16 and (everything or p.requires_grad)]
+    for parameter in parameters:
         parameter.data = parameter.data.float()
-    if not whole or not found:
+    if not everything or not parameters:
         return
     for module in model.modules():
         # Layers in NF4 are unpacked to this dtype.

@@ -64,9 +64,9 @@ def compare(
     scores, chosen, lengths = list_scores(model, packed, size), chosen_of(packed, size), lengths_of(packed, size)
     rewards = rewards_of(scores, before, lengths, section)
     total = preference_loss(rewards, chosen, section)
-    own = scores.gather(1, chosen[:, None])
+    chosen_scores = scores.gather(1, chosen[:, None])
     if section.sft_weight:
-        total = total - section.sft_weight * (own / lengths.gather(1, chosen[:, None])).sum()
+        total = total - section.sft_weight * (chosen_scores / lengths.gather(1, chosen[:, None])).sum()
     ahead = margins(rewards.detach(), chosen)
     best = rewards.detach().gather(1, chosen[:, None])
     fields = {
@@ -74,7 +74,7 @@ def compare(
         "rewards/rejected": best - ahead.mean(1, keepdim=True),
         "rewards/margins": ahead.mean(1),
         "rewards/accuracies": (ahead > 0).float().mean(1),
-        "logps/chosen": own.detach(),
+        "logps/chosen": chosen_scores.detach(),
     }
     return total, float(len(scores)), {name: float(values.sum()) for name, values in fields.items()}
 

@@ -48,8 +48,8 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
         return section.sparsity
     if step < first or section.schedule == "one-shot":
         return 0.0
-    made = step - (step - first) % section.every
-    return section.sparsity * (1 - (1 - (made - first) / (last - first)) ** 3)
+    updated = step - (step - first) % section.every
+    return section.sparsity * (1 - (1 - (updated - first) / (last - first)) ** 3)
 
 
 class Prune(TrainerCallback):  # type: ignore[misc]
@@ -131,8 +131,8 @@ def sparsity(model: torch.nn.Module) -> float | None:
     masks = [mask for _, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None]
     if not masks:
         return None
-    whole = sum(int(mask.numel()) for mask in masks)
-    return 1 - sum(int(mask.sum()) for mask in masks) / whole
+    total = sum(int(mask.numel()) for mask in masks)
+    return 1 - sum(int(mask.sum()) for mask in masks) / total
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:

@@ -72,8 +72,8 @@ def branching_rows(
 ) -> Iterator[tuple[str, TokenRow | None]]:
     """Yield families and rows endlessly, in passes over the users, the rows of each user together.
 
-    For each user, the family furthest behind its share of tokens gives a row, and so does every other family unless it
-    would be ahead. So after any number of users each family is within two rows of its share.
+    For each user, the family furthest below its share of tokens yields a row, and so does every other family unless it
+    would exceed its share. So after any number of users each family is within two rows of its share.
 
     Args:
         tasks: Families by name.
@@ -145,17 +145,17 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
     others = [name for name in tasks if name != family]
     key, instead = ("train.preference", "null") if preference else (f"tasks.{family}.loss", "answer")
     if family not in result:
-        what = f"examples of tasks.{family} have no rejected answers; train another family (train.only)"
+        reason = f"examples of tasks.{family} have no rejected answers; train another family (train.only)"
     elif paired is not None:
-        what = f"{paired} is an encoder-decoder, which does not support packing; choose another model"
+        reason = f"{paired} is an encoder-decoder, which does not support packing; choose another model"
     elif others:
-        what = (
+        reason = (
             f"lists of tasks.{family} cannot be trained together with tasks.{others[0]}; remove one of them from "
             "training (train.only)"
         )
     else:
         return result[family]
-    raise RecipeError(f"{key}: {what}, or set it to {instead}", kind="contradiction", column=key)
+    raise RecipeError(f"{key}: {reason}, or set it to {instead}", kind="contradiction", column=key)
 
 
 def list_rows(
@@ -194,7 +194,7 @@ def list_rows(
 # List rows from lines that are tokenised once: a table of token ids, from which thousands of rows are gathered at a
 # time.
 #
-# A row of a list template is a question and one line per event. If a line depends only on its item, its ids are
+# A row of a list template is a question and one line per interaction. If a line depends only on its item, its ids are
 # kept in one flat array, and rows are gathered from it. `Encoder.row` splits answers after each line and at
 # targets, and the tail of a line ends with a line break, so no piece spans two lines and the ids are the same by
 # construction. A seeded sample of every chunk is also encoded from its text and compared; after the first
@@ -284,7 +284,7 @@ class LineTable:
         counts = np.array([1 + len(draw.events) for draw in draws])
         first = np.array([draw.first_target for draw in draws])
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        # The question has index 0, the first event 1; a target line is the entry after the same line as context.
+        # The question has index 0, the first interaction 1; a target line is the entry after the same line as context.
         place = np.arange(len(entries)) - np.repeat(bounds[:-1], counts)
         entries += place > np.repeat(first, counts)
         ids, labels, bounds_of = self._tables()
@@ -313,10 +313,10 @@ class LineTable:
     def _learn(self, draws: Sequence[Draw]) -> None:
         """Tokenise new questions and lines, each rendered by the task as an example."""
         for draw in draws:
-            asked = None if self._one_question else draw.user_id
-            if asked not in self._questions:
+            user = None if self._one_question else draw.user_id
+            if user not in self._questions:
                 ids = self._encoder.chat(self._words(draw.user_id).messages)
-                self._questions[asked] = self._add(ids, [IGNORED] * len(ids))
+                self._questions[user] = self._add(ids, [IGNORED] * len(ids))
             for event in draw.events:
                 if event.item_id not in self._lines:
                     self._lines[event.item_id] = self._line(draw.user_id, event)

@@ -186,9 +186,9 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         if _IDLE in inputs:  # a step with fewer rows than processes
             total, count = total * 0.0, 0.0
             self.figures = dict.fromkeys(self.figures, 0.0)
-        whole = self.whole or self.world.total(count, total.device) or 1
-        self.figures = {name: self.world.total(value, total.device) / whole for name, value in self.figures.items()}
-        loss = total * self.world.size / whole
+        divisor = self.whole or self.world.total(count, total.device) or 1
+        self.figures = {name: self.world.total(value, total.device) / divisor for name, value in self.figures.items()}
+        loss = total * self.world.size / divisor
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -361,7 +361,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapter = folder / "adapter"
-    whole = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if kind == SHARDED else {}
+    state = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if kind == SHARDED else {}
     if world.first:
         with replacing(adapter) as draft:
             if head is not None:
@@ -369,13 +369,13 @@ def train(
             if best is not None:
                 best.copy_to(draft)
             else:
-                write(model, draft, **whole)
+                write(model, draft, **state)
     world.wait()
     # After early stopping the remaining planned steps were not used.
     sizes = sizes[: follow.records[-1]["step"]]
     if objective is not None:
-        made = [record["reward"] for record in follow.records if "reward" in record]
-        sizes = [(int(item["tokens"]), int(item["targets"])) for item in made]
+        rewards = [record["reward"] for record in follow.records if "reward" in record]
+        sizes = [(int(item["tokens"]), int(item["targets"])) for item in rewards]
     tokens, targets = (sum(item) for item in zip(*sizes, strict=True))
     seconds = follow.before + time.monotonic() - started
     return Training(

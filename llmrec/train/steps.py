@@ -89,9 +89,9 @@ class RowTable:
     def add(self, row: TokenRow) -> None:
         """Append a row."""
         ids, labels = array("i", row.ids), array("i", row.labels)
-        there = np.frombuffer(labels, dtype=np.int32)
-        learned = there != IGNORED
-        if not np.array_equal(there[learned], np.frombuffer(ids, dtype=np.int32)[learned]):
+        encoded = np.frombuffer(labels, dtype=np.int32)
+        learned = encoded != IGNORED
+        if not np.array_equal(encoded[learned], np.frombuffer(ids, dtype=np.int32)[learned]):
             self._labels[len(self)] = labels
         if row.lines:
             self._lines[len(self)] = array("i", row.lines)
@@ -160,9 +160,9 @@ class Steps(Sequence[Step]):
 
     def weighing(self, weights: Sequence[float]) -> Steps:
         """Return the same steps with weights of targets, by row number."""
-        made = copy(self)
-        made._weights = weights
-        return made
+        result = copy(self)
+        result._weights = weights
+        return result
 
     def numbers(self) -> Iterator[Sequence[int]]:
         """Yield the numbers of each step's rows."""

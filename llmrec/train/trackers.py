@@ -34,8 +34,8 @@ def chosen(section: TrainSection) -> tuple[str, ...]:
     """Return the trackers of a recipe; by default TensorBoard, if it is installed."""
     if section.report_to is not None:
         return section.report_to
-    there = all(importlib.util.find_spec(name) is not None for name in ("tensorboard", "torch"))
-    return ("tensorboard",) if there else ()
+    installed = all(importlib.util.find_spec(name) is not None for name in ("tensorboard", "torch"))
+    return ("tensorboard",) if installed else ()
 
 
 def refuse_trackers(names: Sequence[str]) -> None:
@@ -79,14 +79,14 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
         RecipeError: If a tracker cannot start a run.
     """
     refuse_trackers(names)
-    known, made = _transformers().INTEGRATION_TO_CALLBACK, []
+    known, result = _transformers().INTEGRATION_TO_CALLBACK, []
     for name in names:
         try:
             if name == "tensorboard":
-                made.append(known[name](_writer(folder)))
+                result.append(known[name](_writer(folder)))
             else:
                 _begin(name, folder)
-                made.append(known[name]())
+                result.append(known[name]())
         except Exception as error:
             raise RecipeError(
                 f"train.report_to: {name} cannot start a run ({type(error).__name__}: {' '.join(str(error).split())}); "
@@ -94,7 +94,7 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
                 kind="failed",
                 column="train.report_to",
             ) from error
-    return made
+    return result
 
 
 def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:

@@ -93,8 +93,8 @@ def joined(device: str) -> Iterator[World]:
         RecipeError: If they do not match the settings.
         LlmrecError: If one of them has ended while another waits for it.
     """
-    asked = kind_asked(device)
-    if asked == "no":
+    kind = kind_asked(device)
+    if kind == "no":
         yield World()
         return
     try:
@@ -103,8 +103,8 @@ def joined(device: str) -> Iterator[World]:
         state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         if state.num_processes != processes.size():
             raise _other(f"{processes.size()} processes", f"{state.num_processes}")
-        if asked != SHARDED:  # sharding begins with the trainer, which compares again
-            refuse_other(asked, state.distributed_type.value)
+        if kind != SHARDED:  # sharding begins with the trainer, which compares again
+            refuse_other(kind, state.distributed_type.value)
         yield here()
         torch.distributed.destroy_process_group()
     except RuntimeError as error:

@@ -219,13 +219,14 @@ class HFBackend:
         """Score the candidates of many prompts in each pass; batches hold prompts of similar length."""
         trees = self._reads_trees()
         engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._rows_tree()
-        labels = [None if self._paired else single_token_labels(own, closed=closed) for own in tails]
-        prompts = [ids if one is None else [*ids, *one.shared] for ids, one in zip(encoded, labels, strict=True)]
+        labels = [None if self._paired else single_token_labels(tail, closed=closed) for tail in tails]
+        prompts = [ids if label is None else [*ids, *label.shared] for ids, label in zip(encoded, labels, strict=True)]
         behind = [
-            own if one is None else [(token,) for token in one.distinct] for own, one in zip(tails, labels, strict=True)
+            tail if label is None else [(token,) for token in label.distinct]
+            for tail, label in zip(tails, labels, strict=True)
         ]
         result: list[Scores | None] = [None] * len(encoded)
-        for batch in self._batches([len(ids) + sum(map(len, own)) for ids, own in zip(prompts, behind, strict=True)]):
+        for batch in self._batches([len(ids) + sum(map(len, tail)) for ids, tail in zip(prompts, behind, strict=True)]):
             values = read_through(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
             for i, logprobs in zip(batch, values, strict=True):
                 name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
@@ -428,7 +429,7 @@ class HFBackend:
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         mask.masked_fill_(torch.from_numpy(~seen).to(device), torch.finfo(dtype).min)
         places = np.concatenate([np.arange(start), start + tree.depths])
-        asked = {
+        inputs = {
             "input_ids": torch.tensor([[*ids, *tree.tokens]], device=device),
             "attention_mask": mask[None, None],
             "position_ids": torch.from_numpy(places)[None].to(device),
@@ -436,11 +437,11 @@ class HFBackend:
         }
         with torch.inference_mode():
             if self._states:
-                states = self.model.get_decoder()(**asked).last_hidden_state[0, start - 1 :]
+                states = self.model.get_decoder()(**inputs).last_hidden_state[0, start - 1 :]
                 result = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
             else:
                 kept = torch.arange(start - 1, size, device=device)
-                logits = self.model(**asked, logits_to_keep=kept).logits[0]
+                logits = self.model(**inputs, logits_to_keep=kept).logits[0]
                 totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
                 result = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
         return sums(result, tree.owners, len(tails))

@@ -303,12 +303,12 @@ class MaskedTree:
         used, group = np.unique(rows, return_inverse=True)
         for start in range(0, len(used), _ROWS):
             part = used[start : start + _ROWS]
-            here = np.flatnonzero((group >= start) & (group < start + len(part)))
+            selected = np.flatnonzero((group >= start) & (group < start + len(part)))
             with torch.inference_mode():
                 states = hidden[torch.from_numpy(part).to(hidden.device)]
-                at = torch.from_numpy(group[here] - start).to(hidden.device)
-                ids = torch.from_numpy(wanted.tokens[here]).to(hidden.device)
-                result[here] = chosen_logprobs(head, states, at, ids).cpu().numpy()
+                at = torch.from_numpy(group[selected] - start).to(hidden.device)
+                ids = torch.from_numpy(wanted.tokens[selected]).to(hidden.device)
+                result[selected] = chosen_logprobs(head, states, at, ids).cpu().numpy()
             self.head_rows += len(part)
         return result
 
@@ -395,17 +395,17 @@ class PlainTree:
         used, group = np.unique(wanted.after, return_inverse=True)
         for start in range(0, len(used), _BLOCK):
             part = used[start : start + _BLOCK].tolist()
-            here = np.flatnonzero((group >= start) & (group < start + len(part)))
+            selected = np.flatnonzero((group >= start) & (group < start + len(part)))
             last = self._last(part)
-            at = torch.from_numpy(group[here] - start).to(last.device)
-            ids = torch.from_numpy(wanted.tokens[here]).to(last.device)
+            at = torch.from_numpy(group[selected] - start).to(last.device)
+            ids = torch.from_numpy(wanted.tokens[selected]).to(last.device)
             if self._states:
                 with torch.inference_mode():
                     values = chosen_logprobs(self._model.get_output_embeddings(), last, at, ids)
             else:
                 logits = last.float()
                 values = (logits[at, ids] - logits.logsumexp(-1)[at]).double()
-            result[here] = values.cpu().numpy()
+            result[selected] = values.cpu().numpy()
             self.head_rows += len(part)
         return result
 
@@ -444,7 +444,7 @@ class PlainTree:
 # ----------------------------------------------------------------------------
 # Reads prompts up to their last token, with a cache of the prefixes of recent prompts.
 #
-# Strategies that ask many questions about one request repeat its history in each of them. A prompt is read in
+# Strategies with many questions per request repeat its history in each of them. A prompt is read in
 # blocks of fixed size and the cache is truncated at block ends, so that a block has the same shape and the same cache
 # whether or not it was read before: a score does not depend on earlier prompts.
 

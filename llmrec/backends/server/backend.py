@@ -98,7 +98,7 @@ class OpenAIBackend:
         Raises:
             BackendError: If a request fails permanently, after all others were answered.
         """
-        return self._each([self._generation(asked, max_tokens) for asked in _questions(prompts)])
+        return self._each([self._generation(question, max_tokens) for question in _questions(prompts)])
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
@@ -122,8 +122,8 @@ class OpenAIBackend:
                 at=self._section.where,
             )
         route = self._exact_scores if self.offers.exact else self._chat_scores
-        asked = zip(_questions(prompts), candidates, strict=True)
-        return self._each([route(question, tuple(texts), closed) for question, texts in asked])
+        pairs = zip(_questions(prompts), candidates, strict=True)
+        return self._each([route(question, tuple(texts), closed) for question, texts in pairs])
 
     def search(
         self,

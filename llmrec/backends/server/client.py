@@ -266,7 +266,7 @@ _MENDS: Mapping[int, str] = {
 class Refused(BackendError):
     """A final error that a retry would not change."""
 
-    # Constructed from its message alone, as every `LlmrecError`, so that it can be pickled.
+    # Constructed only from its message, like every `LlmrecError`, so that it can be pickled.
     status: int | None = None
 
     @property
@@ -337,11 +337,11 @@ class Wire:
         """
         faults: list[str] = []
         server: Server | None = None
-        asked: float | None = None
+        wait: float | None = None
         for attempt in range(self._section.attempts):
             # Another server is tried at once, but not all of them in sequence.
             if server is not None and not (attempt % 2 and self._fleet.another(server)):
-                await asyncio.sleep(self._pause(attempt, asked))
+                await asyncio.sleep(self._pause(attempt, wait))
             self._spending.check()
             server = self._fleet.take(server)
             try:
@@ -350,10 +350,10 @@ class Wire:
                 faults.append(fault.kind)
                 self.attempts[fault.kind.partition(":")[0]] += 1
                 self._fleet.failed(server, fault.kind, fault.wait)
-                asked = None if self._fleet.another(server) else fault.wait
-                if asked is not None and asked > self._section.longest_wait:
+                wait = None if self._fleet.another(server) else fault.wait
+                if wait is not None and wait > self._section.longest_wait:
                     raise EngineFailure(
-                        f"{server.url}{path} asks to wait {asked:.0f} s before {what()}, longer than "
+                        f"{server.url}{path} asks to wait {wait:.0f} s before {what()}, longer than "
                         f"eval.server.longest_wait={self._section.longest_wait:g}; answers so far are kept, run the "
                         "same command again later, or raise that key",
                         kind="unreachable",
@@ -394,8 +394,8 @@ class Wire:
         try:
             # The client's time-outs bound single reads; a trickling response would never end.
             async with asyncio.timeout(self._section.timeout):
-                asked = self._client.stream("GET" if body is None else "POST", url + path, json=body)
-                async with asked as response:
+                stream = self._client.stream("GET" if body is None else "POST", url + path, json=body)
+                async with stream as response:
                     content = await unpacked(response)
         except (TimeoutError, self._httpx.TimeoutException):
             raise _Again("time-out") from None
@@ -670,9 +670,9 @@ def chat_body(
         keys: Further keys of the request.
     """
     turns = [{"role": turn.role, "content": neutralise(turn.text, control)} for turn in prompt.messages]
-    given = neutralise("".join(segment.text for segment in prompt.answer_prefix), control)
-    if given:
-        turns.append({"role": "assistant", "content": given})
+    prefix = neutralise("".join(segment.text for segment in prompt.answer_prefix), control)
+    if prefix:
+        turns.append({"role": "assistant", "content": prefix})
         if continues:
             keys |= {"continue_final_message": True, "add_generation_prompt": False}
     return _with_extra(section, {"messages": turns, "max_tokens": room + section.thinking_tokens, **keys})

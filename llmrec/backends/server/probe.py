@@ -256,10 +256,10 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
     if not any(differ):
         message = [await _told(one, section, encoder, offers[0]) for one in wires]
         differ = [_contradicts(message[0], item) for item in message]
-    for one, how in zip(wires, differ, strict=True):
-        if how:
+    for one, difference in zip(wires, differ, strict=True):
+        if difference:
             raise BackendError(
-                f"eval.server.url: {wires[0].where} and {one.where} do not serve the same model: {how}; serve "
+                f"eval.server.url: {wires[0].where} and {one.where} do not serve the same model: {difference}; serve "
                 f"{section.model} on all of them, or remove one from the list",
                 kind="mismatch",
                 at=one.where,
@@ -343,9 +343,9 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
     """Return the capabilities of completions, or why token ids cannot be continued."""
     ids = list(encoder.piece(_TEXT))
     # Some servers add a token before a text.
-    for asked, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
+    for text, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
         try:
-            read = await _try(wire, "/completions", completion_body(section, asked, room=1), _read_tokens)
+            read = await _try(wire, "/completions", completion_body(section, text, room=1), _read_tokens)
         except Refused as refusal:
             if refusal.status in (401, 402, 403):
                 raise

@@ -141,7 +141,7 @@ def plan(
         limit: The maximum number of different ids per request.
     """
     follow = _links(texts, starts, ids, limit) if chains else {}
-    asked: list[Ask] = []
+    wanted: list[Ask] = []
     entries: list[int] = []
     for head in sorted(set(range(len(texts))) - set(follow.values())):
         at: int | None = head
@@ -159,11 +159,11 @@ def plan(
                 entries.extend(group[:limit])
                 wide += [(at, group[n : n + limit]) for n in range(limit, len(group), limit)]
                 last, at = at, follow.get(at)
-            asked.append(Ask(text, texts[last][len(text) :], tuple(rows)))
+            wanted.append(Ask(text, texts[last][len(text) :], tuple(rows)))
             for node, rest in wide:
-                asked.append(Ask(texts[node], (), (tuple(ids[n] for n in rest),)))
+                wanted.append(Ask(texts[node], (), (tuple(ids[n] for n in rest),)))
                 entries.extend(rest)
-    return asked, entries
+    return wanted, entries
 
 
 def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int) -> dict[int, int]:
@@ -227,8 +227,8 @@ class VLLMTree:
         keys, place = np.unique(owners * base + wanted.tokens, return_inverse=True)
         starts = np.searchsorted(keys // base, np.arange(len(numbers) + 1)).tolist()
         ids = (keys % base).tolist()
-        asked, entries = plan(list(numbers), starts, ids, chains=self._chains, limit=self._limit)
-        answers = self._read(asked)
+        requests, entries = plan(list(numbers), starts, ids, chains=self._chains, limit=self._limit)
+        answers = self._read(requests)
         self.tokens += answers.tokens
         self.requests += answers.requests
         self.forwards += 1
@@ -625,11 +625,11 @@ class VLLMBackend:
         ]
         again = self._read(nodes)
         rows = iter(again.values)
-        found = [
+        filled = [
             [number for _ in ask.wanted for number in next(rows)] if value is None else value
             for value, ask in zip(values, asked, strict=True)
         ]
-        return Answers(found, tokens + again.tokens, len(asked) + again.requests)
+        return Answers(filled, tokens + again.tokens, len(asked) + again.requests)
 
     def _room(self) -> int:
         """Return the number of tokens that may be searched together, so that the previous round stays cached."""

@@ -381,8 +381,8 @@ class Watch:
         self._cores = tuple(getattr(manager, "processes", ()))
         roots = {process.pid for process in self._cores} & set(self._members)
         if roots:
-            own = roots.union(*({child.pid for child in _children(self._members[pid])} for pid in roots))
-            self._members = {pid: process for pid, process in self._members.items() if pid in own}
+            members = roots.union(*({child.pid for child in _children(self._members[pid])} for pid in roots))
+            self._members = {pid: process for pid, process in self._members.items() if pid in members}
         title = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
         titled = {pid for pid in self._members if self._seen(pid).name.startswith(title)}
         self._vital = roots | titled

@@ -175,11 +175,11 @@ class RewardObjective:
         self.parts(model, number)
         assert self._drawn is not None
         drawn, section = self._drawn.parts[part], self._section
-        own = self._logprobs(model, drawn.packed, drawn.legal)
+        logprobs = self._logprobs(model, drawn.packed, drawn.legal)
         if drawn.old is None:
-            drawn.old = own.detach()
+            drawn.old = logprobs.detach()
         result = policy_loss(
-            own, drawn.old, drawn.reference, drawn.gains, drawn.weights, clip=section.clip, beta=section.beta
+            logprobs, drawn.old, drawn.reference, drawn.gains, drawn.weights, clip=section.clip, beta=section.beta
         )
         questions = len(self._numbers[number])
         for name, values in {"kl": result.divergence, "clipped": result.clipped}.items():
@@ -207,8 +207,8 @@ class RewardObjective:
         )
         rewards = [self._rewards.of(case, group.items.tolist()) for case, group in zip(cases, groups, strict=True)]
         gains = [
-            advantages(own, group.weights, normalise=section.normalise)
-            for own, group in zip(rewards, groups, strict=True)
+            advantages(values, group.weights, normalise=section.normalise)
+            for values, group in zip(rewards, groups, strict=True)
         ]
         bins: list[Bin] = []
         # The rollout numbers of the packed rows.
@@ -276,8 +276,8 @@ def _told(
     held = [str(case.truth) in {items[n] for n in group.items} for case, group in zip(cases, groups, strict=True)]
     p = np.array([share for share in shares.values() if share > 0])
     return {
-        "reward": sum(float(group.weights @ own) for group, own in zip(groups, rewards, strict=True)) / count,
-        "zero": sum(max(own) - min(own) < 1e-12 for own in rewards) / count,
+        "reward": sum(float(group.weights @ values) for group, values in zip(groups, rewards, strict=True)) / count,
+        "zero": sum(max(values) - min(values) < 1e-12 for values in rewards) / count,
         "hit": sum(held) / count,
         "entropy": max(0.0, float(-(p * np.log(p)).sum())),
         "distinct": len(shares),

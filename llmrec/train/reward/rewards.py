@@ -68,8 +68,8 @@ class Rewards:
 
         The NDCG itself is the same for all items of a group.
         """
-        whole = self._listed(case, places)
-        return [whole - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
+        ndcg = self._listed(case, places)
+        return [ndcg - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
 
     def _rank_penalty(self, case: Case, places: Sequence[int]) -> list[float]:
         """Return 0 for the true item, and shares of -1 for the others, by 1 / log2(1 + rank); MiniOneRec's, 2510.24431.
@@ -87,10 +87,10 @@ class Rewards:
         wanted = self._code(self.items.index(str(case.truth)))
         results = []
         for place in places:
-            own = self._code(place)
-            pairs = zip(own, wanted, strict=False)
-            alike = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(own), len(wanted)))
-            results.append(alike / max(len(own), len(wanted)))
+            code = self._code(place)
+            pairs = zip(code, wanted, strict=False)
+            alike = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(code), len(wanted)))
+            results.append(alike / max(len(code), len(wanted)))
         return results
 
     def _code(self, place: int) -> tuple[int, ...]:
@@ -102,8 +102,8 @@ class Rewards:
         assert self.scorer is not None
         (scores,) = np.asarray(self.scorer.scores([case.request]))
         column = {item: n for n, item in enumerate(self.scorer.items)}
-        own = np.array([scores[column[self.items[place]]] for place in places])
-        below = (scores < own[:, None]).sum(axis=1) + 0.5 * ((scores == own[:, None]).sum(axis=1) - 1)
+        values = np.array([scores[column[self.items[place]]] for place in places])
+        below = (scores < values[:, None]).sum(axis=1) + 0.5 * ((scores == values[:, None]).sum(axis=1) - 1)
         return [float(value) for value in below / max(len(scores) - 1, 1)]
 
 
