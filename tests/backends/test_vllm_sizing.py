@@ -135,7 +135,7 @@ def test_where_memory_is_no_reason_one_more_try_is_enough(monkeypatch: pytest.Mo
 def test_a_cache_that_the_user_sets_is_tried_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "6")
-    said = ("asked for 6 GiB of KV cache", "NUMA node 0 has 9.00 of 10.00 GiB free")
+    said = ("requested 6 GiB of KV cache", "NUMA node 0 has 9.00 of 10.00 GiB free")
     with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
         start()
     assert made.asked == [0]
@@ -143,7 +143,7 @@ def test_a_cache_that_the_user_sets_is_tried_as_it_is(monkeypatch: pytest.Monkey
 
 def test_a_gpu_that_is_too_full_says_what_was_asked_and_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB, cpu=False)
-    said = ("asked for 19% of the memory", "the GPU has 16.00 of 80.00 GiB free", "eval.gpu_memory")
+    said = ("requested 19% of the memory", "the GPU has 16.00 of 80.00 GiB free", "eval.gpu_memory")
     with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
         start()
     assert made.asked == [0]

@@ -128,7 +128,7 @@ def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encode
     named_one, unseen, coded, labelled, learned = (rendered(study, encoder, template) for template in templates)
     assert named_one.startswith("[rating/m6-rate, not trained on here]\n") and "«" in named_one
     assert unseen.startswith("[rating/judge-one, unseen in training]\n") and "«" in unseen
-    assert coded.startswith("[sequential/next-code, not trained on here] cannot be used here: it writes items\n")
+    assert coded.startswith("[sequential/next-code, not trained on here] cannot be used here: it shows item\n")
     assert "«" not in coded
     assert labelled.startswith("[direct/m6-choose, not trained on here]\n") and "On offer:" in labelled
     # It is learned and never asked with.
