@@ -1,7 +1,6 @@
 """Verified checkpoints: a manifest seals each complete one, and training resumes only from one that matches it.
 
-The Trainer writes a checkpoint file by file under its final name, so a kill leaves a newest folder that cannot be
-loaded.
+The Trainer writes a checkpoint file by file under its final name, so the newest folder after a kill may be incomplete.
 """
 
 from __future__ import annotations
