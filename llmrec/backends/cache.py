@@ -263,7 +263,7 @@ class AnswerStore:
         kept = [(*row[:3], sums[name]) for name, row in booked.items() if row[3:] in ((), (sums[name],))]
         self._together((_SPENT, kept))
         log.warning(
-            "%s cannot be trusted (%s); it is kept as %s, %d answers of it are used and the others are requested again",
+            "%s is damaged (%s); it was renamed to %s, %d of its answers are used and the others are requested again",
             *(self._path, error, aside.name, connection.execute("SELECT count(*) FROM answers").fetchone()[0]),
         )
         return connection

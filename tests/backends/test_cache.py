@@ -242,8 +242,8 @@ def test_a_table_without_checksums_is_set_aside_with_what_was_spent(tmp_path: Pa
     assert store.spent("server") == Cost(prompt_tokens=11, completion_tokens=7)
     assert (tmp_path / "answers.sqlite.damaged").is_file()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path} cannot be trusted (its answers have no checksums); it is kept as answers.sqlite.damaged, 0 answers of "
-        "it are used and the others are requested again"
+        f"{path} is damaged (its answers have no checksums); it was renamed to answers.sqlite.damaged, 0 of its "
+        "answers are used and the others are requested again"
     ]
 
 

@@ -315,7 +315,7 @@ def test_a_cluster_without_a_free_cpu_is_refused_and_a_smaller_one_used_later() 
         with raises(RecipeError, Facts("exhausted", column="--ray", says="one CPU is reserved")):
             places(nodes, RaySection(**asked))
     wanted = RaySection(actors=6)
-    with raises(RecipeError, Facts("exhausted", column="--ray", says="asked for: 6")):
+    with raises(RecipeError, Facts("exhausted", column="--ray", says="requested: 6")):
         places([{"CPU": 4}], wanted, least=6)
     assert places([{"CPU": 4}], wanted).actors == 3
 

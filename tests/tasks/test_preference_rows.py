@@ -170,7 +170,10 @@ def test_what_only_the_study_knows_is_refused_too(llama_folder: Path, tmp_path: 
     assert listwise_of(made).preference == made.recipe.train.preference  # type: ignore[union-attr]
     with raises(RecipeError, Facts("contradiction", column="train.preference", says="encoder-decoder")):
         listwise_of(made, paired=True)
-    with raises(RecipeError, Facts("contradiction", column="train.preference", says="cannot be trained together with tasks.direct")):
+    with raises(
+        RecipeError,
+        Facts("contradiction", column="train.preference", says="cannot be trained together with tasks.direct"),
+    ):
         listwise_of(study(f"{SEQUENTIAL}, direct: {{templates: [after-history], strategies: [label]}}"))
     with raises(RecipeError, Facts("unknown-name", column="train.preference.rejected")):
         study(SEQUENTIAL, "rejected: item-knm")
