@@ -81,7 +81,7 @@ def load_reference(path: Path) -> Reference:
         return Reference.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
     except (OSError, RecipeError, ValueError) as error:
         raise DataError(
-            f"{path}: not a page of published figures ({flat(str(error))}); see the other pages beside it",
+            f"{path}: not a page of published figures ({flat(str(error))}); see the other pages in its folder",
             kind="wrong-format",
             at=path,
         ) from error

@@ -155,11 +155,11 @@ def candidate_sets(study: Study) -> list[Check]:
     else:
         about = [
             verdict("candidate sets without the target", looked, lacking),
-            verdict("negatives that the user interacted with", looked, taken),
+            verdict("negatives with interactions of the user", looked, taken),
         ]
     return [
         *about,
-        verdict("candidates that stand twice", looked, repeated),
+        verdict("duplicate candidates", looked, repeated),
         _placed(positions, sets.count),
         _ordered(study, sets.sets),
     ]
@@ -231,9 +231,9 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
         f"{family}: {row}" for family, seen in by_family.items() if len(set(seen.values())) > 1 for row in seen
     ]
     return [
-        verdict("rows of one table with unequal candidates", f"{len(rows)} rows", unequal),
-        verdict("rows of one table with unequal requests", f"{len(rows)} rows", different),
-        verdict("ranked items that were no candidates", f"{len(ranked):,} answers", foreign),
+        verdict("models of one table with different candidates", f"{len(rows)} rows", unequal),
+        verdict("models of one table with different requests", f"{len(rows)} rows", different),
+        verdict("ranked items that are not candidates", f"{len(ranked):,} answers", foreign),
     ]
 
 
@@ -339,9 +339,7 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
             wrong.append(
                 f"{row.id}: NDCG@10 {before.mean():.3f}, and {after.mean():.3f} without its members' knowledge"
             )
-    return verdict(
-        "held-out items that rankers know otherwise than from their members", f"{len(learned)} rankers", wrong
-    )
+    return verdict("held-out items in the features of ensemble rankers", f"{len(learned)} rankers", wrong)
 
 
 def told_by_context(cells: Cells, again: Cells) -> list[str]:
@@ -418,7 +416,7 @@ def feature_texts(study: Study) -> Check | None:
         seen = FeatureStore.open(folder, split=data.readable).seen()
         places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
         rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
-    result = verdict("texts of features that have seen held-out interactions", f"{len(stores)} stores", places)
+    result = verdict("generated texts based on held-out interactions", f"{len(stores)} stores", places)
     told_too = f"{result.found}; {rows:,} training rows were seen too, which hosts leave out"
     return replace(result, found=told_too, figures={"training_rows_seen": float(rows)})
 

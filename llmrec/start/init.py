@@ -310,9 +310,9 @@ def _page(
     )
     why = {role: roles.why.get(column, "") for role in ROLES if (column := getattr(roles, role)) is not None}
     if roles.dates is not None:
-        why["dates"] = "which stands first in dates such as 03/04/2024"
+        why["dates"] = "day or month first in dates such as 03/04/2024"
     if title is not None and roles.title is None:
-        why["title"] = "no titles: the ids stand in for them"
+        why["title"] = "no titles: item IDs are used instead"
     own = roles.items.get(roles.item) or roles.items.get(leaf(roles.item))
     twice = own is not None and own.distinct < own.filled
     duplicates = ""
@@ -470,10 +470,10 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
     hints += [_events_hint(col, kinds, plan) for col, kinds in _events(roles)]
     if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
         hints.append(
-            f"{1 - plan.facts.with_title:.1%} of the titles are missing: the ids of these items stand in for them"
+            f"{1 - plan.facts.with_title:.1%} of the titles are missing; the IDs of these items are used instead"
         )
     if roles.title is None:
-        hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
+        hints.append("there are no titles: IDs are used instead, which contain little information for a language model")
         companion = companion_of(path, roles.item) if items is None and path is not None else None
         if companion is not None:
             option = f"--items {shlex.quote(str(companion))}"
@@ -483,8 +483,8 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
     beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
     if beside is not None and beside.is_file() and roles.split is None:
         hints.append(
-            f"{beside.name} lies beside it: if both are a published split, write data.files and data.split.kind=given "
-            "in place of data.path (docs/your-data.md)"
+            f"{beside.name} is in the same folder: if both are a published split, write data.files and "
+            "data.split.kind=given in place of data.path (docs/your-data.md)"
         )
     if not used.whole:
         hints.append("only a part of the table was read; `llmrec check` reads it whole")

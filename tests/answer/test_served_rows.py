@@ -350,7 +350,7 @@ def test_an_item_that_a_recommender_has_not_learned_from_is_told(linear: pipelin
 
 def test_a_ranker_is_audited_and_reported(ranked: pipeline.Run) -> None:
     checks = {check.name: check for check in audit(ranked.folder)}
-    rankers = checks["held-out items that rankers know otherwise than from their members"]
+    rankers = checks["held-out items in the features of ensemble rankers"]
     assert rankers.verdict == "clean" and not any(check.verdict == "leak" for check in checks.values())
     report = (ranked.folder / "report" / "index.html").read_text(encoding="utf-8")
     assert "Features of the ranker" in report and "<bdi>markov-1: score</bdi>" in report

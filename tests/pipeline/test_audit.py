@@ -306,7 +306,7 @@ def test_shuffled_candidates_of_equal_popularity_show_no_order(study: Study) -> 
 def test_10_candidate_sets_that_lack_repeat_or_betray_the_target(study: Study) -> None:
     assert "candidate sets without the target" in leaking(examine(tampered_sets(study, without_target)))
     twice = tampered_sets(study, lambda items, target: (*items[:-1], items[0]))
-    assert "candidates that stand twice" in leaking(examine(twice))
+    assert "duplicate candidates" in leaking(examine(twice))
     first = tampered_sets(study, lambda items, target: (target.item_id, *without_target(items, target)))
     assert "position of the target among its candidates" in leaking(examine(first))
     by_id = tampered_sets(study, lambda items, target: tuple(sorted(items)))
@@ -315,22 +315,22 @@ def test_10_candidate_sets_that_lack_repeat_or_betray_the_target(study: Study) -
     def own(items: Sequence[str], target: Any) -> tuple[str, ...]:
         return (*without_target(items, target)[:-1], study.data.train_events(target.user_id)[0].item_id, target.item_id)
 
-    assert "negatives that the user interacted with" in leaking(examine(tampered_sets(study, own)))
+    assert "negatives with interactions of the user" in leaking(examine(tampered_sets(study, own)))
 
 
 def test_11_rows_that_were_asked_different_things(study: Study) -> None:
     results = results_of(study)
     next(row for row in results["rows"] if row["task"] == "direct")["candidates"] = "another"
-    assert "rows of one table with unequal candidates" in leaking(examine(study, results=results))
+    assert "models of one table with different candidates" in leaking(examine(study, results=results))
     fewer = predictions_of(study)[1:]
-    assert "rows of one table with unequal requests" in leaking(examine(study, predictions=fewer))
+    assert "models of one table with different requests" in leaking(examine(study, predictions=fewer))
     foreign = predictions_of(study).with_columns(
         pl.when(pl.col("task") == "direct")
         .then(pl.lit('{"items": ["no candidate"], "scores": [1.0]}'))
         .otherwise(pl.col("parsed"))
         .alias("parsed")
     )
-    assert "ranked items that were no candidates" in leaking(examine(study, predictions=foreign))
+    assert "ranked items that are not candidates" in leaking(examine(study, predictions=foreign))
 
 
 def test_12_a_baseline_that_learned_from_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
