@@ -297,8 +297,8 @@ def test_a_file_of_tests_beside_a_file_of_training_is_pointed_out(folder: Path) 
     frame = pl.read_csv("published.csv")
     for part in ("train", "test"):
         frame.filter(pl.col("part") == part).drop("part").write_csv(f"shop-{part}.csv")
-    assert "shop-test.csv lies beside it" in llmrec("init", "shop-train.csv")
-    assert "lies beside it" not in llmrec("init", "shop-test.csv")
+    assert "shop-test.csv is in the same folder" in llmrec("init", "shop-train.csv")
+    assert "in the same folder" not in llmrec("init", "shop-test.csv")
 
 
 def test_a_headline_is_not_taken_for_a_title(folder: Path) -> None:
