@@ -32,7 +32,7 @@ _OUTCOMES: dict[Verdict, str] = {
 
 KINDS: Mapping[Reads | None, str] = {
     "events": "interactions only",
-    "texts": "interactions and texts (pretrained encoder)",
+    "texts": "interactions and texts, pretrained encoder",
     "language model": "language model or fine-tuned text encoder",
     None: "",
 }

@@ -59,7 +59,7 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
     lines = [line.split(" | ")[0].removeprefix("| ") for line in _tables(_page(suite))[0][2:]]
     assert lines == [
         *("*interactions only*", "sasrec", "random"),
-        *("*interactions and texts (pretrained encoder)*", "popularity"),
+        *("*interactions and texts, pretrained encoder*", "popularity"),
         *("*language model or fine-tuned text encoder*", "item-knn"),
     ]
 

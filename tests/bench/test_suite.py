@@ -309,7 +309,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
         assert sum(part.n for part in parts) == 40
         # Fewer than twenty requests say nothing.
         assert all((part.value is None) == (part.n < 20) for part in parts)
-    assert "content (interactions and texts (pretrained encoder)) − markov-1 (interactions only), NDCG@10:" in board
+    assert "content (interactions and texts, pretrained encoder) − markov-1 (interactions only), NDCG@10:" in board
     assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in board
     # What was thought of later is described, and is no part of the family.
     later = Suite(**page | {"pairs": pairs[:1], "explored": pairs[1:]})

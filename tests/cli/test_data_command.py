@@ -41,7 +41,7 @@ def test_figures_have_names_that_are_words(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = printed(tmp_path, monkeypatch, "rating: none")
-    assert "ratings                 none" in said
+    assert "ratings                none" in said
     assert not any(name in said for name in ("texts", "equal timestamps", "new in test", "synthetic", "None"))
 
 

@@ -346,7 +346,7 @@ def test_validation_users_say_whether_a_model_is_kept(
 ) -> None:
     part = PartWeight(name="search", weight=0.1, loss=loss, loss_low=low, loss_high=None if loss is None else 0.05)
     found = judged(results_of(FusionWeights(form="logit", parts=(PartWeight(name="markov", weight=1.0), part))))
-    assert found.kept is kept and ("is kept" in found.sentence) is kept
+    assert found.kept is kept and ("is used" in found.sentence) is kept
 
 
 @pytest.fixture
