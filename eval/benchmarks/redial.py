@@ -1,36 +1,36 @@
-"""Retrieval for a conversation, and what rules read in it: ReDial's test dialogues.
+"""Evaluates conversational retrieval and rule-based slot filling on ReDial's test dialogues.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.redial eval/results/redial.json`` reads FOLDER/convrec and
-FOLDER/movie_facts. ReDial (Li et al., NeurIPS 2018) is here in CRSLab's processing,
-its test part alone: 1,322 dialogues.
+FOLDER/movie_facts. ReDial (Li et al., NeurIPS 2018) is used in CRSLab's preprocessing, test part only: 1,322 dialogues.
 
-Cases are the items that the recommender names and nobody named before in the dialogue; all items but those that were
-named are ranked, and ties count in expectation. Intervals and differences resample dialogues.
+Cases are the items that the recommender mentions first in the dialogue; all items not yet mentioned are ranked, in
+expectation over ties. Intervals and differences resample dialogues.
 
-Parts, none of which is trained on these data but for counts of the *other* dialogues:
+The models below are not trained on these data, except for counts in the *other* dialogues:
 
-- ``popularity``: in how many other dialogues an item is recommended; ``co-mention``: in those that name one of the
-  items named so far.
-- ``words``: BM25 of the last three utterances over names and, where a page of the same name is known, facts.
-- ``encoder, name`` and ``encoder, text``: MiniLM, untrained, of the same utterances and of names, or names with leads.
-- ``named``: MiniLM between the texts of the items named so far and an item's. ``concepts``: the utterances and the mean
-  vector of an item's genres, cast and year.
+- ``popularity``: number of other dialogues in which an item is recommended; ``co-mention``: the same in dialogues that
+  mention one of the items mentioned so far.
+- ``words``: BM25 of the last three utterances over names and, if there is a page of the same name, facts.
+- ``encoder, name`` and ``encoder, text``: MiniLM without fine-tuning, between the same utterances and names, or names
+  with lead sections.
+- ``named``: MiniLM between the texts of the items mentioned so far and an item's text. ``concepts``: MiniLM between the
+  utterances and the mean vector of an item's genres, cast and year.
 
-- ``dual encoder, other dialogues``: MiniLM with maps that are learned from the cases of other dialogues
-  (`llmrec.chat.dual_encoder`). ``shuffled texts`` is its control: each item has the text of another one all the time,
-  and of one with a page where it has a page, so that a text says nothing of its item and still tells it from others.
-- ``dual encoder, synthetic``: learned from conversations of rules with simulated users over the items with facts
-  instead (`llmrec.chat.simulator`), and from nothing of ReDial.
-- ``named by a language model``: SmolLM2-135M-Instruct reads the last utterances and names the title, by a search of the
-  token tree of all titles; on ``--named`` cases, drawn by a hash, since one takes seconds. Popularity on these cases
-  stands beside it. What the search does not find shares the last places.
+- ``dual encoder, other dialogues``: MiniLM with projections trained on the cases of other dialogues
+  (`llmrec.chat.dual_encoder`). ``shuffled texts`` is its ablation: each item has the fixed text of another one, of one
+  with a page if it has a page, so that texts are uninformative but still identify items.
+- ``dual encoder, synthetic``: trained on conversations of rules with simulated users over the items with facts instead
+  (`llmrec.chat.simulator`), without ReDial.
+- ``named by a language model``: SmolLM2-135M-Instruct generates the title after the last utterances, by constrained
+  search over all titles; on ``--named`` cases, sampled by a hash, since one takes seconds. Popularity on the same cases
+  is reported with it. Items that the search does not find are tied last.
 
-Mixtures are conditional logits. Weights are fitted over five folds of dialogues: those of a fold by 1,000 cases of the
-others, whose counts for the fit hold nothing of that fold. A dual encoder that scores a fold has not learned from it,
-and one that scores cases for the fit has learned neither from theirs nor from the fold that is judged. ``somebody
-else's context`` is the control of the text.
+Ensembles are conditional logits with weights cross-fitted over five folds of dialogues: the weights for a fold are
+fitted on 1,000 cases of the others, with counts without that fold. A dual encoder that scores a fold is not trained on
+it, and one that scores cases for the fit is trained neither on their fold nor on the evaluated one. ``somebody else's
+context`` is the baseline for the text.
 
-Slots are those of `eval.benchmarks.redial_slots`. ReDial's terms are CC BY 4.0; nothing of the data enters the
+Slots are evaluated by `eval.benchmarks.redial_slots`. ReDial is licensed under CC BY 4.0; the data are not in the
 repository.
 """
 
@@ -83,7 +83,7 @@ OTHERS = "dual encoder, other dialogues"
 SHUFFLED = f"{OTHERS}, shuffled texts"
 SYNTHETIC = "dual encoder, synthetic"
 LEARNED: Mapping[str, Kind] = {OTHERS: "logits", SYNTHETIC: "logits", SHUFFLED: "logits"}
-"""Parts that learn from dialogues."""
+"""Models that are trained on dialogues."""
 COUNTS = ("popularity", "co-mention")
 MIXTURES: Mapping[str, Sequence[str]] = {
     "mixture of all": list(KINDS),
@@ -104,16 +104,16 @@ PLANNED_OF_LEARNED = [
     for name in (learned, f"mixture of all and {learned}")
     for other in ("popularity", "mixture of counts")
 ] + [(f"mixture of all and {learned}", "mixture of all") for learned in (OTHERS, SYNTHETIC)]
-"""Those of parts that learn, planned later: a family of their own, so that the others stay as they were."""
+"""Differences of trained models: a separate family, planned later, so that the first results do not change."""
 PLANNED_OF_SHUFFLED = (
     (OTHERS, SHUFFLED),
     (f"mixture of all and {OTHERS}", f"mixture of all and {SHUFFLED}"),
     (f"mixture of all and {SHUFFLED}", "mixture of all"),
 )
-"""Whether it is the texts that help, planned later still."""
+"""Effect of the texts: a third family."""
 _FAMILIES = (PLANNED, PLANNED_OF_LEARNED, PLANNED_OF_SHUFFLED)
 LEARN = 1000
-"""Cases that a fold's weights are fitted to, by a hash: a handful of numbers needs no more."""
+"""Number of cases for fitting the weights of a fold, sampled by a hash."""
 _YEAR = re.compile(r"\((\d{4})[^)]*\)\s*$")
 
 Floats = NDArray[np.float32]
@@ -121,14 +121,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Cases:
-    """What is asked: one case for each target.
+    """The cases, one for each target.
 
     Attributes:
-        rows: Turn of each case, among the turns.
-        targets: Column of each target.
-        dialogues: Of each turn.
+        rows: Turn index of each case.
+        targets: Item index of each target.
+        dialogues: Dialogue of each turn.
         queries: The last utterances of each turn.
-        named: Columns of the items named before each turn.
+        named: Indices of the items mentioned before each turn.
     """
 
     rows: NDArray[np.int64]
@@ -144,7 +144,7 @@ class Cases:
 
 
 def items_of(folder: Path) -> list[Item]:
-    """Return the items, with facts where a page of the same name is known."""
+    """Return the items, with facts if there is a page of the same name."""
     pages = {
         str(row["wiki_page"]).replace("_", " "): row
         for row in table(folder / "movie_facts" / "wikipedia_extracts.tsv.gz").iter_rows(named=True)
@@ -161,7 +161,7 @@ def items_of(folder: Path) -> list[Item]:
 
 
 def cases_of(folder: Path, items: Sequence[Item]) -> Cases:
-    """Return the cases: targets that were not named before."""
+    """Return the cases: targets that were not mentioned before."""
     place = {item.item_id: column for column, item in enumerate(items)}
     turns = lines(folder / "convrec" / "redial_test.jsonl.gz")
     rows, targets = [], []
@@ -183,9 +183,9 @@ def counted(cases: Cases, size: int, among: NDArray[np.bool_]) -> dict[str, Floa
     """Return popularity and co-mentions in other dialogues, shape (turns, items) each.
 
     Args:
-        cases: What is asked.
-        size: Items.
-        among: Dialogues that count, by their place in sorted order; each turn's own never does.
+        cases: The cases.
+        size: Number of items.
+        among: Dialogues to count, by index in sorted order; the dialogue of a turn is always excluded.
     """
     names, own = np.unique(cases.dialogues, return_inverse=True)
     advised = {(int(own[row]), int(column)) for row, column in zip(cases.rows, cases.targets, strict=True)}
@@ -200,7 +200,7 @@ def counted(cases: Cases, size: int, among: NDArray[np.bool_]) -> dict[str, Floa
         mine, here = goals[[dialogue]].toarray().ravel(), cases.named[row]
         popularity[row] = popular - mine
         if here:
-            # Less what this dialogue itself counts for: its goals with each of those named.
+            # Subtract the counts of this dialogue: its targets with each mentioned item.
             own_named = float(all_named[[dialogue]].toarray().ravel()[here].sum())
             together[row] = np.asarray(both[here].sum(axis=0)).ravel() - mine * own_named
     together /= np.sqrt(np.maximum(popularity, 0) + 1)
@@ -212,15 +212,15 @@ def _table(pairs: set[tuple[int, int]], shape: tuple[int, int]) -> Any:
 
 
 def names_of(items: Sequence[Item]) -> tuple[list[str], list[str]]:
-    """Return names of items, and names with leads of pages."""
+    """Return the names of items, and names with lead sections of pages."""
     names = [PLACE.sub("", item.title) for item in items]
     return names, [f"{name}. {item.fields.get('facts', '')}" for name, item in zip(names, items, strict=True)]
 
 
 def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Floats, Floats]:
-    """Return what the parts that read texts say and the control, shape (turns, items) each, and the vectors of MiniLM.
+    """Return the scores of the text models and the baseline, shape (turns, items) each, and MiniLM vectors.
 
-    Those are of what was said last, shape (turns, d), and of names with leads, shape (items, d).
+    The vectors are those of the last utterances, shape (turns, d), and of names with leads, shape (items, d).
     """
     embed = text_embedder(ENCODER)
     names, told = names_of(items)
@@ -229,7 +229,7 @@ def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Float
     words = BM25.of([f"{name} {' '.join(item.fields.values())}" for name, item in zip(names, items, strict=True)])
     past = np.stack([wholes[named].mean(axis=0) if named else np.zeros(wholes.shape[1]) for named in cases.named])
     owners = np.unique(cases.dialogues, return_inverse=True)[1]
-    # Some turn of another dialogue: the one that stands half of all turns further on.
+    # A turn of another dialogue: half of all turns later.
     other = np.argsort(owners, kind="stable")
     exchanged = np.empty(len(owners), dtype=np.int64)
     exchanged[other] = np.roll(other, len(other) // 2)
@@ -245,12 +245,12 @@ def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Float
 
 
 def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) -> dict[int, NDArray[np.float64]]:
-    """Return whether each case's target is among the first k, ties in expectation.
+    """Return whether each case's target is among the first k, in expectation over ties.
 
     Args:
         scores: One row for each turn, or for each case of ``chosen``.
-        cases: What is asked.
-        chosen: Cases that the rows belong to; None: rows are turns.
+        cases: The cases.
+        chosen: Cases of the rows; None: rows are turns.
     """
     which = np.arange(len(cases.rows)) if chosen is None else chosen
     greater, tied = [], []
@@ -267,13 +267,13 @@ def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) 
 def mixed(
     cases: Cases, size: int, said: Mapping[str, Floats], learned: Callable[[int], Mapping[str, Floats]]
 ) -> tuple[dict[str, dict[int, NDArray[np.float64]]], Any]:
-    """Return the hits of every mixture under weights of the other folds, and these weights.
+    """Return the cross-fitted hits of every ensemble, and the weights.
 
     Args:
-        cases: What is asked.
-        size: Items.
-        said: What parts say that learn nothing.
-        learned: Of a judged fold: what the others say for it and for the fit.
+        cases: The cases.
+        size: Number of items.
+        said: Scores of the models without training.
+        learned: Returns the scores of trained models for an evaluated fold and for the fit.
     """
     names = np.unique(cases.dialogues)
     folds = folds_of("redial", cases.clusters)
@@ -287,7 +287,7 @@ def mixed(
         out[case, cases.named[row]] = True
     every = counted(cases, size, np.ones(len(names), dtype=bool))
     for fold in range(FOLDS):
-        # What is counted for the fit knows nothing of the dialogues that judge it.
+        # Counts for the fit exclude the evaluated dialogues.
         within = counted(cases, size, np.array([fold_of.get(name) != fold for name in names]))
         by_fold = learned(fold)
         judge = np.flatnonzero(folds == fold)
@@ -308,7 +308,7 @@ def mixed(
 def _known(
     cases: Cases, chosen: NDArray[np.int64], said: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
 ) -> tuple[Cells, NDArray[np.bool_]]:
-    """Return the candidates of cases with the scores of the parts, and which items they are, shape (n, items)."""
+    """Return the candidates of cases with the members' scores, and their mask, shape (n, items)."""
     kinds, able = {**KINDS, **LEARNED}, ~out[chosen]
     starts = np.concatenate([[0], np.cumsum(able.sum(axis=1))])
     raw = np.stack([said[part][cases.rows[chosen]][able].astype(np.float32) for part in parts])
@@ -317,11 +317,11 @@ def _known(
     return Cells(tuple(parts), tuple(kinds[part] for part in parts), starts, raw, had, truth), able
 
 
-# --------------------------------------------------------------------------- all of it
+# --------------------------------------------------------------------------- main
 
 
 def row_of(name: str, found: Mapping[int, NDArray[np.float64]], clusters: Sequence[str]) -> dict[str, Any]:
-    """Return one row of the table, with intervals over dialogues."""
+    """Return the results of one model, with intervals over dialogues."""
     row: dict[str, Any] = {"row": name}
     for k, values in found.items():
         each = interval(values, resamples=2000, seed=0, users=clusters)
@@ -336,7 +336,7 @@ def _wanted(talks: Sequence[Turn]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write what came out."""
+    """Evaluate, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.redial")
     parser.add_argument("target", type=Path)
     parser.add_argument("--named", type=int, default=100)

@@ -1,4 +1,4 @@
-"""Parts of `eval.benchmarks.redial` that learn from dialogues, and a language model that names titles."""
+"""Models of `eval.benchmarks.redial` that are trained on dialogues, and a language model that generates titles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from eval.benchmarks.redial import Cases
 
 TALKS = 1000
-"""Simulated conversations that are learned from."""
+"""Number of simulated conversations for training."""
 MODEL, BEAMS = "SmolLM2-135M-Instruct", 50
 _ASK = "{said}\n\nWhich film should be recommended now? Answer with its title alone."
 # Below any log-likelihood that a search finds.
@@ -40,12 +40,12 @@ Floats = NDArray[np.float32]
 
 
 class OtherDialogues:
-    """Dual encoders that are learned from the dialogues of some folds.
+    """Dual encoders trained on the dialogues of some folds.
 
     Args:
-        cases: What is asked; vectors of turns and of items are by the untrained encoder.
-        turns: Shape (turns, d).
-        items: Shape (items, d).
+        cases: The cases.
+        turns: Vectors of turns by the frozen encoder, shape (turns, d).
+        items: Vectors of items by the frozen encoder, shape (items, d).
     """
 
     def __init__(self, cases: Cases, turns: Floats, items: Floats) -> None:
@@ -53,7 +53,7 @@ class OtherDialogues:
         goals: dict[str, set[int]] = {}
         for dialogue, target in zip(cases.clusters, cases.targets, strict=True):
             goals.setdefault(dialogue, set()).add(int(target))
-        # What the dialogue ends in elsewhere, and what was named before, are no wrong answers.
+        # Other targets of the dialogue, and items mentioned before, are not negatives.
         apart = [
             frozenset(goals[dialogue] | set(cases.named[row])) - {int(target)}
             for dialogue, row, target in zip(cases.clusters, cases.rows, cases.targets, strict=True)
@@ -63,18 +63,18 @@ class OtherDialogues:
         self._known: dict[frozenset[int], DualEncoder] = {}
 
     def learns(self, without: frozenset[int]) -> NDArray[np.int64]:
-        """Return the cases that are learned from where some folds are left out."""
+        """Return the training cases without some folds."""
         return np.flatnonzero(~np.isin(self.folds, list(without)))
 
     def scores(self, judged: int) -> Floats:
-        """Return scores for the judging of a fold, and for the fit of its weights by the others, shape (turns, items).
+        """Return scores for evaluating a fold, and for fitting its weights on the others, shape (turns, items).
 
-        Those of a fold are by an encoder that has learned from neither that fold nor the judged one.
+        The encoder that scores a fold for the fit is trained neither on that fold nor on the evaluated one.
         """
         return self._joined(lambda fold: frozenset((judged, fold)))
 
     def alone(self) -> Floats:
-        """Return the scores of every fold by the encoder that has learned from all others, shape (turns, items)."""
+        """Return the scores of every fold by the encoder trained on all others, shape (turns, items)."""
         return self._joined(lambda fold: frozenset((fold,)))
 
     def _joined(self, without: Callable[[int], frozenset[int]]) -> Floats:
@@ -91,7 +91,7 @@ class OtherDialogues:
 
 
 def exchanged_items(items: Sequence[Item]) -> NDArray[np.int64]:
-    """Return for each item another one, whose text is taken for its own: one with a page where it has a page."""
+    """Return for each item another one, whose text replaces its text: one with a page if it has a page."""
     order = np.argsort(hash64("redial texts", 0, [item.item_id for item in items]), kind="stable")
     found = np.empty(len(items), dtype=np.int64)
     paged = np.array(["facts" in items[place].fields for place in order])
@@ -102,7 +102,7 @@ def exchanged_items(items: Sequence[Item]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Unknowing:
-    """A recommender that knows no item, so that what the rules of a conversation leave stands as in the catalogue."""
+    """A recommender with equal scores, so that items matching the rules are in catalogue order."""
 
     rules: Rules = field(default_factory=Rules)
 
@@ -116,11 +116,11 @@ class Unknowing:
 
 
 def synthetic(items: Sequence[Item], told: Floats) -> tuple[DualEncoder, list[Turn]]:
-    """Return a dual encoder that is learned from simulated conversations over the items with facts, and these.
+    """Return a dual encoder trained on simulated conversations over the items with facts, and these.
 
     Args:
         items: All items.
-        told: Their vectors, shape (items, d).
+        told: Vectors of the items, shape (items, d).
     """
     films = {item.item_id: item for item in items if "facts" in item.fields}
     facts = Facts(films)
@@ -130,12 +130,12 @@ def synthetic(items: Sequence[Item], told: Floats) -> tuple[DualEncoder, list[Tu
 
 
 def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floats:
-    """Return log-likelihoods of the titles that a language model names, and one that is lower for all others.
+    """Return the log-likelihoods of the titles that a language model generates; a lower value for all others.
 
     Args:
-        cases: What is asked.
-        names: Titles of all items; items that are called the same share a place.
-        chosen: The cases that are asked.
+        cases: The cases.
+        names: Titles of all items; items with the same title have the same score.
+        chosen: The cases to evaluate.
 
     Returns:
         Shape (chosen, items).

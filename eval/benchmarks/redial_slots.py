@@ -1,6 +1,6 @@
-"""Slots: what `llmrec.chat.reading` reads in users' turns of 77 dialogues of IARD, against gold.
+"""Slot filling by `llmrec.chat.reading` in users' turns of 77 dialogues of IARD, compared with gold annotations.
 
-Cai and Chen (UMAP 2020) annotated them; they are dialogues of ReDial. `eval.benchmarks.redial` counts them.
+IARD (Cai and Chen, UMAP 2020) annotates dialogues of ReDial. Used by `eval.benchmarks.redial`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from llmrec.types import Item
 
 SLOTS = {"genres": "GENRE", ITEM: "TITLE", "cast": "ACTOR", "year": "YEAR"}
 PLACE = re.compile(r"\s*\([^()]*\)\s*$")
-"""What tells titles apart that are called the same."""
+"""Suffixes that distinguish equal titles."""
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Read a packed file of JSON lines."""
+    """Read a compressed file of JSON lines."""
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def slots(folder: Path, items: Sequence[Item]) -> tuple[list[dict[str, Any]], int]:
-    """Return precision and recall of what rules read in users' turns, by slot, and how many turns there are."""
+    """Return precision and recall of the rules in users' turns, by slot, and the number of turns."""
     reader = Reader(Facts({item.item_id: item for item in items}))
     titles = {item.item_id: item.title for item in items}
     right: Counter[str] = Counter()
@@ -77,9 +77,9 @@ def _slot(name: str, right: int, read: int, gold: int) -> dict[str, Any]:
 
 
 def _plain(slot: str, value: str, reader: Reader) -> str:
-    """Return a value as it is compared: a genre as the catalogue has it, a title without what tells it apart."""
+    """Normalise a value for comparison: a genre as in the catalogue, a title without a distinguishing suffix."""
     if slot == "YEAR":
-        # A decade and its first year are one.
+        # A decade and its first year are equal.
         digits = re.sub(r"\D", "", value)[-2:]
         return digits
     key = title_key(PLACE.sub("", value))

@@ -1,10 +1,10 @@
-"""``llmrec refresh`` on 1,000 new items of Amazon 2014 Toys: what it takes, and whether everybody gives the same lists.
+"""Times ``llmrec refresh`` with 1,000 new items of Amazon 2014 Toys, and compares lists of all ways to rank.
 
-``LLMREC_DATA=folder python -m eval.benchmarks.refresh_items eval/results/refresh_items.json`` takes 1,000 items and all
-that was done with them out of the data, writes a recipe of classic recommenders over the rest, and brings the items in
-with ``llmrec refresh --items``. Nothing is evaluated: what a refreshed folder says is no measurement. Lists of ten for
-the first users come from the ranking that evaluation uses over a recommender that is fitted to the folder's data, from
-``llmrec.load``, from ``llmrec rank --all-users``, and from a service; and their items are compared one by one.
+``LLMREC_DATA=folder python -m eval.benchmarks.refresh_items eval/results/refresh_items.json`` removes 1,000 items and
+their interactions from the data, writes a recipe with baselines over the rest, and adds the items with ``llmrec refresh
+--items``. Quality is not evaluated. Lists of ten for the first users come from the ranking of the evaluation over a
+recommender fitted to the folder's data, from ``llmrec.load``, from ``llmrec rank --all-users``, and from a service;
+their items are compared one by one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Lists = dict[str, list[str]]
 
 
 def without(whole: Dataset, count: int, folder: Path) -> list[str]:
-    """Write data without some items, the recipe over them and a table of the items; return what is left out."""
+    """Write data without some items, the recipe for them and a table of the items; return the removed items."""
     names = np.array(sorted(whole.items))
     new: list[str] = names[np.argsort(hash64("new items", 0, names.tolist()), kind="stable")[:count]].tolist()
     rows = whole.interactions.filter(~pl.col("item_id").cast(pl.String).is_in(new))
@@ -70,12 +70,12 @@ def without(whole: Dataset, count: int, folder: Path) -> list[str]:
 
 
 def by_evaluation(live: Path, model: str, users: Sequence[str]) -> Lists:
-    """Return the lists that evaluation ranks, with the data of a refreshed folder."""
+    """Return the lists of the evaluation, with the data of a refreshed folder."""
     data = carried(live, seed=0)
     assert data is not None
     scorer = fitted(model, {}, data, seed=0)
     target = sorted(data.dataset.items)[0]
-    # The truth can always be ranked, so that it is an item that the user has not had.
+    # The truth is always ranked, so it must be an unseen item.
     cases = []
     for user in users:
         history = data.train_events(user)
@@ -104,7 +104,7 @@ def served(live: Path, store: Path) -> Iterator[TestClient]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Refresh, ask everybody, and write."""
+    """Refresh, rank in all ways, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.refresh_items")
     parser.add_argument("target", type=Path)
     parser.add_argument("--items", type=int, default=1000)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def asked(folder: Path, count: int, new: set[str]) -> dict[str, Any]:
-    """Ask everybody for the lists of the first users."""
+    """Return the lists of the first users from all ways to rank."""
     live, rows, seconds = folder / "live", [], {}
     begin = time.process_time()
     with llmrec.load(str(live), models=MODELS) as rec, served(live, folder / "service.sqlite") as client:
@@ -162,7 +162,7 @@ def asked(folder: Path, count: int, new: set[str]) -> dict[str, Any]:
 
 
 def shown(lists: Mapping[str, Sequence[str]], new: set[str]) -> dict[str, Any]:
-    """Return how often new items are in lists: share of places, share of lists with one, and how many different."""
+    """Return the share of new items in lists, the share of lists with one, and the number of different new items."""
     places = [item in new for own in lists.values() for item in own]
     return {
         "new_places": round(float(np.mean(places)), 4),

@@ -1,13 +1,12 @@
-"""Times rollouts over a catalogue beside transformers' ``generate`` with a prefix function, as GRPO trainers use it.
+"""Times rollouts over a catalogue, compared with transformers' ``generate`` with a prefix function as in GRPO trainers.
 
-``python -m eval.benchmarks.rollouts eval/results/rollouts.json``. Both sides draw as many items for the same prompts
-from the same made model, of 41 million random weights, in turn in one process with one thread (``--prompts 8 --rounds
-3``); the minimum and the median of the rounds are kept, and the load of the machine around them. Random weights are
-right for speed and say nothing of quality. ``BENCH_CLOCK=processor`` counts the processor's time, for a machine that
-others use.
+``python -m eval.benchmarks.rollouts eval/results/rollouts.json``. Both sample the same number of items for the same
+prompts from the same model with 41 million random weights, alternately in one process with one thread (``--prompts 8
+--rounds 3``); the minimum and the median of the rounds are stored, with the load of the machine. Random weights suffice
+for timing. ``BENCH_CLOCK=processor`` measures processor time, for a busy machine.
 
-``--vllm`` draws them with vLLM too, from the same weights and an empty prefix cache. Its engine is another process, so
-that the clock must be the wall's.
+``--vllm`` adds vLLM, with the same weights and an empty prefix cache. Its engine is another process, which requires
+wall-clock time.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vllm", action="store_true", help="with vLLM too, which must be installed")
+    parser.add_argument("--vllm", action="store_true", help="add vLLM, which must be installed")
     options = parser.parse_args(arguments)
     if options.vllm and os.environ.get("BENCH_CLOCK") == "processor":
-        parser.error("--vllm works in another process, whose time BENCH_CLOCK=processor does not see; unset it")
+        parser.error("--vllm uses another process, which BENCH_CLOCK=processor does not measure; unset it")
     torch.set_num_threads(1)
     quiet_libraries()
     model, codes, asked = made_model(torch.float32), made_codes(), prompts(options.prompts, LENGTH)
@@ -115,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def vllm_trees(model: Any, codes: Sequence[tuple[int, ...]]) -> Iterator[Callable[[], TreeEngine]]:
-    """Start vLLM on the model, and have a function that empties its cache and returns a tree engine over it."""
+    """Start vLLM with the model, and yield a function that clears its cache and returns a tree engine."""
     from eval.benchmarks.search_vllm import Given
     from llmrec.backends.vllm.backend import VLLMBackend
     from tests.conftest import make_tokenizer

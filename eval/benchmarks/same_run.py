@@ -1,12 +1,12 @@
-"""Shows whether two versions of the code behave alike.
+"""Compares the behaviour of two versions of the code.
 
-``python -m eval.benchmarks.same_run record OUT`` runs a fixed list of scenarios on small data that it makes itself, and
-writes what it prints and leaves behind to ``OUT/NAME.txt``. Only the command line, HTTP and the functions of
-``llmrec`` are used, so the same script records any checkout: ``PYTHONPATH=CHECKOUT python same_run.py record OUT``.
-Scenarios that are already there are kept, unless ``--again`` is given; ``--only NAME`` names some of them.
+``python -m eval.benchmarks.same_run record OUT`` runs a fixed list of scenarios on small synthetic data, and writes
+their output and files to ``OUT/NAME.txt``. Only the command line, HTTP and the functions of ``llmrec`` are used, so the
+same script records any checkout: ``PYTHONPATH=CHECKOUT python same_run.py record OUT``. Recorded scenarios are kept,
+unless ``--again`` is given; ``--only NAME`` selects scenarios.
 
-``python -m eval.benchmarks.same_run compare ONE TWO`` prints what differs between two such folders, or between two run
-folders, and ends with exit code 1 if anything does.
+``python -m eval.benchmarks.same_run compare ONE TWO`` prints the differences between two such folders, or between two
+run folders, with exit code 1 if there are any.
 
 Times, costs, paths, versions and hashes are left out: they may differ between two recordings of the same code.
 """
@@ -41,9 +41,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Seconds that one step may take.
+# Time limit of one step in seconds.
 LIMIT = 400
-# Rows of a table that are written out; of longer ones the columns have a hash.
+# Maximum number of table rows to record; longer tables are recorded as hashes of columns.
 ROWS = 2000
 # The head of a section of a recording.
 HEAD = "##### "
@@ -84,7 +84,7 @@ _PATTERNS = tuple(
 
 
 def normal(text: str, folders: dict[str, str] | None = None) -> str:
-    """Return a text without what differs between two recordings of the same code; ``folders`` have names."""
+    """Remove differences between two recordings of the same code from a text; ``folders`` have names."""
     for folder, name in (folders or {}).items():
         text = text.replace(folder, name)
     for pattern, mark in _PATTERNS:
@@ -93,7 +93,7 @@ def normal(text: str, folders: dict[str, str] | None = None) -> str:
 
 
 def bare(value: Any) -> Any:
-    """Return JSON without the keys that hold times, costs, versions and hashes."""
+    """Return JSON without keys of times, costs, versions and hashes."""
     if isinstance(value, dict):
         # peft writes the names of layers as a set.
         return {
@@ -136,7 +136,7 @@ def _json(text: str, indent: int | None = 1) -> str:
 
 
 def _page(text: str) -> str:
-    """Return a page with a line for each tag, without plots over time and columns of times."""
+    """Return an HTML page with one line per tag, without plots over time and columns of times."""
 
     def table(match: re.Match[str]) -> str:
         rows = re.findall(r"<tr.*?</tr>", match[0], re.DOTALL)
@@ -213,12 +213,12 @@ def _bytes() -> Any:
 
 @dataclass
 class Recorder:
-    """Runs the steps of one scenario in processes of their own, and keeps what they print.
+    """Runs the steps of one scenario in separate processes, and records their output.
 
     Attributes:
-        folder: The folder of the scenario, below the working folder of all of them.
-        folders: Absolute paths and what stands for them.
-        sections: Head and text of what was recorded.
+        folder: The folder of the scenario, in the common working folder.
+        folders: Absolute paths and their placeholders.
+        sections: Head and text of the recorded sections.
     """
 
     folder: Path
@@ -226,21 +226,21 @@ class Recorder:
     sections: list[tuple[str, str]] = field(default_factory=list)
 
     def note(self, head: str, text: str) -> None:
-        """Keep a text under a head."""
+        """Record a text under a head."""
         self.sections.append((normal(head, self.folders), normal(text, self.folders)))
 
     def cli(self, *args: object, json_output: bool = False, stdin: str = "") -> int:
-        """Run ``python -m llmrec ARGS`` and keep its exit code and output."""
+        """Run ``python -m llmrec ARGS`` and record its exit code and output."""
         words = [str(arg) for arg in args]
         head = "llmrec " + " ".join(words)
         return self._step(head, lambda: _llmrec(words), json_output=json_output, stdin=stdin)
 
     def python(self, head: str, work: Callable[[], object]) -> int:
-        """Run a function and keep what it prints."""
+        """Run a function and record its output."""
         return self._step(head, work)
 
     def show(self, *patterns: str, under: str = "") -> None:
-        """Keep the names of the files of a folder of the scenario, and the content of those that match a pattern."""
+        """Record the names of the files in a folder, and the content of those that match a pattern."""
         top = self.folder / under if under else self.folder
 
         def work() -> None:
@@ -320,7 +320,7 @@ class Service:
         raise RuntimeError("the service is not ready")
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> None:
-        """Send a request and keep status and body of the answer; ``body`` is JSON, or bytes as they are."""
+        """Send a request and record status and body of the response; ``body`` is JSON or bytes."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} | {
             name.replace("_", "-"): value for name, value in headers.items()
@@ -350,9 +350,9 @@ def _llmrec(words: list[str]) -> None:
 
 
 def forked(work: Callable[[], object], stdin: str = "", limit: int = LIMIT) -> tuple[int, str, str]:
-    """Do some work in a process of its own; return its exit code, output and error stream.
+    """Run a function in a separate process; return its exit code, output and error stream.
 
-    The process is a copy of this one, which has imported torch already.
+    The process is a fork of this one, which has already imported torch.
     """
     pid, files = _start(work, stdin, limit)
     _, status = os.waitpid(pid, 0)
@@ -400,12 +400,12 @@ _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 Scenario = Callable[[Recorder], None]
 SCENARIOS: dict[str, Scenario] = {}
-# Scenarios whose files others read.
+# Scenarios whose files are inputs of others.
 NEEDS: dict[str, tuple[str, ...]] = {}
 
 
 def scenario(*needs: str) -> Callable[[Scenario], Scenario]:
-    """Add a function to the scenarios; ``needs`` are those whose files it reads."""
+    """Register a scenario; ``needs`` are the scenarios whose files it reads."""
 
     def add(function: Scenario) -> Scenario:
         name = function.__name__.replace("_", "-")
@@ -427,7 +427,7 @@ DATA = (
 
 
 def films() -> list[dict[str, str]]:
-    """Return 80 made items."""
+    """Return 80 synthetic items."""
     return [
         {
             "item_id": f"f{number + 1:02}",
@@ -440,7 +440,7 @@ def films() -> list[dict[str, str]]:
 
 
 def events() -> list[dict[str, str]]:
-    """Return the made events of 60 users with two favourite genres each, in order of time."""
+    """Return synthetic interactions of 60 users with two favourite genres each, by time."""
     dice = random.Random("same run")
     rows = []
     for user in range(60):
@@ -457,7 +457,7 @@ def events() -> list[dict[str, str]]:
 
 
 def reviews() -> Iterator[dict[str, object]]:
-    """Return the events that have a review, in the form of Amazon's reviews of 2014."""
+    """Return the interactions with a review, in the format of Amazon's 2014 reviews."""
     for event in events():
         if event["review"]:
             head, _, tail = event["review"].partition(": ")
@@ -474,7 +474,7 @@ def reviews() -> Iterator[dict[str, object]]:
 
 
 def requests() -> list[dict[str, Any]]:
-    """Return requests for ranked lists: known, unknown and cold users, and two that fail."""
+    """Return requests for ranked lists: known, unknown and cold-start users, and two that fail."""
     titles = {film["item_id"]: film["title"] for film in films()}
     ids = list(titles)
     rows: list[dict[str, Any]] = [
@@ -495,7 +495,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def write_requests(folder: Path) -> None:
-    """Write the requests in the formats that are read, and questions about one item each."""
+    """Write the requests in all supported formats, and requests about one item each."""
     import polars as pl
 
     rows = requests()
@@ -766,7 +766,7 @@ BROKEN: dict[str, bytes] = {
     "page.csv": b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n",
     "not.xlsx": b"PK\x03\x04",
 }
-# What is refused in a recipe.
+# Invalid recipe keys.
 WRONG = (
     ("tasks.sequentail={}",),
     ("train.steps=many",),
@@ -788,14 +788,14 @@ WRONG = (
     ("eval",),
 )
 
-# What a reader of a run folder looks at; the other files of one are notes of llmrec to itself.
+# User-visible files of a run folder; the others are internal.
 RUN = ("results.json", "predictions.parquet", "candidates/*.parquet", "recipe.yaml", "audit.json", "train_log.jsonl",
        "report/*.md", "report/*.csv", "report/*.html")  # fmt: skip
 
 
 @scenario()
 def inputs(t: Recorder) -> None:
-    """The tables, the recipes and the model that all others read."""
+    """The tables, the recipes and the model that all other scenarios use."""
     write_csv(t.folder / "events.csv", events())
     write_csv(t.folder / "films.csv", films())
     with gzip.open(t.folder / "reviews.json.gz", "wt", encoding="utf-8") as stream:
@@ -836,7 +836,7 @@ def reviewing(t: Recorder) -> None:
 
 @scenario("inputs")
 def codes(t: Recorder) -> None:
-    """Items as codes: an index, constrained search over the catalogue, and alignment."""
+    """Semantic IDs: an index, constrained search over the catalogue, and alignment."""
     t.cli("index", "inputs/codes.yaml")
     for scheme in ("sequential", "random", "collaborative", "category", "token", "title"):
         more = ["index.category.fields=[genre]"] if scheme == "category" else []
@@ -864,7 +864,7 @@ def networks(t: Recorder) -> None:
 
 @scenario("inputs", "tuned")
 def training(t: Recorder) -> None:
-    """Ways to train: all weights, a head, rows side by side, early stopping, and preferences after a first stage."""
+    """Training methods: all weights, a head, packing, early stopping, and preferences after a first stage."""
     one = ("tasks={sequential: {}}", "eval.arms=[tuned]", "eval.fusion={controls: true}", "eval.shots={}")
     for name, words in (
         ("full", (*one, "train.method=full", "train.lora=null", "train.packing=tree")),
@@ -879,7 +879,7 @@ def training(t: Recorder) -> None:
 
 @scenario("inputs")
 def checking(t: Recorder) -> None:
-    """What `check` says of good recipes, and what it refuses."""
+    """`check` of valid and invalid recipes."""
     for name in RECIPES:
         t.cli("check", f"inputs/{name}.yaml")
     t.cli("check", "inputs/tuned.yaml", "--dry-run")
@@ -894,7 +894,7 @@ def checking(t: Recorder) -> None:
 
 @scenario("inputs")
 def showing(t: Recorder) -> None:
-    """What `data`, `prompts` and `schema` print."""
+    """Output of `data`, `prompts` and `schema`."""
     splits = ("leave_one_out", "last_share", "last_basket", "global_time", "user_disjoint", "prefix", "cold_items")
     for split in splits:
         t.cli("data", "inputs/classic.yaml", f"data.split.kind={split}")
@@ -911,7 +911,7 @@ def showing(t: Recorder) -> None:
 
 @scenario("inputs")
 def starting(t: Recorder) -> None:
-    """What `init` makes of good tables."""
+    """`init` of valid tables."""
     lines = (t.folder.parent / "inputs/events.csv").read_text(encoding="utf-8").splitlines()
     renamed = ["Kunde;Artikel;Name;Sparte;Jahr;Sterne;Datum;Text", *(line.replace(",", ";") for line in lines[1:])]
     (t.folder / "german.csv").write_text("\n".join(renamed), encoding="utf-8")
@@ -931,7 +931,7 @@ def starting(t: Recorder) -> None:
 
 @scenario("inputs")
 def reading(t: Recorder) -> None:
-    """The errors of tables with a fault, by `init` and by a recipe."""
+    """The errors of malformed tables, by `init` and by a recipe."""
     words = ("--force", "--user", "user_id", "--item", "item_id")
     for name, content in BROKEN.items():
         (t.folder / name).write_bytes(content)
@@ -944,7 +944,7 @@ def reading(t: Recorder) -> None:
 
 @scenario("inputs", "classic", "tuned", "codes")
 def ranking(t: Recorder) -> None:
-    """Ranked lists by every kind of model, of every format of requests."""
+    """Ranked lists by every kind of model, for every request format."""
     tuned = ("rank", "--model", "tuned/run", "--backend", "hf")
     for kind in ("jsonl", "csv", "parquet"):
         t.cli(*tuned, "--in", f"inputs/requests.{kind}", "--out", f"ranking/tuned-{kind}.jsonl")
@@ -991,7 +991,7 @@ def predicting(t: Recorder) -> None:
 
 @scenario("inputs", "ranking")
 def scoring(t: Recorder) -> None:
-    """Ranked lists against what is relevant."""
+    """Scores of ranked lists."""
     truth = ("--truth", "inputs/truth.csv", "--resamples", "50")
     t.cli("score", "ranking/tuned-csv.jsonl", *truth)
     t.cli("--json", "score", "ranking/tuned-csv.jsonl", "ranking/joined.jsonl", *truth, json_output=True)
@@ -1009,7 +1009,7 @@ def scoring(t: Recorder) -> None:
 
 @scenario("inputs", "classic", "tuned")
 def serving(t: Recorder) -> None:
-    """Every route of a service once, what it refuses, and its tools for agents."""
+    """Every route of a service, its errors, and its tools for agents."""
     shutil.copytree("tuned/run", t.folder / "run")
     names = [word for name in ("tuned", "fusion", "item-knn", "popularity") for word in ("--models", name)]
     with t.serve("serving/run", "--backend", "hf", "--store", "serving/store.sqlite", "--mcp", *names) as http:
@@ -1089,7 +1089,7 @@ def serving(t: Recorder) -> None:
 
 @scenario("inputs", "classic")
 def keys(t: Recorder) -> None:
-    """A service behind keys, with rules, and of a classic recommender alone."""
+    """A service with API keys and rules, and one with a baseline only."""
     made = []
     for words in (("somebody",), ("boss", "--admin")):
         code, out, _ = forked(lambda words=words: _llmrec(["serve-key", "keys/keys.json", *words]))
@@ -1230,7 +1230,7 @@ def features(t: Recorder) -> None:
 
 @scenario("inputs")
 def augmenting(t: Recorder) -> None:
-    """Texts that a language model writes, in one process and in shards, and its control."""
+    """Texts by a language model, in one process and in shards, and their baseline."""
     for words in ((), ("--shard", "1/2"), ("--shard", "2/2")):
         folder = "shards" if words else "whole"
         t.cli("augment", "inputs/augment.yaml", "--out", f"augmenting/{folder}", *words)
@@ -1284,7 +1284,7 @@ def suites(t: Recorder) -> None:
 
 @scenario("inputs", "classic")
 def refreshing(t: Recorder) -> None:
-    """New events and items for a folder that is served."""
+    """New interactions and items for a served folder."""
     late = [{**event, "user_id": f"n{event['user_id'][1]}"} for event in events()[:40]]
     write_csv(t.folder / "late.csv", late)
     words = ("refresh", "classic/run", "--events", "refreshing/late.csv", "--out", "refreshing/live")
@@ -1364,7 +1364,7 @@ def python(t: Recorder) -> None:
 
 
 def record(out: Path, names: Sequence[str], *, again: bool) -> None:
-    """Record scenarios; those that are there are kept unless ``again``."""
+    """Record scenarios; recorded ones are kept unless ``again``."""
     checkout = _checkout()
     work = out.resolve() / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -1427,7 +1427,7 @@ def _environment(checkout: Path, work: Path) -> None:
 
 
 def _import() -> None:
-    """Import what takes seconds once, before any process is copied; nothing of it may start a thread."""
+    """Import slow libraries once, before forking; the imports must not start threads."""
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers
@@ -1456,7 +1456,7 @@ def sections(path: Path) -> dict[str, str]:
 
 
 def recorded(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the sections of each scenario of a recording, or the files of a run folder as those of one."""
+    """Return the sections of each scenario of a recording, or the files of a run folder as one scenario."""
     if (folder / "results.json").is_file():
         files = ("results.json", "predictions.parquet", "adapter/adapter_model.safetensors")
         folders = {str(folder.resolve()): "RUN", str(folder): "RUN"}
@@ -1468,7 +1468,7 @@ def recorded(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def differences(one: Path, other: Path, lines: int = 12) -> list[str]:
-    """Return what differs between two recordings or two run folders, with the first lines of each difference."""
+    """Return the differences between two recordings or two run folders, with the first lines of each."""
     first, second = recorded(one), recorded(other)
     result = [f"{name}: only in {one if name in first else other}" for name in sorted(first.keys() ^ second.keys())]
     for name in sorted(first.keys() & second.keys()):
@@ -1491,14 +1491,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Record scenarios, or compare two recordings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="run the scenarios and write what they answer")
+    recording = commands.add_parser("record", help="run the scenarios and write their output")
     recording.add_argument("out", type=Path)
     recording.add_argument("--only", nargs="+", default=(), choices=list(SCENARIOS), metavar="NAME")
-    recording.add_argument("--again", action="store_true", help="also those that are there")
-    comparing = commands.add_parser("compare", help="print what differs; exit code 1 if anything does")
+    recording.add_argument("--again", action="store_true", help="also recorded scenarios")
+    comparing = commands.add_parser("compare", help="print the differences; exit code 1 if there are any")
     comparing.add_argument("one", type=Path)
     comparing.add_argument("two", type=Path)
-    comparing.add_argument("--lines", type=int, default=12, help="of each difference")
+    comparing.add_argument("--lines", type=int, default=12, help="lines per difference")
     given = parser.parse_args(arguments)
     if given.command == "record":
         record(given.out, given.only, again=given.again)

@@ -1,19 +1,19 @@
-"""Times the search of a catalogue, and the scores of candidates, beside the usual ways with transformers.
+"""Times catalogue search and candidate scoring, compared with common implementations with transformers.
 
-``python -m eval.benchmarks.search eval/results/search.json``. Both sides use the same made model, of 41 million random
-weights, and the same threads, alternately in one process; the minimum and the median of the rounds are kept, and a goal
-is met only if both meet it. Random weights are right for speed and say nothing of quality.
+``python -m eval.benchmarks.search eval/results/search.json``. All use the same model with 41 million random weights and
+the same threads, alternately in one process; the minimum and the median of the rounds are stored, and a goal is met
+only if both meet it. Random weights suffice for timing.
 
-- beam: 8 users, prompts of 200 tokens, 10,000 codes of 4 tokens that part at every token, 20 beams; beside ``generate``
-  with a prefix function.
-- limit: the same, beside one plain forward pass over no more tokens than any exact search must read.
-- scoring: 100 candidates of one user, beside a forward for each.
-- warm: a user with one new event, beside the same search with nothing kept from before.
-- catalogue: making the tree of a million items, and what a step of the search costs over ten thousand and a million.
-- exact: how often 20 beams come with a proof, and how many it takes otherwise.
+- beam: 8 users, prompts of 200 tokens, 10,000 codes of 4 tokens that branch at every token, 20 beams; compared with
+  ``generate`` with a prefix function.
+- limit: the same, compared with one plain forward pass over the minimum number of tokens of an exact search.
+- scoring: 100 candidates of one user, compared with one forward pass each.
+- warm: a user with one new interaction, compared with the same search without a prefix cache.
+- catalogue: building the tree of a million items, and the cost of a search step over ten thousand and a million items.
+- exact: how often 20 beams are proven exact, and the required number of beams otherwise.
 
-Names of parts behind the file measure these alone and leave the others as they stand; ``BENCH_CLOCK=processor`` counts
-the processor's time, for a machine that others use.
+Section names after the file measure only these and keep the others; ``BENCH_CLOCK=processor`` measures processor time,
+for a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
+# Waiting threads sleep: on a busy machine spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -53,7 +53,7 @@ EACH, EACH_SHORT = "a forward a candidate", "a forward a candidate, few logits"
 
 
 def made_model(dtype: torch.dtype) -> Any:
-    """Return the model of these measurements."""
+    """Return the model for the measurements."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=33_024,
@@ -71,13 +71,13 @@ def made_model(dtype: torch.dtype) -> Any:
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Ordinary tokens by chance."""
+    """Random text tokens."""
     found: list[list[int]] = np.random.default_rng(seed).integers(0, FIRST, (count, length)).tolist()
     return found
 
 
 def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
-    """A search of a batch, beside ``generate``."""
+    """Search of a batch, compared with ``generate``."""
     codes, asked = made_codes(), prompts(USERS, PROMPT)
     tree, trie = Catalogue.of(codes), peers.Trie(codes)
     engine = MaskedTree(model, 0)
@@ -106,7 +106,7 @@ def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
 
 
 def measure_limit(model: Any) -> dict[str, Any]:
-    """The same search, beside the tokens and rows of logits that no exact search can do without."""
+    """The same search, compared with the minimum tokens and logit rows of an exact search."""
     codes, asked = made_codes(), prompts(USERS, PROMPT)
     tree, engine = Catalogue.of(codes), MaskedTree(model, 0)
     beam(engine, tree, asked, k=WIDTH, width=WIDTH)
@@ -132,7 +132,7 @@ def measure_limit(model: Any) -> dict[str, Any]:
 def agreement(
     codes: Sequence[peers.Path], ours: Sequence[SearchResult], theirs: Sequence[dict[peers.Path, float]]
 ) -> dict[str, float]:
-    """How many items both lists hold, and how far their scores are apart."""
+    """The number of common items of two lists, and the difference of their scores."""
     shared, apart = [], 0.0
     for mine, other in zip(ours, theirs, strict=True):
         scores = {codes[item]: value for item, value in zip(mine.items, mine.scores, strict=True)}
@@ -143,7 +143,7 @@ def agreement(
 
 
 def plain_forwards(model: Any, asked: Sequence[Sequence[int]], behind: int) -> None:
-    """Plain causal forwards over as many tokens and rows of logits as an exact search cannot do without."""
+    """Plain causal forward passes over the minimum tokens and logit rows of an exact search."""
     rows = torch.tensor([[*prompt, *prompt[:behind]] for prompt in asked])
     with torch.inference_mode():
         hidden = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
@@ -152,7 +152,7 @@ def plain_forwards(model: Any, asked: Sequence[Sequence[int]], behind: int) -> N
 
 
 class TokenIds:
-    """Stands in for an encoder: prompts and candidates are token ids already."""
+    """Replaces an encoder: prompts and candidates are token ids."""
 
     def prompt(self, prompt: Any) -> list[int]:
         return list(prompt)
@@ -162,7 +162,7 @@ class TokenIds:
 
 
 def measure_scoring(model: Any, precise: Any) -> dict[str, Any]:
-    """The likelihood of candidates, beside a forward for each."""
+    """Candidate scoring, compared with one forward pass each."""
     codes, dice = made_codes(), np.random.default_rng(1)
     (asked,) = prompts(1, PROMPT, seed=1)
     tails = [codes[n] for n in dice.choice(len(codes), CANDIDATES, replace=False)]
@@ -193,7 +193,7 @@ def difference(one: Sequence[float], two: Sequence[float]) -> float:
 
 
 def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
-    """A search behind a prompt that grew by an event, beside one from nothing."""
+    """Search after a prompt that grew by one interaction, compared with a search without a prefix cache."""
     found, goals, same = {}, {}, []
     for length in HISTORIES:
         spent: dict[str, list[float]] = {OURS: [], COLD: [], STEPS: []}
@@ -216,7 +216,7 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
 
 
 def warm_and_cold(model: Any, length: int) -> list[tuple[SearchResult, float]]:
-    """Search behind a prompt with and without having read its beginning; each list with its seconds."""
+    """Search after a prompt with and without a cached prefix; return both lists with seconds."""
     tree, kept = Catalogue.of(made_codes()), MaskedTree(model, 0, warm=True)
     (grown,) = prompts(1, length + EVENT, seed=length)
     beam(kept, tree, [grown[:length]], k=FEW, width=FEW)
@@ -229,7 +229,7 @@ def warm_and_cold(model: Any, length: int) -> list[tuple[SearchResult, float]]:
 
 
 def plain_steps(model: Any, length: int) -> float:
-    """Return the seconds of plain forwards over as many tokens as a warm search reads, one after the other."""
+    """Return the seconds of sequential plain forward passes over the tokens of a warm search."""
     (prompt,) = prompts(1, length)
     with torch.inference_mode():
         cache = model.get_decoder()(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""The catalogue and the search without a model behind them: sections of eval/benchmarks/search.py."""
+"""The catalogue and the search without a model: sections of eval/benchmarks/search.py."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MILLION = 1_000_000
 
 
 def made_codes() -> list[tuple[int, ...]]:
-    """10,000 codes of 4 tokens; every token leaves a choice, so none is read without need."""
+    """10,000 codes of 4 tokens that branch at every token."""
     sizes = (20, 20, 5, 5)
     levels = [range(FIRST + LEVEL * n, FIRST + LEVEL * n + size) for n, size in enumerate(sizes)]
     return list(itertools.product(*levels))
 
 
 def random_codes(items: int) -> np.ndarray[Any, Any]:
-    """Different codes of 4 tokens, each of 256 of its own level."""
+    """Distinct random codes of 4 tokens, with 256 tokens per level."""
     numbers = np.random.default_rng(0).choice(LEVEL**4, size=items, replace=False)
     digits = np.stack([(numbers >> shift) & (LEVEL - 1) for shift in (24, 16, 8, 0)], axis=1)
     return (digits + FIRST + LEVEL * np.arange(4)).astype(np.int32)
@@ -38,7 +38,7 @@ def random_codes(items: int) -> np.ndarray[Any, Any]:
 
 
 def measure_catalogue() -> dict[str, Any]:
-    """Making the tree of a million items, and the search alone over ten thousand and a million."""
+    """Building the tree of a million items, and the search without a model over ten thousand and a million items."""
     codes = random_codes(MILLION)
     listed = codes.tolist()
     ways: dict[str, Callable[[], Any]] = {
@@ -68,7 +68,7 @@ def measure_catalogue() -> dict[str, Any]:
 
 
 class Instant:
-    """Log-probabilities by chance, at once; notes how long the search takes between its questions."""
+    """Returns random log-probabilities, and records the time of the search between calls."""
 
     def __init__(self) -> None:
         self.numbers = -np.random.default_rng(0).exponential(size=MILLION)
@@ -98,7 +98,7 @@ class Instant:
 
 
 def measure_steps() -> Summary:
-    """One step between two questions, where as many branches are weighed and opened, whatever the catalogue's size."""
+    """One step between two model calls, with the same number of branches for every catalogue size."""
     ten = np.arange(10, dtype=np.int32)
     trees = {
         f"{10**depth:,} items": Catalogue.of(np.stack(np.meshgrid(*[ten] * depth), axis=-1).reshape(-1, depth))
@@ -114,7 +114,7 @@ def measure_steps() -> Summary:
 
 
 def measure_searches(trees: dict[str, Catalogue]) -> dict[str, Any]:
-    """The whole search alone, over codes by chance; a larger catalogue has more children a node, so more to weigh."""
+    """The whole search without a model, over random codes; a larger catalogue has more children per node."""
     engines = {name: Instant() for name in trees}
 
     def search(name: str) -> Callable[[], Any]:
@@ -133,7 +133,7 @@ def measure_searches(trees: dict[str, Catalogue]) -> dict[str, Any]:
 
 
 class Sharp:
-    """A made model that gives all its mass to codes: logits by chance at every node, of a chosen spread."""
+    """A model with all its probability on codes: random logits at every node, with a given standard deviation."""
 
     def __init__(self, tree: Catalogue, users: int, spread: float) -> None:
         counts = np.diff(tree.firsts)
@@ -150,7 +150,7 @@ class Sharp:
         return self._answers(wanted)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        # Every code parts at every token, so nothing is fed behind a token of the same feed.
+        # Codes branch at every token, so no token depends on another one in the same batch.
         self.nodes = np.concatenate([self.nodes, self._children(fed.parents, fed.tokens)])
         self.users = np.concatenate([self.users, self.users[fed.users]])
         return self._answers(wanted)
@@ -163,13 +163,13 @@ class Sharp:
         return found
 
     def _children(self, parents: Any, tokens: Any) -> Any:
-        # The children of a node of these codes are numbered without gaps.
+        # The children of a node are numbered without gaps.
         firsts = self.tree.firsts[self.nodes[parents]]
         return firsts + tokens - self.tree.tokens(firsts)
 
 
 def measure_exact() -> dict[str, Any]:
-    """Proofs at one width, and the width that proves the rest, for models of rising certainty."""
+    """Share of proofs at one width, and the width for proving the others, for models of increasing certainty."""
     tree, users, rows = Catalogue.of(made_codes()), 200, []
     asked = [(n,) for n in range(users)]
     for spread in (0.5, 1.0, 1.5, 2.0, 3.0):

@@ -1,7 +1,7 @@
-"""What others do with transformers, for eval/benchmarks/search.py and rollouts.py: the usual trie, beams and loops.
+"""Common implementations with transformers, for eval/benchmarks/search.py and rollouts.py: trie, beams and loops.
 
-The trie is the nested dict of OpenP5, MiniOneRec and LC-Rec (GENRE's), which ``generate`` asks for each beam at each
-step through ``prefix_allowed_tokens_fn``. Log-probabilities stay those of the full vocabulary in both ways of search.
+The trie is the nested dict of OpenP5, MiniOneRec and LC-Rec (from GENRE), which ``generate`` queries for each beam at
+each step through ``prefix_allowed_tokens_fn``. Log-probabilities are over the full vocabulary in all implementations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Path = tuple[int, ...]
 
 
 class Trie:
-    """Nested dicts, a level a token."""
+    """Nested dicts, one level per token."""
 
     def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         self.root: dict[int, Any] = {}
@@ -25,7 +25,7 @@ class Trie:
                 level = level.setdefault(token, {})
 
     def get(self, prefix: Sequence[int]) -> list[int]:
-        """Return the tokens that may follow."""
+        """Return the allowed next tokens."""
         level = self.root
         for token in prefix:
             if token not in level:
@@ -37,7 +37,7 @@ class Trie:
 def generate(
     model: Any, trie: Trie, prompts: Sequence[Sequence[int]], *, width: int, length: int
 ) -> list[dict[Path, float]]:
-    """Return for each of equally long prompts the paths that ``generate`` finds, with their log-probabilities."""
+    """Return the paths that ``generate`` finds for prompts of equal length, with their log-probabilities."""
     size, rows = len(prompts[0]), torch.tensor([list(prompt) for prompt in prompts])
     with torch.inference_mode():
         out = model.generate(
@@ -60,7 +60,7 @@ def generate(
 
 
 def sample(model: Any, trie: Trie, prompts: Sequence[Sequence[int]], *, count: int, length: int) -> list[list[Path]]:
-    """Return for each of equally long prompts the paths that ``generate`` samples, equal ones included."""
+    """Return the paths that ``generate`` samples for prompts of equal length, with duplicates."""
     size, rows = len(prompts[0]), torch.tensor([list(prompt) for prompt in prompts])
     with torch.inference_mode():
         out = model.generate(
@@ -80,7 +80,7 @@ def sample(model: Any, trie: Trie, prompts: Sequence[Sequence[int]], *, count: i
 
 
 def score(model: Any, prompt: Sequence[int], tails: Sequence[Path], *, all_logits: bool = True) -> list[float]:
-    """Return the log-probability of each candidate, a forward each; ``all_logits`` as those who do not cut them."""
+    """Return the log-probability of each candidate, one forward pass each; ``all_logits``: compute all logits."""
     found = []
     for tail in tails:
         row = torch.tensor([[*prompt, *tail]])

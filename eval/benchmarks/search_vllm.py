@@ -1,15 +1,15 @@
-"""Times the search of a catalogue, and the scores of candidates, beside the usual ways with vLLM.
+"""Times catalogue search and candidate scoring, compared with common implementations with vLLM.
 
-``python -m eval.benchmarks.search_vllm eval/results/search_vllm.json``. All sides use the same made model, of 41
-million random weights; the prefix cache is emptied before each measurement. What one engine can do is measured in turn
-on that engine; two engines with different blocks run one after the other in each round, since both at once would share
-the cores. The minimum and the median over all rounds are kept, and a goal is met only if both meet it.
+``python -m eval.benchmarks.search_vllm eval/results/search_vllm.json``. All use the same model with 41 million random
+weights; the prefix cache is cleared before each measurement. Measurements of one engine alternate; two engines with
+different block sizes run one after the other in each round, since they would share the cores. The minimum and the
+median over all rounds are stored, and a goal is met only if both meet it.
 
-- search: 8 users, 10,000 codes of 4 tokens of 256, 20 beams, beside ``LLM.beam_search``, which knows no catalogue and
-  says anything: once with the blocks of 32 tokens that llmrec sets, once with vLLM's default. Prompts of 223 tokens are
-  far from a whole number of blocks, those of 224 are one, and those of 216 cost the most tokens a beam.
-- scoring: 20 candidates for each of 8 users, codes of 4 tokens and titles of 12, beside ``prompt_logprobs``, after
-  prompts of 200 tokens; and of 223, the length that costs the most tokens a candidate.
+- search: 8 users, 10,000 codes of 4 tokens of 256, 20 beams, compared with ``LLM.beam_search``, which is unconstrained:
+  with the block size of llmrec (32 tokens), and with vLLM's default. Prompts of 224 tokens are a whole number of
+  blocks, those of 223 are not, and those of 216 need the most tokens per beam.
+- scoring: 20 candidates for each of 8 users, codes of 4 tokens and titles of 12, compared with ``prompt_logprobs``,
+  after prompts of 200 tokens, and of 223, the length with the most tokens per candidate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
+# Waiting threads sleep: on a busy machine spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -57,7 +57,7 @@ class Asked:
 
 
 class Given:
-    """Stands for an encoder; all tokens are given."""
+    """Replaces an encoder; all tokens are given."""
 
     max_length = 1024
 
@@ -75,20 +75,20 @@ class Given:
 
 
 def made_codes() -> list[tuple[int, ...]]:
-    """Different codes by chance."""
+    """Distinct random codes."""
     numbers = np.random.default_rng(0).choice(LEVEL**DEPTH, size=ITEMS, replace=False)
     columns = [FIRST + LEVEL * n + (numbers // LEVEL**n) % LEVEL for n in range(DEPTH)]
     return [tuple(row) for row in np.stack(columns, axis=1).tolist()]
 
 
 def made_prompts(length: int, seed: int) -> list[Asked]:
-    """Ordinary tokens by chance."""
+    """Random text tokens."""
     ids = np.random.default_rng([seed, length]).integers(3, FIRST, (USERS, length)).tolist()
     return [Asked(tuple(row)) for row in ids]
 
 
 def tokens(prompts: Sequence[Asked]) -> list[dict[str, list[int]]]:
-    """Return prompts as vLLM takes them."""
+    """Return prompts in vLLM's format."""
     return [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
 
 
@@ -101,7 +101,7 @@ def save_model(folder: Path) -> str:
 
 
 def free_search(engine: Any, prompts: Sequence[Asked]) -> Any:
-    """Search without a catalogue, as vLLM does it."""
+    """Search without a catalogue, by vLLM's ``beam_search``."""
     import vllm
 
     wanted = vllm.sampling_params.BeamSearchParams(beam_width=WIDTH, max_tokens=DEPTH, ignore_eos=True)
@@ -123,7 +123,7 @@ def scored(engine: Any, prompts: Sequence[Asked], tails: Sequence[Sequence[tuple
 
 
 class Bench:
-    """Times ways on one engine after the other."""
+    """Times implementations on one engine after the other."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder, self.dtype = folder, dtype
@@ -134,7 +134,7 @@ class Bench:
         self.loads: list[float] = []
 
     def time(self, engine: Any, what: str, ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
-        """Time every way in turn, each with an empty cache."""
+        """Time implementations alternately, each with an empty cache."""
         given = {}
         for _ in range(repeats):
             for name, once in ways.items():
@@ -146,7 +146,7 @@ class Bench:
         return given
 
     def ours(self, seed: int) -> None:
-        """One engine as llmrec sets it: both searches, both ways to score."""
+        """Run both searches and both scoring implementations on an engine with llmrec's settings."""
         backend = VLLMBackend(str(self.folder), Given(self.codes), dtype=self.dtype, route="forced")  # type: ignore[arg-type]
         try:
             self._warm(backend)
@@ -158,7 +158,7 @@ class Bench:
             backend.close()
 
     def _warm(self, backend: Any) -> None:
-        """What is compiled or loaded once is no part of the figures."""
+        """Warm up, so that compilation and loading are not timed."""
         some = made_prompts(40, 0)
         for route in ("forced", "nodes"):
             backend.route = route
@@ -215,7 +215,7 @@ class Bench:
         self.apart[name] = max(apart, self.apart.get(name, 0.0))
 
     def default(self, seed: int) -> int:
-        """An engine with vLLM's blocks, whose size is returned, and otherwise the same."""
+        """Run on an engine with vLLM's default block size, and return that size."""
         import vllm
 
         engine = vllm.LLM(
@@ -238,7 +238,7 @@ class Bench:
             engine.llm_engine.engine_core.shutdown()
 
     def result(self) -> dict[str, Any]:
-        """All figures, each goal beside its own."""
+        """Return all results with their goals."""
         seconds = {what: {name: summary(s) for name, s in ways.items()} for what, ways in self.spent.items()}
         unaligned, aligned, _ = (seconds[str(length)] for length in LENGTHS)
         goals = {

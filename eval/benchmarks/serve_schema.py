@@ -1,4 +1,4 @@
-"""Asks a service whatever its OpenAPI document allows, and what it does not: ``make bench NAME=schema``.
+"""Tests a service with valid and invalid requests from its OpenAPI document: ``make bench NAME=schema``.
 
 schemathesis (an executable of its own environment, ``SCHEMATHESIS=/path/to/schemathesis``) makes cases of every
 endpoint: examples, bounds, fuzzed bodies that fit the schema and bodies that do not, methods, keys left out, calls that
@@ -72,19 +72,19 @@ phases.stateful.enabled = false
 
 @dataclass(frozen=True)
 class Running:
-    """A service, and a key that may do everything."""
+    """A service, and a key with all permissions."""
 
     url: str
     key: str
 
     def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
-        """Ask it, and insist on a success."""
+        """Send a request that must succeed."""
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=120, **given).raise_for_status()
 
 
 def main() -> None:
-    """Run, and write what came of it."""
+    """Run, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--run", default="")
@@ -115,7 +115,7 @@ def main() -> None:
 
 @contextmanager
 def serving(run: str, folder: Path) -> Iterator[Running]:
-    """Serve a run, or a toy, behind keys."""
+    """Serve a run, or a toy model, with API keys."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run = run or str(toy_run(make_model(folder / "model"), folder / "run"))
@@ -132,7 +132,7 @@ def serving(run: str, folder: Path) -> Iterator[Running]:
 
 
 def asked(tool: str, service: Running, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Have schemathesis ask, and return what it reports."""
+    """Run schemathesis, and return its report."""
     config, report = folder / "schemathesis.toml", folder / "report.json"
     settings = {"hooks": json.dumps(str(HOOKS)), "seconds": chosen.seconds, "examples": chosen.examples}
     config.write_text(_CONFIG.format(**settings), encoding="utf-8")
@@ -159,7 +159,7 @@ def asked(tool: str, service: Running, folder: Path, chosen: argparse.Namespace)
 
 
 def good_bodies(rates: dict[str, Any]) -> dict[str, int]:
-    """Return what became of cases that fit the schema, over all endpoints and phases."""
+    """Return the outcomes of cases that match the schema, over all endpoints and phases."""
     found: Counter[str] = Counter()
     for phases in rates.values():
         for each in phases.values():
@@ -168,7 +168,7 @@ def good_bodies(rates: dict[str, Any]) -> dict[str, int]:
 
 
 def counted(service: Running) -> Counter[tuple[str, str]]:
-    """Return how often the service answered, by endpoint and status."""
+    """Return the number of responses by endpoint and status."""
     row = r'^llmrec_requests_total\{endpoint="(.*)",status="(\d+)"\} (\S+)$'
     found = re.findall(row, service.ask("GET", "/metrics").text, re.MULTILINE)
     return Counter({(endpoint, status): int(float(count)) for endpoint, status, count in found})

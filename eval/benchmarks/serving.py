@@ -1,9 +1,9 @@
-"""Loads a service with a public tool, breaks its engine, swaps its models, and writes what happened.
+"""Load-tests a service with locust: throughput, overload, an engine crash and a model reload.
 
 ``LOCUST=/path/to/locust python -m eval.benchmarks.serving TARGET.json --titles RUN --decoder RUN [--seconds 20]
 [--minutes 10]``. ``--titles`` names a run whose model ranks titles and explains, such as the quickstart's;
-``--decoder`` one that was tuned on semantic IDs. locust wants an environment of its own. Results are written after
-every part, and a part that is there already is not measured again.
+``--decoder`` one that was fine-tuned on semantic IDs. locust needs a separate environment. Results are written after
+every part, and existing parts are not measured again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Service:
         return sum(each.memory_info().rss for each in [own, *own.children(recursive=True)]) / 1e6
 
     def ready(self, patience: float = 600.0) -> float:
-        """Wait until it answers; returns the seconds that took."""
+        """Wait until it answers, and return the seconds."""
         begun = time.monotonic()
         while time.monotonic() - begun < patience:
             try:
@@ -104,7 +104,7 @@ def load(
     *,
     pause: float = 0.0,
 ) -> np.ndarray:
-    """Let clients ask for some seconds, with a pause behind each answer.
+    """Run clients for some seconds, with a pause after each response.
 
     Returns:
         Time, status and milliseconds of every answer, shape (n, 3).
@@ -126,7 +126,7 @@ def load(
 
 
 def told(answers: np.ndarray) -> dict[str, Any]:
-    """Return throughput and times of what was answered, and how much was refused and how fast."""
+    """Return the throughput and latency of answered requests, and the number and latency of rejected ones."""
     ok, refused = answers[answers[:, 1] == 200], answers[answers[:, 1] == 429]
     span = float(np.ptp(ok[:, 0] - ok[:, 2] / 1000)) if len(ok) > 1 else 0.0
     last = float(ok[:, 0].max() - (ok[:, 0] - ok[:, 2] / 1000).min()) if len(ok) else 0.0
@@ -150,7 +150,7 @@ def _share(rows: np.ndarray, percent: float) -> float | None:
 
 
 def questions(service: Service, kind: str) -> tuple[str, list[Any]]:
-    """Return an endpoint and bodies, all different, over the service's own items."""
+    """Return an endpoint and distinct bodies over the service's items."""
     items = [each["item_id"] for each in httpx.get(f"{service.url}/v1/items?limit=600").json()["items"]]
     histories = [[items[(7 * n + 3 * k) % len(items)] for k in range(8)] for n in range(200)]
     if kind == "decoder":
@@ -173,10 +173,10 @@ def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> d
 
 
 def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
-    """Ask five times as much as there is room for; returns refusals, and memory every quarter of a minute.
+    """Send five times the load of the queue; return rejections, and memory every 15 seconds.
 
-    A crowd that asks again at once is the worst there is, and takes the processor for refusals; one that waits for a
-    second, as Retry-After says at least, is what clients that can read it are like.
+    Clients that retry at once are the worst case, since rejections use the processor; clients that wait for a second
+    respect Retry-After.
     """
     options = ("--models", "tuned", "--room", "32", "--timeout", "30")
     with serving(run, folder / "overload.sqlite", *options) as service:
@@ -206,7 +206,7 @@ def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
 
 
 def broken(run: str, folder: Path) -> dict[str, Any]:
-    """Kill the engine while it is asked and events are sent; returns seconds and what became of the events."""
+    """Kill the engine under load while events are sent; return the recovery time and the fate of the events."""
     with serving(run, folder / "broken.sqlite", "--models", "tuned") as service:
         begun = time.monotonic()
         items = httpx.get(f"{service.url}/v1/items?limit=10").json()["items"]
@@ -214,7 +214,7 @@ def broken(run: str, folder: Path) -> dict[str, Any]:
 
         def send() -> None:
             while not ended.is_set():
-                # A user's history is handed out up to a thousand events.
+                # A user's history is returned up to a thousand events.
                 event = {"user_id": f"load-{sent[0] % 20}", "item_id": items[0]["item_id"]}
                 answer = httpx.post(f"{service.url}/v1/events", json={"events": [event]}, timeout=30)
                 sent[0] += answer.status_code == 200
@@ -245,7 +245,7 @@ def broken(run: str, folder: Path) -> dict[str, Any]:
 
 
 def swapped(run: str, folder: Path) -> dict[str, Any]:
-    """Read the models anew while clients ask; returns how many answers were no success."""
+    """Reload the models under load; return the number of failed requests."""
     with serving(run, folder / "swapped.sqlite", "--models", "tuned") as service:
         path, bodies = questions(service, "decoder")
         seconds: list[float] = []
@@ -267,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("target", type=Path)
     parser.add_argument("--titles", required=True, help="a run that ranks titles and explains")
-    parser.add_argument("--decoder", required=True, help="a run that was tuned on semantic IDs")
+    parser.add_argument("--decoder", required=True, help="a run that was fine-tuned on semantic IDs")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--minutes", type=float, default=10.0)
     given = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Clients for `eval.benchmarks.serving`, played by locust: each asks its next question when the last is answered.
+"""Locust clients for `eval.benchmarks.serving`: each sends its next request after the last response.
 
-``locust -f eval/benchmarks/serving_load.py`` with ``LLMREC_LOAD`` set to a JSON object: ``path``, ``bodies`` (asked in
-turn) and ``log``, a file that gets one line an answer: status, milliseconds.
+``locust -f eval/benchmarks/serving_load.py`` with ``LLMREC_LOAD`` set to a JSON object: ``path``, ``bodies`` (sent in
+turn) and ``log``, a file with one line per response: status, milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SETTINGS = json.loads(os.environ["LLMREC_LOAD"])
 
 
 class Client(FastHttpUser):
-    """Asks one question after another."""
+    """Sends one request after another."""
 
     wait_time = constant(float(SETTINGS.get("wait", 0)))
 
@@ -25,7 +25,7 @@ class Client(FastHttpUser):
     def ask(self) -> None:
         body = random.choice(SETTINGS["bodies"])
         with self.client.post(SETTINGS["path"], json=body, catch_response=True) as answer:
-            # A refusal is an answer here; whoever reads the log counts it.
+            # A rejection is a response here; it is counted from the log.
             answer.success()
 
 

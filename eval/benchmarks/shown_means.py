@@ -1,8 +1,8 @@
-"""What a mean rating that leaves the row's own rating out tells of that rating, by the step to which it is rounded.
+"""Measures the leak of a rating through the leave-one-out mean rating of its item, by rounding step.
 
-``python -m eval.benchmarks.shown_means eval/results/shown_means.json`` on MovieLens-100K; docs/reproduce-papers.md says
-why it matters. Of two readers of the shown mean one does not know the item, and has the correlation of mean and rating.
-The other knows by heart, for each item and each shown mean, the commonest rating of these training rows.
+``python -m eval.benchmarks.shown_means eval/results/shown_means.json`` on MovieLens-100K; see docs/reproduce-papers.md.
+A model that does not identify the item can use the correlation of mean and rating. A model that memorises items can
+predict, for each item and each shown mean, the most frequent rating of these training examples.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BANDS = {"2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), "more": (101, 10_0
 
 
 def rounded(total: pl.Expr, count: pl.Expr, step: float) -> pl.Expr:
-    """A mean to the nearest step."""
+    """Round a mean to the nearest step."""
     return (total / count / step).round(0) * step
 
 
 def by_heart(rows: pl.DataFrame, *known: str) -> float:
-    """Share of rows whose rating is the commonest of those with the same values of ``known``."""
+    """Share of ratings equal to the most frequent one with the same values of ``known``."""
     counts = rows.group_by(*known, "rating").len().group_by(known).agg(pl.col("len").max())
     return float(counts["len"].sum() / len(rows))
 
 
 def main(target: Path) -> None:
-    """Write what each step tells."""
+    """Write the results for each step."""
     data = load_split(DataSection(source="movielens-100k"), seed=0)
     sums = data.train.group_by("item_id").agg(pl.len().alias("count"), pl.col("rating").sum().alias("total"))
     train = data.train.join(sums, on="item_id").filter(pl.col("count") > 1)

@@ -1,9 +1,8 @@
-"""Processor time of commands that do little: what a user waits for before anything is computed.
+"""Measures the processor time of short commands, which is mostly start-up time.
 
 `make bench NAME=commands` writes eval/results/small_commands.json. Seconds are user time of the process and its
-threads, the least of some rounds: a busy machine stretches it far less than time on the clock, and still by half or
-more where cores are shared. So in every round stands beside each command what importing other projects' libraries takes
-that it cannot do without: below that it could not come, whatever llmrec did.
+threads, the minimum over rounds. It is much more stable than wall-clock time, but still grows by half or more on shared
+cores. So every round also measures the import of the required third-party libraries, a lower bound for each command.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
 
 RECIPE = "recipes/quickstart.yaml"
-# What was aimed at, in seconds.
+# Goals in seconds.
 GOALS: Mapping[str, float] = {"--help": 0.1, "init": 2.0, "check": 1.5, "data": 1.5, "prompts": 2.0, "rank": 5.0}
 ITEMS, ROWS = 40, 8_000
 _DATA = "import numpy, polars, pyarrow.compute, pydantic, scipy.sparse, jinja2.sandbox, yaml, typer"
-# What each command cannot do without, of others.
+# Required third-party imports of each command.
 LIBRARIES: Mapping[str, str] = {
     "--help": "import typer",
     "init": _DATA,
@@ -38,7 +37,7 @@ LIBRARIES: Mapping[str, str] = {
 
 
 def lines(folder: Path) -> dict[str, list[str]]:
-    """Return the commands, with a table and one request for the model of the wheels in a folder."""
+    """Return the commands, after writing a table and one request for the test model into a folder."""
     titles = "".join(f"i{n},Film number {n} ({1950 + n})\n" for n in range(ITEMS))
     (folder / "items.csv").write_text(f"item_id,title\n{titles}", encoding="utf-8")
     asked = {"history": ["i1", "i2", "i3"], "candidates": [f"i{n}" for n in range(4, 12)]}
@@ -57,11 +56,11 @@ def lines(folder: Path) -> dict[str, list[str]]:
 
 
 def user_seconds(words: Sequence[str]) -> float:
-    """Run Python once and return the user time of it and of what it started."""
+    """Run Python once and return the user time, including child processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    # Threads that wait for each other by spinning would count as work.
+    # Spinning threads would count as work.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    # An installed package is compiled.
+    # As in an installed package, modules are compiled.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, *words], check=True, capture_output=True, env=environment)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before

@@ -1,11 +1,11 @@
-"""Reads real data with the loaders and writes down what came out beside the published counts.
+"""Reads published data sets with the loaders and compares the counts with the published ones.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.sources eval/results/sources.json``. MovieLens-100K comes with the
-set-up. FOLDER holds what else is at hand, each under the name given below; what is missing is written down as missing,
-and what cannot be read with the reason.
+set-up. FOLDER contains other data sets under the names below; missing ones are recorded as missing, and unreadable ones
+with the reason.
 
-``make bench NAME=sources DATA=FOLDER`` looks for files of any published set in a folder of yours and those inside it,
-reads each and prints the same; nothing is written unless ARGS names a file.
+``make bench NAME=sources DATA=FOLDER`` searches a folder and its subfolders for files of published data sets, reads
+each and prints the same; nothing is written unless ARGS names a file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "amazon14_musical_instruments": ("amazon-2014", (1_429, 900, 10_261)),
     "ml_latest_small": ("movielens-latest", (610, 9_724, 100_836)),
 }
-# The official names of files that a folder holds under names of its own, packed.
+# Official names of files that are compressed under other names.
 OFFICIAL = {
     "amazon14_musical_instruments": {"reviews.jsonl.gz": "reviews_Musical_Instruments_5.json"},
     "ml_latest_small": {name + ".gz": name for name in ("ratings.csv", "movies.csv", "tags.csv")},
@@ -46,12 +46,12 @@ OFFICIAL = {
 
 
 def section(name: str, source: str, folder: Path | None, scratch: Path) -> DataSection:
-    """Describe a set, its files unpacked under their official names where they have others."""
+    """Describe a data set, with its files unpacked under their official names."""
     if folder is None:
         return DataSection(source=source)
     if name not in OFFICIAL:
         return DataSection(source=source, path=str(folder))
-    # A folder with the official name, by which the loader knows which of the sets it is.
+    # The loader recognises the data set by the official folder name.
     place = scratch / name.replace("_", "-")
     place.mkdir()
     for packed, official in OFFICIAL[name].items():
@@ -62,7 +62,7 @@ def section(name: str, source: str, folder: Path | None, scratch: Path) -> DataS
 
 
 def read(name: str, scratch: Path) -> dict[str, Any]:
-    """Read one set and describe what came out."""
+    """Read one data set and describe it."""
     source, published = SETS[name]
     found: dict[str, Any] = {"source": source, "published": list(published)}
     folder = None if name == source else Path(os.environ.get("LLMREC_DATA", ".")) / name
@@ -78,9 +78,9 @@ def read(name: str, scratch: Path) -> dict[str, Any]:
 
 
 def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
-    """Yield the published sets with the files of interactions that a folder, and those inside it, seem to hold.
+    """Yield the published data sets with the interaction files that a folder and its subfolders seem to contain.
 
-    Of several patterns that a name fits the longest ones count, and of several sets those whose folder has its name.
+    The longest matching pattern of a name wins, and then data sets whose folder has their name.
     """
     pages = published()
     others = {name for page in pages for layout in page.layouts if layout.items for name in layout.items.files}
@@ -94,13 +94,13 @@ def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
 
 
 def _fit(page: Known, name: str) -> int:
-    """Return how much of a name the best pattern of a set says itself; 0 if none fits."""
+    """Return the number of literal characters in the best matching pattern of a data set; 0 if none matches."""
     patterns = [pattern for layout in page.layouts if fits(layout, name) is not None for pattern in layout.events.files]
     return max((len(pattern) for pattern in patterns if captured(pattern, name) is not None), default=0)
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """Read every copy of a published set in a folder, and print what came out of each."""
+    """Read every copy of a published data set in a folder, and print its description."""
     found: dict[str, Any] = {}
     for page, path in copies(folder):
         where = str(path.relative_to(folder))
@@ -121,15 +121,15 @@ def check(folder: Path) -> dict[str, Any]:
             }
         sys.stdout.write(f"{page.name}: {where}: {json.dumps(found[f'{page.name}: {where}'])}\n")
     if not found:
-        sys.stdout.write(f"{folder} holds no file of a published data set; see docs/datasets-and-output-files.md\n")
+        sys.stdout.write(f"{folder} has no files of published data sets; see docs/datasets-and-output-files.md\n")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read what is at hand, and write or print it."""
+    """Read the available data sets, and write or print the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.sources")
-    parser.add_argument("target", type=Path, nargs="?", help="where to write; with --check, optional")
-    parser.add_argument("--check", type=Path, metavar="FOLDER", help="look for published sets in a folder of yours")
+    parser.add_argument("target", type=Path, nargs="?", help="output file; optional with --check")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="search a folder for published data sets")
     given = parser.parse_args(arguments)
     if given.check is not None:
         found = check(given.check)

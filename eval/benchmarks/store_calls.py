@@ -1,7 +1,7 @@
-"""Make random calls of a service's store on SQLite and PostgreSQL, and compare each with lists and sets.
+"""Tests a service's store on SQLite and PostgreSQL with random calls, compared with an in-memory model.
 
-``make bench NAME=store`` makes some sequences of each database. The clock jumps by ten years, stores are closed and
-opened, other programs hold the events, and processes that add events are killed. The model is that of the tests.
+``make bench NAME=store`` runs some sequences on each database. The clock jumps by ten years, stores are closed and
+opened, other programs lock the events, and processes that add events are killed. The model is that of the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.serve.store_model import agree
 
 @contextmanager
 def _places(database: str, folder: Path) -> Iterator[Iterator[str]]:
-    """Yield addresses of empty stores, one after another."""
+    """Yield addresses of empty stores."""
     if database == "sqlite":
         yield (str(folder / f"{n}" / "service.db") for n in range(10**6))
         return
@@ -46,14 +46,14 @@ def _places(database: str, folder: Path) -> Iterator[Iterator[str]]:
 
 
 def _asked(database: str, seeds: range, calls: int, folder: Path) -> dict[str, Any]:
-    """Make the sequences of one database, and count what came of them."""
+    """Run the sequences on one database, and count the outcomes."""
     kinds: Counter[str] = Counter()
     wrong: list[dict[str, Any]] = []
     with _places(database, folder) as places:
         for seed, where in zip(seeds, places, strict=False):
             try:
                 kinds += agree(where, seed, calls, faults=True)
-            except Exception as error:  # the counts tell of it; the others go on
+            except Exception as error:  # counted; continue with the others
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 wrong.append({"seed": seed, "error": type(error).__name__, "at": f"{Path(at.filename).name}:{at.name}"})
                 sys.stdout.write(traceback.format_exc())
@@ -67,12 +67,12 @@ def _asked(database: str, seeds: range, calls: int, folder: Path) -> dict[str, A
 
 
 def main() -> None:
-    """Make the calls and write the counts."""
+    """Run the calls and write the counts."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.store_calls", description=__doc__)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--seed", type=int, default=2000, help="of the first sequence; the others follow")
+    parser.add_argument("--seed", type=int, default=2000, help="seed of the first sequence; the others follow")
     parser.add_argument("--sequences", type=int, default=3)
-    parser.add_argument("--calls", type=int, default=120, help="of each sequence")
+    parser.add_argument("--calls", type=int, default=120, help="number of calls per sequence")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], action="append", help="this alone")
     chosen = parser.parse_args()
     begin = time.monotonic()

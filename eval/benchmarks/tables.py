@@ -1,9 +1,9 @@
-"""Seconds and memory of the data layer by rows, over made-up tables: ``make bench NAME=tables``.
+"""Measures time and memory of the data layer by number of rows, on synthetic tables: ``make bench NAME=tables``.
 
-A table has fifty rows a user; the share of an item falls by a power of its rank; ids are short texts. Each stage runs
-in the process that did those before it, and its peak is that of the whole process, less what an empty one takes. Beside
-them stands what polars alone needs to read the same file. Tables are made in a folder of one's choice and kept there:
-``python -m eval.benchmarks.tables eval/results/tables.json FOLDER 1000000 10000000``.
+A table has fifty rows per user; item popularity follows a power law; ids are short strings. All stages run in one
+process, and the peak memory of a stage is that of the process minus that of an empty one. The time of polars for
+reading the same file is reported for comparison. Tables are generated in a folder and kept there: ``python -m
+eval.benchmarks.tables eval/results/tables.json FOLDER 1000000 10000000``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PAIRS_UP_TO = 10_000_000
 
 
 def make(path: Path, rows: int) -> None:
-    """Write a table of so many rows, a block at a time; the same rows whatever the block."""
+    """Write a table with a number of rows, in blocks; the block size does not change the rows."""
     users, items = max(1, rows // ROWS_A_USER), min(100_000, max(100, rows // 100))
     draft = path.with_suffix(".part")
     with draft.open("wb") as out:
@@ -43,7 +43,7 @@ def make(path: Path, rows: int) -> None:
             rng = np.random.default_rng([rows, start])
             # Item i has a share that falls as i**(-2/3): one of a hundred thousand has two rows of a hundred.
             item = (items * rng.random(count) ** 3).astype(np.int64)
-            # The rows of a user stand anywhere in the file, in the order of time.
+            # Rows are sorted by time, not by user.
             frame = pl.DataFrame(
                 {
                     "user_id": pl.Series(rng.integers(0, users, count)),
@@ -60,7 +60,7 @@ def make(path: Path, rows: int) -> None:
 
 
 def _status(key: str) -> float:
-    """Return a figure of this process's memory in MiB."""
+    """Return a memory value of this process in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 1024
@@ -80,7 +80,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
-    """Return the stages by name; each reads and adds to what the others made."""
+    """Return the stages by name; each uses the results of earlier ones."""
     from llmrec.backends.encode import Encoder
     from llmrec.baselines.knn import ItemKNN
     from llmrec.baselines.markov import FirstOrder, Markov
@@ -145,7 +145,7 @@ def _measure(path: Path, rows: int, out: Any) -> None:
     empty = _status("VmRSS")
     for name, stage in todo:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         begun, worked, held = time.perf_counter(), time.process_time(), _status("VmRSS")
         stage(made)
         seconds, processor = time.perf_counter() - begun, time.process_time() - worked
@@ -170,7 +170,7 @@ def _scan(path: Path, rows: int, out: Any) -> None:
 
 
 def measured(path: Path, rows: int) -> list[dict[str, Any]]:
-    """Return what every stage took, in processes of their own for polars and for llmrec."""
+    """Return the measurements of all stages, in separate processes for polars and for llmrec."""
     found: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     for target in (_scan, _measure):
@@ -197,7 +197,7 @@ def measured(path: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
-    """Make the tables that are not there, measure, and write after each; what was measured of other sizes stays."""
+    """Generate missing tables, measure, and write after each; results of other sizes are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads(target.read_text(encoding="utf-8"))["tables"] if target.is_file() else []
     result: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Times ways of doing the same, in turn, and keeps each figure beside the goal that was set for it."""
+"""Times alternative implementations alternately, and compares the results with goals."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Summary = dict[str, dict[str, float]]
 
 
 def seconds_now() -> float:
-    """Return a time in seconds: on the clock, or of the processor under ``BENCH_CLOCK=processor``.
+    """Return a time in seconds: wall-clock time, or processor time with ``BENCH_CLOCK=processor``.
 
-    Where others use the cores too, a clock measures them as well.
+    Wall-clock time includes waiting for other processes.
     """
     return time.process_time() if os.environ.get("BENCH_CLOCK") == "processor" else time.perf_counter()
 
 
 def alternated(rounds: int, ways: dict[str, Callable[[], Any]]) -> tuple[Summary, dict[str, Any]]:
-    """Time every way once a round, in turn; return seconds (`seconds_now`), and what each gave last."""
+    """Time every implementation once per round; return seconds (`seconds_now`), and the last result of each."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
     given: dict[str, Any] = {}
     for _ in range(rounds):
         for name, once in ways.items():
-            # What was given before is freed outside the time.
+            # Free the previous result outside the timed section.
             given.pop(name, None)
             begin = seconds_now()
             result = once()
@@ -41,12 +41,12 @@ def alternated(rounds: int, ways: dict[str, Callable[[], Any]]) -> tuple[Summary
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """The fastest and the median round."""
+    """Return the fastest and the median round."""
     return {"min": min(values), "median": statistics.median(values)}
 
 
 def faster(seconds: Summary, slow: str, fast: str, at_least: float) -> dict[str, Any]:
-    """The goal that one way is so many times faster than another."""
+    """Return the goal of a minimum speed-up of one implementation over another."""
     found = {of: seconds[slow][of] / seconds[fast][of] for of in ("min", "median")}
     bars = {name: seconds[name]["min"] for name in (fast, slow)}
     return {
@@ -60,7 +60,7 @@ def faster(seconds: Summary, slow: str, fast: str, at_least: float) -> dict[str,
 
 
 def within(seconds: Summary, own: str, limit: str, at_most: float) -> dict[str, Any]:
-    """The goal that one way takes at most so many times as long as another."""
+    """Return the goal of a maximum ratio of two times."""
     found = {of: seconds[own][of] / seconds[limit][of] for of in ("min", "median")}
     bars = {name: seconds[name]["min"] for name in (own, limit)}
     return {
@@ -74,7 +74,7 @@ def within(seconds: Summary, own: str, limit: str, at_most: float) -> dict[str, 
 
 
 def at_most(found: dict[str, float], limit: float, unit: str, others: dict[str, float] | None = None) -> dict[str, Any]:
-    """The goal that a figure is no larger than a limit; ``others`` are drawn beside it."""
+    """Return the goal of a maximum value; ``others`` are values for comparison."""
     return {
         "found": found,
         "at_most": limit,
@@ -88,13 +88,13 @@ def at_most(found: dict[str, float], limit: float, unit: str, others: dict[str, 
 def measured(
     target: Path, head: Mapping[str, Any], parts: Mapping[str, Callable[[], dict[str, Any]]], only: Sequence[str] = ()
 ) -> None:
-    """Measure parts, one after the other, and write each as soon as it is there.
+    """Measure sections, one after the other, and write each result at once.
 
     Args:
         target: The result file.
-        head: What stands above its sections.
-        parts: What gives a section, by name.
-        only: Measure these alone, and leave the others as the file has them; each then has its machine with it.
+        head: The entries before its sections.
+        parts: Functions that measure a section, by name.
+        only: Measure only these and keep the others in the file; each then records its machine.
     """
     begin = time.perf_counter()
     kept = json.loads(target.read_text(encoding="utf-8")) if only else {}

@@ -1,20 +1,20 @@
-"""Times training rows beside the usual ways: TRL's SFTTrainer, strings that are tokenised, logits of every token.
+"""Times training, compared with common implementations: TRL's SFTTrainer, string tokenisation, full logits.
 
-``python -m eval.benchmarks.training eval/results/training.json``. Both sides of a comparison use the same weights,
-the same targets and the same threads, alternately; the minimum and the median of the rounds are kept, and a goal is met
-only if both meet it. ``--quick`` does little of everything, to see that it runs; its figures say nothing.
+``python -m eval.benchmarks.training eval/results/training.json``. Both sides of a comparison use the same weights, the
+same targets and the same threads, alternately; the minimum and the median of the rounds are stored, and a goal is met
+only if both meet it. ``--quick`` is a smoke test with meaningless results.
 
-- rows: a row a user beside a row a position, padded and packed by TRL, with SmolLM2-135M-Instruct under LoRA on
-  MovieLens-100K.
-- alike: a row a user on both sides: TRL is given llmrec's own rows, with loss on the same targets.
-- prompts: rows from lines that are tokenised once, beside strings that are built and tokenised, for the same draws.
-- memory: what a loss adds to the peak of memory, beside logits of every token.
-- packing: tasks that branch off one history under a mask, beside the same rows padded.
-- features: seconds and peak memory of a step with each setting that trades one for the other, on and off.
-- windows: what late targets of a long row read beyond the window of evaluation, with and without a band.
+- rows: one sequence per user, compared with one example per target, padded and packed by TRL, with
+  SmolLM2-135M-Instruct under LoRA on MovieLens-100K.
+- alike: one sequence per user on both sides: TRL gets llmrec's sequences, with loss on the same targets.
+- prompts: examples from lines that are tokenised once, compared with strings that are built and tokenised.
+- memory: the peak memory of the loss, compared with full logits.
+- packing: tasks that share a history under a tree mask, compared with padded examples.
+- features: seconds and peak memory of a step with and without each setting that trades time for memory.
+- windows: the effect of context beyond the evaluation window on late targets; also with sliding-window attention.
 
-Names of parts behind the file measure these alone and leave the others as they stand; ``BENCH_CLOCK=processor`` counts
-the processor's time, for a machine that others use.
+Section names after the file measure only these and keep the others; ``BENCH_CLOCK=processor`` measures processor time,
+for a busy machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
+# Waiting threads sleep: on a busy machine spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -73,7 +73,7 @@ VOCABULARY, WIDTH, TOKENS, SHARE = 151_936, 576, 1536, 0.5
 
 
 class Setting:
-    """How much is measured."""
+    """The size of the measurements."""
 
     def __init__(self, *, quick: bool) -> None:
         self.quick = quick
@@ -92,7 +92,7 @@ def made_study(window: int, *overrides: str) -> Study:
 
 
 def measure_rows(setting: Setting) -> dict[str, Any]:
-    """A row a user, beside a row a position through TRL."""
+    """One sequence per user, compared with one example per target by TRL."""
     study = made_study(setting.window)
     section, bf16 = study.recipe.model, cpu_has_bf16()
     folder = resolve(section)
@@ -133,7 +133,7 @@ def measure_rows(setting: Setting) -> dict[str, Any]:
 
 
 def measure_alike(setting: Setting) -> dict[str, Any]:
-    """One step over the same rows and targets, a row a user, by llmrec and by TRL: the trainers alone differ."""
+    """One step over the same sequences and targets by the trainers of llmrec and TRL."""
     study = made_study(setting.window)
     section = study.recipe.model
     folder = resolve(section)
@@ -148,7 +148,7 @@ def measure_alike(setting: Setting) -> dict[str, Any]:
     def run(name: str) -> None:
         losses[name] = trainers[name].train().training_loss
 
-    # The first pass of a trainer sets it up.
+    # The first pass of a trainer is a warm-up.
     seconds, _ = alternated(setting.rounds + 1, {name: partial(run, name) for name in trainers})
     work = {OURS: {"steps": 1, "tokens": step[0].padded_tokens}, ALIKE: peers.work(trl)}
     assert work[OURS] == work[ALIKE], "both compute the same tokens"
@@ -167,7 +167,7 @@ def measure_alike(setting: Setting) -> dict[str, Any]:
 
 
 def full_rows(study: Study, encoder: Encoder, setting: Setting) -> list[TokenRow]:
-    """Return the first user rows that have as many titles as asked."""
+    """Return the first user sequences with the given number of titles."""
     task: Any = study.tasks["sequential"]
     full = (draw for draw in task.draws() if len(draw.events) == setting.window)
     return [encoder.row(task.example(draw)) for draw in islice(full, setting.users)]
@@ -197,7 +197,7 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step], **settings:
 
 
 def equal_losses(folder: str, row: TokenRow) -> dict[str, float]:
-    """Return the mean loss of one user row, and of its positions one by one from full logits, in float32."""
+    """Return the mean loss of one user sequence, and of its targets one by one from full logits, in float32."""
     precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
     with torch.no_grad():
         total, count = label_loss(precise, torch.tensor([row.ids]), torch.tensor([row.labels]))
@@ -210,7 +210,7 @@ def equal_losses(folder: str, row: TokenRow) -> dict[str, float]:
 
 
 def measure_prompts(setting: Setting) -> dict[str, Any]:
-    """Rows from tokenised lines, beside strings that are built and tokenised; both start from the same draws."""
+    """Examples from tokenised lines, compared with strings that are built and tokenised, for the same samples."""
     study = made_study(setting.window)
     encoder = encoder_of(study, resolve(study.recipe.model))
     task: Any = study.tasks["sequential"]
@@ -264,7 +264,7 @@ def measure_prompts(setting: Setting) -> dict[str, Any]:
 
 
 def measure_memory(setting: Setting) -> dict[str, Any]:
-    """What a loss and its gradient add to the peak of memory, each in a process of its own."""
+    """The peak memory of a loss and its gradient, each in a separate process."""
     found: dict[str, list[float]] = {}
     for way in ("full", "label rows"):
         call = f"from eval.benchmarks.training_peers import loss_memory as m; m({way!r}, {TOKENS}, {SHARE}, "
@@ -286,7 +286,7 @@ def measure_memory(setting: Setting) -> dict[str, Any]:
 
 
 def measure_packing(setting: Setting) -> dict[str, Any]:
-    """Sequential and rating questions that follow the same histories, packed as trees, beside the same rows padded."""
+    """Sequential and rating prompts with the same histories, packed as trees, compared with padded examples."""
     names = "templates: [one-history], history: 20"
     tasks = f"tasks={{sequential: {{{names}}}, rating: {{{names}}}}}"
     settings = ["train.packing=tree", "train.max_row_tokens=512", "train.batch_tokens=2048"]
@@ -327,7 +327,7 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
 
 
 def packed_losses(folder: str, step: Step) -> dict[str, float]:
-    """Return the mean loss of a packed step, and of its rows one by one, in float32."""
+    """Return the mean loss of a packed step, and of its examples one by one, in float32."""
     precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
     stacked = stack([tree(each.rows) for each in step.bins], 0)
     with torch.no_grad():
@@ -342,7 +342,7 @@ def packed_losses(folder: str, step: Step) -> dict[str, float]:
 
 PLAIN = "lora"
 TOP, FULL = f"{PLAIN}, 8 of 30 layers", "full"
-# Settings by name; the first of each group is what the others are compared with.
+# Settings by name; the first of each group is the baseline.
 FEATURES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "lora, float32 copies of inputs": {"copies": True},
@@ -362,7 +362,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def measure_features(setting: Setting) -> dict[str, Any]:
-    """Seconds and memory of a step with each setting, every one in a process of its own, in turn."""
+    """Seconds and memory of a step with each setting, in separate processes, alternately."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in FEATURES}
     for _ in range(setting.rounds):
         for name, taken in found.items():
@@ -388,7 +388,7 @@ def measure_features(setting: Setting) -> dict[str, Any]:
 
 
 def feature(name: str, steps: int) -> None:
-    """Print the seconds of steps with a setting, what they add to the peak of memory, and the optimiser's state."""
+    """Print the seconds of steps with a setting, their peak memory, and the size of the optimiser state."""
     quiet_libraries()
     disable_progress_bars()
     settings = dict(FEATURES[name])
@@ -415,7 +415,7 @@ def feature(name: str, steps: int) -> None:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times[-1] += seconds_now()
-            # Compilers of the first step are processes of their own.
+            # Compilers of the first step are child processes.
             begun[-1] = time.perf_counter() - begun[-1]
 
     trainer.add_callback(Clock())
@@ -436,7 +436,7 @@ def feature(name: str, steps: int) -> None:
 
 
 def measure_windows(setting: Setting) -> dict[str, Any]:
-    """The loss of late targets, with what evaluation shows, with everything before them, and under a band."""
+    """The loss of late targets with the evaluation window, with the whole prefix, and with sliding-window attention."""
     window = 4 if setting.quick else 20
     study = made_study(2 * window)
     folder = resolve(study.recipe.model)

@@ -1,4 +1,4 @@
-"""The usual ways of training: TRL's SFTTrainer on a row a position, and logits of every token."""
+"""Common implementations of training: TRL's SFTTrainer with one example per target, and full logits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import IGNORED, TokenRow
 
-# TRL's rows in one optimiser step where they are padded, and the tokens of one packed row where they are not.
+# TRL's examples per optimiser step if padded, and tokens of one packed sequence.
 BATCH, PACKED = 8, 1024
 
 
 def positions(row: TokenRow) -> list[TokenRow]:
-    """Return a row a target line: everything before the line as prompt, and the line alone with loss."""
+    """Return one example per target line: everything before it is the prompt, and only the line has loss."""
     starts = [n for n in range(1, len(row.ids)) if row.labels[n] != IGNORED and row.ids[n - 1] in _ends(row)]
     stops = [*starts[1:], len(row.ids)]
     return [
@@ -33,12 +33,12 @@ def positions(row: TokenRow) -> list[TokenRow]:
 
 
 def _ends(row: TokenRow) -> frozenset[int]:
-    """Return the tokens that end a line: the row's last token, which is that of the last line."""
+    """Return the end-of-line tokens: the last token of the sequence."""
     return frozenset(row.ids[-1:])
 
 
 def trl_trainer(model: Any, tokenizer: Any, rows: Sequence[TokenRow], *, packing: bool, bf16: bool) -> Any:
-    """Return a trainer that goes over the rows once, with loss on completions alone and a learning rate of 0."""
+    """Return a trainer for one epoch, with loss on completions only and a learning rate of 0."""
     data = [
         {"input_ids": list(row.ids), "completion_mask": [int(label != IGNORED) for label in row.labels]} for row in rows
     ]
@@ -64,13 +64,13 @@ def trl_trainer(model: Any, tokenizer: Any, rows: Sequence[TokenRow], *, packing
 
 
 def work(trainer: Any) -> dict[str, int]:
-    """Return what one pass over a trainer's data computes: steps, and tokens with padding."""
+    """Return the steps and the tokens, including padding, of one pass over a trainer's data."""
     batches = list(trainer.get_train_dataloader())
     return {"steps": len(batches), "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
 
 def mean_loss(model: Any, rows: Sequence[TokenRow]) -> float:
-    """Return the mean loss over all targets from the model's own logits, one row at a time."""
+    """Return the mean loss over all targets from the model's logits, one example at a time."""
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
@@ -83,7 +83,7 @@ def mean_loss(model: Any, rows: Sequence[TokenRow]) -> float:
 
 @contextmanager
 def warnings_of(*names: str) -> Iterator[list[str]]:
-    """Collect what libraries warn of."""
+    """Collect the warnings of libraries."""
     found: list[str] = []
 
     class Keep(logging.Handler):
@@ -103,14 +103,14 @@ def warnings_of(*names: str) -> Iterator[list[str]]:
 
 
 def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int) -> None:
-    """Print by how many megabytes a loss and its gradient lift the peak of this process's memory.
+    """Print the peak memory of a loss and its gradient in this process, in megabytes.
 
     Args:
-        way: ``full``: logits of every token, as ``model(labels=...)`` has them; ``label rows``: ours.
+        way: ``full``: full logits, as with ``model(labels=...)``; ``label rows``: llmrec's loss.
         tokens: Tokens of the step.
-        share: Share of the tokens that bear loss.
-        vocabulary: Rows of the head, which is made of random numbers and frozen.
-        width: Of the hidden states.
+        share: Share of the tokens with loss.
+        vocabulary: Rows of the head, which is random and frozen.
+        width: Dimension of the hidden states.
     """
     from llmrec.train.loss import _HeadLoss
 
@@ -119,7 +119,7 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
     hidden = torch.randn(tokens, width, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
     labels[torch.arange(tokens) >= int(tokens * share)] = IGNORED
-    # The first product sets up the library's own buffers.
+    # The first product allocates the library's buffers.
     (hidden[:8] @ head[:8].T).sum().backward()
     hidden.grad = None
     before = peak(reset=True)
@@ -136,9 +136,9 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
 
 
 def peak(*, reset: bool) -> int:
-    """Return the peak of this process's memory in kilobytes; ``reset`` makes it what is held now.
+    """Return the peak memory of this process in kilobytes; ``reset`` sets it to the current memory.
 
-    The figure of ``getrusage`` would not do: a process inherits it from the one that started it.
+    ``getrusage`` is not used: a process inherits its value from the parent.
     """
     if reset:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,14 +1,14 @@
-"""How much a target of a long row gains from lines that evaluation does not show, and what a band takes away of it.
+"""Measures how much targets of a long sequence gain from context beyond the evaluation window.
 
-Dynamic Target Isolation (arXiv 2503.01001) names two ways in which rows with many targets differ from rows with one:
-late targets read more than the window of evaluation, in their own layer or through states that have (hidden-state
-leakage), and a target's place tells how much stands before it (positional overfitting). Here the loss of every target
-is computed four ways with the same pretrained weights, in float32:
+Dynamic Target Isolation (arXiv 2503.01001) names two differences between sequences with many targets and examples with
+one: late targets attend beyond the evaluation window, directly or through hidden states (hidden-state leakage), and a
+target's position reveals the length of its prefix (positional overfitting). Here the loss of every target is computed
+in four ways with the same pretrained weights, in float32:
 
-- evaluation: a row a target, with the last lines of the window alone;
-- same places: the same tokens, but at the places that they have in the user's row, so that only states differ;
-- user row: all lines before a target are seen;
-- band: one layer reads no more than the window.
+- evaluation: one example per target, with the last lines of the window only;
+- same places: the same tokens at their positions in the user's sequence, so that only states differ;
+- user row: with all lines before a target;
+- band: each layer attends to the window only.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Losses = NDArray[np.float64]
 
 
 def packed_losses(model: Any, row: TokenRow, band: int | None) -> Losses:
-    """Return the loss of every target token of a user row, in nats."""
+    """Return the loss of every target token of a user sequence, in nats."""
     packed = stack([tree([row], band)], 0)
     ids, places, ends = (torch.from_numpy(each) for each in (packed.ids, packed.places, packed.ends))
     return _losses(model, ids, places, block_mask(model, ends), packed.after, packed.wanted)
 
 
 def window_losses(model: Any, row: TokenRow, window: int, *, moved: bool) -> Losses:
-    """Return the same from a row a line: the question, so many lines before it, and the line.
+    """Return the same from one example per line: the question, the window of lines, and the line.
 
     Args:
         model: A causal language model.
-        row: A user row that knows its lines.
-        window: Lines before the target.
-        moved: Whether tokens close the gap behind the question, as in evaluation, or stay where the row has them.
+        row: A user sequence with its line boundaries.
+        window: Number of lines before the target.
+        moved: Whether positions are contiguous, as in evaluation, or those of the user sequence.
     """
     ends, found = [*row.lines[1:], len(row.ids)], []
     for line, end in enumerate(ends):
@@ -64,7 +64,7 @@ def _losses(model: Any, ids: Any, places: Any, mask: Any, after: Any, wanted: An
 
 
 def compare(model: Any, rows: list[TokenRow], window: int) -> dict[str, dict[str, float]]:
-    """Return mean losses of targets with more lines before them than the window, and how far the ways are apart."""
+    """Return the mean losses of targets with more lines before them than the window, and their differences."""
     parts: dict[str, list[Losses]] = {"evaluation": [], "same places": [], "user row": [], "band": []}
     for row in rows:
         late = np.array([n for n, label in enumerate(row.labels) if label != IGNORED]) >= row.lines[window + 1]

@@ -1,9 +1,8 @@
-"""What engines compute to score 20 titles after a prompt of MovieLens-100K: requests and tokens, without a model.
+"""Counts the requests and tokens that engines compute to score 20 titles after a prompt of MovieLens-100K.
 
-Run by ``make bench NAME=tree_routes``. The prompts are tokenized as SmolLM2-135M-Instruct does. vLLM is simulated: full
-blocks of a text are in its cache once a request with them was scheduled, and at least one token is computed; the
-requests are those that the backend sends. ``eval/results/tree_routes.json`` has the means of a prompt, without the
-first reading of the prompt itself, which every engine has.
+Run by ``make bench NAME=tree_routes``. The prompts are tokenized as by SmolLM2-135M-Instruct. vLLM is simulated: full
+blocks of a text are cached once a request with them was scheduled, and at least one token is computed; the requests are
+those of the backend. ``eval/results/tree_routes.json`` has the means per prompt, without the pass over the prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from llmrec.models.load import load_tokenizer, quiet_libraries, resolve
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 
-# vLLM's on a GPU.
+# Block size of vLLM on a GPU.
 BLOCK = 16
 LIMIT = 128
 USERS = 200
@@ -35,7 +34,7 @@ class Cache:
         self.block, self.texts = block, set[tuple[int, ...]]()
 
     def computed(self, text: Sequence[int]) -> int:
-        """Return the tokens that a request computes, and cache its blocks."""
+        """Return the number of tokens that a request computes, and cache its blocks."""
         hit = 0
         while (end := hit + self.block) < len(text) and tuple(text[:end]) in self.texts:
             hit = end
@@ -44,7 +43,7 @@ class Cache:
 
 
 def requests_of(ids: Sequence[int], tails: Sequence[tuple[int, ...]], *, chains: bool) -> list[tuple[int, ...]]:
-    """Return the prompts of the requests that score candidates, of paths or of nodes."""
+    """Return the prompts of the requests that score candidates, by paths or by nodes."""
     children: dict[tuple[int, ...], dict[int, None]] = {}
     for tail in tails:
         for k, token in enumerate(tail):
@@ -56,7 +55,7 @@ def requests_of(ids: Sequence[int], tails: Sequence[tuple[int, ...]], *, chains:
 
 
 def work(ids: Sequence[int], tails: Sequence[tuple[int, ...]], *, chains: bool) -> dict[str, int]:
-    """Return requests and computed tokens of a prompt's candidates by one of vLLM's routes."""
+    """Return the number of requests and computed tokens for a prompt's candidates by one of vLLM's routes."""
     cache, texts = Cache(BLOCK), requests_of(ids, tails, chains=chains)
     return {"requests": len(texts), "tokens": sum(map(cache.computed, texts)) - len(ids)}
 
@@ -79,7 +78,7 @@ def main(target: Path) -> None:
         tails = encoder.continuations(prompt, ids, texts, closed=True)
         rows["prefill"].append(work(ids, tails, chains=True))
         rows["nodes"].append(work(ids, tails, chains=False))
-        # One masked row; the last token of a title needs no reading.
+        # One masked sequence; the last token of a title need not be computed.
         rows["tree"].append({"requests": 1, "tokens": len({tail[:k] for tail in tails for k in range(1, len(tail))})})
         lengths.append(len(ids))
         candidates.append(len(tails))
@@ -88,7 +87,7 @@ def main(target: Path) -> None:
         for name, found in rows.items()
     }
     prompt_tokens = round(statistics.mean(lengths), 1)
-    # With the prompt, which is read once by each.
+    # Including the prompt, which each computes once.
     whole = {name: round(prompt_tokens + row["tokens"], 1) for name, row in means.items()}
     result = {
         "command": "make bench NAME=tree_routes",

@@ -1,17 +1,15 @@
-"""What pretraining on another domain's reviews adds to U-BERT (Qiu et al., AAAI 2021), on planted data alone.
+"""Measures the effect of pretraining U-BERT (Qiu et al., AAAI 2021) on another domain's reviews, on synthetic data.
 
-``python -m eval.benchmarks.ubert eval/results/ubert.json`` writes two synthetic domains for each seed, with other users
-and other items, and the same language. A user weighs six aspects, an item is good, plain or bad at each, and a rating
-is 3 plus the sum of weights times qualities, with noise, rounded to stars. A review names two aspects, drawn by the
-user's weights, with an opinion word that fits the item. The source domain has many reviews, the target domain few per
-user. So what a user weighs stands in the user's reviews, what an item is like in the item's, and the rating follows
-from both, which is what U-BERT assumes: a claim about these data is none about reviews that people write.
+``python -m eval.benchmarks.ubert eval/results/ubert.json`` generates two synthetic domains per seed, with different
+users and items and the same language. A user has weights for six aspects, an item is good, plain or bad at each, and a
+rating is 3 plus the sum of weights times qualities, with noise, rounded to stars. A review names two aspects, sampled
+by the user's weights, with an opinion word that fits the item. The source domain has many reviews, the target domain
+few per user. So the data satisfy U-BERT's assumptions, and results do not generalise to real reviews.
 
-The settings: no pretraining; pretrained on the source by masked opinion words and ratings of single reviews; the same
-with the texts of the source dealt out anew, so that words no longer tell of user and rating; weights of a U-BERT that
-was fitted to the ratings of the source, which is more than the paper's pretraining. Controls: biases of user and item,
-and the mean. Every seed draws data and weights, so that the five seeds and not their users are the units
-of chance: intervals are Student's over seeds, and exploratory.
+The variants: no pretraining; pretraining on the source by masked opinion words and ratings of single reviews; the same
+with shuffled source texts, so that words are independent of user and rating; weights of a U-BERT fitted to the ratings
+of the source, which is more than the paper's pretraining. Baselines: user and item biases, and the mean. Every seed
+samples data and weights, so the five seeds are the sampling units: intervals are Student's over seeds, and exploratory.
 
 Parameters are not tuned.
 """
@@ -62,13 +60,13 @@ NONE, PRETRAINED, SHUFFLED, FITTED = (
 )
 BIAS, MEAN = "user-item-bias", "global-mean"
 PAIRS = ((PRETRAINED, NONE), (PRETRAINED, SHUFFLED), (PRETRAINED, BIAS), (NONE, BIAS), (FITTED, NONE))
-"""RMSE of the first less that of the second."""
+"""Differences of RMSE, first − second."""
 _ENDS = ("value", "low", "high")
 PARAMETERS: Mapping[str, Any] = {"tokens": 24, "reviews": 8, "learning_rate": 3e-3, "quiet": True}
 
 
 def domain(name: str, users: int, items: int, reviews: int, rng: np.random.Generator) -> Dataset:
-    """Return ratings and reviews of so many users with so many reviews each."""
+    """Return synthetic ratings and reviews for a number of users and of reviews per user."""
     quality = rng.integers(-1, 2, (items, len(ASPECTS)))
     weights = 2.0 * rng.dirichlet(np.full(len(ASPECTS), 0.4), users)
     rows = []
@@ -91,7 +89,7 @@ def _sentence(aspect: int, quality: int, rng: np.random.Generator) -> str:
 
 
 def settings(seed: int, given: argparse.Namespace, folder: Path) -> dict[str, tuple[NDArray[np.float64], list[str]]]:
-    """Fit every setting with one seed, and return squared errors on the test split with the users, by name."""
+    """Fit every variant with one seed, and return squared errors on the test split with the users, by name."""
     rng = np.random.default_rng([seed, 5])
     rich = split(
         domain(f"source{seed}", given.users, given.items, 10, rng),
@@ -133,14 +131,14 @@ def settings(seed: int, given: argparse.Namespace, folder: Path) -> dict[str, tu
 
 
 def about(by_seed: Sequence[float]) -> dict[str, float]:
-    """Return the mean over seeds with Student's interval (95 %): each seed draws data and network of its own."""
+    """Return the mean over seeds with Student's 95 % interval; each seed has separate data and weights."""
     mean, error = float(np.mean(by_seed)), float(np.std(by_seed, ddof=1)) / len(by_seed) ** 0.5
     reach = float(stats.t.ppf(0.975, len(by_seed) - 1)) * error
     return {name: round(value, 5) for name, value in zip(_ENDS, (mean, mean - reach, mean + reach), strict=True)}
 
 
 def summed_up(rmse: Mapping[str, Sequence[float]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows and their differences, exploratory where seeds are few, from RMSE by setting and seed."""
+    """Return the results and their differences from RMSE by variant and seed; exploratory with few seeds."""
     rows = [{"setting": name, "rmse": about(each), "by_seed": list(each)} for name, each in rmse.items()]
     found = []
     for one, other in PAIRS:
@@ -150,12 +148,12 @@ def summed_up(rmse: Mapping[str, Sequence[float]]) -> dict[str, list[dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit, and write what came out."""
+    """Fit, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.ubert")
     parser.add_argument("target", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--users", type=int, default=150, help="of each domain")
-    parser.add_argument("--items", type=int, default=60, help="of each domain")
+    parser.add_argument("--users", type=int, default=150, help="users per domain")
+    parser.add_argument("--items", type=int, default=60, help="items per domain")
     parser.add_argument("--pretrain", type=int, default=10, help="epochs")
     given = parser.parse_args(arguments)
     begin, found = time.process_time(), []

@@ -1,9 +1,9 @@
-"""Makes what ``eval/suites/unisrec-transfer.yaml`` compares: weights of UniSRec from Beauty, and shares of Toys' users.
+"""Prepares ``eval/suites/unisrec-transfer.yaml``: UniSRec weights pretrained on Beauty, and samples of Toys' users.
 
-``LLMREC_DATA=FOLDER python -m eval.benchmarks.unisrec_start`` learns from the training part of FOLDER/amazon14_beauty
-by the two contrastive losses, as Hou et al. (KDD 2022) pretrain, and writes the weights to ``runs/unisrec/beauty``.
-Beside them it writes ``toys-1`` and ``toys-10``: the sequences of 1 and 10 of 100 users of FOLDER/amazon14_toys, drawn
-by a hash, the fewer among the more. ``--share 0.01`` learns from 1 of 100 users of Beauty, to try it.
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.unisrec_start`` trains on the training part of FOLDER/amazon14_beauty
+with the two contrastive losses, as in Hou et al. (KDD 2022), and writes the weights to ``runs/unisrec/beauty``. It also
+writes ``toys-1`` and ``toys-10``: the sequences of 1 % and 10 % of the users of FOLDER/amazon14_toys, nested samples by
+a hash. ``--share 0.01`` trains on 1 % of the users of Beauty, as a test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGET, ENCODER = Path("runs/unisrec"), "all-MiniLM-L6-v2"
 
 
 def some_users(source: Path, share: float, folder: Path) -> int:
-    """Write the sequences of a share of the users of a data set, and return how many they are."""
+    """Write the sequences of a share of the users of a data set, and return the number of users."""
     with gzip.open(source / "sequences.txt.gz", "rt", encoding="utf-8") as stream:
         lines = stream.read().splitlines()
     drawn = hash64("share of users", 0, [line.split(" ", 1)[0] for line in lines])
@@ -40,10 +40,10 @@ def some_users(source: Path, share: float, folder: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Learn and write."""
+    """Train and write the weights and sequences."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.unisrec_start")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the sequences of Beauty")
-    parser.add_argument("--share", type=float, default=1.0, help="of the users of Beauty")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs over the sequences of Beauty")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the users of Beauty")
     parser.add_argument("--out", type=Path, default=TARGET)
     given = parser.parse_args(arguments)
     home = Path(os.environ.get("LLMREC_DATA", "."))

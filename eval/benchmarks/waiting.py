@@ -1,8 +1,8 @@
-"""Training beside another busy process: threads that spin while they wait, and threads that sleep.
+"""Times training next to a busy process, with waiting threads that spin and waiting threads that sleep.
 
 ``python -m eval.benchmarks.waiting eval/results/waiting.json`` trains a network of SmolLM2-135M's shape with random
-weights, 512 tokens per step in as many threads as there are cores, alone and beside one process that never rests, and
-records tokens per second. ``llmrec`` starts with OMP_WAIT_POLICY=PASSIVE because of this result.
+weights, 512 tokens per step, one thread per core, alone and next to one busy process, and records tokens per second.
+``llmrec`` sets OMP_WAIT_POLICY=PASSIVE because of this result.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def speed(policy: str | None, seconds: float) -> float:
 
 
 def main(target: Path, *, seconds: float) -> None:
-    """Measure every policy alone and beside a busy process."""
+    """Measure every policy alone and next to a busy process."""
     rows = []
     for busy in (False, True):
         other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None

@@ -1,7 +1,7 @@
-"""Gives malformed inputs to everything that reads what a user names, and counts how each call ends.
+"""Fuzzes every reader of user input with malformed files, and counts the outcomes.
 
-``make bench NAME=campaign`` makes the inputs of `surfaces`, by a seed, and hands each to a worker: a process that calls
-what a user would call (`calls`). An input is answered, where it does no harm, or refused with an `LlmrecError`; any
-other error, a call that takes more than `watch.SECONDS` of processor time, and a process that dies are defects. So is a
-refusal that names no file, row, line, column or key. ``--against FOLDER`` asks another checkout of llmrec the same.
+``make bench NAME=campaign`` generates the inputs of `surfaces` from a seed, and gives each to a worker: a process that
+calls the function that a user would call (`calls`). A harmless input may be accepted; others must be rejected with an
+`LlmrecError`. Any other error, a call of more than `watch.SECONDS` of processor time, a process that dies, and an error
+message without a file, row, line, column or key are defects. ``--against FOLDER`` also tests another checkout.
 """

@@ -1,4 +1,4 @@
-"""Run the campaign and write what came of it."""
+"""Run the campaign and write the results."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _LONG = 200
 
 
 def main() -> None:
-    """Ask this checkout, or another, about every malformed input."""
+    """Test this checkout, or another one, with every malformed input."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.campaign", description=__doc__)
     parser.add_argument("target", type=Path)
     parser.add_argument("--against", type=Path, help="another checkout of llmrec, counted under `earlier`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--further", action="store_true", help="keep the counts of other seeds in the file")
-    parser.add_argument("--surface", choices=list(SURFACES), action="append", help="this alone; nothing is written")
-    parser.add_argument("--gib", type=int, default=2, help="of address space beside the libraries")
-    parser.add_argument("--count", type=int, help="the first so many inputs of each surface")
+    parser.add_argument("--surface", choices=list(SURFACES), action="append", help="run only this; write nothing")
+    parser.add_argument("--gib", type=int, default=2, help="limit of address space, in addition to the libraries")
+    parser.add_argument("--count", type=int, help="number of inputs per surface")
     parser.add_argument("--show", choices=["unplaced", "answered", "refused", "slow"], action="append", default=[])
     chosen = parser.parse_args()
     checkout = (chosen.against or Path()).resolve()
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def made(bases: Path, checkout: Path) -> Path:
-    """Make the folders of sound files: pages with a table, a model, an index, and a run of the checkout's own."""
+    """Create the folders of valid files: configs with a table, a model, an index, and a run of the checkout."""
     from llmrec.index.table import ItemIndex
     from tests.conftest import make_model
 
@@ -97,19 +97,19 @@ def made(bases: Path, checkout: Path) -> Path:
     (told,) = worker.warm([{"surface": "make run", "folder": str(run), "given": {"overrides": []}, "names": []}])
     worker.close()
     if told["how"] != "answered":
-        raise SystemExit(f"the run that is to be spoiled could not be made: {told}")
+        raise SystemExit(f"cannot create the valid run: {told}")
     return bases
 
 
 class _Asked:
-    """One surface: its inputs are put into a folder one after another, and what a worker says is counted."""
+    """One surface: writes its inputs into a folder one after another, and counts the outcomes."""
 
     def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, worker: Worker) -> None:
         self._name, self._surface, self._bases, self._folder = name, surface, bases, folder
         self._worker, self.older = worker, False
 
     def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
-        """Ask about every input, and return the counts and the distinct defects with an example each."""
+        """Test every input, and return the counts and the distinct defects with an example each."""
         sound = [self._put(case, self._folder.with_name(f"sound {n}")) for n, case in enumerate(self._surface.sound)]
         for asked, told in zip(sound, self._worker.warm(sound), strict=True):
             if told["how"] != "answered":
@@ -120,14 +120,14 @@ class _Asked:
         defects: dict[str, dict[str, Any]] = {}
         for case in cases(self._name, self._surface, self._bases, seed, count):
             told = self._worker.ask(self._put(case, self._folder))
-            # Where the inputs lie says nothing, and is another place each time.
+            # The folder of the inputs differs each time.
             told |= {"says": told.get("says", "").replace(str(self._folder.parent), "")}
             how = told["how"]
             counts[how] += 1
             unplaced = how == "refused" and not told["placed"]
             counts["unplaced"] += unplaced
             if how in ("traceback", "hang", "death"):
-                # One defect: an error of one kind at one place.
+                # A defect is identified by kind and location of the error.
                 key = (
                     f"{told['says'].split(':')[0]} {told.get('at', '')}"
                     if how == "traceback"
@@ -152,7 +152,7 @@ class _Asked:
         }
 
     def _put(self, case: Case, folder: Path) -> dict[str, Any]:
-        """Put an input into its folder and return what a worker is told."""
+        """Write an input into its folder and return the message for a worker."""
         if folder.exists():
             shutil.rmtree(folder)
         shutil.copytree(self._bases / case.base, folder, symlinks=True)

@@ -1,4 +1,4 @@
-"""What a user calls, by surface, in this checkout of llmrec and in older ones, which have other names for some."""
+"""The functions that a user calls, by surface, in this checkout of llmrec and in older ones with other names."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Lines:
-    """Some lines of a file were refused, and the others read.
+    """Some lines of a file were rejected, and the others read.
 
     Attributes:
-        said: The first refusal.
-        placed: Whether every refusal has its line.
+        said: The first error.
+        placed: Whether every error names its line.
     """
 
     said: str
@@ -32,7 +32,7 @@ class Lines:
 
 
 def named(*places: str) -> Any:
-    """Return the first of some functions that there is, each written ``module:name``."""
+    """Return the first existing function of some names ``module:name``."""
     for place in places:
         module, _, name = place.partition(":")
         try:
@@ -61,7 +61,7 @@ def recipe(folder: Path, given: Given) -> None:
 
 
 def suite(folder: Path, given: Given) -> None:
-    """``llmrec check`` of a suite or a benchmark; older ones load it, which ``eval`` begins with."""
+    """``llmrec check`` of a suite or a benchmark; in older checkouts, loading it as ``eval`` does."""
     page = str(folder / "page.yaml")
     try:
         check = named("llmrec.cli.check:check")
@@ -82,7 +82,7 @@ _VALUES = {
 
 
 def template(folder: Path, given: Given) -> None:
-    """Read a family's templates with a further one, and render that."""
+    """Read a family's templates with an additional one, and render it."""
     own = _shipped()
     load = named("llmrec.prompts.template:load_templates", "llmrec.prompts:load_templates")
     for name, each in load("rating", folder / "prompts").items():
@@ -97,10 +97,10 @@ def _shipped() -> frozenset[str]:
 
 
 def table(folder: Path, given: Given) -> None:
-    """``llmrec init`` of a table, or its reading as a recipe names it."""
+    """``llmrec init`` of a table, or reading it as a recipe's data."""
     if given["by"] == "init":
         init = named("llmrec.start.init:init", "llmrec.build.init:init")
-        # What takes seconds there, figures of the data, reads nothing new.
+        # Data statistics take seconds and read nothing new.
         brief = {"measure": False} if "measure" in signature(init).parameters else {}
         init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf", **brief)
         return
@@ -113,7 +113,7 @@ def _resolved(folder: Path, section: Given) -> dict[str, Any]:
 
 
 def requests(folder: Path, given: Given) -> Lines | None:
-    """Read requests as ``llmrec rank`` does before it asks a model."""
+    """Read requests as ``llmrec rank`` does."""
     opened = named("llmrec.data.request_file:open_requests", "llmrec.data.request_files:open_requests")
     read = named("llmrec.data.requests:read_request")
     error = named("llmrec.errors:DataError")
@@ -179,13 +179,13 @@ def _open_model(folder: Path, *, weights: bool) -> None:
 
 
 def make_run(folder: Path, given: Given) -> None:
-    """Make the run that is spoiled, with the checkout that is asked."""
+    """Create a valid run with the tested checkout."""
     run = named("llmrec.pipeline.run:run", "llmrec.build.pipeline:run")
     run(_load_recipe(folder / "page.yaml", given["overrides"]), folder / "run")
 
 
 def run(folder: Path, given: Given) -> None:
-    """Open a run folder to report on it, to audit it, to export it, to rank with it, or to go on with it."""
+    """Open a run folder to report, audit, export, rank with or resume it."""
     home, by = folder / "run", given["by"]
     if by == "report":
         named("llmrec.pipeline.run:report", "llmrec.build.pipeline:report")(home)
@@ -208,7 +208,7 @@ def run(folder: Path, given: Given) -> None:
 
 
 def _load(home: Path) -> None:
-    """Open a run to be asked, and ask its classic recommenders; older ones open what they rank with."""
+    """Open a run and rank with its baselines; in older checkouts, open its models."""
     try:
         load = named("llmrec.answer.loaded:load")
     except LookupError:
@@ -225,7 +225,7 @@ _ROUTES = {"/models": "models", "/completions": "completions", "/chat/completion
 
 @contextmanager
 def _serving(good: Mapping[str, Any], spoiled: Given, body: bytes) -> Iterator[str]:
-    """Serve good answers but for one route, from one call of it on."""
+    """Serve valid responses, except for one route from a given call on."""
     asked = dict.fromkeys(_ROUTES.values(), 0)
 
     class Handler(BaseHTTPRequestHandler):
@@ -276,7 +276,7 @@ def _serving(good: Mapping[str, Any], spoiled: Given, body: bytes) -> Iterator[s
 
 
 def server(folder: Path, given: Given) -> None:
-    """Ask a server for texts and for scores, and keep what it answers, as a run does."""
+    """Request texts and scores from a server, and store the responses, as a run does."""
     section, message, segment, prompt = (
         _schema("ServerSection"),
         *(named(f"llmrec.types:{name}") for name in ("Message", "Segment", "Prompt")),
@@ -322,6 +322,6 @@ CALLS: dict[str, Callable[[Path, Given], Lines | None]] = {
 
 
 def quietly(surface: str, folder: Path, given: Given) -> Lines | None:
-    """Make a call without what it prints."""
+    """Make a call without its output."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return CALLS[surface](folder, given)

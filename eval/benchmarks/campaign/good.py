@@ -1,4 +1,4 @@
-"""Sound inputs, as small as they can be."""
+"""Minimal valid inputs."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ TEMPLATE: dict[str, Any] = {
     "target": "{{ rating }}",
     "tail": "\n",
 }
-# Of templates, of prompts and of chats: what is wrong, what never ends, and what looks for a way out.
+# Malformed templates of prompts and chats: errors, endless loops, and sandbox escapes.
 SOURCES = (
     *(
         "{% for m in %}",

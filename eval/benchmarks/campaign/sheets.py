@@ -1,4 +1,4 @@
-"""Ways to spoil a spreadsheet (.xlsx): its cells, its sheets, its parts, and the archive that holds them."""
+"""Mutations of a spreadsheet (.xlsx): cells, sheets, parts, and the archive."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ _BOMB = '<!DOCTYPE x [<!ENTITY a0 "xxxxxxxxx">' + "".join(f'<!ENTITY a{n} "{f"&a
 
 
 def sound(lines: list[str]) -> bytes:
-    """Return a workbook with a sheet of these lines of cells, and one of notes."""
+    """Return a workbook with a sheet of these rows of cells, and a sheet of notes."""
     return _zipped(_parts(lines))
 
 
 def some_workbook(rng: Random, lines: list[str]) -> tuple[str, bytes]:
-    """Return what was done to a workbook, and the workbook."""
+    """Return the description of a mutation, and the mutated workbook."""
     parts = _parts(lines)
     way = rng.random()
     if way < 0.08:
@@ -95,7 +95,7 @@ def _zipped(parts: Parts) -> bytes:
 
 
 def _change(parts: Parts, name: str, old: str, new: str, nth: int = 0) -> None:
-    """Put a text in the place of the nth that stands there."""
+    """Replace the nth occurrence of a text."""
     text = parts[name].decode()
     places = [found.start() for found in re.finditer(re.escape(old), text)]
     at = places[nth % len(places)]
@@ -130,16 +130,16 @@ def _some_archive(rng: Random, parts: Parts) -> tuple[str, bytes]:
     local = [found.start() for found in re.finditer(b"PK\x03\x04", raw)]
     listed = [found.start() for found in re.finditer(b"PK\x01\x02", raw)]
     end = raw.rfind(b"PK\x05\x06")
-    # Fields of a header: offset in the list, offset in front of the member, what stands there.
+    # Header fields: offset in the central directory, offset in the local header, new value.
     field, member, value = rng.choice(
         (
             (8, 6, b"\x01\x00"),  # encrypted
-            (10, 8, b"\x63\x00"),  # a method that nobody knows
-            (10, 8, b"\x0c\x00"),  # another method than was used
+            (10, 8, b"\x63\x00"),  # an unknown method
+            (10, 8, b"\x0c\x00"),  # the wrong method
             (16, 14, b"\0\0\0\0"),  # checksum
             (20, 18, b"\xff\xff\xff\x7f"),  # packed size
             (24, 22, b"\x01\0\0\0"),  # size
-            (42, 26, b"\xff\xff\xff\x7f"),  # where it begins, or how long its name is
+            (42, 26, b"\xff\xff\xff\x7f"),  # start of the member, or length of its name
         )
     )
     if rng.random() < 0.2:
@@ -180,7 +180,7 @@ def _cell(rng: Random, parts: Parts) -> str:
 
 
 def _date(rng: Random, parts: Parts) -> str:
-    """Show the numbers of a column as dates, some of which there are none of."""
+    """Format the numbers of a column as dates, some of them invalid."""
     code, number = rng.choice(_FORMATS), rng.choice(_NUMBERS)
     parts["xl/styles.xml"] = (
         f'<styleSheet {NAMESPACE}><numFmts count="1"><numFmt numFmtId="{rng.choice((164, 14, 0, 99999))}" '
@@ -280,7 +280,7 @@ def _xml(rng: Random, parts: Parts) -> str:
 
 
 def _more(rng: Random, parts: Parts) -> str:
-    """Add notes, shared strings or a sheet that is a chart, sound ones or not."""
+    """Add valid or invalid notes, shared strings or chart sheets."""
     kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     odd = escape(rng.choice(CELLS)).replace("\x00", "").replace("\x1b", "")
     if rng.random() < 0.4:

@@ -1,4 +1,4 @@
-"""Ways to spoil bytes, values and pages; what each does follows from the generator of random numbers alone."""
+"""Mutations of bytes, values and configs, deterministic given the random generator."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Random = random.Random
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)
 )
-# What stands where another value belongs.
+# Replacement values.
 ODD: tuple[Any, ...] = (
     *(None, [], {}, "", " ", "x", "\u202e\u0000", "\ud800", "nan", "1e999", "=1+1", "../../etc/passwd", "<|im_end|>"),
     *(-1, 0, 10**30, 10**400, 0.5, -0.0, 1e308, float("inf"), float("-inf"), float("nan"), True, False),
     *([None], [[]], {"x": None}, {"": {}}, ["x"] * 3, "y" * 300, "y" * 70_000, [[[[[["x"]]]]]]),
 )
-# Scalars of YAML that are no text, or no valid one.
+# YAML scalars that are not text, or not valid.
 SCALARS = (
     *("2024-99-99", "!!int abc", "!!bool abc", "!!timestamp abc", "!!float x", "!!binary '*'", "!!set {a, b}"),
     *("!!python/object/apply:os.system [ls]", "!x y", "&a [*a]", "*nowhere", "9" * 5000, "0x" + "f" * 40, "1_000"),
@@ -32,7 +32,7 @@ SCALARS = (
 
 
 def some_bytes(rng: Random, raw: bytes) -> tuple[str, bytes]:
-    """Return what was done to a file, and the file."""
+    """Return the description of a mutation, and the mutated file."""
     ways: dict[str, Callable[[], bytes]] = {
         "empty": lambda: b"",
         "cut off": lambda: raw[: rng.randrange(len(raw) or 1)],
@@ -83,7 +83,7 @@ def _shuffled(rng: Random, raw: bytes) -> bytes:
 
 
 def paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the path of everything inside a value, at most twelve members of each list."""
+    """Return the paths of all values inside a value, at most twelve elements of each list."""
     found = []
     inside = value.items() if isinstance(value, dict) else enumerate(value[:12]) if isinstance(value, list) else ()
     for key, each in inside:
@@ -92,7 +92,7 @@ def paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def some_value(rng: Random, value: Any, odd: tuple[Any, ...] = ODD) -> tuple[str, Any]:
-    """Return what was done to a value of JSON at a random place, and the whole."""
+    """Mutate a JSON document at a random path; return the description and the document."""
     whole = deepcopy(value)
     if not (places := paths(whole)) or rng.random() < 0.04:
         other = rng.choice(odd)
@@ -122,12 +122,12 @@ def _short(value: Any) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Write JSON, with numbers and surrogates that are none of it."""
+    """Write JSON, including non-standard numbers and surrogates."""
     return json.dumps(value).encode()
 
 
 def some_json(rng: Random, value: Any) -> tuple[str, bytes]:
-    """Spoil a file of JSON: mostly a value, sometimes its bytes."""
+    """Mutate a JSON file: mostly a value, sometimes its bytes."""
     if rng.random() < 0.25:
         return some_bytes(rng, json_bytes(value))
     fault, found = some_value(rng, value)
@@ -138,14 +138,14 @@ def some_json(rng: Random, value: Any) -> tuple[str, bytes]:
 
 
 def some_page(rng: Random, value: Any) -> tuple[str, bytes]:
-    """Spoil a page of YAML: a value, a scalar as YAML reads it, a line, or the bytes."""
+    """Mutate a YAML file: a value, a scalar, a line, or the bytes."""
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     way = rng.random()
     if way < 0.15:
         return some_bytes(rng, text.encode())
     if way < 0.55:
         fault, found = some_value(rng, value)
-        # JSON is YAML; it can write what YAML's own writer refuses.
+        # JSON is YAML; its writer accepts values that the YAML writer rejects.
         return fault, json_bytes(found) if rng.random() < 0.3 else _dumped(found)
     lines = text.splitlines()
     at = rng.randrange(len(lines))
@@ -214,7 +214,7 @@ CELLS = (
 
 
 def some_table(rng: Random, lines: list[str], separator: str) -> tuple[str, bytes]:
-    """Spoil delimited text, whose first line is its header: a cell, a row, the header, or the bytes."""
+    """Mutate delimited text with a header: a cell, a row, the header, or the bytes."""
     way = rng.random()
     lines = list(lines)
     row = 0 if way < 0.3 else rng.randrange(1, len(lines))
@@ -242,7 +242,7 @@ def some_table(rng: Random, lines: list[str], separator: str) -> tuple[str, byte
 
 
 def some_objects(rng: Random, records: list[dict[str, Any]]) -> tuple[str, bytes]:
-    """Spoil a file of one object a line: a record, or the bytes."""
+    """Mutate a JSON Lines file: a record, or the bytes."""
     if rng.random() < 0.25:
         return some_bytes(rng, b"".join(json_bytes(record) + b"\n" for record in records))
     records = list(records)

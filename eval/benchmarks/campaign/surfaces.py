@@ -1,4 +1,4 @@
-"""The ten surfaces: sound files of each, and what is spoiled in them."""
+"""The ten surfaces: valid files of each, and their mutations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from eval.benchmarks.campaign.spoil import (
 )
 
 Content = bytes | str
-"""What lies under a name: bytes, ``nothing``, a ``folder``, or a link: a ``loop`` to itself, or ``dangling``."""
+"""The content of a path: bytes, ``nothing``, a ``folder``, or a link: a ``loop`` to itself, or ``dangling``."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Case:
     """One malformed input.
 
     Attributes:
-        fault: What is wrong.
-        files: What is put into the folder, by name.
-        given: What the call is told besides.
-        base: The folder of sound files that it is put into.
+        fault: Description of the fault.
+        files: Files to write into the folder, by name.
+        given: Further arguments of the call.
+        base: The folder of valid files into which they are written.
     """
 
     fault: str
@@ -49,12 +49,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Surface:
-    """What users name, with a sound input of it.
+    """A kind of user input.
 
     Attributes:
-        sound: Inputs that are answered, which load every library that the surface needs.
-        spoil: Makes a malformed one; told the folder of sound files.
-        count: How many.
+        sound: Valid inputs, which load every library that the surface needs.
+        spoil: Generates a malformed input, given the folder of valid files.
+        count: Number of inputs.
     """
 
     sound: tuple[Case, ...]
@@ -63,7 +63,7 @@ class Surface:
 
 
 def cases(name: str, surface: Surface, bases: Path, seed: int, count: int) -> Iterator[Case]:
-    """Yield a surface's malformed inputs; each follows from the seed and its number."""
+    """Yield a surface's malformed inputs, deterministic given the seed."""
     for number in range(count):
         yield surface.spoil(random.Random(f"{seed} {name} {number}"), bases)
 
@@ -212,7 +212,7 @@ def _index(rng: random.Random, bases: Path) -> Case:
 
 
 def _file(rng: random.Random, path: Path) -> tuple[str, Content]:
-    """Spoil a file of a folder: what lies there, its bytes, or a value where it is JSON or YAML."""
+    """Mutate a file of a folder: its type, its bytes, or a value of JSON or YAML."""
     if rng.random() < 0.08:
         found = _place(rng)
         return f"is {found}", found
@@ -227,7 +227,7 @@ def _file(rng: random.Random, path: Path) -> tuple[str, Content]:
 
 
 def _tensors(rng: random.Random, raw: bytes) -> tuple[str, bytes]:
-    """Spoil the header of a file of tensors, which is JSON."""
+    """Mutate the JSON header of a safetensors file."""
     size = int.from_bytes(raw[:8], "little")
     if rng.random() < 0.2:
         wrong = rng.choice((0, 1, size - 1, size + 1, 2**40, 2**64 - 1))
@@ -255,7 +255,7 @@ def _model(rng: random.Random, bases: Path) -> Case:
 
 # --------------------------------------------------------------------------- runs and servers
 
-# Which calls read which files of a run, and what must be gone for that.
+# The files of a run that calls read, and the files that must be removed for that.
 _CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("results.json", ("report", "report", "audit", "audit", "export", "again"), ()),
     ("audit.json", ("report",), ()),
@@ -272,7 +272,7 @@ _CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("answers.sqlite", ("again",), ("rows",)),
     ("checkpoints/*/*", ("train",), ("train.json", "merged", "adapter")),
 )
-_OFTEN = 5  # of these, what is read by most calls
+_OFTEN = 5  # the number of these that most calls read
 
 
 def _run(rng: random.Random, bases: Path) -> Case:

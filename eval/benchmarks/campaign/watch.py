@@ -1,4 +1,4 @@
-"""A worker process and the watch on it: what it answers, or that it hangs or died."""
+"""A watched worker process: its responses, hangs and crashes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 10
-"""Of processor time, which a call may take."""
+"""Maximum processor time of a call."""
 BYTES = 2 * 2**30
-"""Of address space, which a worker may take beside its libraries."""
+"""Maximum address space of a worker, in addition to its libraries."""
 _STARTING = 300  # seconds of a first call, which imports
 _WAITED = 120  # seconds of a call that computes nothing
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -38,12 +38,12 @@ class Worker:
         self._first: list[dict[str, Any]] = []
 
     def warm(self, first: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Make sound calls, after which memory is bounded; a worker that is started again makes them too."""
+        """Make valid calls, and then limit memory; also after a restart of the worker."""
         self._first = [asked | {"bytes": self._most if asked is first[-1] else None} for asked in first]
         return [self._call(asked, seconds=_STARTING) for asked in self._first]
 
     def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Return how a call ended."""
+        """Return the outcome of a call."""
         if self._process is None:
             for first in self._first:
                 self._call(first, seconds=_STARTING)
@@ -87,7 +87,7 @@ class Worker:
 
 
 def _used(pid: int) -> float:
-    """Return the seconds of processor time that a process has taken."""
+    """Return the processor time of a process in seconds."""
     try:
         after = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

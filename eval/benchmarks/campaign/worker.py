@@ -1,6 +1,6 @@
-"""Makes one call after another, as it is told on its standard input, and says on its standard output how each ended.
+"""Makes the calls read from standard input, and writes their outcomes to standard output.
 
-``python worker.py`` runs by its own path, so that PYTHONPATH alone decides which checkout of llmrec is asked.
+``python worker.py`` is run by path, so that PYTHONPATH determines the tested checkout of llmrec.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SHOWN = 600
 
 
 def limit(more: int) -> None:
-    """Let this process take so many bytes beside the address space that its libraries have taken."""
+    """Limit the address space of this process to its current size plus a number of bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     bound = pages * os.sysconf("SC_PAGE_SIZE") + more
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
 
 
 def outcome(asked: dict[str, Any]) -> dict[str, Any]:
-    """Make a call and return how it ended."""
+    """Make a call and return its outcome."""
     from llmrec.errors import LlmrecError
 
     folder = Path(asked["folder"])
@@ -36,7 +36,7 @@ def outcome(asked: dict[str, Any]) -> dict[str, Any]:
         found = quietly(asked["surface"], folder, asked["given"])
     except LlmrecError as error:
         return {"how": "refused", "placed": _placed(error, asked), "says": _short(error), "kind": _kind(error)}
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         return {"how": "traceback", "says": f"{type(error).__name__}: {_short(error)}", "at": _at(error)}
@@ -46,7 +46,7 @@ def outcome(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(error: Any, asked: dict[str, Any]) -> bool:
-    """Whether an error says where: by its facts, or, in a checkout whose errors have none, by what it names."""
+    """Whether an error has a location: in its attributes or, in older checkouts, in its message."""
     if hasattr(error, "kind"):
         return any(getattr(error, name, None) is not None for name in ("file", "row", "line", "column"))
     return any(name in str(error) for name in asked["names"])
@@ -62,7 +62,7 @@ def _short(error: object) -> str:
 
 
 def _at(error: BaseException) -> str:
-    """Return the deepest place inside the package, and the deepest of all."""
+    """Return the deepest frame inside the package, and the deepest frame."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/llmrec/" in frame.filename]
     inner = f"{own[-1].filename.rpartition('/llmrec/')[2]}:{own[-1].name}" if own else ""
@@ -70,7 +70,7 @@ def _at(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Answer until there is nothing more to do."""
+    """Process calls until the end of the input."""
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with Path(os.devnull).open("w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 1)
@@ -81,7 +81,7 @@ def main() -> None:
         told.write(json.dumps(outcome(asked)) + "\n")
         told.flush()
         if asked.get("bytes"):
-            # The last of the sound calls: every library is loaded.
+            # After the last valid call every library is loaded.
             limit(asked["bytes"])
 
 

@@ -1,7 +1,7 @@
-"""Kills, full disks, damaged files, links, second processes and read-only folders, done to five commands.
+"""Fault injection for five commands: kills, full disks, damaged files, links, second processes, read-only folders.
 
-``make bench NAME=faults`` does each to ``run``, ``eval`` of a suite, ``export``, ``rank`` and ``augment`` of a small
-model and table. What is looked at is how the call ended; then the command is given again, and its figures, answers,
-lists, weights and stores are compared with those of a process that nothing disturbed. `zygote` forks the processes,
-`works` says what the commands are and what must be equal, `stops`, `damage` and `places` make the cases.
+``make bench NAME=faults`` tests ``run``, ``eval`` of a suite, ``export``, ``rank`` and ``augment`` with a small model
+and table. It records how the call ended; then the command is run again, and its metrics, answers, lists, weights and
+stores are compared with those of an undisturbed process. `zygote` forks the processes, `works` defines the commands and
+the outputs to compare, `stops`, `damage` and `places` define the cases.
 """

@@ -1,4 +1,4 @@
-"""Make the cases and write what came of them."""
+"""Run the cases and write the results."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _Known = dict[tuple[str, str], dict[str, Any]]
 
 
 def main() -> None:
-    """Make every case that the log does not have yet, and write the table."""
+    """Run every case that is not yet in the log, and write the table."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.faults", description=__doc__)
     parser.add_argument("target", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/faults"), help="folder for the cases and their log")
-    parser.add_argument("--cases", type=int, help="the first so many cases of each part; nothing is written")
+    parser.add_argument("--cases", type=int, help="number of cases per part; nothing is written")
     parser.add_argument("--part", choices=list(PARTS), action="append", help="this alone")
-    parser.add_argument("--only", help="cases whose name has this regular expression")
-    parser.add_argument("--first", default="$^", help="cases whose name has this regular expression come first")
-    parser.add_argument("--minutes", type=float, help="begin no case after so long; 0: only write the table")
+    parser.add_argument("--only", help="run only cases that match this regular expression")
+    parser.add_argument("--first", default="$^", help="run cases that match this regular expression first")
+    parser.add_argument("--minutes", type=float, help="start no case after this time; 0: only write the table")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     os.environ.setdefault("LLMREC_FITS", "off")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _all(todo: Sequence[Case], bench: Bench, known: _Known, log: Path | None, minutes: float | None) -> None:
-    """Make cases until all are made or the time is over, and add each to the log."""
+    """Run cases until all are done or the time is over, and add each to the log."""
     begin = time.monotonic()
     for case in todo:
         if minutes is not None and time.monotonic() - begin > 60 * minutes:
@@ -83,13 +83,13 @@ def _made(case: Case, bench: Bench) -> dict[str, Any]:
     begin = time.monotonic()
     wrong, facts = case.made(bench)
     told = {"part": case.part, "case": case.name, **case.tags, "wrong": wrong, **facts}
-    # Where the folders lie says nothing.
+    # The paths of the folders are irrelevant.
     text = json.dumps(told).replace(str(bench.place), "")
     return {**json.loads(text), "seconds": round(time.monotonic() - begin, 1)}
 
 
 def _planned(parts: Sequence[str], seed: int, most: int | None, only: str) -> list[Case]:
-    """Return the cases of all parts, in turns, so that whoever stops early has some of each."""
+    """Return the cases of all parts, interleaved, so that an interrupted run has some of each."""
     cases = []
     for part in parts:
         own = list(islice((case for case in PARTS[part](seed) if re.search(only, case.name)), most))

@@ -1,7 +1,7 @@
-"""Cases in which a stored file is damaged: a bit is flipped, or its end is cut off, at twenty places of a kind of file.
+"""Cases with a damaged file: a flipped bit or truncation, at twenty positions per kind of file.
 
-Each is either refused in one sentence that names it, or made again with equal figures. A call that ends well with other
-figures is called silent.
+Each must be rejected with an error that names the file, or recomputed with equal results. A successful call with
+different results is a silent failure.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llmrec.durable import checked
 
 OFFSETS = 20
 _CUT = 4
-"""Every so many cases cut the file in place of flipping a bit."""
-# A suite of one row that reads a store, or fits what is kept.
+"""Interval of the cases that truncate the file instead of flipping a bit."""
+# A suite with one model that reads a store or stores a fit.
 _ROWS = {
     "store": [{"baseline": "content", "parameters": {"encoder": "store:{store}"}, "tune": False}],
     "fits": [{"baseline": "ease", "tune": False}, {"baseline": "als", "parameters": {"factors": 8}, "tune": False}],
@@ -33,11 +33,11 @@ class Kind:
     """A kind of stored file.
 
     Attributes:
-        name: Of the kind.
-        state: Puts a sound state into a fresh folder, with the files that may be damaged.
+        name: Name of the kind.
+        state: Writes a valid state into a new folder, with the files that may be damaged.
         files: The folder -> these files.
         call: The command that reads them.
-        found: What it gives, to be compared.
+        found: Its results, to compare.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Kind:
 
 
 def damage(seed: int) -> Iterator[Case]:
-    """Damage every kind of file at twenty places."""
+    """Damage every kind of file at twenty positions."""
     for place in range(OFFSETS):
         for kind in KINDS:
             yield Case("damage", f"{kind.name} {place}", _Damaged(kind, place, seed), {"of": kind.name})
@@ -72,7 +72,7 @@ class _Damaged:
         if self.place % _CUT == _CUT - 1:
             content = content[:at]
         else:
-            # Low bits, which turn digits into other digits.
+            # Low bits, which change digits into other digits.
             content[at] ^= 1 << draw.randrange(3)
         file.write_bytes(content)
         facts: dict[str, Any] = {"file": str(file.relative_to(folder)), "at": at, "cut": self.place % _CUT == _CUT - 1}
@@ -80,23 +80,23 @@ class _Damaged:
         if told.ended.status in (0, 1) and not told.traceback:
             try:
                 same = kind.found(folder) == expected
-            except Exception as error:  # whatever cannot be read is not equal
+            except Exception as error:  # unreadable results are not equal
                 return f"{type(error).__name__}: {str(error)[:200]}", facts
             return ("" if same else "silent: it ended well with other figures"), {**facts, "became": "made again"}
-        # A file is named by its own name or by the folder that it belongs to.
+        # An error may name the file or its folder.
         own = [file, file.parent, *[each for each in file.parents if each.parent == folder]]
         wrong = told.refused(*own)
         return wrong, {**facts, "became": "refused", "said": told.errors[:1]}
 
 
 def _sound(bench: Bench, kind: Kind) -> Any:
-    """Return what an undamaged state gives, once a bench."""
+    """Return the results of an undamaged state, computed once."""
     known = bench.expected.setdefault("damage", {})
     if kind.name not in known:
         folder = kind.state(bench)
         told = kind.call(bench, folder)
         if told.ended.status not in (0, 1) or told.traceback:
-            raise SystemExit(f"{kind.name}: a sound state is not read: {told.text[-2000:]}")
+            raise SystemExit(f"{kind.name}: a valid state cannot be read: {told.text[-2000:]}")
         known[kind.name] = kind.found(folder)
     return known[kind.name]
 
@@ -109,14 +109,14 @@ def _finished(bench: Bench) -> Path:
 
 
 def _unanswered(bench: Bench) -> Path:
-    """A run whose answers are stored, and whose rows are not."""
+    """A run with stored answers and without stored rows."""
     folder = _finished(bench)
     shutil.rmtree(folder / "run" / "rows")
     return folder
 
 
 def _stopped(bench: Bench, work: str, point: str) -> Path:
-    """A command that was killed at a point; made once, then copied."""
+    """A command that was killed at a point; created once, then copied."""
     kept = bench.place / f"stopped-{work}"
     if not kept.is_dir():
         folder = bench.folder(WORKS[work])
@@ -127,7 +127,7 @@ def _stopped(bench: Bench, work: str, point: str) -> Path:
     folder = bench.place / "case"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(kept, folder)
-    # The paths in a recipe and in a key are those of the first folder, which this one has too.
+    # Paths in a recipe and in a key are those of the first folder.
     return folder
 
 
@@ -150,7 +150,7 @@ def _stored(bench: Bench) -> Path:
 
 
 def _kept(bench: Bench) -> Path:
-    """A suite that was run, so that its fits are kept; what it made of them is gone."""
+    """A suite that was run and has stored fits but no results."""
     folder = _suite_of(bench, "fits")
     cache = bench.place / "cache"
     if not cache.is_dir():
@@ -206,7 +206,7 @@ def _suite_figures(folder: Path) -> Any:
 
 
 def _run_figures(folder: Path) -> Any:
-    # A damaged database is set aside, and stays.
+    # A damaged database is renamed and kept.
     return {name: found for name, found in WORKS["run"].found(folder).items() if name != "names"}
 
 
@@ -278,4 +278,4 @@ KINDS = (
         lambda folder: WORKS["rank"].found(folder)["rows"],
     ),
 )
-"""What is damaged."""
+"""The kinds of files."""

@@ -1,4 +1,4 @@
-"""Cases of odd places: links into somebody else's folder, hard links, and folders that nobody may write to."""
+"""Cases with unusual locations: links into another user's folder, hard links, and read-only folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from eval.benchmarks.faults.stops import Case, read_only, small
 from eval.benchmarks.faults.works import WORKS, Bench, Work, digests, names
 
-# What a command makes in its folder, and what of it is a link to somebody else's.
+# The outputs of a command in its folder, and those that are links to foreign files.
 _LINKED: dict[str, tuple[str, ...]] = {
     "run": (
         *("", ".lock", "results.json", "predictions.parquet", "answers.sqlite", "train.json", "rows", "checkpoints"),
@@ -29,7 +29,7 @@ _LINKED: dict[str, tuple[str, ...]] = {
 
 
 def links(seed: int) -> Iterator[Case]:
-    """Put links in the place of what a command makes, before it begins and after it has ended."""
+    """Replace outputs of a command by links, before it starts and after it has ended."""
     for name, linked in _LINKED.items():
         for inner in linked:
             for begun in (False, True):
@@ -41,7 +41,7 @@ def links(seed: int) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class _Link:
-    """A symbolic link: refused, or followed to where the user pointed it; nobody else's file is touched."""
+    """A symbolic link: rejected, or followed to the user's target; foreign files must not change."""
 
     work: Work
     inner: str
@@ -75,7 +75,7 @@ class _Link:
             return wrong or (f"somebody's files were changed: {lost[:3]}" if lost or after != before else ""), facts
         if told.traceback:
             return "traceback", facts
-        # Where the folder itself is a link, the user said so: what the command made there before is its own.
+        # If the folder itself is a link, the earlier outputs of the command in it are its own.
         if (lost and (self.inner or not self.begun)) or (self.inner and len(after) != len(before)):
             return f"somebody's files were changed: {lost[:3]}", facts
         return bench.different(work, folder) if not self.inner and self.begun else "", facts
@@ -90,7 +90,7 @@ def _inside(folder: Path, work: Work, inner: str) -> Path:
 
 @dataclass(frozen=True)
 class _Hard:
-    """A copy of hard links, as backups make them: what goes on in one must not change the other."""
+    """A copy with hard links, as in backups: changes in one must not affect the other."""
 
     work: Work
 
@@ -115,7 +115,7 @@ class _Hard:
 
 
 def readonly(seed: int) -> Iterator[Case]:
-    """Let a command write, or only read, where nobody may write."""
+    """Let a command write, or only read, in a read-only folder."""
     for work in WORKS.values():
         for begun in (False, True):
             state = "finished, " if begun else ""
@@ -143,7 +143,7 @@ class _ReadOnly:
             facts: dict[str, Any] = {"ended": told.ended.status, "said": told.errors[:1]}
             if digests(disk) != before:
                 return "something was changed", facts
-            # Who has finished there may say so.
+            # A finished run may report that it is finished.
             done = self.begun and told.ended.status == work.done and not told.traceback
             return ("" if done else told.refused(disk)), facts
 

@@ -1,4 +1,4 @@
-"""Cases in which a command stops or another one is there: kills, full disks, second processes."""
+"""Cases with an interrupted or concurrent command: kills, full disks, second processes."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any, Protocol
 from eval.benchmarks.faults.works import WORKS, Bench, Work
 
 KILLS = 20
-"""Of each command."""
+"""Number of cases per command."""
 CHAIN = 2
-"""Kills of one command before it is let go on to its end."""
+"""Number of kills of a command before it may finish."""
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""Sizes of a disk, of what a command leaves."""
+"""Disk sizes, as shares of a command's output."""
 DELAYS = (0.0, 0.25, 0.5, 0.75)
-"""Begin of a second process, of the seconds that one takes."""
+"""Start times of a second process, as shares of the duration of one."""
 _ROOM = "256m"
 
 
 class Asked(Protocol):
-    """What makes a case: it returns what is wrong, empty where nothing is, and facts of its own."""
+    """Runs a case, and returns what is wrong, empty for a passed case, and facts."""
 
     def __call__(self, bench: Bench) -> tuple[str, dict[str, Any]]:
-        """Make the case."""
+        """Run the case."""
         ...
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case by its part and its name; ``tags`` are facts for the table."""
+    """A case with its part and name; ``tags`` are facts for the table."""
 
     part: str
     name: str
@@ -46,7 +46,7 @@ class Case:
 
 
 def kills(seed: int) -> Iterator[Case]:
-    """Kill each command at random moments of its time, and let it go on."""
+    """Kill each command at random times, and let it resume."""
     for place in range(KILLS // CHAIN):
         for work in WORKS.values():
             yield Case("kills", f"{work.name} {place}", _Kill(work, f"{seed} {work.name} {place}"), {"of": work.name})
@@ -77,7 +77,7 @@ class _Kill:
 
 
 def full(seed: int) -> Iterator[Case]:
-    """Let the disk be full at five sizes."""
+    """Fill the disk at five sizes."""
     for share in SHARES:
         for work in WORKS.values():
             yield Case("full disk", f"{work.name} {share}", _Full(work, share), {"of": work.name})
@@ -111,12 +111,12 @@ class _Full:
 
 
 def _without_mend(errors: list[str]) -> str:
-    """Say that a refusal does not say what to do; empty: it does."""
+    """Return a fault if an error message does not say what to do; else an empty text."""
     return "" if "again" in errors[0] or "make room" in errors[0] else f"no mend: {errors[0]}"
 
 
 def _peak(bench: Bench, work: Work) -> int:
-    """Return the bytes that a command leaves, in whole pages."""
+    """Return the size of a command's output in bytes, in whole memory pages."""
     left = [bench.whole / name for name in {"suite": ("suite", "results")}.get(work.name, (work.makes,))]
     files = [path for each in left for path in ([each] if each.is_file() else each.rglob("*")) if path.is_file()]
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
@@ -129,7 +129,7 @@ def _used(folder: Path) -> int:
 
 @contextlib.contextmanager
 def small(folder: Path) -> Iterator[Path | None]:
-    """A file system in memory for the time of a block; None where this user may mount none."""
+    """Mount an in-memory file system for a block; None if this user cannot mount."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={_ROOM}", "llmrec-faults", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
@@ -146,7 +146,7 @@ def _resize(folder: Path, size: str) -> None:
 
 
 def read_only(folder: Path) -> None:
-    """Let nobody write to a file system of `small`."""
+    """Remount a file system of `small` read-only."""
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
 
 
@@ -154,7 +154,7 @@ def read_only(folder: Path) -> None:
 
 
 def two(seed: int) -> Iterator[Case]:
-    """Give one command twice at once."""
+    """Run one command twice at once."""
     for share in DELAYS:
         for work in WORKS.values():
             yield Case("two processes", f"{work.name} {share}", _Two(work, share), {"of": work.name})

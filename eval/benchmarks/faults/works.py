@@ -1,4 +1,4 @@
-"""The five commands: where they work, what they must leave, and that they left nothing else."""
+"""The five commands: their folders, expected outputs, and a check for other changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmrec.durable import checked
 from tests.recovery.kills import FAULTY, Chain, export_outcome, outcome, rank_outcome, request_lines
 
 BYSTANDER, WORDS = "notes.txt", "Nobody may touch this.\n"
-# What differs between two runs of one suite.
+# Differences between two runs of one suite.
 _SPENT = {"created", "command", "seconds", "machine"}
 
 SUITE: Mapping[str, Any] = {
@@ -37,7 +37,7 @@ SUITE: Mapping[str, Any] = {
 }
 
 
-# What is small of the recovery tests, made smaller still: here it is run some hundred times.
+# Smaller settings than in the recovery tests, since commands run hundreds of times.
 RUN = (
     *(
         "eval.users=6",
@@ -51,7 +51,7 @@ REQUESTS = 80
 
 
 def augmented(model: Path) -> dict[str, Any]:
-    """Return a recipe that has texts written on users and items."""
+    """Return a recipe that generates texts about users and items."""
     return {
         "name": "toy",
         "model": {"name": str(model), "dtype": "float32"},
@@ -71,13 +71,13 @@ class Work:
     """One command in a folder.
 
     Attributes:
-        name: Of the command.
-        needs: What must lie in the folder before, of the folder of all.
-        makes: What the command makes there, by the name of its main output.
-        done: Its exit status where it did its work.
-        words: The folder and the model -> words after ``llmrec``.
+        name: Name of the command.
+        needs: Required files, from the folder of all.
+        makes: Its main output.
+        done: Its exit status on success.
+        words: The folder and the model -> arguments of ``llmrec``.
         found: The folder -> everything that must be equal, and the names of all files.
-        inside: Other files may lie in the folder that it makes.
+        inside: Whether other files may be in its output folder.
     """
 
     name: str
@@ -98,7 +98,7 @@ def _run(folder: Path, model: Path) -> list[str]:
 
 
 def _requests() -> str:
-    """Return requests of two parts, one of them faulty."""
+    """Return requests in two parts, one request malformed."""
     lines = request_lines().splitlines()[:REQUESTS]
     asked = [json.loads(line) if n != FAULTY[0] else None for n, line in enumerate(lines, start=1)]
     short = [each and {**each, "history": each["history"][:1], "candidates": each["candidates"][:2]} for each in asked]
@@ -122,7 +122,7 @@ def _suite_found(folder: Path) -> dict[str, Any]:
     for row in results["rows"]:
         del row["seconds"], row["memory_gb"]
     kept = {key: value for key, value in results.items() if key not in _SPENT}
-    # Trials are read where there is no row, and not written again where there is one.
+    # Trials are read only without a stored row, and otherwise not written again.
     rows = [path for path in sorted((folder / "suite" / "rows").iterdir()) if not path.name.endswith(".trials.json")]
     values = {path.name: checked(path.read_bytes())["values"] for path in rows}
     return {"results": kept, "values": values, "names": names(folder / "suite") + names(folder / "results")}
@@ -141,7 +141,7 @@ def _augment_found(folder: Path) -> dict[str, Any]:
 
 
 def store_found(place: Path) -> dict[str, Any]:
-    """Return all that is in a store of features."""
+    """Return the contents of a feature store."""
     store = FeatureStore.open(place)
     found: dict[str, Any] = {"stamp": store.stamp}
     for kind in store.kinds:
@@ -153,7 +153,7 @@ def store_found(place: Path) -> dict[str, Any]:
 
 
 def _store_names(place: Path) -> list[str]:
-    # Versions have names by chance.
+    # Versions have random names.
     current = (place / "current").read_text(encoding="utf-8").strip()
     return sorted(name.replace(current, "VERSION") for name in names(place))
 
@@ -171,24 +171,24 @@ WORKS: Mapping[str, Work] = {
 
 
 def names(folder: Path) -> list[str]:
-    """Return the names of all files in a folder and its folders, but for bystanders."""
+    """Return the names of all files in a folder and its subfolders, except bystanders."""
     files = (path for path in folder.rglob("*") if not path.is_dir() and path.name != BYSTANDER)
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return a hash of each file in a folder and its folders, but for locks, which a reader may make."""
+    """Return a hash of each file in a folder and its subfolders, except locks, which readers may create."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a call said.
+    """The output of a call.
 
     Attributes:
         ended: How it ended.
-        text: All that it wrote.
+        text: Its output.
     """
 
     ended: Ended
@@ -196,19 +196,19 @@ class Told:
 
     @property
     def errors(self) -> list[str]:
-        """Its error lines."""
+        """The error lines."""
         return [line for line in self.text.splitlines() if line.startswith("error: ")]
 
     @property
     def traceback(self) -> bool:
-        """Whether a defect showed."""
+        """Whether it has a traceback."""
         return "Traceback (most recent call last)" in self.text
 
     def refused(self, *places: str | Path) -> str:
-        """Return what is wrong with a call that should have been refused in one sentence; empty: nothing.
+        """Return the fault of a call that should have failed with one error message; empty: none.
 
         Args:
-            places: The sentence must name one of them, where there is one.
+            places: The message must name one of them, if any.
         """
         if self.traceback:
             return "traceback: " + self.text.strip().splitlines()[-1][:200]
@@ -220,12 +220,12 @@ class Told:
 
 
 class Bench:
-    """Folders, processes and what nothing disturbed has left.
+    """Folders, processes and the undisturbed results.
 
     Attributes:
-        whole: The folder in which every command did its work.
-        seconds: What each took there of processor time.
-        expected: What each must leave.
+        whole: The folder of the undisturbed commands.
+        seconds: Processor time of each.
+        expected: Results of each.
     """
 
     def __init__(self, place: Path, processes: Zygote) -> None:
@@ -252,7 +252,7 @@ class Bench:
             self.expected[work.name] = work.found(self.whole)
 
     def folder(self, work: Work, *more: str) -> Path:
-        """Return a fresh folder with bystanders, what a command needs and copies of more of the folder of all."""
+        """Return a new folder with bystanders, the required files of a command and further copies."""
         case = self.place / "case"
         shutil.rmtree(case, ignore_errors=True)
         case.mkdir()
@@ -275,7 +275,7 @@ class Bench:
         return self.together([words], [how])[0]
 
     def together(self, commands: Sequence[Sequence[str]], how: Sequence[Mapping[str, Any]]) -> list[Told]:
-        """Run commands beside each other."""
+        """Run commands in parallel."""
         logs = []
         for _ in commands:
             self._logs += 1
@@ -294,7 +294,7 @@ class Bench:
         return self.call(work.words(folder, self.model), **how)
 
     def finished(self, work: Work, folder: Path, **how: Any) -> str:
-        """Give a command to its end, and say what is not as it must be; empty: nothing."""
+        """Run a command to its end, and return the fault; empty: none."""
         told = self.do(work, folder, **how)
         if told.traceback or told.ended.status != work.done:
             last = (told.text.strip().splitlines() or ["nothing"])[-1]
@@ -302,12 +302,12 @@ class Bench:
         return self.different(work, folder)
 
     def different(self, work: Work, folder: Path) -> str:
-        """Say what a command left otherwise than it must; empty: nothing."""
+        """Return the difference of a command's results to the expected ones; empty: none."""
         for place in [folder, *([folder / work.makes] if work.inside else [])]:
             if not (place / BYSTANDER).is_file() or (place / BYSTANDER).read_text(encoding="utf-8") != WORDS:
                 return "a bystander was changed"
         try:
             found = work.found(folder)
-        except Exception as error:  # whatever cannot be read is not equal
+        except Exception as error:  # unreadable results are not equal
             return f"{type(error).__name__}: {str(error)[:200]}"
         return ", ".join(key for key, value in self.expected[work.name].items() if found.get(key) != value)

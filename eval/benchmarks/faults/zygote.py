@@ -1,7 +1,7 @@
-"""Forks commands from a process that has imported the heavy libraries, and kills them when their time has come.
+"""Forks commands from a process that has imported the heavy libraries, and kills them at given times.
 
-A child costs tenths of a second where a cold start takes half a minute. The zygote computes nothing itself, so that no
-thread pool is forked. Each order is a line of JSON: children that run beside each other.
+Forking takes tenths of a second, a cold start half a minute. The zygote computes nothing itself, so that no thread pool
+is forked. Each order is a line of JSON with children that run in parallel.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _TICK = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Child:
-    """A command to be run.
+    """A command to run.
 
     Attributes:
-        words: After ``llmrec``.
-        log: The file that its output is appended to.
-        delay: Seconds until it begins.
-        after: Seconds of processor time until its SIGKILL, which a busy machine does not move; None: no such kill.
+        words: Arguments of ``llmrec``.
+        log: The file to which its output is appended.
+        delay: Seconds until it starts.
+        after: Processor time in seconds until its SIGKILL; None: no kill.
         point: A named point of ``tests.recovery.points`` at which it kills itself.
-        fsize: Bytes beyond which no file may grow; None: without limit.
-        env: Environment variables of its own.
-        keeps: Fits are kept however little time they took.
+        fsize: Maximum file size in bytes; None: unlimited.
+        env: Additional environment variables.
+        keeps: Whether all fits are stored, even fast ones.
     """
 
     words: Sequence[str]
@@ -49,7 +49,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit status (-9 for a kill), and its seconds on the clock and of processor time."""
+    """The exit status of a command (-9 for a kill), its wall-clock time and its processor time."""
 
     status: int
     seconds: float
@@ -74,7 +74,7 @@ class Zygote:
         )
 
     def do(self, *children: Child) -> list[Ended]:
-        """Run children beside each other and return how each ended."""
+        """Run children in parallel and return how each ended."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps([asdict(each) for each in children]) + "\n")
         self._process.stdin.flush()
@@ -88,7 +88,7 @@ class Zygote:
 
 @contextlib.contextmanager
 def zygote() -> Iterator[Zygote]:
-    """A zygote for the time of a block."""
+    """Run a zygote for a block."""
     started = Zygote()
     try:
         yield started
@@ -111,7 +111,7 @@ def _serve() -> None:
     import llmrec.pipeline.run
     import llmrec.train.sft  # noqa: F401
 
-    # What is here stays: without this each collection in a child walks over the libraries' objects, and copies them.
+    # Freeze: otherwise garbage collection in a child visits, and thus copies, the libraries' objects.
     gc.freeze()
     for line in sys.stdin:
         found = _together([Child(**each) for each in json.loads(line)])
@@ -120,7 +120,7 @@ def _serve() -> None:
 
 
 def _together(children: Sequence[Child]) -> list[Ended]:
-    """Fork children when their time has come, kill them when theirs is over, and wait for all."""
+    """Fork children at their start times, kill them at their limits, and wait for all."""
     start = time.monotonic()
     begun: dict[int, tuple[int, float]] = {}
     ended: dict[int, Ended] = {}
@@ -145,7 +145,7 @@ def _together(children: Sequence[Child]) -> list[Ended]:
 
 
 def _used(process: int) -> float:
-    """Return the seconds of processor time that a process has taken."""
+    """Return the processor time of a process in seconds."""
     after = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(after[11]) + int(after[12])) / os.sysconf("SC_CLK_TCK")
 

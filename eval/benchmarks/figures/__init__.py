@@ -1,1 +1,1 @@
-"""Figures of the documentation, bound to the results that they come from: `python -m eval.benchmarks.figures`."""
+"""Checks the numbers of the documentation against the committed results: `python -m eval.benchmarks.figures`."""

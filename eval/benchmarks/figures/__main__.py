@@ -1,4 +1,4 @@
-"""``python -m eval.benchmarks.figures --check`` compares, ``--write`` writes the bound figures and generated pages."""
+"""``python -m eval.benchmarks.figures --check`` compares, ``--write`` updates bound figures and generated pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eval.benchmarks.figures.pointers import PointerError
 
 
 def main() -> int:
-    """Return 1 if a figure has no source or is not what it says."""
+    """Return 1 if a figure has no source or differs from it."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.figures", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", action="store_true", help="print what is wrong")

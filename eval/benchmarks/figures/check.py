@@ -1,4 +1,4 @@
-"""Compares the figures of the pages with the results that they are bound to, and writes them again."""
+"""Compares the figures of pages with the results to which they are bound, and updates them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.benchmarks.record import changed_since
 
 EXCEPTIONS = "eval/figures.yaml"
 ELSEWHERE = {"docs/cli.md", "docs/config.md", "docs/python-api.md"}
-"""Pages that are generated and that another test compares whole."""
+"""Generated pages that another test compares as a whole."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Allowed:
 
     Attributes:
         page: The page.
-        text: What it says, to the letter. The first line of a table means all of the table, a heading all of its
-            section, ``*`` all of the page.
+        text: Verbatim text of the page. The first line of a table means the whole table, a heading its section, ``*``
+            the whole page.
         reason: Why there is no source.
     """
 
@@ -36,7 +36,7 @@ class Allowed:
     reason: str
 
     def places(self, text: str) -> list[tuple[int, int]]:
-        """Return the stretches of a page that this covers."""
+        """Return the ranges of a page that this covers."""
         if self.text == "*":
             return [(0, len(text))]
         if self.text.startswith("#"):
@@ -61,7 +61,7 @@ def exceptions(root: Path) -> list[Allowed]:
 
 
 def faults(root: Path) -> list[str]:
-    """Return what is wrong in a checkout, a line each; nothing if every figure is what its source says."""
+    """Return the faults in a checkout, one line each; none if every figure equals its source."""
     allowed, results, found = exceptions(root), Results(root), []
     pages = named(root)
     found += [f"{EXCEPTIONS}: there is no page {each.page}" for each in allowed if each.page not in pages]
@@ -114,7 +114,7 @@ def write(root: Path) -> list[str]:
     """Write bound figures and generated pages from the results; return the files that changed.
 
     Raises:
-        PointerError: If a pointer leads to nothing; then no page is written.
+        PointerError: If a pointer is invalid; then no page is written.
     """
     results, made = Results(root), {}
     allowed = exceptions(root)
@@ -127,7 +127,7 @@ def write(root: Path) -> list[str]:
             new = f"{new[: bound.figure.start]}{written}{new[bound.figure.end :]}"
         made[name] = (text, new)
     changed = _put(root, {name: new for name, (old, new) in made.items() if new != old})
-    # Generated parts stand inside pages that may just have been written.
+    # Generated parts are inside pages that may just have been written.
     stale = {name: text for name, text in wanted(root).items() if _old(root / name) != text}
     return sorted({*changed, *_put(root, stale)})
 

@@ -19,19 +19,19 @@ from llmrec.registry import SOURCES
 from llmrec.report.table import grid
 
 PUBLISHED = "llmrec.data.sets.published:published"
-"""The reader of most published data sets."""
+"""The loader of most published data sets."""
 
 TIMED = ("search", "search_vllm", "training")
 """Results that eval/PERFORMANCE.md shows."""
 
 
 def wanted(root: Path) -> dict[str, str]:
-    """Return the content of everything that is generated, by its place in the checkout.
+    """Return the content of all generated files, by path in the checkout.
 
-    The command-line reference is not among it: a test asks the program for that.
+    The command-line reference is not included; another test compares it.
 
     Args:
-        root: A checkout, whose results are read; around generated parts its pages are kept as they are.
+        root: A checkout with results and pages; pages change only in generated parts.
     """
     results = root / "eval" / "results"
     benchmarks = read_results(results)
@@ -88,7 +88,7 @@ def _data_set(known: Known) -> list[str]:
     fields = dict.fromkeys(each.name for one in layouts if one.items for each in one.items.attributes)
     people = dict.fromkeys(each.name for one in layouts if one.people for each in one.people.attributes)
     columns = [*([", ".join(fields)] if fields else []), *([f"of users: {', '.join(people)}"] if people else [])]
-    # A data set with a reader of its own, MIND, has times that only order its interactions.
+    # MIND, a data set with a separate loader, has times that only order its interactions.
     time = _some(layouts, "time") if SOURCES[known.name] == PUBLISHED else "order only"
     return [
         f"[`{known.name}`]({known.page})",
@@ -108,7 +108,7 @@ def _some(layouts: Sequence[Layout], column: str) -> str:
 
 
 def _counts(known: Known) -> str:
-    """Return the published sizes: of the only file, or that of the largest one and the number of files."""
+    """Return the published size of the only file, or of the largest one with the number of files."""
     files = known.counts.files if known.counts else {}
     if not files:
         return "not published"

@@ -60,7 +60,7 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class BindingError(Exception):
-    """A comment that does not fit what it binds."""
+    """A comment that does not match the figures that it binds."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Figure:
     """A figure as it is printed.
 
     Attributes:
-        start: Where its text begins on the page.
-        end: Where it ends, the sign of percentages left out.
-        sign: As printed, or empty.
-        digits: Without sign.
+        start: Start of its text on the page.
+        end: End of its text, without the percent sign.
+        sign: Sign as printed, or empty.
+        digits: Digits without sign.
         percent: Whether it is a percentage.
     """
 
@@ -117,7 +117,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page holds, and what is wrong with its comments."""
+    """The figures of a page, and the faults of its comments."""
 
     bound: tuple[Bound, ...]
     unbound: tuple[Figure, ...]
@@ -129,38 +129,38 @@ class _Names:
     known: dict[str, str] = field(default_factory=dict)
 
     def put(self, text: str) -> str:
-        """Return a text with the abbreviations written out."""
+        """Return a text with the abbreviations expanded."""
         for _ in range(5):
             text, count = re.subn(r"\$([A-Za-z_]\w*)", self._one, text)
             if not count:
                 return text
-        raise BindingError(f"abbreviations go round in a circle: {text}")
+        raise BindingError(f"circular abbreviations: {text}")
 
     def _one(self, match: re.Match[str]) -> str:
         if match[1] not in self.known:
-            raise BindingError(f"${match[1]} is not known here")
+            raise BindingError(f"${match[1]} is undefined here")
         return self.known[match[1]]
 
 
 def masked(text: str) -> str:
-    """Return the page with everything blanked that can hold no figure; places stay."""
+    """Return the page with everything blanked that cannot contain figures; positions are unchanged."""
     return _blanked(text, FENCE, GENERATED, COMMENT, *HIDDEN)
 
 
 def plain_claims(text: str) -> str:
-    """Return the page with comments and code blocks blanked; places stay."""
+    """Return the page with comments and code blocks blanked; positions are unchanged."""
     return _blanked(text, FENCE, COMMENT)
 
 
 def _blanked(text: str, *patterns: re.Pattern[str]) -> str:
-    """Return a text with everything that matches blanked, one pattern after the other; lines stay."""
+    """Return a text with all matches blanked, one pattern after the other; line breaks are unchanged."""
     for pattern in patterns:
         text = pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
     return text
 
 
 def figures(plain: str, start: int = 0, end: int | None = None) -> list[Figure]:
-    """Return the figures of a masked page between two places."""
+    """Return the figures of a masked page between two positions."""
     return [
         Figure(found.start(), found.end("digits"), found["sign"] or "", found["digits"], bool(found["percent"]))
         for found in FIGURE.finditer(plain, start, len(plain) if end is None else end)
@@ -168,11 +168,11 @@ def figures(plain: str, start: int = 0, end: int | None = None) -> list[Figure]:
 
 
 def read(text: str, excepted: Sequence[tuple[int, int]] = ()) -> Page:
-    """Return the figures of a page with what binds them.
+    """Return the figures of a page with their expressions.
 
     Args:
         text: The page.
-        excepted: Stretches whose figures need no source.
+        excepted: Ranges whose figures need no source.
     """
     plain = masked(text)
     for start, end in excepted:
@@ -201,7 +201,7 @@ def read(text: str, excepted: Sequence[tuple[int, int]] = ()) -> Page:
 
 
 def _lines(body: str, names: _Names) -> list[str]:
-    """Return the lines that bind; abbreviations are kept aside."""
+    """Return the binding lines, and store the abbreviations."""
     kept = []
     for line in body.splitlines():
         made = re.match(r"\s*\$([A-Za-z_]\w*) = (\S.*?)\s*$", line)
@@ -213,14 +213,14 @@ def _lines(body: str, names: _Names) -> list[str]:
 
 
 def _block(text: str, at: int) -> tuple[int, int]:
-    """Return the stretch after a comment, up to an empty line."""
+    """Return the range after a comment, up to an empty line."""
     start = text.find("\n", at) + 1
     end = text.find("\n\n", start)
     return start, len(text) if end < 0 else end
 
 
 def _free(text: str, plain: str, start: int, end: int) -> list[Figure]:
-    """Return the figures of a block, but for lines that end with a comment of their own."""
+    """Return the figures of a block, except on lines that end with a separate comment."""
     found, at = [], start
     for line in text[start:end].splitlines(keepends=True):
         if not BINDING.search(line):
@@ -230,7 +230,7 @@ def _free(text: str, plain: str, start: int, end: int) -> list[Figure]:
 
 
 def expressions(text: str, names: _Names) -> list[str]:
-    """Return the expressions of a text, braces written out."""
+    """Return the expressions of a text, with braces expanded."""
     found = []
     for part in re.split(r";(?![^\[]*\])", names.put(text)):
         found += list(_spread(part.strip())) if part.strip() not in {"", "-"} else []
@@ -284,7 +284,7 @@ def _table(lines: Sequence[str], text: str, plain: str, place: tuple[int, int], 
 
 
 def _filled(template: str, values: Sequence[str]) -> str:
-    """Return a row's cells from those after ``each``; what the row does not give is empty."""
+    """Return a row's cells from those after ``each``; missing values are empty."""
     return re.sub(r"\$(\d)", lambda found: values[int(found[1])] if int(found[1]) < len(values) else "", template)
 
 
@@ -293,7 +293,7 @@ def _split(text: str) -> list[str]:
 
 
 def _cells(line: str, plain: str, at: int) -> list[tuple[int, int]]:
-    """Return the places of a row's cells."""
+    """Return the positions of a row's cells."""
     bars = [place for place, letter in enumerate(line) if letter == "|" and not _escaped(line, place)]
     return [(at + left + 1, at + right) for left, right in pairwise(bars)]
 

@@ -1,4 +1,4 @@
-"""Generated parts of pages: what is between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+"""Generated parts of pages, between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
 
 from __future__ import annotations
 

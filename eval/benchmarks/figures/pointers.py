@@ -1,4 +1,4 @@
-"""Pointers into committed results, and the small sums that may be made of them.
+"""Pointers into committed results, and arithmetic expressions of them.
 
 A pointer is ``FILE:path``: FILE is ``eval/results/FILE.json``, or with ``references/`` before it
 ``eval/references/FILE.yaml``. A path is keys with ``/`` between them; a key that has a blank or a slash in it stands in
@@ -36,11 +36,11 @@ STEP = re.compile(r"\[(?P<inside>[^\]]*)\]|(?P<key>[^/\[\]]+)|/")
 
 
 class PointerError(Exception):
-    """A pointer that leads nowhere, or a sum that cannot be read."""
+    """An invalid pointer or expression."""
 
 
 class Results:
-    """The committed results of a checkout, read once each."""
+    """The committed results of a checkout, each read once."""
 
     def __init__(self, root: Path) -> None:
         """Take the root of the checkout."""
@@ -52,19 +52,19 @@ class Results:
         path = self.root / place
         if not path.exists():
             raise PointerError(f"there is no {place}")
-        # JSON is YAML too, but read a hundred times faster.
+        # JSON is YAML, but the JSON parser is a hundred times faster.
         text = path.read_text(encoding="utf-8")
         return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
 
     def find(self, pointer: str) -> list[Decimal]:
-        """Return the numbers that a pointer leads to, in order."""
+        """Return the numbers of a pointer, in order."""
         return [_number(each, pointer) for each in self._entries(pointer)]
 
     def entry(self, pointer: str) -> dict[str, Any]:
-        """Return the only object that a pointer leads to.
+        """Return the single object of a pointer.
 
         Raises:
-            PointerError: If it leads to nothing, to several entries, or to something else.
+            PointerError: If there is none, if there are several, or if it is not an object.
         """
         found = self._entries(pointer)
         if len(found) != 1 or not isinstance(found[0], dict):
@@ -82,10 +82,10 @@ class Results:
         return found
 
     def value(self, text: str) -> Decimal:
-        """Return what an expression comes to.
+        """Evaluate an expression.
 
         Raises:
-            PointerError: If it cannot be read, or a pointer leads to nothing or to several values.
+            PointerError: If it cannot be parsed, or a pointer has no value or several.
         """
         tokens = list(_tokens(text))
         if not any(kind == "pointer" or (kind, said) == ("call", "chance") for kind, said in tokens):
@@ -109,7 +109,7 @@ def _tokens(text: str) -> Iterator[tuple[str, str]]:
 
 
 class _Reader:
-    """Sums, products, parentheses and the functions, left to right."""
+    """Parser of sums, products, parentheses and functions."""
 
     def __init__(self, tokens: list[tuple[str, str]], find: Callable[[str], list[Decimal]], text: str) -> None:
         self.tokens = tokens
@@ -203,7 +203,7 @@ def paired_t(a: list[Decimal], b: list[Decimal]) -> Decimal:
 
 
 def chance(cutoff: int, candidates: int) -> Decimal:
-    """Return the exact NDCG@cutoff of a random order with one target among so many candidates."""
+    """Return the exact NDCG@cutoff of a random order with one target among a number of candidates."""
     ranks = range(2, min(cutoff, candidates) + 2)
     gains = (Decimal(2).ln() / Decimal(rank).ln() for rank in ranks)
     return sum(gains, Decimal(0)) / candidates

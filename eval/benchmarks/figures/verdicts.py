@@ -1,7 +1,7 @@
-"""Compares what sentences say of planned comparisons with the verdicts of the results that their figures are bound to.
+"""Compares claims about planned comparisons with the verdicts of the results to which their figures are bound.
 
-A figure that is bound to the difference of a pair makes its sentence a claim about that pair. The first words of this
-kind that follow the figure in the sentence, or else the last before it, say what is claimed:
+A figure that is bound to the difference of a pair makes its sentence a claim about that pair. The first of these words
+after the figure in the sentence, or else the last before it, state the claim:
 *significantly better* (or higher, worse, lower), *significant*, or *no significant difference*. A row of the result in
 backticks after *than*, *less*, *over*, *against* or *minus* is the named opponent, which must be the pair's second row.
 """
@@ -26,7 +26,7 @@ OPPONENT = re.compile(r"\b(?:than|less|over|against|minus)(?: the)? `([^`\n]+)`"
 
 
 def faults(text: str, bound: Sequence[Bound], results: Results) -> Iterator[tuple[int, str]]:
-    """Yield the place and description of each sentence that says something else than its pair.
+    """Yield the position and description of each sentence that contradicts its pair.
 
     Args:
         text: A page.

@@ -82,11 +82,11 @@ def run(
     """Run checks, and store each result as it comes.
 
     Args:
-        checks: Which.
-        machine: Where.
-        before: The results of an earlier call; what passed there under the same stamp is taken over.
-        stamp: What a result holds for: the GPU and the commit.
-        again: Run these too.
+        checks: The checks to run.
+        machine: The machine.
+        before: The results of an earlier call; passed checks with the same stamp are reused.
+        stamp: The GPU and the commit of the results.
+        again: Whether to run passed checks again.
         keep: Stores the results so far.
     """
     found: dict[str, Any] = {"command": "make gpu-check", "checks": dict(before["checks"])}
@@ -129,7 +129,7 @@ def one(check: Check, machine: Machine) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Return the results as Markdown; without results it says that no GPU has run the checks."""
+    """Return the results as Markdown; without results it states that no GPU has run the checks."""
     entries = found["checks"]
     status = f"0 of {len(CHECKS)} checks have been run: no machine with a GPU has been available."
     if entries:

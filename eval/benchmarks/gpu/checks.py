@@ -40,13 +40,13 @@ _SHORT = ("train.packing=tree", "train.steps=120", "train.save_every=20", "train
 _EQUAL: Limits = {"loss_difference": (0, 0.01)}
 _LEARNS: Limits = {"last_to_first_loss": (0, 0.99)}
 _AGREE: Limits = {"difference": (0, 0.05), "rows": (1, _ANY)}
-# What takes the place of data and models that are not here, such as those that need a licence.
+# Replacements for missing data and models, such as those that need a licence.
 _INSTEAD = {"data.path": "data.source=movielens-100k", "model.name": "model.name=Qwen/Qwen3-8B"}
 _STOPPED_AT, _ENDS = 60, 20
-# MiB that a stopped process may leave, by the noise of other processes.
+# Tolerance in MiB for memory in use after a process has stopped, due to other processes.
 _HELD = 300
 _RELEASED: Limits = {"memory_left_mib": (-_ANY, _HELD)}
-# A few questions to the pretrained model.
+# A few requests to the pretrained model.
 _FEW = ("eval.arms=[zero-shot]", "eval.users=20", "eval.fusion.model_users=0")
 # On the CPU checks run with a tiny model and a tiny data set, to show that their code runs.
 _SMALL = (
@@ -76,11 +76,11 @@ class Check:
     Attributes:
         name: Its name on the command line and in the result.
         title: What is run.
-        limits: The range of each measured value that decides, by its name at any depth of the facts.
-        measure: Runs it in a machine and a folder, and returns what it measured.
-        gpus: How many GPUs it needs.
-        disk: GB that must be free.
-        minutes: After this time its command is killed.
+        limits: The allowed range of each measured value, by its name at any depth of the facts.
+        measure: Runs it on a machine in a folder, and returns the measurements.
+        gpus: Number of GPUs that it needs.
+        disk: Required free disk space in GB.
+        minutes: Time limit of its command.
         on_cpu: Whether its code also runs without a GPU.
     """
 
@@ -145,7 +145,7 @@ def _named(name: str, facts: Mapping[str, Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished command: its status, output, seconds, and the most memory of all GPUs meanwhile, in MiB."""
+    """A finished command: status, output, seconds, and the peak memory of all GPUs in MiB."""
 
     status: int
     output: str
@@ -193,7 +193,7 @@ class Machine:
 
     @contextmanager
     def started(self, folder: Path, *command: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a command in a process group of its own, with its output in files of a folder, and end it."""
+        """Run a command in a separate process group, with its output in files of a folder."""
         with (folder / "out.txt").open("wb") as out, (folder / "log.txt").open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
@@ -203,7 +203,7 @@ class Machine:
         try:
             yield process
         finally:
-            # What a killed command leaves behind is measured, not removed.
+            # Memory left by a killed command is measured, not freed.
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -268,7 +268,7 @@ def _json(done: Done) -> Facts:
 
 
 def losses(run: Path) -> list[float]:
-    """Return the loss of each step that a training has logged; the last line may be torn."""
+    """Return the loss of each logged training step; the last line may be incomplete."""
     file, result = run / "train_log.jsonl", []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         with suppress(ValueError):

@@ -111,7 +111,7 @@ def masked(folder: str, device: str = "cuda") -> Facts:
     if device == "cuda":
         facts |= {"cudnn": torch.backends.cudnn.version(), "capability": torch.cuda.get_device_capability()}
         facts["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
-        # Loading a model may turn it off again, so that it is turned on behind that. What comes of it decides nothing.
+        # Loading a model may turn it off, so it is turned on afterwards. Its result does not affect the check.
         found, _ = _gradients(folder, device, "bfloat16", lambda: torch.backends.cuda.enable_cudnn_sdp(True))
         facts["if_cudnn_attention_were_on"] = [*_compared(expected, found).values()]
     return facts
@@ -243,7 +243,7 @@ def engines(folder: str, ways: str = "prefill,nodes,hf", device: str = "cuda", p
 
 
 def merge(base: str, adapter: str, target: str) -> Facts:
-    """Merge an adapter, and return its peak of anonymous memory as a share of the size of the weights."""
+    """Merge an adapter, and return the peak anonymous memory as a share of the size of the weights."""
     weights = sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
     before, peak, done = _anonymous(), [0], threading.Event()
 
@@ -262,7 +262,7 @@ def merge(base: str, adapter: str, target: str) -> Facts:
 
 
 def _anonymous() -> int:
-    """Return the bytes of this process that no file backs."""
+    """Return the anonymous memory of this process in bytes."""
     line = next(
         line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if line.startswith("RssAnon")
     )

@@ -2,11 +2,11 @@
 
 `make bench NAME=gpu-recipes` writes eval/results/gpu_recipes.json, which pages of docs/ are bound to.
 
-A token takes 2 floating-point operations a weight of the blocks in a forward pass, as many again backwards through
-frozen weights, twice as many where all weights learn, and once more with gradient checkpointing. Each half of an
-encoder-decoder reads half of the tokens. Attention, logits, the index and the baselines are not counted. Hours are
-operations over what a card does at a share of its peak, and no less than a step takes to be launched; for eight GPUs an
-eighth, the part that is not divided included. None of this was measured on a GPU.
+A token takes 2 floating-point operations per weight of the layers in a forward pass, the same again for the backward
+pass through frozen weights, twice that if all weights are trained, and one more forward pass with gradient
+checkpointing. Each half of an encoder-decoder processes half of the tokens. Attention, logits, the index and the
+baselines are ignored. Hours are operations divided by an assumed share of the peak, with a minimum time per step; for
+eight GPUs an eighth, including the part that is not parallel. Nothing was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from llmrec.resources import resource
 RESULT = resource("eval", "results") / "gpu_recipes.json"
 # TFLOP/s in bfloat16 without sparsity: the data sheets of the A100 of 80 GB and of the GeForce RTX 4090.
 PEAKS = {80: 312.0, 24: 165.2}
-# Shares of the peak, assumed: of models of a billion weights and more, of smaller ones, and of writing texts.
+# Assumed shares of the peak: for models of at least a billion weights, for smaller ones, and for text generation.
 LARGE, SMALL, WRITING = 0.3, 0.05, 0.1
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the keys of a recipe do not say.
+    """Assumptions that are not in the keys of a recipe.
 
     Attributes:
-        shape: The shape of its model, of `SHAPES`; None: the recipe makes its model.
-        card: GiB of the GPU that it is made for.
-        requests: Questions to each setting of the model: users or texts, times templates and questions of a user.
-        tokens: Tokens of a question, an upper bound; None: of the longest training row and the search's beams.
+        shape: The shape of its model, from `SHAPES`; None: the recipe creates its model.
+        card: Memory of the intended GPU in GiB.
+        requests: Requests per variant of the model: users or texts, times templates and requests per user.
+        tokens: Maximum tokens of a request; None: those of the longest training sequence and the beams.
     """
 
     shape: str | None
@@ -62,9 +62,9 @@ SCALES: Mapping[str, Scale] = {
     # A prompt of 30 films, and the text.
     "kar": Scale("qwen3-8b", 80, 6040 + 3706, 500 + 200),
 }
-# Seconds that a training step takes at least, assumed: small models wait for their kernels to be launched.
+# Assumed minimum duration of a training step in seconds: small models are limited by kernel launches.
 LEAST = 0.03
-# Most tokens of a code or a title in the search's tree.
+# Maximum number of tokens of a code or a title in the search tree.
 _CODE = 8
 
 
@@ -81,11 +81,11 @@ def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
     train, evaluation = recipe.train, recipe.eval
     trains = "tuned" in evaluation.arms
     row = scale.tokens or train.max_row_tokens + evaluation.beams * _CODE
-    # The prompt of a few-shot request holds another question for each solved example.
+    # A few-shot prompt has one more question per demonstration.
     rows = sum(1 + evaluation.shots.k * (arm == "few-shot") for arm in evaluation.arms) or 1
     asked = scale.requests * row * rows
     passes = (3 if train.method == "full" else 2) + train.gradient_checkpointing
-    # Rollouts are searched for, and the model that training started from scores them.
+    # Rollouts are found by search and scored by the reference model.
     passes += 2 * (train.reward is not None)
     learned = train.steps * train.batch_tokens if trains else 0
     operations = {"training": 2 * weights * passes * learned / 1e15, "evaluation": 2 * weights * asked / 1e15}
@@ -104,7 +104,7 @@ def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
         "tokens": {"training": learned, "evaluation": asked},
         "petaflop": {stage: float(f"{done:.3g}") for stage, done in operations.items()},
         "hours": hours({"training": 1, "evaluation": 1}),
-        # Rewards are refused in several processes.
+        # Training with rewards does not support several processes.
         "hours_of_eight": hours({"training": 1 if train.reward else 8, "evaluation": 8}),
     }
     if trains:
@@ -113,7 +113,7 @@ def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
 
 
 def block_weights(config: Any) -> int:
-    """Return the weights that every token meets: those outside the vocabulary, half of an encoder-decoder's."""
+    """Return the number of weights per token: those outside the vocabulary, half for an encoder-decoder."""
     import torch
 
     with torch.device("meta"):
