@@ -177,7 +177,7 @@ def test_fuse_takes_runs_and_folders(run: Any, tmp_path: Path) -> None:
 
 
 def test_export_hands_its_keywords_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(llmrec.LlmrecError, match="classic recommenders alone"):
+    with pytest.raises(llmrec.LlmrecError, match="only baselines"):
         llmrec.export(run, tmp_path / "out")
     asked: list[Any] = []
     monkeypatch.setattr(exports, "write_export", lambda options, say: asked.append(options))

@@ -44,27 +44,27 @@ def check_choices(options: RecommenderOptions) -> None:
             )
     if options.whole and options.retrieve is not None:
         raise RecipeError(
-            "--candidates all ranks every item, so that nothing is left to retrieve; drop --retrieve",
+            "--candidates all ranks every item, so there is nothing to retrieve; drop --retrieve",
             kind="contradiction",
             column="--retrieve",
         )
     if options.whole and options.fuse != "none":
         raise RecipeError(
-            "--candidates all is answered by a search of the model alone, and --fuse joins rankings of candidates; "
-            "give each request its own, or have them found with --retrieve",
+            "--candidates all searches with the model only, and --fuse combines rankings of candidates; "
+            "give each request candidates, or retrieve them with --retrieve",
             kind="contradiction",
             column="--fuse",
         )
     if options.whole and options.backend == "openai":
         raise RecipeError(
-            "--backend openai: a server does not search; rank --candidates all with --backend hf or vllm",
+            "--backend openai: a server cannot search the catalogue; use --candidates all with --backend hf or vllm",
             kind="contradiction",
             column="--backend",
         )
     for key, value in _server_values(options).items():
         if value is not None and options.backend != "openai":
             raise RecipeError(
-                f"{_SERVER[key]} belongs to --backend openai; set both, or neither",
+                f"{_SERVER[key]} requires --backend openai; set both, or neither",
                 kind="contradiction",
                 column=_SERVER[key],
             )
@@ -77,7 +77,7 @@ def _check_vllm(options: RecommenderOptions) -> None:
     for key, option in _ENGINE.items():
         if options.backend in ("hf", "openai") and getattr(options, key) != defaults[key]:
             raise RecipeError(
-                f"{option} configures vLLM on a GPU, and the engine is {options.backend}; drop it, or ask with "
+                f"{option} configures vLLM on a GPU, and the engine is {options.backend}; drop it, or use "
                 "--backend vllm",
                 kind="contradiction",
                 column=option,
@@ -88,13 +88,13 @@ def strategy_of(options: RecommenderOptions) -> str:
     """Return the requested strategy; the whole catalogue is ranked by a search."""
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
-            f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates",
+            f"--candidates all requires a search; --strategy {options.strategy} ranks given candidates",
             kind="contradiction",
             column="--strategy",
         )
     if not options.whole and options.strategy == "search":
         raise DataError(
-            "--strategy search ranks the whole catalogue; ask for it with --candidates all",
+            "--strategy search ranks the whole catalogue; add --candidates all",
             kind="contradiction",
             column="--strategy",
         )
@@ -137,7 +137,7 @@ def _addresses(given: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
 def _server(options: RecommenderOptions) -> ServerSection:
     if not options.server_model:
         raise RecipeError(
-            "--backend openai: name the model by the name that the server knows it by (--server-model)",
+            "--backend openai: give the model name on the server with --server-model",
             kind="missing-key",
             column="--server-model",
         )
@@ -149,7 +149,7 @@ def _server(options: RecommenderOptions) -> ServerSection:
 
 
 def _named(error: ValidationError, prefix: str, options: Mapping[str, str]) -> RecipeError:
-    """Return an error of a recipe's section that names options in place of keys."""
+    """Return a validation error that names options instead of recipe keys."""
     problem = "; ".join(explained(error, prefix))
     for key, option in options.items():
         problem = problem.replace(f"{prefix}{key}:", f"{option}:")
@@ -157,9 +157,9 @@ def _named(error: ValidationError, prefix: str, options: Mapping[str, str]) -> R
 
 
 def decided(options: RecommenderOptions) -> RecommenderOptions:
-    """Return options with one engine for all questions: hf on a CPU, where it reads trees at once, vLLM on a GPU.
+    """Return options with one engine for all questions: on a CPU, ``auto`` becomes ``hf``.
 
-    A model that answers many kinds of questions in turn has one engine open, and would otherwise switch at each.
+    Otherwise a model that answers several kinds of questions would switch engines.
     """
     if options.backend != "auto":
         return options
@@ -172,7 +172,7 @@ def on_gpu(options: RecommenderOptions, bundle: Bundle) -> bool:
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:
-    """Open the model that the options name, with their dtype, maximum length and noun."""
+    """Open the model of the options, with their dtype, maximum length and noun."""
     bundle = bundles.read(options.model)
     changes: dict[str, Any] = {"dtype": options.dtype}
     if options.max_length is not None:
@@ -186,8 +186,7 @@ def window_of(options: RecommenderOptions, bundle: Bundle) -> int:
     positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length
     if options.max_length is not None and options.max_length > positions:
         raise DataError(
-            f"--max-length {options.max_length} is more than the {positions} tokens that {bundle.folder} can read; "
-            "lower it",
+            f"--max-length {options.max_length} exceeds the {positions} tokens that {bundle.folder} supports; lower it",
             kind="too-large",
             at=bundle.folder,
             column="--max-length",

@@ -1,4 +1,4 @@
-"""Classic recommenders fitted to the interactions of a run: as models that answer, and as retrievers for others."""
+"""Baselines fitted to the interactions of a run, as models and as candidate retrievers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llmrec.types import Answer, CatalogueScorer, Event, Item, Predictor, Rankin
 log = logging.getLogger(__name__)
 
 MOST_ORDERED = 200
-"""Maximum number of candidates that a language model orders in one question."""
+"""Maximum number of candidates that a language model ranks in one request."""
 NOTHING_LEFT = "no item of the catalogue is left to rank"
 # The minimum number of candidates of two-step retrieval.
 _RETRIEVED = 50
@@ -47,14 +47,14 @@ class Naming:
     An item is found by its id, or by its title if that is unique.
 
     Args:
-        data: The data set whose ids classic recommenders know.
+        data: The data set with the ids of the baselines.
     """
 
     def __init__(self, data: SplitDataset) -> None:
         self._items = data.dataset.items
 
     def known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
-        """Return the events of a history whose items are in the data, with its ids, and the names of the others."""
+        """Return the interactions with known items, and the ids of the unknown items of a history."""
         events: list[Event] = []
         unknown: dict[str, None] = {}
         for past in request.history:
@@ -66,7 +66,7 @@ class Naming:
         return tuple(events), list(unknown)
 
     def request(self, request: RankRequest) -> Request:
-        """Return a request with its candidates; one missing from the data keeps its name, with a prefix."""
+        """Convert a request to the ids of the data; an unknown candidate keeps its id, with a prefix."""
         return Request(
             id=request.id,
             user_id=NOBODY if request.user_id is None else request.user_id,
@@ -79,7 +79,7 @@ class Naming:
         return item.item_id in self._items or self._by_title.get(item.title) is not None
 
     def renamed(self, ranking: Ranking, request: RankRequest) -> Ranking:
-        """Return a ranking of a request's candidates with the names that `request` assigns."""
+        """Return a ranking of a request's candidates with the ids that `request` assigns."""
         names = dict(zip((item.item_id for item in request.candidates), self._names(request), strict=True))
         return replace(ranking, items=tuple(names[item] for item in ranking.items))
 
@@ -124,8 +124,8 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         if (result := carried(Path(bundle.folder), seed=bundle.seed)) is not None:
             return result
         raise DataError(
-            f"{option} learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
-            "with --model, or export it with --with-interactions",
+            f"{option} needs the interactions of a run, and {bundle.folder} contains none; give the run folder with "
+            "--model, or export it with --with-interactions",
             kind="unsupported",
             at=bundle.folder,
             column=option,
@@ -135,7 +135,7 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         data = load_tables(recipe)[0]
     except DataError as error:
         raise DataError(
-            f"{error}. This is the data of the run {bundle.run}, which {option} learns from",
+            f"{error}. This is the data of the run {bundle.run}, which {option} needs",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -150,9 +150,8 @@ def _warn_of_change(run: Path, data: SplitDataset) -> None:
     measured = content_of(run).get("data", {}).get("main", {})
     if measured.get("split_fingerprint") not in (None, data.fingerprint):
         log.warning(
-            "the data of %s have changed since it was measured (%s interactions then, %s now): its figures and "
-            "the weights of its fusion are those of the former; run its recipe again, or add what is new with llmrec "
-            "refresh",
+            "the data of %s have changed since its evaluation (%s interactions then, %s now): its results and "
+            "ensemble weights belong to the old data; run its recipe again, or add the new data with llmrec refresh",
             run,
             f"{measured['interactions']:,}",
             f"{data.dataset.interactions.height:,}",
@@ -161,14 +160,14 @@ def _warn_of_change(run: Path, data: SplitDataset) -> None:
 
 @dataclass(repr=False)
 class Classic(Displayed):
-    """A classic recommender, fitted to the training interactions of a run.
+    """A baseline, fitted to the training interactions of a run.
 
     Attributes:
         name: Its name in questions.
         model: The baseline.
         data: Its training data.
         items: The catalogue, which may be changed in place.
-        family: The family that it answers; None: it ranks.
+        family: The task about one item that it answers; None: it ranks.
         fingerprint: The fingerprint of the baseline with its parameters.
     """
 
@@ -239,12 +238,12 @@ class Classic(Displayed):
 def listable(
     request: RankRequest, translated: Request, names: Sequence[str], items: Container[str]
 ) -> NDArray[np.bool_]:
-    """Return which items can be in the list of a request about the whole catalogue, shape (len(names),).
+    """Return a mask of the items that may be listed for a request about the whole catalogue, shape (len(names),).
 
     Args:
         request: The request.
         translated: The same with the ids of the data.
-        names: The items that the recommender knows.
+        names: The items of the recommender.
         items: The catalogue.
     """
     out = request.barred if request.keep_seen else request.barred | {event.item_id for event in translated.history}
@@ -285,7 +284,7 @@ class Retriever:
         return {"retriever": self.name, "k": self.count, "data": self._data.fingerprint, "seed": self._seed}
 
     def fill(self, requests: Sequence[RankRequest]) -> list[RankRequest]:
-        """Add candidates to the requests that have none, in order; a request whose history has every item gets none.
+        """Add candidates to the requests without any, in order, unless the history has every item.
 
         Seen items are excluded. The candidates are shuffled by a hash of the request's id, so that their order does not
         reveal the retriever's.
@@ -307,7 +306,7 @@ class Retriever:
         order = shuffled(retrieved, request.id, self._seed)
         notes = list(request.notes)
         if unknown:
-            notes.append(f"retrieval: left aside, unknown to the run's data: {_some(unknown)}")
+            notes.append(f"retrieval: ignored, not in the run's data: {_some(unknown)}")
         if cold:
             notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
         items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
@@ -325,9 +324,9 @@ def retrieved(
     """Return requests about the catalogue with candidates retrieved by another model, for reranking.
 
     Args:
-        requests: Requests without candidates; some may get none.
+        requests: Requests without candidates.
         finder: The model that retrieves the candidates.
-        depth: The number of items wanted from the reranking.
+        depth: The number of items to return after reranking.
         items: The catalogue.
     """
     question = Question(depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))
@@ -342,8 +341,8 @@ def retrieved(
 def answered(
     answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
 ) -> Answered:
-    """Return the answer to a request; ``unknown`` are items of its history missing from the training data."""
-    ignored = (f"history: ignored, since the model has not learned from it: {some(unknown)}",) if unknown else ()
+    """Return the answer to a request; ``unknown`` are the items of its history missing from the training data."""
+    ignored = (f"history: ignored, not in the training data: {some(unknown)}",) if unknown else ()
     given = {item.item_id: item for item in request.candidates}
     titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)
     return Answered(
@@ -357,7 +356,7 @@ def answered(
 
 
 def _unread(answer: Answer, request: RankRequest) -> Unparsed:
-    reason = answer.reason if isinstance(answer, Unparsed) else f"there is no ranking but a {type(answer).__name__}"
+    reason = answer.reason if isinstance(answer, Unparsed) else f"expected a ranking, got {type(answer).__name__}"
     return Unparsed(request_id=request.id, reason=reason)
 
 

@@ -1,4 +1,4 @@
-"""Ensembles with the weights of a run: of its classic recommenders, or of these and its language model."""
+"""Ensembles of a run's baselines, optionally with its language model, weighted as in the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llmrec.errors import RecipeError
 from llmrec.pipeline.bundle import Bundle
 from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
 
-# The largest contributions that are named; the others are added up.
+# Number of largest contributions that are listed; the others are summed.
 _NAMED = 4
 
 
@@ -48,20 +48,20 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
         joined: ``model``: the ensemble with the language model; ``baselines``: the ensemble of baselines only.
     """
     folder = bundle.run or Path(bundle.folder)
-    own = [fusion for fusion in read(folder).fusions if fusion.family == way.family]
-    results = [fusion for fusion in own if (fusion.arm == "baseline") == (joined == "baselines")]
+    stored = [fusion for fusion in read(folder).fusions if fusion.family == way.family]
+    results = [fusion for fusion in stored if (fusion.arm == "baseline") == (joined == "baselines")]
     if joined == "model":
         name = bundle.templates[way.family][way.template].id
-        asked = [result for result in results if result.template == name and result.parts[-1].name == way.strategy]
-        results = [item for item in asked if item.arm == ("tuned" if bundle.tuned else "zero-shot")]
+        results = [result for result in results if result.template == name and result.parts[-1].name == way.strategy]
+        results = [item for item in results if item.arm == ("tuned" if bundle.tuned else "zero-shot")]
     if results:
         # The last ensemble of baselines has the most members.
         return results[-1]
-    known = ", ".join(fusion.id for fusion in own) or "none"
+    known = ", ".join(fusion.id for fusion in stored) or "none"
     more = "eval.fusion.model_users=200 and " if joined == "model" else ""
     raise RecipeError(
-        f"--fuse {joined}: {folder} holds no such fusion of {way.family} under {way.strategy} (it holds: {known}); "
-        f"evaluate its recipe with {more}eval.fusion.controls=true",
+        f"--fuse {joined}: {folder} has no matching ensemble for {way.family} with strategy {way.strategy} "
+        f"(ensembles: {known}); evaluate its recipe with {more}eval.fusion.controls=true",
         kind="missing-value",
         at=folder,
         column="--fuse",
@@ -140,7 +140,7 @@ class Ensemble:
         results = []
         for n, request in enumerate(filled):
             answer = answers.get(n) or Unparsed(request_id=request.id, reason=NOTHING_LEFT)
-            # A language model reads titles, so it knows items that no other member knows.
+            # A language model reads titles, so it ignores no item.
             unknown = self._naming.known(request)[1] if self._model is None else ()
             results.append(answered(answer, request, self._items, unknown))
         return results
@@ -153,7 +153,7 @@ class Ensemble:
 
         Args:
             requests: Requests with candidates.
-            ranked: The answers of the language model; None if it is no member.
+            ranked: The answers of the language model; None if it is not a member.
         """
         fusion, translated = self._fusion(requests, ranked)
         joined: list[Ranking | Unparsed] = []
@@ -178,7 +178,7 @@ class Ensemble:
         results = []
         for request, answer in zip(requests, lists, strict=True):
             reasons = Reasons()
-            # The popular items for a cold-start user are not of the ensemble.
+            # The popular items for a cold-start user do not come from the ensemble.
             if isinstance(answer.answer, Ranking) and not answer.cold:
                 pool = request if request.candidates else self._filled(request, question.depth)
                 parts, reasons.cost = self._contributions(pool, question.depth)
@@ -187,7 +187,7 @@ class Ensemble:
         return results
 
     def _explained(self, request: RankRequest) -> Answered:
-        """Return the contributions of the members to one item among the items that the user could get, in words."""
+        """Return the contributions of the members to one item among all recommendable items, in words."""
         (item,) = request.candidates
         pool = self._filled(replace(request, candidates=()), 0)
         pool = replace(pool, candidates=(item, *(other for other in pool.candidates if other.item_id != item.item_id)))
@@ -204,7 +204,7 @@ class Ensemble:
         return known, Cost() if ranked is None else ranked[0].cost
 
     def _rankings(self, requests: Sequence[RankRequest], depth: int) -> list[Answer] | None:
-        """Return the rankings of the language model; None if it is no member, or there is no request."""
+        """Return the rankings of the language model; None if it is not a member, or there is no request."""
         if self._model is None or not requests:
             return None
         return [item.answer for item in self._model.answer(requests, Question(depth=depth))]
@@ -212,12 +212,12 @@ class Ensemble:
     def _fusion(
         self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None
     ) -> tuple[ListEnsemble, list[Request]]:
-        """Return the ensemble with its members, and requests as these know them; see `join`."""
+        """Return the ensemble, and the requests with the ids of its data; see `join`."""
         translated = [self._naming.request(request) for request in requests]
         answers: dict[str, Answer] = {}
         for n, item in enumerate(ranked or ()):
             answers[str(n)] = self._naming.renamed(item, requests[n]) if isinstance(item, Ranking) else item
-        # A language model reads titles, so it knows items that are in no table.
+        # A language model reads titles, so it can rank items missing from the data.
         parts = [
             ListMember(
                 part.name,
@@ -245,7 +245,7 @@ class Ensemble:
         history = [] if request.keep_seen else self._naming.known(request)[0]
         seen = {event.item_id for event in history}
         out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
-        # An item that no member knows is ranked last among candidates, and excluded from lists of the catalogue.
+        # An item unknown to all members is ranked last among candidates, and excluded from lists of the catalogue.
         left = (item for name, item in self._items.items() if name not in out and self._naming.has(item))
         return replace(request, candidates=tuple(left))
 
@@ -260,8 +260,8 @@ class Ensemble:
                 for request, same in zip(requests, translated, strict=True)
             ]
         )
-        asked = [replace(same, candidates=None) for same in translated]
-        scores = self._whole.scores(asked, ~able)
+        whole = [replace(same, candidates=None) for same in translated]
+        scores = self._whole.scores(whole, ~able)
         return [
             best_of(request, self._whole.items, row, some, depth)
             if some.any()
@@ -283,7 +283,7 @@ class Ensemble:
 def _in_words(parts: Mapping[str, float] | None) -> str:
     """Return the contributions to an item's score in words, the largest first."""
     if parts is None:
-        return "none of the members has it among its best items"
+        return "no member ranks it among its best items"
     ordered = sorted(parts.items(), key=lambda part: -abs(part[1]))
     texts = [f"{name} {value:+.3g}" for name, value in ordered[:_NAMED]]
     if rest := ordered[_NAMED:]:

@@ -1,6 +1,6 @@
 """The catalogue of a model and the histories of its users, read without opening the model.
 
-Items and events come from the run's data or the exported folder, and from later requests to a service.
+Items and interactions come from the run's data or the exported folder, and from later requests to a service.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Catalogue:
         """Return an item."""
         if item_id not in self.items:
             raise DataError(
-                f"there is no item {item_id[:60]!r}; look it up among the items of the run, by its title too",
+                f"there is no item {item_id[:60]!r}; search the items of the run by id or title",
                 kind="unknown-name",
                 column="item_id",
             )
@@ -103,7 +103,7 @@ class Catalogue:
         return result
 
     def search(self, words: str, *, limit: int, offset: int) -> tuple[list[Item], int]:
-        """Find items whose title or id contains a text: first matches at its start, then at words, then the rest.
+        """Find items whose title or id contains a text: first matches at the start, then at a word, then others.
 
         Args:
             words: The text, case-insensitive; empty: every item matches, in the order of the catalogue.
@@ -138,7 +138,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Histories:
-    """The past events of the users of a data set, oldest first.
+    """The past interactions of the users of a data set, oldest first.
 
     Attributes:
         users: User ids, sorted.
@@ -188,7 +188,7 @@ class Histories:
         return per_second(float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0)
 
     def of_user(self, user_id: str) -> list[Event]:
-        """Return a user's events; none for an unknown user."""
+        """Return a user's interactions; empty for an unknown user."""
         if not len(self.users):
             return []
         position = int(self.users.search_sorted(user_id))
@@ -233,7 +233,7 @@ class Known(Displayed):
 
     def _summary(self) -> Summary:
         facts = {"items": f"{len(self.items):,}", "users": f"{len(self.histories.users):,}"}
-        return Summary("Catalogue and histories", {**facts, "events": f"{len(self.histories.items):,}"})
+        return Summary("Catalogue and histories", {**facts, "interactions": f"{len(self.histories.items):,}"})
 
     @property
     def digest(self) -> str:
@@ -253,9 +253,8 @@ class Known(Displayed):
 def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
     """Return the items that requests may name by id, and the run's data if they were read for that.
 
-    The items are those of a table, of the run's data, or of the folder. A tuned model whose folder has no items knows
-    no id: it was tuned on titles, and an id is not a title. A plain pretrained model has no items; None means that
-    requests name titles.
+    The items come from a table, the run's data, or the folder. They are empty for a tuned model without an item table,
+    whose requests must name titles, and None for a plain pretrained model.
 
     Raises:
         DataError: If the table or the run's data cannot be read.
@@ -278,7 +277,7 @@ def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
         return load(recipe.data, seed=recipe.seed)
     except DataError as error:
         raise DataError(
-            f"{error}. This is the data of the run {bundle.run}; or name a table with --items",
+            f"{error}. This is the data of the run {bundle.run}; alternatively, give a table with --items",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -322,13 +321,13 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
 
 
 def _of_named(dataset: Dataset) -> Dataset:
-    """Return the interactions of users exported with their names; the ids of the others are mere numbers."""
+    """Return the interactions of users exported with their ids, without users exported as numbers."""
     rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
     return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
 
 
 def _stores(run: Path, recipe: Recipe) -> list[Path]:
-    """Return the feature stores that a run wrote or reads, for prompts and for baselines."""
+    """Return the feature stores that a run wrote or read, for prompts and for baselines."""
     tables = filter(None, (recipe.data, recipe.reviews))
     named = [table.texts.path for table in tables if table.texts is not None]
     for section in recipe.tasks.present().values():
@@ -341,7 +340,7 @@ def _stores(run: Path, recipe: Recipe) -> list[Path]:
 def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
     """Return a function from a user to the text (``data.texts``) or fields that a run's prompts show.
 
-    None if they show nothing of users.
+    None if prompts show no user data.
 
     Args:
         folder: As `llmrec.pipeline.bundle.read` takes it.
@@ -359,16 +358,16 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
 
     def profile(user: str) -> Profile:
         text = profile_of(user, section) if section is not None else ""
-        # In the shuffled control every user has the text of another user, and no fields.
+        # In the shuffled baseline each user has another user's text, and no fields.
         return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
 
     return profile
 
 
 def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
-    """Return the events of the data and later events of a user, oldest first, without duplicates.
+    """Merge the stored and later interactions of a user, oldest first, without duplicates.
 
-    Events without a time come first.
+    Interactions without a time come first.
     """
     both = {(event.item_id, event.timestamp) for event in past}
     every = [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
@@ -387,8 +386,9 @@ def with_history(
 
     Args:
         record: The request as received.
-        events: A function that returns a user's events, oldest first; called if a request has a user and no history.
-        items: The catalogue; events of missing items are dropped.
+        events: A function that returns a user's interactions, oldest first; called if a request has a user and no
+            history.
+        items: The catalogue; interactions with missing items are dropped.
         profile: A function that returns the profile of a user; see `profiles_of`.
     """
     # The user is parsed as in the request: 1.0 is the user 1.
@@ -417,12 +417,12 @@ def read_known(
 
     Args:
         record: As `read_request` takes it.
-        row: See there.
+        row: See `read_request`.
         events: See `with_history`.
         items: The catalogue, as `read_request` takes it.
         profile: See `with_history`.
         whole: See `read_request`.
-        retrieves: See there.
+        retrieves: See `read_request`.
 
     Raises:
         DataError: If the request cannot be ranked.
@@ -435,14 +435,14 @@ def read_known(
 
 
 def of_user(request: RankRequest, *, known: bool) -> RankRequest:
-    """Return a request that uses the stored history of its user, with a note on the length.
+    """Return a request with the stored history of its user, with a note on the length.
 
     Args:
-        request: A request with a user and without a history of its own.
+        request: A request with a user, whose history was looked up.
         known: Whether any data of the user are stored.
     """
     if not known:
-        note = f"the user {shown(str(request.user_id))} is not known"
+        note = f"unknown user {shown(str(request.user_id))}"
         return replace(request, unknown_user=True, notes=(note, *request.notes))
     events = len(request.history)
     note = f"history: {events} interaction{'' if events == 1 else 's'} of this user in the data"

@@ -1,4 +1,4 @@
-"""A language model that answers requests: it is opened once, with its engine, and answers any number of requests.
+"""A language model that answers any number of requests with one engine.
 
 It ranks given candidates, retrieved ones or a whole catalogue, alone or in an ensemble with the baselines of its run,
 explains its rankings, and answers questions about one item. `llmrec rank` uses the method `rank`, which follows the
@@ -70,7 +70,7 @@ _TOGETHER = ("list", TWO_STEP, "search")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way of ranking with the model: prompts and strategy, and the steps before and after it.
+    """A ranking configuration: prompts and strategy, and the steps before and after.
 
     Attributes:
         options: The options of the model.
@@ -89,22 +89,22 @@ class Way:
 
 @dataclass
 class LanguageModel:
-    """An open language model, tuned or plain; use it as a context manager, or close it.
+    """An open language model, tuned or pretrained; use it as a context manager, or close it.
 
     It is thread-safe; calls are serialised, as an engine serves one call at a time.
 
     Attributes:
         options: The options of the model.
-        bundle: The model and its prompts in training.
+        bundle: The model and its training prompts.
         items: The items that requests may name by id, which may be changed in place; None: none.
-        known: Returns the stored data of users, read when a request first names one.
+        known: A function that returns the stored data of users, read at the first use.
         retriever: The retriever for requests without candidates, if requested.
         encoder: The model's tokenizer and its maximum prompt length.
-        engines: The source of the backend.
-        weights: A digest of the model's weights; empty if a server has its own.
+        engines: The provider of backends.
+        weights: A digest of the model's weights; empty with a server.
         store: The answer cache; None: none.
-        budget: The record of seconds, by stage.
-        default: The way of ranking that the options describe.
+        budget: The recorder of seconds per stage.
+        default: The ranking configuration of the options.
         name: Its name in questions.
         finder: The model that retrieves candidates if this one cannot search the catalogue; None: none.
     """
@@ -144,10 +144,10 @@ class LanguageModel:
         Args:
             options: The options of the model.
             store: The database of the answer cache, created if missing; by default answers are not cached.
-            budget: The record of seconds, by stage.
+            budget: The recorder of seconds per stage.
             bundle: The model, if not the one that ``options.model`` names.
             ranks: Require a model that ranks; False admits one tuned only on questions about single items.
-            adapters: The adapters of models that share an engine on a GPU, this one or others.
+            adapters: The adapters of all models that share an engine on a GPU.
             beside: The model that was opened with these adapters, to share its engine where possible.
 
         Raises:
@@ -162,8 +162,8 @@ class LanguageModel:
         bundle = bundle or bundle_of(options)
         if not bundle.weights:
             raise ModelError(
-                f"{bundle.called} asked no language model (eval.arms is empty), so there is none to ask; its classic "
-                f"recommenders answer `llmrec rank --model {bundle.called}`, `llmrec.load` and `llmrec serve`",
+                f"{bundle.called} has no language model (eval.arms is empty); use its baselines with `llmrec rank "
+                f"--model {bundle.called}`, `llmrec.load` or `llmrec serve`",
                 kind="unsupported",
                 at=bundle.called,
             )
@@ -271,7 +271,7 @@ class LanguageModel:
 
     @property
     def described(self) -> Mapping[str, object]:
-        """The entries of a summary on the model and its prompts."""
+        """The model and its prompts, for a summary."""
         way, options, engine = self.default.asking, self.options, self._engine(self.default)
         return {
             "model": options.model,
@@ -335,14 +335,14 @@ class LanguageModel:
     def untitled(self, record: Mapping[str, object]) -> str:
         """Return an error message if a request names an item by id but no item is known; else an empty text.
 
-        Without titles a model would rank inputs that it was never tuned on.
+        Without titles the prompts would differ from those of training.
         """
         name = unknown_id(record) if self.items == {} else None
         if name is None:
             return ""
         return (
-            f"names the item {shortened(name, 60)!r}, and {self.options.model} carries no table of items that says "
-            'what it is; name one with --items, or give each item its title: {"item_id": ..., "title": ...}'
+            f"names the item {shortened(name, 60)!r}, but {self.options.model} has no item table; give one with "
+            '--items, or give each item a title: {"item_id": ..., "title": ...}'
         )
 
     def rank(
@@ -352,12 +352,12 @@ class LanguageModel:
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        """Rank for every request according to the options, in order; a failed request does not affect the others.
+        """Answer every request according to the options, in order; a failed request does not affect the others.
 
         Args:
             requests: From `read`; invalid requests are returned unchanged.
             advance: Called with the number of requests just answered.
-            part: The number of the part of a job; answers do not depend on other parts.
+            part: The number of the part of a job; answers are the same for any split into parts.
 
         Raises:
             LlmrecError: If the engine does not start or breaks down, or the model is closed.
@@ -381,15 +381,15 @@ class LanguageModel:
         for n, request in enumerate(requests):
             if len(request.candidates) > MOST_ORDERED:
                 reason = (
-                    f"{len(request.candidates)} candidates are more than the {MOST_ORDERED} that a language model "
-                    "orders at once; let a classic recommender or a fusion choose among them first"
+                    f"{len(request.candidates)} candidates exceed the limit of {MOST_ORDERED} for a language model; "
+                    "preselect candidates with a baseline or an ensemble"
                 )
                 answers[n] = Answered(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
         given = [n for n, request in enumerate(requests) if request.candidates and n not in answers]
         if given:
             strategy = self.options.strategy if question.strategy == "auto" else question.strategy
-            asked = self._way(candidates="file", strategy=strategy)
-            answers.update(zip(given, self._ranked(asked, [requests[n] for n in given]), strict=True))
+            way = self._way(candidates="file", strategy=strategy)
+            answers.update(zip(given, self._ranked(way, [requests[n] for n in given]), strict=True))
         rest = [n for n in range(len(requests)) if n not in answers]
         if rest:
             answers.update(zip(rest, self._whole([requests[n] for n in rest], question), strict=True))
@@ -408,7 +408,7 @@ class LanguageModel:
     def reasons(
         self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
     ) -> list[Reasons]:
-        """Return a generated sentence on each of the first items of every list; failed lists get none."""
+        """Return a generated sentence for each of the first items of every list; failed lists have none."""
         reasoner = Reasoner(self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16)
         pools = [
             replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
@@ -430,15 +430,15 @@ class LanguageModel:
         return encoder.text(first_prompt(bundle, request, way.asking, encoder))
 
     def warm(self) -> None:
-        """Load the weights, which the first question otherwise has to wait for.
+        """Load the weights now instead of at the first question.
 
         Raises:
             LlmrecError: If the engine does not start.
         """
         if self.options.backend != "openai":
-            # A model that was tuned on item codes knows no other items.
-            made = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
-            items = tuple(islice((self.items or {}).values(), 2)) or made
+            # A model tuned on item codes has no codes for invented items.
+            invented = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
+            items = tuple(islice((self.items or {}).values(), 2)) or invented
             self.answer([RankRequest(id="1", candidates=items, history=(PastEvent(item=items[0]),))], Question(depth=1))
 
     @contextmanager
@@ -446,14 +446,14 @@ class LanguageModel:
         """Yield the engine of a strategy, for exclusive use."""
         with self._lock:
             if self._closed:
-                raise LlmrecError("this recommender is closed; open another", kind="closed")
+                raise LlmrecError("this recommender is closed; open it again", kind="closed")
             engine = self.engines.engine_for(strategy, self.bundle.folder)
             yield self.engines.get(engine, self.bundle.folder, self.weights)
 
     # ------------------------------------------------------------------- ranking
 
     def _way(self, **changes: Any) -> Way:
-        """Return the way of ranking with changed options; these must not affect the model, items or engine."""
+        """Return the ranking configuration with changed options, which must not affect the model, items or engine."""
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
             options = replace(self.options, **changes)
@@ -499,10 +499,10 @@ class LanguageModel:
         return True
 
     def _searching(self, depth: int) -> Way | None:
-        """Return the way of ranking that searches the catalogue; None if the model was not tuned for it."""
+        """Return the configuration that searches the catalogue; None if the model was not tuned for it."""
         if not self.items or not self._searches:
             return None
-        # Beam widths are the minimum times powers of two, so that few searches are set up.
+        # Beam widths are the minimum times powers of two, so that few configurations are created.
         wanted = max(min(depth, MOST_SEARCHED), self.options.beams)
         beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(wanted / _LEAST_BEAMS)))
         return self._way(candidates="all", beams=beams)
@@ -513,7 +513,7 @@ class LanguageModel:
         if searching is not None:
             return self._ranked(searching, requests)
         if self.finder is None:
-            reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run, whose data finds them"
+            reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run with interactions"
             return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
         filled = retrieved(requests, self.finder, question.depth, self.items)
         ranked = iter(self.answer([item for item in filled if item.candidates], question))
@@ -541,7 +541,7 @@ class LanguageModel:
         """Retrieve candidates, rank, combine in an ensemble, explain, and truncate."""
         with self._lock:
             if self._closed:
-                raise LlmrecError("this recommender is closed; open another", kind="closed")
+                raise LlmrecError("this recommender is closed; open it again", kind="closed")
             ready = [self._ready(way, request) for request in self._retrieved(way, requests)]
             able = [request for request in ready if isinstance(request, RankRequest)]
             advance(len(ready) - len(able))
@@ -574,7 +574,7 @@ class LanguageModel:
             return request
         reason = "there are no 'candidates'; give a list of items to rank"
         if self.retriever is not None and way is self.default:
-            reason = "the history holds every item of the run's data, so that none is left to retrieve"
+            reason = "the history contains every item of the run's data, so none is left to retrieve"
         return Unparsed(request_id=request.id, reason=reason)
 
     def _with_model(
@@ -653,7 +653,7 @@ def _items(
     known, dataset = catalogue_of(bundle, options.items)
     if options.whole and not known:
         raise DataError(
-            "--candidates all ranks a catalogue, and none is known; name a table of items with --items",
+            "--candidates all needs a catalogue; give a table of items with --items",
             kind="missing-key",
             column="--items",
         )
@@ -661,7 +661,7 @@ def _items(
 
 
 def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a listener to the pieces of a text that passes on the additions to the cleaned text."""
+    """Return a listener that cleans a streamed text and passes on the additions."""
     raw = sent = ""
 
     def listen(piece: str) -> None:

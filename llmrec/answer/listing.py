@@ -18,7 +18,7 @@ from llmrec.errors import DataError
 
 WHOLE = 20
 """Default length of a list over the whole catalogue."""
-COLD = "nothing is known of the user: the most popular items"
+COLD = "no data about the user: the most popular items"
 """The note on the list for a request that `is_cold`."""
 # The initial depth of a ranking under quotas or diversity, before a deeper one is requested.
 _DEEP = 50
@@ -53,7 +53,7 @@ class Wanted:
         except TypeError:
             able = False
         if not able:
-            raise DataError(f"k: {self.k!r} is no whole number of at least 1", kind="bad-value", column="k")
+            raise DataError(f"k: {self.k!r} is not an integer of at least 1", kind="bad-value", column="k")
 
 
 Asked = tuple[Question, RankRequest]
@@ -87,7 +87,7 @@ def listing(
         answer = yield replace(question, depth=depth), request
         ranking = ranking_of(answer)
         given = {item.item_id: item for item in request.candidates}
-        # An engine may know an item that was just added or removed, to which the rules were not applied.
+        # An engine may list an item that was just added or removed, to which the rules were not applied.
         pairs = [
             (name, score)
             for name, score in zip(ranking.items, ranking.scores, strict=True)
@@ -104,7 +104,7 @@ def listing(
 
 
 def is_cold(request: RankRequest) -> bool:
-    """Whether no data of a user are known, so that the most popular items are the answer."""
+    """Whether a request has no data about its user, so that the most popular items are the answer."""
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
@@ -114,9 +114,11 @@ def _allowed(request: RankRequest, wanted: Wanted, catalogue: Catalogue) -> Rank
     if not wanted.rules:
         return request
     # Catalogue values override the request's.
-    own = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
-    left = wanted.rules.allowed(own) if own else catalogue.allowed(wanted.rules)
+    given = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
+    left = wanted.rules.allowed(given) if given else catalogue.allowed(wanted.rules)
     kept = tuple(item for item in request.candidates if item.item_id in left)
-    if not (kept if own else left):
-        raise DataError("the rules leave no item; loosen them, or give other candidates", kind="empty", column="rules")
-    return replace(request, candidates=kept, barred=frozenset() if own else frozenset(items.keys() - left))
+    if not (kept if given else left):
+        raise DataError(
+            "the rules exclude every item; relax them, or change the candidates", kind="empty", column="rules"
+        )
+    return replace(request, candidates=kept, barred=frozenset() if given else frozenset(items.keys() - left))

@@ -93,28 +93,28 @@ class Ranked(Displayed, list[Scored]):
 
 @_named_in_python
 def load(folder: str | Path, *, models: Sequence[str] = (), frame: Any = None, **options: Any) -> Loaded:
-    """Open a run, an exported folder or a model, to answer any number of questions.
+    """Open a run, an exported folder or a model.
 
     Weights are loaded at the first question that needs them. Use the result as a context manager, or close it.
 
     Args:
         folder: A run folder, an exported folder, a model folder or a hub name.
-        models: The models that answer, the default first: ``tuned``, ``untuned``, a row of the run's report by its
-            name, such as ``fusion with texts``, a baseline, or the folder of another run with the same base model and
-            catalogue, whose tuned model has the name of the folder; by default the model itself, the ensembles of its
-            run, and the classic recommenders of its recipe.
-        frame: A frame whose library the tables of `Loaded.recommend` have; None: polars.
+        models: The models to open, the default first: ``tuned``, ``untuned``, a model of the run's report, such as
+            ``fusion with texts``, a baseline, or the folder of another run with the same base model and catalogue,
+            whose fine-tuned model gets the name of the folder. Default: the model itself, the ensembles of its run,
+            and the baselines of its recipe.
+        frame: A frame of the library for the tables of `Loaded.recommend`; None: polars.
         options: Options of `llmrec.answer.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
 
     Raises:
         LlmrecError: If the model cannot be opened, or an option is unknown.
     """
     try:
-        asked = RecommenderOptions(model=str(folder), **options)
+        chosen = RecommenderOptions(model=str(folder), **options)
     except TypeError as error:
         raise LlmrecError(f"llmrec.load: {error}", kind="unknown-key") from None
-    asked = decided(asked)
-    return Loaded(asked, open_models(asked, models), frame=frame)
+    chosen = decided(chosen)
+    return Loaded(chosen, open_models(chosen, models), frame=frame)
 
 
 class Loaded(Displayed):
@@ -125,10 +125,10 @@ class Loaded(Displayed):
     Args:
         options: The options of the models.
         models: The open models.
-        known: The known items and users; None: those of the folder of ``options``, read when needed.
-        recipe: The recipe of a recommender without a folder, and the choice of its model; None: a model that no folder
-            can name.
-        frame: A frame whose library tables of results have; None: polars.
+        known: The items and users; None: those of the folder of ``options``, read when needed.
+        recipe: For a recommender without a folder: its recipe, and the choice of its model, which is None for a class
+            that cannot be imported.
+        frame: A frame of the library for tables of results; None: polars.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Loaded(Displayed):
             users: One of: ids of users, as a list, a series or an array; one id; histories, as a list of lists of
                 items; a frame of requests, one per row, with some of the columns ``id``, ``user_id`` (or ``user``),
                 ``history``, ``candidates`` and ``profile``. None: all users of the data.
-            k: The maximum number of items for each.
+            k: The maximum number of items per list.
             where: Business rules, in the format of docs/serving.md, such as ``{"only": {"genre": ["Comedy"]}}``.
             exclude_seen: Exclude seen items.
             model: One of `models`.
@@ -182,9 +182,8 @@ class Loaded(Displayed):
         Returns:
             A table with one row per item, and the columns ``user_id`` (for histories ``id``, their position from 0),
             ``rank``, ``item_id``, ``title`` and ``score``. For a frame of requests also ``id``, ``error`` and
-            ``notes`` (such as unknown items of a history), with one row for each request that failed. It is of the
-            library of ``users``; for a list of ids or histories of that of the interactions of `llmrec.fit`, or else
-            polars.
+            ``notes`` (such as unknown items of a history), with one row for each failed request. The table uses the
+            library of ``users``; for a list, that of the interactions of `llmrec.fit`, or polars.
 
         Raises:
             LlmrecError: If a request cannot be answered; for a frame, if it cannot be read, or no column has users,
@@ -195,7 +194,7 @@ class Loaded(Displayed):
             return like(users, self._table(as_arrow(users, "requests frame").to_pylist(), wanted))
         histories = any(not isinstance(entry, str | int | float | None) for entry in sequence)
         if not histories:
-            self._warn_of_strangers(sequence)
+            self._warn_of_unknown(sequence)
         rows = [
             {"id": str(n), "history": list(entry)} if histories else {"id": str(entry), "user_id": entry}
             for n, entry in enumerate(sequence)
@@ -258,22 +257,22 @@ class Loaded(Displayed):
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Scores:
-        """Measure the lists of the users of test interactions, with 95 % intervals.
+        """Evaluate the lists of the users of test interactions, with 95 % confidence intervals.
 
         Args:
             test: A frame or the path of a table: one row per relevant item, with the columns of the interactions of
                 `llmrec.fit`, or usual names such as ``user_id`` and ``item_id``.
-            against: Another recommender, whose figures are subtracted, paired by user. The difference on NDCG at the
-                largest cutoff is tested.
+            against: Another recommender to compare with, paired by user. The difference in NDCG at the largest cutoff
+                is tested.
             k: One or more cutoffs of the metrics.
             model: One of `models`; ``against`` answers with its default.
-            exclude_seen: Exclude the items of a user's history from the lists. Such items in ``test`` then cannot be
-                found.
+            exclude_seen: Exclude the items of a user's history from the lists. Such items in ``test`` are then
+                never hits.
             resamples: Number of bootstrap resamples over users.
             seed: Seed of the resamples.
 
         Raises:
-            LlmrecError: If ``test`` cannot be read, or a user cannot be answered.
+            LlmrecError: If ``test`` cannot be read, or a list cannot be computed.
         """
         cuts = (k,) if isinstance(k, int) else tuple(k)
         how = judging(cuts, resamples, seed, whole=False, planned=f"NDCG@{max(cuts, default=0)}" if against else None)
@@ -293,7 +292,7 @@ class Loaded(Displayed):
     def save(self, folder: str | Path) -> Path:
         """Write the recommender to a folder that `llmrec.load` and ``llmrec serve`` open, and return its path.
 
-        The folder holds the interactions and the catalogue, and weights of a language model. Classic recommenders are
+        The folder contains the interactions, the catalogue, and weights of a language model. Baselines are
         fitted again when the folder is opened, or restored from the cache of fits. `llmrec.export` writes a language
         model without user data.
 
@@ -301,7 +300,7 @@ class Loaded(Displayed):
             folder: A new folder, or one written by `save`, which is replaced.
 
         Raises:
-            LlmrecError: If the folder holds other files.
+            LlmrecError: If the folder contains other files.
         """
         out = Path(folder).expanduser()
         refuse_other_files(out, "folder")
@@ -311,7 +310,7 @@ class Loaded(Displayed):
                 recipe, choice = self._recipe
                 if choice is None:
                     raise DataError(
-                        f"the class of {self.models[0]} is defined in __main__, which no folder can name; move it",
+                        f"the class of {self.models[0]} is in __main__, which cannot be imported; move it to a module",
                         kind="unsupported",
                     )
                 write_text(draft / STORED, dump(recipe))
@@ -343,7 +342,7 @@ class Loaded(Displayed):
 
     @property
     def data_name(self) -> str | None:
-        """The name of the training data of classic recommenders; None without data."""
+        """The name of the training data of baselines; None without data."""
         return None if self._models.data is None else self._models.data.dataset.name
 
     @property
@@ -379,26 +378,26 @@ class Loaded(Displayed):
         check_verb(self._models.get(wanted.model), RANK)
         lists: dict[int, Answered | LlmrecError] = {}
         steps = {n: listing(request, wanted, self._catalogue) for n, request in enumerate(requests)}
-        asked: dict[int, tuple[Question, RankRequest]] = {}
+        pending: dict[int, tuple[Question, RankRequest]] = {}
 
-        def go_on(n: int, answer: Answered | None) -> None:
+        def advance(n: int, answer: Answered | None) -> None:
             try:
-                asked[n] = next(steps[n]) if answer is None else steps[n].send(answer)
+                pending[n] = next(steps[n]) if answer is None else steps[n].send(answer)
                 return
             except StopIteration as done:
-                lists[n] = self._with_reasons(done.value, *asked[n], rationale) if rationale else done.value
+                lists[n] = self._with_reasons(done.value, *pending[n], rationale) if rationale else done.value
             except LlmrecError as error:
                 lists[n] = error
-            asked.pop(n, None)
+            pending.pop(n, None)
 
         for n in steps:
-            go_on(n, None)
-        while asked:
-            question = next(iter(asked.values()))[0]
-            group = {n: request for n, (own, request) in asked.items() if own == question}
+            advance(n, None)
+        while pending:
+            question = next(iter(pending.values()))[0]
+            group = {n: request for n, (other, request) in pending.items() if other == question}
             answers = self._models.answer(question, list(group.values()))
             for n, answer in zip(group, answers, strict=True):
-                go_on(n, answer)
+                advance(n, answer)
         return [lists[n] for n in range(len(requests))]
 
     @_named_in_python
@@ -409,7 +408,7 @@ class Loaded(Displayed):
             LlmrecError: If ``items`` is not a list of known ids, or ``k`` not an integer of at least 1.
         """
         if isinstance(items, str):
-            raise DataError(f"items: {items!r} is one text; give a list of ids, such as [{items!r}]", kind="bad-value")
+            raise DataError(f"items: {items!r} is a string; give a list of ids, such as [{items!r}]", kind="bad-value")
         Wanted(k)
         known = [self._catalogue.get(str(item)).item_id for item in items]
         request = read_request({"history": known}, 1, self._models.items, whole=True)
@@ -429,7 +428,7 @@ class Loaded(Displayed):
     def explain(self, item: Any, **who: Any) -> str:
         """Explain why an item suits a user; ``who`` as in `rank`.
 
-        A language model writes a sentence; of an ensemble these are the largest contributions to the item's score.
+        A language model writes a sentence; an ensemble lists the largest contributions to the item's score.
         """
         return str(self._about("explanation", item, **who))
 
@@ -469,7 +468,7 @@ class Loaded(Displayed):
         return Entities(recipe.data.columns.user, recipe.data.columns.item)
 
     def _like(self, users: Any) -> Any:
-        """Return a frame of the library of a series or an array of users; by default that of the interactions."""
+        """Return a frame of the library of a series or an array of users; default: that of the interactions."""
         if isinstance(users, pa.Array | pa.ChunkedArray):
             return _SCHEMA.empty_table()
         return users if type(users).__module__.partition(".")[0] in ("pandas", "polars") else self._frame
@@ -516,11 +515,11 @@ class Loaded(Displayed):
                 bar.advance(len(part))
         return pa.table(columns, schema=_SCHEMA)
 
-    def _warn_of_strangers(self, users: Sequence[object]) -> None:
+    def _warn_of_unknown(self, users: Sequence[object]) -> None:
         names = pl.Series([identity({"user_id": user}, 1)[1] for user in users], dtype=pl.String)
-        strange = names.filter(~names.is_in(self.known.histories.users.implode())).drop_nulls()
-        if len(strange):
-            log.warning("users without data, who get the most popular items: %s", some(strange.to_list()))
+        unknown = names.filter(~names.is_in(self.known.histories.users.implode())).drop_nulls()
+        if len(unknown):
+            log.warning("users without data, who get the most popular items: %s", some(unknown.to_list()))
 
     def _warn_of_seen(self, relevant: pl.DataFrame) -> None:
         by_user = relevant.group_by("key", maintain_order=True).agg("item").iter_rows()
@@ -528,8 +527,8 @@ class Loaded(Displayed):
         seen = sum(len({event.item_id for event in past(user)}.intersection(items)) for user, items in by_user)
         if seen:
             log.warning(
-                "%s of %s relevant items are in the histories of their users, so no list has them; fit without them "
-                "or give exclude_seen=False",
+                "%s of %s relevant items are in the histories of their users, so no list contains them; fit without "
+                "them or pass exclude_seen=False",
                 f"{seen:,}",
                 f"{relevant.height:,}",
             )
@@ -544,7 +543,9 @@ class Loaded(Displayed):
         record = {"history": who.pop("history", None), "user_id": who.pop("user", None)}
         record["profile"] = who.pop("profile", None)
         if who:
-            raise DataError(f"unknown: {', '.join(who)}; give history, user, profile or model", kind="unknown-key")
+            raise DataError(
+                f"unknown argument: {', '.join(who)}; use history, user, profile or model", kind="unknown-key"
+            )
         request = self._request({**record, "candidates": [item]}, 1)
         self._warn(request, request.user_id)
         answer = self._models.answer(question, [request])[0].answer
@@ -558,9 +559,9 @@ class Loaded(Displayed):
         """Log the unknown user and items of a question, once each."""
         messages = []
         if asked.unknown_user:
-            messages.append(f"the user {shown(str(user))} is not known")
+            messages.append(f"unknown user {shown(str(user))}")
         if asked.unknown_items:
-            messages.append(f"items of a history are unknown and left out: {some(asked.unknown_items)}")
+            messages.append(f"unknown items of a history, ignored: {some(asked.unknown_items)}")
         cold = isinstance(asked, Answered) and asked.cold
         for text in messages:
             if text not in self._warned:
@@ -569,10 +570,10 @@ class Loaded(Displayed):
 
     @_named_in_python
     def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
-        """Return the prompt of a question to rank, or of a family (``verb``) with an ``item``."""
+        """Return the prompt of a ranking, or of a task (``verb``) about an ``item``."""
         reader = self._models.get(model)
         if not isinstance(reader, LanguageModel):
-            raise DataError(f"{reader.name} is no language model, and reads no prompt", kind="unsupported")
+            raise DataError(f"{reader.name} is not a language model, so it has no prompt", kind="unsupported")
         record = {key: who.get({"user_id": "user"}.get(key, key)) for key in _KEYS}
         if "item" in who:
             record["candidates"] = [who["item"]]
@@ -602,7 +603,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     if rows and not set(names) & set(_KEYS[1:]):
         close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _KEYS))), "")
         raise DataError(
-            f"requests frame: none of its columns {names} says what is asked; give user_id, history, candidates or "
+            f"requests frame: none of its columns {names} can be used; give user_id, history, candidates or "
             f"profile{close}",
             kind="missing-column",
             column="user_id",
@@ -621,7 +622,7 @@ def _sequence(given: Any) -> list[Any] | None:
         return [given]
     if isinstance(given, list | tuple | set | frozenset | range):
         rows = bool(given) and isinstance(next(iter(given)), Mapping)
-        # A number of numpy is one of Python.
+        # NumPy scalars are converted to Python.
         return None if rows else [entry.item() if isinstance(entry, np.generic) else entry for entry in given]
     framed = isinstance(given, pa.Table | pa.RecordBatch) or hasattr(given, "columns") or hasattr(given, "features")
     listing = next((name for name in ("to_list", "to_pylist", "tolist") if hasattr(given, name)), None)

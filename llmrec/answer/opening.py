@@ -1,4 +1,4 @@
-"""Opening the models of a run, an exported folder or a plain model, by name: `open_models`."""
+"""Opens the models of a run, an exported folder or a pretrained model, by name: `open_models`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Models(Displayed):
     Attributes:
         opened: The models by name, the default first.
         items: The catalogue; `change_items` changes it.
-        data: The training data of classic recommenders; None: none.
+        data: The training data of baselines, if any.
         scale: The lowest and highest rating, if ratings are predicted.
         blank: Data without interactions.
     """
@@ -108,8 +108,8 @@ class Models(Displayed):
         """
         if self.data is None and not (by == "text" and self.items):
             raise DataError(
-                f"similar by {by}: this model carries no interactions or items; serve the run, or an export made with "
-                "--with-interactions, or name a table with --items and ask by text",
+                f"similar by {by}: this model has no interactions or items; serve the run, or an export made with "
+                "--with-interactions, or give a table with --items and use by=text",
                 kind="unsupported",
                 column="by",
             )
@@ -158,10 +158,10 @@ class Models(Displayed):
     def reasons(
         self, question: Question, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
     ) -> list[Reasons]:
-        """Return rationales for the first items of lists; a note says why there are none."""
+        """Return rationales for the first items of lists; a note gives the reason if there are none."""
         model = self.get(question.model)
         if not isinstance(model, LanguageModel | Ensemble):
-            note = f"{model.name} is no language model and no ensemble, and gives no rationales"
+            note = f"{model.name} is neither a language model nor an ensemble, so it has no rationales"
             return [Reasons(notes=[note]) for _ in requests]
         try:
             return model.reasons(requests, lists, question, first)
@@ -191,7 +191,7 @@ class Models(Displayed):
         self.items.update(put)
         for model in self.opened.values():
             model.changed()
-        # Text similarities are computed again, so that a new item is found at once.
+        # Text similarities are recomputed for new items.
         self._similar.pop(_SIMILAR["text"], None)
         self._cards.clear()
         return self.cards()
@@ -217,18 +217,18 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 
     Args:
         options: ``model`` names a run, an exported folder, or a model; the rest configures a language model.
-        names: The models, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, a
-            baseline, or the folder of another run, whose tuned model has the name of the folder. By default: the model
-            that validation users chose, if the run asked no language model or was made by `auto`; the language model,
-            the ensembles of the run, and the classic recommenders of its recipe that are fitted in seconds.
+        names: The models, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a model of the run's report, a baseline, or
+            the folder of another run, whose tuned model gets the name of the folder. Default: the model chosen on
+            validation users, if the run has no language model or was made by `auto`; the language model, the ensembles
+            of the run, and the baselines of its recipe that are fitted in seconds.
 
     Raises:
         LlmrecError: If a model cannot be opened, or a name is unknown.
     """
-    asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
-    bundle = bundle_of(asked)
+    base_options = replace(options, candidates="file", top=None, rationale=0, fuse="none")
+    bundle = bundle_of(base_options)
     fusions = _fusions(bundle)
-    languages = _open_languages(asked, bundle, names, fusions) if bundle.weights else {}
+    languages = _open_languages(base_options, bundle, names, fusions) if bundle.weights else {}
     base = languages.get(own_name(bundle))
     items = Items((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
     data = training_data(bundle, "--models") if _learns(bundle) else None
@@ -252,13 +252,13 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 def _open_languages(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
 ) -> dict[str, LanguageModel]:
-    """Open the language model of a folder and the others asked for; on a GPU they share an engine where they can.
+    """Open the language model of a folder and the requested others, sharing one engine on a GPU if possible.
 
     Args:
         options: The options of the models.
         bundle: The model of the folder.
         names: See `open_models`.
-        fusions: The ensembles of the folder, which may ask its model.
+        fusions: The ensembles of the folder, which may include its model.
 
     Returns:
         The models by name.
@@ -276,7 +276,7 @@ def _open_languages(
     tuned = [*([bundle] if asks_own else []), *runs.values()]
     adapters = _adapters(tuned, _untuned(bundle)) if len(tuned) + len(base) > 1 else []
     if len(adapters) + len(base) == 1:
-        # A model that shares with no other is served from its merged weights.
+        # A single model is served from its merged weights.
         adapters = []
 
     def opened(options: RecommenderOptions) -> dict[str, LanguageModel]:
@@ -290,11 +290,11 @@ def _open_languages(
     models = opened(options)
     if runs:
         _check_equal("catalogue", {str(item.bundle.run): digest_items(item.items or {}) for item in models.values()})
-    asked = [model for name, model in models.items() if name != own or asks_own]
-    shared = [model for model in asked if model.engines.is_shared("vllm", model.weights)]
-    engines = len(asked) - max(0, len(shared) - 1)
+    requested = [model for name, model in models.items() if name != own or asks_own]
+    shared = [model for model in requested if model.engines.is_shared("vllm", model.weights)]
+    engines = len(requested) - max(0, len(shared) - 1)
     if engines > 1 and options.gpu_memory is None and options.backend != "hf" and models[own].on_gpu:
-        # The first engine would otherwise take all of the GPU that is free.
+        # The first engine would otherwise take all free GPU memory.
         models = opened(replace(options, gpu_memory=free_share(options.tensor_parallel) / engines))
     return models
 
@@ -308,7 +308,7 @@ def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, 
             continue
         if options.backend == "openai":
             raise RecipeError(
-                f"--models {folder}: a server answers with one model only; serve this run alone",
+                f"--models {folder}: --backend openai serves one model only; serve this run separately",
                 kind="contradiction",
                 column="--models",
             )
@@ -321,7 +321,7 @@ def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, 
         runs[name] = bundle_of(replace(options, model=folder))
         if not runs[name].weights:
             raise RecipeError(
-                f"--models {folder}: this run asked no language model (eval.arms is empty); serve it alone",
+                f"--models {folder}: this run has no language model (eval.arms is empty); serve it separately",
                 kind="unsupported",
                 column="--models",
             )
@@ -341,13 +341,13 @@ def _reserved_names() -> set[str]:
 
 
 def _check_equal(what: str, values: Mapping[str, object]) -> None:
-    """Reject models that differ in a value; it is given by folder, that of the served model first."""
+    """Reject models that differ in a value, given by folder with the served model first."""
     (served, wanted), *others = values.items()
     for folder, value in others:
         if value != wanted:
             raise RecipeError(
-                f"--models: {folder} has another {what} than {served}, so one service cannot answer with both; serve "
-                "it alone",
+                f"--models: {folder} has a different {what} from {served}, so one service cannot use both; serve it "
+                "separately",
                 kind="mismatch",
                 at=folder,
                 column="--models",
@@ -355,14 +355,14 @@ def _check_equal(what: str, values: Mapping[str, object]) -> None:
 
 
 def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
-    """Return the adapters that one engine over a base can put on it, without those that vLLM does not support."""
+    """Return the adapters that one engine can apply to a base, without those that vLLM does not support."""
     stamp = weights_stamp(base.folder)
     return [
         adapter
         for bundle in tuned
         if bundle.run is not None
         and load_stored(bundle.run).train.start is None
-        # An engine has one window, and rows of added tokens may differ.
+        # An engine has one context length, and embeddings of added tokens may differ.
         and bundle.model.max_length == base.model.max_length
         and weights_stamp(_untuned(bundle).folder) == stamp
         for adapter in live_adapters(base.folder, stamp, bundle.run / "adapter", weights_stamp(bundle.folder))
@@ -382,7 +382,7 @@ def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str
 
 
 def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
-    """Return a sentence on the default model.
+    """Return a sentence about the default model.
 
     Args:
         folder: See `open_models`.
@@ -398,7 +398,7 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
 
 @dataclass(frozen=True)
 class Default:
-    """The default model of a run, chosen by its validation users.
+    """The default model of a run, chosen on its validation users.
 
     Attributes:
         name: Its name in questions.
@@ -410,7 +410,7 @@ class Default:
 
     @property
     def sentence(self) -> str:
-        """A sentence on the choice."""
+        """A sentence about the choice."""
         choice = self.choice
         if not choice.users:
             return f"the default is {self.name}"
@@ -421,7 +421,7 @@ class Default:
 
 
 def default_of(bundle: Bundle) -> Default | None:
-    """Return the model that the validation users of a run chose; None if the language model is the default."""
+    """Return the model chosen on the validation users of a run; None if the language model is the default."""
     choice = stored.read(_folder(bundle)).choice
     if choice is None or not _learns(bundle):
         return None
@@ -454,10 +454,10 @@ def _opened(
     base: LanguageModel | None,
     finder: Recommender | None,
 ) -> Recommender:
-    """Open one model of a folder; ``base`` is its language model, if there is one."""
+    """Open one model of a folder; ``base`` is its language model, if any."""
     if (language := models._languages.get(_run_name(name) or name)) is not None:
         return language
-    # An ensemble is identified by its name or by the id of its row.
+    # An ensemble is identified by its name or its id in the report.
     joined = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
     if joined is not None and models.data is not None:
         asks_model = any(part.baseline is None for part in fusions[joined].parts)
@@ -465,8 +465,8 @@ def _opened(
     section = _section(bundle.tasks, name)
     if (section.name in BASELINES or is_plugin(BASELINES, section.name)) and models.data is not None:
         return _classic(section, models.data, models.items, seed=bundle.seed, reserved=reserved_by(bundle))
-    own = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
-    has = [*own, *fusions]
+    languages = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
+    has = [*languages, *fusions]
     more = " and the baselines of docs/baselines-and-ensembles.md" if models.data is not None else ""
     raise RecipeError(
         f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *BASELINES])}; it has {', '.join(has)}{more}",
@@ -476,11 +476,11 @@ def _opened(
 
 
 def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
-    """Open classic recommenders on the data of a recipe, without a run or a language model.
+    """Open baselines on the data of a recipe, without a run or a language model.
 
     Args:
         recipe: The recipe with the training data, and with the parameters in its families.
-        names: Baselines that rank, the default first, by their names or their labels in tables.
+        names: Baselines that rank, the default first, by name or label in tables.
         items: A table of items that takes precedence over those of the data.
 
     Raises:
@@ -489,9 +489,11 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
     chosen = [_section(recipe.tasks, name) for name in names]
     for item in chosen:
         if "(" in item.name:
-            rows = dict.fromkeys(own.label for part in recipe.tasks.present().values() for own in part.baselines)
+            rows = dict.fromkeys(
+                baseline.label for part in recipe.tasks.present().values() for baseline in part.baselines
+            )
             raise RecipeError(
-                f"--baseline: the recipe has no row {item.name!r}; its rows are {', '.join(rows)}",
+                f"--baseline: the recipe has no baseline {item.name!r}; it has {', '.join(rows)}",
                 kind="unknown-name",
                 column="--baseline",
             )
@@ -508,12 +510,12 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
 
 
 def _learns(bundle: Bundle) -> bool:
-    """Whether there are interactions for training classic recommenders."""
+    """Whether there are interactions for fitting baselines."""
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
 def reserved_by(bundle: Bundle) -> float:
-    """Return the fraction of validation users that weight the ensembles of a run and choose no epochs of baselines."""
+    """Return the fraction of validation users reserved for ensemble weights and not used for early stopping."""
     if bundle.run is None:
         # The interactions in an exported folder lack these users.
         return 0.0
@@ -522,7 +524,7 @@ def reserved_by(bundle: Bundle) -> float:
 
 
 def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
-    """Return the labels of classic recommenders fitted in seconds; of each method those of its first family."""
+    """Return the labels of baselines fitted in seconds; each method has the parameters of its first family."""
     if not _learns(bundle):
         return []
     results: list[BaselineSection] = []
@@ -555,14 +557,14 @@ def _classic(
     reserved: float = 0.0,
     model: Any = None,
 ) -> Classic:
-    """Return a classic recommender, fitted as in its run; texts are those of the current catalogue.
+    """Return a baseline, fitted as in its run; texts are those of the current catalogue.
 
     Args:
         section: The baseline with its parameters.
         data: The training data.
         items: The catalogue.
         seed: The seed of the fit.
-        reserved: The fraction of validation users that choose no epoch.
+        reserved: The fraction of validation users not used for early stopping.
         model: The baseline, to be fitted; None: a new one.
     """
     name, parameters = section.name, section.parameters
@@ -575,18 +577,18 @@ def _classic(
     model = fit_stored(model, choosing(name, data, reserved) if reserved else data, seed=seed)
     family = family_about(name) if known else None
     read = hashes_of(name, parameters) if known else {}
-    made_by = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": read}
-    return Classic(section.label, model, data, items, family, made_by)
+    fingerprint = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": read}
+    return Classic(section.label, model, data, items, family, fingerprint)
 
 
 def family_about(name: str) -> str | None:
-    """Return the family of questions about one item that a baseline answers; None: it ranks."""
+    """Return the task about one item that a baseline answers; None: it ranks."""
     about = (item for item in families().values() if not item.answers_with_items)
     return next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
 
 
 def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, model: Any = None) -> Models:
-    """Fit a classic recommender to data in memory.
+    """Fit a baseline to data in memory.
 
     Args:
         section: The baseline with its parameters.
@@ -601,15 +603,12 @@ def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, mode
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:
-    """Return the retriever for language models that cannot search: the ensemble, or else item neighbours.
-
-    Of several ensembles without a language model it is the one with the most members.
-    """
+    """Return the retriever for language models that cannot search: the largest ensemble of baselines, or item-kNN."""
     if models.data is None:
         return None
     alone = {name: fused for name, fused in fusions.items() if fused.arm == "baseline"}
     if alone:
-        name, widest = max(alone.items(), key=lambda each: len(each[1].parts))
+        name, widest = max(alone.items(), key=lambda entry: len(entry[1].parts))
         return Ensemble(widest, models.data, models.items, name)
     return models.similar("interactions")
 
@@ -627,7 +626,7 @@ def _pretrained(bundle: Bundle) -> str:
     """Return the folder of the pretrained model that a run started from."""
     if bundle.run is None:
         raise RecipeError(
-            f"--models: {bundle.folder} does not say what it was tuned from; name the run folder",
+            f"--models: {bundle.folder} does not record its base model; give the run folder",
             kind="unsupported",
             column="--models",
         )

@@ -12,9 +12,9 @@ from typing import Annotated, Any, get_args
 from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 
 TUNED, UNTUNED, PLAIN = "tuned", "untuned", "model"
-"""Names of language models: the one that a run fine-tuned, its base model, and one that was not fine-tuned here.
+"""Names of language models: the fine-tuned model of a run, its base model, and a model that was not fine-tuned here.
 
-Classic recommenders and ensembles have the names of their rows in the report."""
+Baselines and ensembles have their names in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ Template = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A model, its items, and the engine of a language model: what every command that opens a model takes."""
+    """Options of every command that opens a model: the model, its items, and the engine of a language model."""
 
     model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")]
     items: Annotated[
@@ -92,13 +92,13 @@ class ModelOptions:
     dtype: Annotated[str, About(choices=get_args(Dtype), help="Data type of the model weights.")] = DTYPE
 
     def recommender(self, **changes: Any) -> RecommenderOptions:
-        """Return these options with others of a recommender."""
+        """Return these options as `RecommenderOptions`, with changes."""
         return RecommenderOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)} | changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecommenderOptions(ModelOptions):
-    """A model and its configuration for ranking, without the source of requests or the destination of answers."""
+    """A model and its configuration for ranking, without input and output files."""
 
     task: Annotated[str, About(metavar="auto|sequential|direct", help="Task whose prompts rank the items.")] = "auto"
     template: Template = None

@@ -1,7 +1,7 @@
 """Requests to a language model: from prompts of a task to rankings, ratings, probabilities or texts.
 
 `rank_requests` orders the candidates of requests, `CatalogueRanking` searches a whole catalogue, and `answer_about`
-asks about one item. All are stateless; families, templates and strategies are chosen in `llmrec.answer.strategy`.
+answers questions about one item. All are stateless; `llmrec.answer.strategy` selects family, template and strategy.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from llmrec.types import (
 NOBODY = "unknown"
 """The user name in prompts for a request without one."""
 CONTEXT = frozenset({"review", "feature", "headline", "rating"})
-"""Names of the context that a question may have in addition to a history."""
+"""Names of context values that a question may have in addition to a history."""
 
-# The maximum of candidate tokens in a forward pass: mask and logits grow with them, so large sets are scored in slices.
+# Maximum number of candidate tokens in a forward pass, which bounds mask and logits: larger sets are scored in slices.
 _SLICE = 1024
-# The maximum of tokens of a generated label, and of a label or number about one item with the text around it.
+# Maximum number of tokens of a generated label, and of a label or number about one item with surrounding text.
 _LABEL, _VALUE = 4, 8
 _QUOTED = 200
 # No id of a catalogue contains this character, so these ids never collide with its items.
@@ -155,7 +155,7 @@ class CodesByMention:
         """Return the code of a mention; see `ItemCodes`.
 
         Raises:
-            DataError: If the model knows no token for an item.
+            DataError: If the model has no token for an item.
         """
         n = int(item.partition("/")[0])
         name = self._name(self._items[item], self._requests[n])
@@ -187,8 +187,8 @@ def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     extended = placed(index, items)
     if extended.tokens != index.tokens:
         raise DataError(
-            f"the model was tuned on one token an item (index scheme {index.scheme!r}), and an item that it was not "
-            "tuned on has none; leave new items out, or tune on codes that items share",
+            f"the model was tuned on one token per item (index scheme {index.scheme!r}), so it has no token for new "
+            "items; leave them out, or tune on codes with shared tokens",
             kind="unsupported",
             column="index.scheme",
         )
@@ -210,20 +210,20 @@ def rank_requests(
 ) -> list[Ranking | Unparsed]:
     """Rank every request's candidates, in order; a failed request does not affect the others.
 
-    Candidates are ordered by a hash of the request's id and each item's id. Labels follow this order and ties keep it,
-    so their original order cannot affect the result.
+    Candidates are ordered by a hash of the request's id and each item's id. Labels and ties follow this order, so the
+    original order cannot affect the result.
 
     Args:
-        bundle: The model and how it was asked in training.
+        bundle: The model and its training prompts.
         requests: From `llmrec.data.requests.read_request`.
         way: From `choose_way`.
         backend: An engine over the bundle's model.
-        encoder: Its tokenizer and its longest prompt.
-        batch: Requests handed to the backend at a time.
+        encoder: Its tokenizer and maximum prompt length.
+        batch: Number of requests sent to the backend at a time.
         advance: Called with the number of requests just answered.
 
     Returns:
-        Rankings of all candidates, with the ids of the request's items, or why the request failed.
+        Rankings of all candidates, with the ids of the request's items, or the reason of a failure.
     """
     posed = pose(bundle, requests, way)
     answers: list[Ranking | Unparsed] = []
@@ -252,11 +252,11 @@ def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> t
     if isinstance(answer, Unparsed):
         return ()
     if not way.by_title and len(request.candidates) == 1:
-        return ("one candidate: ranked without asking the model",)
+        return ("one candidate: ranked without the model",)
     if way.strategy == TWO_STEP and not request.history and answer.raw:
-        return ("two-step: the profile was written without a history to go by",)
+        return ("two-step: the profile was generated without a history",)
     left_out = sum(score == 0.0 for score in answer.scores) if way.strategy == "list" else 0
-    return (f"the answer left out {left_out} candidates: they share the last place",) if left_out else ()
+    return (f"the answer omits {left_out} candidates, which share the last rank",) if left_out else ()
 
 
 @dataclass
@@ -355,7 +355,7 @@ def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterato
         yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
         return
     if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
-        # The titles with the most characters in one question; one with more tokens fails later, in the engine.
+        # The longest titles by characters; a longer question by tokens fails later, in the engine.
         longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
         prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
         yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]
@@ -378,8 +378,8 @@ def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Req
         length = len(encoder.chat(prompt.messages)) + given
         if length + max(tails) > encoder.max_length:
             raise DataError(
-                f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the "
-                f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length",
+                f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the maximum "
+                f"of {encoder.max_length}; shorten its texts, give fewer candidates, or raise --max-length",
                 kind="too-large",
                 column="--max-length",
             )
@@ -408,7 +408,7 @@ def _add(outcome: _Outcome, answer: Ranking | Unparsed) -> None:
 def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparsed:
     request_id = posed.asked[n].id
     if not outcome.failure and not all(math.isfinite(score) for score in outcome.scores.values()):
-        outcome.failure = "the model gave a score that is no finite number; try --dtype float32"
+        outcome.failure = "the model returned a score that is not finite; try --dtype float32"
     if outcome.failure:
         return Unparsed(request_id=request_id, reason=outcome.failure, raw=outcome.raw, cost=outcome.cost)
     # Candidates missing from a generated list come last.
@@ -432,10 +432,10 @@ class CatalogueRanking:
     """Constrained search over a whole catalogue, for requests without candidates.
 
     Args:
-        bundle: The model and how it was asked in training.
+        bundle: The model and its training prompts.
         items: The catalogue; items missing from the model's index are added to it once.
         way: A family and template with the strategy ``search``.
-        encoder: The model's tokenizer and its longest prompt.
+        encoder: The model's tokenizer and maximum prompt length.
         beams: The beam width, and the number of items in an answer.
         exact: Widen a search until no other item can be better.
     """
@@ -454,9 +454,9 @@ class CatalogueRanking:
 
     @cached_property
     def _longest(self) -> int:
-        ask = Request(id="longest", user_id="nobody")
-        prompt = self._outputs.prompt(ask, template=self._way.template)
-        texts = set(self._outputs.continuations(ask, template=self._way.template))
+        request = Request(id="longest", user_id="nobody")
+        prompt = self._outputs.prompt(request, template=self._way.template)
+        texts = set(self._outputs.continuations(request, template=self._way.template))
         return max(len(self._encoder.continuation(prompt, text, closed=True)) for text in texts)
 
     def rank(
@@ -467,7 +467,7 @@ class CatalogueRanking:
         Args:
             requests: From `llmrec.data.requests.read_request`.
             backend: An engine over the bundle's model.
-            batch: Requests handed to the backend at a time.
+            batch: Number of requests sent to the backend at a time.
             advance: Called with the number of requests just answered.
         """
         posed = pose(self._bundle, requests, self._way, self._index)
@@ -525,7 +525,7 @@ class CatalogueRanking:
         if length + self._longest > self._encoder.max_length:
             return (
                 f"the prompt has {length} tokens and the longest answer {self._longest}, together more than the "
-                f"{self._encoder.max_length} that fit; shorten its texts, or raise --max-length"
+                f"maximum of {self._encoder.max_length}; shorten its texts,  or raise --max-length"
             )
         return ""
 
@@ -552,10 +552,10 @@ class _CatalogueTask:
 
 def _named(request: RankRequest, answer: Any) -> Ranking | Unparsed:
     if isinstance(answer, Ranking) and not all(map(math.isfinite, answer.scores)):
-        reason = "the model gave a score that is no finite number; try --dtype float32"
+        reason = "the model returned a score that is not finite; try --dtype float32"
         return Unparsed(request_id=request.id, reason=reason, cost=answer.cost)
     if not isinstance(answer, Ranking):
-        raise DataError(f"request {request.id}: the search gave {type(answer).__name__}", kind="defect")
+        raise DataError(f"request {request.id}: the search returned {type(answer).__name__}", kind="defect")
     return Ranking(
         request_id=request.id,
         items=answer.items,
@@ -574,11 +574,11 @@ def answer_about(
     """Answer every request about one item, in order; a failed request does not affect the others.
 
     Args:
-        bundle: The model and how it was asked in training.
+        bundle: The model and its training prompts.
         requests: Requests with one candidate: the item in question.
         way: From `way_about`.
         backend: An engine over the bundle's model.
-        encoder: Its tokenizer and its longest prompt.
+        encoder: Its tokenizer and maximum prompt length.
 
     Returns:
         Ratings, probabilities or texts, depending on the family; an `Unparsed` with the reason for a failure.
@@ -588,7 +588,7 @@ def answer_about(
     failures: dict[int, str] = {}
     for n, request in enumerate(posed.requests):
         if request.candidates is None or len(request.candidates) != 1:
-            failures[n] = f"{way.family} asks about one item; name it as 'item'"
+            failures[n] = f"{way.family} needs exactly one item; give it as 'item'"
             continue
         asked[n] = _of_item(request)
         try:
@@ -633,8 +633,8 @@ def _check_length(prompt: Prompt, way: Asking, options: Mapping[str, int], encod
     length = len(encoder.prompt(prompt))
     if length + room > encoder.max_length:
         raise RecipeError(
-            f"the prompt has {length} tokens and its answer up to {room}, together more than the {encoder.max_length} "
-            "that fit; shorten its texts, or raise --max-length",
+            f"the prompt has {length} tokens and its answer up to {room}, together more than the maximum of "
+            f"{encoder.max_length}; shorten its texts, or raise --max-length",
             kind="too-large",
             column="--max-length",
         )

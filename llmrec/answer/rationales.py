@@ -1,4 +1,4 @@
-"""Rationales: a generated sentence on why each of the first items of a ranking suits the user.
+"""Rationales: generated sentences on why the first items of a ranking suit the user.
 
 The sentence is generated after the ranking and does not affect it. Generated text is untrusted data: it is cleaned to
 one line, has a separate column, and is never inserted into another prompt.
@@ -46,11 +46,11 @@ class Reasoner:
     """A generator of rationales.
 
     Args:
-        bundle: The model and how it was asked in training.
-        way: The family, template and strategy of the ranking; prompts show the events of its family, and the profile of
-            two-step.
+        bundle: The model and its training prompts.
+        way: The family, template and strategy of the ranking; prompts show the same number of interactions,
+            and the profile of two-step.
         template: From `rationale_template`.
-        encoder: The model's tokenizer and its longest prompt.
+        encoder: The model's tokenizer and maximum prompt length.
         first: The number of items per ranking with a rationale.
         batch: The number of prompts per call of the backend.
     """
@@ -111,7 +111,7 @@ class Reasoner:
         past = request.history[-self._shown :]
         known = {f"history/{position}": event.item for position, event in enumerate(past)} | {"item": item}
         view = View(data_of(self._bundle, known))
-        # The profile that two-step generated was part of the ranking, so it is part of the reason.
+        # The generated profile of two-step affected the ranking, so the prompt includes it.
         profile = request.profile or ((answer.raw or "") if self._way.strategy == TWO_STEP else "")
         values = view.user(request.user_id or NOBODY, {**request.context, "profile": profile}) | view.about("item")
         values["history"] = view.events([Event(item_id=f"history/{position}") for position in range(len(past))])
@@ -119,8 +119,8 @@ class Reasoner:
         length = len(self._encoder.prompt(prompt))
         if length + TOKENS > self._encoder.max_length:
             raise RecipeError(
-                f"the prompt has {length} tokens, which leaves no room for {TOKENS} among the "
-                f"{self._encoder.max_length} that fit; raise --max-length",
+                f"the prompt has {length} tokens, which leaves less than {TOKENS} of the maximum of "
+                f"{self._encoder.max_length}; raise --max-length",
                 kind="too-large",
                 column="--max-length",
             )

@@ -43,7 +43,7 @@ class Quota:
 
     def __post_init__(self) -> None:
         if self.most < 1:
-            wrong = f"quotas: {self.field!r} at most {self.most} times; give 1 or more, or forbid values with 'without'"
+            wrong = f"quotas: {self.field!r} at most {self.most} times; use at least 1, or forbid values with 'without'"
             raise DataError(wrong, kind="bad-value", column=f"quotas.{self.field}")
 
 
@@ -66,7 +66,7 @@ class Rules:
         without: Values by field; an item must have none of them.
         block: Ids of items that are never listed.
         quotas: One quota per field; of several the strictest.
-        diversity: From 0 (the order stays) to 1 (the order only breaks ties); see `arrange`.
+        diversity: From 0 (keep the order) to 1 (the order only breaks ties); see `arrange`.
 
     Raises:
         DataError: If the diversity is out of bounds.
@@ -81,7 +81,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.diversity <= 1.0:
-            raise DataError(f"diversity: {self.diversity} is not from 0 to 1", kind="bad-value", column="diversity")
+            raise DataError(f"diversity: {self.diversity} is not between 0 and 1", kind="bad-value", column="diversity")
         only, more = _simplest((*(OneOf(name, values) for name, values in self.only.items()), *self.more))
         least = {quota.field: quota for quota in sorted(self.quotas, key=lambda quota: (quota.field, -quota.most))}
         without = {name: _folded(values) for name, values in self.without.items()}
@@ -112,7 +112,7 @@ class Rules:
         given = _mapping("", record, _KEYS)
         only = _conditions("only", given.get("only", {}))
         if empty := next((f"only.{name}" for name, values in only.items() if not values), None):
-            wrong = f"{empty} lists no value, so no item would pass; list values, or leave the field out"
+            wrong = f"{empty} is empty, so no item would be allowed; list values, or omit the field"
             raise DataError(wrong, kind="empty", column=empty)
         diversity = given.get("diversity", 0.0)
         if not isinstance(diversity, int | float) or isinstance(diversity, bool):
@@ -222,13 +222,13 @@ class Rules:
         try:
             results = [items[key].fields for key, _ in ranked]
         except KeyError as error:
-            raise DataError(f"item {error} is ranked, but rules do not know its fields", kind="unknown-name") from None
+            raise DataError(f"item {error} is ranked, but its fields are missing", kind="unknown-name") from None
         room = _Room(self.quotas)
         rows = _diverse(results, room, self.diversity, k) if self.diversity else _in_order(results, room, k)
         return [ranked[row] for row in rows]
 
     def _named(self) -> Iterator[tuple[str, str]]:
-        """Yield the key and the field of every rule."""
+        """Yield key and field of every rule."""
         yield from ((f"only.{name}", name) for name in self.only)
         yield from ((f"only.{condition.field}", condition.field) for condition in self.more)
         yield from ((f"without.{name}", name) for name in self.without)
@@ -236,7 +236,7 @@ class Rules:
 
 
 def deep_enough(rules: Rules, k: int) -> int | None:
-    """Return how many of the best allowed items suffice for `Rules.arrange` to select the same k items as from all.
+    """Return the number of best allowed items from which `Rules.arrange` selects the same k items as from all.
 
     Returns:
         ``k`` without quotas and diversity. None (all of them) with either: a quota may skip any number of items, and
@@ -271,16 +271,16 @@ def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
 def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
     """Return the first condition on each field, and the others, without implied conditions."""
     known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
-    needed = [one for one in known if not any(one.field == by.field and by.values < one.values for by in known)]
+    needed = [rule for rule in known if not any(rule.field == by.field and by.values < rule.values for by in known)]
     only: dict[str, frozenset[str]] = {}
     more: list[OneOf] = []
-    for one in sorted(needed, key=lambda one: (one.field, sorted(one.values))):
-        if only.setdefault(one.field, one.values) is not one.values:
-            more.append(one)
+    for rule in sorted(needed, key=lambda rule: (rule.field, sorted(rule.values))):
+        if only.setdefault(rule.field, rule.values) is not rule.values:
+            more.append(rule)
     return only, tuple(more)
 
 
-# --------------------------------------------------------------------------- choosing
+# --------------------------------------------------------------------------- selection
 
 
 class _Room:
@@ -322,25 +322,25 @@ def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
 
 def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
     """Return the rows of k items, in the order of maximal marginal relevance."""
-    likeness = _Likeness(found)
-    holders = cache(lambda name: likeness.fields.get(name) or _holders(found, name))
+    similarity = _Similarity(found)
+    holders = cache(lambda name: similarity.fields.get(name) or _holders(found, name))
     relevance = (1.0 - diversity) / np.log2(np.arange(len(found)) + 2.0)
-    alike = np.zeros(len(found))
+    closest = np.zeros(len(found))
     rows: list[int] = []
     while len(rows) < min(k, len(found)):
         # Of ties, argmax returns the one ranked first.
-        best = int(np.argmax(relevance - diversity * alike))
+        best = int(np.argmax(relevance - diversity * closest))
         if relevance[best] == -np.inf:
             break
         rows.append(best)
         relevance[best] = -np.inf
         for name, value in room.take(found[best]):
             relevance[holders(name)[value]] = -np.inf
-        np.maximum(alike, likeness.to(best), out=alike)
+        np.maximum(closest, similarity.to(best), out=closest)
     return rows
 
 
-class _Likeness:
+class _Similarity:
     """The similarity of items: the Jaccard index of their (field, value) pairs, over informative fields."""
 
     def __init__(self, found: Sequence[_Fields]) -> None:
@@ -385,10 +385,10 @@ def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> di
 
 def _mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise _wrong(key or "rules", "keys with values are expected", value)
+        raise _wrong(key or "rules", "a mapping is expected", value)
     for name in value:
         if not isinstance(name, str) or not name:
-            raise _wrong(key or "rules", "a key that is a text is expected; write it in quotes", name)
+            raise _wrong(key or "rules", "string keys are expected; write keys in quotes", name)
         if known and name not in known:
             dotted = f"{key}.{name}".removeprefix(".")
             raise DataError(
@@ -408,10 +408,10 @@ def _list(key: str, value: object) -> Sequence[object]:
 def _texts(key: str, value: object) -> frozenset[str]:
     texts: set[str] = set()
     for entry in _list(key, value):
-        # The text of a boolean or float in a table is unknown here.
+        # How a table wrote a boolean or float is unknown here.
         text = str(entry) if isinstance(entry, int) and not isinstance(entry, bool) else entry
         if not isinstance(text, str) or not text.strip():
-            raise _wrong(key, "texts that are not empty are expected; write each in quotes", entry)
+            raise _wrong(key, "non-empty strings are expected; write values in quotes", entry)
         texts.add(text)
     return frozenset(texts)
 
@@ -429,7 +429,7 @@ def _quota(key: str, value: object) -> Quota:
     if not isinstance(name, str) or not name:
         raise _wrong(f"{key}.field", "the name of a field is expected", name)
     if not isinstance(most, int) or isinstance(most, bool):
-        raise _wrong(f"{key}.most", "a whole number is expected", most)
+        raise _wrong(f"{key}.most", "an integer is expected", most)
     return Quota(name, most)
 
 

@@ -1,6 +1,6 @@
-"""Folders that hold all that a recommender needs: the model, the catalogue, interactions and ensembles.
+"""Self-contained folders of a recommender: the model, the catalogue, interactions and ensembles.
 
-`llmrec.load` and `llmrec serve` open them without the run; `llmrec refresh` adds events and items to them.
+`llmrec.load` and `llmrec serve` open them without the run; `llmrec refresh` adds interactions and items.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from llmrec.pipeline.bundle import SUMS
 from llmrec.types import Item
 
 MARK = "refreshed.json"
-"""The file that marks such a folder, which `llmrec refresh` may overwrite."""
+"""The file that marks such a folder, so that `llmrec refresh` may overwrite it."""
 
 KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
 """The columns of its interactions."""
 
 
 def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
-    """Return all interactions of a split with their part, in the order of each user's events.
+    """Return all interactions of a split with their part, in the order of each user's interactions.
 
     Args:
         data: The split.
-        reserved: The fraction of validation users who choose no epoch; their interactions are only history.
+        reserved: The fraction of validation users not used for early stopping; their interactions are only history.
     """
     choosing, weighing = halves(data, reserved)
     parts = {"train": [data.train], "valid": [choosing.valid], "held": [data.known, weighing.valid, data.test]}
@@ -53,8 +53,8 @@ def write(
         draft: The folder.
         source: The name of the model, for the record.
         items: The catalogue.
-        rows: The interactions; None: there are none.
-        measured: The ensembles, and the model that answers by default.
+        rows: The interactions, if any.
+        measured: The ensembles, and the default model.
     """
     if rows is not None:
         rows.write_parquet(draft / FILE)
@@ -67,7 +67,7 @@ def refuse_other_files(out: Path, option: str) -> None:
     """Reject a folder with files that were not written here."""
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise DataError(
-            f"{option} {out} holds files that were not written by this command; name another folder",
+            f"{option} {out} contains files that were not written by this command; choose another folder",
             kind="exists",
             at=out,
             column=option,
@@ -89,7 +89,7 @@ def link(model: Path, draft: Path) -> None:
 
 @contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside a folder to write; see `publish`."""
+    """Yield a temporary folder next to the output folder; see `publish`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -99,11 +99,11 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, out: Path) -> None:
-    """Move a folder to its destination; an existing one is replaced file by file, the catalogue before the events."""
+    """Move a folder to its destination; an existing one is replaced file by file, interactions after the catalogue."""
     if not out.exists():
         draft.rename(out)
         return
-    for file in sorted(draft.rglob("*"), key=lambda each: (each.name == MARK, each.name == FILE, str(each))):
+    for file in sorted(draft.rglob("*"), key=lambda path: (path.name == MARK, path.name == FILE, str(path))):
         if file.is_file():
             with replacing(out / file.relative_to(draft)) as target:
                 shutil.move(file, target)

@@ -22,12 +22,12 @@ from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Item, ItemCodes, Ranking
 
 TWO_STEP = "two-step"
-"""The strategy that first writes a user profile, so its template must show one."""
+"""The strategy that first generates a user profile, which its template must show."""
 
-# Settings of a search that have command-line options.
+# Search settings that have command-line options.
 _OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
 _BY_TITLE = ("likelihood", "likelihood-prior")
-# Of the templates that show a profile, the one whose text fits any user.
+# The template with a profile that suits any user.
 _SHOWS_PROFILE = "with-profile"
 
 
@@ -77,7 +77,7 @@ def choose_way(
     the first that shows a profile.
 
     Args:
-        bundle: The model and how it was asked in training.
+        bundle: The model and its training prompts.
         task: A family, or ``auto``.
         template: ``family/name`` or the name; None: chosen automatically.
         strategy: A strategy, or ``auto``.
@@ -88,8 +88,8 @@ def choose_way(
     if not here:
         tuned = ", ".join(bundle.tasks.present())
         raise RecipeError(
-            f"{bundle.folder} was tuned on {tuned}, which rank nothing; tune on tasks.sequential or tasks.direct, or "
-            "name a pretrained model with --model",
+            f"{bundle.folder} was tuned on {tuned}, which do not rank; tune on tasks.sequential or tasks.direct, or "
+            "give a pretrained model with --model",
             kind="unsupported",
             at=bundle.folder,
         )
@@ -105,13 +105,13 @@ def choose_way(
             name = _template(bundle, family, strategy, template)
             chosen = _strategy(bundle, family, strategy, name)
             return Asking(family, name, chosen, settings_of(chosen, settings))
-    asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
+    given = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
         f"{family} with {' or '.join(_strategies(bundle, family))}, templates {', '.join(templates[family])}"
         for family in here
     )
     raise RecipeError(
-        f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}",
+        f"{' '.join(filter(None, given))} are incompatible for {bundle.folder}, which has: {known}",
         kind="contradiction",
         at=bundle.folder,
     )
@@ -126,9 +126,9 @@ def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
 
 def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
     """Return the requested strategy, or the first that is compatible with the template."""
-    own = family_of(family)
-    if not own.lists:
-        return own.strategies[0] if asked == "auto" else asked
+    known = family_of(family)
+    if not known.lists:
+        return known.strategies[0] if asked == "auto" else asked
     words = bundle.templates[family][template]
     if asked == "auto":
         return reader_of(words)
@@ -138,7 +138,7 @@ def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
 
 
 def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
-    """Read the settings of a strategy, with the names and rules of a recipe.
+    """Read the settings of a strategy, with the keys and checks of a recipe.
 
     Args:
         strategy: The name of the strategy.
@@ -151,33 +151,33 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
         key = name.strip().removeprefix("eval.")
         if not equals or not key:
             raise RecipeError(
-                f"--set {setting!r} is not of the form key=value, such as eval.permutations=3",
+                f"--set {setting!r} is not key=value, such as eval.permutations=3",
                 kind="syntax",
                 column="--set",
             )
         if key in ("debias", "debias_questions"):
             raise RecipeError(
-                f"--set eval.{key}: what a position adds is measured on training questions, and requests bring "
-                "none; average over orders of the candidates instead (--set eval.permutations=4)",
+                f"--set eval.{key}: position bias is measured on training questions, which requests do not have; "
+                "average over candidate orders instead (--set eval.permutations=4)",
                 kind="unsupported",
                 column=f"eval.{key}",
             )
         if key in _OWN_OPTIONS:
             raise RecipeError(
-                f"--set eval.{key}: a search has an option for it; write {_OWN_OPTIONS[key]}",
+                f"--set eval.{key}: use the option {_OWN_OPTIONS[key]} instead",
                 kind="unsupported",
                 column=f"eval.{key}",
             )
         if key not in known:
             takes = ", ".join(f"eval.{item}" for item in known) or "none"
             raise RecipeError(
-                f"--set eval.{key}: the strategy {strategy!r} does not take it{did_you_mean(key, known)}; it takes "
-                f"{takes}",
+                f"--set eval.{key}: not a setting of the strategy {strategy!r}{did_you_mean(key, known)}; its "
+                f"settings: {takes}",
                 kind="unknown-key",
                 column=f"eval.{key}",
             )
         if key in values:
-            raise RecipeError(f"--set eval.{key}: it stands twice; keep one", kind="duplicate", column=f"eval.{key}")
+            raise RecipeError(f"--set eval.{key}: given twice; keep one", kind="duplicate", column=f"eval.{key}")
         values[key] = value_of(text, f"eval.{key}")
     try:
         return EvalSection(**values)
@@ -221,8 +221,8 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
     if not shows:
         could = ", ".join(name for name, item in known.items() if item.shows_profile) or "none"
         raise RecipeError(
-            f"--template {asked}: two-step puts what it learned of the user into the profile, which this template does "
-            f"not show; those of {bundle.folder} that do: {could}",
+            f"--template {asked}: two-step writes a user profile, which this template does not show; templates of "
+            f"{bundle.folder} that show it: {could}",
             kind="contradiction",
             at=bundle.folder,
             column="--template",
@@ -239,7 +239,7 @@ def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
 
 
 def about_families(bundle: Bundle) -> dict[str, Family]:
-    """Return the families of a model's training that ask about one item, by name."""
+    """Return the families about one item of a model's training, by name."""
     results = {name: family_of(name) for name in bundle.tasks.present()}
     return {name: family for name, family in results.items() if family.answer is not Ranking}
 
@@ -248,7 +248,7 @@ def way_about(bundle: Bundle, family: str, *, template: str | None = None, strat
     """Return the template and strategy of a family, by default the first ones of its evaluation.
 
     Args:
-        bundle: The model and how it was asked in training.
+        bundle: The model and its training prompts.
         family: One of `about_families`.
         template: ``family/name`` or the name; None: chosen automatically.
         strategy: A strategy of the family, or ``auto``.
@@ -257,8 +257,7 @@ def way_about(bundle: Bundle, family: str, *, template: str | None = None, strat
     if family not in known:
         has = ", ".join(known) or "none"
         raise RecipeError(
-            f"{bundle.folder} was not tuned on {family}; of the families that ask about one item it has: {has}. Tune "
-            f"it with tasks.{family}",
+            f"{bundle.folder} was not tuned on {family}; its tasks about one item: {has}. Tune it with tasks.{family}",
             kind="unsupported",
             at=bundle.folder,
             column="family",
@@ -268,9 +267,9 @@ def way_about(bundle: Bundle, family: str, *, template: str | None = None, strat
     name = task.eval_templates[0] if template is None else template.rpartition("/")[2]
     one_of("template", name, list(templates))
     section = bundle.tasks.present()[family]
-    asked = task.asked_by(templates[name], section.strategies, tuned=bundle.tuned)
+    strategies = task.asked_by(templates[name], section.strategies, tuned=bundle.tuned)
     one_of("strategy", strategy, ("auto", *known[family].strategies))
-    return Asking(family, name, asked[0] if strategy == "auto" else strategy)
+    return Asking(family, name, strategies[0] if strategy == "auto" else strategy)
 
 
 # --------------------------------------------------------------------------- tasks

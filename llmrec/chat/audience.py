@@ -1,7 +1,7 @@
 """Users of the data for simulated conversations, with their target items and initial profiles.
 
-A target is an item of a held-out part. The initial profile has the last items of the training part, liked or known, as
-for a logged-in user; earlier items are not shown either.
+A target is a held-out item. The initial profile has the last items of the training part, liked or known, as for a
+logged-in user; earlier items are not recommended either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.errors import DataError
 
-# The maximum of earlier items that are not shown, which leaves room for the lists of a conversation.
+# Maximum number of earlier items that are excluded, which leaves room for the lists of a conversation.
 _EARLIER = MOST_SHOWN - 100
 
 
@@ -64,8 +64,8 @@ def data_users(
     """
     if not any(facts.told(name) for name in facts.items):
         raise DataError(
-            "no item has a field that a user could ask for; give the table of items columns such as genres or brand, "
-            "and name them under data.columns.fields",
+            "no item has a field that a user could ask for; add columns such as genres or brand to the item table, and "
+            "list them in data.columns.fields",
             kind="empty",
             column="data.columns.fields",
         )
@@ -81,8 +81,7 @@ def data_users(
     names = [user for user, item in wanted.items() if all(item != name for name, _ in known.get(user, ()))]
     if not names:
         raise DataError(
-            f"no user has an item in the part {split} that is new to them, so nobody wants anything; choose another "
-            "split",
+            f"no user has a new item in the part {split}, so there is no target; choose another split",
             kind="empty",
             column="split",
         )
@@ -105,18 +104,18 @@ def talks(
 
     Args:
         conversation: The conversation under test.
-        every: The users, whose replies depend only on what a manager asks.
+        every: The users, whose messages depend only on the questions of the manager.
         seed: The seed of topics and wording.
         turns: The maximum number of turns.
         knows: Fields that the users know; empty: all.
     """
     facts = conversation.tools.facts
     for number, guest in enumerate(every):
-        own = seed * 1000 + number
-        wanted = knowledge_of(facts, guest.target, guest.liked, own)
+        user_seed = seed * 1000 + number
+        wanted = knowledge_of(facts, guest.target, guest.liked, user_seed)
         if knows:
             attributes = {field: values for field, values in wanted.attributes.items() if field in knows}
             unwanted = tuple(item for item in wanted.unwanted if item[0] in knows)
             wanted = replace(wanted, attributes=attributes, unwanted=unwanted)
-        user = SimulatedUser(wanted, facts.numeric, own)
+        user = SimulatedUser(wanted, facts.numeric, user_seed)
         yield guest, hold(conversation, user, guest.target, turns, guest.state)

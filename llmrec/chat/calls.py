@@ -1,6 +1,6 @@
 """The tools and endings of a conversation as typed records, and the legal calls of a turn.
 
-Arguments of calls come from closed lists: fields and values of the catalogue, positions in the shown list, fixed
+Arguments of calls are from closed lists: fields and values of the catalogue, positions in the shown list, fixed
 numbers, and words copied from the last user message. The legal calls are therefore a finite list of texts, and a
 language model that searches the token tree of this list (`llmrec.decode.token_tree`) cannot generate anything else.
 """
@@ -40,7 +40,7 @@ class Search(_Call):
 
 
 class Filter(_Call):
-    """Keep to items whose field has a value, has it not, or lies within a bound."""
+    """Keep items whose field has a value, does not have it, or is within a bound."""
 
     tool: Literal["filter"] = "filter"
     field: str = Field(max_length=100)
@@ -49,28 +49,28 @@ class Filter(_Call):
 
 
 class Similar(_Call):
-    """Find items that are chosen together with some of the list; without places, with those that the user likes."""
+    """Find items that are co-chosen with items of the list, given by position, or with those that the user likes."""
 
     tool: Literal["similar"] = "similar"
     items: tuple[int, ...] = Field((), max_length=20)
 
 
 class Rank(_Call):
-    """Order the candidates, or the whole catalogue, by the recommender; or some of the list, by their places."""
+    """Rank the candidates or the whole catalogue with the recommender, or items of the list given by position."""
 
     tool: Literal["rank"] = "rank"
     items: tuple[int, ...] = Field((), max_length=20)
 
 
 class Explain(_Call):
-    """Say what is known of an item of the list, and why it was shown."""
+    """Give facts about an item of the list, and why it was recommended."""
 
     tool: Literal["explain"] = "explain"
     item: int = Field(ge=1, le=1000)
 
 
 class Show(_Call):
-    """End the turn with a list, and with a question where ``ask`` names a field."""
+    """End the turn with a list, and with a question if ``ask`` names a field."""
 
     tool: Literal["show"] = "show"
     k: int = Field(ASKED, ge=1, le=50)
@@ -91,14 +91,14 @@ class ShowProfile(_Call):
 
 
 class Forget(_Call):
-    """End the turn after wishes were forgotten: the one of this number in the profile, or all of them (0)."""
+    """Delete the wish with this number in the profile, or all of them (0), and end the turn."""
 
     tool: Literal["forget"] = "forget"
     wish: int = Field(0, ge=0, le=1000)
 
 
 class Say(_Call):
-    """End the turn with a fixed line."""
+    """End the turn with a fixed sentence."""
 
     tool: Literal["say"] = "say"
     what: Talk
@@ -129,7 +129,7 @@ def read_call(text: str) -> Call:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(
-            f"this is no call of a tool: {'.'.join(map(str, first['loc']))}: {first['msg']}", kind="bad-value"
+            f"not a tool call: {'.'.join(map(str, first['loc']))}: {first['msg']}", kind="bad-value"
         ) from None
 
 
@@ -142,7 +142,7 @@ def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending
     """Return every legal call in a state.
 
     Values of fields with more than `FEW` values are legal if they share a word with the last user message. `Forget` is
-    legal only if the user asks for it.
+    legal only if the user requests it.
 
     Args:
         state: The state, with the last user message.

@@ -10,7 +10,7 @@ from llmrec.chat.options import ChatOptions
 def chat(options: ChatOptions) -> None:
     """Chat with a recommender, or test recorded dialogues.
 
-    Reads one message per line. Answers name only items of the catalogue. Experimental: see docs/experimental.md.
+    Reads one message per line. Answers mention only items of the catalogue. Experimental: see docs/experimental.md.
 
     Example:
         llmrec chat runs/demo

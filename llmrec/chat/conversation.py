@@ -1,4 +1,4 @@
-"""A turn of a conversation: parse the user message, make calls until one ends the turn, and write the reply.
+"""A turn of a conversation: parse the user message, make calls until one ends the turn, and compose the reply.
 
 Replies consist of this module's fixed texts, and of titles and values of the catalogue. A language model chooses calls
 and generates no text of a reply, so it can neither invent an item nor repeat its instructions.
@@ -66,7 +66,7 @@ class Conversation:
     Attributes:
         tools: The tools over the catalogue and a recommender.
         manager: The manager that chooses the calls.
-        reader: The parser of user messages; None: messages are not parsed, as for controls.
+        reader: The parser of user messages; None: messages are not parsed, as for baselines.
     """
 
     tools: Tools
@@ -143,11 +143,11 @@ class Conversation:
         changed = learned(profile, wishes)
         # Candidates found with other wishes are dropped.
         buffer = () if changed != state.profile else state.buffer
-        # A new request ends the last search.
+        # A new request replaces the last search.
         asks = any(wish.asks or (wish.field == ITEM and wish.op == "is") for wish in wishes)
         query = "" if asks else state.query
         state = state.with_(profile=fresh(changed, state.turn), buffer=buffer, query=query)
-        # Without new items nothing new can be inferred, and earlier inferences age. A state may begin with likes.
+        # Nothing is inferred without new items, and earlier inferences expire. A state may begin with likes.
         named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
         return (self.tools.concluded(state) if named else state), message
 

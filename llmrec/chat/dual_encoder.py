@@ -32,7 +32,7 @@ LAST = 3
 """Number of last utterances from which a conversation is encoded."""
 _ABOUT, _MAPS = "dual-encoder.json", "maps.safetensors"
 _BATCH, _RATE, _DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
-# The maximum number of epochs, and the patience without a lower validation loss.
+# Maximum number of epochs, and patience without a lower validation loss.
 _EPOCHS, _PATIENCE = 40, 3
 # The minimum number of dialogues: two are held out, so that the item of one is a negative of the other.
 _FEWEST = 20
@@ -105,12 +105,12 @@ class DualEncoder:
     @staticmethod
     def load(folder: Path) -> DualEncoder:
         """Read a dual encoder written by `save`."""
-        about = read_json(folder / _ABOUT, "learn it again with `llmrec chat --learn`")
+        about = read_json(folder / _ABOUT, "train it again with `llmrec chat --learn`")
         try:
             return DualEncoder(str(about["encoder"]), **require("safetensors.numpy", "train").load_file(folder / _MAPS))
         except Exception as error:
             raise DataError(
-                f"the dual encoder {folder} cannot be read ({error}); learn it again with `llmrec chat --learn`",
+                f"the dual encoder {folder} cannot be read ({error}); train it again with `llmrec chat --learn`",
                 kind="damaged",
                 at=folder,
             ) from error
@@ -167,10 +167,9 @@ def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArra
 def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
     """Train the maps, initialised with the identity.
 
-    The loss is contrastive in both directions, with in-batch negatives. There is no correction for the frequency of
-    targets (Yi et al., RecSys 2019): the maps learn how much more likely a conversation makes an item, not its
-    popularity. A tenth of the dialogues is held out for early stopping; the best epoch is kept, which may be the
-    initial state.
+    The loss is contrastive in both directions, with in-batch negatives and without correction for the frequency of
+    targets (Yi et al., RecSys 2019), so that the maps do not learn popularity. A tenth of the dialogues is held out for
+    early stopping; the best epoch is kept, which may be the initial state.
 
     Args:
         encoder: The text encoder of the vectors.
@@ -187,7 +186,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
     names = rng.permutation(np.unique(asked.dialogues))
     if len(names) < _FEWEST:
         raise DataError(
-            f"a dual encoder learns from {_FEWEST} dialogues or more, and there are {len(names)}; simulate more",
+            f"a dual encoder needs at least {_FEWEST} dialogues, and there are {len(names)}; simulate more",
             kind="too-few",
         )
     aside = np.isin(asked.dialogues, names[: len(names) // 10])
@@ -219,7 +218,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
                 total += float(value.detach()) * len(batch)
             return total / len(order)
 
-        # Advance the generator as the first epoch, which does not train, would.
+        # Advance the generator as in the first epoch, which does not train.
         rng.permutation(rows)
         until_least(_Maps(network), judge, _Epochs(), learn_once, measure="loss", learned=True)
     kept = network.state_dict()

@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"-?\d{1,9}")
 _LONGEST = 4.0
 # The maximum length in characters of a value and of a field's name; longer ones are only searched.
 _LONGEST_VALUE, _LONGEST_FIELD = 300, 100
-# The minimum fraction of numbers in a numeric field: tables have "unknown" among years.
+# The minimum fraction of numbers in a numeric field: years may be "unknown".
 _MOSTLY = 0.9
 # The constant k of reciprocal rank fusion (Cormack et al., SIGIR 2009).
 _RANK = 60
@@ -101,8 +101,8 @@ class Facts:
         words = self._index.scores(text)
         orders = [np.argsort(-words, kind="stable")[: int((words > 0).sum())]]
         if self._ask is not None:
-            asked = self._ask([text])[0]
-            orders += [np.argsort(-(table @ asked), kind="stable") for table in (self._vectors, self.concepts)]
+            query = self._ask([text])[0]
+            orders += [np.argsort(-(table @ query), kind="stable") for table in (self._vectors, self.concepts)]
         joined = np.zeros(len(self.items))
         for order in orders:
             joined[order] += 1 / (_RANK + np.arange(len(order)))

@@ -1,9 +1,9 @@
-"""A joint ranker and explainer: a language model grades how well an item fits a conversation; wishes give the reason.
+"""A joint ranker and explainer: a language model grades how well items fit a conversation, with wishes as reasons.
 
 RecLLM's ranker is a language model that scores an item for a conversation and generates the reason, which explains the
-item to the user (Friedman et al. 2023, arXiv 2305.07961, ranking and explanations). Here the reason comes first, from
-data: the wishes that the item meets or does not meet. The model reads it and generates nothing: it scores each phrase
-of a closed list. The same reason is the explanation.
+item to the user (Friedman et al. 2023, arXiv 2305.07961, ranking and explanations). Here the reason comes from data:
+the wishes that the item meets or does not meet. The model reads it and scores each phrase of a closed list, without
+generating text. The same reason is the explanation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.types import Backend, Cost, Prompt
 
 PHRASES = ("poor fit", "weak fit", "fair fit", "good fit", "excellent fit")
-"""The possible answers of a model, worst first; in equal steps from 0 to 1."""
+"""The possible grades, worst first; equally spaced from 0 to 1."""
 MOST = 10
 """Maximum number of items that are judged for a list: each needs a separate prompt."""
 # The limits of a prompt: messages, wishes, fields, and characters of each.
@@ -54,7 +54,7 @@ class Judged:
 def reason(facts: Facts, state: State, item: str) -> Reason:
     """Return which wishes of the profile an item meets.
 
-    An item without the banned value meets a ban. Of alternatives one is enough: the others do not count as missed.
+    An item without the banned value meets a ban. One of several alternatives is enough.
     """
     met, missed = [], []
     groups = {wish: group for group in alternatives(state.profile) for wish in group}
@@ -94,7 +94,7 @@ class FitJudge:
 
     Attributes:
         backend: An engine that can ``score``.
-        most: The number of first items of a list that are graded; later items stay behind them.
+        most: The number of first items of a list that are graded; later items follow in their order.
     """
 
     backend: Backend
@@ -145,7 +145,7 @@ class FitJudge:
             messages=self.template.turns(
                 {
                     "phrases": [{"text": phrase} for phrase in PHRASES],
-                    # The part shared by all items comes first, as a common prefix.
+                    # The part shared by all items is first, as a common prefix.
                     "lines": [{"text": cut(text, _LETTERS)} for text in message],
                     "profile": told([wish for wish in state.profile if wish.op != "seen"]),
                     "title": cut(titles[item], _LETTERS),

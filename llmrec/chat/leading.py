@@ -18,9 +18,9 @@ from llmrec.pipeline.study import folder_of
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.base import keyed
 
-# Of simulated users for training: the turns of a conversation, and the probability of a message without a wish.
+# Simulated users for training: turns per conversation, and probability of a message without a wish.
 _TURNS, _ASIDES = 8, 0.4
-# The number of calls on which each manager is evaluated: an untuned model takes a second or more for one.
+# Number of calls on which each manager is evaluated: an untuned model takes a second or more per call.
 _ASKED = 60
 
 

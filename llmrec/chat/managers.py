@@ -1,4 +1,4 @@
-"""Managers, which choose the calls of a turn: rules, a language model, and two controls, with one protocol."""
+"""Managers, which choose the calls of a turn: rules, a language model, and two baselines, with one protocol."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def choices(moment: Moment, most: int) -> list[Call]:
 
 
 class Manager(Protocol):
-    """A chooser of calls, one after the other, until one ends the turn."""
+    """A policy that chooses calls one by one, until one ends the turn."""
 
     @property
     def name(self) -> str:
@@ -93,7 +93,7 @@ class RuleManager:
 
     Attributes:
         k: The number of items of a list.
-        asks: Whether a list ends with a question while there are fields to ask about.
+        asks: Whether a list ends with a question, if there are fields to ask about.
     """
 
     k: int = 5
@@ -135,7 +135,7 @@ class RuleManager:
         return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
     def _question(self, state: State, facts: Facts) -> str:
-        """Return the field to ask about next, those with few values first; empty: none is left."""
+        """Return the field to ask about next, fields with few values first; empty: none left."""
         known = {wish.field for wish in state.profile if wish.hard and wish.op != "not"} | set(state.asked)
         open_ = [name for name, values in facts.values.items() if name not in known and len(values) > 1]
         return min(open_, key=lambda name: (len(facts.values[name]) > FEW, len(facts.values[name])), default="")
@@ -145,8 +145,8 @@ class RuleManager:
 class ModelManager:
     """A language model that generates the calls, constrained to the token tree of the legal ones.
 
-    First it selects the tool. For a model that was not tuned as manager, this is the tool whose beginning of a call
-    gains most in likelihood over the same question about an empty conversation (Holtzman et al., EMNLP 2021, section 2:
+    First it selects the tool. For a model that was not tuned as manager, this is the tool whose call prefix gains most
+    in likelihood over the same prompt with an empty conversation (Holtzman et al., EMNLP 2021, section 2:
     domain conditional PMI): the likelihood of whole calls would favour the shortest. Then it searches the most likely
     legal call of that tool under its full softmax (`llmrec.decode.beam`), so every call parses.
 
@@ -211,7 +211,7 @@ def model_input(moment: Moment, template: Template) -> Prompt:
 
 @dataclass(frozen=True)
 class HistoryManager:
-    """A control: the recommender's list for the liked items, without search or filters from the conversation."""
+    """A baseline: the recommender's list for the liked items, without search or filters from the conversation."""
 
     k: int = 5
     name: str = "history"
@@ -223,7 +223,7 @@ class HistoryManager:
 
 @dataclass
 class RandomManager:
-    """A control: random legal calls, until one ends the turn."""
+    """A baseline: random legal calls, until one ends the turn."""
 
     seed: int = 0
     name: str = "random"

@@ -1,4 +1,4 @@
-"""Managers by name: rules and controls, which need no model, and language models, which are opened."""
+"""Managers by name: rules and baselines, which need no model, and language models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANAGERS: Mapping[str, Callable[[int, int], Manager]] = {
 }
 """Managers that need no model, as functions of the list length and a seed."""
 CONTROLS = frozenset({"history", "random"})
-"""Managers that ignore messages; they are controls."""
+"""Managers that ignore messages; they are baselines."""
 
 
 @contextmanager
@@ -56,6 +56,6 @@ def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]
 
 @contextmanager
 def _backend(name: str, dtype: str, strategy: str) -> Iterator[Backend]:
-    asked = RecommenderOptions(model=name, backend="hf", dtype=dtype)
-    with LanguageModel.open(decided(asked), ranks=False) as model, model.backend(strategy) as backend:
+    options = RecommenderOptions(model=name, backend="hf", dtype=dtype)
+    with LanguageModel.open(decided(options), ranks=False) as model, model.backend(strategy) as backend:
         yield backend

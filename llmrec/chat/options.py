@@ -9,7 +9,7 @@ from typing import Annotated
 from llmrec.answer.options import About, ModelOptions
 
 RULES = "rules"
-"""The manager that uses no model."""
+"""The manager without a model."""
 MOST = 50
 """Maximum length of a list, as in `llmrec.chat.calls.Show`."""
 

@@ -21,7 +21,7 @@ _BRACKET = re.compile(r"\s*\([^()]*\)\s*$")
 _ARTICLE = re.compile(r"^(.*), (The|A|An|Les?|La|Il|Der|Die|Das)$", re.IGNORECASE)
 _YEAR = re.compile(r"\s*\((\d{4})\)")
 _LETTER = re.compile(r"\w")
-# Fields with more values are names; a single word of a name counts only if capitalised.
+# Fields with more values are names; a single word of a name matches only if capitalised.
 _NAMES = 200
 # The maximum number of words of a clause that is a request without a verb.
 _BARE = 6
@@ -312,7 +312,7 @@ def _op(bare: str, unwanted: bool) -> Op:
 
 
 def _places(text: str, count: int) -> tuple[int, ...]:
-    """Return the positions in a list that a text names: numbers, *the first one*, *last*."""
+    """Return the list positions mentioned in a text: numbers, *the first one*, *last*."""
     if not count:
         return ()
     results = [int(item[1]) if item[1] else english.ORDINALS[item[2].lower()] for item in english.PLACE.finditer(text)]

@@ -76,14 +76,14 @@ def _check(options: ChatOptions) -> None:
     if options.save is not None:
         if options.replay is not None:
             raise DataError(
-                "--save keeps what is said now, and --replay what was said before; drop one of them",
+                "--save and --replay cannot be combined; drop one of them",
                 kind="contradiction",
                 column="--save",
             )
         transcripts.refuse_other(options.save)
     if options.learn is not None and options.simulate is None:
         raise DataError(
-            "--learn learns from simulated conversations; say how many with --simulate",
+            "--learn needs simulated conversations; set their number with --simulate",
             kind="missing-key",
             column="--learn",
         )
@@ -93,14 +93,14 @@ def _check(options: ChatOptions) -> None:
         return
     if options.simulate is None and options.replay is None:
         raise DataError(
-            "--tune learns from conversations; say how many with --simulate, or where they are with --replay",
+            "--tune needs conversations; set their number with --simulate, or give a transcript with --replay",
             kind="missing-key",
             column="--tune",
         )
     if options.manager != RULES or options.learn is not None or options.ranker is not None:
         raise DataError(
-            "--tune learns what rules or a transcript called, by the model that its recipe names; drop --manager, "
-            "--learn and --ranker",
+            "--tune trains the recipe's model on the calls of rules or a transcript; drop --manager, --learn and "
+            "--ranker",
             kind="contradiction",
             column="--tune",
         )
@@ -111,9 +111,7 @@ def talking(
 ) -> Conversation:
     """Return a conversation over the models of a folder; see `Tools` for ``judge``."""
     if not models.items:
-        raise DataError(
-            "chat: this model knows no item to talk about; name a table with --items", kind="empty", column="--items"
-        )
+        raise DataError("chat: this model has no catalogue; give a table with --items", kind="empty", column="--items")
     embed, asked = (None, None) if encoder is None else embedders(encoder)
     facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))

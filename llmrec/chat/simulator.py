@@ -1,8 +1,7 @@
-"""A simulated user who wants a target item and knows its attributes but never its title.
+"""A simulated user who looks for a target item and knows its attributes but not its title.
 
-A simulator that knows the title leaks it sooner or later (Zhu et al., SimpleUserSim, arXiv 2403.16416). This one has
-only attributes and liked items, none with a title similar to the target's; whether a list contains the target is
-judged outside the simulator.
+A simulator that knows the title eventually leaks it (Zhu et al., SimpleUserSim, arXiv 2403.16416). This one has only
+attributes and liked items, none with a title similar to the target's; hits are checked outside the simulator.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from llmrec.index.titles import title_key
 from llmrec.types import Cost
 
 NEAR = 0.9
-"""Similarity from which a text counts as a title."""
+"""Minimum similarity at which a text counts as a title."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Wanted:
 
     Attributes:
         attributes: Values by field, in the order in which the user mentions them.
-        unwanted: (field, value) that the target lacks and the user rejects.
+        unwanted: Pairs (field, value) that the target lacks and the user rejects.
         likes: Titles of other items.
     """
 
@@ -110,7 +109,7 @@ class SimulatedUser:
     Attributes:
         wanted: The session variables.
         numeric: Fields of years.
-        seed: The seed of wording and of the number of wishes in a turn: the turn variables.
+        seed: The seed of wording and of the number of wishes per turn.
         asides: The probability of a message other than a wish: a question about the list, thanks, and the like.
         words: The templates of messages.
     """
@@ -135,7 +134,7 @@ class SimulatedUser:
 
         Args:
             asked: The field that the last reply asked about; empty: none.
-            first: Whether it opens the conversation.
+            first: Whether it is the first message.
             shown: The number of items of the last list, to which the user may refer.
         """
         lines: list[str] = []
@@ -243,7 +242,7 @@ def dialogues(
     asides: float = 0.0,
     words: Wordings = USUAL,
 ) -> Iterator[tuple[str, Held]]:
-    """Run conversations with users whose targets are drawn from the catalogue and who name no other item.
+    """Run conversations with users whose targets are drawn from the catalogue and who mention no other item.
 
     Args:
         conversation: The conversation under test.
@@ -260,7 +259,7 @@ def dialogues(
     names = [name for name in facts.items if facts.told(name)]
     if not names:
         raise DataError(
-            "no item has a field that a user could ask for; give the table of items columns such as genres or brand",
+            "no item has a field that a user could ask for; add columns such as genres or brand to the item table",
             kind="empty",
             column="--items",
         )
@@ -278,7 +277,7 @@ def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
 def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
     """Return the knowledge of a user with a target: its attributes, and liked items with dissimilar titles.
 
-    Values similar to the title are excluded, and so are numbers other than years: users say decades.
+    Values similar to the title are excluded, and so are numbers other than years, which users give as decades.
 
     Args:
         facts: The facts of the catalogue.

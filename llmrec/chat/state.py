@@ -20,11 +20,11 @@ Op = Literal["is", "or", "not", "from", "until", "seen"]
 Source = Literal["said", "inferred", "edited"]
 
 ITEM = "item_id"
-"""The field of wishes about an item itself: liked (``is``), not wanted (``not``) or known already (``seen``)."""
+"""The field of wishes about an item itself: liked (``is``), unwanted (``not``) or already known (``seen``)."""
 KEPT = 8
-"""Turns after which an inferred wish is forgotten; a stated wish holds until it is taken back."""
+"""Number of turns after which an inferred wish expires; a stated wish holds until it is revoked."""
 LONGEST = 200
-"""Maximum length of a search in characters."""
+"""Maximum length of a search query in characters."""
 MOST_WISHES, MOST_SHOWN, MOST_BUFFER, MOST_LINES, MOST_TURNS = 100, 1000, 200, 12, 1 << 20
 
 _WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "until": "is at most"}
@@ -32,16 +32,16 @@ _ABOUT_ITEMS = {"is": "likes", "not": "does not want", "seen": "knows already"}
 
 
 class Wish(BaseModel):
-    """One thing that is known of what the user wants.
+    """One preference of the user.
 
     Attributes:
-        field: Of the catalogue's items, or `ITEM`.
-        op: How the value is meant.
+        field: A field of the catalogue, or `ITEM`.
+        op: The operator of the condition.
         value: One of the field's values, or an item's id.
-        hard: It is a constraint; a soft wish moves the order only.
-        source: Said by the user, concluded from it, or written into the profile by the user.
-        turn: When, counted from 1.
-        ban: It is a bound because something is not wanted: *nothing before 1999*.
+        hard: Whether it is a constraint; a soft wish only affects the order.
+        source: Stated by the user, inferred, or edited in the profile by the user.
+        turn: The turn, from 1.
+        ban: Whether a bound comes from a negation: *nothing before 1999*.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,7 +78,7 @@ class Wish(BaseModel):
 
 
 class Line(BaseModel):
-    """What somebody said."""
+    """A message of the user or the assistant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,17 +87,17 @@ class Line(BaseModel):
 
 
 class State(BaseModel):
-    """All that a conversation carries from turn to turn.
+    """The state of a conversation between turns.
 
     Attributes:
-        turn: Turns of the user so far.
+        turn: Number of user turns so far.
         profile: Wishes, oldest first.
         buffer: Candidates, best first.
-        query: What was searched for last; empty: nothing, or something else was asked for since.
-        shown: The last list that was shown, to whose places the user's numbers refer.
-        past: Every item that was shown, which is not shown again.
-        asked: Fields that were asked about.
-        lines: The last lines of both.
+        query: The last search; empty: none, or replaced by another request.
+        shown: The last shown list, to which positions in user messages refer.
+        past: All shown items, which are not shown again.
+        asked: Fields that the assistant has asked about.
+        lines: The last messages of both sides.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -171,7 +171,7 @@ def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
 
 
 def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
-    """Return a profile cut to its maximum size: first drops inferred wishes, then soft, then the oldest; bans last."""
+    """Truncate a profile to its maximum size: drop inferred wishes first, then soft, then the oldest; bans last."""
 
     def worth(wish: Wish) -> int:
         if wish.source == "inferred":

@@ -1,4 +1,4 @@
-"""The tools of a conversation. Items come from the catalogue, and are looked up before they are shown."""
+"""The tools of a conversation. They only return items of the catalogue."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Cost
 
-# The weight of soft wishes in the order of items; the first rank counts as 1.
+# The weight of soft wishes in the order of items, relative to 1 for the first rank.
 _SOFT = 0.5
 # The number of rejected or liked items with a common value from which a wish is inferred.
 _SHARED = 2
@@ -89,22 +89,22 @@ class ModelLists:
             history=tuple(PastEvent(item=items[name]) for name in history if name in items),
         )
         steps = listing(request, Wanted(k, rules=self.rules.joined(rules)), self.catalogue, verb)
-        asked = next(steps)
+        step = next(steps)
         while True:
             try:
-                asked = steps.send(self.ask(*asked))
+                step = steps.send(self.ask(*step))
             except StopIteration as done:
                 return list(ranking_of(done.value).items)
 
 
 def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
-    """Return a function that asks models opened in this process."""
+    """Return a function that queries models in this process."""
     by = "text" if models.data is None else "interactions"
     models.similar(by)
 
     def ask(question: Question, request: RankRequest) -> Answered:
-        asked = replace(question, model=by if question.verb == SIMILAR else None)
-        return models.answer(asked, [request])[0]
+        query = replace(question, model=by if question.verb == SIMILAR else None)
+        return models.answer(query, [request])[0]
 
     return ask
 
@@ -116,7 +116,7 @@ class Outcome:
     Attributes:
         items: Ids of the items shown to the user.
         told: Lines for the user: facts, the profile, relaxed constraints; titles and values are data of the catalogue.
-        ask: The field to ask about; empty: none.
+        ask: The field to ask about; empty: no question.
         note: The result of a tool for the manager, in fixed texts of this program.
         cost: The cost of a language model.
     """
@@ -153,7 +153,7 @@ class Tools:
         return self.lists.rules.joined(self.facts.rules(state.profile)).allowed(self.facts.items) - state.barred
 
     def apply(self, call: Call, state: State) -> tuple[State, Outcome]:
-        """Return the state and result after a call; one that refers to nothing has no effect."""
+        """Return the state and result after a call; a call without a valid target has no effect."""
         if isinstance(call, Search):
             result = self.facts.search(call.text, self.allowed(state))[: call.k]
             return _with_buffer(state.with_(query=call.text), result, f"search found {len(result)}")
@@ -185,7 +185,7 @@ class Tools:
         )
 
     def concluded(self, state: State) -> State:
-        """Return a state with soft wishes inferred from the common values of liked and of unwanted items."""
+        """Return a state with soft wishes inferred from common values of liked and of unwanted items."""
         profile = state.profile
         for op in ("is", "not"):
             named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]
@@ -252,16 +252,16 @@ class Tools:
         return [name for name in result if name in self.facts.items]
 
     def _softened(self, order: Sequence[str], state: State) -> list[str]:
-        """Return items reordered by the soft wishes that they meet."""
+        """Return items reordered by the soft wishes that they satisfy."""
         wishes = [wish for wish in state.profile if not wish.hard and wish.field != ITEM]
         if not wishes:
             return list(order)
 
-        def worth(place: int) -> float:
-            met = [self.facts.matches(order[place], wish) * (-1 if wish.op == "not" else 1) for wish in wishes]
-            return 1 - place / len(order) + _SOFT * sum(met) / len(wishes)
+        def worth(index: int) -> float:
+            met = [self.facts.matches(order[index], wish) * (-1 if wish.op == "not" else 1) for wish in wishes]
+            return 1 - index / len(order) + _SOFT * sum(met) / len(wishes)
 
-        return [order[place] for place in sorted(range(len(order)), key=lambda place: (-worth(place), place))]
+        return [order[index] for index in sorted(range(len(order)), key=lambda index: (-worth(index), index))]
 
     def _explain(self, call: Explain, state: State) -> Outcome:
         if call.item > len(state.shown):
@@ -298,9 +298,9 @@ class Tools:
         items = tuple(result[: call.k])
         if not items:
             message.append("There is nothing left to show under these wishes.")
-        asked = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
+        fields = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
         past = (*state.past, *items)[-MOST_SHOWN:]
-        return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(message), call.ask, cost=cost)
+        return state.with_(shown=items, past=past, asked=fields), Outcome(items, tuple(message), call.ask, cost=cost)
 
     def _listed(self, state: State) -> tuple[list[str], Cost]:
         """Return the items that may be shown: of the candidates, or of the whole catalogue if none is left."""

@@ -19,7 +19,7 @@ class Turn(BaseModel):
     """A line of a transcript.
 
     Attributes:
-        user: The user message; null begins another conversation.
+        user: The user message; null begins a new conversation.
         calls: The calls of the turn.
         items: Ids of the list.
         text: The reply.
@@ -55,8 +55,8 @@ def refuse_other(file: Path) -> None:
         read(file)
     except DataError as error:
         raise DataError(
-            f"--save {file}: what lies there is no transcript, and is not overwritten ({error}); name another file, or "
-            "move that one away",
+            f"--save {file}: this file is not a transcript and is not overwritten ({error}); choose another file, or "
+            "move it away",
             kind="exists",
             at=file,
             column="--save",

@@ -1,8 +1,8 @@
 """Supervised fine-tuning of a language model as manager, on the calls of transcripts.
 
-A row's prompt is that of `ModelManager`, and its answer the call in the transcript. RecLLM also tunes its modules on
+An example has the prompt of `ModelManager`, and the call of the transcript as answer. RecLLM also tunes its modules on
 conversations with simulated users (Friedman et al. 2023, arXiv 2305.07961). Each call is learned after the preceding
-calls of the transcript (teacher forcing): no row shows the consequences of the model's own mistakes.
+calls of the transcript (teacher forcing), so no example shows the consequences of the model's mistakes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FEWEST = 20
 MOST = 2000
 """Maximum number of allowed calls in a turn, the default of `ModelManager`."""
 _FAMILY = "chat"
-# Sections of a recipe that are meaningless here.
+# Recipe keys that do not apply here.
 _NEVER = ("preference", "judge", "reward", "examples", "start", "teacher", "band")
 
 
@@ -86,7 +86,7 @@ class _Follower:
         if not self.left:
             raise DataError(
                 f"line {self.line} of the transcript has no call that ends the turn, such as show or say; complete its "
-                "calls, or drop the line",
+                "calls, or remove the line",
                 kind="missing-value",
                 column="calls",
             )
@@ -111,8 +111,8 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
         state = held.answer(state, turn.user).state
         if follower.left:
             raise DataError(
-                f"line {number} of the transcript goes on after the call that ends the turn; drop "
-                f"{', '.join(call.tool for call in follower.left)} there",
+                f"line {number} of the transcript has calls after the one that ends the turn; remove "
+                f"{', '.join(call.tool for call in follower.left)}",
                 kind="contradiction",
                 column="calls",
             )
@@ -124,7 +124,7 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
     names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
         raise DataError(
-            f"{len(names)} conversations are too few to tune a model on: a tenth is held out; give at least {FEWEST}",
+            f"{len(names)} conversations are too few for fine-tuning: a tenth is held out; give at least {FEWEST}",
             kind="too-few",
             column="--tune",
         )
@@ -136,15 +136,15 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
     )
 
 
-def example(each: Taught, number: int, template: Template) -> Example:
-    """Return a choice as a training row: the prompt, and the call as the whole answer."""
-    _, answer = template.step({"text": written(each.call)})
+def example(choice: Taught, number: int, template: Template) -> Example:
+    """Return a choice as a training example: the prompt, and the call as answer."""
+    _, answer = template.step({"text": written(choice.call)})
     return Example(
         id=f"{_FAMILY}/{number}",
-        user_id=f"conversation {each.conversation}",
+        user_id=f"conversation {choice.conversation}",
         task=_FAMILY,
         template=template.id,
-        messages=model_input(each.moment, template).messages,
+        messages=model_input(choice.moment, template).messages,
         answer=answer,
         ends_turn=True,
     )
@@ -185,7 +185,7 @@ def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
 
 @dataclass
 class UsualManager:
-    """A control: the most frequent legal call after the same tools of the turn, regardless of the message."""
+    """A baseline: the most frequent legal call after the same tools of the turn, regardless of the message."""
 
     counts: Mapping[tuple[str, ...], Counter[Call]]
     name: str = "usual"
@@ -210,7 +210,7 @@ def _made(moment: Moment) -> tuple[str, ...]:
 
 
 def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
-    """Return the fraction of choices whose prompt is identical to that of a training row."""
+    """Return the fraction of choices whose prompt is also in the training examples."""
     template = load_templates(_FAMILY)["manage"]
     seen = {_text(model_input(item.moment, template)) for item in trained}
     return sum(_text(model_input(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
@@ -227,15 +227,15 @@ def refuse(page: Recipe) -> None:
     """Reject a recipe whose model or training is incompatible with managers."""
     if page.train.method not in (*ADAPTED, "full"):
         raise RecipeError(
-            f"train.method={page.train.method} has no weights of its own to lead a conversation with; set "
-            f"train.method to one of {', '.join((*ADAPTED, 'full'))}",
+            f"train.method={page.train.method} cannot train a manager; set "
+            f"train.method to one of  {', '.join((*ADAPTED, 'full'))}",
             kind="unsupported",
             column="train.method",
         )
     for key in _NEVER:
         if getattr(page.train, key) is not None:
             raise RecipeError(
-                f"train.{key}: rows of conversations are learned as they are; drop the key",
+                f"train.{key}: not supported for conversations; remove the key",
                 kind="unsupported",
                 column=f"train.{key}",
             )
@@ -261,20 +261,20 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
     base = resolve(page.model, seed=page.seed)
     if is_paired(load_config(base, page.model)):
         raise RecipeError(
-            f"model.name={page.model.name} is an encoder-decoder; choose a decoder to lead a conversation",
+            f"model.name={page.model.name} is an encoder-decoder; choose a decoder as manager",
             kind="unsupported",
             column="model.name",
         )
     encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
     limit = section.max_row_tokens
     rows = followed((example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False)
-    # A truncated call is invalid.
+    # Truncated calls are invalid.
     rows = [row for row in rows if row.labels[-1] == encoder.end_id]
     if len(rows) < len(trained):
-        log.warning("chat: %d of %d rows are longer than train.max_row_tokens", len(trained) - len(rows), len(trained))
+        log.warning("%d of %d examples are longer than train.max_row_tokens", len(trained) - len(rows), len(trained))
     if not rows:
         raise RecipeError(
-            f"no row of the conversations fits train.max_row_tokens={limit}; raise it",
+            f"no example of the conversations fits train.max_row_tokens={limit}; raise it",
             kind="too-large",
             column="train.max_row_tokens",
         )
@@ -297,7 +297,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
 
 
 def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
-    """Yield rows endlessly, reshuffled in each epoch."""
+    """Yield rows indefinitely, reshuffled in each epoch."""
     for number in count():
         order = list(rows)
         keyed("chat rows", seed, str(number)).shuffle(order)
@@ -348,7 +348,7 @@ def _merge(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Te
 
 
 def leading(name: str) -> tuple[str, bool]:
-    """Return the weights of a manager by name, and whether they were tuned as one: a run of `tune`, or any model."""
+    """Return the weights of a manager (a run of `tune`, or any model), and whether they were tuned as manager."""
     for folder in (Path(name) / "merged", Path(name)):
         if (folder / ABOUT).is_file():
             about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")

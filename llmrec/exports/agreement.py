@@ -1,7 +1,7 @@
 """Measures the agreement between exported weights and the trained model on validation cases.
 
 Merging is exact up to rounding for an adapter that was trained on unquantised weights. An adapter that was trained on a
-quantised base has learned to compensate for its quantisation errors, which the merged model does not have.
+quantised base compensates for its quantisation errors, which the merged model does not have.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from llmrec.train.lora import QUANTISED
 if TYPE_CHECKING:
     import torch
 
-_SMALLER = "give fewer --check-users, 0 for none, or set model.device=cpu"
-# A few rows are enough to verify an exact merge.
+_SMALLER = "reduce --check-users (0: none), or set model.device=cpu"
+# A few examples are enough to verify an exact merge.
 _FEW = 8
 _BATCH = 8
 _PROMPTS = 8
@@ -88,10 +88,10 @@ def measure(
         study: The study of `on_validation`.
         encoder: The tokenizer of both models.
         base: Folder of the base model.
-        adapter: Folder of the trained adapter, or of fully tuned weights.
+        adapter: Folder of the trained adapter, or of the weights of full fine-tuning.
         exported: Folder of the exported weights.
         dtype: Their dtype.
-        users: Cases per family. A method that merges exactly is checked on a few rows only, without task metrics.
+        users: Cases per family. A method that merges exactly is checked on a few examples only, without task metrics.
         say: Receives progress messages.
 
     Raises:
@@ -117,8 +117,8 @@ def measure(
         live = lora.load_adapted(base, recipe.model, recipe.train, adapter)
     except (MissingExtra, RecipeError) as error:
         raise LlmrecError(
-            f"what the merge changed cannot be measured here: {error}. Export on a machine that can, or with "
-            "--check-users 0; the card then says that it was not measured",
+            f"the effect of the merge cannot be measured here: {error}. Export on another machine, or with "
+            "--check-users 0; the card then states that it was not measured",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -139,7 +139,7 @@ def measure(
     logit = float(np.abs(before.logits - after.logits).max())
     if not math.isfinite(sum((logit, *(number for entry in result for number in entry.loss)))):
         raise LlmrecError(
-            f"the weights give figures that are not numbers as {dtype}; export with --dtype bfloat16",
+            f"the weights produce values that are not finite as {dtype}; export with --dtype bfloat16",
             kind="bad-value",
             column="--dtype",
         )
@@ -161,7 +161,7 @@ def _refuse_memory(folder: Path) -> None:
     if size > usable:
         raise LlmrecError(
             f"the trained model takes {size / 2**30:.1f} GiB in float32, and {usable / 2**30:.1f} GiB are free; "
-            "export with --check-users 0 (the card says that nothing was measured), or on a machine with more memory",
+            "export with --check-users 0 (the card states that nothing was measured), or on a machine with more memory",
             kind="exhausted",
             column="--check-users",
         )
@@ -173,8 +173,8 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     rows = [row for row in result if row is not None]
     if not rows:
         raise DataError(
-            f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} gives no row to measure "
-            "the export with; hold some out (data.split), or give --check-users 0",
+            f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} has no example to "
+            "measure the export; hold some out (data.split), or use --check-users 0",
             kind="empty",
             at=study.task_data(family).dataset.name,
             column="data.split",
@@ -189,8 +189,10 @@ def _figures(
     torch = require("torch", "train")
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.inference_mode():
-        losses = {family: _loss(model, own, encoder.tokenizer.pad_token_id) for family, own in rows.items()}
-        logits = _logits(plain, [row for own in rows.values() for row in own[: max(1, _PROMPTS // len(rows))]])
+        losses = {family: _loss(model, examples, encoder.tokenizer.pad_token_id) for family, examples in rows.items()}
+        logits = _logits(
+            plain, [row for examples in rows.values() for row in examples[: max(1, _PROMPTS // len(rows))]]
+        )
     backend = HFBackend(plain, encoder, batch_tokens=study.recipe.eval.batch_tokens)
     values, headlines = {}, {}
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)

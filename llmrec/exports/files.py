@@ -1,4 +1,4 @@
-"""Writes the files of an exported folder, with checksums, under a temporary name that is then renamed."""
+"""Writes the files of an exported folder, with checksums, under a temporary name that is renamed at the end."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
 )
-# The advice on a damaged file of a run.
-_ANEW = "train again with `llmrec train`"
+# The fix for a damaged file of a run.
+_RETRAIN = "train again with `llmrec train`"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
 _MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
@@ -53,16 +53,16 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def drop_places(path: Path) -> None:
-    """Remove from a configuration the folders of this machine."""
+    """Remove the folders of this machine from a configuration."""
     if path.is_file():
-        values = read_json(path, _ANEW)
+        values = read_json(path, _RETRAIN)
         write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def settle_generation(draft: Path, encoder: Encoder) -> None:
     """Set greedy decoding up to the end of turn, as in evaluation, in place of the base model's sampling."""
     path = draft / "generation_config.json"
-    result = read_json(path, _ANEW) if path.is_file() else {}
+    result = read_json(path, _RETRAIN) if path.is_file() else {}
     ends = result.get("eos_token_id") or []
     tokenizer = encoder.tokenizer
     settled = {
@@ -78,21 +78,21 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
     """Copy the adapter, with the recipe's name of the base model."""
     if source.record["method"] in soft_prompt.METHODS:
         raise LlmrecError(
-            f"{source.folder} has soft prompts, for which the base has no rows; leave out --adapter-only",
+            f"{source.folder} has soft prompts, which the base does not have; drop --adapter-only",
             kind="unsupported",
             at=source.folder,
             column="--adapter-only",
         )
     if source.record["method"] == "full":
         raise LlmrecError(
-            f"{source.folder} tuned every weight, so it has no adapter; leave out --adapter-only",
+            f"{source.folder} used full fine-tuning, so it has no adapter; drop --adapter-only",
             kind="unsupported",
             at=source.folder,
             column="--adapter-only",
         )
     adapter = source.folder / "adapter"
     shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
-    config = read_json(adapter / "adapter_config.json", _ANEW)
+    config = read_json(adapter / "adapter_config.json", _RETRAIN)
     origin = card_facts.origin(source.recipe.model, base)
     config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
     write_json(draft / "adapter_config.json", config)
@@ -106,17 +106,17 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
         source: The run.
         study: Its study, if its data can be read.
         draft: The folder.
-        made_from: Hash of all inputs of the export, by which the same command recognises a finished export.
+        made_from: Hash of all inputs of the export, to recognise a finished export.
     """
     stored = source.folder / "merged" / bundle.FILE
     if stored.is_file():
         bundle.read(str(source.folder))  # a damaged file is rejected here instead of by the recipient of the export
-        message: Mapping[str, Any] = read_json(stored, _ANEW)
+        message: Mapping[str, Any] = read_json(stored, _RETRAIN)
     elif study is not None:
         message = bundle.describe(study)
     else:
         raise LlmrecError(
-            f"{stored} is gone and the data cannot be read; train again with `llmrec train`",
+            f"{stored} is missing and the data cannot be read; train again with `llmrec train`",
             kind="missing-file",
             at=stored,
         )
@@ -124,17 +124,17 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
 
 
 def put_index(source: Source, draft: Path, *, titles: bool) -> None:
-    """Copy the item codes if the model was tuned on codes, except titles, which are the catalogue itself.
+    """Copy the item codes if the model was tuned on codes, except titles, which would reveal the catalogue.
 
     Raises:
         LlmrecError: If they are missing in the merged model.
     """
-    index, message = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _ANEW)
+    index, message = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _RETRAIN)
     if message.get("index") is None or (message["index"] == "title" and not titles):
         return
     if not index.is_dir():
         raise LlmrecError(
-            f"{index} is gone, which says what the model's codes mean; train again with `llmrec train`",
+            f"{index}, which defines the model's codes, is missing; train again with `llmrec train`",
             kind="missing-file",
             at=index,
         )
@@ -229,7 +229,7 @@ def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
     if target.is_symlink() or not target.is_dir() or not ours(target):
         raise LlmrecError(
             f"{target} was not written by `llmrec export`, or was changed since, so --force does not replace it; "
-            "remove it yourself, or choose another --out",
+            "remove it, or choose another --out",
             kind="exists",
             at=target,
         )
@@ -264,7 +264,7 @@ def _sweep(target: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    # In a container every start has the same process id: a folder that this process did not make is a leftover.
+    # In a container, process ids repeat: a folder that this process did not create is a leftover.
     if process == os.getpid():
         return False
     return alive(process)

@@ -57,25 +57,25 @@ class ExportOptions:
 
 
 def refuse_untuned(run: Path) -> None:
-    """Reject a run folder without a tuned language model, which an export requires.
+    """Reject a run folder without a fine-tuned language model, which an export requires.
 
     Raises:
-        LlmrecError: If there is none; the message names alternatives.
+        LlmrecError: If there is none; the message suggests alternatives.
     """
     if (run / "train.json").is_file() or not (run / STORED).is_file():
         return
     arms = load_stored(run).eval.arms
     if not arms:
         raise LlmrecError(
-            f"{run} has classic recommenders alone, and an export holds a tuned language model; they answer from the "
-            f"run folder: llmrec serve {run}",
+            f"{run} has only baselines, and an export needs a fine-tuned language model; serve the run folder: llmrec "
+            f"serve {run}",
             kind="unsupported",
             at=run,
         )
     if "tuned" not in arms:
         raise LlmrecError(
-            f"{run} measured a language model without tuning it (eval.arms={', '.join(arms)}), so there is nothing to "
-            "export; add tuned to eval.arms and run it again",
+            f"{run} did not fine-tune its language model (eval.arms={', '.join(arms)}), so there is nothing to export; "
+            "add tuned to eval.arms and run it again",
             kind="unsupported",
             at=run,
             column="eval.arms",

@@ -26,11 +26,11 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
 
     Args:
         folder: The folder to publish.
-        places: Folders whose names must not occur in it, besides home, working and cache folders.
+        places: Folders whose names must not occur in it, in addition to home, working and cache folders.
         own_code: Whether the model has Python files.
 
     Raises:
-        LlmrecError: If there is one; names the file and the finding, but never the secret.
+        LlmrecError: If there is one; the message has the file and the finding, but not the secret.
     """
     paths = _paths(places)
     secrets = _secrets()
@@ -39,27 +39,27 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
         known = file.suffix in _SUFFIXES or file.name in _NAMES or (own_code and file.suffix == ".py")
         if file.is_symlink() or not known:
             raise LlmrecError(
-                f"the export would hold {name}, which is no kind of file that is handed out", kind="unsafe", at=name
+                f"the export would contain {name}, whose file type is not allowed; remove it", kind="unsafe", at=name
             )
         text = _text(file)
         for secret in secrets:
             if secret in text:
                 raise LlmrecError(
-                    f"{name} would hold a secret that stands in the environment; take it out of the run",
+                    f"{name} would contain a secret of the environment; remove it from the run",
                     kind="unsafe",
                     at=name,
                 )
         for path in paths if file.name not in _VOCABULARIES else ():
             if re.search(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", text):
                 raise LlmrecError(
-                    f"{name} would hold the path {path} of this machine; take it out of the recipe or the templates",
+                    f"{name} would contain the path {path} of this machine; remove it from the recipe or the templates",
                     kind="unsafe",
                     at=name,
                 )
 
 
 def _paths(places: Iterable[Path]) -> list[str]:
-    """Return absolute paths that reveal something about a machine, which a root folder does not."""
+    """Return absolute paths that reveal something about a machine, without root folders."""
     result: set[str] = set()
     for place in (Path.home(), Path.cwd(), cache_dir(), *places):
         result |= {str(entry) for entry in (place.expanduser().absolute(), place.expanduser().resolve())}
@@ -145,19 +145,19 @@ def check(name: str) -> None:
         well_formed = False
     if not well_formed:
         raise LlmrecError(
-            f"--push {name!r} is no hub name; write USER/NAME, such as --push ada/films-recommender",
+            f"--push {name!r} is not a hub name; use USER/NAME, such as --push ada/films-recommender",
             kind="bad-value",
             column="--push",
         )
     if require("huggingface_hub.constants", "train").HF_HUB_OFFLINE:
         raise LlmrecError(
-            "--push needs the hub, and HF_HUB_OFFLINE switches it off; unset it, or leave out --push",
+            "--push needs the hub, which HF_HUB_OFFLINE disables; unset it, or drop --push",
             kind="unreachable",
             column="--push",
         )
     if not hub.get_token():
         raise LlmrecError(
-            "--push needs a token of the hub with write access; set HF_TOKEN or run `hf auth login`, then export again",
+            "--push needs a hub token with write access; set HF_TOKEN or run `hf auth login`, then export again",
             kind="missing-value",
             column="--push",
         )
@@ -181,7 +181,7 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
         if private and not api.repo_info(name).private:
             raise LlmrecError(
                 f"{name} exists on the hub and is public, and --push uploads to private repositories unless --public "
-                f"is given; choose another name or say --public. The folder {folder} is complete",
+                f"is given; choose another name or add --public. The folder {folder} is complete",
                 kind="contradiction",
                 column="--push",
             )

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, statuses and OpenAPI of a `Service`; routes of questions are derived from its verbs."""
+"""The HTTP application of a `Service`: routes (those of questions derived from its verbs), status codes and OpenAPI."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
     answer_failures(app)
     app.include_router(_open_routes(service, metrics))
     # `Authenticated` checks the key; this only documents it.
-    bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
+    bearer = HTTPBearer(auto_error=False, description="API key, created with `llmrec serve-key`.")
     needed = [Depends(bearer)] if auth.keyed else []
     app.include_router(_questions(service), dependencies=needed)
     app.include_router(_knowledge(service, auth), dependencies=needed)
@@ -117,7 +117,7 @@ async def _while_there(service: Service, request: Request, work: Awaitable[_T]) 
         if asking.done():
             return asking.result()
         if leaving.done():
-            raise HTTPException(499, "the client left")
+            raise HTTPException(499, "the client disconnected")
         raise service.batcher.late()
     finally:
         asking.cancel()
@@ -148,7 +148,7 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
     @router.get("/page/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in _PAGE:
-            raise HTTPException(404, "there is no such file")
+            raise HTTPException(404, "file not found")
         package, folder, kind = _PAGE[name]
         return _asset(package, folder, name, kind)
 
@@ -212,7 +212,7 @@ def _route(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
         if verb.event and "text/event-stream" in request.headers.get("accept", ""):
             events = verb.stream(service, body)
-            # An error before the first event still gets an HTTP status.
+            # An error before the first event still has an HTTP status.
             first = await _while_there(service, request, anext(events))
             return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
         return await _while_there(service, request, verb.ask(service, body))
@@ -240,7 +240,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.get("/v1/items")
     async def items(
-        q: Annotated[str, Query(max_length=200, description="Looked for in titles and ids.")] = "",
+        q: Annotated[str, Query(max_length=200, description="Text to search for in titles and ids.")] = "",
         limit: Annotated[int, Query(ge=1, le=schema.MOST_ITEMS)] = 20,
         offset: Annotated[int, Query(ge=0, le=1 << 31)] = 0,
     ) -> schema.FoundItems:
@@ -277,7 +277,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.post("/v1/events", responses=failures(*_POSTED, 404))
     async def events(body: schema.EventsBody) -> schema.Stored:
-        """Add interactions to the histories of users; they are stored when the answer arrives."""
+        """Add interactions to the histories of users; they are stored before the response."""
         return schema.Stored(stored=await service.add_events(body))
 
     @router.post("/v1/reload", dependencies=[Depends(auth.admin)])
@@ -299,7 +299,7 @@ def _each(found: Sequence[Any]) -> list[Any]:
             answers.append(schema.Failed(error=failure(result)[1]))
         elif isinstance(result, Exception):
             log.error("unexpected error in a request of a batch", exc_info=result)
-            defect = schema.Failure(kind="defect", message="this failed in the service; see its log")
+            defect = schema.Failure(kind="defect", message="internal error; see the log of the service")
             answers.append(schema.Failed(error=defect))
         else:
             answers.append(result)
@@ -320,7 +320,7 @@ def _event(name: str, data: Any) -> str:
 
 
 def _known_user(user_id: str, events: Sequence[Event], items: Mapping[str, Item]) -> schema.KnownUser:
-    """Return a user's events with the titles of their items."""
+    """Return a user's interactions with the titles of their items."""
     history = [
         schema.KnownEvent(
             item_id=event.item_id,

@@ -1,7 +1,7 @@
-"""Dynamic batching of the questions of many clients for one engine: a bounded queue with a short wait.
+"""Dynamic batching of the questions of many clients for one engine, with a bounded queue.
 
 Requests with the same question are answered in one batch, since engines batch prompts. A full queue rejects questions
-immediately and tells when to retry.
+immediately, with the time until a retry.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Full(LlmrecError):
 
     @classmethod
     def for_now(cls, after: float) -> Full:
-        """Return an error that tells to retry after some seconds."""
-        made = cls(f"too many questions are waiting; ask again in {after:.0f} s", kind="busy")
-        made.after = after
-        return made
+        """Return an error with the number of seconds until a retry."""
+        error = cls(f"too many requests are queued; retry in {after:.0f} s", kind="busy")
+        error.after = after
+        return error
 
 
 class TooLate(LlmrecError):
@@ -117,11 +117,11 @@ class Batcher:
         ends = time.monotonic() + self._patience
         while self._busy() and time.monotonic() < ends:
             await asyncio.sleep(0.01)
-        asked = self._asked
+        pending = self._asked
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for item in asked:
+        for item in pending:
             _settle(item.future, _stopping())
         self._fail(_stopping())
         # The result of a running call is no longer needed.
@@ -149,7 +149,7 @@ class Batcher:
             self._drop(question, waiting)
 
     async def between(self, call: Callable[[], _T]) -> _T:
-        """Return the result of another call of the engine between batches, queued and rejected like a question.
+        """Return the result of an engine call between batches, queued and rejected like a question.
 
         Raises:
             Full: If the queue is full.
@@ -166,7 +166,7 @@ class Batcher:
             self._others -= 1
 
     async def tell(self, call: Callable[[], _T]) -> _T:
-        """Return the result of a call of the engine between batches, without a limit on the queue or the time.
+        """Return the result of an engine call between batches, without queue limit or timeout.
 
         Raises:
             EngineLost: If the engine ended, or the service is stopping.
@@ -193,7 +193,7 @@ class Batcher:
         """Count a question that timed out, and return its error."""
         self.load.late += 1
         return TooLate(
-            f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"
+            f"not answered within {self._patience:.0f} s; send fewer items, or raise --timeout", kind="exhausted"
         )
 
     def _busy(self) -> bool:
@@ -216,11 +216,11 @@ class Batcher:
             self._some.clear()
 
     async def _next(self) -> None:
-        """Answer a batch with the question that has waited longest."""
+        """Answer a batch with the longest-waiting question."""
         async with self._turn:
             if not self._queues:
                 return
-            question = min(self._queues, key=lambda each: self._queues[each][0].ends)
+            question = min(self._queues, key=lambda candidate: self._queues[candidate][0].ends)
             queue = self._queues[question]
             self._asked = [queue.popleft() for _ in range(min(self._most, len(queue)))]
             if not queue:
@@ -246,9 +246,9 @@ class Batcher:
             return
         except Exception:
             # An exception here would stop the queue for good.
-            log.exception("a batch failed that should not have")
+            log.exception("unexpected error in a batch")
             for item in batch:
-                _settle(item.future, LlmrecError("this request failed; see the log of the service", kind="defect"))
+                _settle(item.future, LlmrecError("internal error; see the log of the service", kind="defect"))
             return
         took = time.monotonic() - begun
         self._each = 0.8 * self._each + 0.2 * took / len(batch)
@@ -282,7 +282,7 @@ class Batcher:
 
 
 def _stopping() -> EngineLost:
-    return EngineLost("the service is stopping; ask again in a moment", kind="failed")
+    return EngineLost("the service is stopping; try again in a moment", kind="failed")
 
 
 def _settle(future: asyncio.Future[Answered], found: Reply) -> None:

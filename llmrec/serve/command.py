@@ -41,7 +41,7 @@ def refresh(options: RefreshOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyOptions:
-    """A file of keys, and one of them."""
+    """Options of `llmrec serve-key`: a key file and a key."""
 
     file: Annotated[Path, About(argument=True, metavar="FILE", help="File of API keys; created if it does not exist.")]
     name: Annotated[str, About(argument=True, metavar="NAME", help="Name of the key in logs and rate limits.")]
@@ -62,7 +62,7 @@ def serve_key(options: KeyOptions) -> None:
     if options.revoke:
         keys.revoke(options.file, options.name)
         store_facts(name=options.name, revoked=True)
-        say(f"{options.name}: taken back")
+        say(f"{options.name}: revoked")
         return
     key = keys.new_key(options.file, options.name, admin=options.admin)
     store_facts(name=options.name, key=key)

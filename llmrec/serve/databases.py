@@ -1,6 +1,6 @@
 """The databases of a service's store: an SQLite file, or tables of a PostgreSQL database.
 
-Both have the same tables; this module has all their differences. `store` defines the contents; a connection is used by
+Both have the same tables; this module contains all differences. `store` defines the contents; a connection is used by
 one thread at a time. Statements have the placeholders ``?1``, ``?2``.
 """
 
@@ -33,12 +33,12 @@ MOVE = "restore a backup, or move the file and its log away; it was not changed"
 _APPLICATION = 0x6C6C6D72
 """Application id in the header of an SQLite file, which identifies it as llmrec's."""
 WAIT = 30.0
-"""Seconds that a call waits by default for another process that holds the database."""
+"""Default number of seconds that a call waits for a lock of another process."""
 _READ_THROUGH = 256 * 2**20
-"""Largest SQLite file, in bytes, that is checked completely when it is opened."""
+"""Maximum size in bytes of an SQLite file that is checked completely when it is opened."""
 _TABLES = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # An event is one JSON text, which can be overwritten in place.
+    # An interaction is one JSON text, which can be overwritten in place.
     "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
     # The key is a hash: PostgreSQL cannot index ids of thousands of bytes, and no id is stored twice.
     "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, seq)",
@@ -47,7 +47,7 @@ _TABLES = (
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
 )
 NOBODY = "0" * 32
-"""Replaces the user key of an overwritten event."""
+"""Replaces the user key of an erased interaction."""
 _Mend: TypeAlias = tuple[ErrorKind, str]
 
 
@@ -76,10 +76,10 @@ class Database(Protocol):
     errors: tuple[type[Exception], ...]
     """Exceptions that the library raises."""
     keeps: str | None
-    """What an erasure leaves in the database, at least for a while; None if nothing."""
+    """What remains in the database after an erasure, at least temporarily; None if nothing."""
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
-        """Return an error whose message names the store, without a password."""
+        """Return an error about this store, without a password."""
         ...
 
     def failure(self, error: BaseException) -> LlmrecError:
@@ -107,7 +107,7 @@ class Database(Protocol):
         ...
 
     def erase(self, raw: Any, user_key: str) -> int:
-        """Erase a user's events and record the key, in one transaction; return the number of events."""
+        """Erase a user's interactions and record the key, in one transaction; return their number."""
         ...
 
     def finish(self, raw: Any, wait: float) -> bool:
@@ -117,13 +117,13 @@ class Database(Protocol):
 
 # --------------------------------------------------------------------------- SQLite
 
-_LEAVE = "give the service permission to write there, or choose another place"
-_ROOM = "make room on the disk and send it again; nothing was stored"
+_LEAVE = "give the service permission to write there, or choose another path"
+_ROOM = "free disk space and send it again; nothing was stored"
 _OTHER = "choose another file; this one was not changed"
 _SQLITE_MENDS: dict[int, _Mend] = {
     **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), ("damaged", MOVE)),
     **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), ("unreadable", _LEAVE)),
-    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), ("busy", "end the other program that uses it")),
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), ("busy", "stop the other program that uses it")),
     sqlite3.SQLITE_FULL: ("exhausted", _ROOM),
     sqlite3.SQLITE_IOERR: ("failed", "check the disk, its free space and its file system"),
 }
@@ -152,7 +152,7 @@ class SQLite:
             orphan = log_file.exists()
             if not (path.exists() or path.is_symlink()):
                 if orphan:
-                    raise self.error("damaged", f" is gone, but its log {log_file.name} is there; restore or move it")
+                    raise self.error("damaged", f" is missing, but its log {log_file.name} exists; restore or move it")
                 self._make()
             self._check()
             self._file = self._inode()
@@ -171,7 +171,7 @@ class SQLite:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             code = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_CANTOPEN
         elif code == sqlite3.SQLITE_ERROR and "no such" in str(error):
-            code = sqlite3.SQLITE_CORRUPT  # a table or column is gone
+            code = sqlite3.SQLITE_CORRUPT  # a table or column is missing
         kind, fix = _SQLITE_MENDS.get(code, ("failed", MOVE))
         return self.error(kind, f" cannot be used ({reason(error)}); {fix}")
 
@@ -212,7 +212,7 @@ class SQLite:
             return raw.executemany(query, rows).rowcount
 
     def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
-        """See `Database.erase`; the log keeps the events until `finish`."""
+        """See `Database.erase`; the log keeps the interactions until `finish`."""
         # Rows are never deleted. A deletion makes SQLite move other rows between pages, which leaves copies in the free
         # space of a page, and secure_delete does not find these when their users are erased. The text is overwritten
         # in place by one of the same length.
@@ -223,7 +223,7 @@ class SQLite:
         return erased
 
     def finish(self, raw: sqlite3.Connection, wait: float) -> bool:
-        """See `Database.finish`; afterwards no byte of the events is left in the file or its log."""
+        """See `Database.finish`; afterwards neither the file nor its log contains the interactions."""
         with self._writing:
             # A checkpoint blocks writers while it waits for readers.
             raw.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
@@ -236,18 +236,18 @@ class SQLite:
         """Reject a file that is no store by its first bytes, since opening it could already change it."""
         problem = no_file(self._path)
         if problem:
-            raise self.error("unreadable", f" {problem}; name a file that the service may write to")
+            raise self.error("unreadable", f" {problem}; choose a file that the service may write to")
         with self._path.open("rb") as file:
             head = file.read(100)
         if not head:
-            raise self.error("empty", " is an empty file; remove it, or name another")
+            raise self.error("empty", " is an empty file; remove it, or choose another")
         if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
             raise self.error("wrong-format", f" is not an SQLite database, or its beginning is damaged; {_OTHER}")
         if int.from_bytes(head[68:72], "big") != _APPLICATION:
             raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
 
     def _make(self) -> None:
-        """Create the file under another name and link it, so that no process finds half a file or replaces another."""
+        """Create the file under a temporary name and link it, so that processes see only complete files."""
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
         # Only its owner may read it.
@@ -304,7 +304,7 @@ def _fill(draft: Path) -> None:
             rows = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
             raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", rows)
             raw.execute(f"PRAGMA application_id={_APPLICATION}")
-        # Closing would do it too, but without an error on a full disk.
+        # Closing does this too, but without an error on a full disk.
         raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         raw.close()
@@ -324,10 +324,10 @@ _POSTGRES_MENDS: dict[str, _Mend] = {
         ("wrong-format", "its tables llmrec_… belong to another program, or were changed; use another database"),
     ),
     **dict.fromkeys(("40", "55P03", "57014"), ("busy", "send it again")),
-    "53": ("exhausted", "give the server room"),
+    "53": ("exhausted", "free resources on the server"),
     "XX": ("damaged", "restore a copy of the database"),
 }
-_UNKNOWN: _Mend = ("failed", "the server's log says more")
+_UNKNOWN: _Mend = ("failed", "see the server's log")
 _HOST = r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?"
 
 
@@ -344,7 +344,7 @@ class Postgres:
     """
 
     keeps: str | None = (
-        "PostgreSQL keeps the erased events until its next vacuum, and in its log and backups as long as these are kept"
+        "PostgreSQL keeps erased interactions until its next vacuum, and in its log and backups while these exist"
     )
 
     def __init__(self, url: str, wait: float = WAIT) -> None:
@@ -361,7 +361,7 @@ class Postgres:
         if strays or re.search("%(?![0-9A-Fa-f]{2})", url) or not re.fullmatch(f"{_HOST}(,{_HOST})*", host):
             raise _no_url()
         self._shown = f"{parts.scheme}://{host}{parts.path}"
-        # Otherwise the wait for a server that drops all packets would be endless.
+        # Without a timeout, a server that drops all packets would block forever.
         mark = "&" if parts.query else "?"
         self._url = url if "connect_timeout=" in parts.query else f"{url}{mark}connect_timeout=10"
         pairs = [pair.partition("=") for pair in parts.query.split("&")]
@@ -402,7 +402,7 @@ class Postgres:
         query = "SELECT to_regclass('llmrec_service') IS NOT NULL, current_setting('server_encoding')"
         there, letters = self.read(raw, query)[0]
         if letters != "UTF8":
-            raise self.error("unsupported", f" keeps text as {letters}; make a database with ENCODING 'UTF8'")
+            raise self.error("unsupported", f" stores text as {letters}; create a database with ENCODING 'UTF8'")
         if not there:
             serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
             make = "; ".join(table.format(serial=serial) for table in _TABLES)

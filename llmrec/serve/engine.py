@@ -1,4 +1,4 @@
-"""The engine process, which holds the models, and its supervisor, which starts, calls, restarts and replaces it.
+"""The engine process with the models, and its supervisor, which starts, calls, restarts and replaces it.
 
 Models are in a separate process, so that the HTTP process stays responsive while a model computes, survives a killed
 engine, and can start a new engine while the old one still answers.
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # The seconds that an engine may take to stop before it is killed.
 _PATIENCE = 10.0
-# The minimum and maximum backoff in seconds between restarts of an engine that keeps ending.
+# The minimum and maximum backoff in seconds between restarts of a failing engine.
 _SHORTEST, _LONGEST = 0.5, 60.0
 # The niceness of the engine.
 _NICE = 5
@@ -48,7 +48,7 @@ class Started:
     Attributes:
         cards: The descriptions of its models.
         scale: The lowest and highest rating, if ratings are predicted.
-        alone: Whether the GPU has no room for a second engine.
+        alone: Whether the GPU has no memory for a second engine.
     """
 
     cards: tuple[Card, ...]
@@ -132,7 +132,7 @@ class Engine:
                         listener(message[1])
                 except Exception:
                     # Unread messages would be taken for the answer to the next question.
-                    log.exception("the listener to a generated text failed")
+                    log.exception("the listener of a generated text failed")
         if isinstance(message[1], LlmrecError):
             raise message[1]
         return message[1]
@@ -174,16 +174,16 @@ def _lost() -> EngineLost:
     return EngineLost("the engine ended; it is being restarted, try again in a moment", kind="failed")
 
 
-# --------------------------------------------------------------------------- kept running
+# --------------------------------------------------------------------------- supervision
 
 
 class Supervisor:
-    """A supervisor of an engine, which starts, restarts and replaces it.
+    """Starts, restarts and replaces an engine.
 
     Args:
         options: The options of the models.
         names: The models, the default first.
-        changes: Returns the added items and the removed ids; a new engine gets them before it answers.
+        changes: A function that returns the added items and removed ids, which a new engine receives at its start.
 
     Attributes:
         hopeless: Called with the error if the first engine reports that it cannot start; there is no further attempt.
@@ -199,7 +199,7 @@ class Supervisor:
         self._options, self._names, self._changes = options, names, changes
         self._engine: Engine | None = None
         self._opening: set[Engine] = set()
-        # Whether the current engine, or the last one, leaves no room for a second.
+        # Whether the current or last engine leaves no GPU memory for a second.
         self._alone = False
         self._closed = threading.Event()
         self._starting: threading.Thread | None = None
@@ -231,8 +231,8 @@ class Supervisor:
     def replace(self) -> None:
         """Replace the engine by a new one that reads all files again.
 
-        The old one answers until then. If the GPU has no room for both, it is closed as soon as the new one has read
-        all files but its weights, and nothing answers until these are loaded.
+        The old one answers until then. If the GPU has no memory for both, it is closed once the new one has read
+        all files but its weights, and requests wait until these are loaded.
 
         Raises:
             LlmrecError: If the new one cannot be started. The old one remains, or if it was closed, engines are started
@@ -303,7 +303,7 @@ class Supervisor:
         self._gone(engine)
 
     def _gone(self, engine: Engine) -> bool:
-        """Start a new engine after one ended; False if that was no longer the current one."""
+        """Start a new engine after one ended; return False if that was no longer the current one."""
         with self._lock:
             if self._engine is not engine:
                 return False
@@ -340,7 +340,7 @@ class Supervisor:
         engine, started = self._opened()
         try:
             with self._changing:
-                # Changes stored after this read go to the engine that is current then: this one.
+                # Changes stored after this read are sent to this engine, which is current by then.
                 put, removed = self._changes()
                 cards = started.cards
                 if put or removed:
@@ -426,7 +426,7 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
 
 
 def warm(models: Models) -> bool:
-    """Load the weights of language models, and return whether the GPU has no room for as much again."""
+    """Load the weights of language models, and return whether the GPU has no memory for another copy."""
     languages = [model for model in models.opened.values() if isinstance(model, LanguageModel)]
     on_gpu = any(model.on_gpu for model in languages)
     before = free_bytes() if on_gpu else 0
@@ -447,7 +447,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
         return error
     except Exception:
         log.exception("unexpected error in %s", name)
-        return LlmrecError("this failed in the engine; see its log", kind="defect")
+        return LlmrecError("internal error in the engine; see its log", kind="defect")
 
 
 def _answered(
@@ -461,7 +461,7 @@ def _answered(
         error = fault
     except Exception:
         log.exception("unexpected error in a request")
-        error = LlmrecError("this request failed in the engine; see its log", kind="defect")
+        error = LlmrecError("internal error in the engine; see its log", kind="defect")
     if len(requests) == 1:
         return [error]
     return [_answered(models, question, [request], listener)[0] for request in requests]

@@ -22,20 +22,20 @@ from llmrec.serve.engine import EngineLost
 log = logging.getLogger("llmrec.serve")
 
 _WORDS = {
-    400: "The body is no JSON.",
-    401: "There is no API key, or one that is not known.",
-    403: "The key may not do this, or the call comes from a page of another site.",
-    404: "A model, an item or a user is not known.",
+    400: "The body is not JSON.",
+    401: "The API key is missing or unknown.",
+    403: "The key lacks permission, or the request comes from another site.",
+    404: "Unknown model, item or user.",
     413: "The body is too large.",
-    415: "The body is not said to be JSON.",
-    422: "The body or the address breaks a rule, or the question cannot be answered.",
-    429: "Too much is asked; Retry-After says when to ask again.",
-    500: "A defect of llmrec.",
-    503: "The engine is starting, or the store is out of order; Retry-After says when to ask again.",
-    504: "There was no answer in time.",
+    415: "The content type is not JSON.",
+    422: "The body or the URL is invalid, or the request cannot be answered.",
+    429: "Too many requests; retry after the time in Retry-After.",
+    500: "Internal error.",
+    503: "The engine is starting, or the store is unavailable; retry after the time in Retry-After.",
+    504: "Timeout.",
 }
 _STATUS = {"busy": 429, "exhausted": 503, "defect": 500}
-# Fields whose unknown names are missing things (404); other unknown names are invalid.
+# Fields whose unknown names give 404; other unknown names are invalid.
 _THINGS = frozenset({"model", "item_id", "user", "candidates"})
 _KINDS = {
     400: "syntax",
@@ -50,7 +50,7 @@ _KINDS = {
 }
 # The seconds until a retry after an internal failure.
 _RETRY = 5.0
-# The maximum of characters of a client's text that a response repeats.
+# Maximum number of characters of a client's text that a response repeats.
 _REPEATED = 200
 # The type names that pydantic adds to the location of an error, in addition to keys and numbers.
 _FORMS = {"constrained-str", "str", "float", "datetime"} | {
@@ -94,7 +94,7 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
     if isinstance(error, StoreError):
         # The path and the message are only for the operator.
         log.error("%s", error)
-        status, message = 503, "the store of this service cannot be used; its log says why"
+        status, message = 503, "the store of this service cannot be used; see the log of the service"
     elif isinstance(error, EngineLost):
         status = 503
     elif isinstance(error, TooLate):
@@ -119,7 +119,7 @@ def answer_failures(app: FastAPI) -> None:
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         worst = _closest(error.errors())
         if worst["type"] == "json_invalid":
-            return failed(400, "syntax", "the body is no JSON")
+            return failed(400, "syntax", "the body is not JSON")
         # The first part is the source: the body, or a parameter of the URL.
         parts = _parts(worst["loc"][1:])
         where = ".".join(parts)[:_REPEATED]
@@ -131,17 +131,17 @@ def answer_failures(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         status = error.status_code
-        message = "the body is no JSON" if status == 400 else str(error.detail)
-        made = failed(status, _KINDS.get(status, "unsupported"), message)
-        made.headers.update(error.headers or {})
+        message = "the body is not JSON" if status == 400 else str(error.detail)
+        response = failed(status, _KINDS.get(status, "unsupported"), message)
+        response.headers.update(error.headers or {})
         if status == 405:
-            made.headers["Allow"] = ", ".join(sorted(_allowed(request)))
-        return made
+            response.headers["Allow"] = ", ".join(sorted(_allowed(request)))
+        return response
 
     @app.exception_handler(Exception)
     async def _(_: Request, __: Exception) -> JSONResponse:
         # The server logs the exception.
-        return failed(500, "defect", "this failed inside the service; its log says where")
+        return failed(500, "defect", "internal error; see the log of the service")
 
 
 def _keys(request: Request) -> list[str]:
@@ -153,8 +153,8 @@ def _keys(request: Request) -> list[str]:
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the most informative error of a union: that of the member that the value matches best."""
-    return max(errors, key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_FORM))
+    """Return the most informative error of a union: the error of the best-matching member."""
+    return max(errors, key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM))
 
 
 def _parts(place: Sequence[int | str]) -> list[str]:

@@ -67,7 +67,7 @@ class Auth:
             try:
                 key = self._keys.find(word) if scheme.lower() == "bearer" else None
             except LlmrecError as error:
-                # An unreadable file of keys rejects every request; the log has the reason.
+                # With an unreadable key file every request is rejected; the log has the reason.
                 log.error("%s", error)
                 return failed(503, "unreadable", "the keys of this service cannot be read", after=_RETRY)
             if key is None:
@@ -85,7 +85,7 @@ class Auth:
         """Reject keys that may not change the catalogue and erase users; without keys accept every caller."""
         key: Key | None = getattr(request.state, "key", None)
         if self.keyed and not (key is not None and key.admin):
-            raise HTTPException(403, "this needs a key made with --admin")
+            raise HTTPException(403, "this requires a key created with --admin")
 
 
 class Authenticated:
@@ -119,7 +119,7 @@ class StrictRoute(APIRoute):
                     )
             if self.body_field:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                # A page of another site can send other content types without a preflight request.
+                # Another site can send other content types without a preflight request.
                 if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
                     raise HTTPException(415, "send the body with 'Content-Type: application/json'")
             return await handle(_StrictRequest(request.scope, request.receive))
@@ -136,7 +136,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, value in pairs:
         if name in results:
-            raise HTTPException(422, f"an object has the key {shown(name)} twice; leave one out")
+            raise HTTPException(422, f"an object has the key {shown(name)} twice; remove one")
         results[name] = value
     return results
 
@@ -151,7 +151,7 @@ class Plain:
         """Respond with 422, or pass the request on."""
         if scope["type"] == "http":
             if _CONTROL.search(scope["path"]):
-                refused = failed(422, "bad-value", "the address contains a control character; remove it")
+                refused = failed(422, "bad-value", "the URL contains a control character; remove it")
                 await refused(scope, receive, send)
                 return
             if scope["method"] == "HEAD":
@@ -205,7 +205,8 @@ class SameOrigin:
 
     Args:
         app: The application.
-        keyed: Whether API keys are required. A page with a spoofed name has none, and a proxy may pass on another name.
+        keyed: Whether API keys are required. Then host names are not checked: a page with a spoofed name has no key,
+            and a proxy may change the name.
     """
 
     def __init__(self, app: ASGIApp, *, keyed: bool = False) -> None:
@@ -221,9 +222,9 @@ class SameOrigin:
         origin = _header(scope, b"origin")
         if origin is not None:
             scheme, _, name = origin.lower().partition("://")
-            # With keys there may be a proxy that uses https with the browser and http with this service.
+            # With keys, a proxy may use https to the browser and http to this service.
             if name != host or scheme not in (("http", "https") if self._keyed else (scope["scheme"],)):
-                return "the request comes from a page of another site"
+                return "the request comes from another site"
         local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
         if local and host and not _THIS.fullmatch(host):
             return "this service accepts requests to localhost only; start it with --host"
@@ -269,14 +270,14 @@ class _Load:
 
     def collect(self) -> Iterator[Metric]:
         load, engine = self._service.batcher.load, self._service.engine
-        yield GaugeMetricFamily("llmrec_queue", "Questions that wait", load.waiting)
+        yield GaugeMetricFamily("llmrec_queue", "Queued requests", load.waiting)
         yield GaugeMetricFamily("llmrec_engine_up", "Whether the engine answers", float(engine.ready))
         yield CounterMetricFamily("llmrec_engine_starts", "Engine starts", engine.starts)
         yield CounterMetricFamily("llmrec_refused", "Requests rejected because the queue was full", load.refused)
-        yield CounterMetricFamily("llmrec_late", "Abandoned requests", load.late)
+        yield CounterMetricFamily("llmrec_late", "Requests that timed out", load.late)
         yield CounterMetricFamily("llmrec_batches", "Batches processed by the engine", sum(load.batches.values()))
-        asked = sum(size * times for size, times in load.batches.items())
-        yield CounterMetricFamily("llmrec_asked", "Requests processed by the engine", asked)
+        requests = sum(size * times for size, times in load.batches.items())
+        yield CounterMetricFamily("llmrec_asked", "Requests processed by the engine", requests)
         yield CounterMetricFamily("llmrec_engine_seconds", "Seconds of engine time", load.seconds)
 
 

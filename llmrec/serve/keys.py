@@ -30,7 +30,7 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.machine import NO_LINK, lock
 
 PREFIX = "llmrec_"
-"""Prefix of every key, by which a leaked key is found in a log or a repository."""
+"""Prefix of every key, which helps to detect leaked keys in logs and repositories."""
 FORMAT = 1
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
@@ -41,7 +41,7 @@ _LOOK = 1.0
 _NAMES = 65_536
 """Maximum number of names whose requests are counted at a time."""
 _HAIR = 1e-6
-"""Rounding tolerance in tokens: a client that waits as long as requested is admitted."""
+"""Rounding tolerance in tokens, so that a client that waits as requested is admitted."""
 
 
 class Key(BaseModel):
@@ -80,7 +80,7 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
     """Create a key and add it to a file, which is created if missing.
 
     Args:
-        file: The file of keys; only its owner may read it.
+        file: The key file; only its owner may read it.
         name: The owner: up to 64 letters, digits and ``. _ @ -``.
         admin: Whether it may change the data of the service.
 
@@ -162,8 +162,8 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
 
 
 def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
-    """Read a file of keys, and return its stamp and keys."""
-    require_file(file, "make a key in it first, or name another", "the file of keys")
+    """Read a key file, and return its stamp and keys."""
+    require_file(file, "create it with llmrec serve-key, or choose another", "the key file")
     try:
         with file.open("rb") as stream:
             status = os.fstat(stream.fileno())
@@ -187,7 +187,7 @@ def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
 def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
     if len(raw) > _LARGEST:
         raise LlmrecError(f"{file} is too large for a key file; use another file", kind="too-large", at=file)
-    fix = "restore a copy, or move it away and make keys anew"
+    fix = "restore a copy, or move it away and create new keys"
     try:
         result = json.loads(raw)
         if isinstance(result, dict) and type(result.get("format")) is int and result["format"] > FORMAT:
@@ -229,7 +229,7 @@ def _digest(word: str) -> str:
 
 
 class Keys:
-    """The keys of a file, which is read again after changes; it is thread-safe."""
+    """The keys of a file, which is reloaded after changes; thread-safe."""
 
     def __init__(self, file: Path, stamp: _Stamp, keys: tuple[Key, ...]) -> None:
         self._file, self._stamp, self._keys = file, stamp, keys
@@ -238,7 +238,7 @@ class Keys:
 
     @classmethod
     def read(cls, file: Path) -> Keys:
-        """Read a file of keys.
+        """Read a key file.
 
         Raises:
             LlmrecError: If the file is invalid, or others than its owner may read or write it.
@@ -274,7 +274,7 @@ class Keys:
                 try:
                     seen = _stamp(self._file.stat())
                 except OSError:
-                    seen = None  # reading it says why
+                    seen = None  # reading it reports the reason
                 if seen != self._stamp:
                     self._stamp, self._keys = _read(self._file)
                 # Set only after success, so that every request checks an invalid file again.
@@ -332,7 +332,7 @@ class RateLimit:
             left = min(self._burst, left + max(0.0, now - since) * self._rate)
             lacking = min(cost, self._burst) - left
             allowed = lacking <= _HAIR
-            # A clock that goes back adds no tokens twice.
+            # A clock that goes back must not add tokens twice.
             self._left[name] = (left - cost if allowed else left, max(now, since))
             self._left.move_to_end(name)
             if len(self._left) > _NAMES:

@@ -94,9 +94,9 @@ def _described(tool: Tool) -> protocol.Tool:
 async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
     """Return the result of a tool; errors that an agent can fix are results, so that it can retry."""
     try:
-        asked = tool.asked.model_validate(arguments)
-        check_items(service, asked)
-        result = (await tool.call(service, asked)).model_dump(mode="json", exclude_none=True)
+        request = tool.asked.model_validate(arguments)
+        check_items(service, request)
+        result = (await tool.call(service, request)).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
         where, message = fault(error, Past)
         return _refused(f"{where or 'the arguments'}: {message}")
@@ -104,7 +104,7 @@ async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> 
         return _refused(str(error))
     except Exception:
         log.exception("unexpected error in a tool")
-        return _refused("this call failed in the service; see its log")
+        return _refused("internal error; see the log of the service")
     text = json.dumps(result, ensure_ascii=False)
     return protocol.CallToolResult(content=[protocol.TextContent(text=text)], structured_content=result)
 

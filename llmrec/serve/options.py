@@ -61,7 +61,7 @@ class ServeOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions:
-    """A model, and the events and items since its training."""
+    """A model, with new interactions and items."""
 
     model: Annotated[
         str, About(argument=True, metavar="MODEL", help="Run folder, or a folder that was refreshed before.")

@@ -1,4 +1,4 @@
-"""Adding new events and items to a folder that can be served: statistics and neighbours are fitted to all events.
+"""Adds new interactions and items to a model folder; baselines are fitted to all interactions.
 
 The folder has the model, the catalogue and every interaction, without held-out ones: it is for serving and must not be
 used for evaluation. The weights of ensembles remain those of the run.
@@ -36,7 +36,7 @@ from llmrec.types import Item
 
 @dataclass(frozen=True)
 class _State:
-    """Interactions with their part of the split, the catalogue, and the data of users."""
+    """Interactions with their split part, the catalogue, and user data."""
 
     rows: pl.DataFrame
     items: dict[str, Item]
@@ -47,12 +47,11 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     """Write the folder and return what to print.
 
     Raises:
-        LlmrecError: If a file cannot be read or written, an event has an item without a description, or a service
-            rejects the folder.
+        LlmrecError: If a file cannot be read or written, an item has no title, or a service rejects the folder.
     """
     if options.events is None and options.items is None:
         raise DataError(
-            "nothing to refresh with; give new interactions with --events, new items with --items, or both",
+            "nothing to add; give new interactions with --events, new items with --items, or both",
             kind="missing-key",
             column="--events",
         )
@@ -66,7 +65,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         if options.train is not None:
             model = _trained(bundle, after, options, draft / "training")
         if not bundle.weights:
-            # This file names the recommenders.
+            # This file lists the recommenders.
             shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
         elif model != out:
             link(model, draft)
@@ -77,13 +76,13 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     if options.server is not None:
         _reload(options.server, options.key_env)
     return {
-        "new events": added,
+        "new interactions": added,
         "interactions": after.rows.height,
         "new items": len(after.items) - len(before.items),
         "items": len(after.items),
-        "weights": f"trained for {options.train} more steps" if options.train else "as they were",
+        "weights": f"trained for {options.train} more steps" if options.train else "unchanged",
         "folder": str(out),
-        "service": "has read it anew" if options.server else f"llmrec serve {out}",
+        "service": "reloaded" if options.server else f"llmrec serve {out}",
     }
 
 
@@ -113,8 +112,8 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
 
     Args:
         bundle: The model of either.
-        reserved: The fraction of a run's validation users that weighted its ensembles; the interactions of the others
-            remain validation data. None: they choose no epoch.
+        reserved: The fraction of a run's validation users used for ensemble weights; the interactions of the others
+            remain validation data. None: there is no early stopping.
     """
     if bundle.run is not None:
         recipe = load_stored(bundle.run)
@@ -138,7 +137,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
 
 
 def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
-    """Return rows in order of time with validation interactions marked; like the split, drop earlier ones of a pair."""
+    """Return rows in order of time with validation interactions marked, without earlier duplicates, as in the split."""
     pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
     result = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
     last = pl.int_range(pl.len()).over("user_id", "item_id") == pl.len().over("user_id", "item_id") - 1
@@ -149,7 +148,7 @@ def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
 
 
 def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
-    """Return the state with new events and items, without duplicate events."""
+    """Return the state with new interactions and items, without duplicates."""
     rows, items = before.rows, dict(before.items)
     if options.items is not None:
         items.update(read_items(options.items))
@@ -180,25 +179,25 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
         )
     same = ["user_id", "item_id", "timestamp"]
     fresh = new.unique(same, keep="first", maintain_order=True).join(rows, on=same, how="anti", nulls_equal=True)
-    # Pairs that choose an epoch are excluded from training, including their repetitions.
+    # Validation pairs are excluded from training, including their repetitions.
     held = rows.filter(pl.col("part") == "valid")
     fresh = fresh.join(held, on=["user_id", "item_id"], how="anti")
     both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(KEPT)])
-    # Readers of a split rely on the order of each user's events; ties are ordered by its seed.
+    # Readers of a split rely on the order of each user's interactions; its seed orders ties.
     data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
     return _State(both[time_order(data, seed)], items, before.users), fresh.height
 
 
 def _events(path: str) -> pl.DataFrame:
-    """Read a table of events: user_id, item_id and, if known, rating and timestamp."""
+    """Read a table of interactions: user_id, item_id and, if known, rating and timestamp."""
     read = read_table(Path(path))
     for name in ("user_id", "item_id"):
         if name not in read.frame.columns:
             raise DataError.at(
                 read.name,
                 "missing-column",
-                f" has no column {name!r}{did_you_mean(name, read.frame.columns)}; new events are read under llmrec's "
-                "own names: user_id, item_id, rating, timestamp",
+                f" has no column {name!r}{did_you_mean(name, read.frame.columns)}; use the "
+                "column names user_id, item_id, rating, timestamp",
                 name,
             )
     given = {name: ids(read, name).cast(pl.String) for name in ("user_id", "item_id")}
@@ -210,9 +209,9 @@ def _events(path: str) -> pl.DataFrame:
 
 
 def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return new events with times in the unit of the known ones.
+    """Return new interactions with times in the unit of the known ones.
 
-    Events without times come after the known ones, in their order; of these, an event with a known pair is a duplicate.
+    Interactions without times follow the known ones in order; those with a known pair are duplicates.
     """
     latest, least = rows["timestamp"].max(), new["timestamp"].max()
     if not isinstance(latest, float):
@@ -239,13 +238,13 @@ def _is_store(events: str) -> bool:
 
 
 def _choose(fusions: Sequence[stored.Fused]) -> bool:
-    """Whether a member of an ensemble chooses its epoch on validation interactions."""
+    """Whether a member of an ensemble uses early stopping on validation interactions."""
     named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
     return any(stops_early(name) for name in named)
 
 
 def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Path) -> Path:
-    """Continue training on all events, and return the folder of the merged model."""
+    """Continue training on all interactions, and return the folder of the merged model."""
     from llmrec.pipeline import run as pipeline
 
     assert bundle.run is not None
@@ -259,7 +258,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
         users=state.users,
         rating_scale=(recipe.data.rating_scale or bundle.rating_scale) if rated else None,
     )
-    # Nothing is held out, so there is no validation loss and no judge.
+    # Nothing is held out, so there is no validation loss and no early stopping.
     new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
     pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
@@ -267,7 +266,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
 
 
 def _reload(url: str, key_env: str | None) -> None:
-    """Make a service read its folder again."""
+    """Make a service reload its folder."""
     httpx = require("httpx", "openai")
     key = None if key_env is None else os.environ.get(key_env)
     if key_env is not None and not key:

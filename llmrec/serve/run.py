@@ -1,4 +1,4 @@
-"""Running a service: read its catalogue and users, open its store, and listen until it is stopped."""
+"""Runs a service: reads catalogue and users, opens the store, and listens until stopped."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def make_service(options: ServeOptions) -> Any:
     from llmrec.serve.service import WAITS, Service, Settings
     from llmrec.serve.store import ServiceStore
 
-    asked = options.recommender(batch=options.batch)
-    check_choices(asked)
+    model_options = options.recommender(batch=options.batch)
+    check_choices(model_options)
     where = options.store or _default_store(options.model)
     settings = Settings(
-        options=asked,
+        options=model_options,
         models=options.models,
         rules=_rules(options.rules),
         window=options.window / 1000,
@@ -94,7 +94,7 @@ def _default_store(model: str) -> str:
 
 
 def _check_open(options: ServeOptions) -> None:
-    """Reject an address that others can reach without keys."""
+    """Reject an address that other machines can reach without keys."""
     if options.host not in _LOOPBACK and options.keys is None:
         raise DataError(
             f"--host {options.host} makes this service reachable from other machines, and without --keys everyone "

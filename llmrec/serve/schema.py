@@ -1,6 +1,6 @@
-"""The bodies of endpoints, with their limits and examples; OpenAPI is made of these. Those of verbs are in `verbs`.
+"""Bodies of endpoints, with limits and examples for OpenAPI; those of verbs are in `verbs`.
 
-Bodies are strict: a key that is not known is refused, so that a misspelt option does not pass in silence.
+Unknown keys are rejected, so that a misspelt option is reported.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmrec.data.read.limits import ID_LIMIT
 from llmrec.data.requests import whole
 
 MOST_EVENTS = 1000
-"""Maximum number of history events in a request."""
+"""Maximum number of interactions in the history of a request."""
 MOST_CANDIDATES = 2000
 MOST_BATCH = 64
 MOST_ITEMS = 1000
-"""Maximum number of items written, or events added or returned, in a call."""
+"""Maximum number of items written, or interactions added or returned, per call."""
 LONGEST_TEXT = 4000
 
 # Ids must not contain NUL, lone surrogates or control characters, nor be invisible.
@@ -39,7 +39,7 @@ LARGEST = 2**53 - 1
 
 
 def _number_as_text(value: object) -> object:
-    """Return an integer as the text that it would be in a file; other values unchanged."""
+    """Convert an integer to a string, as in files; return other values unchanged."""
     return str(int(value)) if whole(value) and abs(value) <= LARGEST else value
 
 
@@ -59,7 +59,7 @@ _SomeValues: TypeAlias = Annotated[
 
 
 def _no_text(value: object) -> object:
-    """Refuse what pydantic reads as a number and JSON does not."""
+    """Reject values that pydantic reads as numbers although JSON does not."""
     if isinstance(value, str | bool):
         raise PydanticCustomError("number", "Input should be a number")
     return value
@@ -82,14 +82,14 @@ Moment = Annotated[
     Annotated[float, Field(allow_inf_nan=False)] | datetime,
     BeforeValidator(_no_number_as_text),
 ]
-_TIME = "A number in the unit of the data (seconds), or ISO 8601, which is UTC if it names no time zone."
+_TIME = "A number in the unit of the data (seconds), or ISO 8601 (UTC if it has no time zone)."
 
 
 def number_of(moment: float | datetime, per_second: float) -> float:
     """Return a time in the unit of the data.
 
     Args:
-        moment: A number, which is in this unit, or a point in time.
+        moment: A number in this unit, or a point in time.
         per_second: Units in a second.
     """
     if not isinstance(moment, datetime):
@@ -103,7 +103,7 @@ def since(begun: float) -> float:
 
 
 class Body(BaseModel):
-    """What is sent: closed, so that a misspelt key is refused."""
+    """A request body; unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -112,7 +112,7 @@ class Body(BaseModel):
 
 
 class ItemText(Body):
-    """An item by its id, by its title, or both; a title goes before that of the catalogue."""
+    """An item by id, by title, or both; the title overrides that of the catalogue."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -135,24 +135,24 @@ class ItemText(Body):
 
 
 class PastEvent(ItemText):
-    """One past event, oldest first in a history."""
+    """One past interaction; a history lists the oldest first."""
 
     rating: _Float | None = None
     timestamp: Annotated[Moment | None, Field(description=_TIME)] = None
 
 
 class Quota(Body):
-    """At most so many items of a list share a value of a field."""
+    """Maximum number of items of a list that share a value of a field."""
 
     field: Id
     most: Annotated[int, Field(ge=1, le=1000), NUMBER]
 
 
 class Rules(Body):
-    """Business rules, applied exactly: what a rule forbids is never in a list.
+    """Business rules, applied exactly: forbidden items are never listed.
 
     ``only`` and ``without`` compare fields of the catalogue, such as ``category`` or ``in_stock``, with values; a field
-    that lists several values, with commas between them, matches by any of these.
+    with several values, separated by commas, matches by any of them.
     """
 
     only: _SomeValues = {}
@@ -181,7 +181,7 @@ class ItemsBody(Body):
 
 
 class NewEvent(Body):
-    """Something that a user did."""
+    """An interaction of a user."""
 
     user_id: DataId
     item_id: DataId
@@ -190,7 +190,7 @@ class NewEvent(Body):
 
 
 class EventsBody(Body):
-    """Events that extend histories; what a model has learned does not change."""
+    """Interactions that extend histories; models are not retrained."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [{"user_id": "42", "item_id": "7"}]}]})
 
@@ -201,7 +201,7 @@ class EventsBody(Body):
 
 
 class Failure(BaseModel):
-    """What went wrong, for programs (``kind``) and for people (``message``)."""
+    """An error, for programs (``kind``) and people (``message``)."""
 
     kind: str
     message: str
@@ -209,25 +209,23 @@ class Failure(BaseModel):
 
 
 class Failed(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
     error: Failure
 
 
 class ModelCard(BaseModel):
-    """A model that answers."""
+    """A served model."""
 
     name: str
     kind: Literal["language model", "classic", "fusion"]
     signature: str = Field(description="Hash of everything that can change an answer, except the request.")
-    answers: list[str] = Field(
-        description="rank, and families of questions about an item: rating, ctr, explanation, review, stars."
-    )
+    answers: list[str] = Field(description="rank, and tasks about an item: rating, ctr, explanation, review, stars.")
     strategies: list[str] = []
 
 
 class Models(BaseModel):
-    """All that answer, the default first."""
+    """All models, the default first."""
 
     models: list[ModelCard]
 
@@ -241,7 +239,7 @@ class CatalogueItem(BaseModel):
 
 
 class ChatBody(Body):
-    """One line of the user; ``state`` is that of the last answer, and is left out at the beginning."""
+    """One user message; ``state`` is that of the last answer, and is omitted at the beginning."""
 
     text: Words = Field(examples=["a comedy, but not horror"])
     state: State = State()
@@ -250,7 +248,7 @@ class ChatBody(Body):
 
 
 class ChatAnswer(BaseModel):
-    """The answer, and the state to send with the next line; its profile may be edited before."""
+    """The answer, and the state to send with the next message; its profile may be edited."""
 
     text: str
     items: list[CatalogueItem]
@@ -261,14 +259,14 @@ class ChatAnswer(BaseModel):
 
 
 class FoundItems(BaseModel):
-    """Items whose title, or id, holds what was searched for."""
+    """Items whose title or id contains the search text."""
 
     items: list[CatalogueItem]
     total: int
 
 
 class KnownEvent(BaseModel):
-    """One event of a user."""
+    """An interaction of a user."""
 
     item_id: str
     title: str | None
@@ -284,13 +282,13 @@ class KnownUser(BaseModel):
 
 
 class Stored(BaseModel):
-    """How many were stored."""
+    """Number of stored records."""
 
     stored: int
 
 
 class Removed(BaseModel):
-    """How many were removed."""
+    """Number of removed records."""
 
     removed: int
 
@@ -300,22 +298,22 @@ IN_MEMORY = "recommenders with features keep them until the service is restarted
 
 
 class Erased(BaseModel):
-    """What was erased of a user, and what cannot be erased here."""
+    """The result of an erasure, and the data that it cannot reach."""
 
     user_id: str
     events: int
     features: int
-    remains: list[str] = Field(description="A model keeps what it was trained on until it is trained again.")
+    remains: list[str] = Field(description="Remaining data, such as in weights until the next training.")
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The process is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Ready(BaseModel):
-    """Whether questions to models are answered now."""
+    """Whether the models are ready."""
 
     ready: bool
     models: list[str]

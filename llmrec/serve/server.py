@@ -40,7 +40,7 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
             http=_limited(timeout, connections or _half_of_the_files()),
             h11_max_incomplete_event_size=HEADER_LIMIT,
             ws="none",
-            # Otherwise any client could choose the address by which --per-minute counts.
+            # Otherwise any client could choose the address that --per-minute counts.
             proxy_headers=False,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=math.ceil(timeout),
@@ -58,8 +58,7 @@ def _half_of_the_files() -> int:
 def _limited(timeout: float, most: int) -> type[H11Protocol]:
     """Return a connection protocol that closes connections whose request does not arrive in time.
 
-    If more than ``most`` are open, the one that has waited longest for its request is closed: idle connections must not
-    block other clients.
+    If more than ``most`` are open, the longest-waiting one is closed, so that idle connections do not block others.
     """
 
     class Limited(H11Protocol):
@@ -78,7 +77,7 @@ def _limited(timeout: float, most: int) -> type[H11Protocol]:
                     for connection in self.connections
                     if isinstance(connection, Limited) and connection._late is not None
                 ]
-                min(waiting, key=lambda each: each._late.when())._end()  # type: ignore[union-attr]
+                min(waiting, key=lambda connection: connection._late.when())._end()  # type: ignore[union-attr]
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)

@@ -1,6 +1,6 @@
 """The service, independent of HTTP: an engine process, a catalogue, and a store of received data.
 
-`llmrec.serve.verbs` has the questions that it answers.
+`llmrec.serve.verbs` defines its questions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _GRACE = 5.0
 _AGAIN = 10.0
 """Seconds after which an unfinished erasure is tried again."""
 WAITS = 0.4
-"""Fraction of a request's timeout that a store may wait for another process that holds it."""
+"""Fraction of a request's timeout that a store may wait for a lock of another process."""
 _TURN = 0.5
 """Fraction of a request's timeout that a write waits for its turn; both leave time for the write itself."""
 _NAMED = 5
@@ -130,7 +130,7 @@ class Service:
     # ------------------------------------------------------------------- stored data
 
     async def user(self, user_id: str, *, most: int = 1000) -> list[Event]:
-        """Return the events of a user, oldest first.
+        """Return the interactions of a user, oldest first.
 
         Raises:
             DataError: If the user is unknown.
@@ -141,10 +141,10 @@ class Service:
         return result[-most:]
 
     async def add_events(self, body: schema.EventsBody) -> int:
-        """Store events of users; they are durable once this returns.
+        """Store interactions of users; they are durable once this returns.
 
         Raises:
-            DataError: If the item of an event is missing; then none is stored.
+            DataError: If an item is unknown; then none is stored.
         """
         for event in body.events:
             self.catalogue.get(event.item_id)
@@ -162,7 +162,7 @@ class Service:
         return await self._write(lambda: self.store.add_events(events))
 
     async def erase(self, user_id: str) -> schema.Erased:
-        """Erase a user from the event store and from feature stores."""
+        """Erase a user from the store and from feature stores."""
         known = bool(self._known.histories.of_user(user_id))
         events = await self._write(lambda: self.store.erase(user_id))
         remains = list(self.store.remains)
@@ -171,8 +171,8 @@ class Service:
         remains += [schema.IN_MEMORY] if features else []
         if known:
             remains.append(
-                "the training data of the run still contains interactions of this user, which are no longer used in "
-                "answers; remove them from the table and train again, so that the model forgets them too"
+                "the training data of the run still contains interactions of this user, which answers no longer use; "
+                "remove them from the table and train again to remove them from the model"
             )
         return schema.Erased(user_id=user_id, events=events, features=features, remains=remains)
 
@@ -194,9 +194,9 @@ class Service:
         if self._reloading.locked():
             raise LlmrecError("the models are being reloaded already; wait until this has finished", kind="busy")
         async with self._reloading:
-            asked = self.settings.options
+            options = self.settings.options
             try:
-                known = await asyncio.to_thread(known_of, asked.model, asked.items)
+                known = await asyncio.to_thread(known_of, options.model, options.items)
                 await asyncio.to_thread(self.engine.replace)
             except LlmrecError as error:
                 state = (
@@ -221,7 +221,7 @@ class Service:
             telling = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
             await asyncio.wait({telling}, timeout=max(0.0, ends - time.monotonic()))
         if not telling.done():
-            raise TooLate("this is stored; the models use it after their current work", kind="exhausted")
+            raise TooLate("this is stored; the models use it after their current batch", kind="exhausted")
         await telling
         return stored
 
@@ -233,7 +233,7 @@ class Service:
         try:
             return await asyncio.wait_for(running, self.settings.patience)
         except TimeoutError:
-            raise StoreError("the store does not answer", kind="busy") from None
+            raise StoreError("timed out while reading the store", kind="busy") from None
 
     async def _write(self, call: Callable[[], _T], ends: float | None = None) -> _T:
         """Return the result of a write of the store, queued after earlier ones; dropped if it cannot start in time.
@@ -255,7 +255,7 @@ class Service:
         return await done
 
     async def _finish_erasures(self) -> None:
-        """Retry the removal of erased events from the log of the store, until it succeeds."""
+        """Retry the removal of erased interactions from the log of the store, until it succeeds."""
         while True:
             await asyncio.sleep(_AGAIN)
             if self.store.unfinished:
@@ -288,13 +288,13 @@ class Service:
         return self._known.profile(user_id, self.store.erased)
 
     def unknown_note(self, names: Iterable[str]) -> list[str]:
-        """Return a note on items that are not in the catalogue, if there are any."""
+        """Return a note on items missing from the catalogue, if any."""
         missing = [name for name in names if name not in self.catalogue.items]
         some = ", ".join(shown(name) for name in missing[:_NAMED]) + (" and others" if len(missing) > _NAMED else "")
         return [f"rules.block: not in the catalogue: {some}"] if missing else []
 
     def _events(self, user_id: str) -> list[Event]:
-        """Return the events of a user, oldest first: those of the run's data, and the last ones received since."""
+        """Return the interactions of a user, oldest first: those of the run's data, and the latest received ones."""
         since = [
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
             for event in self.store.events_of(user_id, schema.MOST_EVENTS)
@@ -302,10 +302,10 @@ class Service:
         return since if self.store.erased(user_id) else merged(self._known.histories.of_user(user_id), since)
 
     def check_model(self, name: str | None) -> None:
-        """Reject an unknown name of a model, if the models are known already.
+        """Reject an unknown model name, if the models are loaded.
 
         Raises:
-            DataError: If the name is unknown.
+            DataError: If the model is unknown.
         """
         names = [card.name for card in self.engine.cards]
         if name is not None and names and meant(name, names) is None:
@@ -327,15 +327,15 @@ class Service:
     async def listed(
         self, request: RankRequest, wanted: Wanted, verb: str = RANK
     ) -> tuple[tuple[Question, RankRequest], Answered]:
-        """Return a list, ranked as deep as its rules require, with its last question."""
+        """Return a list, ranked to the depth that its rules require, with its last question."""
         steps = listing(request, wanted, self.catalogue, verb)
-        asked = next(steps)
+        step = next(steps)
         while True:
-            answer = await self.batcher.ask(*asked)
+            answer = await self.batcher.ask(*step)
             try:
-                asked = steps.send(answer)
+                step = steps.send(answer)
             except StopIteration as done:
-                return asked, done.value
+                return step, done.value
 
     async def between(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
         """Return the result of a method of the engine's models, called between batches."""

@@ -1,4 +1,4 @@
-"""The store of a running service: received events, erased users, and added and removed items.
+"""The store of a running service: received interactions, erased users, and added and removed items.
 
 A store is an SQLite file, or tables of a PostgreSQL database, which several processes may share; see `databases`.
 """
@@ -29,8 +29,8 @@ _IDLE = 1.0
 _BATCH = 10_000
 _EVERY = 2**62
 IN_LOG = (
-    "another process reads the store, and its log keeps the erased events until that ends; this is tried again until "
-    "it succeeds"
+    "another process reads the store, whose log keeps erased interactions meanwhile; removal is retried until it "
+    "succeeds"
 )
 _MOMENT = 1.0
 """Seconds that an erasure waits for concurrent readers."""
@@ -39,13 +39,13 @@ _ADD = Insert("llmrec_events", ("user_key", "event"))
 _ITEM = ("item_key", "item_id", "title", "fields")
 _SET = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
 _PUT = Insert("llmrec_items", _ITEM, _SET)
-# Items that are already removed do not count.
+# Items that are already removed are not counted.
 _REMOVE = Insert("llmrec_items", _ITEM, f"{_SET} WHERE llmrec_items.title IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEvent:
-    """An event of a user (``timestamp`` in the unit of the data)."""
+    """An interaction of a user (``timestamp`` in the unit of the data)."""
 
     user_id: str
     item_id: str
@@ -54,7 +54,7 @@ class StoredEvent:
 
 
 class ServiceStore:
-    """A database of events, erased users and changed items, created by `open`; it is thread-safe.
+    """A database of interactions, erased users and changed items, created by `open`; it is thread-safe.
 
     Every call is one transaction, and raises an `LlmrecError` if the database fails. Data stored by a call that has
     returned survive a kill of the process.
@@ -87,7 +87,7 @@ class ServiceStore:
             wait: Seconds that a call waits for the lock of another process.
 
         Raises:
-            LlmrecError: If it is not a store, cannot be reached or written, is damaged, or is of a newer llmrec.
+            LlmrecError: If it is not a store, cannot be reached or written, is damaged, or needs a newer llmrec.
             MissingExtra: If the PostgreSQL package is not installed.
         """
         if where.startswith(("postgresql://", "postgres://")):
@@ -95,16 +95,16 @@ class ServiceStore:
         if "://" in where:
             # Not shown: it may contain a password.
             raise DataError(
-                "a store is an SQLite file or a PostgreSQL database; give the path of a file, or postgresql://USER@HOST/NAME",
+                "a store is an SQLite file or a PostgreSQL database; give a path, or postgresql://USER@HOST/NAME",
                 kind="unsupported",
             )
         return cls(SQLite(Path(where).expanduser(), wait))
 
     def add_events(self, events: Sequence[StoredEvent]) -> int:
-        """Store all events or none; they are durable once this returns.
+        """Store all interactions or none; they are durable once this returns.
 
         Returns:
-            The number of events.
+            The number of interactions.
 
         Raises:
             DataError: If an id is not valid text, or a number is not finite.
@@ -112,18 +112,18 @@ class ServiceStore:
         return self._insert(_ADD, [(self._key(event.user_id), _json(event)) for event in events])
 
     def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
-        """Return a user's events, oldest first; ties are in order of arrival.
+        """Return a user's interactions, oldest first; ties are in order of arrival.
 
         Args:
             user_id: The user.
-            most: The maximum number of events, the last to arrive.
+            most: The maximum number of interactions, the last to arrive.
         """
         query = "SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq DESC LIMIT ?2"
         rows = self._read(query, self._key(user_id), _EVERY if most is None else most)
         return sorted((self._event(row[0]) for row in reversed(rows)), key=lambda event: event.timestamp)
 
     def erase(self, user_id: str) -> int:
-        """Erase all events of a user, and record the erasure by a salted hash of the id.
+        """Erase all interactions of a user, and record the erasure by a salted hash of the id.
 
         In an SQLite file the bytes are overwritten, and their space is not freed; `remains` reports whether its log
         still contains them. PostgreSQL frees them at its next vacuum; its log and backups keep them for as long as
@@ -131,7 +131,7 @@ class ServiceStore:
         who tries all ids.
 
         Returns:
-            The number of erased events.
+            The number of erased interactions.
         """
         with self._connection() as raw:
             erased = self._database.erase(raw, self._key(user_id))
@@ -159,12 +159,12 @@ class ServiceStore:
 
     @property
     def remains(self) -> list[str]:
-        """The places that may still contain an erased user's events."""
+        """Descriptions of where an erased user's interactions may remain."""
         remains = [] if self._database.keeps is None else [self._database.keeps]
         return [*remains, IN_LOG] if self._unfinished else remains
 
     def erased(self, user_id: str) -> bool:
-        """Whether a user was ever erased, even if newer events exist."""
+        """Whether a user was ever erased, even if newer interactions exist."""
         return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
 
     def put_items(self, items: Sequence[Item]) -> int:
@@ -207,7 +207,7 @@ class ServiceStore:
         return put, frozenset(row[0] for row in rows if row[1] is None)
 
     def all_events(self) -> Iterator[StoredEvent]:
-        """Yield all events in order of arrival; events that arrive meanwhile may be included."""
+        """Yield all interactions in order of arrival, possibly with those that arrive meanwhile."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
         while rows := self._read(query, last, NOBODY, _BATCH):
@@ -258,7 +258,7 @@ class ServiceStore:
                 if isinstance(error, self._database.errors):
                     # The server may have disconnected, together with all other connections.
                     self._drop_idle()
-                    # Not chained: the message of the library may contain values.
+                    # Not chained, since the library's message may contain values.
                     raise self._database.failure(error) from None
                 raise
             with self._lock:
@@ -297,12 +297,12 @@ def _salt(facts: Mapping[str, str], database: Database) -> bytes:
     """Return the salt of a store's hashes."""
     version, salt = facts.get("version", ""), facts.get("salt", "")
     if not version.isdecimal() or not salt or int(version) < VERSION:
-        raise database.error("damaged", f" does not say which version its tables are of; {MOVE}")
+        raise database.error("damaged", f" has no table version; {MOVE}")
     if int(version) > VERSION:
         raise database.error(
             "unsupported",
-            f" was made by a newer llmrec (its tables are of version {version}, this one knows {VERSION}); install "
-            "that llmrec: pip install -U llmrec",
+            f" was created by a newer llmrec (table version {version}, this version supports {VERSION}); upgrade: "
+            "pip install -U llmrec",
         )
     return salt.encode()
 

@@ -1,4 +1,4 @@
-"""The verbs of a service: each with its request, its answer, its documentation and its implementation.
+"""The verbs of a service, each with request, answer, documentation and implementation.
 
 HTTP routes, batch routes (`llmrec.serve.app`) and tools for agents (`llmrec.serve.tools`) are derived from `VERBS`.
 """
@@ -58,18 +58,18 @@ MOST_DOCUMENTS = 1000
 
 
 class _About(Body):
-    """Whom a question is about: a known user, a history, or both (then the history goes before the known one)."""
+    """The user of a question: a known user, a history, or both (then the given history is used)."""
 
-    model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
+    model: Annotated[Id, Field(description="A model from GET /v1/models. Default: the first.")] | None = None
     id: Annotated[Id, Field(description="Seed of the request, for the order of equal scores and of labels.")] = "1"
     user_id: DataId | None = None
     history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
     profile: Prose = ""
-    show_prompt: Annotated[Bool, Field(description="Return what the model read, too.")] = False
+    show_prompt: Annotated[Bool, Field(description="Also return the prompt of the model.")] = False
 
 
 class Usage(BaseModel):
-    """Work of a language model."""
+    """Cost of a language model."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -81,7 +81,7 @@ class _Answer(BaseModel):
     notes: list[str] = []
     prompt: str | None = None
     usage: Usage = Usage()
-    milliseconds: float = Field(description="From the request's arrival to its answer.")
+    milliseconds: float = Field(description="Time from the request's arrival to its answer.")
 
 
 class RankedItem(BaseModel):
@@ -90,7 +90,7 @@ class RankedItem(BaseModel):
     item_id: str
     title: str
     rank: int
-    score: float = Field(description="On the model's own scale; higher is better.")
+    score: float = Field(description="Score on the model's scale; higher is better.")
     rationale: str | None = None
     fields: dict[str, str] = {}
 
@@ -108,12 +108,12 @@ def card_of(card: Card | None) -> ModelCard:
 
 
 def usage_of(cost: Cost) -> Usage:
-    """Return a language model's work."""
+    """Return the cost of a language model."""
     return Usage(prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards)
 
 
 def ranked_items(found: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
-    """Return the items of a list, with the sentences on the first of them."""
+    """Return the items of a list, with explanations of the first ones."""
     ranking = ranking_of(found)
     rows = zip(ranking.items, found.titles, ranking.scores, strict=True)
     return [
@@ -133,7 +133,7 @@ def ranked_items(found: Answered, items: Mapping[str, Item], reasons: Sequence[s
 
 
 class RankBody(_About):
-    """Items in order; without ``candidates`` the whole catalogue is ranked."""
+    """A ranking request; without ``candidates`` the whole catalogue is ranked."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"history": ["1", "2"], "k": 5}, {"user_id": "42", "candidates": ["7", "9"]}]}
@@ -143,7 +143,7 @@ class RankBody(_About):
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     strategy: Annotated[Id, Field(description="Ranking method of a language model; docs/ranking-methods.md.")] = "auto"
     exclude_seen: Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="Number of first items to give a reason for."), NUMBER] = 0
+    rationale: Annotated[int, Field(ge=0, le=20, description="Number of first items to explain."), NUMBER] = 0
     rules: Rules = Rules()
 
 
@@ -193,20 +193,20 @@ _ONE_ITEM: Any = {
 
 
 def _no_id(value: object) -> object:
-    """Refuse an id where an item is described."""
+    """Reject an id in place of an item."""
     if isinstance(value, str | int | float):
         raise PydanticCustomError("id", "Input should be an object with a title; give an id as item_id")
     return value
 
 
 class ItemBody(_About):
-    """A question about one item: its rating, whether it will be liked, an explanation."""
+    """A question about one item: its rating, the probability that it is liked, or an explanation."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM})
 
     item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
     item: Annotated[
-        ItemText | None, BeforeValidator(_no_id), Field(description="In place of item_id: an item with its own title.")
+        ItemText | None, BeforeValidator(_no_id), Field(description="Instead of item_id: an item with a title.")
     ] = None
     context: Fields = Field({}, description="Additional inputs: review, feature, headline, rating.")
 
@@ -218,7 +218,7 @@ class ItemBody(_About):
 
     @property
     def named(self) -> str | ItemText:
-        """The item that it is about."""
+        """The item of the question."""
         item = self.item_id if self.item is None else self.item
         assert item is not None
         return item
@@ -227,7 +227,7 @@ class ItemBody(_About):
 async def about(
     service: Service, family: str, body: ItemBody, listener: Callable[[str], None] | None = None
 ) -> tuple[Answer, Mapping[str, Any]]:
-    """Answer a question of a family about an item; return the answer, and what the answers of all families hold."""
+    """Answer a question of a family about an item; return the answer, and the common values of all answers."""
     begun = time.monotonic()
     item = body.named
     if isinstance(item, str) and service.catalogue.items:
@@ -261,7 +261,7 @@ async def about(
 
 
 class RateAnswer(_Answer):
-    """A predicted rating on the data's own scale."""
+    """A predicted rating on the scale of the data."""
 
     item_id: str
     rating: float
@@ -276,7 +276,7 @@ async def rate(service: Service, body: ItemBody) -> RateAnswer:
 
 
 class PredictAnswer(_Answer):
-    """How likely the user is to like or choose the item."""
+    """The predicted probability that the user likes or chooses the item."""
 
     item_id: str
     probability: float
@@ -290,31 +290,31 @@ async def predict(service: Service, body: ItemBody) -> PredictAnswer:
 
 
 class ExplainAnswer(_Answer):
-    """Why the item suits the user: in a language model's words, or by the contributions of an ensemble's members."""
+    """Why the item suits the user: generated text, or the contributions of an ensemble's members."""
 
     item_id: str
     text: str
 
 
 async def explain(service: Service, body: ItemBody, listener: Callable[[str], None] | None = None) -> ExplainAnswer:
-    """Explain an item to a user; ``listener`` gets the text while it is generated."""
+    """Explain an item to a user; ``listener`` receives the text while it is generated."""
     answer, common = await about(service, "explanation", body, listener)
     assert isinstance(answer, Text)
     return ExplainAnswer(**common, text=answer.text)
 
 
 class AskBody(ItemBody):
-    """A question of any family that a model was tuned on."""
+    """A question of any task that a model was tuned on."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
     )
 
-    family: Annotated[Id, Field(description="rating, ctr, explanation, review or stars; a model's card says which.")]
+    family: Annotated[Id, Field(description="Task: rating, ctr, explanation, review or stars; see the model's card.")]
 
 
 class AskAnswer(_Answer):
-    """What the family answers; the others are null."""
+    """The answer of the task; other values are null."""
 
     item_id: str
     family: str
@@ -324,7 +324,7 @@ class AskAnswer(_Answer):
 
 
 async def ask(service: Service, body: AskBody) -> AskAnswer:
-    """Answer a question of any family about an item."""
+    """Answer a question of any task about an item."""
     answer, common = await about(service, body.family, body)
     return AskAnswer(
         **common,
@@ -339,20 +339,20 @@ async def ask(service: Service, body: AskBody) -> AskAnswer:
 
 
 class SimilarBody(Body):
-    """Items like these."""
+    """A request for similar items."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"item_ids": ["1"], "k": 5}]})
 
     item_ids: Annotated[list[DataId], Field(min_length=1, max_length=20)]
-    by: Annotated[
-        Literal["interactions", "text"], Field(description="Chosen by the same users, or with similar texts.")
-    ] = "interactions"
+    by: Annotated[Literal["interactions", "text"], Field(description="Similarity by common users, or by texts.")] = (
+        "interactions"
+    )
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     rules: Rules = Rules()
 
 
 class SimilarAnswer(BaseModel):
-    """Items, most alike first."""
+    """Items, most similar first."""
 
     model: ModelCard
     items: list[RankedItem]
@@ -361,7 +361,7 @@ class SimilarAnswer(BaseModel):
 
 
 async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
-    """Find items that are like others."""
+    """Find items that are similar to others."""
     begun = time.monotonic()
     rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
     for item in body.item_ids:
@@ -380,10 +380,7 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
 
 
 class RerankBody(BaseModel):
-    """Texts in, order out: the form of Cohere (v2) and of Jina.
-
-    Keys that these have and llmrec does not are passed by.
-    """
+    """A reranking request in the format of Cohere (v2) and Jina; their other keys are ignored."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -416,7 +413,7 @@ class RerankAnswer(BaseModel):
 
 
 async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
-    """Order texts by what a model expects after a query: its lines are the titles of a history."""
+    """Rank texts for a query, whose lines are the titles of a history."""
     texts = [_text_of(document) for document in body.documents]
     history = [{"title": line} for line in body.query.splitlines() if line.strip()]
     if len(history) > MOST_EVENTS:
@@ -453,7 +450,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
 
 
 def _shares(scores: Sequence[float], card: Card) -> list[float]:
-    """Return scores as shares that add to 1: probabilities of a language model, and ranks' worth of other models."""
+    """Return scores normalised to sum 1: probabilities of a language model, and rank discounts of other models."""
     if card.kind == "language model":
         weights = np.exp(np.array(scores) - max(scores))
     else:
@@ -481,16 +478,15 @@ class Verb:
     """A question that a service answers.
 
     Attributes:
-        name: The path of its route is ``/v1/NAME``.
-        about: What it does, for the documentation of HTTP.
-        body: What is sent.
-        answer: What is answered.
-        ask: Answers.
-        asks: What a model must answer for it, `RANK` or a family; None: every service answers it.
-        batch: What its batch route does, for the documentation; empty: there is none.
-        event: The name of the events that it sends before its answer, where a client asks for a stream; then ``ask``
-            takes a listener too. Empty: it sends none.
-        versions: Of its routes.
+        name: The name in its route, ``/v1/NAME``.
+        about: The description for HTTP.
+        body: The request body.
+        answer: The response body.
+        ask: The function that answers.
+        asks: What a model must support for it, `RANK` or a family; None: every service has it.
+        batch: The description of its batch route; empty: none.
+        event: The name of the events before its answer in a stream; then ``ask`` takes a listener. Empty: none.
+        versions: The versions of its routes.
     """
 
     name: str
@@ -504,7 +500,7 @@ class Verb:
     versions: tuple[str, ...] = ("v1",)
 
     async def stream(self, service: Service, body: Any) -> AsyncIterator[tuple[str, Any]]:
-        """Answer in events: those that come before the answer, then ``done`` with the whole answer."""
+        """Yield the events before the answer, then ``done`` with the whole answer."""
         pieces: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -592,7 +588,7 @@ VERBS: Mapping[str, Verb] = {
 
 @cache
 def batch_of(body: type[BaseModel]) -> type[BaseModel]:
-    """Return the body of several questions."""
+    """Return the request body of a batch."""
     several = Annotated[list[body], Field(min_length=1, max_length=MOST_BATCH)]  # type: ignore[valid-type]
     doc = "Several requests; each succeeds or fails independently."
     return create_model(body.__name__.replace("Body", "Batch"), __base__=Body, __doc__=doc, requests=(several, ...))
@@ -600,6 +596,6 @@ def batch_of(body: type[BaseModel]) -> type[BaseModel]:
 
 @cache
 def answers_of(answer: type[BaseModel]) -> type[BaseModel]:
-    """Return the answers to several questions."""
+    """Return the response body of a batch."""
     several = list[answer | Failed]  # type: ignore[valid-type]
     return create_model(f"{answer.__name__}s", __doc__="One per request, in order.", answers=(several, ...))

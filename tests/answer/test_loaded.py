@@ -268,7 +268,7 @@ def test_a_file_of_questions(rec: Loaded, run: Path, tmp_path: Path) -> None:
     first, none, strange = lines(out)
     assert first["value"] == rec.rate("k03", history=[{"item_id": "k01", "rating": 5}], user="u01")
     assert (first["item_id"], first["error"], first["request_id"]) == ("k03", None, "a")
-    assert "no 'item'" in none["error"] and "nowhere" in strange["error"]
+    assert "'item' is missing" in none["error"] and "nowhere" in strange["error"]
     assert not list(tmp_path.glob("*.sqlite*"))
 
 
@@ -331,9 +331,9 @@ def test_new_events_and_items_are_known_after_a_refresh(rec: Loaded, run: Path, 
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out-*"))
     items = _csv(tmp_path / "items.csv", "item_id,title\nn1,A new kettle\n")
     told = refresh(RefreshOptions(model=str(run), events=str(events), items=items, out=tmp_path / "out"))
-    assert (told["new events"], told["new items"]) == (2, 1)
+    assert (told["new interactions"], told["new items"]) == (2, 1)
     again = refresh(RefreshOptions(model=str(tmp_path / "out"), events=str(events)))
-    assert again["new events"] == 0
+    assert again["new interactions"] == 0
     with llmrec.load(str(tmp_path / "out"), backend="hf", dtype="float32") as new:
         assert [event.item_id for event in new.known.histories.of_user("fresh")] == ["k01", "n1"]
         # Held-out interactions of the run are learned from as well: nothing is measured with this folder.
@@ -353,7 +353,7 @@ def test_new_items_need_no_events(run: Path, tmp_path: Path) -> None:
     with raises(DataError, Facts(kind="missing-key", column="--events")):
         refresh(RefreshOptions(model=str(run), out=tmp_path / "out"))
     told = refresh(RefreshOptions(model=str(run), items=items, out=tmp_path / "out"))
-    assert (told["new events"], told["new items"]) == (0, 1)
+    assert (told["new interactions"], told["new items"]) == (0, 1)
     assert "n1" in pl.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].to_list()
 
 
@@ -440,7 +440,7 @@ def test_networks_that_stop_early_keep_their_validation_interactions(tmp_path: P
     log = data.dataset.interactions.select(pl.col("user_id", "item_id").cast(pl.String), "timestamp").write_csv()
     events = _csv(tmp_path / "log.csv", f"{log}{user},{item},1\n")
     told = refresh(RefreshOptions(model=str(tmp_path / "live"), events=str(events)))
-    assert told["new events"] == 0
+    assert told["new interactions"] == 0
 
 
 @pytest.mark.parametrize("unit", [1, 1000, 1_000_000, 10**9])
@@ -462,8 +462,8 @@ def test_new_events_come_after_the_known_ones_in_whatever_unit(unit: int, tmp_pa
         )
     ):
         events, out = _csv(tmp_path / "new.csv", text), tmp_path / f"live{number}"
-        assert refresh(RefreshOptions(model=str(made), events=str(events), out=out))["new events"] == 2
-        assert refresh(RefreshOptions(model=str(out), events=str(events)))["new events"] == 0
+        assert refresh(RefreshOptions(model=str(made), events=str(events), out=out))["new interactions"] == 2
+        assert refresh(RefreshOptions(model=str(out), events=str(events)))["new interactions"] == 0
         with llmrec.load(str(out), models=["popularity"]) as new:
             assert [event.item_id for event in new.known.histories.of_user("u0")] == [
                 "i0",
@@ -516,7 +516,7 @@ def test_a_refresh_leaves_old_rows_alone(run: Path, tmp_path: Path) -> None:
         before = len(found.known.histories.items)
     events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nu01,k40,1\nu01,k40,1\n")
     told = refresh(RefreshOptions(model=str(run), events=str(events), out=tmp_path / "out"))
-    assert told["new events"] == 1 and told["interactions"] == before + 1
+    assert told["new interactions"] == 1 and told["interactions"] == before + 1
 
 
 @pytest.mark.parametrize("model", ["tuned", "popularity", "item-knn", "markov"])

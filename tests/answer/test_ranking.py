@@ -319,12 +319,10 @@ def test_lists_are_completed_and_bad_ones_fail(tools: tuple[bundle.Bundle, HFBac
     first, second, third = rank_requests(found, requests, way=LIST, backend=backend, encoder=encoder, batch=8)
     assert isinstance(first, Ranking) and sorted(first.items) == ["Alien", "Jaws", "Rocky"]
     assert first.scores == (1.0, 0.0, 0.0)
-    assert ranking.notes_of(LIST, requests[0], first) == (
-        "the answer left out 2 candidates: they share the last place",
-    )
+    assert ranking.notes_of(LIST, requests[0], first) == ("the answer omits 2 candidates, which share the last rank",)
     assert isinstance(second, Unparsed) and "none of these" in second.reason
     assert isinstance(third, Ranking) and third.items == ("Alien",) and third.cost.prompt_tokens == 0
-    assert "without asking" in ranking.notes_of(LIST, requests[2], third)[0]
+    assert "without the model" in ranking.notes_of(LIST, requests[2], third)[0]
 
 
 def test_a_score_that_is_no_number_fails(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
@@ -437,7 +435,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(llama_folder: Path, tmp_path
     assert target.read_bytes() == clean
     assert summary["from_earlier_run"] == 6 and summary["lines"] == COUNT
     assert [each["line"] for each in summary["failures"]] == [5, 10]
-    assert "that of line 2" in summary["failures"][1]["error"]
+    assert "first used in line 2" in summary["failures"][1]["error"]
     assert not parts.exists()
 
 
@@ -555,7 +553,7 @@ def test_a_question_that_is_too_long_fails_its_own_line_alone(llama_folder: Path
         plain, long = lines(tmp_path / f"{limit}.jsonl")
         assert len(plain["items"]) == 2 and not plain["error"], limit
         seen.append(bool(long["error"]))
-        assert "fit" in long["error"] if seen[-1] else len(long["items"]) == 2
+        assert "max" in long["error"] if seen[-1] else len(long["items"]) == 2
     assert seen == sorted(seen, reverse=True) and seen[0] and not seen[-1]
 
 
@@ -592,7 +590,7 @@ def test_exit_codes_and_refusals(
     before = sorted(tmp_path.iterdir())
     for arguments, part in (
         ((*base, "--in", tmp_path / "gone.jsonl", "--out", tmp_path / "p.csv"), "does not exist"),
-        ((*base, "--in", good, "--out", good), "one of the files that are read"),
+        ((*base, "--in", good, "--out", good), "is an input file"),
         ((*base, "--in", good, "--out", theirs), "was not written by"),
         ((*base, "--in", good, "--out", tmp_path / "p.txt"), "files that end in"),
         ((*base, "--in", good, "--out", tmp_path), "end in"),

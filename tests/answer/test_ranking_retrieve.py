@@ -101,13 +101,13 @@ def test_without_a_known_item_the_popular_ones_stand_in(data: SplitDataset, retr
         assert noted in " ".join(request.notes)
     known = sorted(data.dataset.items)[0]
     (mixed,) = retriever.fill(asked(data, {"history": [known, {"title": "nor this"}]}))
-    assert mixed.notes == ("retrieval: left aside, unknown to the run's data: 'nor this'",)
+    assert mixed.notes == ("retrieval: ignored, not in the run's data: 'nor this'",)
 
 
 def test_an_id_that_is_a_title_elsewhere_is_no_id(data: SplitDataset, retriever: Retriever) -> None:
     known = sorted(data.dataset.items)[0]
     (request,) = retriever.fill(asked(data, {"history": [{"title": known}]}))
-    assert "unknown to the run's data" in request.notes[0]
+    assert "not in the run's data" in request.notes[0]
 
 
 def test_the_order_tells_nothing(data: SplitDataset, retriever: Retriever) -> None:

@@ -61,10 +61,10 @@ def test_settings_reach_the_strategy_and_are_paid_for(plain: bundle.Bundle, enco
     ("strategy", "settings", "kind", "key", "says"),
     [
         ("label", ("permutation=2",), "unknown-key", "eval.permutation", "did you mean 'permutations'"),
-        ("label", ("eval.depth=2",), "unknown-key", "eval.depth", ("'label'", "it takes eval.permutations")),
-        ("likelihood", ("eval.depth=2",), "unknown-key", "eval.depth", "it takes none"),
+        ("label", ("eval.depth=2",), "unknown-key", "eval.depth", ("'label'", "its settings: eval.permutations")),
+        ("likelihood", ("eval.depth=2",), "unknown-key", "eval.depth", "its settings: none"),
         ("label", ("eval.debias=measured",), "unsupported", "eval.debias", "--set eval.permutations=4"),
-        ("search", ("eval.beams=5",), "unsupported", "eval.beams", "write --beams"),
+        ("search", ("eval.beams=5",), "unsupported", "eval.beams", "use the option --beams"),
         ("label", ("permutations",), "syntax", "--set", "key=value, such as eval.permutations=3"),
         ("label", ("permutations=0",), "bad-value", "eval.permutations", "greater than 0"),
         ("label", ("permutations=[",), "bad-value", "eval.permutations", "integer"),

@@ -149,7 +149,7 @@ def test_ids_fail_where_no_item_is_known(run: Path) -> None:
         )  # fmt: skip
         first, second = recommender.rank([named, titled])
     assert isinstance(first.answer, Unparsed) and first.answer.request_id == "a"
-    assert first.answer.reason.startswith("the request names the item '17', and ")
+    assert first.answer.reason.startswith("the request names the item '17', but ")
     assert kept(second)[0] == ("Heat",)
 
 

@@ -209,7 +209,7 @@ def test_an_ensemble_explains_its_lists_by_the_contributions_of_its_members(
     with monkeypatch.context() as patch:
         patch.setattr(rankers, "TOP", 3)
         last = rec.rank(history=whole["history"], k=100)[-1]
-        assert rec.explain(last.item_id, history=whole["history"]) == "none of the members has it among its best items"
+        assert rec.explain(last.item_id, history=whole["history"]) == "no member ranks it among its best items"
     rank_file(replace(asked, by="popularity", out=tmp_path / "p.jsonl"))
     assert all(not line["rationale"] and "popularity" in line["notes"][-1] for line in lines(tmp_path / "p.jsonl"))
     with raises(RecipeError, Facts("unsupported", column="model")):
@@ -337,7 +337,7 @@ def test_an_item_that_a_recommender_has_not_learned_from_is_told(linear: pipelin
     with llmrec.load(str(linear.folder)) as rec:
         (found,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], Wanted(k=1))
         assert isinstance(found, Answered) and found.unknown_items == ("Tomorrow",)
-        assert "has not learned from it: 'Tomorrow'" in found.notes[0]
+        assert "not in the training data: 'Tomorrow'" in found.notes[0]
         request = rec.read({"user_id": "nobody", "history": None}, 1, whole=True)
         (found,) = rec.lists([request], Wanted(k=1))
         assert isinstance(found, Answered) and found.unknown_user and found.cold and not found.unknown_items
@@ -375,7 +375,7 @@ def test_a_ranker_lists_what_its_members_find_in_the_catalogue(ranked: pipeline.
         assert "content" in rec.explain(lamps[2], history=lamps[:2])
         strange = rec.rank(history=lamps[:2], candidates=[*sorted(kept), {"title": "A thing of tomorrow"}])
         assert strange[-1].title == "A thing of tomorrow"
-        # Nothing is known of the user: the most popular items, as with any model.
+        # No data about the user: the most popular items, as with any model.
         cold = [item.item_id for item in rec.rank(history=[], k=5)]
         assert cold == [item.item_id for item in rec.rank(history=[], k=5, model="popularity")]
         assert {item.item_id for item in rec.rank(history=[], candidates=lamps)} == set(lamps)

@@ -92,7 +92,7 @@ def test_small_questions_take_sets_that_no_prompt_holds(tools: tuple[bundle.Bund
     for name in ("label", *SMALL):
         (answer,) = rank_requests(found, [request], way=way_of(name), backend=narrow, encoder=tight, batch=1)
         if name == "label":
-            assert isinstance(answer, Unparsed) and "more than the 620 that fit" in answer.reason
+            assert isinstance(answer, Unparsed) and "more than the maximum of 620" in answer.reason
         else:
             assert isinstance(answer, Ranking) and len(answer.items) == 40
 

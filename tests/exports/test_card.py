@@ -165,13 +165,13 @@ def test_a_local_base_and_a_local_table_are_no_hub_names() -> None:
 
 def test_it_says_that_a_run_was_not_evaluated() -> None:
     body = parts(render(made()))[1]
-    assert "Not evaluated" in body.partition("## How good it is")[2].partition("## What the export")[0]
+    assert "The run was not evaluated" in body.partition("## Evaluation")[2].partition("## Effect of the export")[0]
 
 
 def test_figures_come_with_baselines_intervals_signatures_and_who_won(results: dict[str, Any]) -> None:
     found = results_of(results)
     text = render(made(results=found, measured_dtype="bfloat16"))
-    section = text.partition("## How good it is")[2].partition("## What the export")[0]
+    section = text.partition("## Evaluation")[2].partition("## Effect of the export")[0]
     for row in found.rows:
         metric = row.metrics[found.headline[row.task]]
         assert f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]" in section
@@ -179,8 +179,8 @@ def test_figures_come_with_baselines_intervals_signatures_and_who_won(results: d
     assert section.count("(baseline)") == sum(row.arm == "baseline" for row in found.rows)
     assert "The best model is a baseline" in section and "The best model is a language model" in section
     assert "One seed only." in section
-    assert "were measured on" not in section
-    assert "were measured on bfloat16 weights; this folder holds float32" in render(
+    assert "evaluation used" not in section
+    assert "evaluation used bfloat16 weights; this folder contains float32" in render(
         made(results=found, measured_dtype="bfloat16", dtype="float32")
     )
 
@@ -189,7 +189,7 @@ def test_it_names_data_its_terms_and_what_is_made() -> None:
     reviews = DataFacts(name="made-reviews", source="made-reviews", users=120, items=40, interactions=1442,
                         parts=(1202, 120, 120), split="leave one out", filters="none", made=True)  # fmt: skip
     body = parts(render(made(data=(*made().data, reviews))))[1]
-    section = body.partition("## Data")[2].partition("## How good")[0]
+    section = body.partition("## Data")[2].partition("## Evaluation")[0]
     assert "98 114 for training, 943 for validation and 943 for test" in section
     assert "GroupLens research licence" in section and "unknown: fill in" in section
     assert section.count("not real reviews") == 1
@@ -204,12 +204,12 @@ def test_it_names_limits() -> None:
 
 
 def test_what_a_quantised_run_lost_is_shown() -> None:
-    section = render(made(agreement=AGREEMENT, method="qlora")).partition("## What the export changed")[2]
-    assert "Training saw a quantised base" in section
+    section = render(made(agreement=AGREEMENT, method="qlora")).partition("## Effect of the export")[2]
+    assert "trained on a quantised base" in section
     assert "| Rating prediction | RMSE | 50 | 1.0500 | 1.0600 | +0.0100 [−0.002, +0.021] |" in section
     assert "−0.0044" in section and "0.46" in section
-    unmeasured = render(made(method="qlora")).partition("## What the export changed")[2]
-    assert "Not measured." in unmeasured and "changes the model a little" in unmeasured
+    unmeasured = render(made(method="qlora")).partition("## Effect of the export")[2]
+    assert "Not measured." in unmeasured and "changes the model slightly" in unmeasured
 
 
 def test_an_adapter_card_loads_the_base_first() -> None:

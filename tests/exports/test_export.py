@@ -148,7 +148,7 @@ def test_results_of_other_weights_are_not_reported(run: Path, tmp_path: Path) ->
     results["training"]["adapter_sha256"] = "0" * 64
     (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
     write(run, tmp_path / "films")
-    assert "Not evaluated" in (tmp_path / "films" / "README.md").read_text(encoding="utf-8")
+    assert "The run was not evaluated" in (tmp_path / "films" / "README.md").read_text(encoding="utf-8")
 
 
 def test_items_are_put_in_unless_they_are_to_stay_out(run: Path, tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_items_are_put_in_unless_they_are_to_stay_out(run: Path, tmp_path: Path)
     assert len(held) == 40 and all(
         item.title and set(item.fields) == {"category", "brand", "price"} for item in held.values()
     )
-    assert "the terms of the data" in (tmp_path / "films" / "README.md").read_text(encoding="utf-8")
+    assert "The terms of the data" in (tmp_path / "films" / "README.md").read_text(encoding="utf-8")
     write(run, tmp_path / "bare", with_items=False)
     assert {file.name for file in (tmp_path / "bare").iterdir()} == MODEL_FILES - {"items.parquet"}
-    assert "The catalogue is not part of this folder" in (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
+    assert "The catalogue is not included" in (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_merged_weights_answer_like_base_and_adapter(
     assert float((live - before).abs().max()) > 0.1, "the adapter does nothing, so this test shows nothing"
     assert done.agreement is not None and done.agreement.logit < 1e-4
     assert all(abs(entry.loss[1] - entry.loss[0]) < 1e-4 for entry in done.agreement.families)
-    assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "The run was not evaluated" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_weights_are_reused_in_their_dtype_and_merged_anew_in_another(
@@ -306,7 +306,7 @@ def test_weights_are_reused_in_their_dtype_and_merged_anew_in_another(
     assert json.loads((tmp_path / "half" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     assert done.agreement is not None and 1e-4 < done.agreement.logit < 1.0
     text = (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
-    assert "measured on float32 weights; this folder holds bfloat16" in text
+    assert "used float32 weights; this folder contains bfloat16" in text
 
 
 def test_a_measurement_that_does_not_fit_into_memory_is_refused(
@@ -435,9 +435,9 @@ def test_data_that_is_gone_is_needed_for_the_check_and_the_items_only(tmp_path: 
     run = trained(llama_folder, tmp_path / "run", f"data={json.dumps(columns)}", "tasks.rating=null")
     table.unlink()
     for options, fix in (
-        ({"check_users": 3}, "give --no-items and --check-users 0;"),
-        ({}, "give --no-items;"),
-        ({"check_users": 3, "with_items": False}, "give --check-users 0;"),
+        ({"check_users": 3}, "use --no-items and --check-users 0;"),
+        ({}, "use --no-items;"),
+        ({"check_users": 3, "with_items": False}, "use --check-users 0;"),
     ):
         with raises(LlmrecError, Facts("missing-file", table, says=fix)):
             write(run, tmp_path / "out", **options)
@@ -451,7 +451,7 @@ def test_a_changed_recipe_is_noted(run: Path, tmp_path: Path) -> None:
     other = load_recipe(run / "recipe.yaml", ["train.learning_rate=0.5"])
     (run / "recipe.yaml").write_text(dump(other), encoding="utf-8")
     done = write(run, tmp_path / "out")
-    assert "not all the same" in done.notes[0]
+    assert "have changed since training" in done.notes[0]
     assert done.notes[0] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert write(run, tmp_path / "two").notes == done.notes
 
@@ -494,7 +494,7 @@ def test_an_existing_folder_is_replaced_by_force_alone(run: Path, tmp_path: Path
     (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for place in (tmp_path / "out", tmp_path / "link", run):
-        with raises(LlmrecError, Facts("exists", place, says=("`llmrec export`", "remove it yourself"))):
+        with raises(LlmrecError, Facts("exists", place, says=("`llmrec export`", "remove it, or"))):
             write(run, place, force=True)
     assert (tmp_path / "out" / "mine.txt").is_file() and (run / "train.json").is_file()
 

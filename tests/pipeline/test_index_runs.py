@@ -234,7 +234,7 @@ def test_new_items_are_ranked_where_the_scheme_can_place_them(
     assert sorted(found["known"]["items"]) == known[2:]
     assert chosen.index is not None
     if chosen.index.scheme == "token":
-        assert "one token an item" in found["new"]["error"] and "one token an item" in found["again"]["error"]
+        assert "one token per item" in found["new"]["error"] and "one token per item" in found["again"]["error"]
     else:
         assert sorted(found["new"]["items"]) == sorted([*known[2:], "new-1"])
         assert sorted(found["again"]["items"]) == known[2:]

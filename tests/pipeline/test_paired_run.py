@@ -81,4 +81,4 @@ def test_what_cannot_serve_it_is_refused_by_name(ran: Run, tmp_path: Path) -> No
     with raises(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
         open_session(recipe, tmp_path / "out", quiet=True)
     done = CliRunner().invoke(app, ["export", str(ran.folder), "--out", str(tmp_path / "exported")])
-    assert done.exit_code != 0 and "holds an encoder-decoder" in str(done.exception)
+    assert done.exit_code != 0 and "contains an encoder-decoder" in str(done.exception)

@@ -234,7 +234,7 @@ def test_models_of_several_runs_answer_as_alone(runs: Path) -> None:
             lists = [together.rank(**question, model=name), together.rank(**question, model=name, strategy="label")]
             found.setdefault(name, lists)
             assert found[name] == lists
-        with raises(LlmrecError, Facts("failed", says="more than the 300 that fit")):
+        with raises(LlmrecError, Facts("failed", says="more than the maximum of 300")):
             together.rank(**question, model="short")
         prompts = {name: together._models.prompt(Question(model=name), REQUEST) for name in together.models}
         signatures = {name: together.signature(name) for name in together.models}
@@ -290,7 +290,7 @@ def test_runs_that_one_service_cannot_answer_with_are_refused(
         (a, [untuned], Facts("duplicate", column="--models", says="rename")),
         (a, [b, str(again)], Facts("duplicate", column="--models", says="'b'")),
         (a, [str(tmp_path / "nowhere")], Facts("unknown-name", column="--models")),
-        (str(llama_folder), [b], Facts("unsupported", column="--models", says="name the run folder")),
+        (str(llama_folder), [b], Facts("unsupported", column="--models", says="give the run folder")),
     ):
         with raises(LlmrecError, facts):
             open_models(RecommenderOptions(model=model, backend="hf"), ["popularity", *names])

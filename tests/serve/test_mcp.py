@@ -98,7 +98,7 @@ def test_a_client_finds_every_tool(served: Served, mode: str) -> None:
     for tool in tools:
         assert tool.input_schema["additionalProperties"] is False
         assert tool.annotations.read_only_hint and not tool.annotations.open_world_hint
-        assert "data that others wrote" in tool.description
+        assert "untrusted data" in tool.description
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -139,11 +139,11 @@ def test_of_a_user_with_many_events_the_last_are_read(faked: Faked) -> None:
 def test_a_user_that_is_not_known_is_named_in_the_notes(faked: Faked) -> None:
     for path, body in (("/v1/rank", {}), ("/v1/rank", {"candidates": ["i1", "i2"]})):
         notes = ask(faked, path, user_id="nobody", **body).json()["notes"]
-        assert "the user 'nobody' is not known" in notes
-        assert not any("is not known" in note for note in ask(faked, path, user_id="old", **body).json()["notes"])
+        assert "unknown user 'nobody'" in notes
+        assert not any("unknown user" in note for note in ask(faked, path, user_id="old", **body).json()["notes"])
         # A history of the request stands in for what would be known.
         notes = ask(faked, path, user_id="nobody", history=["i0"], **body).json()["notes"]
-        assert not any("is not known" in note for note in notes)
+        assert not any("unknown user" in note for note in notes)
 
 
 def test_items_that_are_not_known_are_named_in_the_notes(faked: Faked) -> None:

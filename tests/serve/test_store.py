@@ -545,7 +545,7 @@ def test_a_full_disk_stores_all_of_a_call_or_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(databases, "_connect", small)
     with opened(tmp_path / "s.db") as store:
         assert store.add_events([event("a", "first")]) == 1
-        with raises(LlmrecError, Facts("exhausted", "s.db", says="make room")):
+        with raises(LlmrecError, Facts("exhausted", "s.db", says="free disk space")):
             store.add_events([event("a", f"{n}" * 500) for n in range(100)])
         pages = 1000
         assert items_of(store, "a") == ["first"]

@@ -133,7 +133,7 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     rank_file(
         RankOptions(baseline="fusion", recipe=str(made.folder), requests=asked, out=tmp_path / "later.jsonl", top=3)
     )
-    assert "have changed since it was measured" in caplog.text
+    assert "have changed since its evaluation" in caplog.text
 
 
 @pytest.mark.slow

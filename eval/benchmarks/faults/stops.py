@@ -112,7 +112,7 @@ class _Full:
 
 def _without_mend(errors: list[str]) -> str:
     """Return a fault if an error message does not say what to do; else an empty text."""
-    return "" if "again" in errors[0] or "make room" in errors[0] else f"no mend: {errors[0]}"
+    return "" if any(fix in errors[0] for fix in ("again", "make room", "free disk")) else f"no mend: {errors[0]}"
 
 
 def _peak(bench: Bench, work: Work) -> int:

@@ -1,1 +1,1 @@
-"""`llmrec predict`: questions about one item each, from a file to a file."""
+"""The command `llmrec predict`: predictions about single items, from file to file."""

@@ -12,7 +12,7 @@ from llmrec.recipe.shared import BATCH
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(ModelOptions):
-    """A file of questions, a file of answers, and what answers."""
+    """Input file, output file and model of `llmrec predict`."""
 
     requests: Annotated[
         Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with an item in each row.")

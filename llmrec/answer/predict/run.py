@@ -1,4 +1,4 @@
-"""Answers a file of questions about one item each: ratings, yes or no, explanations, headlines."""
+"""Answers a file of questions about single items: ratings, yes or no, explanations, headlines."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from llmrec.types import Answer, Text, Unparsed
 def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     """Answer a file of questions and return what to print.
 
-    Answers are kept next to the output until that is written, so that a killed call resumes where it was.
+    Answers are cached next to the output until it is complete, so that a killed call can resume.
 
     Raises:
-        LlmrecError: If nothing can be answered, because a file, a model or an option cannot be used.
+        LlmrecError: If a file, a model or an option cannot be used.
     """
     kind_of(options.out)
     check_out(options.out, (options.requests, options.items), option="--out", by="predict")
     source = open_requests(options.requests)
     stored = options.out.with_name(options.out.name + ".answers.sqlite")
-    asked = options.recommender(batch=options.batch)
+    model_options = options.recommender(batch=options.batch)
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
-        LanguageModel.open(decided(asked), store=stored, ranks=False) as recommender,
+        LanguageModel.open(decided(model_options), store=stored, ranks=False) as recommender,
         RankBar(total) as bar,
     ):
         family = _family(recommender, options.family)
@@ -71,12 +71,12 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
 
 
 def _family(recommender: LanguageModel, asked: str) -> str:
-    """Return the family that is asked for, or the only one."""
+    """Return the requested family, or the only one."""
     known = list(about_families(recommender.bundle))
     if asked != "auto":
         return asked
     if len(known) != 1:
-        has = f"has {', '.join(known)}; name one with --family" if known else "has none that asks about one item"
+        has = f"has {', '.join(known)}; choose one with --family" if known else "has no task about one item"
         raise DataError(
             f"--family: {recommender.options.model} {has}",
             kind="ambiguous" if known else "unsupported",
@@ -86,12 +86,12 @@ def _family(recommender: LanguageModel, asked: str) -> str:
 
 
 def _read(raw: Raw, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
-    """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
+    """Read a question; a missing history of a known user comes from the run's data."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
         return Unparsed(request_id=request_id, reason=raw.error)
     if raw.record.get("item") is None:
-        return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
+        return Unparsed(request_id=request_id, reason="'item' is missing; give the item of the question")
     context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
     record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
     try:

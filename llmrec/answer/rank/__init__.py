@@ -1,1 +1,1 @@
-"""The command rank: a file of requests to a file of rankings, resumable."""
+"""The command `llmrec rank`: ranks a file of requests, resumable."""

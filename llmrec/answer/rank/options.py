@@ -23,7 +23,7 @@ class RankOptions(RecommenderOptions):
     ] = None
     recipe: Annotated[
         str | None,
-        About(metavar="PAGE", help="With --baseline: recipe or run folder with the training data and the parameters."),
+        About(metavar="FILE", help="With --baseline: recipe or run folder with the training data and the parameters."),
     ] = None
     requests: Annotated[
         Path | None,
@@ -91,7 +91,7 @@ class RankOptions(RecommenderOptions):
     @property
     def target(self) -> Path:
         """The file of rankings."""
-        return _given(self.out, "--out", "the file that rankings are written to")
+        return _given(self.out, "--out", "the output file of rankings")
 
     @property
     def layout(self) -> Form:
@@ -136,7 +136,7 @@ def check_cluster(options: RankOptions) -> None:
     for name in OF_CLUSTERS:
         if options.ray is None and getattr(options, name) != getattr(plain, name):
             raise RecipeError(
-                f"--{name} says how a cluster works, and --ray names none; add --ray, or drop it",
+                f"--{name} configures a Ray cluster, but --ray is missing; add --ray, or drop --{name}",
                 kind="contradiction",
                 column=f"--{name}",
             )
@@ -145,7 +145,7 @@ def check_cluster(options: RankOptions) -> None:
 def _given(value: Path | None, option: str, what: str) -> Path:
     if value is None:
         raise RecipeError(
-            f"{option} is missing: name {what}, or rank for every user with --all-users --to FILE",
+            f"{option} is missing: give {what}, or rank for every user with --all-users --to FILE",
             kind="missing-key",
             column=option,
         )

@@ -27,32 +27,30 @@ def check_out(
 
     Args:
         out: The file to write.
-        reads: Files that are read.
-        option: What names the output.
+        reads: The input files.
+        option: The option of the output, for messages.
         by: The command.
-        parts: Where parts of a killed call wait.
-        restart: Write over an output that was changed since.
+        parts: The folder of parts of a killed call.
+        restart: Overwrite an output that was changed.
     """
     if out.is_dir():
-        raise DataError(f"{option} {out} is a folder; name a file", kind="unreadable", at=out, column=option)
+        raise DataError(f"{option} {out} is a folder; give a file", kind="unreadable", at=out, column=option)
     for given in reads:
         if given is not None and given.exists() and given.resolve() == out.resolve():
-            raise DataError(
-                f"{option} {out} is one of the files that are read; name another", kind="exists", at=out, column=option
-            )
+            raise DataError(f"{option} {out} is an input file; choose another", kind="exists", at=out, column=option)
     waits = parts is not None and parts.exists()
     if waits or not out.exists():
         return
     if not summary_beside(out).exists():
         raise DataError(
-            f"{option} {out} exists and was not written by `llmrec {by}`; remove it, or name another file",
+            f"{option} {out} exists and was not written by `llmrec {by}`; remove it, or choose another file",
             kind="exists",
             at=out,
             column=option,
         )
     if not restart and _recorded(out) != sha256_of(out):
         raise DataError(
-            f"{option} {out} was changed since `llmrec {by}` wrote it; remove it, or name another file",
+            f"{option} {out} was changed since `llmrec {by}` wrote it; remove it, or choose another file",
             kind="exists",
             at=out,
             column=option,
@@ -60,7 +58,7 @@ def check_out(
 
 
 def outdate(out: Path) -> None:
-    """Mark an output as outdated, so that merging writes it again: its summary no longer names inputs."""
+    """Mark an output as outdated by removing the inputs from its summary, so that merging writes it again."""
     if summary_beside(out).is_file():
         write_checked(summary_beside(out), {"key": "", "sha256": _recorded(out)})
 

@@ -1,4 +1,4 @@
-"""Models that rank a file of requests: a language model, or a classic recommender on the data of a recipe."""
+"""Models that rank a file of requests: a language model, or a baseline on the data of a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmrec.pipeline.resume import Budget
 from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed
 
-# Options that also apply to classic recommenders; the others configure a language model.
+# Options that also apply to baselines; the others configure a language model.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
 # Options for ranking with a folder's language model, and for opening it.
 _ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse")
@@ -42,7 +42,7 @@ def resolved(options: RankOptions) -> RankOptions:
     if options.baseline is not None:
         if options.by is not None:
             raise RecipeError(
-                "--by names a model of the folder of --model, and --baseline ranks without one; drop one of them",
+                "--by selects a model of the --model folder, and --baseline uses no folder; drop one of them",
                 kind="contradiction",
                 column="--by",
             )
@@ -50,16 +50,16 @@ def resolved(options: RankOptions) -> RankOptions:
     _check_named(options)
     bundle = bundles.read(options.model)
     own = own_name(bundle)
-    asked = _changed(options, _ASKED)
-    by = options.by or (own if own and (asked or options.rationale) else offered(bundle)[0])
+    changed = _changed(options, _ASKED)
+    by = options.by or (own if own and (changed or options.rationale) else offered(bundle)[0])
     if not bundle.weights:
-        asked += _changed(options, _OPENED)
-    if by != own and asked:
-        lacks = f"--by {by!r} names another model" if own else f"{options.model} has none: {by} ranks"
+        changed += _changed(options, _OPENED)
+    if by != own and changed:
+        ranks = f"--by selects {by!r}" if own else f"{options.model} has none and ranks with {by}"
         raise RecipeError(
-            f"{asked[0]} says how a language model is opened or asked, and {lacks}; drop {asked[0]}",
+            f"{changed[0]} configures a language model, but {ranks}; drop {changed[0]}",
             kind="contradiction",
-            column=asked[0],
+            column=changed[0],
         )
     return replace(options, by=by)
 
@@ -68,9 +68,9 @@ def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> 
     """Open the model that ranks.
 
     Args:
-        options: They name a model or a baseline.
-        store: A database of answers of a language model; None: none are kept.
-        budget: Where seconds are booked.
+        options: Options with a model or a baseline.
+        store: The answer cache of a language model; None: no cache.
+        budget: The recorder of seconds per stage.
 
     Raises:
         LlmrecError: If an option, a file or the model cannot be used.
@@ -82,7 +82,7 @@ def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> 
 
 
 def open_loaded(options: RankOptions) -> Loaded:
-    """Open the model for use from Python: a classic recommender on the data of a recipe, or a model of a folder.
+    """Open the model for use from Python: a baseline on the data of a recipe, or a model of a folder.
 
     Raises:
         LlmrecError: If it cannot be opened.
@@ -94,8 +94,8 @@ def open_loaded(options: RankOptions) -> Loaded:
         return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
     _check_named(options)
     given = RecommenderOptions(**{option.name: getattr(options, option.name) for option in fields(RecommenderOptions)})
-    asked = decided(given)
-    return Loaded(asked, open_models(asked, [options.by or offered(bundles.read(options.model))[0]]))
+    model_options = decided(given)
+    return Loaded(model_options, open_models(model_options, [options.by or offered(bundles.read(options.model))[0]]))
 
 
 def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
@@ -106,65 +106,64 @@ def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
 
 
 def _check_named(options: RankOptions) -> None:
-    """Reject options that name no model, or a recipe in addition to one."""
+    """Reject options without a model, or with a recipe in addition to a model."""
     if options.recipe is not None:
-        way = "and --model names the run itself; drop one of them" if options.model else "so name that too"
+        fix = "drop --recipe or --model" if options.model else "add --baseline"
         raise RecipeError(
-            f"--recipe belongs to --baseline NAME, {way}",
+            f"--recipe requires --baseline NAME; {fix}",
             kind="contradiction",
             column="--recipe",
         )
     if not options.model:
         raise RecipeError(
-            "nothing says what ranks: name a model with --model, or a classic recommender with --baseline and --recipe",
+            "no model is given; use --model, or --baseline with --recipe",
             kind="missing-key",
             column="--model",
         )
 
 
 def _open_classic(options: RankOptions) -> Models:
-    """Fit the classic recommender that options name to the data of their recipe."""
+    """Fit the baseline of the options to the data of their recipe."""
     plain = RecommenderOptions(model="")
     for name in (field.name for field in fields(RecommenderOptions)):
         if name not in _SHARED and getattr(options, name) != getattr(plain, name):
             option = f"--{name.replace('_', '-')}"
-            more = "; --top says how many items are listed" if option == "--k" else ""
+            more = "; --top sets the number of items" if option == "--k" else ""
             raise RecipeError(
-                f"{option} says how a language model is opened or asked, and --baseline ranks without one; drop one "
-                f"of them{more}",
+                f"{option} configures a language model, and --baseline uses none; drop one of them{more}",
                 kind="contradiction",
                 column=option,
             )
     if options.recipe is None:
         raise RecipeError(
-            "--baseline learns from the data of a recipe; name the recipe, or a run folder, with --recipe",
+            "--baseline needs training data; give a recipe or a run folder with --recipe",
             kind="missing-key",
             column="--recipe",
         )
-    page = Path(options.recipe)
+    source = Path(options.recipe)
     if options.baseline in FUSIONS.values():
-        if not page.is_dir():
+        if not source.is_dir():
             raise RecipeError(
-                f"--baseline {options.baseline!r} is weighed by a run; name its folder with --recipe",
+                f"--baseline {options.baseline!r} needs the ensemble weights of a run; give its folder with --recipe",
                 kind="unsupported",
                 column="--recipe",
             )
-        return open_models(RecommenderOptions(model=str(page), items=options.items), [str(options.baseline)])
-    read = load_stored if page.is_dir() else load_recipe
-    recipe = read(page, options.settings)
+        return open_models(RecommenderOptions(model=str(source), items=options.items), [str(options.baseline)])
+    read = load_stored if source.is_dir() else load_recipe
+    recipe = read(source, options.settings)
     return open_classics(recipe, [str(options.baseline)], options.items)
 
 
 class _NamedRanker:
-    """A named model: it ranks candidates, or the whole catalogue if a request has none.
+    """A named model, which ranks candidates, or the whole catalogue if a request has none.
 
     A request without a history gets the stored history of its user, or the most popular items if the user is
     unknown, as in a service.
 
     Args:
         options: The options of the command.
-        loaded: The model, as Python and a service ask it.
-        budget: Where seconds are booked.
+        loaded: The open model.
+        budget: The recorder of seconds per stage.
     """
 
     def __init__(self, options: RankOptions, loaded: Loaded, budget: Budget) -> None:
@@ -201,7 +200,7 @@ class _NamedRanker:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
-        # Data have a text for every item.
+        # The data have a title for every item.
         return ""
 
     def rank(

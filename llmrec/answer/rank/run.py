@@ -1,4 +1,4 @@
-"""Ranks a file of requests in parts, which survive a kill; the same command resumes."""
+"""Ranks a file of requests in parts, so that a killed command can resume."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Row:
             digest = blake2b(request_id.encode(), digest_size=16).digest()
             first = earlier.setdefault(digest, raw.line)
             if first != raw.line and not error:
-                error = f"the id {request_id!r} is that of line {first}; give each request its own"
+                error = f"duplicate id {request_id!r}, first used in line {first}; give each request a unique id"
         return cls(raw, number, request_id, user_id, error)
 
     def asked(self, recommender: Ranker) -> RankRequest | Unparsed:
-        """Return the row's request, or the reason why there is none."""
+        """Return the row's request, or why it is invalid."""
         if self.error or self.raw.record is None:
             return Unparsed(request_id=self.request_id or "", reason=self.error)
         return recommender.read(self.raw.record, self.number)
@@ -108,7 +108,7 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
     If the output is the standard output, only rankings are written there, and no parts are kept for a later call.
 
     Raises:
-        LlmrecError: If nothing can be ranked, because a file, a model or an option cannot be used.
+        LlmrecError: If a file, a model or an option cannot be used.
     """
     options = resolved(options)
     if options.target != STDOUT:
@@ -148,8 +148,8 @@ def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Bud
     Args:
         options: The options of the command.
         source: The requests.
-        folder: Where parts and answers are kept.
-        budget: Where seconds are booked.
+        folder: The folder of parts and cached answers.
+        budget: The recorder of seconds per stage.
 
     Raises:
         LlmrecError: If nothing can be ranked.
@@ -218,7 +218,7 @@ _OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl|shard\.json)((\.llmrec)?
 
 
 def own(name: str) -> bool:
-    """Return whether ranking writes a file of this name into a folder of parts."""
+    """Return whether a file name in a folder of parts is one of ranking."""
     return _OWN.fullmatch(name) is not None
 
 
@@ -234,7 +234,7 @@ def remove(folder: Path) -> None:
     empty(folder)
     others = [path.name for path in folder.iterdir() if path.name != LOCK]
     if others:
-        log.warning("%s is kept, since it holds files that llmrec did not write: %s", folder, ", ".join(others[:3]))
+        log.warning("%s is kept because it contains files that llmrec did not write: %s", folder, ", ".join(others[:3]))
         return
     (folder / LOCK).unlink()
     folder.rmdir()
@@ -254,11 +254,11 @@ def rank_parts(
     Args:
         options: The options of the command.
         source: The requests.
-        recommender: What ranks them.
-        folder: Where parts are kept.
-        key: Hash of every input; parts that others gave are dropped.
-        tally: Where records are counted.
-        shard: Rank the parts of one shard alone; ids of the rows before it are read, to find duplicates.
+        recommender: The model.
+        folder: The folder of parts.
+        key: Hash of every input; parts with another key are removed.
+        tally: The counter of records.
+        shard: Rank only the parts of this shard; the ids of earlier rows are read to detect duplicates.
     """
     _claim(folder, key)
     budget, earlier = recommender.budget, dict[bytes, int]()
@@ -280,8 +280,8 @@ def rank_parts(
             else:
                 before = budget.stages.get("ranking", 0.0)
                 with budget.stage("ranking"):
-                    asked = [row.asked(recommender) for row in lines]
-                    answers = recommender.rank(asked, advance=bar.advance, part=number)
+                    requests = [row.asked(recommender) for row in lines]
+                    answers = recommender.rank(requests, advance=bar.advance, part=number)
                     records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
                 tally.add(records, seconds=budget.stages["ranking"] - before)
@@ -310,13 +310,13 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
 
 
 def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
-    """Reject a second list of a user if rows of the output name only the user."""
+    """Reject a second list of a user if the output identifies lists by user."""
     for record in records:
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
-                f"{source}, line {record.line} asks for a second list of {listed(record)[:60]!r}, after line "
-                f"{first}, and --form long and trec tell lists apart by the user; leave user_id out, so that the id of "
-                "the request stands for it, or write --form records",
+                f"{source}, line {record.line} requests a second list of {listed(record)[:60]!r}, after line {first}, "
+                "but --form long and trec identify lists by user; omit user_id, so that the id of the request is "
+                "used, or use --form records",
                 kind="duplicate",
                 at=Place(str(source), line=record.line),
                 column="user_id",
@@ -329,7 +329,7 @@ def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
         records = read_part(path)
         if records is None:
             raise LlmrecError(
-                f"{path} was changed while it waited; run the same command again", kind="damaged", at=path
+                f"{path} was changed after it was written; run the same command again", kind="damaged", at=path
             )
         yield from records
 
@@ -367,7 +367,7 @@ class Tally:
         """Count the records of a part.
 
         Args:
-            records: One per line.
+            records: One record per line of the file.
             seconds: The time that ranking took; None if an earlier invocation ranked them.
         """
         for record in records:
@@ -455,7 +455,7 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["speed"] = f"{summary['requests_per_second']:,.2f} requests/s{tokens}"
     if summary["seconds_per_request"] is not None:
         item = summary["seconds_per_request"]
-        rows["seconds a request"] = (
+        rows["seconds per request"] = (
             f"{item['mean']:.3f}, from {item['fastest_part']:.3f} in the fastest part to {item['slowest_part']:.3f}"
         )
     if "signature" not in summary:
@@ -466,11 +466,11 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         result = summary["retriever"]
         rows["retrieved"] = f"{result['k']} by {result['retriever']}, for {summary['with_retrieved']:,} lines"
     if "baseline" in summary:
-        rows["asked"] = f"{summary['baseline']}, fitted to {summary['data']}"
+        rows["ranked by"] = f"{summary['baseline']}, fitted to {summary['data']}"
     elif "by" in summary:
-        rows["asked"] = f"{summary['by']} of {summary['model']}"
+        rows["ranked by"] = f"{summary['by']} of {summary['model']}"
     else:
-        rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
+        rows["ranked by"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
     rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
     if summary["from_earlier_run"]:
         rows["from an earlier run"] = f"{summary['from_earlier_run']:,} lines"
@@ -479,13 +479,13 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cost(spent: Mapping[str, Any]) -> str:
-    """Return a cost in words: its sums, and its tokens and forward passes per ranked line."""
+    """Return a cost as text: its totals, and tokens and forward passes per ranked line."""
     prompts, answers, item = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
     text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
     if item is None:
         return text
     tokens = item["prompt_tokens"] + item["completion_tokens"]
-    return f"{text}; {tokens:,.0f} tokens and {item['forwards']:,.1f} forward passes a ranked line"
+    return f"{text}; {tokens:,.0f} tokens and {item['forwards']:,.1f} forward passes per ranked line"
 
 
 @dataclass(frozen=True)
@@ -496,7 +496,7 @@ class Asked:
         requests: The file of requests.
         out: The file of rankings.
         form: The format of that file.
-        blank_lines: Lines between the requests.
+        blank_lines: Number of blank lines.
         model: The model and its settings; see `LanguageModel.described`.
         key: Hash of every input.
     """
@@ -519,8 +519,8 @@ def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict
 
     Args:
         asked: The inputs.
-        tally: What became of it.
-        seconds: Spent, by stage.
+        tally: The counts and costs.
+        seconds: The seconds per stage.
     """
     ranking = seconds.get("ranking", 0.0)
     model = dict(asked.model)
@@ -553,13 +553,13 @@ def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict
 
 
 def _costs(tally: Tally, cost: Cost) -> dict[str, Any]:
-    """Return the sums of a cost and its means per ranked line; no means without ranked lines."""
+    """Return the totals of a cost, and its means per ranked line if there are any."""
     sums, ranked = asdict(cost), tally.lines - tally.failed
     return {**sums, "per_request": {name: round(sum_ / ranked, 2) for name, sum_ in sums.items()} if ranked else None}
 
 
 def _seconds(tally: Tally) -> dict[str, float] | None:
-    """Return seconds per request in this invocation's parts: over all parts, and of the fastest and slowest."""
+    """Return seconds per request of this invocation: the mean, and the fastest and slowest part."""
     if not tally.parts:
         return None
     item = [part.seconds / part.lines for part in tally.parts]

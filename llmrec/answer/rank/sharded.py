@@ -52,9 +52,9 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
 
     Args:
         options: As for the whole file; ``out`` is the file that `merge_rank` writes.
-        shard: Which piece.
-        ranker: What ranks, from `llmrec.answer.rank.ranker.open_ranker` of the same options, for callers that rank
-            several shards with one model; it stays open. By default it is opened and closed here.
+        shard: The shard.
+        ranker: A model from `llmrec.answer.rank.ranker.open_ranker` with the same options, for callers that rank
+            several shards; it stays open. By default a model is opened and closed here.
 
     Returns:
         The shard's folder.
@@ -64,7 +64,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     """
     options = resolved(options)
     if options.target == STDOUT:
-        raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
+        raise RecipeError("--out -: shards are merged into a file; give one", kind="unsupported", column="--out")
     form_of(options.target, options.form)
     reads = (options.source, options.items)
     check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
@@ -124,16 +124,16 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
         folders: The shards' folders; by default those next to the file.
 
     Raises:
-        LlmrecError: If shards are missing, damaged, doubled or of other inputs, or the file cannot be written.
+        LlmrecError: If shards are missing, damaged, duplicated or from other inputs, or the file cannot be written.
     """
     result = gathered(target, folders)
     first = result[0].told
-    asked = Asked(first["requests"], target, first["form"], first["blank_lines"], first["told"], result[0].key)
-    form_of(target, asked.form)
+    inputs = Asked(first["requests"], target, first["form"], first["blank_lines"], first["told"], result[0].key)
+    form_of(target, inputs.form)
     parts = target.with_name(target.name + ".parts")
-    check_out(target, (Path(asked.requests),), option="the file to merge into", by="rank", parts=parts)
+    check_out(target, (Path(inputs.requests),), option="the file to merge into", by="rank", parts=parts)
     with locked(parts, own):
-        done = finished(target, asked.form, asked.key)
+        done = finished(target, inputs.form, inputs.key)
         if done is not None:
             log.warning("%s is already complete", target)
         summary = done or _merged(result, asked)
@@ -167,7 +167,7 @@ def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
 
 
 def _summary(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
-    """Return the facts of a shard that the summary of all shards needs in addition to its records."""
+    """Return the values of a shard for the summary of all shards, in addition to its records."""
     return {
         "requests": asked.requests,
         "form": asked.form,

@@ -33,7 +33,7 @@ TABLE = "recommendations"
 """The table in a database; it is replaced in one transaction."""
 
 _PART = 256
-# Options that no list depends on.
+# Options that do not affect the lists.
 _NEUTRAL = frozenset({"gpu_memory", "enforce_eager"})
 _DATABASES = (".db", ".sqlite", ".sqlite3")
 _COLUMNS = ("user_id", "rank", "item_id", "title", "score", "error")
@@ -50,7 +50,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         LlmrecError: If the model has no users, or the target cannot be written.
     """
     if options.to is None:
-        raise DataError("--all-users takes --to: a file or a database", kind="missing-key", column="--to")
+        raise DataError("--all-users requires --to with a file or a database", kind="missing-key", column="--to")
     _refuse_others(options)
     kind, to = _target(options.to)
     if kind == "sqlite":
@@ -63,13 +63,13 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         rec = opened.enter_context(open_loaded(options))
         if not rec.users:
             raise DataError(
-                f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
+                f"--all-users: {options.model} has no users; give a run folder, whose data contains users",
                 kind="empty",
                 column="--all-users",
             )
         opened.enter_context(locked(_parts(to), _own))
         users, signature = rec.users[: options.limit], rec.signature()
-        # After an engine that did not fit, a smaller one continues.
+        # If an engine does not fit into memory, a smaller one continues.
         changing = [field.name for field in fields(RecommenderOptions) if field.name not in _NEUTRAL]
         asks = {name: repr(getattr(options, name)) for name in changing}
         key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
@@ -85,7 +85,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         for path in paths:
             path.unlink()
     _parts(to).joinpath(LOCK).unlink(missing_ok=True)
-    # Other files are kept, and then the folder too.
+    # The folder is kept if it contains other files.
     with suppress(OSError):
         _parts(to).rmdir()
     return {
@@ -105,7 +105,7 @@ def _refuse_others(options: RankOptions) -> None:
         if getattr(options, name) != getattr(plain, name):
             option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")
             raise DataError(
-                f"{option} says nothing about --all-users, which ranks the catalogue with --by; drop one of them",
+                f"{option} has no effect with --all-users, which ranks the catalogue with --by; drop one of them",
                 kind="contradiction",
                 column=option,
             )
@@ -140,7 +140,7 @@ def _target(to: str) -> tuple[str, str]:
     if "://" not in to and suffix in (".parquet", ".csv", ".jsonl"):
         return suffix, to
     raise DataError(
-        f"--to {_shown(to)}: lists go to .parquet, .csv, .jsonl, {', '.join(_DATABASES)}, sqlite:///FILE or "
+        f"--to {_shown(to)}: supported targets are .parquet, .csv, .jsonl, {', '.join(_DATABASES)}, sqlite:///FILE or "
         "postgresql://...",
         kind="wrong-format",
         column="--to",
@@ -199,7 +199,7 @@ def _check_table(path: Path, database: sqlite3.Connection) -> None:
     columns = tuple(row[1] for row in database.execute(f"PRAGMA table_info({TABLE})"))
     if owner or columns not in ((), _COLUMNS):
         what = "belongs to another program" if owner else f"has another table {TABLE!r}"
-        raise DataError(f"--to {path} {what}; name another file", kind="exists", at=path, column="--to")
+        raise DataError(f"--to {path} {what}; choose another file", kind="exists", at=path, column="--to")
 
 
 def _write_postgres(url: str, table: pa.Table) -> None:
@@ -210,7 +210,7 @@ def _write_postgres(url: str, table: pa.Table) -> None:
             columns = tuple(row[0] for row in cursor.fetchall())
             if columns not in ((), _COLUMNS):
                 raise DataError(
-                    f"--to {_shown(url)} has another table {TABLE!r}; name another database or schema",
+                    f"--to {_shown(url)} has another table {TABLE!r}; choose another database or schema",
                     kind="exists",
                     column="--to",
                 )

@@ -1,6 +1,6 @@
-// The page of a conversation: says lines to POST /v1/chat and shows answers, lists and the profile.
+// The page of a conversation: sends messages to POST /v1/chat and shows answers, lists and the profile.
 //
-// The state of a conversation is kept here alone, and goes to the service with each line. All that comes from the service is set as text, never as HTML.
+// The state of a conversation is stored only here, and sent to the service with each message. Texts of the service are set as text, never as HTML.
 
 const KEY = "llmrec-key"; // as on the other page: in this tab only
 const $ = (id) => document.getElementById(id);
@@ -11,7 +11,7 @@ let key = "";
 try {
   key = sessionStorage.getItem(KEY) ?? "";
 } catch {
-  // Storage is switched off: the key is asked for anew.
+  // Storage is disabled: the user enters the key again.
 }
 
 /** An element with text. @param {string} tag @param {string} text @param {string} [name] */
@@ -72,7 +72,7 @@ function listOf(items) {
       what.append(fields);
     }
     const verbs = el("div", "", "verbs");
-    // Places, not titles: a title is data, and would be read as words of a wish.
+    // Positions, not titles: a title would be parsed as a wish.
     for (const [label, line] of [["Why?", `why number ${at + 1}?`], ["More like it", `something like number ${at + 1}`]]) {
       const verb = el("button", label);
       verb.type = "button";
@@ -149,7 +149,7 @@ async function say(text) {
     if ($("text").value.trim() === text) $("text").value = "";
     $("state").textContent = `${Math.round(found.milliseconds)} ms`;
   } catch (error) {
-    // Nothing was answered: the line waits to be said again.
+    // Without an answer the message stays in the field.
     turn.remove();
     $("state").textContent = "";
     if (at !== begun) return;
@@ -169,7 +169,7 @@ $("say").addEventListener("submit", (event) => {
 });
 
 $("clear").addEventListener("click", () => {
-  // The whole state: what was said and shown is of the user too. An answer that is under way belongs to it.
+  // The whole state, since messages and lists are user data too, including a pending answer.
   state = null;
   begun += 1;
   $("lines").replaceChildren();
@@ -184,7 +184,7 @@ $("key").addEventListener("submit", (event) => {
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // It is kept until the page is left.
+    // It is kept until the page is closed.
   }
   $("key").hidden = true;
   $("text").focus();

@@ -19,8 +19,8 @@
 const SIDES = [0, 1];
 const MOST_EVENTS = 1000; // as the service takes, like the bounds in isId and isWhole
 const MOST_FOUND = 20;
-const MOST_NAMED = 50; // titles that are asked for one by one, when a link brings ids
-const MOST_WAIT = 60; // seconds; what has to wait for longer is left to a person
+const MOST_NAMED = 50; // titles that are requested one by one for the ids of a link
+const MOST_WAIT = 60; // seconds; longer waits need a manual retry
 const KEY = "llmrec-key";
 const COUNT = new Intl.NumberFormat("en");
 const SHORT = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
@@ -205,10 +205,10 @@ function showError(place, error, again) {
 
 const fresh = () => ({
   user: "",
-  edited: false, // whether the history is no longer the known user's own
+  edited: false, // whether the known user's history was edited
   history: /** @type {Past[]} */ ([]),
   k: 10,
-  seen: true, // whether what was seen is left out
+  seen: true, // whether seen items are excluded
   why: false,
   models: ["", ""],
   only: /** @type {string[]} */ ([]), // "field=value", like without
@@ -386,7 +386,7 @@ async function loadUser(id) {
     const past = user.history.map(({ item_id, rating }) => ({ id: item_id, rating: rating ?? null }));
     Object.assign(state, { user: id, edited: false, history: past.slice(-MOST_EVENTS) });
     tell("");
-    say(`User ${id}: ${state.history.length} events`);
+    say(`User ${id}: ${state.history.length} items`);
   } catch (error) {
     if (!signal.aborted) showError($("known-note"), error, () => loadUser(id));
   }
@@ -593,7 +593,7 @@ function startControls() {
 /** @type {(RankAnswer | null)[]} */
 const answers = [null, null];
 const running = SIDES.map(() => new AbortController());
-const asking = SIDES.map(() => new AbortController()); // questions about the item that is open
+const asking = SIDES.map(() => new AbortController()); // questions about the open item
 /** Rows by id. @type {Map<string, HTMLElement>[]} */
 const rows = [new Map(), new Map()];
 let soon = 0;
@@ -743,8 +743,8 @@ const QUESTIONS = [
     show: ({ probability }) => [el("strong", {}, `${SHORT.format(100 * probability)}%`), " likely to like it"],
   },
   { verb: "explain", family: "explanation", title: "Explain", show: ({ text }) => [bdi(text, "prose")] },
-  { verb: "similar", by: "interactions", title: "Similar: chosen together", show: showSimilar },
-  { verb: "similar", by: "text", title: "Similar: described alike", show: showSimilar },
+  { verb: "similar", by: "interactions", title: "Similar by interactions", show: showSimilar },
+  { verb: "similar", by: "text", title: "Similar by text", show: showSimilar },
 ];
 
 /** @param {{items: Ranked[]}} answer */
@@ -834,7 +834,7 @@ async function start() {
     for (;;) {
       const answer = await fetch("ready", { signal }).catch(() => null);
       const told = await answer?.json().catch(() => null);
-      // Where this cannot be asked, the request for the models says why.
+      // If this fails, the request for the models reports why.
       if (!answer || (answer.status !== 503 && told?.ready !== false)) break;
       notice("The service is loading its models. Retrying every few seconds.");
       await pause(Math.min(retryAfter(answer) ?? 3, 10), signal);
@@ -844,7 +844,7 @@ async function start() {
     for (const card of models) if (card.answers.includes("rank")) cards.set(card.name, card);
   } catch (error) {
     if (signal.aborted) return;
-    const forKey = error instanceof Refused && error.status === 401; // asked for in its own place
+    const forKey = error instanceof Refused && error.status === 401; // has a separate form
     notice(forKey ? "" : "…");
     return forKey || showError($("notice"), error, start);
   } finally {
