@@ -50,7 +50,7 @@ def tuned(
         asked["in other words"] = _drawn([other for other in others if other.allowed], page.seed)
     names = sorted({moment.conversation for moment in moments})
     left_out = len(moments) - len(allowed)
-    say(f"{len(trained)} rows of {len(names)} conversations; {left_out} invalid calls are left out")
+    say(f"{len(trained)} examples from {len(names)} conversations; {left_out} invalid calls are excluded")
     result: dict[str, dict[str, Agreement]] = {"usual": _asked(UsualManager.of(trained), asked)}
     with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as made:
         result["untrained"] = _asked(made(options.seed), asked)

@@ -144,8 +144,8 @@ def _simulated(conversation: Conversation, turns: list[transcripts.Turn], option
     say(f"{begun} conversations, {len(turns) - begun} turns")
     if options.learn is not None:
         encoder = options.encoder or ENCODER
-        asked, items = of_transcript(turns, list(facts.items), encoder), text_embedder(encoder)(facts.texts)
-        learn(encoder, asked, items, options.seed).save(options.learn)
+        examples, items = of_transcript(turns, list(facts.items), encoder), text_embedder(encoder)(facts.texts)
+        learn(encoder, examples, items, options.seed).save(options.learn)
         say(f"dual encoder written: llmrec chat {options.model} --encoder {options.learn}")
 
 

@@ -211,7 +211,7 @@ def test_a_file_is_ranked_by_the_stored_history_of_a_known_user(rec: Loaded, run
     known, own, strange, none = lines(tmp_path / "out.jsonl")
     events = len(rec.known.histories.of_user("u01"))
     assert known["notes"] == [f"history: {events} interactions of this user in the data"]
-    assert strange["notes"] == ["the user 'nobody' is not known", "no history"]
+    assert strange["notes"] == ["unknown user 'nobody'", "no history"]
     assert own["notes"] == [] and none["notes"] == ["no history"]
 
     def pairs(line: dict[str, Any]) -> list[tuple[str, float]]:

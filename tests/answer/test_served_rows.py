@@ -321,7 +321,7 @@ def test_what_is_unknown_is_told_in_files_frames_and_lists(
     with llmrec.load(str(linear.folder)) as rec:
         frame = rec.recommend(asked, k=2)
         assert [row["notes"] for row in frame[::2]] == ["; ".join(each) for each in notes]
-        assert "'nobody' is not known" in notes[0][0] and "the most popular items" in notes[0][-1]
+        assert "unknown user 'nobody'" in notes[0][0] and "the most popular items" in notes[0][-1]
         assert "'no such'" in notes[1][0] and "of this user in the data" in notes[2][0] and len(notes[2]) == 1
         assert not caplog.records
         for _ in range(2):

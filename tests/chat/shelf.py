@@ -56,7 +56,7 @@ class MadeLists:
         allowed = self.rules.joined(rules).allowed(self._items)
         pool = [name for name in candidates or self._items if name in allowed]
         if not pool:
-            raise DataError("the rules leave no item", kind="empty")
+            raise DataError("the rules exclude every item", kind="empty")
         liked_genres = {genre for name in liked for genre in self._genres(name)}
         order = sorted(pool, key=lambda name: (-len(liked_genres & self._genres(name)), name))
         return [name for name, _ in self.rules.arrange([(name, 0.0) for name in order], self._items, k)]

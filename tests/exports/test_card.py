@@ -193,7 +193,7 @@ def test_it_names_data_its_terms_and_what_is_made() -> None:
     assert "98 114 for training, 943 for validation and 943 for test" in section
     assert "GroupLens research licence" in section and "unknown: fill in" in section
     assert section.count("not real reviews") == 1
-    assert "not part of this folder" in section
+    assert "is not included" in section
     assert "items.parquet" in parts(render(made(with_items=True)))[1]
 
 

@@ -136,7 +136,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
         done = finished(target, inputs.form, inputs.key)
         if done is not None:
             log.warning("%s is already complete", target)
-        summary = done or _merged(result, asked)
+        summary = done or _merged(result, inputs)
         remove(parts)
     return summary
 

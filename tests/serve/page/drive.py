@@ -225,7 +225,7 @@ def _search(drive: Drive, page: Any) -> None:
     page.keyboard.press("Enter")
     assert len(_events(page)) == len(before) + 1 and page.evaluate("document.activeElement.id") == "search"
     page.fill("#search", "no title holds this, surely")
-    page.wait_for_selector("#found-note:has-text('No title')")
+    page.wait_for_selector("#found-note:has-text('No matching')")
     page.keyboard.press("Escape")
     _settle(page)
 
