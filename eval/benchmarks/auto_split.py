@@ -16,7 +16,7 @@ from llmrec.recipe.load import load_stored
 
 
 def main(run: Path, folder: Path) -> None:
-    """Write the parts of the run's data."""
+    """Write the split of the run's data."""
     data = load_tables(load_stored(run))[0]
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):

@@ -74,7 +74,7 @@ _PATTERNS = tuple(
         (r"\d[\d,\xa0\u2009\u202f ]*(?=tok/s|tokens (?:a|per) second)", "RATE "),
         (r"\bload:? \d+(?:\.\d+)?", "load"),
         (r"(?im)^( *(?:seconds|speed)) .*", r"\1 TIME"),
-        # How often a starting service was asked whether it is ready.
+        # The number of readiness probes of a starting service.
         (r"(?m)^GET /ready 503 .*\n", ""),
         # The slowest stages come first.
         (r"\btime: TIME \(.*\)", "time: TIME"),
@@ -245,7 +245,7 @@ class Recorder:
 
         def work() -> None:
             files = sorted(path for path in top.rglob("*") if path.is_file())
-            # Without hashes, whose order says nothing.
+            # Without hashes, whose order is irrelevant.
             sys.stdout.write("\n".join(sorted(normal(path.relative_to(top).as_posix()) for path in files)) + "\n")
             for path in files:
                 name = path.relative_to(top)

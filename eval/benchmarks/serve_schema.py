@@ -1,16 +1,14 @@
 """Tests a service with valid and invalid requests from its OpenAPI document: ``make bench NAME=schema``.
 
-schemathesis (an executable of its own environment, ``SCHEMATHESIS=/path/to/schemathesis``) makes cases of every
-endpoint: examples, bounds, fuzzed bodies that fit the schema and bodies that do not, methods, keys left out, calls that
-follow from each other. Its checks say whether there is an error of the server, a status, type or body that is not
-documented, a bad body that is let in, a key that is not asked for.
+schemathesis (in a separate environment, ``SCHEMATHESIS=/path/to/schemathesis``) generates cases for every endpoint:
+examples, bounds, valid and invalid fuzzed bodies, methods, missing keys, call sequences. Its checks find server errors,
+undocumented statuses, types and bodies, accepted invalid bodies, and missing authentication.
 
-The service is that of ``RUN=FOLDER``, or a toy model of two layers over a shop of forty made-up products, in float32
-with transformers, behind API keys. What is put and removed goes to a store in a temporary folder.
+The service is that of ``RUN=FOLDER``, or a toy model of two layers over a shop of forty synthetic products, in float32
+with transformers, with API keys. Changes go to a store in a temporary folder.
 
-422 is counted as an answer to a good body, because a question of the right form can have none; that it is not the form
-which is refused is a check of ours, `serve_schema_hooks`. A body beyond the limit is 413, good or bad. Statuses are
-those that the service itself counted.
+422 is accepted for a valid body, since a well-formed request may have no answer; `serve_schema_hooks` checks that the
+body itself is not rejected. A body above the limit gets 413, valid or not. Statuses are counted by the service.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ from tests.serve.served import listening, wait_ready
 
 HOOKS = Path(__file__).with_name("serve_schema_hooks.py")
 SEED = 20261
-# What examples of the document name, so that they are found.
+# Ids in the examples of the document, so that they exist.
 _NAMED = ("1", "2", "7", "9")
 _CONFIG = """
 hooks = {hooks}

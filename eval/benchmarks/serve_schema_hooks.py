@@ -1,8 +1,8 @@
 """A check for schemathesis, run in its environment: bodies that match the schema must not be rejected as malformed.
 
-A question whose body fits can still have no answer, for which 422 is documented: a rule names a field that no item has,
-a model does not answer the verb. What must not be is that the body itself is found to be wrong, which is told apart by
-the failure's ``kind`` and ``at``: the service reads bodies by the schema that it publishes.
+A request with a valid body may still have no answer, for which 422 is documented: a rule names an unknown field, or the
+model does not support the endpoint. But the body itself must not be rejected as malformed, which the failure's ``kind``
+and ``at`` show.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import schemathesis
 
-# Of failures that pydantic finds; see `llmrec.serve.failures`.
+# The kind of validation failures; see `llmrec.serve.failures`.
 _WRONG_BODY = "bad-value"
 
 

@@ -28,7 +28,7 @@ ROWS_A_USER = 50
 _BLOCK = 2_000_000
 _MIB = 2**20
 SIZES = (1_000_000, 10_000_000)
-# Steps of up to ten places, and similarities, of a hundred million rows are of a thousand million pairs of items.
+# A hundred million rows give a thousand million item pairs for transitions of up to ten positions and similarities.
 _PAIRS_UP_TO = 10_000_000
 
 

@@ -221,7 +221,7 @@ def fitted(
         seed: The seed of the fit.
         like: Baselines of this name that were fitted on the same data with the same seed. If one differs only in
             parameters that do not affect fitting, its fit is reused.
-        where: The key that holds the parameters, for messages.
+        where: The key of the parameters, for messages.
     """
     model = make(name, parameters, seed=seed, where=where)
     for other in like:

@@ -25,7 +25,7 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
     Args:
         name: The name of the baseline.
         parameters: Parameters by name; missing ones have their defaults.
-        where: The key that holds them, for the message.
+        where: Their key, for the error message.
 
     Raises:
         RecipeError: If the baseline or a parameter is unknown, or a value is out of bounds.

@@ -201,7 +201,7 @@ class Profiles:
         adaptor: An adaptor with a single table.
         places: Row index of each user.
         vectors: Shape (users + 1, width); the last row, zeros, belongs to unknown users.
-        experts: Number of experts of the adaptor besides the shared ones.
+        experts: Number of experts of the adaptor, in addition to the shared ones.
     """
 
     adaptor: Adaptor

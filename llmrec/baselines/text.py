@@ -277,7 +277,7 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         return rate(requests, read.scale, lambda user, item, request: float(next(values)))
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _frequent(data: SplitDataset, name: str) -> str:

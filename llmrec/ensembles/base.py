@@ -224,7 +224,7 @@ def _trees(setting: Setting, members: int) -> _Option:
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
-    """Return the forms that need not be tried beside given ensembles: each of their members alone."""
+    """Return the forms that given ensembles already outperformed: each of their members alone."""
     return {("alone", name) for base in bases for name in base.names}
 
 

@@ -168,10 +168,10 @@ class Blend(Ensemble):
         made = Probability if self._judges else Rating
         return [made(request_id=r.id, value=float(v)) for r, v in zip(requests, values, strict=True)]
 
-    # ----------------------------------------------------------------------- parts
+    # ----------------------------------------------------------------------- helpers
 
     def _said(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the members' answers, probabilities as log-odds, NaN for missing ones, shape (n, parts)."""
+        """Return the members' answers, probabilities as log-odds, NaN for missing ones, shape (n, members)."""
         columns = []
         for _, part in self.parts:
             answers = part.answer(requests)

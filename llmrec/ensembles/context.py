@@ -1,4 +1,4 @@
-"""Features of requests and candidates besides the scores of an ensemble's members, for its ranker."""
+"""Features of requests and candidates for an ensemble's ranker, in addition to the scores of the members."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def settled(found: Stored) -> Stored:
 
 
 def read(folder: Path) -> Stored:
-    """Return the ensembles of a run or an exported folder, and the choice; none if it has no such file.
+    """Return the ensembles of a run or an exported folder, and the choice; none if the file is missing.
 
     Raises:
         ModelError: If the file cannot be read.

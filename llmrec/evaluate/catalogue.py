@@ -173,7 +173,7 @@ def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
     return replace(protocol, candidates="full", users=users)
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 @dataclass(frozen=True, slots=True)

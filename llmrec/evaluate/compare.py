@@ -144,8 +144,8 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
 def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, more: int = 0) -> list[Pair]:
     """Test the planned comparisons of all tables as one family.
 
-    p-values are Holm-adjusted over all of them, and each interval is at the level of its own Holm step, so that it
-    excludes 0 exactly if the adjusted p is at most .05; see `llmrec.metrics.significance.decide`.
+    p-values and confidence intervals are Holm-adjusted over all of them: an interval excludes 0 exactly if the adjusted
+    p is at most .05; see `llmrec.metrics.significance.decide`.
 
     Args:
         contrasts: All planned comparisons of a file.

@@ -271,7 +271,7 @@ def slice_figures(
     return tuple(figures)
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def item_of(case: Case, data: SplitDataset) -> str | None:

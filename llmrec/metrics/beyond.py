@@ -283,7 +283,7 @@ def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLik
     return np.asarray(np.sum(hit & ~known & (own >= 0), axis=1) / k, dtype=np.float64)
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _cut(lists: ArrayLike, k: int, items: int) -> Lists:

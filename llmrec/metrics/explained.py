@@ -130,7 +130,7 @@ def alike(a: Words, b: Words) -> float:
     return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _units(text: str) -> Iterable[str]:

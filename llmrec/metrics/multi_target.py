@@ -161,7 +161,7 @@ def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
     return np.repeat(places, np.diff(np.append(starts, len(values)))).astype(np.int64, copy=False)
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _sorted(
@@ -407,7 +407,7 @@ def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
     return 1.0 - share
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _positive(k: int) -> int:

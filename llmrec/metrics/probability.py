@@ -216,7 +216,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
     return statistic
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _binned(

@@ -237,7 +237,7 @@ def verdict(
     return "shown" if (difference.value > 0) == (better == "higher") else "contradicted"
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:

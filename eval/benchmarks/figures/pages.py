@@ -1,21 +1,20 @@
 """Figures on a page, and the comments that bind them.
 
-**A figure** is a number with a decimal point, a count with separators of thousands, a percentage, a number like 2e-16,
-a whole number of milliseconds, seconds, minutes or hours, or of times (faster, slower, longer, as, the). None is: what
-stands in a code block, in backticks, in a heading, in the target of a link or in a generated part; a version (three
-numbers, or after the name of a program); the number of a section or of a paper; the level of the intervals (95 %). So a
-parameter goes in backticks.
+**A figure** is a number with a decimal point, a count with thousands separators, a percentage, a number like 2e-16, an
+integer with milliseconds, seconds, minutes or hours, or with times (faster, slower, longer, as, the). Not checked are
+code blocks, backticks, headings, link targets and generated parts; versions (three numbers, or after the name of a
+program); numbers of sections and papers; the level of the intervals (95 %). So write parameters in backticks.
 
-**A comment binds** figures, in their order, to expressions of `pointers`, one a line or with ``;`` between them:
+**A comment binds** figures, in order, to expressions of `pointers`, one per line or separated by ``;``:
 
     Tuning gains +.163 [+.138, +.187]. <!-- figures: $pair/{value,low,high} -->
 
-At the end of a line it binds what stands before it on that line. On lines of its own it binds the paragraph, list or
-table that follows. ``a/{b,c}`` is ``a/b; a/c``. ``$name = TEXT`` makes an abbreviation for the rest of the page.
+At the end of a line it binds the text before it on that line. On separate lines it binds the following paragraph, list
+or table. ``a/{b,c}`` is ``a/b; a/c``. ``$name = TEXT`` defines an abbreviation for the rest of the page.
 
-Over a table a line names a row by its first cell, then the expressions of the other cells, with ``|`` between cells;
-where several rows begin alike, lines go to them in their order.
-After ``each: CELLS`` rows give what stands for $1, $2 there; $0 is the row's name:
+For a table, a line names a row by its first cell, then the expressions of the other cells, separated by ``|``; several
+rows with the same first cell are matched in order. After ``each: CELLS`` rows give the values of $1, $2; $0 is the
+row's name:
 
     <!-- figures
     each: $beauty[name=$1]/tables/excluded/metrics/{HR@5,NDCG@5} | $beauty[name=$1]/seconds/fit
@@ -23,8 +22,8 @@ After ``each: CELLS`` rows give what stands for $1, $2 there; $0 is the row's na
     decayed Markov: markov
     -->
 
-The decimals that are printed decide how a value is rounded, half to even. A sign is printed or not: without one the
-value must not be negative. A percentage is compared with a hundred times the value.
+A value is rounded, half to even, to the printed decimals. Without a sign the value must not be negative. A percentage
+is compared with a hundred times the value.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class BindingError(Exception):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as it is printed.
+    """A printed figure.
 
     Attributes:
         start: Start of its text on the page.

@@ -1,19 +1,18 @@
 """Pointers into committed results, and arithmetic expressions of them.
 
 A pointer is ``FILE:path``: FILE is ``eval/results/FILE.json``, or with ``references/`` before it
-``eval/references/FILE.yaml``. A path is keys with ``/`` between them; a key that has a blank or a slash in it stands in
-brackets. A list is entered by what an entry holds, never by its place: ``rows[name=sasrec]``, ``pairs[a=items &
-seen=excluded]`` (a value is compared as text, an inner key is written ``metrics.n``). ``*`` is every entry. An object
-with a ``value`` stands for that.
+``eval/references/FILE.yaml``. A path has keys separated by ``/``; a key with a space or a slash is in brackets. List
+entries are selected by content, never by index: ``rows[name=sasrec]``, ``pairs[a=items & seen=excluded]`` (values are
+compared as text, an inner key is written ``metrics.n``). ``*`` is every entry. An object with a ``value`` is replaced
+by it.
 
     generative-beauty:rows[name=items]/tables/excluded/metrics/HR@5
     cold:warm/[HR@10, 1 reserved]
 
-Between pointers and numbers there may be ``+ - * /`` with blanks around them, and parentheses. Functions: ``abs(x)``;
-``min max sum mean count`` of a pointer, which may then stand for several values; ``chance(k, n)``, the exact NDCG@k of
-a random order of n candidates with one target; ``t(a , b)`` (a blank before the comma), the paired t statistic of two
-pointers that stand for as many values, such as those of training seeds. Nothing else: results are read, never run.
-Numbers alone are no source.
+Expressions of pointers and numbers may have ``+ - * /``, surrounded by spaces, and parentheses. Functions: ``abs(x)``;
+``min max sum mean count`` of a pointer, which may have several values; ``chance(k, n)``, the exact NDCG@k of a random
+order of n candidates with one target; ``t(a , b)`` (with a space before the comma), the paired t statistic of two
+pointers with the same number of values, such as training seeds. An expression of numbers only is not a source.
 """
 
 from __future__ import annotations
@@ -190,7 +189,7 @@ def paired_t(a: list[Decimal], b: list[Decimal]) -> Decimal:
     """Return the mean difference of pairs over its standard error.
 
     Raises:
-        PointerError: If there are fewer than two pairs, not as many of one as of the other, or all differ alike.
+        PointerError: If there are fewer than two pairs, the numbers of values differ, or all differences are equal.
     """
     if len(a) != len(b) or len(a) < 2:
         raise PointerError(f"t() takes pairs: there are {len(a)} and {len(b)} values")
@@ -198,7 +197,7 @@ def paired_t(a: list[Decimal], b: list[Decimal]) -> Decimal:
     mean = sum(found, Decimal(0)) / len(found)
     square = sum(((each - mean) ** 2 for each in found), Decimal(0)) / (len(found) - 1)
     if square == 0:
-        raise PointerError("t() is not defined: all pairs differ alike")
+        raise PointerError("t() is undefined: all differences are equal")
     return mean / (square / len(found)).sqrt()
 
 

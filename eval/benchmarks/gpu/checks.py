@@ -1,8 +1,7 @@
-"""The checks: what each runs, and the limits of what it measures. docs/install.md says which of them a GPU has passed.
+"""The checks with the limits of their measurements. docs/install.md lists those that a GPU has passed.
 
-A check runs commands of llmrec as users do and returns what it measured. Whether it passes is decided by `faults`
-alone: every limit names a measured value and its range. So a check without a measurement fails, and a test can give
-each check a value outside of each range.
+A check runs commands of llmrec as users do and returns its measurements. `faults` decides whether it passes: every
+limit names a measured value and its range, so a check without a measurement fails.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ _TORCH = (
 
 
 class NotRun(Exception):
-    """A check that this machine cannot run; the message says why."""
+    """A check that this machine cannot run; the message is the reason."""
 
 
 class Failure(Exception):

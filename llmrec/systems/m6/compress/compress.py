@@ -127,7 +127,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 34, 274
 
 
 def write(found: Compressed, name: str, path: Path) -> None:
-    """Write the result page of a run's combinations."""
+    """Write the results of a run's combinations as an HTML page."""
     rows = [row for row in found.rows if row.quality is not None]
     page = environment().get_template("compress.html.j2")
     nonce = hashlib.sha256(repr((name, found)).encode()).hexdigest()[:32]
