@@ -32,11 +32,11 @@ def search(
         make: Creates the engine; called once.
         encoder: Converts prompts and texts to token ids.
         prompts: See `Backend.search`.
-        texts: The same.
-        k: The same.
-        width: The same.
-        excluded: The same.
-        exact: The same.
+        texts: See there.
+        k: See there.
+        width: See there.
+        excluded: See there.
+        exact: See there.
         engine: Name of the route.
         batch_tokens: Maximum number of tokens of prompts that are searched together, including padding and beams.
 

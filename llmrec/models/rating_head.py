@@ -87,7 +87,7 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
 
     Args:
         shape: Shape of the head.
-        counts: How often each value of the scale is a target in training.
+        counts: Frequency of each value of the scale as a training target.
     """
     torch = require("torch", "train")
     linear = _linear(shape)

@@ -243,7 +243,7 @@ class Embedder:
     """An `Embed` that caches the vectors of sets of texts on disk."""
 
     def __init__(self, folder: str, stamp: str) -> None:
-        """Set up.
+        """Create the embedder.
 
         Args:
             folder: The text encoder.

@@ -37,7 +37,7 @@ class AlignmentTask(Task):
     family = "alignment"
 
     def __init__(self, section: AlignmentSection, inputs: TaskInputs) -> None:
-        """Set up; see the other tasks. Examples are always drawn at random, since there are no histories.
+        """Create the task. Few-shot examples are always drawn at random, since there are no histories.
 
         Raises:
             RecipeError: If there is no index, no item is left to train on, or a template does not map a text to a code

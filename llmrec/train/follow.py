@@ -47,7 +47,7 @@ class Best:
         save: Callable[[Any, Path], None],
         checkpoints: Path,
     ) -> None:
-        """Set up.
+        """Create the record of validations.
 
         Args:
             folder: The folder of the adapters, each in a folder named by its step.

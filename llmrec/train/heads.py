@@ -159,7 +159,7 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
 
     Args:
         folder: The base model.
-        model: How to load it.
+        model: The recipe's model section.
         train: The training settings.
         encoder: From `soft_encoder`.
         prompt: Number of soft prompts, and the labels.
@@ -198,7 +198,7 @@ def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPromp
 
     Args:
         folder: The base model.
-        model: How to load it.
+        model: The recipe's model section.
         adapter: The folder of the trained adapter.
         prompt: Description of its soft prompts.
     """

@@ -32,7 +32,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
 
     Args:
         folder: The base model.
-        model: How to load it.
+        model: The recipe's model section.
         train: The training settings.
         tokens: Ids of item tokens, whose rows in the embeddings, and in an untied head, are trained fully.
 

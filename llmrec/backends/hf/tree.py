@@ -189,13 +189,13 @@ class MaskedTree:
     """
 
     def __init__(self, model: torch.nn.Module, pad: int, *, warm: bool = False) -> None:
-        """Set up.
+        """Create the tree engine.
 
         Args:
             model: The model, in evaluation mode.
             pad: Any token id.
-            warm: Keep the cache of a single prompt for the next one. Sums then differ in their last bits from those of
-                a prompt that is read whole. Not for an encoder-decoder, whose rows have no prompt.
+            warm: Keep the cache of a single prompt for the next one. Scores may then differ in the last bits. Not for
+                an encoder-decoder, whose rows have no prompt.
         """
         self._torch = require("torch", "train")
         self._model, self._pad, self._keep = model, pad, warm
@@ -349,7 +349,7 @@ class PlainTree:
     """
 
     def __init__(self, model: torch.nn.Module, pad: int, *, states: bool = False) -> None:
-        """Set up.
+        """Create the tree engine.
 
         Args:
             model: A causal language model, or an encoder-decoder, in evaluation mode.

@@ -189,7 +189,7 @@ class VLLMTree:
     """
 
     def __init__(self, read: Reader, *, chains: bool, limit: int) -> None:
-        """Set up.
+        """Create the tree engine.
 
         Args:
             read: The function that answers requests.

@@ -139,7 +139,7 @@ class RewardObjective:
         seed: int,
         limit: int | None = None,
     ) -> None:
-        """Set up.
+        """Create the objective.
 
         Args:
             steps: Planned steps, whose rows are questions with their answers.
