@@ -151,7 +151,7 @@ def test_nothing_is_forgotten_unless_the_user_asks_and_long_words_are_no_argumen
 
 def test_what_is_no_call_is_refused() -> None:
     for text in ("{}", "rank", '{"tool": "delete"}', '{"tool": "show", "k": 5, "ask": "", "more": 1}'):
-        with pytest.raises(DataError, match="no call"):
+        with pytest.raises(DataError, match="not a tool call"):
             read_call(text)
 
 

@@ -80,7 +80,7 @@ def test_a_transcript_whose_turns_do_not_end_is_refused() -> None:
     begin = Turn(user="a comedy please", calls=SHOWN)
     with raises(DataError, Facts("missing-value", column="calls", says="line 2")):
         taught(conversation(), [BREAK, replace_calls(begin, Rank())])
-    with raises(DataError, Facts("contradiction", column="calls", says="drop rank there")):
+    with raises(DataError, Facts("contradiction", column="calls", says="remove rank")):
         taught(conversation(), [replace_calls(begin, *SHOWN, Rank())])
 
 

@@ -237,12 +237,12 @@ def test_on_a_gpu_without_room_for_two_the_old_engine_is_closed_first(faked: Fak
         # Files that cannot be read are found before.
         told(faked.folder, gpu=gpu, fails=True)
         answer = reload()
-        assert failure(answer)["kind"] == "damaged" and "answers on" in failure(answer)["message"]
+        assert failure(answer)["kind"] == "damaged" and "stay active" in failure(answer)["message"]
         assert engine.pid == second and listed(ask(faked)) == list(ITEMS)
         # Weights that do not fit are found after, and then engines are started until one runs.
         told(faked.folder, gpu=gpu, full=True)
         answer = reload()
-        assert failure(answer)["kind"] == "exhausted" and "was closed" in failure(answer)["message"]
+        assert failure(answer)["kind"] == "exhausted" and "were closed" in failure(answer)["message"]
         assert ask(faked).status_code == 503
     finally:
         told(faked.folder)
