@@ -1,11 +1,10 @@
-"""Makes a small synthetic table of reviews, for the explanation task and for trying things out.
+"""Generates a small synthetic table of reviews, for the explanation task and for tests.
 
-Nobody wrote these reviews and none of the products exists. A seeded grammar makes them, so that there is something
-to learn from a history: every user cares about two aspects, such as *quiet* or *easy to clean*; every product is
-good at some aspects and bad at others; the rating follows from both, and the text says why.
+A seeded grammar generates products and reviews such that histories are informative: every user cares about two aspects,
+such as *quiet* or *easy to clean*; every product is good at some aspects and bad at others; rating and text follow from
+both.
 
-``python -m eval.benchmarks.make_reviews OUT.csv`` writes the table that ``recipes/made/reviews.csv`` ships, byte for
-byte.
+``python -m eval.benchmarks.make_reviews OUT.csv`` reproduces ``recipes/made/reviews.csv`` byte for byte.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _DAY = 86_400
 
 
 class _Aspect(NamedTuple):
-    """What a product can be good or bad at, and how people say so."""
+    """A quality of products, with positive and negative phrases."""
 
     model: str
     good: tuple[str, ...]
@@ -116,8 +115,8 @@ _CATEGORIES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 _BRANDS = ("Morvane", "Tilsby", "Orlune", "Kestwick", "Brindal", "Yarrowell")
 
-# {it} is the product, {says} what it does, {wish} the aspect the writer cares about. Every kind has one sentence for
-# each of the five voices. The first two kinds speak of the wish itself, the next two of something else.
+# {it} is the product, {says} a phrase about it, {wish} the aspect the writer cares about. Every kind has one sentence
+# for each of the five styles. The first two kinds are about the wish, the next two about another aspect.
 _PRAISE = (
     "This {it} {says}, and {wish} is what I look for first.",
     "I wanted something {wish}, and this {it} {says}.",
@@ -178,7 +177,7 @@ class _Person:
 
 
 class _Dice:
-    """Draws from `random.Random.random` only, the one method whose values Python promises to keep."""
+    """Samples with `random.Random.random` only, whose values are stable across Python versions."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -203,13 +202,13 @@ class _Dice:
 
 
 def generate(seed: int) -> pl.DataFrame:
-    """Make the table.
+    """Generate the table.
 
     Args:
-        seed: Of the grammar's dice; the shipped table has seed 0.
+        seed: The random seed; the shipped table has seed 0.
 
     Returns:
-        About 1,400 rows by time: `COLUMNS`, with ratings 1 to 5, timestamps in seconds and prices in whole units.
+        About 1,400 rows sorted by time: `COLUMNS`, with ratings 1 to 5, timestamps in seconds and integer prices.
     """
     dice = _Dice(seed)
     products = _products(dice)
@@ -221,7 +220,7 @@ def _products(dice: _Dice) -> list[_Product]:
     products: list[_Product] = []
     for category, (nouns, aspects) in _CATEGORIES.items():
         for noun in nouns:
-            # One strength, one weakness, and two that fall either way.
+            # One strength, one weakness, and two random aspects.
             strong = dice.whole(0, 3)
             weak = (strong + dice.whole(1, 3)) % 4
             quality = {aspect: dice.whole(-1, 1) for aspect in aspects}
@@ -246,7 +245,7 @@ def _person(dice: _Dice, number: int) -> _Person:
     names = list(_ASPECTS)
     first = dice.pick(names)
     second = dice.pick([name for name in names if name != first])
-    # People shop where their first aspect plays a part.
+    # Users buy in categories in which their first aspect occurs.
     likely = [category for category, (_, aspects) in _CATEGORIES.items() if first in aspects]
     favourite = dice.pick(likely)
     other = dice.pick([category for category in _CATEGORIES if category != favourite])
@@ -289,7 +288,7 @@ def _text(dice: _Dice, person: _Person, product: _Product, rating: int) -> str:
     good, bad = (_most_telling(person, product, sign) for sign in (1, -1))
     praise, blame = dice.pick(_ASPECTS[good].good), dice.pick(_ASPECTS[bad].bad)
     told = (good, bad) if rating == 3 else (good,) if rating > 3 else (bad,)
-    # The wish is the one of the writer's two aspects that the sentence is about, and else the first.
+    # The wish is the writer's aspect that the sentence is about, or else the first one.
     wish = person.second if person.second in told and person.first not in told else person.first
     if rating == 3:
         kind = _MIXED
@@ -297,7 +296,7 @@ def _text(dice: _Dice, person: _Person, product: _Product, rating: int) -> str:
         kind = _PRAISE if rating > 3 else _BLAME
     else:
         kind = _OTHER_PRAISE if rating > 3 else _OTHER_BLAME
-    # Another voice now and then, so that a voice is a habit and not a key.
+    # Sometimes another style, so that style does not identify the user.
     voice = person.voice if dice.between(0, 1) < 0.7 else dice.whole(0, len(kind) - 1)
     return kind[voice].format(it=product.noun, says=blame if rating < 3 else praise, also=blame, wish=wish)
 
@@ -313,7 +312,7 @@ def _most_telling(person: _Person, product: _Product, sign: int) -> str:
 
 
 def to_csv(frame: pl.DataFrame) -> bytes:
-    """Return a table as CSV: UTF-8, one line feed a row, quotes where they are needed."""
+    """Return a table as CSV in UTF-8, with line feeds and minimal quoting."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(frame.columns)
@@ -322,7 +321,7 @@ def to_csv(frame: pl.DataFrame) -> bytes:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the table to the file that is named, or to standard output if none is."""
+    """Write the table to a file or to standard output."""
     raw = to_csv(generate(_SEED))
     if arguments:
         Path(arguments[0]).write_bytes(raw)
