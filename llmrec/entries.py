@@ -1,4 +1,4 @@
-"""Records of registry tables whose names need more than an address. They import no component."""
+"""Records of the registry's tables. This module imports no component."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class StrategyEntry:
         address: Address of its class, or of a factory function.
         families: Task families that it supports.
         keys: Keys of the recipe's ``eval`` section that it takes as keyword arguments of the same names.
-        positional: Whether its answer depends on the position of a candidate in the prompt; ``eval.debias`` is for
-            these.
+        positional: Whether its answer depends on the position of a candidate in the prompt; ``eval.debias`` applies
+            only to these.
     """
 
     address: str
@@ -73,7 +73,7 @@ class MetricEntry:
             relevant items.
         lower: Whether lower is better.
         unit: The units that its figure is a mean over, requests or users; ``all`` if it is not a mean.
-        compared: Whether rows are compared by it.
+        compared: Whether models are compared by it.
         root: Whether the figure is the root of the mean.
         cut: Whether it has cut-offs.
         least: Its smallest cut-off.

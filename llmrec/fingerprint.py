@@ -39,7 +39,7 @@ _NAME = re.compile(rb"(\w+)(?: as \w+)?")
 class Affects:
     """The stages whose results a setting affects, as metadata of its field in a section of the recipe.
 
-    On a section it applies to fields without their own. Without a stage, no result depends on the setting, or the file
+    On a section it applies to fields that declare none. Without a stage, no result depends on the setting, or the file
     that it names enters by content.
 
     Args:

@@ -19,7 +19,7 @@ TEXT_LIMIT = 1000
 
 # Longer texts are not cached: a catalogue of long reviews would fill the memory.
 _REMEMBERED = 2000
-# The most marks on one letter; a text with more of them is not language and may be cut anywhere.
+# The maximum number of combining marks on a letter; a text with more is not language and may be cut anywhere.
 _MARKED = 32
 # A flag is a pair of these.
 _FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
@@ -139,7 +139,7 @@ def is_item_token(text: str) -> bool:
 
 
 def without_item_tokens(text: str) -> str:
-    """Break every item token in a data text, or begun at its end, by a space after its bracket.
+    """Break every item token in a text, also one that begins at its end, by a space after its bracket.
 
     Tokens are found in any case, in compatibility letters, and with accents or invisible characters among their
     letters. The operation is idempotent.
@@ -268,7 +268,7 @@ def _breaks(text: str, own: _Tokens) -> list[int]:
 
 
 def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
-    """Return the index of the character before which a space breaks a token; None if one character gave all of it."""
+    """Return the index of the character before which a space breaks a token; None if one character yields the token."""
     start, end = match.span()
     bracket = _ANY_BRACKET.search(match.group())
     wanted = start + bracket.end() if bracket and bracket.end() < end - start else end - 1

@@ -90,7 +90,7 @@ def may_have_gpu() -> bool:
 def has_cuda() -> bool:
     """Whether torch can use a GPU.
 
-    Everything that puts a model on a GPU asks this first, so torch is prepared for it here.
+    All code that puts a model on a GPU calls this first, so it also configures torch.
     """
     if _without_gpu():
         return False
@@ -103,10 +103,10 @@ def has_cuda() -> bool:
 
 @cache
 def _prepare_cuda() -> None:
-    """Set what must be set before the first model is on a GPU."""
+    """Configure torch before the first model is on a GPU."""
     torch = require("torch", "train")
     # torch 2.13 prefers cuDNN's attention on compute capability 9.x and 10.x. Under an explicit mask, which packed rows
-    # have, its gradients can be NaN (pytorch #196678, trl #7181), and it plans anew for every new shape. Without it
+    # have, its gradients can be NaN (pytorch #196678, trl #7181), and it plans again for every new shape. Without it
     # causal rows use flash attention and masked ones the memory-efficient kernel.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Every step has another shape, which fragments fixed segments. Not by an environment variable: vLLM's processes
@@ -138,7 +138,7 @@ def gpu_trouble() -> str:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _nvidia_gpu():
         return ""
     if torch.version.cuda is None:
-        return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU alone"
+        return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU only"
     return (
         f"nvidia-smi lists a GPU that torch {torch.__version__} cannot use; its driver must be one for "
         f"CUDA {torch.version.cuda}"
@@ -261,12 +261,12 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
 
 
 def cores() -> list[int]:
-    """Return the cores that this process may use; empty where the system does not say."""
+    """Return the cores that this process may use; empty if unknown."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def keep_to(cores: Sequence[int]) -> None:
-    """Bind this process to some of the cores that `cores` names."""
+    """Bind this process to the given cores."""
     os.sched_setaffinity(0, cores)
 
 

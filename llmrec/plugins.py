@@ -1,9 +1,9 @@
 """Plug-ins: external components, named as ``module:attribute`` or by an installed entry point.
 
-Naming a plug-in runs its code, so the name must come from the user: from a page that the user passed (`allowed`), from
-the environment variable `VARIABLE`, or as an entry point of an installed package. Names from run folders and exported
-models of other users are rejected. A module that a user's page named is remembered by its file, so that the user's own
-runs can be audited, reported and queried in another process; see `remembered`.
+Naming a plug-in runs its code, so the name must come from the user: from a config file that the user passed
+(`allowed`), from the environment variable `VARIABLE`, or as an entry point of an installed package. Names from run
+folders and exported models of other users are rejected. A module that a user's config named is remembered by its file,
+so that the user's own runs can be audited, reported and queried in another process; see `remembered`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ KINDS: Mapping[str, Kind] = {
             *("name", "Config.model_validate", "fit", "answer", "reads", "text_encoder", "with_config", "looked_at"),
             *("stochastic", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER"),
         ),
-        "derive it from llmrec.baselines.base.Baseline, and give it name, Config, learn(data) and answer(requests)",
+        "derive it from llmrec.baselines.base.Baseline, and define name, Config, learn(data) and answer(requests)",
     ),
     "strategies": Kind(
         "strategy", (), "write a class that is made from a Prompting, with asker, engine and answer(requests)"
@@ -85,7 +85,7 @@ KINDS: Mapping[str, Kind] = {
         called=False,
     ),
     "indexes": Kind(
-        "index scheme", ("build", "extend"), "give it build and extend as llmrec.index.table.Scheme has", called=False
+        "index scheme", ("build", "extend"), "define build and extend as in llmrec.index.table.Scheme", called=False
     ),
     "sources": Kind(
         "data source",
@@ -96,7 +96,7 @@ KINDS: Mapping[str, Kind] = {
     "backends": Kind(
         "backend",
         ("name", "capabilities", "close"),
-        "give it name, capabilities, the verbs among them, and close(), as llmrec.types.Backend has",
+        "define name, capabilities, their methods, and close(), as in llmrec.types.Backend",
         takes=("folder", "encoder", "*", "model", "section", "seed"),
     ),
     "metrics": Kind(
@@ -105,7 +105,7 @@ KINDS: Mapping[str, Kind] = {
 }
 """The kinds of plug-ins by name of their table; ``llmrec.NAME`` is the group of their entry points."""
 
-# Named by pages of this process: files of modules, modules without a file, and models with code.
+# Named by config files of this process: files of modules, modules without a file, and models with code.
 _NAMED: set[str] = set()
 
 
@@ -207,7 +207,7 @@ def _loaded(group: str, address: str) -> Any:
     for part in attribute.split(".") if attribute else ():
         if not hasattr(result, part):
             raise RecipeError(
-                f"{module} has no {part!r}{did_you_mean(part, dir(result))}; name an attribute of "
+                f"{module} has no {part!r}{did_you_mean(part, dir(result))}; use an attribute of "
                 f"{getattr(result, '__file__', None) or module}",
                 kind="unknown-name",
                 at=module,
@@ -217,10 +217,10 @@ def _loaded(group: str, address: str) -> Any:
     lacking = [missing for need in _needs(group, result) if (missing := _missing(result, need))]
     if lacking or (kind.called and not callable(result)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
-        raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
+        raise RecipeError(f"{address} is not a valid {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
     if kind.takes and not _can_take(result, kind.takes):
         called = f"cannot be called with ({', '.join(kind.takes)})"
-        raise RecipeError(f"{address} is no {kind.what}: it {called}; {kind.fix}", kind="defect", at=address)
+        raise RecipeError(f"{address} is not a valid {kind.what}: it {called}; {kind.fix}", kind="defect", at=address)
     return result
 
 
@@ -261,8 +261,8 @@ def _imported(module: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise broken(f"importing {module}", error, module) from error
         raise RecipeError(
-            f"there is no module {error.name!r} on the Python path; install its package, set PYTHONPATH, or name the "
-            "folder that it lies in under the page's key plugins",
+            f"there is no module {error.name!r} on the Python path; install its package, set PYTHONPATH, or list its "
+            "folder in the config's key plugins",
             kind="not-installed",
             at=module,
         ) from None
@@ -305,12 +305,12 @@ def _code(module: str) -> str:
 
 @contextmanager
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
-    """Treat a page that the user passed as consent to the modules that it names, while the page is read.
+    """Treat a config file that the user passed as consent to the modules that it names, while it is read.
 
-    Their files are remembered for other processes if the body succeeds: an invalid page is no consent.
+    Their files are remembered for other processes if the body succeeds: an invalid file is no consent.
 
     Args:
-        addresses: The names on the page, as ``module:attribute``.
+        addresses: The names in the file, as ``module:attribute``.
         folder: A folder for its modules in addition to, and after, the Python path.
     """
     use(folder)
@@ -340,8 +340,8 @@ def consent(address: str, folder: str | None = None) -> None:
         return
     where = f" ({origin})" if Path(origin).is_absolute() else ""
     raise RecipeError(
-        f"the plug-in {address!r} would run the code of the module {top}{where}, which no recipe of yours has named "
-        f"here; where you trust it, set the environment variable {VARIABLE}={top}",
+        f"the plug-in {address!r} would run the code of the module {top}{where}, which none of your recipes names; "
+        f"if you trust it, set the environment variable {VARIABLE}={top}",
         kind="unsafe",
         at=address,
     )
@@ -353,24 +353,24 @@ def lies_in(address: str, folder: str) -> bool:
 
 
 def allow_model(name: str, revision: str | None) -> None:
-    """Treat a page that the user passed as consent to a model's code (``model.trust_remote_code``)."""
+    """Treat a config file that the user passed as consent to a model's code (``model.trust_remote_code``)."""
     code = _model(name, revision)
     _NAMED.add(code)
     _remember([code])
 
 
 def consent_model(name: str, revision: str | None) -> None:
-    """Reject a model's code if no page of the user allowed it.
+    """Reject a model's code if no config of the user allowed it.
 
     Raises:
-        RecipeError: If no page allowed it.
+        RecipeError: If no config allowed it.
     """
     code = _model(name, revision)
     if code in _NAMED or code in remembered() or name in _variable():
         return
     raise RecipeError(
-        f"model.trust_remote_code would run the code that comes with the model {name!r}, which no recipe of yours has "
-        f"allowed here; where you trust it, set the environment variable {VARIABLE}={name}",
+        f"model.trust_remote_code would run the code of the model {name!r}, which none of your recipes has "
+        f"allowed; if you trust it, set the environment variable {VARIABLE}={name}",
         kind="unsafe",
         at=name,
         column="model.trust_remote_code",
@@ -399,7 +399,7 @@ def use(folder: str | None) -> None:
 
 
 def remembered() -> frozenset[str]:
-    """Return the files of the modules, and the models with code, that the user's pages named.
+    """Return the files of the modules, and the models with code, that the user's config files named.
 
     They are the lines of ``~/.config/llmrec/plugins.txt``.
     """

@@ -1,7 +1,7 @@
 """Multi-process commands: size and rank, which process reports a failure, and starting processes of this machine.
 
-`--launch N` starts processes by `started`. Like torchrun and accelerate launch it tells those that train together their
-rank in environment variables, which are read without importing torch. Their use in training is in `llmrec.train.world`.
+`--launch N` starts processes by `started`. Like torchrun and accelerate launch it sets the rank of processes that train
+together in environment variables, which are read without importing torch. Training uses them in `llmrec.train.world`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmrec.errors import LlmrecError, RecipeError, require
 # Variables with the number of processes of other launchers, which accelerate reads too.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _WAIT = timedelta(seconds=10)
-# Seconds between looks at processes that print nothing, and seconds that a process may take to end.
+# Seconds between checks of processes that print nothing, and seconds that a process may take to end.
 _LOOK, _PATIENCE = 0.2, 30.0
 # Not every system has process groups.
 _KILL_GROUP = getattr(os, "killpg", None)
@@ -59,9 +59,8 @@ def alone(command: str) -> None:
     """
     if size() > 1:
         raise RecipeError(
-            f"{command} works in one process, and the environment says that a launcher started {size()} "
-            "(WORLD_SIZE); train with `llmrec train RECIPE --launch N`, and start the rest without torchrun or "
-            "accelerate launch",
+            f"{command} requires a single process, but a launcher started {size()} (WORLD_SIZE); train with "
+            "`llmrec train RECIPE --launch N`, and run all other commands without torchrun or accelerate launch",
             kind="unsupported",
         )
 
@@ -84,8 +83,8 @@ def is_first_to_fail() -> bool:
 def lost(count: int) -> LlmrecError:
     """Return the error of a process that depends on one that has ended."""
     return LlmrecError(
-        f"training: another of the {count} processes ended, so this one ends too; the same command resumes at the last "
-        "checkpoint, with as many processes or with others",
+        f"training: another of the {count} processes ended, so this one stops too; run the same command to resume at "
+        "the last checkpoint, with any number of processes",
         kind="failed",
     )
 
@@ -131,7 +130,7 @@ class Ended(NamedTuple):
         if self.status >= 0:
             return f"ended with exit status {self.status}"
         name = signal.Signals(-self.status).name
-        return f"was ended by {name}{', as the system does where memory runs out' if name == 'SIGKILL' else ''}"
+        return f"was stopped by {name}{', probably because memory ran out' if name == 'SIGKILL' else ''}"
 
 
 class ProcessEnded(Exception):
@@ -157,7 +156,7 @@ def started(programs: Sequence[Program], *, report_signals: bool = False) -> Ite
 
     Args:
         programs: What to start.
-        report_signals: The programs report a signal themselves, so this process ends without a message.
+        report_signals: The programs report signals themselves, so this process ends without a message.
 
     Raises:
         ProcessEnded: If some fail, from the iterator.
@@ -179,7 +178,7 @@ def started(programs: Sequence[Program], *, report_signals: bool = False) -> Ite
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                # Ctrl-C is sent to this process alone, which stops the others; and what they started can be ended.
+                # Ctrl-C is sent only to this process, which stops the others and what they started.
                 start_new_session=True,
             )
             children.append(child)
@@ -214,7 +213,7 @@ def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[s
 
 
 def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
-    """End processes, and what those that do not end by themselves have started."""
+    """End processes, and the children of those that do not end by themselves."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         child.terminate()
@@ -225,7 +224,7 @@ def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
     for child in children:
         if child.poll() != 0:
             with suppress(OSError):
-                # A process that was killed leaves those that it started.
+                # A killed process leaves its children.
                 child.kill() if _KILL_GROUP is None else _KILL_GROUP(child.pid, signal.Signals["SIGKILL"])
             child.wait()
         assert child.stdin is not None
@@ -272,7 +271,7 @@ def _raised_at_signals(ends: bool) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """End this process, which `started` has started, by SIGTERM when the other one is gone; SIGTERM unwinds the stack.
+    """End this process, a child of `started`, by SIGTERM when its parent is gone; SIGTERM unwinds the stack.
 
     Engines are closed then. Otherwise a process whose parent was killed would hold its GPU.
     """

@@ -43,7 +43,7 @@ class Shard:
         shard = cls(int(result[1]), int(result[2])) if result else cls(0, 0)
         if not 1 <= shard.index <= shard.count:
             raise RecipeError(
-                f"--shard {text[:40]}: name one piece of several as I/N, such as 1/4 to 4/4",
+                f"--shard {text[:40]}: write a shard as I/N, such as 1/4 to 4/4",
                 kind="bad-value",
                 column="--shard",
             )
@@ -91,7 +91,7 @@ class RewardLine(Record):
     """Statistics of the rollouts of an optimiser step.
 
     Attributes:
-        reward: Their mean reward, weighted as their advantages are.
+        reward: Their mean reward, with the weights of their advantages.
         zero: Share of groups with equal rewards of all members, which give no gradient.
         hit: Share of groups that contain the true item.
         kl: Estimated divergence from the initial model, in nats per item.
@@ -134,7 +134,7 @@ class LogLine(Record):
 
 
 class Judged(Record):
-    """The validation cases for choosing the adapter, and the figures of classic recommenders on them.
+    """The validation cases for choosing the adapter, and the figures of baselines on them.
 
     Attributes:
         family: Family of the cases.
@@ -298,12 +298,12 @@ class Exhibit(Record):
 
     Attributes:
         store: The folder of the features.
-        read: Titles of the first events that the user's text was generated from.
-        events: Number of these events.
+        read: Titles of the first interactions that the user's text was generated from.
+        events: Number of these interactions.
         profile: The text on the user; empty for none.
         described: The text on the item; empty for none.
         truth: The true answer.
-        answers: Answers by row id, of rows that differ only in what the recommender reads.
+        answers: Answers by row id, of rows that differ only in the recommender's inputs.
     """
 
     task: str
@@ -333,8 +333,8 @@ class ExampleUser(Record):
         task: The family.
         row: The row of the list.
         user: The user.
-        history: Titles of the latest events, oldest first.
-        events: Number of events of the history.
+        history: Titles of the latest interactions, oldest first.
+        events: Number of interactions of the history.
         listed: Titles of the first items of the list.
         hit: Rank of the held-out item among these, from 1; None if it is not there.
         truth: Title of the held-out item.

@@ -44,7 +44,7 @@ def extended(table: str, core: Mapping[str, _Entry]) -> Mapping[str, _Entry]:
     return entries
 
 
-# Pages of published data sets by name: each file adds a source.
+# Definitions of published data sets by name: each file adds a source.
 SETS: Mapping[str, Path] = {
     page.stem: page for page in sorted((Path(__file__).parent / "data" / "sets").glob("*.yaml"))
 }
@@ -191,13 +191,13 @@ _METRICS = extended(
         ),
         "Recall": MetricEntry(
             kind="ranking",
-            about="relevant items among the first k, over all relevant items",
+            about="relevant items among the first k, divided by all relevant items",
             several="llmrec.metrics.multi_target:recall",
             cut=True,
         ),
         "Precision": MetricEntry(
             kind="ranking",
-            about="relevant items among the first k, over k",
+            about="relevant items among the first k, divided by k",
             function="llmrec.metrics.ranking:precision",
             several="llmrec.metrics.multi_target:precision",
             cut=True,
@@ -207,7 +207,7 @@ _METRICS = extended(
         ),
         "NDCG": MetricEntry(
             kind="ranking",
-            about="discounted cumulative gain of the first k, over that of the ideal list",
+            about="discounted cumulative gain of the first k, divided by that of the ideal list",
             function="llmrec.metrics.ranking:ndcg",
             several="llmrec.metrics.multi_target:ndcg",
             cut=True,
@@ -254,7 +254,7 @@ _METRICS = extended(
         ),
         "Exposure": MetricEntry(
             kind="lists",
-            about="share of the places of a list that cold-start items take",
+            about="share of list positions with cold-start items",
             function="llmrec.metrics.beyond:cold_exposure",
             cut=True,
         ),
@@ -267,7 +267,7 @@ _METRICS = extended(
         ),
         "Coverage": MetricEntry(
             kind="lists",
-            about="share of the catalogue that some list shows",
+            about="share of the catalogue that appears in at least one list",
             function="llmrec.metrics.beyond:coverage",
             cut=True,
             unit="all",
@@ -284,7 +284,7 @@ _METRICS = extended(
         ),
         "ColdItems": MetricEntry(
             kind="lists",
-            about="number of different cold-start items that some list shows",
+            about="number of different cold-start items in all lists",
             function="llmrec.metrics.beyond:cold_shown",
             cut=True,
             unit="all",
@@ -292,7 +292,7 @@ _METRICS = extended(
         ),
         "PopularityLift": MetricEntry(
             kind="lists",
-            about="how much more popular the lists are than the histories of their users",
+            about="popularity of the listed items relative to the histories of their users",
             function="llmrec.metrics.beyond:popularity_lift",
             cut=True,
             unit="all",
@@ -396,14 +396,14 @@ _METRICS = extended(
         ),
         "FMR": MetricEntry(
             kind="text",
-            about="feature matching ratio: texts that hold the feature of their reference",
+            about="feature matching ratio: share of texts that contain the feature of their reference",
             function="llmrec.metrics.explained:match_rate",
             compared=False,
             words="words-lower",
         ),
         "FCR": MetricEntry(
             kind="text",
-            about="feature coverage ratio: features that some text holds over all features",
+            about="feature coverage ratio: share of all features that appear in at least one text",
             function="llmrec.metrics.explained:coverage_rate",
             unit="all",
             compared=False,
@@ -411,7 +411,7 @@ _METRICS = extended(
         ),
         "DIV": MetricEntry(
             kind="text",
-            about="features that two texts share, the mean over all pairs",
+            about="number of features shared by two texts, averaged over all pairs",
             function="llmrec.metrics.explained:shared_features",
             unit="all",
             compared=False,
@@ -607,7 +607,7 @@ def hook(name: str) -> Any:
         LlmrecError: If no extension has it.
     """
     if name not in HOOKS:
-        raise LlmrecError(f"this installation of llmrec lacks what {_OF_EXTENSIONS[name]} need", kind="unsupported")
+        raise LlmrecError(f"this installation of llmrec does not support {_OF_EXTENSIONS[name]}", kind="unsupported")
     return attribute(HOOKS[name])
 
 
@@ -652,7 +652,7 @@ def better(metric: str) -> Better:
 
 
 def compared_metrics(kind: Kind) -> tuple[str, ...]:
-    """Return the metrics of a kind for comparisons of rows, without cut-offs, in the order of tables."""
+    """Return the metrics of a kind for comparisons of models, without cut-offs, in the order of tables."""
     return tuple(name for name, entry in METRICS.items() if entry.kind == kind and entry.compared)
 
 
@@ -680,7 +680,7 @@ def open_family(name: str) -> Any:
     other = result.name if result.name in TASKS else _FURTHER.setdefault(result.name, written)
     if other != written:
         raise RecipeError(
-            f"the task family {written!r} calls itself {result.name!r}, as {other!r} does; rename its Family",
+            f"the task family {written!r} has the name {result.name!r}, which {other!r} has too; rename its Family",
             kind="duplicate",
         )
     return result

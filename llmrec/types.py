@@ -104,7 +104,7 @@ class Prompt:
     Attributes:
         messages: System, user and (for few-shot) assistant messages; the last one is a user message.
         answer_prefix: Segments of the assistant's answer that precede the continuation. List templates put the history
-            here, so that a new event extends a cached prefix.
+            here, so that a new interaction extends a cached prefix.
         stop: The text that ends the answer (a line break in list templates); None means end of turn.
     """
 
@@ -115,7 +115,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One training row.
+    """A training example.
 
     Attributes:
         id: Id, unique within a run.
@@ -123,10 +123,10 @@ class Example:
         task: Family name.
         template: ``family/name`` of the template.
         messages: The messages before the answer.
-        answer: The answer's segments; loss is taken on those of kind ``target`` only. A *user row* has
-            one target per position, an ordinary row a single one.
-        ends_turn: Whether the row closes the assistant's turn, with loss on the closing token.
-        pairs: The (user_id, item_id) pairs that the row shows as interactions, for the leak audit.
+        answer: The answer's segments; loss is taken on those of kind ``target`` only. A *user example*
+            has one target per position, others a single one.
+        ends_turn: Whether the example closes the assistant's turn, with loss on the closing token.
+        pairs: The (user_id, item_id) pairs that the example shows as interactions, for the leak audit.
         negatives: The items that it shows as not chosen by the user. They are sampled without knowledge of held-out
             items, so a held-out item may be among them.
         rejected: Texts that list and preference losses compare with its last target.
@@ -216,7 +216,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rating:
-    """A predicted rating on the data's own scale."""
+    """A predicted rating on the scale of the data."""
 
     request_id: str
     value: float

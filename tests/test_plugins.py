@@ -379,7 +379,7 @@ FAULTS = [
     ("eval.backend", "own:Judge", "defect", "lacks capabilities, close"),
     ("data.source", "own:RATING", "defect", "cannot be called"),
     ("tasks.own:Recent", "{}", "defect", "lacks title, task, section"),
-    ("tasks.own:RATING", "{}", "duplicate", "calls itself 'rating'"),
+    ("tasks.own:RATING", "{}", "duplicate", "has the name 'rating'"),
 ]
 
 

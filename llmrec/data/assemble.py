@@ -52,13 +52,13 @@ def assemble(
 
     Args:
         section: The recipe's section.
-        table: The table that the interactions were read from, whose rows messages name.
+        table: The table that the interactions were read from, whose rows are named in errors.
         interactions: Columns of `llmrec.data.dataset.SCHEMA`; optional ones may be missing.
         items: Entries by item id; those without an interaction are dropped.
         users: Profiles by user id; those without an interaction are dropped.
         name: Short name of the data.
-        noun: The source's name for its items, used where the recipe sets none.
-        scale: The source's rating scale; that of the recipe takes precedence, and without either the data decides.
+        noun: The source's name for its items, used if the recipe sets none.
+        scale: The source's rating scale; that of the recipe takes precedence; without either it is taken from the data.
         provenance: See `Dataset`.
         parts: The index of each row's part in `PARTS`, if the source has its own split.
 
@@ -113,7 +113,7 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
-    """Warn of a user id that seems to stand for all unknown users: a word for "missing", or a large share of rows."""
+    """Warn of a user id that probably means "unknown user": a word for "missing", or a large share of rows."""
     names, result = codes(frame["user_id"])
     sizes = pl.DataFrame({"user_id": names, "count": np.bincount(result, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
@@ -121,14 +121,14 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
     large = (pl.col("count") > _LARGE * frame.height) & (sizes.height >= _SEVERAL)
     for user, count in sizes.filter(nobody | large).sort("count", descending=True).iter_rows():
         log.warning(
-            "%s: user %s has %d of %d rows; if it stands for people who are not known, leave these rows out, or name "
-            "another column as the user",
+            "%s: user %s has %d of %d rows; if it means unknown users, leave these rows out, or name another column "
+            "as the user",
             *(table.name, shown(user), count, frame.height),
         )
 
 
 def _look_alike(table: Table, frame: pl.DataFrame) -> None:
-    """Warn of ids that differ only invisibly: in surrounding blanks, invisible characters or composed letters."""
+    """Warn of ids that differ only invisibly: in surrounding spaces, invisible characters or composed letters."""
     for column in _PAIR:
         names, result = codes(frame[column])
         odd = names.filter(names.str.contains(_NOT_PLAIN))
@@ -143,8 +143,8 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         if not alike.is_empty():
             what = column.removesuffix("_id")
             log.warning(
-                "%s: %d %ss differ from others only in blanks around them or in characters that are not seen, such as "
-                "%s and %s, and count as different; if they are the same, write their ids alike",
+                "%s: %d %ss differ from others only in surrounding spaces or invisible characters, such as %s and "
+                "%s, and count as different; if they are the same, write their ids identically",
                 *(table.name, alike.height, what, ascii(alike["name"][0]), ascii(alike["name"][1])),
             )
 
@@ -189,7 +189,7 @@ def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFr
         raise DataError.at(
             table.name,
             "contradiction",
-            " has no ratings that could be summed up; set data.columns.rating to the column of quantities, or "
+            " has no ratings to add up; set data.columns.rating to the column of quantities, or "
             "data.duplicates=keep_last",
             "data.duplicates",
         )
@@ -208,7 +208,7 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
         raise DataError.at(
             table.where(row),
             "unknown-name",
-            f": item {shown(absent[0])} is not in the table of items ({len(absent)} such items); "
+            f": item {shown(absent[0])} is not in the table of items ({len(absent)} items are missing); "
             "add it there, or drop its rows here",
             "item_id",
         )
@@ -224,7 +224,7 @@ def _scale(
     low, high = named
     if section.rating_scale is not None and not low < high:
         raise DataError(
-            f"data.rating_scale is ({low:g}, {high:g}); give the lowest rating and then the highest one",
+            f"data.rating_scale is ({low:g}, {high:g}); write the lowest rating first",
             kind="bad-value",
             column="data.rating_scale",
         )
@@ -251,7 +251,7 @@ class _Listing:
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by id, without HTML; where rows differ, the most frequent one, or a listing's last."""
+        """Return a column's text by id, without HTML; if rows differ, the most frequent one, or a listing's last."""
         if not self.unique:
             result = one_per_item(self.table, self.own, name)
         else:
@@ -264,14 +264,14 @@ class _Listing:
 def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:
     """Return the entries of all items that have interactions.
 
-    A column is taken from the item table or, if it is not there, from the interactions. Items that the item table lacks
-    have no entry.
+    A column is taken from the item table or, if it is missing there, from the interactions. Items missing in the item
+    table have no entry.
 
     Args:
         section: The recipe's section.
         interactions: The table of interactions.
         item_ids: The item of each of its rows.
-        items: The table of items, if there is one.
+        items: The table of items, if any.
 
     Raises:
         DataError: If a column is in neither table, an item is listed twice, or no item has a title.
@@ -302,13 +302,13 @@ def profiles(
 ) -> dict[str, dict[str, str]]:
     """Return the fields ``data.columns.user_fields`` by user, without empty values.
 
-    A column is taken from the user table or, if it is not there, from the interactions.
+    A column is taken from the user table or, if it is missing there, from the interactions.
 
     Args:
         section: The recipe's section.
         interactions: The table of interactions.
         user_ids: The user of each of its rows.
-        users: The table of users, if there is one.
+        users: The table of users, if any.
 
     Raises:
         DataError: If a column is in neither table, or a user is listed twice.
@@ -355,7 +355,7 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
     raise DataError(
         f"{' and '.join(listing.table.name for listing in listings)}: there is no column {column!r}"
         f"{did_you_mean(column, columns)}; the columns are: {enumerated(columns)}. "
-        f"Name the right one in the recipe as {setting}",
+        f"Set the right one in the recipe as {setting}",
         kind="missing-column",
         at=listings[0].table.name,
         column=column,
@@ -365,7 +365,7 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
 def _titles(section: DataSection, listings: list[_Listing], known: list[str]) -> Mapping[str, str]:
     """Return titles by item; empty if the source has no titles, so that ids are used instead.
 
-    An id also replaces a title that is blank or HTML, after a warning with the number of these.
+    An id also replaces a title that is blank or HTML, after a warning with their number.
     """
     column = section.columns.title or "title"
     for listing in listings:
@@ -385,16 +385,16 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         )
     if blank:
         log.warning(
-            "%d of %d items have no title in column %r of %s, such as %s; their ids stand in, which say little to a "
-            "model",
+            "%d of %d items have no title in column %r of %s, such as %s; their ids are shown instead, which are of "
+            "little use to a language model",
             *(len(blank), len(known), column, listing.table.name, shown(blank[0])),
         )
         titles = dict(titles) | dict(zip(blank, blank, strict=True))
     scraped = [item for item in known if has_markup(titles[item])]
     if scraped:
         log.warning(
-            "%d of %d items have HTML in place of a title in column %r of %s, such as %s; their ids stand in, which "
-            "say little to a model",
+            "%d of %d items have HTML instead of a title in column %r of %s, such as %s; their ids are shown instead, "
+            "which are of little use to a language model",
             *(len(scraped), len(known), column, listing.table.name, shown(titles[scraped[0]])),
         )
     return titles | dict(zip(scraped, scraped, strict=True))
@@ -425,14 +425,14 @@ def read_items(path: Path) -> dict[str, Item]:
     for name in ("item_id", "title"):
         if name in table.unusable:
             raise DataError.at(
-                table.name, "bad-value", f": column {name!r} holds {table.unusable[name]}; write it as texts", name
+                table.name, "bad-value", f": column {name!r} contains {table.unusable[name]}; write it as texts", name
             )
         if name not in columns:
             raise DataError.at(
                 table.name,
                 "missing-column",
                 f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-                f"{enumerated(columns)}. Rename the one that holds it",
+                f"{enumerated(columns)}. Rename the right one",
                 name,
             )
     item_ids = ids(table, "item_id")

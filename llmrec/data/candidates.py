@@ -1,6 +1,6 @@
 """Stored candidate sets: each held-out item with sampled negatives, under one hash.
 
-Sets are drawn once and stored, so that every predictor ranks the same items and a run can be repeated from the file
+Sets are drawn once and stored, so that every predictor ranks the same items and a run can be reproduced from the file
 alone. Random numbers come from SplitMix64 (Steele et al., OOPSLA 2014) keyed by the request id: a set depends only on
 the data, the seed and the request, not on the version of a random number library.
 """
@@ -85,7 +85,7 @@ class CandidateSets:
             stored = head["digest"]
         except FileNotFoundError as error:
             raise DataError.at(
-                path, "missing-file", ": there is no such candidate file; draw the candidates again"
+                path, "missing-file", ": the candidate file is missing; draw the candidates again"
             ) from error
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError.at(
@@ -93,7 +93,7 @@ class CandidateSets:
             ) from error
         if result.digest != stored or len(result.sets) != len(names):
             raise DataError.at(
-                path, "damaged", ": the candidates do not match their digest, so the file was changed; draw them again"
+                path, "damaged", ": the candidates do not match their digest, so the file was modified; draw them again"
             )
         return result
 
@@ -139,7 +139,7 @@ def draw(
         banned = set(placed[had.places(held.user_id)].tolist())
         if len(catalogue) - len(banned) < section.count - 1:
             raise DataError(
-                f"user {held.user_id!r} has touched {len(banned)} of {len(catalogue)} items, so only "
+                f"user {held.user_id!r} has interacted with {len(banned)} of {len(catalogue)} items, so only "
                 f"{len(catalogue) - len(banned)} negatives are left; set eval.candidates.count to at most "
                 f"{len(catalogue) - len(banned) + 1}",
                 kind="too-few",
@@ -197,7 +197,7 @@ def draw_among(
     Args:
         targets: The target of every request, by the request's id.
         groups: The items to draw from, targets included, with a group each. Items of the target's group are not drawn,
-            because they cannot be told apart from it.
+            because they cannot be distinguished from it.
         count: Candidates per request, the target included.
         seed: The run's seed.
         kind: Name of this kind of candidates.

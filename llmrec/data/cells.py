@@ -1,4 +1,4 @@
-"""Writes delimited files whose cells no spreadsheet runs as a formula, and reads ids back from them."""
+"""Writes delimited files that are safe from formula injection in spreadsheets, and reads ids back from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GUARDED = re.compile(_FORMULA)
 def cell(value: object) -> str:
     """Return a cell of a delimited file.
 
-    Numbers have full precision, lists are JSON, and a text that a spreadsheet would run gets a leading apostrophe.
+    Numbers have full precision, lists are JSON, and a text that would run as a formula gets a leading apostrophe.
     """
     if value is None:
         return ""

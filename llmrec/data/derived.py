@@ -107,7 +107,7 @@ def _chunks(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float]:
-    """Return the score of every term that a phrase may contain: equation 6 of the paper, from its equations 1 to 5."""
+    """Return the score of every term that a phrase may contain (equations 1 to 6)."""
     times: Counter[str] = Counter()
     capitals: Counter[str] = Counter()
     acronyms: Counter[str] = Counter()
@@ -163,7 +163,7 @@ def _similar(one: str, other: str, alike: float) -> bool:
 NAMES, TITLES = "names", "titles"
 # Phrases in a title; for items with the same phrases, up to the second number.
 _IN_TITLE, _MOST_IN_TITLE = 3, 6
-# A phrase of fewer training reviews is one writer's expression, not a feature.
+# A phrase of fewer training reviews is a writer's wording, not a feature.
 _LEAST = 3
 # Shorter sentences add little to the feature; longer ones do not answer "why, in one sentence?".
 _SENTENCE = (4, 40)
@@ -185,12 +185,12 @@ _LAST = ("n", "s", "r", "l", "na", "ra", "ro", "lin", "tan", "vel", "dor", "mi",
 
 
 def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
-    """Return a review data set with its missing parts derived; other data sets unchanged.
+    """Return a review data set with its missing data derived; other data sets unchanged.
 
     Args:
-        dataset: The data set. The parts of an earlier derivation are derived again.
+        dataset: The data set. Results of an earlier derivation are replaced.
         train: The training interactions.
-        seed: The run's seed, which pseudonyms depend on.
+        seed: Seed of the pseudonyms.
     """
     if not dataset.reviews:
         return dataset

@@ -62,7 +62,7 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
         silent = {user for user, text in message.items() if any(names(text, title) for title in titles.get(user, ()))}
         shown = {user: Profile(text) for user, text in message.items() if user not in silent}
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
-        left = f" ({len(silent)} more name an item that is held out for them)" if silent else ""
+        left = f" ({len(silent)} more excluded: their text names an item held out for them)" if silent else ""
         counted.append(f"{len(shown)} of {len(data.users())} users{left}")
     if section.sides in ("both", "item") and "item" in store.kinds:
         refuse_seen(section.path, store, data, kind="item", held=held)
@@ -114,7 +114,7 @@ def described_items(items: Mapping[str, Item], section: TextsSection | None) -> 
 
 
 def profile_of(user: str, section: TextsSection) -> str:
-    """Return the text that prompts show of a user; empty if the store has none, or for the shuffled control."""
+    """Return the text that prompts show of a user; empty if the store has none, or for the shuffled baseline."""
     if section.sides == "item" or section.shuffled:
         return ""
     # Opened for each user, so that a text corrected or erased in the meantime is not used.
@@ -123,7 +123,7 @@ def profile_of(user: str, section: TextsSection) -> str:
 
 
 def reshuffled(names: Sequence[str]) -> dict[str, str]:
-    """Return a random cyclic permutation of names as a mapping, for the shuffled control: no name maps to itself."""
+    """Return a random cyclic permutation of names as a mapping, for the shuffled baseline: no name maps to itself."""
     drawn = np.random.default_rng(0).permutation(len(names))
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
@@ -159,8 +159,8 @@ def refuse_seen(
             raise DataError.at(
                 path,
                 "leak",
-                f": what it says of {PLURALS[kind]} was made from the interaction of user {user!r} with item {item!r}, "
-                f"which is {what} here, so that an answer would stand in its own question; set "
+                f": the text on {PLURALS[kind]} was made from the interaction of user {user!r} with item {item!r}, "
+                f"which is {what} here, so prompts would contain their answer; set "
                 "data.split.kind=prefix and run llmrec augment again",
             )
 
@@ -178,5 +178,5 @@ def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) ->
         raise DataError.at(
             path,
             "contradiction",
-            f": its texts become the field {name!r}, and the data have such a field; drop it from data.columns",
+            f": its texts become the field {name!r}, and the data already have this field; drop it from data.columns",
         )

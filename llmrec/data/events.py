@@ -1,4 +1,4 @@
-"""Events of users, stored in columns as numbers and item codes; `Event` objects are created on request."""
+"""Interactions of users, stored in columns as numbers and item codes; `Event` objects are created on request."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from llmrec.data.read.codes import Runs, codes
 from llmrec.types import Event
 
-# Events cached as objects of about 130 bytes, because they are requested repeatedly.
+# Interactions cached as objects of about 130 bytes, because they are requested repeatedly.
 _KEPT = 1_000_000
 
 
 class Events:
-    """The events of a frame by user. Items, ratings and times are the frame's own columns.
+    """The interactions of a frame by user; items, ratings and times are not copied.
 
     Args:
         frame: Columns of `llmrec.data.dataset.SCHEMA`, with each user's rows in time order.
@@ -37,12 +37,12 @@ class Events:
         self._held = 0
 
     def count(self, user: str) -> int:
-        """Return a user's number of events."""
+        """Return a user's number of interactions."""
         part = self._runs.of(user)
         return int(part.stop - part.start)
 
     def counts(self, *, rated: bool) -> Mapping[str, int]:
-        """Return the number of events, or of rated events, by user in sorted order, without zeros."""
+        """Return the number of interactions, or of rated ones, by user in sorted order, without zeros."""
         whole = np.ones(len(self._items), dtype=bool)
         kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
         sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
@@ -51,7 +51,7 @@ class Events:
         return dict(zip(self._runs.users.filter(present).to_list(), result[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
-        """Return a user's events in order; empty for an unknown user."""
+        """Return a user's interactions in order; empty for an unknown user."""
         result = self._kept.get(user)
         if result is not None:
             self._kept.move_to_end(user)

@@ -1,4 +1,4 @@
-"""Frames in memory as data: written as Parquet files to the run folder and then read like other tables."""
+"""Frames in memory as data: written as Parquet files to the run folder, then read like other tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
     if section.source != "table" or section.files is not None:
         what = "data.files names the files of the parts" if section.files is not None else f"it is {section.source!r}"
         raise RecipeError(
-            f"data.source: a frame is a table, and {what}; set data.source=table and drop what names another source",
+            f"data.source: a frame is a table, but {what}; set data.source=table and drop the keys of other sources",
             kind="contradiction",
             column="data.source",
         )
@@ -112,7 +112,7 @@ def as_arrow(frame: Any, name: str) -> Any:
         DataError: If it is not a frame, or a column has values of several types.
     """
     if isinstance(frame, list | Mapping) and not frame:
-        raise DataError(f"{name}: it is empty; give rows", kind="empty", at=name)
+        raise DataError(f"{name}: it is empty; provide rows", kind="empty", at=name)
     try:
         if isinstance(frame, list):
             return _of_dictionaries(frame)
@@ -128,13 +128,13 @@ def as_arrow(frame: Any, name: str) -> Any:
             return _spelled(pa.table(frame))
     except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
         raise DataError(
-            f"{name}: a column cannot be read as one kind of values ({reason(error)}); make all its values texts, or "
+            f"{name}: a column has values of several types ({reason(error)}); make all its values texts, or "
             "all numbers",
             kind="bad-value",
             at=name,
         ) from error
     raise DataError(
-        f"{name}: {type(frame).__module__}.{type(frame).__name__} is no frame; give a pandas or polars frame, an Arrow "
+        f"{name}: {type(frame).__module__}.{type(frame).__name__} is no frame; use a pandas or polars frame, an Arrow "
         "table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
         kind="wrong-format",
         at=name,

@@ -1,6 +1,6 @@
 """Stable seeded hashes: every random choice of the data layer depends on ids, never on the row order.
 
-blake2b is used instead of a library's hash, so that a split does not change with the version of polars or numpy.
+blake2b is used instead of the hash of a library, so that a split does not change with the version of polars or numpy.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _BLOCK = 65_536
 def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDArray[np.uint64]:
     """Hash rows of strings to 64 bits.
 
-    purpose: Name of the decision. Hashes with different purposes are independent.
-        purpose: What the hash decides. Choices with different purposes are independent of each other.
+    Args:
+        purpose: Name of the decision; hashes with different purposes are independent.
         seed: The run's seed.
         columns: Columns of equal length, such as the user and the item of every row.
 
     Returns:
         One hash per row, shape (n,).
     """
-    # Lengths come before the parts, so that ("ab", "c") and ("a", "bc") differ.
+    # Lengths precede the parts, so that ("ab", "c") and ("a", "bc") differ.
     prefix = f"{purpose}\x1f{seed}\x1f"
     results = []
     rows = zip(*columns, strict=True)

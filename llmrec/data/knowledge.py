@@ -1,8 +1,8 @@
-"""Documents about items, found by id or title and cut to the passages that fit a prompt.
+"""Documents about items, retrieved by id or title and truncated to the passages that fit a prompt.
 
 The retrieved passages become the item field ``facts``, numbered in one text. It is data like any other field: templates
 show it as ``item.facts``, it is cleaned before a model reads it, and it is part of the fingerprint of the data, so
-other documents give other prompts.
+different documents yield different prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIELD = "facts"
 Embed = Callable[[Sequence[str]], "NDArray[np.floating[Any]]"]
 
 _WORD, _MARKS, _NUMBER = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
-# Saturation of repeated words and discount for text length: the usual values.
+# Saturation of repeated words and discount for text length (common values).
 _K1, _B = 1.2, 0.75
 # Constant of reciprocal rank fusion: larger means smaller differences between top ranks (Cormack et al., SIGIR 2009).
 _RANK = 60
@@ -149,14 +149,14 @@ class Documents:
         return best if wanted and wanted <= held else None
 
     def passages(self, place: int, question: str, tokens: int, embed: Embed | None = None) -> list[str]:
-        """Return the passages of a document that answer a question best, in document order.
+        """Return the passages of a document with the highest scores for a question, in document order.
 
         Args:
             place: Index of the document.
             question: The question in words. If it is empty or no passage has any of its words, the first passages are
                 used.
-            tokens: Maximum words and punctuation marks in total; a passage that does not fit is left out, or cut if it
-                is the best one.
+            tokens: Maximum words and punctuation marks in total; a passage that does not fit is excluded, or truncated
+                if it is the best one.
             embed: A text encoder, whose ranking is combined with that of BM25 by reciprocal rank fusion.
         """
         flat, begins, weights = self._passages
@@ -198,7 +198,7 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
 
 
 def numbered(passages: Sequence[str]) -> str:
-    """Return passages as one text, each after the number by which an answer cites it."""
+    """Return passages as one text, each after its number for citations."""
     # A document's own citation numbers would be confused with these.
     own = [_NUMBER.sub("", passage).strip() for passage in passages]
     return " ".join(f"[{n}] {passage}" for n, passage in enumerate(own, start=1))

@@ -44,7 +44,7 @@ RANKS = ("rank", "position")
 GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
 """Names of the relevance column, ignoring case; those of users and items are also as in `llmrec.data.read.words`."""
 
-# Minimum weight of a name that counts as certain; see `llmrec.data.read.words`.
+# Minimum weight of a name to be accepted; see `llmrec.data.read.words`.
 _SURE = 0.9
 _QRELS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
@@ -61,7 +61,7 @@ class Lists:
         frame: Columns ``key`` (of the user or request), ``item`` and ``score``; higher is better.
         empty: Keys of lists without items, such as those of failed requests.
         order: What defines the ranking: a score, a rank, or the order of the rows.
-        where: Returns the place of a row of ``frame``.
+        where: Returns the location of a row of ``frame``.
         columns: Columns of the file.
     """
 
@@ -134,7 +134,7 @@ def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = Fal
         raise DataError.at(
             table.name,
             "wrong-format",
-            ": these are ranked lists and not what is relevant; give a table with a user and an item in each row",
+            ": these are ranked lists instead of relevant items; provide a table with a user and an item in each row",
         )
     columns = table.frame.columns
     requests, users = None if by_user else _found(table, REQUESTS), asked.find(columns, "user")
@@ -159,7 +159,7 @@ def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = Fal
     kept = frame.filter(pl.col("gain") > 0)
     barren = frozenset(frame["key"].unique()) - frozenset(kept["key"].unique())
     if kept.is_empty():
-        raise DataError.at(table.name, "empty", ": no row holds a relevant item; check its column of relevance", gains)
+        raise DataError.at(table.name, "empty", ": no row has a relevant item; check the relevance column", gains)
     return Truth(table.name, "user" if requests is None else "request", kept, barren, columns)
 
 
@@ -169,7 +169,7 @@ def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -
     Args:
         source: The path of a file or a frame; see the module. Without a score and a rank, the order of a user's rows is
             the ranking.
-        unit: What has a list; ``request`` requires a column of requests.
+        unit: What a list belongs to; ``request`` requires a column of requests.
         asked: Names of the columns.
 
     Raises:
@@ -255,11 +255,11 @@ def _needed(table: Table, asked: Entities) -> str:
 def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
     columns = table.frame.columns
     name = {"user": USERS, "item": ITEMS, "request": REQUESTS}[what][0]
-    fix = f"Call it {name!r}" if what == "request" else f"Say which it is with --{what} COLUMN"
+    fix = f"Rename it to {name!r}" if what == "request" else f"Name it with --{what} COLUMN"
     return DataError.at(
         table.name,
         "missing-column",
-        f" has no column of the {what}{did_you_mean(name, columns)}; its columns are: {enumerated(columns)}. {fix}",
+        f" has no {what} column{did_you_mean(name, columns)}; its columns are: {enumerated(columns)}. {fix}",
         name,
     )
 
@@ -273,7 +273,7 @@ def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None
         raise DataError.at(
             where(row),
             "duplicate",
-            f": the item {shown(item)} stands twice in {what} of {shown(key)}; keep one",
+            f": the item {shown(item)} is repeated in {what} of {shown(key)}; keep one",
             "item",
         )
 
@@ -296,8 +296,8 @@ def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
             raise DataError.at(
                 place,
                 "duplicate",
-                f": {shown(key)} has a list in row {earlier.row} already; where a user has several, give the truth a "
-                "column request_id",
+                f": {shown(key)} already has a list in row {earlier.row}; for several lists per user, add a "
+                "column request_id to the truth",
                 "request_id" if unit == "request" else "user_id",
             )
         names, values = _listed(place, record)
@@ -310,7 +310,7 @@ def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
         rows += [len(places)] * len(names)
         places.append(place)
     if not places:
-        raise DataError.at(records.name, "empty", " holds no list; write at least one")
+        raise DataError.at(records.name, "empty", " contains no lists; write at least one")
     frame = pl.DataFrame(
         {"key": keys, "item": items, "score": scores},
         schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
@@ -338,7 +338,7 @@ def _listed(place: Place, record: Mapping[str, Any]) -> tuple[list[str], list[fl
     values = [_finite(place, value) for value in _list(place, "scores", scores)]
     if len(values) != len(names):
         raise DataError.at(
-            place, "mismatch", f": the list has {len(names)} items and {len(values)} scores; write one each", "scores"
+            place, "mismatch", f": {len(names)} items but {len(values)} scores; write one score per item", "scores"
         )
     return names, values
 
@@ -349,25 +349,25 @@ def _list(place: Place, column: str, value: Any) -> list[Any]:
             value = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError) as error:
             raise DataError.at(
-                place, "syntax", f": column {column!r} is no JSON list ({reason(error)}); write one", column
+                place, "syntax", f": column {column!r} is not a JSON list ({reason(error)}); write one", column
             ) from None
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError.at(place, "bad-value", f": column {column!r} is no list; write one", column)
+        raise DataError.at(place, "bad-value", f": column {column!r} is not a list; write one", column)
     return value
 
 
 def _name(place: Place, item: Any) -> str:
     if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
-        raise DataError.at(place, "bad-value", f": the item {shown(item)} is no id; write texts or numbers", "items")
+        raise DataError.at(place, "bad-value", f": the item {shown(item)} is not an id; write text or numbers", "items")
     return str(item)
 
 
 def _finite(place: Place, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError.at(
-            place, "bad-value", f": the score {shown(value)} is no finite number; correct or drop the list", "scores"
+            place, "bad-value", f": the score {shown(value)} is not a finite number; correct or drop the list", "scores"
         )
     return float(value)
 
@@ -385,7 +385,7 @@ def _opened(
     name = str(path)
     if path.is_dir() or is_pattern(path):
         return without_kinds(read_table(path))
-    require_file(path, "check the path", "the ranked lists" if what == "ranked" else "the file of what is relevant")
+    require_file(path, "check the path", "the ranked lists" if what == "ranked" else "the file of relevant items")
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending in endings or (ending in ("", ".txt", *TREC, *_QRELS) and _is_trec(path, columns)):
         raw, sha256 = read_bytes(path)
@@ -454,7 +454,7 @@ def _blanks(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
             raise DataError.at(
                 Place(name, len(rows) + 1, line + 1),
                 "ragged-row",
-                f" has {len(cells)} fields where it should have {len(columns)}: {' '.join(columns)}",
+                f" has {len(cells)} fields instead of {len(columns)}: {' '.join(columns)}",
             )
         rows.append(cells)
         lines.append(line + 1)

@@ -75,13 +75,13 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """The result of one question about an item.
+    """The result of one prediction request about an item.
 
     Attributes:
         request_id: None if it could not be read.
-        user_id: As in the question.
-        line: Position of the question in its file.
-        item_id: The item of the question.
+        user_id: As in the request.
+        line: Position of the request in its file.
+        item_id: The item of the request.
         value: A rating, or the probability of yes; None if the answer is a text.
         text: The generated text; None if the answer is a number.
         error: Why there is no answer; None if there is one.
@@ -150,7 +150,7 @@ def _checked(line: str) -> Ranked:
     # JSON contains tabs only in escaped form.
     text, _, message = line.partition("\t")
     if checksum(text.encode()) != message:
-        raise ValueError("the line was changed")
+        raise ValueError("the line was modified")
     return _record(json.loads(text))
 
 
@@ -177,7 +177,7 @@ def form_of(path: Path, asked: str) -> Form:
     trec = ending.lower() in TREC
     if trec and asked not in ("auto", "trec"):
         raise RecipeError(
-            f"--form {asked}: {path} ends in {ending}, which is a TREC run; name another file, or leave --form out",
+            f"--form {asked}: {path} ends in {ending}, which is a TREC run; name another file, or drop --form",
             kind="contradiction",
             column="--form",
         )
@@ -247,14 +247,14 @@ def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
             raise DataError.at(
                 path,
                 "bad-value",
-                f": a TREC run parts its columns by blanks, and the {what} {value[:60]!r} has one; write --form long",
+                f": a TREC run separates columns by spaces, and the {what} {value[:60]!r} has one; use --form long",
                 what,
             )
     return f"{user} Q0 {item} {rank} {score!r} {tag}\n"
 
 
 def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = Ranked) -> None:
-    """Write all records atomically as Parquet, JSON Lines, CSV or TSV, the text formats optionally gzipped.
+    """Write all records atomically as Parquet, JSON Lines, CSV or TSV, with optional gzip for text formats.
 
     Records are consumed one at a time, and equal records give equal bytes.
 

@@ -88,7 +88,7 @@ class RequestFile:
 
 
 def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
-    """Scan a JSON Lines, CSV, TSV or Parquet file of requests, the text formats optionally gzipped.
+    """Scan a JSON Lines, CSV, TSV or Parquet file of requests, with optional gzip for text formats.
 
     Args:
         path: The file.
@@ -115,7 +115,7 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
         blank, rows = filled
         sha256 = source.sha256
     if rows == 0:
-        raise DataError.at(path, "empty", " holds no request; write at least one")
+        raise DataError.at(path, "empty", " contains no requests; write at least one")
     return RequestFile(path, suffix, sha256, rows, blank, bare)
 
 
@@ -132,7 +132,7 @@ def kind_of(path: Path) -> str:
     if suffix[0] not in known:
         inside = " inside .gz" if packed else ""
         raise DataError.at(
-            path, "wrong-format", f": requests and rankings are kept in files that end in {', '.join(known)}{inside}"
+            path, "wrong-format", f": requests and rankings are files that end in {', '.join(known)}{inside}"
         )
     return suffix[0]
 
@@ -168,7 +168,7 @@ def _json(line: int, raw: bytes | None) -> Raw:
     if raw is None:
         return Raw(line, None, f"the line is longer than {text.LONGEST} bytes")
     if b"\0" in raw:
-        return Raw(line, None, "there are NUL bytes, so this is no text or UTF-16; save the file as UTF-8")
+        return Raw(line, None, "the line contains NUL bytes, so it is binary or UTF-16; save the file as UTF-8")
     try:
         return Raw(line, json_object("this line", raw.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -245,11 +245,11 @@ def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Raw
         return Raw(
             line,
             None,
-            f"{len(cells)} fields where the header has {len(columns)}; a field that holds {separator!r} or a double "
+            f"{len(cells)} fields where the header has {len(columns)}; a field that contains {separator!r} or a double "
             "quote needs double quotes around it",
         )
     if cells == columns:
-        return Raw(line, None, "the header stands here again; remove the line")
+        return Raw(line, None, "the line repeats the header; remove it")
     if any(_NO_UTF8.search(cell) for cell in cells):
         return Raw(line, None, "not UTF-8; save the file as UTF-8")
     return _unpacked(line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()})
@@ -273,7 +273,7 @@ def _list(key: str, cell: str) -> list[Any]:
             result = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{key!r} begins like a JSON list and is none ({reason(error)})", kind="syntax", column=key
+                f"{key!r} begins like a JSON list but is invalid ({reason(error)})", kind="syntax", column=key
             ) from error
         return list(result)
     return [part.strip() for part in text.split("|")]
@@ -301,7 +301,7 @@ def _values(batch: Any) -> Iterator[dict[str, object] | str]:
         yield from batch.to_pylist()
         return
     except FAULTS:
-        pass  # some row is not UTF-8, or has a time that Python cannot represent: find out which
+        pass  # some row is not UTF-8, or has a time that Python cannot represent: find it below
     for place in range(batch.num_rows):
         try:
             result = batch.slice(place, 1).to_pylist()[0]

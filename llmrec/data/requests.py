@@ -22,10 +22,10 @@ from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item
 
 KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
-"""Keys of a request: ``candidates`` are ranked; ``item`` is the subject of a question about one item."""
+"""Keys of a request: ``candidates`` are ranked; ``item`` is the item to predict."""
 USER_FIELDS = "user_fields"
 """The key of `RankRequest.context` for the fields of a user."""
-LEFT_ASIDE = "candidates: left aside, since all items are ranked"
+LEFT_ASIDE = "candidates: ignored, since all items are ranked"
 """The note on a request that has candidates although the whole catalogue is ranked."""
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
@@ -36,7 +36,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastEvent:
-    """A past event: its item with the text of this request, and the text about the event."""
+    """A past interaction: its item with the text of this request, and the text about the interaction."""
 
     item: Item
     rating: float | None = None
@@ -58,7 +58,7 @@ class RankRequest:
         notes: What was left out or changed while reading.
         titled: Generated ids of items that were given only by title.
         retrieved: The number of candidates that a recommender retrieved: all or 0.
-        context: Further values for the task by name, such as the review that is asked about, or the user's fields as
+        context: Further values for the task by name, such as the review to predict for, or the user's fields as
             JSON (`USER_FIELDS`).
         barred: Ids that are excluded when the whole catalogue is ranked, in addition to those of the history.
         keep_seen: Items of the history may be ranked when the whole catalogue is ranked.
@@ -94,8 +94,8 @@ class _Remarks:
     def notes(self) -> list[str]:
         text = (
             ("history: left out, unknown and without a title", self.skipped),
-            ("candidates: named more than once, ranked once", self.repeated),
-            ("candidates: named again with another text, the first was ranked", self.retold),
+            ("candidates: repeated, ranked once", self.repeated),
+            ("candidates: repeated with another text, the first was ranked", self.retold),
             (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
         )
         return [f"{what}: {some(names)}" for what, names in text if names]
@@ -160,7 +160,7 @@ def read_request(
 
 
 def history_entry(event: Event) -> dict[str, object]:
-    """Return an event as an entry of a history."""
+    """Return an interaction as an entry of a history."""
     return {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
 
 
@@ -216,7 +216,7 @@ def _candidates(
         if first is not item:
             (remarks.repeated if first == item else remarks.retold).append(item.item_id)
     if unknown:
-        where = "there is no catalogue that says what they are" if catalogue is None else "the catalogue lacks them"
+        where = "there is no catalogue to look them up" if catalogue is None else "they are not in the catalogue"
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
         raise DataError(
             f"candidates without a title: {some(list(unknown))}; {where}: write each as {example}, or name a table "
@@ -271,7 +271,7 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
     if not clean(title):
         if item_id is None:
             raise DataError(
-                f"{where} has neither an item_id nor a title; give it one of them", kind="missing-value", column=where
+                f"{where} has neither an item_id nor a title; add one of them", kind="missing-value", column=where
             )
         raise _Unknown(item_id)
     name = item_id or clean(title)
@@ -310,7 +310,7 @@ def _text(what: str, value: object) -> str:
         raise DataError(f"{what} is {_kind(value)}; give a text", kind="bad-value", column=what)
     if _NO_TEXT.search(value):
         raise DataError(
-            f"{what} holds a character that is no text (NUL, or half of a surrogate pair); remove it",
+            f"{what} contains an invalid character (NUL, or half of a surrogate pair); remove it",
             kind="encoding",
             column=what,
         )
@@ -351,7 +351,7 @@ def _optional_id(what: str, value: object) -> str | None:
             column=what,
         )
     if _NO_TEXT.search(value) or _CONTROL.search(value):
-        raise DataError(f"{what} holds a control character; remove it", kind="bad-value", column=what)
+        raise DataError(f"{what} contains a control character; remove it", kind="bad-value", column=what)
     return value if value.strip() else None
 
 
@@ -369,7 +369,7 @@ def _number(what: str, value: object) -> float | None:
         result = math.nan
     if not math.isfinite(result):
         raise DataError(
-            f"{what} is {_kind(value)} that is no finite number; give a number or leave it out",
+            f"{what} is {_kind(value)} that is not a finite number; write a number or leave it out",
             kind="bad-value",
             column=what,
         )
@@ -392,7 +392,7 @@ def _moment(what: str, value: object) -> float | None:
 def _kind(value: object) -> str:
     names = {
         str: "a text",
-        bytes: "bytes and no text",
+        bytes: "bytes instead of text",
         bool: "true or false",
         dict: "an object",
         list: "a list",

@@ -1,8 +1,8 @@
 """Splits a data set, orders ties in time, and returns histories, requests and texts of held-out interactions.
 
 Ties in time are ordered by a seeded hash of (user, item), not by item id or file order: both can leak the target when
-many events have the same timestamp. A recipe can ask for the file order of a published protocol. Without timestamps,
-file order is time order.
+many interactions have the same timestamp. A recipe can select the file order of a published protocol. Without
+timestamps, file order is time order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
 
 Ties = Literal["hash", "file"]
-"""What orders events at the same time: a seeded hash, or the order of the rows."""
+"""The order of interactions at the same time: a seeded hash, or the order of the rows."""
 
 
 def _no_rows() -> pl.DataFrame:
@@ -91,8 +91,8 @@ class SplitDataset(Displayed):
         test: Held-out interactions for testing.
         held_out: Every (user_id, item_id) of ``valid`` or ``test``, and all others of ``cold`` items; none of them is
             in ``train``.
-        known: Events shown as history but never used for training: the past of held-out users.
-        cold: Cold-start items: no event on them is in ``train``, in ``known`` or in a history.
+        known: Interactions shown as history but never used for training: the past of held-out users.
+        cold: Cold-start items: no interaction with them is in ``train``, in ``known`` or in a history.
         drawn: Numbers that order the sampling of ``valid`` rows, smallest first; None: hashes of their ids.
     """
 
@@ -146,43 +146,43 @@ class SplitDataset(Displayed):
         return self._users
 
     def train_events(self, user_id: str) -> tuple[Event, ...]:
-        """Return a user's training events, oldest first; empty for an unknown user."""
+        """Return a user's training interactions, oldest first; empty for an unknown user."""
         return self._events["train"].of(user_id)
 
     def known_events(self, user_id: str) -> tuple[Event, ...]:
-        """Return a user's events that are only history, oldest first; empty for an unknown user."""
+        """Return a user's interactions that are only history, oldest first; empty for an unknown user."""
         return self._events["known"].of(user_id)
 
     def train_count(self, user_id: str) -> int:
-        """Return a user's number of training events."""
+        """Return a user's number of training interactions."""
         return self._events["train"].count(user_id)
 
     def train_counts(self, *, rated: bool = False) -> Mapping[str, int]:
-        """Return the number of training events, or of rated ones, by user in sorted order, without zeros."""
+        """Return the number of training interactions, or of rated ones, by user in sorted order, without zeros."""
         return self._events["train"].counts(rated=rated)
 
     def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
-        """Return a user's history before the held-out events of a split, oldest first.
+        """Return a user's history before the held-out interactions of a split, oldest first.
 
-        For ``train`` and ``valid`` these are the training events; for ``test`` the validation events follow them. A
-        held-out user of a user-disjoint split has the events before the held-out one. With ``global_time`` all events
-        before the split's period are included, and none of that period. With ``given`` the source decides, regardless
-        of the time of the held-out event.
+        For ``train`` and ``valid`` these are the training interactions; for ``test`` the validation interactions follow
+        them. A held-out user of a user-disjoint split has the interactions before the held-out one. With
+        ``global_time`` all interactions before the split's period are included, and none of that period. With ``given``
+        the source decides, regardless of the time of the held-out interaction.
         """
         past = self._events["known"].of(user_id) + self._events["train"].of(user_id)
         if split == "test":
             past += self._events["valid"].of(user_id)
-        # A source may hold out events that are older than its training rows.
+        # A source may hold out interactions that are older than its training rows.
         return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
     def holdouts(self, split: SplitName) -> Holdouts:
         """Return a split's held-out interactions ordered by a seeded hash, so that the first n are an unbiased sample.
 
         Raises:
-            DataError: If asked for the training split, which has no held-out interactions.
+            DataError: If ``split`` is the training split, which has no held-out interactions.
         """
         if split == "train":
-            raise DataError("the training split holds nothing out; ask for 'valid' or 'test'", kind="bad-value")
+            raise DataError("the training split has no held-out interactions; use 'valid' or 'test'", kind="bad-value")
         return self._holdouts[split]
 
     @cached_property
@@ -214,8 +214,8 @@ def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset
 
 
 def _in_hash_order(frame: pl.DataFrame, seed: int) -> Holdouts:
-    # Not the hash that orders ties: of tied events the one with the highest hash is held out, so a sample ordered by
-    # the same hash would have fewer of the users with ties.
+    # Not the hash that orders ties: of tied interactions the one with the highest hash is held out, so a sample
+    # ordered by the same hash would have fewer of the users with ties.
     key = hash64("holdouts", seed, frame["user_id"], frame["item_id"])
     return Holdouts(frame[np.argsort(key, kind="stable")])
 
@@ -272,13 +272,13 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
 
 
 def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.0) -> SplitDataset:
-    """Hold out nothing for tests: a model trained on the result can answer requests, but not be measured.
+    """Hold out nothing for tests: a model trained on the result can answer requests, but not be evaluated.
 
     Args:
         dataset: The data set.
         seed: Seed of ties in time and of the held-out users.
-        ties: What orders events at the same time.
-        valid: Share of users whose last event is held out for validation, to stop training.
+        ties: The order of interactions at the same time.
+        valid: Share of users whose last interaction is held out for validation, to stop training.
     """
     rows = Rows(_in_time_order(dataset, seed, moments=False, ties=ties))
     train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
@@ -309,8 +309,8 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties
     Args:
         dataset: The data set.
         seed: Seed of the order of ties.
-        moments: Whether the order of different users' events at the same time matters.
-        ties: What orders events at the same time: a hash, or the rows.
+        moments: Whether the order of different users' interactions at the same time matters.
+        ties: The order of interactions at the same time: by hash, or by row.
     """
     frame = dataset.interactions
     if not dataset.has_time:
@@ -321,7 +321,7 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties
         return order
     tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
     if len(tied):
-        # The hash matters only for events at the same time as another.
+        # The hash matters only for interactions at the same time as another.
         rows = frame[order[tied]]
         tie = hash64("tie", seed, rows["user_id"], rows["item_id"])
         # Ratings and texts order only repeats of one pair at the same time.
@@ -331,11 +331,11 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties
 
 
 def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
-    """Return the indices of events at the same time as another event, of the same user if users are given.
+    """Return the indices of interactions with the time of another one, of the same user if users are given.
 
     Args:
         times: Ascending times, shape (n,).
-        users: Code of each event's user, shape (n,).
+        users: Code of each interaction's user, shape (n,).
     """
     same = times[1:] == times[:-1]
     places = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))
@@ -402,12 +402,12 @@ def request_of(
 
 
 def others(events: Sequence[Event], item: str | None) -> tuple[Event, ...]:
-    """Return events without earlier ones of the evaluated item, which would reveal the answer."""
+    """Return a history without interactions with the evaluated item, which would reveal the answer."""
     return tuple(event for event in events if event.item_id != item)
 
 
 def threshold(scale: tuple[float, float], liked: float | None) -> float:
-    """Return the lowest rating that counts as a like; by default three quarters up the scale, 4 of 1 to 5."""
+    """Return the lowest rating that counts as a like; by default three quarters of the scale, which is 4 for 1 to 5."""
     low, high = scale
     return low + 0.75 * (high - low) if liked is None else liked
 
@@ -423,7 +423,7 @@ def scale_of(data: SplitDataset) -> tuple[float, float]:
     values = data.train["rating"].drop_nulls().to_numpy()
     if not len(values):
         raise DataError(
-            f"{data.dataset.name} has no training ratings; name data.columns.rating, or drop what needs ratings",
+            f"{data.dataset.name} has no training ratings; name data.columns.rating, or drop what requires ratings",
             kind="missing-column",
             at=data.dataset.name,
             column="rating",

@@ -83,7 +83,7 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has {_LEAST} interactions with different items, which leave_one_out needs; "
+            f": no user has {_LEAST} interactions with different items, as leave_one_out requires; "
             "use another data.split.kind or more data",
             "data.split.kind",
         )
@@ -134,7 +134,7 @@ def _last_shares(
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has {wanted + 1} interactions with different items{after}, which {section.kind} needs {remedy}",
+            f": no user has {wanted + 1} interactions with different items{after}, as {section.kind} requires {remedy}",
             "data.split.kind",
         )
     places, sizes, later = places[able], sizes[able], later[able]
@@ -152,7 +152,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
         raise DataError.at(
             dataset.name,
             "contradiction",
-            " has no times, which tell baskets apart; name data.columns.time, or use another data.split.kind",
+            " has no timestamps, which identify baskets; name data.columns.time, or use another data.split.kind",
             "data.split.kind",
         )
     places, _, _ = rows.by_user(rows.latest)
@@ -168,7 +168,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has interactions at {_LEAST} moments, which last_basket needs; use another "
+            f": no user has interactions at {_LEAST} different times, as last_basket requires; use another "
             "data.split.kind or more data",
             "data.split.kind",
         )
@@ -244,7 +244,7 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
 def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """Return for each row whether its item is cold for test or for validation, or warm (the label `TRAIN`).
 
-    Items are chosen by a hash of the item, so an item is cold in every table and with every filter. With ``after``,
+    Items are chosen by a hash of the item, so an item is cold in all tables and with all filters. With ``after``,
     items that first appear at or after that time are cold for test, and only those for validation are chosen by the
     hash.
 
@@ -259,7 +259,7 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
             raise DataError.at(
                 dataset.name,
                 "contradiction",
-                " has no times, so that no item appears after a date; name data.columns.time, or drop the key",
+                " has no timestamps, which data.split.after requires; name data.columns.time, or drop the key",
                 "data.split.after",
             )
         first = np.full(len(names), np.inf)
@@ -270,10 +270,10 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
 
 
 def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Items are held out entirely: some are targets in test, others in validation, and no event on them remains.
+    """Items are held out entirely: some are test targets, others validation targets; no interaction with them remains.
 
-    A user's targets are the last cold item after all of the user's remaining events, and the last warm item. Users are
-    evaluated only in test or only in validation, so that no history has a cold item.
+    A user's targets are the last cold item after all the user's remaining interactions, and the last warm item. Users
+    are evaluated only in test or only in validation, so that no history has a cold item.
     """
     part = cold_parts(dataset, rows, section, seed)
     of_latest = part[rows.latest]
@@ -285,19 +285,19 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
         cold = _lasts(rows, rows.latest[of_latest == label])
         asked = free & (cold > before)
         held[label], free = np.concatenate([cold[asked], last[asked]]), free & ~asked
-    have = f"{rows.frame['item_id'].n_unique()} items and their last events"
+    have = f"{rows.frame['item_id'].n_unique()} items and their last interactions"
     _need(dataset, section, len(held[VALID]), len(held[TEST]), have)
     return rows.labels(held[VALID], held[TEST], np.where(part == TRAIN, TRAIN, GONE).astype(np.int8))
 
 
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """The source defines the held-out pairs, and the users whose other events are only history."""
+    """The source defines the held-out pairs, and the users whose other interactions are only history."""
     given = dataset.given
     if given is None:
         raise DataError.at(
             dataset.name,
             "contradiction",
-            " has no split of its own, so data.split.kind=given cannot be used; choose another kind",
+            " has no published split, so data.split.kind=given cannot be used; choose another kind",
             "data.split.kind",
         )
     keys = pairs(rows.frame["user_id"], rows.frame["item_id"])
@@ -310,9 +310,7 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     # A pair in both parts is for test only.
     valid, test = named(given.valid - given.test), named(given.test)
     if not len(valid) and not len(test):
-        raise DataError.at(
-            dataset.name, "too-few", ": no held-out pair of its split is left; relax data.filter", "data.filter"
-        )
+        raise DataError.at(dataset.name, "too-few", ": the filter removes all held-out pairs; relax it", "data.filter")
     away = np.zeros(len(rows.names), dtype=bool)
     known = Names(rows.names)
     away[[code for user in given.history_only if (code := known.code(user)) is not None]] = True

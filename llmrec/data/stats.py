@@ -1,8 +1,8 @@
 """Statistics of a data set and its split, and the statistics that prompts may show.
 
-Statistics of a user and an item never count an interaction of the two: the popularity and mean rating of an item would
+Statistics of a user and an item exclude the interaction of the two: the popularity and mean rating of an item would
 reveal the rating of a training row included in them. A held-out interaction is in no training split, so training rows
-and evaluated requests leave out the same.
+and evaluated requests exclude the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 def statistics(data: SplitDataset) -> dict[str, object]:
     """Return named statistics of a split data set; every value can be written as JSON.
 
-    Shares are in [0, 1]. ``tied_last_share`` is the share of users whose last two events have the same timestamp, so
-    that the tie rule decides which is held out; it is None without timestamps, and so is ``tied_with_history``, the
-    share of `moments_shared`. A held-out event is *cold* if its user or its item has no training interaction.
+    Shares are in [0, 1]. ``tied_last_share`` is the share of users whose last two interactions have the same timestamp,
+    so that the tie rule decides which is held out; it is None without timestamps, and so is ``tied_with_history``, the
+    share of `moments_shared`. A held-out interaction is *cold* if its user or its item has no training interaction.
     """
     dataset = data.dataset
     rows = dataset.interactions
@@ -64,7 +64,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
 
 
 def tied_last_share(rows: pl.DataFrame) -> float | None:
-    """Return the share of users with two or more events at their last timestamp; None without timestamps."""
+    """Return the share of users with two or more interactions at their last timestamp; None without timestamps."""
     if rows["timestamp"].null_count() == rows.height:
         return None
     names, users = codes(rows["user_id"])
@@ -76,11 +76,11 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
 
 
 BASKETS = 0.2
-"""Share of `moments_shared` from which a split is reported to cut through baskets."""
+"""Share of `moments_shared` from which a warning reports that the split divides baskets."""
 
 
 def moments_shared(data: SplitDataset) -> float | None:
-    """Return the share of held-out events at the same time as an event of their history; None without timestamps.
+    """Return the share of held-out interactions at the time of one in their history; None without timestamps.
 
     When several items are bought or rated at once, the history then contains the rest of the target's basket.
     """
@@ -89,7 +89,7 @@ def moments_shared(data: SplitDataset) -> float | None:
     tied = held = 0
     for part, before in ((data.test, [data.train, data.valid, data.known]), (data.valid, [data.train, data.known])):
         key = ["user_id", "timestamp"]
-        # Of long histories, only events at the time of a target matter.
+        # Of long histories, only interactions at the time of a target matter.
         near = [rows.select(key).join(part.select(key), on=key, how="semi").unique() for rows in before]
         tied += part.join(pl.concat(near), on=key, how="semi").height
         held += part.height
@@ -97,7 +97,7 @@ def moments_shared(data: SplitDataset) -> float | None:
 
 
 def baskets(data: SplitDataset) -> str:
-    """Return a message that the split cuts through baskets, with the fix; empty if it does not."""
+    """Return a message that the split divides baskets, with the fix; empty if it does not."""
     share = moments_shared(data)
     if share is None or share <= BASKETS:
         return ""
@@ -119,7 +119,7 @@ def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
     if not wide:
         return ""
     return (
-        f"{count} items are ranked for a request, so that HR@{wide[0]} is 1 whoever ranks all of them; take cut-offs "
+        f"{count} items are ranked per request, so HR@{wide[0]} is always 1 when all of them are ranked; use cut-offs "
         "below that"
     )
 
@@ -138,7 +138,7 @@ def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
-    """Return the number of held-out events whose user or item is not in training."""
+    """Return the number of held-out interactions whose user or item is not in training."""
     names, known = codes(train[column])
     warm = np.bincount(known, minlength=len(names)) > 0
     return int((~warm[codes(held[column])[1]]).sum())
@@ -206,7 +206,7 @@ class Tallies:
         return {item: Tally(count, rated, total) for item, count, rated, total in counted.iter_rows()}
 
     def _of(self, user_id: str) -> Mapping[str, Tally]:
-        """Return a user's counts by item; cached, because a row requests those of one user many times."""
+        """Return a user's counts by item; cached, because it is requested many times per user."""
         if self._latest is None or self._latest[0] != user_id:
             self._latest = user_id, _by_item(self._data.train_events(user_id))
         return self._latest[1]

@@ -87,10 +87,10 @@ class Category:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Place further items under the longest known prefix of their paths; see `Scheme`.
+        """Add further items under the longest known prefix of their paths; see `Scheme`.
 
-        If the known last tokens of a path are used up, items move to the next shorter prefix, finally to the empty one.
-        Only if that is full too, or with ``item_token``, they get new tokens, which a trained model does not know.
+        If the known last tokens of a path are exhausted, items move to the next shorter prefix, finally to the empty
+        one. Only if that is full too, or with ``item_token``, they get new tokens, unknown to a trained model.
         """
         filing = _Filing.read(index.settings)
         numbers = [{name: number for number, name in enumerate(names)} for names in index.settings["names"]]
@@ -125,7 +125,7 @@ class _Filing:
         known = list(dict.fromkeys(field for item in sorted(items) for field in items[item].fields))
         if not known:
             raise DataError(
-                f"{name}: the items have no fields, so none can be their category; name columns in data.columns.fields "
+                f"{name}: the items have no fields to use as categories; name columns in data.columns.fields "
                 "or use another index.scheme",
                 kind="missing-column",
                 at=name,
@@ -135,7 +135,7 @@ class _Filing:
             if field not in known:
                 raise RecipeError(
                     f"index.category.fields: the items have no field {field!r}{did_you_mean(field, known)}; "
-                    f"there are {', '.join(known)}",
+                    f"the fields are {', '.join(known)}",
                     kind="unknown-name",
                     column="index.category.fields",
                 )

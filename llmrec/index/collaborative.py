@@ -1,6 +1,6 @@
 """Collaborative codes: paths in a tree of items, built by spectral clustering of the co-occurrence graph.
 
-An edge joins two items of a user's training history; its weight is the number of such users. The graph itself is never
+An edge joins two items of a user's training history; its weight is the number of these users. The graph itself is never
 stored: its product with a vector is two products with the users' histories, so long histories cost no more.
 (Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023, section 4.3: CID and CID+IID.)
 """
@@ -41,7 +41,7 @@ class Collaborative:
     """The path of an item's clusters, and a token for its position in the last cluster.
 
     Items without training interactions have a separate branch, below an additional token of the first level. No
-    training row has that token, so a model gives it a low probability; new items are placed there too.
+    training row has that token, so a model gives it a low probability; new items are added to it.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class Collaborative:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Place further items in the branch for items without interactions; see `Scheme`.
+        """Add items to the branch for items without interactions; see `Scheme`.
 
         With ``item_token`` each gets a new item token, which a trained model does not know.
 
@@ -106,7 +106,7 @@ class Collaborative:
         room = _cold_room(int(known["clusters"]), int(known["leaf"]), int(known["levels"]))
         if not known["item_token"] and start + len(items) > room:
             raise DataError(
-                f"index collaborative: of {len(items)} new items {room - start} find a place among known tokens; "
+                f"index collaborative: only {room - start} of {len(items)} new items fit the known tokens; "
                 "build the index again with these items, or with a higher index.collaborative.leaf",
                 kind="exhausted",
                 column="index.collaborative.leaf",
@@ -166,7 +166,7 @@ def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:
         if count > most:
             raise RecipeError(
                 f"index.collaborative: {count} {what} do not fit a tree of clusters={shape.clusters}, "
-                f"depth={shape.depth} and leaf={shape.leaf}, which holds {most}; raise one of them",
+                f"depth={shape.depth} and leaf={shape.leaf}, which has room for {most}; increase one of them",
                 kind="too-few",
                 column="index.collaborative",
             )
@@ -197,7 +197,7 @@ def _number(settings: Mapping[str, Any], slot: int, own: int) -> int:
 def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = ()) -> Iterator[tuple[Path, Ints]]:
     """Cluster items recursively, and yield the path and the members of every leaf.
 
-    No cluster is larger than its remaining levels can hold, so a leaf is never too large, whatever the clustering.
+    No cluster is larger than its remaining levels allow, so a leaf is never too large.
 
     Args:
         users: Histories, shape (users, n).
@@ -334,7 +334,7 @@ def _spectrum(users: Any, k: int) -> Floats:
 
 
 def _iterated(times: Any, block: Floats) -> Floats:
-    """Return approximate first eigenvectors by orthogonal iteration, which always ends; eigenvalues are in [-1, 1]."""
+    """Return approximate first eigenvectors by orthogonal iteration; eigenvalues are in [-1, 1]."""
     for _ in range(_STEPS):
         block = linalg.qr(block + times(block), mode="economic")[0]
     turn = linalg.eigh(block.T @ times(block))[1]

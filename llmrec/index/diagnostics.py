@@ -154,7 +154,7 @@ class Group:
     Attributes:
         length: Number of shared pieces; 0 for consecutive numbers.
         prefix: The shared pieces, or the first and the last number.
-        said: The meaning of the prefix in words, if the scheme has them: ``Beauty > Hair Care``.
+        said: The categories of the prefix, if the scheme has them: ``Beauty > Hair Care``.
         size: Number of items.
         entries: Some of the items.
     """
@@ -258,7 +258,7 @@ def examples(index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequ
     return tuple(_entry(index, titles, item) for item in (*first, *spread))
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- helpers
 
 
 def _levels(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, ...]:
@@ -363,7 +363,7 @@ def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members
 
 
 def _said(index: ItemIndex, prefix: Pieces) -> str:
-    """Return the categories that the pieces of a prefix mean, if the index names them by level and number."""
+    """Return the categories of the pieces of a prefix, if the index stores them by level and number."""
     names = index.settings.get("names")
     if index.scheme != "category" or not names:
         return ""

@@ -38,8 +38,8 @@ class External:
     """The codes in a file.
 
     The file is a JSON object with item ids as keys, or a table with the columns ``item_id`` and ``code``. A code is a
-    list of numbers, one per level (in a table separated by blanks or hyphens), concatenated item tokens, or text. Codes
-    of items that are not in the data are kept in the settings, so that `extend` can place them.
+    list of numbers, one per level (in a table separated by spaces or hyphens), concatenated item tokens, or text. Codes
+    of items that are not in the data are kept in the settings, so that `extend` can use them.
     """
 
     @staticmethod
@@ -79,9 +79,9 @@ class External:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add further items with their codes of the file; see `Scheme`.
+        """Add further items with their codes from the file; see `Scheme`.
 
-        Tokens that no earlier item has are added; a trained model does not know them.
+        Tokens that no earlier item has are added; a trained model has not learned them.
 
         Raises:
             DataError: If the file has no code for an item.
@@ -105,7 +105,7 @@ class _Row:
     """One code of a file.
 
     Attributes:
-        place: The file, and the row of a table.
+        place: The file, and the row in a table.
         where: The same with the item, for errors.
         item: Its item.
         code: Text as in a table, or a list.
@@ -128,7 +128,7 @@ def _object(path: Path) -> tuple[list[_Row], str]:
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
             raise DataError(
-                f"{path}: the item {shown(twice[0])} stands there twice; keep one",
+                f"{path}: the item {shown(twice[0])} is repeated; keep one",
                 kind="duplicate",
                 at=path,
                 column=_ITEM,
@@ -143,13 +143,13 @@ def _object(path: Path) -> tuple[list[_Row], str]:
         ) from error
     if not isinstance(result, dict) or not result:
         raise DataError(
-            f"{path} holds no JSON object of codes; write one object of lists by item id", kind="wrong-format", at=path
+            f"{path} is not a JSON object of codes; write one object of lists by item id", kind="wrong-format", at=path
         )
     for item, code in result.items():
         where = f"{path}, item {shown(item)}"
         if not isinstance(code, str | list):
             raise DataError(
-                f"{where}: {shown(code)} is no code; write {_FORMS}", kind="bad-value", at=path, column=_CODE
+                f"{where}: {shown(code)} is not a code; write {_FORMS}", kind="bad-value", at=path, column=_CODE
             )
         rows.append(_Row(Place(str(path)), where, item, code))
     return rows, sha256
@@ -160,15 +160,15 @@ def _table(path: Path) -> tuple[list[_Row], str]:
     for column in (_ITEM, _CODE):
         if column in table.unusable:
             raise DataError(
-                f"{path}: the column {column} is of type {table.unusable[column]}; write numbers with blanks between "
-                "them, lists of item tokens, or a JSON object of lists",
+                f"{path}: the column {column} is of type {table.unusable[column]}; write numbers separated by "
+                "spaces, lists of item tokens, or a JSON object of lists",
                 kind="bad-value",
                 at=path,
                 column=column,
             )
         if column not in table.frame.columns:
             raise DataError(
-                f"{path}: a table of codes needs the columns {_ITEM} and {_CODE}, and there is no {column} among "
+                f"{path}: a table of codes requires the columns {_ITEM} and {_CODE}, but {column} is not among "
                 f"{enumerated(table.frame.columns)}; rename one",
                 kind="missing-column",
                 at=path,
@@ -181,7 +181,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
         where = f"{place}, item {shown(item)}"
         if item is None or not str(item).strip():
             raise DataError(
-                f"{place}: there is no {_ITEM}; add it, or remove the row",
+                f"{place}: the {_ITEM} is missing; add it, or remove the row",
                 kind="missing-value",
                 at=place,
                 column=_ITEM,
@@ -189,7 +189,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
         item = str(item)
         if item in first:
             raise DataError(
-                f"{where} stands in row {first[item] + 1} too; keep one",
+                f"{where} is also in row {first[item] + 1}; keep one",
                 kind="duplicate",
                 at=place,
                 column=_ITEM,
@@ -227,8 +227,8 @@ def _kind(rows: Sequence[_Row]) -> Kind:
     if len(result) > 1:
         other = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
         raise DataError(
-            f"{rows[other].where}: the code {shown(rows[other].code)} is made of {kinds[other]}, and that of item "
-            f"{shown(rows[0].item)} of {kinds[0]}; write all codes of a file in one way",
+            f"{rows[other].where}: the code {shown(rows[other].code)} consists of {kinds[other]}, but that of item "
+            f"{shown(rows[0].item)} of {kinds[0]}; use one format for all codes of a file",
             kind="contradiction",
             at=rows[other].place,
             column=_CODE,
@@ -260,7 +260,7 @@ def _kind_of(row: _Row) -> Kind:
         return "numbers"
     if not all(isinstance(piece, str) for piece in code):
         raise DataError(
-            f"{row.where}: {shown(code)} is no code; write {_FORMS}", kind="bad-value", at=row.place, column=_CODE
+            f"{row.where}: {shown(code)} is not a code; write {_FORMS}", kind="bad-value", at=row.place, column=_CODE
         )
     return "tokens" if all(_TOKENS.fullmatch(str(piece)) for piece in code) else "text"
 
@@ -279,7 +279,7 @@ def _pieces(row: _Row, kind: Kind) -> Pieces:
         wrong = next((piece for piece in pieces if not is_item_token(piece)), None)
         if wrong is not None:
             raise DataError(
-                f"{row.where}: {shown(wrong)} is no item token; write it as {token(0, 12)} or <item_12>",
+                f"{row.where}: {shown(wrong)} is not an item token; write it as {token(0, 12)} or <item_12>",
                 kind="bad-value",
                 at=row.place,
                 column=_CODE,
@@ -289,7 +289,7 @@ def _pieces(row: _Row, kind: Kind) -> Pieces:
     wrong = next((n for n in numbers if not n.isdecimal() or len(n) > _MOST), None)
     if wrong is not None:
         raise DataError(
-            f"{row.where}: {shown(wrong)} is no number of a token; use 0 to {10**_MOST - 1}",
+            f"{row.where}: {shown(wrong)} is not a token number; use 0 to {10**_MOST - 1}",
             kind="bad-value",
             at=row.place,
             column=_CODE,
@@ -308,14 +308,14 @@ def _line(row: _Row, text: str) -> str:
     line = clean(text, len(text))
     if not line or len(text.strip().splitlines()) != 1:
         raise DataError(
-            f"{row.where}: the code {shown(text)} is no single line of text; write it anew",
+            f"{row.where}: the code {shown(text)} is not a single line of text; rewrite it",
             kind="bad-value",
             at=row.place,
             column=_CODE,
         )
     if without_item_tokens(line) != line:
         raise DataError(
-            f"{row.where}: the code {shown(text)} spells out an item token among text; write one or the other",
+            f"{row.where}: the code {shown(text)} mixes an item token with text; use one of them",
             kind="bad-value",
             at=row.place,
             column=_CODE,
@@ -327,7 +327,7 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
     """Check that no two items share a code, and that no token code is a prefix of another.
 
     Raises:
-        DataError: With both items.
+        DataError: The message has both items.
     """
     first: dict[Pieces, str] = {}
     for row in rows:
@@ -336,8 +336,8 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
         other = first.setdefault(pieces, row.item)
         if other != row.item:
             raise DataError(
-                f"{row.where}: the code {shown(''.join(codes[row.item]))} is that of item {shown(other)} too; give "
-                "each item one of its own, for instance by a further number",
+                f"{row.where}: the code {shown(''.join(codes[row.item]))} is also that of item {shown(other)}; use "
+                "unique codes, for instance with an additional number",
                 kind="duplicate",
                 at=row.place,
                 column=_CODE,
@@ -350,7 +350,7 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
         if shorter is not None:
             raise DataError(
                 f"{row.where}: its code {''.join(pieces)} begins with that of item {shown(first[shorter])}, "
-                f"{''.join(shorter)}, which could then never be told to have ended; lengthen the shorter one",
+                f"{''.join(shorter)}, so its end would be ambiguous; lengthen the shorter one",
                 kind="duplicate",
                 at=row.place,
                 column=_CODE,

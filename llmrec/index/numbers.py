@@ -41,7 +41,7 @@ class SequentialNumbers:
     """Numbers in the order in which items first occur in the users' training histories, read one user after another.
 
     Consecutive items of a user get neighbouring numbers. Held-out interactions are not read: items without training
-    interactions are numbered last, by hash. P5's published files include them, so that the next number alone gives the
+    interactions are numbered last, by hash. P5's published files include them, so the next number reveals the
     answer (`docs/index-sequential.md`).
     """
 
@@ -60,7 +60,7 @@ class SequentialNumbers:
 
 
 class OwnTokens:
-    """One new token per item: items share nothing, and everything must be learned."""
+    """One new token per item, without shared tokens."""
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
@@ -129,7 +129,7 @@ def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     if digits and start + len(items) > 10 ** (digits * levels):
         raise DataError(
             f"index {index.scheme}: {len(items)} more items from number {start} on do not fit into {levels} tokens of "
-            f"{digits} digits; build the index again with them, and tune again",
+            f"{digits} digits; build the index again with them, and fine-tune again",
             kind="exhausted",
         )
     codes = {item: _cut(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()}

@@ -1,7 +1,7 @@
-"""Semantic IDs: texts become embeddings, and embeddings become a few numbers, the most informative first.
+"""Semantic IDs: text embeddings quantised to a few numbers, the most informative first.
 
 Items with similar texts share the first pieces of their codes (TIGER: Rajput et al., NeurIPS 2023; LC-Rec: Zheng et
-al., ICDE 2024). Items with equal numbers are repaired, so that every code is unique.
+al., ICDE 2024). Duplicate codes are repaired, so that every code is unique.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 # ----------------------------------------------------------------------------
-# RQ-VAE: an autoencoder whose middle is quantised level by level (TIGER: Rajput et al., NeurIPS 2023, section
+# RQ-VAE: an autoencoder whose bottleneck is quantised level by level (TIGER: Rajput et al., NeurIPS 2023, section
 # 3.1).
 #
 # With the encoder's output z, r_0 = z, c_l the nearest of level l's codewords to r_l, and r_(l+1) = r_l -
@@ -140,8 +140,7 @@ def _place(section: RQVAEIndex) -> str:
         return "cuda"
     if section.device == "cuda":
         raise RecipeError(
-            "index.semantic.rqvae.device=cuda: torch finds no GPU here; `llmrec doctor` tells more. Set it to auto or "
-            "cpu",
+            "index.semantic.rqvae.device=cuda: torch finds no GPU here; see `llmrec doctor`. Set it to auto or cpu",
             kind="unsupported",
             column="index.semantic.rqvae.device",
         )
@@ -367,11 +366,11 @@ def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats,
 
 
 def _opened(x: Floats, first: Floats) -> Floats:
-    """Return the centroids after a few steps, the first of which was unbounded or tightly bounded: the cheaper result.
+    """Return the cheaper centroids after a few steps, with the first step unbounded or tightly bounded.
 
-    Residuals lie around zero in all directions: without a bound, one centroid in the middle may take most of them and
-    keep them, while others hold a few distant ones. A single step with a tight bound divides the middle, and unbounded
-    steps do not merge it again.
+    Residuals are distributed around zero in all directions: without a bound, a central centroid may get most of them,
+    while others get a few distant ones. A single step with a tight bound divides the centre, and unbounded steps do
+    not merge it again.
     """
     results = []
     for most in (0, math.ceil(_OPENING * len(x) / len(first))):
@@ -382,7 +381,7 @@ def _opened(x: Floats, first: Floats) -> Floats:
 
 
 def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
-    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3): of several draws the cheapest one."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3): the cheapest of several draws."""
     if len(x) > _SAMPLE * k:
         x = x[np.sort(rng.choice(len(x), _SAMPLE * k, replace=False))]
     norms, trials = np.einsum("ij,ij->i", x, x), 2 + int(math.log(k))
@@ -431,9 +430,9 @@ def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats
 def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
     """Assign each row to a column, at most ``most`` rows per column, at nearly minimum total cost.
 
-    Bertsekas' auction (Annals of Operations Research 14, 1988) for all rows of a column at once: a column wanted by too
-    many rows raises its price until only ``most`` of them still want it. The mean cost is at most one bid above the
-    minimum; bids grow if prices have not converged after some rounds. Ties fall by row.
+    Bertsekas' auction (Annals of Operations Research 14, 1988) for all rows of a column at once: a column with too many
+    bidding rows raises its price until only ``most`` of them remain. The mean cost is at most one bid above the
+    minimum; bids grow if prices have not converged after some rounds. Ties are broken by row.
 
     Args:
         costs: Shape (n, k).
@@ -522,10 +521,10 @@ class Semantic:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Assign further items to the nearest codes with room, in the order of their ids; see `Scheme`.
+        """Assign further items to the nearest free codes, in the order of their ids; see `Scheme`.
 
-        The vocabulary does not change, except with ``item_token``. If the nearest code is full, the nearest last number
-        with room is used, then the nearest number of the level before, and so on.
+        The vocabulary does not change, except with ``item_token``. If the nearest code is full, the nearest free last
+        number is used, then the nearest number of the level before, and so on.
 
         Raises:
             DataError: If there is no encoder, its embeddings differ from those of the index, or every code is full.
@@ -536,8 +535,8 @@ class Semantic:
         width = arrays["encoder.0.weight"].shape[1] if arrays else codebooks.shape[2]
         if x.shape[1] != width:
             raise DataError(
-                f"index semantic: it was built on vectors of {width} numbers, and this text encoder gives "
-                f"{x.shape[1]}; use {index.settings['semantic']['encoder']!r} again",
+                f"index semantic: the index was built on vectors of {width} dimensions, but this text encoder returns "
+                f"{x.shape[1]}; use {index.settings['semantic']['encoder']!r}",
                 kind="mismatch",
                 column="index.semantic.encoder",
             )
@@ -554,7 +553,7 @@ class Semantic:
             place = next((p for c in _by_distance(vector, codebooks) if held[p := _pieces(c)] < room), None)
             if place is None:
                 raise DataError(
-                    f"index semantic: no code is left for item {name!r}; build the index again", kind="exhausted"
+                    f"index semantic: no free code for item {name!r}; build the index again", kind="exhausted"
                 )
             codes[name] = (*place, token(levels, held[place])) if spare else place
             held[place] += 1
@@ -610,19 +609,19 @@ def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
     """Return embeddings normalised to length 1, shape (n, d)."""
     if embed is None:
         raise DataError(
-            "index semantic: it is built from texts, and no text encoder was given; pass embed=",
+            "index semantic: the index requires a text encoder; pass embed=",
             kind="missing-value",
             column="embed",
         )
     x = np.array(embed(texts), np.float32, order="C")
     if x.ndim != 2 or len(x) != len(texts) or not x.size:
         raise DataError(
-            f"index semantic: the text encoder gave an array of {x.shape} for {len(texts)} texts", kind="defect"
+            f"index semantic: the text encoder returned an array of {x.shape} for {len(texts)} texts", kind="defect"
         )
     wrong = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(wrong):
         raise DataError(
-            f"index semantic: the text encoder gave no finite vector for the text {texts[wrong[0]]!r}", kind="defect"
+            f"index semantic: the text encoder returned no finite vector for {texts[wrong[0]]!r}", kind="defect"
         )
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return x
@@ -636,7 +635,7 @@ def _quantised(
     if section.quantizer == "kmeans":
         if 0 < section.balance < 1:
             raise RecipeError(
-                f"index.semantic.balance: {section.balance:g} of an even share leaves no room for all items; say 1 or "
+                f"index.semantic.balance: {section.balance:g} of an even share has no room for all items; use 1 or "
                 "more, or 0 for no bound",
                 kind="bad-value",
                 column="index.semantic.balance",
@@ -664,7 +663,7 @@ def _quantised(
 
 
 def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:
-    """Return each item's number among those with the same code: by training popularity, then by hash."""
+    """Return each item's rank among those with the same code: by training popularity, then by hash."""
     popular = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
     chance = hash64("semantic codes", seed, names)
     numbers, seen = [0] * len(names), Counter[tuple[int, ...]]()
@@ -684,7 +683,7 @@ def _moved(vectors: Floats, found: Quantised) -> Ints:
     for rows in np.split(order, np.cumsum(np.bincount(group.ravel()))[:-1]):
         if len(rows) > len(codebook):
             raise RecipeError(
-                f"index.semantic.repair: last_level cannot tell {len(rows)} items of equal first numbers apart with "
+                f"index.semantic.repair: last_level cannot distinguish {len(rows)} items of equal first numbers with "
                 f"{len(codebook)} codes; use extra_level, more codes or levels, or a tighter index.semantic.balance",
                 kind="contradiction",
                 column="index.semantic.repair",

@@ -42,7 +42,7 @@ def token(level: int, number: int) -> str:
 
 
 def own_token(number: int) -> str:
-    """Return the token of a single item or of a position in a leaf of a tree: ``<item_12>``."""
+    """Return the token of an item, or of a position in a leaf of a tree: ``<item_12>``."""
     return f"<item_{number}>"
 
 
@@ -52,7 +52,7 @@ def user_token(number: int) -> str:
 
 
 class Scheme(Protocol):
-    """A method that makes codes."""
+    """A method that assigns codes."""
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None) -> ItemIndex:
@@ -104,17 +104,17 @@ class ItemIndex:
         wrong = [name for name in self.vocabulary if not is_item_token(name)]
         if wrong:
             raise DataError(
-                f"index {self.scheme}: {wrong[0]!r} is no item token; write it as {token(0, 12)}", kind="bad-value"
+                f"index {self.scheme}: {wrong[0]!r} is not an item token; write it as {token(0, 12)}", kind="bad-value"
             )
         for item, pieces in self.codes.items():
             text = "".join(pieces)
             if not text.strip() or text != text.strip() or len(text.splitlines()) != 1:
                 raise DataError(
-                    f"index {self.scheme}: the code {text!r} of item {item!r} is no line of text", kind="bad-value"
+                    f"index {self.scheme}: the code {text!r} of item {item!r} is not a line of text", kind="bad-value"
                 )
             if self.tokens and not known.issuperset(pieces):
                 raise DataError(
-                    f"index {self.scheme}: the code {text!r} of item {item!r} holds an unknown token", kind="bad-value"
+                    f"index {self.scheme}: the code {text!r} of item {item!r} has an unknown token", kind="bad-value"
                 )
         if len(self._items) != len(self.codes):
             seen: dict[str, str] = {}
@@ -125,7 +125,7 @@ class ItemIndex:
                         f"index {self.scheme}: items {other!r} and {item!r} share the code {pieces}", kind="duplicate"
                     )
         if len(set(self.vocabulary)) != len(self.tokens) + len(self.users):
-            raise DataError(f"index {self.scheme}: two users share a token, or a user and an item do", kind="duplicate")
+            raise DataError(f"index {self.scheme}: two users, or a user and an item, share a token", kind="duplicate")
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ class ItemIndex:
         """
         if item not in self.codes:
             raise DataError(
-                f"index {self.scheme}: there is no item {item!r}{did_you_mean(item, self.codes)}; place new items with "
+                f"index {self.scheme}: unknown item {item!r}{did_you_mean(item, self.codes)}; add new items with "
                 "extend()",
                 kind="unknown-name",
             )
@@ -159,7 +159,7 @@ class ItemIndex:
             embed: The encoder with which the index was built, if the scheme needs it.
 
         Raises:
-            DataError: If the scheme cannot place an item.
+            DataError: If the scheme cannot encode an item.
         """
         new = {item: entry for item, entry in items.items() if item not in self.codes}
         if not new:
@@ -221,20 +221,20 @@ class ItemIndex:
         file, arrays = folder / _CODES, folder / _ARRAYS
         if not file.is_file():
             raise DataError(
-                f"{folder} holds no index ({_CODES}); build it with `llmrec index`", kind="missing-file", at=folder
+                f"{folder} has no index ({_CODES}); build it with `llmrec index`", kind="missing-file", at=folder
             )
         try:
             result = checked(file.read_bytes())
             if result["format"] != _FORMAT:
                 raise DataError(
-                    f"{file} is of format {result['format']}, and this llmrec reads {_FORMAT}; build the index again",
+                    f"{file} is of format {result['format']}, but this llmrec reads {_FORMAT}; build the index again",
                     kind="wrong-format",
                     at=file,
                     column="format",
                 )
             # Folders of older versions have no hash of the arrays.
             if "arrays_sha256" in result and sha256_of(arrays) != result["arrays_sha256"]:
-                raise DataError(f"{arrays} does not fit its checksum; build the index again", kind="damaged", at=arrays)
+                raise DataError(f"{arrays} was modified; build the index again", kind="damaged", at=arrays)
             return ItemIndex(
                 scheme=str(result["scheme"]),
                 codes={item: tuple(pieces) for item, pieces in result["codes"].items()},
@@ -249,7 +249,7 @@ class ItemIndex:
         except DataError as error:
             if error.file is not None:
                 raise
-            # The check of codes does not know the file; name it here.
+            # The check of codes does not have the file name.
             raise DataError(f"{file}: {error}; build the index again", kind=error.kind, at=file) from error
         except Exception as error:  # a damaged file of arrays raises errors of its library
             raise DataError(
@@ -266,27 +266,27 @@ def _key(text: str) -> str:
 
 
 def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-    """Build the index that a recipe asks for.
+    """Build the index of a recipe.
 
     Args:
         section: The recipe's section.
-        data: The split data: codes of its catalogue are made; only its ``train`` interactions may be used.
+        data: The split data: the catalogue gets codes; only its ``train`` interactions may be used.
         seed: The run's seed.
         embed: Function that returns the embeddings of texts; required by the scheme ``semantic``.
 
     Raises:
-        DataError: If the scheme makes no code for an item.
-        RecipeError: If there is no such scheme.
+        DataError: If the scheme has no code for an item.
+        RecipeError: If the scheme is unknown.
     """
     scheme: Scheme = lookup(INDEXES, section.scheme, "index scheme")
     built = scheme.build(section, data, seed=seed, embed=embed)
     if not isinstance(built, ItemIndex):
         raise DataError(
-            f"index.scheme: {section.scheme!r} gave a {type(built).__name__}; its build returns a "
+            f"index.scheme: {section.scheme!r} returned a {type(built).__name__}; build must return a "
             "llmrec.index.table.ItemIndex",
             kind="defect",
             at=section.scheme,
             column="index.scheme",
         )
-    # A plug-in need not know its name in the recipe.
+    # A plug-in may not have its name in the recipe.
     return built if built.scheme == section.scheme else replace(built, scheme=section.scheme)

@@ -40,7 +40,7 @@ class Titles:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add further items by their titles, made different from the known ones; see `Scheme`."""
+        """Add further items by their titles, made distinct from the known ones; see `Scheme`."""
         codes, _ = _disambiguated(items, {title_key(title) for (title,) in index.codes.values()})
         return index.adding(codes)
 
@@ -68,7 +68,7 @@ def _disambiguated(items: Mapping[str, Item], taken: Collection[str]) -> tuple[d
         groups[title_key(shown(item, items[item]))].append(item)
     used = {*taken}
     codes: dict[str, tuple[str, ...]] = {}
-    # Titles of a single item come first, so that titles generated for other groups cannot replace them.
+    # Titles of single items come first, so that titles generated for other groups cannot replace them.
     alone = [key for key, group in groups.items() if len(group) == 1 and key not in used]
     for key in alone:
         (item,) = groups.pop(key)

@@ -33,7 +33,7 @@ from llmrec.types import Message, Role, Segment
 #
 # Variables with one level of attributes; ``if`` with comparisons, ``and``, ``or``, ``not``; one level of ``for`` over a
 # list variable with ``loop.first``, ``loop.last``, ``loop.index``. There are no calls, filters, arithmetic or nested
-# loops, so a template can neither access anything but its values nor run for long.
+# loops, so a template can access only its values and cannot run for long.
 
 
 FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\uf8ff\U000f0000-\U0010ffff]")
@@ -68,7 +68,7 @@ class Compiled:
 
     @cached_property
     def _plain(self) -> tuple[str | tuple[str, str], ...] | None:
-        """Texts and fields of variables; None if the template has anything else."""
+        """Texts and fields of variables; None if the template has other nodes."""
         results: list[str | tuple[str, str]] = []
         for node in _ENVIRONMENT.parse(self.source).body:
             for piece in node.nodes if isinstance(node, nodes.Output) else (node,):
@@ -93,7 +93,7 @@ class Compiled:
         if plain is None or not all(isinstance(values[piece[0]], Record) for piece in plain if type(piece) is tuple):
             yield from self.template.generate(values)
             return
-        # Most leads and targets, one per step of a list: a Jinja context would cost more than the text.
+        # Most leads and targets, one per step of a list, for which a Jinja context is slower than the text.
         for piece in plain:
             yield piece if isinstance(piece, str) else str(_finalize(getattr(values[piece[0]], piece[1])))
 
@@ -103,14 +103,14 @@ def _finalize(value: object) -> object:
         return ""
     if isinstance(value, list) or (callable(value) and not isinstance(value, Undefined)):
         raise RecipeError(
-            "a list or record cannot be shown whole; loop over it, or name one of its fields", kind="bad-value"
+            "a list or record cannot be rendered; loop over it, or name one of its fields", kind="bad-value"
         )
     return value
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: object, attribute: str) -> object:
-        # Only data can be reached there, and the grammar has no names that begin with an underscore.
+        # Only data is accessible here, and the grammar has no names that begin with an underscore.
         return getattr(obj, attribute) if type(obj) is Record else super().getattr(obj, attribute)
 
 
@@ -127,7 +127,7 @@ def compiled(source: str) -> Compiled:
     """Check a template text against the grammar.
 
     Raises:
-        Refused: If it has anything else, with the line and the construct.
+        Refused: If it is invalid, with the line and the construct.
     """
     names: set[str] = set()
     try:
@@ -137,11 +137,11 @@ def compiled(source: str) -> Compiled:
     except TemplateError as error:
         raise Refused(getattr(error, "lineno", None) or 1, str(error.message)) from None
     except (RecursionError, ValueError, MemoryError, OverflowError, SyntaxError):
-        raise Refused(1, "an expression too deep or a number too long to read") from None
+        raise Refused(1, "an expression that is too deep or a number that is too long") from None
 
 
 def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
-    """Reject nodes outside the whitelist, and collect free variables; ``bound`` is the loop's own name."""
+    """Reject nodes outside the whitelist, and collect free variables; ``bound`` is the loop variable."""
     if depth > _DEPTH_LIMIT:
         raise Refused(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
     if not isinstance(node, _STATEMENTS + _EXPRESSIONS):
@@ -152,7 +152,7 @@ def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> N
         _walk_attribute(node, bound, names)
     elif isinstance(node, nodes.Name):
         if node.name == "loop":
-            raise Refused(node.lineno, "loop stands alone; use loop.first, loop.last or loop.index inside a for")
+            raise Refused(node.lineno, "loop without an attribute; use loop.first, loop.last or loop.index in a for")
         if node.name != bound:
             names.add(node.name)
     elif isinstance(node, nodes.For):
@@ -165,7 +165,7 @@ def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> N
 def _walk_attribute(node: nodes.Getattr, bound: str | None, names: set[str]) -> None:
     owner = node.node
     if not isinstance(owner, nodes.Name):
-        raise Refused(node.lineno, f"attribute {node.attr!r} of something that is no plain variable")
+        raise Refused(node.lineno, f"attribute {node.attr!r} of an expression that is not a plain variable")
     if node.attr.startswith("_"):
         raise Refused(node.lineno, f"attribute {node.attr!r} starts with an underscore")
     if owner.name == "loop":
@@ -181,10 +181,10 @@ def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -
     if node.recursive or node.test is not None:
         raise Refused(node.lineno, "a recursive or filtered for; put an if inside it")
     if not isinstance(node.iter, nodes.Name) or not isinstance(node.target, nodes.Name):
-        raise Refused(node.lineno, "a for over something that is no plain list variable")
+        raise Refused(node.lineno, "a for over an expression that is not a plain list variable")
     if node.target.name == "loop":
         # Jinja rejects this only when it compiles, at the first rendering.
-        raise Refused(node.lineno, "a loop variable of the name loop, which is the loop itself")
+        raise Refused(node.lineno, "a loop variable called loop")
     _walk(node.iter, depth + 1, None, names)
     for child in node.body:
         _walk(child, depth + 1, node.target.name, names)
@@ -232,8 +232,8 @@ class Template:
         set: The published set with an equivalent template, such as ``p5``; a recipe may name the whole set.
         number: The number of the template of the set with the same fields, such as ``1-3``.
         also: Another set and the number in it, such as ``p5-yelp 3-2``.
-        leak: What its question could reveal of the answer, in a few words; empty if nothing.
-        needs: ``reviews`` if it shows data that only reviews have: a headline, a feature, the review itself. Without
+        leak: Note on what its question could reveal of the answer; empty if nothing.
+        needs: ``reviews`` if it shows data of reviews: a headline, a feature, the review itself. Without
             them it is used only if it is named, and then rejected.
         language: Code of its language.
         words: Words that code writes and reads in that language: yes and no, numbers; see `Words`.
@@ -302,12 +302,12 @@ class Template:
 
     @property
     def writes_codes(self) -> bool:
-        """Whether a part shows an item by its code, which requires an item index."""
+        """Whether it shows an item by its code, which requires an item index."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
     @property
     def writes_titles(self) -> bool:
-        """Whether a part shows an item by its title."""
+        """Whether it shows an item by its title."""
         return any(_TITLE.search(getattr(self, part)) for part in _PARTS)
 
     @property
@@ -347,7 +347,7 @@ class Template:
                 self._require(part, name, known)
 
     def turns(self, values: Mapping[str, object]) -> tuple[Message, ...]:
-        """Render the system message, if there is one, and the user message.
+        """Render the system message, if any, and the user message.
 
         Raises:
             RecipeError: If a variable is unknown or the text exceeds its limit.
@@ -364,7 +364,7 @@ class Template:
         return self.shape == "list" or not _WORDS.search(_TAG.sub("", self.user))
 
     def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
-        """Render the lead without the target, for an answer that is still to be generated."""
+        """Render the lead without the target, for an answer to generate."""
         return self._render("lead", values)
 
     def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
@@ -446,7 +446,7 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
             raise RecipeError.at(
                 file,
                 "contradiction",
-                f": family is {template.family!r} but the file lies among those of {family!r}; move it",
+                f": family is {template.family!r} but the file is among those of {family!r}; move it",
                 "family",
             )
         if template.name in result:
@@ -477,7 +477,7 @@ def _check_source(part: str, source: str) -> None:
         raise _fault(
             part,
             "encoding",
-            f"key {part} holds the control or private-use character U+{ord(bad.group()):04X}; remove it",
+            f"key {part} contains the control or private-use character U+{ord(bad.group()):04X}; remove it",
         )
     try:
         compiled(source)
@@ -485,7 +485,7 @@ def _check_source(part: str, source: str) -> None:
         raise _fault(
             part,
             "syntax",
-            f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may hold variables such as "
+            f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may have variables such as "
             "item.title, if, one for over a list, comparisons, and, or, not",
         ) from None
 
@@ -495,53 +495,53 @@ def _check_fields(template: Template) -> None:
         value = getattr(template, key)
         if key == "version":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _fault(key, "bad-value", "version is a whole number from 1 up")
+                raise _fault(key, "bad-value", "version must be a whole number of at least 1")
         elif not isinstance(value, str):
             kind = type(value).__name__
             raise _fault(
                 key,
                 "bad-value",
-                f"{key} is no text but a {kind}; write a text, in quotes where YAML reads something else",
+                f"{key} is a {kind}, not a text; write a text, in quotes if necessary",
             )
     for key in ("family", "name"):
         if not _NAME.fullmatch(getattr(template, key)):
             raise _fault(
-                key, "bad-value", f"{key} is {getattr(template, key)!r}; use small letters, digits and hyphens"
+                key, "bad-value", f"{key} is {getattr(template, key)!r}; use lower-case letters, digits and hyphens"
             )
     for key, known in (("use", _USES), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
         value = getattr(template, key)
         if value not in known:
-            choices = " or ".join(name or "leave it out" for name in known)
+            choices = " or ".join(name or "drop it" for name in known)
             raise _fault(key, "unknown-name", f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}")
     for key in ("user", "target"):
         if not getattr(template, key).strip():
-            raise _fault(key, "missing-value", f"{key} is empty; write it")
+            raise _fault(key, "missing-value", f"{key} is empty; add its value")
     if template.shape == "list" and not template.tail.startswith("\n") and not template.bare:
         raise _fault(
             "tail",
             "contradiction",
-            f"tail is {template.tail!r}; a list ends each step with a newline, which no title can hold. Only a list of "
-            'nothing but codes, target "{{ item.code }}" without a lead, may do without',
+            f"tail is {template.tail!r}; list steps end with a newline, which titles cannot have. Only a list of "
+            'codes alone, target "{{ item.code }}" without a lead, may have no tail',
         )
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):
-            raise _fault(key, "contradiction", f"a chat has one answer and no {key}; remove the key or use shape: list")
+            raise _fault(key, "contradiction", f"a chat has no {key}; remove the key or use shape: list")
     if template.set and not _NAME.fullmatch(template.set):
-        raise _fault("set", "bad-value", f"set is {template.set!r}; use small letters, digits and hyphens")
+        raise _fault("set", "bad-value", f"set is {template.set!r}; use lower-case letters, digits and hyphens")
     if template.also and not _ALSO.fullmatch(template.also):
         raise _fault(
             "also", "bad-value", f"also is {template.also!r}; write a set and the number in it, such as 'p5-yelp 3-2'"
         )
     for key in ("number", "also", "leak"):
         if FORBIDDEN.search(getattr(template, key)):
-            raise _fault(key, "encoding", f"{key} holds a control or private-use character; remove it")
+            raise _fault(key, "encoding", f"{key} contains a control or private-use character; remove it")
     if "{" in template.tail or FORBIDDEN.search(template.tail):
-        raise _fault("tail", "bad-value", "tail is literal text without variables or control characters")
+        raise _fault("tail", "bad-value", "tail must be literal text without variables or control characters")
 
 
 def _read(file: Path) -> Template:
     if file.stat().st_size > 4 * SOURCE_LIMIT:
-        raise RecipeError.at(file, "too-large", f": longer than {4 * SOURCE_LIMIT} bytes; a template is one short page")
+        raise RecipeError.at(file, "too-large", f": longer than {4 * SOURCE_LIMIT} bytes; a template is a short file")
     page, places = read_page(file)
     values: Mapping[str, Any] = page
     for key in values:

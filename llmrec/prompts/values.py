@@ -70,7 +70,7 @@ class Ledger:
         self.size += characters
         if self.size > OUTPUT_LIMIT:
             raise RecipeError(
-                f"the rendered text is longer than {OUTPUT_LIMIT} characters; show fewer or shorter values",
+                f"the rendered text is longer than {OUTPUT_LIMIT} characters; use fewer or shorter values",
                 kind="too-large",
             )
 
@@ -83,7 +83,7 @@ class Ledger:
         self.lookups += 1
         if self.lookups > LOOKUP_LIMIT:
             raise RecipeError(
-                f"it looks up more than {LOOKUP_LIMIT} values; loop over fewer or compare less", kind="too-large"
+                f"more than {LOOKUP_LIMIT} values are looked up; loop over fewer or compare less", kind="too-large"
             )
 
     def mark(self, text: str) -> str:
@@ -153,4 +153,4 @@ class Record:
             ) from None
 
     def __str__(self) -> str:
-        raise RecipeError("a record cannot be shown whole; name one of its fields", kind="bad-value")
+        raise RecipeError("a record cannot be rendered; name one of its fields", kind="bad-value")

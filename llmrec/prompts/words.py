@@ -1,4 +1,4 @@
-"""Words of a language that code writes into prompts and finds in answers: yes and no, numbers, "out of".
+"""Words of a language that code writes into prompts and parses in answers: yes and no, numbers, "out of".
 
 One file per language, ``prompts/languages/<code>.yaml``; docs/prompts.md explains how to add one. All other words of
 a prompt are in its template.
@@ -27,28 +27,28 @@ _CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
 class Words(Section):
     """The words of one language. A template selects it by its key ``language``; the default is English."""
 
-    language: str = Field(pattern=rf"^{_CODE}$", description="its code, as BCP 47 has it, small")
-    says_yes: str = Field(min_length=1, description="what `{{ answer }}` writes for a yes")
-    says_no: str = Field(min_length=1, description="and for a no")
-    numbers: tuple[str, ...] = Field((), description="the words for zero to ten, small letters")
+    language: str = Field(pattern=rf"^{_CODE}$", description="language code (BCP 47), lower case")
+    says_yes: str = Field(min_length=1, description="value of `{{ answer }}` for a yes")
+    says_no: str = Field(min_length=1, description="value of `{{ answer }}` for a no")
+    numbers: tuple[str, ...] = Field((), description="words for zero to ten, lower case")
     out_of: tuple[str, ...] = Field(
-        (), description="what stands between a rating and its scale, beside /: `of` in 4 of 5"
+        (), description="text between a rating and its scale, in addition to /: `of` in 4 of 5"
     )
     joining: tuple[str, ...] = Field((), description="words between the entries of a list, such as and")
     linking: tuple[str, ...] = Field(
-        (), description="words that may follow a label, such as is; any other makes it a word"
+        (), description="words that may follow a label, such as is; before any other, a label is a word"
     )
     words_alone: tuple[str, ...] = Field(
         (), description="capital letters that are words of the language too, such as A"
     )
-    answer: str = Field("", description="the noun that an answer may begin with, as in: my answer is ...")
-    before_answer: tuple[str, ...] = Field((), description="words that may stand before it, such as my")
-    after_answer: tuple[str, ...] = Field((), description="and after it, such as is")
+    answer: str = Field("", description="noun at the beginning of an answer, as in: my answer is ...")
+    before_answer: tuple[str, ...] = Field((), description="words that may precede it, such as my")
+    after_answer: tuple[str, ...] = Field((), description="words that may follow it, such as is")
 
     @model_validator(mode="after")
     def _usable(self) -> Words:
         if self.says_yes.casefold() == self.says_no.casefold():
-            raise ValueError("says_no: it is the same word as says_yes; write two that differ")
+            raise ValueError("says_no: it equals says_yes; use different words")
         if self.numbers and len(self.numbers) != _NUMBERS:
             raise ValueError(f"numbers: write {_NUMBERS} words, from zero to ten, or none")
         return self
@@ -91,8 +91,8 @@ def words_of(language: str, *folders: Path) -> Words:
             return _read(page)
     known = sorted(page.stem for page in resource("prompts", FOLDER).glob("*.yaml"))
     raise RecipeError(
-        f"language is {language!r}, which has no page of words{did_you_mean(language, known)}; known: "
-        f"{', '.join(known)}. Write {FOLDER}/{language}.yaml beside the family's folder",
+        f"language is {language!r}, which has no file of words{did_you_mean(language, known)}; known: "
+        f"{', '.join(known)}. Write {FOLDER}/{language}.yaml next to the family's folder",
         kind="unknown-name",
         column="language",
     )

@@ -42,20 +42,18 @@ class SuiteRow(Section):
     def _one_kind(self) -> SuiteRow:
         kinds = [name for name in ("baseline", "recipe", "fuse") if getattr(self, name)]
         if len(kinds) != 1:
-            raise ValueError(f"rows: each row has one of baseline, recipe and fuse; this one has {kinds or 'none'}")
+            raise ValueError(f"rows: each row needs one of baseline, recipe and fuse; this one has {kinds or 'none'}")
         if len(self.fuse) == 1:
-            raise ValueError(f"rows: a fusion joins two rows or more; this one has {self.fuse[0]} alone")
+            raise ValueError(f"rows: an ensemble has at least two members, but this one has only {self.fuse[0]}")
         if twice := sorted(set(self.grid) & set(self.parameters)):
-            raise ValueError(
-                f"rows: {twice[0]} stands under parameters, which stay as they are, and under grid; drop one"
-            )
+            raise ValueError(f"rows: {twice[0]} is under parameters, which are fixed, and under grid; drop one")
         if self.grid and not (self.baseline and self.tune):
-            raise ValueError("rows: a grid belongs to a row with a baseline that is tuned; drop it")
+            raise ValueError("rows: a grid requires a baseline with tune: true; drop it")
         return self
 
     @property
     def label(self) -> str:
-        """The name of the row in tables and files."""
+        """The name of the model in tables and files."""
         stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
         return self.name or self.baseline or stem or "+".join(self.fuse)
 
@@ -69,7 +67,7 @@ class DiversitySection(Section):
     @model_validator(mode="after")
     def _one_of_both(self) -> DiversitySection:
         if (self.field is None) == (self.encoder is None):
-            raise ValueError("diversity: write one of field and encoder")
+            raise ValueError("diversity: set one of field and encoder")
         return self
 
 
@@ -137,7 +135,7 @@ class Suite(Section):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The rows that are skipped: those of ``skip``, and ensembles with one of them."""
+        """The models to skip: those of ``skip``, and ensembles with one of them."""
         results: list[str] = []
         for row in self.rows:
             if row.label in self.skip or any(part in results for part in row.fuse):
@@ -145,7 +143,7 @@ class Suite(Section):
         return tuple(results)
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
-        """Return the seeds of a stochastic row; an ensemble has as many as each of its members."""
+        """Return the seeds of a stochastic model; an ensemble has as many as each of its members."""
         own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.fuse))]
         return self.seeds[: min((many for many in own if many is not None), default=None)]
 
@@ -154,28 +152,28 @@ class Suite(Section):
         known: set[str] = set()
         for row in self.rows:
             if self.task != "ranking" and row.recipe:
-                raise ValueError(f"rows: {row.label} ranks the catalogue, which is the task ranking, not {self.task}")
+                raise ValueError(f"rows: {row.label} ranks the catalogue; use task: ranking, not {self.task}")
             for part in row.fuse:
                 if part not in known:
-                    raise ValueError(f"rows: {row.label} joins {part!r}, which is no row above it; write it before")
+                    raise ValueError(f"rows: {row.label} has the member {part!r}, which is not an earlier row")
             if row.label in known:
-                raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
+                raise ValueError(f"rows: two rows are called {row.label!r}; rename one")
             known.add(row.label)
         if (missing := next((name for name in self.skip if name not in known), None)) is not None:
-            raise ValueError(f"skip: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+            raise ValueError(f"skip: unknown row {missing!r}; the rows are {', '.join(sorted(known))}")
         if len(self.skipped) == len(self.rows):
-            raise ValueError("skip: no row is left; name fewer")
+            raise ValueError("skip: all rows are skipped; skip fewer")
         for asked in (*self.pairs, *self.explored):
             pair = names_of(asked)
             if pair is not asked and self.task != "ranking":
-                raise ValueError(f"pairs: items belongs to the task ranking, not {self.task}; write two names alone")
+                raise ValueError(f"pairs: items requires the task ranking, not {self.task}; write only two names")
             if (missing := next((name for name in pair if name not in known), None)) is not None:
-                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+                raise ValueError(f"pairs: unknown row {missing!r}; the rows are {', '.join(sorted(known))}")
         return self
 
 
 def names_of(pair: AnyPair) -> tuple[str, str]:
-    """Return the names of the two rows of a comparison."""
+    """Return the names of the two models of a comparison."""
     return pair.rows if isinstance(pair, PartialPair) else pair
 
 
@@ -216,26 +214,24 @@ class Benchmark(Section):
         names = [run.name for run in self.runs]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"runs: two runs are called {name!r}; give one another name")
+                raise ValueError(f"runs: two runs are called {name!r}; rename one")
         above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
             # Without seeds a run uses the recipe's seed.
             own: set[int | None] = set(run.seeds) or {None}
-            for name, what in ((run.start, "starts from"), (run.teacher, "is taught by")):
+            for name, what in ((run.start, "starts from"), (run.teacher, "is distilled from")):
                 first = above.get(name)
                 if name and (first is None or first.grid or (first.seeds and not own <= set(first.seeds))):
                     raise ValueError(
-                        f"runs: {run.name!r} {what} {name!r}, which has to be a run above it, without a grid and with "
+                        f"runs: {run.name!r} {what} {name!r}, which must be an earlier run, without a grid and with "
                         "the same seeds"
                     )
             above[run.name] = run
             if not (run.recipe or self.recipe):
-                raise ValueError(
-                    f"runs: {run.name!r} names no recipe, and neither does the benchmark; write one of both"
-                )
+                raise ValueError(f"runs: {run.name!r} has no recipe, and neither has the benchmark; add one")
             for key, values in run.grid.items():
                 if not values:
-                    raise ValueError(f"runs: grid of {run.name!r}: {key} has no values; list some, or drop the key")
+                    raise ValueError(f"runs: grid of {run.name!r}: {key} has no values; add some, or drop the key")
         return self
 
 
@@ -259,7 +255,7 @@ class ChatRow(Section):
 
     @property
     def label(self) -> str:
-        """The name of the row in tables and files."""
+        """The name of the system in tables and files."""
         return self.name or (self.manager if self.ranker is None else f"{self.manager}, graded by {self.ranker}")
 
 
@@ -299,8 +295,8 @@ class ChatSuite(Section):
     def _rows_agree(self) -> ChatSuite:
         names = [row.label for row in self.rows]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"rows: two rows are called {twice!r}; give one another name")
+            raise ValueError(f"rows: two rows are called {twice!r}; rename one")
         for pair in self.pairs:
             if (missing := next((name for name in pair if name not in names), None)) is not None:
-                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(names)}")
+                raise ValueError(f"pairs: unknown row {missing!r}; the rows are {', '.join(names)}")
         return self

@@ -94,7 +94,7 @@ def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Ma
         known: Files that its ``base`` may name; any other base is a path relative to the file.
     """
     if not path.is_file():
-        raise RecipeError.at(path, "missing-file", " does not exist; give the path of a page")
+        raise RecipeError.at(path, "missing-file", " does not exist; correct the path")
     values, lines = read_page(path)
     values, lines = _on_its_base(path, values, lines, known)
     return _validated(model, {**more, **values}, lines, path, ())
@@ -118,13 +118,13 @@ def _on_its_base(
         if sought is not None:
             placed(base_values, below.parent, sought)
         if below in known.values():
-            # The bases that are shipped with the package have no cycles.
+            # The bases included in the package have no cycles.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
     except RecipeError as error:
         raise RecipeError(f"{asking}: base: {error}", kind=error.kind, at=error.place, column=error.column) from None
     if "base" in base_values:
         raise RecipeError.at(
-            file, "contradiction", f": its base {base} has a base of its own; only one level is read", "base"
+            file, "contradiction", f": its base {base} has a base too; only one level is supported", "base"
         )
     return _merge(located(base_values, below.parent), values), {**base_lines, **lines}
 
@@ -157,7 +157,7 @@ def _plain(value: Any) -> Json:
     if isinstance(value, Path):
         return str(value)
     raise RecipeError(
-        f"recipe: {type(value).__name__} {value!r} is no value of a recipe; write texts, numbers, lists and mappings",
+        f"recipe: {type(value).__name__} {value!r} is not a valid value; use texts, numbers, lists and mappings",
         kind="bad-value",
     )
 
@@ -281,12 +281,12 @@ def _find(path: Path, home: str) -> Path:
         for page in sorted(resource(*folder.parts).rglob("*.yaml"))
     ]
     beside: list[str] = []
-    with suppress(OSError):  # there is no such folder
+    with suppress(OSError):  # the folder is missing
         results = [page for page in path.parent.iterdir() if page.suffix in (".yaml", ".yml")]
         beside = [str(page) for page in results if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
     close = did_you_mean(str(path), [*beside, *names])
     raise RecipeError(
-        f"page {_shortened(str(path))} does not exist{close}; name a file, or a page that comes with llmrec, such as "
+        f"file {_shortened(str(path))} does not exist{close}; name a file, or one included in llmrec, such as "
         "recipes/quickstart.yaml",
         kind="missing-file",
         at=path,
@@ -400,7 +400,7 @@ def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
         return f"key {key!r} is missing; add it"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if kind in ("tuple_type", "list_type"):
-        message = "write a list in brackets, such as [a, b]; [] is none"
+        message = "write a list in brackets, such as [a, b]; [] for none"
     if kind == "value_error" and (not path or message.startswith(f"{key}.")):
         return message
     if _may_be_secret(path):
@@ -590,13 +590,13 @@ def _whole(path: str, beside: Path, key: str) -> str:
             return str(place.resolve())
         if place.exists():
             raise RecipeError(
-                f"{key}: {path} is no {'folder' if key == PLUGINS else 'file or folder'}; name one",
+                f"{key}: {path} is not a {'folder' if key == PLUGINS else 'file or folder'}; correct the path",
                 kind="wrong-format",
                 at=asked,
                 column=key,
             )
     raise RecipeError(
-        f"{key}: there is no {path}, beside {beside.resolve()} or in the working folder; check the path",
+        f"{key}: {path} is neither in {beside.resolve()} nor in the working folder; check the path",
         kind="missing-file",
         at=asked,
         column=key,

@@ -59,20 +59,20 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark: Any = event.start_mark
         if self._depth >= MOST_NESTED:
-            raise OutOfBounds(problem=f"nested more than {MOST_NESTED} deep", problem_mark=mark)
+            raise OutOfBounds(problem=f"nested more than {MOST_NESTED} levels deep", problem_mark=mark)
         before = self._values
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise OutOfBounds(problem="an alias inside of what it stands for", problem_mark=mark)
+                raise OutOfBounds(problem="an alias within its own value", problem_mark=mark)
             self._values += self._sizes[id(node)]
         else:
             self._values += 1
             self._sizes[id(node)] = self._values - before
         if self._values > MOST_VALUES:
-            raise OutOfBounds(problem=f"it unfolds to more than {MOST_VALUES:,} values", problem_mark=mark)
+            raise OutOfBounds(problem=f"it expands to more than {MOST_VALUES:,} values", problem_mark=mark)
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -89,7 +89,7 @@ class _Loader(yaml.SafeLoader):
         result = str(node.value) if isinstance(node, yaml.ScalarNode) else "this"
         result = result if len(result) <= 40 else result[:39] + "…"
         return yaml.constructor.ConstructorError(
-            problem=f"{result!r} is no {kind} that can be used; put a text in quotes", problem_mark=node.start_mark
+            problem=f"{result!r} is not a valid {kind}; put a text in quotes", problem_mark=node.start_mark
         )
 
 
@@ -108,7 +108,7 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
         raise RecipeError.at(
             file,
             "wrong-format",
-            ": a page is a mapping of keys (of a recipe: name, data, tasks, ...); this file is empty or a list",
+            ": the file must be a mapping of keys (of a recipe: name, data, tasks, ...), but is empty or a list",
         )
     return deepcopy(values), dict(places)
 
@@ -127,14 +127,14 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
         file: The source of the text, for errors.
     """
     if len(text) > MOST_CHARACTERS:
-        raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; no page needs as many")
+        raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; shorten it")
     try:
         places: dict[KeyPath, Place] = {}
         return _loaded(text, lambda node: _mark(node, (), places, file)), places
     except yaml.MarkedYAMLError as error:
         line = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
         if isinstance(error, OutOfBounds):
-            raise RecipeError.at(line, "too-large", f": {error.problem}; write it plainly") from None
+            raise RecipeError.at(line, "too-large", f": {error.problem}; simplify it") from None
         raise RecipeError.at(
             line, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
         ) from None
@@ -149,7 +149,7 @@ def value_of(text: str, key: str) -> Any:
     try:
         return _loaded(text, lambda _: None) if text else None
     except OutOfBounds as error:
-        raise RecipeError(f"{key}: {error.problem}; write it plainly", kind="too-large", column=key) from None
+        raise RecipeError(f"{key}: {error.problem}; simplify it", kind="too-large", column=key) from None
     except yaml.YAMLError:
         return text
 
@@ -180,7 +180,7 @@ def _mark(node: yaml.Node, path: KeyPath, places: dict[KeyPath, Place], file: Pa
             place = Place(str(file), line=key.start_mark.line + 1)
             if here in places:
                 name = ".".join(map(str, here))
-                raise RecipeError.at(place, "duplicate", f": key {name!r} stands twice; keep one", name)
+                raise RecipeError.at(place, "duplicate", f": key {name!r} is repeated; keep one", name)
             places[here] = place
             _mark(value, here, places, file)
     elif isinstance(node, yaml.SequenceNode):

@@ -76,8 +76,8 @@ def both_places(recipe: Recipe) -> Iterator[None]:
         if folder is None or folder.resolve() == Path.cwd():
             raise
         raise type(error)(
-            f"{error}. Paths of a recipe are looked for from the working folder, {Path.cwd()}, and then beside the "
-            f"recipe, in {folder.resolve()}",
+            f"{error}. Paths of a recipe are relative to the working folder, {Path.cwd()}, or else to the recipe's "
+            f"folder, {folder.resolve()}",
             kind=error.kind,
             at=error.place,
             column=error.column,

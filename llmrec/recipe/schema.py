@@ -59,7 +59,7 @@ ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent",
 
 
 AUTO = "auto"
-"""The value of ``eval.backend`` and ``eval.scorer`` for an engine that is selected when it is started."""
+"""The value of ``eval.backend`` and ``eval.scorer`` for an engine that is selected at start."""
 UNKNOWN_KEY = "unknown_key"
 """The error type for a key that a section does not have; the error has the path of that section."""
 
@@ -67,7 +67,7 @@ UNKNOWN_KEY = "unknown_key"
 def _short_enough(name: str) -> str:
     """Reject a name that is too long for a file name, before the file is opened."""
     if any(len(part.encode()) > 255 for part in name.split("/")) or len(name.encode()) > 4000:
-        raise PydanticCustomError("too_long", "no folder and no model has a name that long")
+        raise PydanticCustomError("too_long", "the name is too long for a folder or a model")
     return name
 
 
@@ -79,7 +79,7 @@ def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
         if name not in known and not is_plugin(table, name):
             raise PydanticCustomError(
                 "unknown_name",
-                "unknown name{close}; choose one of {known}, or write a plug-in as module:attribute",
+                "unknown name{close}; use one of {known}, or a plug-in as module:attribute",
                 {"close": did_you_mean(name, known), "known": ", ".join(known)},
             )
         return name
@@ -97,9 +97,7 @@ class Section(BaseModel):
     def _no_truth_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         given = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(item, bool) for item in given) and not _takes_truth(cls, str(info.field_name)):
-            raise PydanticCustomError(
-                "number", "write a number; on, off, yes, no, true and false are yes or no in YAML"
-            )
+            raise PydanticCustomError("number", "write a number; on, off, yes, no, true and false are booleans in YAML")
         return value
 
 
@@ -209,7 +207,7 @@ class Split(Section):
     @model_validator(mode="after")
     def _after_belongs(self) -> Split:
         if self.after is not None and self.kind != "cold_items":
-            raise ValueError(f"after: it belongs to kind: cold_items, not {self.kind}; drop the key")
+            raise ValueError(f"after: it requires kind: cold_items, not {self.kind}; drop the key")
         self.since  # noqa: B018  a date that is none is refused where it is written
         return self
 
@@ -300,40 +298,38 @@ class DataSection(Section):
     def _parts_agree(self) -> DataSection:
         if self.filter.where is not None and self.source != "table":
             raise ValueError(
-                f"data.filter.where: only the source 'table' has columns to compare, not {self.source!r}; set "
+                f"data.filter.where: it requires the source 'table', not {self.source!r}; set "
                 "data.source=table, or drop the key"
             )
         if self.query is not None and self.source != "table":
             raise ValueError(
-                f"data.query: only the source 'table' reads a database, not {self.source!r}; set data.source=table, or "
+                f"data.query: it requires the source 'table', not {self.source!r}; set data.source=table, or "
                 "drop the key"
             )
         for key, given in (("data.users", self.users), ("data.columns.user_fields", self.columns.user_fields)):
             if given and self.source != "table":
                 raise ValueError(
-                    f"{key}: only the source 'table' reads users of its own, not {self.source!r}; set "
+                    f"{key}: it requires the source 'table', not {self.source!r}; set "
                     "data.source=table, or drop the key"
                 )
         if self.users is not None and not self.columns.user_fields:
             raise ValueError(
-                "data.users: nothing says which of its columns are read; name them as data.columns.user_fields, such "
+                "data.users: none of its columns is selected; name them as data.columns.user_fields, such "
                 "as [gender, age], or drop the key"
             )
         if self.files is not None and self.source != "table":
             raise ValueError(
-                f"data.files: only the source 'table' reads a file a part, not {self.source!r}; set data.source=table, "
+                f"data.files: it requires the source 'table', not {self.source!r}; set data.source=table, "
                 "or drop the key"
             )
         if self.files is not None and self.path is not None:
-            raise ValueError("data.files: data.path names a table beside the files of the parts; keep one of them")
+            raise ValueError("data.files: data.path is set too; keep one of them")
         if self.files is not None and self.columns.split is not None:
-            raise ValueError(
-                "data.columns.split: data.files says already which part a row belongs to; keep one of them"
-            )
+            raise ValueError("data.columns.split: data.files already defines the parts; keep one of them")
         for key, value in (("data.files", self.files), ("data.columns.split", self.columns.split)):
             if value is not None and self.split.kind != "given":
                 raise ValueError(
-                    f"{key}: it says which rows are held out, and data.split.kind={self.split.kind} draws them anew; "
+                    f"{key}: it defines the held-out rows, but data.split.kind={self.split.kind} selects others; "
                     "set data.split.kind=given, or drop the key"
                 )
         return self
@@ -452,17 +448,17 @@ class IndexSection(Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> IndexSection:
         if self.scheme == "external" and self.path is None:
-            raise ValueError("index.path: the scheme 'external' reads codes from a file; name it")
+            raise ValueError("index.path: the scheme 'external' requires a file of codes; set it")
         if self.scheme != "external" and self.path is not None:
             raise ValueError(f"index.path: only the scheme 'external' reads a file, not {self.scheme!r}; drop the key")
         if self.item_token and self.scheme not in ("collaborative", "semantic", "category"):
             raise ValueError(
-                f"index.item_token: the scheme {self.scheme!r} takes none; use collaborative, semantic or category, "
-                "or the scheme 'token' for codes of one token"
+                f"index.item_token: not supported by the scheme {self.scheme!r}; use collaborative, semantic or "
+                "category, or the scheme 'token' for codes of one token"
             )
         if self.digits is not None and self.scheme not in ("random", "sequential"):
             raise ValueError(
-                f"index.digits: the scheme {self.scheme!r} writes no numbers; use random or sequential, or drop the key"
+                f"index.digits: the scheme {self.scheme!r} has no numbers; use random or sequential, or drop the key"
             )
         return self
 
@@ -511,7 +507,7 @@ def named(*names: str) -> tuple[BaselineSection, ...]:
 
 
 Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
-"""The settings: the untuned model, the untuned model with solved examples in the prompt, and the tuned model."""
+"""The settings: the model without fine-tuning, the same with few-shot examples, and the fine-tuned model."""
 
 
 class TaskSection(Section):
@@ -585,8 +581,8 @@ class RatingSection(TaskSection):
     def _a_head_is_trained_and_asked(self) -> RatingSection:
         if (self.head is not None) != ("head" in self.strategies):
             raise ValueError(
-                "tasks.rating.head: the section says how a head is trained, the strategy 'head' asks it; write both, "
-                "such as strategies: [head, expected] and head: {alpha: 0.5}, or neither"
+                "tasks.rating.head: it configures the training of a head, and the strategy 'head' evaluates it; set "
+                "both, such as strategies: [head, expected] and head: {alpha: 0.5}, or neither"
             )
         return self
 
@@ -764,7 +760,7 @@ class ShapeSection(Section):
     @model_validator(mode="after")
     def _widths_agree(self) -> ShapeSection:
         if self.kind == "decoder" and self.head_width is not None:
-            raise ValueError("model.shape.head_width: only an encoder-decoder takes it; drop the key")
+            raise ValueError("model.shape.head_width: only for an encoder-decoder; drop the key")
         if self.head_width is None and self.width % self.heads:
             raise ValueError(
                 f"model.shape.heads: {self.heads} does not divide model.shape.width {self.width}; change one of them"
@@ -801,14 +797,11 @@ class ModelSection(Section):
     def _keys_agree(self) -> Self:
         if self.whole_words and self.shape is not None and self.shape.kind != "encoder-decoder":
             raise ValueError(
-                "model.whole_words: a decoder has no encoder to add them in; set model.shape.kind=encoder-decoder, or "
+                "model.whole_words: a decoder has no encoder input; set model.shape.kind=encoder-decoder, or "
                 "drop the key"
             )
         if (self.name == "new") != (self.shape is not None):
-            raise ValueError(
-                "model.shape: it is the shape of a model that is made here, so it goes with model.name=new and with "
-                "no other name; set both, or neither"
-            )
+            raise ValueError("model.shape: it is only for model.name=new, which requires it; set both, or neither")
         return self
 
 
@@ -858,7 +851,7 @@ class TeacherSection(Section):
     @model_validator(mode="after")
     def _teaches_something(self) -> TeacherSection:
         if not self.share and not self.relations:
-            raise ValueError("train.teacher: with share 0 and relations 0 it teaches nothing; drop the section")
+            raise ValueError("train.teacher: with share 0 and relations 0 it has no effect; drop the section")
         return self
 
 
@@ -876,9 +869,7 @@ class PruneSection(Section):
     @model_validator(mode="after")
     def _it_begins_before_it_ends(self) -> PruneSection:
         if self.begin > self.end:
-            raise ValueError(
-                f"train.prune.begin: {self.begin:g} is after train.prune.end, {self.end:g}; lower it, or raise the end"
-            )
+            raise ValueError(f"train.prune.begin: {self.begin:g} is after train.prune.end, {self.end:g}; decrease it")
         return self
 
 
@@ -927,13 +918,13 @@ class PreferenceSection(Section):
     def _keys_fit_the_loss(self) -> PreferenceSection:
         if self.label_smoothing and self.loss not in ("dpo", "simpo"):
             raise ValueError(
-                f"train.preference.label_smoothing: it is of pairs that may be swapped, which {self.loss} has no term "
-                "for; set train.preference.loss=dpo or simpo, or drop the key"
+                f"train.preference.label_smoothing: the loss {self.loss} does not support it; "
+                "set train.preference.loss=dpo or simpo, or drop the key"
             )
         if self.loss == "ipo" and (self.margin or self.reference_free):
             raise ValueError(
-                "train.preference.loss: ipo has a margin and a reference of its own, 1 / (2 beta) and the start model; "
-                "drop margin and reference_free, or choose another loss"
+                "train.preference.loss: ipo has a fixed margin, 1 / (2 beta), and requires the reference model; "
+                "drop margin and reference_free, or use another loss"
             )
         return self
 
@@ -977,7 +968,7 @@ class RewardSection(Section):
     def _a_percentile_is_of_a_baseline(self) -> RewardSection:
         if ("percentile" in self.kind) != (self.baseline is not None):
             raise ValueError(
-                "train.reward.baseline: it goes with train.reward.kind=percentile, and with no other kind; set both, "
+                "train.reward.baseline: it is only for train.reward.kind=percentile, which requires it; set both, "
                 "or neither"
             )
         return self
@@ -1106,25 +1097,23 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         if self.band is not None and self.packing != "tree":
-            raise ValueError("train.band: only packed rows have a mask that it can cut; set train.packing=tree")
+            raise ValueError("train.band: it requires packed examples; set train.packing=tree")
         if self.distill and not self.exits:
-            raise ValueError("train.distill: it is for the depths before the last; set train.exits=true, or drop it")
+            raise ValueError("train.distill: it requires losses at earlier layers; set train.exits=true, or drop it")
         if self.distill and self.method in ("option", "option-adapter"):
             raise ValueError(
-                f"train.distill: the loss of train.method={self.method} is over labels and has no teacher; set "
+                f"train.distill: the loss of train.method={self.method} is over labels and cannot be distilled; set "
                 "train.method=lora, or drop it"
             )
         for key, wrong, fault in self._contradictions():
             if wrong:
                 raise ValueError(f"train.{key}: {fault}")
         if self.only and self.without:
-            raise ValueError(
-                "train.without: train.only says already which families are trained; write one of both, or neither"
-            )
+            raise ValueError("train.without: train.only already selects the trained tasks; set one of them, or neither")
         if self.mixture_limit is not None and self.mixture not in ("proportional", "temperature"):
             raise ValueError(
-                f"train.mixture_limit: it bounds the sizes of families, which train.mixture={self.mixture} does not "
-                "read; set train.mixture=proportional or temperature, or drop the key"
+                f"train.mixture_limit: it limits the sizes of tasks, which train.mixture={self.mixture} does not "
+                "use; set train.mixture=proportional or temperature, or drop the key"
             )
         return self
 
@@ -1139,42 +1128,42 @@ class TrainSection(Section):
             for name, given in {**present, "method": soft}.items():
                 yield "softmax", bool(given), f"items is not available with train.{name}; remove one of the two"
         if self.teacher is not None:
-            yield "teacher", self.exits, "train.exits has losses at every depth; drop one of both"
-            where = f"train.method={self.method} puts tokens before a prompt that no teacher knows"
+            yield "teacher", self.exits, "train.exits has losses at every layer; drop one of them"
+            where = f"train.method={self.method} adds prompt tokens that the teacher lacks"
             yield "teacher", soft, f"{where}; set it to lora or full"
-            yield "teacher", preference, "train.preference has another loss; drop one of both"
-            yield "teacher", reward, "train.reward has another loss; drop one of both"
-            whole = "relations are those of all states of a step; drop train.micro_tokens, or set relations to 0"
+            yield "teacher", preference, "train.preference has another loss; drop one of them"
+            yield "teacher", reward, "train.reward has another loss; drop one of them"
+            whole = "relations require all hidden states of a step; drop train.micro_tokens, or set relations to 0"
             yield "teacher", self.teacher.relations > 0 and self.micro_tokens is not None, whole
         if self.prune is not None:
-            merged = "it prunes the weights of a merged model while they learn; set train.method=lora or full"
+            merged = "it prunes merged weights during training; set train.method=lora or full"
             yield "prune", self.method not in ("lora", "full"), merged
             masked = "it masks the sum of weights and adapters; drop train.lora.dora and train.lora.dropout"
             yield "prune", self.lora.dora or self.lora.dropout > 0, masked
-            best = "the best adapter may be one without all zeros; drop train.judge"
+            best = "the best adapter may be from before the pruning ended; drop train.judge"
             yield "prune", self.judge is not None, best
-            reference = "their reference is the model without an adapter, which has no zeros; drop one of both"
+            reference = "their reference is the model without an adapter, which is not pruned; drop one of them"
             yield "prune", preference or reward, reference
         if self.reward is not None:
             for wrong, fault in (
-                (self.start is None, "it continues from a tuned model; set train.start to the folder of its run"),
+                (self.start is None, "it continues from a fine-tuned model; set train.start to the folder of its run"),
                 (
                     self.judge is None,
-                    "validation NDCG decides which adapter is kept, and no reward does; set train.judge",
+                    "validation NDCG selects the adapter to keep; set train.judge",
                 ),
                 (
                     self.method not in ADAPTED,
-                    "it measures how far it is from the model below an adapter; set train.method=lora",
+                    "its reference is the model without the adapter; set train.method=lora",
                 ),
-                (preference, "train.preference is a stage of its own; start one from the other's run"),
+                (preference, "train.preference is a separate stage; start one from the other's run"),
                 (
                     self.gradient_checkpointing,
-                    "it trains without dropout, where train.gradient_checkpointing is off too",
+                    "it trains without dropout, which disables train.gradient_checkpointing",
                 ),
-                (self.exits, "its loss stands after the last layer alone; drop train.exits"),
-                (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
-                (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
-                (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
+                (self.exits, "its loss is only at the last layer; drop train.exits"),
+                (self.examples is not None, "its prompts are sampled in every step; drop train.examples"),
+                (self.packing == "tree", "its rollouts are always packed; drop train.packing"),
+                (self.save_every % self.reward.updates > 0, "train.save_every must be a multiple of its updates"),
             ):
                 yield "reward", wrong, fault
 
@@ -1201,7 +1190,7 @@ class CandidateSection(Section):
     def _retrieved_by_something(self) -> CandidateSection:
         if (self.kind == "retrieved") != (self.retriever is not None):
             raise ValueError(
-                "eval.candidates.retriever: it goes with eval.candidates.kind=retrieved, and with no other kind; set "
+                "eval.candidates.retriever: it is only for eval.candidates.kind=retrieved, which requires it; set "
                 "both, or neither"
             )
         return self
@@ -1220,10 +1209,10 @@ class ShotSection(Section):
 
 
 def _one_or_several(value: Any) -> Any:
-    """Reject what is neither a string nor a list of strings."""
+    """Reject values other than a string or a list of strings."""
     if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
         return value
-    raise PydanticCustomError("not_addresses", "write an address, or a list of addresses")
+    raise PydanticCustomError("not_addresses", "write a URL, or a list of URLs")
 
 
 class ServerSection(Section):
@@ -1271,32 +1260,32 @@ class ServerSection(Section):
         # Messages never contain a value: it may be an API key.
         if not self.urls or not all(map(_is_address, self.urls)):
             raise ValueError(
-                "eval.server.url: write http://host:port/v1 or https://host/v1, with no user, password or parameters; "
-                "a key belongs into the environment variable that eval.server.key_env names"
+                "eval.server.url: write http://host:port/v1 or https://host/v1, without user, password or parameters; "
+                "set the key in the environment variable of eval.server.key_env"
             )
         if len(set(self.urls)) != len(self.urls):
-            raise ValueError("eval.server.url: an address stands twice; keep one")
+            raise ValueError("eval.server.url: a URL is repeated; keep one")
         if self.key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.key_env):
             raise ValueError(
-                "eval.server.key_env: it is the name of an environment variable in capitals, such as OPENAI_API_KEY, "
-                "never the key itself"
+                "eval.server.key_env: it must be the name of an environment variable in capitals, such as "
+                "OPENAI_API_KEY, not the key itself"
             )
         secret = re.compile(r"key|secret|password|authorization", re.IGNORECASE)
         refused = [name for name in _names(self.extra) if secret.search(name)] + sorted(_SET_HERE & self.extra.keys())
         if refused:
-            raise ValueError(f"eval.server.extra: {refused[0]!r} is not for a recipe to set; drop it")
+            raise ValueError(f"eval.server.extra: {refused[0]!r} cannot be set in a recipe; drop it")
         if self.max_cost is not None and not (self.price_in or self.price_out):
-            raise ValueError("eval.server.max_cost: it takes prices; set eval.server.price_in and price_out")
+            raise ValueError("eval.server.max_cost: it requires prices; set eval.server.price_in and price_out")
         return self
 
     def answering(self) -> dict[str, Json]:
-        """Return the settings that can change an answer, none of which is secret."""
+        """Return the settings that can change an answer, without secrets."""
         kept = settings_of(self, "engine")
         return kept | {"url": self.urls[0] if len(self.urls) == 1 else sorted(self.urls)}
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The addresses of the servers, without a trailing slash."""
+        """The URLs of the servers, without a trailing slash."""
         return tuple(url.rstrip("/") for url in ((self.url,) if isinstance(self.url, str) else self.url))
 
     @property
@@ -1340,7 +1329,7 @@ def _names(value: Any) -> list[str]:
 
 
 BEST_BASELINE = "best-baseline"
-"""The name of a family's best control in `EvalSection.planned`."""
+"""The name of a task's best baseline in `EvalSection.planned`."""
 
 
 class FusionSection(Section):
@@ -1453,28 +1442,26 @@ class EvalSection(Section):
     def _keys_agree(self) -> Self:
         if self.window_step >= self.window:
             raise ValueError(
-                f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap, so that "
-                "nothing is carried from one to the next; set it below eval.window"
+                f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap; "
+                "set it below eval.window"
             )
         if (self.backend == "openai") != (self.server is not None):
             raise ValueError(
-                "eval.server: it says which server eval.backend=openai asks, and no other backend reads it; set both, "
+                "eval.server: it is only for eval.backend=openai, which requires it; set both, "
                 "such as server: {url: 'http://127.0.0.1:8000/v1', model: films}, or neither"
             )
         if self.server is not None and "tuned" in self.arms:
             raise ValueError(
-                "eval.arms: a server answers with the model that it serves, not with the one that is tuned here; write "
-                "arms: [zero-shot], and to measure a tuned model, export it, serve it and name it in eval.server.model"
+                "eval.arms: a server has its own model, not the one fine-tuned here; set "
+                "arms: [zero-shot]. To evaluate a fine-tuned model, export it, serve it and set eval.server.model"
             )
         if self.exit is not None and (self.backend != "hf" or (self.exit >= 1 and not self.exit.is_integer())):
             raise ValueError(
-                "eval.exit: a whole number of layers, or a probability below 1, and transformers alone stop there; set "
+                "eval.exit: it must be a number of layers or a probability below 1, and requires transformers; set "
                 "eval.backend=hf and such a number, or drop the key"
             )
         if self.server is not None and self.scorer != AUTO:
-            raise ValueError(
-                "eval.scorer: another engine would score with another model than the server's; leave the key out"
-            )
+            raise ValueError("eval.scorer: another engine would use another model than the server's; drop the key")
         return self
 
 
@@ -1502,9 +1489,9 @@ class AugmentSection(Section):
     @model_validator(mode="after")
     def _something_is_written(self) -> AugmentSection:
         if self.topics and self.users is None:
-            raise ValueError("augment.topics: they are kept of texts on users; name a template as augment.users")
+            raise ValueError("augment.topics: they require texts on users; set a template as augment.users")
         if self.users is None and self.items is None and self.synthetic is None:
-            raise ValueError("augment: neither users nor items have texts; name a template for one of them")
+            raise ValueError("augment: neither users nor items have texts; set a template for one of them")
         return self
 
 
@@ -1593,37 +1580,37 @@ class Recipe(Displayed, Section):
         asked = [task for task in self.tasks.present().values() if task.arms is None or "tuned" in task.arms]
         if "tuned" in self.eval.arms and not asked:
             raise ValueError(
-                "tasks: no family is asked in the tuned setting, so that training would be for nothing; drop tuned "
+                "tasks: no task is evaluated in the tuned setting, so training has no use; drop tuned "
                 "from eval.arms, or add it to tasks.FAMILY.arms"
             )
         if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
             raise ValueError(
-                "tasks: every weight is 0, so there is nothing to tune on; drop the tuned setting or set a weight"
+                "tasks: every weight is 0, so there is nothing to train on; drop the tuned setting or set a weight"
             )
         self._check_trained()
         for family, section in self.tasks.present().items():
             for key in ("templates", "eval_templates", "strategies", "baselines"):
                 names = [str(getattr(one, "label", one)) for one in getattr(section, key)]
                 if len(set(names)) != len(names):
-                    raise ValueError(f"tasks.{family}.{key}: a name stands twice in {names}; keep one")
+                    raise ValueError(f"tasks.{family}.{key}: a name is repeated in {names}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):
-            raise ValueError(f"eval.arms: a setting stands twice in {list(self.eval.arms)}; keep one")
+            raise ValueError(f"eval.arms: a setting is repeated in {list(self.eval.arms)}; keep one")
         self._check_candidates()
         self._check_alignment()
         if self.tasks.ctr is not None and self.tasks.ctr.calibrate == "valid" and self.eval.split == "valid":
             raise ValueError(
-                "tasks.ctr.calibrate: it fits the validation split, which eval.split=valid evaluates; set one of them "
-                "otherwise"
+                "tasks.ctr.calibrate: it is fitted on the validation split, which eval.split=valid evaluates; change "
+                "one of them"
             )
         self._check_head()
         self._check_preference()
         if self.model.shape is not None and self.train.method != "full" and self.train.start is None:
             raise ValueError(
-                "train.method: a model from scratch has nothing that an adapter could start from; set "
-                "train.method=full, or train.start to a run that was trained so"
+                "train.method: a model from scratch has no weights for an adapter; set "
+                "train.method=full, or train.start to a run with it"
             )
         if self.reviews is not None and self.tasks.explanation is None:
-            raise ValueError("reviews: only tasks.explanation reads a second table; add that task or drop the section")
+            raise ValueError("reviews: only tasks.explanation uses a second table; add that task or drop the section")
         if self.train.method not in ADAPTED and self.train.lora != LoraSection():
             raise ValueError(
                 f"train.lora: method {self.train.method!r} has no LoRA; drop the lora section or use method 'lora'"
@@ -1643,13 +1630,12 @@ class Recipe(Displayed, Section):
             return
         if self.train.judge is not None or (head is not None and head.head is not None):
             raise ValueError(
-                f"train.method: {self.train.method} trains on labels alone, and train.judge and tasks.rating.head read "
-                "the model otherwise; drop them, or set train.method=prompt or lora"
+                f"train.method: {self.train.method} trains on labels only, so it does not support train.judge and "
+                "tasks.rating.head; drop them, or set train.method=prompt or lora"
             )
         if self.train.method == "option-adapter" and "tuned" in self.eval.arms and self.eval.backend == "vllm":
             raise ValueError(
-                "eval.backend: bottleneck adapters are no part of an architecture that vLLM knows; set "
-                "eval.backend=hf, or train.method=option"
+                "eval.backend: vLLM does not support bottleneck adapters; set eval.backend=hf, or train.method=option"
             )
 
     def trained(self) -> dict[str, float]:
@@ -1659,24 +1645,22 @@ class Recipe(Displayed, Section):
         return {name: weight for name, weight in chosen.items() if name in only and name not in without}
 
     def _check_trained(self) -> None:
-        """Reject a selection of families that names a missing one or is empty."""
+        """Reject a selection of tasks that names a missing one or is empty."""
         present = self.tasks.present()
         for key, names in (("only", self.train.only), ("without", self.train.without)):
             for name in names:
                 if name not in present:
                     raise ValueError(
-                        f"train.{key}: the recipe has no family {name!r}{did_you_mean(name, present)}; it has "
+                        f"train.{key}: the recipe has no task {name!r}{did_you_mean(name, present)}; it has "
                         f"{', '.join(present)}"
                     )
         if self.train.only and (untaught := [name for name in self.train.only if present[name].weight == 0]):
             raise ValueError(
                 f"train.only: the weight of {untaught[0]} is 0, so that it is not trained; set "
-                f"tasks.{untaught[0]}.weight, or take it out"
+                f"tasks.{untaught[0]}.weight, or remove it"
             )
         if self.train.without and not self.trained():
-            raise ValueError(
-                "train.without: it leaves no family that has a weight, so there is nothing to train on; take one out"
-            )
+            raise ValueError("train.without: no task with a weight is left to train on; remove one")
 
     def _check_head(self) -> None:
         """Reject a rating head with tasks that are trained on tokens, or with engines that do not support it."""
@@ -1685,16 +1669,16 @@ class Recipe(Displayed, Section):
         others = [name for name in self.trained() if name != "rating"]
         if others or not self.trained():
             raise ValueError(
-                "tasks.rating.head: a head is trained on ratings alone, other tasks on tokens; give rating a weight, "
+                "tasks.rating.head: a head is trained only on ratings, other tasks on tokens; give rating a weight, "
                 f"and set the weight of {', '.join(others) or 'the others'} to 0, or train.only=[rating]"
             )
         if self.train.distill:
-            raise ValueError("train.distill: the loss of tasks.rating.head has no teacher; drop one of both")
+            raise ValueError("train.distill: the loss of tasks.rating.head cannot be distilled; drop one of them")
         if self.train.teacher is not None:
-            raise ValueError("train.teacher: the loss of tasks.rating.head is over ratings; drop one of both")
+            raise ValueError("train.teacher: the loss of tasks.rating.head is over ratings; drop one of them")
         if self.eval.backend != "hf":
             raise ValueError(
-                f"tasks.rating.head: the backend {self.eval.backend!r} reads no rating head; set eval.backend=hf"
+                f"tasks.rating.head: the backend {self.eval.backend!r} has no rating head; set eval.backend=hf"
             )
 
     def _check_preference(self) -> None:
@@ -1704,32 +1688,30 @@ class Recipe(Displayed, Section):
             return
         if section.refers and self.train.start is None:
             raise ValueError(
-                f"train.preference: the reference of {section.loss} is the tuned model that training starts from; set "
-                "train.start to the folder of an SFT run, or train.preference.reference_free=true"
+                f"train.preference: the reference of {section.loss} is the fine-tuned model that training starts from; "
+                "set train.start to the folder of an SFT run, or train.preference.reference_free=true"
             )
         if section.rejected == "beam" and (self.train.start is None or self.tasks.sequential is None):
             raise ValueError(
-                "train.preference.rejected: the beam is that of the tuned model in train.start over the catalogue of "
-                "tasks.sequential; name both, or reject others"
+                "train.preference.rejected: beam requires the fine-tuned model in train.start and the catalogue of "
+                "tasks.sequential; set both, or use other negatives"
             )
         if section.refers and self.train.method not in ADAPTED:
             raise ValueError(
-                f"train.method: the reference of train.preference is the model with its adapter switched off, and "
+                f"train.method: the reference of train.preference is the model with its adapter disabled, and "
                 f"{self.train.method} has none; set train.method=lora"
             )
         if self.train.exits:
-            raise ValueError(
-                "train.exits: the loss of train.preference stands after the last layer alone; drop one of both"
-            )
+            raise ValueError("train.exits: the loss of train.preference is only at the last layer; drop one of them")
         if rating is not None and rating.head is not None:
             raise ValueError(
-                "train.preference: it compares likelihoods of answers, and tasks.rating.head writes none; drop one of "
-                "both"
+                "train.preference: it compares likelihoods of answers, which tasks.rating.head has not; drop one of "
+                "them"
             )
         if direct is not None and direct.loss != "answer":
             raise ValueError(
-                f"tasks.direct.loss: train.preference is a loss over candidates too; set tasks.direct.loss=answer in "
-                f"place of {direct.loss}, or drop train.preference"
+                f"tasks.direct.loss: train.preference is a loss over candidates too; set tasks.direct.loss=answer "
+                f"instead of {direct.loss}, or drop train.preference"
             )
 
     def _check_alignment(self) -> None:
@@ -1738,17 +1720,17 @@ class Recipe(Displayed, Section):
             return
         if self.index is None:
             raise ValueError(
-                "tasks.alignment: it teaches what codes mean, and there is no index; add one to the recipe, such as "
+                "tasks.alignment: it trains on codes and requires an index; add one to the recipe, such as "
                 "index: {scheme: semantic}, or drop the task"
             )
         if self.index.scheme == "title":
             raise ValueError(
-                "index.scheme: 'title' writes an item as its title, so tasks.alignment has nothing to teach; choose "
+                "index.scheme: the codes of 'title' are titles, so tasks.alignment has nothing to learn; use "
                 "another scheme, such as semantic, or drop the task"
             )
         if self.index.ids != "text":
             raise ValueError(
-                "index.ids: templates that say item_id would show the codes that tasks.alignment holds out beside "
+                "index.ids: templates with item_id would show the codes that tasks.alignment holds out with "
                 "their texts; set index.ids=text, or drop the task"
             )
 
@@ -1767,6 +1749,6 @@ class Recipe(Displayed, Section):
             )
         if not whole and sequential is not None and "search" in sequential.strategies:
             raise ValueError(
-                "tasks.sequential.strategies: 'search' ranks the whole catalogue, which is another protocol than "
+                "tasks.sequential.strategies: 'search' ranks the whole catalogue, which is a different protocol from "
                 "stored candidates; set eval.candidates.kind=catalogue, or drop it"
             )

@@ -137,7 +137,7 @@ def test_candidates_where_the_catalogue_is_ranked_are_left_aside(llama_folder: P
         bare = recommender.read({"history": ["1"]})
         first, second = recommender.rank([request, bare])
     assert kept(first)[:2] == kept(second)[:2] and len(kept(first)[0]) == 5
-    assert first.notes == ("candidates: left aside, since all items are ranked",) and second.notes == ()
+    assert first.notes == ("candidates: ignored, since all items are ranked",) and second.notes == ()
 
 
 def test_ids_fail_where_no_item_is_known(run: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytes
         load.device(AUTO)
     monkeypatch.setattr(torch.version, "cuda", None)
     with raises(
-        ModelError, Facts("unsupported", column="model.device", says=("built for the CPU alone", "model.device=cpu"))
+        ModelError, Facts("unsupported", column="model.device", says=("built for the CPU only", "model.device=cpu"))
     ):
         load.device(AUTO)
 

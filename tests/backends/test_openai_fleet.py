@@ -224,7 +224,7 @@ def test_addresses_in_a_recipe_and_on_the_command_line() -> None:
         with pytest.raises(ValidationError, match=r"eval\.server\.url"):
             ServerSection(url=wrong_ones, model="m")
     for no_address in (5, ["http://a/v1", 7]):
-        with pytest.raises(ValidationError, match="write an address, or a list of addresses"):
+        with pytest.raises(ValidationError, match="write a URL, or a list of URLs"):
             ServerSection.model_validate({"url": no_address, "model": "m"})
     for given, wanted in (((), ("http://127.0.0.1:8000/v1",)), (URLS, URLS), (URLS[:1], URLS[:1])):
         options = RecommenderOptions(model="x", backend="openai", server_model="m", server_url=given)

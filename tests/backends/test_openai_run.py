@@ -58,8 +58,8 @@ def server() -> Iterator[FaultyServer]:
 @pytest.mark.parametrize(
     ("override", "kind", "key", "says"),
     [
-        ("{model: m, url: 'https://user:%s@host/v1'}", "contradiction", "url", "no user, password or parameters"),
-        ("{model: m, url: 'https://host/v1?key=%s'}", "contradiction", "url", "no user, password or parameters"),
+        ("{model: m, url: 'https://user:%s@host/v1'}", "contradiction", "url", "without user, password or parameters"),
+        ("{model: m, url: 'https://host/v1?key=%s'}", "contradiction", "url", "without user, password or parameters"),
         ("{model: m, url: 'ftp://host/%s'}", "contradiction", "url", "http://host:port/v1"),
         ("{model: m, key_env: %s}", "contradiction", "key_env", "such as OPENAI_API_KEY"),
         ("{model: m, key: %s}", "unknown-key", "key", "did you mean 'key_env'"),
@@ -80,7 +80,7 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(
 
 @pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "n", "stop", "logprobs"])
 def test_what_is_asked_is_no_further_key(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' is not for a recipe to set"):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be set in a recipe"):
         ServerSection(model="m", extra={name: 1})
 
 

@@ -286,7 +286,7 @@ def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:
     assert teacher is not None and (teacher.run, teacher.share) == ("out/SFT-seed3", 1.0)
     for wrong in ("start: nothing", "start: SFT, seeds: [9]", "start: SFT", "teacher: nothing", "teacher: SFT"):
         page = write(tmp_path, "  - {name: SFT, seeds: [3, 4]}\n  - {name: further, " + wrong + "}\n")
-        with pytest.raises(RecipeError, match="a run above it"):
+        with pytest.raises(RecipeError, match="an earlier run"):
             load_benchmark(page)
 
 

@@ -164,8 +164,8 @@ def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ra
     ("row", "said"),
     [
         ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe and fuse"),
-        ({"fuse": ["ease", "markov-1"]}, "no row above"),
-        ({"fuse": ["markov-1"]}, "two rows or more"),
+        ({"fuse": ["ease", "markov-1"]}, "not an earlier row"),
+        ({"fuse": ["markov-1"]}, "at least two members"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_refused(page: dict[str, Any], row: dict[str, Any], said: str) -> None:

@@ -263,9 +263,9 @@ def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
 
 
 def test_a_fusion_names_rows_above_it() -> None:
-    with pytest.raises(ValueError, match="no row above it"):
+    with pytest.raises(ValueError, match="not an earlier row"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})
-    with pytest.raises(ValueError, match="two rows or more"):
+    with pytest.raises(ValueError, match="at least two members"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity"]}]})
     with pytest.raises(ValueError, match="two rows are called 'ease'"):
         Suite(**PAGE | {"rows": [{"baseline": "ease"}, {"baseline": "popularity", "name": "ease"}]})
@@ -324,7 +324,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
     assert none.pairs[1].value is None and "content − markov-1: no such requests" in page_of(none)
-    with pytest.raises(ValueError, match="belongs to the task ranking"):
+    with pytest.raises(ValueError, match="requires the task ranking"):
         Suite(**page | {"task": "rating"})
 
 
@@ -348,7 +348,7 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     assert len(whole.pairs) == 3 and whole.unrun == 0 and not whole.skipped
     for wrong, said in (
         (["markof"], "there is no row 'markof'"),
-        (["popularity", "markov-1", "markov"], "no row is left"),
+        (["popularity", "markov-1", "markov"], "all rows are skipped"),
     ):
         with pytest.raises(ValueError, match=said):
             Suite(**page, skip=wrong)
@@ -367,7 +367,7 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
     assert plain == "" and "how:jaccard-category" in words and "how:cosine-chance" in vectors
     with raises(LlmrecError, Facts("unknown-name", "made-reviews", says="'colour'")):
         run_benchmark(Suite(**page, diversity={"field": "colour"}), out=tmp_path / "out", results=tmp_path / "results")
-    with pytest.raises(ValueError, match="write one of field and encoder"):
+    with pytest.raises(ValueError, match="set one of field and encoder"):
         Suite(**page, diversity={})
 
 

@@ -81,7 +81,7 @@ def test_columns_can_be_named(tmp_path: Path, truth: Path) -> None:
     plain = score(pl.DataFrame(ROWS, schema=["user", "item", "rank", "score"], orient="row"), truth)
     odd = pl.DataFrame(ROWS, schema=["who", "what", "rank", "score"], orient="row")
     odd.write_csv(tmp_path / "odd.csv")
-    with raises(DataError, Facts("missing-column", says="Say which it is with")):
+    with raises(DataError, Facts("missing-column", says="Name it with")):
         score(odd, truth)
     # The truth has other names, which are known.
     assert values(score(odd, truth, user="who", item="what")) == values(plain)
@@ -90,7 +90,7 @@ def test_columns_can_be_named(tmp_path: Path, truth: Path) -> None:
     with raises(DataError, Facts("missing-column", column="user", says="did you mean 'who'")):
         score(odd.rename({"what": "item"}).with_columns(user=pl.col("who")), truth, user="whoo")
     both = odd.rename({"who": "customer", "what": "item"}).with_columns(buyer=pl.col("customer"))
-    with raises(DataError, Facts("missing-column", says="Say which it is with")):
+    with raises(DataError, Facts("missing-column", says="Name it with")):
         score(both, truth)
 
 

@@ -109,7 +109,7 @@ def places(reader: Reader) -> Iterator[Case]:
         "a pipe": lambda path: os.mkfifo(path),
         "a link to itself": lambda path: path.symlink_to(path),
         "two links to each other": link,
-        "a link to nothing": lambda path: path.symlink_to(path.with_name("gone")),
+        "a broken link": lambda path: path.symlink_to(path.with_name("gone")),
         "a link to endless zeros": lambda path: path.symlink_to("/dev/zero"),
         "a link to a folder": lambda path: path.symlink_to(path.parent),
     }
@@ -273,7 +273,7 @@ def _parquet_values(reader: Reader) -> Iterator[Case]:
     texts = pa.concat_arrays([broken, pa.array(["i"] * (rows - 2))])
     whole = {
         "item_id": {
-            "is no UTF-8": texts,
+            "is not UTF-8": texts,
             "is binary": pa.array([b"a"] * rows),
             "is a struct": pa.array([{"a": "b"}] * rows),
         },
@@ -288,7 +288,7 @@ def _parquet_values(reader: Reader) -> Iterator[Case]:
     for column, kinds in whole.items():
         for name, values in kinds.items():
             # `llmrec init` looks for other columns then, and says which.
-            if not reader.name.startswith("init") or name == "is no UTF-8":
+            if not reader.name.startswith("init") or name == "is not UTF-8":
                 yield case_of(
                     reader, f"Parquet whose {column} {name}", parquet_bytes(pa.table({**good, column: values}))
                 )

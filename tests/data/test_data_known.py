@@ -271,7 +271,7 @@ def test_goodreads_csv_joins_books_through_the_map(tmp_path: Path, caplog: pytes
     assert titles(data) == {"1": "Cats", "2": "2"}  # book 1 of the other file is another one
     assert "1 of 2 items have no title" in data.provenance["notes"] and "1 of 2 items" in caplog.text
     assert data.interactions["rating"].to_list() == [5.0, None, 3.0]
-    assert "order of a user's items is that of a seeded hash" in data.provenance["notes"]
+    assert "a seeded hash orders a user's items" in data.provenance["notes"]
 
 
 def test_goodreads_csv_needs_the_map(tmp_path: Path) -> None:

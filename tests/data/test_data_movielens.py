@@ -299,7 +299,7 @@ def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: py
 def test_archives_that_are_none(alone: Path) -> None:
     alone.mkdir(parents=True)
     (alone / "ml-100k.zip").write_bytes(b"<html>")
-    with raises(DataError, Facts("damaged", "ml-100k.zip", says="fetch it again")):
+    with raises(DataError, Facts("damaged", "ml-100k.zip", says="download it again")):
         hundred()
     raw = bytearray(archive("ml-100k", OFFICIAL))
     raw[200:260] = bytes(60)

@@ -62,7 +62,7 @@ def test_without_a_catalogue_a_text_is_its_own_title() -> None:
         ("1984", "1984"),
         ("Jaws", "Jaws"),
     ]
-    assert found.notes == ("candidates: named more than once, ranked once: 'Heat'",)
+    assert found.notes == ("candidates: repeated, ranked once: 'Heat'",)
 
 
 def test_unknown_items() -> None:
@@ -138,8 +138,8 @@ def test_notes_name_what_was_left_out_or_changed() -> None:
     )
     assert found.notes == (
         "'histroy' was ignored (did you mean 'history'?)",
-        "candidates: named more than once, ranked once: '1'",
-        "candidates: named again with another text, the first was ranked: '2'",
+        "candidates: repeated, ranked once: '1'",
+        "candidates: repeated with another text, the first was ranked: '2'",
         f"cut to 300 characters, the title of: '{found.candidates[2].item_id[:59]}…'",
         "no history",
         "profile: cut to 300 characters",

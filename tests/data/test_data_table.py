@@ -209,9 +209,9 @@ def test_the_table_of_users_lists_every_user_once_and_has_the_columns(tmp_path: 
     fails(main, Facts("missing-column", users, column="gendr", says=said), users=str(users), columns=wrong)
     gone = tmp_path / "gone.csv"
     fails(main, Facts("missing-file", "gone.csv", says="data.users"), users=str(gone), columns=columns)
-    with pytest.raises(ValueError, match=r"data\.users: nothing says which"):
+    with pytest.raises(ValueError, match=r"data\.users: none of its columns"):
         section(main, users=str(users))
-    with pytest.raises(ValueError, match=r"data\.users: only the source 'table'"):
+    with pytest.raises(ValueError, match=r"data\.users: it requires the source 'table'"):
         DataSection(source="made-reviews", users=str(users), columns=columns)
 
 
@@ -239,7 +239,7 @@ def test_a_title_that_is_html_is_missing(tmp_path: Path, caplog: pytest.LogCaptu
     page = write(tmp_path, f'user_id,item_id,title\nu,i1,Heat\nu,i2,"{scraped}"\nv,i2,"{scraped}"\n')
     data = load(section(path=str(page)), seed=0)
     assert {item: entry.title for item, entry in data.items.items()} == {"i1": "Heat", "i2": "i2"}
-    assert "1 of 2 items have HTML in place of a title in column 'title'" in caplog.text
+    assert "1 of 2 items have HTML instead of a title in column 'title'" in caplog.text
 
 
 ITEMS_OF_A_SHOP = """user_id,item_id,title,brand,text
@@ -426,7 +426,7 @@ def test_dates_that_are_none(tmp_path: Path) -> None:
     path = write(tmp_path, "user_id,item_id,timestamp\na,x,2024-01-01\na,y,32.12.2024\n")
     fails(path, Facts("bad-value", None, 2, "timestamp", 3, "'32.12.2024'"))
     path = write(tmp_path, "user_id,item_id,timestamp\na,x,2024-01-01\na,y,5\n")
-    fails(path, Facts("bad-value", None, 2, "timestamp", 3, "all rows must be of one sort"))
+    fails(path, Facts("bad-value", None, 2, "timestamp", 3, "all rows must have the same type"))
 
 
 def test_line_and_row_differ_after_a_line_break_in_a_field(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_init_speaks_of_arguments_and_not_of_options(
 def test_check_names_cut_offs_of_the_recipes_own_that_are_beyond_what_is_ranked() -> None:
     recipe = {**RECIPE, "eval": {**RECIPE["eval"], "cutoffs": [1, 5]}}
     found = llmrec.check(recipe, data=ROWS, items=ITEMS)
-    assert any("5 items are ranked for a request, so that HR@5 is 1" in warning for warning in found.warnings)
+    assert any("5 items are ranked per request, so HR@5 is always 1" in warning for warning in found.warnings)
 
 
 def test_init_looks_at_a_frame_and_its_recipe_runs_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_what_is_no_frame_is_said_with_its_type() -> None:
     with raises(DataError, Facts("wrong-format", says=("pathlib", "pandas"))):
         llmrec.check(RECIPE, data=Path("rows.csv"))
     mixed = [{"user_id": "u1", "item_id": "i1"}, {"user_id": 2, "item_id": "i2"}]
-    with raises(DataError, Facts("bad-value", says="one kind of values")):
+    with raises(DataError, Facts("bad-value", says="values of several types")):
         llmrec.check(RECIPE, data=mixed)
     with raises(DataError, Facts("missing-column", "interactions frame", column="user_id")) as found:
         llmrec.check(RECIPE, data=ROWS.drop("user_id"), items=ITEMS)

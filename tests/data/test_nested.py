@@ -171,7 +171,7 @@ def test_what_is_no_column_is_left_out_and_said(tmp_path: Path, caplog: pytest.L
     path = write(tmp_path, rows, "jsonl")
     table = read_table(path)
     assert table.frame.columns == ["user_id", "item_id", "user.name"] and not table.lists
-    assert "5 columns hold nested values and are left out" in caplog.text
+    assert "5 columns have nested values and are excluded" in caplog.text
     with raises(DataError, Facts("bad-value", path, column="user.place", says="nested values")):
         load(section(path, columns=Columns(rating="user.place")), seed=0)
     # What is an object here and a text there is left out as well, but not where it is a column of its own.

@@ -49,7 +49,7 @@ def test_a_sheet_is_the_table_that_it_shows(tmp_path: Path, expected: str, caplo
     with caplog.at_level(logging.WARNING):
         found = loaded(book)
     assert found.fingerprint == expected and found.name == "shop"
-    assert any("the first sheet is read, Orders" in record.message for record in caplog.records)
+    assert any("the first sheet, Orders" in record.message for record in caplog.records)
     assert loaded(f"{book}#Orders").fingerprint == expected
     with raises(LlmrecError, Facts("unknown-name", "shop.xlsx", says=("'Ordres'", "Orders, Notes"))):
         loaded(f"{book}#Ordres")
@@ -97,7 +97,7 @@ def test_a_cell_far_outside_of_the_table_is_one_error(tmp_path: Path, reference:
     with zipfile.ZipFile(book, "w") as archive:
         for name, content in parts.items():
             archive.writestr(name, content)
-    with raises(LlmrecError, Facts("too-large", "shop.xlsx", says="a cell may be far outside of the table")):
+    with raises(LlmrecError, Facts("too-large", "shop.xlsx", says="a cell may be far outside the table")):
         loaded(book)
     assert sheets_of(book) == [f"{book}#Orders"]
 
@@ -192,7 +192,7 @@ def test_duckdb_reads_its_file_and_nothing_else(tmp_path: Path, expected: str) -
         ("sqlite:///shop.db", "SELECT * FROM order", Facts("unreadable", column="data.query")),
         ("sqlite:///shop.db", "SELECT * FROM events WHERE 1 = 0", Facts("empty")),
     ],
-    ids=["no file", "no query", "no database", "a password", "another password", "no SQL", "no rows"],
+    ids=["no file", "no query", "not a database", "a password", "another password", "no SQL", "no rows"],
 )
 def test_what_is_wrong_is_said_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: str, path: str, query: str | None, facts: Facts

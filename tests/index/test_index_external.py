@@ -183,7 +183,7 @@ def test_mistakes_in_tables_are_named_with_their_row(tmp_path: Path) -> None:
         read(path)
     table = tmp_path / "codes.parquet"
     pl.DataFrame({"item_id": ["x", "y", "z"], "code": [[1], [2], [3]]}).write_parquet(table)
-    with raises(DataError, Facts("bad-value", "codes.parquet", column="code", says="numbers with blanks")):
+    with raises(DataError, Facts("bad-value", "codes.parquet", column="code", says="numbers separated by")):
         read(table)
 
 

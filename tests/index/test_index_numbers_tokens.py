@@ -47,7 +47,7 @@ def test_more_items_take_the_next_numbers_until_there_are_none() -> None:
 
 
 def test_digits_are_of_numbers_alone() -> None:
-    with pytest.raises(ValidationError, match=r"index\.digits: the scheme 'token' writes no numbers"):
+    with pytest.raises(ValidationError, match=r"index\.digits: the scheme 'token' has no numbers"):
         IndexSection(scheme="token", digits=2)
 
 

@@ -248,7 +248,7 @@ def test_a_family_can_be_asked_in_some_arms_alone(llama_folder: Path, tmp_path: 
     [
         (
             "tasks={direct: {arms: [zero-shot]}, sequential: {arms: [few-shot]}}",
-            "no family is asked in the tuned setting",
+            "no task is evaluated in the tuned setting",
         ),
         ("tasks={direct: {arms: []}}", "tasks.direct.arms"),
     ],

@@ -81,7 +81,7 @@ def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path) -> N
         ({"data.split.kind": "global_time"}, "held out here"),
         ({"index": {"scheme": "random"}}, "token"),
         ({"train.exits": True}, "train.exits"),
-        ({"train.teacher.share": 0.0}, "teaches nothing"),
+        ({"train.teacher.share": 0.0}, "has no effect"),
     ],
 )
 def test_what_does_not_go_with_a_teacher_is_refused(

@@ -116,7 +116,7 @@ def test_a_language_of_one_s_own(tmp_path: Path) -> None:
         ("dee", None, Facts("unknown-name", "mine.yaml", column="language", line=6, says="did you mean 'de'")),
         ("../../en", None, Facts("unknown-name", "mine.yaml", column="language")),
         ("xx", "language: yy\nsays_yes: a\nsays_no: b\n", Facts("contradiction", "xx.yaml", column="language")),
-        ("xx", "language: xx\nsays_yes: a\nsays_no: A\n", Facts("contradiction", "xx.yaml", says="the same word")),
+        ("xx", "language: xx\nsays_yes: a\nsays_no: A\n", Facts("contradiction", "xx.yaml", says="equals says_yes")),
         ("xx", "language: xx\nsays_yes: a\n", Facts("missing-key", "xx.yaml", column="says_no")),
         (
             "xx",

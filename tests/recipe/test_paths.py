@@ -90,7 +90,7 @@ def test_an_override_goes_from_the_working_folder(shop: Path) -> None:
     with pytest.raises(LlmrecError) as refused:
         build_study(recipe)
     assert (refused.value.kind, refused.value.file) == ("missing-file", "orders.csv")
-    assert "beside the recipe" not in str(refused.value)
+    assert "to the recipe's folder" not in str(refused.value)
 
 
 def test_a_name_is_no_path(shop: Path) -> None:

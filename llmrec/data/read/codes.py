@@ -40,7 +40,7 @@ def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
 def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
     """Return the sorted values of a coded column, and the code of each row, shape (n,).
 
-    A value need not occur: a part of a table has the codes of the whole table.
+    A value need not occur: a subset of a table has the codes of the whole table.
     """
     ids = coded(ids)
     assert isinstance(ids.dtype, pl.Enum)
@@ -59,7 +59,7 @@ def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int6
 
 
 class Names(Sequence[str]):
-    """The sorted values of codes; a value is found by bisection, without a dictionary."""
+    """The sorted values of codes; a value is looked up by bisection, without a dictionary."""
 
     def __init__(self, values: pl.Series) -> None:
         self._values = values.to_arrow()
@@ -126,7 +126,7 @@ def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def different(numbers: NDArray[np.uint64]) -> int:
-    """Return the number of different numbers."""
+    """Return how many different numbers there are."""
     ordered = pl.Series(numbers).sort().to_numpy()
     return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 

@@ -29,7 +29,7 @@ class Unusual(Exception):
 
 
 class NoNumbers(Exception):
-    """Raised for a column that should have numbers and has other values, such as dates.
+    """Raised for a column that should be numeric but has other values, such as dates.
 
     Attributes:
         name: The column.

@@ -57,8 +57,8 @@ def read_query(url: str, query: str) -> Table:
     parts = urlsplit(url)
     if parts.password or "password" in parts.query.lower():
         raise DataError(
-            "data.path: a password stands in the URL, and recipes are copied into results; take it out, and set "
-            "PGPASSWORD or write ~/.pgpass",
+            "data.path: the URL contains a password, and recipes are copied into results; remove it, and set "
+            "PGPASSWORD or use ~/.pgpass",
             kind="unsafe",
             column="data.path",
         )
@@ -69,7 +69,7 @@ def read_query(url: str, query: str) -> Table:
         raise
     except Exception as error:  # each library has its own errors
         raise DataError.at(
-            url, "unreadable", f": the query cannot be answered ({reason(error)}); correct {KEY}, or data.path", KEY
+            url, "unreadable", f": the query failed ({reason(error)}); correct {KEY}, or data.path", KEY
         ) from error
     return from_arrow(url, table, _sha256(table))
 
@@ -138,7 +138,7 @@ def _duckdb(url: str, query: str) -> Any:
         connection.execute("SET enable_external_access = false")
         result = connection.sql(query)
         if result is None:
-            raise ValueError("it gives no rows")
+            raise ValueError("it returns no rows")
         return result.to_arrow_table()
 
 
@@ -186,7 +186,7 @@ def read_hub(path: str) -> Table:
             path,
             "unreachable",
             f" cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
-            "data.path, and that the hub can be reached, or download the table and give its file as data.path",
+            "data.path, and the connection to the hub, or download the table and set its file as data.path",
             "data.path",
         ) from error
     return from_arrow(path, values)

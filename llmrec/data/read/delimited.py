@@ -1,4 +1,4 @@
-"""Reads delimited text block by block: plain blocks with pyarrow, all others carefully row by row.
+"""Reads delimited text block by block: plain blocks with pyarrow, all others row by row.
 
 The careful reader parses every row, or reports the first one that cannot be used. It uses `fields`, as request files
 do, which continue after a broken row.
@@ -40,7 +40,7 @@ _FIELD = "\x1f"  # a one-character separator that replaces a longer one
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
 
-# --------------------------------------------------------------------------- rows with care
+# --------------------------------------------------------------------------- careful reading of rows
 
 
 class BrokenRow(Exception):
@@ -60,7 +60,7 @@ class BrokenRow(Exception):
         self.problem = f"{reason(error)}; check the double quotes in this row"
         if "new-line character" in str(error):
             self.problem = (
-                "there is a lone carriage return; end every line with a line feed, or put double quotes around the "
+                "it contains a lone carriage return; end every line with a line feed, or put double quotes around the "
                 "field"
             )
 
@@ -148,7 +148,7 @@ class Delimited:
         """Set up for a file.
 
         Args:
-            source: The file. A user's file may have titles or notes above its header, and another separator.
+            source: The file. A user's file may have titles or notes above its header, or another separator.
             form: Its format.
         """
         self.names: tuple[str, ...] = ()
@@ -172,8 +172,8 @@ class Delimited:
         """Yield the rows in blocks.
 
         Args:
-            wanted: The columns to read; None: all. A published file must have all of them; of a user's table those it
-                has are read, or all columns if it has none of them.
+            wanted: The columns to read; None: all. A published file must have all of them; of a user's table the
+                available ones are read, or all columns if it has none of them.
             floats: Columns to read as numbers where possible; the others are texts.
 
         Raises:
@@ -195,7 +195,7 @@ class Delimited:
                 block = self._fast(body, chosen, floats, row) or self._careful(body, pieces, chosen, row)
                 again = None if self._form.columns else self._second_header(body, block)
                 if again is not None:
-                    fix = "fetch the file again" if self._source.published else "remove it"
+                    fix = "download the file again" if self._source.published else "remove it"
                     raise DataError.at(block.where(again), "duplicate", f" repeats the header; {fix}")
                 row += block.frame.height
                 if block.frame.height:
@@ -209,9 +209,9 @@ class Delimited:
         return self._source.open()
 
     def _empty(self) -> DataError:
-        what = "holds no rows; fetch it again"
+        what = "has no rows; download it again"
         if not self._source.published:
-            what = f"{'has a header and no rows' if self.names else 'is empty'}; write the table again"
+            what = f"{'has a header but no rows' if self.names else 'is empty'}; write the table again"
         return DataError.at(self._source.name, "empty", f" {what}")
 
     # ---------------------------------------------------------------------- the header
@@ -239,7 +239,7 @@ class Delimited:
                 pieces.keep(head)
                 return None
             raise DataError.at(Place(name, 0, line + broken.line), "syntax", f": {broken.problem}") from broken
-        fix = "fetch the file again" if self._source.published else "rename one"
+        fix = "download the file again" if self._source.published else "rename one"
         self.names = tuple(column_names(name, cells, fix))
         body = len(text[: len(above) + end].encode(self._encoding))
         return Piece(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
@@ -258,7 +258,7 @@ class Delimited:
             raise DataError.at(
                 Place(name, 0, 1),
                 "wrong-format",
-                f": the first line has {len(first)} characters, so this is no table or its lines have no ends; write "
+                f": the first line has {len(first)} characters, so it is not a table or has no line ends; write "
                 "it again",
             )
         self._separator = separator_of(first, self._form.separator)
@@ -356,14 +356,14 @@ class Delimited:
         if self._source.published:
             text = (
                 f"it should have {width} ({shortened(enumerated(self.names), 200)}); the file is damaged or not of "
-                "this data set, so fetch it again"
+                "this data set, so download it again"
             )
         else:
             text = f"{'it should have' if self._form.columns else 'the header has'} {width}; "
             text += (
-                f"a field that holds {self._separator!r} needs double quotes around it"
+                f"a field that contains {self._separator!r} needs double quotes around it"
                 if len(self._separator) == 1
-                else f"fields lie between {self._separator!r}, so no field may hold it; correct the row"
+                else f"fields are separated by {self._separator!r}, so no field may contain it; correct the row"
             )
         return DataError.at(place, "ragged-row", f" has {count} fields where {text}")
 

@@ -1,4 +1,4 @@
-"""Opens stored files, plain, compressed or in an archive, as streams that are never unpacked to disk."""
+"""Opens stored files, plain, compressed or in an archive, as streams that are never extracted to disk."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def check_path(path: Path) -> None:
         DataError: If it is missing or not a file.
     """
     if no_file(path) == "does not exist":
-        raise DataError.at(path, "missing-file", f": there is no such file{_near(path)}; {_MEND}")
+        raise DataError.at(path, "missing-file", f": the file does not exist{_near(path)}; {_MEND}")
     require_file(path, _MEND)
 
 
 def user_path(text: str) -> Path:
-    """Return a path of a recipe, with ``~`` for the home folder.
+    """Return a path of a recipe with ``~`` expanded to the home folder.
 
     Raises:
         DataError: If it cannot be a path.
@@ -105,7 +105,7 @@ def _near(path: Path) -> str:
     try:
         return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:
-        return f" (nor a folder {str(path.parent)!r} that can be read)"
+        return f" (its folder {str(path.parent)!r} cannot be read either)"
 
 
 # --------------------------------------------------------------------------- user files
@@ -165,7 +165,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Given:
-    """Bytes in memory in place of a file."""
+    """Bytes in memory instead of a file."""
 
     name: str
     raw: bytes
@@ -221,11 +221,11 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
     return raw, stored.sha256
 
 
-# --------------------------------------------------------------------------- packed files
+# --------------------------------------------------------------------------- compressed files
 
 
 def _damaged(name: str, packing: str, error: BaseException) -> DataError:
-    return DataError.at(name, "damaged", f" is damaged {_KINDS[packing]} ({reason(error)}); pack it again")
+    return DataError.at(name, "damaged", f" is damaged {_KINDS[packing]} ({reason(error)}); compress it again")
 
 
 def _all_of(stream: Any) -> bytes:
@@ -253,7 +253,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
                 raise DataError.at(
                     path,
                     "ambiguous" if tables else "missing-file",
-                    f" holds {'several tables' if tables else 'no table'} ({names}); unpack it and name the file as "
+                    f" contains {'several tables' if tables else 'no table'} ({names}); extract it and set the file as "
                     "data.path",
                 )
             (entry,) = tables
@@ -262,7 +262,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
                 return entry.filename, _all_of(capped)
     except (*BROKEN, ValueError) as error:
         raise DataError.at(
-            path, "damaged", f" is no zip archive that can be read ({reason(error)}); pack it again"
+            path, "damaged", f" is not a readable zip archive ({reason(error)}); create it again"
         ) from error
 
 
@@ -303,7 +303,7 @@ class Member:
         """
         packed = (self.inner or self.path.name).lower().endswith(".gz")
         if no_file(self.path) == "does not exist":
-            raise DataError.at(self.name, "missing-file", ": there is no such file; check data.path and data.items")
+            raise DataError.at(self.name, "missing-file", ": the file does not exist; check data.path and data.items")
         require_file(self.path, "check data.path and data.items")
         size = self.path.stat().st_size
         try:
@@ -319,7 +319,7 @@ class Member:
             raise DataError.at(
                 self.name,
                 "damaged",
-                f" cannot be read to its end ({reason(error)}); it is damaged or cut off, so fetch it again",
+                f" cannot be read to its end ({reason(error)}); it is damaged or truncated, so download it again",
             ) from error
 
     def _unpacked(self, stream: Any, stored: int) -> BinaryIO:
@@ -363,7 +363,7 @@ def listing(place: Path) -> list[Member]:
             names = [entry.filename for entry in archived(place, archive)]
     except (*BROKEN, ValueError) as error:
         raise DataError.at(
-            place, "damaged", f" is not a readable folder or zip archive ({reason(error)}); fetch it again"
+            place, "damaged", f" is not a readable folder or zip archive ({reason(error)}); download it again"
         ) from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
     return [Member(f"{place}/{printable(name)}", place, name) for name in shown]

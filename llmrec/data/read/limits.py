@@ -1,8 +1,7 @@
 """Limits on the files that may be opened and on their decompressed size.
 
-A path may name a pipe without a writer, an endless device or a circular link; a small compressed file may unpack to
-more than the memory; a file may be something else than its ending says. All of these end in an error before they do
-harm.
+A path may name a pipe without a writer, an endless device or a circular link; a small compressed file may decompress to
+more than the memory; a file may differ from its ending. All of these raise an error early.
 """
 
 from __future__ import annotations
@@ -38,22 +37,22 @@ BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Not
 _GZIP = b"\x1f\x8b"
 # First bytes of other file types, their names, and the fix.
 _STRANGERS: tuple[tuple[bytes, str, str], ...] = (
-    (_GZIP, "a gzip file", "give it a name that ends in .gz"),
-    (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save its sheet as CSV"),
+    (_GZIP, "a gzip file", "rename it to end in .gz"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet", "extract it, or save its sheet as CSV"),
     (b"PK\x05\x06", "an empty zip archive", "write the file again"),
-    (b"PAR1", "a Parquet file", "give it a name that ends in .parquet"),
-    (b"BZh", "packed with bzip2", "unpack it, or pack it with gzip"),
-    (b"\xfd7zXZ", "packed with xz", "unpack it, or pack it with gzip"),
-    (b"\x28\xb5\x2f\xfd", "packed with zstd", "unpack it, or pack it with gzip"),
-    (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
-    (b"Rar!", "a RAR archive", "unpack it"),
+    (b"PAR1", "a Parquet file", "rename it to end in .parquet"),
+    (b"BZh", "compressed with bzip2", "decompress it, or use gzip"),
+    (b"\xfd7zXZ", "compressed with xz", "decompress it, or use gzip"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it, or use gzip"),
+    (b"7z\xbc\xaf", "a 7-Zip archive", "extract it"),
+    (b"Rar!", "a RAR archive", "extract it"),
     (b"\xd0\xcf\x11\xe0", "an old spreadsheet or document", "save its sheet as CSV"),
-    (b"%PDF", "a PDF file", "fetch or export the data as text"),
+    (b"%PDF", "a PDF file", "download or export the data as text"),
     (b"\x89PNG", "a picture", "check the path"),
     (b"\x7fELF", "a program", "check the path"),
-    (b"SQLite format 3", "a database", "name it as sqlite:///FILE with data.query, or export its table as CSV"),
+    (b"SQLite format 3", "a database", "use sqlite:///FILE with data.query, or export its table as CSV"),
     (b"\x93NUMPY", "a NumPy array, which is never read", "write it as CSV or Parquet"),
-    (b"version https://git-lfs", "a Git LFS pointer and not the file itself", "fetch the file with `git lfs pull`"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file itself", "fetch the file with `git lfs pull`"),
     *((bytes((0x80, n)), "a Python pickle, which is never read", "write it as CSV or Parquet") for n in range(2, 6)),
 )
 _PAGES = (b"<!doctype html", b"<html")
@@ -85,7 +84,7 @@ def shown(value: object) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """Return a text cut to a maximum length."""
+    """Return a text truncated to a maximum length."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -98,7 +97,7 @@ def enumerated(names: Sequence[str]) -> str:
 # --------------------------------------------------------------------------- paths
 
 
-_ABSENT = ("does not exist", "is a link to nothing")
+_ABSENT = ("does not exist", "is a broken link")
 
 
 def no_file(path: Path) -> str:
@@ -111,7 +110,7 @@ def no_file(path: Path) -> str:
         return f"cannot be read ({reason(error)})"
     if stat.S_ISREG(mode):
         return ""
-    return "is a folder and not a file" if stat.S_ISDIR(mode) else "is a pipe or a device and not a file"
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
 def stands(path: Path) -> bool:
@@ -137,12 +136,12 @@ def require_file(path: Path, fix: str, what: str = "") -> None:
 
 
 def stranger(head: bytes) -> str:
-    """Return what a file is instead of text, by its first bytes, and the fix; empty if unknown."""
+    """Return the type of a file that is not text, by its first bytes, and the fix; empty if unknown."""
     for start, what, fix in _STRANGERS:
         if head.startswith(start):
             return f"this is {what}; {fix}"
     if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
-        return "this is a web page; fetch the file again, perhaps after logging in"
+        return "this is a web page; download the file again, perhaps after logging in"
     return ""
 
 
@@ -189,8 +188,8 @@ class Capped:
             raise DataError.at(
                 self._name,
                 "too-large",
-                f" unpacks to more than {self._limit} bytes from {self._stored}, so it is not what it "
-                "seems or too large; check where it comes from, or unpack or split it",
+                f" decompresses to more than {self._limit} bytes from {self._stored}, so it is malformed or too large; "
+                "check its origin, or decompress or split it",
             )
         return raw
 
@@ -201,7 +200,7 @@ class Capped:
 def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """Return the files of an archive after checking all entries.
 
-    Nothing is ever unpacked to disk; still, an archive with a malicious entry is not the published one.
+    Nothing is extracted to disk; still, an archive with a malicious entry is not the published one.
 
     Raises:
         DataError: If an entry is a link or leaves the archive, a name is repeated, or there are too many.
@@ -209,22 +208,22 @@ def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     entries = archive.infolist()
     if len(entries) > MAX_MEMBERS:
         raise DataError.at(
-            place, "too-large", f" holds {len(entries)} files, too many for a data set; check where it comes from"
+            place, "too-large", f" contains {len(entries)} files, too many for a data set; check its origin"
         )
     for entry in entries:
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or parts[0].endswith(":"):
             raise DataError.at(
-                place, "unsafe", f" holds {shown(entry.filename)}, a name that leads out of it; fetch it again"
+                place, "unsafe", f" contains {shown(entry.filename)}, a path outside of it; download it again"
             )
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise DataError.at(
-                place, "unsafe", f" holds {shown(entry.filename)}, which is a link and no file; fetch it again"
+                place, "unsafe", f" contains {shown(entry.filename)}, which is a link, not a file; download it again"
             )
     names = Counter(entry.filename for entry in entries)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         raise DataError.at(
-            place, "duplicate", f" holds two files called {shown(twice)}; pack it again with one of them"
+            place, "duplicate", f" contains two files called {shown(twice)}; create it again with one of them"
         )
     return [entry for entry in entries if not entry.is_dir()]

@@ -1,4 +1,4 @@
-"""Removes HTML from titles and texts, as shops and scraped pages write it."""
+"""Removes HTML from titles and texts of shops and scraped pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK = (
 # The content of these elements is not text.
 _CODE = "iframe|link|meta|script|style"
 _TAG = re.compile(rf"</?(?:({_INLINE})|{_BLOCK})(?:\s[^<>]*)?/?>|<!--[^<>]*-->", re.IGNORECASE)
-# A tag, complete or cut off at either end.
+# A tag, complete or truncated at either end.
 _MARKUP = re.compile(
     rf"</?(?:{_INLINE}|{_BLOCK}|{_CODE})(?:\s[^<>]*)?(?:/?>|$)|\b(?:class|href|id|src|style|data-[\w-]+|aria-\w+)=[\"']",
     re.IGNORECASE,
@@ -24,7 +24,7 @@ _MARKUP = re.compile(
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text has HTML; if it does after `plain`, a scraped page was cut off, and it is not a title."""
+    """Whether a text has HTML; if it does after `plain`, it is a truncated scraped page, not a title."""
     return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
 
 

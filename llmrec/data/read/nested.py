@@ -15,7 +15,7 @@ from llmrec.data.read.limits import shortened
 from llmrec.errors import DataError
 
 EACH = "[]"
-"""Suffix of a list's name that stands for each of its elements."""
+"""Suffix of a list's name, for each of its elements."""
 _EACH = re.compile(r"\[\]")
 # Maximum depth of objects and number of keys per object; with more keys an object is a map by id, not columns.
 DEEPEST, MOST_KEYS = 20, 200
@@ -103,7 +103,7 @@ def held(kind: Any) -> str:
 
 @dataclass
 class Opened:
-    """The columns of a file after objects in them are opened.
+    """The columns of a file after objects in them are flattened.
 
     Attributes:
         file: The file, for errors.
@@ -137,7 +137,7 @@ class Opened:
             raise DataError.at(
                 self.file,
                 "duplicate",
-                f": the column {name!r} stands there twice, by its name and as a path; rename one",
+                f": the column {name!r} occurs twice, by its name and as a path; rename one",
                 name,
             )
         else:
@@ -145,7 +145,7 @@ class Opened:
 
 
 def opened(file: str, columns: Mapping[str, Any]) -> Opened:
-    """Open the Arrow columns of a file; see `Opened`."""
+    """Flatten the Arrow columns of a file; see `Opened`."""
     result = Opened(file)
     for name, column in columns.items():
         result.add(name, column)

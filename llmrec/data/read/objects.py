@@ -65,7 +65,7 @@ def _lines_with_care(source: Source) -> Table:
 
 
 def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, object]]]:
-    """Yield the objects of lines with their places, skipping blank lines.
+    """Yield the objects of lines with their locations, skipping blank lines.
 
     Raises:
         DataError: If a line is not a JSON object, or a key is repeated in it.
@@ -113,7 +113,7 @@ def _array(source: Source) -> Table:
 
 
 def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]], lines: list[int]) -> Table:
-    """Return the table of objects; nested ones are opened, and values that cannot be a column are left out."""
+    """Return the table of objects; nested ones are flattened, and values that cannot be a column are excluded."""
     rows: list[dict[str, str]] = []
     names: dict[str, None] = {}
     places: dict[str, Place] = {}
@@ -131,7 +131,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
                 _text(place, f": the key {shown(key)}", key, key)
         if len(names) > MAX_COLUMNS:
             raise DataError.at(
-                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep those that are needed"
+                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep only the required ones"
             )
         row = {}
         for key, value in record.items():
@@ -153,12 +153,12 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
                     single.add(key)
         rows.append(row)
     if not names:
-        what = "holds objects without keys" if rows else "is empty"
+        what = "contains objects without keys" if rows else "is empty"
         raise DataError.at(name, "empty", f" {what}; write the table again")
     # If some values of a column are plain, a nested one is an error in its row.
     bad = next((key for key in places if key in plain), None)
     if bad is not None:
-        what = f", column {shown(bad)} is a nested value; flatten it or leave it out"
+        what = f", column {shown(bad)} is a nested value; flatten it or drop it"
         raise DataError.at(places[bad], "bad-value", what, bad)
     # As in other tables, an id does not depend on how a library wrote it.
     for key in whole.keys() - fractions:
@@ -181,7 +181,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
     odd = [path for path, held in unusable.items() if held == _ODD]
     if odd:
         log.warning(
-            "%s: %d columns hold nested values and are left out: %s", name, len(odd), ", ".join(map(shown, odd))
+            "%s: %d columns have nested values and are excluded: %s", name, len(odd), ", ".join(map(shown, odd))
         )
     if not columns:
         raise DataError.at(name, "empty", " has no column of texts or numbers; write the table again")
@@ -255,7 +255,7 @@ class _Shape:
 
 def _checked(text: str) -> str:
     if is_no_text(text):
-        raise ValueError("a character that is no text")
+        raise ValueError("an invalid character")
     return text
 
 
@@ -297,9 +297,9 @@ def json_object(place: Place | str, line: str) -> dict[str, object]:
     except _Twice as twice:
         raise _twice(place, twice) from None
     except (ValueError, RecursionError) as error:
-        raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); write one object a line") from error
+        raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); write one object per line") from error
     if not isinstance(record, dict):
-        raise DataError.at(place, "wrong-format", " is not a JSON object; write one object a line")
+        raise DataError.at(place, "wrong-format", " is not a JSON object; write one object per line")
     return record
 
 
@@ -318,7 +318,7 @@ class _Twice(Exception):
 
 def _twice(place: Place | str, twice: _Twice) -> DataError:
     key = twice.args[0]
-    return DataError.at(place, "duplicate", f": the key {shown(key)} stands there twice; keep one", key)
+    return DataError.at(place, "duplicate", f": the key {shown(key)} is repeated; keep one", key)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -329,7 +329,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _no_text(place: Place, what: str, column: str) -> DataError:
-    what = f"{what} holds a character that is no text (NUL or half of a surrogate pair); remove it"
+    what = f"{what} contains an invalid character (NUL or half of a surrogate pair); remove it"
     return DataError.at(place, "encoding", what, column)
 
 
@@ -341,7 +341,7 @@ def _text(place: Place, what: str, column: str, value: object) -> str:
         if is_no_text(text):
             raise _no_text(place, what, column)
         return text
-    raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or leave it out", column)
+    raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or drop it", column)
 
 
 # --------------------------------------------------------------------------- plain objects, a block at a time
@@ -374,7 +374,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
         for piece in Pieces(source, stream):
             if not names:
                 names, columns, schema = _first_object(piece.raw, wanted)
-                # A key that first occurs further down means that the rows of the table differ.
+                # A key that first occurs in a later line means that the rows differ in structure.
                 lacking = wanted.keys() - {column.name for column in columns.values()}
                 absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
             table = None if any(key in piece.raw for key in absent) else _fast(piece, schema)
@@ -499,7 +499,7 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
 
 
 def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Yield the objects of lines with their places, skipping blank lines."""
+    """Yield the objects of lines with their locations, skipping blank lines."""
     for line, text in numbered_lines(decoded(piece)):
         if text.strip():
             row += 1
@@ -512,7 +512,7 @@ def _cell(place: Place, name: str, value: object) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError.at(
-            place, "bad-value", f": column {name!r} holds no text or number; the file is not of this data set", name
+            place, "bad-value", f": column {name!r} is neither text nor number; the file is not of this data set", name
         )
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -529,11 +529,11 @@ def checked(place: Place, name: str, text: str) -> str:
         raise DataError.at(
             place,
             "encoding",
-            f": column {name!r} holds half of a surrogate pair, which is no text; correct the line",
+            f": column {name!r} contains half of a surrogate pair, which is not valid text; correct the line",
             name,
         )
     if "\0" in text:
-        raise DataError.at(place, "encoding", f": column {name!r} holds a NUL character; remove it", name)
+        raise DataError.at(place, "encoding", f": column {name!r} contains a NUL character; remove it", name)
     return text
 
 
@@ -542,12 +542,10 @@ def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
         value = json.loads(text, parse_float=as_written)
     except (ValueError, RecursionError) as error:
         if form.kind == "json":
-            raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); fetch the file again") from error
+            raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); download the file again") from error
         value = _literal(place, text)
     if not isinstance(value, dict):
-        raise DataError.at(
-            place, "wrong-format", " is not an object with named values; the file is not of this data set"
-        )
+        raise DataError.at(place, "wrong-format", " is not an object with keys; the file is not of this data set")
     return value
 
 
@@ -558,7 +556,7 @@ def _literal(place: Place, text: str) -> object:
             place,
             "too-large",
             f" is not JSON and has {len(text)} characters, more than {_LONGEST_LITERAL} of a Python literal; "
-            "write it as JSON, or fetch the file again",
+            "write it as JSON, or download the file again",
         )
     try:
         with warnings.catch_warnings():
@@ -566,5 +564,5 @@ def _literal(place: Place, text: str) -> object:
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise DataError.at(
-            place, "syntax", f" is neither JSON nor a Python literal ({reason(error)}); fetch the file again"
+            place, "syntax", f" is neither JSON nor a Python literal ({reason(error)}); download the file again"
         ) from error

@@ -46,7 +46,7 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
     """Read a Parquet file.
 
     Raises:
-        DataError: If it is not Parquet, is damaged, unpacks to far more than its size, or has no rows.
+        DataError: If it is not Parquet, is damaged, decompresses to far more than its size, or has no rows.
     """
     with parquet_file(name, raw) as file:
         table = _read(name, file, len(raw))
@@ -88,8 +88,8 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
         raise DataError.at(
             name,
             "too-large",
-            f" says that it holds {rows} rows and {size} bytes in a file of {stored}, so it is not what it seems "
-            "or too large; write it again, or split it",
+            f" declares {rows} rows and {size} bytes in a file of {stored}, so it is malformed or too large; "
+            "write it again, or split it",
         )
 
 
@@ -115,8 +115,8 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
             raise DataError.at(
                 name,
                 "too-large",
-                f" unpacks to more than {room(stored)} bytes from {stored}, so it is not what it seems or too "
-                "large; write it again, or split it",
+                f" decompresses to more than {room(stored)} bytes from {stored}, so it is malformed or too large; "
+                "write it again, or split it",
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
@@ -202,10 +202,10 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     odd = {column.name: row for column in frame if (row := off_calendar(column)) is not None}
     for column, row in odd.items():
         log.warning(
-            "%s: column %s is left out, since it holds a date outside of the years 1 to 9999 in row %d",
+            "%s: column %s is excluded, since it has a date outside the years 1 to 9999 in row %d",
             *(name, shown(column), row + 1),
         )
-    left = {**unread(table.schema), **result.unusable, **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
+    left = {**unread(table.schema), **result.unusable, **dict.fromkeys(odd, "dates outside the years 1 to 9999")}
     return Table(name, frame.drop(odd), sha256, unusable=left, lists=result.lists)
 
 

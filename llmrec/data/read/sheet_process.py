@@ -62,7 +62,7 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
 
 
 def main() -> None:
-    """Answer one request."""
+    """Handle one request."""
     asked = json.loads(sys.stdin.buffer.readline())
     raw = sys.stdin.buffer.read()
     limit(asked["bytes"])

@@ -47,7 +47,7 @@ def sheets_of(path: Path) -> list[str]:
 
 
 def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
-    """Read one sheet; dates become ISO dates, and nothing is calculated: a formula has its saved value.
+    """Read one sheet; dates become ISO dates, and formulas have their saved values.
 
     All columns are texts, except those of numbers too large for ids; see `sheet_process`.
 
@@ -86,7 +86,7 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     filled = frame.select(pl.any_horizontal(result)).to_series() if columns else pl.Series([])
     rows = filled.arg_true().to_list() if len(filled) else []
     if not rows:
-        raise DataError.at(name, "empty", " has a header and no rows; choose another sheet, or write the table again")
+        raise DataError.at(name, "empty", " has a header but no rows; choose another sheet, or write the table again")
     return Table(name, frame[: rows[-1] + 1], sha256, header=1)
 
 
@@ -112,8 +112,8 @@ def _asked(
         raise DataError.at(
             path,
             "too-large",
-            f" cannot be read: for {size} bytes it needs more memory than such a file should, so a cell may be far "
-            "outside of the table, or the file is damaged; delete the empty rows and columns, or save its sheet as CSV",
+            f" cannot be read: {size} bytes require more memory than expected, so a cell may be far outside the "
+            "table, or the file is damaged; delete the empty rows and columns, or save its sheet as CSV",
         )
     answer = json.loads(line)
     if "error" in answer:
@@ -127,7 +127,7 @@ def _asked(
 
 
 def _refuse_tricks(path: Path, raw: bytes) -> int:
-    """Reject an archive that unpacks to far more than its size, before it is unpacked, and return the unpacked size."""
+    """Reject an archive that decompresses to far more than its size, and return the decompressed size."""
     if not raw.startswith(b"PK"):
         return len(raw)
     try:
@@ -139,6 +139,6 @@ def _refuse_tricks(path: Path, raw: bytes) -> int:
         raise DataError.at(
             path,
             "too-large",
-            f" unpacks to {size} bytes from {len(raw)}, so it is not what it seems; save its sheet as CSV",
+            f" decompresses to {size} bytes from {len(raw)}, so it is malformed; save its sheet as CSV",
         )
     return size

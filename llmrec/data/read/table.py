@@ -71,7 +71,7 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
         raise DataError.at(
             name,
             "wrong-format",
-            f": a file that ends in {repr(kind) if kind else 'nothing'} is no table; write one that ends in "
+            f": a file that ends in {repr(kind) if kind else 'nothing'} is not a table; use one that ends in "
             f"{', '.join(sorted((*_TABLES, *SHEETS)))}",
         )
     if kind in _PARQUET:
@@ -122,7 +122,7 @@ def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[T
             empty = False
             yield block
     if empty:
-        raise DataError.at(source.name, "empty", " holds no rows; fetch it again")
+        raise DataError.at(source.name, "empty", " has no rows; download it again")
 
 
 def header(source: Source, form: Form) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def header(source: Source, form: Form) -> tuple[str, ...]:
 
 
 def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Read a published file row by row, as place and values by column; missing values are left out.
+    """Read a published file row by row, as location and values by column, without missing values.
 
     Raises:
         DataError: As `blocks`.
@@ -150,7 +150,7 @@ def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tupl
         empty = False
         yield place, record
     if empty:
-        raise DataError.at(source.name, "empty", " holds no rows; fetch it again")
+        raise DataError.at(source.name, "empty", " has no rows; download it again")
 
 
 # --------------------------------------------------------------------------- several files
@@ -207,9 +207,9 @@ def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
     shown = [file for file in result if file.is_file() and not file.name.startswith((".", "_"))]
     files = [file for file in shown if _endings(file)[0] in _TABLES or _endings(file)[1] == ".zip"]
     if not files:
-        what = "is a folder that holds" if path.is_dir() else "fits"
+        what = "is a folder with" if path.is_dir() else "matches"
         raise DataError.at(
-            path, "missing-file", f" {what} no table; give files that end in {', '.join(sorted(_TABLES))}"
+            path, "missing-file", f" {what} no table; provide files that end in {', '.join(sorted(_TABLES))}"
         )
     tables = [read_table(file, wanted) for file in files]
     if len(tables) == 1:
@@ -235,7 +235,7 @@ def check_memory(path: Path) -> None:
         raise DataError.at(
             path,
             "too-large",
-            f" seems to have {rows / 1e6:,.0f} million rows, which take about {needed / 2**30:.1f} GiB of memory while "
-            f"they are read and split; {free / 2**30:.1f} GiB are free. Keep fewer rows, or use a larger machine",
+            f" seems to have {rows / 1e6:,.0f} million rows, which require about {needed / 2**30:.1f} GiB of memory "
+            f"to read and split; {free / 2**30:.1f} GiB are free. Keep fewer rows, or use a larger machine",
             "data.path",
         )

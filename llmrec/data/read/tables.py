@@ -1,4 +1,4 @@
-"""Tables in memory: the places of rows in files, concatenation, lists as rows, and the search for columns."""
+"""Tables in memory: the locations of rows in files, concatenation, lists as rows, and the search for columns."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Table:
         sha256: Hash of the file as stored; empty if it is not a file.
         lines: The line of each row, or None if row n is on line n + ``header``.
         header: Number of lines before the first row.
-        unusable: Columns that are left out, with descriptions of their values.
+        unusable: Excluded columns, with descriptions of their values.
         parts: The concatenated tables; empty for a single file.
-        rows: The 0-based index of each row in the file, if rows were left out; None: all rows are there.
+        rows: The 0-based index of each row in the file, if rows were excluded; None: all rows are included.
         unread: Columns that are only listed by name, because they were not requested.
         lists: Arrow columns with a list in each row, by path; see `llmrec.data.read.nested`.
     """
@@ -69,7 +69,7 @@ class Table:
         return self.frame[name]
 
     def where(self, index: int) -> Place:
-        """Return the place of a row, by its 0-based index."""
+        """Return the location of a row, by its 0-based index."""
         for part in self.parts:
             if index < part.frame.height:
                 return part.where(index)
@@ -83,7 +83,7 @@ class Table:
 
 
 def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> list[str]:
-    """Return column names without surrounding blanks.
+    """Return column names without surrounding spaces.
 
     Raises:
         DataError: If one is repeated, or there are too many.
@@ -94,20 +94,18 @@ def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> li
             Place(name, 0, 1),
             "too-large",
             f": {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
-            "or keep the columns that are needed",
+            "or keep only the required columns",
         )
     long = next((column for column in names if len(column) > _LONGEST_NAME), None)
     if long is not None:
         raise DataError.at(
             Place(name, 0, 1),
             "too-large",
-            f": a column's name has {len(long)} characters; check the line ends of the file",
+            f": a column name has {len(long)} characters; check the line ends of the file",
         )
     twice = next((column for column, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise DataError.at(
-            Place(name, 0, 1), "duplicate", f": the column {shown(twice)} stands there twice; {fix}", twice
-        )
+        raise DataError.at(Place(name, 0, 1), "duplicate", f": the column {shown(twice)} is repeated; {fix}", twice)
     return names
 
 
@@ -123,7 +121,7 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
                 name,
                 "missing-column",
                 f" has no column {column!r}{did_you_mean(column, names)}, so it is not this data set; its "
-                f"columns are: {enumerated(names)}. Correct it, or fetch the file again",
+                f"columns are: {enumerated(names)}. Correct it, or download the file again",
                 column,
             )
 
@@ -142,7 +140,7 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
 
     Args:
         table: The table.
-        name: The recipe's value; None means ``default`` if there is such a column, and `NONE` no column.
+        name: The recipe's value; None means ``default`` if that column exists, and `NONE` no column.
         default: llmrec's default name.
         key: The recipe's key, for the error.
 
@@ -161,14 +159,14 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
             table.name,
             "missing-column",
             f" has no column {name!r}{did_you_mean(name, known)}; its columns are: "
-            f"{enumerated(known)}. Name the right one in the recipe as {key}=...",
+            f"{enumerated(known)}. Set the right one in the recipe as {key}=...",
             name,
         )
     return name
 
 
 def check_usable(table: Table, column: str, key: str) -> None:
-    """Reject a column that exists but was left out, which would otherwise go unnoticed.
+    """Reject a column that exists but was excluded as unusable.
 
     Raises:
         DataError: With a description of its values.
@@ -176,9 +174,9 @@ def check_usable(table: Table, column: str, key: str) -> None:
     if column not in table.unusable:
         return
     within = [path for path in (*table.frame.columns, *paths(table)) if path.startswith((f"{column}.", column + EACH))]
-    what = f"holds {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
+    what = f"has {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
     if within:
-        what = f"holds {table.unusable[column]}; name a column within it, such as {enumerated(within[:4])}"
+        what = f"has {table.unusable[column]}; name a column within it, such as {enumerated(within[:4])}"
     raise DataError.at(
         table.name, "bad-value", f": column {column!r} {what}, or name another column as {key}=...", column
     )
@@ -202,7 +200,7 @@ def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
             name,
             "mismatch",
             f" (data.users): none of its {len(own)} users, such as {shown(str(own.sort()[0]))}, has an interaction; "
-            f"there users are called such as {shown(str(known.sort()[0]))}, so write their ids alike in both tables",
+            f"users there have ids such as {shown(str(known.sort()[0]))}, so use the same ids in both tables",
         )
     if 2 * result < len(known):
         log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - result, len(known))
@@ -225,8 +223,8 @@ def joined(tables: Sequence[Table]) -> Table:
                 raise DataError.at(
                     other.name,
                     "missing-column",
-                    f" has no column {absent[0]!r}, which {one.name} has; write the same columns into the file of "
-                    "every part, or name the one file that is meant",
+                    f" has no column {absent[0]!r}, which {one.name} has; use the same columns in the files of all "
+                    "parts, or name a single file",
                     absent[0],
                 )
     columns = first.frame.columns
@@ -237,7 +235,7 @@ def joined(tables: Sequence[Table]) -> Table:
         raise DataError.at(
             "; ".join(table.name for table in tables),
             "bad-value",
-            f": a column has values of different types in these files ({reason(error)}); write it alike in all",
+            f": a column has values of different types in these files ({reason(error)}); use the same type in all",
         ) from error
     return Table(
         "; ".join(table.name for table in tables),
@@ -267,7 +265,7 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
 def rows_of(table: Table, names: Iterable[str | None]) -> Table:
     """Return a table with a row per element of the list that the columns are in; other tables unchanged.
 
-    Rows keep their place in the file for errors. A row with an empty list is left out.
+    Errors name the original rows. A row with an empty list is excluded.
 
     Args:
         table: The table as read.
@@ -285,7 +283,7 @@ def rows_of(table: Table, names: Iterable[str | None]) -> Table:
     else:
         result = _along(table, chosen)
     if result.frame.is_empty():
-        raise DataError.at(table.name, "empty", f": the lists of {chosen[0]} have no elements in any row", chosen[0])
+        raise DataError.at(table.name, "empty", f": the lists of {chosen[0]} are empty in all rows", chosen[0])
     return result
 
 
@@ -301,7 +299,7 @@ def _along(table: Table, names: Sequence[str]) -> Table:
             raise DataError.at(
                 table.name,
                 "contradiction",
-                f": the columns {longest!r} and {name!r} are in two lists, and each row is an element of one; name "
+                f": the columns {longest!r} and {name!r} are in two lists, but a row is an element of one list; name "
                 "columns of one list",
                 name,
             )

@@ -54,7 +54,7 @@ class Form(Section):
             try:
                 codecs.lookup(name)
             except LookupError:
-                raise ValueError(f"encodings: there is no encoding {name!r}; write one such as utf-8") from None
+                raise ValueError(f"encodings: unknown encoding {name!r}; use one such as utf-8") from None
         return value
 
 
@@ -102,7 +102,7 @@ class Pieces:
             source: The file.
             stream: Its bytes.
             quoted: Whether fields may be quoted, for errors.
-            head: The place of its beginning, for errors.
+            head: The location of its beginning, for errors.
             block: Bytes read at a time; `BLOCK` by default.
         """
         self.line, self.ended = 0, False
@@ -120,7 +120,7 @@ class Pieces:
         """Return the next lines, without the byte order marks at the beginnings of concatenated files.
 
         Raises:
-            DataError: If the file begins like something else than text, or a line is too long; the next call continues
+            DataError: If the file does not begin like text, or a line is too long; the next call continues
                 after that line.
         """
         raw = self._next()
@@ -170,7 +170,7 @@ class Pieces:
             self._source.name,
             "too-large",
             f" has a line{' or a quoted field' if self._quoted else ''} of more than {LONGEST} bytes, so it is not "
-            f"{'this data set' if published else 'a table'} or it is damaged; {'fetch' if published else 'write'} it "
+            f"{'this data set' if published else 'a table'} or is damaged; {'download' if published else 'write'} it "
             "again",
         )
 
@@ -217,15 +217,15 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
 
     nul = piece.raw.find(b"\0")
     if nul >= 0:
-        damage = "the file is damaged; fetch it again"
+        damage = "the file is damaged; download it again"
         if not published:
-            damage = "this is not a text table or it is damaged; write it again, as UTF-8"
-        raise DataError.at(place(nul), "encoding", f": there is a NUL byte, so {damage}")
+            damage = "it is not a text table or is damaged; write it again, as UTF-8"
+        raise DataError.at(place(nul), "encoding", f": it contains a NUL byte, so {damage}")
     try:
         return piece.raw.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.upper()
-        fix = f"fetch the file again or save it as {name}" if published else f"save the file as {name}"
+        fix = f"download the file again or save it as {name}" if published else f"save the file as {name}"
         raise DataError.at(
             place(error.start), "encoding", f": byte 0x{piece.raw[error.start]:02x} is not {name}; {fix}"
         ) from error
@@ -285,7 +285,7 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
     encoding, text = again
     odd = Counter(mark for mark in text if mark > "\x7f")
     log.warning(
-        "%s is no UTF-8 and was read as %s: %d characters are beyond ASCII, such as %s; if they look wrong, save the "
+        "%s is not UTF-8 and was read as %s: %d characters are not ASCII, such as %s; if they look wrong, save the "
         "file as UTF-8",
         *(source.name, encoding, sum(odd.values()), ", ".join(shown(mark) for mark, _ in odd.most_common(5)) or "none"),
     )

@@ -16,10 +16,10 @@ from llmrec.data.read.limits import WHOLE, shown
 from llmrec.data.read.markup import plain
 from llmrec.errors import DataError, Place
 
-# --------------------------------------------------------------------------- dates, as people and programs write them
+# --------------------------------------------------------------------------- dates in common formats
 
 # Whether 03/04/2024 is in March or April is decided by the whole column: 31/05/2024 in another row shows that the day
-# comes first. With dots it does by convention.
+# comes first. With dots it does so by convention.
 
 
 DateOrder = Literal["day-first", "month-first"]
@@ -58,7 +58,7 @@ class Dates:
         seconds: Seconds since 1970, in UTC unless the text has an offset; null if a text is not a date, or is
             ambiguous.
         unsure: Rows in which day and month could be swapped.
-        order: Which of the two comes first in these rows; None without such rows, or if nothing shows it.
+        order: Which of the two comes first in these rows; None without such rows, or if unknown.
     """
 
     seconds: pl.Series
@@ -77,7 +77,7 @@ class _Day:
     dotted: bool = False
 
     def number(self, order: DateOrder | None) -> int | None:
-        """Return the days since 1970; None if there is no such day, or it is unknown which number is the month."""
+        """Return the days since 1970; None if the day does not exist, or it is unknown which number is the month."""
         if not self.sure and order is None:
             return None
         month, day = (self.two, self.one) if not self.sure and order == "day-first" else (self.one, self.two)
@@ -88,11 +88,11 @@ class _Day:
 
 
 def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
-    """Return a column of dates, read without surrounding blanks.
+    """Return a column of dates, read without surrounding spaces.
 
     Args:
         texts: The column.
-        order: What comes first in dates such as 03/04/2024; None: decided from the column.
+        order: What comes first in dates such as 03/04/2024; None: inferred from the column.
     """
     seconds = _iso(texts)
     others = seconds.is_null().arg_true()
@@ -121,7 +121,7 @@ def in_seconds(micro: pl.Series) -> pl.Series:
 
 
 def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
-    """Return the parsed values of the different texts of a column, without those that cannot be parsed."""
+    """Return the parsed values of a column's unique texts, without those that cannot be parsed."""
     return {text: result for text in texts.drop_nulls().unique() if (result := read(text)) is not None}
 
 
@@ -208,7 +208,7 @@ class Rows(Protocol):
         ...
 
     def where(self, index: int, /) -> Place:
-        """Return the place of a row, by its 0-based index."""
+        """Return the location of a row, by its 0-based index."""
         ...
 
 
@@ -228,7 +228,7 @@ def texts(rows: Rows, column: str) -> pl.Series:
 def as_whole(series: pl.Series) -> pl.Series:
     """Return floats as integers if all are whole; other columns unchanged.
 
-    Other libraries convert integers to floats; ids must not change by that.
+    Other libraries convert integers to floats, which must not change ids.
     """
     if not series.dtype.is_float():
         return series
@@ -277,8 +277,8 @@ def _exact(rows: Rows, column: str) -> None:
         raise DataError.at(
             rows.where(row),
             "bad-value",
-            f": column {column!r} is {series[row]:.17g} as a floating-point number, and such numbers cannot tell ids "
-            f"from {WHOLE} on apart; write the ids as texts or whole numbers",
+            f": column {column!r} is {series[row]:.17g} as a floating-point number, which cannot distinguish ids from "
+            f"{WHOLE} on; write the ids as texts or whole numbers",
             column,
         )
 
@@ -303,7 +303,7 @@ def _spelled(rows: Rows, column: str) -> pl.Series:
 def _no_nul(rows: Rows, column: str, found: pl.Series) -> None:
     row = _first_of(found, lambda values: values.str.contains("\0", literal=True))
     if row is not None:
-        raise DataError.at(rows.where(row), "encoding", f": column {column!r} holds a NUL character; remove it", column)
+        raise DataError.at(rows.where(row), "encoding", f": column {column!r} has a NUL character; remove it", column)
 
 
 # --------------------------------------------------------------------------- numbers and times
@@ -316,7 +316,7 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
         rows: The table or block.
         column: Its name.
         what: Description of the values, for errors.
-        absent: A number that stands for a missing value and becomes null.
+        absent: A number that means a missing value and becomes null.
 
     Raises:
         DataError: If a value is missing, not a number, NaN or infinite.
@@ -342,10 +342,10 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
     Args:
         rows: The table or block.
         column: Its name.
-        order: What comes first in dates such as 03/04/2024; None: decided from the column.
+        order: What comes first in dates such as 03/04/2024; None: inferred from the column.
 
     Raises:
-        DataError: If a value is missing or is neither, or if the order of day and month is ambiguous.
+        DataError: If a value is missing, or neither number nor date, or if the order of day and month is ambiguous.
     """
     series = _dated(rows, column)
     if series.dtype.is_temporal():
@@ -353,7 +353,7 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
             raise DataError.at(
                 rows.name,
                 "bad-value",
-                f": column {column!r} holds {series.dtype}, which is not a point in time",
+                f": column {column!r} has the type {series.dtype}, which is not a time",
                 column,
             )
         seconds = in_seconds(series.cast(pl.Datetime("us")).dt.epoch("us"))
@@ -377,15 +377,15 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
     if not result.unsure[row]:
         message += (
             ", which is neither a number nor a date such as 2024-05-31, 2024-05-31T08:15:00Z or 31.05.2024 08:15; all "
-            "rows must be of one sort, so correct the row"
+            "rows must have the same type, so correct the row"
         )
     elif result.order is None:
-        message += ", in which day and month cannot be told apart, here as in all other rows; set "
+        message += ", in which day and month are ambiguous, as in all other rows; set "
         message += " or ".join(f"data.columns.dates={option}" for option in ORDERS)
     else:
-        shows = "data.columns.dates says" if order else "other rows show"
+        shows = "data.columns.dates requires" if order else "other rows show"
         message += (
-            f", which is no date with the {result.order.removesuffix('-first')} first, as {shows}; correct the row"
+            f", which is not a date with the {result.order.removesuffix('-first')} first, as {shows}; correct the row"
         )
     undecided = bool(result.unsure[row]) and result.order is None
     raise DataError.at(rows.where(row), "ambiguous" if undecided else "bad-value", message, column)
@@ -397,7 +397,7 @@ _FIRST_DAY, _LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day 
 
 
 def off_calendar(series: pl.Series) -> int | None:
-    """Return the first row with a date outside the years 1 to 9999, which no library can write; None if there is none.
+    """Return the first row with a date outside the years 1 to 9999, which no library can write; None without any.
 
     Damaged files have such dates, and other libraries write sentinels for missing dates.
     """
@@ -416,7 +416,7 @@ def _dated(rows: Rows, column: str) -> pl.Series:
         raise DataError.at(
             rows.where(row),
             "bad-value",
-            f": column {column!r} holds a date outside of the years 1 to 9999; correct or drop the row",
+            f": column {column!r} has a date outside the years 1 to 9999; correct or drop the row",
             column,
         )
     return series
@@ -438,10 +438,10 @@ def since_1970(latest: float) -> bool:
 
 
 def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
-    """Return numbers unchanged, after checking that those that look like times since 1970 have one unit.
+    """Return numbers unchanged, after checking that times since 1970 have one unit.
 
     Raises:
-        DataError: If not: a row in another unit would be before or after all others, whatever its time.
+        DataError: If not: a row in another unit would be before or after all others.
     """
     begins = [*_UNITS.values(), float("inf")]
     place = {
@@ -455,8 +455,8 @@ def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
     raise DataError.at(
         rows.where(at),
         "bad-value",
-        f": the time in column {column!r} is {found[at]:.15g}, which looks like {other} since 1970, and those before "
-        f"it like {first}; write all rows in one unit",
+        f": the time in column {column!r} is {found[at]:.15g}, which looks like {other} since 1970, while earlier rows "
+        f"look like {first}; write all rows in one unit",
         column,
     )
 
@@ -482,7 +482,7 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
             rows.where(row),
             "bad-value",
             f": the time in column {column!r} is {result[row]:g}, while the file begins with "
-            f"{unit} since 1970; one file has one unit, so correct the row",
+            f"{unit} since 1970; a file must have one unit, so correct the row",
             column,
         )
     return (result / 1000 if unit == "milliseconds" else result), unit

@@ -24,7 +24,7 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 KEY = "data.filter.where"
 _GRAMMAR = (
     "columns, texts in quotes, numbers, ==, !=, <, <=, >, >=, in and not in with a list, is None and is not None, and, "
-    "or, not, brackets, and col('a name') for a column whose name is no word"
+    "or, not, brackets, and col('a name') for a column whose name is not a word"
 )
 _LONGEST, _DEEPEST = 2000, 50
 _DOTTED = re.compile(r"\w+(\.\w+)*")
@@ -48,7 +48,7 @@ _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
 
 
 def kept(table: Table, where: str) -> Table:
-    """Return the rows of a table that satisfy an expression; errors name rows by their place in the whole table.
+    """Return the rows of a table that satisfy an expression; errors name rows by their index in the whole table.
 
     A missing value is neither equal to, unequal to, less than nor greater than anything.
 
@@ -58,7 +58,7 @@ def kept(table: Table, where: str) -> Table:
 
     Raises:
         RecipeError: If the expression is outside the grammar.
-        DataError: If a column is missing, a cell compared with a number is not a number, or no row is left.
+        DataError: If a column is missing, a cell compared with a number is not a number, or no row satisfies it.
     """
     results = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
     if not results:
@@ -96,11 +96,11 @@ class _Parser:
         try:
             return self._truth(ast.parse(where.strip(), mode="eval").body, 0)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise _wrong(f"{shown(where)} is no expression ({getattr(error, 'msg', None) or error})") from None
+            raise _wrong(f"{shown(where)} is not an expression ({getattr(error, 'msg', None) or error})") from None
 
     def _truth(self, node: ast.expr, depth: int) -> pl.Expr:
         if depth > _DEEPEST:
-            raise _wrong("it is nested too deep")
+            raise _wrong("it is nested too deeply")
         if isinstance(node, ast.BoolOp):
             first, *rest = (self._truth(value, depth + 1) for value in node.values)
             for other in rest:
@@ -125,12 +125,12 @@ class _Parser:
         if left is None and right is not None and type(op) in _TURNED:
             return self._pair(two, _TURNED[type(op)](), one)
         if left is None:
-            raise _wrong(f"{_said(one)} is no column; write the column first")
+            raise _wrong(f"{_said(one)} is not a column; write the column first")
         if isinstance(op, ast.In | ast.NotIn):
             return self._among(left, two, isinstance(op, ast.NotIn))
         if isinstance(op, ast.Is | ast.IsNot):
             if not (isinstance(two, ast.Constant) and two.value is None):
-                raise _wrong("is and is not take None alone")
+                raise _wrong("is and is not accept only None")
             empty = self._text(left).is_null()
             return empty if isinstance(op, ast.Is) else ~empty
         if right is not None:
@@ -142,10 +142,10 @@ class _Parser:
 
     def _among(self, column: str, node: ast.expr, out: bool) -> pl.Expr:
         if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
-            raise _wrong("in and not in take a list of values, such as ['view', 'buy']")
+            raise _wrong("in and not in require a list of values, such as ['view', 'buy']")
         values = [_value(element) for element in node.elts]
         if None in values:
-            raise _wrong("a list holds None; write is None or is not None beside it")
+            raise _wrong("a list contains None; use is None or is not None in addition")
         result = pl.lit(value=False)
         for value in values:
             cells, other = self._alike(column, value)
@@ -161,7 +161,7 @@ class _Parser:
         if all(numbers):
             return self._number(one), self._number(two)
         if any(kind.is_numeric() or kind.is_temporal() for kind in kinds):
-            raise _wrong(f"{one} and {two} hold values of different kinds, which cannot be compared")
+            raise _wrong(f"{one} and {two} have values of different types, which cannot be compared")
         return self._text(one), self._text(two)
 
     def _holds_numbers(self, column: str) -> bool:
@@ -184,7 +184,7 @@ class _Parser:
             try:
                 return self._number(column), float(value)
             except OverflowError:
-                raise _wrong(f"{shown(value)} is too large a number") from None
+                raise _wrong(f"{shown(value)} is too large") from None
         if kind.is_temporal():
             return self._time(column), _moment(str(value))
         return self._text(column), value
@@ -217,7 +217,7 @@ class _Parser:
         elif isinstance(node, ast.Call):
             plain = isinstance(node.func, ast.Name) and node.func.id == "col" and not node.keywords
             if not plain or len(node.args) != 1 or not isinstance(_value(node.args[0]), str):
-                raise _wrong(f"{_said(node)} is a call; col('a name') is the only one")
+                raise _wrong(f"{_said(node)} is a call; only col('a name') is allowed")
             name = str(_value(node.args[0]))
         else:
             return None
@@ -228,7 +228,7 @@ class _Parser:
                 self.table.name,
                 "missing-column",
                 f" has no column {name!r}{did_you_mean(name, columns)}, which {KEY} names; its columns are: "
-                f"{enumerated(columns)}. Texts stand in quotes",
+                f"{enumerated(columns)}. Texts need quotes",
                 name,
             )
         return name
@@ -247,14 +247,14 @@ def _value(node: ast.expr) -> Any:
             return -number
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str | bool | int | float)):
         return node.value
-    raise _wrong(f"{_said(node)} is no value")
+    raise _wrong(f"{_said(node)} is not a value")
 
 
 def _moment(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise _wrong(f"{shown(text)} is no time such as 2024-05-31 or 2024-05-31T08:15") from None
+        raise _wrong(f"{shown(text)} is not a time such as 2024-05-31 or 2024-05-31T08:15") from None
     return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
 
 
@@ -263,4 +263,4 @@ def _said(node: ast.expr) -> str:
 
 
 def _wrong(what: str) -> RecipeError:
-    return RecipeError(f"{KEY}: {what}. It takes {_GRAMMAR}", kind="syntax", column=KEY)
+    return RecipeError(f"{KEY}: {what}. It supports {_GRAMMAR}", kind="syntax", column=KEY)

@@ -78,14 +78,14 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             rechnung auftrag commande facture pedido factura ordine fattura bestelling zamowienie
             заказ 订单 注文 주문 unnamed""",
     },
-    # A time of something else: a release, a delivery, the last change.
+    # Times other than the interaction's: a release, a delivery, the last change.
     "other": {1.0: "updated modified changed shipped delivered delivery birth born release released published due"},
     "id": {
         1.0: """id ids nr no number num nummer code key idx pk uuid guid hash numero ref kode codigo codice номер код
             编号 番号 번호""",
     },
 }
-# Words that decide nothing by themselves.
+# Words without a meaning by themselves.
 _FILLERS = frozenset(
     {"e", "the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"}
 )
@@ -164,7 +164,7 @@ def named(name: str) -> Named:
     roles: dict[str, float] = {}
     for word in words:
         for role, weight in _MEANING.get(word, {}).items():
-            # A bare id is not an item, and "at" or "on" has a meaning only with another word.
+            # "id" alone is not an item, and "at" or "on" has a meaning only with another word.
             if not (word in ("at", "on") and len(words) == 1):
                 roles[role] = max(weight, roles.get(role, 0.0))
     unknown = any(word not in _MEANING and word not in _FILLERS and not word.isdigit() for word in words)
@@ -233,7 +233,7 @@ def _parts(token: str) -> list[str]:
 
 
 def noun_of(word: str) -> str | None:
-    """Return an English plural for the items of a column or file name; None if the name does not show it."""
+    """Return an English plural for the items of a column or file name; None if unknown."""
     for part in (part for token in tokens(word) for part in _parts(token.rstrip("0123456789") or token)):
         result = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
         if result is not None:
@@ -241,7 +241,7 @@ def noun_of(word: str) -> str | None:
     return None
 
 
-# Events that shops and trackers log, the strongest sign of interest first.
+# Event types in logs of shops and trackers, the strongest sign of interest first.
 _EVENTS = (
     "purchase purchased buy bought order ordered sale transaction checkout kauf bestellung achat compra acquisto",
     "cart addtocart basket addtobasket warenkorb",
@@ -254,7 +254,7 @@ _OTHER_EVENTS = frozenset({"removefromcart", "remove", "return", "refund", "canc
 
 
 def event_rank(value: str) -> int | None:
-    """Return the rank of an event by its strength, 0 the strongest (a purchase); None for an unknown value."""
+    """Return the rank of an event type by its strength, 0 for the strongest (a purchase); None for an unknown value."""
     word = "".join(tokens(value))
     if word in _OTHER_EVENTS:
         return len(_EVENTS)

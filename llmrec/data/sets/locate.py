@@ -72,14 +72,14 @@ def locate(known: Known, path: str | None, items: str | None) -> Located:
             return _complete(known, str(place), layout, category, events, members, items)
     if not chosen.exists():
         raise DataError(
-            f"data.path={path}: there is no such file or folder{_near(chosen)}; {_ways(known)}",
+            f"data.path={path}: the file or folder does not exist{_near(chosen)}; {_ways(known)}",
             kind="missing-file",
             at=chosen,
             column="data.path",
         )
     wanted = " or ".join(dict.fromkeys(pattern for layout in known.layouts for pattern in layout.events.files))
     raise DataError(
-        f"data.path={path or chosen} holds no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}",
+        f"data.path={path or chosen} contains no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}",
         kind="missing-file",
         at=chosen,
         column="data.path",
@@ -88,7 +88,7 @@ def locate(known: Known, path: str | None, items: str | None) -> Located:
 
 def _ways(known: Known) -> str:
     return (
-        f"fetch {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
+        f"download {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
         "the zip or the file"
     )
 
@@ -118,7 +118,7 @@ def _cached(known: Known) -> Path:
         fetch(known.download, archive, md5=known.md5)
     except DataError as error:
         raise DataError(
-            f"{known.name} is not on this machine: {error}. There are these ways to it: {_ways(known)}, or use a "
+            f"{known.name} is not on this machine: {error}. Options: {_ways(known)}, or use a "
             f"network that reaches {urlsplit(known.download).hostname}",
             kind=error.kind,
             at=error.place,
@@ -167,11 +167,11 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(member.name.removeprefix(f"{where}/") for _, _, member in fitting[:6])
-    way = "" if fitting[0][2].inner is None else "; unpack the archive first"
+    way = "" if fitting[0][2].inner is None else "; extract the archive first"
     raise DataError.at(
         where,
         "ambiguous",
-        f" holds several files of interactions of {known.name} ({names}); name one of them as data.path{way}",
+        f" holds several files of interactions of {known.name} ({names}); set one of them as data.path{way}",
         "data.path",
     )
 
@@ -190,7 +190,7 @@ def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
     raise DataError.at(
         events.name,
         "wrong-format",
-        f": a file of this ending is not in {known.name}, which has {wanted}; {_ways(known)}",
+        f": {known.name} has no file with this ending, but {wanted}; {_ways(known)}",
     )
 
 
@@ -221,13 +221,13 @@ def _complete(
             raise _missing(known, where, layout.items.files[0], "the file of items")
     elif items is not None:
         raise DataError(
-            f"data.items: source {known.name!r} has no file of items; leave the key out",
+            f"data.items: source {known.name!r} has no file of items; drop the key",
             kind="contradiction",
             column="data.items",
         )
     renames = beside(layout.renames.files) if layout.renames is not None else None
     if renames is None and layout.renames is not None and entries is not None:
-        raise _missing(known, where, layout.renames.files[0], "which says which item id is which")
+        raise _missing(known, where, layout.renames.files[0], "which maps the item ids")
     people = beside(layout.people.files) if layout.people is not None else None
     return Located(where, layout, category, events, entries, people, renames)
 
@@ -247,7 +247,7 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
     Args:
         url: The URL.
         target: The path.
-        md5: Its published checksum, if there is one.
+        md5: Its published checksum, if any.
 
     Raises:
         DataError: If it cannot be downloaded or written, is too large, or is not the published file.
@@ -258,7 +258,7 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     except OSError as error:
         raise DataError(
-            f"the download folder {target.parent} cannot be written ({reason(error)}); set LLMREC_CACHE",
+            f"the download folder {target.parent} is not writable ({reason(error)}); set LLMREC_CACHE",
             kind="unreadable",
             at=target.parent,
         ) from error
@@ -276,10 +276,10 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
                 out.write(chunk)
         if md5 is not None and digest.hexdigest() != md5:
             raise DataError.at(
-                url, "damaged", f" has the MD5 {digest.hexdigest()} and not the published {md5}; try again later"
+                url, "damaged", f" has the MD5 {digest.hexdigest()} instead of the published {md5}; try again later"
             )
         part.replace(target)
     except (OSError, HTTPException, ValueError) as error:
-        raise DataError.at(url, "unreachable", f" cannot be fetched ({reason(error)})") from error
+        raise DataError.at(url, "unreachable", f" cannot be downloaded ({reason(error)})") from error
     finally:
         part.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ class Events(Section):
         user: Column of the user.
         item: Columns of the item; the first that is not blank counts.
         rating: Column of the rating.
-        unrated: A number that stands for a missing rating.
+        unrated: A number that means a missing rating.
         time: Column of the time; without it, a seeded hash decides the order.
         clock: Formats of dates, in UTC unless they have an offset; empty: seconds or milliseconds since 1970.
         texts: Columns with texts of the user; the first one is used unless a recipe names another.
@@ -61,11 +61,11 @@ class Attribute(Section):
         name: Its name in templates.
         column: Its column.
         flags: Columns that replace it, each with 1 in the rows for which the column's name is a value.
-        split: Separator of several values in one text.
-        join: Separator of several values in the result.
+        split: Separator of values in the column.
+        join: Separator of values in the result.
         keep: A regular expression that the whole value must match; other values count as missing.
         words: Meanings of codes.
-        missing: Text that stands for a missing value.
+        missing: Text that means a missing value.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Attribute(Section):
         try:
             re.compile(value or "")
         except re.error as error:
-            raise ValueError(f"keep: {value!r} is no regular expression ({error})") from None
+            raise ValueError(f"keep: {value!r} is not a regular expression ({error})") from None
         return value
 
 
@@ -112,7 +112,7 @@ class Items(Section):
         attributes: Additional fields.
         film: Whether titles end in a year and have their article last, as in ``"Fugitive, The (1993)"``.
         complete: Whether every item must have an entry and a title; otherwise its id is used.
-        gaps: Whether rows without an id are left out, because a published file cannot be corrected; otherwise rejected.
+        gaps: Whether rows without an id are skipped, since a published file cannot be corrected; otherwise an error.
     """
 
     files: tuple[str, ...]
@@ -185,13 +185,13 @@ class Known(Section):
         wheel: A folder with its files in a package, which is searched first: ``PACKAGE/FOLDER``.
         page: URL of its web page.
         fetch: Files to download there.
-        download: An archive that may be downloaded to the cache without asking; None: the user downloads it.
+        download: An archive that is downloaded to the cache automatically; None: the user downloads it.
         md5: MD5 of the archive.
         licence: Its terms, in one line.
         notes: What users need to know about results, such as missing timestamps.
         layouts: Its variants.
-        item_width: Characters of an item's id; a file with user ids of that width, and item ids of another, has its
-            columns in another order.
+        item_width: Characters of an item's id; a file with user ids of that width, and item ids of another, has the
+            column order of another edition.
         counts: The published sizes.
     """
 
@@ -212,7 +212,7 @@ class Known(Section):
 
     @property
     def shipped(self) -> bool:
-        """Whether it is one of the package's, named by a word instead of a path."""
+        """Whether it is part of the package, with a name instead of a path."""
         return not self.name.lower().endswith((".yaml", ".yml"))
 
 

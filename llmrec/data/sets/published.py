@@ -28,7 +28,7 @@ from llmrec.types import Item
 log = logger(__name__)
 
 NO_TEXT = "none"
-"""Value of ``data.columns.text`` that leaves texts out."""
+"""Value of ``data.columns.text`` that excludes texts."""
 _UNTIMED = 0.0
 _YEAR = "year"
 
@@ -67,7 +67,7 @@ def load(page: Known, section: DataSection) -> Dataset:
         people = read_people(result.people, result.layout.people)
     notes = [*page.notes, *catalogue.notes]
     if result.layout.events.time is None:
-        notes.append("no times are published: the order of a user's items is that of a seeded hash")
+        notes.append("no timestamps are published: a seeded hash orders a user's items")
     read = [member for member in (result.events, result.items, result.people, result.renames) if member is not None]
     provenance = {
         "source": page.name,
@@ -120,19 +120,17 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
             if other.item_width and layout.events.form.columns
         )
         raise DataError(
-            f"{file}: the user column holds product numbers, so its columns are those of another edition; use source "
-            f"{others}",
+            f"{file}: the user column contains product ids, so the file is another edition; use source {others}",
             kind="wrong-format",
             at=file,
         )
 
 
 def check_known_keys(known: Known, section: DataSection) -> None:
-    """Reject keys without meaning for a data set with known columns."""
+    """Reject keys that do not apply to a data set with known columns."""
     if section.columns != Columns(text=section.columns.text):
         raise DataError(
-            f"data.columns: source {known.name!r} knows its own columns; only data.columns.text can be chosen, or use "
-            "source 'table'",
+            f"data.columns: source {known.name!r} has fixed columns; set only data.columns.text, or use source 'table'",
             kind="contradiction",
             column="data.columns",
         )
@@ -147,7 +145,7 @@ def _text_column(known: Known, events: Events, section: DataSection) -> str | No
     if asked not in events.texts:
         raise DataError(
             f"data.columns.text={asked}: the texts of source {known.name!r} in this file are: "
-            f"{', '.join(events.texts) or 'none at all'}; name one of them, or {NO_TEXT} to leave texts out",
+            f"{', '.join(events.texts) or 'none'}; use one of them, or {NO_TEXT} for no texts",
             kind="unknown-name",
             column="data.columns.text",
         )
@@ -263,7 +261,7 @@ def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
     """Return a note on items without a title, after a warning; empty if all have one."""
     if not missing:
         return ()
-    note = f"{missing} of {total} items have no title in {where}; their ids stand in, which say little to a model"
+    note = f"{missing} of {total} items have no title in {where}; a model gets their ids instead, which say little"
     log.warning("%s", note)
     return (note,)
 

@@ -99,7 +99,7 @@ def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[Known]:
 
     Args:
         members: Files of a folder or an archive.
-        alone: Do not search for the file of items.
+        alone: Do not search for the item file.
     """
     fitting = [
         (_specific(layout, member.plain), page, member)

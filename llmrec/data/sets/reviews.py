@@ -42,8 +42,8 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
     own = Columns(title=section.columns.title, fields=section.columns.fields)
     if section.columns != own:
         raise DataError(
-            "source 'amazon-reviews' knows the columns of its file; of data.columns it takes title and fields alone, "
-            "which name columns of data.items, so leave the others out",
+            "source 'amazon-reviews' has fixed columns; of data.columns it accepts only title and fields, "
+            "which name columns of data.items, so drop the others",
             kind="contradiction",
             column="data.columns",
         )
@@ -73,7 +73,7 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
             "rows": str(frame.height),
             "made": "no",
             "derived": _said(listed is None),
-            "licence": "research use; the reviews may not be passed on",
+            "licence": "research use; the reviews may not be redistributed",
         },
     )
     headlines = events.frame.with_columns(pl.col(_HEADLINE).fill_null("").alias("headline"))

@@ -122,7 +122,7 @@ def _read(member: Member) -> Iterator[_Row]:
                 raise DataError.at(
                     block.where(index),
                     "bad-value",
-                    f": column {_TARGET!r} is {shown(target)}; write one item id there",
+                    f": column {_TARGET!r} is {shown(target)}; write one item id",
                     _TARGET,
                 )
             yield row
@@ -140,8 +140,8 @@ def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
     """Return the rows grouped by person, regardless of the order in the files, shorter histories first.
 
     People are identified by user names if training rows have some, and otherwise by rows that continue others.
-    Histories may be cut to their latest items: the longest one gives the limit. People with the same history cannot be
-    told apart, and need not be.
+    Histories may be truncated to their latest items: the longest one gives the limit. People with the same history
+    are not distinguished, and need not be.
     """
     longest = max(len(row.history) for part_rows in rows.values() for row in part_rows)
     named = any(row.user for row in rows["train"])
@@ -187,14 +187,14 @@ class _Built:
 
 
 def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> int:
-    """Add each person's training events, and return the number left out because they are held out later."""
+    """Add each person's training interactions, and return the number excluded because they are held out later."""
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
         had: list[str] = []
         for row in person.rows["train"]:
-            # A row that continues the known events adds its target, even if its history is cut; another row of a person
-            # known by name adds its additional events.
+            # A row that continues the known interactions adds its target, even if its history is truncated; another row
+            # of a person known by name adds its additional interactions.
             continues = bool(row.history) and tuple(had[-len(row.history) :]) == row.history
             events = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
             kept = [item for item in events if item not in held]
@@ -220,14 +220,14 @@ def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropp
     held = [row for part in ("valid", "test") for row in rows[part]]
     learned = sum(bool(person.rows["train"]) for person in people)
     notes = [
-        f"{len(rows['train'])} training rows are put together into the histories of {learned} people",
-        f"each of {len(held)} held-out rows counts as a user, so intervals take rows of one person as independent",
+        f"{len(rows['train'])} training rows are merged into the histories of {learned} people",
+        f"each of {len(held)} held-out rows counts as a user, so intervals treat rows of one person as independent",
     ]
     seen = sum(row.target in row.history for row in held)
     if seen or dropped:
         notes.append(
-            f"{seen} held-out targets also stood in their histories, and {dropped} training events of people who have "
-            "them held out: both are left out"
+            f"{seen} held-out targets are also in their histories, and {dropped} training interactions are of people "
+            "who have them held out: both are removed"
         )
     lost = sum(
         len(person.rows["valid"]) + len(person.rows["test"])
@@ -236,7 +236,7 @@ def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropp
     )
     if lost:
         notes.append(
-            f"{lost} held-out rows continue no training row, so that nothing shows whether their items were trained on"
+            f"{lost} held-out rows continue no training row, so it is unknown whether their items were trained on"
         )
     return notes
 

@@ -24,7 +24,7 @@ from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.types import Item
 
-LICENCE = "as whoever made the files says"
+LICENCE = "see the author of the files"
 _FIELDS = ("categories", "category", "genres", "brand", "year")
 _PAIR = ["user_id", "item_id"]
 
@@ -38,7 +38,7 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
     check_keys("sequences", section)
     members = members_of("sequences", section.path)
     named = is_file_named(section.path)
-    main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line a user")
+    main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line per user")
     entries = items_member(members, section)
     frame, lines = _read(main)
 
@@ -74,7 +74,7 @@ def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
     with main.open() as stream:
         frames = [_sequences_of(piece) for piece in Pieces(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
-        raise DataError.at(main.name, "empty", " holds no lines; write it again")
+        raise DataError.at(main.name, "empty", " contains no lines; write it again")
     users = pl.concat(frames)
     again = (~users["user_id"].is_first_distinct()).arg_true()
     if again.len():
@@ -83,7 +83,7 @@ def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
         raise DataError.at(
             Place(main.name, line=line),
             "duplicate",
-            f": user {shown(user)} has a line already, line {first}; write one line a user, oldest item first",
+            f": user {shown(user)} already has line {first}; write one line per user, oldest item first",
         )
     rows = users.explode("item_id")
     return rows.select(_PAIR), rows["line"].to_list()
@@ -109,12 +109,12 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
 
 
 def check_keys(source: str, section: DataSection) -> None:
-    """Reject keys without meaning for files without interaction columns."""
+    """Reject keys that do not apply to files without interaction columns."""
     columns = section.columns
     if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
         raise DataError(
-            f"data.columns: source {source!r} has no such columns; item, title and fields of its table of items can be "
-            "named",
+            f"data.columns: source {source!r} has fixed columns; set only item, title and fields, "
+            "which name columns of its item table",
             kind="contradiction",
             column="data.columns",
         )
@@ -136,7 +136,7 @@ def members_of(source: str, path: str | None) -> list[Member]:
     place = user_path(path)
     if not place.exists():
         raise DataError(
-            f"data.path={path}: there is no such file or folder; correct it",
+            f"data.path={path}: the file or folder does not exist; correct the path",
             kind="missing-file",
             at=place,
             column="data.path",
@@ -148,7 +148,7 @@ def members_of(source: str, path: str | None) -> list[Member]:
 
 
 def is_file_named(path: str | None) -> bool:
-    """Whether ``data.path`` names a file that is read itself, whatever its name."""
+    """Whether ``data.path`` names a file, which is read whatever its name."""
     return path is not None and user_path(path).is_file() and not path.lower().endswith(".zip")
 
 
@@ -161,7 +161,7 @@ def member_of(members: Sequence[Member], names: Sequence[str], path: str | None,
     result = _first(members, names)
     if result is None:
         raise DataError(
-            f"data.path={path} holds no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path",
+            f"data.path={path} contains no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path",
             kind="missing-file",
             at=path,
             column="data.path",
@@ -193,15 +193,15 @@ def items_of(
     Args:
         section: The recipe's section.
         item_ids: The item of each interaction.
-        entries: The table of items, if there is one.
-        place: Returns the place of an interaction for errors.
+        entries: The table of items, if any.
+        place: Returns the location of an interaction for errors.
 
     Raises:
         DataError: If an item is not in the table, or the table lacks a column.
     """
     wanted = set(item_ids.unique())
     if entries is None:
-        notes = untitled("a table of items, of which there is none", len(wanted), len(wanted))
+        notes = untitled("a table of items (none is given)", len(wanted), len(wanted))
         return {item: Item(item_id=item, title=item) for item in wanted}, notes
     form = table_form(entries)
     names = header(entries, form)
@@ -236,7 +236,7 @@ def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, plac
             place(absent[0]),
             "unknown-name",
             f": item {shown(item)} is not in {entries.name} "
-            f"({item_ids.gather(absent).n_unique()} such items); add it there, or drop it here",
+            f"({item_ids.gather(absent).n_unique()} items are missing); add it there, or drop it here",
         )
 
 
@@ -244,7 +244,7 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
     """Reject a user's second interaction with an item, unless the recipe keeps the latest.
 
     Raises:
-        DataError: With the place of the first one.
+        DataError: With the location of the first one.
     """
     if section.duplicates != "error":
         return
@@ -254,7 +254,7 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
         raise DataError.at(
             place(again[0]),
             "duplicate",
-            f": user {shown(user)} has item {shown(item)} again ({again.len()} such repeats); drop "
+            f": user {shown(user)} has item {shown(item)} again ({again.len()} repeats); drop "
             "the repeats, or set data.duplicates=keep_last to keep the latest of each",
         )
 

@@ -78,8 +78,8 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
         raise DataError.at(
             table.name,
             "missing-column",
-            " has no column 'split', so nothing says what data.split.kind=given holds out; name the column whose "
-            f"values are train, valid and test as {_KEY}=..., give a file of each part as data.files, or choose "
+            " has no column 'split', which data.split.kind=given requires; name the column whose "
+            f"values are train, valid and test as {_KEY}=..., name a file per part as data.files, or choose "
             "another kind",
             "split",
         )
@@ -96,8 +96,8 @@ def _all_parts(table: Table, column: str, found: pl.Series) -> None:
         raise DataError.at(
             table.where(row),
             "bad-value",
-            f": column {column!r} says {shown(table.frame[column][row])}, which is no part of a split "
-            f"({unknown.len()} such rows); write {', '.join(SPELLED)}",
+            f": column {column!r} has {shown(table.frame[column][row])}, which is not a part of a split "
+            f"({unknown.len()} rows); write {', '.join(SPELLED)}",
             column,
         )
     for part in ("train", "test"):
@@ -105,8 +105,8 @@ def _all_parts(table: Table, column: str, found: pl.Series) -> None:
             raise DataError.at(
                 table.name,
                 "too-few",
-                f": no row of column {column!r} says {part!r}; a given split needs rows to learn from and rows to test "
-                "on, so correct the column, or choose another data.split.kind",
+                f": no row of column {column!r} has {part!r}; a given split requires rows for training and for test, "
+                "so correct the column, or choose another data.split.kind",
                 column,
             )
 
@@ -121,12 +121,12 @@ def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     sizes = ", ".join(f"{name} {int((parts == index).sum())}" for index, name in enumerate(PARTS))
     notes = []
     if not (parts == PARTS.index("valid")).any():
-        notes.append("there is no valid part: nothing can be chosen on it")
+        notes.append("there is no validation part, so no choice can be made on it")
     train, test = (frame.filter(parts == PARTS.index(name)) for name in ("train", "test"))
     if "timestamp" in frame.columns and (early := earlier(train, test)):
         notes.append(
-            f"{early} of {test.height} test rows are earlier than a training row of their user: histories show what "
-            "came later, so figures of what comes next say little"
+            f"{early} of {test.height} test rows are earlier than a training row of their user: histories contain "
+            "later interactions, so figures for next-item prediction mean little",
         )
         log.warning("data.split.kind=given: %s", notes[-1])
     return {"split": sizes, **({"notes": "; ".join(notes)} if notes else {})}
@@ -155,7 +155,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
         raise broken(f"data.source: the plug-in {section.source!r}", error, section.source, "data.source") from error
     if not isinstance(result, Dataset):
         raise DataError(
-            f"data.source: {section.source!r} gave a {type(result).__name__}; a source returns a "
+            f"data.source: {section.source!r} returned a {type(result).__name__}; a source returns a "
             "llmrec.data.dataset.Dataset",
             kind="defect",
             at=section.source,
@@ -164,7 +164,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     dataset = filters.apply(result, section.filter)
     if len(dataset.items) < 2:
         raise DataError(
-            f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter",
+            f"{dataset.name}: the filter leaves one item; a recommender requires at least 2, so relax data.filter",
             kind="too-few",
             column="data.filter",
         )
@@ -238,7 +238,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
             "sha256": "; ".join(part.sha256 for part in tables),
             "rows": str(main.frame.height),
             "made": "no",
-            "licence": "as the owner of the table says",
+            "licence": "see the owner of the table",
             **({"where": section.filter.where} if section.filter.where is not None else {}),
             **(told(parts, frame) if parts is not None else {}),
         },
@@ -271,10 +271,10 @@ def _rows(path: str, section: DataSection) -> Table:
 
 def _queried(path: str, query: str | None) -> Table:
     if not is_database(path) or query is None:
-        lacks = f"data.path={path} is no database" if query is not None else f"data.path={path} is a database"
+        lacks = f"data.path={path} is not a database" if query is not None else f"data.path={path} is a database"
         raise DataError(
-            f"{lacks}: a database is read by sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/NAME as "
-            "data.path, with a SELECT as data.query; set both",
+            f"{lacks}: to read a database, set sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/NAME as "
+            "data.path, and a SELECT as data.query",
             kind="missing-key" if query is None else "contradiction",
             column="data.query",
         )
@@ -335,7 +335,7 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
         )
     if section.items is not None or section.columns != Columns():
         raise DataError(
-            "source 'explanations' knows its columns and has titles; leave out data.items and data.columns",
+            "source 'explanations' has fixed columns and titles; drop data.items and data.columns",
             kind="contradiction",
             column="data.columns",
         )
@@ -374,12 +374,12 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             "made": "no",
             "derived": "profiles of users and items and the explanations, written by a language model from reviews; "
             "profiles may have been written from held-out reviews too",
-            "licence": "as the owner of the file says",
+            "licence": "see the owner of the file",
         },
     )
 
 
-# --------------------------------------------------------------------------- the synthetic table that ships with llmrec
+# --------------------------------------------------------------------------- the included synthetic table
 
 
 def made_reviews(section: DataSection, *, seed: int) -> Dataset:
@@ -392,7 +392,7 @@ def made_reviews(section: DataSection, *, seed: int) -> Dataset:
     """
     if section.path is not None or section.items is not None or section.columns != Columns():
         raise DataError(
-            "source 'made-reviews' ships with llmrec; leave out data.path, data.items and data.columns",
+            "source 'made-reviews' is included in llmrec; drop data.path, data.items and data.columns",
             kind="contradiction",
             column="data",
         )
@@ -404,5 +404,5 @@ def made_reviews(section: DataSection, *, seed: int) -> Dataset:
         "noun": section.noun if section.noun != DataSection.model_fields["noun"].default else "kitchen products",
     }
     dataset = table(section.model_copy(update=own), seed=seed)
-    provenance = {**dataset.provenance, "source": "made-reviews", "made": "yes", "licence": "as llmrec itself"}
+    provenance = {**dataset.provenance, "source": "made-reviews", "made": "yes", "licence": "the licence of llmrec"}
     return replace(dataset, name="made-reviews", provenance=provenance)
