@@ -162,7 +162,7 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
         raise DataError(f"{path} is not valid JSON ({error}); {fix}", kind="syntax", at=path) from None
     if not isinstance(result, dict):
         raise DataError(
-            f"{path} holds a {type(result).__name__} where an object is expected; {fix}", kind="wrong-format", at=path
+            f"{path} contains a {type(result).__name__} instead of an object; {fix}", kind="wrong-format", at=path
         )
     return result
 

@@ -171,13 +171,13 @@ def neutralise(text: str, control: Sequence[str]) -> str:
     Returns:
         The text, unchanged if it contains none of them. The operation is idempotent.
     """
-    own = _own(tuple(control))
-    if own.bracketed and not _ANY_BRACKET.search(text):
+    tokens = _own(tuple(control))
+    if tokens.bracketed and not _ANY_BRACKET.search(text):
         return text
     text = _HALVES.sub(" ", text)
     # A space that breaks one token may complete another that contains a space, so repeat. Every round lengthens a run
     # of spaces, and tokens have finite runs, so this ends.
-    while places := _breaks(text, own):
+    while places := _breaks(text, tokens):
         text = " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
     return text
 
@@ -249,13 +249,13 @@ def _branches(node: _Letters) -> str:
 _WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
 
 
-def _breaks(text: str, own: _Tokens) -> list[int]:
+def _breaks(text: str, tokens: _Tokens) -> list[int]:
     """Return the sorted positions of spaces that break the tokens of a text."""
     places = set()
     for pattern, end, view in (
         (_WIDESPREAD, None, _plain),
-        (own.plain, own.plain_end, _plain_small),
-        (own.other, own.other_end, _folded),
+        (tokens.plain, tokens.plain_end, _plain_small),
+        (tokens.other, tokens.other_end, _folded),
     ):
         seen = view(text) if pattern else ""
         result = list(pattern.finditer(seen)) if pattern else []

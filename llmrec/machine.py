@@ -110,7 +110,7 @@ def _prepare_cuda() -> None:
     # causal rows use flash attention and masked ones the memory-efficient kernel.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Every step has another shape, which fragments fixed segments. Not by an environment variable: vLLM's processes
-    # would inherit it, and GPUs that share a model exchange memory that cannot be expandable. The name is torch's own.
+    # would inherit it, and GPUs that share a model exchange memory that cannot be expandable. The function is private.
     configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if configure and not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         configure("expandable_segments:True")

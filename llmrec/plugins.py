@@ -30,7 +30,7 @@ from llmrec.errors import RecipeError, did_you_mean
 VARIABLE = "LLMREC_PLUGINS"
 """Environment variable with comma-separated modules that run folders and exported models may name.
 
-It also takes names of models whose recipe has ``trust_remote_code``.
+It also accepts names of models whose recipe has ``trust_remote_code``.
 """
 _GROUP = "llmrec."
 _MODEL = "model:"
@@ -147,7 +147,7 @@ def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
     """Return why an installed name cannot be used, as the rest of a sentence; empty if it can."""
     packages = " and ".join(package_of(point) for point in installed(group)[name])
     if name in built_in:
-        return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or have it choose another name"
+        return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or rename it"
     if len(installed(group)[name]) > 1:
         return f"comes from {packages}; uninstall one of them"
     return ""
@@ -224,33 +224,33 @@ def _loaded(group: str, address: str) -> Any:
     return result
 
 
-def _can_take(found: Any, arguments: tuple[str, ...]) -> bool:
+def _can_take(plugin: Any, arguments: tuple[str, ...]) -> bool:
     star = arguments.index("*")
     try:
-        inspect.signature(found).bind(*arguments[:star], **dict.fromkeys(arguments[star + 1 :]))
+        inspect.signature(plugin).bind(*arguments[:star], **dict.fromkeys(arguments[star + 1 :]))
     except (TypeError, ValueError):  # it takes other parameters, or is written in C without a signature
         return False
     return True
 
 
-def _missing(found: object, path: str) -> str:
+def _missing(plugin: object, path: str) -> str:
     """Return the missing part of a dotted attribute; empty if none is missing."""
     known: list[str] = []
     for part in path.split("."):
         known.append(part)
-        if not hasattr(found, part):
+        if not hasattr(plugin, part):
             return ".".join(known)
-        found = getattr(found, part)
+        plugin = getattr(plugin, part)
     return ""
 
 
-def _needs(group: str, found: object) -> tuple[str, ...]:
+def _needs(group: str, plugin: object) -> tuple[str, ...]:
     """Return the required attributes of a plug-in; those of a function are checked on its result."""
     needs = KINDS[group].needs
-    if not isinstance(found, type):
+    if not isinstance(plugin, type):
         return needs
     if group == "backends":
-        return (*needs, *sorted(map(str, getattr(found, "capabilities", ()))))
+        return (*needs, *sorted(map(str, getattr(plugin, "capabilities", ()))))
     return (*needs, "answer") if group == "strategies" else needs
 
 
@@ -307,7 +307,7 @@ def _code(module: str) -> str:
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
     """Treat a config file that the user passed as consent to the modules that it names, while it is read.
 
-    Their files are remembered for other processes if the body succeeds: an invalid file is no consent.
+    Their files are remembered for other processes if the body succeeds: an invalid file does not count as consent.
 
     Args:
         addresses: The names in the file, as ``module:attribute``.

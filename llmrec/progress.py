@@ -239,13 +239,13 @@ class Bar:
 
 
 class BatchBar(Bar):
-    """The progress of questions to an engine in batches, updated within a batch.
+    """The progress of requests to an engine in batches, updated within a batch.
 
     Args:
         name: Name of the task.
-        sizes: Size of each question, in order, such as its number of candidates.
-        batch: Number of questions of a batch.
-        prompts: Number of prompts of a question, as far as known beforehand.
+        sizes: Size of each request, in order, such as its number of candidates.
+        batch: Number of requests of a batch.
+        prompts: Number of prompts per request, if known.
         unit: Unit of the sizes.
         quiet: Show nothing.
     """
@@ -259,13 +259,13 @@ class BatchBar(Bar):
         self._asked, self._answered = 0, 0.0
 
     def advance(self, steps: int = 1, said: str | None = None) -> None:
-        """Add finished questions."""
+        """Add finished requests."""
         self._asked = min(self._asked + steps, len(self._ends) - 1)
         self._answered = 0.0
         self.reach(self._ends[self._asked], said)
 
     def restart(self) -> None:
-        """Start again with all questions."""
+        """Start again with all requests."""
         self._asked, self._answered = 0, 0.0
         self.reach(0)
 

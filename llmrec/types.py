@@ -68,9 +68,9 @@ class CodedId(str):
 
     def __new__(cls, text: str, code: str) -> CodedId:
         """Create an id with a code."""
-        made = super().__new__(cls, text)
-        made.code = code
-        return made
+        result = super().__new__(cls, text)
+        result.code = code
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Items with scores, best first; equal scores are ties. Items left out count as misses.
+    """Items with scores, best first; equal scores are ties. Missing items count as misses.
 
     Attributes:
         unlisted: Number of unlisted items that tie with the last one, if these are the rest of the pool: then no item

@@ -134,18 +134,18 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         odd = names.filter(names.str.contains(_NOT_PLAIN))
         seen = odd.str.replace_all(r"\p{Cf}", "").str.normalize("NFC").str.strip_chars()
         plain = names.filter(names.is_in(seen.implode())) if len(odd) else odd
-        alike = pl.DataFrame({"name": pl.concat([odd, plain]), "seen": pl.concat([seen, plain])}).unique()
-        if alike["seen"].n_unique() == alike.height:
+        pairs = pl.DataFrame({"name": pl.concat([odd, plain]), "seen": pl.concat([seen, plain])}).unique()
+        if pairs["seen"].n_unique() == pairs.height:
             continue
         # A coded column may have values that do not occur.
-        alike = alike.filter(pl.col("name").is_in(names.gather(np.unique(result)).implode()))
-        alike = alike.filter(pl.len().over("seen") > 1).sort("seen", "name")
-        if not alike.is_empty():
+        pairs = pairs.filter(pl.col("name").is_in(names.gather(np.unique(result)).implode()))
+        pairs = pairs.filter(pl.len().over("seen") > 1).sort("seen", "name")
+        if not pairs.is_empty():
             what = column.removesuffix("_id")
             log.warning(
                 "%s: %d %ss differ from others only in surrounding spaces or invisible characters, such as %s and "
                 "%s, and count as different; if they are the same, write their ids identically",
-                *(table.name, alike.height, what, ascii(alike["name"][0]), ascii(alike["name"][1])),
+                *(table.name, pairs.height, what, ascii(pairs["name"][0]), ascii(pairs["name"][1])),
             )
 
 
@@ -183,7 +183,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
     return _summed(table, frame, rows) if section.duplicates == "sum" else rows
 
 
-def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Return rows whose ratings are the sums over all rows of the same pair and part."""
     if frame["rating"].null_count() == frame.height:
         raise DataError.at(
@@ -195,8 +195,8 @@ def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFr
         )
     key = [*_PAIR, _PART]
     sums = frame.group_by(key).agg(pl.col("rating").sum())
-    joined = found.drop("rating").join(sums, on=key, how="left", maintain_order="left")
-    return joined.select(found.columns)
+    joined = rows.drop("rating").join(sums, on=key, how="left", maintain_order="left")
+    return joined.select(rows.columns)
 
 
 def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:

@@ -53,11 +53,11 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
     try:
         nothing = pl.repeat(None, frame.height, dtype=pl.Null, eager=True)
         given = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
-        made = {name: coded(given[name]) for name in ("user_id", "item_id")}
-        made |= {name: given[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
+        columns = {name: coded(given[name]) for name in ("user_id", "item_id")}
+        columns |= {name: given[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
         has_text = given["text"].null_count() < frame.height
-        made["text"] = given["text"].cast(pl.String) if has_text else nothing
-        return pl.DataFrame(made)
+        columns["text"] = given["text"].cast(pl.String) if has_text else nothing
+        return pl.DataFrame(columns)
     except pl.exceptions.PolarsError as error:
         raise DataError(
             f"an interaction column has a type that cannot be used: {reason(error)}", kind="bad-value"

@@ -155,8 +155,8 @@ def _phrase_score(scores: Sequence[float], times: int) -> float:
     return math.prod(scores) / (times * (1 + sum(scores)))
 
 
-def _similar(one: str, other: str, alike: float) -> bool:
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
+def _similar(first: str, other: str, alike: float) -> bool:
+    matcher = SequenceMatcher(None, first, other, autojunk=False)
     return matcher.real_quick_ratio() > alike and matcher.quick_ratio() > alike and matcher.ratio() > alike
 
 
@@ -194,12 +194,12 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
     """
     if not dataset.reviews:
         return dataset
-    taught = [pair for pair in train.select("user_id", "item_id").iter_rows() if pair in dataset.reviews]
-    counts = Counter(phrase for pair in taught for phrase in dataset.reviews[pair].phrases)
+    training = [pair for pair in train.select("user_id", "item_id").iter_rows() if pair in dataset.reviews]
+    counts = Counter(phrase for pair in training for phrase in dataset.reviews[pair].phrases)
     known = {phrase for phrase, count in counts.items() if count >= _LEAST and not _opinion(phrase)}
     result = replace(dataset, reviews={pair: _about(review, known) for pair, review in dataset.reviews.items()})
     if TITLES in dataset.derives:
-        result = replace(result, items=_titled(dataset, taught, counts))
+        result = replace(result, items=_titled(dataset, training, counts))
     if NAMES in dataset.derives:
         names = pseudonyms(sorted(set(dataset.interactions["user_id"])), seed=seed)
         result = replace(result, users={user: {**dataset.users.get(user, {}), "name": names[user]} for user in names})
@@ -233,12 +233,12 @@ def _about(review: Review, known: Collection[str]) -> Review:
 # --------------------------------------------------------------------------- titles
 
 
-def _titled(dataset: Dataset, taught: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> dict[str, Item]:
+def _titled(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> dict[str, Item]:
     """Return every item with its most distinctive phrases as title; an item without training reviews keeps its id."""
     own: dict[str, Counter[str]] = defaultdict(Counter)
-    for pair in taught:
+    for pair in training:
         own[pair[1]].update(dataset.reviews[pair].phrases)
-    phrases = {item: list(_telling(own[item], counts, len(taught))) for item in dataset.items}
+    phrases = {item: list(_telling(own[item], counts, len(training))) for item in dataset.items}
     titles = {item: ", ".join(result[:_IN_TITLE]) or item for item, result in phrases.items()}
     for length in range(_IN_TITLE + 1, _MOST_IN_TITLE + 1):
         for item in _shared(titles):
@@ -248,12 +248,12 @@ def _titled(dataset: Dataset, taught: Sequence[tuple[str, str]], counts: Mapping
     return {item: replace(entry, title=titles[item]) for item, entry in dataset.items.items()}
 
 
-def _telling(own: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
+def _telling(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
     """Yield an item's distinctive phrases, best first: frequent in its reviews, rare in others, sharing no word."""
-    usable = [phrase for phrase in own if not _opinion(phrase)]
+    usable = [phrase for phrase in phrases if not _opinion(phrase)]
     # Phrases of a single review are used only if no others are left.
     usable.sort(
-        key=lambda phrase: (counts[phrase] < _LEAST, -own[phrase] * math.log(1 + reviews / counts[phrase]), phrase)
+        key=lambda phrase: (counts[phrase] < _LEAST, -phrases[phrase] * math.log(1 + reviews / counts[phrase]), phrase)
     )
     text: set[str] = set()
     for phrase in usable:

@@ -38,7 +38,7 @@ class Profile(str):
 def described(data: SplitDataset, section: TextsSection | None, held: frozenset[Pair] = frozenset()) -> SplitDataset:
     """Return a split whose users and items have the texts of a store; unchanged without a section.
 
-    A user's text that names an item held out for this user is left out, while the user stays: models with and without
+    A user's text that names an item held out for this user is excluded, but the user stays: models with and without
     texts must be evaluated on the same users.
 
     Args:
@@ -168,9 +168,9 @@ def refuse_seen(
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
     """Return the texts on these ids or, if shuffled, those of other ids of the store."""
     of = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
-    asked = [name for name in ids if name in of]
-    result = store.texts(kind, {of[name] for name in asked})
-    return {name: text for name in asked if (text := result.get(of[name], "").strip())}
+    requested = [name for name in ids if name in of]
+    result = store.texts(kind, {of[name] for name in requested})
+    return {name: text for name in requested if (text := result.get(of[name], "").strip())}
 
 
 def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:

@@ -120,16 +120,16 @@ class Features:
         if self.texts and len(self.texts) != len(self.ids):
             message = f"{len(self.texts)} texts for {len(self.ids)} ids; provide one per id"
             raise DataError(message, kind="mismatch")
-        if twice := [name for name, times in Counter(self.ids).items() if times > 1]:
-            message = f"the {self.kind} {twice[0]!r} is repeated in the features; keep one"
+        if repeated := [name for name, times in Counter(self.ids).items() if times > 1]:
+            message = f"the {self.kind} {repeated[0]!r} is repeated in the features; keep one"
             raise DataError(message, kind="duplicate")
-        if stray := self.seen.keys() - set(self.ids):
-            message = f"seen: {min(stray)!r} is not one of the {of} of these features; drop it, or add its features"
+        if unknown := self.seen.keys() - set(self.ids):
+            message = f"seen: {min(unknown)!r} is not one of the {of} of these features; drop it, or add its features"
             raise DataError(message, kind="mismatch", column="seen")
-        instead = self.fallback
-        if instead is not None and (instead.shape != shape[1:] or not np.isfinite(instead).all()):
+        fallback = self.fallback
+        if fallback is not None and (fallback.shape != shape[1:] or not np.isfinite(fallback).all()):
             message = (
-                f"fallback: shape {instead.shape} with vectors of shape {shape}; provide one finite number per column"
+                f"fallback: shape {fallback.shape} with vectors of shape {shape}; provide one finite number per column"
             )
             raise DataError(message, kind="mismatch", column="fallback")
         if not np.isfinite(self.vectors).all():
@@ -254,21 +254,21 @@ class FeatureStore:
             Vectors, shape (n, d), with the fallback for unknown ids; and whether each id is known, shape (n,).
 
         Raises:
-            DataError: If the store has nothing of this kind.
+            DataError: If the store has no features of this kind.
         """
         if kind not in self._tables:
             raise DataError.at(self.folder, "missing-value", f" has no features of {kind}s; it has {self.kinds}")
         table = self._tables[kind]
         if not ids or not len(table.ids):
             return np.tile(table.fallback.astype(np.float32), (len(ids), 1)), np.zeros(len(ids), dtype=bool)
-        asked = np.array([name.encode() for name in ids], dtype=np.bytes_)
+        requested = np.array([name.encode() for name in ids], dtype=np.bytes_)
         # Fields of another width would copy all stored ids; an id longer than all of them is unknown.
-        short = np.char.str_len(asked) <= table.ids.dtype.itemsize
-        asked = asked.astype(table.ids.dtype)
-        places = np.minimum(np.searchsorted(table.ids, asked), len(table.ids) - 1)
+        short = np.char.str_len(requested) <= table.ids.dtype.itemsize
+        requested = requested.astype(table.ids.dtype)
+        places = np.minimum(np.searchsorted(table.ids, requested), len(table.ids) - 1)
         # An id that ends in NUL would equal the one without it: such ids are never stored, so they are unknown.
         whole = np.array([not name.endswith("\0") for name in ids])
-        known = short & whole & (table.ids[places] == asked)
+        known = short & whole & (table.ids[places] == requested)
         vectors = np.asarray(table.vectors[places], dtype=np.float32)
         vectors[~known] = table.fallback
         return vectors, known
@@ -420,15 +420,15 @@ def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
     if fallback is None:
         fallback = table.vectors.mean(axis=0) if len(ids) else np.zeros(table.vectors.shape[1])
     with np.errstate(over="ignore"):
-        stored, instead = table.vectors[order].astype(dtype), fallback.astype(dtype)
-    if not (np.isfinite(stored).all() and np.isfinite(instead).all()):
+        stored, default = table.vectors[order].astype(dtype), fallback.astype(dtype)
+    if not (np.isfinite(stored).all() and np.isfinite(default).all()):
         raise DataError(
             f"a vector of the {PLURALS[table.kind]} has a number too large for {dtype}; use float32", kind="too-large"
         )
     np.save(folder / f"{table.kind}-ids.npy", ids[order], allow_pickle=False)
     np.save(folder / f"{table.kind}-vectors.npy", stored, allow_pickle=False)
-    np.save(folder / f"{table.kind}-fallback.npy", instead, allow_pickle=False)
-    digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + stored.tobytes() + instead.tobytes())
+    np.save(folder / f"{table.kind}-fallback.npy", default, allow_pickle=False)
+    digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + stored.tobytes() + default.tobytes())
     seen = sorted((name, *pair) for name, pairs in table.seen.items() for pair in pairs)
     digest.update(json.dumps([seen, list(table.texts)]).encode())
     return {

@@ -74,11 +74,11 @@ class BM25:
 
     def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
         """Return the scores of texts for a question, shape (texts,), or of a slice of them."""
-        asked = np.zeros(len(self.index))
+        words = np.zeros(len(self.index))
         for word in _words(question):
             if word in self.index:
-                asked[self.index[word]] += 1
-        result: NDArray[np.float64] = self.weights[part] @ asked
+                words[self.index[word]] += 1
+        result: NDArray[np.float64] = self.weights[part] @ words
         return result
 
 
@@ -112,9 +112,9 @@ class Documents:
             raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
         by_title = key == "title"
         names = unescaped(table, key).fill_null("") if by_title else [str(name) for name in ids(table, key)]
-        twice = {name for name, times in Counter(names).items() if times > 1 and name}
-        if twice and not by_title:
-            raise DataError.at(table.name, "duplicate", f": {min(twice)!r} has several documents; join them", key)
+        repeated = {name for name, times in Counter(names).items() if times > 1 and name}
+        if repeated and not by_title:
+            raise DataError.at(table.name, "duplicate", f": {min(repeated)!r} has several documents; join them", key)
         return Documents(
             tuple(names), tuple(unescaped(table, text).fill_null("")), by_title, f"{table.name} {table.sha256[:16]}"
         )
@@ -161,14 +161,14 @@ class Documents:
         """
         flat, begins, weights = self._passages
         part = slice(int(begins[place]), int(begins[place + 1]))
-        own, room, kept = flat[part], tokens, dict[int, str]()
-        for place in _order(own, weights.scores(question, part), question, embed).tolist():
-            marks = list(_MARKS.finditer(own[place]))
+        texts, room, kept = flat[part], tokens, dict[int, str]()
+        for place in _order(texts, weights.scores(question, part), question, embed).tolist():
+            marks = list(_MARKS.finditer(texts[place]))
             if len(marks) <= room:
-                kept[place] = own[place]
+                kept[place] = texts[place]
                 room -= len(marks)
             elif not kept:
-                kept[place] = own[place][: marks[room - 1].end()]
+                kept[place] = texts[place][: marks[room - 1].end()]
                 break
         return [kept[place] for place in sorted(kept)]
 
@@ -200,8 +200,8 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
 def numbered(passages: Sequence[str]) -> str:
     """Return passages as one text, each after its number for citations."""
     # A document's own citation numbers would be confused with these.
-    own = [_NUMBER.sub("", passage).strip() for passage in passages]
-    return " ".join(f"[{n}] {passage}" for n, passage in enumerate(own, start=1))
+    cleaned = [_NUMBER.sub("", passage).strip() for passage in passages]
+    return " ".join(f"[{n}] {passage}" for n, passage in enumerate(cleaned, start=1))
 
 
 def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:

@@ -184,12 +184,12 @@ def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -
 # --------------------------------------------------------------------------- tables
 
 
-def _of_rows(table: Table, unit: Unit, asked: Entities) -> Lists:
-    requests, users = _found(table, REQUESTS), asked.find(table.frame.columns, "user")
+def _of_rows(table: Table, unit: Unit, names: Entities) -> Lists:
+    requests, users = _found(table, REQUESTS), names.find(table.frame.columns, "user")
     key = requests if unit == "request" else users or requests
     if key is None:
         raise _lacks(table, unit)
-    item, score, rank = _needed(table, asked), _found(table, SCORES), _found(table, RANKS)
+    item, score, rank = _needed(table, names), _found(table, SCORES), _found(table, RANKS)
     table, failed = _without_failures(table, key, item)
     if score is not None:
         order: Order = "score"
@@ -245,8 +245,8 @@ def _meaning(columns: tuple[str, ...], what: str) -> str | None:
     return ids[0] if best >= _SURE and len(ids) == 1 else None
 
 
-def _needed(table: Table, asked: Entities) -> str:
-    result = asked.find(table.frame.columns, "item")
+def _needed(table: Table, names: Entities) -> str:
+    result = names.find(table.frame.columns, "item")
     if result is None:
         raise _lacks(table, "item")
     return result
@@ -266,9 +266,9 @@ def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
 
 def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
     """Reject an item that is repeated for one key."""
-    twice = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
-    if len(twice):
-        row = int(twice[0])
+    repeated = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
+    if len(repeated):
+        row = int(repeated[0])
         key, item = frame["key"][row], frame["item"][row]
         raise DataError.at(
             where(row),
@@ -376,11 +376,11 @@ def _finite(place: Place, value: Any) -> float:
 
 
 def _opened(
-    source: Any, what: str, endings: Sequence[str], columns: Sequence[str], asked: Entities
+    source: Any, what: str, endings: Sequence[str], columns: Sequence[str], names: Entities
 ) -> Table | _Records:
     """Open a file or a frame; TREC files are recognised by their ending or their first line."""
     if not isinstance(source, str | Path):
-        return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), asked)
+        return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), names)
     path = Path(source).expanduser()
     name = str(path)
     if path.is_dir() or is_pattern(path):
@@ -392,21 +392,21 @@ def _opened(
         return _blanks(name, decode(name, raw), columns, sha256)
     if ending in PARQUET:
         with parquet_file(name, read_bytes(path, text=False)[0]) as file:
-            return _of_arrow(name, file.read(), asked)
+            return _of_arrow(name, file.read(), names)
     if ending in JSON_LINES:
         rows = json_records(name, read_bytes(path)[0])
         first = next(rows, None)
         if first is not None and isinstance(first[1].get("items"), list):
             return _Records(name, chain([first], rows), tuple(first[1]))
     table = without_kinds(read_table(path))
-    single = _found(table, ITEMS) or asked.item in table.frame.columns
-    return _with_lists(table, asked) if _found(table, ("items",)) and not single else table
+    single = _found(table, ITEMS) or names.item in table.frame.columns
+    return _with_lists(table, names) if _found(table, ("items",)) and not single else table
 
 
-def _of_arrow(name: str, table: Any, asked: Entities) -> Table | _Records:
+def _of_arrow(name: str, table: Any, names: Entities) -> Table | _Records:
     if "items" not in table.column_names:
         return without_kinds(from_arrow(name, table))
-    wanted = _of_lists(table.column_names, asked)
+    wanted = _of_lists(table.column_names, names)
 
     def rows() -> Iterator[tuple[Place, Mapping[str, Any]]]:
         number = 0
@@ -418,15 +418,15 @@ def _of_arrow(name: str, table: Any, asked: Entities) -> Table | _Records:
     return _Records(name, rows(), table.column_names)
 
 
-def _of_lists(columns: Sequence[str], asked: Entities) -> list[str]:
+def _of_lists(columns: Sequence[str], names: Entities) -> list[str]:
     """Return the columns to read of a table of lists."""
-    known = {asked.find(columns, "user"), *USERS, *REQUESTS, "items", "scores"}
+    known = {names.find(columns, "user"), *USERS, *REQUESTS, "items", "scores"}
     return [column for column in columns if column in known]
 
 
-def _with_lists(table: Table, asked: Entities) -> _Records:
+def _with_lists(table: Table, names: Entities) -> _Records:
     """Return records whose lists are JSON in cells."""
-    columns = _of_lists(table.frame.columns, asked)
+    columns = _of_lists(table.frame.columns, names)
     frame = table.frame.with_columns(unguarded(table.frame[n]) for n in columns if n not in ("items", "scores"))
     rows = enumerate(frame.select(columns).iter_rows(named=True))
     return _Records(table.name, ((table.where(n), row) for n, row in rows), table.frame.columns)

@@ -42,7 +42,7 @@ class Ranked:
         scores: One per item.
         titles: One per item, as the model read it.
         error: Why there is no ranking; None if there is one.
-        notes: What was left out or changed.
+        notes: Notes on dropped or changed content.
         prompt_tokens: Tokens of the prompt, or of all prompts if there were several.
         completion_tokens: Tokens scored or generated after the prompt.
         forwards: Model calls, as `llmrec.types.Cost` counts them.
@@ -85,7 +85,7 @@ class Predicted:
         value: A rating, or the probability of yes; None if the answer is a text.
         text: The generated text; None if the answer is a number.
         error: Why there is no answer; None if there is one.
-        notes: What was left out or changed.
+        notes: Notes on dropped or changed content.
         prompt_tokens: Tokens of the prompt.
         completion_tokens: Tokens scored or generated after the prompt.
     """

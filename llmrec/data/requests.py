@@ -55,7 +55,7 @@ class RankRequest:
         history: Oldest first; empty for a cold-start user.
         user_id: As in the request, or None.
         profile: The request's text about the user; may be empty.
-        notes: What was left out or changed while reading.
+        notes: Notes on dropped or changed content while reading.
         titled: Generated ids of items that were given only by title.
         retrieved: The number of candidates that a recommender retrieved: all or 0.
         context: Further values for the task by name, such as the review to predict for, or the user's fields as

@@ -283,8 +283,8 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
     free, held = before >= 0, {}
     for label in (TEST, VALID):
         cold = _lasts(rows, rows.latest[of_latest == label])
-        asked = free & (cold > before)
-        held[label], free = np.concatenate([cold[asked], last[asked]]), free & ~asked
+        evaluated = free & (cold > before)
+        held[label], free = np.concatenate([cold[evaluated], last[evaluated]]), free & ~evaluated
     have = f"{rows.frame['item_id'].n_unique()} items and their last interactions"
     _need(dataset, section, len(held[VALID]), len(held[TEST]), have)
     return rows.labels(held[VALID], held[TEST], np.where(part == TRAIN, TRAIN, GONE).astype(np.int8))

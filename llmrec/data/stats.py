@@ -118,10 +118,7 @@ def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
     wide = sorted(k for k in cutoffs if k >= count)
     if not wide:
         return ""
-    return (
-        f"{count} items are ranked per request, so HR@{wide[0]} is always 1 when all of them are ranked; use cut-offs "
-        "below that"
-    )
+    return f"{count} items are ranked per request, so HR@{wide[0]} is 1 by definition; use cut-offs below that"
 
 
 def _histogram(rows: pl.DataFrame) -> dict[str, int]:
@@ -215,6 +212,6 @@ class Tallies:
 def _by_item(events: Iterable[Event]) -> dict[str, Tally]:
     result: dict[str, Tally] = {}
     for event in events:
-        one = Tally(1, 0, 0.0) if event.rating is None else Tally(1, 1, event.rating)
-        result[event.item_id] = result.get(event.item_id, Tally()) + one
+        tally = Tally(1, 0, 0.0) if event.rating is None else Tally(1, 1, event.rating)
+        result[event.item_id] = result.get(event.item_id, Tally()) + tally
     return result

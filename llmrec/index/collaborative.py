@@ -49,7 +49,7 @@ class Collaborative:
         """Return the codes; see `Scheme`.
 
         Raises:
-            RecipeError: If the tree cannot hold the catalogue.
+            RecipeError: If the tree is too small for the catalogue.
         """
         shape, names = section.collaborative, sorted(data.dataset.items)
         users = _histories(data, names)
@@ -97,7 +97,7 @@ class Collaborative:
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
         """Add items to the branch for items without interactions; see `Scheme`.
 
-        With ``item_token`` each gets a new item token, which a trained model does not know.
+        With ``item_token`` each gets a new item token, which a trained model has not learned.
 
         Raises:
             DataError: If the branch is full.
@@ -202,7 +202,7 @@ def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = (
     Args:
         users: Histories, shape (users, n).
         members: Column indices, shape (n,).
-        shape: Limits of the tree, which can hold the members.
+        shape: Limits of the tree, with room for the members.
         path: Path of these items.
     """
     if len(members) <= shape.leaf:

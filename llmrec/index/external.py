@@ -125,10 +125,10 @@ def _object(path: Path) -> tuple[list[_Row], str]:
     rows: list[_Row] = []
 
     def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
             raise DataError(
-                f"{path}: the item {shown(twice[0])} is repeated; keep one",
+                f"{path}: the item {shown(repeated[0])} is repeated; keep one",
                 kind="duplicate",
                 at=path,
                 column=_ITEM,

@@ -70,7 +70,7 @@ class OwnTokens:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add a new token for each further item, which a trained model does not know; see `Scheme`."""
+        """Add a new token for each further item, which a trained model has not learned; see `Scheme`."""
         start = len(index.tokens)
         order = shuffled(items, int(index.settings["seed"]))
         codes = {item: (own_token(n),) for n, item in enumerate(order, start)}

@@ -337,7 +337,7 @@ def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, i
     """Cluster vectors by Lloyd's algorithm after greedy k-means++; deterministic for a seed.
 
     A bound is applied only in the last third of the iterations: without it they are cheaper and converge to similar
-    centroids. With it, the distances of all vectors to all centroids are held at once: 4 n k bytes.
+    centroids. With it, the distances of all vectors to all centroids are in memory at once: 4 n k bytes.
 
     Args:
         x: Vectors, shape (n, d).
@@ -673,13 +673,13 @@ def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitD
     return numbers
 
 
-def _moved(vectors: Floats, found: Quantised) -> Ints:
+def _moved(vectors: Floats, quantised: Quantised) -> Ints:
     """Return last numbers, shape (n,), which differ within each group of items that share all other numbers."""
-    first, codebook = found.codes[:, :-1], found.codebooks[-1]
-    rest = vectors - reconstructed(first, found.codebooks[:-1])
+    first, codebook = quantised.codes[:, :-1], quantised.codebooks[-1]
+    rest = vectors - reconstructed(first, quantised.codebooks[:-1])
     _, group = np.unique(first, axis=0, return_inverse=True)
     order = np.argsort(group.ravel(), kind="stable")
-    moved = found.codes[:, -1].copy()
+    moved = quantised.codes[:, -1].copy()
     for rows in np.split(order, np.cumsum(np.bincount(group.ravel()))[:-1]):
         if len(rows) > len(codebook):
             raise RecipeError(
@@ -689,7 +689,7 @@ def _moved(vectors: Floats, found: Quantised) -> Ints:
                 column="index.semantic.repair",
             )
         if len(np.unique(moved[rows])) < len(rows):
-            # A row's own norm is left out: it does not depend on the item's code.
+            # The norm of a row is omitted: it does not depend on the item's code.
             costs = np.square(codebook).sum(axis=1) - 2 * rest[rows] @ codebook.T
             # The import takes a tenth of a second, and most commands do not need it.
             from scipy.optimize import linear_sum_assignment

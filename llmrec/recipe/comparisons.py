@@ -45,8 +45,8 @@ class SuiteRow(Section):
             raise ValueError(f"rows: each row needs one of baseline, recipe and fuse; this one has {kinds or 'none'}")
         if len(self.fuse) == 1:
             raise ValueError(f"rows: an ensemble has at least two members, but this one has only {self.fuse[0]}")
-        if twice := sorted(set(self.grid) & set(self.parameters)):
-            raise ValueError(f"rows: {twice[0]} is under parameters, which are fixed, and under grid; drop one")
+        if repeated := sorted(set(self.grid) & set(self.parameters)):
+            raise ValueError(f"rows: {repeated[0]} is under parameters, which are fixed, and under grid; drop one")
         if self.grid and not (self.baseline and self.tune):
             raise ValueError("rows: a grid requires a baseline with tune: true; drop it")
         return self
@@ -160,7 +160,7 @@ class Suite(Section):
                 raise ValueError(f"rows: two rows are called {row.label!r}; rename one")
             known.add(row.label)
         if (missing := next((name for name in self.skip if name not in known), None)) is not None:
-            raise ValueError(f"skip: unknown row {missing!r}; the rows are {', '.join(sorted(known))}")
+            raise ValueError(f"skip: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
         if len(self.skipped) == len(self.rows):
             raise ValueError("skip: all rows are skipped; skip fewer")
         for asked in (*self.pairs, *self.explored):
@@ -168,7 +168,7 @@ class Suite(Section):
             if pair is not asked and self.task != "ranking":
                 raise ValueError(f"pairs: items requires the task ranking, not {self.task}; write only two names")
             if (missing := next((name for name in pair if name not in known), None)) is not None:
-                raise ValueError(f"pairs: unknown row {missing!r}; the rows are {', '.join(sorted(known))}")
+                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
         return self
 
 
@@ -294,9 +294,9 @@ class ChatSuite(Section):
     @model_validator(mode="after")
     def _rows_agree(self) -> ChatSuite:
         names = [row.label for row in self.rows]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"rows: two rows are called {twice!r}; rename one")
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"rows: two rows are called {repeated!r}; rename one")
         for pair in self.pairs:
             if (missing := next((name for name in pair if name not in names), None)) is not None:
-                raise ValueError(f"pairs: unknown row {missing!r}; the rows are {', '.join(names)}")
+                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(names)}")
         return self

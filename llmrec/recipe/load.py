@@ -234,12 +234,12 @@ def _validated(
         values = located(values, file.parent)
     with _imported(values, lines, file, overrides, given=given) if plugged else nullcontext():
         try:
-            made = model.model_validate(values)
+            validated = model.model_validate(values)
         except ValidationError as error:
             raise _explained(error, model, file, lines, overrides) from None
-    if isinstance(made, Recipe):
-        _with_its_code(made, given=given)
-    return made
+    if isinstance(validated, Recipe):
+        _with_its_code(validated, given=given)
+    return validated
 
 
 def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:

@@ -77,12 +77,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
-            made = super().construct_object(node, deep)
+            result = super().construct_object(node, deep)
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
             raise self._unfit(node) from None
-        if isinstance(made, int) and abs(made) >= 10**_MOST_DIGITS:
+        if isinstance(result, int) and abs(result) >= 10**_MOST_DIGITS:
             raise self._unfit(node)
-        return made
+        return result
 
     def _unfit(self, node: Any) -> yaml.MarkedYAMLError:
         kind = str(node.tag).rpartition(":")[2]

@@ -701,7 +701,7 @@ def _is_further(name: str) -> bool:
 
 
 class TasksSection(Section):
-    """The tasks to train and evaluate. A task that is left out is neither trained nor evaluated.
+    """The tasks to train and evaluate; other tasks are neither trained nor evaluated.
 
     Other tasks of `llmrec.registry.TASKS` and those of plug-ins have their own sections.
     """

@@ -123,7 +123,7 @@ def test_the_whole_catalogue_leaves_candidates_aside(recipe: Path, tmp_path: Pat
     file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"], "candidates": ["k02"]}])
     rank_file(asked(recipe, file, tmp_path / "out.jsonl", candidates="all"))
     (row,) = lines(tmp_path / "out.jsonl")
-    assert len(row["items"]) == 20 and "k01" not in row["items"] and "left aside" in row["notes"][0]
+    assert len(row["items"]) == 20 and "k01" not in row["items"] and "ignored" in row["notes"][0]
 
 
 def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_other_columns_are_for_tables(tmp_path: Path) -> None:
     with raises(DataError, Facts("contradiction", column="data.columns")):
         read("yelp", folder(tmp_path, YELP), columns=Columns(rating="useful"))
     with raises(
-        DataError, Facts("unknown-name", column="data.columns.text", says="are: text; name one of them, or none")
+        DataError, Facts("unknown-name", column="data.columns.text", says="are: text; use one of them, or none")
     ):
         read("yelp", tmp_path, columns=Columns(text="useful"))
     assert read("yelp", tmp_path, columns=Columns(text="none")).interactions["text"].null_count() == 3

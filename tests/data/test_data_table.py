@@ -546,7 +546,7 @@ def test_dates_beyond_the_calendar_are_refused_where_they_are_used(
     everything = Filter(where="user_id == 'a'")
     fails(tmp_path / "data.parquet", Facts("bad-value", column="day"), columns=Columns(time="day"), filter=everything)
     assert load(section(tmp_path / "data.parquet", filter=everything), seed=0).interactions.height == 2
-    assert "'day' is left out" in caplog.text and "row 2" in caplog.text
+    assert "'day' is excluded" in caplog.text and "row 2" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "text"), [("data.jsonl", "{}\n{}\n"), ("data.json", "[{}, {}]")])

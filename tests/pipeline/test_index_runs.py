@@ -285,7 +285,7 @@ def test_the_whole_catalogue_is_ranked_for_a_history(done: tuple[Recipe, pipelin
         assert len(items) == len(set(items)) == min(6, len(known) - len(history))
         assert not set(items) & set(history) and set(items) <= set(known)
         assert found[name]["scores"] == sorted(found[name]["scores"], reverse=True)
-    assert any("left aside" in note for note in found["cold"]["notes"])
+    assert any("ignored" in note for note in found["cold"]["notes"])
     assert "'history' is" in found["broken"]["error"]
     # A certified list is what scoring every item gives.
     (tmp_path / "one").mkdir()

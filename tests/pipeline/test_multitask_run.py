@@ -70,9 +70,9 @@ def share_of_ratings(study: Study, plan: Plan, folder: Path) -> float:
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        (["train.only=[rating]", "train.without=[direct]"], ["train.without", "one of both"]),
+        (["train.only=[rating]", "train.without=[direct]"], ["train.without", "one of them"]),
         (["train.only=[ratings]"], ["train.only", "did you mean 'rating'", "rating, sequential, direct"]),
-        (["train.without=[explanation]"], ["train.without", "no family 'explanation'"]),
+        (["train.without=[explanation]"], ["train.without", "no task 'explanation'"]),
         (["train.without=[rating, sequential, direct]"], ["train.without", "nothing to train on"]),
         (["train.only=[direct]", "tasks.direct.weight=0"], ["train.only", "tasks.direct.weight"]),
         (["train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=weights"]),

@@ -221,9 +221,9 @@ def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
                 place, "unsafe", f" contains {shown(entry.filename)}, which is a link, not a file; download it again"
             )
     names = Counter(entry.filename for entry in entries)
-    twice = next((name for name, count in names.items() if count > 1), None)
-    if twice is not None:
+    repeated = next((name for name, count in names.items() if count > 1), None)
+    if repeated is not None:
         raise DataError.at(
-            place, "duplicate", f" contains two files called {shown(twice)}; create it again with one of them"
+            place, "duplicate", f" contains two files called {shown(repeated)}; create it again with one of them"
         )
     return [entry for entry in entries if not entry.is_dir()]

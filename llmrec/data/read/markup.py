@@ -44,7 +44,7 @@ def _untagged(text: str) -> str:
     return " ".join(result.split()) if count else text
 
 
-def _meant(found: re.Match[str]) -> str:
+def _meant(match: re.Match[str]) -> str:
     # The library also decodes names without a semicolon, and so the beginning of a longer word.
-    meant = html.unescape(found[0]) if found[0][1] == "#" else html5.get(found[0][1:], found[0])
+    meant = html.unescape(match[0]) if match[0][1] == "#" else html5.get(match[0][1:], match[0])
     return meant.replace("\xa0", " ")  # a no-break space

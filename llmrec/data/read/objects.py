@@ -316,8 +316,8 @@ class _Twice(Exception):
     """A key that is repeated in one object."""
 
 
-def _twice(place: Place | str, twice: _Twice) -> DataError:
-    key = twice.args[0]
+def _twice(place: Place | str, error: _Twice) -> DataError:
+    key = error.args[0]
     return DataError.at(place, "duplicate", f": the key {shown(key)} is repeated; keep one", key)
 
 

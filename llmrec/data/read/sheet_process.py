@@ -63,12 +63,12 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
 
 def main() -> None:
     """Handle one request."""
-    asked = json.loads(sys.stdin.buffer.readline())
+    request = json.loads(sys.stdin.buffer.readline())
     raw = sys.stdin.buffer.read()
-    limit(asked["bytes"])
+    limit(request["bytes"])
     frame = None
     try:
-        answer, frame = sheet(raw, asked["sheet"], load=asked["load"], most=asked["columns"])
+        answer, frame = sheet(raw, request["sheet"], load=request["load"], most=request["columns"])
     except BaseException as error:  # a panic of a Rust library is not an Exception
         answer = {"error": str(error)}
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

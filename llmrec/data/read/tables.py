@@ -103,9 +103,11 @@ def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> li
             "too-large",
             f": a column name has {len(long)} characters; check the line ends of the file",
         )
-    twice = next((column for column, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise DataError.at(Place(name, 0, 1), "duplicate", f": the column {shown(twice)} is repeated; {fix}", twice)
+    repeated = next((column for column, count in Counter(names).items() if count > 1), None)
+    if repeated is not None:
+        raise DataError.at(
+            Place(name, 0, 1), "duplicate", f": the column {shown(repeated)} is repeated; {fix}", repeated
+        )
     return names
 
 
@@ -182,25 +184,25 @@ def check_usable(table: Table, column: str, key: str) -> None:
     )
 
 
-def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
+def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
     """Reject a user table without any user of the interactions: its ids must have another format.
 
     Args:
         name: Name of the table.
-        own: Its users.
+        users: Its users.
         known: Users of the interactions.
 
     Raises:
         DataError: If no user matches.
     """
-    own, known = (ids.cast(pl.String).unique() for ids in (own, known))
-    result = int(known.is_in(own.implode()).sum())
+    users, known = (ids.cast(pl.String).unique() for ids in (users, known))
+    result = int(known.is_in(users.implode()).sum())
     if not result:
         raise DataError.at(
             name,
             "mismatch",
-            f" (data.users): none of its {len(own)} users, such as {shown(str(own.sort()[0]))}, has an interaction; "
-            f"users there have ids such as {shown(str(known.sort()[0]))}, so use the same ids in both tables",
+            f" (data.users): none of {len(users)} users, such as {shown(str(users.sort()[0]))}, has an interaction. "
+            f"Users there have ids such as {shown(str(known.sort()[0]))}; use the same ids in both tables",
         )
     if 2 * result < len(known):
         log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - result, len(known))

@@ -437,7 +437,7 @@ def since_1970(latest: float) -> bool:
     return latest >= _UNITS["seconds"]
 
 
-def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
+def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
     """Return numbers unchanged, after checking that times since 1970 have one unit.
 
     Raises:
@@ -447,15 +447,15 @@ def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
     place = {
         unit: at
         for unit, low, high in zip(_UNITS, begins, begins[1:], strict=False)
-        if (at := _first((found >= low) & (found < high))) is not None
+        if (at := _first((values >= low) & (values < high))) is not None
     }
     if len(place) < 2:
-        return found
+        return values
     (first, _), (other, at) = sorted(place.items(), key=lambda item: item[1])[:2]
     raise DataError.at(
         rows.where(at),
         "bad-value",
-        f": the time in column {column!r} is {found[at]:.15g}, which looks like {other} since 1970, while earlier rows "
+        f": the time in column {column!r} is {values[at]:.15g}, which looks like {other} since 1970, but earlier rows "
         f"look like {first}; write all rows in one unit",
         column,
     )

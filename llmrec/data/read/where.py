@@ -115,7 +115,9 @@ class _Parser:
     def _comparison(self, node: ast.Compare) -> pl.Expr:
         """Return a comparison; for a chain such as ``1 <= stars <= 5``, the conjunction of its comparisons."""
         sides = [node.left, *node.comparators]
-        first, *rest = (self._pair(one, op, two) for one, op, two in zip(sides, node.ops, sides[1:], strict=False))
+        first, *rest = (
+            self._pair(left, op, right) for left, op, right in zip(sides, node.ops, sides[1:], strict=False)
+        )
         for other in rest:
             first = first & other
         return first
@@ -152,17 +154,17 @@ class _Parser:
             result = result | (cells == other)
         return ~result if out else result
 
-    def _both(self, one: str, two: str) -> tuple[pl.Expr, pl.Expr]:
+    def _both(self, left: str, right: str) -> tuple[pl.Expr, pl.Expr]:
         """Return two columns in a comparable type: numbers if both have only numbers, times, or texts."""
-        kinds = [self.table.frame[name].dtype for name in (one, two)]
+        kinds = [self.table.frame[name].dtype for name in (left, right)]
         if all(kind.is_temporal() for kind in kinds):
-            return self._time(one), self._time(two)
-        numbers = [self._holds_numbers(name) for name in (one, two)]
+            return self._time(left), self._time(right)
+        numbers = [self._holds_numbers(name) for name in (left, right)]
         if all(numbers):
-            return self._number(one), self._number(two)
+            return self._number(left), self._number(right)
         if any(kind.is_numeric() or kind.is_temporal() for kind in kinds):
-            raise _wrong(f"{one} and {two} have values of different types, which cannot be compared")
-        return self._text(one), self._text(two)
+            raise _wrong(f"{left} and {right} have values of different types, which cannot be compared")
+        return self._text(left), self._text(right)
 
     def _holds_numbers(self, column: str) -> bool:
         if self.table.frame[column].dtype.is_numeric():

@@ -137,19 +137,19 @@ def check_known_keys(known: Known, section: DataSection) -> None:
 
 
 def _text_column(known: Known, events: Events, section: DataSection) -> str | None:
-    asked = section.columns.text
-    if asked is None:
+    column = section.columns.text
+    if column is None:
         return events.texts[0] if events.texts else None
-    if asked == NO_TEXT:
+    if column == NO_TEXT:
         return None
-    if asked not in events.texts:
+    if column not in events.texts:
         raise DataError(
-            f"data.columns.text={asked}: the texts of source {known.name!r} in this file are: "
+            f"data.columns.text={column}: the texts of source {known.name!r} in this file are: "
             f"{', '.join(events.texts) or 'none'}; use one of them, or {NO_TEXT} for no texts",
             kind="unknown-name",
             column="data.columns.text",
         )
-    return asked
+    return column
 
 
 # --------------------------------------------------------------------------- interactions

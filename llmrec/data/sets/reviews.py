@@ -82,8 +82,8 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _said(titles: bool) -> str:
-    made = "features and sentences (keyphrases), user names (pseudonyms)"
-    return f"titles (keyphrases of training reviews), {made}" if titles else made
+    derived = "features and sentences (keyphrases), user names (pseudonyms)"
+    return f"titles (keyphrases of training reviews), {derived}" if titles else derived
 
 
 def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:

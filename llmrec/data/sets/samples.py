@@ -66,7 +66,7 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
             column="data.split.kind",
         )
     members = members_of("samples", section.path)
-    # A path of one file stands for its folder: all three files are needed.
+    # If the path is one file, its folder is used: all three files are needed.
     result = {
         part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()

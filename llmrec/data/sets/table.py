@@ -89,8 +89,8 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
     return result.cast(pl.Int8)
 
 
-def _all_parts(table: Table, column: str, found: pl.Series) -> None:
-    unknown = found.is_null().arg_true()
+def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
+    unknown = parts.is_null().arg_true()
     if unknown.len():
         row = unknown[0]
         raise DataError.at(
@@ -101,7 +101,7 @@ def _all_parts(table: Table, column: str, found: pl.Series) -> None:
             column,
         )
     for part in ("train", "test"):
-        if not (found == PARTS.index(part)).any():
+        if not (parts == PARTS.index(part)).any():
             raise DataError.at(
                 table.name,
                 "too-few",
