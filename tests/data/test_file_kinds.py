@@ -224,7 +224,7 @@ def test_what_is_of_another_part_of_the_world_is_not_guessed(text: str, encoding
         ("a.csv.xz", lzma.compress(TEXT)[:-9], Facts("damaged", says="xz")),
         ("a.csv.zst", b"(\xb5/\xfd broken", Facts("damaged", says="zstd")),
         ("a.csv.bz2", bz2.compress(bytes(40 * 2**20)), Facts("too-large", says="decompresses to more than")),
-        ("a.zip", zipped(("a.csv", TEXT), ("b.csv", TEXT)), Facts("ambiguous", says=("a.csv", "b.csv", "unpack"))),
+        ("a.zip", zipped(("a.csv", TEXT), ("b.csv", TEXT)), Facts("ambiguous", says=("a.csv", "b.csv", "extract"))),
         ("a.zip", zipped(("readme.txt.md", b"x")), Facts("missing-file", says="no table")),
         ("a.zip", zipped(("../a.csv", TEXT)), Facts("unsafe", says="a path outside of it")),
         ("a.zip", zipped(("a.csv", b"a,b\n" + b"1,2\n" * 10**7)), Facts("too-large", says="decompresses to more than")),

@@ -107,7 +107,7 @@ def test_an_extension_gets_the_next_numbers() -> None:
     [
         ({"scheme": "external"}, "requires a file of codes; set it"),
         ({"scheme": "random", "path": "x.csv"}, "only the scheme 'external' reads a file"),
-        ({"scheme": "random", "item_token": True}, "takes none"),
+        ({"scheme": "random", "item_token": True}, "not supported by the scheme"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(section: dict[str, object], what: str) -> None:

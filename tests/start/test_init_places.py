@@ -112,7 +112,7 @@ def test_the_query_is_of_the_table_with_a_user_and_an_item_and_has_titles(folder
     for table, items in (("shop.db", None), (url, url)):
         with raises(DataError, Facts("wrong-format", says=query)):
             init(table, items=items, force=True)
-    with raises(DataError, Facts("wrong-format", says=f"use sqlite:///{folder / 'shop.db'}")):
+    with raises(DataError, Facts("wrong-format", says=f"name it as sqlite:///{folder / 'shop.db'}")):
         init(str(folder / "shop.db"), force=True)
 
 
