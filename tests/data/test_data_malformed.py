@@ -40,7 +40,8 @@ WHOLE = (
 )
 SHARE = 4
 _MEND = re.compile(
-    r"--mend|\b(add|call|check|compress|correct|create|delete|download|drop|end|export|extract|flatten|give|keep|leave|make|name|needs?|pack|put|"
+    r"--mend|\b(add|call|check|compress|correct|create|delete|download|drop|end|export|extract|fetch|flatten|give|keep|"
+    r"leave|make|name|needs?|put|"
     r"remove|rename|save|say|set|shorten|split|unpack|use|write|is this a table)\b",
     re.IGNORECASE,
 )
