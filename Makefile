@@ -22,7 +22,7 @@ help:
 	@echo "make setup             only make .venv"
 	@echo "make quickstart        tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make demo              rank MovieLens-100K without training, in under three minutes; lists in runs/demo/lists.csv"
-	@echo "make notebooks         run the notebooks of docs/notebooks, runs/notebooks/"
+	@echo "make notebooks         run the notebooks of docs/notebooks and write their outputs into them; NAME=demo: one of them"
 	@echo "make test              run the tests; CHANGED=1 those that differences from main affect"
 	@echo "make test-all          run slow tests too: killed engines, real servers, longer sweeps"
 	@echo "make check-extensions  remove each extension with its tests from a copy, and check the rest"
@@ -45,11 +45,9 @@ demo: setup
 	@$(BIN)/llmrec rank --model runs/demo --all-users --to runs/demo/lists.csv --top 10
 	@head -n 11 runs/demo/lists.csv
 
-# One kernel at a time; executed copies go to runs/notebooks.
 notebooks: setup
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
-	@mkdir -p runs/notebooks
-	$(BIN)/jupyter execute docs/notebooks/*.ipynb --timeout=-1 --output='../../runs/notebooks/{notebook_name}'
+	@$(BIN)/python -m docs.notebooks $(NAME)
 
 # Files of one run are kept, which may be in memory (tests/conftest.py).
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -o tmp_path_retention_count=1

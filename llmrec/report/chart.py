@@ -1,0 +1,53 @@
+"""Charts in a notebook, drawn like those of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmrec.report.charts import draw
+from llmrec.report.plots import Bar, Plot, plots
+from llmrec.report.render import picture
+from llmrec.report.wording import with_interval
+from llmrec.results import Metric, Results
+
+# Pixels.
+_WIDTH = 720
+
+
+class Chart:
+    """A plot with a name, which a notebook shows as SVG."""
+
+    def __init__(self, plot: Plot, name: str) -> None:
+        self._name, self._svg = name, picture(draw(plot, _WIDTH), name)
+
+    def __repr__(self) -> str:
+        return f"Chart of {self._name}"
+
+    def _repr_svg_(self) -> str:
+        return self._svg
+
+
+def bars(values: Mapping[str, Metric], unit: str) -> Chart:
+    """Draw metric values with their intervals.
+
+    Args:
+        values: Values by the name of the model.
+        unit: The name of the metric.
+    """
+    return Chart({"kind": "bars", "unit": unit, "bars": [_bar(name, value) for name, value in values.items()]}, unit)
+
+
+def of_run(results: Mapping[str, Any], plot: str) -> Chart:
+    """Draw a plot of a run's report, such as ``forest-1`` or ``training-loss``.
+
+    Args:
+        results: `llmrec.pipeline.run.Run.results`.
+        plot: The id of the plot in the page of the report.
+    """
+    return Chart(plots(Results.model_validate(results))[plot], plot)
+
+
+def _bar(name: str, found: Metric) -> Bar:
+    text = with_interval(found.value, found.low, found.high)
+    return {"label": name, "value": found.value or 0.0, "low": found.low, "high": found.high, "text": text}
