@@ -1660,7 +1660,7 @@ class Recipe(Displayed, Section):
                 f"tasks.{untaught[0]}.weight, or remove it"
             )
         if self.train.without and not self.trained():
-            raise ValueError("train.without: no task with a weight is left to train on; remove one")
+            raise ValueError("train.without: no task with a weight is left, so there is nothing to train on; drop one")
 
     def _check_head(self) -> None:
         """Reject a rating head with tasks that are trained on tokens, or with engines that do not support it."""

@@ -173,10 +173,10 @@ def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
     monkeypatch.chdir(folder)
     assert load(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
-    with raises(DataError, Facts("missing-file", says="fits no table")):
+    with raises(DataError, Facts("missing-file", says="matches no table")):
         read_table(tmp_path / "events" / "*.tsv")
     (tmp_path / "none").mkdir()
-    with raises(DataError, Facts("missing-file", says="holds no table")):
+    with raises(DataError, Facts("missing-file", says="folder with no table")):
         read_table(tmp_path / "none")
     pl.DataFrame({"user_id": ["u"], "other": ["x"]}).write_parquet(folder / "part-4.parquet")
     with raises(DataError, Facts("missing-column", "part-4.parquet", column="item_id")):

@@ -24,7 +24,7 @@ ODD = [
     pytest.param("x: " + "[" * 50_000, Facts("too-large", line=1), id="many brackets that nothing closes"),
     pytest.param("x: " + "y" * MOST_CHARACTERS, Facts("too-large"), id="a megabyte"),
     pytest.param("x: 2024-99-99\n", Facts("syntax", line=1, says="2024-99-99"), id="a day that there is not"),
-    pytest.param("x: !!int abc\n", Facts("syntax", line=1, says="'abc' is no int"), id="letters as a number"),
+    pytest.param("x: !!int abc\n", Facts("syntax", line=1, says="'abc' is not a valid int"), id="letters as a number"),
     pytest.param("x: !!float abc\n", Facts("syntax", line=1), id="letters as a float"),
     pytest.param("x: !!bool abc\n", Facts("syntax", line=1), id="letters as a truth"),
     pytest.param("x: !!timestamp abc\n", Facts("syntax", line=1), id="letters as a time"),

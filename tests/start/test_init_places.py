@@ -70,7 +70,7 @@ def test_a_wrong_sheet_or_book_is_named(book: Path, caplog: pytest.LogCaptureFix
         init("bok.xlsx#Items")
     with raises(DataError, Facts("missing-column", "book.xlsx#Notes")):
         init("book.xlsx")
-    assert "name another as book.xlsx#SHEET: Clicks 2024, Items" in caplog.text
+    assert "choose another with book.xlsx#SHEET: Clicks 2024, Items" in caplog.text
     with raises(DataError, Facts("exists", says="never overwritten")):
         init("book.xlsx#Clicks 2024", mend=book, force=True)
 
