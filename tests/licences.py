@@ -30,6 +30,7 @@ ALLOWED = frozenset(
 EXCEPTIONS: Mapping[str, str] = {
     "certifi": "MPL-2.0: certificates, used as they are",
     "hypothesis": "MPL-2.0: a tool of the tests, not installed by any extra but dev",
+    "orjson": "MPL-2.0 for some of its files: of langchain-core, a client of the extra dev",
     "pathspec": "MPL-2.0: of mypy and hatchling, tools of the extra dev",
     "tqdm": "MPL-2.0 for some of its files, used as they are",
     "pycountry": "LGPL-2.1: asked for by vLLM, imported as it is and replaceable",

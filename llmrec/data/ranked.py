@@ -102,12 +102,20 @@ class Predicted:
     completion_tokens: int = 0
 
 
-LONG = ("user", "item", "rank", "score")
-"""Columns of the long form."""
+COLUMNS: Mapping[Form, tuple[str, str, str, str]] = {
+    "long": ("user", "item", "rank", "score"),
+    "rectools": ("user_id", "item_id", "rank", "score"),
+    "recbole": ("user_id:token", "item_id:token", "rank:float", "score:float"),
+}
+"""Columns of the forms with one row per ranked item and a header."""
 TREC = (".trec", ".run")
 """Ending of files in TREC form."""
+ENDINGS: Mapping[str, Form] = {**dict.fromkeys(TREC, "trec"), ".inter": "recbole"}
+"""Endings of files that can have one form only."""
 
-_LONG_SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rank", pa.int64()), ("score", pa.float64())])
+# Forms with a text format of their own, by its separator; the ending of the file says nothing about it.
+_SEPARATED: Mapping[Form, str] = {"trec": " ", "recbole": "\t"}
+_TYPES = (pa.string(), pa.string(), pa.int64(), pa.float64())
 _LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
@@ -174,15 +182,16 @@ def form_of(path: Path, asked: str) -> Form:
         DataError: If the ending is unknown.
     """
     ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    trec = ending.lower() in TREC
-    if trec and asked not in ("auto", "trec"):
+    own = ENDINGS.get(ending.lower())
+    if own is not None and asked not in ("auto", own):
         raise RecipeError(
-            f"--form {asked}: {path} ends in {ending}, which is a TREC run; name another file, or drop --form",
+            f"--form {asked}: {path} ends in {ending}, which is --form {own}; name another file, or drop --form",
             kind="contradiction",
             column="--form",
         )
-    form: Form = "trec" if trec else next((form for form in get_args(Form) if form == asked), "records")
-    if form != "trec":
+    known: tuple[Form, ...] = get_args(Form)
+    form: Form = own if own is not None else next((form for form in known if form == asked), "records")
+    if form not in _SEPARATED:
         kind_of(path)
     return form
 
@@ -197,26 +206,29 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
         tag: Name of the system in a TREC run.
 
     Raises:
-        DataError: If an id cannot be written to a TREC run.
+        DataError: If an id contains the separator of a TREC run or of RecBole's form.
     """
     if form == "records":
         write_records(path, records)
         return
     rows = (
-        (listed(record), item, index, score) for record in records for index, (item, score) in enumerate(_pairs(record))
+        (listed(record), item, index, score)
+        for record in records
+        for index, (item, score) in enumerate(_pairs(record), start=1)
     )
     packed = path.suffix.lower() == ".gz"
     with replacing(path) as draft:
-        if form == "trec":
+        if form in _SEPARATED:
             with _text_file(draft, packed=packed) as stream:
-                stream.writelines(_trec(path, row, tag) for row in rows)
+                stream.writelines(_separated(path, rows, form, tag))
         elif (suffix := kind_of(path)) in PARQUET:
-            with pq.ParquetWriter(draft, _LONG_SCHEMA) as writer:
-                while group := [dict(zip(LONG, _counted(row), strict=True)) for row in islice(rows, _ROW_GROUP)]:
-                    writer.write_table(pa.Table.from_pylist(group, schema=_LONG_SCHEMA))
+            schema = pa.schema(list(zip(COLUMNS[form], _TYPES, strict=True)))
+            with pq.ParquetWriter(draft, schema) as writer:
+                while group := [dict(zip(COLUMNS[form], row, strict=True)) for row in islice(rows, _ROW_GROUP)]:
+                    writer.write_table(pa.Table.from_pylist(group, schema=schema))
         else:
             with _text_file(draft, packed=packed) as stream:
-                _write_long(stream, map(_counted, rows), suffix)
+                _write_long(stream, COLUMNS[form], rows, suffix)
 
 
 def listed(record: Ranked) -> str:
@@ -228,29 +240,33 @@ def _pairs(record: Ranked) -> Iterable[tuple[str, float]]:
     return zip(record.items, record.scores, strict=True)
 
 
-def _counted(row: tuple[str, str, int, float]) -> tuple[str, str, int, float]:
-    user, item, place, score = row
-    return user, item, place + 1, score
-
-
-def _write_long(stream: TextIO, rows: Iterable[tuple[str, str, int, float]], suffix: str) -> None:
+def _write_long(
+    stream: TextIO, columns: Sequence[str], rows: Iterable[tuple[str, str, int, float]], suffix: str
+) -> None:
     if suffix in JSON_LINES:
-        stream.writelines(json.dumps(dict(zip(LONG, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+        stream.writelines(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
         return
-    write_rows(stream, LONG, rows, separator=SEPARATORS[suffix])
+    write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
 
 
-def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
-    user, item, rank, score = _counted(row)
-    for what, value in (("user", user), ("item", item)):
-        if not value or any(mark.isspace() for mark in value):
-            raise DataError.at(
-                path,
-                "bad-value",
-                f": a TREC run separates columns by spaces, and the {what} {value[:60]!r} has one; use --form long",
-                what,
-            )
-    return f"{user} Q0 {item} {rank} {score!r} {tag}\n"
+def _separated(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Form, tag: str) -> Iterator[str]:
+    """Yield the lines of a TREC run or of RecBole's form, whose ids cannot be quoted."""
+    trec = form == "trec"
+    if not trec:
+        yield "\t".join(COLUMNS[form]) + "\n"
+    for user, item, rank, score in rows:
+        for what, value in (("user", user), ("item", item)):
+            if not value or any(mark.isspace() and (trec or mark != " ") for mark in value):
+                name, separator = ("a TREC run", "spaces") if trec else ("RecBole", "tabs")
+                raise DataError.at(
+                    path,
+                    "bad-value",
+                    f": {name} separates columns by {separator}, which the {what} {value[:60]!r} contains; "
+                    "use --form long",
+                    what,
+                )
+        cells = (user, "Q0", item, str(rank), repr(score), tag) if trec else (user, item, str(rank), repr(score))
+        yield _SEPARATED[form].join(cells) + "\n"
 
 
 def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = Ranked) -> None:

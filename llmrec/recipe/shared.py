@@ -11,5 +11,6 @@ EXACT = False
 BATCH = 64
 CUTOFFS = (1, 5, 10)
 RESAMPLES = 2000
-Form = Literal["records", "long", "trec"]
-"""The file format of ranked lists: one record per request, one row per ranked item, or a TREC run."""
+Form = Literal["records", "long", "trec", "recbole", "rectools"]
+"""The file format of ranked lists: one record per request; or one row per ranked item, also as a TREC run, as RecBole's
+``.inter`` or with the columns of RecTools."""

@@ -179,7 +179,7 @@ def _asset(package: str, folder: str, name: str, kind: str) -> Response:
 
 
 def _questions(service: Service) -> APIRouter:
-    router = APIRouter(tags=["questions"], route_class=StrictRoute, responses=failures(*_ASKED))
+    router = APIRouter(tags=["questions"], route_class=StrictRoute)
 
     for verb in VERBS.values():
         stream: dict[int | str, dict[str, Any]] = {
@@ -194,7 +194,7 @@ def _questions(service: Service) -> APIRouter:
                 operation_id=f"{verb.name}_{version}" if len(verb.versions) > 1 else None,
                 description=verb.about,
                 response_model=verb.answer,
-                responses=stream if verb.event else None,
+                responses=failures(*_ASKED, body=verb.failed) | (stream if verb.event else {}),
             )
         if verb.batch:
             router.add_api_route(
@@ -204,6 +204,7 @@ def _questions(service: Service) -> APIRouter:
                 name=f"{verb.name}_batch",
                 description=verb.batch,
                 response_model=answers_of(verb.answer),
+                responses=failures(*_ASKED),
             )
     return router
 

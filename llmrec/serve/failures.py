@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
 
 from llmrec.errors import LlmrecError, did_you_mean
 from llmrec.serve import schema
@@ -21,6 +22,8 @@ from llmrec.serve.engine import EngineLost
 
 log = logging.getLogger("llmrec.serve")
 
+OPENAI = "/v1/chat/completions"
+"""The path whose failures have OpenAI's format; see `llmrec.serve.verbs`."""
 _WORDS = {
     400: "The body is not JSON.",
     401: "The API key is missing or unknown.",
@@ -52,8 +55,8 @@ _KINDS = {
 _RETRY = 5.0
 # Maximum number of characters of a client's text that a response repeats.
 _REPEATED = 200
-# The type names that pydantic adds to the location of an error, in addition to keys and numbers.
-_FORMS = {"constrained-str", "str", "float", "datetime"} | {
+# The type names and tags that pydantic adds to the location of an error, in addition to keys and numbers.
+_FORMS = {"constrained-str", "str", "float", "datetime", "user"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }
 _OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
@@ -64,9 +67,9 @@ _MESSAGES = {
 }
 
 
-def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def failures(*statuses: int, body: type[BaseModel] = schema.Failed) -> dict[int | str, dict[str, Any]]:
     """Return the failures of an endpoint for OpenAPI."""
-    return {status: {"model": schema.Failed, "description": _WORDS[status]} for status in statuses}
+    return {status: {"model": body, "description": _WORDS[status]} for status in statuses}
 
 
 def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
@@ -81,11 +84,28 @@ def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
     return ".".join(part for part in _parts(worst["loc"]) if part not in names)[:_REPEATED], _message(worst)
 
 
+class _Failed(JSONResponse):
+    """The response of a failure; that of OpenAI's endpoint has OpenAI's form, in which status 422 is 400."""
+
+    def __init__(self, error: schema.Failure, status: int, headers: Mapping[str, str]) -> None:
+        self._error = error
+        super().__init__(schema.Failed(error=error).model_dump(), status_code=status, headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == OPENAI:
+            kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+            error = self._error
+            body = schema.OpenAIFailure(message=error.message, type=kind, param=error.at, code=error.kind)
+            self.body = self.render(schema.OpenAIFailed(error=body).model_dump())
+            self.headers["Content-Length"] = str(len(self.body))
+            self.status_code = 400 if self.status_code == 422 else self.status_code
+        await super().__call__(scope, receive, send)
+
+
 def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
     """Return the response of a failure; ``after``: seconds until a retry."""
-    body = schema.Failed(error=schema.Failure(kind=kind, message=message, at=at))
     headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
-    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+    return _Failed(schema.Failure(kind=kind, message=message, at=at), status, headers)
 
 
 def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:

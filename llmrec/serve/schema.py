@@ -10,7 +10,15 @@ import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from llmrec.chat.calls import Call
@@ -22,6 +30,8 @@ MOST_EVENTS = 1000
 """Maximum number of interactions in the history of a request."""
 MOST_CANDIDATES = 2000
 MOST_BATCH = 64
+MOST_MESSAGES = 200
+"""Maximum number of messages of a conversation in OpenAI's format."""
 MOST_ITEMS = 1000
 """Maximum number of items written, or interactions added or returned, per call."""
 LONGEST_TEXT = 4000
@@ -214,6 +224,21 @@ class Failed(BaseModel):
     error: Failure
 
 
+class OpenAIFailure(BaseModel):
+    """What went wrong, in OpenAI's format."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = None
+    code: str
+
+
+class OpenAIFailed(BaseModel):
+    """The body of every answer of ``/v1/chat/completions`` that is not a success."""
+
+    error: OpenAIFailure
+
+
 class ModelCard(BaseModel):
     """A served model."""
 
@@ -256,6 +281,102 @@ class ChatAnswer(BaseModel):
     profile: list[str] = Field(description="The profile in words, in the order of the state's.")
     state: State
     milliseconds: float
+
+
+class TextContent(BaseModel):
+    """A text in the content of a message."""
+
+    type: Literal["text"]
+    text: Words
+
+
+class UserMessage(BaseModel):
+    """A message of the user in OpenAI's format."""
+
+    role: Literal["user"]
+    content: Words | Annotated[list[TextContent], Field(min_length=1)]
+
+    @property
+    def text(self) -> str:
+        """The texts of the content, one per line."""
+        return self.content if isinstance(self.content, str) else "\n".join(entry.text for entry in self.content)
+
+    @model_validator(mode="after")
+    def _short(self) -> Self:
+        if len(self.text) > LONGEST_TEXT:
+            raise PydanticCustomError("string_too_long", "the texts have more than 4000 characters together")
+        return self
+
+
+class OtherMessage(BaseModel):
+    """Any other message in OpenAI's format; its content has no effect."""
+
+    role: Literal["assistant", "system", "developer", "tool", "function"]
+
+
+class CompletionBody(BaseModel):
+    """A whole conversation in OpenAI's format, the user's message last; keys without an effect here are ignored."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "a comedy, but not horror"}]}]},
+    )
+
+    model: Id | None = Field(None, description="Model that ranks; the default one if not given.")
+    messages: Annotated[
+        list[Annotated[UserMessage | OtherMessage, Field(discriminator="role")]],
+        Field(min_length=1, max_length=MOST_MESSAGES),
+    ]
+    k: Annotated[int, Field(ge=1, le=50, description="Length of lists; not in OpenAI's format."), NUMBER] = 5
+    stream: Annotated[bool | None, Field(description="Streaming is not supported.")] = None
+    n: Annotated[int | None, Field(description="Only 1 is supported.")] = None
+
+    @field_validator("stream")
+    @classmethod
+    def _whole(cls, value: bool | None) -> bool | None:
+        if value:
+            raise PydanticCustomError("stream", "streaming is not supported; leave stream out")
+        return value
+
+    @field_validator("n")
+    @classmethod
+    def _single(cls, value: int | None) -> int | None:
+        if value not in (None, 1):
+            raise PydanticCustomError("choices", "one choice is supported; leave n out")
+        return value
+
+    @field_validator("messages")
+    @classmethod
+    def _ends_with_user(cls, value: list[UserMessage | OtherMessage]) -> list[UserMessage | OtherMessage]:
+        if value[-1].role != "user":
+            raise PydanticCustomError("last_message", "the last message should have the role user")
+        return value
+
+
+class CompletionMessage(BaseModel):
+    """The reply."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class CompletionChoice(BaseModel):
+    """The only choice of a completion."""
+
+    index: Literal[0] = 0
+    message: CompletionMessage
+    finish_reason: Literal["stop"] = "stop"
+
+
+class Completion(BaseModel):
+    """A reply in OpenAI's format."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    choices: list[CompletionChoice]
+    items: list[CatalogueItem] = Field(description="The listed items, best first; not in OpenAI's format.")
 
 
 class FoundItems(BaseModel):

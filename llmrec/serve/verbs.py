@@ -21,6 +21,7 @@ from llmrec.answer.listing import COLD, Wanted
 from llmrec.answer.prompting import CONTEXT
 from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, meant, ranking_of
 from llmrec.answer.rules import Rules as AppliedRules
+from llmrec.chat.state import State
 from llmrec.data.requests import read_request
 from llmrec.errors import DataError, LlmrecError
 from llmrec.guard import clean
@@ -34,15 +35,21 @@ from llmrec.serve.schema import (
     Bool,
     ChatAnswer,
     ChatBody,
+    Completion,
+    CompletionBody,
+    CompletionChoice,
+    CompletionMessage,
     DataId,
     Failed,
     Fields,
     Id,
     ItemText,
     ModelCard,
+    OpenAIFailed,
     PastEvent,
     Prose,
     Rules,
+    UserMessage,
     Words,
     since,
 )
@@ -376,6 +383,29 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
     )
 
 
+# --------------------------------------------------------------------------- chat/completions
+
+
+async def complete(service: Service, body: CompletionBody) -> Completion:
+    """Answer the last message of a conversation, whose state follows from the earlier messages of the user."""
+    created, state = int(time.time()), State()
+    for message in body.messages:
+        if isinstance(message, UserMessage):
+            turn = ChatBody(text=message.text, state=state, model=body.model, k=body.k)
+            answer = await service.conversations.answer(turn)
+            state = answer.state
+    names = [card.name for card in service.engine.cards]
+    # A greeting is answered before the models are known.
+    model = body.model or next(iter(names), "")
+    return Completion(
+        id=f"chatcmpl-{uuid4().hex}",
+        created=created,
+        model=meant(model, names) or model,
+        choices=[CompletionChoice(message=CompletionMessage(content=answer.text))],
+        items=answer.items,
+    )
+
+
 # --------------------------------------------------------------------------- rerank
 
 
@@ -487,6 +517,7 @@ class Verb:
         batch: The description of its batch route; empty: none.
         event: The name of the events before its answer in a stream; then ``ask`` takes a listener. Empty: none.
         versions: The versions of its routes.
+        failed: The body of its failures.
     """
 
     name: str
@@ -498,6 +529,7 @@ class Verb:
     batch: str = ""
     event: str = ""
     versions: tuple[str, ...] = ("v1",)
+    failed: type[BaseModel] = Failed
 
     async def stream(self, service: Service, body: Any) -> AsyncIterator[tuple[str, Any]]:
         """Yield the events before the answer, then ``done`` with the whole answer."""
@@ -572,6 +604,14 @@ VERBS: Mapping[str, Verb] = {
             answer=ChatAnswer,
             ask=lambda service, body, *listener: service.conversations.answer(body, *listener),
             event="call",
+        ),
+        Verb(
+            name="chat/completions",
+            about="Answer the last message of a conversation, in the format of OpenAI.",
+            body=CompletionBody,
+            answer=Completion,
+            ask=complete,
+            failed=OpenAIFailed,
         ),
         Verb(
             name="rerank",

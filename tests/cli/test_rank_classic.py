@@ -127,10 +127,17 @@ def test_the_whole_catalogue_leaves_candidates_aside(recipe: Path, tmp_path: Pat
 
 
 def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> None:
-    told = rank_users(
-        RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / "all.csv"), limit=3)
-    )
-    assert told["users"] == 3 and pl.read_csv(tmp_path / "all.csv")["user_id"].n_unique() == 3
+    read = {}
+    for name in ("all.csv", "all.run", "all.inter"):
+        options = RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / name), limit=3)
+        assert rank_users(options)["users"] == 3
+        separator = {".csv": ",", ".run": " ", ".inter": "\t"}[(tmp_path / name).suffix]
+        read[name] = pl.read_csv(tmp_path / name, separator=separator, has_header=name != "all.run")
+    lists = read["all.csv"].select("user_id", "item_id", "rank", "score")
+    assert lists["user_id"].n_unique() == 3
+    assert read["all.inter"].columns == ["user_id:token", "item_id:token", "rank:float", "score:float"]
+    assert read["all.inter"].rows() == lists.rows()
+    assert read["all.run"].select(pl.nth(0, 2, 3, 4)).rows() == lists.rows()
 
 
 def test_a_database_by_its_address(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +201,12 @@ def test_forms_say_the_same(recipe: Path, tmp_path: Path) -> None:
     }
     for frame in read.values():
         assert frame.columns == ["user", "item", "rank", "score"] and frame.rows() == wanted
+    rank_file(asked(recipe, file, tmp_path / "tools.csv", top=3, form="rectools"))
+    tools = pl.read_csv(tmp_path / "tools.csv")
+    assert tools.columns == ["user_id", "item_id", "rank", "score"] and tools.rows() == wanted
+    rank_file(asked(recipe, file, tmp_path / "list.inter", top=3))
+    bole = pl.read_csv(tmp_path / "list.inter", separator="\t")
+    assert bole.columns[0] == "user_id:token" and bole.rows() == wanted
     rank_file(asked(recipe, file, tmp_path / "list.run", top=3))
     told = [line.split(" ") for line in (tmp_path / "list.run").read_text().splitlines()]
     assert [(u, i, int(r), float(s)) for u, _, i, r, s, _ in told] == wanted and told[0][5] == "markov"
@@ -214,10 +227,11 @@ def test_two_lists_of_one_user_cannot_be_told_apart_in_rows(recipe: Path, tmp_pa
     assert rank_file(asked(recipe, file, tmp_path / "out.csv"))["from_earlier_run"] == 2
 
 
-def test_an_id_with_a_blank_is_no_trec_column(recipe: Path, tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "in.jsonl", [{"id": "a b", "history": ["k01"]}])
+@pytest.mark.parametrize(("name", "mark"), [("out.trec", " "), ("out.inter", "\t")])
+def test_an_id_with_the_separator_is_refused(recipe: Path, tmp_path: Path, name: str, mark: str) -> None:
+    file = jsonl(tmp_path / "in.jsonl", [{"id": f"a{mark}b", "history": ["k01"]}])
     with raises(DataError, Facts(kind="bad-value", column="user")):
-        rank_file(asked(recipe, file, tmp_path / "out.trec"))
+        rank_file(asked(recipe, file, tmp_path / name))
 
 
 def test_the_standard_output_holds_lists_alone(
@@ -251,6 +265,7 @@ def test_the_standard_output_holds_lists_alone(
         ({"baseline": None, "recipe": None}, Facts(kind="missing-key", column="--model")),
         ({"baseline": None, "model": "runs/quickstart"}, Facts(kind="contradiction", column="--recipe")),
         ({"form": "long", "out": Path("out.trec")}, Facts(kind="contradiction", column="--form")),
+        ({"form": "trec", "out": Path("out.inter")}, Facts(kind="contradiction", column="--form")),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -186,6 +186,9 @@ def test_every_form_gives_the_same_figures(truth: Path, tmp_path: Path) -> None:
         write_lists(file, RECORDS, "long")
     write_lists(tmp_path / "x.run", RECORDS, "trec")
     write_lists(tmp_path / "x.txt", RECORDS, "trec")
+    for form, name in (("recbole", "b.inter"), ("rectools", "t.csv"), ("rectools", "t.parquet")):
+        write_lists(tmp_path / name, RECORDS, form)  # type: ignore[arg-type]
+        longs.append(tmp_path / name)
     atomic = tmp_path / "recbole.inter"
     lines = ["user_id:token\titem_id:token\tscore:float", *(f"{u}\t{i}\t{s}" for u, i, _, s in ROWS)]
     atomic.write_text("\n".join(lines) + "\n")

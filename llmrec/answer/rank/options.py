@@ -38,7 +38,7 @@ class RankOptions(RecommenderOptions):
         About(
             choices=("auto", *get_args(Form)),
             help="Output format. records: one record per request; long: one row per ranked item; trec: a TREC run; "
-            "auto: from the file name of --out.",
+            "recbole: an .inter file; rectools: long with the columns of RecTools; auto: from the file name of --out.",
         ),
     ] = "auto"
     all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data.")] = False
@@ -46,8 +46,8 @@ class RankOptions(RecommenderOptions):
         str | None,
         About(
             metavar="FILE|URL",
-            help="With --all-users: output file or database (.parquet, .csv, .jsonl, .db, sqlite:///FILE or "
-            "postgresql://...).",
+            help="With --all-users: output file or database (.parquet, .csv, .jsonl, .run, .inter, .db, "
+            "sqlite:///FILE or postgresql://...).",
         ),
     ] = None
     by: Annotated[

@@ -114,7 +114,7 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
     if options.target != STDOUT:
         return _rank_into(options)
     with TemporaryDirectory(prefix="llmrec-rank-") as folder:
-        target = Path(folder) / ("lists.trec" if options.form == "trec" else "lists.jsonl")
+        target = Path(folder) / ("lists.txt" if options.form in ("trec", "recbole") else "lists.jsonl")
         summary = _rank_into(replace(options, out=target))
         with target.open("rb") as stream:
             shutil.copyfileobj(stream, terminal.out().buffer)
@@ -315,8 +315,8 @@ def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
                 f"{source}, line {record.line} requests a second list of {listed(record)[:60]!r}, after line {first}, "
-                "but --form long and trec identify lists by user; omit user_id, so that the id of the request is "
-                "used, or use --form records",
+                "but forms with one row per item identify lists by user; omit user_id, so that the id of the request "
+                "is used, or use --form records",
                 kind="duplicate",
                 at=Place(str(source), line=record.line),
                 column="user_id",

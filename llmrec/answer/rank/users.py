@@ -9,6 +9,8 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.ranker import open_loaded
 from llmrec.answer.rank.run import RankBar
 from llmrec.data.cells import write_rows
+from llmrec.data.ranked import ENDINGS, Ranked, write_lists
 from llmrec.data.read.databases import file_of
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
@@ -35,6 +38,7 @@ TABLE = "recommendations"
 _PART = 256
 # Options that do not affect the lists.
 _NEUTRAL = frozenset({"gpu_memory", "enforce_eager"})
+_FILES = (".parquet", ".csv", ".jsonl", *ENDINGS)
 _DATABASES = (".db", ".sqlite", ".sqlite3")
 _COLUMNS = ("user_id", "rank", "item_id", "title", "score", "error")
 _TABLE_COLUMNS = (
@@ -78,7 +82,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
                 path.unlink()
         paths = list(_ranked(rec, users, _parts(to), key, k, options.strategy))
         table = pa.concat_tables([pq.read_table(path) for path in paths])
-        _write(kind, to, table)
+        _write(kind, to, table, (options.by or rec.models[0]).replace(" ", "-"))
         failed = int(table.num_rows - table["error"].null_count)
         if "://" not in to:
             write_summary(Path(to), {"model": signature, "users": len(users), "rows": table.num_rows, "failed": failed})
@@ -137,21 +141,23 @@ def _target(to: str) -> tuple[str, str]:
     suffix = Path(to).suffix.lower()
     if "://" not in to and suffix in _DATABASES:
         return "sqlite", to
-    if "://" not in to and suffix in (".parquet", ".csv", ".jsonl"):
+    if "://" not in to and suffix in _FILES:
         return suffix, to
     raise DataError(
-        f"--to {_shown(to)}: supported targets are .parquet, .csv, .jsonl, {', '.join(_DATABASES)}, sqlite:///FILE or "
+        f"--to {_shown(to)}: supported targets are {', '.join((*_FILES, *_DATABASES))}, sqlite:///FILE or "
         "postgresql://...",
         kind="wrong-format",
         column="--to",
     )
 
 
-def _write(kind: str, to: str, table: pa.Table) -> None:
+def _write(kind: str, to: str, table: pa.Table, tag: str) -> None:
     if kind == "postgresql":
         _write_postgres(to, table)
     elif kind == "sqlite":
         _write_sqlite(Path(to), table)
+    elif kind in ENDINGS:
+        write_lists(Path(to), _records(table), ENDINGS[kind], tag)
     else:
         with replacing(Path(to)) as draft:
             if kind == ".parquet":
@@ -163,6 +169,19 @@ def _write(kind: str, to: str, table: pa.Table) -> None:
             with draft.open("w", encoding="utf-8", newline="") as stream:
                 rows = (row.values() for batch in table.to_batches() for row in batch.to_pylist())
                 write_rows(stream, _COLUMNS, rows)
+
+
+def _records(table: pa.Table) -> Iterator[Ranked]:
+    """Yield the lists of a table of ranked items."""
+    for line, (user, rows) in enumerate(groupby(table.to_pylist(), itemgetter("user_id")), start=1):
+        ranked = [row for row in rows if row["error"] is None]
+        yield Ranked(
+            request_id=user,
+            user_id=user,
+            line=line,
+            items=tuple(row["item_id"] for row in ranked),
+            scores=tuple(row["score"] for row in ranked),
+        )
 
 
 def _write_sqlite(path: Path, table: pa.Table) -> None:
