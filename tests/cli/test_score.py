@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,14 @@ def test_ids_that_look_like_formulas_are_those_of_the_truth(tmp_path: Path) -> N
         write_lists(tmp_path / name, [record], form)  # type: ignore[arg-type]
         assert "'=u" in (tmp_path / name).read_text()
         assert values(score(tmp_path / name, [{"user": "=u", "item": "-1"}]))["HR@1"] == 1.0
+
+
+def test_an_id_of_recbole_has_no_tab(tmp_path: Path) -> None:
+    record = Ranked(request_id="1", user_id="a b", line=1, items=("=i",), scores=(1.0,))
+    write_lists(tmp_path / "l.inter", [record], "recbole")
+    assert values(score(tmp_path / "l.inter", [{"user": "a b", "item": "=i"}]))["HR@1"] == 1.0
+    with raises(DataError, Facts(kind="bad-value", column="item")):
+        write_lists(tmp_path / "l.inter", [replace(record, items=("i\t",))], "recbole")
 
 
 def test_a_failed_request_counts_as_zero(truth: Path, tmp_path: Path) -> None:
