@@ -120,7 +120,7 @@ def test_a_job_is_cut_as_it_was_before(tmp_path: Path) -> None:
     assert count_of(target, None, 8) == 8 and count_of(target, 3, 8) == 3
     shard_folder(target, Shard(2, 6)).mkdir(parents=True)
     assert count_of(target, None, 8) == 6 == count_of(target, 6, 8)
-    with raises(RecipeError, Facts("mismatch", "out.jsonl.shards", column="--shards", says="in 6")):
+    with raises(RecipeError, Facts("mismatch", "out.jsonl.shards", column="--shards", says="into 6")):
         count_of(target, 3, 8)
     shard_folder(target, Shard(2, 4)).mkdir(parents=True)
     with raises(RecipeError, Facts("mismatch", says=("6", "4"))):
