@@ -256,7 +256,7 @@ def test_comments_bind_the_rows_of_a_table() -> None:
         (TABLE.replace("**two**: y, z\n", "one: x\n"), "no (further) row of the table is called 'one'"),
         (TABLE.replace("**two**: y, z\n", "").replace("{low,high}", "low"), "row 'one': 2 figures (.2, .3), 1 expr"),
         ("<!-- figures: a:x; a:y -->\nIt is .1.", "1 figures (.1), 2 expressions"),
-        ("It is .1. <!-- figures: $q/x -->", "$q is not known here"),
+        ("It is .1. <!-- figures: $q/x -->", "$q is undefined here"),
     ],
 )
 def test_a_comment_that_does_not_fit_is_a_fault(text: str, says: str) -> None:

@@ -308,7 +308,7 @@ def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, 
             continue
         if options.backend == "openai":
             raise RecipeError(
-                f"--models {folder}: --backend openai serves one model only; serve this run separately",
+                f"--models {folder}: a server (--backend openai) has one model; serve this run separately",
                 kind="contradiction",
                 column="--models",
             )

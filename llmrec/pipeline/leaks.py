@@ -417,7 +417,7 @@ def feature_texts(study: Study) -> Check | None:
         places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
         rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
     result = verdict("generated texts based on held-out interactions", f"{len(stores)} stores", places)
-    told_too = f"{result.found}; {rows:,} training rows were seen too, which hosts leave out"
+    told_too = f"{result.found}; {rows:,} training interactions were seen too, which CTR networks leave out"
     return replace(result, found=told_too, figures={"training_rows_seen": float(rows)})
 
 

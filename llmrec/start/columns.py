@@ -178,7 +178,7 @@ def check_asked(
     if twice is not None:
         raise DataError(
             f"the column {twice!r} is used for two options: "
-            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; use one column per option",
+            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; give each one a column of its own",
             kind="contradiction",
             column=twice,
         )

@@ -268,7 +268,7 @@ def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path,
     first = pipeline.run(values, folder, quiet=True)
     version = (folder / "features" / "current").read_text()
     assert any(row["predictor"].startswith("deepfm(") for row in first.results["rows"])
-    assert any(check["name"].startswith("texts of features") for check in _audit(folder))
+    assert any(check["name"].startswith("generated texts") for check in _audit(folder))
     # What the texts say of a few requests, and what the host answers with and without them.
     store, shown = FeatureStore.open(folder / "features"), first.results["gallery"]
     for each in shown:

@@ -619,7 +619,7 @@ def test_without_a_known_history_popularity_decides(name: str, data: SplitDatase
 @pytest.mark.parametrize("name", RANKING)
 def test_a_candidate_that_stands_twice_is_refused(name: str) -> None:
     answer = _one(_shared(name), _for(name, candidates=("i3", "i1", "i3")))
-    assert isinstance(answer, Unparsed) and "twice" in answer.reason
+    assert isinstance(answer, Unparsed) and "duplicate" in answer.reason
 
 
 @pytest.mark.parametrize("name", RANKING)

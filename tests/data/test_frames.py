@@ -140,7 +140,7 @@ def test_ways_out_for_a_frame_are_those_of_python() -> None:
         (ROWS.select(pl.col("rating"), pl.col("timestamp").alias("b")), {}, ['user="COLUMN" item="COLUMN"']),
         (ROWS.with_columns(client=pl.col("user_id").str.head(1)), {}, []),
         (ROWS, {"user": "usr_id"}, ["named by user;", "did you mean 'user_id'"]),
-        (ROWS, {"user": "user_id", "item": "user_id"}, ["two things: user, item"]),
+        (ROWS, {"user": "user_id", "item": "user_id"}, ["two options: user, item"]),
         (ROWS.with_columns(stars=pl.lit("a")), {"rating": "stars"}, ['rating="none"']),
         (ROWS.with_columns(when=pl.lit("03/04/2024")), {"time": "when"}, ['dates="day-first" or dates="month-first"']),
     ],

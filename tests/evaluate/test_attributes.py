@@ -91,7 +91,7 @@ def test_every_case_is_in_one_slice_whatever_the_values_say(values: dict[str, st
         ("user:gender=f", "Users with gender: f"),
         ("user:job%20title=a%7Cb%3Ac", "Users with job title: a|b:c"),
         ("user:gender=none", "Users with gender: none"),
-        ("user:gender:none", "Users whose gender is not given"),
+        ("user:gender:none", "Users without gender"),
         ("user:job:other", "Users with a less frequent job"),
         ("user:age:below-18", "Users with age below 18"),
         ("user:age:18-to-25.5", "Users with age from 18 to below 25.5"),
@@ -133,7 +133,7 @@ def test_a_run_slices_by_an_attribute(tmp_path: Path, monkeypatch: pytest.Monkey
         "user:gender:none": (2, 2),
     }
     assert own["user:gender=f"].metrics.keys() == {"NDCG@10"}
-    assert "Users whose gender is not given" in (tmp_path / "run" / "report" / "report.md").read_text()
+    assert "Users without gender" in (tmp_path / "run" / "report" / "report.md").read_text()
 
 
 def test_an_unknown_attribute_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -762,7 +762,7 @@ def test_a_run_that_cannot_be_written_to_is_audited_and_left_as_it_is(
     logging.getLogger("llmrec").setLevel(logging.WARNING)
     assert audits.audit(run) == checks
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
-    assert "cannot be written to" in caplog.text
+    assert "is not writable" in caplog.text
 
 
 def test_a_report_does_not_write_through_a_link(run: Path, tmp_path: Path) -> None:

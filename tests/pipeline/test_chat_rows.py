@@ -126,7 +126,7 @@ def test_the_command_writes_them_without_torch(llama_folder: Path, tmp_path: Pat
         [sys.executable, "-c", _WITHOUT_TORCH, *words], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "training rows of 12 steps" in done.stdout
+    assert "training examples in 12 steps" in done.stdout
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").count("\n") > 12
 
 

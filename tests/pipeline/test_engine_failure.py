@@ -129,7 +129,7 @@ def test_transformers_answer_for_an_engine_that_does_not_start(
         made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
     assert set(engines_of(made.results).values()) == {"hf"} and "unevaluated" not in made.results
     (line,) = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
-    assert line.startswith("vLLM could not start: 0.1 GiB are free; transformers answers instead, ")
+    assert line.startswith("vLLM could not start: 0.1 GiB are free; using transformers instead, ")
     assert "twice as long" in line
     assert Failing.starts == 1
     # The rows say who answered, and a second call reuses them, also where the engine would start by then.

@@ -80,7 +80,7 @@ def test_reports_draw_the_curve_beside_what_classic_recommenders_reach(llama_fol
     made = pipeline.run(recipe(llama_folder, *MORE, *more), tmp_path / "run", quiet=True)
     judged = made.results["training"]["judged"]
     page, text = made.report.read_text(encoding="utf-8"), (made.report.parent / "report.md").read_text(encoding="utf-8")
-    assert 'id="training-ndcg"' in page and f"The adapter of step {judged['kept_step']} was kept" in page
+    assert 'id="training-ndcg"' in page and f"The adapter of step {judged['kept_step']} is used" in page
     found = read(made.folder).training
     assert found is not None and found.judged is not None
     drawn = {each["name"]: each["y"] for each in plots.judged(found, found.judged)["series"]}

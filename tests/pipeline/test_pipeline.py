@@ -134,7 +134,7 @@ def test_results_hold_what_a_reader_needs_to_repeat_them(done: tuple[Recipe, pip
     assert results["candidates"]["main"]["count"] == 5
     assert results["training"]["adapter_sha256"]
     assert results["training"]["steps"] == 3
-    assert any("made by the llmrec project" in note for note in results["notes"])
+    assert any("synthetic data of the llmrec project" in note for note in results["notes"])
     assert {stage["stage"] for stage in results["budget"]} >= {"data", "train", "zero-shot", "few-shot", "tuned"}
 
 

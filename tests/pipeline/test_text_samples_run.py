@@ -157,7 +157,7 @@ def test_the_report_is_drawn_again_from_what_is_kept(runs: dict[str, pipeline.Ru
     assert pages["html"].read_bytes() == before
     page = before.decode()
     assert page.count('<article class="sample">') == len(results.texts) == len(run.results["texts"])
-    assert "could not be read" in page and "## Texts" in pages["markdown"].read_text("utf-8")
+    assert "could not be parsed" in page and "## Texts" in pages["markdown"].read_text("utf-8")
 
 
 def test_which_requests_depends_on_the_seed_and_on_no_order() -> None:
