@@ -134,7 +134,7 @@ def cluster(address: str, asked: RaySection) -> Iterator[Any]:
 
 
 def knock(address: str) -> None:
-    """Check whether a cluster responds at an address; Ray itself would wait long or end the process.
+    """Check whether a cluster responds at an address. Ray's own attempt can block for long or end the process.
 
     Raises:
         RecipeError: If it is not a valid cluster address.

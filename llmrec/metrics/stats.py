@@ -252,7 +252,7 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise ValueError("a value is not finite; give a failed request the metric's worst value")
     if statistic == "root_mean" and array.min() < 0:
-        raise ValueError("a root mean needs values of at least 0, such as squared errors")
+        raise ValueError("a root mean requires non-negative values, such as squared errors")
     return array
 
 

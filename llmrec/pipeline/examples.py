@@ -44,7 +44,7 @@ def user_of(dataset: Dataset, user_id: str) -> User:
 
 
 def product_of(dataset: Dataset, item_id: str) -> Product:
-    """Return the item of a request as prompts describe items."""
+    """Return a request's item in the form used in prompts."""
     item = dataset.items[item_id]
     fields = {clean(name): shortened(clean(value)) for name, value in item.fields.items() if clean(value)}
     return Product(id=item_id, title=clean(item.title), fields=fields)

@@ -206,7 +206,8 @@ class Benchmark(Section):
     bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
     pairs: tuple[tuple[str, str], ...] = Field(
         (),
-        description="Planned comparisons: pairs of model names as in the results, is the first better than the second?",
+        description="Planned comparisons: pairs of model names as they appear in the results. Each tests whether "
+        "the first model is better than the second.",
     )
 
     @model_validator(mode="after")

@@ -1336,7 +1336,7 @@ class FusionSection(Section):
     """Ensembles, with weights fitted on validation users."""
 
     controls: bool = Field(
-        True, description="Build ensembles of the baselines of each task, the reference for language models."
+        True, description="For each task, build ensembles of the baselines, as a reference for the language models."
     )
     reserved: Annotated[float, Affects("evaluate")] = Field(
         0.5,

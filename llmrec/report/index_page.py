@@ -21,7 +21,7 @@ from llmrec.report.render import environment, style
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexPage:
-    """The content of an item index's page.
+    """Content of the report page for an item index.
 
     Attributes:
         name: Name of the recipe.

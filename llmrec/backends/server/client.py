@@ -264,7 +264,7 @@ _MENDS: Mapping[int, str] = {
 
 
 class Refused(BackendError):
-    """A final error that a retry would not change."""
+    """A permanent error that should not be retried."""
 
     # Constructed only from its message, like every `LlmrecError`, so that it can be pickled.
     status: int | None = None
