@@ -1,9 +1,9 @@
 """Draws sentences of the documentation and the code, for readers who judge whether they are plain technical English.
 
 ``python -m eval.benchmarks.sentences draw SAMPLE.json`` draws 100 with a seed: from README and docs/, first lines of
-docstrings, the help of options and settings, and error messages. Readers who know the field but not the project write a list of
-classes, one of plain, awkward and private for each sentence; ``python -m eval.benchmarks.sentences join SAMPLE.json
-READER.json READER.json eval/results/sentences.json`` counts and stores them.
+docstrings, the help of options and settings, and error messages. Readers who know the field but not the project write a
+list of classes, one of plain, awkward and private for each sentence. ``python -m eval.benchmarks.sentences join
+SAMPLE.json READER.json READER.json eval/results/sentences.json`` counts and stores them.
 """
 
 from __future__ import annotations
