@@ -14,7 +14,7 @@ NAME = "docs/models-by-data-set.svg"
 _ROWS = (
     ("Random", "Random", "baseline"),
     ("Popularity", "Popularity", "baseline"),
-    ("Interactions alone", "interactions", "zero-shot"),
+    ("Interactions only", "interactions", "zero-shot"),
     ("Frozen text encoder", "text", "few-shot"),
     ("Fine-tuned text encoder", "fine-tuned text encoder", "tuned"),
     ("Ensemble", "ensemble", "good"),
@@ -42,7 +42,7 @@ def chart(board: Sequence[Mapping[str, Any]]) -> str:
         for index, ((_, _, look), cell) in enumerate(zip(_ROWS, cells, strict=True)):
             middle = _TOP + _STEP * index + _STEP / 2
             if cell is None:
-                canvas.text(left + 4, middle + 4, "not run", "tick")
+                canvas.text(left + 4, middle + 4, "no result", "tick")
                 continue
             model, figures = cell
             title = f"{model}: {figures['value']:.4f} [{figures['low']:.4f}, {figures['high']:.4f}]"
