@@ -201,7 +201,7 @@ def test_the_example_of_the_documentation_runs_and_another_process_reads_it(
     ("group", "names", "says"),
     [
         ("baselines", ["popularity"], "shop 0.1"),
-        ("tasks", ["rating"], "another name"),
+        ("tasks", ["rating"], "rename it"),
         ("sources", ["mine", "mine"], "uninstall one of them"),
     ],
 )

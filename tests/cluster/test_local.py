@@ -138,7 +138,7 @@ def test_all_are_stopped_when_one_is_killed_and_what_it_started(tmp_path: Path) 
     with pytest.raises(ProcessEnded) as caught, started(programs) as output:
         lines.extend(line for line in output)
     assert (caught.value.first.process, caught.value.first.status) == (1, -signal.SIGKILL)
-    assert "was ended by SIGKILL" in caught.value.first.why and not set(psutil.Process().children()) - before
+    assert "was stopped by SIGKILL" in caught.value.first.why and not set(psutil.Process().children()) - before
     orphans = [int(line) for line in lines if line.strip().isdigit()]
     assert all(ends(process) for process in orphans)
 
@@ -236,7 +236,7 @@ def test_a_killed_process_is_one_error_and_its_log_is_named(llama_folder: Path, 
     code, output, errors = finished(process)
     assert (code, output) == (2, "")
     message = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(message) == 1 and "process 2 of 2 was ended by SIGKILL" in message[0]
+    assert len(message) == 1 and "process 2 of 2 was stopped by SIGKILL" in message[0]
     assert f"{out.name}.shards/process-2.log" in message[0] and "Traceback" not in errors
     assert all(ends(worker.pid) for worker in workers)
 

@@ -463,7 +463,7 @@ def test_a_program_that_ends_right_after_a_table_was_refused_is_not_aborted(tmp_
     several = [subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE) for _ in range(4)]
     for one in several:
         _, errors = one.communicate()
-        assert errors.endswith(b"has a header and no rows; write the table again\n")
+        assert errors.endswith(b"has a header but no rows; write the table again\n")
         assert one.returncode == 1
 
 
@@ -474,7 +474,7 @@ def test_missing_files(tmp_path: Path) -> None:
     fails(write(tmp_path, GOOD, "data"), Facts("wrong-format"))
     fails(write(tmp_path, GOOD, "data.doc"), Facts("wrong-format", says=("'.doc'", ".csv", ".parquet", ".xlsx")))
     (tmp_path / "folder.csv").mkdir()
-    fails(tmp_path / "folder.csv", Facts("missing-file", says="a folder that holds no table"))
+    fails(tmp_path / "folder.csv", Facts("missing-file", says="a folder with no table"))
     fails(write(tmp_path, GOOD), Facts("missing-file", "gone.csv"), items=str(tmp_path / "gone.csv"))
     with raises(DataError, Facts("missing-key", column="data.path", says="data.path=FILE")):
         load(DataSection(source="table"), seed=0)

@@ -204,5 +204,5 @@ def test_other_texts_are_no_sequences(text: str, tmp_path: Path) -> None:
 
 def test_columns_that_are_named_are_those_of_a_table(tmp_path: Path) -> None:
     place = written(tmp_path / "ml-1m", SETS["ml-1m"][1], "folder")
-    with raises(DataError, Facts("missing-file", says="holds no table")):
+    with raises(DataError, Facts("missing-file", says="with no table")):
         start.init(str(place), out=tmp_path / "r.yaml", asked=start.Asked(user="a", item="b"))

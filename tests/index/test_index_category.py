@@ -120,7 +120,7 @@ def test_items_without_the_fields_are_refused() -> None:
         Facts(
             "unknown-name",
             column="index.category.fields",
-            says=("did you mean 'categories'", "there are categories, brand"),
+            says=("did you mean 'categories'", "the fields are categories, brand"),
         ),
     ):
         coded(filed(), fields=("catgories",))

@@ -248,11 +248,11 @@ def test_a_tree_that_is_too_small_is_refused_with_its_keys() -> None:
     data = chosen({"u": [f"i{n:03d}" for n in range(13)]}, [f"n{n}" for n in range(13)])
     with raises(
         RecipeError,
-        Facts("too-few", column="index.collaborative", says=("13 items", "clusters=2, depth=2 and leaf=3", "holds 12")),
+        Facts("too-few", column="index.collaborative", says=("13 items", "clusters=2, depth=2 and leaf=3", "room for 12")),
     ):
         coded(data, clusters=2, leaf=3, depth=2)
     with raises(
-        RecipeError, Facts("too-few", column="index.collaborative", says=("13 items without training", "holds 12"))
+        RecipeError, Facts("too-few", column="index.collaborative", says=("13 items without training", "room for 12"))
     ):
         coded(data, clusters=2, leaf=4, depth=2)
     assert coded(data, clusters=2, leaf=5, depth=2).figures["depth"] == 2
@@ -299,7 +299,7 @@ def test_new_items_without_room_are_refused() -> None:
     proper(index.extend(new(room)))
     with raises(
         DataError,
-        Facts("exhausted", column="index.collaborative.leaf", says=(f"of {room + 1} new items", f" {room} find")),
+        Facts("exhausted", column="index.collaborative.leaf", says=(f"of {room + 1} new items", f"only {room} of")),
     ):
         index.extend(new(room + 1))
 

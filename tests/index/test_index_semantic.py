@@ -257,7 +257,7 @@ def test_another_encoder_and_none_are_refused_for_further_items() -> None:
     new = {"n": Item(item_id="n", title="b")}
     with raises(
         DataError,
-        Facts("mismatch", column="index.semantic.encoder", says=("12 numbers", "gives 5", "'all-MiniLM-L6-v2'")),
+        Facts("mismatch", column="index.semantic.encoder", says=("12 dimensions", "returns 5", "'all-MiniLM-L6-v2'")),
     ):
         index.extend(new, embed=lambda texts: hashed(texts, 5))
     with raises(DataError, Facts("missing-value", column="embed")):

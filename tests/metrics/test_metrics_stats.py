@@ -105,7 +105,7 @@ def test_values_that_cannot_be_resampled_are_errors() -> None:
         interval([], resamples=10, seed=0)
     with pytest.raises(ValueError, match="not finite"):
         interval([0.5, math.nan], resamples=10, seed=0)
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="non-negative"):
         interval([0.5, -1.0], resamples=10, seed=0, statistic="root_mean")
     with pytest.raises(ValueError, match="resamples"):
         interval([0.5], resamples=0, seed=0)

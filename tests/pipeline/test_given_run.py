@@ -158,4 +158,4 @@ def test_the_audit_notes_that_such_a_split_is_not_cut_in_time(movielens: Path) -
     )
     check = training_interactions(build_study(recipe).data)
     assert check.verdict == "notice" and check.figures["earlier"] > 10_000
-    assert "histories contain later interactions" in check.found
+    assert "histories show what came later" in check.found
