@@ -85,7 +85,10 @@ def test_users_with_fewer_moments_stay_in_training_and_what_is_bought_again_coun
     ("frame", "facts"),
     [
         (bought(time=False), Facts("contradiction", column="data.split.kind", says="data.columns.time")),
-        (bought().filter(pl.col("timestamp") < 200), Facts("too-few", column="data.split.kind", says="3 different times")),
+        (
+            bought().filter(pl.col("timestamp") < 200),
+            Facts("too-few", column="data.split.kind", says="3 different times"),
+        ),
     ],
 )
 def test_what_has_no_baskets_is_refused(frame: pl.DataFrame, facts: Facts) -> None:
