@@ -81,7 +81,7 @@ def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
     """
     worst = _closest(error.errors())
     names = {form.__name__ for form in forms}
-    return ".".join(part for part in _parts(worst["loc"]) if part not in names)[:_REPEATED], _message(worst)
+    return ".".join(part for part in _parts(worst) if part not in names)[:_REPEATED], _message(worst)
 
 
 class _Failed(JSONResponse):
@@ -141,7 +141,7 @@ def answer_failures(app: FastAPI) -> None:
         if worst["type"] == "json_invalid":
             return failed(400, "syntax", "the body is not JSON")
         # The first part is the source: the body, or a parameter of the URL.
-        parts = _parts(worst["loc"][1:])
+        parts = _parts(worst)[1:]
         where = ".".join(parts)[:_REPEATED]
         message = _message(worst)
         if worst["type"] == "extra_forbidden":
@@ -177,8 +177,14 @@ def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(errors, key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM))
 
 
-def _parts(place: Sequence[int | str]) -> list[str]:
-    return [str(part) for part in place if not (isinstance(part, str) and _is_form(part))]
+def _parts(fault: Mapping[str, Any]) -> list[str]:
+    """Return the keys and positions in the location of an error, without the names of types and tags."""
+    place: Sequence[int | str] = fault["loc"]
+    # An unknown key ends the location, and may have the name of a type or a tag.
+    key = len(place) - 1 if fault["type"] == "extra_forbidden" else None
+    return [
+        str(part) for index, part in enumerate(place) if index == key or not (isinstance(part, str) and _is_form(part))
+    ]
 
 
 def _message(fault: Mapping[str, Any]) -> str:

@@ -340,6 +340,10 @@ def test_what_is_wrong_in_a_body_is_named(asking: Asking) -> None:
     assert said == "events.0.timestmp: unknown key (did you mean 'timestamp'?)"
     said = asking.refused("/v1/rank", 422, histroy=HISTORY)["message"]
     assert said == "histroy: unknown key (did you mean 'history'?)"
+    # Keys that are called like a type or a tag of the schema.
+    for key in ("user", "State", "str"):
+        error = asking.refused("/v1/rank", 422, **{key: "u01"})
+        assert error["at"] == key and error["message"].startswith(f"{key}: unknown key"), key
 
 
 # --------------------------------------------------------------------------- questions about one item
