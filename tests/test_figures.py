@@ -289,7 +289,7 @@ def test_a_run_is_recorded_with_its_page_and_refused_with_another(tmp_path: Path
     told = today | {"machine": {**kept["machine"], "gpu": "a card"}, "notes": ["made: a note of the run"]}
     (tmp_path / "results.json").write_text(json.dumps({**kept, **told}))
     readme = tmp_path / "README.md"
-    readme.write_text(f"{record.START}\n{record.END}\n")
+    readme.write_text(f"<!-- {record.PART} -->\n<!-- /{record.PART} -->\n")
     record.main(tmp_path, tmp_path / "kept.json", readme, page)
     assert json.loads((tmp_path / "kept.json").read_text())["recipe_page"] == kept["recipe_page"]
     text = readme.read_text()

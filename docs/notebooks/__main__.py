@@ -17,11 +17,10 @@ def execute(page: Path) -> None:
     notebook = nbformat.read(page, as_version=4)
     # One thread, so that sums of floating-point numbers have the same order everywhere.
     os.environ |= {"LLMREC_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    metadata = {key: notebook.metadata[key] for key in ("kernelspec",)}
     resources = {"metadata": {"path": str(page.parent)}}
     options = {"timeout": None, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources=resources, **options).execute()
-    notebook.metadata = {**metadata, "language_info": {"name": "python"}}
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     nbformat.write(notebook, page)
 
 

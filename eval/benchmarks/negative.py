@@ -17,16 +17,11 @@ from eval.benchmarks.experiments import read
 from eval.benchmarks.figures.pointers import PointerError, Results
 from llmrec.registry import lower
 from llmrec.report.table import grid
-from llmrec.report.wording import SEEDS, USERS
+from llmrec.report.wording import SEEDS, USERS, outcome
 
 SOURCE = "eval/negative_results.yaml"
 PAGE = "eval/NEGATIVE_RESULTS.md"
-NO_DIFFERENCE = "no significant difference"
-_VERDICTS = {
-    "shown": "significantly better",
-    "contradicted": "significantly worse",
-    "not shown": NO_DIFFERENCE,
-}
+NO_DIFFERENCE = outcome("not shown")
 _HEAD = f"""# Negative results
 
 Ideas that were measured and did not help. The table is written by `make figures` from `{SOURCE}` and `eval/results/`.
@@ -108,12 +103,12 @@ def _verdict(tested: Tested, pair: dict[str, Any], metric: str) -> str:
             )
         return f"{NO_DIFFERENCE} ({tested.why})"
     if pair.get("verdict"):
-        return _VERDICTS[pair["verdict"]]
+        return outcome(pair["verdict"])
     if pair.get("p") is None:
         return "not tested"
     if pair["p"] > 0.05:
         return NO_DIFFERENCE
-    return _VERDICTS["shown" if (pair["value"] < 0) == lower(metric) else "contradicted"]
+    return outcome("shown" if (pair["value"] < 0) == lower(metric) else "contradicted")
 
 
 def _link(root: Path, name: str) -> str:

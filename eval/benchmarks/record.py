@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from eval.benchmarks.figures.parts import put
 from llmrec.cli.console import finish
 from llmrec.durable import CHECKSUM
 from llmrec.machine import commit
@@ -29,7 +30,8 @@ from llmrec.report.summary import caution
 from llmrec.report.wording import outcome
 from llmrec.results import Results
 
-START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
+PART = "quickstart:table"
+"""The generated part of the page."""
 SIMPLE = ("random", "frequent-text", "global-mean", "user-mean", "popularity", "item-mean")
 """Simple baselines, the strongest last; a task has some of them."""
 
@@ -57,10 +59,7 @@ def main(run: Path, target: Path, shown: Path | None = None, page: Path | None =
     target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if shown is None:
         return
-    text = shown.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    shown.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    shown.write_text(put(shown.read_text(encoding="utf-8"), PART, table(results)), encoding="utf-8")
 
 
 def changed_since(results: dict[str, Any], page: Path) -> list[str]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from docs.site.reference import MARK
+from eval.benchmarks.figures.pages import COMMENT, FENCE, GENERATED
 from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
 
@@ -25,12 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = 20261130
 SIZES = {"documentation": 52, "docstrings": 18, "help": 15, "messages": 15}
 CLASSES = ("plain", "awkward", "private")
-# Fenced code, generated parts and comments are not prose.
-_NO_PROSE = (
-    re.compile(r"^(```|~~~).*?^\1 *$", re.MULTILINE | re.DOTALL),
-    re.compile(r"<!-- (?P<name>[\w-]+:[\w-]+) -->.*?<!-- /(?P=name) -->", re.DOTALL),
-    re.compile(r"<!--.*?-->", re.DOTALL),
-)
 # Fewer words are a label, no sentence.
 _LEAST = 5
 
@@ -69,10 +64,9 @@ def joined(sample: Path, readers: list[Path]) -> dict[str, object]:
         if len(given) != len(rows) or not set(given) <= set(CLASSES):
             raise SystemExit(f"a reader gives one of {', '.join(CLASSES)} for each of the {len(rows)} sentences")
     return {
-        "command": "python -m eval.benchmarks.sentences",
+        "command": "python -m eval.benchmarks.sentences join SAMPLE READER READER eval/results/sentences.json",
         "seed": SEED,
         **provenance(),
-        "plain": [sum(name == "plain" for name in given) for given in classes],
         "counts": [dict(Counter(given)) for given in classes],
         "sentences": [
             row | {"classes": list(pair)} for row, pair in zip(rows, zip(*classes, strict=True), strict=True)
@@ -84,7 +78,7 @@ def documentation() -> Iterator[tuple[str, str]]:
     """Yield the sentences of README and docs/ that are written by hand."""
     for path in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8").partition(MARK)[0]
-        for pattern in _NO_PROSE:
+        for pattern in (FENCE, GENERATED, COMMENT):
             text = pattern.sub("", text)
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
         for line in text.splitlines():

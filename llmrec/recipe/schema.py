@@ -1468,8 +1468,10 @@ class EvalSection(Section):
 class AugmentSection(Section):
     """Texts that `llmrec augment` generates, see docs/text-features-and-cold-start.md."""
 
-    users: str | None = Field("user-reasoning", description="Template of texts on users. `null`: no such texts.")
-    items: str | None = Field("item-facts", description="Template of texts on items. `null`: no such texts.")
+    users: str | None = Field(
+        "user-reasoning", description="Template of texts about users. `null`: none are generated."
+    )
+    items: str | None = Field("item-facts", description="Template of texts about items. `null`: none are generated.")
     factors: tuple[str, ...] = Field((), description="Aspects that the texts should cover, such as genre or mood.")
     topics: tuple[str, ...] = Field(
         (), description="Closed list of topics: only those named in a user's text are kept."

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from llmrec.answer.known import Histories, Known
 from llmrec.answer.loaded import Loaded, load
 from llmrec.answer.opening import family_about, open_fitted
 from llmrec.answer.options import RecommenderOptions
 from llmrec.baselines.base import Trainable
 from llmrec.baselines.parameters import make
-from llmrec.data.frames import as_arrow, only_for_a_moment
+from llmrec.data.frames import only_for_a_moment, write_frame
 from llmrec.data.sets.table import load as read_data
 from llmrec.data.split import whole
 from llmrec.display import Displayed, Summary, listed
@@ -76,7 +74,7 @@ def init(
 ) -> Begun:
     """Return a recipe for a frame of interactions.
 
-    A role that is not given is guessed; ``"none"`` means that there is no such column.
+    A role that is not given is guessed; ``"none"`` leaves it out.
 
     Args:
         frame: Interactions as a frame, see `llmrec.data.frames.with_frames`, or the path of a table.
@@ -105,7 +103,7 @@ def init(
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the names of columns among the arguments of a function, and what belongs to them."""
-    return {role: values[role] for role in _ROLES if values[role] is not None}
+    return {role: values[role] for role in _ROLES if values.get(role) is not None}
 
 
 @contextmanager
@@ -119,14 +117,11 @@ def _recipe_for(
     options = InitOptions(table="frame", **roles)
     with only_for_a_moment() as (place, named):
         tables = {}
-        for key, entry in (("interactions", interactions), ("items", items)):
-            if isinstance(entry, str | Path):
-                tables[key] = str(entry)
-            elif entry is not None:
-                tables[key] = str(place / f"{key}.parquet")
-                pq.write_table(as_arrow(entry, f"{key} frame"), tables[key])
+        for key, entry in (("path", interactions), ("items", items)):
+            if entry is not None:
+                tables[key] = str(entry if isinstance(entry, str | Path) else write_frame(entry, place, key))
         made = start.init(
-            tables["interactions"],
+            tables["path"],
             items=tables.get("items"),
             out=place / "recipe.yaml",
             name=name,
@@ -184,6 +179,7 @@ def auto(
     Raises:
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
     """
+    roles = _given(locals())
     named = isinstance(table, str | Path)
     path = items is None or isinstance(items, str | Path)
     options = AutoOptions(
@@ -194,14 +190,7 @@ def auto(
         name=name or (None if named else "frame"),
         users=users,
         classic=classic,
-        user=user,
-        item=item,
-        rating=rating,
-        time=time,
-        title=title,
-        fields=fields,
-        dates=dates,
-        split=split,
+        **roles,
         query=query,
     )
     with Bar("auto", None, quiet=quiet) as bar:

@@ -52,7 +52,7 @@ def wanted(root: Path) -> dict[str, str]:
         "README.md": {"leaderboard:matrix": leaderboard.short_grid(matrix, "eval/")},
         "docs/quickstart.md": {
             "quickstart:screen": record.screen(_read(results / "quickstart.json")),
-            "quickstart:table": record.table(_read(results / "quickstart.json")),
+            record.PART: record.table(_read(results / "quickstart.json")),
         },
         "docs/install.md": {"gpu:checks": gpu_check.table(gpu_check.stored(root / gpu_check.RESULT))},
         "docs/datasets-and-output-files.md": {
