@@ -1,1 +1,1 @@
-"""From interactions to splits and candidate sets; polars throughout, without torch."""
+"""Loading of interactions, splits and candidate sets; uses polars, not torch."""

@@ -1,4 +1,4 @@
-"""Builds a `Dataset` from a source's interactions and item table: checks, titles and further fields."""
+"""Builds a `Dataset` from a table of interactions and a table of items: checks, titles and additional fields."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ log = logger(__name__)
 
 _PAIR = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"
-# Values that tables write for a missing user, and the share of all rows that is suspicious for one of this many users.
+# Values that tables write for a missing user, and the share of rows above which a warning is given for such a user.
 _NOBODY = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
 _LARGE, _SEVERAL = 0.2, 20
-# Ids that may look like another id.
+# Ids with surrounding spaces or non-ASCII characters, which can look like another id.
 _NOT_PLAIN = r"^\s|\s$|[^\x00-\x7f]"
 
 
@@ -48,7 +48,7 @@ def assemble(
     provenance: Mapping[str, str],
     parts: pl.Series | None = None,
 ) -> Dataset:
-    """Check interactions and join them with their items.
+    """Check interactions, join them with their items, and return them as a `Dataset`.
 
     Args:
         section: The recipe's section.
@@ -113,7 +113,7 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
-    """Warn of a user id that probably means "unknown user": a word for "missing", or a large share of rows."""
+    """Warn if a user id probably means "unknown user": it is a word for "missing", or has a large share of the rows."""
     names, result = codes(frame["user_id"])
     sizes = pl.DataFrame({"user_id": names, "count": np.bincount(result, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
@@ -128,7 +128,7 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _look_alike(table: Table, frame: pl.DataFrame) -> None:
-    """Warn of ids that differ only invisibly: in surrounding spaces, invisible characters or composed letters."""
+    """Warn of ids that differ only in surrounding spaces, invisible characters or Unicode composition."""
     for column in _PAIR:
         names, result = codes(frame[column])
         odd = names.filter(names.str.contains(_NOT_PLAIN))
@@ -137,7 +137,7 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         pairs = pl.DataFrame({"name": pl.concat([odd, plain]), "seen": pl.concat([seen, plain])}).unique()
         if pairs["seen"].n_unique() == pairs.height:
             continue
-        # A coded column may have values that do not occur.
+        # The categories of a column may include values that do not occur.
         pairs = pairs.filter(pl.col("name").is_in(names.gather(np.unique(result)).implode()))
         pairs = pairs.filter(pl.len().over("seen") > 1).sort("seen", "name")
         if not pairs.is_empty():
@@ -172,7 +172,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
             f" repeats user {shown(user)} with item {shown(item)} of {where}{names} "
             f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep {kept}",
         )
-    # Held-out rows take precedence, then the latest; at equal times, and without timestamps, the last in the file.
+    # Held-out rows take precedence, then the latest row; with equal or missing timestamps, the last one in the file.
     early = section.duplicates == "keep_first"
     ordered = several.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
     result = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
@@ -184,7 +184,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
 
 
 def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return rows whose ratings are the sums over all rows of the same pair and part."""
+    """Return rows whose ratings are the sums over all rows with the same user, item and part of the split."""
     if frame["rating"].null_count() == frame.height:
         raise DataError.at(
             table.name,
@@ -217,7 +217,7 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
 def _scale(
     section: DataSection, table: Table, frame: pl.DataFrame, scale: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    """Return the scale of the recipe or the source; None without either, see `scale_of`."""
+    """Return the rating scale set in the recipe or by the source; None if neither sets one, see `scale_of`."""
     named = section.rating_scale or scale
     if named is None or frame["rating"].drop_nulls().is_empty():
         return None
@@ -251,7 +251,7 @@ class _Listing:
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by id, without HTML; if rows differ, the most frequent one, or a listing's last."""
+        """Return a column's text by id, without HTML; if rows differ, the most frequent text or a catalogue's last."""
         if not self.unique:
             result = one_per_item(self.table, self.own, name)
         else:
@@ -262,7 +262,7 @@ class _Listing:
 
 
 def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:
-    """Return the entries of all items that have interactions.
+    """Return the `Item` of every item that has interactions.
 
     A column is taken from the item table or, if it is missing there, from the interactions. Items missing in the item
     table have no entry.
@@ -300,7 +300,7 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
 def profiles(
     section: DataSection, interactions: Table, user_ids: pl.Series, users: Table | None
 ) -> dict[str, dict[str, str]]:
-    """Return the fields ``data.columns.user_fields`` by user, without empty values.
+    """Return the profile fields ``data.columns.user_fields`` by user, without empty values.
 
     A column is taken from the user table or, if it is missing there, from the interactions.
 

@@ -1,4 +1,4 @@
-"""Stored candidate sets: each held-out item with sampled negatives, under one hash.
+"""Stored candidate sets: each held-out item with its sampled negatives, and a hash over all sets.
 
 Sets are drawn once and stored, so that every predictor ranks the same items and a run can be reproduced from the file
 alone. Random numbers come from SplitMix64 (Steele et al., OOPSLA 2014) keyed by the request id: a set depends only on
@@ -32,7 +32,7 @@ _META = b"llmrec.candidates"
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """The candidate sets of the requests of a split.
+    """The candidate sets of the requests of one split.
 
     Attributes:
         kind: How negatives were drawn, ``uniform`` or ``popularity``, or the retriever of all candidates.
@@ -54,11 +54,11 @@ class CandidateSets:
     def of(
         kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]], users: frozenset[str] | None = None
     ) -> CandidateSets:
-        """Return candidate sets with their digest."""
+        """Return candidate sets with their hash."""
         return replace(_sets(kind, count, seed, sets), users=users)
 
     def save(self, path: Path) -> None:
-        """Write the sets as Parquet: columns request_id and candidates, with the rest as metadata."""
+        """Save the sets as Parquet: columns request_id and candidates; everything else as metadata."""
         names = sorted(self.sets)
         table = pa.table(
             {
@@ -72,7 +72,7 @@ class CandidateSets:
 
     @staticmethod
     def load(path: Path) -> CandidateSets:
-        """Read stored sets and verify their digest.
+        """Read stored sets and verify their hash.
 
         Raises:
             DataError: If the file is missing, is not a candidate file, or was modified.
@@ -111,7 +111,7 @@ def draw(
     seed: int,
     users: frozenset[str] | None = None,
 ) -> CandidateSets:
-    """Draw the candidates of every held-out interaction of a split, or only of those of some users.
+    """Draw candidates for every held-out interaction of a split, or only for those of given users.
 
     Negatives are items that the user has not interacted with; see `touched`. ``popularity`` draws them without
     replacement, with probabilities proportional to 1 + the number of *training* interactions. The order is shuffled, so
@@ -153,7 +153,7 @@ def draw(
 
 
 class Touched(Mapping[str, frozenset[str]]):
-    """The items of every user, as columns with four bytes per row."""
+    """The items that each user interacted with, in columns that take four bytes per row."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
         users, rows = codes(frame["user_id"])
@@ -163,7 +163,7 @@ class Touched(Mapping[str, frozenset[str]]):
         self._runs = Runs(users, rows)
 
     def places(self, user: str) -> NDArray[np.integer]:
-        """Return the indices of a user's items in ``names``, one per row."""
+        """Return the indices in ``names`` of the items that a user interacted with."""
         return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:
@@ -180,7 +180,7 @@ class Touched(Mapping[str, frozenset[str]]):
 
 
 def touched(data: SplitDataset, split: SplitName) -> Touched:
-    """Return, by user, the items that are excluded from the negatives of a split's requests.
+    """Return, by user, the items that must not be drawn as negatives for a split's requests.
 
     For ``test`` these are the items of all splits. For ``valid`` they exclude those of test: otherwise choices made on
     validation would depend on the test items, because these would never be negatives.
@@ -234,7 +234,7 @@ def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray
 def _negatives(
     numbers: _Numbers, weights: NDArray[np.uint64], total: NDArray[np.uint64], banned: set[int], need: int
 ) -> list[int]:
-    """Draw ``need`` different items outside ``banned``, one after another with probabilities by weight."""
+    """Draw ``need`` items outside ``banned`` without replacement, with probabilities proportional to the weights."""
     taken: dict[int, None] = {}
     # Rejecting banned and already drawn items leaves the probabilities of the rest correct. Where this would take long,
     # the rest is listed and sampled directly, which gives the same distribution.
@@ -255,13 +255,13 @@ def _negatives(
 
 
 class _Numbers:
-    """A SplitMix64 stream."""
+    """A stream of pseudorandom numbers (SplitMix64)."""
 
     def __init__(self, key: int) -> None:
         self._state = key
 
     def below(self, bound: int | np.uint64, size: int) -> NDArray[np.uint64]:
-        """Return integers in [0, bound), shape (size,); the bias of the remainder is below bound / 2**64."""
+        """Return integers in [0, bound), shape (size,); the modulo bias is below bound / 2**64."""
         steps = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         word = steps + np.uint64(self._state)
         self._state = (self._state + size * 0x9E3779B97F4A7C15) % 2**64

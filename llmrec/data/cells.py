@@ -10,7 +10,7 @@ from typing import TextIO
 
 import polars as pl
 
-# A spreadsheet treats a cell that starts like this as a formula; the last four characters are the full-width forms.
+# A spreadsheet treats a cell that starts with one of these as a formula; the last four are full-width forms.
 # Leading characters that it may trim first (space, controls, zero-width characters) are skipped. Apostrophes before
 # them come from an earlier writer and get one more, so that removing one restores the original. Python and polars read
 # this expression.
@@ -19,7 +19,7 @@ _GUARDED = re.compile(_FORMULA)
 
 
 def cell(value: object) -> str:
-    """Return a cell of a delimited file.
+    """Return a text as a cell of a delimited file that a spreadsheet does not run as a formula.
 
     Numbers have full precision, lists are JSON, and a text that would run as a formula gets a leading apostrophe.
     """
@@ -34,7 +34,7 @@ def cell(value: object) -> str:
 
 
 def unguarded(texts: pl.Series) -> pl.Series:
-    """Return the texts of cells without the apostrophe that `cell` adds."""
+    """Return cells without the apostrophe that `cell` adds."""
     return texts.str.replace(f"^'({_FORMULA})", "${1}")
 
 
@@ -57,7 +57,7 @@ def write_rows(
 
 
 class _Rows:
-    """File object for a `csv.writer`, which receives whole rows and writes them with another line end."""
+    """File object for a `csv.writer` that writes each row with another line end."""
 
     def __init__(self, stream: TextIO, end: str) -> None:
         self._stream, self._end = stream, end

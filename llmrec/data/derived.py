@@ -1,4 +1,4 @@
-"""Derives what a review data set lacks from the training reviews of a split: titles, names, features, sentences.
+"""Derives the titles, user names, features and sentences that a review data set lacks, from its training reviews.
 
 This is done after the split and from training reviews only: a title made from all reviews of an item would contain
 words of held-out reviews. The feature and sentence of a held-out review are chosen from its own text with the
@@ -43,7 +43,7 @@ VERSION = 1
 """Version of the keyphrase extraction; part of the cache key."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-# Boundaries of phrases.
+# Phrases do not cross these characters.
 _BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
 _TERM = re.compile(r"\w+(?:['’&-]\w+)*")
 # Shorter terms, and numbers, are not part of any phrase.
@@ -98,7 +98,7 @@ def extract(text: str, *, words: int, most: int, alike: float) -> list[tuple[flo
 
 
 def _chunks(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield runs of terms between punctuation marks, with the number of their sentence."""
+    """Yield runs of terms between punctuation marks, with the index of their sentence."""
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
     for number, sentence in enumerate(sentences):
         for part in _BREAK.split(sentence):
@@ -107,7 +107,7 @@ def _chunks(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float]:
-    """Return the score of every term that a phrase may contain (equations 1 to 6)."""
+    """Return the score of every term that can be part of a phrase (equations 1 to 6)."""
     times: Counter[str] = Counter()
     capitals: Counter[str] = Counter()
     acronyms: Counter[str] = Counter()
@@ -161,15 +161,15 @@ def _similar(first: str, other: str, alike: float) -> bool:
 
 
 NAMES, TITLES = "names", "titles"
-# Phrases in a title; for items with the same phrases, up to the second number.
+# Phrases per title; up to the second number if several items have the same phrases.
 _IN_TITLE, _MOST_IN_TITLE = 3, 6
-# A phrase of fewer training reviews is a writer's wording, not a feature.
+# A phrase in fewer training reviews is one author's wording, not a feature.
 _LEAST = 3
-# Shorter sentences add little to the feature; longer ones do not answer "why, in one sentence?".
+# Shorter sentences add little to the feature; longer ones do not answer "why?" in one sentence.
 _SENTENCE = (4, 40)
 _SENTENCES = re.compile(r"(?<=[.!?])(?=\s|[A-Z])|\n+")
 _WORD = re.compile(r"\w+")
-# Words in reviews of any item. Features are properties of an item; these are opinions, actions and times.
+# Words that occur in reviews of any item: opinions, actions and times, not properties of an item.
 _OPINIONS = (
     "good great nice best better excellent perfect awesome amazing wonderful fantastic decent fine bad worse worst "
     "poor terrible cheap love loved loves like liked likes hate recommend recommended happy pleased disappointed worth "
@@ -185,7 +185,7 @@ _LAST = ("n", "s", "r", "l", "na", "ra", "ro", "lin", "tan", "vel", "dor", "mi",
 
 
 def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
-    """Return a review data set with its missing data derived; other data sets unchanged.
+    """Return a review data set with missing titles, names, features and sentences added; other data sets unchanged.
 
     Args:
         dataset: The data set. Results of an earlier derivation are replaced.
@@ -207,7 +207,7 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
 
 
 def sentences(text: str) -> list[str]:
-    """Return a text's sentences, split at line ends and after full stops, question marks and exclamation marks."""
+    """Split a text into sentences at line ends, full stops, question marks and exclamation marks."""
     return [sentence for part in _SENTENCES.split(text) if (sentence := " ".join(part.split()))]
 
 
@@ -217,7 +217,7 @@ def _opinion(phrase: str) -> bool:
 
 
 def _about(review: Review, known: Collection[str]) -> Review:
-    """Return a review with its feature (the best training phrase in a suitable sentence) and that sentence."""
+    """Return a review with its feature (the best training phrase in a suitable sentence) and the sentence."""
     low, high = _SENTENCE
     fair = [sentence for sentence in sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
     for phrase in review.phrases:
@@ -234,7 +234,7 @@ def _about(review: Review, known: Collection[str]) -> Review:
 
 
 def _titled(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> dict[str, Item]:
-    """Return every item with its most distinctive phrases as title; an item without training reviews keeps its id."""
+    """Return every item with its most distinctive phrases as title; items without training reviews keep their id."""
     own: dict[str, Counter[str]] = defaultdict(Counter)
     for pair in training:
         own[pair[1]].update(dataset.reviews[pair].phrases)
@@ -249,7 +249,7 @@ def _titled(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mappi
 
 
 def _telling(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
-    """Yield an item's distinctive phrases, best first: frequent in its reviews, rare in others, sharing no word."""
+    """Yield an item's distinctive phrases, best first: frequent in its reviews, rare in others, sharing no words."""
     usable = [phrase for phrase in phrases if not _opinion(phrase)]
     # Phrases of a single review are used only if no others are left.
     usable.sort(
@@ -296,12 +296,12 @@ def _name(number: int) -> str:
 log = logger(__name__)
 
 _WORDS, _MOST, _ALIKE = 2, 10, 0.9
-# Longer texts are represented by their beginning.
+# Longer texts are truncated to this length.
 _LENGTH = 4000
 
 
 def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return each text's keyphrases in lower case, best first: at most 10, of one or two words."""
+    """Return the keyphrases of each text in lower case, best first: at most 10, of one or two words."""
     settings = f"keyphrases {VERSION} {_WORDS} {_MOST} {_ALIKE} {_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
@@ -309,7 +309,7 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
         if len(results) == len(texts):
             return results
     except (OSError, ValueError, TypeError):
-        pass  # not cached or unreadable: extracted again
+        pass  # missing or unreadable cache: extract again
     if len(texts) > 1000:
         log.info("extracting keyphrases of %d reviews; this is done once", len(texts))
     results = [_of(text) for text in texts]

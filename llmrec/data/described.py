@@ -1,4 +1,4 @@
-"""Adds the texts of a feature store to users and items, as fields that prompts show.
+"""Adds texts from a feature store to users and items, as fields shown in prompts.
 
 A user's text becomes the field ``profile`` and an item's text the field ``about``. They are data like other fields:
 cleaned before a model reads them, and part of the fingerprint of the data.
@@ -30,13 +30,13 @@ _YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
 class Profile(str):
-    """A user's text from a feature store: prompts show it instead of the user's other fields, in serving as well."""
+    """A user's text from a feature store, which prompts show instead of the user's other fields."""
 
     __slots__ = ()
 
 
 def described(data: SplitDataset, section: TextsSection | None, held: frozenset[Pair] = frozenset()) -> SplitDataset:
-    """Return a split whose users and items have the texts of a store; unchanged without a section.
+    """Return a split whose users and items have the texts of a feature store; unchanged without a store.
 
     A user's text that names an item held out for this user is excluded, but the user stays: models with and without
     texts must be evaluated on the same users.
@@ -81,7 +81,7 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
 
 
 def names(text: str, title: str) -> bool:
-    """Whether a text names an item, ignoring case, with or without the year at the end of the title."""
+    """Whether a text mentions an item by its title, ignoring case and a year at the end of the title."""
     whole = clean(title).casefold()
     bare = _YEAR.sub("", whole)
     message = bare if len(bare) >= NAMED else whole
@@ -91,7 +91,7 @@ def names(text: str, title: str) -> bool:
 
 
 def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
-    """Return, by user, the held-out items by title, for titles long enough to name an item."""
+    """Return the ids of held-out items by user and title, for titles long enough to be unambiguous."""
     result: dict[str, dict[str, str]] = {}
     for user, item in sorted(pair for pair in data.held_out if pair[0] in users):
         title = data.dataset.titles.get(item, "")
@@ -101,7 +101,7 @@ def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str
 
 
 def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
-    """Return items with the texts of a store, if the section names a store with item texts; errors as `described`."""
+    """Return items with the texts of a feature store, if it has texts about items; raises the errors of `described`."""
     store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
     if section is None or store is None or "item" not in store.kinds:
         return items
@@ -114,16 +114,16 @@ def described_items(items: Mapping[str, Item], section: TextsSection | None) -> 
 
 
 def profile_of(user: str, section: TextsSection) -> str:
-    """Return the text that prompts show of a user; empty if the store has none, or for the shuffled baseline."""
+    """Return the text about a user for prompts; empty if none is stored, and for the baseline with shuffled texts."""
     if section.sides == "item" or section.shuffled:
         return ""
-    # Opened for each user, so that a text corrected or erased in the meantime is not used.
+    # Opened for each user, so that a text that was corrected or deleted in the meantime is not used.
     store = FeatureStore.open(section.path)
     return store.texts("user", [user]).get(user, "").strip() if "user" in store.kinds else ""
 
 
 def reshuffled(names: Sequence[str]) -> dict[str, str]:
-    """Return a random cyclic permutation of names as a mapping, for the shuffled baseline: no name maps to itself."""
+    """Return a random cyclic permutation of names for the baseline with shuffled texts: no name maps to itself."""
     drawn = np.random.default_rng(0).permutation(len(names))
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
@@ -136,7 +136,7 @@ def refuse_seen(
     kind: FeatureKind = "user",
     held: frozenset[Pair] = frozenset(),
 ) -> None:
-    """Reject features made from an interaction that is trained on or held out here, since they would leak the answer.
+    """Reject features made from interactions used for training or evaluation, since they would leak the answer.
 
     Args:
         path: Path of the store, for the message.
@@ -166,7 +166,7 @@ def refuse_seen(
 
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
-    """Return the texts on these ids or, if shuffled, those of other ids of the store."""
+    """Return the texts stored for these ids or, if shuffled, the texts of other ids."""
     of = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     requested = [name for name in ids if name in of]
     result = store.texts(kind, {of[name] for name in requested})

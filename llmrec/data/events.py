@@ -1,4 +1,4 @@
-"""Interactions of users, stored in columns as numbers and item codes; `Event` objects are created on request."""
+"""Interactions by user, stored as columns of numbers and item codes; `Event` objects are created on request."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from llmrec.data.read.codes import Runs, codes
 from llmrec.types import Event
 
-# Interactions cached as objects of about 130 bytes, because they are requested repeatedly.
+# Number of `Event` objects to cache (about 130 bytes each), because they are requested repeatedly.
 _KEPT = 1_000_000
 
 
 class Events:
-    """The interactions of a frame by user; items, ratings and times are not copied.
+    """The interactions of a frame by user, without copies of its columns.
 
     Args:
         frame: Columns of `llmrec.data.dataset.SCHEMA`, with each user's rows in time order.
@@ -37,12 +37,12 @@ class Events:
         self._held = 0
 
     def count(self, user: str) -> int:
-        """Return a user's number of interactions."""
+        """Return the number of interactions of a user."""
         part = self._runs.of(user)
         return int(part.stop - part.start)
 
     def counts(self, *, rated: bool) -> Mapping[str, int]:
-        """Return the number of interactions, or of rated ones, by user in sorted order, without zeros."""
+        """Return the number of interactions, or of rated interactions, by user in sorted order, without zeros."""
         whole = np.ones(len(self._items), dtype=bool)
         kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
         sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
@@ -51,7 +51,7 @@ class Events:
         return dict(zip(self._runs.users.filter(present).to_list(), result[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
-        """Return a user's interactions in order; empty for an unknown user."""
+        """Return the interactions of a user in time order; empty for an unknown user."""
         result = self._kept.get(user)
         if result is not None:
             self._kept.move_to_end(user)

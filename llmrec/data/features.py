@@ -1,4 +1,4 @@
-"""Features: precomputed vectors and texts of users or items, with the interactions that they were made from.
+"""Stores precomputed vectors and texts of users or items, with the interactions that they were made from.
 
 A store is a folder that a service can memory-map and read without llmrec with numpy:
 docs/text-features-and-cold-start.md.
@@ -50,11 +50,11 @@ ANSWERS = "answers.sqlite"
 
 _FORMAT = 1
 _CURRENT, _META, _TEXTS, _LOCK = "current", "meta.json", "features.sqlite", ".lock"
-# Names of versions and their drafts: nothing else in a folder is ever removed.
+# Folder names of versions and unfinished versions; no other folder is ever removed.
 _VERSION, _DRAFT = re.compile(r"[0-9a-f]{16}"), re.compile(r"\.[0-9a-f]{16}\.draft")
-# Ids are stored in fields of one width, so one long id makes all others as large.
+# Ids are stored in fixed-width fields, so one long id enlarges all of them.
 _WIDEST = 512
-# Versions kept for processes that have them open, including the current one.
+# Versions to keep for processes that have them open, including the current one.
 _KEPT = 2
 KINDS: tuple[FeatureKind, ...] = ("user", "synthetic", "item")
 """The kinds in the order in which texts are written: a synthetic item may be written from its user's text."""
@@ -65,7 +65,7 @@ OF_PERSONS: tuple[FeatureKind, ...] = ("user", "synthetic")
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """The origin of features; equal provenance and equal ids give equal features.
+    """How features were made; equal provenance and equal ids give equal features.
 
     Attributes:
         system: The method that made them, such as ``kar``, or how they were imported.
@@ -86,7 +86,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Features:
-    """Vectors of users or items, with optional texts and the interactions that each text was written from.
+    """Vectors of users or items, with optional texts and the interactions from which each text was written.
 
     Attributes:
         kind: The kind of the ids.
@@ -108,7 +108,7 @@ class Features:
     fallback: NDArray[np.floating[Any]] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the fields are consistent.
+        """Check that the fields are consistent with each other.
 
         Raises:
             DataError: If an id is repeated or too long, numbers are not finite, or lengths differ; or if ``seen`` has
@@ -144,7 +144,7 @@ class Features:
 
 @dataclass(frozen=True)
 class _Table:
-    """The features of one kind, memory-mapped."""
+    """The memory-mapped features of users or of items."""
 
     ids: NDArray[np.bytes_]
     vectors: NDArray[np.floating[Any]]
@@ -155,7 +155,7 @@ class FeatureStore:
     """Reads features from a folder, by id; safe for concurrent reads."""
 
     def __init__(self, folder: Path, version: Path, meta: Mapping[str, Any]) -> None:
-        """Set up from an opened version; use `open`."""
+        """Read an opened version; call `open` instead."""
         self.folder, self._version, self._meta = folder, version, meta
         self._tables: dict[str, _Table] = {
             kind: _Table(
@@ -168,7 +168,7 @@ class FeatureStore:
 
     @staticmethod
     def open(folder: str | Path, *, split: str | None = None) -> FeatureStore:
-        """Open the current version.
+        """Open the current version of a store.
 
         Args:
             folder: The store.
@@ -218,33 +218,33 @@ class FeatureStore:
 
     @property
     def kinds(self) -> tuple[FeatureKind, ...]:
-        """The kinds of features in the store."""
+        """Whether the store has features of users, items or both."""
         return tuple(kind for kind in KINDS if kind in self._tables)
 
     def provenance(self, kind: FeatureKind) -> Provenance:
-        """Return the origin of the features of a kind."""
+        """Return how the features of users or items were made."""
         return Provenance(**self._meta["kinds"][kind]["provenance"])
 
     @property
     def stamp(self) -> str:
-        """A hash over the content and its provenance."""
+        """Hash over all features and how they were made."""
         text = json.dumps({"dtype": self._meta["dtype"], "kinds": self._meta["kinds"]}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def width(self, kind: FeatureKind) -> int:
-        """Return the dimension of the vectors of a kind."""
+        """Return the dimension of the vectors of users or items."""
         return int(self._tables[kind].vectors.shape[1])
 
     def fallback(self, kind: FeatureKind) -> NDArray[np.floating[Any]] | None:
-        """Return the vector of unknown ids if it was given; None if it is the mean of all."""
+        """Return the vector used for unknown ids, if one was set; None if their mean is used."""
         return None if self._meta["kinds"][kind]["fallback"] == "mean" else self._tables[kind].fallback
 
     def ids(self, kind: FeatureKind) -> list[str]:
-        """Return all ids of a kind, sorted by their bytes."""
+        """Return all ids of users or items, sorted by their bytes."""
         return [name.decode() for name in self._tables[kind].ids.tolist()]
 
     def get(self, kind: FeatureKind, ids: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return the vectors of ids.
+        """Return vectors by id, and whether each id is known.
 
         Args:
             kind: The kind of the ids.
@@ -274,7 +274,7 @@ class FeatureStore:
         return vectors, known
 
     def texts(self, kind: FeatureKind, ids: Iterable[str]) -> dict[str, str]:
-        """Return the texts of these ids, without ids that have none."""
+        """Return the texts of these ids; ids without a text are left out."""
         with closing(self._database()) as base:
             result = (
                 base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, name)).fetchone()
@@ -288,7 +288,7 @@ class FeatureStore:
         return "float16" if self._meta["dtype"] == "float16" else "float32"
 
     def seen_by(self, kind: FeatureKind) -> dict[str, frozenset[Pair]]:
-        """Return the (user, item) pairs that each text of a kind was written from, by id."""
+        """Return, by id, the (user, item) pairs from which each text was written."""
         result: dict[str, set[Pair]] = {}
         with closing(self._database()) as base:
             for name, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
@@ -296,7 +296,7 @@ class FeatureStore:
         return {name: frozenset(known) for name, known in result.items()}
 
     def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
-        """Return every (user, item) pair that any text was written from."""
+        """Return all (user, item) pairs from which any text was written."""
         where, given = ("", ()) if kind is None else (" WHERE kind = ?", (kind,))
         with closing(self._database()) as base:
             return frozenset(base.execute(f"SELECT DISTINCT user, item FROM seen{where}", given).fetchall())
@@ -319,7 +319,7 @@ def _named(current: Path) -> str:
 
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Path]:
-    """Hold the lock of a store, so that no other process writes to it; the folder is created if it is missing.
+    """Lock a store, so that no other process writes to it; creates the folder if it is missing.
 
     Raises:
         LlmrecError: If the folder is a link or contains files that are not of a store, or another process writes to it.
@@ -354,7 +354,7 @@ def _is_own(path: Path) -> bool:
 def publish(
     folder: str | Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32"
 ) -> Path:
-    """Write features as the new current version; if the call is killed, the previous version stays current.
+    """Write features as the new current version; if interrupted, the previous version stays current.
 
     Args:
         folder: The store; created if it is missing.
@@ -375,7 +375,7 @@ def publish(
 def write_version(
     place: Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32", keep: int = _KEPT
 ) -> Path:
-    """Write a version inside `writing`; see `publish`.
+    """Write a version while holding the lock of `writing`; see `publish`.
 
     Args:
         place: The store.
@@ -385,7 +385,7 @@ def write_version(
     """
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a store has one table per kind; pass users once and items once", kind="duplicate")
-    # Drafts of killed calls.
+    # unfinished versions of interrupted calls
     for path in [path for path in place.iterdir() if _DRAFT.fullmatch(path.name)]:
         shutil.rmtree(path, ignore_errors=True)
     name = secrets.token_hex(8)
@@ -405,7 +405,7 @@ def write_version(
 
 
 def drop_older(place: Path, *, keep: int = 1) -> None:
-    """Remove all versions, inside `writing`, except the current one and the ``keep`` - 1 newest of the others."""
+    """Remove all versions but the current one and the ``keep`` - 1 newest others; requires the lock of `writing`."""
     current = _named(place / _CURRENT)
     versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)

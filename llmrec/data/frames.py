@@ -1,4 +1,4 @@
-"""Frames in memory as data: written as Parquet files to the run folder, then read like other tables."""
+"""Accepts data frames in memory: writes them as Parquet files to the run folder, to be read like other tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES: Mapping[str, str] = {"path": "interactions", "items": "items"}
 
 
 def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = None) -> Recipe:
-    """Write frames to a folder and return the recipe that reads them from there.
+    """Write data frames to a folder, and return a recipe that reads them.
 
     Equal frames give equal files, so that a later run of the same recipe reuses the results of an earlier one.
 
@@ -59,7 +59,7 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
 
 @contextmanager
 def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
-    """Yield a temporary folder for frames, and a function that replaces its file names in a message by frame names.
+    """Yield a temporary folder for data frames, and a function that replaces its file names in messages by frame names.
 
     Raises:
         LlmrecError: Those of the block, with frame names.
@@ -70,7 +70,7 @@ def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
 
 @contextmanager
 def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
-    """Yield a function that replaces the file names of frames in a folder by frame names in a message.
+    """Yield a function that replaces file names in messages by the names of the data frames stored in them.
 
     Raises:
         LlmrecError: Those of the block, with frame names.
@@ -89,7 +89,7 @@ def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
 
 
 def write_frame(frame: Any, folder: Path, key: str) -> Path:
-    """Write a frame to a folder as the table of ``data.path`` or ``data.items``, selected by ``key``; return its file.
+    """Write a data frame as the table of ``data.path`` or ``data.items``, selected by ``key``, and return its file.
 
     Raises:
         DataError: If it is not a frame, or a column cannot be written.
@@ -102,7 +102,7 @@ def write_frame(frame: Any, folder: Path, key: str) -> Path:
 
 
 def as_arrow(frame: Any, name: str) -> Any:
-    """Return a frame as an Arrow table.
+    """Return a data frame as an Arrow table.
 
     Args:
         frame: See `with_frames`.
@@ -119,10 +119,10 @@ def as_arrow(frame: Any, name: str) -> Any:
         if isinstance(frame, Mapping):
             return pa.table(dict(frame))
         if hasattr(frame, "with_format") and hasattr(frame, "features"):
-            # The selection and order of a `datasets.Dataset` are stored separately from its table.
+            # A `datasets.Dataset` stores its selection and order of rows separately from its table.
             return frame.with_format("arrow")[:]
         if type(frame).__module__.partition(".")[0] == "pandas":
-            # An unnamed index has only row positions of a filtered frame; it is not a column of the data.
+            # An unnamed index only has the row positions of a filtered frame, which are not data.
             return pa.Table.from_pandas(frame, preserve_index=None if frame.index.name else False)
         if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
             return _spelled(pa.table(frame))
@@ -142,7 +142,7 @@ def as_arrow(frame: Any, name: str) -> Any:
 
 
 def like(frame: Any, table: Any) -> Any:
-    """Return an Arrow table as the type of another frame."""
+    """Convert an Arrow table to the type of a given data frame."""
     if isinstance(frame, list):
         return table.to_pylist()
     if isinstance(frame, Mapping):
@@ -158,7 +158,7 @@ def like(frame: Any, table: Any) -> Any:
 
 
 def _spelled(table: Any) -> Any:
-    """Return a table whose categories are texts of a type that Parquet supports."""
+    """Return a table with categorical columns as texts, in a type that Parquet supports."""
     for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
             chunks = [
@@ -171,6 +171,6 @@ def _spelled(table: Any) -> Any:
 
 
 def _of_dictionaries(rows: list[Any]) -> Any:
-    """Return rows as a table with the columns of all rows; missing values are null."""
+    """Return dictionaries as a table with all their keys as columns; missing values are null."""
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: [row.get(name) for row in rows] for name in names})

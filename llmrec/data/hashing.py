@@ -1,4 +1,4 @@
-"""Stable seeded hashes: every random choice of the data layer depends on ids, never on the row order.
+"""Stable seeded hashes for all random choices about data, which therefore depend on ids and not on the row order.
 
 blake2b is used instead of the hash of a library, so that a split does not change with the version of polars or numpy.
 """
@@ -13,12 +13,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-# Rows whose strings are converted to Python at a time.
+# Number of rows whose strings are converted to Python at a time.
 _BLOCK = 65_536
 
 
 def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDArray[np.uint64]:
-    """Hash rows of strings to 64 bits.
+    """Hash each row of strings to 64 bits.
 
     Args:
         purpose: Name of the decision; hashes with different purposes are independent.
@@ -28,7 +28,7 @@ def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDAr
     Returns:
         One hash per row, shape (n,).
     """
-    # Lengths precede the parts, so that ("ab", "c") and ("a", "bc") differ.
+    # The length precedes each string, so that ("ab", "c") and ("a", "bc") differ.
     prefix = f"{purpose}\x1f{seed}\x1f"
     results = []
     rows = zip(*columns, strict=True)
@@ -44,12 +44,12 @@ def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDAr
 
 
 def hash_one(purpose: str, seed: int, *parts: str) -> int:
-    """Hash one row; the same value as from `hash64`."""
+    """Hash one row of strings to the same value as `hash64`."""
     return int(hash64(purpose, seed, *[[part] for part in parts])[0])
 
 
 def digest_frame(frame: pl.DataFrame) -> str:
-    """Return a SHA-256 over the values of a frame, in row order; nulls differ from empty texts."""
+    """Return a SHA-256 over the values of a data frame, in row order; nulls differ from empty texts."""
     total = hashlib.sha256()
     for name in frame.columns:
         series = frame[name]
@@ -57,15 +57,14 @@ def digest_frame(frame: pl.DataFrame) -> str:
         if series.dtype in (pl.String, pl.Enum, pl.Null):
             _digest_texts(total, series)
         else:
-            # Nulls are recorded in the mask; the number below a null is set to 0, so that its bytes are always the
-            # same.
+            # Nulls are hashed as a mask; the value at a null is set to 0, because its bytes are undefined.
             total.update(series.is_null().to_numpy().astype(np.uint8).tobytes())
             total.update(series.cast(pl.Float64).fill_null(0.0).to_numpy().astype("<f8").tobytes())
     return total.hexdigest()
 
 
 def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
-    """Add texts as `_digest_strings` does, one block at a time; coded texts count as their values."""
+    """Add texts to a hash as `_digest_strings` does, one block at a time; categories count as their texts."""
     starts = range(0, len(series), _BLOCK)
     if isinstance(series.dtype, pl.Enum) and not series.null_count():
         values, rows = series.dtype.categories, series.to_physical().to_numpy()

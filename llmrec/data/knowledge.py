@@ -1,4 +1,4 @@
-"""Documents about items, retrieved by id or title and truncated to the passages that fit a prompt.
+"""Documents about items: found by item id or title, and shortened to the passages that fit a prompt.
 
 The retrieved passages become the item field ``facts``, numbered in one text. It is data like any other field: templates
 show it as ``item.facts``, it is cleaned before a model reads it, and it is part of the fingerprint of the data, so
@@ -36,7 +36,7 @@ FIELD = "facts"
 Embed = Callable[[Sequence[str]], "NDArray[np.floating[Any]]"]
 
 _WORD, _MARKS, _NUMBER = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
-# Saturation of repeated words and discount for text length (common values).
+# k1 (saturation of repeated words) and b (normalisation by text length), with common values.
 _K1, _B = 1.2, 0.75
 # Constant of reciprocal rank fusion: larger means smaller differences between top ranks (Cormack et al., SIGIR 2009).
 _RANK = 60
@@ -44,7 +44,7 @@ _RANK = 60
 
 @dataclass(frozen=True)
 class BM25:
-    """BM25 weights of words in texts (Robertson and Zaragoza, 2009, equation 3.15).
+    """BM25 weights of the words of a set of texts (Robertson and Zaragoza, 2009, equation 3.15).
 
     Attributes:
         index: Column of each word.
@@ -56,7 +56,7 @@ class BM25:
 
     @staticmethod
     def of(written: Sequence[str]) -> BM25:
-        """Return the word weights of texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
+        """Compute the weights of words in texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
         counts = [Counter(_words(text)) for text in written]
         frequency = Counter(word for counted in counts for word in counted)
         index = {word: position for position, word in enumerate(sorted(frequency))}
@@ -73,7 +73,7 @@ class BM25:
         return BM25(index, sparse.csr_array((values, (rows, columns)), shape=shape))
 
     def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
-        """Return the scores of texts for a question, shape (texts,), or of a slice of them."""
+        """Return the BM25 scores of all texts, or of a slice of them, for a question, shape (texts,)."""
         words = np.zeros(len(self.index))
         for word in _words(question):
             if word in self.index:
@@ -100,7 +100,7 @@ class Documents:
 
     @staticmethod
     def read(path: str, *, column: str = "text") -> Documents:
-        """Read a table with ``item_id`` or ``title`` and a column of texts.
+        """Read a table with a column ``item_id`` or ``title`` and a column of texts.
 
         Raises:
             DataError: If it cannot be read, a column is missing, or an id is repeated.
@@ -129,13 +129,13 @@ class Documents:
 
     @cached_property
     def _passages(self) -> tuple[tuple[str, ...], NDArray[np.int64], BM25]:
-        """All passages, the index of each document's first passage, and their weights."""
+        """All passages, the index of each document's first passage, and the BM25 weights of the passages."""
         cut = [sentences(text) for text in self.written]
         flat = tuple(passage for document in cut for passage in document)
         return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
 
     def about(self, item: Item) -> int | None:
-        """Return the index of an item's document: by id, else the best match by title that has all words of the title.
+        """Return the index of an item's document: by id, else the best match that has all words of the item's title.
 
         A title of one word must be a word of the document's title: many texts contain "heat", but few are about "Heat".
         """
@@ -149,7 +149,7 @@ class Documents:
         return best if wanted and wanted <= held else None
 
     def passages(self, place: int, question: str, tokens: int, embed: Embed | None = None) -> list[str]:
-        """Return the passages of a document with the highest scores for a question, in document order.
+        """Return the passages of a document that score highest for a question, in document order.
 
         Args:
             place: Index of the document.
@@ -174,7 +174,7 @@ class Documents:
 
 
 def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
-    """Return a data set whose items have the facts that a recipe's ``data.facts`` retrieves.
+    """Return a data set whose items have the passages retrieved by ``data.facts``.
 
     Raises:
         DataError: See `Documents.read`; or if no item has a document.
@@ -199,13 +199,13 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
 
 def numbered(passages: Sequence[str]) -> str:
     """Return passages as one text, each after its number for citations."""
-    # A document's own citation numbers would be confused with these.
+    # Citation numbers in the document itself would be confused with these numbers.
     cleaned = [_NUMBER.sub("", passage).strip() for passage in passages]
     return " ".join(f"[{n}] {passage}" for n, passage in enumerate(cleaned, start=1))
 
 
 def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
-    """Return an answer without citations of passages that were not shown, and the passages that it cites."""
+    """Return an answer without citations of passages that do not exist, and the passages that it cites."""
     parts = _NUMBER.split(facts)
     known = {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
     named = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))

@@ -1,4 +1,4 @@
-"""Ranked lists and ground truth of any system, read as one row per ranked or relevant item.
+"""Reads ranked lists and ground truth of any system, with one row per ranked or relevant item.
 
 Lists are llmrec's own records, a table with one row per item (RecBole's too), or a TREC run; ground truth is such a
 table or TREC qrels. Tables are frames in memory or files that `llmrec.data.read.table` reads.
@@ -44,7 +44,7 @@ RANKS = ("rank", "position")
 GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
 """Names of the relevance column, ignoring case; those of users and items are also as in `llmrec.data.read.words`."""
 
-# Minimum weight of a name to be accepted; see `llmrec.data.read.words`.
+# Minimum weight of a column name to be accepted; see `llmrec.data.read.words`.
 _SURE = 0.9
 _QRELS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
@@ -53,7 +53,7 @@ _QRELS_COLUMNS = ("user", "iteration", "item", "relevance")
 
 @dataclass(frozen=True)
 class Lists:
-    """Ranked items, one per row.
+    """Ranked items of several lists, one item per row.
 
     Attributes:
         name: The file, for errors.
@@ -76,7 +76,7 @@ class Lists:
 
 @dataclass(frozen=True)
 class Truth:
-    """Relevant items, one per row.
+    """Relevant items of several lists, one item per row.
 
     Attributes:
         name: The file, for errors.
@@ -95,13 +95,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Entities:
-    """Names of the user and item columns, if given; other files are read by their column names."""
+    """The user and item columns that were given; without them, columns are recognised by their names."""
 
     user: str | None = None
     item: str | None = None
 
     def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
-        """Return the column of the user or item: the given one, a usual name, or a name with that meaning."""
+        """Return the column of users or items: the given one, a default name, or a name with that meaning."""
         text, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
         if text in columns:
             return text
@@ -110,7 +110,7 @@ class Entities:
 
 @dataclass(frozen=True)
 class _Records:
-    """Lists with one record per list, in columns of lists."""
+    """Ranked lists stored as one record per list, in columns of lists."""
 
     name: str
     rows: Iterable[tuple[Place, Mapping[str, Any]]]
@@ -203,7 +203,7 @@ def _of_rows(table: Table, unit: Unit, names: Entities) -> Lists:
 
 
 def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
-    """Return the rows with an item, without rows that only explain why a list is missing, as llmrec writes them."""
+    """Return the rows with an item, and the keys of rows in which llmrec recorded why a list is missing."""
     if "error" not in table.frame.columns or table.parts:
         return table, frozenset()
     message = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
@@ -216,7 +216,7 @@ def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozens
 
 
 def _ids(table: Table, column: str) -> pl.Series:
-    """Return a column of ids as texts, without the characters that protect spreadsheets from formulas."""
+    """Return a column of ids as texts, without the protection against spreadsheet formulas."""
     result = typed.ids(table, column).cast(pl.String)
     return unguarded(result) if _is_delimited(table.name) else result
 
@@ -226,7 +226,7 @@ def _is_delimited(name: str) -> bool:
 
 
 def _found(table: Table, names: Sequence[str]) -> str | None:
-    """Return the column with the first of these names."""
+    """Return the first of these names that is a column."""
     return _called(table.frame.columns, names)
 
 
@@ -237,7 +237,7 @@ def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 @cache
 def _meaning(columns: tuple[str, ...], what: str) -> str | None:
-    """Return the only column whose name means user or item, ids before others."""
+    """Return the column whose name means user or item, preferring ids; None if there are several."""
     text = {column: named(column) for column in columns}
     best = max((meaning.weight(what) for meaning in text.values()), default=0.0)
     results = [column for column, meaning in text.items() if meaning.weight(what) == best]
@@ -265,7 +265,7 @@ def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
 
 
 def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
-    """Reject an item that is repeated for one key."""
+    """Reject items that occur twice for the same key."""
     repeated = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
     if len(repeated):
         row = int(repeated[0])
@@ -278,7 +278,7 @@ def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None
         )
 
 
-# --------------------------------------------------------------------------- llmrec's own records
+# --------------------------------------------------------------------------- records written by llmrec
 
 
 def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
@@ -320,7 +320,7 @@ def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
 
 
 def _key(place: Place, record: Mapping[str, Any], unit: Unit, asked: Entities) -> str:
-    """Return the key of a list; a request without a user counts as a user."""
+    """Return the key of a list: the user, or the request if there is no user."""
     user = asked.find(tuple(record), "user") if unit == "user" else None
     names = REQUESTS if unit == "request" else (*([user] if user else []), *USERS, *REQUESTS)
     for name in names:
@@ -378,7 +378,7 @@ def _finite(place: Place, value: Any) -> float:
 def _opened(
     source: Any, what: str, endings: Sequence[str], columns: Sequence[str], names: Entities
 ) -> Table | _Records:
-    """Open a file or a frame; TREC files are recognised by their ending or their first line."""
+    """Open a file or a data frame; TREC files are recognised by their extension or their first line."""
     if not isinstance(source, str | Path):
         return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), names)
     path = Path(source).expanduser()
@@ -419,13 +419,13 @@ def _of_arrow(name: str, table: Any, names: Entities) -> Table | _Records:
 
 
 def _of_lists(columns: Sequence[str], names: Entities) -> list[str]:
-    """Return the columns to read of a table of lists."""
+    """Return the columns to read of a table with one list per row."""
     known = {names.find(columns, "user"), *USERS, *REQUESTS, "items", "scores"}
     return [column for column in columns if column in known]
 
 
 def _with_lists(table: Table, names: Entities) -> _Records:
-    """Return records whose lists are JSON in cells."""
+    """Return the records of a table whose cells contain JSON lists."""
     columns = _of_lists(table.frame.columns, names)
     frame = table.frame.with_columns(unguarded(table.frame[n]) for n in columns if n not in ("items", "scores"))
     rows = enumerate(frame.select(columns).iter_rows(named=True))
@@ -433,7 +433,7 @@ def _with_lists(table: Table, names: Entities) -> _Records:
 
 
 def _is_trec(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a file without a known ending begins like a TREC run or qrels."""
+    """Whether a file without a known extension begins like a TREC run or qrels."""
     if path.suffix.lower() == ".gz":
         return False
     with path.open("rb") as stream:

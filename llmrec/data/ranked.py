@@ -1,4 +1,4 @@
-"""Ranked lists as files: one record per request, written in parts during the work and then as one table.
+"""Files of ranked lists: one record per request, stored in parts while a job runs and then as one table.
 
 A table has one row per request, or in the long form one per ranked item; a TREC run has one line per ranked item.
 """
@@ -32,7 +32,7 @@ _ROW_GROUP = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """The result of one request.
+    """The ranked list of one request, or the reason why it failed.
 
     Attributes:
         request_id: None if it could not be read.
@@ -75,7 +75,7 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """The result of one prediction request about an item.
+    """The prediction for one request about an item.
 
     Attributes:
         request_id: None if it could not be read.
@@ -113,14 +113,14 @@ TREC = (".trec", ".run")
 ENDINGS: Mapping[str, Form] = {**dict.fromkeys(TREC, "trec"), ".inter": "recbole"}
 """Endings of files that can have one form only."""
 
-# Forms with a text format of their own, by its separator; the ending of the file says nothing about it.
+# Text formats with a separator that the file extension does not determine.
 _SEPARATED: Mapping[Form, str] = {"trec": " ", "recbole": "\t"}
 _TYPES = (pa.string(), pa.string(), pa.int64(), pa.float64())
 _LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
 def _schema(kind: type[DataclassInstance]) -> Any:
-    """Return the columns of a record: lists of numbers and texts, integers, floats, booleans and texts."""
+    """Return the Arrow types of the columns of a record."""
     hints = get_type_hints(kind)
     known = {
         bool: pa.bool_(),
@@ -140,13 +140,13 @@ def _columns(kind: type[DataclassInstance]) -> tuple[str, ...]:
 
 
 def write_part(path: Path, records: Sequence[Ranked]) -> None:
-    """Write a part atomically, each line with its checksum."""
+    """Write the records of a part atomically, each line with its checksum."""
     lines = (_line(record).rstrip("\n") for record in records)
     write_text(path, "".join(f"{line}\t{checksum(line.encode())}\n" for line in lines))
 
 
 def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
-    """Return a part's records; None if it is missing, was modified, or is not about ``lines``."""
+    """Return the records of a part; None if it is missing, was modified, or does not cover ``lines``."""
     try:
         records = [_checked(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     except (OSError, ValueError, TypeError, AttributeError):
@@ -175,7 +175,7 @@ def _line(record: DataclassInstance) -> str:
 
 
 def form_of(path: Path, asked: str) -> Form:
-    """Return the form of lists in a file: the given one, or that of the ending of its name.
+    """Return the format of a file of ranked lists: the given one, or the one of its extension.
 
     Raises:
         RecipeError: If the two contradict each other.
@@ -197,7 +197,7 @@ def form_of(path: Path, asked: str) -> Form:
 
 
 def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "llmrec") -> None:
-    """Write ranked lists atomically; in the forms with one row per item, failed requests have no row.
+    """Write ranked lists atomically; in formats with one row per item, failed requests have no row.
 
     Args:
         path: The file.
@@ -232,7 +232,7 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
 
 
 def listed(record: Ranked) -> str:
-    """Return the key of a record, if rows have a single id: the user, or the request if it has no user."""
+    """Return the id that identifies a record in formats with one id per row: the user, or else the request."""
     return record.user_id or record.request_id or str(record.line)
 
 
@@ -250,7 +250,7 @@ def _write_long(
 
 
 def _separated(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Form, tag: str) -> Iterator[str]:
-    """Yield the lines of a TREC run or of RecBole's form, whose ids cannot be quoted."""
+    """Yield the lines of a TREC run or a RecBole file, where ids cannot be quoted."""
     trec = form == "trec"
     if not trec:
         yield "\t".join(COLUMNS[form]) + "\n"
@@ -299,7 +299,7 @@ def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[D
 @contextmanager
 def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
     with path.open("wb") as raw:
-        # No name and no time in the header, so that equal records give equal bytes.
+        # The header has no name and no time, so that equal records give equal bytes.
         stream: Any = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if packed else raw
         with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
             yield text

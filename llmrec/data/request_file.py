@@ -1,4 +1,4 @@
-"""Files of ranking requests, read row by row: only one row, or one batch of Parquet, is in memory.
+"""Reads files of ranking requests row by row, so that only one row or Parquet batch is in memory.
 
 A row that cannot be read becomes a `Raw` with an error; only a file that cannot be read at all raises.
 """
@@ -31,14 +31,14 @@ _BATCH = 256
 _BLOCK = 2**16
 _LISTS = ("history", "candidates")
 _NO_UTF8 = re.compile("[\ud800-\udfff]")
-# A single bracket may begin a title, such as "[REC]".
+# Titles such as "[REC]" may begin with a single bracket.
 _JSON_LIST = re.compile(r'\[\s*["{]')
 _MAYBE_JSON_LIST = re.compile(r"\[\s*[-\d\]].*\]$|\[\s*\]$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """One row of the file.
+    """One row of a request file.
 
     Attributes:
         line: The line on which the row begins, counted from 1; for Parquet the row.
@@ -53,7 +53,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class RequestFile:
-    """A file of requests, scanned once.
+    """A file of requests, checked once before it is read.
 
     Attributes:
         path: The file.
@@ -72,7 +72,7 @@ class RequestFile:
     bare: bool = False
 
     def __iter__(self) -> Iterator[Raw]:
-        """Yield every row in order.
+        """Yield all rows in order.
 
         Raises:
             DataError: If the file was modified or is damaged.
@@ -88,7 +88,7 @@ class RequestFile:
 
 
 def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
-    """Scan a JSON Lines, CSV, TSV or Parquet file of requests, with optional gzip for text formats.
+    """Open a JSON Lines, CSV, TSV or Parquet file of requests, with optional gzip for text formats.
 
     Args:
         path: The file.
@@ -120,7 +120,7 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that gives the type of a file.
+    """Return the extension that determines the format of a file.
 
     Raises:
         DataError: If the suffix is unknown.
@@ -149,7 +149,7 @@ def _pieces(source: Stored, stream: Any) -> Pieces:
 
 
 def _lines(source: Stored) -> Iterator[tuple[int, bytes | None]]:
-    """Yield numbered lines without their ends; None for a line that is too long."""
+    """Yield lines with their numbers and without line ends; None for a line that is too long."""
     with source.open() as stream:
         pieces = _pieces(source, stream)
         while True:
@@ -187,7 +187,7 @@ def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | Non
         pieces = _pieces(source, stream)
         try:
             for piece in pieces:
-                # Bytes that are not UTF-8 become surrogates, which are then searched for in the cells.
+                # Invalid UTF-8 becomes surrogates, which are searched for in the cells.
                 rows = piece.raw.decode("utf-8", "surrogateescape")
                 start = line = 0
                 if not piece.line:
@@ -256,7 +256,7 @@ def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Raw
 
 
 def _unpacked(line: int, record: dict[str, object]) -> Raw:
-    """Parse the lists in cells: a JSON list, or ids separated by bars."""
+    """Parse cells that contain lists: a JSON list, or ids separated by ``|``."""
     try:
         lists = {key: _list(key, cell) for key in _LISTS if isinstance(cell := record.get(key), str)}
     except DataError as error:
@@ -286,7 +286,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
     with parquet_file(str(path), path) as file:
         columns = file.schema_arrow.names
         wanted = [name for name in columns if name in KEYS]
-        # Unread columns still count as keys, so that a misspelt one is noticed.
+        # Columns that are not read still count as keys, so that a misspelt one is reported.
         others: dict[str, object] = {name: None for name in columns if name not in KEYS}
         row = 0
         for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
@@ -296,12 +296,12 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
 
 def _values(batch: Any) -> Iterator[dict[str, object] | str]:
-    """Yield a batch's rows as objects, or as the reason why one cannot be read."""
+    """Yield the rows of a batch as dictionaries; for an unreadable row, the reason as text."""
     try:
         yield from batch.to_pylist()
         return
     except FAULTS:
-        pass  # some row is not UTF-8, or has a time that Python cannot represent: find it below
+        pass  # A row has invalid UTF-8, or a time that Python cannot represent: convert the rows one by one.
     for place in range(batch.num_rows):
         try:
             result = batch.slice(place, 1).to_pylist()[0]

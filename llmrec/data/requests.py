@@ -1,4 +1,4 @@
-"""A ranking request as users write it: a history and candidates, with items by catalogue id or by text.
+"""Parses ranking requests of users: a history and candidates, with items given by catalogue id or by text.
 
 All request content is parsed by `read_request`: rows of files as well as bodies of server requests.
 """
@@ -36,7 +36,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastEvent:
-    """A past interaction: its item with the text of this request, and the text about the interaction."""
+    """An interaction in the history of a request, with the text that the request gives for its item."""
 
     item: Item
     rating: float | None = None
@@ -46,7 +46,7 @@ class PastEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRequest:
-    """A request whose items all have a text.
+    """A parsed ranking request, in which every item has a text.
 
     Attributes:
         id: Unique within a file.
@@ -83,7 +83,7 @@ class RankRequest:
 
 @dataclass
 class _Remarks:
-    """Problems worth a note: items by name, in order of occurrence."""
+    """Item names to mention in notes about a request, in order of occurrence."""
 
     skipped: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class _Remarks:
 
 
 class _Unknown(Exception):
-    """An item without any text."""
+    """An item whose text is unknown."""
 
     def __init__(self, item_id: str) -> None:
         super().__init__(item_id)
@@ -117,7 +117,7 @@ def read_request(
     whole: bool = False,
     retrieves: bool = False,
 ) -> RankRequest:
-    """Validate a request and add the text of every item.
+    """Parse a request and add the text of every item.
 
     Args:
         record: Keys are `KEYS`; entries of ``history`` and ``candidates`` are texts, integers or objects.
@@ -160,12 +160,12 @@ def read_request(
 
 
 def history_entry(event: Event) -> dict[str, object]:
-    """Return an interaction as an entry of a history."""
+    """Return an interaction as an entry in the ``history`` of a request."""
     return {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
 
 
 def unknown_id(record: Mapping[str, object]) -> str | None:
-    """Return the first item of a request that is given only by its id; None if every item has a title."""
+    """Return the first item that a request gives only by its id; None if all items have a title."""
     for key in ("history", "candidates"):
         entries = record.get(key)
         for entry in entries if isinstance(entries, list | tuple) else ():
@@ -176,7 +176,7 @@ def unknown_id(record: Mapping[str, object]) -> str | None:
 
 
 def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
-    """Return a request's id and user as far as they can be read, to identify a failed line."""
+    """Return the id and user of a request as far as they are valid, to identify a failed line."""
     if record is None:
         return None, None
     results: list[str | None] = []
@@ -254,7 +254,7 @@ def _history(
 
 
 def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _Remarks) -> Item:
-    """Return an entry with its text: that of the request, else that of the catalogue."""
+    """Return an item with its text, from the request or else from the catalogue."""
     if isinstance(entry, Mapping):
         item_id = _optional_id(f"{where}: item_id", entry.get("item_id"))
         given = entry.get("title")
@@ -318,10 +318,10 @@ def _text(what: str, value: object) -> str:
 
 
 def _profile(said: object) -> tuple[str, dict[str, str]]:
-    """Return the text about a user: given as a text, or as fields by name, such as an age."""
+    """Parse the text about a user, given as one text or as fields by name, such as an age."""
     if not isinstance(said, Mapping):
         return ("" if said is None else _text("profile", said)), {}
-    # Missing values of a frame are NaN.
+    # missing values of data frames are NaN
     known = {name: value for name, value in said.items() if value is not None and value == value}
     given = {clean(_text("profile", name)): value for name, value in known.items()}
     fields = {name: str(int(value) if whole(value) else value) for name, value in given.items() if _plain(value)}
@@ -337,7 +337,7 @@ def _plain(value: object) -> bool:
 
 
 def _optional_id(what: str, value: object) -> str | None:
-    """Return an id as text; integers are ids too, even if a library converted them to floats."""
+    """Return an id as text; integers are valid ids, even if a library converted them to floats."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if whole(value):
@@ -356,7 +356,7 @@ def _optional_id(what: str, value: object) -> str | None:
 
 
 def whole(value: object) -> TypeGuard[int | float]:
-    """Whether a JSON value is an integer, which ids may be."""
+    """Whether a JSON value is an integer; ids may be integers."""
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
@@ -407,11 +407,11 @@ def _too_long(text: str) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first few names as text."""
+    """Return the first few names as one text."""
     shown = ", ".join(repr(name if len(name) <= 60 else name[:59] + "…") for name in names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-@lru_cache(maxsize=1024)  # rows of one table have the same keys
+@lru_cache(maxsize=1024)  # all rows of a table have the same keys
 def _near_miss(key: str) -> str:
     return "" if key in KEYS else did_you_mean(key, KEYS)

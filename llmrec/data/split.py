@@ -1,4 +1,4 @@
-"""Splits a data set, orders ties in time, and returns histories, requests and texts of held-out interactions.
+"""Splits a data set, and returns histories, requests and texts of held-out interactions.
 
 Ties in time are ordered by a seeded hash of (user, item), not by item id or file order: both can leak the target when
 many interactions have the same timestamp. A recipe can select the file order of a published protocol. Without
@@ -36,7 +36,7 @@ def _no_rows() -> pl.DataFrame:
 
 
 class Holdouts(Sequence[Interaction]):
-    """Held-out interactions in columns; `Interaction` objects are created on request."""
+    """The held-out interactions of a split, in columns; `Interaction` objects are created on request."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
         self.frame = frame.select(*SCHEMA)
@@ -59,14 +59,14 @@ class Holdouts(Sequence[Interaction]):
         return (Interaction(**row) for row in self.frame.iter_rows(named=True))
 
     def of(self, users: Collection[str] | None) -> Holdouts:
-        """Return the interactions of these users, in order; None: all."""
+        """Return the held-out interactions of these users in order; of all users if None."""
         if users is None:
             return self
         names, rows = codes(self.frame["user_id"])
         return Holdouts(self.frame.filter(names.is_in(list(users)).to_numpy()[rows]))
 
     def first_users(self, count: int, *, but: Collection[str] = ()) -> tuple[str, ...]:
-        """Return the first ``count`` users with interactions, without those of ``but``."""
+        """Return the first ``count`` users with held-out interactions, except the users in ``but``."""
         result = self.frame["user_id"].unique(maintain_order=True).cast(pl.String)
         return tuple(result.filter(~result.is_in(list(but))).head(count))
 
@@ -114,11 +114,11 @@ class SplitDataset(Displayed):
 
     @property
     def measures(self) -> bool:
-        """Whether anything is held out, so that metrics can be computed."""
+        """Whether any interaction is held out, so that metrics can be computed."""
         return bool(self.valid.height or self.test.height)
 
     def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
-        """Return this split with another table's held-out pairs removed from ``train`` and ``known``."""
+        """Return this split without the held-out pairs of another table in ``train`` and ``known``."""
         if not pairs:
             return self
         named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
@@ -132,13 +132,13 @@ class SplitDataset(Displayed):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the data and the part of every row."""
+        """SHA-256 over the data and the assignment of rows to training, validation and test."""
         frames = (self.train, self.valid, self.test, self.known)
         return digest_strings([self.dataset.fingerprint, self.kind, *[digest_frame(frame) for frame in frames]])
 
     @cached_property
     def readable(self) -> str:
-        """SHA-256 over the readable interactions: training rows, and rows that are only history."""
+        """SHA-256 over the interactions that models may read: training rows, and rows that are only history."""
         return digest_strings([digest_frame(self.train), digest_frame(self.known)])
 
     def users(self) -> tuple[str, ...]:
@@ -146,15 +146,15 @@ class SplitDataset(Displayed):
         return self._users
 
     def train_events(self, user_id: str) -> tuple[Event, ...]:
-        """Return a user's training interactions, oldest first; empty for an unknown user."""
+        """Return the training interactions of a user, oldest first; empty for an unknown user."""
         return self._events["train"].of(user_id)
 
     def known_events(self, user_id: str) -> tuple[Event, ...]:
-        """Return a user's interactions that are only history, oldest first; empty for an unknown user."""
+        """Return the interactions of a user that are only history, oldest first; empty for an unknown user."""
         return self._events["known"].of(user_id)
 
     def train_count(self, user_id: str) -> int:
-        """Return a user's number of training interactions."""
+        """Return the number of training interactions of a user."""
         return self._events["train"].count(user_id)
 
     def train_counts(self, *, rated: bool = False) -> Mapping[str, int]:
@@ -162,7 +162,7 @@ class SplitDataset(Displayed):
         return self._events["train"].counts(rated=rated)
 
     def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
-        """Return a user's history before the held-out interactions of a split, oldest first.
+        """Return the interactions of a user before the held-out ones, oldest first.
 
         For ``train`` and ``valid`` these are the training interactions; for ``test`` the validation interactions follow
         them. A held-out user of a user-disjoint split has the interactions before the held-out one. With
@@ -176,7 +176,7 @@ class SplitDataset(Displayed):
         return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
     def holdouts(self, split: SplitName) -> Holdouts:
-        """Return a split's held-out interactions ordered by a seeded hash, so that the first n are an unbiased sample.
+        """Return held-out interactions in the order of a seeded hash, so that the first n are an unbiased sample.
 
         Raises:
             DataError: If ``split`` is the training split, which has no held-out interactions.
@@ -201,7 +201,7 @@ class SplitDataset(Displayed):
 
 
 def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset]:
-    """Return the split twice: with the validation rows of the users for selection, and of the users for weighting.
+    """Divide the validation users into two splits: one to select hyperparameters and one to fit ensemble weights.
 
     Users that set the weights of an ensemble must not have been used to choose a member's hyperparameters or epoch.
 
@@ -214,8 +214,8 @@ def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset
 
 
 def _in_hash_order(frame: pl.DataFrame, seed: int) -> Holdouts:
-    # Not the hash that orders ties: of tied interactions the one with the highest hash is held out, so a sample
-    # ordered by the same hash would have fewer of the users with ties.
+    # This is not the hash that orders ties: of tied interactions the one with the highest hash is held out, so a sample
+    # in the order of that hash would have fewer users with ties.
     key = hash64("holdouts", seed, frame["user_id"], frame["item_id"])
     return Holdouts(frame[np.argsort(key, kind="stable")])
 
@@ -272,7 +272,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
 
 
 def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.0) -> SplitDataset:
-    """Hold out nothing for tests: a model trained on the result can answer requests, but not be evaluated.
+    """Return a split without test interactions, to train a model that answers requests and is not evaluated.
 
     Args:
         dataset: The data set.
@@ -295,7 +295,7 @@ def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.
 
 
 def _in_time_order(dataset: Dataset, seed: int, *, moments: bool, ties: Ties) -> pl.DataFrame:
-    """Return the interactions in the order of `time_order`."""
+    """Return the interactions sorted by time; see `time_order`."""
     return (
         dataset.interactions
         if not dataset.has_time
@@ -304,7 +304,7 @@ def _in_time_order(dataset: Dataset, seed: int, *, moments: bool, ties: Ties) ->
 
 
 def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties = "hash") -> NDArray[np.integer]:
-    """Return the row indices of the interactions, oldest first; without timestamps in row order.
+    """Return the row indices of the interactions, oldest first; in row order without timestamps.
 
     Args:
         dataset: The data set.
@@ -321,17 +321,17 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties
         return order
     tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
     if len(tied):
-        # The hash matters only for interactions at the same time as another.
+        # The hash matters only for interactions at the same time.
         rows = frame[order[tied]]
         tie = hash64("tie", seed, rows["user_id"], rows["item_id"])
-        # Ratings and texts order only repeats of one pair at the same time.
+        # Ratings and texts order only repeated interactions of one pair at the same time.
         keys = [rows["timestamp"], pl.Series("_tie", tie), *rows.select(*PAIR, "rating", "text")]
         order[tied] = order[tied][pl.DataFrame(keys).with_row_index("_row").sort(pl.exclude("_row"))["_row"].to_numpy()]
     return order
 
 
 def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
-    """Return the indices of interactions with the time of another one, of the same user if users are given.
+    """Return the indices of interactions that share their time with another one; of the same user if users are given.
 
     Args:
         times: Ascending times, shape (n,).
@@ -350,7 +350,7 @@ def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDAr
 
 
 def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
-    """Return the selected rows grouped by user, each user's in time order."""
+    """Return the chosen rows grouped by user, each group in time order."""
     places = np.flatnonzero(chosen)
     # User and row index in one number: sorting numbers takes less memory than sorting indices by a key.
     keys = rows.users[places].astype(np.uint64)
@@ -362,13 +362,13 @@ def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
 
 
 def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:
-    """Return the number of held-out interactions before a training interaction of their user; 0 without timestamps."""
+    """Count the held-out interactions that precede a training interaction of their user; 0 without timestamps."""
     last = train.group_by("user_id").agg(pl.col("timestamp").max().alias("_last"))
     return held.join(last, on="user_id").filter(pl.col("timestamp") < pl.col("_last")).height
 
 
 def request_id(user_id: str, item_id: str) -> str:
-    """Return the id of a held-out pair: both ids joined by ``|``, with any ``|`` or backslash in them escaped."""
+    """Return the id of a held-out pair: ``user|item``, with ``|`` and backslash in ids escaped."""
     return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in (user_id, item_id))
 
 
@@ -381,7 +381,7 @@ def request_of(
     candidates: tuple[str, ...] | None = None,
     context: Mapping[str, str] | None = None,
 ) -> Request:
-    """Return the request for a held-out interaction, with the history of its split.
+    """Return the request for a held-out interaction, with the history before it.
 
     Args:
         data: The split data.
@@ -413,7 +413,7 @@ def threshold(scale: tuple[float, float], liked: float | None) -> float:
 
 
 def scale_of(data: SplitDataset) -> tuple[float, float]:
-    """Return the lowest and highest rating, as set by the recipe or the source, or else those of training.
+    """Return the lowest and highest rating: set in the recipe, defined by the source, or else from training.
 
     Raises:
         DataError: If training has no ratings.
@@ -435,7 +435,7 @@ Part = Literal["sentence", "headline"]
 
 
 def written(data: SplitDataset, part: Part) -> SplitDataset:
-    """Return a split with one part of each review as its text; data without reviews unchanged.
+    """Return a split in which one part of each review is its text; data without reviews unchanged.
 
     The task, baselines and metrics of a family then read the same column. An interaction without that part has no text.
     With sentences, the frames have an additional column ``feature``.

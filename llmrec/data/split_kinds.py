@@ -1,4 +1,4 @@
-"""The kinds of splits: which interactions each of them holds out.
+"""The kinds of splits: each assigns interactions to training, validation and test.
 
 Each function takes the interactions in time order, oldest first, and returns one label per row.
 """
@@ -30,7 +30,7 @@ Labels = NDArray[np.int8]
 
 
 class Rows:
-    """Interactions in time order, oldest first.
+    """Interactions sorted by time, oldest first.
 
     Attributes:
         frame: The columns of `llmrec.data.dataset.SCHEMA`.
@@ -44,7 +44,7 @@ class Rows:
 
     @cached_property
     def latest(self) -> NDArray[np.int64]:
-        """Indices of the latest interactions of all pairs, oldest first."""
+        """Indices of the latest interaction of each (user, item) pair, oldest first."""
         keys = pairs(self.frame["user_id"], self.frame["item_id"])
         if all_different(keys):
             return np.arange(len(keys))
@@ -52,7 +52,7 @@ class Rows:
         return np.sort(len(keys) - 1 - first)
 
     def labels(self, valid: NDArray[np.int64], test: NDArray[np.int64], rest: Labels | int = TRAIN) -> Labels:
-        """Return the label of every row.
+        """Return a label for every row, given the indices of validation and test rows.
 
         Args:
             valid: Indices of the validation rows, among `latest`.
@@ -67,7 +67,7 @@ class Rows:
         return result
 
     def by_user(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return indices by user, their user's number of indices, and how many of them follow, shape (n,) each."""
+        """Return indices by user, their number per user, and how many follow of the same user, shape (n,) each."""
         users = self.users[places]
         places = places[np.argsort(users, kind="stable")]
         counts = np.bincount(users, minlength=len(self.names))
@@ -76,7 +76,7 @@ class Rows:
 
 
 def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Each user's last interaction is for test, the one before for validation; short users stay in training."""
+    """Hold out each user's last interaction for test and the one before for validation, if a user has enough."""
     counts = np.bincount(rows.users[rows.latest], minlength=len(rows.names))
     latest = rows.latest[counts[rows.users[rows.latest]] >= _LEAST]
     if not len(latest):
@@ -92,21 +92,21 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
 
 
 def _last(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the last index of every user that has one; indices are ascending."""
+    """Return the last index of every user that has any; indices are ascending."""
     result = _lasts(rows, places)
     return result[result >= 0]
 
 
 def _lasts(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the last index of every user, -1 without any, shape (users,); indices are ascending."""
+    """Return the last index of every user, shape (users,), or -1 if there is none; indices are ascending."""
     result = np.full(len(rows.names), -1, dtype=np.int64)
-    # With several values for one index, the last one is kept.
+    # For repeated indices, numpy keeps the last assigned value.
     result[rows.users[places]] = places
     return result
 
 
 def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """The last share of each user's different items is for test, the share before for validation; at least 1 each.
+    """Hold out the last share of each user's items for test and the share before for validation; at least 1 each.
 
     Shares are rounded down, and a user's first item is always training. Short users stay in training.
     """
@@ -144,7 +144,7 @@ def _last_shares(
 
 
 def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Each user's items at the last time are for test, those at the time before for validation.
+    """Hold out each user's items at the last time for test, and the items at the time before for validation.
 
     For repeated items the last time counts. Users with fewer than three different times stay in training.
     """
@@ -159,7 +159,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     users, times = rows.users[places], rows.frame["timestamp"].to_numpy()[places]
     last = np.concatenate([users[1:] != users[:-1], [True]])
     begins = np.concatenate([[True], (times[1:] != times[:-1]) | last[:-1]])
-    # A running number of distinct times per user; the numbers of a user end with that of the user's last interaction.
+    # Consecutive numbers of distinct times; the last number of a user belongs to the user's last interaction.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
     ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _bounds(counts))
@@ -176,28 +176,27 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
 
 
 def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the last and the first index of every user with rows, where rows are grouped by user."""
+    """Return the last and first index of every user with rows, in rows that are grouped by user."""
     ends = np.cumsum(counts)
     return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
 
 
 def _part(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the number of items for a share of each user's items: rounded down, and at least 1 for a share above 0."""
+    """Return the number of items for a share of each user's items, rounded down, but at least 1 for a share above 0."""
     # A tenth of 30 is 3, despite the rounding of the binary product.
     whole: NDArray[np.int64] = np.floor(sizes * share + 1e-9).astype(np.int64)
     return np.maximum(whole, int(share > 0))
 
 
 def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """The last share of all interactions is for test, the share before for validation; cold-start ones are kept."""
+    """Hold out the last share of all interactions for test and the share before for validation."""
     total = len(rows.users)
     tests, valids = round(total * section.test), round(total * section.valid)
     middle = total - tests
     first = max(0, middle - valids)
     test = rows.latest[rows.latest >= middle]
     early = Rows(rows.frame[:middle])
-    # Test pairs are held out nowhere else, and of a validation pair the latest interaction before the test period
-    # counts.
+    # Test pairs are held out only once; for a validation pair it is the latest interaction before the test period.
     later = pairs(rows.frame["user_id"], rows.frame["item_id"])
     valid = early.latest[early.latest >= first]
     valid = valid[~np.isin(later[valid], later[test])]
@@ -210,7 +209,7 @@ def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
 
 
 def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """A share of users is held out entirely: their last interaction is the target, the earlier ones are history.
+    """Hold out a share of users: their last interaction is the target, and the earlier ones are history.
 
     A user with one interaction has an empty history, as a new user does.
     """
@@ -226,7 +225,7 @@ def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
 
 
 def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Each user's first interactions are only history; of the others the last shares are held out, as in last_share.
+    """Use the first interactions of each user only as history, and hold out the last shares of the others.
 
     A language model that writes features may read the history-only rows, so the texts have not seen the interactions
     that a later model is trained on (Xi et al., RecSys 2024, split in this way).
@@ -242,7 +241,7 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
 
 
 def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Return for each row whether its item is cold for test or for validation, or warm (the label `TRAIN`).
+    """Return for each row whether its item is cold for test, cold for validation, or warm (the label `TRAIN`).
 
     Items are chosen by a hash of the item, so an item is cold in all tables and with all filters. With ``after``,
     items that first appear at or after that time are cold for test, and only those for validation are chosen by the
@@ -270,7 +269,7 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
 
 
 def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Items are held out entirely: some are test targets, others validation targets; no interaction with them remains.
+    """Hold out items for test and others for validation; all other interactions with these items are removed.
 
     A user's targets are the last cold item after all the user's remaining interactions, and the last warm item. Users
     are evaluated only in test or only in validation, so that no history has a cold item.
@@ -291,7 +290,7 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
 
 
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """The source defines the held-out pairs, and the users whose other interactions are only history."""
+    """Use the pairs that the source holds out, and the users whose other interactions are only history."""
     given = dataset.given
     if given is None:
         raise DataError.at(
@@ -307,7 +306,7 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
         known = in_codes_of(frame, rows.frame)
         return rows.latest[np.isin(keys[rows.latest], pairs(known["user_id"], known["item_id"]))]
 
-    # A pair in both parts is for test only.
+    # a pair in both parts is held out for test
     valid, test = named(given.valid - given.test), named(given.test)
     if not len(valid) and not len(test):
         raise DataError.at(dataset.name, "too-few", ": the filter removes all held-out pairs; relax it", "data.filter")

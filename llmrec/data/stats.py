@@ -1,4 +1,4 @@
-"""Statistics of a data set and its split, and the statistics that prompts may show.
+"""Statistics of a data set and its split, and statistics that prompts may show.
 
 Statistics of a user and an item exclude the interaction of the two: the popularity and mean rating of an item would
 reveal the rating of a training row included in them. A held-out interaction is in no training split, so training rows
@@ -23,7 +23,7 @@ _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 
 
 def statistics(data: SplitDataset) -> dict[str, object]:
-    """Return named statistics of a split data set; every value can be written as JSON.
+    """Return named statistics of a split data set, which can be written as JSON.
 
     Shares are in [0, 1]. ``tied_last_share`` is the share of users whose last two interactions have the same timestamp,
     so that the tie rule decides which is held out; it is None without timestamps, and so is ``tied_with_history``, the
@@ -64,7 +64,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
 
 
 def tied_last_share(rows: pl.DataFrame) -> float | None:
-    """Return the share of users with two or more interactions at their last timestamp; None without timestamps."""
+    """Return the share of users whose last timestamp has two or more interactions; None without timestamps."""
     if rows["timestamp"].null_count() == rows.height:
         return None
     names, users = codes(rows["user_id"])
@@ -80,7 +80,7 @@ BASKETS = 0.2
 
 
 def moments_shared(data: SplitDataset) -> float | None:
-    """Return the share of held-out interactions at the time of one in their history; None without timestamps.
+    """Return the share of held-out interactions with the same time as one in their history; None without timestamps.
 
     When several items are bought or rated at once, the history then contains the rest of the target's basket.
     """
@@ -89,7 +89,7 @@ def moments_shared(data: SplitDataset) -> float | None:
     tied = held = 0
     for part, before in ((data.test, [data.train, data.valid, data.known]), (data.valid, [data.train, data.known])):
         key = ["user_id", "timestamp"]
-        # Of long histories, only interactions at the time of a target matter.
+        # In long histories, only interactions at the time of a target matter.
         near = [rows.select(key).join(part.select(key), on=key, how="semi").unique() for rows in before]
         tied += part.join(pl.concat(near), on=key, how="semi").height
         held += part.height
@@ -97,7 +97,7 @@ def moments_shared(data: SplitDataset) -> float | None:
 
 
 def baskets(data: SplitDataset) -> str:
-    """Return a message that the split divides baskets, with the fix; empty if it does not."""
+    """Return a warning that the split divides baskets, with the fix; empty if it does not."""
     share = moments_shared(data)
     if share is None or share <= BASKETS:
         return ""
@@ -109,7 +109,7 @@ def baskets(data: SplitDataset) -> str:
 
 
 def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
-    """Return a message about cut-offs that are not below the number of ranked items; empty if there are none.
+    """Return a warning about cut-offs that are not smaller than the number of ranked items; empty if there are none.
 
     Args:
         cutoffs: Ranks at which metrics are cut.
@@ -135,22 +135,22 @@ def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
-    """Return the number of held-out interactions whose user or item is not in training."""
+    """Return the number of held-out interactions whose user or item has no training interaction."""
     names, known = codes(train[column])
     warm = np.bincount(known, minlength=len(names)) > 0
     return int((~warm[codes(held[column])[1]]).sum())
 
 
-# Digits of sums of ratings: the order of addition must not decide a rounded mean.
+# Sums of ratings are rounded, because the order of addition must not decide how a mean is rounded.
 _DIGITS = 6
-# Means are shown in steps of 0.5. With the sum of an item's ratings, a reader could derive the rating of a row from an
-# exact mean of the others. A mean describes the item equally well in half points (eval/results/shown_means.json).
+# Means are shown in steps of 0.5: from exact means with and without a rating, the rating could be derived. Rounded
+# means describe items equally well (eval/results/shown_means.json).
 _STEP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Counts of a set of interactions.
+    """Number and mean rating of a set of interactions.
 
     Attributes:
         count: Number of interactions.
@@ -163,16 +163,16 @@ class Tally:
     total: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:
-        """Return the sum of both."""
+        """Return the counts of both sets."""
         return Tally(self.count + other.count, self.rated + other.rated, self.total + other.total)
 
     def __sub__(self, other: Tally) -> Tally:
-        """Return this without the interactions of a subset."""
+        """Return the counts without a subset of the interactions."""
         return Tally(self.count - other.count, self.rated - other.rated, self.total - other.total)
 
     @property
     def shown(self) -> dict[str, object] | None:
-        """``count``, and ``mean`` in half points or None without ratings; None if nothing is counted."""
+        """Return ``count``, and ``mean`` rounded to 0.5 (None without ratings); None if there are no interactions."""
         if not self.count:
             return None
         if not self.rated:
@@ -182,18 +182,18 @@ class Tally:
 
 
 class Tallies:
-    """Counts of the training interactions of every user and item."""
+    """Number and mean rating of the training interactions of every user and item."""
 
     def __init__(self, data: SplitDataset) -> None:
         self._data = data
         self._latest: tuple[str, Mapping[str, Tally]] | None = None
 
     def user(self, user_id: str, without: Collection[str]) -> Tally:
-        """Return the counts of a user's training interactions, without those with the given items."""
+        """Return the counts of a user's training interactions, except those with the given items."""
         return sum((tally for item, tally in self._of(user_id).items() if item not in without), Tally())
 
     def item(self, item_id: str, without: str) -> Tally:
-        """Return the counts of an item's training interactions, without those of one user."""
+        """Return the counts of an item's training interactions, except those of one user."""
         return self._items.get(item_id, Tally()) - self._of(without).get(item_id, Tally())
 
     @cached_property
@@ -203,7 +203,7 @@ class Tallies:
         return {item: Tally(count, rated, total) for item, count, rated, total in counted.iter_rows()}
 
     def _of(self, user_id: str) -> Mapping[str, Tally]:
-        """Return a user's counts by item; cached, because it is requested many times per user."""
+        """Return the counts of a user by item; cached, because they are requested many times."""
         if self._latest is None or self._latest[0] != user_id:
             self._latest = user_id, _by_item(self._data.train_events(user_id))
         return self._latest[1]

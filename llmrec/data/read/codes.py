@@ -1,4 +1,4 @@
-"""Ids as codes: a column of ids is stored as indices into its sorted values, at most four bytes per row."""
+"""Ids as integer codes: a column is stored as indices into its sorted values, with at most four bytes per row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 def coded(ids: pl.Series) -> pl.Series:
-    """Return a column of ids as codes of their sorted values; a coded column unchanged."""
+    """Return a column of ids as codes into its sorted values; an already coded column unchanged."""
     if isinstance(ids.dtype, pl.Enum):
         return ids
     result = ids.cast(pl.String).to_arrow().dictionary_encode()
@@ -22,7 +22,7 @@ def coded(ids: pl.Series) -> pl.Series:
 
 
 def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
-    """Return a coded column from a list of values in any order and indices into it, in several parts."""
+    """Return a coded column from a list of values in any order and indices into the list, given in several chunks."""
     order = values.arg_sort()
     rank = np.empty(len(values), dtype=np.uint32)
     rank[order.to_numpy()] = np.arange(len(values), dtype=np.uint32)
@@ -38,7 +38,7 @@ def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
 
 
 def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
-    """Return the sorted values of a coded column, and the code of each row, shape (n,).
+    """Return the sorted values of a coded column, and the code of every row, shape (n,).
 
     A value need not occur: a subset of a table has the codes of the whole table.
     """
@@ -48,7 +48,7 @@ def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
 
 
 def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int32]:
-    """Return the number of each row's name, shape (n,); every name is looked up once.
+    """Return the number assigned to the id of each row, shape (n,); each different id is looked up once.
 
     Args:
         ids: Names by row.
@@ -59,7 +59,7 @@ def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int6
 
 
 class Names(Sequence[str]):
-    """The sorted values of codes; a value is looked up by bisection, without a dictionary."""
+    """The sorted values of a coded column; a value is looked up by bisection, without a dictionary."""
 
     def __init__(self, values: pl.Series) -> None:
         self._values = values.to_arrow()
@@ -84,7 +84,7 @@ class Names(Sequence[str]):
 
 
 class Runs:
-    """The row ranges of every user in a table grouped by user.
+    """The row range of every user, in a table grouped by user.
 
     Attributes:
         users: The users by code, sorted.
@@ -108,7 +108,7 @@ class Runs:
 
 
 def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
-    """Return a number for each pair of user and item, shape (n,), which is equal for equal pairs of one table."""
+    """Return a number for the (user, item) pair of every row, shape (n,); equal pairs of a table have equal numbers."""
     result = codes(users)[1].astype(np.uint64)
     result <<= np.uint64(32)
     result |= codes(items)[1].astype(np.uint64)
@@ -116,7 +116,7 @@ def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
 
 
 def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the indices of the numbers that occur more than once, ascending."""
+    """Return the indices of values that occur more than once, ascending."""
     ordered = pl.Series(numbers).sort().to_numpy()
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
@@ -126,18 +126,18 @@ def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def different(numbers: NDArray[np.uint64]) -> int:
-    """Return how many different numbers there are."""
+    """Return the number of different values."""
     ordered = pl.Series(numbers).sort().to_numpy()
     return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 
 
 def all_different(numbers: NDArray[np.uint64]) -> bool:
-    """Whether no number is repeated."""
+    """Whether all values are different."""
     return different(numbers) == len(numbers)
 
 
 def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
-    """Return a frame with the id codes of another frame, without rows whose ids are not in it."""
+    """Return a data frame with the id codes of another frame, without rows whose ids the other frame lacks."""
     names = ("user_id", "item_id")
     cast = [pl.col(name).cast(pl.String).cast(other[name].dtype, strict=False) for name in names]
     return frame.with_columns(cast).drop_nulls(names)

@@ -1,4 +1,4 @@
-"""Columns of a table that is read block by block, in few bytes per row: ids as codes, numbers as floats."""
+"""Builds columns block by block with few bytes per row: ids as codes, numbers as floats."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 
 
 class Unusual(Exception):
-    """Raised when a fast reader finds values that only the careful reader handles."""
+    """Raised when a fast reader finds values that only the slower, exact reader handles."""
 
 
 class NoNumbers(Exception):
-    """Raised for a column that should be numeric but has other values, such as dates.
+    """Raised for a column that should be numeric but contains other values, such as dates.
 
     Attributes:
         name: The column.
@@ -46,7 +46,7 @@ class Column:
     def __init__(self, name: str, kind: Kind) -> None:
         self.name, self.kind = name, kind
         self._categories = pl.Categorical(pl.Categories.random())
-        # The library drops the categories of codes when no series uses them.
+        # polars drops the categories of codes when no series uses them.
         self._alive = pl.Series([""], dtype=self._categories)
         self._blocks: list[NDArray[Any] | pl.Series] = []
 
@@ -74,7 +74,7 @@ class Column:
         self._blocks.append(known.to_physical().to_numpy()[places])
 
     def whole(self) -> pl.Series:
-        """Return all rows; id columns as codes.
+        """Return all rows as one series; id columns as codes.
 
         Raises:
             Unusual: If there are no rows, or blocks have different types.
@@ -107,7 +107,7 @@ def table_of(
     lines: Sequence[Sequence[int]] = (),
     unusable: Mapping[str, str] | None = None,
 ) -> Table:
-    """Return a table; columns that were not read are only listed by name.
+    """Return columns as a table; of columns that were not read, only the names are kept.
 
     Args:
         name: The file.
@@ -132,7 +132,7 @@ def table_of(
 
 
 def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
-    """Return a table without columns that locates rows of the whole file for errors.
+    """Return a table without columns, to locate rows of the whole file in errors.
 
     Args:
         name: The file.

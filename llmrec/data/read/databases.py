@@ -1,4 +1,4 @@
-"""Reads the results of queries of SQLite, DuckDB and PostgreSQL databases, which are always opened read-only."""
+"""Reads query results from SQLite, DuckDB and PostgreSQL databases, which are always opened read-only."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def is_database(path: str) -> bool:
 
 
 def database_at(path: Path) -> str | None:
-    """Return the database URL of a file whose first bytes are those of SQLite or DuckDB."""
+    """Return the database URL of a file that begins like a SQLite or DuckDB database."""
     if no_file(path):
-        return None  # a pipe would block
+        return None  # reading a pipe would block
     try:
         with path.open("rb") as stream:
             head = stream.read(16)
@@ -41,7 +41,7 @@ def database_at(path: Path) -> str | None:
 
 
 def read_query(url: str, query: str) -> Table:
-    """Read the rows of a query.
+    """Return the rows of a query as a table.
 
     The password of a server is never part of a recipe, which is copied into results: use PGPASSWORD or ~/.pgpass.
 
@@ -63,11 +63,11 @@ def read_query(url: str, query: str) -> Table:
             column="data.path",
         )
     try:
-        # The hash is over the rows, independent of the blocks in which they arrive.
+        # The hash is over the rows, so that it does not depend on the size of blocks.
         table = _READ[parts.scheme](url, query).combine_chunks()
     except (DataError, MissingExtra):
         raise
-    except Exception as error:  # each library has its own errors
+    except Exception as error:  # each library raises other types
         raise DataError.at(
             url, "unreadable", f": the query failed ({reason(error)}); correct {KEY}, or data.path", KEY
         ) from error
@@ -98,7 +98,7 @@ def _sha256(table: pa.Table) -> str:
 
 
 class _Sink:
-    """A file object that hashes and discards its bytes."""
+    """File object that hashes what is written to it and stores nothing."""
 
     closed = False
 
@@ -117,7 +117,7 @@ class _Sink:
 
 
 def file_of(url: str) -> Path:
-    """Return the file of a URL such as ``sqlite:///shop.db``."""
+    """Return the path of the file in a URL such as ``sqlite:///shop.db``."""
     return Path(url.partition(":///")[2]).expanduser()
 
 
@@ -134,7 +134,7 @@ def _sqlite(url: str, query: str) -> Any:
 
 def _duckdb(url: str, query: str) -> Any:
     with closing(require("duckdb", "tables").connect(str(_file(url)), read_only=True)) as connection:
-        # Only this file is read: no other files and no network.
+        # The query can read only this file: no other files and no network.
         connection.execute("SET enable_external_access = false")
         result = connection.sql(query)
         if result is None:
@@ -165,7 +165,7 @@ def is_hub(path: str) -> bool:
 
 
 def hub_name(path: str) -> str:
-    """Return the data set's name."""
+    """Return the data set name in ``hf://NAME[:SPLIT]``."""
     return path.removeprefix(_HUB).partition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""Reads delimited text block by block: plain blocks with pyarrow, all others row by row.
+"""Reads delimited text block by block: regular blocks with pyarrow, all others row by row.
 
 The careful reader parses every row, or reports the first one that cannot be used. It uses `fields`, as request files
 do, which continue after a broken row.
@@ -30,17 +30,17 @@ from llmrec.terminal import logger
 log = logger(__name__)
 
 _LONGEST_HEADER = 2**20
-# Maximum lines above a header, lines needed to recognise it, and characters examined for both.
+# Maximum number of lines above a header, lines needed to recognise it, and characters examined for both.
 _MOST_ABOVE, _ALIKE, _HEAD = 20, 4, 2**16
 _PARSED = 2 * 2**20
 _LINE = re.compile(r"[\r\n]*([^\r\n]+)(?:\r\n|\r|\n|$)")
-_FIELD = "\x1f"  # a one-character separator that replaces a longer one
+_FIELD = "\x1f"  # one character that replaces a longer separator
 
-# The library's default limit is 128 KiB per field, which a long text or a set of a thousand candidates can exceed.
+# The default limit of Python is 128 KiB per field, which a long text or a set of a thousand candidates can exceed.
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
 
-# --------------------------------------------------------------------------- careful reading of rows
+# --------------------------------------------------------------------------- reading row by row
 
 
 class BrokenRow(Exception):
@@ -103,7 +103,7 @@ def fields(
 
 
 def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = None) -> Table:
-    """Read a user's table.
+    """Read a table of the user.
 
     Args:
         source: The file.
@@ -118,7 +118,7 @@ def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = No
         try:
             return _gathered(file, source.name, kinds)
         except NoNumbers as odd:
-            kinds[odd.name] = "text"  # such as dates, which are texts until they are parsed
+            kinds[odd.name] = "text"  # such as dates, which remain texts until they are parsed
 
 
 def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
@@ -138,14 +138,14 @@ def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
 
 
 class Delimited:
-    """A delimited file.
+    """Reads a delimited file in blocks.
 
     Attributes:
         names: Its columns, after the header was read.
     """
 
     def __init__(self, source: Source, form: Form) -> None:
-        """Set up for a file.
+        """Prepare to read a file.
 
         Args:
             source: The file. A user's file may have titles or notes above its header, or another separator.
@@ -156,7 +156,7 @@ class Delimited:
         self._separator, self._quoted, self._encoding = form.separator, form.quoted, form.encodings[-1]
 
     def read_header(self) -> tuple[str, ...]:
-        """Return the columns.
+        """Read the header and return the column names.
 
         Raises:
             DataError: If the file is missing, damaged or empty.
@@ -217,7 +217,7 @@ class Delimited:
     # ---------------------------------------------------------------------- the header
 
     def _begin(self, piece: Piece, pieces: Pieces) -> Piece | None:
-        """Take the header from the first lines that are not blank, and return the lines after it."""
+        """Read the header from the first non-blank lines, and return the lines after it."""
         name, form = self._source.name, self._form
         self._separator, self._quoted = form.separator, form.quoted and len(form.separator) == 1
         if form.columns:
@@ -245,7 +245,7 @@ class Delimited:
         return Piece(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
 
     def _above(self, text: str) -> str:
-        """Return the lines above a header, and set the separator from the header."""
+        """Return the lines above the header, and set the separator that the header uses."""
         name = self._source.name
         skipped = preamble(text, self._form.separator)
         *above, below = text.split("\n", skipped)
@@ -266,7 +266,7 @@ class Delimited:
         return text[: len(text) - len(below)]
 
     def _first_row(self, text: str) -> tuple[list[str], int]:
-        """Return the fields of the first row that is not blank, and the offset of its end.
+        """Return the fields of the first non-blank row, and the offset of its end.
 
         Raises:
             BrokenRow: If it is not valid CSV.
@@ -282,7 +282,7 @@ class Delimited:
             raise BrokenRow(error, 0, 0) from error
 
     def _second_header(self, piece: Piece, block: Table) -> int | None:
-        """Return the first row that repeats the header, as in concatenated files."""
+        """Return the index of the first row that repeats the header, as in concatenated files."""
         frame, first = block.frame, block.frame.columns[0]
         if any(kind != pl.String for kind in frame.dtypes) or not (frame[first] == first).any():
             return None
@@ -299,7 +299,7 @@ class Delimited:
     # ---------------------------------------------------------------------- the rows
 
     def _fast(self, piece: Piece, chosen: Sequence[str], floats: Collection[str], row: int) -> Table | None:
-        """Return the table of plain lines with one row each; None if they need the careful reader."""
+        """Return lines as a table if each is one regular row; None if they must be read row by row."""
         raw, height = piece.raw, piece.height
         if (self._quoted and b'"' in raw) or b"\0" in raw:
             return None
@@ -322,7 +322,7 @@ class Delimited:
         return Table(self._source.name, pl.DataFrame(pl.from_arrow(table)), lines=lines, rows=range(row, row + height))
 
     def _careful(self, piece: Piece, pieces: Pieces, chosen: Sequence[str], row: int) -> Table:
-        """Read lines row by row; an unfinished row is kept for the next piece."""
+        """Read lines row by row; an incomplete row is kept for the next piece."""
         name, published = self._source.name, self._source.published
         header = None if published else 0 if self._form.columns else 1
         text = decoded(piece, self._encoding, header=header)
@@ -371,7 +371,7 @@ class Delimited:
 def _parsed(
     raw: bytes, separator: str, names: Sequence[str], chosen: Sequence[str], floats: Collection[str]
 ) -> pa.Table | None:
-    """Return columns of lines; None if a row is ragged, a text is not UTF-8, or a numeric value is not a number."""
+    """Parse lines to columns; None if a row has too many or too few fields, is not UTF-8, or has an invalid number."""
     try:
         return pa_csv.read_csv(
             in_arrow(raw),
@@ -388,11 +388,11 @@ def _parsed(
         return None
 
 
-# --------------------------------------------------------------------------- format of a user's table
+# --------------------------------------------------------------------------- recognising the format
 
 
 def preamble(text: str, usual: str) -> int:
-    """Return the number of lines above the header: titles, notes and comments, as spreadsheets export them.
+    """Return the number of lines above the header: titles, notes and comments, as exported by spreadsheets.
 
     They have no separator and are followed by at least three lines that all have the same number of one; or they begin
     with ``#``.
@@ -411,5 +411,5 @@ def preamble(text: str, usual: str) -> int:
 
 
 def separator_of(header: str, usual: str) -> str:
-    """Return the separator of a header: the usual one, ``::``, or another common one."""
+    """Return the separator of a header: the default one, ``::``, or another common one."""
     return next((mark for mark in (usual, "::", ";", "\t", "|", ",") if mark in header), usual)

@@ -1,4 +1,4 @@
-"""Opens stored files, plain, compressed or in an archive, as streams that are never extracted to disk."""
+"""Opens files as streams, plain, compressed or in an archive, without extracting them to disk."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in errors."""
+        """Name of the file in errors."""
         ...
 
     @property
     def published(self) -> bool:
-        """Whether errors advise to download the file again instead of correcting it."""
+        """Whether errors advise to download the file again, instead of correcting it."""
         ...
 
     def open(self) -> AbstractContextManager[Any]:
-        """Open it for reading, decompressed."""
+        """Open the file for reading, decompressed."""
         ...
 
 
@@ -122,7 +122,7 @@ class Stored:
     published = False
 
     def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = _MEND) -> None:
-        """Set up for a file.
+        """Prepare to read a file.
 
         Args:
             path: The file.
@@ -135,7 +135,7 @@ class Stored:
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Open it for reading, decompressed.
+        """Open the file for reading, decompressed.
 
         Raises:
             DataError: If it is unreadable, damaged or too large.
@@ -173,25 +173,25 @@ class Given:
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Open them for reading."""
+        """Open the bytes for reading."""
         yield io.BytesIO(self.raw)
 
 
 class _Hashed:
-    """A file object that hashes what is read."""
+    """File object that hashes what is read from it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
         self.closed = False
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes."""
+        """Read and hash bytes."""
         raw = self._file.read(size)
         self.digest.update(raw)
         return raw
 
     def readable(self) -> bool:
-        """Whether it can be read."""
+        """Whether the file can be read: always."""
         return True
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ class _Hashed:
 
 
 def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
-    """Return a file's bytes, decompressed if needed, and the SHA-256 of the file as stored.
+    """Return the decompressed bytes of a file, and the SHA-256 of the stored file.
 
     Args:
         path: The file.
@@ -234,7 +234,7 @@ def _all_of(stream: Any) -> bytes:
 
 
 def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
-    """Return the name and the bytes of the only table in a zip archive.
+    """Return the name and bytes of the only table in a zip archive.
 
     Args:
         path: The archive, for errors.
@@ -271,7 +271,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
 
 @dataclass(frozen=True)
 class Member:
-    """One file, in a folder or in an archive.
+    """A file in a folder or in an archive.
 
     Attributes:
         name: Its name in errors.
@@ -286,17 +286,17 @@ class Member:
 
     @property
     def plain(self) -> str:
-        """The last part of its name, without ``.gz`` and with ``.json`` for all JSON Lines endings."""
+        """The file name without ``.gz``, and with ``.json`` for all extensions of JSON Lines."""
         return plain_name(PurePosixPath(self.inner).name if self.inner is not None else self.path.name)
 
     @property
     def folder(self) -> str:
-        """Its folder."""
+        """The folder that contains the file."""
         return str(PurePosixPath(self.inner).parent) if self.inner is not None else str(self.path.parent)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open it for reading, decompressed.
+        """Open the file for reading, decompressed.
 
         Raises:
             DataError: If it is missing, unreadable or damaged, now or while it is read.
@@ -330,7 +330,7 @@ class Member:
 
     @property
     def sha256(self) -> str:
-        """Hash of the file as stored; for a member of an archive, of the archive."""
+        """Hash of the stored file; for a file in an archive, hash of the archive."""
         try:
             with self.path.open("rb") as stored:
                 return hashlib.file_digest(stored, "sha256").hexdigest()
@@ -341,7 +341,7 @@ class Member:
 
 
 def plain_name(name: str) -> str:
-    """Return a file's name without ``.gz`` and with ``.json`` for all JSON Lines endings."""
+    """Return a file name without ``.gz``, and with ``.json`` for all extensions of JSON Lines."""
     name = name[:-3] if name.lower().endswith(".gz") else name
     for ending in _JSON:
         if name.lower().endswith(ending):
@@ -350,7 +350,7 @@ def plain_name(name: str) -> str:
 
 
 def listing(place: Path) -> list[Member]:
-    """Return the files of a folder, or of a zip archive with all its folders, by name.
+    """Return the files of a folder, or of a zip archive including its subfolders, sorted by name.
 
     Raises:
         DataError: If it cannot be read.

@@ -1,4 +1,4 @@
-"""Limits on the files that may be opened and on their decompressed size.
+"""Limits on the types and the decompressed sizes of files.
 
 A path may name a pipe without a writer, an endless device or a circular link; a small compressed file may decompress to
 more than the memory; a file may differ from its ending. All of these raise an error early.
@@ -35,7 +35,7 @@ BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Not
 """Exceptions raised while reading a damaged or unreadable file."""
 
 _GZIP = b"\x1f\x8b"
-# First bytes of other file types, their names, and the fix.
+# First bytes of other file types, with their names and the fix.
 _STRANGERS: tuple[tuple[bytes, str, str], ...] = (
     (_GZIP, "a gzip file", "rename it to end in .gz"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "extract it, or save its sheet as CSV"),
@@ -58,26 +58,26 @@ _STRANGERS: tuple[tuple[bytes, str, str], ...] = (
 _PAGES = (b"<!doctype html", b"<html")
 
 
-# --------------------------------------------------------------------------- words in errors
+# --------------------------------------------------------------------------- values in error messages
 
 
 def reason(error: BaseException) -> str:
-    """Return another library's message as one short line, to be quoted in ours."""
+    """Return the message of another library as one short line, to be quoted in an error."""
     return shortened(printable(" ".join(str(error).split())), 200)
 
 
 def is_no_text(text: str) -> bool:
-    """Whether a string has NUL or a lone surrogate, which cannot be stored as UTF-8."""
+    """Whether a string has a NUL or a lone surrogate, which is not valid text in UTF-8."""
     return "\0" in text or (not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text))
 
 
 def printable(text: str) -> str:
-    """Return a text with a replacement for each character that cannot be printed."""
+    """Return a text with unprintable characters replaced."""
     return text if text.isprintable() else "".join(mark if mark.isprintable() else "\ufffd" for mark in text)
 
 
 def shown(value: object) -> str:
-    """Return a value from a file in quotes, on one line, shortened if it is long."""
+    """Return a value from a file in quotes, on one line, and shortened if it is long."""
     if isinstance(value, str) and len(value) > 80:
         value = value[:80] + "…"
     return shortened(repr(value), 100)
@@ -89,7 +89,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Return column names as text, as many as fit on one line."""
+    """Return column names as text, truncated to what fits on one line."""
     result = ", ".join(name if name.isprintable() else repr(name) for name in (shortened(n, 60) for n in names[:40]))
     return shortened(result, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
@@ -101,7 +101,7 @@ _ABSENT = ("does not exist", "is a broken link")
 
 
 def no_file(path: Path) -> str:
-    """Return why a path is not a readable file; empty if it is one."""
+    """Return why a path is not a readable file; an empty text if it is readable."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -114,12 +114,12 @@ def no_file(path: Path) -> str:
 
 
 def stands(path: Path) -> bool:
-    """Whether a path exists and is not a folder, regardless of its type."""
+    """Whether a path exists and is not a folder."""
     return path.is_symlink() or (path.exists() and not path.is_dir())
 
 
 def require_file(path: Path, fix: str, what: str = "") -> None:
-    """Check that a path is a regular file; a pipe would block for ever, and a device may be endless.
+    """Check that a path is a regular file, since reading a pipe or device could block or never end.
 
     Args:
         path: The path.
@@ -136,7 +136,7 @@ def require_file(path: Path, fix: str, what: str = "") -> None:
 
 
 def stranger(head: bytes) -> str:
-    """Return the type of a file that is not text, by its first bytes, and the fix; empty if unknown."""
+    """Return the type of a file that is not text, recognised by its first bytes, and the fix; empty if unknown."""
     for start, what, fix in _STRANGERS:
         if head.startswith(start):
             return f"this is {what}; {fix}"
@@ -146,7 +146,7 @@ def stranger(head: bytes) -> str:
 
 
 def check_head(place: Place, head: bytes) -> None:
-    """Reject a file whose first bytes are not those of UTF-8 text.
+    """Reject a file that does not begin like UTF-8 text.
 
     Raises:
         DataError: With the type of the file.
@@ -162,7 +162,7 @@ def check_head(place: Place, head: bytes) -> None:
 
 
 class Capped:
-    """A stream that raises an error if it returns more than its file may contain."""
+    """Stream that raises an error after more bytes than a file may contain."""
 
     def __init__(self, name: str, stream: BinaryIO, stored: int, limit: int | None = None) -> None:
         self._name, self._stream, self._stored = name, stream, stored
@@ -171,7 +171,7 @@ class Capped:
         self._seen = 0
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes; all of them if ``size`` is negative.
+        """Read up to ``size`` bytes; all if it is negative.
 
         Raises:
             DataError: If there are too many.
@@ -198,7 +198,7 @@ class Capped:
 
 
 def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the files of an archive after checking all entries.
+    """Return the files of an archive after checking all its entries.
 
     Nothing is extracted to disk; still, an archive with a malicious entry is not the published one.
 

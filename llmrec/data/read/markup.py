@@ -1,4 +1,4 @@
-"""Removes HTML from titles and texts of shops and scraped pages."""
+"""Removes HTML from titles and texts, as found in shop exports and scraped pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = (
     "article|blockquote|body|br|center|dd|div|dl|dt|figure|h[1-6]|head|hr|html|img|input|li|ol|p|pre|section|table|"
     "tbody|td|tfoot|th|thead|tr|ul"
 )
-# The content of these elements is not text.
+# Elements whose content is not text.
 _CODE = "iframe|link|meta|script|style"
 _TAG = re.compile(rf"</?(?:({_INLINE})|{_BLOCK})(?:\s[^<>]*)?/?>|<!--[^<>]*-->", re.IGNORECASE)
 # A tag, complete or truncated at either end.
@@ -24,12 +24,12 @@ _MARKUP = re.compile(
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text has HTML; if it does after `plain`, it is a truncated scraped page, not a title."""
+    """Whether a text has HTML; if it still does after `plain`, it is part of a scraped page and not a title."""
     return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
 
 
 def plain(text: str) -> str:
-    """Return a text without HTML tags and with its entities decoded once: ``<p>A &amp; B</p>`` becomes ``A & B``.
+    """Return a text without HTML tags and with entities decoded once: ``<p>A &amp; B</p>`` becomes ``A & B``.
 
     ``AT&T``, ``<3`` and tags unknown to HTML stay. Tags written as entities are removed too, because feeds of shops
     have them. A block tag separates words; where tags were removed, white space becomes single spaces.
@@ -45,6 +45,6 @@ def _untagged(text: str) -> str:
 
 
 def _meant(match: re.Match[str]) -> str:
-    # The library also decodes names without a semicolon, and so the beginning of a longer word.
+    # Python also decodes entities without a semicolon, which may be the beginning of an ordinary word.
     meant = html.unescape(match[0]) if match[0][1] == "#" else html5.get(match[0][1:], match[0])
     return meant.replace("\xa0", " ")  # a no-break space

@@ -1,4 +1,4 @@
-"""Columns within columns: ``user.id`` of an object, and ``lines[].sku`` of a list with one row per element."""
+"""Flattens nested columns: ``user.id`` in an object, and ``lines[].sku`` in a list with one row per element."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmrec.errors import DataError
 EACH = "[]"
 """Suffix of a list's name, for each of its elements."""
 _EACH = re.compile(r"\[\]")
-# Maximum depth of objects and number of keys per object; with more keys an object is a map by id, not columns.
+# Maximum depth of objects and number of keys per object; an object with more keys is a mapping by id, not columns.
 DEEPEST, MOST_KEYS = 20, 200
 OBJECTS, LISTS = "objects", "lists"
 
@@ -26,12 +26,12 @@ OBJECTS, LISTS = "objects", "lists"
 
 
 def is_path(name: str) -> bool:
-    """Whether a name may be the path of a column within another one."""
+    """Whether a name may be a path within a nested column, such as ``user.id``."""
     return "." in name or EACH in name
 
 
 def head(name: str) -> str:
-    """Return the column in which a path begins."""
+    """Return the top-level column of a path."""
     return name.partition(EACH)[0].partition(".")[0]
 
 
@@ -41,12 +41,12 @@ def leaf(name: str) -> str:
 
 
 def lists_in(name: str) -> list[str]:
-    """Return the lists on a path, the outermost first."""
+    """Return the lists on a path, outermost first."""
     return [name[: result.end()] for result in _EACH.finditer(name)]
 
 
 def paths_within(name: str, kind: Any) -> Iterator[str]:
-    """Yield the paths of the readable values within a column of a type."""
+    """Yield the paths of readable values within a column of a given type."""
     if pa.types.is_struct(kind):
         for inner in kind:
             yield from paths_within(f"{name}.{inner.name}", inner.type)
@@ -60,7 +60,7 @@ def paths_within(name: str, kind: Any) -> Iterator[str]:
 
 
 def is_plain(kind: Any) -> bool:
-    """Return whether a column can hold ids, numbers, times or texts."""
+    """Whether a column can contain ids, numbers, times or texts."""
     types = pa.types
     if types.is_dictionary(kind):
         return is_text(kind.value_type)
@@ -72,19 +72,19 @@ def is_plain(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Return whether a column has texts, one in each row."""
+    """Whether a column has one text per row."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_read(kind: Any) -> bool:
-    """Return whether a column has readable values, including those within objects and lists."""
+    """Whether a column has readable values, directly or within objects and lists."""
     if pa.types.is_struct(kind):
         return any(is_read(inner.type) for inner in kind)
     return is_plain(kind) or _is_list(kind)
 
 
 def _is_list(kind: Any) -> bool:
-    """Whether a column has lists whose elements can be rows: objects, texts or integers."""
+    """Whether a column has lists whose elements can become rows: objects, texts or integers."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return False
     inner = kind.value_type
@@ -92,7 +92,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def held(kind: Any) -> str:
-    """Return a description of the values of a column without plain values."""
+    """Return a description of the values of a column that has no plain values."""
     if is_read(kind):
         return OBJECTS if pa.types.is_struct(kind) else LISTS
     return shortened(str(kind), 60)
@@ -103,7 +103,7 @@ def held(kind: Any) -> str:
 
 @dataclass
 class Opened:
-    """The columns of a file after objects in them are flattened.
+    """The columns of a file after its objects are flattened.
 
     Attributes:
         file: The file, for errors.
@@ -118,7 +118,7 @@ class Opened:
     unusable: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, column: Any, depth: int = 0) -> None:
-        """Add a column and the columns within it.
+        """Add a column and the columns nested in it.
 
         Raises:
             DataError: If a path is the name of another column.
@@ -153,18 +153,18 @@ def opened(file: str, columns: Mapping[str, Any]) -> Opened:
 
 
 def in_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
-    """Return plain Arrow columns as a frame.
+    """Return plain Arrow columns as a polars frame.
 
     Raises:
         pyarrow.ArrowException, ValueError: If a text is not UTF-8 or a column cannot be read.
     """
     table = pa.table([_bare(column) for column in columns.values()], names=list(columns))
-    table.validate(full=True)  # Arrow itself does not check that texts are UTF-8
+    table.validate(full=True)  # Arrow does not check that texts are UTF-8
     return pl.DataFrame(pl.from_arrow(table))
 
 
 def _bare(column: Any) -> Any:
-    """Return a column without field names and metadata in its type, which may not be text and are not needed."""
+    """Return a column without field names and metadata in its type, which may be invalid UTF-8."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return column.cast(pa.large_list(kind.value_type))

@@ -1,4 +1,4 @@
-"""Reads tables of objects: JSON Lines, and JSON files with a single array."""
+"""Reads tables stored as JSON objects: JSON Lines, or a JSON file with one array."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from llmrec.terminal import logger
 log = logger(__name__)
 
 _ODD = "nested values"
-# Type of a value that cannot be a column.
+# Type of values that cannot be a column.
 _NOTHING = pa.binary()
-# Parsing a literal takes some 500 times its memory and seconds per megabyte; real ones have a few thousand characters.
+# Parsing a literal takes 500 times its memory, and seconds per megabyte; real ones have a few thousand characters.
 _LONGEST_LITERAL = 2**20
 
 
@@ -49,7 +49,7 @@ def json_lines(source: Source, wanted: Mapping[str, Kind] | None = None) -> Tabl
         try:
             return _gathered(source, wanted)
         except (Unusual, NoNumbers, LlmrecError, pa.ArrowException):
-            pass  # the careful reader parses it, or reports the problem
+            pass  # reading row by row parses the line or reports the error
     return in_any_encoding(source, _lines_with_care)
 
 
@@ -65,7 +65,7 @@ def _lines_with_care(source: Source) -> Table:
 
 
 def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, object]]]:
-    """Yield the objects of lines with their locations, skipping blank lines.
+    """Yield the objects of lines with their location in the file, skipping blank lines.
 
     Raises:
         DataError: If a line is not a JSON object, or a key is repeated in it.
@@ -86,7 +86,7 @@ def json_file(source: Source) -> Table:
     """
 
     def read(source: Source) -> Table:
-        # Another encoding makes the reader fail; the file is then checked again as UTF-8.
+        # polars fails for other encodings; the file is then checked again as UTF-8.
         is_array = whole(source).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
         return (_array if is_array else _lines_with_care)(source)
 
@@ -113,14 +113,14 @@ def _array(source: Source) -> Table:
 
 
 def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]], lines: list[int]) -> Table:
-    """Return the table of objects; nested ones are flattened, and values that cannot be a column are excluded."""
+    """Return objects as a table; nested objects are flattened, and values that cannot be a column are left out."""
     rows: list[dict[str, str]] = []
     names: dict[str, None] = {}
     places: dict[str, Place] = {}
     within: dict[str, dict[int, object]] = {}
     plain: set[str] = set()
     single: set[str] = set()
-    # Rows with integers written as 1.0, and columns with other fractions.
+    # Rows in which integers are written as 1.0, and columns with other fractions.
     whole: dict[str, list[int]] = {}
     fractions: set[str] = set()
     for place, record in records:
@@ -155,12 +155,12 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
     if not names:
         what = "contains objects without keys" if rows else "is empty"
         raise DataError.at(name, "empty", f" {what}; write the table again")
-    # If some values of a column are plain, a nested one is an error in its row.
+    # If some values of a column are plain, a nested value is an error in its row.
     bad = next((key for key in places if key in plain), None)
     if bad is not None:
         what = f", column {shown(bad)} is a nested value; flatten it or drop it"
         raise DataError.at(places[bad], "bad-value", what, bad)
-    # As in other tables, an id does not depend on how a library wrote it.
+    # An id must not depend on how a library wrote the number.
     for key in whole.keys() - fractions:
         for at in whole[key]:
             rows[at][key] = str(int(float(rows[at][key])))
@@ -189,13 +189,13 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
 
 
 def _as_texts(frame: pl.DataFrame) -> list[pl.Series]:
-    """Return columns as those of objects: lists of texts joined by commas, and empty texts for missing values."""
+    """Convert columns as for JSON objects: join lists of texts by commas, and replace missing values by empty texts."""
     joined = frame.with_columns(pl.col(pl.List(pl.String)).list.join(", "))
     return joined.with_columns(pl.all().cast(pl.String).fill_null("")).get_columns()
 
 
 class _Shape:
-    """The types of the values at one path, and of those within them."""
+    """The types of the values at one path, including nested values."""
 
     def __init__(self) -> None:
         self.objects = self.lists = self.single = self.floats = self.fractions = self.odd = False
@@ -203,7 +203,7 @@ class _Shape:
         self.elements: _Shape | None = None
 
     def see(self, value: object, depth: int = 0) -> None:
-        """Add a value.
+        """Record the type of a value.
 
         Raises:
             ValueError: If a key is not text.
@@ -226,19 +226,19 @@ class _Shape:
             self.fractions = self.fractions or (isinstance(value, float) and not value.is_integer())
 
     def kind(self) -> pa.DataType:
-        """Return the type, with single values as texts; `_NOTHING` for values that cannot be a column."""
+        """Return the type of the column, texts if values are single; `_NOTHING` if values cannot be a column."""
         if self.odd or self.objects + self.lists + self.single > 1:
             return _NOTHING
         if self.objects:
             return pa.struct([(key, inner.kind()) for key, inner in self.keys.items()])
         if self.elements is not None:
             inner = self.elements.kind()
-            # Elements of lists of lists, and of lists of fractions such as vectors, cannot be ids.
+            # Elements of nested lists, and of lists of fractions such as vectors, cannot be ids.
             return _NOTHING if inner == _NOTHING or self.elements.lists or self.elements.floats else pa.list_(inner)
         return pa.string() if self.single else pa.null()
 
     def value(self, value: Any, kind: pa.DataType) -> object:
-        """Return a value converted to the type.
+        """Return a value converted to a column type.
 
         Raises:
             ValueError: If a text cannot be stored.
@@ -249,7 +249,7 @@ class _Shape:
             return {field.name: self.keys[field.name].value(value.get(field.name), field.type) for field in kind}
         if self.elements is not None:
             return [self.elements.value(inner, kind.value_type) for inner in value]
-        # As in other tables, an id does not depend on how a library wrote it.
+        # An id must not depend on how a library wrote the number.
         return _checked(str(int(value) if isinstance(value, float) and not self.fractions else value))
 
 
@@ -260,7 +260,7 @@ def _checked(text: str) -> str:
 
 
 def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int]) -> pa.ChunkedArray:
-    """Return a column of objects or lists.
+    """Return a column of objects or lists as Arrow.
 
     Raises:
         DataError: If a text in it cannot be stored.
@@ -282,12 +282,12 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
 
 
 def is_nested(value: object) -> bool:
-    """Whether a value of an object cannot be a cell of a table; a list of texts can."""
+    """Whether a value cannot be a table cell; a list of texts can."""
     return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(part, str) for part in value))
 
 
 def json_object(place: Place | str, line: str) -> dict[str, object]:
-    """Read one object.
+    """Parse one JSON object.
 
     Raises:
         DataError: If the line is not an object, or a key is repeated in it.
@@ -304,7 +304,7 @@ def json_object(place: Place | str, line: str) -> dict[str, object]:
 
 
 def as_written(number: str) -> float | int:
-    """Parse a JSON number; an integer too large to be exact as a float becomes an exact integer.
+    """Parse a JSON number; integers too large for a float are kept exact.
 
     Otherwise two ids such as 9007199254740992.0 and 9007199254740993.0 would be equal.
     """
@@ -313,7 +313,7 @@ def as_written(number: str) -> float | int:
 
 
 class _Twice(Exception):
-    """A key that is repeated in one object."""
+    """Raised for a key that occurs twice in one object."""
 
 
 def _twice(place: Place | str, error: _Twice) -> DataError:
@@ -344,25 +344,25 @@ def _text(place: Place, what: str, column: str, value: object) -> str:
     raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or drop it", column)
 
 
-# --------------------------------------------------------------------------- plain objects, a block at a time
+# --------------------------------------------------------------------------- plain objects, by block
 
 
 def _fast(piece: Piece, schema: pa.Schema) -> pa.Table | None:
-    """Return the columns of lines; None if a line is not JSON, or a value has another type."""
+    """Parse lines to columns; None if a line is not JSON, or a value has an unexpected type."""
     try:
         table = pa_json.read_json(
             in_arrow(piece.raw),
             read_options=pa_json.ReadOptions(block_size=len(piece.raw) + 1),
             parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )
-        table.validate(full=True)  # the JSON parser does not check that texts are UTF-8
+        table.validate(full=True)  # Arrow's parser does not check that texts are UTF-8
     except pa.ArrowException:
         return None
     return table if table.num_rows == piece.height else None  # blank lines, or two objects in one line
 
 
 def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
-    """Read a table; the first line defines the columns, and whether ids are texts or integers.
+    """Read a table whose first line defines the columns and whether ids are texts or integers.
 
     Raises:
         Unusual: If a line differs in structure from the first one.
@@ -374,7 +374,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
         for piece in Pieces(source, stream):
             if not names:
                 names, columns, schema = _first_object(piece.raw, wanted)
-                # A key that first occurs in a later line means that the rows differ in structure.
+                # A key that first occurs in a later line means that rows have different keys.
                 lacking = wanted.keys() - {column.name for column in columns.values()}
                 absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
             table = None if any(key in piece.raw for key in absent) else _fast(piece, schema)
@@ -392,7 +392,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
 def _first_object(
     piece: bytes, wanted: Mapping[str, Kind]
 ) -> tuple[list[str], dict[tuple[str, ...], Column], pa.Schema]:
-    """Return the columns, the kept ones among them by their nested keys, and their types."""
+    """Return the columns, the requested columns by their nested keys, and the types."""
     try:
         record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
     except (ValueError, RecursionError):
@@ -403,7 +403,7 @@ def _first_object(
     names = {".".join(keys): keys for keys in plain}
     if not 0 < len(names) == len(plain) <= MAX_COLUMNS:
         raise Unusual
-    # Lists, and objects that are empty here, need the careful reader.
+    # Lists, and objects that are empty in the first line, must be read row by row.
     if any(name not in names and (name in record or is_path(name)) for name in wanted):
         raise Unusual
     columns: dict[tuple[str, ...], Column] = {}
@@ -425,7 +425,7 @@ def _first_object(
 def _plain_values(
     record: Mapping[str, object], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield the values of an object and of nested objects, with their key paths."""
+    """Yield the values of an object with their key paths, including nested objects."""
     for key, value in record.items():
         if isinstance(value, dict) and len(above) < DEEPEST and len(value) <= MOST_KEYS:
             yield from _plain_values(value, (*above, key))
@@ -445,7 +445,7 @@ def _type_of(value: object, kind: Kind) -> pa.DataType:
 
 
 def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
-    """Return the types of columns; of an object, the types of its columns."""
+    """Return the names and types of columns, including the columns of objects."""
     return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
 
 
@@ -453,7 +453,7 @@ def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
 
 
 def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:
-    """Read columns of a published file of objects, with nulls for missing values.
+    """Read columns of a published file of JSON objects in blocks, with null for missing values.
 
     Raises:
         DataError: If the file is damaged, lacks a column, or has a line that cannot be read.
@@ -485,7 +485,7 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
 
 
 def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Read a published file of objects one by one.
+    """Read a published file of JSON objects one by one.
 
     Raises:
         DataError: If the file is damaged, or a line cannot be read.
@@ -499,7 +499,7 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
 
 
 def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Yield the objects of lines with their locations, skipping blank lines."""
+    """Yield the objects of lines with their location in the file, skipping blank lines."""
     for line, text in numbered_lines(decoded(piece)):
         if text.strip():
             row += 1
@@ -520,7 +520,7 @@ def _cell(place: Place, name: str, value: object) -> str | None:
 
 
 def checked(place: Place, name: str, text: str) -> str:
-    """Return a text after checking that it can be stored as UTF-8.
+    """Return a text after checking that it is valid in UTF-8.
 
     Raises:
         DataError: If it has a lone surrogate or NUL.
@@ -560,7 +560,7 @@ def _literal(place: Place, text: str) -> object:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # unknown escapes in old files
+            warnings.simplefilter("ignore")  # deprecated escapes in old files
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise DataError.at(

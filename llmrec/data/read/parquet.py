@@ -34,7 +34,7 @@ FAULTS = (
 
 FREE_BYTES = 2**30
 """Memory allowed for the table of a file of any size: repeated texts are stored once."""
-# Rows decoded at a time: few enough that a long text repeated in all of them is detected before memory runs out.
+# Rows decoded at a time: few enough to detect a long text that is repeated in all rows before memory runs out.
 _BATCH, _FEW = 2048, 64
 _ROWS = 2**20
 _LONG_ROW = 4096
@@ -76,7 +76,7 @@ def parquet_file(name: str, source: Path | bytes) -> Iterator[pq.ParquetFile]:
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
-    """Check the sizes that a file declares.
+    """Check the sizes that the metadata of a file declares.
 
     Raises:
         DataError: If a column name is repeated, or it declares more rows or bytes than it can contain.
@@ -94,12 +94,12 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
 
 
 def room(stored: int) -> int:
-    """Return the maximum decompressed bytes for a file size."""
+    """Return the maximum number of decompressed bytes for a file of this size."""
     return min(limits.MAX_BYTES, max(FREE_BYTES, limits.MAX_RATIO * stored))
 
 
 def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
-    """Read the columns with readable values; others are not even decoded."""
+    """Read the columns with readable values, without decoding the others."""
     schema = file.schema_arrow
     wanted = [field.name for field in schema if is_read(field.type)]
     if not wanted:
@@ -123,7 +123,7 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
 
 
 def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
-    """Read plain columns of a Parquet file, batch by batch; None if it needs the careful reader.
+    """Read plain columns of a Parquet file batch by batch; None if a column is not plain.
 
     Args:
         path: The file.
@@ -135,10 +135,10 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
         file = pq.ParquetFile(path)
         check_size(str(path), file, path.stat().st_size)
         schema = file.schema_arrow
-        # A requested path may be within a column that is not plain.
+        # A requested path may be in a nested column.
         if any(is_path(name) and head(name) in schema.names and name not in schema.names for name in wanted):
             return None
-        # Texts that repeat in many rows are stored once; with a copy per row, a long one would fill the memory.
+        # Repeated texts are stored once; with a copy per row, a long text would exhaust the memory.
         coded = [field.name for field in schema if wanted.get(field.name) == "id" and is_text(field.type)]
         if any(is_text(field.type) for field in schema if wanted.get(field.name, "id") != "id"):
             return None
@@ -166,7 +166,7 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
 
 
 def spelled_out(column: Any) -> int:
-    """Return the bytes that texts take with a copy per row; 0 if they are stored like that already."""
+    """Return the number of bytes that texts take with a copy per row; 0 if they are already stored that way."""
     if not pa.types.is_dictionary(column.type):
         return 0
     lengths = pc.binary_length(column.dictionary)
@@ -174,7 +174,7 @@ def spelled_out(column: Any) -> int:
 
 
 def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
-    """Return the table of an Arrow table; columns within objects are named by their paths.
+    """Convert an Arrow table to a `Table`; nested columns are named by their paths.
 
     Raises:
         DataError: If there are no rows, or a column name is repeated.
@@ -210,5 +210,5 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
 
 
 def unread(schema: pa.Schema, reads: Callable[[Any], bool] = is_read) -> dict[str, str]:
-    """Return the columns of unreadable types, with descriptions of their values."""
+    """Return the columns of unreadable types, each with a description of its values."""
     return {field.name: held(field.type) for field in schema if not reads(field.type)}

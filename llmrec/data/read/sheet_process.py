@@ -1,4 +1,4 @@
-"""Reads one sheet in a process with limited memory; `sheets` runs this file by its path, and it does not import llmrec.
+"""Reads one sheet in a process with limited memory; `sheets` runs this file directly, and it does not import llmrec.
 
 A few bytes of a spreadsheet can name a cell in the last column of the last row. The library then requests memory for
 every cell up to there and, if that is refused, ends the process that called it.
@@ -23,7 +23,7 @@ _LARGE = r"^-?\d{16,}(\.\d+)?$"
 
 
 def limit(more: int) -> None:
-    """Limit this process to this much memory in addition to what its libraries have reserved, if the system can."""
+    """Limit the memory of this process to what its libraries have reserved plus ``more``, if the system supports it."""
     try:
         import resource
 
@@ -35,7 +35,7 @@ def limit(more: int) -> None:
 
 
 def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[str, Any], pl.DataFrame | None]:
-    """Return the sheet names, the first row of the chosen sheet, and its table, with every cell as text.
+    """Return the sheet names, the first row of the requested sheet, and its table, with every cell as text.
 
     Numbers of a spreadsheet are floats. Columns with some so large that two integers are the same float stay floats, so
     that code that reads ids can detect them. A sheet of more columns than ``most`` is not loaded.
@@ -62,7 +62,7 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
 
 
 def main() -> None:
-    """Handle one request."""
+    """Read the sheet that standard input requests."""
     request = json.loads(sys.stdin.buffer.readline())
     raw = sys.stdin.buffer.read()
     limit(request["bytes"])

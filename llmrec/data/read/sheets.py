@@ -26,7 +26,7 @@ _MEMORY, _MEMORY_PER_BYTE = 2**30, 40
 
 
 def split_sheet(path: Path) -> tuple[Path, str | None]:
-    """Return a spreadsheet's path and the sheet name after ``#``; other paths unchanged."""
+    """Split ``orders.xlsx#Sheet 2`` into path and sheet name; other paths are returned unchanged."""
     book, mark, sheet = str(path).rpartition("#")
     if mark and Path(book).suffix.lower() in SHEETS and not path.exists():
         return Path(book), sheet
@@ -34,20 +34,20 @@ def split_sheet(path: Path) -> tuple[Path, str | None]:
 
 
 def sheets_of(path: Path) -> list[str]:
-    """Return a spreadsheet's sheets as named in recipes, ``orders.xlsx#Sheet 2``; empty if it cannot be read.
+    """Return the sheets of a spreadsheet as written in recipes (``orders.xlsx#Sheet 2``); empty if it cannot be read.
 
     Raises:
         MissingExtra: If ``fastexcel`` is not installed.
     """
     try:
         names, _, _ = _asked(path, path.read_bytes(), None, load=False)
-    except (OSError, DataError):  # reading the sheet reports what is wrong with it
+    except (OSError, DataError):  # the error is reported when the sheet is read
         return []
     return [f"{path}#{name}" for name in names]
 
 
 def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
-    """Read one sheet; dates become ISO dates, and formulas have their saved values.
+    """Read one sheet; dates become ISO dates, and formulas are replaced by their saved values.
 
     All columns are texts, except those of numbers too large for ids; see `sheet_process`.
 
@@ -77,11 +77,11 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
         others = enumerated(names[1:])
         log.warning("%s: reading the first sheet, %s; choose another with %s#SHEET: %s", path, chosen, path, others)
     name = f"{path}#{chosen}" if len(names) > 1 else str(path)
-    # The library renames a repeated column.
+    # The library renames duplicate columns.
     column_names(name, [text for text in head if text])
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
-    # Rows that were cleared but not deleted follow the last one.
+    # Rows that were cleared but not deleted can follow the last data row.
     result = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
     filled = frame.select(pl.any_horizontal(result)).to_series() if columns else pl.Series([])
     rows = filled.arg_true().to_list() if len(filled) else []
@@ -93,7 +93,7 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
 def _asked(
     path: Path, raw: bytes, sheet: str | None, *, load: bool
 ) -> tuple[list[str], list[str | None], pl.DataFrame | None]:
-    """Return the sheet names, the first row of the chosen sheet, and its table; see `sheet_process`."""
+    """Read a sheet in a separate process; see `sheet_process`."""
     require("fastexcel", "tables")
     size = _refuse_tricks(path, raw)
     question = json.dumps(
@@ -102,7 +102,7 @@ def _asked(
     done = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("sheet_process.py"))],
         input=question.encode() + b"\n" + raw,
-        # The limit also counts what each thread reserves.
+        # The limit includes the memory that each thread reserves.
         env={**os.environ, "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
@@ -127,7 +127,7 @@ def _asked(
 
 
 def _refuse_tricks(path: Path, raw: bytes) -> int:
-    """Reject an archive that decompresses to far more than its size, and return the decompressed size."""
+    """Reject an archive that decompresses to far more than its size (a zip bomb), and return the decompressed size."""
     if not raw.startswith(b"PK"):
         return len(raw)
     try:

@@ -1,4 +1,4 @@
-"""Reads a table in any format, by its ending: a file, compressed or not, or all files of a folder or pattern."""
+"""Reads a table in any format, by its extension: a file, compressed or not, or all files of a folder or pattern."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromk
 _JSON = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
 _TABLES = (*SEPARATORS, *_JSON, *_PARQUET)
-# Bytes examined to estimate the number of rows, and the peak memory of a row.
+# Bytes examined to estimate the number of rows, and the peak memory per row.
 _HEAD, _ROW = 2**16, 100
 
 
@@ -87,7 +87,7 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
 
 
 def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table:
-    """Read delimited text or objects, by the ending of the file."""
+    """Read delimited text or JSON objects, by file extension."""
     if kind == ".json":
         return json_file(source)
     if kind in _JSON:
@@ -126,7 +126,7 @@ def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[T
 
 
 def header(source: Source, form: Form) -> tuple[str, ...]:
-    """Return the columns of a published file of delimited text.
+    """Return the column names of a published delimited file.
 
     Raises:
         DataError: If the file is missing, damaged or empty.
@@ -135,7 +135,7 @@ def header(source: Source, form: Form) -> tuple[str, ...]:
 
 
 def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Read a published file row by row, as location and values by column, without missing values.
+    """Yield the rows of a published file as location and values by column, without missing values.
 
     Raises:
         DataError: As `blocks`.
@@ -157,7 +157,7 @@ def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tupl
 
 
 def of_atomic(path: Path, ending: str) -> Path | None:
-    """Return a RecBole file of a data set by its ending; None if it is not next to the interactions.
+    """Return the RecBole file with this extension next to the file of interactions; None if there is none.
 
     Args:
         path: The file of interactions, or of a part of them (``NAME.train.inter``); or the folder with one, or with one
@@ -173,25 +173,25 @@ def of_atomic(path: Path, ending: str) -> Path | None:
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether a path is a pattern such as ``part-*.csv``; an existing file of that exact name takes precedence."""
+    """Whether a path is a pattern such as ``part-*.csv``; a file with exactly that name takes precedence."""
     return glob.has_magic(str(path)) and not split_sheet(path)[0].exists()
 
 
 def fitting(pattern: Path) -> list[Path]:
-    """Return the paths that match a pattern, by name."""
+    """Return the paths that match a pattern, sorted by name."""
     start = Path(pattern.anchor)
     return sorted(start.glob(str(pattern.relative_to(start))) if pattern.anchor else Path().glob(str(pattern)))
 
 
 def _endings(path: Path) -> tuple[str, str]:
-    """Return the ending of a file's format and the ending of its compression; empty for an unknown one."""
+    """Return the format extension and the compression extension of a path; empty texts if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
     return (suffixes[-1] if suffixes else ""), packing
 
 
 def without_kinds(table: Table) -> Table:
-    """Return a table without the types in its column names, if all of them have one."""
+    """Return a RecBole table without the types in its column names; other tables unchanged."""
     columns = table.frame.columns
     if not all(name.endswith(_ATOMIC_KINDS) for name in columns):
         return table
@@ -200,10 +200,10 @@ def without_kinds(table: Table) -> Table:
 
 
 def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
-    """Read the tables of a folder or pattern, in the order of their names."""
+    """Read the tables of a folder or pattern as one table, in the order of their names."""
     result = sorted(path.iterdir()) if path.is_dir() else fitting(path)
     if (events := of_atomic(path, ".inter")) is not None:
-        result = [events]  # the other tables are about items and users
+        result = [events]  # other tables are about items and users
     shown = [file for file in result if file.is_file() and not file.name.startswith((".", "_"))]
     files = [file for file in shown if _endings(file)[0] in _TABLES or _endings(file)[1] == ".zip"]
     if not files:
@@ -219,7 +219,7 @@ def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
 
 
 def check_memory(path: Path) -> None:
-    """Reject a table whose estimated number of rows does not fit in memory.
+    """Reject a table whose estimated number of rows exceeds the memory.
 
     Raises:
         DataError: With both sizes.
@@ -229,7 +229,7 @@ def check_memory(path: Path) -> None:
             head = file.read(_HEAD)
         rows = path.stat().st_size * max(1, head.count(b"\n")) / max(1, len(head))
     except OSError:
-        return  # reading it reports why
+        return  # reading the file reports why
     needed, free = rows * _ROW, psutil.virtual_memory().available
     if needed > free:
         raise DataError.at(

@@ -1,4 +1,4 @@
-"""Tables in memory: the locations of rows in files, concatenation, lists as rows, and the search for columns."""
+"""Tables in memory: location of rows in files, concatenation, expansion of lists, and column lookup."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Table:
         return self.frame[name]
 
     def where(self, index: int) -> Place:
-        """Return the location of a row, by its 0-based index."""
+        """Return the location of a row in its file, by 0-based index."""
         for part in self.parts:
             if index < part.frame.height:
                 return part.where(index)
@@ -78,7 +78,7 @@ class Table:
         return Place(self.name, row + 1, self.line(index))
 
     def line(self, index: int) -> int:
-        """Return the line of a row of a single file, by its 0-based index."""
+        """Return the line of a row in a single file, by 0-based index."""
         return self.lines[index] if self.lines is not None else index + 1 + self.header
 
 
@@ -128,17 +128,17 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
             )
 
 
-# --------------------------------------------------------------------------- columns named by a recipe
+# --------------------------------------------------------------------------- columns named in a recipe
 
 
 def paths(table: Table) -> list[str]:
-    """Return the column names within the lists of a table."""
+    """Return the names of columns nested in the lists of a table."""
     first = table.parts[0] if table.parts else table
     return [path for name, column in first.lists.items() for path in paths_within(name, column.type.value_type)]
 
 
 def find(table: Table, name: str | None, default: str, key: str) -> str | None:
-    """Return the column for a recipe's key.
+    """Return the column that a recipe key names, or the default column if the table has it.
 
     Args:
         table: The table.
@@ -168,7 +168,7 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
 
 
 def check_usable(table: Table, column: str, key: str) -> None:
-    """Reject a column that exists but was excluded as unusable.
+    """Reject a column whose values cannot be used.
 
     Raises:
         DataError: With a description of its values.
@@ -185,7 +185,7 @@ def check_usable(table: Table, column: str, key: str) -> None:
 
 
 def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
-    """Reject a user table without any user of the interactions: its ids must have another format.
+    """Reject a user table that shares no user with the interactions, since its ids must have another format.
 
     Args:
         name: Name of the table.
@@ -212,7 +212,7 @@ def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """Return the concatenation of tables with the same columns; errors name the file of a row.
+    """Concatenate tables with the same columns; errors name the file of a row.
 
     Raises:
         DataError: If a column is missing in one of them, or has incompatible values.
@@ -250,7 +250,7 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
-    """Return a column of concatenated tables."""
+    """Return a column of the concatenated tables."""
     if name in unread:
         return pl.repeat(None, sum(map(len, parts)), dtype=pl.Null, eager=True).alias(name)
     if all(isinstance(part.dtype, pl.Enum) for part in parts):
@@ -265,7 +265,7 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
 
 
 def rows_of(table: Table, names: Iterable[str | None]) -> Table:
-    """Return a table with a row per element of the list that the columns are in; other tables unchanged.
+    """Expand the list that contains the columns to one row per element; other tables unchanged.
 
     Errors name the original rows. A row with an empty list is excluded.
 
@@ -290,7 +290,7 @@ def rows_of(table: Table, names: Iterable[str | None]) -> Table:
 
 
 def _along(table: Table, names: Sequence[str]) -> Table:
-    """Return the rows of one file, possibly none."""
+    """Expand the list in one file, whose result may be empty."""
     wanted = {name: lists_in(name) for name in names if name not in table.frame.columns}
     wanted = {name: lists for name, lists in wanted.items() if lists and lists[0] in table.lists}
     if not wanted:
@@ -312,7 +312,7 @@ def _along(table: Table, names: Sequence[str]) -> Table:
 
 
 def _exploded(table: Table, name: str) -> Table:
-    """Return a table with a row per element of a list."""
+    """Return a table with one row per element of a list column."""
     column = table.lists[name]
     counts = pc.list_value_length(column).fill_null(0).to_numpy()
     rows = np.repeat(np.arange(len(counts)), counts)
@@ -339,7 +339,7 @@ def _exploded(table: Table, name: str) -> Table:
 
 
 def _bytes(texts: pl.Series) -> pl.Series:
-    """Return the number of bytes of the texts in each row."""
+    """Return the number of bytes of each text."""
     if texts.dtype == pl.String:
         return texts.str.len_bytes().cast(pl.Int64).fill_null(0)
     return texts.list.eval(pl.element().str.len_bytes().cast(pl.Int64)).list.sum().fill_null(0)

@@ -1,4 +1,4 @@
-"""Reads text files as blocks of whole lines, decoded from UTF-8 or from the encoding that they seem to have."""
+"""Reads text files as blocks of whole lines, decoded from UTF-8 or from a detected encoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MARK = re.compile(b"(?m)^(?:%b)+" % codecs.BOM_UTF8)
 
 
 class Form(Section):
-    """The format of a file.
+    """The text format of a file.
 
     Attributes:
         kind: ``json``: one JSON object per line; ``dicts``: one JSON object or Python dictionary per line.
@@ -63,7 +63,7 @@ class Form(Section):
 
 @dataclass(frozen=True)
 class Piece:
-    """Whole lines of a file.
+    """Consecutive whole lines of a file.
 
     Attributes:
         source: The file.
@@ -82,11 +82,11 @@ class Piece:
 
 
 class TooLong(DataError):
-    """Raised for a line, or a row with an unclosed quoted field, of more than `LONGEST` bytes."""
+    """Raised if a line, or a row with an unclosed quote, is longer than `LONGEST` bytes."""
 
 
 class Pieces:
-    """Iterates over the lines of an open file in blocks of several megabytes.
+    """Iterates over an open file in blocks of whole lines, each several megabytes.
 
     Attributes:
         line: Number of lines before the next block.
@@ -96,7 +96,7 @@ class Pieces:
     def __init__(
         self, source: Source, stream: Any, *, quoted: bool = False, head: Place | None = None, block: int | None = None
     ) -> None:
-        """Set up for a file.
+        """Prepare to read a file.
 
         Args:
             source: The file.
@@ -117,7 +117,7 @@ class Pieces:
         return self
 
     def __next__(self) -> Piece:
-        """Return the next lines, without the byte order marks at the beginnings of concatenated files.
+        """Return the next block of lines, without byte order marks.
 
         Raises:
             DataError: If the file does not begin like text, or a line is too long; the next call continues
@@ -135,8 +135,8 @@ class Pieces:
         return piece if raw else next(self)
 
     def _next(self) -> bytes:
-        """Return the lines up to the last line end that was read, or all remaining ones at the end of the file."""
-        # Joined once: a long line comes in a thousand chunks.
+        """Return the bytes up to the last complete line; all remaining bytes at the end of the file."""
+        # Joined only once, because a long line arrives in thousands of chunks.
         chunks: list[bytes] = [self._rest]
         size = len(self._rest)
         while not self.ended:
@@ -159,7 +159,7 @@ class Pieces:
         return b"".join(chunks)
 
     def keep(self, raw: bytes) -> None:
-        """Put back lines from the end of the latest block, so that the next block begins with them."""
+        """Put back lines of the last block, so that the next block begins with them."""
         self._rest = raw + self._rest
         self.line -= raw.count(b"\n")
 
@@ -185,7 +185,7 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def in_arrow(raw: bytes) -> pa.BufferReader:
-    """Return bytes as a file in Arrow's own memory.
+    """Return bytes as an Arrow buffer reader, in memory managed by Arrow.
 
     Arrow's threads may release a file after the call that read it has returned. For a Python object they need the
     interpreter, so a program that exits at that time is aborted ("terminate called without an active exception").
@@ -199,7 +199,7 @@ def in_arrow(raw: bytes) -> pa.BufferReader:
 
 
 def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None) -> str:
-    """Return lines as text.
+    """Decode lines to text.
 
     Args:
         piece: The lines.
@@ -232,7 +232,7 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
 
 
 def decode(name: str, raw: bytes) -> str:
-    """Return a whole UTF-8 file as text, without byte order marks.
+    """Decode a whole UTF-8 file to text, without byte order marks.
 
     Raises:
         DataError: If it is not text, or a byte is not UTF-8 or NUL.
@@ -242,7 +242,7 @@ def decode(name: str, raw: bytes) -> str:
 
 
 def first_encoding(source: Source, encodings: tuple[str, ...]) -> str:
-    """Return the first encoding in which a whole file can be read; the last one is not tried."""
+    """Return the first encoding that decodes the whole file; the last one is returned without a check."""
     for encoding in encodings[:-1]:
         decoder = codecs.getincrementaldecoder(encoding)()
         try:
@@ -265,7 +265,7 @@ def whole(source: Source) -> bytes:
 
 
 def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
-    """Read a table as UTF-8, or else in the encoding that it seems to have, with a warning.
+    """Read a table as UTF-8, or else in a detected encoding, with a warning.
 
     Args:
         source: The file.
@@ -296,17 +296,17 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # UTF-32 begins like UTF-16 followed by a NUL character.
 _UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _BEYOND = re.compile(rb"[\x80-\xff]+")
-# Maximum mean run of non-ASCII bytes: single letters in Western languages, whole words in others.
+# Maximum mean length of runs of non-ASCII bytes: single letters in Western languages, whole words in others.
 _LONGEST_RUN = 1.5
 _LOOKED_AT = 200_000
-# Non-ASCII characters of Western languages; nearly all of those in a file must be among them.
+# Non-ASCII characters of Western languages; nearly all non-ASCII characters of a file must be among them.
 _LETTERS = "äáàâãåæçéèêëíìîïñóòôöõøœúùûüßýžšðþ"
 _USUAL = frozenset(_LETTERS + _LETTERS.upper() + "‘’‚“”„–—…•·«»‹›°ºª¡¿€£¥§©®™\xa0´²³½¼")
 _LEAST = 0.9
 
 
 def _other(raw: bytes) -> tuple[str, str] | None:
-    """Return the name of the likely encoding and the text; None if none is likely."""
+    """Return the detected encoding and the decoded text; None if no encoding is likely."""
     if raw.startswith(_UTF16_MARKS) and not raw.startswith(_UTF32_MARKS):
         try:
             return "UTF-16", raw.decode("utf-16")
@@ -320,7 +320,7 @@ def _other(raw: bytes) -> tuple[str, str] | None:
     except UnicodeDecodeError:
         pass
     else:
-        return None  # the problem is not the encoding
+        return None  # the encoding is not the problem
     try:
         text = raw.decode("cp1252")
     except UnicodeDecodeError:

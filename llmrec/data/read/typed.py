@@ -1,4 +1,4 @@
-"""Converts columns of tables, and of blocks of large files, to types, and reports the first invalid row."""
+"""Converts text columns to ids, numbers and times, and reports the first invalid row."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ORDERS: tuple[DateOrder, ...] = ("day-first", "month-first")
 
 Found = TypeVar("Found")
 
-# Dates that polars and Python read in the same way, from the year 1 on; other dates are rare and read by Python.
+# Formats that polars and Python parse in the same way, from the year 1 on; Python parses all others, which are rare.
 _ISO = r"^(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])-\d{2}-\d{2}([T ]\d{2}:\d{2}:[0-5]\d(\.\d{1,6})?Z?)?$"
-# Start of the clock time. A column has few different days and few different times of day, so each is read once.
+# Start of the clock time. A column has few different days and times of day, so each is parsed once.
 _APART = r"[ T,]+(\d{1,2}[:.h]\d{2}(?:[^\d].*)?)$"
 _CLOCK = re.compile(
     r"(\d{1,2})[:.h](\d{2})(?:[:.](\d{2}))?(?:[.,](\d+))?\s*([ap]\.?m\.?)?\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})?",
@@ -52,7 +52,7 @@ _DAY = 86_400 * _SECOND
 
 @dataclass(frozen=True)
 class Dates:
-    """A column of dates.
+    """A column of parsed dates.
 
     Attributes:
         seconds: Seconds since 1970, in UTC unless the text has an offset; null if a text is not a date, or is
@@ -68,7 +68,7 @@ class Dates:
 
 @dataclass(frozen=True)
 class _Day:
-    """A day: its year and two numbers. If ``sure``, the first one is the month; otherwise it may be the day."""
+    """A day as its year and two numbers; with ``sure``, the first number is the month, otherwise it may be the day."""
 
     year: int
     one: int
@@ -77,7 +77,7 @@ class _Day:
     dotted: bool = False
 
     def number(self, order: DateOrder | None) -> int | None:
-        """Return the days since 1970; None if the day does not exist, or it is unknown which number is the month."""
+        """Return the days since 1970; None if there is no such day, or it is unknown which number is the month."""
         if not self.sure and order is None:
             return None
         month, day = (self.two, self.one) if not self.sure and order == "day-first" else (self.one, self.two)
@@ -88,7 +88,7 @@ class _Day:
 
 
 def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
-    """Return a column of dates, read without surrounding spaces.
+    """Parse a column of dates, ignoring surrounding spaces.
 
     Args:
         texts: The column.
@@ -108,20 +108,20 @@ def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
     clock = _read(parts["clock"], _each(parts["clock"], _clock)).set(parts["clock"].is_null(), 0)
     read = in_seconds(_read(parts["day"], numbers) * _DAY + clock)
     open_rows = parts["day"].is_in(open_days)
-    # Python reads further forms of ISO 8601.
+    # Python parses additional forms of ISO 8601.
     further = _each(rest.filter(read.is_null() & ~open_rows), _by_python)
     read = read.fill_null(in_seconds(_read(rest, further))) if further else read
     return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), result if open_days else None)
 
 
 def in_seconds(micro: pl.Series) -> pl.Series:
-    """Return microseconds as seconds; numpy rounds as Python does, while polars multiplies by the inverse."""
+    """Convert microseconds to seconds by numpy, which rounds as Python does; polars multiplies by the inverse."""
     seconds = pl.Series(micro.name, micro.fill_null(0).to_numpy() / _SECOND)
     return seconds.set(micro.is_null(), None)
 
 
 def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
-    """Return the parsed values of a column's unique texts, without those that cannot be parsed."""
+    """Return the parsed values of the different texts in a column, without texts that cannot be parsed."""
     return {text: result for text in texts.drop_nulls().unique() if (result := read(text)) is not None}
 
 
@@ -130,7 +130,7 @@ def _read(texts: pl.Series, known: Mapping[str, int]) -> pl.Series:
 
 
 def _iso(texts: pl.Series) -> pl.Series:
-    """Return the seconds of plain ISO dates, and null for other texts."""
+    """Convert ISO dates to seconds; null for other texts."""
     plain = texts.set(~texts.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
     result = pl.Series(texts.name, [None], dtype=pl.Float64).new_from_index(0, len(texts))
     for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
@@ -139,7 +139,7 @@ def _iso(texts: pl.Series) -> pl.Series:
 
 
 def _by_python(text: str) -> int | None:
-    """Return the microseconds of a text that Python reads as ISO 8601."""
+    """Parse a text as ISO 8601 and return its microseconds; None if it is invalid."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -166,7 +166,7 @@ def _day(text: str) -> _Day | None:
 
 
 def _clock(text: str) -> int | None:
-    """Return the microseconds since midnight, in UTC."""
+    """Parse a time of day and return its microseconds since midnight, in UTC."""
     result = _CLOCK.fullmatch(text)
     if result is None:
         return None
@@ -182,7 +182,7 @@ def _clock(text: str) -> int | None:
 
 
 def _order(days: Sequence[_Day]) -> DateOrder | None:
-    """Return what comes first: a number above 12 is a day, and so is the first one before a dot."""
+    """Return whether days or months come first: a number above 12 is a day, and so is a number before a dot."""
     first, second = sum(day.one > 12 for day in days), sum(day.two > 12 for day in days)
     if first or second:
         return "day-first" if first >= second else "month-first"
@@ -191,16 +191,16 @@ def _order(days: Sequence[_Day]) -> DateOrder | None:
 
 Unit = Literal["seconds", "milliseconds"]
 
-# No data set has seconds beyond the year 5138, or milliseconds before 1973.
+# No data set has times in seconds after the year 5138, or in milliseconds before 1973.
 _MILLISECONDS_FROM = 1e11
 
 
 class Rows(Protocol):
-    """A table or a block of one."""
+    """A table, or a block of its rows."""
 
     @property
     def name(self) -> str:
-        """Its name in errors."""
+        """Name of the table in errors."""
         ...
 
     def column(self, name: str, /) -> pl.Series:
@@ -238,7 +238,7 @@ def as_whole(series: pl.Series) -> pl.Series:
 
 
 def unescaped(rows: Rows, column: str) -> pl.Series:
-    """Return texts without HTML, see `markup.plain`, with null for blank ones."""
+    """Return texts without HTML, see `markup.plain`; null for blank texts."""
     result = texts(rows, column)
     places = result.str.contains("[<&]").arg_true()
     if len(places):
@@ -247,7 +247,7 @@ def unescaped(rows: Rows, column: str) -> pl.Series:
 
 
 def ids(rows: Rows, *columns: str) -> pl.Series:
-    """Return ids as text, coded if the table's are: the first of several columns that is not blank.
+    """Return ids as text, as codes if the table has codes; of several id columns, the first non-blank value.
 
     Raises:
         DataError: If an id is missing or blank, or is a float too large to be exact.
@@ -270,7 +270,7 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
 
 
 def _exact(rows: Rows, column: str) -> None:
-    """Reject floats so large that neighbouring integers are the same float: two ids would be equal."""
+    """Reject floats so large that different integer ids would be equal."""
     series = rows.column(column)
     row = _first((series.fill_nan(None).abs() >= WHOLE).fill_null(False)) if series.dtype.is_float() else None
     if row is not None:
@@ -284,7 +284,7 @@ def _exact(rows: Rows, column: str) -> None:
 
 
 def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
-    """Return one text per item: the most frequent non-blank one, or of several the first in alphabetical order."""
+    """Return one text per item: the most frequent non-blank text, or the first in alphabetical order among equals."""
     counts = pl.DataFrame({"item": items, "text": _spelled(rows, column)}).group_by("item", "text").len()
     counts = counts.with_columns(pl.col("text").cast(pl.String)).filter(pl.col("text").str.strip_chars() != "")
     counts = counts.sort(["item", "len", "text"], descending=[False, True, False])
@@ -292,7 +292,7 @@ def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
 
 
 def _spelled(rows: Rows, column: str) -> pl.Series:
-    """Return a column as texts, coded if the table's are."""
+    """Return a column as texts, as codes if the table has codes."""
     if not isinstance(rows.column(column).dtype, pl.Enum):
         return texts(rows, column)
     result = rows.column(column)
@@ -392,12 +392,12 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
 
 
 _DAY_UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
-# The first and the last day that a date can be, in days since 1970.
+# The first and last day that Python's dates support, in days since 1970.
 _FIRST_DAY, _LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day in (date.min, date.max))
 
 
 def off_calendar(series: pl.Series) -> int | None:
-    """Return the first row with a date outside the years 1 to 9999, which no library can write; None without any.
+    """Return the first row with a date outside the years 1 to 9999, which no library can write; None if there is none.
 
     Damaged files have such dates, and other libraries write sentinels for missing dates.
     """
@@ -409,7 +409,7 @@ def off_calendar(series: pl.Series) -> int | None:
 
 
 def _dated(rows: Rows, column: str) -> pl.Series:
-    """Return a column after checking that its dates, if any, are in the calendar."""
+    """Return a column after checking that its dates are between the years 1 and 9999."""
     series = rows.column(column)
     row = off_calendar(series)
     if row is not None:
@@ -422,23 +422,23 @@ def _dated(rows: Rows, column: str) -> pl.Series:
     return series
 
 
-# The smallest plausible times since 1970, from 1973 on, in each unit.
+# The earliest plausible times since 1970, from the year 1973, in each unit.
 _UNITS = {"seconds": 1e8, "milliseconds": _MILLISECONDS_FROM, "microseconds": 1e14, "nanoseconds": 1e17}
 
 
 def per_second(latest: float) -> float:
-    """Return the time units per second, from the latest time of a table: 1, or more if it cannot be in seconds."""
+    """Return the number of time units per second, derived from the latest time of a table."""
     begins = [begin for name, begin in _UNITS.items() if name != "seconds"]
     return 1000.0 ** sum(latest >= begin for begin in begins)
 
 
 def since_1970(latest: float) -> bool:
-    """Whether the latest time of a table looks like a time since 1970 in any unit, and not like an order."""
+    """Whether the latest time of a table is plausible as a time since 1970, and not a position such as 1, 2, 3."""
     return latest >= _UNITS["seconds"]
 
 
 def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
-    """Return numbers unchanged, after checking that times since 1970 have one unit.
+    """Return numbers unchanged, after checking that times since 1970 all have the same unit.
 
     Raises:
         DataError: If not: a row in another unit would be before or after all others.
@@ -462,7 +462,7 @@ def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
 
 
 def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
-    """Return times as seconds since 1970, from seconds or milliseconds as in the first row of the file.
+    """Return times as seconds since 1970; whether they are seconds or milliseconds is decided by the first row.
 
     Args:
         rows: The table or block.
@@ -476,7 +476,7 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
     large = result.abs() >= _MILLISECONDS_FROM
     unit = unit or ("milliseconds" if large[0] else "seconds")
     row = _first(~large if unit == "milliseconds" else large)
-    # Zero and below is before 1970 in either unit, which no supported data set has in milliseconds.
+    # Zero and negative values are before 1970 in either unit; no supported data set has them in milliseconds.
     if row is not None:
         raise DataError.at(
             rows.where(row),
@@ -513,7 +513,7 @@ def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
 
 
 def floats(series: pl.Series) -> pl.Series:
-    """Return values as floats; null or NaN if one is not a number."""
+    """Return values as floats; null or NaN if a value is not a number."""
     if series.dtype == pl.String:
         series = series.str.strip_chars()
     if series.dtype.is_temporal():
@@ -528,12 +528,12 @@ def floats(series: pl.Series) -> pl.Series:
 
 
 def _first(bad: pl.Series) -> int | None:
-    """Return the index of the first True row."""
+    """Return the index of the first true value."""
     return int(bad.arg_max() or 0) if bad.any() else None
 
 
 def _first_of(found: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
-    """Return the first row whose text is bad; for codes, every different text is checked once."""
+    """Return the index of the first row whose text is invalid; with codes, each different text is checked once."""
     if not isinstance(found.dtype, pl.Enum):
         return _first(bad(found))
     values, rows = codes(found)

@@ -1,4 +1,4 @@
-"""Filters the rows of a table by a comparison of its columns, in a small subset of Python's grammar.
+"""Filters the rows of a table by an expression that compares columns, in a small subset of Python's grammar.
 
 No code of an expression is run: it is parsed, and every node must be one of `_GRAMMAR`.
 """
@@ -36,7 +36,7 @@ _COMPARED: Mapping[type[ast.cmpop], Callable[[pl.Expr, Any], pl.Expr]] = {
     ast.Gt: lambda one, two: one > two,
     ast.GtE: lambda one, two: one >= two,
 }
-# The mirrored operator of a comparison with the sides swapped.
+# Operators after swapping the sides of a comparison.
 _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.Eq,
     ast.NotEq: ast.NotEq,
@@ -48,7 +48,7 @@ _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
 
 
 def kept(table: Table, where: str) -> Table:
-    """Return the rows of a table that satisfy an expression; errors name rows by their index in the whole table.
+    """Return the rows of a table that satisfy an expression; errors name rows by their position in the whole table.
 
     A missing value is neither equal to, unequal to, less than nor greater than anything.
 
@@ -69,7 +69,7 @@ def kept(table: Table, where: str) -> Table:
 
 
 def _some(table: Table, where: str) -> Table:
-    """Return the rows of one file that satisfy an expression, possibly none."""
+    """Return the rows of one file that satisfy an expression, which may be none."""
     chosen = _Parser(table).parsed(where)
     # Codes are compared as texts; only the named columns are expanded.
     frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
@@ -113,7 +113,7 @@ class _Parser:
         raise _wrong(f"{_said(node)} is neither true nor false; compare a column with something")
 
     def _comparison(self, node: ast.Compare) -> pl.Expr:
-        """Return a comparison; for a chain such as ``1 <= stars <= 5``, the conjunction of its comparisons."""
+        """Translate a comparison; ``1 <= stars <= 5`` becomes the conjunction of its two comparisons."""
         sides = [node.left, *node.comparators]
         first, *rest = (
             self._pair(left, op, right) for left, op, right in zip(sides, node.ops, sides[1:], strict=False)
@@ -155,7 +155,7 @@ class _Parser:
         return ~result if out else result
 
     def _both(self, left: str, right: str) -> tuple[pl.Expr, pl.Expr]:
-        """Return two columns in a comparable type: numbers if both have only numbers, times, or texts."""
+        """Convert two columns to a common type: numbers if both have only numbers, else times or texts."""
         kinds = [self.table.frame[name].dtype for name in (left, right)]
         if all(kind.is_temporal() for kind in kinds):
             return self._time(left), self._time(right)
@@ -176,7 +176,7 @@ class _Parser:
         return pl.col(column).cast(pl.Datetime("us")).dt.replace_time_zone(None)
 
     def _alike(self, column: str, value: Any) -> tuple[pl.Expr, Any]:
-        """Return the cells of a column and a value in a comparable type."""
+        """Convert a column and a value to a common type."""
         kind = self.table.frame[column].dtype
         if isinstance(value, bool):
             if kind == pl.Boolean:
@@ -213,7 +213,7 @@ class _Parser:
         return self._text(column).str.strip_chars().cast(pl.Float64)
 
     def _name(self, node: ast.expr) -> str | None:
-        """Return the named column; None if the node is not a name."""
+        """Return the column that a node names; None if the node is not a name."""
         if isinstance(node, ast.Name | ast.Attribute) and _DOTTED.fullmatch(name := ast.unparse(node)):
             pass
         elif isinstance(node, ast.Call):
@@ -237,12 +237,12 @@ class _Parser:
 
 
 def _finite(cells: pl.Series) -> pl.Series:
-    """Return whether each text is a finite number."""
+    """Return, for each text, whether it is a finite number."""
     return cells.cast(pl.Float64, strict=False).is_finite().fill_null(value=False)
 
 
 def _value(node: ast.expr) -> Any:
-    """Return a text, a number, a boolean or None."""
+    """Return the value of a literal: a text, a number, a boolean or None."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = _value(node.operand)
         if isinstance(number, int | float) and not isinstance(number, bool):

@@ -1,4 +1,4 @@
-"""The meaning of column names, in several languages and spellings; `llmrec init` interprets the values."""
+"""Recognises what a column contains by its name, in several languages and spellings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmrec.data.read.nested import EACH, is_path
 
-# Weight 1 is an unambiguous word in tables of interactions; words with lower weights have other uses too.
+# Weight 1: an unambiguous name in tables of interactions. Names with lower weights also have other uses.
 _WORDS: Mapping[str, Mapping[float, str]] = {
     "user": {
         1.0: """user customer cust member reviewer client buyer shopper purchaser visitor reader viewer listener player
@@ -54,7 +54,7 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             opinia recenzja отзыв комментарий 评论 評論 レビュー コメント 리뷰 후기""",
         0.8: "feedback message explanation reason tip content notes note reviewtext reviewbody",
     },
-    # Text columns whose name alone refers to an item; a comment may be about an order.
+    # Names of text columns that always refer to an item; a comment may refer to an order.
     "review": {
         1.0: """review reviews reviewtext reviewbody opinion opinions explanation rezension meinung avis resena
             opiniones recensione resenha opiniao recensie opinia recenzja отзыв 评论 評論 レビュー 리뷰 후기""",
@@ -72,20 +72,20 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             수량""",
         0.9: "amount sum total units pieces duration seconds length age",
     },
-    # Names of orders, lines and reviews: never a user or an item, whatever their values.
+    # Names of orders, lines and reviews, which are never users or items.
     "row": {
         1.0: """order invoice transaction txn receipt basket cart row index line record log bestellung bestell
             rechnung auftrag commande facture pedido factura ordine fattura bestelling zamowienie
             заказ 订单 注文 주문 unnamed""",
     },
-    # Times other than the interaction's: a release, a delivery, the last change.
+    # Times of events other than the interaction: a release, a delivery, the last change.
     "other": {1.0: "updated modified changed shipped delivered delivery birth born release released published due"},
     "id": {
         1.0: """id ids nr no number num nummer code key idx pk uuid guid hash numero ref kode codigo codice номер код
             编号 番号 번호""",
     },
 }
-# Words without a meaning by themselves.
+# Words that have a meaning only together with other words.
 _FILLERS = frozenset(
     {"e", "the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"}
 )
@@ -115,7 +115,7 @@ _MEANING = _table()
 
 @dataclass(frozen=True)
 class Named:
-    """The meaning of a column's name.
+    """What the name of a column means.
 
     Attributes:
         roles: Weight in (0, 1] of each role that a word of the name has.
@@ -126,23 +126,23 @@ class Named:
     is_id: bool
 
     def weight(self, role: str) -> float:
-        """Return the weight of a role for the name; 0 if it does not have the role."""
+        """Return the weight of a role such as user or item for the name; 0 if the name does not have the role."""
         return self.roles.get(role, 0.0)
 
 
 def tokens(name: str) -> list[str]:
-    """Return the words of a name without case and accents: ``unixReviewTime`` gives unix, review, time."""
+    """Split a name into words in lower case without accents: ``unixReviewTime`` gives unix, review, time."""
     apart = re.sub(r"(?<=[a-zà-ÿ0-9])(?=[A-ZÀ-Þ])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return [part for part in re.split(r"[\W_]+", _plain(apart)) if part]
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of a name, split into known words where possible."""
+    """Split a name into words, and compounds into known words where possible."""
     return [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
 
 
 def _spoken(path: str) -> str:
-    """Return the last name of a path: ``sku`` of ``lines[].sku``, and ``user id`` of ``user.id``.
+    """Return the relevant part of a path: ``sku`` of ``lines[].sku``, but ``user id`` of ``user.id``.
 
     An id or a name belongs to the object around it; in a list, to one of its elements.
     """
@@ -153,18 +153,18 @@ def _spoken(path: str) -> str:
 
 
 def _one(part: str) -> str:
-    """Return the name of a list's elements, and other names unchanged."""
+    """Return the singular of the name of a list; other names unchanged."""
     name = part.removesuffix(EACH)
     return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
 
 
 def named(name: str) -> Named:
-    """Return the meaning of a name. Attributes come before their noun: ``product_rating`` is a rating."""
+    """Return what a column name means. The noun comes last: ``product_rating`` is a rating."""
     words = _words(_spoken(name) if is_path(name) else name)
     roles: dict[str, float] = {}
     for word in words:
         for role, weight in _MEANING.get(word, {}).items():
-            # "id" alone is not an item, and "at" or "on" has a meaning only with another word.
+            # "id" alone does not mean an item, and "at" or "on" means a time only with another word.
             if not (word in ("at", "on") and len(words) == 1):
                 roles[role] = max(weight, roles.get(role, 0.0))
     unknown = any(word not in _MEANING and word not in _FILLERS and not word.isdigit() for word in words)
@@ -174,20 +174,20 @@ def named(name: str) -> Named:
     is_id = roles.pop("id", 0.0) > 0
     settled = _settled(roles, is_id)
     if both and "field" in settled and not any("item" in _MEANING.get(word, {}) for word in set(words) - both):
-        settled["item"] = 0.6  # an artist is a field of a song, and the item if there are no songs
+        settled["item"] = 0.6  # an artist is an attribute of a song, and an item if there are no songs
     if unknown and not is_id:
-        # A customer's city is not a customer.
+        # the city of a customer is not a customer
         settled = {r: 0.6 * weight if r in ("user", "item") else weight for r, weight in settled.items()}
     return Named(settled, is_id)
 
 
 def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
-    """Return roles without those that the other words of a name rule out."""
+    """Return the possible roles of a column, without roles that other words of its name rule out."""
     gone: set[str] = set()
     if "count" in roles:
         gone = set(roles) - {"count"}
     elif is_id:
-        # The id of a review or the number of a category is neither a text nor a field.
+        # The id of a review or the number of a category is neither a text nor an item attribute.
         gone = {"rating", "time", "title", "text", "field", "other"}
         if gone & roles.keys() and not {"user", "item"} & roles.keys():
             roles = {**roles, "row": 1.0}
@@ -212,7 +212,7 @@ def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
 
 
 def _parts(token: str) -> list[str]:
-    """Return the two known words of a compound such as ``kundennummer`` or ``movieid``, if it is one."""
+    """Split a compound such as ``kundennummer`` or ``movieid`` into two known words; empty if it is not one."""
     if token in _MEANING or token in _FILLERS:
         return [token]
     for cut in range(len(token) - 2, 1, -1):
@@ -233,7 +233,7 @@ def _parts(token: str) -> list[str]:
 
 
 def noun_of(word: str) -> str | None:
-    """Return an English plural for the items of a column or file name; None if unknown."""
+    """Return an English plural such as "films" for the items of a column or file; None if unknown."""
     for part in (part for token in tokens(word) for part in _parts(token.rstrip("0123456789") or token)):
         result = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
         if result is not None:
@@ -241,7 +241,7 @@ def noun_of(word: str) -> str | None:
     return None
 
 
-# Event types in logs of shops and trackers, the strongest sign of interest first.
+# Event types in logs of shops and trackers, ordered from the strongest to the weakest sign of interest.
 _EVENTS = (
     "purchase purchased buy bought order ordered sale transaction checkout kauf bestellung achat compra acquisto",
     "cart addtocart basket addtobasket warenkorb",
@@ -254,14 +254,14 @@ _OTHER_EVENTS = frozenset({"removefromcart", "remove", "return", "refund", "canc
 
 
 def event_rank(value: str) -> int | None:
-    """Return the rank of an event type by its strength, 0 for the strongest (a purchase); None for an unknown value."""
+    """Return the rank of an event type by strength of interest, 0 for a purchase; None if unknown."""
     word = "".join(tokens(value))
     if word in _OTHER_EVENTS:
         return len(_EVENTS)
     return _EVENT_WORDS.get(word, _EVENT_WORDS.get(word.removeprefix("add").removeprefix("to")))
 
 
-# Words of columns about an order and its delivery.
+# Words in names of columns about an order and its delivery.
 _ORDER = """order bestell bestellung commande pedido ordine bestelling delivery deliver shipping shipment liefer
     lieferung versand livraison envio entrega consegna courier gift internal admin"""
 _ORDER_WORDS = frozenset(_ORDER.split())

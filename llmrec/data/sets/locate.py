@@ -1,4 +1,4 @@
-"""Finds the files of a published data set: in a folder, in a zip archive or next to a file; downloads are cached."""
+"""Finds the files of a published data set in a folder or zip archive; downloads are cached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmrec.resources import cache_dir
 
 @dataclass(frozen=True)
 class Located:
-    """The files of one variant of a data set.
+    """The files of a data set in one of its published variants.
 
     Attributes:
         where: The folder or archive.
@@ -46,7 +46,7 @@ class Located:
 
 
 def locate(known: Known, path: str | None, items: str | None) -> Located:
-    """Find the files of a data set.
+    """Find the files of a data set, and download them if necessary and possible.
 
     Args:
         known: The data set.
@@ -104,7 +104,7 @@ def _cached(known: Known) -> Path:
     if (folder := _wheel_folder(known)) is not None and _fitting(known, listing(folder)):
         return folder
     home = cache_dir() / "data"
-    # A user's own description is named by its path, which is not a folder of the cache.
+    # The name of a data set described by the user is a path, not a folder of the cache.
     for folder in (*known.folders, *((known.name,) if known.shipped else ())):
         for place in (home / folder, home / f"{folder}.zip"):
             if place.exists():
@@ -127,7 +127,7 @@ def _cached(known: Known) -> Path:
 
 
 def _wheel_folder(known: Known) -> Path | None:
-    """Return the data folder of an installed package, without importing the package; None if there is none."""
+    """Return the data folder of an installed package without importing it; None if it is not installed."""
     package, _, folder = (known.wheel or "").partition("/")
     try:
         spec = find_spec(package) if package else None
@@ -139,13 +139,13 @@ def _wheel_folder(known: Known) -> Path | None:
 
 
 def captured(pattern: str, name: str) -> str | None:
-    """Return the text that ``*`` matches in a pattern with at most one; None if the name does not match."""
+    """Return the text that matches ``*`` in a pattern; None if the name does not match."""
     result = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
     return None if result is None else (result[1] if result.groups() else "")
 
 
 def fits(layout: Layout, name: str) -> str | None:
-    """Return the category of a file of interactions by its plain name, or None if it is another file."""
+    """Return the category of an interaction file from its name; None if it is another file."""
     if any(fnmatchcase(name.lower(), pattern) for pattern in layout.events.skip):
         return None
     tried = (captured(pattern, name) for pattern in layout.events.files)
@@ -158,7 +158,7 @@ def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str,
         for member in members:
             category = fits(layout, member.plain)
             if category is not None:
-                # A file stored both compressed and uncompressed counts once; the uncompressed one sorts first.
+                # A file that is stored both compressed and uncompressed counts once; the uncompressed one sorts first.
                 result.setdefault((member.folder, member.plain), (layout, category, member))
     return list(result.values())
 
@@ -177,7 +177,7 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
 
 
 def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
-    """Return the variant of a file named by the user: by its name, or else by its ending."""
+    """Return the variant of the data set to which a given file belongs, by file name or else by extension."""
     for layout in known.layouts:
         category = fits(layout, events.plain)
         if category is not None:
@@ -203,7 +203,7 @@ def _complete(
     members: Sequence[Member],
     items: str | None,
 ) -> Located:
-    """Return the files of the data set, those next to the file of interactions included."""
+    """Return the files of the data set that belong to a file of interactions."""
     near = [member for member in members if member.folder == events.folder]
 
     def beside(patterns: Sequence[str]) -> Member | None:
@@ -242,7 +242,7 @@ _CHUNK = 2**20
 
 
 def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
-    """Download a file under a temporary name, check it, then move it to its path.
+    """Download a file under a temporary name, verify it, and then move it to its path.
 
     Args:
         url: The URL.

@@ -1,4 +1,4 @@
-"""The MIND news data set (Wu et al., ACL 2020): clicks from the logs of one part, train or dev.
+"""Loads the MIND news data set (Wu et al., ACL 2020): clicks from the logs of train or dev.
 
 A user's click history comes first, in its own order; it has no timestamps. The clicked items of the impressions follow,
 by the time of the impression. Items shown without a click are left out.
@@ -27,7 +27,7 @@ _LINE = "line"
 
 
 def mind(section: DataSection, *, seed: int) -> Dataset:
-    """Load MIND; news have ``category`` and ``subcategory``.
+    """Load MIND; news items have the fields ``category`` and ``subcategory``.
 
     Raises:
         DataError: If a file is missing or damaged, or has an invalid row.
@@ -76,14 +76,14 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _longest(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the longest history of each user; in the published files, all rows of a user have the same one."""
+    """Return the longest history of each user; in the published files, all rows of a user have the same history."""
     order = frame.with_columns(pl.col("items").str.len_bytes().alias("_size"))
     order = order.sort("_size", descending=True, maintain_order=True)
     return order.unique("user_id", keep="first", maintain_order=True).drop("_size")
 
 
 def _clicks(block: Table, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return the clicked items of a block of impressions."""
+    """Return the clicked items of a block of the impression log."""
     listed = rows.with_columns(block.frame["impressions"].str.split(" ").alias("item_id")).explode("item_id")
     listed = listed.with_columns(pl.col("item_id").str.strip_chars()).filter(pl.col("item_id") != "")
     unlabelled = listed.filter(~pl.col("item_id").str.contains(f"({_CLICKED}|{_SHOWN})$"))
@@ -101,7 +101,7 @@ def _clicks(block: Table, rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _in_order(histories: pl.DataFrame, clicks: pl.DataFrame) -> pl.DataFrame:
-    """Return all clicks, each user's oldest first."""
+    """Return all clicks, oldest first for each user."""
     past = histories.with_columns(pl.col("items").str.split(" ").alias("item_id")).explode("item_id")
     past = past.select("user_id", "item_id", _LINE).filter(pl.col("item_id").str.strip_chars() != "")
     later = clicks.sort("time", maintain_order=True).select("user_id", "item_id", _LINE)

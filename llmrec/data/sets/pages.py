@@ -1,4 +1,4 @@
-"""Descriptions of data sets: their files, formats and column names.
+"""Descriptions of published data sets: files, formats and column names.
 
 Those of published data sets are ``llmrec/data/sets/*.yaml``. A description has the keys of `Known`, except ``name``,
 and may have a ``base``: the name of a published data set, or a description next to it.
@@ -24,7 +24,7 @@ from llmrec.registry import SETS
 
 
 class Events(Section):
-    """The file of interactions, one per row.
+    """Describes a file of interactions, one per row.
 
     Attributes:
         files: Patterns of its name, without ``.gz`` and with ``.json`` for all JSON Lines endings; the first that
@@ -55,7 +55,7 @@ class Events(Section):
 
 
 class Attribute(Section):
-    """An additional field of items or users.
+    """Describes an additional field of items or users.
 
     Attributes:
         name: Its name in templates.
@@ -79,7 +79,7 @@ class Attribute(Section):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns to read."""
+        """Columns from which the field is read."""
         return self.flags or (self.column,)
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class Attribute(Section):
 
 
 class Items(Section):
-    """The file of items.
+    """Describes a file of items.
 
     Attributes:
         files: Patterns of its name; ``{}`` is the category of the file of interactions.
@@ -129,7 +129,7 @@ class Items(Section):
 
 
 class People(Section):
-    """The file of user profiles."""
+    """Describes a file of user profiles."""
 
     files: tuple[str, ...]
     form: Form
@@ -138,7 +138,7 @@ class People(Section):
 
 
 class Renames(Section):
-    """A file that maps item ids of the interactions to those of the file of items."""
+    """A file that maps item ids of interactions to ids of the item file."""
 
     files: tuple[str, ...]
     form: Form
@@ -147,7 +147,7 @@ class Renames(Section):
 
 
 class Layout(Section):
-    """The files of one variant of a data set."""
+    """The files of a data set in one of its published variants."""
 
     events: Events
     items: Items | None = None
@@ -156,7 +156,7 @@ class Layout(Section):
 
 
 class Published(Section):
-    """The published size of a data set's files, from its web page or a paper.
+    """The published size of a data set, from its web page or a paper.
 
     Attributes:
         origin: The source of the numbers.
@@ -170,12 +170,12 @@ class Published(Section):
     files: Mapping[str, tuple[int | None, int | None, int]]
 
     def of(self, file: str) -> Counts | None:
-        """Return the counts of a file of interactions; None if none are published."""
+        """Return the published size of a file of interactions; None if it is not published."""
         return Counts(*self.files[file], self.origin, self.rounded) if file in self.files else None
 
 
 class Known(Section):
-    """A data set with its own file format.
+    """A data set with a known file format.
 
     Attributes:
         name: The source's name in recipes; for a user's description its path.
@@ -212,7 +212,7 @@ class Known(Section):
 
     @property
     def shipped(self) -> bool:
-        """Whether it is part of the package, with a name instead of a path."""
+        """Whether the description is included in the package, and is selected by name instead of by path."""
         return not self.name.lower().endswith((".yaml", ".yml"))
 
 
@@ -221,12 +221,12 @@ PAGE = (".yaml", ".yml")
 
 
 def is_page(source: str) -> bool:
-    """Whether a source is the path of a description."""
+    """Whether a source is the path of a data set description."""
     return source.lower().endswith(PAGE)
 
 
 def published() -> list[Known]:
-    """Return all published data sets by name."""
+    """Return the descriptions of all included data sets, sorted by name."""
     return [known(name) for name in sorted(SETS)]
 
 
@@ -252,7 +252,7 @@ def _published(name: str) -> Known:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of users, items and interactions.
+    """The numbers of users, items and interactions.
 
     Attributes:
         users: Users with an interaction; None if not published.
@@ -269,7 +269,7 @@ class Counts:
     rounded: bool = False
 
     def agrees(self, other: Counts) -> bool:
-        """Whether another count is the same, as far as these numbers are known."""
+        """Whether two sizes agree in all numbers that both have."""
         pairs = (
             (self.users, other.users),
             (self.items, other.items),
@@ -290,7 +290,7 @@ class Counts:
 
 
 def comparison(known: Counts, here: Counts) -> tuple[str, bool]:
-    """Compare the size of data with the published one.
+    """Compare the size of loaded data with the published size.
 
     Args:
         known: The published numbers.

@@ -1,4 +1,4 @@
-"""Loads a data set from its own files, as described by `llmrec.data.sets.pages`."""
+"""Loads a published data set from its files, according to a description in `llmrec.data.sets.pages`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _YEAR = "year"
 
 
 def published(section: DataSection, *, seed: int) -> Dataset:
-    """Load the data set named by the section's source.
+    """Load the data set that ``data.source`` names.
 
     Raises:
         RecipeError: If its description has an invalid key or value.
@@ -47,7 +47,7 @@ def published(section: DataSection, *, seed: int) -> Dataset:
 
 
 def load(page: Known, section: DataSection) -> Dataset:
-    """Load a published data set.
+    """Load a published data set from its description.
 
     Args:
         page: Its description.
@@ -93,7 +93,7 @@ def load(page: Known, section: DataSection) -> Dataset:
 
 
 def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
-    """Return the provenance entries about published counts, after a warning if they differ."""
+    """Return the provenance entries about published sizes, and warn if the sizes differ."""
     counted = page.counts.of(file) if page.counts is not None else None
     if counted is None:
         return {}
@@ -105,7 +105,7 @@ def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
 
 
 def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
-    """Reject columns in the order of another edition, whose values would be wrong without an error."""
+    """Reject columns in the order of another edition, which would silently give wrong values."""
     if page.item_width is None:
         return
     first = frame.head(1000)
@@ -127,7 +127,7 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
 
 
 def check_known_keys(known: Known, section: DataSection) -> None:
-    """Reject keys that do not apply to a data set with known columns."""
+    """Reject recipe keys that do not apply to a data set with known columns."""
     if section.columns != Columns(text=section.columns.text):
         raise DataError(
             f"data.columns: source {known.name!r} has fixed columns; set only data.columns.text, or use source 'table'",
@@ -157,7 +157,7 @@ def _text_column(known: Known, events: Events, section: DataSection) -> str | No
 
 @dataclass(frozen=True)
 class Read:
-    """Interactions as read from the file.
+    """Interactions read from a file, with their rows.
 
     Attributes:
         frame: Columns of `llmrec.data.dataset.SCHEMA`.
@@ -218,14 +218,14 @@ def read_events(member: Member, spec: Events, text: str | None, also: Sequence[s
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Entries of items, and notes for the user."""
+    """The entries of items, with notes for the user."""
 
     items: Mapping[str, Item]
     notes: tuple[str, ...] = ()
 
 
 def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
-    """Return the entries of items.
+    """Return the `Item` of every item id, with the titles and fields that were read.
 
     Args:
         found: The files of the data set.
@@ -242,7 +242,7 @@ def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) 
         return Catalogue(items, untitled(found.where, len(item_ids - titles.keys()), len(items)))
     names = {item: item for item in item_ids}
     if found.renames is not None and found.layout.renames is not None:
-        # An item that is not in the renaming file gets no entry, even if its number is another item's id.
+        # An item that the renaming file lacks gets no entry, even if its number is the id of another item.
         names = dict.fromkeys(item_ids, "") | _renamed(found.renames, found.layout.renames, item_ids)
     listed = read_items(found.items, spec, set(names.values()))
     blank = {attribute.name: attribute.missing for attribute in spec.attributes}
@@ -251,14 +251,14 @@ def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) 
     for item, name in names.items():
         title, fields = listed.entries.get(name, (None, blank))
         if title is None and spec.complete:
-            continue  # the check of the interactions names the row
+            continue  # the check of interactions names the row
         missing += title is None
         items[item] = Item(item_id=item, title=title or item, fields=fields)
     return Catalogue(items, untitled(found.items.name, missing, len(items)) + listed.notes(found.items.name))
 
 
 def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
-    """Return a note on items without a title, after a warning; empty if all have one."""
+    """Warn if items have no title, and return a note on them; empty if all have one."""
     if not missing:
         return ()
     note = f"{missing} of {total} items have no title in {where}; a model gets their ids instead, which say little"
@@ -280,7 +280,7 @@ Entries = dict[str, tuple[str | None, dict[str, str]]]
 
 @dataclass(frozen=True)
 class Listed:
-    """The content of a file of items.
+    """The titles and fields read from a file of items.
 
     Attributes:
         entries: Entries of the wanted items.
@@ -295,7 +295,7 @@ class Listed:
     markup: int
 
     def notes(self, file: str) -> tuple[str, ...]:
-        """Return notes on what is missing, after a warning."""
+        """Warn of missing titles or fields, and return notes on them."""
         lost = {
             f"{self.nameless} rows of {file} have no id and are left out": self.nameless,
             f"{self.markup} titles in {file} are HTML and count as missing": self.markup,
@@ -380,7 +380,7 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
 
 
 def value_text(place: Place, column: str, value: object) -> str:
-    """Return a single value as text; values that are neither texts nor numbers count as missing.
+    """Return a single value as text; values that are neither text nor number count as missing.
 
     Raises:
         DataError: If a text in it cannot be stored.
@@ -393,13 +393,13 @@ def value_text(place: Place, column: str, value: object) -> str:
 
 
 def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
-    """Return an additional field as one text: lists joined, codes in words, entities decoded, HTML removed."""
+    """Return an additional field as one text: lists joined, codes replaced by words, HTML removed."""
     if attribute.flags:
         value: object = [flag for flag in attribute.flags if value_text(place, flag, row.get(flag)).strip() == "1"]
     else:
         value = row.get(attribute.column)
     if isinstance(value, list) and value and all(isinstance(path, list) for path in value):
-        value = value[0]  # with several category paths, the first is the main one
+        value = value[0]  # of several category paths, the first is the main one
     if isinstance(value, list):
         parts = [value_text(place, attribute.column, part) for part in value]
     else:
@@ -412,7 +412,7 @@ def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> s
     return joined or attribute.missing
 
 
-# --------------------------------------------------------------------------- film titles
+# --------------------------------------------------------------------------- movie titles
 
 _ENDING = re.compile(r"^(?P<title>.*?)\s*\((?P<years>(?P<year>\d{4})(?:[-–]\d{0,4})?)\)(?:\s*\((?:V|TV)\))?$")
 _LATER = re.compile(
@@ -423,7 +423,7 @@ _BRACKET = re.compile(r"\(([^()]*)\)")
 
 
 def movie_title(raw: str) -> tuple[str, str]:
-    """Return a film's title in the usual form with its year, and the year.
+    """Return the title of a movie in the usual form with its year, and the year.
 
     ``"Fugitive, The (1993)"`` becomes ``"The Fugitive (1993)"``; articles in further titles in parentheses are moved
     too. The year is ``"unknown"`` if the title has none.

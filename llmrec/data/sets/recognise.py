@@ -1,4 +1,4 @@
-"""Recognises data sets by their files: folders and archives of published data sets, sequences, columns of tables."""
+"""Recognises published data sets by their files, tables by their columns, and sequences by their lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrec.data.sets.locate import captured, fits
 from llmrec.data.sets.pages import Events, Known, Layout, published
 from llmrec.errors import LlmrecError
 
-# Column names too common to identify a data set.
+# Column names that are too common to identify a data set.
 _COMMON = frozenset(
     ("user", "user_id", "item", "item_id", "id", "product_id", "rating", "time", "timestamp", "date", "title", "text")
 )
@@ -22,7 +22,7 @@ _SAMPLES = ("train", "valid", "test")
 
 
 def sources_with(columns: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the published data sets whose interaction files have a table's column names.
+    """Return the published data sets whose interaction files have the column names of a table.
 
     A data set is returned only if its user and item columns have distinctive names; files without a header have none.
     """
@@ -44,7 +44,7 @@ def _names(events: Events) -> set[str]:
 
 
 def source_of(place: Path) -> str | None:
-    """Return the source that reads a path: a folder, a zip archive, or a file that is not a table.
+    """Return the source that reads a path, if it is a folder, a zip archive, or a file that is not a table.
 
     None if the path is a table, or unknown to all sources.
 
@@ -62,7 +62,7 @@ def source_of(place: Path) -> str | None:
     member = Member(str(place), place)
     if member.plain.lower().endswith(".txt"):
         return "sequences" if _holds_sequences(member) else None
-    # A file with a header is a table with columns to choose; other files are recognised by name.
+    # A file with a header is a table with columns to choose; other files are recognised by their names.
     for page in _sets([member], alone=True):
         if all(layout.events.form.columns for layout in page.layouts if fits(layout, member.plain) is not None):
             return page.name
@@ -80,7 +80,7 @@ def _first_line(member: Member) -> str:
 
 
 def _holds_sequences(member: Member) -> bool:
-    """Whether the first lines are a user and its items, separated by spaces, with different users."""
+    """Whether the first lines each have a user and the user's items, separated by spaces."""
     try:
         with member.open() as stream:
             lines = [stream.readline(_LONGEST).decode("utf-8", "replace").strip() for _ in range(_LINES)]
@@ -95,7 +95,7 @@ def _holds_sequences(member: Member) -> bool:
 
 
 def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[Known]:
-    """Yield the published data sets with these files, the most likely first.
+    """Yield the published data sets that have these files, the most likely first.
 
     Args:
         members: Files of a folder or an archive.
@@ -125,7 +125,7 @@ def _plain(name: str) -> str:
 
 
 def _specific(layout: Layout, name: str) -> int:
-    """Return the number of literal characters of a data set's best pattern for a file name."""
+    """Return the number of literal characters in the best pattern of a data set for a file name."""
     return max(len(pattern.replace("*", "")) for pattern in layout.events.files if captured(pattern, name) is not None)
 
 
@@ -137,7 +137,7 @@ def _has_items(layout: Layout, events: Member, members: Sequence[Member]) -> boo
 
 
 def _reads(events: Events, member: Member) -> bool:
-    """Whether a file has the columns of a data set: in its header or first record, or else as many columns."""
+    """Whether a file has the columns of a data set: by its header or first record, else by their number."""
     if events.form.columns:
         named = not any(pattern.startswith("*") for pattern in events.files)
         return named and len(_first_line(member).split(events.form.separator)) == len(events.form.columns)

@@ -1,4 +1,4 @@
-"""Original reviews: one category of the Amazon 5-core data sets of 2014, with texts, headlines and stars."""
+"""Loads a category of the Amazon 5-core review data of 2014, with texts, headlines and stars."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCALE = (1.0, 5.0)
 
 
 def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
-    """Load a file in the 2014 format, one JSON object per line, gzipped or plain.
+    """Load a review file in the format of 2014, with one JSON object per line, gzipped or plain.
 
     HTML entities are decoded once. Ratings are stars from 1 to 5, timestamps are days, texts are whole reviews;
     headlines and keyphrases are stored in `Dataset.reviews`. Names of reviewers are not read: the split makes
@@ -87,7 +87,7 @@ def _said(titles: bool) -> str:
 
 
 def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
-    # Of a repeated pair the latest row was kept, and so is its headline, as the last one written here.
+    # Of repeated pairs the latest row was kept; take the headline from the same row.
     latest = headlines.with_row_index("_row").sort("timestamp", "_row")
     above = {
         (user, item): message for user, item, message in latest.select("user_id", "item_id", "headline").iter_rows()

@@ -1,4 +1,4 @@
-"""Published samples with their own split: train, valid and test files whose rows are a history and a target.
+"""Loads published samples that are already split: train, valid and test files whose rows have a history and a target.
 
 Each row is one request with its published history, so metrics are comparable with the papers that use the files. A
 held-out row becomes a separate user, whose history is shown but never used for training. Training rows of one person
@@ -52,7 +52,7 @@ class _Row(NamedTuple):
 
 
 def samples(section: DataSection, *, seed: int) -> Dataset:
-    """Load samples; requires `data.split.kind` ``given``.
+    """Load samples; requires ``data.split.kind: given``.
 
     Raises:
         DataError: If a file is missing, or has an invalid row or item.
@@ -66,7 +66,7 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
             column="data.split.kind",
         )
     members = members_of("samples", section.path)
-    # If the path is one file, its folder is used: all three files are needed.
+    # If the path names a file, its folder is used, because all three files are needed.
     result = {
         part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()
@@ -130,14 +130,14 @@ def _read(member: Member) -> Iterator[_Row]:
 
 @dataclass
 class _Person:
-    """The rows of one person, by part, in file order."""
+    """The rows of one user by part of the split, in file order."""
 
     name: str
     rows: dict[str, list[_Row]] = field(default_factory=lambda: {part: [] for part in _PARTS})
 
 
 def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
-    """Return the rows grouped by person, regardless of the order in the files, shorter histories first.
+    """Group the rows by user, independently of their order in the files, with shorter histories first.
 
     People are identified by user names if training rows have some, and otherwise by rows that continue others.
     Histories may be truncated to their latest items: the longest one gives the limit. People with the same history
@@ -164,14 +164,14 @@ def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
 
 
 def _first_place(person: _Person) -> tuple[int, int]:
-    """Return the part and the line of a person's first row."""
+    """Return the part and the line of the first row of a user."""
     part = next(number for number, part_rows in enumerate(person.rows.values()) if part_rows)
     return part, min(row.line for row in list(person.rows.values())[part])
 
 
 @dataclass
 class _Built:
-    """Interactions under construction: their user, item, file and line, and the held-out users."""
+    """Interactions collected so far, in columns, and the held-out users."""
 
     users: list[str] = field(default_factory=list)
     items: list[str] = field(default_factory=list)
@@ -187,14 +187,14 @@ class _Built:
 
 
 def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> int:
-    """Add each person's training interactions, and return the number excluded because they are held out later."""
+    """Add the training interactions of each user, and return how many were left out because they are held out later."""
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
         had: list[str] = []
         for row in person.rows["train"]:
-            # A row that continues the known interactions adds its target, even if its history is truncated; another row
-            # of a person known by name adds its additional interactions.
+            # A row that continues the known interactions adds only its target, even if its history is truncated; other
+            # rows of the same user add the items that are not yet known.
             continues = bool(row.history) and tuple(had[-len(row.history) :]) == row.history
             events = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
             kept = [item for item in events if item not in held]
@@ -205,7 +205,7 @@ def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> i
 
 
 def _add_held_out(built: _Built, people: Sequence[_Person], part: str, member: Member) -> frozenset[tuple[str, str]]:
-    """Add held-out rows, each as a separate user, and return their held-out pairs."""
+    """Add each held-out row as a separate user, and return the held-out (user, item) pairs."""
     pairs = set()
     for person in people:
         for number, row in enumerate(person.rows[part], start=1):

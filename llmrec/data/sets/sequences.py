@@ -1,4 +1,4 @@
-"""Sequences without timestamps: one line per user, its items oldest first, with a table of items.
+"""Loads sequences without timestamps: one line per user with items oldest first, and a table of items.
 
 This is the format of S3-Rec and of systems that use its files: ``sequences.txt`` with lines such as ``u1 i7 i3 i9``,
 and ``items.tsv`` with ``item_id``, ``title`` and further columns; each may be gzipped.
@@ -30,7 +30,7 @@ _PAIR = ["user_id", "item_id"]
 
 
 def sequences(section: DataSection, *, seed: int) -> Dataset:
-    """Load sequences; the order in a line is the time order.
+    """Load sequences; the order of items in a line is their time order.
 
     Raises:
         DataError: If a file is missing, or has an invalid line or item.
@@ -70,7 +70,7 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
-    """Return one row per interaction, and the line of each."""
+    """Return one row per interaction, and the line number of each row."""
     with main.open() as stream:
         frames = [_sequences_of(piece) for piece in Pieces(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
@@ -109,7 +109,7 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
 
 
 def check_keys(source: str, section: DataSection) -> None:
-    """Reject keys that do not apply to files without interaction columns."""
+    """Reject recipe keys that do not apply to files without columns of interactions."""
     columns = section.columns
     if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
         raise DataError(
@@ -121,7 +121,7 @@ def check_keys(source: str, section: DataSection) -> None:
 
 
 def members_of(source: str, path: str | None) -> list[Member]:
-    """Return the files of the folder or archive of ``data.path``, or of the folder that contains the file it names.
+    """Return the files in the folder or archive of ``data.path``; if it is a file, those in the file's folder.
 
     Raises:
         DataError: If there is none.
@@ -148,12 +148,12 @@ def members_of(source: str, path: str | None) -> list[Member]:
 
 
 def is_file_named(path: str | None) -> bool:
-    """Whether ``data.path`` names a file, which is read whatever its name."""
+    """Whether ``data.path`` is a file, which is then read whatever its name is."""
     return path is not None and user_path(path).is_file() and not path.lower().endswith(".zip")
 
 
 def member_of(members: Sequence[Member], names: Sequence[str], path: str | None, what: str) -> Member:
-    """Return the file with one of these names.
+    """Return the file that has one of these names.
 
     Raises:
         DataError: If there is none.
@@ -174,21 +174,21 @@ def _first(members: Sequence[Member], names: Sequence[str]) -> Member | None:
 
 
 def items_member(members: Sequence[Member], section: DataSection) -> Member | None:
-    """Return the table of items: the one of ``data.items``, or ``items.tsv`` or ``items.csv``."""
+    """Return the table of items: ``data.items``, or else ``items.tsv`` or ``items.csv``."""
     if section.items is not None:
         return Member(section.items, user_path(section.items))
     return _first(members, ("items.tsv", "items.csv"))
 
 
 def table_form(member: Member) -> Form:
-    """Return a table's format, by its ending."""
+    """Return the format of a table, by file extension."""
     return Form(kind="delimited", separator="," if member.plain.lower().endswith(".csv") else "\t", quoted=True)
 
 
 def items_of(
     section: DataSection, item_ids: pl.Series, entries: Member | None, place: Callable[[int], Place]
 ) -> tuple[Mapping[str, Item], tuple[str, ...]]:
-    """Return the entries of items, and notes on missing data.
+    """Return the `Item` of every item id, and notes on missing titles.
 
     Args:
         section: The recipe's section.
@@ -241,7 +241,7 @@ def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, plac
 
 
 def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[int], Place]) -> None:
-    """Reject a user's second interaction with an item, unless the recipe keeps the latest.
+    """Reject a repeated (user, item) pair, unless the recipe keeps the latest interaction.
 
     Raises:
         DataError: With the location of the first one.
@@ -260,7 +260,7 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
 
 
 def name_of(main: Member, usual: str) -> str:
-    """Return a short name: that of the file, or that of its folder or archive if the file has its usual name."""
+    """Return a short name for data: the file name, or the folder or archive name if the file has its default name."""
     stem = main.plain.split(".")[0]
     around = Path(main.folder if main.inner is None else main.path.stem).name
     return (around or stem) if stem == usual else stem

@@ -1,4 +1,4 @@
-"""Loads users' own tables, and explanations with profile texts; `load` is the entry point of all sources.
+"""Loads tables of users and data with explanations; `load` loads any source.
 
 A source is an entry of `llmrec.registry.SOURCES`. Explanations have the format of XRec (Ma et al., EMNLP Findings
 2024), in which a language model writes the profiles and explanations from real reviews.
@@ -41,7 +41,7 @@ from llmrec.types import Item
 log = logger(__name__)
 
 
-# --------------------------------------------------------------------------- a published split in a table
+# --------------------------------------------------------------------------- a split given in a table
 
 SPELLED: Mapping[str, str] = {
     "train": "train",
@@ -53,12 +53,12 @@ _KEY = "data.columns.split"
 
 
 def part_of(said: str) -> str | None:
-    """Return the part that a cell names, in any spelling; None if it is unknown."""
+    """Return the part of the split (train, valid or test) that a cell names; None if unknown."""
     return SPELLED.get(said.strip().lower())
 
 
 def parts_of(section: DataSection, table: Table) -> pl.Series | None:
-    """Return the index of every row's part in `PARTS`; None unless the split is given by the source.
+    """Return the index in `PARTS` for every row; None unless the split is given by the source.
 
     Args:
         section: The recipe's section.
@@ -112,7 +112,7 @@ def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
 
 
 def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
-    """Return the provenance entries about the parts, after a warning if their times overlap.
+    """Return the provenance entries about a given split, and warn if the times of its parts overlap.
 
     Args:
         parts: The result of `parts_of`.
@@ -133,7 +133,7 @@ def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
 
 
 def load(section: DataSection, *, seed: int) -> Dataset:
-    """Load a source and apply the recipe's filters.
+    """Load any source and apply the filters of the recipe.
 
     Args:
         section: The recipe's ``data`` or ``reviews``.
@@ -172,7 +172,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
 
 def located(section: DataSection) -> DataSection:
-    """Return a section whose paths exist: its own, or those under the folder LLMREC_DATA."""
+    """Return a section whose paths exist, directly or in the folder LLMREC_DATA."""
     folder = os.environ.get("LLMREC_DATA")
     if not folder:
         return section
@@ -246,7 +246,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _main(section: DataSection) -> Table:
-    """Return the interaction rows that the recipe keeps, of one table or of the concatenated files of the parts."""
+    """Return the interaction rows that the recipe keeps, from one table or from the files of a given split."""
     if section.files is not None:
         named = [path for part in PARTS if (path := getattr(section.files, part)) is not None]
         return joined([_rows(path, section) for path in named])
@@ -282,13 +282,13 @@ def _queried(path: str, query: str | None) -> Table:
 
 
 def _named(columns: Columns) -> tuple[str | None, ...]:
-    """Return the columns that a recipe names."""
+    """Return the names of the columns set in a recipe."""
     single = (columns.user, columns.item, columns.rating, columns.time, columns.title, columns.text, columns.split)
     return (*single, *columns.fields, *columns.user_fields)
 
 
 def _wanted(columns: Columns) -> dict[str, Kind]:
-    """Return the columns to read: those that a key names or that have a default name."""
+    """Return the columns to read: those set in the recipe, and those with a default name."""
     fields: dict[str, Kind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
     return fields | {
         columns.user or "user_id": "id",
@@ -302,7 +302,7 @@ def _wanted(columns: Columns) -> dict[str, Kind]:
 
 
 def _name(section: DataSection) -> str:
-    """Return the name of the data: the hub's, the file's without its ending, or the folder's for several files."""
+    """Return the name of the data: the hub data set, the file without extension, or the folder of several files."""
     path = section.path or (section.files.train if section.files else "")
     path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
     if is_hub(path):
@@ -379,11 +379,11 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
     )
 
 
-# --------------------------------------------------------------------------- the included synthetic table
+# --------------------------------------------------------------------------- the included synthetic reviews
 
 
 def made_reviews(section: DataSection, *, seed: int) -> Dataset:
-    """Load the included table of synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
+    """Load the included synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
 
     Products have ``category``, ``brand`` and ``price``.
 
