@@ -89,7 +89,7 @@ def __getattr__(name: str) -> _typing.Any:
     if not isinstance(result, type):
         from llmrec.keywords import speaks_python
 
-        # The command line calls the original functions, whose errors name its options.
+        # The command line uses the original functions, whose errors name command options.
         result = speaks_python(result)
         result.__module__, result.__name__, result.__qualname__ = __name__, name, name
     globals()[name] = result
@@ -97,5 +97,5 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names, including those not yet imported."""
+    """Return the public names, including names not yet imported."""
     return sorted(__all__)

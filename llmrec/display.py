@@ -1,4 +1,4 @@
-"""Short representations of objects: a few lines in a console, a small table in a notebook."""
+"""Short representations of objects: a few lines in a console, a table in a notebook."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-# C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
+# Control characters except tab and line feed, and characters that change the text direction.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN = 20
 """The maximum number of rows of a table in a representation."""
-# Its maximum number of lines of a text, and of characters of a cell.
+# Maximum number of lines of a text, and of characters of a cell.
 _LINES, _CELL = 30, 80
 
 _Row = TypeVar("_Row")
@@ -20,7 +20,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Summary:
-    """The content of an object's representation.
+    """What to show of an object.
 
     Attributes:
         title: One line.
@@ -38,7 +38,7 @@ class Summary:
 
 
 class Displayed:
-    """Base of printable objects, which define `_summary`. It must precede other bases."""
+    """Base class of objects that define `_summary` to be displayed. It must precede other base classes."""
 
     def _summary(self) -> Summary:
         """Return the content to show."""
@@ -55,7 +55,7 @@ class Displayed:
 
 
 def as_text(found: Summary) -> str:
-    """Return a summary as lines of text without control characters."""
+    """Format a summary as lines of text without control characters."""
     lines = [_cell(found.title)]
     lines += _columns([(_cell(name), _cell(value)) for name, value in found.facts.items()])
     rows, more = _first(found.rows, SHOWN)
@@ -68,7 +68,7 @@ def as_text(found: Summary) -> str:
 
 
 def as_html(found: Summary) -> str:
-    """Return a summary as a fragment of HTML in which every text is escaped."""
+    """Format a summary as an HTML fragment with all texts escaped."""
     rows, more = _first(found.rows, SHOWN)
     parts = [f"<p><strong>{_escaped(found.title)}</strong></p>"]
     if found.facts:
@@ -87,12 +87,12 @@ def as_html(found: Summary) -> str:
 
 
 def visible(text: str) -> str:
-    """Return text with control and text-direction characters escaped, as in ``[U+001B]``."""
+    """Escape control and text-direction characters in a text, as in ``[U+001B]``."""
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def flat(text: str) -> str:
-    """Return text on one line, with every hidden character escaped."""
+    """Return a text on one line, with hidden characters escaped."""
     return " ".join(visible(text).split())
 
 
@@ -103,7 +103,7 @@ def short(text: str, longest: int = 120) -> str:
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Return the first names, comma-separated, and the number of further ones."""
+    """Return the first names, separated by commas, and the number of the remaining names."""
     results = list(names)
     return ", ".join(results[:most]) + (f" and {len(results) - most} more" if len(results) > most else "")
 

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files with checksums, and folders with a checksum manifest."""
+"""Atomic writes, JSON files with checksums, and checksum manifests of folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
 """The last key of files of `write_checked`."""
-# The end of a file of `write_checked`; a file rewritten by another program lacks it and is not checked.
+# The last key of a file of `write_checked`; a file rewritten by another program lacks it and is not verified.
 _END = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n\}\n\Z')
 WRITING = "while writing "
 """The start of a note of `writing_to`."""
@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Add the name of the file or folder being written to errors of a block; many libraries omit it."""
+    """Add the name of the file or folder that is written to the errors of a block; many libraries omit it."""
     try:
         yield
     except Exception as error:
@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON object atomically with a checksum as its last key, for `checked`.
+    """Write a JSON object atomically with a checksum as its last key, which `checked` verifies.
 
     Args:
         path: The file.
@@ -118,11 +118,11 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> str:
 
 
 class Changed(ValueError):
-    """Raised for a file that does not match its checksum."""
+    """Raised if a file does not match its checksum."""
 
 
 def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
-    """Parse JSON of `write_checked`, and remove its checksum; files of older versions have none.
+    """Parse JSON of `write_checked`, verify and remove its checksum; files of older versions have none.
 
     Raises:
         Changed: If it does not match its checksum.
@@ -136,7 +136,7 @@ def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
 
 
 def checksum(content: bytes) -> str:
-    """Return a checksum of 32 hex digits, which protects against damage, not against attacks."""
+    """Return a checksum of 32 hex digits, which detects damage but not attacks."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -177,7 +177,7 @@ def sha256_of(file: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write a manifest of every file in a folder, for `verifies`."""
+    """Write a manifest with the checksums of all files in a folder, for `verifies`."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.rglob("*"))
@@ -187,7 +187,7 @@ def seal(folder: Path) -> None:
 
 
 def verifies(folder: Path) -> bool:
-    """Return whether a folder has a manifest and every listed file exists with the same content."""
+    """Whether a folder has a manifest and all listed files exist with the same content."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return bool(listed) and all(
@@ -199,7 +199,7 @@ def verifies(folder: Path) -> bool:
 
 
 def unchanged(folder: Path) -> bool:
-    """Like `verifies`, but do not read files again whose size and time are those of an earlier call."""
+    """Like `verifies`, but does not read files again whose size and time are the same as in an earlier call."""
     try:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         states = tuple((str(file), *_state(file)) for file in files)
@@ -219,7 +219,7 @@ def _verified(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> bo
 
 
 def refuse_link(path: Path) -> None:
-    """Reject a link, so that its target is not written, locked or removed.
+    """Reject a symbolic link, so that its target is not written, locked or removed.
 
     Raises:
         LlmrecError: If the path is a link.

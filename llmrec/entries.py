@@ -1,4 +1,4 @@
-"""Records of the registry's tables. This module imports no component."""
+"""Types of the entries in `llmrec.registry`; imports none of the registered components."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class BaselineEntry:
-    """A baseline, by its name in `llmrec.registry.BASELINES`; its class has all further facts.
+    """Registers a baseline under its name in `llmrec.registry.BASELINES`; its class defines everything else.
 
     Attributes:
         address: Address of its class, ``module:attribute``.
@@ -24,7 +24,7 @@ class BaselineEntry:
 
 @dataclass(frozen=True)
 class StrategyEntry:
-    """A strategy, by its name in `llmrec.registry.STRATEGIES`.
+    """Registers a scoring or ranking strategy under its name in `llmrec.registry.STRATEGIES`.
 
     Attributes:
         address: Address of its class, or of a factory function.
@@ -50,7 +50,7 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True, kw_only=True)
 class MetricEntry:
-    """A metric, by its name in `llmrec.registry.METRICS`, without its cut-off.
+    """Registers a metric under its name in `llmrec.registry.METRICS`, without cut-off.
 
     Its function is called with the inputs of the kind that its parameters name; a metric is omitted if one of them is
     None. The inputs are
@@ -101,13 +101,9 @@ class MetricEntry:
     fixed: Mapping[str, object] = field(default_factory=dict)
 
 
-# ----------------------------------------------------------------------------
-# The registry's record of a command.
-
-
 @dataclass(frozen=True)
 class Command:
-    """A command: its function, and the facts that are needed before its import.
+    """Registers a command: its function, and what is needed before the function is imported.
 
     Attributes:
         target: ``module:function`` of one options record, or a mapping of names to such functions; see

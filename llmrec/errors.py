@@ -1,4 +1,4 @@
-"""Expected errors, whose messages name the cause and the fix in one paragraph, without a traceback."""
+"""Errors that users can fix: messages name the cause and the fix, and are shown without a traceback."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ErrorKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A location in a file; as text ``ratings.csv, row 3 (line 4)``.
+    """A location in a file, written as ``ratings.csv, row 3 (line 4)``.
 
     Attributes:
         file: Its name in errors: a path, also inside an archive, a URL, or the name of a template or data set.
@@ -76,7 +76,7 @@ class Place:
 
 
 class LlmrecError(Exception):
-    """Base of every error that a user can fix; the command line prints it and exits with status 2.
+    """Base class of errors that users can fix; the command line prints the message and exits with status 2.
 
     The message is for people; programs and tests use the attributes, each None if unknown.
 
@@ -105,21 +105,21 @@ class LlmrecError(Exception):
 
     @property
     def place(self) -> Place | None:
-        """The location, for an error that wraps this one."""
+        """Location of the error, for an error that wraps this one."""
         return None if self.file is None else Place(self.file, self.row, self.line)
 
     @classmethod
     def at(cls, place: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
-        """Return an error whose message is the location, followed by the rest of the sentence."""
+        """Return an error whose message begins with a location."""
         return cls(f"{place}{rest}", kind=kind, at=place, column=column)
 
 
 class RecipeError(LlmrecError):
-    """Raised for a recipe, override or template that is invalid."""
+    """Raised for an invalid recipe, override or template."""
 
 
 class DataError(LlmrecError):
-    """Raised for a data file, row or column that is invalid."""
+    """Raised for an invalid data file, row or column."""
 
 
 class ModelError(LlmrecError):
@@ -127,11 +127,11 @@ class ModelError(LlmrecError):
 
 
 class BackendError(LlmrecError):
-    """Raised for a backend that does not support a request, or that died."""
+    """Raised if a backend does not support a request or has stopped."""
 
 
 class EngineFailure(BackendError):
-    """Raised for an engine that did not start or crashed, whatever the request.
+    """Raised if an engine does not start or crashes, whatever the request.
 
     The message has the cause and, after a semicolon, the fix.
     """
@@ -143,22 +143,22 @@ class EngineFailure(BackendError):
 
 
 class MissingExtra(LlmrecError):
-    """Raised for an optional package that is not installed."""
+    """Raised if an optional package is not installed."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
+    """Return `` (did you mean 'x'?)`` with the closest known word; empty if none is close."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def installed(package: str) -> bool:
-    """Return whether an optional package is installed, without importing it."""
+    """Whether an optional package is installed, checked without an import."""
     return find_spec(package) is not None
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional module before any work begins.
+    """Import an optional module, before any work begins.
 
     Args:
         module: Dotted name of the module, such as ``"peft"``.

@@ -1,4 +1,4 @@
-"""Fingerprints: a hash of everything that can change the result of a stage, so that a stored result can be reused.
+"""Fingerprints: a hash of everything that can change the result of a stage, to decide whether a stored result is valid.
 
 A fingerprint covers the version of llmrec, the settings that affect the stage, the code that makes the result, and the
 inputs by content. A setting declares the stages that it affects (`Affects`, `llmrec.recipe.schema`). The code is found
@@ -37,7 +37,7 @@ _NAME = re.compile(rb"(\w+)(?: as \w+)?")
 
 
 class Affects:
-    """The stages whose results a setting affects, as metadata of its field in a section of the recipe.
+    """Metadata of a recipe field that names the stages whose results the field affects.
 
     On a section it applies to fields that declare none. Without a stage, no result depends on the setting, or the file
     that it names enters by content.
@@ -60,7 +60,7 @@ def settings(
     inherited: Collection[Stage] | None = None,
     at: str = "",
 ) -> dict[str, Json]:
-    """Return the settings of a section that affect a stage, by name.
+    """Return the settings of a recipe section that affect a stage, by name.
 
     Args:
         section: A section, or the whole recipe.
@@ -85,13 +85,13 @@ def settings(
 
 
 def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
-    """Return the stages that a field affects; a section that only changes its default need not repeat them."""
+    """Return the stages that a field affects; a subclass that only changes the default inherits them."""
     declaration = _declaration(section, name)
     return inherited if declaration is None else declaration.stages
 
 
 def _left_out(section: type[BaseModel], name: str, value: object) -> bool:
-    """Return whether a setting is optional and has its default."""
+    """Whether an optional setting has its default value."""
     declaration = _declaration(section, name)
     return declaration is not None and declaration.optional and value == section.model_fields[name].default
 
@@ -132,7 +132,7 @@ def fingerprint(
         llmrec=__version__,
         settings=settings(recipe, cast("Stage", stage), unused=unused) if recipe is not None else None,
         code=code_digest(*sorted({*modules_of(names), *modules})),
-        # The registry is in no code digest, as it names every component.
+        # The registry is left out because it names every component.
         entries=[table[name] for table, name in names if name in table],
         **stamps(names),
         **inputs,
@@ -140,7 +140,7 @@ def fingerprint(
 
 
 def digest_of(**inputs: Any) -> str:
-    """Return a hash of values with 16 hex digits."""
+    """Return a hash of values, 16 hex digits."""
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -149,13 +149,13 @@ def digest_of(**inputs: Any) -> str:
 
 
 def modules_of(names: Iterable[tuple[Table, str]]) -> set[str]:
-    """Return the modules of names of registry tables; none for plug-ins, which have stamps."""
+    """Return the modules of registered names; none for plug-ins, which have their own hash."""
     return {address_of(table, name).partition(":")[0] for table, name in names if name in table}
 
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Return a hash of the source of llmrec modules and of all llmrec modules that they import, lazily or not."""
+    """Return a hash of the source of llmrec modules and of all llmrec modules that they import, also lazily."""
     files: dict[str, bytes] = {}
     waiting = list(modules)
     while waiting:
@@ -171,7 +171,7 @@ def code_digest(*modules: str) -> str:
 
 @cache
 def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
-    """Return the hash of a module's source and the names that it imports; None if it is not a module.
+    """Return the hash of a module's source, and the names that it imports; None if it is not a module.
 
     The package and the registry are left out: they name every public name and every component.
     """
@@ -183,6 +183,6 @@ def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
     imported = list[str]()
     for package, names, plain in _IMPORT.findall(_TYPED.sub(b"", content)):
         base = (package or plain).decode()
-        # A name imported from a package may be one of its modules.
+        # A name imported from a package may be a module.
         imported += [base, *(f"{base}.{name.decode()}" for name in _NAME.findall(names))]
     return hashlib.sha256(content).digest(), tuple(imported)

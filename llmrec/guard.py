@@ -1,4 +1,4 @@
-"""Guards against injection by data text: `clean` for lines and templates, `neutralise` for control tokens.
+"""Protects prompts from injection by data: `clean` for lines and template syntax, `neutralise` for control tokens.
 
 A tokenizer may normalise text before it matches its added tokens: full-width letters become ASCII, accents and
 invisible characters are removed, capitals become lower case. So tokens are matched in a *view* of the text with all
@@ -17,13 +17,13 @@ from typing import Protocol, TypeAlias
 TITLE_LIMIT = 300
 TEXT_LIMIT = 1000
 
-# Longer texts are not cached: a catalogue of long reviews would fill the memory.
+# Longer texts are not cached, because a catalogue of long reviews would fill the memory.
 _REMEMBERED = 2000
-# The maximum number of combining marks on a letter; a text with more is not language and may be cut anywhere.
+# Maximum number of combining marks on a letter; a text with more may be cut anywhere.
 _MARKED = 32
-# A flag is a pair of these.
+# a flag is a pair of these characters
 _FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-# A token is broken at its start, so the rest of a long token need not be compared.
+# A token is broken at its start, so the rest of a long token is not compared.
 _COMPARED = 64
 
 _BRACKETS = "<>[]|{}⟨⟩«»【】〈〉《》"
@@ -31,7 +31,7 @@ _BRACKETS = "<>[]|{}⟨⟩«»【】〈〉《》"
 _LOOKALIKES = "≮≯︷︸﹇﹈﹛﹜﹤﹥＜＞［］｛｜｝"
 _ANY_BRACKET = re.compile(f"[{re.escape(_BRACKETS + _LOOKALIKES)}]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
-# Half a marker is broken too, so that two adjacent fields cannot form a whole one, known or not.
+# Half a marker is broken too, so that two adjacent fields cannot form a complete one.
 _HALVES = re.compile(r"(?<=[<＜])(?=[|｜])|(?<=[|｜])(?=[>＞])")
 # Control tokens of common tokenizers. The current model adds its own, but a text may target another model.
 _KNOWN = (
@@ -53,14 +53,14 @@ _KNOWN_PATTERNS = (
 )
 
 
-# Tokens that an item index adds to a vocabulary: `<a_12>` at a level of a code, `<item_12>` for one item, `<user_12>`.
+# Tokens that an item index adds to a vocabulary: `<a_12>` for a code, `<item_12>` for an item, `<user_12>` for a user.
 _ITEM_TOKEN = re.compile(r"<(?:[a-z]|item|user)_[0-9]+>")
-# Such a token in a text, or its beginning at the end of a text, where the next text could complete it.
+# Such a token in a text, or its beginning at the end of a text, which the following text could complete.
 _SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item|user)_[0-9]+>|\Z|(?:[a-z]|it|ite|item|us|use|user)(?:_[0-9]*)?\s*\Z)")
 
 
 class Added(Protocol):
-    """A token that a tokenizer adds to its model's vocabulary."""
+    """A token that a tokenizer adds to the vocabulary of its model."""
 
     content: str
     special: bool
@@ -70,7 +70,7 @@ class Added(Protocol):
 
 
 def clean(text: str, limit: int = TITLE_LIMIT) -> str:
-    """Return data text as one line.
+    """Return a data text on one line.
 
     Line breaks and other white space become single spaces. Control, zero-width, bidirectional, surrogate and
     private-use characters are dropped. Text longer than ``limit`` characters is cut, but never between a letter and
@@ -87,7 +87,7 @@ def _clean(text: str, limit: int) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """Return the first ``limit`` characters of a text, or a few less, without splitting a grapheme cluster."""
+    """Return the first ``limit`` characters of a text, or slightly fewer to keep grapheme clusters whole."""
     if len(text) <= limit:
         return text
     least = max(limit - _MARKED, 1)
@@ -95,11 +95,11 @@ def cut(text: str, limit: int) -> str:
 
 
 def _goes_on(line: str, at: int) -> bool:
-    """Return whether a character continues the grapheme cluster of the one before (UAX 29)."""
+    """Whether a character continues the previous grapheme cluster (UAX 29)."""
     here, before = ord(line[at]), ord(line[at - 1])
     if unicodedata.category(line[at]).startswith("M") or 0x1F3FB <= here <= 0x1F3FF or 0x200D in (here, before):
         return True
-    if 0x1160 <= here <= 0x11FF:  # a vowel or final consonant of a Korean syllable in letters
+    if 0x1160 <= here <= 0x11FF:  # a vowel or final consonant of a decomposed Korean syllable
         return 0x1100 <= before <= 0x11FF
     flags = line[:at]
     return line[at] in _FLAGS and (len(flags) - len(flags.rstrip(_FLAGS))) % 2 == 1
@@ -119,7 +119,7 @@ def _stays(character: str) -> bool:
 
 
 def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str, ...]:
-    """Return the tokens of a tokenizer that data must not contain.
+    """Return the tokens of a tokenizer that data texts must not contain.
 
     These are the special tokens and further added tokens in brackets, such as ``<think>`` or ``<tool_call>``, which
     have a meaning in chat formats. Other added tokens are ordinary text: line breaks, runs of spaces, words. So is a
@@ -134,12 +134,12 @@ def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str,
 
 
 def is_item_token(text: str) -> bool:
-    """Return whether a text is a token of an item index, such as ``<a_12>``, ``<item_12>`` or ``<user_12>``."""
+    """Whether a text is a token of an item index, such as ``<a_12>``, ``<item_12>`` or ``<user_12>``."""
     return _ITEM_TOKEN.fullmatch(text) is not None
 
 
 def without_item_tokens(text: str) -> str:
-    """Break every item token in a text, also one that begins at its end, by a space after its bracket.
+    """Break item tokens in a text by a space after the bracket, including an incomplete token at its end.
 
     Tokens are found in any case, in compatibility letters, and with accents or invisible characters among their
     letters. The operation is idempotent.
@@ -157,7 +157,7 @@ def _enclosed(token: str) -> bool:
 
 
 def neutralise(text: str, control: Sequence[str]) -> str:
-    """Break every control token in a text by a space after its opening bracket.
+    """Break control tokens in a text by a space after the opening bracket.
 
     The beginning of a token at the end of the text is broken too: the chat template's next text could complete it.
     Tokens of ``control`` are found in any case, in compatibility letters, and with accents or invisible characters
@@ -175,8 +175,8 @@ def neutralise(text: str, control: Sequence[str]) -> str:
     if tokens.bracketed and not _ANY_BRACKET.search(text):
         return text
     text = _HALVES.sub(" ", text)
-    # A space that breaks one token may complete another that contains a space, so repeat. Every round lengthens a run
-    # of spaces, and tokens have finite runs, so this ends.
+    # A space that breaks one token may complete another that contains a space, so repeat. Each round lengthens a run
+    # of spaces, and tokens have finite runs, so the loop ends.
     while places := _breaks(text, tokens):
         text = " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
     return text
@@ -184,7 +184,7 @@ def neutralise(text: str, control: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of a tokenizer: those of ASCII characters, others, and whether all contain a bracket.
+    """The control tokens of a tokenizer: ASCII tokens, other tokens, and whether all of them contain a bracket.
 
     Each has a pattern for whole tokens, and one for the beginning of a token at the end of a text.
     """
@@ -211,7 +211,7 @@ def _own(control: tuple[str, ...]) -> _Tokens:
 
 
 def _any_of(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
-    """Return a pattern for any of the words, as fast for thousands as for one."""
+    """Return a pattern for any of the words, which is as fast for thousands of words as for one."""
     branches = [result for result in (_branches(_tree(words)), *patterns) if result]
     return re.compile("|".join(branches)) if branches else None
 
@@ -224,12 +224,12 @@ def _beginning_of(words: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(rf"{_branches(_tree(starts))}(?=\s*\Z)") if starts else None
 
 
-# A trie: the continuations of each letter, with the empty string for an end.
+# A trie: the continuations of each letter; the empty string marks the end of a word.
 _Letters: TypeAlias = "dict[str, _Letters]"
 
 
 def _tree(words: Iterable[str]) -> _Letters:
-    """Return the trie of words."""
+    """Build the trie of words."""
     tree: _Letters = {}
     for word in words:
         node = tree
@@ -250,7 +250,7 @@ _WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
 
 
 def _breaks(text: str, tokens: _Tokens) -> list[int]:
-    """Return the sorted positions of spaces that break the tokens of a text."""
+    """Return the sorted positions at which spaces must be inserted to break the tokens of a text."""
     places = set()
     for pattern, end, view in (
         (_WIDESPREAD, None, _plain),
@@ -277,7 +277,7 @@ def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
 
 
 def _plain(text: str) -> str:
-    """Return the ASCII characters of the text after compatibility decomposition."""
+    """Return the ASCII characters of a text after compatibility decomposition."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text).replace("▁", " ").encode("ascii", "ignore").decode("ascii")
     return _CONTROL.sub("", text)
@@ -288,7 +288,7 @@ def _plain_small(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    """Return the case-folded compatibility decomposition, without accents and invisible characters."""
+    """Return the case-folded compatibility decomposition of a text, without accents and invisible characters."""
     folded = unicodedata.normalize("NFKD", text).replace("▁", " ").casefold()
     return "".join(character for character in folded if _is_seen(character))
 
@@ -304,7 +304,7 @@ def _length(character: str, view: Callable[[str], str]) -> int:
 
 
 def _origins(text: str, view: Callable[[str], str]) -> Sequence[int]:
-    """Return the index of the source character of each character of the view."""
+    """Return, for each character of the view, the index of its source character in the text."""
     if text.isascii() and not _CONTROL.search(text):
         return range(len(text))
     return [index for index, character in enumerate(text) for _ in range(_length(character, view))]

@@ -1,4 +1,4 @@
-"""Translates messages of commands to Python: ``--user COLUMN`` becomes ``user="COLUMN"``."""
+"""Translates command options in messages to Python keywords: ``--user COLUMN`` becomes ``user="COLUMN"``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmrec.errors import LlmrecError
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# Options whose keyword has another name, and those that negate their keyword.
+# Options whose keyword has another name, and options that negate their keyword.
 _RENAMED = {"--set": "overrides", "--no-items": "with_items=False", "--public": "private=False"}
-# A command in backticks is for a shell.
+# A command in backticks is meant for a shell and is kept.
 _SPOKEN = re.compile(
     r"`[^`]*`|(?<![\w-])(?P<flag>--[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|\"[^\"]*\"|\.{3}|[\w.:=,-]*\w))?"
 )
-# Values after any option: quoted, a placeholder, a number, KEY=VALUE, or one of a few words. Any other word continues
+# Values after an option: quoted, a placeholder, a number, KEY=VALUE, or one of a few words. Any other word belongs to
 # the sentence, except after an option that names a column.
 _VALUE = re.compile(
     r"['\"].*|\.{3}|[A-Z][A-Z,]+|\d[\w.]*|[a-z][\w.]*=.*"
@@ -30,13 +30,13 @@ _COLUMNS = frozenset({"user", "item", "rating", "time", "title", "text", "split"
 
 
 def keywords_of(function: Callable[..., object]) -> dict[str, bool]:
-    """Return the keywords of a function, each with whether it is a flag."""
+    """Return the keywords of a function, and whether each is boolean."""
     result = inspect.signature(function).parameters.values()
     return {item.name: isinstance(item.default, bool) for item in result}
 
 
 def in_python(text: str, keywords: dict[str, bool]) -> str:
-    """Return a message with options of a command replaced by keywords of a function.
+    """Replace command options in a message by keywords of a function.
 
     Args:
         text: The message.
@@ -62,7 +62,7 @@ def in_python(text: str, keywords: dict[str, bool]) -> str:
 
 
 def speaks_python(function: Callable[_P, _T], also: Iterable[str] = ()) -> Callable[_P, _T]:
-    """Wrap a function so that its errors name keywords in place of command options.
+    """Decorate a function so that its errors name keywords instead of command options.
 
     Args:
         function: A function that runs the code of a command.

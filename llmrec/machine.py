@@ -1,4 +1,4 @@
-"""Machine-dependent functions: versions, processor, memory, and operating-system features.
+"""Information about the machine (versions, processor, memory, GPU), and functions that depend on the operating system.
 
 Limits of containers are taken into account. All code that differs between Linux, macOS and Windows (locks, priorities,
 links, folders) is in this module.
@@ -38,7 +38,7 @@ ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cp
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that can change figures."""
+    """Return the versions of the packages that can change results."""
     result = {"python": platform.python_version(), "llmrec": __version__}
     return result | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
 
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def commit(checkout: Path | None = None) -> str:
-    """Return the short hash of a checkout's commit, with ``+`` if tracked files differ from it; empty without git.
+    """Return the short commit hash of a checkout, with ``+`` if tracked files were changed; empty without git.
 
     Args:
         checkout: A folder of the checkout; None: the one that llmrec runs from.
@@ -70,16 +70,16 @@ def commit(checkout: Path | None = None) -> str:
 
 
 def command_line(*program: str) -> str:
-    """Return the command line of this process, quoted for a shell; by default one of llmrec."""
+    """Return the command line of this process, quoted for a shell; if it is not an llmrec command, the default one."""
     return shlex.join([*(program or ("llmrec",)), *sys.argv[1:]])
 
 
-# Device files of NVIDIA GPUs on Linux, as a module, under WSL and on boards, and of AMD GPUs.
+# Device files of NVIDIA GPUs under Linux (kernel module, WSL, Jetson boards) and of AMD GPUs.
 _GPU_FILES = ("nvidia[0-9]*", "dxg", "nvhost*", "nvmap", "kfd")
 
 
 def may_have_gpu() -> bool:
-    """Return whether there may be a visible GPU, checked without a library; False is certain."""
+    """Whether there may be a visible GPU, checked without a library; False is certain."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
@@ -103,26 +103,26 @@ def has_cuda() -> bool:
 
 @cache
 def _prepare_cuda() -> None:
-    """Configure torch before the first model is on a GPU."""
+    """Configure torch before a model is moved to the GPU."""
     torch = require("torch", "train")
-    # torch 2.13 prefers cuDNN's attention on compute capability 9.x and 10.x. Under an explicit mask, which packed rows
-    # have, its gradients can be NaN (pytorch #196678, trl #7181), and it plans again for every new shape. Without it
-    # causal rows use flash attention and masked ones the memory-efficient kernel.
+    # torch 2.13 prefers cuDNN attention on compute capability 9.x and 10.x. With an explicit mask, as in packed rows,
+    # its gradients can be NaN (pytorch #196678, trl #7181), and it is tuned again for every new shape. Without it,
+    # causal rows use flash attention, and masked rows the memory-efficient kernel.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Every step has another shape, which fragments fixed segments. Not by an environment variable: vLLM's processes
-    # would inherit it, and GPUs that share a model exchange memory that cannot be expandable. The function is private.
+    # Each step has another shape, which fragments fixed segments. An environment variable would also affect vLLM's
+    # processes, and GPUs that share a model cannot exchange expandable memory. The function is private.
     configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if configure and not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         configure("expandable_segments:True")
 
 
 def _without_gpu() -> bool:
-    """Whether the system shows that there is no GPU, without importing torch, which takes seconds."""
+    """Whether the operating system shows that there is no GPU, without importing torch, which takes seconds."""
     return "torch" not in sys.modules and importlib.util.find_spec("torch") is not None and not may_have_gpu()
 
 
 def gpu_trouble() -> str:
-    """Return why torch cannot use this machine's GPU; empty if it can, or if there is none or it is hidden."""
+    """Return why torch cannot use the GPU; empty if it can, or if there is no GPU or it is hidden."""
     if _without_gpu():
         return ""
     torch = require("torch", "train")
@@ -163,12 +163,12 @@ def _nvidia_gpu() -> bool:
 
 
 def gpu_has_bf16() -> bool:
-    """Whether the GPU multiplies bfloat16 natively; Turing and older ones only emulate it."""
+    """Whether the GPU supports bfloat16 natively; Turing and older GPUs only emulate it."""
     return bool(require("torch", "train").cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
+    """Whether the processor supports bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
     return bool(processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -201,13 +201,13 @@ _PROC = Path("/proc")
 _DEVICES = Path("/sys/devices/system")
 
 
-# Files with the limit and usage of a control group, in versions 2 and 1.
+# Files with the memory limit and usage of a control group (cgroup v2 and v1).
 _LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """A processor: name, instruction sets, and the cores that this process may use.
+    """A processor: name, instruction sets, and the cores available to this process.
 
     Attributes:
         name: Model name of the processor.
@@ -230,7 +230,7 @@ class Processor:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of memory: total, available, and the limit and free memory of a container."""
+    """Memory in bytes: total, available, and the limit and free memory of a container."""
 
     total: int
     available: int
@@ -239,12 +239,12 @@ class Memory:
 
     @property
     def usable(self) -> int:
-        """The bytes that can be allocated now."""
+        """Bytes that can be allocated now."""
         return self.available if self.limit_free is None else min(self.available, self.limit_free)
 
 
 def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
-    """Return the facts of the processor."""
+    """Return information about the processor."""
     info = proc / "cpuinfo"
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     named = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -261,23 +261,23 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
 
 
 def cores() -> list[int]:
-    """Return the cores that this process may use; empty if unknown."""
+    """Return the cores available to this process; empty if unknown."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def keep_to(cores: Sequence[int]) -> None:
-    """Bind this process to the given cores."""
+    """Bind this process to cores."""
     os.sched_setaffinity(0, cores)
 
 
 def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
-    """Return the facts of the memory."""
+    """Return information about the memory."""
     result = psutil.virtual_memory()
     limits: list[tuple[int, int]] = []
     for folder in _folders(proc, cgroups, "memory"):
         for name, current in _LIMITS:
             limit = _number(folder / name)
-            # A version 1 group without a limit reports more than any machine has.
+            # Without a limit, cgroup v1 reports more than any machine has.
             if limit is not None and limit < result.total:
                 used = (_number(folder / current) or 0) - _reclaimable(folder)
                 limits.append((limit, max(0, limit - used)))
@@ -291,7 +291,7 @@ def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """Bytes of memory that a vLLM engine on the CPU may use, as vLLM counts them.
+    """Bytes of memory available to a vLLM engine on the CPU, as computed by vLLM.
 
     Attributes:
         name: The NUMA node, or the machine if it has none.
@@ -329,19 +329,19 @@ def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _D
 
 
 def _node_of(core: int, devices: Path) -> int | None:
-    """Return the NUMA node of a core."""
+    """Return the NUMA node of a processor core."""
     results = sorted((devices / "cpu" / f"cpu{core}").glob("node[0-9]*"))
     return int(results[0].name.removeprefix("node")) if results else None
 
 
 def _meminfo(path: Path) -> dict[str, int]:
-    """Return a node's memory in bytes by name, from lines such as ``Node 0 MemFree: 97421888 kB``."""
+    """Return the memory of a NUMA node in bytes by name, from lines such as ``Node 0 MemFree: 97421888 kB``."""
     rows = [line.split() for line in _text(path).splitlines()]
     return {row[2].rstrip(":"): int(row[3]) * 1024 for row in rows if len(row) >= 4 and row[3].isdigit()}
 
 
 def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
-    """Return the CPU quota of the tightest control group in cores, or None without a limit."""
+    """Return the lowest CPU quota of all control groups in cores; None without a limit."""
     results = []
     for folder in _folders(proc, cgroups, "cpu"):
         if words := _words(folder / "cpu.max"):
@@ -354,20 +354,20 @@ def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Return the bytes of the file cache, which count as used but can be reclaimed."""
+    """Return the size of the file cache in bytes, which counts as used memory but can be reclaimed."""
     rows = [line.split() for line in _text(folder / "memory.stat").splitlines()]
     values = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
     return values.get("total_inactive_file", values.get("inactive_file", 0))
 
 
 def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
-    """Return the control groups of this process, from its own up to the root, for both versions."""
+    """Return the control groups of this process and their parents up to the root, for cgroup v2 and v1."""
     results: list[Path] = []
     for line in _text(proc / "self" / "cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names and controller not in names.split(","):
             continue
-        # Version 1 has a folder for each controller; in a container the own group is the root in both versions.
+        # cgroup v1 has a folder per controller; in a container, the group of the process is the root in both versions.
         root = cgroups / controller if names else cgroups
         own = root / path.lstrip("/")
         results += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
@@ -394,12 +394,12 @@ def _number(path: Path) -> int | None:
 
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 """Flags of `os.open`: reject links, and do not pass the file to child processes, if supported."""
-# On Windows a locked range cannot be read, so a byte beyond the end of any file is locked.
+# On Windows a locked range cannot be read, so lock a byte beyond the end of the file.
 _BEYOND = 1 << 30
 
 
 def lock(file: IO[str] | int) -> bool:
-    """Lock an open file until it is closed; return False if another process holds it or locking fails."""
+    """Lock an open file until it is closed; return False if another process has locked it or locking fails."""
     handle = file if isinstance(file, int) else file.fileno()
     try:
         try:
@@ -425,18 +425,18 @@ def _lock_a_byte(handle: int) -> bool:
 
 
 def alive(process: int) -> bool:
-    """Return whether a process with this id exists."""
+    """Whether a process with this id exists."""
     return bool(psutil.pid_exists(process))
 
 
 def step_back(by: int) -> None:
-    """Lower the priority of this process, if the system supports it."""
+    """Lower the priority of this process, if the operating system supports it."""
     with suppress(OSError, AttributeError):
         os.nice(by)
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk; not needed on Windows, which cannot open folders."""
+    """Flush the entries of a folder to disk; not needed on Windows, which cannot open folders."""
     with suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Plug-ins: external components, named as ``module:attribute`` or by an installed entry point.
+"""Plug-ins: external components, named as ``module:attribute`` or installed as entry points.
 
 Naming a plug-in runs its code, so the name must come from the user: from a config file that the user passed
 (`allowed`), from the environment variable `VARIABLE`, or as an entry point of an installed package. Names from run
@@ -39,7 +39,7 @@ _ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 @dataclass(frozen=True)
 class Kind:
-    """The interface of a kind of plug-in.
+    """The interface of one kind of plug-in.
 
     Attributes:
         what: Its name in errors.
@@ -105,12 +105,12 @@ KINDS: Mapping[str, Kind] = {
 }
 """The kinds of plug-ins by name of their table; ``llmrec.NAME`` is the group of their entry points."""
 
-# Named by config files of this process: files of modules, modules without a file, and models with code.
+# What the config files of this process name: files of modules, modules without a file, and models with code.
 _NAMED: set[str] = set()
 
 
 def is_address(name: str) -> bool:
-    """Return whether a name has the form ``module:attribute``."""
+    """Whether a name has the form ``module:attribute``."""
     return _ADDRESS.fullmatch(name) is not None
 
 
@@ -119,7 +119,7 @@ def is_address(name: str) -> bool:
 
 @cache
 def _every() -> tuple[EntryPoint, ...]:
-    """Return all entry points of llmrec's groups; for a package installed twice, those Python would import."""
+    """Return the entry points of all plug-in groups; of a package installed twice, those that Python would import."""
     result: dict[tuple[str, str, str], EntryPoint] = {}
     for package in distributions():
         for point in package.entry_points:
@@ -130,7 +130,7 @@ def _every() -> tuple[EntryPoint, ...]:
 
 @cache
 def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
-    """Return the entry points of a kind of plug-in by name; several if packages share a name."""
+    """Return the installed plug-ins of a kind by name; several if packages use the same name."""
     result: dict[str, tuple[EntryPoint, ...]] = {}
     for point in _every():
         if point.group == _GROUP + group:
@@ -139,12 +139,12 @@ def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
 
 
 def package_of(point: EntryPoint) -> str:
-    """Return the name and version of an entry point's package."""
+    """Return the name and version of the package of an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
 
 
 def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
-    """Return why an installed name cannot be used, as the rest of a sentence; empty if it can."""
+    """Return why an installed plug-in cannot be used, as the end of a sentence; empty if it can."""
     packages = " and ".join(package_of(point) for point in installed(group)[name])
     if name in built_in:
         return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or rename it"
@@ -154,7 +154,7 @@ def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
 
 
 def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
-    """Reject installed names that shadow a built-in one or each other.
+    """Reject installed plug-ins with the name of a built-in component or of another plug-in.
 
     Args:
         tables: The built-in names by the kind of plug-in.
@@ -173,11 +173,11 @@ def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
                 )
 
 
-# --------------------------------------------------------------------------- finding
+# --------------------------------------------------------------------------- lookup
 
 
 def find(group: str, name: str) -> Any:
-    """Return the plug-in of a name, or None if it is neither an address nor installed.
+    """Return the plug-in with a name; None if it is neither an address nor installed.
 
     Raises:
         RecipeError: If its module was not named by the user, cannot be imported or lacks the attribute, or if the
@@ -191,7 +191,7 @@ def find(group: str, name: str) -> Any:
 
 
 def stamp(group: str, name: str) -> str:
-    """Return a hash of the code of a plug-in's whole package; empty for a name that is not a plug-in."""
+    """Return a hash of the code of a plug-in's package; empty if the name is not a plug-in."""
     known = is_address(name) or name in installed(group)
     return _code(_address(group, name).partition(":")[0]) if known and find(group, name) is not None else ""
 
@@ -228,13 +228,13 @@ def _can_take(plugin: Any, arguments: tuple[str, ...]) -> bool:
     star = arguments.index("*")
     try:
         inspect.signature(plugin).bind(*arguments[:star], **dict.fromkeys(arguments[star + 1 :]))
-    except (TypeError, ValueError):  # it takes other parameters, or is written in C without a signature
+    except (TypeError, ValueError):  # has other parameters, or is written in C without a signature
         return False
     return True
 
 
 def _missing(plugin: object, path: str) -> str:
-    """Return the missing part of a dotted attribute; empty if none is missing."""
+    """Return the first missing attribute on a dotted path; empty if all exist."""
     known: list[str] = []
     for part in path.split("."):
         known.append(part)
@@ -245,7 +245,7 @@ def _missing(plugin: object, path: str) -> str:
 
 
 def _needs(group: str, plugin: object) -> tuple[str, ...]:
-    """Return the required attributes of a plug-in; those of a function are checked on its result."""
+    """Return the attributes that a plug-in must have; of a function, its result must have them."""
     needs = KINDS[group].needs
     if not isinstance(plugin, type):
         return needs
@@ -271,7 +271,7 @@ def _imported(module: str) -> Any:
 
 
 def broken(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
-    """Return the error of a plug-in whose code failed, with the failing line.
+    """Return an error for a plug-in whose code failed, with the failing line.
 
     Args:
         what: The failed operation, as the start of a sentence.
@@ -305,7 +305,7 @@ def _code(module: str) -> str:
 
 @contextmanager
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
-    """Treat a config file that the user passed as consent to the modules that it names, while it is read.
+    """Within the block, allow the modules that a config file passed by the user names.
 
     Their files are remembered for other processes if the body succeeds: an invalid file does not count as consent.
 
@@ -326,7 +326,7 @@ def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
 
 
 def consent(address: str, folder: str | None = None) -> None:
-    """Reject a module that the user has not named, without importing it.
+    """Reject a module that the user has not allowed, without importing it.
 
     Args:
         address: The name as ``module:attribute``.
@@ -348,19 +348,19 @@ def consent(address: str, folder: str | None = None) -> None:
 
 
 def lies_in(address: str, folder: str) -> bool:
-    """Return whether a module is found in a folder and not on the Python path."""
+    """Whether a module is found in a folder and not on the Python path."""
     return _origin(address, folder).startswith(f"{Path(folder).resolve()}{os.sep}")
 
 
 def allow_model(name: str, revision: str | None) -> None:
-    """Treat a config file that the user passed as consent to a model's code (``model.trust_remote_code``)."""
+    """Allow a model's code because a config file passed by the user names it (``model.trust_remote_code``)."""
     code = _model(name, revision)
     _NAMED.add(code)
     _remember([code])
 
 
 def consent_model(name: str, revision: str | None) -> None:
-    """Reject a model's code if no config of the user allowed it.
+    """Reject a model with code that no config file of the user allowed.
 
     Raises:
         RecipeError: If no config allowed it.
@@ -383,7 +383,7 @@ def _model(name: str, revision: str | None) -> str:
 
 
 def _remember(names: Iterable[str]) -> None:
-    # If nothing can be remembered, the variable remains.
+    # If the permission cannot be stored, the environment variable remains.
     with suppress(OSError, RuntimeError):
         lines = [f"{name}\n" for name in sorted(set(names) - remembered()) if "\n" not in name]
         if lines:
@@ -393,13 +393,13 @@ def _remember(names: Iterable[str]) -> None:
 
 
 def use(folder: str | None) -> None:
-    """Allow imports of modules from a folder too, after the Python path."""
+    """Also allow imports from a folder, after the Python path."""
     if folder is not None and folder not in sys.path:
         sys.path.append(folder)
 
 
 def remembered() -> frozenset[str]:
-    """Return the files of the modules, and the models with code, that the user's config files named.
+    """Return the files of the modules, and the models with code, that config files of the user have named.
 
     They are the lines of ``~/.config/llmrec/plugins.txt``.
     """
@@ -423,7 +423,7 @@ def _top(address: str) -> str:
 
 
 def _origin(address: str, folder: str | None = None) -> str:
-    """Return the file of a module's package, without import; its name if it has no file, empty if missing."""
+    """Return the file of a module without importing it; its name if it has no file, empty if it is missing."""
     top = _top(address)
     try:
         spec = find_spec(top) or PathFinder.find_spec(top, [folder] if folder else [])

@@ -1,4 +1,4 @@
-"""Multi-process commands: size and rank, which process reports a failure, and starting processes of this machine.
+"""Commands in several processes: number of processes, rank, reporting of failures, and starting of local processes.
 
 `--launch N` starts processes by `started`. Like torchrun and accelerate launch it sets the rank of processes that train
 together in environment variables, which are read without importing torch. Training uses them in `llmrec.train.world`.
@@ -23,12 +23,12 @@ from typing import IO, NamedTuple, TextIO
 
 from llmrec.errors import LlmrecError, RecipeError, require
 
-# Variables with the number of processes of other launchers, which accelerate reads too.
+# Variables with the number of processes of other launchers, which accelerate also reads.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _WAIT = timedelta(seconds=10)
-# Seconds between checks of processes that print nothing, and seconds that a process may take to end.
+# Seconds between checks of processes that print nothing, and seconds to wait for a process to end.
 _LOOK, _PATIENCE = 0.2, 30.0
-# Not every system has process groups.
+# not available on every system
 _KILL_GROUP = getattr(os, "killpg", None)
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -49,7 +49,7 @@ def local() -> int:
 
 
 def alone(command: str) -> None:
-    """Reject being one of several processes.
+    """Reject a launch in several processes.
 
     Args:
         command: The command that requires a single process, such as ``llmrec run``.
@@ -66,13 +66,13 @@ def alone(command: str) -> None:
 
 
 def is_first_to_fail() -> bool:
-    """Return whether this process is the first of its command to fail: it reports why, the others end silently.
+    """Whether this process is the first to fail; it reports the error, and the others end silently.
 
     The launcher stores the note, so that it outlives the process. If the launcher is gone, every process reports.
     """
     if size() == 1:
         return True
-    with suppress(Exception):  # a broken connection must not hide the error
+    with suppress(Exception):  # a lost connection must not hide the error
         store = require("torch.distributed", "train").TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, _WAIT, False
         )
@@ -81,7 +81,7 @@ def is_first_to_fail() -> bool:
 
 
 def lost(count: int) -> LlmrecError:
-    """Return the error of a process that depends on one that has ended."""
+    """Return the error to raise if another process has ended."""
     return LlmrecError(
         f"training: another of the {count} processes ended, so this one stops too; run the same command to resume at "
         "the last checkpoint, with any number of processes",
@@ -94,7 +94,7 @@ def _number(name: str, default: int = 1) -> int:
     return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else default
 
 
-# --------------------------------------------------------------------------- processes of this machine
+# --------------------------------------------------------------------------- local processes
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,20 @@ class Program:
 
 
 def threads(count: int, cores: int) -> dict[str, str]:
-    """Return the environment of each of several processes that share cores, unless the number of threads is set."""
-    # torch would start a thread for each core in every process.
+    """Return the environments of several processes that share cores, with a number of threads unless it is set."""
+    # otherwise torch starts a thread per core in every process
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
 
 
 class Ended(NamedTuple):
-    """A process that failed: its number, from 0, and its exit status, negative for a signal."""
+    """A failed process: its index, from 0, and its exit status, which is negative for a signal."""
 
     process: int
     status: int
 
     @property
     def why(self) -> str:
-        """How it ended, in words."""
+        """How the process ended, as text."""
         if self.status >= 0:
             return f"ended with exit status {self.status}"
         name = signal.Signals(-self.status).name
@@ -134,7 +134,7 @@ class Ended(NamedTuple):
 
 
 class ProcessEnded(Exception):
-    """Some of several processes failed."""
+    """Raised if at least one of several processes failed."""
 
     def __init__(self, failed: Sequence[Ended]) -> None:
         super().__init__(str(failed))
@@ -142,7 +142,7 @@ class ProcessEnded(Exception):
 
     @property
     def first(self) -> Ended:
-        """The failure that explains the others: a process that was killed, otherwise the one of lowest rank."""
+        """The failure that caused the others: a killed process, otherwise the process of lowest rank."""
         killed = [item for item in self.failed if item.status < 0 and item.status != -signal.SIGTERM]
         return (killed or list(self.failed))[0]
 
@@ -178,7 +178,7 @@ def started(programs: Sequence[Program], *, report_signals: bool = False) -> Ite
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                # Ctrl-C is sent only to this process, which stops the others and what they started.
+                # Ctrl-C reaches only this process, which must stop the others and their children.
                 start_new_session=True,
             )
             children.append(child)
@@ -213,7 +213,7 @@ def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[s
 
 
 def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
-    """End processes, and the children of those that do not end by themselves."""
+    """End processes; kill those that do not end, and their children."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         child.terminate()
@@ -224,7 +224,7 @@ def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
     for child in children:
         if child.poll() != 0:
             with suppress(OSError):
-                # A killed process leaves its children.
+                # the children of a killed process keep running
                 child.kill() if _KILL_GROUP is None else _KILL_GROUP(child.pid, signal.Signals["SIGKILL"])
             child.wait()
         assert child.stdin is not None
@@ -233,7 +233,7 @@ def _stop(children: Sequence[subprocess.Popen[str]]) -> None:
 
 
 class _Signalled(BaseException):
-    """A signal that ends this process."""
+    """Raised when a signal ends this process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -242,11 +242,11 @@ class _Signalled(BaseException):
 
 @contextmanager
 def _raised_at_signals(ends: bool) -> Iterator[None]:
-    """Leave the block at a signal that ends this process, and only then call its handler, or exit if ``ends``."""
+    """Raise an exception in the block at a terminating signal; then call the signal's handler, or exit if ``ends``."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Signals that a shell makes its background jobs ignore stay ignored.
+    # Signals that a shell ignores for background jobs stay ignored.
     before = {number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
 
     def leave(number: int, _: FrameType | None) -> None:
@@ -271,7 +271,7 @@ def _raised_at_signals(ends: bool) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """End this process, a child of `started`, by SIGTERM when its parent is gone; SIGTERM unwinds the stack.
+    """End this child process by SIGTERM when its parent has ended; SIGTERM raises, so that the stack unwinds.
 
     Engines are closed then. Otherwise a process whose parent was killed would hold its GPU.
     """

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and elsewhere, as in a log, lines at growing intervals.
+"""Progress of long tasks: a bar in a terminal, otherwise lines at growing intervals.
 
 Lines are written even without progress, so that a log shows that a closed-form solution or a long epoch is still
 running. They are those of the logger ``llmrec.progress``, at the level INFO, which the command line shows.
@@ -26,15 +26,15 @@ QUIET = "LLMREC_QUIET"
 FIRST, MOST, SHARE = 10.0, 600.0, 0.5
 """Seconds before the first line, the most seconds between lines, and their interval as a share of the time so far."""
 
-# The running tasks, innermost last; only that one is drawn or writes lines.
+# The running tasks, innermost last; only the innermost task is shown.
 _open: list[Bar] = []
 
-# Columns of the name and of the bar.
+# Width of the name and of the bar, in characters.
 _NAME, _BAR = 34, 8
 
 
 class _Screen:
-    """The last line of a terminal, which shows the innermost running task."""
+    """The last line of a terminal, in which the innermost running task is shown."""
 
     def __init__(self) -> None:
         self._live: Any = None
@@ -62,11 +62,11 @@ class _Screen:
                 self._begin()
 
     def _begin(self) -> None:
-        # Importing rich takes a tenth of a second, which commands without a bar avoid.
+        # Importing rich takes 0.1 s, which commands without a bar avoid.
         from rich.console import Console
         from rich.live import Live
 
-        # rich must not redirect output: libraries print into a log.
+        # rich must not redirect output, because libraries print into a log.
         self._live = Live(
             get_renderable=lambda: _open[-1] if _open else "",
             console=Console(file=terminal.err()),
@@ -86,7 +86,7 @@ _screen = _Screen()
 
 
 def _shows() -> bool:
-    """Return whether a bar can be drawn: on a terminal or in a notebook."""
+    """Whether a bar can be shown: in a terminal or a notebook."""
     if terminal.err().isatty():
         return True
     if "ipykernel" not in sys.modules:
@@ -97,7 +97,7 @@ def _shows() -> bool:
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Write a line to a stream, above the bar if one is drawn."""
+    """Write a line to a stream, above the bar if one is shown."""
     _screen.say(text, stream)
 
 
@@ -152,7 +152,7 @@ class Bar:
             self._ticker.start()
 
     def stop(self, *, failed: bool = False) -> None:
-        """Stop the task; a last line reports its duration if it was long."""
+        """Stop the task, and print its duration if it was long."""
         if self not in _open:
             return
         spent = time.monotonic() - self._begin
@@ -163,22 +163,22 @@ class Bar:
         _open.remove(self)
         if self._drawn:
             _screen.show()
-            # A nested task is covered by the line of the outer one.
+            # The line of the outer task covers nested tasks.
             self._wrote = spent >= FIRST and not _open and not self._passing
         if self._wrote and not failed:
             log.info("%s: done%s, %s", self.name, self._count(), span(spent))
 
     def advance(self, steps: int = 1, said: str | None = None) -> None:
-        """Add finished steps, with an optional status text."""
+        """Add finished steps, and optionally set a status text."""
         self.reach(self._done + steps, said)
 
     def reach(self, done: float, said: str | None = None) -> None:
-        """Set the total number of finished steps; a fraction counts for the remaining time."""
+        """Set the number of finished steps; fractions count only for the remaining time."""
         self._done = done
         self._said = self._said if said is None else said
 
     def skip(self, steps: int) -> None:
-        """Add steps of an earlier run, which are excluded from the estimate of time."""
+        """Add steps that an earlier run finished, which are excluded from the estimate of time."""
         self._skipped += steps
         self.advance(steps)
 
@@ -192,7 +192,7 @@ class Bar:
         self.stop(failed=error is not None)
 
     def reached(self) -> str:
-        """Return the finished steps as text, such as ``37 of 90 steps``; empty if the total is unknown."""
+        """Return the number of finished steps as text, such as ``37 of 90 steps``; empty if the total is unknown."""
         return self._count().strip()
 
     def __rich__(self) -> Any:
@@ -239,7 +239,7 @@ class Bar:
 
 
 class BatchBar(Bar):
-    """The progress of requests to an engine in batches, updated within a batch.
+    """The progress of batches of requests, updated within each batch.
 
     Args:
         name: Name of the task.
@@ -265,22 +265,22 @@ class BatchBar(Bar):
         self.reach(self._ends[self._asked], said)
 
     def restart(self) -> None:
-        """Start again with all requests."""
+        """Start again from the first request."""
         self._asked, self._answered = 0, 0.0
         self.reach(0)
 
     def answer(self, prompts: float) -> None:
-        """Add answered prompts of the current batch."""
+        """Add answered prompts in the current batch."""
         self._answered += prompts
         end = min(self._asked + self._batch, len(self._ends) - 1)
         share = min(1.0, self._answered / (self._prompts * max(1, end - self._asked)))
         begin = self._ends[self._asked]
-        # A strategy may use more prompts than were known.
+        # A strategy may use more prompts than planned.
         self.reach(max(self._done, begin + int(share * (self._ends[end] - begin))))
 
 
 def count_answers(prompts: float) -> None:
-    """Add answered prompts, or fractions of one; engines call it, from any thread."""
+    """Count answered prompts, or fractions of a prompt; called by engines, from any thread."""
     for bar in reversed(_open):
         if isinstance(bar, BatchBar):
             bar.answer(prompts)
@@ -288,16 +288,16 @@ def count_answers(prompts: float) -> None:
 
 
 def span(seconds: float) -> str:
-    """Return a time in words, such as ``12 min``."""
+    """Return a duration as text, such as ``12 min``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def silent(line: str) -> None:
-    """Discard a line; a replacement for `note`."""
+    """Discard a line; an alternative to `note`."""
 
 
 def note(line: str) -> None:
-    """Log the progress of a long task without its own bar."""
+    """Log the progress of a long task that has no bar."""
     log.info("%s", line)

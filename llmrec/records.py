@@ -1,4 +1,4 @@
-"""Frozen records: their base, shards of a job, and a run's data, training and texts.
+"""Frozen records: base class, shards, and a run's data sets, training and example texts.
 
 Figures are in `llmrec.results`.
 """
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard of a job: adjacent whole chunks in the order of a single process.
+    """A shard of a job: a range of consecutive chunks.
 
     Requests that are batched in a single process are batched in a shard, so that answers are bit-identical.
 
@@ -51,7 +51,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The name of its folder, such as ``2-of-4``."""
+        """Folder name of the shard, such as ``2-of-4``."""
         return f"{self.index}-of-{self.count}"
 
     def __str__(self) -> str:
@@ -59,18 +59,18 @@ class Shard:
         return f"{self.index}/{self.count}"
 
     def chunks(self, rows: int, size: int) -> range:
-        """Return the indices of its chunks, from 0, for a number of rows and a chunk size; may be empty."""
+        """Return the indices of the shard's chunks, for a number of rows and a chunk size; may be empty."""
         total = -(-rows // size)
         return range((self.index - 1) * total // self.count, self.index * total // self.count)
 
     def share(self, found: Sequence[_T], size: int) -> Sequence[_T]:
-        """Return the items of its chunks."""
+        """Return the items in the shard's chunks."""
         chosen = self.chunks(len(found), size)
         return found[chosen.start * size : chosen.stop * size]
 
 
 def _finite(value: object) -> object:
-    """Return None for NaN and infinities, which JSON does not allow."""
+    """Return None for NaN and infinite numbers, which JSON does not allow."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -78,17 +78,17 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Record(BaseModel):
-    """Frozen base; unknown keys are ignored, so that results may be extended."""
+    """Base class of frozen records; unknown keys are ignored, so that files of newer versions can be read."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record as stored in files: the keys that were set, in the order of the fields."""
+        """Return the record for a JSON file: the keys that were set, in the order of the fields."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 class RewardLine(Record):
-    """Statistics of the rollouts of an optimiser step.
+    """Statistics of the rollouts in an optimiser step.
 
     Attributes:
         reward: Their mean reward, with the weights of their advantages.
@@ -116,7 +116,7 @@ class RewardLine(Record):
 
 
 class LogLine(Record):
-    """A logged optimiser step; losses are in nats per target token, and NDCG@10 is that of `Judged`.
+    """A logged optimiser step; losses are in nats per target token, and NDCG@10 is measured as described in `Judged`.
 
     ``figures`` are further quantities that a loss logs, such as ``rewards/margins``.
     In training from rewards, the loss is that of `llmrec.train.reward.objective` per question.
@@ -134,7 +134,7 @@ class LogLine(Record):
 
 
 class Judged(Record):
-    """The validation cases for choosing the adapter, and the figures of baselines on them.
+    """The validation cases on which the best checkpoint is selected, with NDCG@10 of the baselines.
 
     Attributes:
         family: Family of the cases.
@@ -177,12 +177,12 @@ class Training(Record):
 
     @property
     def validated(self) -> tuple[str, ...]:
-        """Tasks with a validation loss in the log."""
+        """Tasks with a logged validation loss."""
         return tuple(dict.fromkeys(task for line in self.log for task in line.valid_loss or {}))
 
     @property
     def figured(self) -> tuple[str, ...]:
-        """Names of the logged quantities other than losses, such as ``rewards/margins``."""
+        """Names of logged values other than losses, such as ``rewards/margins``."""
         return tuple(dict.fromkeys(name for line in self.log for name in line.figures or {}))
 
 
@@ -206,7 +206,7 @@ class DataInfo(Record):
 
 
 class Candidates(Record):
-    """Stored candidate sets, identified by their digest."""
+    """Stored candidate sets, identified by their hash."""
 
     digest: str
     count: int
@@ -215,7 +215,7 @@ class Candidates(Record):
 
 
 class Stage(Record):
-    """Wall-clock seconds of one stage."""
+    """Wall-clock seconds of a stage."""
 
     stage: str
     seconds: float
@@ -235,7 +235,7 @@ class Shown(Record):
 
 
 class Reliability(Record):
-    """Answers with similar P(yes): their mean, and the share of them whose truth is yes."""
+    """Answers with a similar predicted probability: their mean probability, and the share whose true answer is yes."""
 
     n: int
     said: Number
@@ -243,7 +243,7 @@ class Reliability(Record):
 
 
 class Calibration(Record):
-    """The calibration curve of a row's probabilities, fitted to n answers to the validation split."""
+    """The calibration curve of a model, fitted on n answers to validation cases."""
 
     n: int
     scale: float
@@ -251,14 +251,14 @@ class Calibration(Record):
 
 
 class User(Record):
-    """The user of a request; the name is empty if unknown."""
+    """The user of a request; the name is empty if it is unknown."""
 
     id: str
     name: str = ""
 
 
 class Product(Record):
-    """The item that a text is about, with its fields."""
+    """The item that a text is about."""
 
     id: str
     title: str
@@ -266,7 +266,7 @@ class Product(Record):
 
 
 class PromptContents(Record):
-    """Information that a prompt can contain in addition to user and item, and the templates with it."""
+    """Optional contents of a prompt, with the templates that include them."""
 
     name: str
     text: str
@@ -274,7 +274,7 @@ class PromptContents(Record):
 
 
 class Written(Record):
-    """The text generated by a row; None if it could not be parsed, with the reason and the raw answer."""
+    """A generated text; None if it could not be parsed, with the reason and the raw answer."""
 
     text: str | None
     error: str = ""
@@ -282,7 +282,7 @@ class Written(Record):
 
 
 class Sample(Record):
-    """A request with a text as answer: the true one, and those of the rows by row id."""
+    """A request answered by text: the true text, and the text of each model by row id."""
 
     task: str
     request_id: str
@@ -294,7 +294,7 @@ class Sample(Record):
 
 
 class Exhibit(Record):
-    """A request with features generated by a language model, and recommenders' answers with and without them.
+    """A request whose user or item has a generated text, with answers with and without that text.
 
     Attributes:
         store: The folder of the features.
@@ -320,14 +320,14 @@ class Exhibit(Record):
 
 
 class Nearby(Record):
-    """A training item with a text similar to another item's: the cosine of their text vectors."""
+    """A training item whose text is similar to that of another item, by cosine of text vectors."""
 
     title: str
     cosine: float
 
 
 class ExampleUser(Record):
-    """An example user at the top of a report: history, recommended list, held-out item.
+    """The example user at the top of a report: history, recommended list, held-out item.
 
     Attributes:
         task: The family.
@@ -355,7 +355,7 @@ class ExampleUser(Record):
 
 
 class Visit(Record):
-    """A list that contains an item: its user, the user's latest items, and the rank, from 1."""
+    """A ranked list that contains an item: its user, the user's latest items, and the item's rank, from 1."""
 
     user: User
     latest: tuple[str, ...] = ()
@@ -364,7 +364,7 @@ class Visit(Record):
 
 
 class Newcomer(Record):
-    """A cold-start item, and the users to whom it is shown.
+    """A cold-start item and the users to whom it is recommended.
 
     Attributes:
         neighbours: Training items with the nearest texts, nearest first.
@@ -382,7 +382,7 @@ class Newcomer(Record):
 
 
 class SetAside(Record):
-    """Users of a table who are excluded, and why."""
+    """Users who are excluded from evaluation, and why."""
 
     data: str
     said: str

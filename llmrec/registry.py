@@ -1,4 +1,4 @@
-"""The registry: tables of names in recipes and the components that they refer to.
+"""The registry: maps names in recipes to components, without importing them.
 
 Values are ``module:attribute``, imported on first use. A recipe may also use names of `llmrec.plugins`: an installed
 entry point, or ``module:attribute`` itself.
@@ -37,14 +37,14 @@ def _extensions() -> tuple[ModuleType, ...]:
 
 
 def extended(table: str, core: Mapping[str, _Entry]) -> Mapping[str, _Entry]:
-    """Return a table of the core with the entries of extensions' tables of the same name."""
+    """Return a table of components with the entries that extensions add."""
     entries = dict(core)
     for module in _extensions():
         entries.update(getattr(module, table, {}))
     return entries
 
 
-# Definitions of published data sets by name: each file adds a source.
+# Descriptions of published data sets by name: each file adds a source.
 SETS: Mapping[str, Path] = {
     page.stem: page for page in sorted((Path(__file__).parent / "data" / "sets").glob("*.yaml"))
 }
@@ -71,7 +71,7 @@ INDEXES: Mapping[str, str] = {
     "external": "llmrec.index.external:External",
 }
 
-# Each is a `llmrec.tasks.family.Family`, in display order.
+# `llmrec.tasks.family.Family` records, in display order.
 TASKS: Mapping[str, str] = {
     "rating": "llmrec.tasks.rating:FAMILY",
     "sequential": "llmrec.tasks.sequential:FAMILY",
@@ -90,7 +90,7 @@ BACKENDS: Mapping[str, str] = {
     "fake": "llmrec.backends.fake:FakeBackend",
 }
 
-# The first one of a family is its default.
+# The first entry of a task is its default.
 STRATEGIES = extended(
     "STRATEGIES",
     {
@@ -137,7 +137,7 @@ STRATEGIES = extended(
     },
 )
 
-# Families whose baselines rank items for users, and those whose baselines predict ratings.
+# Tasks whose baselines rank items for users, and tasks whose baselines predict ratings.
 _RANKED = ("sequential", "direct")
 _RATED = ("rating", "stars")
 
@@ -432,11 +432,11 @@ _METRICS = extended(
 
 
 def _installed_metrics() -> dict[str, MetricEntry]:
-    """Return the metrics of installed packages; a faulty one is left out with a warning."""
+    """Return the metrics of installed packages; an invalid one is left out with a warning."""
     result: dict[str, MetricEntry] = {}
     for name in plugins.installed("metrics"):
         try:
-            # A built-in name is rejected with the recipe.
+            # Names of built-in metrics are rejected when the recipe is read.
             if name not in _METRICS:
                 result[name] = plugins.find("metrics", name)
         except RecipeError as error:
@@ -460,12 +460,12 @@ TABLES: Mapping[str, Table] = {
 BUILT_IN: Mapping[str, Collection[str]] = {**TABLES, "metrics": _METRICS}
 """The built-in names by kind of plug-in; see `llmrec.plugins.KINDS`."""
 
-# Names in recipes of plug-in families, by family name.
+# Names in recipes of tasks defined by plug-ins, by family name.
 _FURTHER: dict[str, str] = {}
 
 
 def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any:
-    """Import the component of a name, built-in or a plug-in; ``key`` is the recipe key that has it.
+    """Import a built-in component or plug-in by its name; ``key`` is the recipe key that names it.
 
     Raises:
         RecipeError: If the name is unknown, with the closest one; or as `llmrec.plugins.find`.
@@ -485,17 +485,17 @@ def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any
 
 
 def is_plugin(table: Table, name: str) -> bool:
-    """Return whether a name has the form of a plug-in, or is an installed one of the table's kind."""
+    """Whether a name is the address of a plug-in, or an installed plug-in of the table's kind."""
     return name not in table and (plugins.is_address(name) or name in plugins.installed(_group(table)))
 
 
 def stamp(table: Table, name: str) -> str:
-    """Return a hash of a plug-in's code; empty for a built-in name, covered by the version of llmrec."""
+    """Return a hash of a plug-in's code; empty for a built-in component."""
     return plugins.stamp(_group(table), name) if is_plugin(table, name) else ""
 
 
 def stamps(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
-    """Return the hashes of the plug-ins among some names, for cache keys; empty without any."""
+    """Return hashes of the plug-ins among some names, for cache keys; empty if there are none."""
     result = {name: code for table, name in named if (code := stamp(table, name))}
     return {"plugins": result} if result else {}
 
@@ -584,7 +584,7 @@ FUNCTIONS: Mapping[str, str] = extended("FUNCTIONS", {})
 HOOKS: Mapping[str, str] = extended("HOOKS", {})
 """Functions of extensions that commands of the core call, by name."""
 
-# Messages for a missing extension of a hook.
+# Error messages if an extension with a hook is missing.
 _OF_EXTENSIONS = {
     "run-page": "suites and benchmarks",
     "check-page": "suites and benchmarks",
@@ -595,13 +595,13 @@ _OF_EXTENSIONS = {
 
 
 def attribute(target: str) -> Any:
-    """Import ``module:attribute``."""
+    """Import the attribute named by ``module:attribute``."""
     module, name = target.split(":")
     return getattr(import_module(module), name)
 
 
 def hook(name: str) -> Any:
-    """Import the function of an extension for a command of the core.
+    """Import a function that an extension provides to a command of the core.
 
     Raises:
         LlmrecError: If no extension has it.
@@ -612,13 +612,13 @@ def hook(name: str) -> Any:
 
 
 def address_of(table: Table, name: str) -> str:
-    """Return the address of a built-in component."""
+    """Return the ``module:attribute`` address of a built-in component."""
     entry = table[name]
     return entry if isinstance(entry, str) else entry.address
 
 
 def answering(table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], family: str) -> tuple[str, ...]:
-    """Return the names of a table's components that support a family, in the order of the table."""
+    """Return the names of components that support a task, in the order of the table."""
     return tuple(name for name, entry in table.items() if family in entry.families)
 
 
@@ -626,7 +626,7 @@ def answering(table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], 
 
 
 def metric_of(name: str) -> MetricEntry | None:
-    """Return the entry of a metric by its full name, such as ``NDCG@10``; None for an unknown one."""
+    """Return the entry of a metric by its full name, such as ``NDCG@10``; None if unknown."""
     base, at, k = name.partition("@")
     entry = METRICS.get(base)
     if entry is None or (at and not (k.isascii() and k.isdecimal() and k[0] != "0")):
@@ -635,40 +635,40 @@ def metric_of(name: str) -> MetricEntry | None:
 
 
 def metric_modules() -> tuple[str, ...]:
-    """Return the modules of all metrics, for fingerprints of figures."""
+    """Return the modules of all metrics, for fingerprints of results."""
     addresses = [item for entry in METRICS.values() for item in (entry.function, entry.several) if item]
     return tuple(sorted({address.partition(":")[0] for address in addresses}))
 
 
 def lower(metric: str) -> bool:
-    """Return whether lower figures of a metric are better."""
+    """Whether lower values of a metric are better."""
     entry = metric_of(metric)
     return entry is not None and entry.lower
 
 
 def better(metric: str) -> Better:
-    """Return which figures of a metric are better, ``higher`` or ``lower``."""
+    """Return ``higher`` or ``lower``: which values of a metric are better."""
     return "lower" if lower(metric) else "higher"
 
 
 def compared_metrics(kind: Kind) -> tuple[str, ...]:
-    """Return the metrics of a kind for comparisons of models, without cut-offs, in the order of tables."""
+    """Return the metrics used to compare models with answers of a kind, without cut-offs, in the order of tables."""
     return tuple(name for name, entry in METRICS.items() if entry.kind == kind and entry.compared)
 
 
 def mean_metric(metric: str) -> str:
-    """Return a metric that is a mean over requests: the given one, or the first of its kind."""
+    """Return a metric that is a mean over requests: the given metric, or the first one of its kind."""
     entry = metric_of(metric)
     if entry is None or entry.unit == "request":
         return metric
     return next(name for name in compared_metrics(entry.kind) if METRICS[name].unit == "request")
 
 
-# --------------------------------------------------------------------------- families
+# --------------------------------------------------------------------------- tasks
 
 
 def open_family(name: str) -> Any:
-    """Import and register a family, by its own name or its name in a recipe.
+    """Import and register a task by its family name or its name in a recipe.
 
     Raises:
         RecipeError: See `lookup`; also if a plug-in has the name of another family.
@@ -687,17 +687,17 @@ def open_family(name: str) -> Any:
 
 
 def is_family(name: str) -> bool:
-    """Return whether a family of this name is known: built-in, installed, or from a recipe of this process."""
+    """Whether a task with this family name exists: built-in, installed, or defined by a recipe of this process."""
     return name in TASKS or name in _FURTHER or name in plugins.installed("tasks")
 
 
 def written(family: str) -> str:
-    """Return the name of a family in recipes."""
+    """Return the name of a task in recipes."""
     return _FURTHER.get(family, family)
 
 
 def family_names() -> tuple[str, ...]:
-    """Return the names of all known families, built-in ones first."""
+    """Return the family names of all tasks, built-in tasks first."""
     return (*TASKS, *(name for name in _FURTHER if name not in TASKS))
 
 
@@ -705,19 +705,19 @@ def family_names() -> tuple[str, ...]:
 
 
 def options_of(strategy: str, section: object) -> dict[str, Json]:
-    """Return a strategy's options from an eval section, by name."""
+    """Return the options of a strategy in the recipe section ``eval``, by name."""
     return {key: getattr(section, key) for key in keys_of(strategy)}
 
 
 def keys_of(strategy: str) -> tuple[str, ...]:
-    """Return the keys of the eval section that a strategy takes; for a plug-in its attribute ``keys``."""
+    """Return the keys in the section ``eval`` that a strategy reads; of a plug-in, its attribute ``keys``."""
     if is_plugin(STRATEGIES, strategy):
         return tuple(getattr(lookup(STRATEGIES, strategy, "strategy"), "keys", ()))
     return STRATEGIES[strategy].keys if strategy in STRATEGIES else ()
 
 
 def is_positional(strategy: str) -> bool:
-    """Return whether a strategy depends on candidate positions; for a plug-in its attribute ``positional``."""
+    """Whether a strategy depends on the order of candidates; of a plug-in, its attribute ``positional``."""
     if is_plugin(STRATEGIES, strategy):
         return bool(getattr(lookup(STRATEGIES, strategy, "strategy"), "positional", False))
     return strategy in STRATEGIES and STRATEGIES[strategy].positional

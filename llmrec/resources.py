@@ -16,7 +16,7 @@ def resource(*parts: str) -> Path:
     Raises:
         LlmrecError: If neither the checkout nor the wheel has it.
     """
-    # The wheel's copy first: other installed packages may have folders of these names.
+    # Search the wheel first: other installed packages may have folders with these names.
     for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
         path = root.joinpath(*parts)
         if path.exists():

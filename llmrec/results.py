@@ -1,4 +1,4 @@
-"""The frozen records of results.json, written by evaluation and read by the report.
+"""Records of results.json, written by the evaluation and read by the report.
 
 All values are untrusted texts or numbers. Unknown keys are ignored, and fields added later are optional.
 """
@@ -32,7 +32,7 @@ Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 
 
 def arm_name(arm: str) -> str:
-    """Return the displayed name of a setting; ``tuned`` is shown as ``fine-tuned``."""
+    """Return the name of a setting in tables; ``tuned`` is shown as ``fine-tuned``."""
     return "fine-tuned" if arm == "tuned" else arm
 
 
@@ -65,13 +65,13 @@ class Figure(Record):
 
 
 class Metric(Figure):
-    """A figure of a row of results.json, always with its protocol."""
+    """A metric of a model, with the protocol by which it was measured."""
 
     signature: str
 
 
 class Cost(Record):
-    """The cost of a row: wall-clock seconds, tokens and model calls."""
+    """The cost of a model's answers: wall-clock seconds, tokens and model calls."""
 
     seconds: Number = 0.0
     prompt_tokens: int = 0
@@ -80,7 +80,7 @@ class Cost(Record):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens read and written per second; None for a predictor without tokens."""
+        """Tokens processed per second; None for a model without tokens."""
         tokens = self.prompt_tokens + self.completion_tokens
         return tokens / self.seconds if tokens and self.seconds else None
 
@@ -94,7 +94,7 @@ class Failure(Record):
 
 
 class SliceOfRow(Record):
-    """A row's figures over some of its cases.
+    """Results of a model on a subset of the test cases.
 
     Attributes:
         name: Name, such as ``item:cold-below-5`` or ``history:5-9``.
@@ -111,7 +111,7 @@ class SliceOfRow(Record):
 
 
 class AtPosition(Record):
-    """The requests whose target has one position in the candidate list, from 1.
+    """Results of the requests whose target is at one position of the candidate list, from 1.
 
     Attributes:
         hit: HR@1 over them.
@@ -146,7 +146,7 @@ class PositionBias(Record):
 
 
 class Rates(Record):
-    """Figures of answers of one kind other than metrics.
+    """Rates of certain properties of answers, such as invalid or copied texts.
 
     Attributes:
         fallbacks: Number of ratings that could not be parsed and were replaced by a fallback.
@@ -171,7 +171,7 @@ class Rates(Record):
 
 
 class Answered(Record):
-    """Figures of answers of any kind.
+    """Results of a model for any kind of answer.
 
     Attributes:
         n: Number of requests.
@@ -189,13 +189,13 @@ class Answered(Record):
 
 # The order of keys in files follows the bases from last to first.
 class Measured(Rates, Answered):
-    """The measurements of a predictor's answers on one task."""
+    """All results of a model on one task."""
 
     calibration: Calibration | None = None
 
 
 class Setting(Record):
-    """The identity of a row: setting, task, strategy and template."""
+    """What identifies a model in a run: setting, task, strategy and template."""
 
     id: str
     task: str
@@ -207,13 +207,13 @@ class Setting(Record):
 
     @property
     def label(self) -> str:
-        """The label of the row within its task, such as ``fine-tuned · likelihood · continue-list``."""
+        """Label of the model within its task, such as ``fine-tuned · likelihood · continue-list``."""
         parts = [] if self.arm == "baseline" else [arm_name(self.arm)]
         return " · ".join([*parts, self.predictor, *([self.template.rpartition("/")[2]] if self.template else [])])
 
 
 class Unevaluated(Setting):
-    """A row that no engine could answer; running the same command again evaluates it.
+    """A model that no engine could evaluate; the same command evaluates it when it is run again.
 
     Attributes:
         reason: Why it was not evaluated.
@@ -223,7 +223,7 @@ class Unevaluated(Setting):
 
 
 class Asked(Setting):
-    """The predictor and candidates of a row.
+    """How a model was queried: its predictor, prompt and candidates.
 
     Attributes:
         candidates: Hash of the ranked candidate sets, if any.
@@ -235,7 +235,7 @@ class Asked(Setting):
 
 
 class PartWeight(Record):
-    """The weight of a member of an ensemble, with 95 % limits over users, if any.
+    """The weight of an ensemble member, with 95 % confidence limits over users.
 
     Attributes:
         loss: Loss of the cross-fitted validation figure without the member; see
@@ -254,21 +254,21 @@ class PartWeight(Record):
 
 
 class FeatureGain(Record):
-    """A feature of a ranker, and its share in the gain of all splits of its trees."""
+    """A feature of a learned ranker, and its share in the total gain of the trees."""
 
     name: str
     gain: Number
 
 
 class StoredTrees(Record):
-    """The trees of a ranker: LightGBM's text, compressed (zlib) and in base64, and its features in order."""
+    """The trees of a learned ranker: LightGBM's text, compressed (zlib) and in base64, with the order of features."""
 
     text: str
     features: tuple[str, ...]
 
 
 class FusionWeights(Record):
-    """The fitted weights of an ensemble, in a suite with the first seed.
+    """The fitted weights of an ensemble; in a suite, of the first seed.
 
     Attributes:
         form: ``ranker``, ``logit``, ``pool`` or ``alone``; see `llmrec.ensembles.rankers`.
@@ -289,7 +289,7 @@ class FusionWeights(Record):
 
 
 class Choice(Record):
-    """The row that is served by default: the best on validation users, chosen without test users.
+    """The model that is served by default: the best on validation users, chosen without test users.
 
     Attributes:
         row: Its id.
@@ -307,7 +307,7 @@ class Choice(Record):
 
 
 class Row(Measured, Asked):
-    """One predictor on one task.
+    """A model evaluated on one task.
 
     Attributes:
         users: Number of users; None if unknown.
@@ -324,23 +324,23 @@ class Row(Measured, Asked):
 
     @property
     def alone(self) -> str | None:
-        """The single effective member of an ensemble of form ``alone``; None for other rows."""
+        """The only member that an ensemble of form ``alone`` uses; None for other models."""
         if self.fusion is None or self.fusion.form != "alone":
             return None
         return next((part.name for part in self.fusion.parts if part.weight), None)
 
     def differs(self, other: Row) -> bool:
-        """Return whether its lists may differ from another row's; an ensemble of form ``alone`` has its member's."""
+        """Whether two models may rank differently; an ensemble of form ``alone`` ranks like its member."""
         ends = [(row.arm, row.template, row.alone or row.predictor) for row in (self, other)]
         return ends[0] != ends[1]
 
     @property
     def method(self) -> str:
-        """The predictor without the parameters of a baseline."""
+        """Name of the predictor, without baseline parameters."""
         return self.predictor.partition("(")[0]
 
     def shown(self, metric: str) -> tuple[str, str, str]:
-        """Return the name of a metric, its value and its interval as cells of a table."""
+        """Return the name of a metric, its value and its confidence interval, as table cells."""
         result = self.metrics.get(metric)
         if result is None or result.value is None:
             return metric, "–", ""
@@ -349,7 +349,7 @@ class Row(Measured, Asked):
 
 
 class Prediction(Record):
-    """A request of a row, as stored in predictions.parquet; docs/datasets-and-output-files.md lists the columns.
+    """A model's answer to one request, as stored in predictions.parquet; see docs/datasets-and-output-files.md.
 
     Fields with a default are None in files of older versions, and where they do not apply.
 
@@ -398,7 +398,7 @@ class Prediction(Record):
 
 
 class Pair(Record):
-    """A paired difference a - b, planned or exploratory.
+    """The difference a - b between two models on the same cases, planned or exploratory.
 
     Attributes:
         low: Lower end of the interval: for a planned comparison at the level of its Holm step, ``level``, else at an
@@ -424,14 +424,14 @@ class Pair(Record):
 
 
 class Compared(Record):
-    """The task and metric of a comparison."""
+    """The task and metric of a model comparison."""
 
     task: str
     metric: str
 
 
 class Comparison(Pair, Compared):
-    """A paired difference a - b on one metric of a task."""
+    """The difference a - b between two models in one metric of a task."""
 
 
 class Results(Displayed, Record):
@@ -469,12 +469,12 @@ class Results(Displayed, Record):
 
     @property
     def name(self) -> str:
-        """The name of the recipe."""
+        """Name of the recipe."""
         return str(self.recipe.get("name") or "Report")
 
     @property
     def model_name(self) -> str | None:
-        """The name of the language model, if any."""
+        """Name of the language model, if any."""
         section = self.recipe.get("model") if any(row.arm != "baseline" for row in self.rows) else None
         return (str(section.get("name") or "") or None) if isinstance(section, dict) else None
 
@@ -484,11 +484,11 @@ class Results(Displayed, Record):
         return tuple(dict.fromkeys(row.task for row in self.rows))
 
     def row(self, row_id: str) -> Row:
-        """Return a row by id; `check` has verified the ids of comparisons."""
+        """Return a model by its row id; `check` has verified the ids in comparisons."""
         return next(row for row in self.rows if row.id == row_id)
 
     def members(self, row: Row) -> tuple[Row, ...]:
-        """Return the rows of an ensemble's members; empty for other rows."""
+        """Return the members of an ensemble; empty for other models."""
         names = [part.name for part in row.fusion.parts] if row.fusion else []
         results = []
         for name in names:
@@ -500,14 +500,14 @@ class Results(Displayed, Record):
                 and name in (item.predictor, item.id.partition("/")[2])
                 and (item.arm == "baseline" or row.arm in (item.arm, "baseline"))
             ]
-            # Several settings and templates may share a strategy: an ensemble has members of its own setting and
+            # Several settings and templates may share a strategy: an ensemble has members with its own setting and
             # template.
             known.sort(key=lambda each: (each.arm, each.template, each.shots) != (row.arm, row.template, row.shots))
             results += known[:1]
         return tuple(results)
 
     def standings(self, task: str) -> tuple[Row, ...]:
-        """Return a task's rows, best headline value first and rows without one last."""
+        """Return the models of a task, best value of the main metric first, and models without a value last."""
         metric = self.headline[task]
 
         def key(row: Row) -> tuple[bool, float, str]:
@@ -519,7 +519,7 @@ class Results(Displayed, Record):
         return tuple(sorted((row for row in self.rows if row.task == task), key=key))
 
     def kinds(self, task: str) -> tuple[tuple[Reads | None, tuple[Row, ...]], ...]:
-        """Return a task's rows by item inputs, each kind in the order of `standings`.
+        """Return the models of a task by the item data that they read, each group in the order of `standings`.
 
         One group under None if this is unknown or the same for all rows.
         """
@@ -530,16 +530,16 @@ class Results(Displayed, Record):
         return tuple(results) if whole else ((None, rows),)
 
     def missing(self, task: str) -> tuple[Unevaluated, ...]:
-        """Return a task's rows that were not evaluated."""
+        """Return the models of a task that were not evaluated."""
         return tuple(row for row in self.unevaluated if row.task == task)
 
     def metrics(self, task: str) -> tuple[str, ...]:
-        """Return a task's metric names, headline metric first."""
+        """Return the metric names of a task, main metric first."""
         names = dict.fromkeys(name for row in self.rows if row.task == task for name in row.metrics)
         return (self.headline[task], *(name for name in names if name != self.headline[task]))
 
     def best(self, task: str, metric: str) -> float | None:
-        """Return the best value of a metric among a task's rows."""
+        """Return the best value of a metric among the models of a task."""
         results = [row.metrics[metric].value for row in self.rows if row.task == task and metric in row.metrics]
         values = [value for value in results if value is not None]
         if not values:
@@ -547,7 +547,7 @@ class Results(Displayed, Record):
         return min(values) if lower(metric) else max(values)
 
     def data_of(self, task: str) -> DataInfo | None:
-        """Return the data that a task was measured on."""
+        """Return the data set on which a task was measured."""
         return self.data.get(self.tables.get(task, "main")) or self.data.get("main")
 
     def _summary(self) -> Summary:

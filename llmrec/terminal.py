@@ -1,4 +1,4 @@
-"""Separates the output of llmrec from that of libraries, which goes to a log.
+"""Separates output of llmrec from output of libraries, which goes to a log.
 
 Libraries print from Python, from C and from child processes. So the descriptors of the standard streams are redirected
 to the log, and llmrec has its own streams, `out` and `err`.
@@ -19,7 +19,7 @@ from typing import BinaryIO, TextIO, cast
 LOG = "libraries.log"
 """The log in a run folder: the library output of its last command; missing if there was none."""
 
-# Limits of the log's end in an error: lines shown, bytes read, characters of a line.
+# Limits for the log lines shown in an error: number of lines, bytes read, characters per line.
 _LINES, _BYTES, _CHARACTERS = 15, 64_000, 300
 _ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): (.+)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\xa0-\U0010ffff]")
@@ -38,7 +38,7 @@ class _Apart:
             os.dup2(self.log.fileno(), number)
 
     def text(self) -> str:
-        """Return the end of the log."""
+        """Return the last part of the log."""
         size = os.fstat(self.log.fileno()).st_size
         return os.pread(self.log.fileno(), _BYTES, max(0, size - _BYTES)).decode("utf-8", "replace")
 
@@ -54,7 +54,7 @@ _noted: set[tuple[str, ...]] | None = None
 
 @contextmanager
 def once(before: Noted = frozenset()) -> Iterator[None]:
-    """Let the loggers of `logger` emit each warning once in this block: a command reads a table several times.
+    """Log each warning only once within this block, because a command may read a table several times.
 
     Args:
         before: The result of `noted` in the parent process.
@@ -71,12 +71,12 @@ def once(before: Noted = frozenset()) -> Iterator[None]:
 
 
 def noted() -> Noted:
-    """Return the warnings emitted in the block of `once`."""
+    """Return the warnings that `once` has seen in its block."""
     return frozenset(_noted or ())
 
 
 def logger(name: str) -> logging.Logger:
-    """Return a logger whose warnings are emitted `once`."""
+    """Return a logger whose warnings are logged `once`."""
     result = logging.getLogger(name)
     result.addFilter(_is_new)
     return result
@@ -94,7 +94,7 @@ def _is_new(record: logging.LogRecord) -> bool:
 
 
 def _by_full_path(arg: object) -> str:
-    """Return an argument of a message as text; a file as its full path, so that its names compare equal."""
+    """Return a message argument as text; paths are absolute, so that equal files compare equal."""
     try:
         return str(Path(str(arg)).resolve(strict=True))
     except (OSError, ValueError):
@@ -102,22 +102,22 @@ def _by_full_path(arg: object) -> str:
 
 
 def out() -> TextIO:
-    """Return the stream of a command's results."""
+    """Return the stream for results of a command."""
     return sys.stdout if _now is None else _now.out
 
 
 def err() -> TextIO:
-    """Return the stream of notes, progress and errors."""
+    """Return the stream for notes, progress and errors."""
     return sys.stderr if _now is None else _now.err
 
 
 def folder() -> Path | None:
-    """Return the folder that the command of this process writes to, if known."""
+    """Return the output folder of the current command, if known."""
     return _folder
 
 
 def works_in(place: Path) -> None:
-    """Set the folder that a command writes to, which gets the log; call it once the folder is locked.
+    """Set the output folder of a command, to which its log moves; call it after locking the folder.
 
     Called from Python, library output is not redirected and no log is written.
     """
@@ -137,12 +137,12 @@ def works_in(place: Path) -> None:
 
 
 def last_words() -> list[str]:
-    """Return the last library output before a failure, with the path of the log; empty if none."""
+    """Return the last library output before a failure, with the path of the log; empty if there is none."""
     return _last
 
 
 def last_error() -> str:
-    """Return the message of the last library error in the log; empty if there is none."""
+    """Return the last error of a library in the log; empty if there is none."""
     if _now is None:
         return ""
     _flush()
@@ -152,7 +152,7 @@ def last_error() -> str:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Redirect library output to a log, a temporary file until `works_in` names a folder."""
+    """Redirect library output to a log, which is temporary until `works_in` sets a folder."""
     global _now, _folder
     _last.clear()
     _folder = None
@@ -185,7 +185,7 @@ def apart() -> Iterator[None]:
 
 
 def _standard() -> bool:
-    """Return whether Python's streams write to the standard descriptors, unlike in notebooks and tests."""
+    """Whether Python's streams use the standard descriptors, which they do not in notebooks and tests."""
     try:
         return (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
     except (AttributeError, OSError, ValueError):  # a daemon has no standard streams
@@ -193,13 +193,13 @@ def _standard() -> bool:
 
 
 def _text(number: int, like: TextIO) -> TextIO:
-    """Open a text stream on a descriptor, in the encoding of the stream that it replaces."""
+    """Open a text stream on a descriptor with the encoding of the stream that it replaces."""
     encoding = getattr(like, "encoding", None) or "utf-8"
     return os.fdopen(os.dup(number), "w", encoding=encoding, errors="backslashreplace", buffering=1)
 
 
 def _shut(stream: TextIO) -> None:
-    # The reader may be gone, as with `| head`.
+    # The reader may have ended, as with `| head`.
     with suppress(OSError):
         stream.close()
 
@@ -219,7 +219,7 @@ def _close(apart: _Apart) -> None:
 
 
 def _lines(apart: _Apart) -> list[str]:
-    """Return the lines at the end of the log, without control characters."""
+    """Return the last lines of the log, without control characters."""
     lines = [_CONTROL.sub("", line)[:_CHARACTERS].rstrip() for line in re.split(r"[\r\n]+", apart.text())]
     return [line for line in lines if line]
 

@@ -1,4 +1,4 @@
-"""The records and protocols that every layer shares.
+"""Records and protocols shared by all packages.
 
 Records are frozen and have named fields. A *case* pairs a request with its held-out truth, so that predictors never get
 the answer: they see `Request`, and only the metrics see `Case.truth`.
@@ -24,7 +24,7 @@ Capability = Literal["generate", "score", "embed", "search", "rate"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One catalogue entry; ``fields`` holds further text such as genres or a brand."""
+    """An item of the catalogue; ``fields`` holds further text such as genres or a brand."""
 
     item_id: str
     title: str
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One past interaction in a history (``timestamp`` in the unit of the source)."""
+    """A past interaction in a history; ``timestamp`` is in the unit of the source."""
 
     item_id: str
     rating: float | None = None
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interaction:
-    """One observed (user, item) pair."""
+    """An observed (user, item) pair."""
 
     user_id: str
     item_id: str
@@ -56,13 +56,13 @@ class Interaction:
 
 
 class Code(str):
-    """An item's code. Unlike other data text it may contain item tokens: see `llmrec.guard`."""
+    """The code of an item. Unlike other data, it may contain item tokens: see `llmrec.guard`."""
 
     __slots__ = ()
 
 
 class CodedId(str):
-    """The id of a user or item with the ``code`` that templates show; everywhere else it is the id."""
+    """The id of a user or item with a ``code`` that templates show instead."""
 
     code: str
 
@@ -75,7 +75,7 @@ class CodedId(str):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A span of unrendered text: template text, data (``item``), or a training target (``target``).
+    """A part of a prompt with one origin: template text, data (``item``), or a training target (``target``).
 
     A target of an earlier step that is shown without loss is ``given``: it is tokenised as when it was a target.
     """
@@ -86,7 +86,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message made of segments."""
+    """A chat message made of segments."""
 
     role: Role
     segments: tuple[Segment, ...]
@@ -149,7 +149,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A request to a predictor. ``history`` is oldest first and never contains the truth.
+    """A request to a predictor. ``history`` is oldest first and never contains the true answer.
 
     Attributes:
         candidates: Item ids to rank, in stored order; None for the whole catalogue.
@@ -167,7 +167,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A request with its held-out truth: an item id, a rating or a text."""
+    """A request with its held-out true answer: an item id, a rating or a text."""
 
     request: Request
     truth: str | float
@@ -175,7 +175,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """The cost of one answer, summed over all its prompts.
+    """The cost of an answer, summed over all its prompts.
 
     Attributes:
         prompt_tokens: Tokens of the prompts.
@@ -188,7 +188,7 @@ class Cost:
     forwards: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        """Return the sum of both costs."""
+        """Return the sum of two costs."""
         return Cost(
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
@@ -238,7 +238,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unparsed:
-    """An answer that could not be parsed. It counts in every denominator as a failure."""
+    """An answer that could not be parsed. It counts as a failure in every metric."""
 
     request_id: str
     reason: str
@@ -266,7 +266,7 @@ Answer = Ranking | Rating | Probability | Text | Unparsed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A generated continuation. ``finish_reason`` is ``"stop"`` or ``"length"``."""
+    """A generated text. ``finish_reason`` is ``"stop"`` or ``"length"``."""
 
     text: str
     prompt_tokens: int
@@ -276,7 +276,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Full-softmax log-probabilities of candidate continuations, in nats.
+    """Log-probabilities of candidate continuations over the full vocabulary, in nats.
 
     Attributes:
         logprobs: Sum over the candidate's tokens, one per candidate, in the order of the call.
@@ -318,7 +318,7 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """The output of a rating head for one prompt: a rating within its scale."""
+    """The rating that a rating head predicts for a prompt."""
 
     value: float
     prompt_tokens: int
@@ -327,10 +327,10 @@ class Read:
 
 @runtime_checkable
 class HeadBackend(Protocol):
-    """A backend with the capability ``rate`` in addition to the methods of `Backend`."""
+    """A backend with the method ``rate``."""
 
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
-        """Predict each prompt's rating with the model's rating head.
+        """Predict the rating for each prompt with the model's rating head.
 
         Raises:
             BackendError: If the model has no rating head.
@@ -340,7 +340,7 @@ class HeadBackend(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Four methods over prompts; ``capabilities`` lists those that a backend supports."""
+    """A language model engine with four methods; ``capabilities`` lists those that a backend supports."""
 
     name: str
     capabilities: frozenset[Capability]
@@ -352,7 +352,7 @@ class Backend(Protocol):
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Score each prompt's candidate continuations exactly; ``candidates[i]`` belongs to ``prompts[i]``.
+        """Compute the probability of each prompt's candidate continuations; ``candidates[i]`` is for ``prompts[i]``.
 
         With ``closed`` the end of the answer (stop text or end of turn) is part of every continuation, so that a title
         is not favoured for being a prefix of another; labels are scored open.
@@ -369,7 +369,7 @@ class Backend(Protocol):
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
     ) -> list[SearchResult]:
-        """Return the ``k`` texts of a catalogue that are the most likely answers to each prompt.
+        """Return the ``k`` catalogue texts that are the most likely answers to each prompt.
 
         Texts are closed, as in `score`, and distinct. The search keeps ``width`` prefixes of each request, or with
         ``exact`` as many as needed to certify the result; ``excluded`` are indices into ``texts`` that a request must
@@ -382,25 +382,25 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the engine; calling it again has no effect."""
+        """Release the engine; repeated calls have no effect."""
         ...
 
 
 class ItemCodes(Protocol):
-    """The texts of items for ``item.code`` in templates."""
+    """Provides the texts of items for ``item.code`` in templates."""
 
     @property
     def users(self) -> Mapping[str, str]:
-        """Tokens of users by id, for ``user_id`` in templates; empty if users are written as text."""
+        """Tokens of users by id, for ``user_id`` in templates; empty if user ids are written as text."""
         ...
 
     @property
     def writes_ids(self) -> bool:
-        """Whether ``item_id`` in templates shows the item's code."""
+        """Whether ``item_id`` in templates shows the code of the item."""
         ...
 
     def encode(self, item: str) -> str:
-        """Return an item's code, a `Code` if it consists of item tokens."""
+        """Return the code of an item, a `Code` if it consists of item tokens."""
         ...
 
 
@@ -417,15 +417,15 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class CatalogueScorer(Protocol):
-    """A ranking predictor that scores every item at once, for full ranking over many requests."""
+    """A ranking model that scores all items at once, for ranking of the whole catalogue over many requests."""
 
     name: str
 
     @property
     def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
+        """Ids of all items, in column order."""
         ...
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return one finite score per request and item, higher is better, shape (n, items); seen items included."""
+        """Return one finite score per request and item, shape (n, items), including seen items; higher is better."""
         ...

@@ -1,1 +1,1 @@
-"""Answering requests with any model."""
+"""Answers requests with any model: rankings, ratings, probabilities and texts."""

@@ -1,4 +1,4 @@
-"""Checks of a recommender's options before a model is opened, and the choice of its engine."""
+"""Checks the options of a recommender before a model is opened, and selects the engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.schema import EvalSection, ServerSection
 
-# Options of a server, by the key of eval.server that each sets.
+# Options for a server, by the key of eval.server that each sets.
 _SERVER = {"url": "--server-url", "model": "--server-model", "key_env": "--server-key-env"}
-# Options of vLLM, by the key of eval that each sets.
+# Options for vLLM, by the key of eval that each sets.
 _ENGINE = {
     "gpu_memory": "--gpu-memory",
     "tensor_parallel": "--tensor-parallel",
@@ -27,7 +27,7 @@ _ENGINE = {
 
 
 def check_choices(options: RecommenderOptions) -> None:
-    """Check the value of each option, and that the options are compatible.
+    """Check the value of each option and whether the options are compatible.
 
     Raises:
         LlmrecError: If a value is unknown, or two options are incompatible.
@@ -72,7 +72,7 @@ def check_choices(options: RecommenderOptions) -> None:
 
 
 def _check_vllm(options: RecommenderOptions) -> None:
-    """Reject options of vLLM with another engine."""
+    """Reject vLLM options if another engine is used."""
     defaults = {field.name: field.default for field in fields(RecommenderOptions)}
     for key, option in _ENGINE.items():
         if options.backend in ("hf", "openai") and getattr(options, key) != defaults[key]:
@@ -85,7 +85,7 @@ def _check_vllm(options: RecommenderOptions) -> None:
 
 
 def strategy_of(options: RecommenderOptions) -> str:
-    """Return the requested strategy; the whole catalogue is ranked by a search."""
+    """Return the requested strategy; for the whole catalogue, beam search."""
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
             f"--candidates all requires a search; --strategy {options.strategy} ranks given candidates",
@@ -102,7 +102,7 @@ def strategy_of(options: RecommenderOptions) -> str:
 
 
 def engine_section(options: RecommenderOptions) -> EvalSection:
-    """Return the eval section that corresponds to the options, so that engines are chosen as in an evaluation.
+    """Convert options to the recipe section ``eval``, so that engines are selected as in an evaluation.
 
     Raises:
         MissingExtra: If vLLM is requested and not installed.
@@ -119,7 +119,7 @@ def engine_section(options: RecommenderOptions) -> EvalSection:
         )
     shared = {name: getattr(options, name) for name in _ENGINE}
     try:
-        # An engine that the option names is used for every strategy.
+        # An engine given as an option is used for all strategies.
         return EvalSection(backend=options.backend, scorer=options.backend, batch=options.batch, **shared)
     except ValidationError as error:
         raise _named(error, "eval.", _ENGINE) from None
@@ -130,7 +130,7 @@ def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ..
 
 
 def _addresses(given: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """Return the value of ``url`` for a recipe; in Python a single address needs no tuple."""
+    """Return the value of ``url`` for a recipe; Python callers may pass a single address instead of a tuple."""
     return given if isinstance(given, str) else given[0] if len(given) == 1 else given or None
 
 
@@ -157,7 +157,7 @@ def _named(error: ValidationError, prefix: str, options: Mapping[str, str]) -> R
 
 
 def decided(options: RecommenderOptions) -> RecommenderOptions:
-    """Return options with one engine for all questions: on a CPU, ``auto`` becomes ``hf``.
+    """Replace the engine ``auto`` by ``hf`` on a CPU, so that all requests use one engine.
 
     Otherwise a model that answers several kinds of questions would switch engines.
     """
@@ -167,12 +167,12 @@ def decided(options: RecommenderOptions) -> RecommenderOptions:
 
 
 def on_gpu(options: RecommenderOptions, bundle: Bundle) -> bool:
-    """Return whether the engine of a language model runs on a GPU of this machine."""
+    """Whether the engine of a language model runs on a GPU of this machine."""
     return options.backend != "openai" and bool(bundle.folder) and device(bundle.model) == "cuda"
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:
-    """Open the model of the options, with their dtype, maximum length and noun."""
+    """Open the model that the options name, with their dtype, maximum length and item noun."""
     bundle = bundles.read(options.model)
     changes: dict[str, Any] = {"dtype": options.dtype}
     if options.max_length is not None:
@@ -181,7 +181,7 @@ def bundle_of(options: RecommenderOptions) -> Bundle:
 
 
 def window_of(options: RecommenderOptions, bundle: Bundle) -> int:
-    """Return the maximum length of a prompt with its answer, which the model's positions bound."""
+    """Return the maximum length of a prompt and its answer, limited by the model's position embeddings."""
     config = load_config(bundle.folder, bundle.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length
     if options.max_length is not None and options.max_length > positions:

@@ -1,4 +1,4 @@
-"""Baselines fitted to the interactions of a run, as models and as candidate retrievers."""
+"""Baselines fitted on the interactions of a run, which answer requests and retrieve candidates."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 MOST_ORDERED = 200
 """Maximum number of candidates that a language model ranks in one request."""
 NOTHING_LEFT = "no item of the catalogue is left to rank"
-# The minimum number of candidates of two-step retrieval.
+# Minimum number of candidates in two-step retrieval.
 _RETRIEVED = 50
-# The retriever for requests without a known item in the history.
+# Retriever for requests whose history has no known item.
 _FALLBACK = "popularity"
 _NAMED = 3
 
 
 class Naming:
-    """A translation between the items named in requests and the ids of a data set.
+    """Maps the items named in requests to item ids of a data set, and back.
 
     An item is found by its id, or by its title if that is unique.
 
@@ -54,7 +54,7 @@ class Naming:
         self._items = data.dataset.items
 
     def known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
-        """Return the interactions with known items, and the ids of the unknown items of a history."""
+        """Return the history interactions with known items, and the ids of the unknown items."""
         events: list[Event] = []
         unknown: dict[str, None] = {}
         for past in request.history:
@@ -66,7 +66,7 @@ class Naming:
         return tuple(events), list(unknown)
 
     def request(self, request: RankRequest) -> Request:
-        """Convert a request to the ids of the data; an unknown candidate keeps its id, with a prefix."""
+        """Convert a request to item ids of the data set; unknown candidates get a prefix."""
         return Request(
             id=request.id,
             user_id=NOBODY if request.user_id is None else request.user_id,
@@ -75,11 +75,11 @@ class Naming:
         )
 
     def has(self, item: Item) -> bool:
-        """Whether an item is in the data, by its id or its title."""
+        """Whether the data set has an item, by id or title."""
         return item.item_id in self._items or self._by_title.get(item.title) is not None
 
     def renamed(self, ranking: Ranking, request: RankRequest) -> Ranking:
-        """Return a ranking of a request's candidates with the ids that `request` assigns."""
+        """Return a ranking of candidates with the ids that `request` assigns."""
         names = dict(zip((item.item_id for item in request.candidates), self._names(request), strict=True))
         return replace(ranking, items=tuple(names[item] for item in ranking.items))
 
@@ -90,7 +90,7 @@ class Naming:
 
     def _names(self, request: RankRequest) -> Sequence[str]:
         ids = [self._id_of(item, request) for item in request.candidates]
-        # Two titles may map to the same item; then neither is mapped.
+        # If two titles map to the same item, neither is mapped.
         times = Counter(ids)
         return [
             name if name is not None and times[name] == 1 else f"\0{item.item_id}"
@@ -112,7 +112,7 @@ class Naming:
 
 
 def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
-    """Return a run's data as used in its training, or the interactions stored in an exported folder.
+    """Return the training data of a run, or the interactions stored in an exported folder.
 
     Warns if the data have changed since the run was evaluated.
 
@@ -160,7 +160,7 @@ def _warn_of_change(run: Path, data: SplitDataset) -> None:
 
 @dataclass(repr=False)
 class Classic(Displayed):
-    """A baseline, fitted to the training interactions of a run.
+    """A baseline fitted on the training interactions of a run.
 
     Attributes:
         name: Its name in questions.
@@ -227,7 +227,7 @@ class Classic(Displayed):
         ]
 
     def changed(self) -> None:
-        """See `Recommender`; an item added after fitting is last among candidates."""
+        """See `Recommender`; an item added after fitting is ranked last among candidates."""
 
     def _best(self, request: RankRequest, translated: Request, scores: NDArray[np.float64], depth: int) -> Ranking:
         assert isinstance(self.model, CatalogueScorer)
@@ -238,7 +238,7 @@ class Classic(Displayed):
 def listable(
     request: RankRequest, translated: Request, names: Sequence[str], items: Container[str]
 ) -> NDArray[np.bool_]:
-    """Return a mask of the items that may be listed for a request about the whole catalogue, shape (len(names),).
+    """Return which items can be recommended for a request on the whole catalogue, as a mask of shape (len(names),).
 
     Args:
         request: The request.
@@ -253,7 +253,7 @@ def listable(
 def best_of(
     request: RankRequest, names: Sequence[str], scores: NDArray[np.float64], able: NDArray[np.bool_], depth: int
 ) -> Ranking:
-    """Return the best items by score, at most ``depth``, of those that are `listable`."""
+    """Return the ``depth`` items with the highest scores among those that are `listable`."""
     scores = np.where(able, scores, -np.inf)
     order = np.argsort(-scores, kind="stable")[: min(depth, int(able.sum()))]
     return Ranking(
@@ -262,7 +262,7 @@ def best_of(
 
 
 class Retriever:
-    """A retriever of candidates from a request's history; its recommender is fitted at the first use.
+    """Retrieves candidates from the history of a request, with a recommender that is fitted on first use.
 
     Args:
         name: A baseline that ranks; see `llmrec.baselines.retrieve.check_retriever`.
@@ -280,11 +280,11 @@ class Retriever:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Everything that determines the candidates retrieved from a history."""
+        """All inputs that determine the retrieved candidates."""
         return {"retriever": self.name, "k": self.count, "data": self._data.fingerprint, "seed": self._seed}
 
     def fill(self, requests: Sequence[RankRequest]) -> list[RankRequest]:
-        """Add candidates to the requests without any, in order, unless the history has every item.
+        """Add candidates to requests that have none, in order, unless the history contains all items.
 
         Seen items are excluded. The candidates are shuffled by a hash of the request's id, so that their order does not
         reveal the retriever's.
@@ -321,7 +321,7 @@ class Retriever:
 def retrieved(
     requests: Sequence[RankRequest], finder: Recommender, depth: int, items: Mapping[str, Item] | None
 ) -> list[RankRequest]:
-    """Return requests about the catalogue with candidates retrieved by another model, for reranking.
+    """Return requests with candidates retrieved by another model, for reranking.
 
     Args:
         requests: Requests without candidates.
@@ -341,7 +341,7 @@ def retrieved(
 def answered(
     answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
 ) -> Answered:
-    """Return the answer to a request; ``unknown`` are the items of its history missing from the training data."""
+    """Return the answer to a request; ``unknown`` are the history items that the training data lack."""
     ignored = (f"history: ignored, not in the training data: {some(unknown)}",) if unknown else ()
     given = {item.item_id: item for item in request.candidates}
     titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)

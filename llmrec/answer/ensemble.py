@@ -1,4 +1,4 @@
-"""Ensembles of a run's baselines, optionally with its language model, weighted as in the run."""
+"""Ensembles of a run's baselines, optionally with its language model, with the weights fitted in the run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from llmrec.errors import RecipeError
 from llmrec.pipeline.bundle import Bundle
 from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
 
-# Number of largest contributions that are listed; the others are summed.
+# Number of largest contributions to list; the rest is summed.
 _NAMED = 4
 
 
 def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
-    """Return the ensemble that a run weighted for a family, template and strategy.
+    """Return the ensemble that a run fitted for a task, template and strategy.
 
     Args:
         bundle: The model.
@@ -69,7 +69,7 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
 
 
 class Ensemble:
-    """An ensemble with the weights of a run; its baselines are fitted at the first use.
+    """An ensemble with the weights fitted in a run; its baselines are fitted on first use.
 
     Args:
         fused: The members and weights from the run.
@@ -105,7 +105,7 @@ class Ensemble:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Everything that determines how rankings are combined."""
+        """All inputs that determine how rankings are combined."""
         parts = [part for part in self._fused.parts if part.baseline is not None]
         hashes = [hashes_of(str(part.baseline), part.parameters) for part in parts]
         return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint, "read": hashes}
@@ -140,7 +140,7 @@ class Ensemble:
         results = []
         for n, request in enumerate(filled):
             answer = answers.get(n) or Unparsed(request_id=request.id, reason=NOTHING_LEFT)
-            # A language model reads titles, so it ignores no item.
+            # A language model reads titles, so it can use unknown items.
             unknown = self._naming.known(request)[1] if self._model is None else ()
             results.append(answered(answer, request, self._items, unknown))
         return results
@@ -149,7 +149,7 @@ class Ensemble:
         """See `Recommender`."""
 
     def join(self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None) -> list[Ranking | Unparsed]:
-        """Return the combined rankings, with the cost of the language model's rankings.
+        """Combine the rankings of the members, and return them with the cost of the language model.
 
         Args:
             requests: Requests with candidates.
@@ -171,14 +171,14 @@ class Ensemble:
     def reasons(
         self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
     ) -> list[Reasons]:
-        """Return the contributions of the members to each of the first items of every list, in words.
+        """Explain the first items of every list by the contributions of the members, as text.
 
         The lists are ranked again, because contributions are relative to the mean over all candidates.
         """
         results = []
         for request, answer in zip(requests, lists, strict=True):
             reasons = Reasons()
-            # The popular items for a cold-start user do not come from the ensemble.
+            # For a cold-start user, the popular items do not come from the ensemble.
             if isinstance(answer.answer, Ranking) and not answer.cold:
                 pool = request if request.candidates else self._filled(request, question.depth)
                 parts, reasons.cost = self._contributions(pool, question.depth)
@@ -187,7 +187,7 @@ class Ensemble:
         return results
 
     def _explained(self, request: RankRequest) -> Answered:
-        """Return the contributions of the members to one item among all recommendable items, in words."""
+        """Explain the score of one item among all recommendable items by the contributions of the members, as text."""
         (item,) = request.candidates
         pool = self._filled(replace(request, candidates=()), 0)
         pool = replace(pool, candidates=(item, *(other for other in pool.candidates if other.item_id != item.item_id)))
@@ -195,7 +195,7 @@ class Ensemble:
         return Answered(answer=Text(request_id=request.id, text=_in_words(parts.get(item.item_id)), cost=cost))
 
     def _contributions(self, request: RankRequest, depth: int) -> tuple[dict[str, dict[str, float]], Cost]:
-        """Return the contributions to the scores of candidates, by item, and the cost of the language model."""
+        """Return each member's contribution to the candidates' scores, by item, and the cost of the language model."""
         ranked = self._rankings([request], depth)
         fusion, translated = self._fusion([request], ranked)
         (parts,) = fusion.contributions(translated)
@@ -204,7 +204,7 @@ class Ensemble:
         return known, Cost() if ranked is None else ranked[0].cost
 
     def _rankings(self, requests: Sequence[RankRequest], depth: int) -> list[Answer] | None:
-        """Return the rankings of the language model; None if it is not a member, or there is no request."""
+        """Return the rankings of the language model; None if it is not a member or there is no request."""
         if self._model is None or not requests:
             return None
         return [item.answer for item in self._model.answer(requests, Question(depth=depth))]
@@ -212,12 +212,12 @@ class Ensemble:
     def _fusion(
         self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None
     ) -> tuple[ListEnsemble, list[Request]]:
-        """Return the ensemble, and the requests with the ids of its data; see `join`."""
+        """Return the ensemble, and the requests converted to ids of its data; see `join`."""
         translated = [self._naming.request(request) for request in requests]
         answers: dict[str, Answer] = {}
         for n, item in enumerate(ranked or ()):
             answers[str(n)] = self._naming.renamed(item, requests[n]) if isinstance(item, Ranking) else item
-        # A language model reads titles, so it can rank items missing from the data.
+        # A language model reads titles, so it can rank items that are not in the data.
         parts = [
             ListMember(
                 part.name,
@@ -239,18 +239,18 @@ class Ensemble:
         return self._baselines[part.name]
 
     def _filled(self, request: RankRequest, depth: int) -> RankRequest:
-        """Return a request about the whole catalogue with candidates."""
+        """Add candidates to a request on the whole catalogue."""
         if self._model is not None and self._finder is not None:
             return retrieved([request], self._finder, depth, self._items)[0]
         history = [] if request.keep_seen else self._naming.known(request)[0]
         seen = {event.item_id for event in history}
         out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
-        # An item unknown to all members is ranked last among candidates, and excluded from lists of the catalogue.
+        # An item unknown to all members is ranked last among candidates, and left out of lists of the whole catalogue.
         left = (item for name, item in self._items.items() if name not in out and self._naming.has(item))
         return replace(request, candidates=tuple(left))
 
     def _lists(self, requests: Sequence[RankRequest], depth: int) -> list[Ranking | Unparsed]:
-        """Return the best items of the catalogue for requests without candidates, by baselines that score all items."""
+        """Rank the whole catalogue for requests without candidates, using baselines that score all items."""
         if not requests:
             return []
         translated = [self._naming.request(request) for request in requests]
@@ -271,7 +271,7 @@ class Ensemble:
 
     @cached_property
     def _whole(self) -> CatalogueEnsemble:
-        """The ensemble of the same baselines over the whole catalogue; items of the history are barred by requests."""
+        """The ensemble of the same baselines over the whole catalogue."""
         members = []
         for part in self._fused.parts:
             scorer = self._predictor(part, {})
@@ -281,7 +281,7 @@ class Ensemble:
 
 
 def _in_words(parts: Mapping[str, float] | None) -> str:
-    """Return the contributions to an item's score in words, the largest first."""
+    """Return the contributions to an item's score as text, largest first."""
     if parts is None:
         return "no member ranks it among its best items"
     ordered = sorted(parts.items(), key=lambda part: -abs(part[1]))

@@ -1,4 +1,4 @@
-"""The catalogue of a model and the histories of its users, read without opening the model.
+"""The catalogue and the users' histories of a model, read without loading the model.
 
 Items and interactions come from the run's data or the exported folder, and from later requests to a service.
 """
@@ -46,12 +46,12 @@ Profile = str | Mapping[str, str]
 ITEMS = "items.parquet"
 """The optional catalogue file of an exported folder."""
 
-# The number of rule sets whose allowed items are cached for one state of the catalogue.
+# Number of sets of business rules whose allowed items are cached per state of the catalogue.
 _REMEMBERED = 8
 
 
 class Catalogue:
-    """A mapping of items by id that is safe to change while other threads read it.
+    """Items by id; can be changed while other threads read it.
 
     A change creates a new mapping; readers continue with the one they have.
 
@@ -65,7 +65,7 @@ class Catalogue:
     def __init__(self, items: Mapping[str, Item]) -> None:
         self.items = dict(items)
         self.changes = 0
-        # Derived values are stored with their mapping, which may have been replaced meanwhile.
+        # Derived values are stored with their items, which may have been replaced meanwhile.
         self._search: tuple[Mapping[str, Item], pl.Series, pl.Series] | None = None
         self._allowed: tuple[Mapping[str, Item], dict[Rules, frozenset[str]]] = (self.items, {})
 
@@ -79,7 +79,7 @@ class Catalogue:
         self.changes += 1
 
     def get(self, item_id: str) -> Item:
-        """Return an item."""
+        """Return an item by id."""
         if item_id not in self.items:
             raise DataError(
                 f"there is no item {item_id[:60]!r}; search the items of the run by id or title",
@@ -89,7 +89,7 @@ class Catalogue:
         return self.items[item_id]
 
     def allowed(self, rules: Rules) -> frozenset[str]:
-        """Return the ids of the items that rules allow.
+        """Return the ids of the items that business rules allow.
 
         Raises:
             DataError: If no item has the field of a rule.
@@ -103,7 +103,7 @@ class Catalogue:
         return result
 
     def search(self, words: str, *, limit: int, offset: int) -> tuple[list[Item], int]:
-        """Find items whose title or id contains a text: first matches at the start, then at a word, then others.
+        """Find items whose title or id contains a text: matches at the start first, then at a word, then elsewhere.
 
         Args:
             words: The text, case-insensitive; empty: every item matches, in the order of the catalogue.
@@ -138,7 +138,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Histories:
-    """The past interactions of the users of a data set, oldest first.
+    """The past interactions of all users, oldest first.
 
     Attributes:
         users: User ids, sorted.
@@ -176,7 +176,7 @@ class Histories:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all histories."""
+        """Hash of all histories."""
         result = hashlib.sha256(digest_strings([*self.users.to_list(), *self.items.cast(pl.String).to_list()]).encode())
         for numbers in (self.starts, self.ratings, self.times):
             result.update(numbers.tobytes())
@@ -184,11 +184,11 @@ class Histories:
 
     @property
     def per_second(self) -> float:
-        """Units of time per second: 1, or more if the times are too large to be seconds."""
+        """Time units per second: 1, or more if the times are too large to be seconds."""
         return per_second(float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0)
 
     def of_user(self, user_id: str) -> list[Event]:
-        """Return a user's interactions; empty for an unknown user."""
+        """Return the interactions of a user; empty for an unknown user."""
         if not len(self.users):
             return []
         position = int(self.users.search_sorted(user_id))
@@ -237,21 +237,21 @@ class Known(Displayed):
 
     @property
     def digest(self) -> str:
-        """A hash of all user data that requests can use: histories, and the texts or fields shown in prompts."""
+        """Hash of all user data in prompts: histories, and texts or profile fields."""
         stores = [FeatureStore.open(folder).stamp for folder in self.features]
         users = sorted(self.users.items()) if self.profiles else []
         shown = [repr((user, sorted(values.items()))) for user, values in users]
         return digest_strings([self.histories.digest, *stores, *shown])
 
     def profile(self, user: str | None, erased: Callable[[str], bool] = lambda user: False) -> Profile | None:
-        """Return the text or fields of a user that prompts show; None if there are none or the user is erased."""
+        """Return a user's text or profile fields for prompts; None if there are none or the user was deleted."""
         if self.profiles is None or user is None or erased(user):
             return None
         return self.profiles(user) or None
 
 
 def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
-    """Return the items that requests may name by id, and the run's data if they were read for that.
+    """Return the items that requests can name by id, and the data of the run if they were read for this.
 
     The items come from a table, the run's data, or the folder. They are empty for a tuned model without an item table,
     whose requests must name titles, and None for a plain pretrained model.
@@ -321,13 +321,13 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
 
 
 def _of_named(dataset: Dataset) -> Dataset:
-    """Return the interactions of users exported with their ids, without users exported as numbers."""
+    """Return only the users that were exported with their ids, not those exported as numbers."""
     rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
     return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
 
 
 def _stores(run: Path, recipe: Recipe) -> list[Path]:
-    """Return the feature stores that a run wrote or read, for prompts and for baselines."""
+    """Return the feature stores that a run wrote or read, for prompts and baselines."""
     tables = filter(None, (recipe.data, recipe.reviews))
     named = [table.texts.path for table in tables if table.texts is not None]
     for section in recipe.tasks.present().values():
@@ -338,7 +338,7 @@ def _stores(run: Path, recipe: Recipe) -> list[Path]:
 
 
 def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
-    """Return a function from a user to the text (``data.texts``) or fields that a run's prompts show.
+    """Return a function that maps a user to the text (``data.texts``) or profile fields in a run's prompts.
 
     None if prompts show no user data.
 
@@ -358,14 +358,14 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
 
     def profile(user: str) -> Profile:
         text = profile_of(user, section) if section is not None else ""
-        # In the shuffled baseline each user has another user's text, and no fields.
+        # In the baseline with shuffled texts, each user has another user's text and no fields.
         return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
 
     return profile
 
 
 def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
-    """Merge the stored and later interactions of a user, oldest first, without duplicates.
+    """Merge the stored and the later interactions of a user, oldest first, without duplicates.
 
     Interactions without a time come first.
     """
@@ -380,7 +380,7 @@ def with_history(
     items: Mapping[str, Item],
     profile: Callable[[str], Profile | None] | None = None,
 ) -> tuple[Mapping[str, object], bool]:
-    """Return a request completed with the stored data of its user, and whether there are any.
+    """Add the stored data of its user to a request, and return whether there are any.
 
     Every interface looks up users here.
 
@@ -391,7 +391,7 @@ def with_history(
         items: The catalogue; interactions with missing items are dropped.
         profile: A function that returns the profile of a user; see `profiles_of`.
     """
-    # The user is parsed as in the request: 1.0 is the user 1.
+    # Parse the user as in the request: 1.0 is user 1.
     user, looked_up, stored = identity(record, 1)[1], dict[str, object](), False
     if user is not None and record.get("history") is None:
         past = events(user)
@@ -413,7 +413,7 @@ def read_known(
     whole: bool = False,
     retrieves: bool = False,
 ) -> RankRequest:
-    """Read a request; missing data of a known user are looked up, with a note.
+    """Parse a request and add the stored data of a known user, with a note.
 
     Args:
         record: As `read_request` takes it.
@@ -435,7 +435,7 @@ def read_known(
 
 
 def of_user(request: RankRequest, *, known: bool) -> RankRequest:
-    """Return a request with the stored history of its user, with a note on the length.
+    """Add the stored history of its user to a request, with a note on the length.
 
     Args:
         request: A request with a user, whose history was looked up.
@@ -450,5 +450,5 @@ def of_user(request: RankRequest, *, known: bool) -> RankRequest:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:
-    """Return an error for an unknown name."""
+    """Return an error about an unknown name."""
     return DataError(f"there is no {what} {name[:60]!r}{did_you_mean(name, known)}", kind="unknown-name", column=what)

@@ -1,4 +1,4 @@
-"""A language model that answers any number of requests with one engine.
+"""A language model that answers requests with one engine, which stays open.
 
 It ranks given candidates, retrieved ones or a whole catalogue, alone or in an ensemble with the baselines of its run,
 explains its rankings, and answers questions about one item. `llmrec rank` uses the method `rank`, which follows the
@@ -62,7 +62,7 @@ from llmrec.types import Answer, Item, Ranking, Unparsed
 MOST_SEARCHED = 160
 """Maximum number of catalogue items that a language model returns; the time of a search grows with it."""
 _LEAST_BEAMS = 20
-# hf scores requests one by one, so small batches cost nothing and keep the progress bar moving.
+# hf scores requests one by one, so small batches cost nothing and update the progress bar often.
 _FEW = 4
 # Strategies that generate or search, for which hf batches prompts.
 _TOGETHER = ("list", TWO_STEP, "search")
@@ -70,7 +70,7 @@ _TOGETHER = ("list", TWO_STEP, "search")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A ranking configuration: prompts and strategy, and the steps before and after.
+    """How to rank: prompts and strategy, and the steps before and after.
 
     Attributes:
         options: The options of the model.
@@ -89,7 +89,7 @@ class Way:
 
 @dataclass
 class LanguageModel:
-    """An open language model, tuned or pretrained; use it as a context manager, or close it.
+    """An open language model, fine-tuned or pretrained; use it as a context manager, or close it.
 
     It is thread-safe; calls are serialised, as an engine serves one call at a time.
 
@@ -139,7 +139,7 @@ class LanguageModel:
         adapters: Sequence[Adapter] = (),
         beside: LanguageModel | None = None,
     ) -> LanguageModel:
-        """Open a model with its catalogue and data; weights are loaded at the first question.
+        """Open a model with its catalogue and data; weights are loaded for the first request.
 
         Args:
             options: The options of the model.
@@ -199,7 +199,7 @@ class LanguageModel:
             budget=budget,
         )
         if beside is not None and model.engines.is_shared("vllm", weights):
-            # An engine serves one call at a time.
+            # An engine handles one call at a time.
             model._lock = beside._lock
         only = not ranks and not ranking_families_of(bundle)
         asking = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
@@ -237,7 +237,7 @@ class LanguageModel:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether its engine runs on a GPU of this machine."""
+        """Whether the engine runs on a GPU of this machine."""
         return on_gpu(self.options, self.bundle)
 
     @property
@@ -248,7 +248,7 @@ class LanguageModel:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Everything that can change an answer except the requests, by name."""
+        """All inputs except the requests that can change an answer, by name."""
         bundle, way, options = self.bundle, self.default, self.options
         asking, reasoner = way.asking, way.reasoner
         return {
@@ -290,7 +290,7 @@ class LanguageModel:
 
     @property
     def histories(self) -> str:
-        """A hash of the stored data of users, which requests may use; empty if they cannot be read."""
+        """Hash of the stored user data that requests can use; empty if they cannot be read."""
         try:
             return self.known().digest
         except DataError:
@@ -298,7 +298,7 @@ class LanguageModel:
 
     @cached_property
     def profiles(self) -> Callable[[str], Profile] | None:
-        """A function that returns the text or fields of a user that prompts show; None if they show nothing."""
+        """Function that maps a user to the text or profile fields in prompts; None if prompts show neither."""
         run = self.bundle.run
         return None if run is None else profiles_of(str(run), lambda: self.known().users)
 
@@ -306,10 +306,10 @@ class LanguageModel:
         """See `Recommender`."""
         self._ways.clear()
 
-    # ------------------------------------------------------------------- configuration by options
+    # ------------------------------------------------------------------- configured by options
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
-        """Read one request in the format of docs/batch-inference-and-export.md, or return why it is invalid.
+        """Parse a request in the format of docs/batch-inference-and-export.md, or return why it is invalid.
 
         Missing data of a user are taken from the run's data.
 
@@ -333,7 +333,7 @@ class LanguageModel:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
-        """Return an error message if a request names an item by id but no item is known; else an empty text.
+        """Return an error message if a request names items by id but there is no catalogue; otherwise an empty text.
 
         Without titles the prompts would differ from those of training.
         """
@@ -352,7 +352,7 @@ class LanguageModel:
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        """Answer every request according to the options, in order; a failed request does not affect the others.
+        """Answer all requests as the options say, in order; a failed request does not affect the others.
 
         Args:
             requests: From `read`; invalid requests are returned unchanged.
@@ -364,7 +364,7 @@ class LanguageModel:
         """
         return self._ranked(self.default, requests, advance, part)
 
-    # ------------------------------------------------------------------- by name
+    # ------------------------------------------------------------------- configured per call
 
     def answer(
         self,
@@ -398,7 +398,7 @@ class LanguageModel:
     def about(
         self, requests: Sequence[RankRequest], way: Asking, listener: Callable[[str], None] | None = None
     ) -> list[Answer]:
-        """Answer a question about the one candidate of each request; ``listener`` streams generated text."""
+        """Answer a question about the single candidate of each request; ``listener`` streams generated text."""
         with self.backend(way.strategy) as backend:
             if listener is None:
                 return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
@@ -408,7 +408,7 @@ class LanguageModel:
     def reasons(
         self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
     ) -> list[Reasons]:
-        """Return a generated sentence for each of the first items of every list; failed lists have none."""
+        """Generate a sentence about each of the first items of every list; failed lists get none."""
         reasoner = Reasoner(self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16)
         pools = [
             replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
@@ -417,7 +417,7 @@ class LanguageModel:
             return reasoner.write(pools, [item.answer for item in lists], None, backend)
 
     def prompt(self, request: RankRequest, question: Question) -> str:
-        """Return the first prompt of a request, as passed to the model's tokenizer.
+        """Return the first prompt of a request, as text for the tokenizer.
 
         Raises:
             LlmrecError: If the request cannot be rendered.
@@ -430,20 +430,20 @@ class LanguageModel:
         return encoder.text(first_prompt(bundle, request, way.asking, encoder))
 
     def warm(self) -> None:
-        """Load the weights now instead of at the first question.
+        """Load the weights now instead of for the first request.
 
         Raises:
             LlmrecError: If the engine does not start.
         """
         if self.options.backend != "openai":
-            # A model tuned on item codes has no codes for invented items.
+            # A model trained with item codes has no codes for the made-up items.
             invented = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
             items = tuple(islice((self.items or {}).values(), 2)) or invented
             self.answer([RankRequest(id="1", candidates=items, history=(PastEvent(item=items[0]),))], Question(depth=1))
 
     @contextmanager
     def backend(self, strategy: str) -> Iterator[CachedBackend]:
-        """Yield the engine of a strategy, for exclusive use."""
+        """Yield the engine of a strategy for exclusive use."""
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open it again", kind="closed")
@@ -453,7 +453,7 @@ class LanguageModel:
     # ------------------------------------------------------------------- ranking
 
     def _way(self, **changes: Any) -> Way:
-        """Return the ranking configuration with changed options, which must not affect the model, items or engine."""
+        """Return the configuration with changed options, which must not affect the model, items or engine."""
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
             options = replace(self.options, **changes)
@@ -484,12 +484,12 @@ class LanguageModel:
         return Way(options=options, asking=asking, search=search, ensemble=ensemble, reasoner=reasoner)
 
     def _engine(self, way: Way) -> str:
-        """Return the name of the engine; after a failure the next one, if llmrec chooses the engine."""
+        """Return the name of the engine; after a failure the next one, if llmrec selects the engine."""
         return self.engines.engine_for(way.asking.strategy, self.bundle.folder)
 
     @property
     def _searches(self) -> bool:
-        """Whether the model can search the whole catalogue."""
+        """Whether the model can rank the whole catalogue by beam search."""
         if self.options.backend == "openai":
             return False
         try:
@@ -499,16 +499,16 @@ class LanguageModel:
         return True
 
     def _searching(self, depth: int) -> Way | None:
-        """Return the configuration that searches the catalogue; None if the model was not tuned for it."""
+        """Return the configuration for beam search over the catalogue; None if the model was not trained for it."""
         if not self.items or not self._searches:
             return None
-        # Beam widths are the minimum times powers of two, so that few configurations are created.
+        # Beam widths are the minimum times powers of two, to limit the number of configurations.
         wanted = max(min(depth, MOST_SEARCHED), self.options.beams)
         beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(wanted / _LEAST_BEAMS)))
         return self._way(candidates="all", beams=beams)
 
     def _whole(self, requests: Sequence[RankRequest], question: Question) -> list[Answered]:
-        """Rank the whole catalogue: by a search, or by reranking retrieved candidates."""
+        """Rank the whole catalogue, by beam search or by reranking retrieved candidates."""
         searching = self._searching(question.depth) if question.strategy in ("auto", "search") else None
         if searching is not None:
             return self._ranked(searching, requests)
@@ -529,7 +529,7 @@ class LanguageModel:
         known, titled = self.items or {}, zip(answer.answer.items, answer.titles, strict=True)
         return tuple(known.get(name) or Item(item_id=name, title=title) for name, title in titled)
 
-    # ------------------------------------------------------------------- one ranking
+    # ------------------------------------------------------------------- steps of a ranking
 
     def _ranked(
         self,
@@ -538,7 +538,7 @@ class LanguageModel:
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        """Retrieve candidates, rank, combine in an ensemble, explain, and truncate."""
+        """Rank requests: retrieve candidates, score, combine with baselines, explain, and truncate."""
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open it again", kind="closed")
@@ -557,7 +557,7 @@ class LanguageModel:
         ]
 
     def _retrieved(self, way: Way, requests: Sequence[RankRequest | Unparsed]) -> Sequence[RankRequest | Unparsed]:
-        """Retrieve candidates for the requests without any."""
+        """Retrieve candidates for requests that have none."""
         if self.retriever is None or way is not self.default:
             return requests
         with self.budget.stage("retrieving"):
@@ -565,7 +565,7 @@ class LanguageModel:
         return [next(filled) if isinstance(request, RankRequest) else request for request in requests]
 
     def _ready(self, way: Way, request: RankRequest | Unparsed) -> RankRequest | Unparsed:
-        """Return a request ready for ranking, or the reason why it cannot be ranked."""
+        """Return a request that is ready to be ranked, or the reason why it cannot be ranked."""
         if isinstance(request, Unparsed):
             return request
         if way.search is not None and request.candidates:
@@ -583,7 +583,7 @@ class LanguageModel:
         engine, options = self._engine(way), way.options
         backend = self.engines.get(engine, self.bundle.folder, self.weights)
         backend.part = part
-        # Answers cached by a killed run count with their original cost.
+        # Cached answers of an interrupted run keep their original cost.
         before = backend.recalled_seconds
         one_by_one = engine == "hf" and way.asking.strategy not in _TOGETHER
         batch = min(_FEW, options.batch) if one_by_one else options.batch
@@ -643,9 +643,9 @@ class LanguageModel:
 def _items(
     options: RecommenderOptions, bundle: Bundle
 ) -> tuple[Mapping[str, Item] | None, Dataset | None, Retriever | None]:
-    """Return the items that requests may name by id, the data of a run, and the retriever."""
+    """Return the items that requests can name by id, the data of a run, and the retriever."""
     if options.retrieve is not None:
-        # The run's data are read once, for interactions and for items.
+        # Read the data of the run only once, for both interactions and items.
         data = training_data(bundle)
         items = data.dataset.items if options.items is None else read_items(options.items)
         retriever = Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
@@ -661,7 +661,7 @@ def _items(
 
 
 def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a listener that cleans a streamed text and passes on the additions."""
+    """Return a listener that cleans a streamed text and passes on what is added."""
     raw = sent = ""
 
     def listen(piece: str) -> None:

@@ -1,4 +1,4 @@
-"""Lists under business rules: the allowed items, the depth of a model's ranking, and the resulting list.
+"""Builds recommendation lists under business rules: which items are allowed, how deep to rank, and the final list.
 
 A service awaits an engine where Python calls a model, so `listing` is a generator: it yields a question, is sent the
 answer, and returns the list. All interfaces use it.
@@ -20,14 +20,14 @@ WHOLE = 20
 """Default length of a list over the whole catalogue."""
 COLD = "no data about the user: the most popular items"
 """The note on the list for a request that `is_cold`."""
-# The initial depth of a ranking under quotas or diversity, before a deeper one is requested.
+# How deep to rank at first under quotas or diversity, before a deeper ranking is requested.
 _DEEP = 50
 _DEEPER = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A specification of a list.
+    """What a list should contain: number of items, rules, and model.
 
     Attributes:
         k: The maximum number of items; None: all candidates, or `WHOLE` items of a catalogue.
@@ -62,7 +62,7 @@ Asked = tuple[Question, RankRequest]
 def listing(
     request: RankRequest, wanted: Wanted, catalogue: Catalogue, verb: str = RANK
 ) -> Generator[Asked, Answered, Answered]:
-    """Yield questions, receive their answers, and return the list.
+    """Yield questions for models, receive their answers, and return the list.
 
     The depth increases while quotas leave too few items, up to the whole catalogue.
 
@@ -87,7 +87,7 @@ def listing(
         answer = yield replace(question, depth=depth), request
         ranking = ranking_of(answer)
         given = {item.item_id: item for item in request.candidates}
-        # An engine may list an item that was just added or removed, to which the rules were not applied.
+        # A model may list an item that was just added or removed, without applying the rules to it.
         pairs = [
             (name, score)
             for name, score in zip(ranking.items, ranking.scores, strict=True)
@@ -104,16 +104,16 @@ def listing(
 
 
 def is_cold(request: RankRequest) -> bool:
-    """Whether a request has no data about its user, so that the most popular items are the answer."""
+    """Whether a request has no data about its user, so that the most popular items are recommended."""
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
 def _allowed(request: RankRequest, wanted: Wanted, catalogue: Catalogue) -> RankRequest:
-    """Return a request without the items that the rules forbid, before the ranking."""
+    """Remove the items that the rules forbid from a request, before ranking."""
     request, items = replace(request, keep_seen=not wanted.exclude_seen), catalogue.items
     if not wanted.rules:
         return request
-    # Catalogue values override the request's.
+    # The rules use catalogue fields rather than fields of the request.
     given = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
     left = wanted.rules.allowed(given) if given else catalogue.allowed(wanted.rules)
     kept = tuple(item for item in request.candidates if item.item_id in left)

@@ -1,4 +1,4 @@
-"""A recommender in Python: `llmrec.fit` and `llmrec.load` return an object that ranks, rates, explains and evaluates.
+"""`llmrec.fit` and `llmrec.load` return a recommender in Python, which ranks, rates, explains and evaluates.
 
 ::
 
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Loaded", "Ranked", "Scored", "Wanted", "load"]
 
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
-# The batch size for the requests of a frame.
+# Number of requests per batch for a data frame.
 _TOGETHER = 64
 
 
@@ -64,13 +64,13 @@ _T = TypeVar("_T")
 
 
 def _named_in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorate a function so that its errors name the options of `load` as keywords."""
+    """Decorate a function so that its errors name the keywords of `load` instead of command options."""
     return speaks_python(function, [option.name for option in fields(RecommenderOptions)])
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One item of a list.
+    """An item of a recommendation list with its score.
 
     Attributes:
         item_id: The id in the catalogue, or the title of an item given by title.
@@ -84,7 +84,7 @@ class Scored:
 
 
 class Ranked(Displayed, list[Scored]):
-    """A list of items, best first."""
+    """A recommendation list, best items first."""
 
     def _summary(self) -> Summary:
         rows = [(str(rank), item.item_id, item.title, f"{item.score:.4g}") for rank, item in enumerate(self, start=1)]
@@ -153,7 +153,7 @@ class Loaded(Displayed):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of the models, the default first."""
+        """Names of the models, the default model first."""
         return tuple(self._models.opened)
 
     @_named_in_python
@@ -331,31 +331,31 @@ class Loaded(Displayed):
 
     @property
     def users(self) -> list[str]:
-        """The users of the run's data, sorted."""
+        """All users of the run's data, sorted."""
         users: list[str] = self.known.histories.users.to_list()
         return users
 
     @property
     def items(self) -> Mapping[str, Item]:
-        """The catalogue, by id."""
+        """Items by id."""
         return self._models.items
 
     @property
     def data_name(self) -> str | None:
-        """The name of the training data of baselines; None without data."""
+        """Name of the data on which baselines are trained; None without data."""
         return None if self._models.data is None else self._models.data.dataset.name
 
     @property
     def histories(self) -> str:
-        """A hash of the histories of users, and of the texts or fields that prompts show."""
+        """Hash of the users' histories and of the texts or fields that prompts show."""
         return self.known.digest
 
     def signature(self, model: str | None = None) -> str:
-        """Return a hash of everything that can change an answer, except the question."""
+        """Return a hash of everything except the request that can change an answer."""
         return self._models.get(model).signature
 
     def read(self, record: Mapping[str, object], row: int, *, whole: bool) -> RankRequest:
-        """Read a request, with the stored data of its user; ``whole``: the whole catalogue is ranked.
+        """Parse a request and add the stored data of its user; ``whole`` means that the whole catalogue is ranked.
 
         Raises:
             DataError: If the request cannot be ranked.
@@ -368,7 +368,7 @@ class Loaded(Displayed):
     def lists(
         self, requests: Sequence[RankRequest], wanted: Wanted, *, rationale: int = 0
     ) -> list[Answered | LlmrecError]:
-        """Return a list or an error for every request; requests with the same question are answered in one batch.
+        """Return a list or an error for every request; requests with the same settings are answered in one batch.
 
         Args:
             requests: The requests.
@@ -402,7 +402,7 @@ class Loaded(Displayed):
 
     @_named_in_python
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> Ranked:
-        """Return items that are co-chosen with others (``interactions``), or have similar texts (``text``).
+        """Return items that often occur in the same histories (``interactions``), or have similar texts (``text``).
 
         Raises:
             LlmrecError: If ``items`` is not a list of known ids, or ``k`` not an integer of at least 1.
@@ -457,7 +457,7 @@ class Loaded(Displayed):
 
     @cached_property
     def _columns(self) -> Entities:
-        """The columns of users and items in the tables of the data."""
+        """Column names of users and items in the data."""
         if self._recipe is not None:
             recipe = self._recipe[0]
         else:
@@ -468,7 +468,7 @@ class Loaded(Displayed):
         return Entities(recipe.data.columns.user, recipe.data.columns.item)
 
     def _like(self, users: Any) -> Any:
-        """Return a frame of the library of a series or an array of users; default: that of the interactions."""
+        """Return a series or array of users as a data frame of the same library, by default of the interactions."""
         if isinstance(users, pa.Array | pa.ChunkedArray):
             return _SCHEMA.empty_table()
         return users if type(users).__module__.partition(".")[0] in ("pandas", "polars") else self._frame
@@ -482,7 +482,7 @@ class Loaded(Displayed):
         return self.read(known, row, whole="candidates" not in known)
 
     def _table(self, rows: Sequence[Mapping[str, Any]], wanted: Wanted, bar: Bar | None = None) -> pa.Table:
-        """Return the lists of requests, one row per item, and per failed request; with a bar, failures are raised."""
+        """Rank requests and return a table with one row per item or failed request; with ``bar``, raise failures."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)
 
@@ -556,7 +556,7 @@ class Loaded(Displayed):
         return value
 
     def _warn(self, asked: Answered | RankRequest, user: object) -> None:
-        """Log the unknown user and items of a question, once each."""
+        """Warn once of each unknown user and item in a request."""
         messages = []
         if asked.unknown_user:
             messages.append(f"unknown user {shown(str(user))}")
@@ -570,7 +570,7 @@ class Loaded(Displayed):
 
     @_named_in_python
     def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
-        """Return the prompt of a ranking, or of a task (``verb``) about an ``item``."""
+        """Return the prompt for a ranking or, with ``verb``, for another task about an ``item``."""
         reader = self._models.get(model)
         if not isinstance(reader, LanguageModel):
             raise DataError(f"{reader.name} is not a language model, so it has no prompt", kind="unsupported")
@@ -595,7 +595,7 @@ _SCHEMA = pa.schema(
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of a frame, with the column ``user`` renamed to ``user_id``."""
+    """Return the rows of a data frame, with the column ``user`` renamed to ``user_id``."""
     names = list(rows[0]) if rows else []
     if "user" in names and "user_id" not in names:
         rows = [{("user_id" if key == "user" else key): value for key, value in row.items()} for row in rows]
@@ -617,12 +617,12 @@ def _scored(answer: Answered) -> Ranked:
 
 
 def _sequence(given: Any) -> list[Any] | None:
-    """Return ids or histories as a list; None for a frame, which has columns."""
+    """Return ids or histories as a list; None for a data frame."""
     if isinstance(given, str | int):
         return [given]
     if isinstance(given, list | tuple | set | frozenset | range):
         rows = bool(given) and isinstance(next(iter(given)), Mapping)
-        # NumPy scalars are converted to Python.
+        # convert NumPy scalars to Python
         return None if rows else [entry.item() if isinstance(entry, np.generic) else entry for entry in given]
     framed = isinstance(given, pa.Table | pa.RecordBatch) or hasattr(given, "columns") or hasattr(given, "features")
     listing = next((name for name in ("to_list", "to_pylist", "tolist") if hasattr(given, name)), None)

@@ -1,4 +1,4 @@
-"""Opens the models of a run, an exported folder or a pretrained model, by name: `open_models`."""
+"""Opens the models of a run, an exported folder or a pretrained model, by name; see `open_models`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
 
 @dataclass(repr=False)
 class Models(Displayed):
-    """Open models by name, over one catalogue that may change.
+    """Open models by name, with a common catalogue that can change.
 
     Attributes:
         opened: The models by name, the default first.
@@ -75,7 +75,7 @@ class Models(Displayed):
     blank: SplitDataset
     _similar: dict[str, Recommender] = field(default_factory=dict)
     _languages: Mapping[str, LanguageModel] = field(default_factory=dict)
-    # A signature hashes the whole catalogue, so it is computed once per state of the catalogue.
+    # A signature hashes the whole catalogue, so it is computed only once per state of the catalogue.
     _cards: dict[str, Card] = field(default_factory=dict)
 
     def _summary(self) -> Summary:
@@ -83,7 +83,7 @@ class Models(Displayed):
         return Summary(f"Models over {len(self.items):,} items", header=("model", "kind", "answers"), rows=rows)
 
     def get(self, name: str | None = None) -> Recommender:
-        """Return a model by its name; None: the default."""
+        """Return a model by name; the default model if None."""
         if name is None:
             return next(iter(self.opened.values()))
         known = meant(name, self.opened)
@@ -97,7 +97,7 @@ class Models(Displayed):
 
     @property
     def popular(self) -> Recommender | None:
-        """The model for cold-start users; None if there are no data."""
+        """The model that recommends popular items to cold-start users; None without data."""
         return None if self.data is None else self._kept(POPULARITY)
 
     def similar(self, by: str) -> Recommender:
@@ -135,7 +135,7 @@ class Models(Displayed):
         requests: Sequence[RankRequest],
         listener: Callable[[str], None] | None = None,
     ) -> list[Answered]:
-        """Answer one question about several requests, in order; see `Recommender.answer`.
+        """Answer the same question for several requests, in order; see `Recommender.answer`.
 
         Raises:
             LlmrecError: If no model answers the question.
@@ -148,7 +148,7 @@ class Models(Displayed):
         return answers
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
-        """Return the prompt of a request; None for other models than language models, and if it cannot be rendered."""
+        """Return the prompt of a request; None if the model is not a language model or rendering fails."""
         model = self.get(question.model)
         try:
             return model.prompt(request, question) if isinstance(model, LanguageModel) else None
@@ -158,7 +158,7 @@ class Models(Displayed):
     def reasons(
         self, question: Question, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
     ) -> list[Reasons]:
-        """Return rationales for the first items of lists; a note gives the reason if there are none."""
+        """Return explanations for the first items of lists; if there are none, a note says why."""
         model = self.get(question.model)
         if not isinstance(model, LanguageModel | Ensemble):
             note = f"{model.name} is neither a language model nor an ensemble, so it has no rationales"
@@ -169,7 +169,7 @@ class Models(Displayed):
             return [Reasons(notes=[str(error)]) for _ in requests]
 
     def cards(self) -> tuple[Card, ...]:
-        """Return the descriptions of all models, the default first."""
+        """Return descriptions of all models, the default model first."""
         return tuple(self.card(model) for model in self.opened.values())
 
     def card(self, model: Recommender) -> Card:
@@ -185,13 +185,13 @@ class Models(Displayed):
         return self._cards[model.name]
 
     def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> tuple[Card, ...]:
-        """Add, replace and remove items of the catalogue, and return the new `cards`; nothing is trained."""
+        """Add, replace and remove items of the catalogue without training, and return the new `cards`."""
         for name in removed:
             self.items.pop(name, None)
         self.items.update(put)
         for model in self.opened.values():
             model.changed()
-        # Text similarities are recomputed for new items.
+        # Text similarity is computed again for new items.
         self._similar.pop(_SIMILAR["text"], None)
         self._cards.clear()
         return self.cards()
@@ -206,7 +206,7 @@ class Models(Displayed):
         if known is not None and name != _SIMILAR["text"]:
             return self.opened[known]
         if name not in self._similar:
-            # Text similarity needs no interactions.
+            # text similarity needs no interactions
             data = self.data or self.blank
             self._similar[name] = _classic(BaselineSection(name=name), data, self.items, seed=data.seed)
         return self._similar[name]
@@ -252,7 +252,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 def _open_languages(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
 ) -> dict[str, LanguageModel]:
-    """Open the language model of a folder and the requested others, sharing one engine on a GPU if possible.
+    """Open the language model of a folder and other requested ones, on one GPU engine if possible.
 
     Args:
         options: The options of the models.
@@ -276,7 +276,7 @@ def _open_languages(
     tuned = [*([bundle] if asks_own else []), *runs.values()]
     adapters = _adapters(tuned, _untuned(bundle)) if len(tuned) + len(base) > 1 else []
     if len(adapters) + len(base) == 1:
-        # A single model is served from its merged weights.
+        # A single model is served with merged weights.
         adapters = []
 
     def opened(options: RecommenderOptions) -> dict[str, LanguageModel]:
@@ -294,13 +294,13 @@ def _open_languages(
     shared = [model for model in requested if model.engines.is_shared("vllm", model.weights)]
     engines = len(requested) - max(0, len(shared) - 1)
     if engines > 1 and options.gpu_memory is None and options.backend != "hf" and models[own].on_gpu:
-        # The first engine would otherwise take all free GPU memory.
+        # Otherwise the first engine takes all free GPU memory.
         models = opened(replace(options, gpu_memory=free_share(options.tensor_parallel) / engines))
     return models
 
 
 def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, Bundle]:
-    """Return the tuned models of other runs, by name."""
+    """Return the fine-tuned models of other runs, by name."""
     runs: dict[str, Bundle] = {}
     for folder in dict.fromkeys(names):
         name = _run_name(folder)
@@ -329,7 +329,7 @@ def _other_runs(options: RecommenderOptions, names: Sequence[str]) -> dict[str, 
 
 
 def _run_name(name: str) -> str | None:
-    """Return the name of the tuned model of another run, given its folder; None for anything else."""
+    """Return the model name of another run, given its folder; None if it is not the folder of a run."""
     folder = Path(name).expanduser()
     if name in _reserved_names() or not (folder / "recipe.yaml").is_file():
         return None
@@ -355,14 +355,14 @@ def _check_equal(what: str, values: Mapping[str, object]) -> None:
 
 
 def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
-    """Return the adapters that one engine can apply to a base, without those that vLLM does not support."""
+    """Return the adapters that one engine can apply to the base model, without those that vLLM does not support."""
     stamp = weights_stamp(base.folder)
     return [
         adapter
         for bundle in tuned
         if bundle.run is not None
         and load_stored(bundle.run).train.start is None
-        # An engine has one context length, and embeddings of added tokens may differ.
+        # An engine has one context length, and the embeddings of added tokens may differ.
         and bundle.model.max_length == base.model.max_length
         and weights_stamp(_untuned(bundle).folder) == stamp
         for adapter in live_adapters(base.folder, stamp, bundle.run / "adapter", weights_stamp(bundle.folder))
@@ -370,7 +370,7 @@ def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
 
 
 def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
-    """Return the names of the models that are open by default, the default first, without opening them.
+    """Return the names of the models that are opened by default, without opening them; the default model is first.
 
     Args:
         bundle: The model.
@@ -398,7 +398,7 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
 
 @dataclass(frozen=True)
 class Default:
-    """The default model of a run, chosen on its validation users.
+    """The default model of a run, which was best on validation users.
 
     Attributes:
         name: Its name in questions.
@@ -410,7 +410,7 @@ class Default:
 
     @property
     def sentence(self) -> str:
-        """A sentence about the choice."""
+        """Sentence that explains the choice."""
         choice = self.choice
         if not choice.users:
             return f"the default is {self.name}"
@@ -421,7 +421,7 @@ class Default:
 
 
 def default_of(bundle: Bundle) -> Default | None:
-    """Return the model chosen on the validation users of a run; None if the language model is the default."""
+    """Return the model that was best on the validation users; None if the language model is the default."""
     choice = stored.read(_folder(bundle)).choice
     if choice is None or not _learns(bundle):
         return None
@@ -438,7 +438,7 @@ def own_name(bundle: Bundle) -> str:
 
 
 def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
-    """Return the ensembles that can answer, by name."""
+    """Return the ensembles that can answer requests, by name."""
     if not _learns(bundle):
         return {}
     arm = TUNED if bundle.tuned else "zero-shot"
@@ -454,10 +454,10 @@ def _opened(
     base: LanguageModel | None,
     finder: Recommender | None,
 ) -> Recommender:
-    """Open one model of a folder; ``base`` is its language model, if any."""
+    """Open a model of a folder; ``base`` is the language model of the folder, if any."""
     if (language := models._languages.get(_run_name(name) or name)) is not None:
         return language
-    # An ensemble is identified by its name or its id in the report.
+    # An ensemble can be named by its name or by its id in the report.
     joined = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
     if joined is not None and models.data is not None:
         asks_model = any(part.baseline is None for part in fusions[joined].parts)
@@ -510,14 +510,14 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
 
 
 def _learns(bundle: Bundle) -> bool:
-    """Whether there are interactions for fitting baselines."""
+    """Whether there are interactions on which baselines can be fitted."""
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
 def reserved_by(bundle: Bundle) -> float:
     """Return the fraction of validation users reserved for ensemble weights and not used for early stopping."""
     if bundle.run is None:
-        # The interactions in an exported folder lack these users.
+        # An exported folder has no interactions of these users.
         return 0.0
     fusion = load_stored(bundle.run).eval.fusion
     return fusion.reserved if fusion.controls else 0.0
@@ -540,7 +540,7 @@ def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
 
 
 def _section(tasks: TasksSection, name: str) -> BaselineSection:
-    """Return a baseline by name, with the parameters of the first family that has its method."""
+    """Return a baseline by name, with the parameters of the first task that has it."""
     for section in tasks.present().values():
         labels = {baseline.label: baseline for baseline in section.baselines}
         if (result := meant(name, labels)) is not None:
@@ -557,7 +557,7 @@ def _classic(
     reserved: float = 0.0,
     model: Any = None,
 ) -> Classic:
-    """Return a baseline, fitted as in its run; texts are those of the current catalogue.
+    """Return a baseline fitted as in its run, with texts of the current catalogue.
 
     Args:
         section: The baseline with its parameters.
@@ -568,10 +568,10 @@ def _classic(
         model: The baseline, to be fitted; None: a new one.
     """
     name, parameters = section.name, section.parameters
-    # A given class need not be in the registry; then it ranks.
+    # A given class need not be in the registry; it is then treated as a ranking baseline.
     known = model is None or name in BASELINES
     if name == _SIMILAR["text"]:
-        # Removed items with interactions keep their texts; `Classic` lists only items of the catalogue.
+        # Removed items that have interactions keep their texts; `Classic` lists only items of the catalogue.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = make(name, parameters, seed=seed) if model is None else model
     model = fit_stored(model, choosing(name, data, reserved) if reserved else data, seed=seed)
@@ -582,13 +582,13 @@ def _classic(
 
 
 def family_about(name: str) -> str | None:
-    """Return the task about one item that a baseline answers; None: it ranks."""
+    """Return the task that a baseline answers if it is about single items; None if the baseline ranks."""
     about = (item for item in families().values() if not item.answers_with_items)
     return next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
 
 
 def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, model: Any = None) -> Models:
-    """Fit a baseline to data in memory.
+    """Fit a baseline on data in memory.
 
     Args:
         section: The baseline with its parameters.
@@ -603,7 +603,7 @@ def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, mode
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:
-    """Return the retriever for language models that cannot search: the largest ensemble of baselines, or item-kNN."""
+    """Return the retriever for language models without beam search: the largest ensemble of baselines, or item-kNN."""
     if models.data is None:
         return None
     alone = {name: fused for name, fused in fusions.items() if fused.arm == "baseline"}
@@ -614,8 +614,8 @@ def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender 
 
 
 def _untuned(bundle: Bundle) -> Bundle:
-    """Return the base model of a run, with the prompts of the tuned model."""
-    # A base model with added tokens is stored in the run.
+    """Return the base model of a run, with the prompts of the fine-tuned model."""
+    # The run stores the base model if tokens were added to it.
     resized = None if bundle.run is None else bundle.run / "base"
     folder = str(resized) if resized is not None and resized.is_dir() else _pretrained(bundle)
     model = bundle.model.model_copy(update={"name": folder})
@@ -623,7 +623,7 @@ def _untuned(bundle: Bundle) -> Bundle:
 
 
 def _pretrained(bundle: Bundle) -> str:
-    """Return the folder of the pretrained model that a run started from."""
+    """Return the folder of the pretrained model from which a run started."""
     if bundle.run is None:
         raise RecipeError(
             f"--models: {bundle.folder} does not record its base model; give the run folder",

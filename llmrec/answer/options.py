@@ -1,4 +1,4 @@
-"""The options of a recommender: the single definition of each option, its help and its default.
+"""The options of a recommender: each option is defined only here, with its help and default.
 
 The command line derives its options from these fields (`llmrec.cli.options`); Python passes them by name.
 """
@@ -19,7 +19,7 @@ Baselines and ensembles have their names in the report."""
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """The help of an option and the constraints on its value.
+    """The help of an option, and which values are allowed.
 
     Attributes:
         help: One line of help.
@@ -48,7 +48,7 @@ Template = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Options of every command that opens a model: the model, its items, and the engine of a language model."""
+    """Options of every command that opens a model: the model, the items, and the engine."""
 
     model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")]
     items: Annotated[
@@ -92,13 +92,13 @@ class ModelOptions:
     dtype: Annotated[str, About(choices=get_args(Dtype), help="Data type of the model weights.")] = DTYPE
 
     def recommender(self, **changes: Any) -> RecommenderOptions:
-        """Return these options as `RecommenderOptions`, with changes."""
+        """Return these options as `RecommenderOptions`, with the given changes."""
         return RecommenderOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)} | changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecommenderOptions(ModelOptions):
-    """A model and its configuration for ranking, without input and output files."""
+    """Options that define a model and how it ranks, without input and output files."""
 
     task: Annotated[str, About(metavar="auto|sequential|direct", help="Task whose prompts rank the items.")] = "auto"
     template: Template = None

@@ -1,4 +1,4 @@
-"""Requests to a language model: from prompts of a task to rankings, ratings, probabilities or texts.
+"""Turns requests into prompts for a language model, and its answers into rankings, ratings, probabilities or texts.
 
 `rank_requests` orders the candidates of requests, `CatalogueRanking` searches a whole catalogue, and `answer_about`
 answers questions about one item. All are stateless; `llmrec.answer.strategy` selects family, template and strategy.
@@ -48,21 +48,21 @@ NOBODY = "unknown"
 CONTEXT = frozenset({"review", "feature", "headline", "rating"})
 """Names of context values that a question may have in addition to a history."""
 
-# Maximum number of candidate tokens in a forward pass, which bounds mask and logits: larger sets are scored in slices.
+# Maximum number of candidate tokens per forward pass, to limit the size of mask and logits; larger sets are split.
 _SLICE = 1024
-# Maximum number of tokens of a generated label, and of a label or number about one item with surrounding text.
+# Maximum number of generated tokens: for a label, and for a label or number about one item with surrounding text.
 _LABEL, _VALUE = 4, 8
 _QUOTED = 200
-# No id of a catalogue contains this character, so these ids never collide with its items.
+# Catalogue ids never contain this character, so that these ids cannot equal them.
 _OWN = "\x1f"
 
 
-# --------------------------------------------------------------------------- from requests to tasks
+# --------------------------------------------------------------------------- requests as tasks
 
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """Requests converted for a task, with the original ones.
+    """Requests converted for a task, together with the original requests.
 
     Every mention of an item has a separate id, so that two requests can have different titles for an item.
     ``places`` are the positions of candidates in the seeded order of their request.
@@ -77,7 +77,7 @@ class TaskRequests:
 
 
 def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
-    """Convert requests for a task, with an id for every mention of an item.
+    """Convert requests for a task; each mention of an item gets an id.
 
     ``index`` replaces the bundle's index, for an index with added items.
     """
@@ -107,14 +107,14 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
             pool.append(register(f"{n}/candidates/{position}", request.candidates[given]))
             places[pool[-1]] = position
         if way.by_title:
-            # Rounding depends on a title's position in a forward pass; sorting makes the scores of a set deterministic.
+            # Rounding depends on a title's position in the forward pass; sorting makes scores of a set reproducible.
             pool.sort(key=lambda key: (items[key].title, items[key].item_id))
         posed.append(
             Request(
                 id=request.id,
                 user_id=NOBODY if request.user_id is None else request.user_id,
                 history=tuple(past),
-                # A request without candidates is about the whole catalogue.
+                # A request without candidates ranks the whole catalogue.
                 candidates=tuple(pool) or None,
                 context={**request.context, **({"profile": request.profile} if request.profile else {})},
             )
@@ -130,7 +130,7 @@ def _seeded_order(request: RankRequest, seed: int) -> list[int]:
 
 
 class CodesByMention:
-    """Item codes by mention: those of the index, and new ones for items missing from it.
+    """Item codes by mention: from the index, or new codes for items that the index lacks.
 
     An item that a request gives only by title is new, whatever the ids of the index; so is one whose title differs from
     that in an index of titles. Each request's new items are added separately, so that no request affects the codes of
@@ -143,16 +143,16 @@ class CodesByMention:
 
     @property
     def users(self) -> Mapping[str, str]:
-        """Tokens of the users of training; see `ItemCodes`."""
+        """Tokens of the training users; see `ItemCodes`."""
         return self._index.users
 
     @property
     def writes_ids(self) -> bool:
-        """Whether templates show codes as ids; see `ItemCodes`."""
+        """Whether templates show codes as item ids; see `ItemCodes`."""
         return self._index.writes_ids
 
     def encode(self, item: str) -> str:
-        """Return the code of a mention; see `ItemCodes`.
+        """Return the code for a mention of an item; see `ItemCodes`.
 
         Raises:
             DataError: If the model has no token for an item.
@@ -166,12 +166,12 @@ class CodesByMention:
         return self._extended[n].encode(name)
 
     def _name(self, item: Item, request: RankRequest) -> str:
-        """Return the id of an item in the index, or an id that the index does not have."""
+        """Return the id of an item in the index, or an unused id if the index lacks the item."""
         if item.item_id in request.titled:
             return _OWN + item.item_id
         if self._index.scheme == "title" and item.item_id in self._index.codes:
             (written,) = self._index.codes[item.item_id]
-            # A suffix after the title distinguishes items with the same title.
+            # A suffix of the title distinguishes items with the same title.
             if not title_key(written).startswith(title_key(item.title)):
                 return _OWN + item.item_id
         return item.item_id
@@ -183,7 +183,7 @@ class CodesByMention:
 
 
 def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index with further items; an item that needs a new token is rejected."""
+    """Return an index with additional items; items that need a new token are rejected."""
     extended = placed(index, items)
     if extended.tokens != index.tokens:
         raise DataError(
@@ -208,7 +208,7 @@ def rank_requests(
     batch: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Ranking | Unparsed]:
-    """Rank every request's candidates, in order; a failed request does not affect the others.
+    """Rank the candidates of every request, in order; a failed request does not affect the others.
 
     Candidates are ordered by a hash of the request's id and each item's id. Labels and ties follow this order, so the
     original order cannot affect the result.
@@ -235,7 +235,7 @@ def rank_requests(
 
 
 def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Encoder) -> Prompt:
-    """Return the prompt of a request; if there are several, the longest.
+    """Return the prompt of a request; the longest if there are several.
 
     Raises:
         LlmrecError: If it cannot be rendered.
@@ -248,7 +248,7 @@ def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Enc
 
 
 def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
-    """Return notes on a ranking, in addition to the request's own."""
+    """Return notes about a ranking, in addition to the notes of its request."""
     if isinstance(answer, Unparsed):
         return ()
     if not way.by_title and len(request.candidates) == 1:
@@ -261,7 +261,7 @@ def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> t
 
 @dataclass
 class _Outcome:
-    """The result of one request so far, from one answer or from those of its slices."""
+    """The result of a request, combined from the answers to its slices."""
 
     scores: dict[str, float] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
@@ -272,7 +272,7 @@ class _Outcome:
 
 def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
     outcomes = {n: _Outcome() for n in part}
-    # Lists are grouped by size, since a call has one maximum length of answers.
+    # Group requests by number of candidates, since a call has one maximum answer length.
     calls: dict[int, list[Request]] = defaultdict(list)
     owners: dict[int, list[int]] = defaultdict(list)
     for n in part:
@@ -302,7 +302,7 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
 
 
 def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unparsed]:
-    """Return answers; a question that is too long although `_longest` accepted it fails only its own request."""
+    """Answer requests in halves if they fail, so that a request that is too long fails alone."""
     try:
         answers: list[Ranking | Unparsed] = strategy.answer(asked)
         return answers
@@ -316,7 +316,7 @@ def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unpars
 
 
 def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
-    """Return answers in two steps; a profile that does not fit the second prompt fails only its own request.
+    """Answer requests in two steps; a profile that does not fit the second prompt fails only its own request.
 
     The generated profile is known only between the steps, so the second prompts are checked when one is rejected.
     """
@@ -337,7 +337,7 @@ def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> lis
 
 
 def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
-    """Return an error message if the prompt with the profile is invalid; else an empty text."""
+    """Return an error message if the prompt with the profile is invalid; otherwise an empty text."""
     try:
         prompt = strategy.first_prompt(request)
         texts = strategy.asker.task.continuations(request, template=strategy.asker.template)
@@ -348,20 +348,20 @@ def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
 
 
 def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
-    """Yield the longest prompts of a request, each with the lengths in tokens of possible answers."""
+    """Yield the longest prompts of a request, each with the lengths of possible answers in tokens."""
     way, task = posed.way, posed.task
     pool = request.candidates or ()
     if way.strategy == "list":
         yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
         return
     if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
-        # The longest titles by characters; a longer question by tokens fails later, in the engine.
+        # Chosen by characters; a question that is longer in tokens fails later, in the engine.
         longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
         prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
         yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]
         return
     if way.strategy == TWO_STEP and "profile" not in request.context:
-        # The second prompt contains the text generated from the first.
+        # The second prompt contains the text generated in the first step.
         yield task.profile_prompt(request), [task.profile_tokens]
         yield task.prompt(request, template=way.template), [task.profile_tokens + _LABEL]
         return
@@ -371,7 +371,7 @@ def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterato
 
 
 def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
-    """Split a request into slices for one forward pass each; scores do not depend on the other candidates."""
+    """Split a request into slices for one forward pass each; scores do not depend on other candidates."""
     tails: list[int] = []
     for prompt, tails in _longest(posed, request, encoder):
         given = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
@@ -411,7 +411,7 @@ def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparse
         outcome.failure = "the model returned a score that is not finite; try --dtype float32"
     if outcome.failure:
         return Unparsed(request_id=request_id, reason=outcome.failure, raw=outcome.raw, cost=outcome.cost)
-    # Candidates missing from a generated list come last.
+    # Candidates that a generated list lacks are ranked last.
     pool = sorted(
         posed.requests[n].candidates or (), key=lambda item: (-outcome.scores.get(item, 0.0), posed.places[item])
     )
@@ -429,7 +429,7 @@ def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparse
 
 
 class CatalogueRanking:
-    """Constrained search over a whole catalogue, for requests without candidates.
+    """Ranks the whole catalogue by constrained search, for requests without candidates.
 
     Args:
         bundle: The model and its training prompts.
@@ -449,7 +449,7 @@ class CatalogueRanking:
 
     @cached_property
     def _outputs(self) -> Any:
-        """The task with the ids of the catalogue, which renders the texts of its items."""
+        """The task with the ids of the catalogue, which renders the texts of items."""
         return task_of(self._bundle, self._way.family, self._items, self._index)
 
     @cached_property
@@ -472,7 +472,7 @@ class CatalogueRanking:
         """
         posed = pose(self._bundle, requests, self._way, self._index)
         failures = {n: reason for n, request in enumerate(posed.requests) if (reason := self._fault(posed, request))}
-        # Numbers replace ids here, since two requests may share one.
+        # Numbers are used instead of ids, since two requests may have the same id.
         numbered = [replace(request, id=str(n)) for n, request in enumerate(posed.requests)]
         able = [request for n, request in enumerate(numbered) if n not in failures]
         apart = {request.id: self._apart(posed, request, requests[int(request.id)]) for request in able}
@@ -496,13 +496,13 @@ class CatalogueRanking:
         ]
 
     def _apart(self, posed: TaskRequests, request: Request, asked: RankRequest) -> frozenset[str]:
-        """Return the items of the catalogue that are excluded from a request's answer."""
+        """Return the catalogue items that are excluded from the answer to a request."""
         if asked.keep_seen:
             return asked.barred
         return asked.barred | {self._known_as(posed.items[event.item_id], asked) for event in request.history}
 
     def _known_as(self, item: Item, request: RankRequest) -> str:
-        """Return the catalogue's id of an item of a history; a title is looked up if it is unique."""
+        """Return the catalogue id of an item in a history; looked up by title if the title is unique."""
         if item.item_id not in request.titled:
             return item.item_id
         named = self._by_title.get(title_key(item.title), [])
@@ -516,7 +516,7 @@ class CatalogueRanking:
         return outcome
 
     def _fault(self, posed: TaskRequests, request: Request) -> str:
-        """Return an error message if a request cannot be answered; else an empty text."""
+        """Return an error message if a request cannot be answered; otherwise an empty text."""
         try:
             prompt = posed.task.prompt(request, template=self._way.template)
             length = len(self._encoder.prompt(prompt))
@@ -531,7 +531,7 @@ class CatalogueRanking:
 
 
 class _CatalogueTask:
-    """A task that combines the prompts of requests with the continuations of a catalogue."""
+    """A task with the prompts of requests and the continuations of a catalogue."""
 
     def __init__(self, posed: TaskRequests, outputs: Any) -> None:
         self._posed, self._outputs = posed, outputs
@@ -615,20 +615,20 @@ def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
 
 
 def _of_item(request: Request) -> Request:
-    """Return a request about its only candidate."""
+    """Return the request with its single candidate as the item to answer about."""
     assert request.candidates is not None
     return replace(request, item=request.candidates[0], candidates=None)
 
 
 def value_of(answer: Answer) -> float | str | None:
-    """Return the rating, probability or text of an answer; None if there is none."""
+    """Return the rating, probability or text in an answer; None if there is none."""
     if isinstance(answer, Rating | Probability):
         return answer.value
     return answer.text if isinstance(answer, Text) else None
 
 
 def _check_length(prompt: Prompt, way: Asking, options: Mapping[str, int], encoder: Encoder) -> None:
-    """Reject a prompt that leaves no room for its answer."""
+    """Reject a prompt that leaves no room for the answer."""
     room = options.get("max_tokens", _VALUE)
     length = len(encoder.prompt(prompt))
     if length + room > encoder.max_length:

@@ -1,4 +1,4 @@
-"""The protocol of models that answer requests, with the records of a question and an answer.
+"""The interface of models that answer requests, and the records of questions and answers.
 
 Language models, baselines and ensembles implement it, so that Python, a service, a conversation and the command line
 use them in the same way.
@@ -24,7 +24,7 @@ EXPLAIN = "explanation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question that is the same for all requests of a batch.
+    """What is asked about all requests of a batch.
 
     Attributes:
         model: The name of a model; None: the default. With `SIMILAR`, ``interactions`` or ``text``.
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """The description of a model.
+    """Description of a model.
 
     Attributes:
         name: Its name in questions.
@@ -60,7 +60,7 @@ class Card:
 
 @dataclass
 class Reasons:
-    """Rationales of one ranking: generated sentences, or the contributions of an ensemble's members.
+    """Explanations of one ranking: generated sentences, or the contributions of ensemble members.
 
     Attributes:
         texts: One text per item, from the first; empty for a failure.
@@ -103,24 +103,24 @@ class Answered:
 
 
 class Recommender(Protocol):
-    """A named model that answers requests."""
+    """Interface of a model that answers requests."""
 
     name: str
     kind: Kind
 
     @property
     def verbs(self) -> tuple[str, ...]:
-        """The verbs that it answers: ``rank`` and the families of questions about one item."""
+        """What the model can answer: ``rank``, and the tasks about one item."""
         ...
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Its strategies for ordering candidates; empty if there is only one way."""
+        """Strategies with which the model can rank candidates; empty if there is only one."""
         ...
 
     @property
     def signature(self) -> str:
-        """A hash of everything that can change an answer except the request."""
+        """Hash of everything except the request that can change an answer."""
         ...
 
     def answer(
@@ -137,12 +137,12 @@ class Recommender(Protocol):
         ...
 
     def changed(self) -> None:
-        """Invalidate state derived from the catalogue, which was changed in place."""
+        """Discard values derived from the catalogue, because the catalogue has changed."""
         ...
 
 
 def ranking_of(found: Answered) -> Ranking:
-    """Return the ranking of an answer."""
+    """Return the ranking in an answer, or raise the error of a failed answer."""
     if isinstance(found.answer, Ranking):
         return found.answer
     reason = found.answer.reason if isinstance(found.answer, Unparsed) else "there is no ranking"
@@ -155,7 +155,7 @@ def signed(**known: object) -> str:
 
 
 def check_verb(model: Recommender, verb: str) -> None:
-    """Reject a question that a model does not answer."""
+    """Reject a question that a model cannot answer."""
     if verb not in model.verbs:
         raise RecipeError(
             f"the model {model.name!r} does not answer {verb!r}; it answers {', '.join(model.verbs)}",
@@ -165,7 +165,7 @@ def check_verb(model: Recommender, verb: str) -> None:
 
 
 def check_only_auto(model: Recommender, question: Question) -> None:
-    """Reject a strategy if a model ranks in only one way."""
+    """Reject a strategy if the model has only one way to rank."""
     if question.strategy != "auto":
         raise RecipeError(
             f"strategy: {model.name} has no choice of strategies; omit it, or use a language model",
@@ -175,7 +175,7 @@ def check_only_auto(model: Recommender, question: Question) -> None:
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """Return the known model that matches a name: the one with this name, or the first of this method; else None.
+    """Return the known model with this name, or else the first one with the same method; None if there is none.
 
     The name of a baseline has all its parameters, such as ``item-knn(decay=0.5, history=5)``; the method
     alone, ``item-knn``, or some of the parameters, ``item-knn(history=5)``, match too.
@@ -187,6 +187,6 @@ def meant(name: str, known: Iterable[str]) -> str | None:
 
 
 def _parsed(name: str) -> tuple[str, set[str]]:
-    """Return the method of a name and its parameters."""
+    """Split the name of a model into method and parameters."""
     method, _, settings = name.removesuffix(")").partition("(")
     return method, set(settings.split(", ")) - {""}

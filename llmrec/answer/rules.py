@@ -1,4 +1,4 @@
-"""Business rules of a recommender, applied exactly: allowed items, quotas and diversity of a list.
+"""Business rules of recommendation lists: allowed items, quotas and diversity; lists always satisfy them.
 
 Rules compare the values of an item's fields. A field may list several, separated by commas: ``Comedy, Drama`` has the
 values ``comedy`` and ``drama``, and also the whole text ``comedy, drama``, so that ``Acme, Inc.`` can be named. Values
@@ -32,7 +32,7 @@ _KEYS = ("only", "without", "block", "quotas", "diversity")
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """A limit on the number of items of a list that share a value of a field.
+    """The maximum number of items in a list that share a value of a field.
 
     Raises:
         DataError: If ``most`` is less than 1.
@@ -49,7 +49,7 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """The condition that an item has one of these values in this field."""
+    """Requires that a field of an item has one of these values."""
 
     field: str
     values: frozenset[str]
@@ -57,7 +57,7 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """The rules of a list. Equivalent rules are equal, regardless of order and case.
+    """The business rules of a list. Equivalent rules compare as equal, regardless of order and case.
 
     Attributes:
         only: Values by field; an item must have one of them. An empty set of values allows no item.
@@ -85,24 +85,24 @@ class Rules:
         only, more = _simplest((*(OneOf(name, values) for name, values in self.only.items()), *self.more))
         least = {quota.field: quota for quota in sorted(self.quotas, key=lambda quota: (quota.field, -quota.most))}
         without = {name: _folded(values) for name, values in self.without.items()}
-        # A frozen record is normalised here: rules are cache keys, and are compared as folded text.
+        # Normalised at creation, because rules are cache keys and are compared case-insensitively.
         object.__setattr__(self, "only", only)
         object.__setattr__(self, "more", more)
         object.__setattr__(self, "without", {name: values for name, values in without.items() if values})
         object.__setattr__(self, "quotas", tuple(least.values()))
 
     def __hash__(self) -> int:
-        """Return a hash of the compared fields; mappings are not hashable."""
+        """Hash the compared fields, because mappings are not hashable."""
         only, without = frozenset(self.only.items()), frozenset(self.without.items())
         return hash((only, without, self.block, self.quotas, self.diversity, self.more))
 
     def __bool__(self) -> bool:
-        """Whether there is any rule."""
+        """Whether there are any rules."""
         return bool(self.only or self.without or self.block or self.quotas or self.diversity)
 
     @classmethod
     def read(cls, record: object) -> Rules:
-        """Read rules from the record of a file or a request.
+        """Parse rules from a file or a request.
 
         Args:
             record: A mapping with the keys ``only``, ``without`` (fields with lists of values), ``block`` (a list of
@@ -129,7 +129,7 @@ class Rules:
         )
 
     def joined(self, other: Rules) -> Rules:
-        """Return rules that forbid everything that either forbids, such as those of a service and of a request.
+        """Return rules that forbid what either of two rules forbids, such as those of a service and of a request.
 
         Of two quotas on a field the stricter applies, and of two diversities the larger. The order does not matter.
         """
@@ -144,7 +144,7 @@ class Rules:
         )
 
     def check(self, items: Mapping[str, Item]) -> None:
-        """Reject a rule on a field that no item has: a misspelt field would forbid everything, or nothing.
+        """Reject a rule on a field that no item has, because a misspelt field would forbid all items or none.
 
         Values are not checked: an item with a value may be added later. An empty catalogue accepts all rules.
 
@@ -168,7 +168,7 @@ class Rules:
         )
 
     def allowed(self, items: Mapping[str, Item]) -> frozenset[str]:
-        """Return the ids that ``only``, ``without`` and ``block`` allow, in one pass over the catalogue.
+        """Return the ids of the items allowed by ``only``, ``without`` and ``block``.
 
         Args:
             items: The catalogue, by id.
@@ -189,7 +189,7 @@ class Rules:
     def arrange(
         self, ranked: Sequence[tuple[str, float]], items: Mapping[str, Item], k: int
     ) -> list[tuple[str, float]]:
-        """Select at most k items under quotas and diversity, in the order of the new list.
+        """Select at most k items under quotas and diversity, and return them in their new order.
 
         Quotas: an item with a value whose quota is exhausted is skipped; an item with several values counts for each,
         one without the field for none. A list shorter than k is maximal: no item of ``ranked`` can be added to it. It
@@ -228,7 +228,7 @@ class Rules:
         return [ranked[row] for row in rows]
 
     def _named(self) -> Iterator[tuple[str, str]]:
-        """Yield key and field of every rule."""
+        """Yield the key and field of every rule."""
         yield from ((f"only.{name}", name) for name in self.only)
         yield from ((f"only.{condition.field}", condition.field) for condition in self.more)
         yield from ((f"without.{name}", name) for name in self.without)
@@ -236,7 +236,7 @@ class Rules:
 
 
 def deep_enough(rules: Rules, k: int) -> int | None:
-    """Return the number of best allowed items from which `Rules.arrange` selects the same k items as from all.
+    """Return how many top items are enough for `Rules.arrange` to select the same k items as from all items.
 
     Returns:
         ``k`` without quotas and diversity. None (all of them) with either: a quota may skip any number of items, and
@@ -245,7 +245,7 @@ def deep_enough(rules: Rules, k: int) -> int | None:
     return None if rules.quotas or rules.diversity else max(k, 0)
 
 
-# --------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------- field values
 
 
 def _fold(text: str) -> str:
@@ -253,23 +253,23 @@ def _fold(text: str) -> str:
 
 
 def _listed(text: str) -> frozenset[str]:
-    """Return the values that a field's text lists."""
-    # Like `_fold`, but folds the case of the whole text at once.
+    """Return the values listed in the text of a field."""
+    # Equivalent to `_fold` for each value, but converts the whole text at once.
     return frozenset([value.strip() for value in text.casefold().split(",")]) - {""}
 
 
 def _folded(values: Iterable[str]) -> frozenset[str]:
-    """Return values folded for comparison, without empty ones."""
+    """Normalise values for comparison and drop empty ones."""
     return frozenset(map(_fold, values)) - {""}
 
 
 def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
-    """Return a cached test of whether a field's text has one of these values; many items share texts."""
+    """Return a cached test whether a field's text has one of these values, because many items share texts."""
     return cache(lambda text: _fold(text) in values or not values.isdisjoint(_listed(text)))
 
 
 def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
-    """Return the first condition on each field, and the others, without implied conditions."""
+    """Simplify conditions: return the first condition on each field, and the others that these do not imply."""
     known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
     needed = [rule for rule in known if not any(rule.field == by.field and by.values < rule.values for by in known)]
     only: dict[str, frozenset[str]] = {}
@@ -293,7 +293,7 @@ class _Room:
         self._listed = cache(_listed)
 
     def has(self, fields: _Fields) -> bool:
-        """Whether an item fits."""
+        """Whether adding an item keeps within the quotas."""
         return all(full.isdisjoint(self._listed(fields.get(name, ""))) for name, full in self._full.items())
 
     def take(self, fields: _Fields) -> list[tuple[str, str]]:
@@ -309,7 +309,7 @@ class _Room:
 
 
 def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
-    """Return the rows of the first k items that fit."""
+    """Return the indices of the first k items that satisfy the quotas."""
     rows: list[int] = []
     for row, fields in enumerate(found):
         if len(rows) >= k:
@@ -321,14 +321,14 @@ def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
 
 
 def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
-    """Return the rows of k items, in the order of maximal marginal relevance."""
+    """Return the indices of k items selected by maximal marginal relevance."""
     similarity = _Similarity(found)
     holders = cache(lambda name: similarity.fields.get(name) or _holders(found, name))
     relevance = (1.0 - diversity) / np.log2(np.arange(len(found)) + 2.0)
     closest = np.zeros(len(found))
     rows: list[int] = []
     while len(rows) < min(k, len(found)):
-        # Of ties, argmax returns the one ranked first.
+        # Among ties, argmax returns the item that was ranked first.
         best = int(np.argmax(relevance - diversity * closest))
         if relevance[best] == -np.inf:
             break
@@ -341,7 +341,7 @@ def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) ->
 
 
 class _Similarity:
-    """The similarity of items: the Jaccard index of their (field, value) pairs, over informative fields."""
+    """Similarity of items: Jaccard index of their (field, value) pairs, for fields that distinguish items."""
 
     def __init__(self, found: Sequence[_Fields]) -> None:
         self._found = found
@@ -356,7 +356,7 @@ class _Similarity:
                     self._sizes[rows] += 1
 
     def to(self, row: int) -> NDArray[np.float64]:
-        """Return the similarity of every item to one of them, shape (items,)."""
+        """Return the similarity of every item to a given item, shape (items,)."""
         both = np.zeros_like(self._sizes)
         for name, holders in self.fields.items():
             for value in _listed(self._found[row].get(name, "")):
@@ -365,7 +365,7 @@ class _Similarity:
 
 
 def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
-    """Return the rows of each value of a field; empty if there are more than ``most`` values."""
+    """Return the items with each value of a field; empty if there are more than ``most`` values."""
     same: dict[str, list[int]] = {}
     lists: dict[str, list[list[int]]] = {}
     for row, fields in enumerate(found):
@@ -380,7 +380,7 @@ def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> di
     return {value: np.fromiter(chain.from_iterable(parts), np.int64) for value, parts in lists.items()}
 
 
-# --------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------- parsing
 
 
 def _mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str, object]:
@@ -408,7 +408,7 @@ def _list(key: str, value: object) -> Sequence[object]:
 def _texts(key: str, value: object) -> frozenset[str]:
     texts: set[str] = set()
     for entry in _list(key, value):
-        # How a table wrote a boolean or float is unknown here.
+        # The table's own spelling of a boolean or float is not known here.
         text = str(entry) if isinstance(entry, int) and not isinstance(entry, bool) else entry
         if not isinstance(text, str) or not text.strip():
             raise _wrong(key, "non-empty strings are expected; write values in quotes", entry)

@@ -1,4 +1,4 @@
-"""Self-contained folders of a recommender: the model, the catalogue, interactions and ensembles.
+"""Saves a recommender as a self-contained folder: the model, the catalogue, interactions and ensembles.
 
 `llmrec.load` and `llmrec serve` open them without the run; `llmrec refresh` adds interactions and items.
 """
@@ -32,7 +32,7 @@ KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
 
 
 def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
-    """Return all interactions of a split with their part, in the order of each user's interactions.
+    """Return all interactions with their part of the split, ordered by user and time.
 
     Args:
         data: The split.
@@ -47,7 +47,7 @@ def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
 def write(
     draft: Path, source: str, items: Mapping[str, Item], rows: pl.DataFrame | None, measured: stored.Stored
 ) -> None:
-    """Write everything but the model into a folder.
+    """Write everything except the model to a folder.
 
     Args:
         draft: The folder.
@@ -64,7 +64,7 @@ def write(
 
 
 def refuse_other_files(out: Path, option: str) -> None:
-    """Reject a folder with files that were not written here."""
+    """Reject a folder with files that llmrec did not write."""
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise DataError(
             f"{option} {out} contains files that were not written by this command; choose another folder",
@@ -75,7 +75,7 @@ def refuse_other_files(out: Path, option: str) -> None:
 
 
 def link(model: Path, draft: Path) -> None:
-    """Add a model's files to a folder, as hard links if the file system supports them."""
+    """Add the files of a model to a folder, as hard links if the file system supports them."""
     for file in sorted(model.rglob("*")):
         if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS, SUMS):
             continue
@@ -99,7 +99,7 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, out: Path) -> None:
-    """Move a folder to its destination; an existing one is replaced file by file, interactions after the catalogue."""
+    """Move a folder to its destination; an existing folder is replaced file by file, with interactions last."""
     if not out.exists():
         draft.rename(out)
         return

@@ -1,4 +1,4 @@
-"""The choice of a family, a prompt template, and a strategy with its settings."""
+"""Selects the task, the prompt template, and the strategy with its settings."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from llmrec.types import Item, ItemCodes, Ranking
 TWO_STEP = "two-step"
 """The strategy that first generates a user profile, which its template must show."""
 
-# Search settings that have command-line options.
+# Search settings that are also command-line options.
 _OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
 _BY_TITLE = ("likelihood", "likelihood-prior")
-# The template with a profile that suits any user.
+# The template whose profile suits any user.
 _SHOWS_PROFILE = "with-profile"
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """A family, template and strategy, with the settings of the strategy.
+    """A task, template and strategy, with the settings of the strategy.
 
     Attributes:
         family: A family of the bundle.
@@ -49,17 +49,17 @@ class Asking:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings of the strategy, by name."""
+        """Settings of the strategy by name."""
         return options_of(self.strategy, self.asking)
 
     @property
     def by_title(self) -> bool:
-        """Whether titles are scored separately after a prompt without candidates, so that a request can be split."""
+        """Whether titles are scored separately after a prompt without candidates, so that candidates can be split."""
         return not family_of(self.family).lists and self.strategy in _BY_TITLE
 
 
 def ranking_families_of(bundle: Bundle) -> list[str]:
-    """Return the families of a model's training that rank items for users."""
+    """Return the trained tasks of a model that rank items for users."""
     return [family for family in ranking_families() if family in bundle.tasks.present()]
 
 
@@ -71,7 +71,7 @@ def choose_way(
     strategy: str = "auto",
     settings: Sequence[str] = (),
 ) -> Asking:
-    """Return a compatible family, template and strategy of the bundle.
+    """Select a compatible task, template and strategy for a model.
 
     Of several families, sequential is preferred; the template is the one of the family's evaluation, and for two-step
     the first that shows a profile.
@@ -118,14 +118,14 @@ def choose_way(
 
 
 def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
-    """Return a family's strategies, and the plug-in strategies of a bundle's evaluation."""
+    """Return the strategies of a task, including plug-in strategies that the run evaluated."""
     section = bundle.tasks.present().get(family)
     further = [name for name in section.strategies if is_plugin(STRATEGIES, name)] if section else []
     return (*family_of(family).strategies, *further)
 
 
 def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
-    """Return the requested strategy, or the first that is compatible with the template."""
+    """Return the requested strategy, or the first one that is compatible with the template."""
     known = family_of(family)
     if not known.lists:
         return known.strategies[0] if asked == "auto" else asked
@@ -138,7 +138,7 @@ def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
 
 
 def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
-    """Read the settings of a strategy, with the keys and checks of a recipe.
+    """Parse the settings of a strategy, with the keys and checks of a recipe.
 
     Args:
         strategy: The name of the strategy.
@@ -188,7 +188,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
 
 
 def explained(error: ValidationError, prefix: str) -> list[str]:
-    """Return error messages on the values of a section, without the values: one may be a secret."""
+    """Return messages about invalid values without the values, which may be secret."""
     results = []
     for detail in error.errors(include_input=False, include_url=False):
         message = str(detail["msg"]).removeprefix("Value error, ")
@@ -198,7 +198,7 @@ def explained(error: ValidationError, prefix: str) -> list[str]:
 
 
 def one_of(what: str, name: str, known: Sequence[str]) -> None:
-    """Check that a name is known."""
+    """Reject an unknown name."""
     if name not in known:
         names = ", ".join(dict.fromkeys(known))
         raise RecipeError(
@@ -209,7 +209,7 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> str:
-    """Return the name of the requested template, or of the default for the strategy."""
+    """Return the name of the requested template, or of the default template for the strategy."""
     known = bundle.templates[family]
     names: list[str] = [] if asked is None else [asked.rpartition("/")[2]]
     if asked is None:
@@ -239,13 +239,13 @@ def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
 
 
 def about_families(bundle: Bundle) -> dict[str, Family]:
-    """Return the families about one item of a model's training, by name."""
+    """Return the trained tasks of a model that are about single items, by name."""
     results = {name: family_of(name) for name in bundle.tasks.present()}
     return {name: family for name, family in results.items() if family.answer is not Ranking}
 
 
 def way_about(bundle: Bundle, family: str, *, template: str | None = None, strategy: str = "auto") -> Asking:
-    """Return the template and strategy of a family, by default the first ones of its evaluation.
+    """Select the template and strategy of a task, by default the first ones that the run evaluated.
 
     Args:
         bundle: The model and its training prompts.
@@ -276,7 +276,7 @@ def way_about(bundle: Bundle, family: str, *, template: str | None = None, strat
 
 
 def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Task:
-    """Return a family's task with these items and without interactions; it can render prompts only."""
+    """Return a task with these items and no interactions, which can only render prompts."""
     section = bundle.tasks.present()[family]
     data = data_of(bundle, items)
     inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes, learns=False)
@@ -284,7 +284,7 @@ def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemC
 
 
 def data_of(bundle: Bundle, items: Mapping[str, Item]) -> SplitDataset:
-    """Return data with these items and without interactions."""
+    """Return data with these items and no interactions."""
     nothing = pl.DataFrame(schema=dict(SCHEMA))
     dataset = Dataset(
         name="requests", noun=bundle.noun, interactions=nothing, items=items, rating_scale=bundle.rating_scale

@@ -1,1 +1,1 @@
-"""The stages of a run: study, training, evaluation, audit and results, and how a run is resumed."""
+"""The stages of `llmrec run` (data, training, evaluation, audit, results), and how an interrupted run is resumed."""

@@ -1,4 +1,4 @@
-"""The audit of a run: its checks (`examine`) and their results, written to ``audit.json``.
+"""The audit of a run: checks for leaks and duplicates (`examine`), and their results in ``audit.json``.
 
 The checks for held-out data are in `llmrec.pipeline.leaks`; the probes at the end look for other explanations of a
 metric than skill.
@@ -52,9 +52,9 @@ from llmrec.types import Backend, Prompt
 log = logging.getLogger(__name__)
 
 FILE = "audit.json"
-# Packages that the results of fitting baselines depend on.
+# Packages whose version can change fitted baselines.
 _FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
-# The number of rows of a family that are checked if no model was trained.
+# Training examples of a task to check if no model was trained.
 _UNTRAINED = 100
 
 
@@ -97,7 +97,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
 
 
 def _predictions(folder: Path) -> pl.DataFrame:
-    """Return the stored answers of a run."""
+    """Return the answers stored by a run."""
     path = folder / "predictions.parquet"
     try:
         return pl.read_parquet(path)
@@ -110,7 +110,7 @@ def _predictions(folder: Path) -> pl.DataFrame:
 def examine(
     study: Study, results: Mapping[str, Any], predictions: pl.DataFrame, *, kept: Path | None = None
 ) -> Iterator[Check]:
-    """Yield every check that needs no model.
+    """Run and yield every check that needs no language model.
 
     Args:
         study: The study of the run.
@@ -135,7 +135,7 @@ def examine(
             yield leaks.shots_drawn_again(study, family)
         if (positions := leaks.positions_drawn_again(study, family)) is not None:
             yield positions
-    # The model that finds rejected items is no longer needed.
+    # The model that selects rejected items is no longer needed.
     close()
     yield from leaks.candidate_sets(study)
     yield from leaks.alignment_checks(study, _rows_of(training, "alignment"))
@@ -154,7 +154,7 @@ def examine(
 
 
 def _baselines(study: Study, kept: Path) -> Check:
-    """Return the check of the baselines, stored or computed."""
+    """Check the baselines for leaks, or return the stored result."""
     used = {family: study.task_data(family) for family in study.tasks}
     key = fingerprint(
         "audit",
@@ -187,7 +187,7 @@ def _stores(study: Study) -> list[Hashes]:
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:
-    """Write ``audit.json``, the checks and the number of leaks, and return its content for the report.
+    """Write the checks and the number of leaks to ``audit.json``, and return its content for the report.
 
     Args:
         folder: The run folder.
@@ -201,7 +201,7 @@ def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine,
 
 
 def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
-    """Return the number of rows that training drew from a family's stream, including those that were too long."""
+    """Return how many training examples of a task were drawn, including those that were too long."""
     if training is None:
         return _UNTRAINED
     return int(training["rows"].get(family, 0)) + int(training.get("dropped", {}).get(family, 0))
@@ -236,7 +236,7 @@ _ROUNDS = 20
 
 
 def id_arithmetic(data: SplitDataset, split: str) -> Check:
-    """Return HR@5 of a rule that predicts ids by counting: largest + 1, last + 1, largest + 2, last + 2, ...
+    """Compute HR@5 of a rule that predicts ids by arithmetic: largest + 1, last + 1, largest + 2, last + 2, ...
 
     It is compared with the same rule over permuted ids. If it is well above that, the numbering predicts the next item:
     legitimate if ids follow training order, a leak if held-out interactions took part in it (P5's published ids reach
@@ -249,7 +249,7 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
 
 
 def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
-    """Return HR@5 of the same rule over an index: its numbers, or the ranks of its codes when sorted piece by piece.
+    """Compute HR@5 of the same rule on the codes of an item index: its numbers, or the ranks of its sorted codes.
 
     A model can reach the same HR@5 by counting from the codes of the history. Values above those of a random ranking
     are legitimate for numbers in training order, and for codes of a tree in which neighbours were chosen together.
@@ -300,7 +300,7 @@ def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> fl
 
 
 def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tuple[int, int, float]]:
-    """Return pairs of sets whose Jaccard similarity reaches a threshold, found by MinHash banding.
+    """Return pairs of sets whose Jaccard similarity reaches a threshold, using MinHash banding.
 
     64 permutations in 16 bands of 4 find a pair of similarity .9 with probability .999997, one of .8 with .9998
     (Broder, "On the resemblance and containment of documents", 1997; Leskovec et al., "Mining of Massive Datasets",
@@ -327,7 +327,7 @@ def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tu
                 buckets[band, part.tobytes()].append(n)
     result: dict[tuple[int, int], float] = {}
     for crowd in buckets.values():
-        # In a group of equal sets each is compared with the first only.
+        # Of equal sets, each is compared only with the first.
         pairs = combinations(crowd, 2) if len(crowd) <= _CROWD else ((crowd[0], other) for other in crowd[1:])
         for a, b in pairs:
             if (a, b) not in result:
@@ -346,7 +346,7 @@ def _signature(
 
 
 def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
-    """Report items with equal or nearly equal titles: a hit on one may count as a miss on the other."""
+    """Report items with equal or nearly equal titles: ranking one of them high may count as a miss of the other."""
     items = sorted(data.dataset.items)
     keys = [title_key(data.dataset.items[item].title) for item in items]
     equal: dict[str, list[str]] = defaultdict(list)
@@ -364,11 +364,11 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
 
 
 def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
-    """Report held-out users with a near-duplicate user in training who also chose the held-out item."""
+    """Report evaluated users with a near-duplicate among the training users who also chose the held-out item."""
     held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
     trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
     users = [user for user in data.users() if len(trained[user]) >= 3]
-    # Training items of every user, and of the held-out users with the held-out item.
+    # The training items of every user, for evaluated users with the held-out item added.
     sets = [trained[user] for user in users] + [trained[u] | {held[u]} for u in users if u in held]
     owners = users + [user for user in users if user in held]
     twins = set()
@@ -386,7 +386,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 
 
 def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int = 200) -> Check:
-    """Measure whether a model completes titles of the catalogue from their first half, compared with mixed halves.
+    """Measure whether a model can complete catalogue titles from their first half, compared with mixed titles.
 
     Each prompt shows a few whole titles and the first words of another; a completion is correct if its letters and
     digits equal the rest of the title. The control permutes the second halves, so that no such title exists: it gives
@@ -424,7 +424,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
 def _halves(data: SplitDataset) -> list[tuple[str, str]]:
     results = []
     for _, item in sorted(data.dataset.items.items()):
-        # A year or an edition in brackets is easy to complete; the words before it are the title.
+        # A year or an edition in brackets is easy to complete; only the words before it count.
         words = re.sub(r"\s*[(\[].*", "", item.title).split()
         if len(words) >= 3:
             cut = len(words) // 2

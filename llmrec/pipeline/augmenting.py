@@ -1,4 +1,4 @@
-"""`llmrec augment`: generates texts on users and items with a language model, and stores them with their vectors."""
+"""`llmrec augment`: generates texts about users and items with a language model, and stores them with their vectors."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ log = logging.getLogger(__name__)
 FEATURES, CONTROL = "features", "control"
 """Names in a run folder: the feature store of the recipe's section ``augment``, and that of `without_model`."""
 
-# Tokens per second of a small model on two cores, for the estimate.
+# Tokens per second of a small model on two cores, used for estimates.
 _READS, _WRITES = 1000.0, 150.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The questions of a recipe's `augment` section.
+    """The prompts of the recipe section ``augment``.
 
     Attributes:
         data: The split data.
@@ -79,7 +79,7 @@ class Plan:
     base: str
 
     def prompt_tokens(self) -> dict[FeatureKind, int]:
-        """Return the number of prompt tokens, by kind."""
+        """Return the number of prompt tokens for users and for items."""
         return {
             kind: sum(len(self.encoder.prompt(item.prompt)) for item in asked) for kind, asked in self.asked.items()
         }
@@ -103,7 +103,7 @@ class Augmented:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Return the questions of a recipe's `augment` section."""
+    """Return the prompts of the recipe section ``augment``."""
     data, asked = questions(recipe)
     base = resolve(recipe.model, seed=recipe.seed)
     encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
@@ -111,9 +111,9 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
-    """Return the split data and its questions, without a model; raises the same errors as `plan`."""
+    """Return the split data and the prompts, without loading a model; raises the errors of `plan`."""
     section = _section(recipe)
-    # The texts do not exist yet, and none depends on another.
+    # Load the data without generated texts, which do not exist yet.
     tables = {"data": recipe.data, "reviews": recipe.reviews}
     plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
     data, _ = load_tables(recipe.model_copy(update=plain))
@@ -121,7 +121,7 @@ def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Aske
 
 
 def refuse_other_store(recipe: Recipe, store: Path) -> None:
-    """Reject a recipe that writes texts but shows those of another store in its prompts."""
+    """Reject a recipe that generates texts but shows the texts of another feature store in its prompts."""
     texts = recipe.data.texts
     if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
         return
@@ -134,7 +134,7 @@ def refuse_other_store(recipe: Recipe, store: Path) -> None:
 
 
 def without_model(recipe: Recipe, out: Path) -> Augmented:
-    """Publish a feature store of the same interactions without a language model, as the control for generated texts.
+    """Build a feature store from interactions without a language model, as a baseline for generated texts.
 
     An item has its title and fields. A user has the mean vector of the liked items in the question's interactions minus
     that of the others, since the question shows ratings too; without ratings the mean of all. The vector therefore
@@ -156,7 +156,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     place_of = {item: place for place, item in enumerate(every.ids)}
     tables = []
     if "item" in asked:
-        # The users and items of the questions, limited by augment.limit.
+        # The users and items to generate texts for, limited by augment.limit.
         places = [place_of[entry.id] for entry in asked["item"] if entry.id in place_of]
         names = [every.ids[place] for place in places]
         written = [every.texts[place] for place in places]
@@ -175,7 +175,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
 def _taste(
     data: SplitDataset, events: Sequence[Event], every: Features, place_of: Mapping[str, int], liked: float | None
 ) -> NDArray[np.floating[Any]]:
-    """Return the mean vector of liked items minus that of the others; without ratings the mean of all; shape (d,)."""
+    """Return the mean vector of liked items minus that of the others; without ratings the overall mean; shape (d,)."""
     rated = [event for event in events if event.rating is not None]
     vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
     if not rated:
@@ -184,7 +184,7 @@ def _taste(
 
 
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
-    """Return the estimated cost for a small model on two cores, as text."""
+    """Estimate the cost for a small model on two cores, as text."""
     rows, seconds = {}, 0.0
     for kind, tokens in planned.prompt_tokens().items():
         count = len(planned.asked[kind])
@@ -195,7 +195,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 
 
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
-    """Generate texts and vectors, and publish both; a killed call is resumed by the next one.
+    """Generate texts and vectors and write them to a feature store; an interrupted call is resumed by the next one.
 
     An existing store of the same inputs is kept, with its corrections and erasures.
 
@@ -226,7 +226,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
                 store.join(item.folder / ANSWERS)
             interests: dict[str, str] = {}
             for kind, planned_of_it in planned.asked.items():
-                # The prompt of a synthetic item shows the text on its user, which is generated first.
+                # Prompts for synthetic items show the text about their user, which is generated first.
                 asked = _asked(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_of_it
                 written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
                 interests = written if kind == "user" else interests
@@ -240,7 +240,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
 
 
 def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
-    """Generate the texts of one shard of users and items, and store them as answers next to the feature store.
+    """Generate the texts of one shard of users and items, and store them next to the feature store.
 
     Args:
         recipe: A recipe with the section ``augment``.
@@ -262,7 +262,7 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
         cost, count = Cost(), 0
         with _asking(recipe, planned, folder, budget) as (backend, *_):
             for kind, asked in planned.asked.items():
-                # Synthetic items depend on texts of users, of which no shard has all: merging generates them.
+                # Synthetic items depend on texts of all users, so they are generated when shards are merged.
                 part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
                 with budget.stage(PLURALS[kind]):
                     cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
@@ -302,7 +302,7 @@ def _asking(
 
 
 def _answers_key(recipe: Recipe, planned: Plan) -> str:
-    """Return the fingerprint of the answers."""
+    """Return the fingerprint of the generated answers."""
     engines = _engines(recipe, planned)
     engine = engines.engine_for("text", planned.base)
     made = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
@@ -319,10 +319,10 @@ def _weights(engine: str, planned: Plan) -> str:
 
 
 def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
-    """Return the provenance of texts without the text encoder: equal provenance means equal texts."""
+    """Return the provenance of texts without the text encoder; equal provenance means equal texts."""
     section, data = _section(recipe), planned.data
     template = template_of(kind, str(_template(section, kind)), recipe.prompts)
-    # Texts on items use no interactions and no split, except for titles made of training reviews.
+    # Texts about items use no interactions, except for titles derived from training reviews.
     of_split = kind in OF_PERSONS or TITLES in data.dataset.derives
     shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
     return Provenance(
@@ -336,7 +336,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
             "decoding": "greedy",
             "max_tokens": section.max_tokens,
             "seed": recipe.seed,
-            # Whole questions: titles and fields may change while ids stay the same.
+            # Full prompts, since titles and fields may change while ids stay the same.
             "asked": _digest([part for item in planned.asked[kind] for part in (item.id, repr(item.prompt))]),
             **({"synthetic": True} if kind == "synthetic" else {}),
         },
@@ -347,7 +347,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
 def _made_so(
     folder: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
 ) -> FeatureStore | None:
-    """Return the existing store if its provenance matches with one of the engines; otherwise None."""
+    """Return the existing feature store if one of the engines would generate the same texts; otherwise None."""
     try:
         store = FeatureStore.open(folder)
     except DataError:
@@ -405,7 +405,7 @@ def _write(
                 bar.advance(len(part))
             if backend.replaced == replaced:
                 return written, cost
-            # No store mixes texts of two engines.
+            # A store never has texts of two engines.
             bar.reach(0)
 
 

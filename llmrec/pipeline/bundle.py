@@ -1,4 +1,4 @@
-"""The description of a model folder (tasks, templates, rating scale) for use without its run.
+"""Describes the model in a folder (tasks, prompt templates, rating scale), so that it can be used without its run.
 
 ``llmrec.json`` holds the tasks with their settings, the exact templates, the noun for items and the rating scale.
 It contains no data: no item, user or path. The codes of a model that was tuned on codes are stored in ``index/``.
@@ -33,7 +33,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model with its tasks and prompts.
+    """A model with its tasks and prompt templates.
 
     Attributes:
         folder: The weights: a folder, or a hub name. If the run has no language model (``eval.arms: []``), it is
@@ -64,7 +64,7 @@ class Bundle:
 
     @property
     def called(self) -> str:
-        """The name of the model in messages."""
+        """Name of the model in messages."""
         return self.folder or str(self.run)
 
 
@@ -96,7 +96,7 @@ def write(study: Study, folder: Path) -> None:
 
 
 def read(name: str, model: ModelSection | None = None) -> Bundle:
-    """Open a run folder, an exported folder, or any model that `resolve` finds.
+    """Open a run folder, an exported folder, or any model that `resolve` accepts.
 
     Args:
         name: The folder or hub name.
@@ -112,7 +112,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         except RecipeError as error:
             if error.kind == "unsafe":
                 raise
-            # An unreadable file counts as an unfinished run.
+            # An unreadable file is treated as an unfinished run.
         raise ModelError(
             f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
             kind="missing-file",
@@ -192,7 +192,7 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
     except (OSError, ValueError) as error:
         raise _changed(folder / SUMS, f"cannot be read ({error})", "export the run again") from None
     for name, digest in listed.items():
-        # The model card may be edited.
+        # Users may edit the model card.
         if name.startswith("LICENSE") or name.endswith(".md"):
             continue
         if not (folder / name).is_file() or content_sha256(folder / name) != digest:
@@ -204,7 +204,7 @@ def _changed(path: Path | str, what: str, fix: str) -> ModelError:
 
 
 def _classic(run: Path, recipe: Recipe) -> Bundle:
-    """Return the bundle of a run without a language model."""
+    """Return the description of a run without a language model."""
     return Bundle(
         folder="",
         run=run,

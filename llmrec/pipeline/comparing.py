@@ -1,4 +1,4 @@
-"""Selects the comparisons of a run: planned ones, which are tested as one family, and exploratory ones."""
+"""Selects the model comparisons of a run: planned comparisons, corrected for multiple testing, and exploratory ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmrec.tasks.family import family_of
 
 @dataclass(frozen=True)
 class Versus:
-    """A comparison of rows a and b of a task family on its headline metric."""
+    """A comparison of models a and b on the main metric of a task."""
 
     family: str
     metric: str
@@ -29,11 +29,11 @@ class Versus:
 
     @property
     def ids(self) -> tuple[str, str]:
-        """The ids of the two rows."""
+        """Ids of the two models."""
         return self.a.figures.id, self.b.figures.id
 
     def contrast(self) -> Contrast:
-        """Return the comparison as an argument of `compare`."""
+        """The comparison as an argument of `compare`."""
         users = [record.user_id for record in self.a.records]
         return Contrast(self.metric, _standing(self.a, self.metric), _standing(self.b, self.metric), users)
 
@@ -41,7 +41,7 @@ class Versus:
 def compare_rows(
     study: Study, rows: Sequence[ResultRow], choice: Choice | None = None
 ) -> tuple[list[Comparison], dict[str, str]]:
-    """Compare a run's rows, the planned comparisons of all families as one family of tests, then the exploratory ones.
+    """Compare the models of a run: planned comparisons of all tasks as one family of tests, then exploratory ones.
 
     Args:
         study: The study.
@@ -75,7 +75,7 @@ def compare_rows(
 
 
 def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
-    """Yield the planned comparisons: those of ``eval.planned``, or the default.
+    """Yield the planned comparisons, from ``eval.planned`` or by default.
 
     By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
     row of the same strategy and template, and with each of `_rivals`. If there is an ensemble with the tuned row, it is
@@ -100,7 +100,7 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
 
 
 def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """Return the controls for claims about the tuned model: the best baseline, and the ensemble of all baselines.
+    """Return the models that a tuned model must beat: the best baseline, and the ensemble of all baselines.
 
     The best one is selected on the same requests as the test, which favours the control: the test is conservative for
     a claim that the model is better, but not for a claim that it is worse.
@@ -111,7 +111,7 @@ def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
 
 
 def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[Versus]:
-    """Yield the ensemble with the tuned model compared with the same ensemble without it."""
+    """Yield the comparison of the ensemble with the tuned model and the same ensemble without it."""
     joined = [row for row in family_rows if row.figures.fusion is not None]
     for row in joined:
         if row.figures.arm == "tuned":
@@ -120,7 +120,7 @@ def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterat
 
 
 def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[Versus]:
-    """Yield the exploratory comparisons, which may include planned pairs.
+    """Yield the exploratory comparisons; some of them may also be planned.
 
     Every tuned and few-shot row is compared with its zero-shot row; a rating head with the zero-shot rows of all
     strategies, since the base model has no head. Tuned rows of a head, or otherwise of the recipe's first strategy, are
@@ -137,7 +137,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
             served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
             if served is not None and served.figures.fusion is None:
                 facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
-                # An ensemble and the best single row are already compared.
+                # The ensemble and the best single model are already compared.
                 if facing is not None and not (facing in joined and served is single):
                     yield Versus(family, metric, served, facing)
         for row in family_rows:
@@ -152,7 +152,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
 
 
 def refuse_unknown(study: Study) -> None:
-    """Reject planned comparisons of rows that the run will not have, before training."""
+    """Reject planned comparisons of models that the recipe does not evaluate, before training."""
     arms: tuple[Arm, ...] = ("baseline", *study.recipe.eval.arms)
     known = [spec.id for arm in arms for spec in specs_of(study, arm)]
     known += [f"{family}/{BEST_BASELINE}" for family in study.tasks]
@@ -171,7 +171,7 @@ def refuse_unknown(study: Study) -> None:
 
 
 def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with the best value of a metric; None if it is undefined for all rows."""
+    """Return the model with the best value of a metric; None if it is undefined for all models."""
     scored = [row for row in rows if row.figures.metrics[metric].value is not None]
     sign = 1 if lower(metric) else -1
     return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
@@ -190,7 +190,7 @@ def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, s
 
 
 def _row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with an id; None if its metric is undefined."""
+    """Return the model with an id; None if its metric is undefined."""
     if name.partition("/")[2] == BEST_BASELINE:
         return best_of([row for row in family_rows if row.figures.arm == "baseline"], metric)
     return next((row for row in family_rows if row.figures.id == name), None)
@@ -201,7 +201,7 @@ def _family(name: str) -> str:
 
 
 def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
-    """Yield each task family with its headline metric and the rows for which it is defined."""
+    """Yield each task with its main metric and the models for which this metric is defined."""
     for family in study.tasks:
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
         family_rows = [row for row in rows if row.figures.task == family and metric in row.values]
@@ -209,7 +209,7 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
 
 
 def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the tuned row that represents a family: that of its head or first strategy, with the first template."""
+    """Return the tuned model that represents a task: its rating head or first strategy, with the first template."""
     templates = [template.id for template in study.asked_with(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
     tuned = [row for row in family_rows if row.figures.arm == "tuned" and row.figures.predictor in strategies]
@@ -222,7 +222,7 @@ def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> Resu
 
 
 def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
-    """Return whether two rows have the same template and strategy; a head matches any strategy of the base model.
+    """Whether two models use the same template and strategy; a rating head matches any strategy of the base model.
 
     If the untuned settings have custom templates, only the first of them matches.
     """

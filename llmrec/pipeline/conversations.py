@@ -1,4 +1,4 @@
-"""Writes the training rows of a recipe as chat messages, in the format that other training programs read."""
+"""Writes the training examples of a recipe as chat messages, for other training programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmrec.train.steps import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a file of conversations holds.
+    """The number of conversations written, and what was left out.
 
     Attributes:
         rows: Number of conversations, one in a line.
@@ -46,7 +46,7 @@ class Written:
 
 
 def write(study: Study, file: Path) -> Written:
-    """Write the training rows of a recipe, in the order of its steps: ``{"messages": [{"role", "content"}, ...]}``.
+    """Write training examples in training order: ``{"messages": [{"role", "content"}, ...]}``.
 
     Neither torch nor weights are loaded. A file is replaced only if it is complete.
 
@@ -82,7 +82,7 @@ def write(study: Study, file: Path) -> Written:
 
 
 def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
-    """Reject a recipe whose rows have no equal in chat messages.
+    """Reject a recipe whose training examples cannot be written as chat messages.
 
     Raises:
         RecipeError: It names the setting.
@@ -107,7 +107,7 @@ def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
 
 
 def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
-    """Yield the planned rows with their texts, step by step; only those that a later step uses are kept."""
+    """Yield the planned training examples as text, step by step; only examples that a later step repeats are kept."""
     drawn = (row for _, row in drawn_rows(study, encoder, texts=True) if isinstance(row, TextRow))
     waiting: dict[int, TextRow] = {}
     count = 0
@@ -122,7 +122,7 @@ def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
 
 
 def _conversation(row: TextRow, encoder: Encoder) -> tuple[list[dict[str, str]] | None, int]:
-    """Return the messages of a row and how many of its tokens they hold; None if no answer is left of a cut row."""
+    """Return the messages of an example and their number of tokens; None if truncation removed the answer."""
     assert row.example is not None
     tokens = len(encoder.chat(row.example.messages))
     answer: list[str] = []

@@ -17,7 +17,7 @@ from llmrec.recipe.schema import Recipe
 
 
 def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> dict[str, Json]:
-    """Fine-tune a text encoder like `TransitionsTuned`, and write it to a folder for ``encoder`` settings.
+    """Fine-tune a text encoder as `TransitionsTuned` does, and save it for ``encoder`` settings.
 
     The best epoch is selected on the validation users that do not weigh ensembles.
 

@@ -1,4 +1,4 @@
-"""Starts and stops model engines, one model at a time."""
+"""Starts and stops inference engines, one at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmrec.types import Backend
 
 log = logging.getLogger(__name__)
 
-# Strategies that score trees of tokens after a prompt; all others score one label or generate.
+# Strategies that score a tree of tokens after a prompt; all others score a label or generate text.
 TREES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
@@ -49,7 +49,7 @@ class _OpenEngine:
         """Whether vLLM failed in an earlier shard."""
 
     def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
-        """Return the open engine if it has the same inputs; otherwise close it and start another."""
+        """Return the open engine if it has the same inputs; otherwise close it and start a new one."""
         if self._held is None or self._held[0] != inputs:
             self.close()
             self._held = inputs, start()
@@ -67,7 +67,7 @@ _keeper: _OpenEngine | None = None
 
 
 def keep_engine() -> None:
-    """Keep this process's last engine open, so that the next shard can reuse it."""
+    """Keep the last engine of this process open, so that the next shard can reuse it."""
     global _keeper
     _keeper = _keeper or _OpenEngine()
 
@@ -109,11 +109,11 @@ class Engines:
         self._shared: _OpenEngine = _OpenEngine() if beside is None else beside._shared
         self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
         self._served: dict[str, bool] = {}
-        # Set after vLLM failed, so that it is not tried again.
+        # Set after vLLM failed, to avoid trying it again.
         self._is_broken = _keeper is not None and _keeper.is_broken
 
     def engine_for(self, strategy: str, folder: str) -> str:
-        """Return the name of the engine for a strategy, given the recipe and this machine.
+        """Return the name of the engine that runs a strategy, according to the recipe and the machine.
 
         Under ``scorer: auto``, likelihoods and searches use hf on the CPU, where one masked forward pass shares the
         prompt among all continuations while vLLM decodes a request per path. On a GPU they use the evaluation backend:
@@ -128,7 +128,7 @@ class Engines:
         return self.choices(strategy, folder)[0]
 
     def choices(self, strategy: str, folder: str) -> tuple[str, ...]:
-        """Return the engines that may answer for a strategy, the preferred one first; ``auto`` allows two."""
+        """Return the engines that can run a strategy, the preferred one first; ``auto`` allows two."""
         section = self._section
         if strategy in TREES and section.scorer != AUTO:
             return (section.scorer,)
@@ -142,7 +142,7 @@ class Engines:
         return ("hf", "vllm") if self._is_broken else ("vllm", "hf")
 
     def _serves(self, folder: str) -> bool:
-        """Return whether vLLM is installed, runs on this machine, and supports the architecture of a model."""
+        """Whether vLLM is installed, runs on this machine, and supports the architecture of a model."""
         if folder not in self._served:
             runs = installed("vllm") and (_on_gpu(self._model) or not _for_gpus())
             self._served[folder] = (
@@ -151,7 +151,7 @@ class Engines:
         return self._served[folder]
 
     def get(self, engine: str, folder: str, weights: str, tokens: Callable[[], int] | None = None) -> CachedBackend:
-        """Return a backend over a model folder.
+        """Return a backend for a model folder.
 
         Under ``eval.backend: auto``, transformers replaces a vLLM engine that fails to start or crashes.
 
@@ -184,7 +184,7 @@ class Engines:
         return backend
 
     def _slower(self) -> str:
-        """Return a note on the speed of transformers compared with vLLM."""
+        """Return a note on how much slower transformers is than vLLM."""
         if _on_gpu(self._model):
             return "which is slower (how much has not been measured on a GPU)"
         # SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels after 280 tokens 93 and 138 s.
@@ -195,7 +195,7 @@ class Engines:
         return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
-        """Return all inputs other than the prompt that can change an answer."""
+        """Return everything except the prompt that can change an answer."""
         if engine == "openai":
             return {
                 "engine": engine,
@@ -210,13 +210,13 @@ class Engines:
             "engine": engine,
             **({"plugin": code} if code else {}),
             "weights": weights,
-            # The tokenizer may be in another folder than the weights.
+            # The tokenizer may be in a different folder than the weights.
             "tokenizer": self._encoder.digest,
             "model": settings(self._model, "engine"),
             "dtype": dtype_name(self._model) if engine != "fake" else None,
             "device": _device(self._model),
             **_shared(engine, self._section),
-            # Adapters on an engine are rounded unlike merged weights, and its base may be compiled in another way.
+            # An adapter on an engine rounds differently from merged weights, and its base may be compiled differently.
             **({"adapters": "live"} if self.is_shared(engine, weights) else {}),
             **({"exit": self._section.exit} if self._section.exit is not None else {}),
             "decoding": "greedy",
@@ -225,7 +225,7 @@ class Engines:
         }
 
     def is_shared(self, engine: str, weights: str) -> bool:
-        """Return whether one vLLM engine answers for these weights and for others."""
+        """Whether one vLLM engine serves these weights and others."""
         known = {digest for adapter in self._adapters for digest in (adapter.weights, adapter.digest)}
         return engine == "vllm" and weights in known and _on_gpu(self._model)
 
@@ -234,7 +234,7 @@ class Engines:
         self._leave(shared=False)
 
     def _leave(self, *, shared: bool) -> None:
-        """Close the open engine, unless the next model is ``shared`` and has the same."""
+        """Close the open engine, unless the next model can share it."""
         if self._open is None:
             return
         (engine, _, weights), backend = self._open
@@ -249,13 +249,13 @@ class Engines:
 
     @property
     def _shape(self) -> tuple[object, ...]:
-        """What models must have in common to share an engine, besides their base."""
+        """Return the properties that models must share, in addition to the base model, to use the same engine."""
         # The folder names the model.
         sections = self._model.model_dump_json(exclude={"name"}), self._section.model_dump_json()
         return self._encoder.digest, self._encoder.max_length, sections
 
     def _kept(self, engine: str) -> bool:
-        # The token usage of a server's client is recorded in the store of its shard.
+        # Token usage of a server is recorded with the shard that caused it.
         return _keeper is not None and engine != "openai"
 
     def _begin(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Backend:
@@ -270,7 +270,7 @@ class Engines:
         holder = _keeper if self._kept(engine) else self._shared if shared else None
         if holder is None:
             return start()
-        # Decoding is greedy, so models of runs with different seeds can share an engine.
+        # Decoding is greedy, so models from runs with different seeds can share an engine.
         seed = None if shared else self._seed
         inputs = (engine, home, digest, self._shape, seed, adapters)
         started = holder.get(repr(inputs), start)
@@ -280,7 +280,7 @@ class Engines:
         return started.adapted(adapter)
 
     def _encoder_of(self, folder: str) -> Encoder:
-        """Return the encoder of a model; if it has soft prompts, its tokenizer has them in the chat template."""
+        """Return the encoder of a model; with soft prompts, its chat template includes their tokens."""
         if not (Path(folder) / soft_prompt.CONFIG).is_file():
             return self._encoder
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
@@ -310,7 +310,7 @@ class Engines:
                     column="eval.backend",
                 )
             check_weights(folder, self._model)
-            # Torch still holds memory of earlier models, which vLLM could not allocate.
+            # Free the memory that torch holds from earlier models, because vLLM cannot allocate it.
             release_memory()
             try:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
@@ -329,7 +329,7 @@ class Engines:
                 return started
             except MissingExtra as error:
                 if self._section.backend == AUTO:
-                    # It is installed, but cannot be imported.
+                    # installed, but cannot be imported
                     raise EngineFailure(str(error), kind="not-installed", column="eval.backend") from error
                 raise MissingExtra(
                     f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
@@ -361,7 +361,7 @@ def _has_bottleneck(folder: str) -> bool:
 
 
 def _server(section: EvalSection) -> ServerSection:
-    """Return the server of a recipe, which every recipe with the server backend names."""
+    """Return the server settings, which every recipe with the server backend has."""
     assert section.server is not None
     return section.server
 
@@ -379,7 +379,7 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
 
 
 def refuse_device(model: ModelSection, section: EvalSection) -> None:
-    """Reject a missing device, and one that the installed vLLM does not support."""
+    """Reject a device that this machine lacks or that the installed vLLM does not support."""
     _refuse_gpus(model, section)
     if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
         raise RecipeError(
@@ -391,7 +391,7 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
 
 
 def _for_gpus() -> bool:
-    """Return whether the installed vLLM requires a GPU: CPU builds have it in their name or version."""
+    """Whether the installed vLLM requires a GPU; CPU builds say so in their name or version."""
     return "cpu" not in versions().get("vllm", "cpu")
 
 
@@ -427,7 +427,7 @@ def gpus_of_engine(model: ModelSection, section: EvalSection) -> int:
 
 
 def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
-    """Return the number of GPUs that share a model, if any do: sums are then computed in another order."""
+    """Return the number of GPUs that share a model, if there are several, since they add numbers in another order."""
     shape = [section.tensor_parallel, section.pipeline_parallel]
     return {"shared": [*shape]} if engine == "vllm" and shape != [1, 1] else {}
 
@@ -444,5 +444,5 @@ def _on_gpu(model: ModelSection) -> bool:
 
 
 def dtype_name(model: ModelSection) -> str:
-    """Return the dtype's name as vLLM and the records write it."""
+    """Return the name of a dtype as used by vLLM and in results."""
     return str(dtype(model)).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The evaluation stage: baselines, language models and ensembles on the same cases, row by row."""
+"""The evaluation stage: evaluates baselines, language models and ensembles on the same test cases."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ from llmrec.types import Case, Predictor, Prompt, Rating, Request
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
-# The prompts of a row that are tokenised to size the engine's cache, and the tokens of an answer.
+# Number of prompts to tokenise to size the engine's cache, and tokens to reserve per answer.
 _SAMPLE, _ANSWER = 16, 128
 
 
 @dataclass(frozen=True, repr=False)
 class ResultRow(Displayed):
-    """A finished row with the data for the report, comparisons and ensembles.
+    """An evaluated model, with the data for the report, comparisons and ensembles.
 
     Attributes:
         figures: Its entry in ``results.json``.
@@ -107,7 +107,7 @@ class ResultRow(Displayed):
 
 
 class Evaluation:
-    """Evaluates the rows of a study; rows stored under the same fingerprint are reused."""
+    """Evaluates the models of a study; stored results with the same fingerprint are reused."""
 
     def __init__(
         self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
@@ -124,7 +124,7 @@ class Evaluation:
         """The failures of these engines."""
 
     def baselines(self) -> list[ResultRow]:
-        """Fit and evaluate the classic baselines of every family, and their ensembles."""
+        """Fit and evaluate the baselines of every task, and their ensembles."""
         rows = []
         with self._budget.stage("baselines"):
             for family in self._study.tasks:
@@ -143,7 +143,7 @@ class Evaluation:
         data, options = self._study.task_data(family), self._study.tasks[family].baseline_options
         shared = (id(data), baseline.label, str(options))
         if shared not in self._fitted:
-            # Families that read the same data share a fit.
+            # Tasks that read the same data share a fitted baseline.
             self._fitted[shared] = fitted(
                 baseline.name,
                 {**baseline.parameters, **options},
@@ -151,7 +151,7 @@ class Evaluation:
                 seed=self._study.recipe.seed,
                 where=f"tasks.{family}.baselines",
             )
-            # A stored fit counts with its original cost.
+            # A reused fit keeps its original cost.
             self._budget.add("baselines", self._fitted[shared].recalled)
         model = self._fitted[shared]
         predictor = self._calibrated(family, model)
@@ -172,7 +172,7 @@ class Evaluation:
     def arms(
         self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
     ) -> list[ResultRow]:
-        """Evaluate language models; rows of the same model and engine run consecutively.
+        """Evaluate language models; models that share an engine are evaluated consecutively.
 
         A row whose engine fails is listed in ``missing``, and a later call evaluates it.
 
@@ -199,7 +199,7 @@ class Evaluation:
         results = []
         specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
         for index, spec in enumerate(specs):
-            # An ensemble follows its language-model row.
+            # An ensemble follows the language model that it contains.
             model = specs[index - 1].id if spec.joins else spec.id
             if model in self.missing:
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
@@ -210,7 +210,7 @@ class Evaluation:
         return results
 
     def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
-        """Return the best row on validation users, which will be served; None if no users weigh ensembles."""
+        """Return the model that ranks best on validation users, to be served; None if no users are reserved."""
         ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
         return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
 
@@ -223,7 +223,7 @@ class Evaluation:
         alike: Sequence[RowSpec],
         failed: Mapping[str, EngineFailure],
     ) -> ResultRow:
-        """Return the row as stored for any permitted engine, or evaluate it on the first one.
+        """Return the stored result of any permitted engine, or evaluate the model on the first engine.
 
         Args:
             spec: The row to evaluate.
@@ -247,8 +247,8 @@ class Evaluation:
                 replaced = backend.replaced
                 strategy = self.strategy(spec, backend, bar.advance)
                 predictor = self._calibrated(spec.family, strategy)
-                # The cost of a row is that of its own cases, including those that a killed run answered, but without
-                # calibration cases and the start of the engine, which is a separate stage.
+                # The cost includes cases that an interrupted run answered, but not calibration cases or starting the
+                # engine, which is a separate stage.
                 before = backend.recalled_seconds - backend.start_seconds
                 result = evaluate(predictor, self._cases[spec.family], **self._measuring(spec.family))
                 result = _with_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
@@ -256,9 +256,9 @@ class Evaluation:
                 weighing = self._weighing_answers(spec, predictor)
                 if backend.replaced == replaced:
                     break
-                # A row never mixes the answers of two engines.
+                # A result never mixes answers of two engines.
                 bar.restart()
-        # Answers of a killed run count with their original cost.
+        # Answers of an interrupted run keep their original cost.
         self._budget.add(spec.arm, backend.recalled_seconds - recalled)
         engine = engines.engine_for(spec.predictor, folder)
         looked_at = self._calibrated_by(spec.family)
@@ -276,14 +276,14 @@ class Evaluation:
         )
 
     def _largest(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
-        """Return the number of tokens in the largest batch of some rows, from the prompts of the longest histories."""
+        """Return the number of tokens in the largest batch, estimated from the prompts with the longest histories."""
         section, most = self._study.recipe.eval, 0
         for spec in specs:
             strategy = self.strategy(spec, backend, lambda done: None)
             prompt = strategy.first_prompt if isinstance(strategy, AsksFirst) else strategy.asker.prompt
             cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
-            # A search reserves an eighth of the cache for prompts, and each order of the candidates is a prompt.
+            # A search reserves an eighth of the cache for prompts, and each order of candidates is a separate prompt.
             times = 8 if spec.predictor in TREES else section.permutations if is_positional(spec.predictor) else 1
             most = max(most, times * (longest + _ANSWER))
         return section.batch * most
@@ -292,18 +292,18 @@ class Evaluation:
         assert self._encoder is not None
         try:
             return len(self._encoder.prompt(prompt))
-        except BackendError:  # too long, which is an error of its request
+        except BackendError:  # too long, which is reported as an error of the request
             return self._encoder.max_length
 
     def asked(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
-        """Return the rows of language models, each with its engine, model folder and hash of the weights."""
+        """Return the language models to evaluate, each with its engine, model folder and hash of the weights."""
         specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
         planned = [
             (spec, engines.engine_for(spec.predictor, weights[arm][0]), *weights[arm])
             for spec, arm in specs
             if not spec.joins
         ]
-        # One start per model and engine, or of an engine that models share; hf runs first, since a vLLM process keeps
+        # Start each engine once per model, or once for models that share it; hf runs first, since a vLLM process keeps
         # its memory.
         return sorted(
             planned,
@@ -311,7 +311,7 @@ class Evaluation:
         )
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
-        """Return the row of an ensemble in a list; empty if no users weigh it."""
+        """Return the evaluated ensemble in a list; an empty list if no users are reserved to fit its weights."""
         cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
@@ -350,13 +350,13 @@ class Evaluation:
         )
         return [row]
 
-    # ------------------------------------------------------------------------- stored rows
+    # ------------------------------------------------------------------------- stored results
 
     def _path(self, spec: RowSpec) -> Path:
         return self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
 
     def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
-        """Return the stored row with a fingerprint, or None."""
+        """Return the stored result with a fingerprint, or None."""
         stored = read_stage(self._path(spec), key, row_of)
         if stored is None:
             return None
@@ -378,7 +378,7 @@ class Evaluation:
         validation: Mapping[str, float] | None = None,
         looked_at: frozenset[str] = frozenset(),
     ) -> ResultRow:
-        """Store a row; see `ResultRow`."""
+        """Store a result; see `ResultRow`."""
         figures = Row(
             **spec.asked,
             engine=engine,
@@ -402,7 +402,7 @@ class Evaluation:
         return row_of(stored)
 
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
-        """Return the fingerprint of a row."""
+        """Return the fingerprint of a result."""
         study, recipe, model = self._study, self._study.recipe, spec.template is not None
         return fingerprint(
             "evaluate",
@@ -414,7 +414,7 @@ class Evaluation:
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             engine=engine,
-            # Weights, versions, device and dtype, since answers differ between CPU and GPU.
+            # Includes weights, versions, device and dtype, since answers differ between CPU and GPU.
             identity=identity,
             data=study.task_data(spec.family).fingerprint,
             noun=study.task_data(spec.family).dataset.noun,
@@ -429,25 +429,25 @@ class Evaluation:
         )
 
     def _digest(self, family: str) -> str | None:
-        """Return the hash of the candidate sets that a family ranks."""
+        """Return the hash of the candidate sets of a task."""
         sets = self._study.sets(family)
         return sets.digest if sets is not None else None
 
     # ------------------------------------------------------------------------- models and measurement
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
-        """Return the validation cases that weigh ensembles, if a row is a member of any."""
+        """Return the validation cases that fit ensemble weights, if the model is a member of any ensemble."""
         if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
             return []
         return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
 
     def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
-        """Return the answers of a row for the validation users that weigh ensembles, by request id."""
+        """Return a model's answers for the validation users that fit ensemble weights, by request id."""
         requests = [case.request for case in self._weighers(spec)]
         return {item.request_id: remembered(item) for item in predictor.answer(requests)} if requests else {}
 
     def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
-        """Return the strategy of a row."""
+        """Return the strategy of a model."""
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
         asker = Prompting(
@@ -464,7 +464,7 @@ class Evaluation:
         return strategy_of(spec.predictor, asker, **options, **asked)
 
     def _calibrated(self, family: str, predictor: Predictor) -> Predictor:
-        """Return a predictor calibrated on validation cases, if the family calibrates."""
+        """Return a predictor that is calibrated on validation cases, if the task requires calibration."""
         if not self._study.tasks[family].calibrates:
             return predictor
         return Calibrated(predictor, self._calibrating(family))
@@ -481,30 +481,30 @@ class Evaluation:
         }
 
     def _background(self, family: str) -> Background:
-        """Return the training texts and features that explanations are compared with."""
+        """Return the training texts and features that generated explanations are compared with."""
         if family not in self._backgrounds:
             self._backgrounds[family] = background_of(self._study.task_data(family))
         return self._backgrounds[family]
 
     def _calibrating(self, family: str) -> list[Case]:
-        """Return the validation cases that calibrate a family's probabilities."""
+        """Return the validation cases on which a task's probabilities are calibrated."""
         return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
 
     def _calibrated_by(self, family: str) -> frozenset[str]:
         return frozenset(case.request.user_id for case in self._calibrating(family))
 
     def protocol(self, family: str) -> EvalProtocol:
-        """Return the evaluation protocol of a family's table."""
+        """Return the evaluation protocol of a task."""
         return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
-        """Return a function that maps a request to its user's mean rating, the fallback for unparsable answers."""
+        """Return a function from a request to the mean rating of its user, used for answers that cannot be parsed."""
         means = UserMean()
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
 
     def _examples(self, spec: RowSpec, predictor: Strategy, found: Evaluated) -> tuple[Shown, ...]:
-        """Return the first prompts of a row with their answers, for the report."""
+        """Return the first prompts of a model with their answers, for the report."""
         assert spec.template is not None
         first = predictor.first_prompt if isinstance(predictor, AsksFirst) else predictor.asker.prompt
         shown = []
@@ -525,14 +525,14 @@ class Evaluation:
         return tuple(shown)
 
     def questions(self, spec: RowSpec) -> tuple[list[Case], ...]:
-        """Return the cases of a row, one list per call: for calibration, its own, and those that weigh ensembles."""
+        """Return the cases that a model answers, one list per call: calibration, test, and ensemble weights."""
         return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
 
     def _progress(self, spec: RowSpec) -> BatchBar:
         return self.progress(spec, [[case.request for case in cases] for cases in self.questions(spec)], self._quiet)
 
     def progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]], quiet: bool) -> BatchBar:
-        """Return a progress bar for the calls of a row, in candidates if requests have any, otherwise in requests."""
+        """Return a progress bar for answering these cases, counted in candidates if requests have any."""
         requests, section = [request for part in asked for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
         counted = questions_of(spec.predictor, max(sizes, default=0), section)
@@ -553,7 +553,7 @@ def _with_seconds(found: Evaluated, seconds: float) -> Evaluated:
 
 
 def _with_curve(found: Evaluated, predictor: Predictor, cases: Sequence[Case]) -> Evaluated:
-    """Return results with the calibration curve of the predictor, if it has one."""
+    """Return results with the calibration curve of the predictor, if it is calibrated."""
     if not isinstance(predictor, Calibrated):
         return found
     curve = Calibration(n=len(cases), **asdict(predictor.curve))
@@ -561,7 +561,7 @@ def _with_curve(found: Evaluated, predictor: Predictor, cases: Sequence[Case]) -
 
 
 def row_of(stored: Mapping[str, Any]) -> ResultRow:
-    """Return a row from its stored form."""
+    """Restore a result from its stored form."""
     return ResultRow(
         Row.model_validate(stored["figures"]),
         {metric: np.array(numbers, dtype=np.float64) for metric, numbers in stored["values"].items()},
@@ -575,7 +575,7 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
 
 
 def part_of(row: ResultRow) -> Recalled:
-    """Return a finished row as a member of an ensemble."""
+    """Return an evaluated model as a member of an ensemble."""
     name = row.figures.predictor
     kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
     answers = answers_of(row.weighing, row.records)
@@ -588,7 +588,7 @@ def _title(item: str, family: str, study: Study) -> str:
 
 
 def _readable(record: Prediction, study: Study) -> str:
-    """Return the titles of the first three ranked items; another answer as text."""
+    """Return the titles of the first three ranked items, or another answer as text."""
     parsed = json.loads(record.parsed)
     if isinstance(parsed, dict):
         items = study.data.dataset.items

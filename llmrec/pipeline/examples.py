@@ -1,4 +1,4 @@
-"""Examples for the report: users, items and answers, drawn by the seed and independently of the answers."""
+"""Selects example users, items and answers for the report, by a seeded hash that does not depend on the answers."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ INPUT = 400
 
 
 def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
-    """Return the indices of the requests to show, in the order of their seeded hash."""
+    """Return the indices of requests to show, in the order of a seeded hash."""
     order = np.argsort(hash64("text sample", seed, requests), kind="stable")
     return [int(place) for place in order[:count]]
 
 
 def user_of(dataset: Dataset, user_id: str) -> User:
-    """Return the user of a request as prompts describe users."""
+    """Return the user of a request in the form used in prompts."""
     return User(id=user_id, name=clean(dataset.users.get(user_id, {}).get("name", "")))
 
 
 def product_of(dataset: Dataset, item_id: str) -> Product:
-    """Return a request's item in the form used in prompts."""
+    """Return the item of a request in the form used in prompts."""
     item = dataset.items[item_id]
     fields = {clean(name): shortened(clean(value)) for name, value in item.fields.items() if clean(value)}
     return Product(id=item_id, title=clean(item.title), fields=fields)
@@ -68,7 +68,7 @@ _HISTORY, _LISTED = 8, 5
 
 
 def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> ExampleUser | None:
-    """Return the entry ``example`` of results.json: one user with a ranking.
+    """Return an example user with a ranked list, the entry ``example`` of results.json.
 
     The row is the best tuned one of the first task that ranks for users (the sequential task if present); without a
     tuned model the best row of a language model alone, otherwise the best baseline. The user is drawn by the seed among
@@ -82,7 +82,7 @@ def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str,
     Returns:
         None if no row ranks for users.
     """
-    # In the order of the tables: the sequential task comes first.
+    # In the order of result tables, which starts with the sequential task.
     for family in (family for family in study.tasks if family_of(family).ranks_for_users):
         row = _row(family, headline[family], rows)
         if row is not None:
@@ -130,7 +130,7 @@ def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
     )
 
 
-# --------------------------------------------------------------------------- exhibits
+# --------------------------------------------------------------------------- effect of features
 
 
 EXHIBITS = 8
@@ -139,7 +139,7 @@ _READ = 6
 
 
 def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
-    """Return the entry ``gallery`` of results.json: features of a few requests, and their effect on answers.
+    """Return how generated features changed the answers to a few requests, the entry ``gallery`` of results.json.
 
     It shows the first baseline with features of each family, and the other rows of the same baseline.
     """
@@ -183,24 +183,24 @@ def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[
 
 
 def _answer_text(record: Prediction, item: str) -> str:
-    """Return an answer as text: a number, or the rank of the item."""
+    """Return an answer as text: a number, or the rank of the target item."""
     if answer := ranked(record.parsed):
         return f"rank {answer.index(item) + 1}" if item in answer else f"not in the top {len(answer)}"
     parsed = json.loads(record.parsed)
     return f"{parsed:.3f}" if isinstance(parsed, float) else "could not be parsed" if parsed is None else str(parsed)
 
 
-# --------------------------------------------------------------------------- samples
+# --------------------------------------------------------------------------- generated texts
 
 
-# The number of characters shown of an answer that could not be parsed.
+# Characters to show of an answer that could not be parsed.
 _RAW = 500
 _TITLES = 3
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
 
 
 def text_samples(study: Study, rows: Sequence[ResultRow]) -> list[Sample]:
-    """Return the entry ``texts`` of results.json: generated texts, grouped by family.
+    """Return examples of generated texts by task, the entry ``texts`` of results.json.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -232,7 +232,7 @@ def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[S
 
 
 def _told(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
-    """Yield the inputs of a request: its context, which baselines read too, and further fields of templates."""
+    """Yield the inputs of a request: what baselines also read, and the additional fields of each template."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
         yield PromptContents(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
@@ -261,7 +261,7 @@ def _counted(statistics: Mapping[str, Any]) -> str:
 
 
 def _pairs(fields: Mapping[str, str]) -> str:
-    """Return a user's fields as one line, without the name."""
+    """Return the profile fields of a user as one line, without the name."""
     result = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
     return "; ".join(f"{name}: {value}" for name, value in result.items() if value)
 
@@ -274,19 +274,19 @@ def _answer(record: Prediction) -> Written:
     return Written(text=None, error=record.error or "", raw=shortened(record.raw or "", _RAW))
 
 
-# --------------------------------------------------------------------------- newcomers
+# --------------------------------------------------------------------------- cold-start items
 
 
 log = logging.getLogger(__name__)
 
 LENGTH = 10
 """The number of ranks shown of a list."""
-# Items of a family, neighbours of an item, and lists of a row.
+# Number of items per task, similar items per item, and ranked lists per model.
 _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
 def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
-    """Return the entry ``newcomers`` of results.json: a few cold-start items.
+    """Return examples of cold-start items and who gets them, the entry ``newcomers`` of results.json.
 
     They are drawn for each family that ranks for users, by the seed among the cold-start targets and independently of
     the rankings; empty if the split has no cold-start items.
@@ -329,7 +329,7 @@ def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator
 
 
 def _one_a_user(found: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
-    """Return one list of each user."""
+    """Keep one list per user."""
     first = {cases[n].request.user_id: (n, place) for n, place in reversed(found)}
     return sorted(first.values())
 
@@ -346,7 +346,7 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
-    """Return the training items most similar to each item by the text encoder; empty without an encoder."""
+    """Return the training items whose text vectors are most similar to each item's; empty without a text encoder."""
     data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
@@ -354,7 +354,7 @@ def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tu
         vectors = vectors_of(shown, study.recipe.encoder)
         likeness = vectors.of(asked) @ vectors.of(warm).T
     except LlmrecError as error:
-        # All metrics are computed by now, and must not be lost because of an example.
+        # An error in an example must not discard the metrics, which are computed by now.
         log.warning("the report shows cold-start items without similar items: %s", error)
         return dict.fromkeys(asked, ())
     for item, row in zip(asked, likeness, strict=True):

@@ -1,4 +1,4 @@
-"""Builds ensembles from the stored answers of finished runs, and writes them to a folder like that of a run."""
+"""Builds ensembles from the stored answers of finished runs, and writes them to a new run folder."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from llmrec.types import Case
 
 @dataclass(frozen=True)
 class FusedRuns:
-    """The written results and their rows."""
+    """The evaluated ensembles and their written results."""
 
     written: Written
     rows: Sequence[ResultRow]
 
 
 def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
-    """Build ensembles of the rows of runs over the same cases, and write their results like a run.
+    """Build ensembles of the models of several runs on the same test cases, and write the results like a run.
 
     Every family gets an ensemble of its rows that read interactions only, one of those that also read texts, and one of
     all rows. Weights are fitted on the validation users that all members answered, so that the three are comparable.
@@ -73,7 +73,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
 
 
 def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
-    """Return rows as members with unique names: rows of several templates or settings share a predictor name."""
+    """Return models as ensemble members with unique names, since several templates can share a predictor."""
     many = Counter(row.figures.predictor for row in rows)
     parts = [(row, part_of(row)) for row in rows]
     return [
@@ -82,7 +82,7 @@ def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
 
 
 def _rows(run: Path, study: Study) -> list[ResultRow]:
-    """Return the rows of a run that are not ensembles.
+    """Return the evaluated models of a run, except ensembles.
 
     Raises:
         DataError: If it is not finished, or has other data or cases.
@@ -120,7 +120,7 @@ def _same_sets(row: ResultRow, study: Study) -> bool:
 
 
 def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
-    """Return all rows with unique ids; a row that is equal in two runs is included once."""
+    """Return results with unique ids; a result that two runs share is included once."""
     rows: dict[str, ResultRow] = {}
     for name, own in found:
         for row in own:

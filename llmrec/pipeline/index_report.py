@@ -1,4 +1,4 @@
-"""Item indexes with their metrics and HTML page: `llmrec index`, and the index page of a run."""
+"""Builds item indexes with their metrics and HTML page, for `llmrec index` and `llmrec run`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from llmrec.report.wording import share
 _PAGE = "index.html"
 _FILES = {"index.json", "index.safetensors", index_summary.DIAGNOSTICS, index_summary.NEIGHBOURS, _PAGE}
 _EXAMPLES = 20
-# The number of groups shown per prefix length, and of items per group.
+# Number of groups shown per prefix length, and of items per group.
 _GROUPS, _MEMBERS = 8, 8
-# The number of groups in the report of a run.
+# Number of groups in the report of a run.
 _SHOWN = 6
-# The maximum width of a code or title on the console.
+# Maximum width of a code or title in the terminal.
 _LINE = 60
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """An index that was built and written.
+    """An index that was built and saved.
 
     Attributes:
         data: The data that it was built from.
@@ -58,7 +58,7 @@ class Indexed:
 
 
 def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ()) -> Indexed:
-    """Build the index of a recipe and write it with its page; only the data is loaded.
+    """Build the item index of a recipe and save it with its page; loads the data but no model.
 
     Args:
         recipe: A recipe with a section ``index``.
@@ -98,18 +98,18 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
 
 
 def _holds_more(folder: Path) -> bool:
-    """Return whether a folder has files other than an index and its page, which a new index would remove."""
+    """Whether a folder has files that are not part of an index, which a new index would remove."""
     result = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return (folder.exists() and not folder.is_dir()) or bool(result - _FILES) or bool(result and not _digest(folder))
 
 
 def indexed_data(recipe: Recipe) -> SplitDataset:
-    """Return the main data of a recipe that `build_study` builds the index from."""
+    """Return the main data of a recipe, as used to build its index."""
     return load_tables(recipe)[0]
 
 
 def write_run(study: Study, folder: Path) -> str:
-    """Write the index of a study, its metrics and its page to a run folder; remove the page of an earlier index.
+    """Save the index of a study with its metrics and page, and remove the page of an earlier index.
 
     An existing equal index is kept. Returns the line on the index for the run's report; empty without an index.
     """
@@ -123,14 +123,14 @@ def write_run(study: Study, folder: Path) -> str:
     figures = result.as_json()
     write_json(where / index_summary.DIAGNOSTICS, figures)
     content = _content(study.recipe, study.data, study.index, result, run=True)
-    # The report of the run shows a few.
+    # The report of the run shows only a few.
     write_json(where / index_summary.NEIGHBOURS, [asdict(group) for group in content.groups[:_SHOWN]])
     index_page.write(content, page)
     return index_summary.line_of(figures)
 
 
 def summary(made: Indexed) -> dict[str, dict[str, str]]:
-    """Return the summary for the console: names with values, under a title."""
+    """Return a summary for the terminal: names and values by title."""
     result, titles = made.found, _titles(made.data)
     figures = {name: _shown(value) for name, value in index_summary.key_figures(result).items()}
     tables = {f"index {result.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
@@ -191,7 +191,7 @@ def _rows(entries: Sequence[Entry]) -> dict[str, str]:
     rows: dict[str, str] = {}
     for entry in entries:
         code = _cut(entry.code)
-        # Long codes may differ only after the cut.
+        # Long codes may differ only in the part that is cut off.
         rows[flat(entry.code) if code in rows else code] = _cut(entry.title)
     return rows
 
@@ -205,7 +205,7 @@ def _shown(value: str) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """Return the digest of the index in a folder; None if it is missing or unreadable."""
+    """Return the hash of the index in a folder; None if it is missing or unreadable."""
     try:
         return ItemIndex.load(folder).digest
     except LlmrecError:

@@ -1,4 +1,4 @@
-"""Builds the item index of a recipe, and the base model with its tokens."""
+"""Builds the item index of a recipe, and adds its tokens to the base model."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ FOLDER = "index"
 """The folder of the index in a model folder."""
 LEARNED = "collaborative"
 """The value of ``index.tokens`` for token embeddings initialised from a recommender's item vectors."""
-# The file with the stamp of the text encoder.
+# File with the identity of the text encoder.
 _STAMP = "encoder_stamp"
-# Schemes that are slow to build and therefore cached.
+# Schemes that are slow to build, and therefore cached.
 _SLOW = ("collaborative", "semantic")
 
 
 def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
-    """Build an index, or read the cached one of the same settings, data and seed, unless ``fresh``.
+    """Build an item index, or load the cached index with the same settings, data and seed, unless ``fresh``.
 
     With ``index.ids: tokens`` every user with training interactions also has a token.
     """
@@ -57,7 +57,7 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
 
 def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
-    """Return the codes of the items.
+    """Build an item index without the cache.
 
     The cache key covers held-out interactions too, so that the audit's rebuild with other held-out interactions never
     reads the cached index.
@@ -87,7 +87,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
 
 def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
-    """Return the index in a model folder; an empty one for titles, None without a scheme."""
+    """Load the index from a model folder; an empty index for titles, None if no scheme is set."""
     if scheme is None:
         return None
     if (folder / FOLDER).is_dir():
@@ -105,7 +105,7 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 
 
 def embed_of(index: ItemIndex) -> Embed | None:
-    """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None if it needed none."""
+    """Return the text encoder with which an index was built, for `ItemIndex.extend`; None if it used none."""
     stored = index.settings.get("semantic")
     if stored is None:
         return None
@@ -121,7 +121,7 @@ def embed_of(index: ItemIndex) -> Embed | None:
 
 
 def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index with items added; the text encoder is loaded only if one of them is new."""
+    """Add items to an index; the text encoder is loaded only if an item is new."""
     if all(item in index.codes for item in items):
         return index
     return index.extend(items, embed=embed_of(index))
@@ -141,7 +141,7 @@ def with_tokens(
     seed: int,
     held: HeldItems | None = None,
 ) -> str:
-    """Return the folder of a base model with an index's tokens: ``folder/base``, made once.
+    """Create a base model with the tokens of an index in ``folder/base``, and return the folder.
 
     The tokens of items held out by the alignment task are not initialised from their words: a token of a single item
     would reveal its title before training.

@@ -1,4 +1,4 @@
-"""Checks for test leakage: the split, profiles, candidates, training rows, prompts, fitted baselines, the item index.
+"""Checks for test leakage in splits, profiles, candidates, training examples, prompts, baselines and item indexes.
 
 A check reads the data of the run (drawn sets, stored answers) and returns its result; it repairs nothing.
 """
@@ -50,7 +50,7 @@ from llmrec.train.rows import Branching
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
 _SHOWN = 5
-# Standard errors of a gain that is no chance.
+# Standard errors above which a gain is not due to chance.
 _SURE = 4.0
 # False positive rate of one statistical check.
 _ALARM = 1e-4
@@ -59,7 +59,7 @@ _SCORED = 50
 
 @dataclass(frozen=True)
 class Check:
-    """One line of an audit.
+    """The result of one check of the audit.
 
     Attributes:
         name: The subject of the check.
@@ -77,7 +77,7 @@ class Check:
 
 
 def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
-    """Return a check whose verdict is a leak if any locations are given."""
+    """Return the result of a check, which is a leak if any locations are given."""
     if not places:
         return Check(name, f"none in {looked_at}")
     return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
@@ -87,7 +87,7 @@ def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
 
 
 def training_interactions(data: SplitDataset) -> Check:
-    """Check that no training interaction is held out, after a held-out one of its user, or with a cold-start item."""
+    """Check that no training interaction is held out, follows its user's held-out one, or has a cold-start item."""
     train = data.train.select("user_id", "item_id", "timestamp")
     places = [
         f"user {user}, item {item} is held out and trained on"
@@ -118,7 +118,7 @@ def training_interactions(data: SplitDataset) -> Check:
 
 
 def profiles(data: SplitDataset) -> Check:
-    """Check profiles for held-out titles; users with such profiles are excluded from evaluation."""
+    """Check user profiles for titles of held-out items; such users are excluded from evaluation."""
     name, result = f"user profiles of {data.dataset.name}", profile_leaks(data)
     if not result:
         return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
@@ -130,7 +130,7 @@ def profiles(data: SplitDataset) -> Check:
 
 
 def candidate_sets(study: Study) -> list[Check]:
-    """Check candidate sets: one target, no other items of the user, and positions that do not reveal the target."""
+    """Check that candidate sets have one target, no other items of the user, and an order independent of the target."""
     data, sets, split = study.data, study.candidates, study.recipe.eval.split
     if sets is None:
         return []
@@ -147,7 +147,7 @@ def candidate_sets(study: Study) -> list[Check]:
         taken += [f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]]
     looked = f"{len(sets.sets):,} candidate sets"
     if study.recipe.eval.candidates.kind == "retrieved":
-        # As in production, a retrieved set may lack the target, or contain later choices of the user.
+        # As in production, retrieved candidates may lack the target or contain other items that the user chose later.
         result = len(sets.sets) - len(lacking)
         about = [
             Check("retrieved sets", f"{result:,} of {len(sets.sets):,} hold the target, which bounds HR over them")
@@ -166,7 +166,7 @@ def candidate_sets(study: Study) -> list[Check]:
 
 
 def _placed(positions: Sequence[int], count: int) -> Check:
-    """Test the target's position against the uniform distribution (chi-square)."""
+    """Test whether target positions are uniformly distributed (chi-square test)."""
     name = "position of the target among its candidates"
     if len(positions) < 5 * count:
         return Check(name, f"not tested: {len(positions)} sets are too few for {count} positions", "notice")
@@ -183,7 +183,7 @@ def _placed(positions: Sequence[int], count: int) -> Check:
 
 
 def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
-    """Check that stored orders do not follow popularity or ids: the mean rank correlation of shuffled sets is zero."""
+    """Check that the order of candidates is not correlated with popularity or ids."""
     counts = dict(study.data.train.group_by("item_id").len().iter_rows())
     ids = {item: index for index, item in enumerate(sorted(study.data.dataset.items))}
     name, figures = "order of the candidates", {}
@@ -193,7 +193,7 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
         if not tested:
             continue
         mean = float(np.mean([_correlation(value) for value in tested]))
-        # The variance of the rank correlation of n shuffled items is 1 / (n - 1); a few sets do not show it.
+        # The rank correlation of n shuffled items has variance 1 / (n - 1), so a few sets are not enough for a test.
         error = math.sqrt(sum(1 / (len(value) - 1) for value in tested)) / len(tested)
         figures[what] = mean
         if abs(mean) > max(5 * error, 0.05):
@@ -203,12 +203,12 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
 
 
 def _correlation(values: np.ndarray[Any, Any]) -> float:
-    # Equal values share a rank, so that ties do not correlate with the order.
+    # Equal values get the same rank, so that ties do not correlate with the order.
     return float(np.corrcoef(mean_ranks(values), np.arange(len(values)))[0, 1])
 
 
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
-    """Check that rows of a table have the same candidates, and that answers rank these candidates."""
+    """Check that all models of a table rank the same candidates."""
     unequal, foreign = [], []
     item_answers = [name for name, family in families().items() if family.answers_with_items]
     for family in item_answers:
@@ -243,7 +243,7 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
 def redrawn(
     data: SplitDataset, split: str, seed: int = 1, toward: Mapping[str, Sequence[str]] | None = None
 ) -> SplitDataset:
-    """Return the data with the held-out items, ratings and texts of a split replaced by others.
+    """Replace the held-out items, ratings and texts of a split by random others.
 
     Items are drawn from the catalogue: a permutation of the same items among users would leave item counts unchanged,
     and miss a prior that depends on them.
@@ -279,8 +279,8 @@ def redrawn(
 
 
 def baselines(study: Study) -> Check:
-    """Check that the answers of baselines stay the same when only the evaluated interactions change."""
-    # A baseline of two families with the same data is fitted once.
+    """Check that the answers of baselines do not change if the held-out interactions change."""
+    # A baseline of two tasks with the same data is fitted once.
     asked: dict[tuple[int, str], list[str]] = defaultdict(list)
     made = {}
     for family in study.tasks:
@@ -292,10 +292,10 @@ def baselines(study: Study) -> Check:
     for (number, name), asking in asked.items():
         data = study.task_data(asking[0])
         if (seen := _seen(made[name])) or number not in others:
-            # A baseline rejects features made of held-out interactions, which is not a changed answer.
+            # A baseline that rejects features made from held-out interactions is not a changed answer.
             others[number] = redrawn(data, study.recipe.eval.split, toward=_unseen(data, seen))
         asked_of = [[case.request for case in study.cases(family)[:_SCORED]] for family in asking]
-        # The fit of the run may be reused; another number of threads may round differently, which is no leak.
+        # The fit of the run can be reused; another number of threads may round differently, which is not a leak.
         first = fitted(made[name].name, made[name].parameters, data, seed=study.recipe.seed)
         answers, others_answers = (
             [*map(item.answer, asked_of)] for item in (first, _refitted(study, made[name], others[number]))
@@ -310,7 +310,7 @@ def baselines(study: Study) -> Check:
 
 
 def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame) -> Check | None:
-    """Check that learned rankers know the held-out items only through the scores of their members.
+    """Check that learned rankers use information about held-out items only through the scores of their members.
 
     Their other features are computed again with other held-out interactions, and must be the same. And where the
     members' scores of each held-out item are exchanged for those of a random candidate, a ranker must find it less
@@ -343,7 +343,7 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
 
 
 def told_by_context(cells: Cells, again: Cells) -> list[str]:
-    """Return the features that differ between cells with one set of held-out interactions and with another."""
+    """Return the features that change if the held-out interactions change."""
     return [
         name
         for name, values in cells.context.items()
@@ -352,7 +352,7 @@ def told_by_context(cells: Cells, again: Cells) -> list[str]:
 
 
 def tells(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
-    """Return whether NDCG@10 by case is significantly higher after the exchange of the members' scores."""
+    """Whether NDCG@10 is significantly higher with the members' scores after the exchange than before."""
     gains = after - before
     return bool(gains.mean() > _SURE * gains.std() / len(gains) ** 0.5)
 
@@ -384,13 +384,13 @@ def _refitted(study: Study, baseline: BaselineSection, data: SplitDataset) -> An
 
 
 def _seen(baseline: BaselineSection) -> frozenset[Pair]:
-    """Return the interactions from which the texts of a baseline's features were generated."""
+    """Return the interactions from which the feature texts of a baseline were generated."""
     stores = stores_of(baseline.name, baseline.parameters)
     return frozenset().union(*(FeatureStore.open(folder).seen() for folder in stores))
 
 
 def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
-    """Return, for users with generated texts, the training items that were not used for these texts."""
+    """Return, by user with a generated text, the training items that the text was not generated from."""
     read: dict[str, set[str]] = defaultdict(set)
     for user, item in seen:
         read[user].add(item)
@@ -422,7 +422,7 @@ def feature_texts(study: Study) -> Check | None:
 
 
 def item_index(study: Study) -> Check | None:
-    """Check that item codes stay the same when only held-out interactions change.
+    """Check that item codes do not change if only held-out interactions change.
 
     The index is rebuilt with other held-out items, and must be equal in every byte.
     """
@@ -437,7 +437,7 @@ def item_index(study: Study) -> Check | None:
         other = redrawn(other, split)
     again = build_index(section, other, seed=study.recipe.seed)
     if again.digest != index.digest:
-        # The stored index may come from another number of threads, which round differently.
+        # The stored index may have been built with another number of threads, which round differently.
         index = build_index(section, study.data, seed=study.recipe.seed, fresh=True)
     if again.digest == index.digest:
         return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
@@ -446,21 +446,21 @@ def item_index(study: Study) -> Check | None:
     return Check(name, result, "leak", tuple(moved[:_SHOWN]))
 
 
-# --------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------- training examples and prompts
 
 
 # Shorter texts ("good", "love it") are written by many users about many items.
 _TELLING = 24
-# The length of the beginning that is searched for in prompts, which truncate longer texts.
+# Number of characters to search for in prompts, which truncate long texts.
 _TEXT = 120
-# Template variables with the title of the item that a template asks about, and its code.
+# Template variables for the title and for the code of the item that a template asks about.
 _TITLES, _CODES = re.compile(r"\bitem\.title\b"), re.compile(r"\bitem(?:\.code|_id)\b")
-# The number of rows of a family, and of requests, that are rendered again with other held-out data.
+# Number of training examples per task, and of requests, that are rendered again with other held-out data.
 _ROWS, _REQUESTS = 5000, 200
 
 
 class _Secrets:
-    """Titles and texts of a user's held-out items that are not in the user's training interactions.
+    """Titles and texts of a user's held-out items that do not occur in the user's training interactions.
 
     With an index, for templates that write codes, these are codes instead of titles.
     """
@@ -490,12 +490,12 @@ class _Secrets:
                     self.titles[user][title] = item
                 for whole in parts(user, item, text):
                     message = whole[:_TEXT]
-                    # Some users repeat sentences: a text that is also in training is no secret.
+                    # Some users repeat sentences: a text that is also in training reveals nothing.
                     if len(message) >= _TELLING and not any(message in earlier for earlier in wrote[user]):
                         self.texts[user][message] = item
 
     def shown(self, user: str, segments: Iterable[Segment], drawn: Mapping[str, int] | None = None) -> Iterator[str]:
-        """Yield the held-out items of a user that segments show by title or text.
+        """Yield the held-out items of a user whose title or text occurs in a prompt.
 
         Args:
             user: The user of the items.
@@ -515,7 +515,7 @@ class _Secrets:
             )
 
     def negatives(self, example: Example, template: Template) -> Mapping[str, int]:
-        """Return the titles of a row's drawn negatives, and their permitted number of occurrences in its question.
+        """Return the titles of randomly drawn negatives, and how often each may occur in the question.
 
         The number is that of the candidate named least often, or that of the item in a template about one item: a
         held-out item that is also in the history, or in a hint, occurs once more. Questions without candidates or an
@@ -530,12 +530,12 @@ class _Secrets:
         else:
             named = Counter(clean(segment.text) for segment in _segments(example.messages) if segment.kind != "text")
             listed = texts + Counter(self._written[item] for _, item in example.pairs[-1:])
-            # A title that is truncated or escaped is not found, and does not affect the others.
+            # A truncated or escaped title is not found, which does not affect other titles.
             often = min((named[text] // times for text, times in listed.items() if named[text]), default=0)
         return {text: times * often for text, times in texts.items()}
 
     def drawn(self, example: Example) -> Counter[str]:
-        """Return the titles of a row's drawn negatives with the number of times that each was drawn."""
+        """Count how often each title was drawn as a negative of a training example."""
         return Counter(self._written[item] for item in example.negatives)
 
 
@@ -546,7 +546,7 @@ def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> It
 
 
 def training_rows(study: Study, family: str, count: int) -> Check:
-    """Check the training rows of a family for held-out pairs, both those that a row declares and those in its text.
+    """Check the training examples of a task for held-out pairs, as declared by the example and in its text.
 
     A held-out item may be a negative, since negatives are drawn without reading held-out data (`rows_drawn_again`).
     It may occur nowhere else.
@@ -570,7 +570,7 @@ def training_rows(study: Study, family: str, count: int) -> Check:
 
 
 def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
-    """Yield the first rows of a task's stream; if rows are packed, also the same number that share a history."""
+    """Yield the first training examples of a task; with packing, also the same number that share a history."""
     section = study.recipe.train
     if section.reward is not None:
         template = task.eval_templates[0]
@@ -593,14 +593,14 @@ def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[s
     question = tuple(_segments(example.messages))
     yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
     yield from secrets.shown(example.user_id, example.answer)
-    # Rejected texts are by other users, who may have written the same.
+    # Rejected texts are written by other users, who may have written the same.
     if family_of(example.task).answers_with_items:
         rejected = [Segment("target", text) for text in example.rejected]
         yield from secrets.shown(example.user_id, rejected, secrets.drawn(example))
 
 
 def questions(study: Study, family: str) -> Check:
-    """Check that no question contains its answer, in the history, a profile or elsewhere in the rendered prompt."""
+    """Check that no prompt contains its answer, in the history, the profile or elsewhere."""
     cases, places = study.cases(family), []
     titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
     for case in cases:
@@ -615,15 +615,15 @@ def questions(study: Study, family: str) -> Check:
 
 
 def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
-    """Yield the templates whose prompt contains the answer; ``titles`` are those of the catalogue if it is an item."""
+    """Yield the templates whose prompt contains the answer; ``titles`` are all catalogue titles if it is an item."""
     data, request = study.task_data(family), case.request
     kind = family_of(family)
     ranked = kind.answers_with_items
     secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
-    # A review may contain the words of its headline: finding them there is the task.
+    # A review may contain the words of its headline, which the task is to find.
     if kind.quotes or (not ranked and len(secret) < _TELLING):
         return
-    # A text that the user also wrote about an earlier item ("as described") is no secret: it is in the history.
+    # A text that the user also wrote about an earlier item ("as described") is part of the history.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
         return
     others = {data.dataset.titles[event.item_id] for event in request.history}
@@ -634,7 +634,7 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
                 continue
             asked = replace(request, candidates=(other,))
         prompt = study.tasks[family].prompt(asked, template=template.name)
-        # Candidates include the answer.
+        # Candidates always include the answer.
         listed = asked.candidates is not None and str(case.truth) in asked.candidates and kind.lists
         codes, shows_titles = _secret_forms(kind, template)
         index = study.codes(family)
@@ -659,15 +659,15 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
 
 
 def _other_than(case: Case, data: SplitDataset) -> str | None:
-    """Return a candidate with another title than the answer; a prompt about it must not name the answer."""
+    """Return a candidate with another title than the answer; a prompt about it must not contain the answer."""
     titles, truth = data.dataset.titles, str(case.truth)
     return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
 
 
 def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
-    """Return whether a template's prompt must not contain the code of the answer, and its title."""
+    """Whether the prompt of a template must not contain the code of the answer, and whether not its title."""
     if family.candidates == "items":
-        # The question contains either the title or the code; the other one is the answer.
+        # The prompt contains either the title or the code, and the answer is the other one.
         return template.answers_with_code, not template.answers_with_code
     return template.writes_codes, template.writes_titles or not template.writes_codes
 
@@ -689,11 +689,11 @@ def shots(study: Study, family: str) -> Check:
     return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
 
 
-# --------------------------------------------------------------------------- made again from other held-out data
+# --------------------------------------------------------------------------- rendering with other held-out data
 
 
 def rows_drawn_again(study: Study, family: str, count: int) -> Check:
-    """Check that training rows do not depend on held-out interactions: text, order and negatives."""
+    """Check that the text, order and negatives of training examples do not depend on held-out interactions."""
     made, count = study.training_tasks[family], min(count, _ROWS)
     toward = _toward(study, family, map(_shown, _drawn(study, made, count)))
     other = _again(study, family, toward, study.training_seed)
@@ -703,7 +703,7 @@ def rows_drawn_again(study: Study, family: str, count: int) -> Check:
 
 
 def validation_rows_drawn_again(study: Study, family: str) -> Check:
-    """Check that rows of validation losses do not depend on test interactions."""
+    """Check that the examples of validation losses do not depend on test interactions."""
     limit = study.recipe.train.valid_rows // max(len(study.tasks), 1)
     rows = list(study.tasks[family].examples("valid", limit))
     toward = _toward(study, family, map(_shown, rows))
@@ -713,7 +713,7 @@ def validation_rows_drawn_again(study: Study, family: str) -> Check:
 
 
 def shots_drawn_again(study: Study, family: str) -> Check:
-    """Check that few-shot examples do not depend on held-out interactions; the requests stay the same."""
+    """Check that few-shot examples do not depend on held-out interactions."""
     task, shots = study.tasks[family], study.recipe.eval.shots.k
     asked = [way for case in study.cases(family)[:_REQUESTS] for way in _ways(study, family, case.request)]
     made = [_prompt(task, way, shots) for way in asked]
@@ -733,7 +733,7 @@ def shots_drawn_again(study: Study, family: str) -> Check:
 
 
 def positions_drawn_again(study: Study, family: str) -> Check | None:
-    """Check that questions for position bias do not depend on held-out interactions; None if there are none."""
+    """Check that prompts for position bias do not depend on held-out interactions; None without such prompts."""
     section = study.recipe.eval
     if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
         return None
@@ -751,7 +751,7 @@ _Way = tuple[Request, Template, Want]
 
 
 def _ways(study: Study, family: str, request: Request) -> Iterator[_Way]:
-    """Yield the evaluation prompts of a request: every template, about all candidates and about a single one."""
+    """Yield the evaluation prompts of a request for every template: with all candidates, and with one candidate."""
     for template in study.eval_templates(family):
         one, asks = replace(request, candidates=(request.candidates or ())[:1]), asks_for(template)
         if not family_of(family).lists:
@@ -778,12 +778,12 @@ def _shown(row: Example) -> tuple[str, Iterable[Segment], Iterable[str]]:
 def _again(
     study: Study, family: str, toward: Mapping[str, Sequence[str]], seed: int, splits: Sequence[str] = ("valid", "test")
 ) -> Task:
-    """Return a family's task over data with other held-out interactions, and the same candidates and codes."""
+    """Return a task on data with other held-out interactions, and the same candidates and codes."""
     items = study.task_data(family).dataset.items
 
     def other(data: SplitDataset) -> SplitDataset:
         for split in splits:
-            # Another table has different users and items.
+            # The second table has other users and items.
             data = redrawn(data, split, toward=toward if data.dataset.items is items else None)
         return data
 
@@ -795,7 +795,7 @@ def _again(
 def _toward(
     study: Study, family: str, shown_by: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
 ) -> Mapping[str, Sequence[str]]:
-    """Return, by user, the items that the user's rows name and that are not in the user's training interactions.
+    """Return, by user, the items that training examples mention and that are not in the user's training interactions.
 
     Other held-out items are drawn from these: a row that avoids held-out items as negatives changes if one of its own
     becomes held out. An item drawn from the whole catalogue would rarely be one that a row could show.
@@ -820,14 +820,14 @@ def _toward(
     return {user: sorted(names) for user, names in result.items() if names}
 
 
-# --------------------------------------------------------------------------- alignment
+# --------------------------------------------------------------------------- alignment of codes and titles
 
 
 FAMILY = "alignment"
 
 
 def alignment_checks(study: Study, count: int) -> Iterator[Check]:
-    """Yield the checks of the alignment task, if the study has it.
+    """Yield the checks of the alignment task, if the recipe trains it.
 
     Args:
         study: The study of the run.
@@ -855,7 +855,7 @@ def alignment_checks(study: Study, count: int) -> Iterator[Check]:
 
 
 class _Pairs:
-    """Titles and codes of held-out items."""
+    """The titles and codes of held-out items."""
 
     def __init__(self, study: Study, held: frozenset[str]) -> None:
         self._held = held
@@ -864,11 +864,11 @@ class _Pairs:
         self._items = {_line(index.encode(item)): item for item in held} if index is not None else {}
 
     def shown(self, row: Example) -> Iterator[str]:
-        """Yield the held-out items that a row declares, or shows by code and title."""
+        """Yield the held-out items that an example declares, or mentions by both code and title."""
         yield from (f"item {item}" for _, item in row.pairs if item in self._held)
         segments = chain(*(message.segments for message in row.messages), row.answer)
         lines = {_line(segment.text) for segment in segments if segment.kind != "text"}
-        # A code of digits may equal a year by chance, so that a code alone is no evidence.
+        # A code of digits may equal a year by chance, so a code alone proves nothing.
         for item in sorted(self._items[text] for text in lines & self._items.keys()):
             if self._titles[item] in lines:
                 yield f"code and title of item {item}"
@@ -879,7 +879,7 @@ def _line(text: str) -> str:
 
 
 def _wrong(case: Case, part: set[str]) -> Iterator[str]:
-    """Yield the errors of a candidate set, which must contain the answer, and only items of the evaluated part."""
+    """Yield the errors of a candidate set: it lacks the answer, or has items of another part of the split."""
     candidates, name = case.request.candidates or (), case.request.id
     if case.truth not in candidates:
         yield f"request {name}: the answer is missing"

@@ -1,4 +1,4 @@
-"""Training objectives of a recipe: targets of rows, rewards of rollouts, and the validation metric of a judge."""
+"""Builds the training objectives of a recipe: losses, rewards, and the validation metric that selects a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
-    """Return the classes that replace target tokens if the recipe trains a rating head."""
+    """Return the classes of the rating head, if the recipe trains one; they replace target tokens."""
     rating = study.recipe.tasks.rating
     if rating is None or rating.head is None:
         return None
@@ -90,7 +90,7 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
 
 
 def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels | None:
-    """Return the labels of training rows if the recipe trains soft prompts."""
+    """Return the answer labels of training examples, if the recipe trains soft prompts."""
     train = study.recipe.train
     if train.method not in METHODS:
         return None
@@ -119,7 +119,7 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
 
 
 def _label_answers(study: Study, family: str) -> Iterator[str]:
-    """Yield all answers of a family whose answers are labels (ratings or probabilities)."""
+    """Yield all possible answers of a task whose answers are ratings or probabilities."""
     if family_of(family).answer not in (Rating, Probability):
         return
     task, anybody = study.tasks[family], Request(id="labels", user_id="")
@@ -129,21 +129,21 @@ def _label_answers(study: Study, family: str) -> Iterator[str]:
 
 
 def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
-    """Return the soft prompt for the labels of the training rows; later labels are not added."""
+    """Return the soft prompt for the labels of the training examples; labels that occur later are not added."""
     labels.closed = True
     result = tuple(labels.ids)
     return SoftPrompt(study.recipe.train.soft.prompts, result, tied=labels.tied, seed=study.training_seed)
 
 
-# --------------------------------------------------------------------------- rewarding
+# --------------------------------------------------------------------------- rewards
 
 
-# The number of consecutive questions that are too long after which training ends with an error.
+# Number of consecutive prompts that are too long after which training stops with an error.
 _PATIENCE = 2000
 
 
 def rewarded(study: Study, *, paired: bool) -> str:
-    """Return the family that is trained with reinforcement learning."""
+    """Return the task that is trained with reinforcement learning."""
     section = _section(study)
     (family, *others) = study.shares
     why = ""
@@ -172,7 +172,7 @@ def rewarded(study: Study, *, paired: bool) -> str:
 
 
 def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[TokenRow]]) -> Plan:
-    """Group training questions into the optimiser steps of the recipe.
+    """Group training prompts into the optimiser steps of the recipe.
 
     The size of a question includes the tokens of its rollouts.
 
@@ -214,7 +214,7 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
 
 
 def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjective:
-    """Return the reward objective of planned questions."""
+    """Return the reward objective for planned prompts."""
     from llmrec.train.reward.objective import RewardObjective
 
     section, (family,) = _section(study), planned.rows
@@ -237,7 +237,7 @@ def _section(study: Study) -> RewardSection:
 
 
 def _catalogue(study: Study, encoder: Encoder, family: str) -> Catalogue:
-    """Return the token paths of all items, as written by the first evaluation template."""
+    """Return the token sequences of all items, as written by the first evaluation template."""
     task = study.training_tasks[family]
     template = task.eval_templates[0]
     anybody = Request(id="catalogue", user_id="")
@@ -245,19 +245,19 @@ def _catalogue(study: Study, encoder: Encoder, family: str) -> Catalogue:
     return encoder.catalogue(task.continuations(anybody, template=template), stop)
 
 
-# --------------------------------------------------------------------------- judging
+# --------------------------------------------------------------------------- checkpoint selection
 
 
 METRIC = "NDCG@10"
 
 
 def judged(study: Study) -> list[str]:
-    """Return the trained families that rank items for users; a model in training is evaluated on the first."""
+    """Return the trained tasks that rank items for users; the model in training is evaluated on the first of them."""
     return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
 
 
 def judges(study: Study) -> frozenset[str]:
-    """Return the validation users for models in training; none of them weighs an ensemble."""
+    """Return the validation users on which a model in training is evaluated; none of them fits ensemble weights."""
     section, able = study.recipe.train.judge, judged(study)
     if section is None or not able:
         return frozenset()
@@ -267,7 +267,7 @@ def judges(study: Study) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Judge:
-    """Evaluates a model in training on the validation cases of one family.
+    """Evaluates a model in training on the validation cases of one task.
 
     Attributes:
         study: The study, with the candidate sets of its validation split.
@@ -285,7 +285,7 @@ class Judge:
 
     @staticmethod
     def of(study: Study, encoder: Encoder) -> Judge | None:
-        """Return the judge of a recipe; None if it has none."""
+        """Return the `Judge` of a recipe; None if the recipe does not evaluate during training."""
         section = study.recipe.train.judge
         if section is None:
             return None
@@ -313,7 +313,7 @@ class Judge:
         return Judge(asked, family, task, cases, encoder)
 
     def model(self, model: torch.nn.Module) -> float:
-        """Return NDCG@10 of a model in training with the family's first strategy; leaves it in evaluation mode."""
+        """Compute NDCG@10 of a model in training with the first strategy of the task; leaves it in evaluation mode."""
         section = self.study.recipe.eval
         # Adapters are part of the model's modules, so the backend needs no change.
         live = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -328,14 +328,14 @@ class Judge:
         return self.figure(strategy_of(name, asker, **options))
 
     def figure(self, predictor: Predictor) -> float:
-        """Return NDCG@10 of a predictor."""
+        """Compute NDCG@10 of a predictor."""
         result = evaluate(predictor, self.cases, name=self.family, kind=Ranking, protocol=self._protocol)
         value = result.figures.metrics[METRIC].value
         assert value is not None
         return value
 
     def controls(self) -> dict[str, float]:
-        """Return NDCG@10 of the family's baselines and of their ensembles, by name."""
+        """Compute NDCG@10 of the baselines of the task and of their ensembles, by name."""
         weighing = Weighing(self.study)
         weighers = weighing.cases(self.family)
         data, result, parts = self.study.task_data(self.family), {}, []

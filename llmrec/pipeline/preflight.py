@@ -1,4 +1,4 @@
-"""Checks of a recipe that take seconds: before a run begins, and by `llmrec check`."""
+"""Quick checks of a recipe, before a run begins and for `llmrec check`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
 
 
 def refuse_together(recipe: Recipe) -> None:
-    """Reject a loss that is not a sum over targets in training with several processes."""
+    """Reject a loss that cannot be split by targets, if several processes train together."""
     teacher = recipe.train.teacher
     if processes.size() > 1 and teacher is not None and teacher.relations:
         raise RecipeError(
@@ -78,7 +78,7 @@ def refuse_engine(recipe: Recipe) -> None:
 
 
 def refuse_shape(recipe: Recipe) -> None:
-    """Reject a new encoder-decoder with vLLM before it is created."""
+    """Reject vLLM for a new encoder-decoder, before the model is created."""
     shape = recipe.model.shape
     if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
         raise RecipeError(
@@ -90,7 +90,7 @@ def refuse_shape(recipe: Recipe) -> None:
 
 
 def refuse_weights(recipe: Recipe) -> None:
-    """Reject a local model folder without loadable weights."""
+    """Reject a local model folder whose weights cannot be loaded."""
     folder = Path(recipe.model.name).expanduser()
     section = recipe.eval
     loaded = "tuned" in section.arms or section.backend in ("auto", "hf", "vllm") or section.scorer in ("hf", "vllm")
@@ -108,7 +108,7 @@ def refuse_weights(recipe: Recipe) -> None:
 
 
 def _writable(recipe: Recipe) -> Recipe:
-    """Return a recipe without the feature store of its run, if that is not written yet."""
+    """Return the recipe without the feature store that the run itself will write."""
     store, texts = folder_of(recipe, None) / FEATURES, recipe.data.texts
     refuse_other_store(recipe, store)
     if recipe.augment is None or texts is None or (store / "current").is_file():
@@ -117,13 +117,13 @@ def _writable(recipe: Recipe) -> Recipe:
 
 
 def checked_study(recipe: Recipe) -> Study:
-    """Build a recipe's study with all checks of a run, without loading weights or writing a folder."""
+    """Build the study of a recipe with all checks of a run, without loading weights or writing files."""
     study = build_study(_writable(recipe))
     refuse_unknown(study)
     asks = bool(recipe.eval.arms)
     refuse(recipe, asks=asks)
     if recipe.eval.backend == "openai" and recipe.eval.server is not None:
-        # A run may have all answers in its cache, so only this check requires the key.
+        # Only this check requires the API key, because a run may have all answers in its cache.
         key_of(recipe.eval.server)
     if not asks:
         return study
@@ -150,12 +150,12 @@ def checked_study(recipe: Recipe) -> Study:
 
 
 def tokenizer_of(study: Study, base: str) -> tuple[Encoder, bool]:
-    """Open the tokenizer, and return whether the model is an encoder-decoder; without transformers if possible."""
+    """Load the tokenizer, if possible without transformers, and return whether the model is an encoder-decoder."""
     recipe = study.recipe
-    # The tokenizer is compared with that of the run that training builds on.
+    # The tokenizer is compared with the tokenizer of the run that training continues.
     if recipe.train.start is None and recipe.train.teacher is None and is_plain_decoder(base, recipe.model):
         tokenizer = plain_tokenizer(base, recipe.model)
-        with suppress(LlmrecError):  # transformers decides about a tokenizer that was rejected
+        with suppress(LlmrecError):  # transformers may support a tokenizer that was rejected here
             if tokenizer is not None:
                 return encoder_of(study, base, tokenizer), False
     encoder = encoder_of(study, base)

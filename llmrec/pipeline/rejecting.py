@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _DRAWN = ("uniform", "popularity", "ratings")
 BEAM = "beam"
 """The value of ``train.preference.rejected`` for items found by the model itself."""
-# The number of a user's training events that the model is queried about.
+# Number of training interactions per user for which the model is queried.
 _EVENTS = 4
 
 
 def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> EventLists | None:
-    """Return the finder of rejected items of ``train.preference.rejected``; None if they are drawn at random.
+    """Return the hard-negative source of ``train.preference.rejected``; None if negatives are drawn at random.
 
     Args:
         recipe: A recipe with preference optimisation.
@@ -48,20 +48,20 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
 
 
 class Beams:
-    """Finds rejected items by beam search with the model that training starts from.
+    """Finds hard negatives by beam search with the model that training starts from.
 
     It searches for a few training events of a user when the user's first row is built, with the earlier events as
     history. The user's training items are excluded, as for all rejected items.
     """
 
     def __init__(self, recipe: Recipe, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> None:
-        """Set up; see `hard_of`."""
+        """Prepare the search; see `hard_of`."""
         self._recipe, self._data, self._seed, self._plain = recipe, data, seed, plain
         self._task: Task | None = None
         self._found: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return indices of a user's training events, and the model's best items that the user has not chosen."""
+        """Return indices of a user's training interactions, with the model's top items that the user has not chosen."""
         if user not in self._found:
             self._found[user] = self._search(user)
         return self._found[user]
@@ -82,7 +82,7 @@ class Beams:
         asked = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
         results = []
         for at, answer in zip(drawn, ranker.answer(asked), strict=True):
-            assert isinstance(answer, Ranking)  # a search always returns a ranking
+            assert isinstance(answer, Ranking)  # the result of a search is always a ranking
             if len(answer.items) < section.negatives:
                 raise DataError(
                     f"user {user!r} has had all but {len(answer.items)} of the items in training; set "
@@ -96,7 +96,7 @@ class Beams:
 
 @lru_cache(maxsize=1)
 def _opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
-    """Load a tuned model; it is kept until `close`."""
+    """Load a tuned model and keep it until `close` is called."""
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend
     from llmrec.models.load import device, load_model, load_tokenizer
@@ -106,7 +106,7 @@ def _opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backe
 
 
 def close() -> None:
-    """Release the model, whose memory training needs."""
+    """Release the model, because training needs its memory."""
     if _opened.cache_info().currsize:
         from llmrec.models.load import release_memory
 

@@ -1,4 +1,4 @@
-"""Writes results.json, predictions.parquet and items.parquet from finished rows."""
+"""Writes results.json, predictions.parquet and items.parquet."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from llmrec.types import Case, Ranking
 
 @dataclass(frozen=True)
 class Written:
-    """The content of ``results.json`` with its sha256, and the predictions."""
+    """The written ``results.json`` with its SHA-256, and the predictions."""
 
     results: dict[str, Any]
     sha256: str
@@ -58,7 +58,7 @@ def write_results(
     missing: Sequence[Unevaluated] = (),
     choice: Choice | None = None,
 ) -> Written:
-    """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder, each atomically.
+    """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder.
 
     ``missing`` are the rows that no engine could answer. ``budget`` has the cost of each stage in its last execution: a
     stage that this invocation reused keeps its cost.
@@ -117,7 +117,7 @@ def write_results(
 
 
 def too_wide(study: Study) -> str:
-    """Return a warning about cutoffs not below the number of drawn candidates; empty if there are none."""
+    """Return a warning about cut-offs that are not smaller than the number of candidates; empty if there are none."""
     section, drawn = study.recipe.eval, study.candidates
     if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
         return ""
@@ -125,7 +125,7 @@ def too_wide(study: Study) -> str:
 
 
 def of_another(file: Path, key: str, hashed: str) -> str:
-    """Return a warning if the results of another recipe will be overwritten; empty otherwise.
+    """Return a warning if results of another recipe will be overwritten; empty otherwise.
 
     Args:
         file: The results file.
@@ -142,7 +142,7 @@ def of_another(file: Path, key: str, hashed: str) -> str:
 
 
 def _spent_before(path: Path, hashed: str) -> dict[str, float]:
-    """Read the stage costs of an earlier run of the same recipe, if there is one."""
+    """Return the seconds per stage of an earlier run of the same recipe, if there is one."""
     try:
         earlier = checked(path.read_bytes())
         return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
@@ -173,14 +173,14 @@ def describe(data: SplitDataset) -> DataInfo:
 
 
 def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
-    """Return notes on rows that were not evaluated, by reason."""
+    """Yield notes on models that were not evaluated, grouped by reason."""
     for reason, count in Counter(row.reason for row in missing).items():
         what = "1 model was" if count == 1 else f"{count} models were"
         yield f"{what} not evaluated: {reason}. Run the same command again to evaluate them."
 
 
 def notes(study: Study) -> list[str]:
-    """Return notes for readers of the tables."""
+    """Return notes for readers of the result tables."""
     results = []
     for data in filter(None, (study.data, study.reviews)):
         if data.dataset.made:
@@ -267,7 +267,7 @@ def _training_notes(study: Study) -> list[str]:
 
 
 def _ceilings(study: Study) -> dict[str, float]:
-    """Return the share of targets among their retrieved candidates, by family; empty if candidates are drawn."""
+    """Return the share of requests whose retrieved candidates include the target, by task; empty without retrieval."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
     asked = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
@@ -279,7 +279,7 @@ def _ceilings(study: Study) -> dict[str, float]:
 
 def _candidates(study: Study) -> dict[str, Candidates | None]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
-    # Families may have different users: the highest ceiling is valid for all.
+    # Tasks may have different users: the highest share is an upper bound for all.
     most = max(_ceilings(study).values(), default=None)
     return {
         name: Candidates(digest=sets.digest, count=sets.count, kind=sets.kind, ceiling=most if name == "main" else None)
@@ -339,7 +339,7 @@ ITEMS: Mapping[str, Any] = {"table": pl.String, "item_id": pl.String, "training"
 
 
 def write_predictions(study: Study, rows: Sequence[ResultRow], path: Path) -> pl.DataFrame:
-    """Write one line per row and request, and return the table.
+    """Write the predictions, one line per model and request, and return them as a table.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -375,7 +375,7 @@ def _requests(data: SplitDataset, cases: Sequence[Case]) -> Iterator[dict[str, o
 
 
 def write_items(study: Study, path: Path) -> None:
-    """Write one line per item of each table, in the order of ids: its training interactions and users."""
+    """Write one line per item, sorted by id, with its training interactions and users."""
     frames = []
     for name, data in (("main", study.data), ("reviews", study.reviews)):
         if data is None:
@@ -391,17 +391,17 @@ def write_items(study: Study, path: Path) -> None:
         frame.write_parquet(draft)
 
 
-# --------------------------------------------------------------------------- row details
+# --------------------------------------------------------------------------- details of a model
 
 
 _FOR_EACH_ROW = 100
-# The number of permuted positions drawn at a time (4 MB).
+# Permutations drawn at a time (4 MB).
 _CHUNK = 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """Positions of a row's targets among the candidates, and their ranks.
+    """The position of each target among its candidates, and its predicted rank.
 
     Attributes:
         position: Position of the target in the stored order of its candidates, from 1, shape (n,).
@@ -415,7 +415,7 @@ class Placed:
 
 
 class Details(TypedDict):
-    """Breakdowns of a row in results.json."""
+    """Results of one model by user group, item group and position."""
 
     users: int
     slices: tuple[SliceOfRow, ...]
@@ -424,7 +424,7 @@ class Details(TypedDict):
 
 
 def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> list[Details]:
-    """Return the breakdowns of each row.
+    """Return each model's results by user group, item group and position.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -468,7 +468,7 @@ def _slices(
     protocols: Mapping[str, EvalProtocol],
 ) -> tuple[SliceOfRow, ...]:
     family = row.figures.task
-    # A metric that is not a mean over requests, such as AUC, has no value per slice: log loss is sliced instead.
+    # A metric that is not a mean over requests, such as AUC, has no value per group; log loss is used instead.
     metric = mean_metric(headline[family])
     if metric not in row.values:
         return ()
@@ -491,7 +491,7 @@ def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
         return None
     sets = [case.request.candidates or () for case in cases]
     ranks = [record.rank for record in row.records]
-    # Retrieved candidates may lack the target.
+    # Retrieved candidates may not include the target.
     there = [n for n, (candidates, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in candidates]
     if not there:
         return None
@@ -505,7 +505,7 @@ def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
 
 
 def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Return HR@1 from the stored answers, for recipes without the cutoff 1."""
+    """Compute HR@1 from stored answers, for recipes without the cut-off 1."""
     standings = []
     for record, candidates in zip(row.records, sets, strict=True):
         result = json.loads(record.parsed) or {"items": (), "scores": ()}
@@ -518,7 +518,7 @@ def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
 
 
 def by_position(placed: Placed) -> tuple[AtPosition, ...]:
-    """Return HR@1 and the mean rank of each position that has requests."""
+    """Return HR@1 and the mean predicted rank for each candidate position with requests."""
     results = []
     for position in np.unique(placed.position):
         here = placed.position == position
@@ -538,9 +538,9 @@ def by_position(placed: Placed) -> tuple[AtPosition, ...]:
 def _biases(
     rows: Sequence[ResultRow], placed: Sequence[Placed | None], *, resamples: int, seed: int
 ) -> list[PositionBias | None]:
-    """Test the rows of language models for position bias; p-values are Holm-adjusted over these rows."""
+    """Test language models for position bias; p-values are Holm-adjusted over all of them."""
     tested = [row.figures.arm != "baseline" and at is not None for row, at in zip(rows, placed, strict=True)]
-    # As for comparisons: enough draws for the smallest p-value to stay small after Holm's adjustment.
+    # As for comparisons, with enough permutations for the smallest p-value to stay small after Holm's adjustment.
     resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
     results = [
         position_bias(at.position, at.rank, resamples=resamples, seed=seed) if at is not None and chosen else None
@@ -553,7 +553,7 @@ def _biases(
 def position_bias(
     position: NDArray[np.int64], rank: NDArray[np.float64], *, resamples: int, seed: int
 ) -> PositionBias | None:
-    """Test whether the target's rank depends on its position, with the statistic of Kruskal and Wallis (JASA 1952).
+    """Test whether predicted ranks of targets depend on their position (statistic of Kruskal and Wallis, JASA 1952).
 
     Positions are drawn at random when candidate sets are made, so without a bias every assignment of positions to
     requests is equally likely, for any users and items: p is the share of drawn assignments with at least the observed
@@ -577,7 +577,7 @@ def position_bias(
         return None
 
     def explained(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        # The sum of squares between positions over the total; values are grouped by position.
+        # Ratio of the sum of squares between positions and the total; values are grouped by position.
         return (np.add.reduceat(values, starts, axis=-1) ** 2 / sizes).sum(axis=-1) / total  # type: ignore[no-any-return]
 
     observed = float(explained(y))

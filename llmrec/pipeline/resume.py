@@ -1,4 +1,4 @@
-"""Run folders: locking, protection of foreign files, and stored stages that a later run reuses."""
+"""Run folders: locks, protection of files of other programs, and stored stages that a later run reuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]) -> dict[str, Any] | None:
-    """Return a stage stored by `write_checked` if it has the same inputs; otherwise None.
+    """Return a stage stored by `write_checked` if its inputs are unchanged; otherwise None.
 
     Args:
         path: Its file.
@@ -45,7 +45,7 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
 
 
 class Budget:
-    """Seconds by stage, in the order of execution.
+    """Wall-clock seconds by stage, in the order of execution.
 
     Args:
         quiet: Write no log lines while a stage is running.
@@ -58,7 +58,7 @@ class Budget:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a stage, without that of nested stages."""
+        """Measure the time of a block as part of a stage; the time of nested stages is not included."""
         begin = time.monotonic()
         self._inner.append(0.0)
         try:
@@ -71,13 +71,13 @@ class Budget:
                 self._inner[-1] += spent
 
     def add(self, name: str, seconds: float) -> None:
-        """Add seconds of a killed run whose work this one continues."""
+        """Add the seconds that an interrupted run spent on a stage."""
         self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
 @contextmanager
 def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
-    """Lock a folder against other processes.
+    """Hold the lock of a folder against other processes.
 
     Args:
         folder: The folder; created if missing, accessible to its owner only.
@@ -106,7 +106,7 @@ def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> I
             yield
 
 
-# --------------------------------------------------------------------------- claiming
+# --------------------------------------------------------------------------- protecting folders
 
 
 LOCK = ".lock"
@@ -123,7 +123,7 @@ SUITE = ("rows", "models", LOG)
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -> None:
-    """Reject a folder with foreign files that could be overwritten.
+    """Reject a folder whose files were not written by llmrec and could be overwritten.
 
     Args:
         folder: The folder, which may be missing.
@@ -149,7 +149,7 @@ def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -
 
 
 def open_lock(folder: Path) -> IO[str]:
-    """Open a folder's ``.lock`` without following a link or changing its content."""
+    """Open the ``.lock`` file of a folder without following links or changing its content."""
     path = folder / LOCK
     refuse_link(path)
     if path.exists() and not path.is_file():
@@ -161,7 +161,7 @@ def open_lock(folder: Path) -> IO[str]:
 
 
 def mark(lock: IO[str]) -> None:
-    """Mark a new lock as llmrec's."""
+    """Mark a new lock file as created by llmrec."""
     if os.fstat(lock.fileno()).st_size == 0:
         lock.write(_MARK)
         lock.flush()

@@ -1,4 +1,4 @@
-"""The rows of a study, and the settings that affect each row."""
+"""Lists the models that a recipe evaluates, with the settings that affect each result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEBIAS = ("debias", "debias_questions")
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A row of the report before it is evaluated: family, setting, predictor and prompt."""
+    """A model to evaluate: its task, setting, predictor and prompt template."""
 
     family: str
     arm: Arm
@@ -37,18 +37,18 @@ class RowSpec:
 
     @property
     def id(self) -> str:
-        """The name of the row, unique in a run."""
+        """Id of the model, unique in a run."""
         parts = [self.family, self.arm, self.predictor]
         return "/".join([*parts, self.template.name] if self.template else parts)
 
     @property
     def joins(self) -> bool:
-        """Whether the row is an ensemble of other rows."""
+        """Whether the model is an ensemble of others."""
         return self.predictor in FUSIONS.values()
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """The description of the row in records."""
+        """Fields that describe the model in results."""
         return {
             "id": self.id,
             "task": self.family,
@@ -61,7 +61,7 @@ class RowSpec:
 
 
 def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
-    """Return whether a family is evaluated in a setting; one without a weight has no tuned rows."""
+    """Whether a task is evaluated in a setting; a task without training weight has no tuned model."""
     section = recipe.tasks.present()[family]
     if arm == "tuned" and section.weight == 0:
         return False
@@ -69,7 +69,7 @@ def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
 
 
 def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
-    """Yield the rows of a study in a setting."""
+    """Yield the models to evaluate in a setting."""
     for family, task in study.tasks.items():
         section = study.section(family)
         if arm == "baseline":
@@ -87,18 +87,18 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
 
 
 def profile_of(study: Study, family: str) -> str:
-    """Return the hash of the template of a two-step ranking's first step."""
+    """Return the hash of the template for the first step of two-step ranking."""
     return study.tasks[family].profile_template.sha
 
 
 def files_of(spec: RowSpec, study: Study) -> Hashes:
-    """Return hashes of the files that a row reads in addition to the data; usually none."""
+    """Return hashes of files that a model reads in addition to the data; usually none."""
     known = study.baselines(spec.family) if spec.arm == "baseline" else ()
     return next((hashes_of(item.name, item.parameters) for item in known if item.label == spec.predictor), {})
 
 
 def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
-    """Return the registry entries whose code makes a row."""
+    """Return the registry entries whose code affects a model's answers."""
     family = TASKS, written(spec.family)
     if spec.template is not None:
         return [family, (STRATEGIES, spec.predictor)]
@@ -107,7 +107,7 @@ def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
 
 
 def unused_settings(spec: RowSpec, study: Study) -> set[str]:
-    """Return the evaluation keys without effect on a row; those of its strategy are added by `asking_of`."""
+    """Return the evaluation settings without effect on a model, except its strategy's settings; see `asking_of`."""
     family, model = family_of(spec.family), spec.template is not None
     named = {f"tasks.{task}" for task in study.tasks if task != spec.family}
     named |= {f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS) for key in keys}
@@ -120,7 +120,7 @@ def unused_settings(spec: RowSpec, study: Study) -> set[str]:
 
 
 def encoder_stamp(spec: RowSpec, study: Study) -> str | None:
-    """Return the stamp of the text encoder if prompts show similar items."""
+    """Return the identity of the text encoder if prompts show similar items."""
     near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
     relevant = spec.template is not None and study.section(spec.family).past == "relevant"
     return text_embedder(study.recipe.encoder).stamp if near or relevant else None
@@ -133,7 +133,7 @@ def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
 
 
 def protocol_of(study: Study, family: str) -> EvalProtocol:
-    """Return the evaluation protocol of a family's table."""
+    """Return the evaluation protocol of a task."""
     recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
     return EvalProtocol(
         split=f"{data.kind}/{recipe.eval.split}",
@@ -155,12 +155,12 @@ def _candidates(sets: CandidateSection, family: str) -> str:
 
 
 def left_out(spec: RowSpec, study: Study) -> str:
-    """Return a note if a family was not trained; otherwise an empty text."""
+    """Return a note if a task was not trained; otherwise an empty text."""
     return "; trained only on other tasks" if spec.arm == "tuned" and spec.family not in study.shares else ""
 
 
 def inputs_of(spec: RowSpec, study: Study) -> str:
-    """Describe the input of a row."""
+    """Describe the input of a model."""
     task = study.tasks[spec.family]
     fitted = "; calibrated on the validation split" if task.calibrates else ""
     if spec.template is not None:

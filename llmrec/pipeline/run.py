@@ -1,4 +1,4 @@
-"""`llmrec run`: the stages of a recipe in order; a stage with unchanged inputs is reused."""
+"""Runs the stages of a recipe in order, and reuses stages whose inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class Checked(Displayed):
 def check(
     recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = (), *, data: Any = None, items: Any = None
 ) -> Checked:
-    """Check a recipe, its data, names and model like `run`, without weights and without a run folder.
+    """Check the recipe, its data, component names and model, without loading weights or creating a run folder.
 
     Args:
         recipe: See `run`.
@@ -209,7 +209,7 @@ def check(
 
 
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
-    """Train a recipe's model, and return the training record.
+    """Train the model of a recipe, and return the training record.
 
     In several processes (torchrun), the first one writes the folder and the others read its results.
 
@@ -248,7 +248,7 @@ def as_folder(run: Run | str | Path) -> Path:
 
 
 def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
-    """Build ensembles of the rows of finished runs over the same cases, with weights fitted on validation users.
+    """Build ensembles of the models of several finished runs, with weights fitted on validation users.
 
     Args:
         runs: Finished runs, or their folders.
@@ -263,7 +263,7 @@ def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
 
 
 def report(folder: Path) -> Path:
-    """Write the report of a run folder and return the page's path.
+    """Write the report of a run folder and return the path of its HTML page.
 
     It shows stored results, so plug-ins that cannot be imported are not an error.
     """
@@ -276,7 +276,7 @@ def report(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """The language model of a study.
+    """The language model of a recipe.
 
     Attributes:
         encoder: Its tokenizer.
@@ -294,7 +294,7 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class Session:
-    """A study with its run folder, its budget and, if it has one, its language model.
+    """An open run: its study, folder, stage times and, if needed, language model.
 
     ``item_index`` is the report's line on the index.
     """
@@ -308,17 +308,17 @@ class Session:
 
     @property
     def encoder(self) -> Encoder:
-        """The model's tokenizer."""
+        """Tokenizer of the model."""
         return self._asked.encoder
 
     @property
     def base(self) -> str:
-        """The folder of the model before training."""
+        """Folder of the model before training."""
         return self._asked.base
 
     @property
     def start(self) -> str:
-        """The folder that training continues from."""
+        """Folder of the model that training starts from."""
         return self._asked.start
 
     @property
@@ -327,7 +327,7 @@ class Session:
         return self.model
 
     def trained(self) -> Trained | None:
-        """Return the training record of this recipe in the folder, or None."""
+        """Return the record of this recipe's training if the folder has it, or None."""
         return trained(self.study, self.model.start, self.folder) if self.model else None
 
     def tuned(self, home: Path) -> Trained | None:
@@ -346,14 +346,14 @@ class Session:
         return result
 
     def train(self) -> Trained:
-        """Train, or reuse the stored adapter."""
+        """Train the model, or reuse the stored adapter."""
         teacher = self._asked.teacher
         return train_stage(
             self.study, self.encoder, self.start, self.folder, self.budget, teacher=teacher, quiet=self.quiet
         )
 
     def evaluation(self) -> Evaluation:
-        """Return the evaluation of the recipe's rows, which are stored in the folder."""
+        """Return the evaluation of the recipe's models, which stores results in the folder."""
         encoder = self.model.encoder if self.model else None
         return Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
 
@@ -364,7 +364,7 @@ class Session:
         missing: tuple[Unevaluated, ...],
         choice: Choice | None,
     ) -> Written:
-        """Write rows, comparisons and ``results.json``, and send metrics to trackers.
+        """Write models, comparisons and ``results.json``, and send metrics to experiment trackers.
 
         Args:
             rows: All evaluated rows.
@@ -419,12 +419,12 @@ class Session:
         if self.model is None:
             return {}
         if recipe.eval.server is not None:
-            # At most the tokenizer of the model folder is used.
+            # Needs at most the tokenizer of the model folder.
             return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
         return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:
-        """Check the run for test leakage; a run that leaks gets no report."""
+        """Check the run for test leakage; a run with a leak gets no report."""
         kept = self.folder / "audit-baselines.json"
         checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
         lines = audit.write(self.folder, checks, of=written.sha256)
@@ -437,7 +437,7 @@ class Session:
 def open_session(
     recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None, trains: bool = False
 ) -> Session:
-    """Build the study, resolve the model, and write the resolved recipe, candidates and index to the run folder.
+    """Build the study, open the model, and write the resolved recipe, candidates and index to the run folder.
 
     Args:
         recipe: The recipe. Without ``eval.arms`` it evaluates classic recommenders and needs no language model.
@@ -468,7 +468,7 @@ def open_session(
 
 
 def _beside(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
-    """Open a session in a folder that another process has opened, without writing to it."""
+    """Open a session in a folder that another process uses, without writing to it."""
     quiet_libraries()
     budget, study = Budget(quiet=True), build_study(recipe, data)
     return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
@@ -486,22 +486,22 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         start = with_tokens(
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
-        # Untrained item tokens would take probability from the words of titles.
+        # Untrained item tokens would take probability from words of titles.
         base = base if study.untuned_without_codes() else start
         encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
         with both_places(recipe):
-            # A missing teacher is reported before a stored training is mistaken for that of another recipe.
+            # Report a missing teacher before looking for a stored training, which depends on the teacher.
             teacher = teacher_of(study, encoder, folder)
             return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)
 
 
 def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
-    """Return all metrics of finished rows, by name."""
+    """Return all metrics of the finished models, by name."""
     metrics = {f"{row.figures.id}/{name}": metric for row in rows for name, metric in row.figures.metrics.items()}
     return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:
-    """Sort settings so that those of the base model are adjacent and share one engine start."""
+    """Sort settings so that settings of the base model are adjacent and share one engine start."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

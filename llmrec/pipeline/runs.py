@@ -1,4 +1,4 @@
-"""Opens finished runs: verified weights, the start or teacher of a further training, and stored rows."""
+"""Opens finished runs: verified weights, models to continue from or to distil, and stored results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmrec.recipe.schema import DataSection, Recipe
 from llmrec.report.results import content_of, fix_for, results_of
 from llmrec.results import Results, Row
 
-# Keys of a table's section that name files.
+# Keys of a data section that name files.
 _PLACES = ("path", "items", "users", "files", "facts", "texts")
 
 
@@ -36,7 +36,7 @@ class Source:
 
 
 def open_run(run: Path) -> Source:
-    """Open a run folder and verify that its adapter is that of its training record."""
+    """Open a run folder and verify that its adapter matches its training record."""
     if not (run / "recipe.yaml").is_file():
         raise LlmrecError(
             f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart",
@@ -58,7 +58,7 @@ def open_run(run: Path) -> Source:
         raise LlmrecError(
             f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
         ) from error
-    # Validation may have ended training before the planned steps.
+    # Early stopping may have ended training before the planned steps.
     ended = recipe.train.judge is not None and "judged" in record and 0 < steps <= recipe.train.steps
     if method != recipe.train.method or (steps != recipe.train.steps and not ended):
         raise LlmrecError(
@@ -80,7 +80,7 @@ def open_run(run: Path) -> Source:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the sha256 over a folder's safetensors files in name order, as training records it."""
+    """Return the SHA-256 over the safetensors files of a folder in name order, as recorded by training."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -90,19 +90,19 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
-    """Return the dtype of a merged model if it is unchanged since training; otherwise None."""
+    """Return the dtype of a merged model if it has not changed since training; otherwise None."""
     if not (merged / "config.json").is_file() or record.get("merged_sha256") != weights_stamp(str(merged)):
         return None
     config = loads((merged / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype"))
 
 
-# Model settings that two training stages must have in common.
+# Model settings that must be equal in consecutive training runs.
 _MODEL = ("name", "shape", "revision", "whole_words")
 
 
 def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
-    """Return the folder that training starts from: ``base``, or the merged model of the run in ``train.start``.
+    """Return the folder of the model that training starts from: ``base``, or the merged model of ``train.start``.
 
     Args:
         study: The study.
@@ -115,13 +115,13 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
 
 
 def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
-    """Return the merged model of the run in ``train.teacher``; None without one. Raises errors like `start_of`."""
+    """Return the merged model of ``train.teacher``; None if it is not set. Raises the errors of `start_of`."""
     teacher = study.recipe.train.teacher
     return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
 
 
 def refuse_runs(recipe: Recipe) -> None:
-    """Reject runs to build on that are missing or may have been trained on data that this recipe holds out."""
+    """Reject earlier runs that are missing or may have been trained on interactions that this recipe holds out."""
     teacher = recipe.train.teacher
     for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
         if run is not None and "tuned" in recipe.eval.arms:
@@ -129,7 +129,7 @@ def refuse_runs(recipe: Recipe) -> None:
 
 
 def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
-    """Return the merged model of a run to build on; the settings ``model.*`` in ``alike`` must be equal."""
+    """Return the merged model of an earlier run, whose ``model.*`` settings in ``alike`` must be equal."""
     run = run.expanduser()
     if run.resolve() == folder.resolve():
         raise RecipeError(
@@ -156,7 +156,7 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
 
 
 def earlier(run: Path, key: str = "train.start") -> Source:
-    """Open the run to build on that the recipe names in ``key``."""
+    """Open the earlier run that a recipe names in ``key``."""
     try:
         source = open_run(run)
     except LlmrecError as error:
@@ -186,7 +186,7 @@ def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Seque
 
 
 def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
-    """Reject an index with different codes; titles need no index."""
+    """Reject an earlier run whose item codes differ."""
     theirs, ours = source.recipe.index, study.recipe.index
     if (theirs and theirs.scheme) != (ours and ours.scheme):
         raise RecipeError(
@@ -211,7 +211,7 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
 
 
 def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
-    """Reject a first stage on the same table with other held-out interactions, or other held-out items of alignment."""
+    """Reject an earlier run on the same data with other held-out interactions or other held-out alignment items."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
             one, other = _held(theirs), _held(ours)
@@ -250,11 +250,11 @@ def _one_name(value: Any) -> Any:
     return str(path.resolve()) if path is not None and path.exists() else value
 
 
-# --------------------------------------------------------------------------- stored rows
+# --------------------------------------------------------------------------- stored results
 
 
 def finished(run: Path) -> Results:
-    """Return the results of a run folder; its rows must be present too."""
+    """Return the results of a run folder, after checking that its stored answers exist."""
     path = run / "results.json"
     if not path.is_file() or not (run / "rows").is_dir():
         raise DataError(
@@ -266,7 +266,7 @@ def finished(run: Path) -> Results:
 
 
 def stored_row(run: Path, figures: Row) -> ResultRow:
-    """Return a stored row of a run folder.
+    """Return a stored model result of a run folder.
 
     Args:
         run: The folder.

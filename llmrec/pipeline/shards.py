@@ -1,4 +1,4 @@
-"""Shards of a job: their folders, the evaluation of a shard, and checks before merging.
+"""Shards of a job: their folders, the evaluation of a shard, and checks before shards are merged.
 
     TARGET.shards/2-of-4/            next to the output of the job: a rankings file, a run folder, a feature store
     TARGET.shards/2-of-4/shard.json  written last: command, shard, key of all inputs, checksums of the files that count
@@ -59,7 +59,7 @@ class Finished:
     told: Mapping[str, Any]
 
     def damaged(self) -> str | None:
-        """Return the first file that was changed; None if all are intact."""
+        """Return the first file that was changed; None if all files are intact."""
         for name, digest in self.files.items():
             path = self.folder / name
             if not path.is_file() or sha256_of(path) != digest:
@@ -67,7 +67,7 @@ class Finished:
         return None
 
     def refuse_other(self, key: str) -> None:
-        """Reject a shard with other inputs."""
+        """Reject a shard that was computed from other inputs."""
         if self.key != key:
             raise LlmrecError(
                 f"{self.folder} was made from another recipe, data, model, device or versions than are here "
@@ -120,7 +120,7 @@ def read(folder: Path) -> Finished:
 
 
 def done_before(folder: Path, key: str) -> Finished | None:
-    """Return the finished shard with the same inputs if its files are unchanged; otherwise None."""
+    """Return the finished shard if its inputs and files are unchanged; otherwise None."""
     try:
         result = read(folder)
     except LlmrecError as error:
@@ -136,7 +136,7 @@ def done_before(folder: Path, key: str) -> Finished | None:
 
 
 def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
-    """Return the folders of a job's shards: the given ones, or all in `shards_of`."""
+    """Return the folders of a job's shards: the given folders, or all folders in `shards_of`."""
     shards = shards_of(target)
     if not folders and shards.is_dir():
         folders = sorted(path for path in shards.iterdir() if path.is_dir())
@@ -150,7 +150,7 @@ def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
 
 
 def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
-    """Return all shards of a job in order, verified.
+    """Verify all shards of a job and return them in order.
 
     Args:
         target: The output of the job.
@@ -202,7 +202,7 @@ def _same_job(first: Finished, other: Finished) -> None:
             )
 
 
-# --------------------------------------------------------------------------- asking
+# --------------------------------------------------------------------------- evaluation
 
 
 Weights = Mapping[Arm, tuple[str, str]]
@@ -227,7 +227,7 @@ def ask(
     quiet: bool = False,
     report: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Evaluate language models on one shard of all cases.
+    """Evaluate language models on one shard of all test cases.
 
     Every row gets whole batches of its cases, so that batches are the same as in a single process.
 

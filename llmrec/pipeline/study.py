@@ -1,4 +1,4 @@
-"""Builds data, candidate sets and tasks from a recipe, all of which need no model."""
+"""Builds the data, candidate sets and tasks of a recipe, without a model."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 if TYPE_CHECKING:
     from llmrec.ensembles.retrieving import FusedFinder
 
-# A baseline that ranks by texts only, in seconds and without a download.
+# A baseline that ranks by item texts only, in seconds and without a download.
 _BY_TEXT = "content"
 
 
 @dataclass(frozen=True)
 class Study:
-    """A recipe's data and tasks, built once and shared by every stage.
+    """The data and tasks of a recipe, built once and shared by all stages.
 
     Attributes:
         recipe: The whole recipe.
@@ -81,21 +81,21 @@ class Study:
 
     @property
     def training_seed(self) -> int:
-        """The seed of training rows, their order, dropout and adapters; splits and candidates use the recipe's seed."""
+        """Seed of training examples, their order, dropout and adapters; splits and candidates use the recipe's seed."""
         seed = self.recipe.train.seed
         return self.recipe.seed if seed is None else seed
 
     @property
     def training_tasks(self) -> Mapping[str, Task]:
-        """The tasks that training rows are drawn from."""
+        """Tasks from which training examples are drawn."""
         return self.trained or self.tasks
 
     def section(self, family: str) -> TaskSection:
-        """Return the recipe section of a family."""
+        """Return the recipe section of a task."""
         return self.recipe.tasks.present()[family]
 
     def task_data(self, family: str) -> SplitDataset:
-        """Return the data of a family; the text column has the part of a review that the family generates."""
+        """Return the data of a task; the text column has the part of a review that the task generates."""
         return self._read[family]
 
     @cached_property
@@ -113,27 +113,27 @@ class Study:
         return tuple(filter(None, (self.data, self.reviews)))
 
     def table_name(self, family: str) -> str:
-        """Return the name of a family's table in results: ``main``, or ``reviews`` for the second one."""
+        """Return the name of a task's table in results: ``main``, or ``reviews`` for the second table."""
         return "reviews" if family_of(family).second_table and self.reviews is not None else "main"
 
     def _table(self, family: str) -> SplitDataset:
         return self.reviews if self.reviews is not None and self.table_name(family) == "reviews" else self.data
 
     def codes(self, family: str) -> ItemIndex | None:
-        """Return the index of a family's items; None for a second table, whose items have no index."""
+        """Return the item index of a task; None for tasks on the second table, whose items have no index."""
         return self.index if self.task_data(family).dataset.items is self.data.dataset.items else None
 
     def sets(self, family: str) -> CandidateSets | None:
-        """Return the stored candidate sets that a family ranks."""
+        """Return the stored candidate sets of a task."""
         return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
 
     def baselines(self, family: str) -> tuple[BaselineSection, ...]:
-        """Return a family's baselines; see `with_texts`."""
+        """Return the baselines of a task; see `with_texts`."""
         known = self.section(family).baselines
         return with_texts(known, self.task_data(family).dataset.items) if family_of(family).ranks_for_users else known
 
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
-        """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
+        """Return all evaluated cases of the first ``users`` users in seeded order.
 
         Users whose profile names a held-out item are excluded. The validation split also excludes those that weigh
         ensembles, which must not be used for any other choice or calibration. A family about items instead of users has
@@ -162,11 +162,11 @@ class Study:
         return of_first_users(cases, count, but=but)
 
     def set_aside(self, family: str) -> frozenset[str]:
-        """Return the users who are not evaluated because their profile names one of their held-out items."""
+        """Return the users excluded from evaluation because their profile mentions one of their held-out items."""
         return frozenset(leaking_users(self.leaks(self._table(family))))
 
     def leaks(self, table: SplitDataset) -> tuple[ProfileLeak, ...]:
-        """Return the profile fields of a table that name a held-out item of their user."""
+        """Return the profile fields of a table that mention a held-out item of their user."""
         return self._leaks[id(table)]
 
     @cached_property
@@ -175,11 +175,11 @@ class Study:
 
     @cached_property
     def shares(self) -> Mapping[str, float]:
-        """The relative shares of training tokens, by trained family."""
+        """Relative shares of training tokens by trained task."""
         return shares(self.recipe.trained(), self.training_size, self.recipe.train)
 
     def training_size(self, family: str) -> int:
-        """Return the number of training interactions, or items, that a family can learn from.
+        """Return the number of training interactions, or items, from which a task can draw examples.
 
         If a pool of rows is repeated (``train.examples``), it is the size of the pool for every family.
         """
@@ -188,7 +188,7 @@ class Study:
         return self.tasks[family].training_size()
 
     def training_examples(self, family: str) -> Iterator[Example]:
-        """Yield the training rows of a family, without end; with ``train.examples`` those of the pool."""
+        """Yield the training examples of a task endlessly; with ``train.examples`` from the file of examples."""
         return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
 
     def eval_templates(self, family: str) -> tuple[Template, ...]:
@@ -203,12 +203,12 @@ class Study:
             return templates
         if arm != "tuned":
             return tuple(template for template in templates if template.name in untuned)
-        # A template may be listed for both.
+        # a template may be in both lists
         both = {name.rpartition("/")[2] for name in section.eval_templates}
         return tuple(template for template in templates if template.name not in untuned - both)
 
     def untuned_without_codes(self) -> bool:
-        """Return whether there are zero-shot or few-shot rows, none of which has item codes in prompts or answers."""
+        """Whether zero-shot or few-shot models are evaluated, and none of them reads or writes item codes."""
         asked = [
             template
             for family in self.tasks
@@ -220,7 +220,7 @@ class Study:
 
 
 def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
-    """Return the baselines of a ranking family, with one that ranks by texts if items have any.
+    """Return the baselines of a ranking task, with a text-only baseline added if items have texts.
 
     A language model that does not beat this baseline adds nothing to text similarity.
 
@@ -315,7 +315,7 @@ def _check_slices(study: Study) -> None:
 
 
 def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
-    """Return the validation users who only weigh the ensembles of a family; see `Weighing`."""
+    """Return the validation users reserved to fit the ensemble weights of a task; see `Weighing`."""
     kind, section = family_of(family), recipe.eval.fusion
     if not section.controls or not (kind.ranks_for_users or kind.answer in (Rating, Probability)):
         return frozenset()
@@ -372,7 +372,7 @@ def _tasks(study: Study, seed: int) -> dict[str, Task]:
 
 
 def build_task(study: Study, family: str, section: TaskSection, templates: Mapping[str, Template], seed: int) -> Task:
-    """Build the task of a family over a study's data, with the given settings and templates."""
+    """Build a task on the data of a study, with the given settings and templates."""
     used = study.task_data(family)
     inputs = TaskInputs(
         data=used,
@@ -395,7 +395,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
 
 
 def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:
-    """Return the retrieved candidate lists of a family's training rows; None if candidates are drawn."""
+    """Return the retrieved candidates of a task's training examples; None if candidates are drawn at random."""
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
         return None
@@ -403,7 +403,7 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists 
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
-    """Return the text vectors of items; the text encoder is loaded when first used."""
+    """Return the text vectors of items; the text encoder is loaded on first use."""
 
     def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
         fields = dict.fromkeys(name for item in entries for name in item.fields)
@@ -413,7 +413,7 @@ def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
 
 
 def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
-    """Return the tables of a recipe as its tasks use them: the main data and, if named, the second table.
+    """Return the main data and, if the recipe has one, the second table, as tasks use them.
 
     If the two share pairs, each excludes those that the other holds out: all tasks have one held-out set.
 
@@ -421,7 +421,7 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
         recipe: The recipe.
         data: The main data if already loaded. If it holds nothing out, the reviews hold nothing out either.
     """
-    texts = recipe.data.texts if data is None else None  # loaded data already has its texts
+    texts = recipe.data.texts if data is None else None  # data passed by the caller already has its texts
     with both_places(recipe):
         data, reviews = data or _split(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
@@ -471,7 +471,7 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
 
 
 def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
-    """Return the tokenizer of a base model with the tokens of the study's index, without loading weights.
+    """Return the tokenizer of a base model with the tokens of the item index, without loading weights.
 
     Args:
         study: The study.
@@ -490,12 +490,12 @@ def folder_of(recipe: Recipe, out: Path | None) -> Path:
     return out if out is not None else Path("runs") / recipe.name
 
 
-# --------------------------------------------------------------------------- leaking profiles
+# --------------------------------------------------------------------------- profiles that leak
 
 
 @dataclass(frozen=True)
 class ProfileLeak:
-    """A field of a user's profile that names a held-out item of this user."""
+    """A field of a user's profile that mentions a held-out item of this user."""
 
     user_id: str
     field: str
@@ -503,7 +503,7 @@ class ProfileLeak:
 
 
 def profile_leaks(data: SplitDataset) -> tuple[ProfileLeak, ...]:
-    """Return the profile fields, as shown in prompts, that name a held-out item of their user."""
+    """Return the profile fields shown in prompts that mention a held-out item of their user."""
     profiles = data.dataset.users
     held = held_titles(data, profiles)
     return tuple(
@@ -521,7 +521,7 @@ def leaking_users(leaks: tuple[ProfileLeak, ...]) -> tuple[str, ...]:
 
 
 def leak_warning(data: SplitDataset, leaks: tuple[ProfileLeak, ...]) -> str:
-    """Return a warning about users that are excluded for their profiles; empty if there are none."""
+    """Return a warning about users excluded because of their profiles; empty if there are none."""
     count, first = len(leaking_users(leaks)), leaks[0] if leaks else None
     if first is None:
         return ""

@@ -1,4 +1,4 @@
-"""The training stage: task mixture, planned steps, adapter and merged model."""
+"""The training stage: mixes tasks, plans steps, trains the adapter and merges it."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The number of consecutive rows that are too long after which training ends with an error.
+# Number of consecutive examples that are too long after which training stops with an error.
 _PATIENCE = 2000
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
-    """Draw rows by task weight to fill the recipe's steps; for an encoder-decoder (``paired``) one per target."""
+    """Draw training examples by task weight to fill the recipe's steps; ``paired`` means an encoder-decoder."""
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
@@ -124,7 +124,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     for numbers in steps.numbers():
         for n in numbers:
             counts[families[n]] += 1
-    # Before validation rows are read: soft prompts must not be initialised from labels only seen in validation.
+    # This must precede validation examples, whose labels must not initialise soft prompts.
     soft = soft_prompt_of(study, labels) if labels is not None else None
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
@@ -136,7 +136,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
 def drawn_rows(
     study: Study, encoder: Encoder, *, paired: bool = False, texts: bool = False
 ) -> Iterator[tuple[str, TokenRow | None]]:
-    """Yield families and their training rows endlessly, in the order in which they are drawn for the steps.
+    """Yield tasks and training examples endlessly, in the order in which steps use them.
 
     Args:
         study: The study.
@@ -152,7 +152,7 @@ def drawn_rows(
 
 
 def _followed(study: Study) -> list[str]:
-    """Return the families with a validation loss, including untrained ones to measure transfer.
+    """Return the tasks with a validation loss, including untrained ones that measure transfer.
 
     A rating head or tied soft prompts have their own loss; then no other family has a validation loss.
     """
@@ -199,13 +199,13 @@ def training_key(study: Study, folder: str) -> str:
 
 
 def _code(study: Study) -> str:
-    """Return a hash of the training code: families, rows and the training loop."""
+    """Return a hash of the code of the tasks, the training examples and the training loop."""
     families = modules_of((TASKS, written(family)) for family in study.tasks)
     return code_digest("llmrec.train.lora", "llmrec.train.rows", "llmrec.train.sft", *sorted(families))
 
 
 def _teaching(recipe: Recipe) -> str | None:
-    """Return the stamp of the teacher's weights if the recipe has a teacher."""
+    """Return the hash of the teacher's weights, if the recipe has a teacher."""
     if recipe.train.teacher is None:
         return None
     merged = Path(recipe.train.teacher.run).expanduser() / "merged"
@@ -213,20 +213,20 @@ def _teaching(recipe: Recipe) -> str | None:
 
 
 def _scorers(recipe: Recipe) -> list[tuple[Table, str]]:
-    """Return the baselines whose scores are a reward or whose best items are rejected, if any."""
+    """Return the baselines that give rewards or hard negatives, if any."""
     reward, preference = recipe.train.reward, recipe.train.preference
     named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]
     return [(BASELINES, name) for name in named if name is not None]
 
 
 def _encoder_stamp(study: Study) -> str | None:
-    """Return the stamp of the text encoder if rows show the similar part of a history."""
+    """Return the identity of the text encoder, if examples show only similar items of a history."""
     rules = {study.section(family).past for family in study.tasks}
     return text_embedder(study.recipe.encoder).stamp if "relevant" in rules else None
 
 
 def _judging(study: Study) -> dict[str, object] | None:
-    """Return the evaluation settings that affect which adapter is kept, if a judge selects it."""
+    """Return the evaluation settings that affect which checkpoint is kept, if a metric selects it."""
     recipe = study.recipe
     if recipe.train.judge is None:
         return None
@@ -243,7 +243,7 @@ def _judging(study: Study) -> dict[str, object] | None:
 
 
 def _beam(study: Study) -> list[object] | None:
-    """Return the settings of the beam search whose results are rejected, if there is one."""
+    """Return the settings of the beam search that finds hard negatives, if there is one."""
     preference = study.recipe.train.preference
     if preference is None or preference.rejected != BEAM:
         return None
@@ -263,7 +263,7 @@ def _finding(recipe: Recipe) -> dict[str, object] | None:
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
-    """Return the record of a finished training with the same inputs if its merged model is unchanged."""
+    """Return the record of a finished training with unchanged inputs and an intact merged model."""
     done = read_stage(folder / "train.json", training_key(study, base), _record_of)
     if done is None:
         return None
@@ -278,7 +278,7 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
-    """Return the record of a finished training whose adapter only needs to be merged, as after a killed merge."""
+    """Return the record of a finished training whose adapter is not merged yet, as after an interrupted merge."""
     done = read_stage(folder / "train.json", key, _record_of)
     adapter = folder / "adapter"
     if done is None or not adapter.is_dir() or weights_sha256(adapter) != done["adapter_sha256"]:
@@ -288,7 +288,7 @@ def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
-    """Return a stored training record and the stamp of its weights."""
+    """Return a stored training record and the hash of its weights."""
     return TrainingRecord.model_validate(stored), str(stored["merged_sha256"])
 
 
@@ -302,7 +302,7 @@ def train_stage(
     teacher: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train and merge, or reuse a finished training; return the ``training`` part of results.json."""
+    """Train and merge, or reuse a finished training; return the section ``training`` of results.json."""
     done = trained(study, base, folder) if not processes.rank() else None
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
@@ -343,7 +343,7 @@ def _adapted(
     teacher: str | None,
     quiet: bool,
 ) -> dict[str, Any] | None:
-    """Train, and store the record, before the merge so that a killed merge loses no training.
+    """Train, and store the record before merging, so that an interrupted merge loses no training.
 
     Returns:
         The record; None in processes other than the first.
@@ -352,7 +352,7 @@ def _adapted(
 
     world = here()
     if world.first:
-        # A record must not describe the weights of another, killed run.
+        # The record must not describe weights of an interrupted run with other inputs.
         (folder / "train.json").unlink(missing_ok=True)
     with budget.stage("plan"):
         config = load_config(base, study.recipe.model)
@@ -391,7 +391,7 @@ def _adapted(
 
 
 def _stored(folder: Path, key: str) -> dict[str, Any]:
-    """Return the training record that the first process has written."""
+    """Return the training record written by the first process."""
     result = read_stage(folder / "train.json", key, _record_of)
     if result is None:
         raise LlmrecError(
@@ -426,7 +426,7 @@ def _train(
         clear_foreign(folder, key)
     names = study.index.vocabulary if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
-    # Adapters and heads start from random weights.
+    # seeds the random initial weights of adapters and heads
     require("torch", "train").manual_seed(study.training_seed)
     if planned.soft is not None:
         model = rating_head.load_soft(base, study.recipe.model, section, encoder, planned.soft)
@@ -466,7 +466,7 @@ def _train(
 
 
 def _head(study: Study, encoder: Encoder, model: torch.nn.Module, planned: Plan) -> RatingHead | None:
-    """Attach the recipe's rating head to the model, initialised from the ratings of the planned rows."""
+    """Attach the recipe's rating head to the model, initialised from the ratings of the planned examples."""
     classes = classes_of(study, encoder)
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:
@@ -495,7 +495,7 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
 
 
 def clear_foreign(folder: Path, key: str) -> None:
-    """Remove checkpoints of another recipe; keep those of a killed run of this one."""
+    """Remove checkpoints of other recipes; keep checkpoints of an interrupted run of this recipe."""
     from llmrec.train.checkpoint import checkpoints
 
     mark = folder / "checkpoints" / "key"

@@ -1,4 +1,4 @@
-"""The validation users on which the ensembles of a run are weighed, and the ensembles of a family."""
+"""Reserves validation users to fit ensemble weights, and lists the ensembles of a task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def fusible(study: Study, family: str) -> tuple[Reads, ...]:
-    """Return the kinds of ensembles of a family's baselines; each is evaluated on users that do not weigh it.
+    """Return the kinds of ensembles of a task's baselines; none is evaluated on users that fit its weights.
 
     There is one for each kind of input, over the baselines that read at most this input, if these are two or more.
     """
@@ -43,7 +43,7 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
 
 
 def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
-    """Return whether language-model rows of a setting and strategy are joined with the family's baselines."""
+    """Whether language models of a setting and strategy form ensembles with the baselines of the task."""
     first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
     if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
         return False
@@ -51,7 +51,7 @@ def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
 
 
 class Weighing:
-    """The validation users that weigh the ensembles of a study, with their cases."""
+    """The validation users on which ensemble weights are fitted, with their cases."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -59,7 +59,7 @@ class Weighing:
         self._choosing: dict[tuple[int, str], SplitDataset] = {}
 
     def cases(self, family: str, *, model: bool = False) -> list[Case]:
-        """Return the cases that weigh the ensembles of a family; empty if it has none.
+        """Return the cases on which a task's ensemble weights are fitted; empty if it has no ensembles.
 
         An ensemble needs validation users who are not evaluated, and two baselines with predictions.
 
@@ -110,7 +110,7 @@ class Weighing:
 
 
 def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]) -> list[ListEnsemble | Blend]:
-    """Return the ensembles of only some of the members, which larger ensembles can build on.
+    """Return ensembles of subsets of the members, on which larger ensembles can build.
 
     Args:
         study: The study.
@@ -128,7 +128,7 @@ def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequen
 
 
 def fusions_of(study: Study, rows: Sequence[Row]) -> list[Fused]:
-    """Return the ranking ensembles among a run's rows in their stored form."""
+    """Return the ranking ensembles of a run in their stored form."""
     ranks = [row for row in rows if family_of(row.task).ranks_for_users and row.fusion is not None]
     section, seed = study.recipe.eval.fusion, study.recipe.seed
     return [fused_of(row, study.baselines(row.task), seed=seed, reserved=section.reserved) for row in ranks]

@@ -1,1 +1,1 @@
-"""The command `llmrec predict`: predictions about single items, from file to file."""
+"""The command `llmrec predict`: predictions about single items, from a file to a file."""

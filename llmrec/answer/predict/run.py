@@ -1,4 +1,4 @@
-"""Answers a file of questions about single items: ratings, yes or no, explanations, headlines."""
+"""Answers a file of questions about single items: ratings, yes/no answers, explanations, headlines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmrec.types import Answer, Text, Unparsed
 
 
 def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
-    """Answer a file of questions and return what to print.
+    """Answer a file of questions and return a summary to print.
 
     Answers are cached next to the output until it is complete, so that a killed call can resume.
 
@@ -71,7 +71,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
 
 
 def _family(recommender: LanguageModel, asked: str) -> str:
-    """Return the requested family, or the only one."""
+    """Return the requested task, or the only task that the model supports."""
     known = list(about_families(recommender.bundle))
     if asked != "auto":
         return asked
@@ -86,7 +86,7 @@ def _family(recommender: LanguageModel, asked: str) -> str:
 
 
 def _read(raw: Raw, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
-    """Read a question; a missing history of a known user comes from the run's data."""
+    """Parse a question; the history of a known user is added from the data of the run."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
         return Unparsed(request_id=request_id, reason=raw.error)

@@ -1,1 +1,1 @@
-"""The command `llmrec rank`: ranks a file of requests, resumable."""
+"""The command `llmrec rank`: ranks a file of requests, and can be resumed."""

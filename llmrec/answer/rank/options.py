@@ -14,7 +14,7 @@ from llmrec.recipe.shared import Form
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions(RecommenderOptions):
-    """Options of a ranking: the file of requests, the file of ranked lists, and the model."""
+    """Options of `llmrec rank`: the file of requests, the file of rankings, and the model."""
 
     model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")] = ""
     baseline: Annotated[
@@ -85,17 +85,17 @@ class RankOptions(RecommenderOptions):
 
     @property
     def source(self) -> Path:
-        """The file of requests."""
+        """Path of the requests."""
         return _given(self.requests, "--in", "the file of requests")
 
     @property
     def target(self) -> Path:
-        """The file of rankings."""
+        """Path of the rankings."""
         return _given(self.out, "--out", "the output file of rankings")
 
     @property
     def layout(self) -> Form:
-        """The format of the file of rankings."""
+        """Format of the file of rankings."""
         from llmrec.data.ranked import form_of
 
         return form_of(self.target, self.form)
@@ -107,22 +107,22 @@ class RankOptions(RecommenderOptions):
 
     @property
     def named(self) -> str | None:
-        """The folder's model that ranks, if it is not the folder's language model."""
+        """Name of the model that ranks, if it is not the language model of the folder."""
         return None if self.by in (TUNED, PLAIN) else self.by
 
     @property
     def tag(self) -> str:
-        """The name of the model in a TREC run; it has no blanks."""
+        """Name of the model in a TREC run, without spaces."""
         return (self.baseline or self.named or "llmrec").replace(" ", "-")
 
     @property
     def parts(self) -> Path:
-        """The folder of finished parts."""
+        """Folder of finished parts."""
         return self.target.with_name(self.target.name + ".parts")
 
     @property
     def summary(self) -> Path:
-        """The file of the summary."""
+        """Path of the summary."""
         return summary_beside(self.target)
 
 
@@ -131,7 +131,7 @@ OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
 
 
 def check_cluster(options: RankOptions) -> None:
-    """Reject options of a cluster if none is used."""
+    """Reject cluster options if no cluster is used."""
     plain = RankOptions()
     for name in OF_CLUSTERS:
         if options.ray is None and getattr(options, name) != getattr(plain, name):

@@ -1,4 +1,4 @@
-"""Checks and summaries of the outputs of `rank` and `predict`."""
+"""Checks and summaries of the output files of `rank` and `predict`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmrec.errors import DataError
 
 
 def summary_beside(out: Path) -> Path:
-    """Return the summary file of an output, which records how it was made."""
+    """Return the path of the summary next to an output file, which records how the file was made."""
     return out.with_name(out.name + ".summary.json")
 
 
@@ -58,13 +58,13 @@ def check_out(
 
 
 def outdate(out: Path) -> None:
-    """Mark an output as outdated by removing the inputs from its summary, so that merging writes it again."""
+    """Mark an output as outdated by removing the inputs from its summary, so that it is merged again."""
     if summary_beside(out).is_file():
         write_checked(summary_beside(out), {"key": "", "sha256": _recorded(out)})
 
 
 def _recorded(out: Path) -> str | None:
-    """Return the hash of an output in its summary; None if it has none."""
+    """Return the hash of an output from its summary; None if the summary has none."""
     try:
         return str(checked(summary_beside(out).read_bytes())["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -72,5 +72,5 @@ def _recorded(out: Path) -> str | None:
 
 
 def write_summary(out: Path, summary: Mapping[str, Json]) -> None:
-    """Write the summary of an output into the file next to it."""
+    """Write the summary of an output to the file next to it."""
     write_json(summary_beside(out), {**summary, "sha256": sha256_of(out)})

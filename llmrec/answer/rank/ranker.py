@@ -24,15 +24,15 @@ from llmrec.pipeline.resume import Budget
 from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed
 
-# Options that also apply to baselines; the others configure a language model.
+# Options that also apply to baselines; all others configure a language model.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
-# Options for ranking with a folder's language model, and for opening it.
+# Options to rank with the language model of a folder, and to open it.
 _ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse")
 _OPENED = (*(field.name for field in fields(ModelOptions) if field.name not in ("model", "items")), "max_length")
 
 
 def resolved(options: RankOptions) -> RankOptions:
-    """Return options whose ``by`` names the model.
+    """Return options in which ``by`` names the model.
 
     Without ``--by`` it is the default of the folder, or the language model if an option configures one.
 
@@ -99,7 +99,7 @@ def open_loaded(options: RankOptions) -> Loaded:
 
 
 def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
-    """Return the options that were given, as written on the command line."""
+    """Return the given options that differ from their defaults, as written on the command line."""
     plain = RankOptions()
     changed = [name for name in names if getattr(options, name) != getattr(plain, name)]
     return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in changed]
@@ -123,7 +123,7 @@ def _check_named(options: RankOptions) -> None:
 
 
 def _open_classic(options: RankOptions) -> Models:
-    """Fit the baseline of the options to the data of their recipe."""
+    """Fit a baseline on the data of a recipe."""
     plain = RecommenderOptions(model="")
     for name in (field.name for field in fields(RecommenderOptions)):
         if name not in _SHARED and getattr(options, name) != getattr(plain, name):
@@ -155,7 +155,7 @@ def _open_classic(options: RankOptions) -> Models:
 
 
 class _NamedRanker:
-    """A named model, which ranks candidates, or the whole catalogue if a request has none.
+    """Ranks with a named model: the candidates, or the whole catalogue if a request has none.
 
     A request without a history gets the stored history of its user, or the most popular items if the user is
     unknown, as in a service.
@@ -200,7 +200,7 @@ class _NamedRanker:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
-        # The data have a title for every item.
+        # All items of the data have a title.
         return ""
 
     def rank(

@@ -1,4 +1,4 @@
-"""Ranks a file of requests in parts, so that a killed command can resume."""
+"""Ranks a file of requests in parts, so that an interrupted command can be resumed."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ PART = 64
 """Requests per part; more if the backend takes larger batches."""
 
 _SHOWN = 5
-# A note that quotes texts of a request can be long; the output contains it in full.
+# A note with texts of a request can be long; the output file has the full note.
 _LONGEST = 160
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row with its id, and whether an earlier row has the same id."""
+    """A row of the input file with its id, and whether an earlier row has the same id."""
 
     raw: Raw
     number: int
@@ -60,11 +60,11 @@ class Row:
 
     @classmethod
     def of(cls, raw: Raw, number: int, earlier: dict[bytes, int]) -> Row:
-        """Return a row with its id, which is compared with those of ``earlier`` rows and added to them."""
+        """Return a row with its id, after comparing it with the ids of ``earlier`` rows."""
         request_id, user_id = identity(raw.record, number)
         error = raw.error
         if request_id is not None:
-            # A digest has a fixed size for any id, so many millions of them need little memory.
+            # Hashes have the same size for all ids, so that millions of them need little memory.
             digest = blake2b(request_id.encode(), digest_size=16).digest()
             first = earlier.setdefault(digest, raw.line)
             if first != raw.line and not error:
@@ -72,13 +72,13 @@ class Row:
         return cls(raw, number, request_id, user_id, error)
 
     def asked(self, recommender: Ranker) -> RankRequest | Unparsed:
-        """Return the row's request, or why it is invalid."""
+        """Parse the request of the row, or return why it is invalid."""
         if self.error or self.raw.record is None:
             return Unparsed(request_id=self.request_id or "", reason=self.error)
         return recommender.read(self.raw.record, self.number)
 
     def record(self, found: Answered) -> Ranked:
-        """Return the record of the row's outcome."""
+        """Return the record to write for an answer."""
         answer, reasons = found.answer, found.reasons
         ranking = answer if isinstance(answer, Ranking) else None
         return Ranked(
@@ -103,7 +103,7 @@ class Row:
 
 
 def rank_file(options: RankOptions) -> Mapping[str, Any]:
-    """Rank a file of requests and return the summary, which is also written next to the output.
+    """Rank a file of requests; returns the summary, which is also written next to the output.
 
     If the output is the standard output, only rankings are written there, and no parts are kept for a later call.
 
@@ -143,7 +143,7 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
 
 @contextmanager
 def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Budget) -> Iterator[tuple[Ranker, str]]:
-    """Open the model, and yield it with the hash of every input; a new folder is removed on failure.
+    """Open the model, and yield it with the hash of all inputs; a new folder is removed on failure.
 
     Args:
         options: The options of the command.
@@ -170,12 +170,12 @@ def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Bud
 
 
 def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> str:
-    """Return the hash of every input that can change a ranking."""
+    """Return the hash of all inputs that can change a ranking."""
     return digest_of(requests=source.sha256, limit=options.limit, users=recommender.histories, **recommender.identity)
 
 
 def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
-    """Reject the file if a request names an item only by its id and there is no catalogue."""
+    """Reject a file in which a request names an item only by id, if there is no catalogue."""
     for raw in islice(source, options.limit) if recommender.items == {} else ():
         if raw.record is not None and (fault := recommender.untitled(raw.record)):
             raise DataError(
@@ -187,7 +187,7 @@ def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker)
 
 
 def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
-    """Return the summary of an output with the same inputs, if the output is unchanged."""
+    """Return the summary of an existing output with the same inputs, if the file is unchanged."""
     done = read_stage(summary_beside(target), key, itemgetter("sha256"))
     same = done is not None and done.get("form") == form and target.is_file() and sha256_of(target) == done["sha256"]
     return done if same else None
@@ -197,12 +197,12 @@ def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
 
 
 def part_name(number: int | str) -> str:
-    """Return the name of a part's file."""
+    """Return the file name of a part."""
     return f"part-{number:0>8}.jsonl" if isinstance(number, int) else f"part-{number}.jsonl"
 
 
 def _claim(folder: Path, key: str) -> None:
-    """Remove parts of other inputs."""
+    """Remove parts that were computed from other inputs."""
     mark = folder / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
@@ -218,19 +218,19 @@ _OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl|shard\.json)((\.llmrec)?
 
 
 def own(name: str) -> bool:
-    """Return whether a file name in a folder of parts is one of ranking."""
+    """Whether a file name in a folder of parts was written by `llmrec rank`."""
     return _OWN.fullmatch(name) is not None
 
 
 def empty(folder: Path) -> None:
-    """Remove the files of ranking from a folder of parts, except for its lock."""
+    """Remove the parts from a folder, but not its lock."""
     for path in folder.iterdir():
         if path.name != LOCK and own(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of parts, unless it contains other files, which are kept."""
+    """Remove a folder of parts, except for files that `llmrec rank` did not write."""
     empty(folder)
     others = [path.name for path in folder.iterdir() if path.name != LOCK]
     if others:
@@ -249,7 +249,7 @@ def rank_parts(
     tally: Tally,
     shard: Shard | None = None,
 ) -> Iterator[list[Ranked]]:
-    """Rank part by part into a folder; existing parts are not ranked again.
+    """Rank the requests part by part; existing parts are not ranked again.
 
     Args:
         options: The options of the command.
@@ -310,7 +310,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
 
 
 def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
-    """Reject a second list of a user if the output identifies lists by user."""
+    """Reject a second list for the same user if the output identifies lists by user."""
     for record in records:
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
@@ -339,7 +339,7 @@ def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
 
 @dataclass(frozen=True)
 class Part:
-    """The cost of ranking one part, without engine start, retrieval and rationales."""
+    """The cost of ranking a part, without engine start, retrieval and explanations."""
 
     lines: int
     seconds: float
@@ -347,7 +347,7 @@ class Part:
 
 @dataclass
 class Tally:
-    """Counts over all records, and costs of this invocation."""
+    """Counts over all records, and the costs of this call."""
 
     lines: int = 0
     failed: int = 0
@@ -404,7 +404,7 @@ class Tally:
 
 
 class RankBar:
-    """The progress of a ranking, with the rate of this invocation."""
+    """The progress of a ranking, with the speed of this call."""
 
     def __init__(self, total: int) -> None:
         self._bar = Bar("ranking", total, unit="requests")
@@ -421,14 +421,14 @@ class RankBar:
         self._bar.stop(failed=error is not None)
 
     def skip(self, count: int) -> None:
-        """Show requests that an earlier run ranked."""
+        """Count requests that were ranked by an earlier call."""
         self._bar.skip(count)
 
     def advance(self, count: int) -> None:
-        """Show requests that were just ranked."""
+        """Count requests that were just ranked."""
         rate = ""
         if self._begin is None:
-            # The time of the first answers includes the start of the engine.
+            # The time of the first answers includes starting the engine.
             self._begin = time.monotonic()
         else:
             self._done += count
@@ -437,7 +437,7 @@ class RankBar:
 
 
 def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rows of a summary for the console: counts, then the first failures and notes, then costs."""
+    """Return the lines of a summary for the terminal: counts, the first failures and notes, and costs."""
     rows = {
         "ranked": f"{summary['ranked']:,} of {summary['lines']:,} lines",
         "failed": f"{summary['failed']:,}",
@@ -479,7 +479,7 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cost(spent: Mapping[str, Any]) -> str:
-    """Return a cost as text: its totals, and tokens and forward passes per ranked line."""
+    """Return a cost as text: totals, and tokens and forward passes per ranked request."""
     prompts, answers, item = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
     text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
     if item is None:
@@ -490,7 +490,7 @@ def _cost(spent: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """The inputs of a ranking in a summary.
+    """The inputs of a ranking, for its summary.
 
     Attributes:
         requests: The file of requests.
@@ -515,7 +515,7 @@ def asked_of(options: RankOptions, source: RequestFile, recommender: Ranker, key
 
 
 def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Return the summary for the console and the JSON file.
+    """Return the summary for the terminal and the JSON file.
 
     Args:
         asked: The inputs.
@@ -553,13 +553,13 @@ def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict
 
 
 def _costs(tally: Tally, cost: Cost) -> dict[str, Any]:
-    """Return the totals of a cost, and its means per ranked line if there are any."""
+    """Return the totals of a cost, and the means per ranked request if there are any."""
     sums, ranked = asdict(cost), tally.lines - tally.failed
     return {**sums, "per_request": {name: round(sum_ / ranked, 2) for name, sum_ in sums.items()} if ranked else None}
 
 
 def _seconds(tally: Tally) -> dict[str, float] | None:
-    """Return seconds per request of this invocation: the mean, and the fastest and slowest part."""
+    """Return the seconds per request of this call: mean, fastest part and slowest part."""
     if not tally.parts:
         return None
     item = [part.seconds / part.lines for part in tally.parts]

@@ -1,4 +1,4 @@
-"""Ranks a file of requests in shards, on several machines; the output equals that of a single process."""
+"""Ranks a file of requests in shards, on several machines; the output is the same as in a single process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _FRESH = ("fresh", "fresh_ranked", "fresh_tokens")
 
 
 def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = None) -> Path:
-    """Rank one shard of a file of requests into a folder next to the output; a killed call resumes.
+    """Rank one shard of a file of requests into a folder next to the output; can be resumed.
 
     Args:
         options: As for the whole file; ``out`` is the file that `merge_rank` writes.
@@ -95,17 +95,17 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                     seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
                     summary = _summary(asked_of(options, source, recommender, key), options, tally, seconds)
                     finish(folder, "rank", shard, key, names, summary)
-            # The part contains the answers, so their cache is not needed.
+            # The part contains the answers, so the answer cache is not needed.
             for path in folder.glob("answers.sqlite*"):
                 path.unlink()
     finally:
-        with suppress(OSError):  # if ranking failed, the shard's folder is missing too
+        with suppress(OSError):  # if ranking failed, the folder of the shard does not exist
             shards_of(options.target).rmdir()
     return folder
 
 
 def drop_shards(target: Path) -> None:
-    """Remove the results of earlier calls for all shards of a file, so that each is ranked again.
+    """Remove the results of earlier calls for all shards of a file, so that each shard is ranked again.
 
     Raises:
         LlmrecError: If a shard is in progress.
@@ -117,7 +117,7 @@ def drop_shards(target: Path) -> None:
 
 
 def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
-    """Write the rankings of all shards into one file, as a single process would, and return the summary.
+    """Merge the rankings of all shards into the file that a single process would write, and return the summary.
 
     Args:
         target: The file of rankings, as given to the shards.
@@ -167,7 +167,7 @@ def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
 
 
 def _summary(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
-    """Return the values of a shard for the summary of all shards, in addition to its records."""
+    """Return what the summary of all shards needs from one shard, in addition to its records."""
     return {
         "requests": asked.requests,
         "form": asked.form,

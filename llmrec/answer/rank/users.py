@@ -1,4 +1,4 @@
-"""Writes a list for every user of a run's data into a file or a database table: `llmrec rank --all-users --to`.
+"""`llmrec rank --all-users --to`: writes a ranked list for every user to a file or a database table.
 
 Users are ranked in parts, which are kept until all are complete, so that a killed call can resume.
 """
@@ -36,7 +36,7 @@ TABLE = "recommendations"
 """The table in a database; it is replaced in one transaction."""
 
 _PART = 256
-# Options that do not affect the lists.
+# Options that do not change the lists.
 _NEUTRAL = frozenset({"gpu_memory", "enforce_eager"})
 _FILES = (".parquet", ".csv", ".jsonl", *ENDINGS)
 _DATABASES = (".db", ".sqlite", ".sqlite3")
@@ -48,7 +48,7 @@ _TABLE_COLUMNS = (
 
 
 def rank_users(options: RankOptions) -> Mapping[str, str | int]:
-    """Rank the whole catalogue for every user, and return what to print.
+    """Rank the whole catalogue for every user, and return a summary to print.
 
     Raises:
         LlmrecError: If the model has no users, or the target cannot be written.
@@ -73,7 +73,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
             )
         opened.enter_context(locked(_parts(to), _own))
         users, signature = rec.users[: options.limit], rec.signature()
-        # If an engine does not fit into memory, a smaller one continues.
+        # If an engine does not fit into memory, continue with a smaller one.
         changing = [field.name for field in fields(RecommenderOptions) if field.name not in _NEUTRAL]
         asks = {name: repr(getattr(options, name)) for name in changing}
         key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
@@ -89,7 +89,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         for path in paths:
             path.unlink()
     _parts(to).joinpath(LOCK).unlink(missing_ok=True)
-    # The folder is kept if it contains other files.
+    # keeps the folder if it contains other files
     with suppress(OSError):
         _parts(to).rmdir()
     return {
@@ -102,7 +102,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
 
 
 def _refuse_others(options: RankOptions) -> None:
-    """Reject options that do not apply to lists for every user."""
+    """Reject options that do not apply with ``--all-users``."""
     plain = RankOptions()
     named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
     for name in (*named, "shard", "ray", *(("by",) if options.baseline is not None else ("settings",))):
@@ -116,7 +116,7 @@ def _refuse_others(options: RankOptions) -> None:
 
 
 def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str) -> Iterator[Path]:
-    """Yield files of lists, each for a part of the users; existing parts are not ranked again."""
+    """Rank the users in parts and yield the file of each part; existing parts are not ranked again."""
     with RankBar(len(users)) as bar:
         for start in range(0, len(users), _PART):
             part = users[start : start + _PART]
@@ -132,7 +132,7 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
 
 
 def _target(to: str) -> tuple[str, str]:
-    """Return the kind of target (a file suffix, ``sqlite`` or ``postgresql``), and the file or the address."""
+    """Return the type of the target (a file extension, ``sqlite`` or ``postgresql``), and its path or address."""
     if to.startswith(("postgresql://", "postgres://")):
         require("adbc_driver_postgresql", "tables")
         return "postgresql", to
@@ -172,7 +172,7 @@ def _write(kind: str, to: str, table: pa.Table, tag: str) -> None:
 
 
 def _records(table: pa.Table) -> Iterator[Ranked]:
-    """Yield the lists of a table of ranked items."""
+    """Yield the ranked lists in a table of ranked items."""
     for line, (user, rows) in enumerate(groupby(table.to_pylist(), itemgetter("user_id")), start=1):
         ranked = [row for row in rows if row["error"] is None]
         yield Ranked(
@@ -185,7 +185,7 @@ def _records(table: pa.Table) -> Iterator[Ranked]:
 
 
 def _write_sqlite(path: Path, table: pa.Table) -> None:
-    """Replace a table of an SQLite file; its other tables are unchanged."""
+    """Replace a table in an SQLite file; other tables are unchanged."""
     rows = [tuple(row[name] for name in _COLUMNS) for row in table.to_pylist()]
     try:
         with closing(sqlite3.connect(path)) as database, database:
@@ -202,7 +202,7 @@ def _write_sqlite(path: Path, table: pa.Table) -> None:
 
 
 def _check_sqlite(path: Path) -> None:
-    """Raise an error before ranking if a database cannot be written; see `_check_table`."""
+    """Raise an error if a database cannot be written, before ranking; see `_check_table`."""
     if not path.exists():
         return
     try:
@@ -213,7 +213,7 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_table(path: Path, database: sqlite3.Connection) -> None:
-    """Reject a file with another program's application id, and a table that does not contain such lists."""
+    """Reject a database file of another program, and an existing table that is not a table of ranked lists."""
     owner = database.execute("PRAGMA application_id").fetchone()[0]
     columns = tuple(row[1] for row in database.execute(f"PRAGMA table_info({TABLE})"))
     if owner or columns not in ((), _COLUMNS):
@@ -238,13 +238,13 @@ def _write_postgres(url: str, table: pa.Table) -> None:
     except LlmrecError:
         raise
     except Exception as error:
-        # The driver's message may contain the address, which may contain a password.
+        # The message of the driver may contain the address with its password.
         message = str(error).replace(url, _shown(url)).splitlines()[0]
         raise LlmrecError(f"--to {_shown(url)}: {message}", kind="failed", column="--to") from None
 
 
 def _shown(to: str) -> str:
-    """Return a target without the password of an address."""
+    """Return a target without the password in its address."""
     if "://" not in to:
         return to
     parts = urlsplit(to)
@@ -252,7 +252,7 @@ def _shown(to: str) -> str:
 
 
 def _parts(to: str) -> Path:
-    """Return the folder of parts: next to a file, and for a database in the working folder."""
+    """Return the folder of parts: next to an output file, or in the working folder for a database."""
     path = Path(f"{TABLE}-{digest_of(to=to)[:8]}") if "://" in to else Path(to)
     return path.with_name(path.name + ".parts")
 
