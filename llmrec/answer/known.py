@@ -156,7 +156,7 @@ class Histories:
 
     @classmethod
     def of(cls, dataset: Dataset, seed: int) -> Histories:
-        """Return the histories of interactions, by user and time; ties are ordered as in a split with this seed."""
+        """Return the histories of a data set; interactions at the same time are ordered as in a split with the seed."""
         frame = dataset.interactions[time_order(dataset, seed)]
         names, rows = codes(frame["user_id"])
         order = np.argsort(rows, kind="stable")

@@ -524,7 +524,7 @@ def reserved_by(bundle: Bundle) -> float:
 
 
 def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
-    """Return the labels of baselines fitted in seconds; each method has the parameters of its first family."""
+    """Return the labels of baselines fitted in seconds, with the parameters of the first task that has them."""
     if not _learns(bundle):
         return []
     results: list[BaselineSection] = []

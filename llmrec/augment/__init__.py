@@ -1,1 +1,1 @@
-"""Texts on users and items that a language model generates once, stored as features."""
+"""Texts about users and items that a language model generates once and stores as features."""

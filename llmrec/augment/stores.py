@@ -1,4 +1,4 @@
-"""Builds feature stores from texts, and lists, compares, corrects and erases their content."""
+"""Builds feature stores from texts, and compares, corrects and deletes their contents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmrec.models.text_encoder import text_embedder
 log = logging.getLogger(__name__)
 
 ENCODER = "all-MiniLM-L6-v2"
-# The number of ids per look-up, and of look-ups per timing.
+# Number of ids per look-up, and of look-ups per measurement.
 _BATCH, _LOOKUPS = 100, 2000
 
 
@@ -48,7 +48,7 @@ def of_texts(
     provenance: Provenance,
     seen: Mapping[str, frozenset[Pair]] | None = None,
 ) -> Features:
-    """Return texts as features.
+    """Convert texts to features with vectors.
 
     Args:
         kind: The kind of the ids: users or items.
@@ -78,7 +78,7 @@ def of_texts(
 def from_table(
     path: str, kind: FeatureKind, *, column: str = "text", seen: str | None = None, encoder: str = ENCODER
 ) -> Features:
-    """Return the texts of a table as features.
+    """Read the texts of a table as features.
 
     Args:
         path: A table with the column ``user_id`` or ``item_id``, and a column of texts.
@@ -138,7 +138,7 @@ def from_table(
 
 
 def whole(store: FeatureStore, kind: FeatureKind) -> Features:
-    """Return all features of a kind."""
+    """Return all features of users or of items."""
     names = store.ids(kind)
     text = store.texts(kind, names)
     return Features(
@@ -154,7 +154,7 @@ def whole(store: FeatureStore, kind: FeatureKind) -> Features:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """The result of erasing a user.
+    """The result of deleting a user's data.
 
     Attributes:
         text: Whether there was a text on the user.
@@ -168,7 +168,7 @@ class Forgotten:
 
 
 def forget(folder: Path, user: str) -> Forgotten:
-    """Erase a user: text, vector, interactions, and cached answers of the model; earlier versions are removed too.
+    """Delete a user's text, vector, interactions and cached answers, and remove earlier versions of the store.
 
     Answers and older versions are removed first and for all users, since they do not record whom they are about: a user
     with a blank answer has no text, and a killed call is completed by the next one.
@@ -179,7 +179,7 @@ def forget(folder: Path, user: str) -> Forgotten:
     """
     FeatureStore.open(folder)
     with writing(folder) as place:
-        # The cached questions and answers of a language model, with the other files of the database.
+        # Cached questions and answers of a language model, with the other files of the database.
         for path in place.glob(f"{ANSWERS}*"):
             path.unlink()
         drop_older(place)
@@ -215,7 +215,7 @@ def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
 
 
 def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[FeatureKind, ...]:
-    """Correct a text, and compute its vector again with the encoder of the store.
+    """Correct a text, and compute its vector again with the text encoder of the store.
 
     Returns:
         Kinds of texts that were generated from it, which do not change.
@@ -250,7 +250,7 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[Feature
 
 @dataclass(frozen=True)
 class Difference:
-    """The differences between a feature store and a newer one."""
+    """The differences between two versions of a feature store."""
 
     kind: FeatureKind
     added: tuple[str, ...]
@@ -259,7 +259,7 @@ class Difference:
 
 
 def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
-    """Return the differences between two stores by kind: ids, and changed texts of ids in both."""
+    """Compare two feature stores: ids, and changed texts of ids in both."""
     results = []
     for kind in KINDS:
         before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))
@@ -276,7 +276,7 @@ def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
 
 
 def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
-    """Return p50 and p99 in microseconds for look-ups of one id and of a hundred, half of them unknown."""
+    """Return p50 and p99 in microseconds of look-ups of one id and of a hundred ids, half of them unknown."""
     names = store.ids(kind)
     rng = np.random.default_rng(0)
     drawn = [names[place] for place in rng.integers(0, len(names), _LOOKUPS).tolist()]

@@ -1,4 +1,4 @@
-"""Prompts that generate texts on users and items, and the interactions in each prompt."""
+"""Prompts that generate texts about users and items, with the interactions shown in each prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ITEMS = frozenset({"item", "item_id", "fields", "factors", "noun"})
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about one user or item.
+    """A prompt about one user or item.
 
     Attributes:
         id: Id of the user or item that the text is about.
@@ -46,12 +46,12 @@ class Asked:
 
     @property
     def seen(self) -> frozenset[Pair]:
-        """The interactions in the prompt."""
+        """The interactions shown in the prompt."""
         return frozenset((self.id, event.item_id) for event in self.events)
 
 
 def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Template:
-    """Return a template of ``prompts/augment``, or of the recipe's ``prompts``.
+    """Return a template from ``prompts/augment``, or from ``prompts`` of the recipe.
 
     Raises:
         RecipeError: If no template has this name, or it uses variables that are not available.
@@ -69,7 +69,7 @@ def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Te
 
 
 def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
-    """Return the interactions that a text on a user may be generated from, oldest first.
+    """Return the interactions from which a text about a user may be generated, oldest first.
 
     With a split of kind ``prefix`` these are the user's first interactions, which nothing else is trained on; with
     other splits the training interactions, which a baseline with the text as a feature then excludes.
@@ -86,7 +86,7 @@ def about_users(
     kind: FeatureKind = "user",
     interests: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Asked]:
-    """Return the prompts about users who have interactions that may be shown.
+    """Return prompts about users who have interactions that may be shown.
 
     Args:
         data: The split data.
@@ -112,7 +112,7 @@ def about_users(
 
 
 def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
-    """Return the prompts about the items of the catalogue; they show no interactions."""
+    """Return prompts about all items; they show no interactions."""
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
     results = []
@@ -124,19 +124,19 @@ def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts:
 
 
 def taste(vectors: NDArray[np.floating[Any]], liked: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
-    """Return the mean of the liked vectors minus that of the others; shapes (n, d) and (d,)."""
+    """Return the mean of the liked vectors minus the mean of the others; shapes (n, d) and (d,)."""
     parts = vectors[liked], vectors[~liked]
     means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in parts]
     return np.asarray(means[0] - means[1])
 
 
 def key_of(kind: FeatureKind) -> str:
-    """Return the recipe key for the template of a kind."""
+    """Return the recipe key for the template of users, items or synthetic items."""
     return "augment.synthetic" if kind == "synthetic" else f"augment.{kind}s"
 
 
 def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
-    """Return the part of an answer to store; empty if the answer does not contain what was requested.
+    """Return the part of an answer to store; empty if the answer lacks what was requested.
 
     For a text on a user with a closed list, these are the topics of the list that it names, in list order (GENRE, Liu
     et al., WSDM 2024, section 3.2). For a synthetic item, these are title and description from a JSON object, the
@@ -147,12 +147,12 @@ def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
         return ", ".join(topic for topic in section.topics if f" {_plain(topic)} " in words)
     if kind == "synthetic":
         said = invented(said)
-    # Generated text is untrusted data, and must not be able to forge parts of a template.
+    # Generated text is untrusted, and must not be able to imitate parts of a template.
     return clean(said)
 
 
 def invented(said: str) -> str:
-    """Return title and description of the synthetic item in an answer."""
+    """Return the title and description of the synthetic item in an answer."""
     begin, end = said.find("{"), said.rfind("}")
     try:
         item = json.loads(said[begin : end + 1]) if 0 <= begin < end else None

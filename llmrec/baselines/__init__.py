@@ -1,4 +1,4 @@
-"""Baseline recommenders with the interface of language models; torch and implicit are imported when one is fitted.
+"""Baseline recommenders without a language model, with the same interface as language models.
 
 The classes of the registry are attributes: ``llmrec.baselines.ItemKNN(history=5).fit(interactions).recommend(["u1"])``.
 """

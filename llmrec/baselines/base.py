@@ -1,4 +1,4 @@
-"""Base classes of baselines: config, fitted state, item indices, and conversion of scores to rankings."""
+"""Base classes of baselines: configuration, fitted state, item indices, and conversion of scores to rankings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmrec.types import Answer, Ranking, Request, Unparsed
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    #: Scores of every catalogue item: requests -> (b, items).
+    #: Returns the scores of all catalogue items for requests, shape (b, items).
     Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
 
 LSA = "lsa"
@@ -34,11 +34,11 @@ LSA = "lsa"
 TOP = 100
 """Maximum number of items returned from a whole catalogue."""
 
-# Cells of a block of dense scores: 32 MB of float64.
+# Number of scores per block: 32 MB of float64.
 _CELLS = 1 << 22
-# Transitions counted per block, and the largest number of them that is counted in double precision.
+# Number of transitions per block, and the largest number that is summed in double precision.
 _STEPS, _EXACT = 1 << 24, 1 << 26
-# Popularity adds at most this share of a request's smallest score.
+# Popularity changes a score by at most this share of the smallest score of the request.
 _FILLER = 2.0**-20
 
 DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
@@ -58,7 +58,7 @@ class Trainable(Protocol):
 
 
 class NoParameters(Section):
-    """The config of a baseline without parameters."""
+    """The configuration of a baseline without parameters."""
 
 
 class _HasCatalogue(Protocol):
@@ -73,7 +73,7 @@ S = TypeVar("S", bound=_HasCatalogue)
 
 @dataclass(frozen=True)
 class Auto:
-    """A hyperparameter setting of a baseline that `llmrec auto` tries.
+    """Hyperparameters of a baseline that `llmrec auto` tries.
 
     Attributes:
         cost: Position in the order of all settings, fastest first.
@@ -91,7 +91,7 @@ class Auto:
 
 
 def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: str) -> C:
-    """Return the checked config of a baseline.
+    """Return the validated configuration of a baseline.
 
     Args:
         made: The class of the config.
@@ -123,7 +123,7 @@ def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: 
 
 
 def _parameters(config: type[Section]) -> list[Parameter]:
-    """Return the parameters of a config, and the seed, as keyword arguments."""
+    """Return the parameters of a configuration, and the seed, as keyword-only parameters of a function."""
     known: dict[str, tuple[Any, Any]] = {
         name: (entry.annotation, entry.get_default(call_default_factory=True))
         for name, entry in config.model_fields.items()
@@ -141,7 +141,7 @@ def _parameters(config: type[Section]) -> list[Parameter]:
 
 
 class Baseline(Generic[C, M]):
-    """The base class of baselines; subclasses add ``learn`` and ``answer``.
+    """Base class of baselines; subclasses implement ``learn`` and ``answer``.
 
     A baseline is used like an estimator of scikit-learn: parameters are keywords of the constructor, ``fit`` takes a
     frame, and `sklearn.base.clone` copies it without its fitted state::
@@ -198,7 +198,7 @@ class Baseline(Generic[C, M]):
         self._model: M | None = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Give the constructor a signature with the parameters of `Config`, for completion and `help`."""
+        """Give the constructor a signature with the fields of `Config`, for completion and `help`."""
         super().__init_subclass__(**keywords)
         if isinstance(config := vars(cls).get("Config"), type):
             cls.__signature__ = Signature(_parameters(config))  # type: ignore[attr-defined]
@@ -209,11 +209,11 @@ class Baseline(Generic[C, M]):
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the parameters and the seed by name; ``deep`` is for scikit-learn and has no effect."""
+        """Return the parameters and the seed by name; ``deep`` exists for scikit-learn and has no effect."""
         return {**dict(self._config), "seed": self._seed}
 
     def set_params(self, **parameters: Any) -> Self:
-        """Change parameters, for the next ``fit``.
+        """Set parameters for the next ``fit``.
 
         Raises:
             RecipeError: If a parameter is unknown, or a value is out of bounds.
@@ -224,7 +224,7 @@ class Baseline(Generic[C, M]):
         return self
 
     def fit(self, interactions: Any, items: Any = None, **columns: Any) -> Self:
-        """Fit to interactions, and return the baseline.
+        """Fit the baseline to interactions, and return it.
 
         Args:
             interactions: A frame or the path of a table, as `llmrec.fit` takes it; or a `SplitDataset`, of which only
@@ -239,12 +239,12 @@ class Baseline(Generic[C, M]):
         return self
 
     def learn(self, data: SplitDataset) -> None:
-        """Learn from the training interactions of a split."""
+        """Fit the baseline to the training interactions of a split."""
         raise NotImplementedError
 
     @property
     def recommender(self) -> Any:
-        """The recommender on the interactions of ``fit``, which ranks, rates, explains and evaluates.
+        """A recommender on the interactions of ``fit``, which ranks, rates, explains and evaluates.
 
         Raises:
             DataError: If ``fit`` was not called with a frame or a table.
@@ -256,27 +256,27 @@ class Baseline(Generic[C, M]):
         return self._recommender
 
     def recommend(self, users: Any = None, k: int = 10, **options: Any) -> Any:
-        """Return the best items for users or histories, as the method of `recommender` does."""
+        """Return the best items for users or histories, like the method of `recommender`."""
         return self.recommender.recommend(users, k, **options)
 
     @property
     def config(self) -> C:
-        """The parameters."""
+        """The configuration of the baseline."""
         return self._config
 
     @classmethod
     def reads(cls, config: C) -> Reads:
-        """Return how it represents items with a config: `READS`, unless a parameter decides that."""
+        """Return which item data the baseline reads: `READS`, unless a parameter changes it."""
         return cls.READS
 
     @classmethod
     def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
-        """Return the text encoder named by the parameters, or a feature store; None: none."""
+        """Return the text encoder or feature store in the parameters; None without one."""
         name = parameters.get("encoder")
         return None if name is None or name == LSA else str(name)
 
     def with_config(self, config: C) -> Self:
-        """Return a copy with another config that shares the fitted state: it answers as if fitted with that config.
+        """Return a copy with another configuration and the same fitted state.
 
         Raises:
             RecipeError: If a parameter outside `AT_ANSWER` differs, which requires another fit.
@@ -298,7 +298,7 @@ class Baseline(Generic[C, M]):
 
     @property
     def _fitted(self) -> M:
-        """The fitted state.
+        """The fitted state; raises an error before ``fit``.
 
         Raises:
             RuntimeError: If ``fit`` was not called.
@@ -309,11 +309,11 @@ class Baseline(Generic[C, M]):
 
 
 class ScoredBaseline(Baseline[C, S]):
-    """A baseline that ranks by scores of the whole catalogue; subclasses define ``learn`` and ``scores``."""
+    """A baseline that scores all items; subclasses implement ``learn`` and ``scores``."""
 
     @property
     def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
+        """Ids of all items, in column order."""
         return self._fitted.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
@@ -327,14 +327,14 @@ class ScoredBaseline(Baseline[C, S]):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All items of the dataset, sorted by id, so that their indices do not depend on the order of rows."""
+    """All items of the data set, sorted by id, so that their indices do not depend on the order of the data."""
 
     ids: tuple[str, ...]
     index: Mapping[str, int]
 
     @staticmethod
     def of(data: SplitDataset) -> Catalogue:
-        """Return the catalogue of a dataset."""
+        """Return the catalogue of a data set."""
         ids = tuple(sorted(data.dataset.items))
         return Catalogue(ids=ids, index={item: index for index, item in enumerate(ids)})
 
@@ -343,7 +343,7 @@ class Catalogue:
         return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
 
     def history(self, request: Request) -> NDArray[np.int64]:
-        """Return the item indices of a request's history, oldest first, without unknown items."""
+        """Return the item indices of a request's history, oldest first; unknown items are left out."""
         result = self.places(event.item_id for event in request.history)
         return result[result >= 0]
 
@@ -381,18 +381,18 @@ class Log:
         """Return how often each user interacted with each item, sparse, shape (users, columns)."""
         ends = np.concatenate([[0], np.cumsum(np.bincount(self.users, minlength=self.user_count))])
         shape = (self.user_count, columns)
-        # Rows are already grouped by user; the indices are copied, since the matrix sorts them in place.
+        # The indices are copied, since the matrix sorts them in place.
         result = sparse.csr_array((np.ones(len(self.items)), self.items.copy(), ends.astype(np.int32)), shape=shape)
         result.sum_duplicates()
         return result
 
     def steps(self, gap: int, size: int, weight: float = 1.0) -> Any:
-        """Return the weighted counts of item j following item i at a given distance, sparse, shape (items, items)."""
+        """Return weighted counts of item j following item i at a given distance, sparse, shape (items, items)."""
         whole = max(0, len(self.items) - gap)
-        # Single precision suffices for a hundred million transitions, and the sums take a third less memory.
+        # Single precision suffices for a hundred million transitions, and reduces memory by a third.
         kind = np.float64 if whole <= _EXACT else np.float32
         total = sparse.csr_array((size, size), dtype=kind)
-        # In blocks: all transitions as index pairs would take several times the memory of their sums.
+        # In blocks, because index pairs of all transitions would take several times the memory of their sums.
         for start in range(0, max(1, whole), _STEPS):
             part, after = (slice(start + by, min(start + _STEPS, whole) + by) for by in (0, gap))
             same = self.users[after] == self.users[part]
@@ -415,7 +415,7 @@ def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
 
 
 def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Break ties by popularity, among items without a score and among items of equal scores.
+    """Break ties by popularity, both among items without a score and among items with equal scores.
 
     The amount added to an item is below a millionth of the smallest score of the request, so that an item without a
     score ranks below every item with one, regardless of its popularity.
@@ -432,7 +432,7 @@ def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Warm:
-    """The items with training interactions, the only ones for which item embeddings or weights can be learned.
+    """The items with training interactions; embeddings and weights can be learned only for these.
 
     Attributes:
         catalogue: The whole catalogue.
@@ -448,7 +448,7 @@ class Warm:
 
     @staticmethod
     def of(log: Log, catalogue: Catalogue) -> Warm:
-        """Return the warm items of a log."""
+        """Return the items that have training interactions."""
         result = counts(log, catalogue)
         places = np.flatnonzero(result)
         column = np.full(len(catalogue.ids), -1, dtype=np.int64)
@@ -456,20 +456,20 @@ class Warm:
         return Warm(catalogue=catalogue, places=places, column=column, popular=result[places] / result.max(initial=1.0))
 
     def log(self, log: Log) -> Log:
-        """Return the same interactions with warm indices."""
+        """Return the same interactions with indices of warm items."""
         return Log(
             users=log.users, items=self.column[log.items].astype(np.int32), times=log.times, user_count=log.user_count
         )
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
-        """Return the warm items of each history, oldest first, without other items."""
+        """Return the warm items of each history, oldest first."""
         numbers = [self.column[self.catalogue.history(request)] for request in requests]
         return [result[result >= 0] for result in numbers]
 
     def spread(
         self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.floating[Any]]:
-        """Return scores of the whole catalogue, cold-start items lowest; by popularity without warm history items.
+        """Return scores of all items, with cold-start items lowest; by popularity if a history has no warm items.
 
         Args:
             scores: Scores of the warm items, shape (b, warm).
@@ -483,7 +483,7 @@ class Warm:
 
 
 def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64) -> Any:
-    """Weight the items of each history by ``decay**age``, 1 for the last; a repeated item counts at its last position.
+    """Weight the items of each history by ``decay**age``; a repeated item counts at its last position.
 
     Args:
         histories: The result of `Warm.histories`.
@@ -494,7 +494,7 @@ def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, d
     Returns:
         Sparse matrix of shape (b, columns).
     """
-    # Reversed, so that the first position of an item is its latest; columns are sorted regardless of other requests.
+    # Reversed, so that the first position of an item is its latest one.
     latest = [np.unique(history[::-1], return_index=True) for history in histories]
     items = np.concatenate([np.empty(0, dtype=np.int64), *(result for result, _ in latest)])
     ages = np.concatenate([np.empty(0, dtype=np.int64), *(ages for _, ages in latest)])
@@ -528,7 +528,7 @@ def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay
 
 
 def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) -> list[Answer]:
-    """Rank the items of every request by the scores of a baseline, in blocks of requests."""
+    """Rank the items for every request by the scores of a baseline, in blocks of requests."""
     block = max(1, _CELLS // max(1, len(catalogue.ids)))
     answers: list[Answer] = []
     for start in range(0, len(requests), block):
@@ -550,7 +550,7 @@ def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[
 
 
 def refusal(request: Request) -> Unparsed | None:
-    """Return why a request cannot be ranked, or None if it can."""
+    """Return the reason why a request cannot be ranked, or None if it can."""
     if request.candidates is None:
         return None
     if not request.candidates:
@@ -561,7 +561,7 @@ def refusal(request: Request) -> Unparsed | None:
 
 
 def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
-    """Return the indices of all items outside the request's history."""
+    """Return the indices of all items that are not in the history of the request."""
     keep = np.ones(len(catalogue.ids), dtype=bool)
     keep[catalogue.history(request)] = False
     return np.flatnonzero(keep)
@@ -570,7 +570,7 @@ def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
 def top_of(
     request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
 ) -> Ranking:
-    """Return the best `TOP` items by index, and all that tie with the last of them.
+    """Return the `TOP` highest-scoring items, and all that tie with the last of them.
 
     Truncating a tied block would decide at random, or by id, whether the target is in the list.
     """
@@ -578,7 +578,7 @@ def top_of(
         border = np.partition(scores, len(scores) - TOP)[len(scores) - TOP]
         kept = scores >= border
         places, scores = places[kept], scores[kept]
-    # Indices follow ids, so a stable sort by score keeps ties in the order of ids.
+    # Indices follow ids, so a stable sort by score breaks ties by id.
     order = np.argsort(-scores, kind="stable")
     return Ranking(
         request_id=request.id,
@@ -594,6 +594,6 @@ def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[
         places = unseen(request, catalogue)
         return top_of(request, catalogue, places, scores[places])
     places = catalogue.places(request.candidates)
-    # An unknown candidate never ranks above a known one.
+    # Unknown candidates rank below all known ones.
     lowest = scores.min(initial=0.0)
     return ranking(request, request.candidates, np.where(places >= 0, scores[places], lowest - (lowest < 0)))

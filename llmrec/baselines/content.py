@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The vectors of all items and their popularity, shape (items,)."""
+    """The text vectors of all items, and their popularity, shape (items,)."""
 
     catalogue: Catalogue
     vectors: Turned
@@ -33,7 +33,7 @@ class _Texts:
     synthetic: FeatureStore | None = None
 
     def made_up(self, requests: Sequence[Request], config: ContentConfig) -> NDArray[np.float64]:
-        """Return the whitened vectors of the users' synthetic items, weighted as the oldest interaction, shape (n, k).
+        """Return the whitened vectors of users' synthetic items, weighted like the oldest interaction, shape (n, k).
 
         They are 0 for users without one and for users with more than ``cold`` interactions; without a store, k is 1.
         """
@@ -57,12 +57,12 @@ class ContentConfig(WhitenedConfig):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The feature stores that are read."""
+        """The feature stores to read."""
         return (*super().folders, *((self.synthetic,) if self.synthetic else ()))
 
 
 class Content(ScoredBaseline[ContentConfig, _Texts]):
-    """Scores an item by the similarity of its text to the texts of the latest items of the history.
+    """Scores items by text similarity to the latest items of the history.
 
     Vectors of a frozen text encoder are centred and rotated to their principal directions; direction k with standard
     deviation s_k is divided by ``s_k**whitening`` (after Su et al., arXiv 2103.15316, who use full whitening). Then
@@ -100,7 +100,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         self._model = _Texts(catalogue, Turned.of(vectors), popular, synthetic)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the similarities for every request and item, shape (n, items)."""
+        """Return the text similarities of all items for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         vectors = model.vectors.whitened(config.whitening)
         weights = recent(requests, model.catalogue, config.history, config.decay)
@@ -110,7 +110,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
 
 
 def _synthetic(data: SplitDataset, config: ContentConfig) -> FeatureStore:
-    """Return the store of synthetic items.
+    """Open the feature store with synthetic items.
 
     Raises:
         DataError: If it has none, was written from other training interactions, contains a held-out one, or its

@@ -1,4 +1,4 @@
-"""Count features of users and items for yes/no prediction, for training rows and for requests."""
+"""Features of users and items for CTR baselines, computed from counts of ratings."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     #: Features of the training ratings, shape (n, k).
     Rows = NDArray[np.float64]
 
-# Prior strength, in ratings: shares of likes are shrunk towards the share over all ratings.
+# Prior strength, in ratings: shares of likes are shrunk towards the overall share.
 _PRIOR = 1.0
-# Prior strength of rating residuals, shrunk towards 0: of an item, of a user, and of a user's recent ratings.
+# Prior strengths for residuals of ratings, which are shrunk towards 0: items, users, and recent ratings of users.
 _OF_ITEM, _OF_USER, _LATELY = 3.0, 10.0, 2.0
-# A feature with a standard deviation below this, relative to max(mean, 1), counts as constant.
+# A feature whose standard deviation relative to max(mean, 1) is smaller than this counts as constant.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Likes, number and sum of each item's training ratings, and the overall share of likes and mean rating."""
+    """Likes, number and sum of ratings per item in training, and the overall share of likes and mean rating."""
 
     liked: float
     share: float
@@ -44,7 +44,7 @@ class Counts:
 
     @staticmethod
     def of(known: Ratings, liked: float | None) -> Counts:
-        """Return training counts; ``liked`` is the lowest rating of a like, None: three quarters of the scale."""
+        """Count training ratings; ``liked`` is the lowest rating of a like, by default three quarters of the scale."""
         level = threshold(known.scale, liked)
         yes = (known.values >= level).astype(np.float64)
         size = len(known.item_index)
@@ -59,12 +59,12 @@ class Counts:
         )
 
     def of_history(self, request: Request) -> tuple[float, int]:
-        """Return the share of likes in a history, shrunk towards the training share, and its number of ratings."""
+        """Return the share of likes in a history, shrunk towards the overall share, and the number of ratings."""
         known = [event.rating >= self.liked for event in request.history if event.rating is not None]
         return (sum(known) + _PRIOR * self.share) / (len(known) + _PRIOR), len(known)
 
     def of_item(self, item: str) -> tuple[float, float]:
-        """Return the share of likes of an item, shrunk the same way, and its number of training ratings."""
+        """Return the share of likes of an item, shrunk towards the overall share, and its number of ratings."""
         place = self.item_index.get(item)
         if place is None:
             return self.share, 0.0
@@ -72,17 +72,17 @@ class Counts:
         return (float(self.likes[place]) + _PRIOR * self.share) / (count + _PRIOR), count
 
     def level(self, item: str) -> float:
-        """Return an item's mean rating minus the mean of all ratings, shrunk towards 0; 0 for an unknown item."""
+        """Return an item's mean rating minus the overall mean, shrunk towards 0; 0 for an unknown item."""
         place = self.item_index.get(item)
         return 0.0 if place is None else float(self.levels[place])
 
     @cached_property
     def levels(self) -> NDArray[np.float64]:
-        """The levels of all items, shape (items,)."""
+        """Mean rating minus the overall mean of every item, shrunk towards 0, shape (items,)."""
         return (self.sums - self.counts * self.mean) / (self.counts + _OF_ITEM)
 
     def residuals(self, request: Request) -> NDArray[np.float64]:
-        """Return each rating of a history minus its item's level, oldest first."""
+        """Return each rating of a history minus the mean of its item, oldest first."""
         return np.array(
             [
                 event.rating - self.mean - self.level(event.item_id)
@@ -94,7 +94,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Counted:
-    """Features of the user and the item of a request, standardised to mean 0 and variance 1 over the training ratings.
+    """Standardised features of the user and item of a request.
 
     There are six: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean
     of the user's ratings minus the levels of their items. Shares are log-odds, numbers ``log(1 + n)``, and means are
@@ -167,7 +167,7 @@ def _odds(share: float) -> float:
 
 @dataclass(frozen=True)
 class _Past:
-    """All ratings of training users, including those that occur only in histories, in order for each user.
+    """All ratings of training users, including those in histories only, in time order for each user.
 
     Attributes:
         users: User indices as in `Ratings`, shape (n,), ascending.
@@ -182,7 +182,7 @@ class _Past:
     place: NDArray[np.int64]
 
     def summed(self, values: NDArray[np.float64], *, before: bool) -> NDArray[np.float64]:
-        """Return the sum over the user's other ratings, or over the previous ones, for each training rating."""
+        """Return, for each training rating, the sum over the user's other ratings, or over the earlier ones."""
         if not before:
             return np.bincount(self.users, weights=values)[self.users][self.place] - values[self.place]
         running = np.cumsum(values) - values
@@ -216,7 +216,7 @@ class _Past:
 
 
 def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False) -> Rows:
-    """Return the leave-one-out features of every training rating, shape (n, 6).
+    """Return the leave-one-out features of all training ratings, shape (n, 6).
 
     With ``before``, user features use only previous ratings.
     """
@@ -234,11 +234,11 @@ def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False)
 
 
 def _before(past: _Past, decay: float) -> NDArray[np.float64]:
-    """Return the decayed mean of the user's residuals before every training rating, shape (n,)."""
+    """Return the decayed mean of the user's residuals before each training rating, shape (n,)."""
     sizes = np.bincount(past.users)
     starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.left))
     total, weight = np.zeros(len(sizes)), np.zeros(len(sizes))
-    # The first ratings of all users, then the second ones, and so on.
+    # First the first ratings of all users, then the second ones, and so on.
     for step in range(int(sizes.max())):
         users = np.flatnonzero(sizes > step)
         rows = starts[users] + step

@@ -26,7 +26,7 @@ _MOST_ITEMS = 20_000
 
 @dataclass(frozen=True)
 class _Linear:
-    """Weights of the warm items; entry (i, j) is the weight of history item i for the score of item j."""
+    """Weights of the warm items: entry (i, j) is the contribution of history item i to the score of item j."""
 
     catalogue: Catalogue
     warm: Warm
@@ -46,7 +46,7 @@ class EASEConfig(Section):
 
 
 class EASE(ScoredBaseline[EASEConfig, _Linear]):
-    """Scores an item by the learned weights of the history's items (Steck, WWW 2019, equation 8).
+    """EASE: scores items by learned weights of the history items (Steck, WWW 2019, equation 8).
 
     With the binary training matrix X and ``P = (X'X + penalty * I)**-1``, the weights are ``B[i, j] = -P[i, j] /
     P[j, j]``, and 0 on the diagonal: the least squares solution of ``X = X B`` under a ridge penalty in which no item
@@ -67,7 +67,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     FITS_ON = "train"
 
     def learn(self, data: SplitDataset) -> None:
-        """Solve for the weights by a Cholesky factorisation.
+        """Compute the weights by a Cholesky factorisation.
 
         Cost: n**3 multiplications for n items with training interactions; the matrix is factored and inverted
         in place.
@@ -88,7 +88,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         return {"weights": self._fitted.weights}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted weights from `state`."""
         catalogue = Catalogue.of(data)
         self._model = _Linear(catalogue, Warm.of(Log.of(data, catalogue), catalogue), state["weights"])
 
@@ -104,7 +104,7 @@ def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Invert a symmetric positive definite matrix in place, shape (n, n)."""
     single = matrix.dtype == np.float32
     factor, invert = (lapack.spotrf, lapack.spotri) if single else (lapack.dpotrf, lapack.dpotri)
-    # LAPACK is column-major: the transpose of a symmetric matrix is passed without a copy.
+    # LAPACK is column-major: a symmetric matrix can be passed transposed, without a copy.
     factored, failed = factor(matrix.T, lower=1, overwrite_a=1)
     if not failed:
         inverse, failed = invert(factored, lower=1, overwrite_c=1)
@@ -113,7 +113,7 @@ def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
             "the item-by-item matrix of the baseline 'ease' is not positive definite at this precision; "
             "use dtype='float64' or a larger penalty"
         )
-    # LAPACK writes one triangle only; mirror it tile by tile.
+    # LAPACK fills only one triangle; mirror it in tiles.
     for start in range(0, len(inverse), _TILE):
         end = start + _TILE
         inverse[start:end, end:] = inverse[end:, start:end].T

@@ -39,7 +39,7 @@ class _Vectors:
     library: Any
 
     def by_item(self) -> dict[str, NDArray[np.float32]]:
-        """Return the vector of each item with training interactions, by its id."""
+        """Return the vector of each item with training interactions, by item id."""
         return {self.catalogue.ids[place]: self.vectors[row] for row, place in enumerate(self.warm.places.tolist())}
 
 
@@ -59,7 +59,7 @@ class ALSConfig(Section):
 
 
 class ALS(ScoredBaseline[ALSConfig, _Vectors]):
-    """Factorises the binary training matrix by weighted least squares (Hu et al., ICDM 2008).
+    """ALS: factorises the binary user-item matrix by weighted least squares (Hu et al., ICDM 2008).
 
     A training interaction has confidence ``alpha``, everything else 1. With ``user=solve`` a user's vector is the least
     squares solution for the history with fixed item vectors (their equation 4), as in training, with confidence
@@ -109,17 +109,17 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         return {"vectors": self._fitted.vectors}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted vectors from `state`."""
         warm, library = _warm(data), self._library()
         library.item_factors = state["vectors"]
         self._model = _Vectors(warm.catalogue, warm, state["vectors"], library)
 
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
-        """Return the vector of each item with training interactions, by its id, shape (factors,)."""
+        """Return the vector of each item with training interactions, by item id, shape (factors,)."""
         return self._fitted.by_item()
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the products of user and item vectors for every request, shape (n, items)."""
+        """Return the dot products of user and item vectors, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
         have = fading(histories, len(model.vectors), self._config.decay, np.float32)
@@ -147,7 +147,7 @@ class BPRConfig(Section):
 
 
 class BPR(ScoredBaseline[BPRConfig, _Vectors]):
-    """Matrix factorisation with a pairwise loss, Bayesian personalised ranking (Rendle et al., UAI 2009).
+    """BPR: matrix factorisation with a pairwise ranking loss (Rendle et al., UAI 2009).
 
     The paper does not define a user vector for a history. Here it is the weighted mean of the history's item vectors,
     with weight 1 for the latest interaction and ``decay`` for the previous one. The item bias is left out. On
@@ -191,16 +191,16 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
         return {"vectors": self._fitted.vectors}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted vectors from `state`."""
         warm = _warm(data)
         self._model = _Vectors(warm.catalogue, warm, state["vectors"], None)
 
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
-        """Return the vector of each item with training interactions, by its id, shape (factors,)."""
+        """Return the vector of each item with training interactions, by item id, shape (factors,)."""
         return self._fitted.by_item()
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the products of the histories' mean vectors and item vectors, shape (n, items)."""
+        """Return the dot products of mean history vectors and item vectors, shape (n, items)."""
         model = self._fitted
         weights = recent(requests, model.warm.catalogue, _WINDOW, self._config.decay)[:, model.warm.places]
         users = _means(weights, model.vectors)
@@ -208,7 +208,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
 
 
 def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """Return weighted means of vectors, shape (b, factors); 0 if there are no weights."""
+    """Return weighted means of vectors, shape (b, factors); 0 if all weights are 0."""
     whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
     means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / whole) @ weights) @ vectors
     return means
@@ -228,9 +228,9 @@ def _training(data: SplitDataset) -> tuple[Warm, Any]:
 
 @contextmanager
 def _pinned() -> Iterator[None]:
-    """Limit BLAS to one thread: with several, sums depend on the number of threads."""
+    """Limit BLAS to one thread, because sums depend on the number of threads."""
     limits = require("threadpoolctl", "baselines").threadpool_limits
     with warnings.catch_warnings(), limits(1):
-        # The package warns about a threaded BLAS, which is limited here.
+        # The package warns about a multithreaded BLAS, which is limited here.
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

@@ -1,4 +1,4 @@
-"""Fits baselines, and stores expensive fits by fingerprint for other runs and benchmarks.
+"""Fits baselines, and caches slow fits by fingerprint for other runs and benchmarks.
 
 Files are safetensors in ``fits`` of the cache folder. Above `LIMIT`, files that were not read for `STALE` days are
 removed first, then those that save the least time for their size.
@@ -48,13 +48,13 @@ LEAST = 2.0
 STALE = 30
 """Days without a read after which a fit is deleted before all others: most are from older code."""
 
-# Parameters of the progress bar.
+# Parameters that only affect the progress bar.
 _SHOWN = {"quiet"}
 
 
 @runtime_checkable
 class Storable(Protocol):
-    """A baseline whose fit can be stored."""
+    """A baseline whose fitted state can be cached."""
 
     name: str
     AT_ANSWER: frozenset[str]
@@ -65,7 +65,7 @@ class Storable(Protocol):
         ...
 
     def restore(self, data: SplitDataset, state: State) -> None:
-        """Restore the fitted state for the same data from `state`."""
+        """Restore the fitted state from `state`, given the same data."""
         ...
 
 
@@ -78,23 +78,23 @@ def fit_key(model: torch.nn.Module, data: SplitDataset, seed: int) -> str:
         name=model.name,
         config=config,
         seed=seed,
-        # A fit to training interactions alone does not depend on validation users.
+        # A fit that uses only training interactions does not depend on validation users.
         data=[data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
         files=hashes_of(model.name, model.config.model_dump()),
         bf16=cpu_has_bf16(),
-        # A GPU computes sums in a different order.
+        # GPUs compute sums in another order.
         cuda="device" in config and config["device"] != "cpu" and has_cuda(),
         versions={**versions(), "implicit": _version("implicit")},
     )
 
 
 def keeps() -> bool:
-    """Whether fits are stored."""
+    """Whether fits are cached."""
     return _limit() > 0
 
 
 def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
-    """Restore a stored fit of a baseline, and return its original duration in seconds; None if there is none."""
+    """Restore a cached fit, and return its original duration in seconds; None if it is not cached."""
     path = _path(model, key)
     if not path.is_file():
         return None
@@ -117,7 +117,7 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
 
 
 def keep(model: Storable, key: str, seconds: float) -> None:
-    """Store a fit that took long enough and is below the size limit; a write error causes a warning."""
+    """Cache a fit that took long enough and is not too large; write errors only cause a warning."""
     limit = _limit()
     state = model.state() if seconds >= LEAST else {}
     if not state or sum(array.nbytes for array in state.values()) > limit:
@@ -128,7 +128,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
     metadata = {"key": key, "seconds": repr(seconds), "sha256": _digest(state, repr(seconds))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # A unique name: several processes may store the same fit at once.
+        # unique, since several processes may cache the same fit at the same time
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".draft")
         os.close(handle)
         try:
@@ -142,7 +142,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
 
 
 def _trim(folder: Path, limit: float) -> None:
-    """Remove fits above the limit: stale ones first, then those that save the least time for their size."""
+    """Remove fits until the cache is within its limit: outdated ones, then those that save least time per byte."""
     sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors")}
     size = sum(sizes.values())
     if size <= limit:
@@ -170,7 +170,7 @@ def _path(model: Storable, key: str) -> Path:
 
 
 def _limit() -> float:
-    """Return the limit in bytes; 0 if fits are not stored."""
+    """Return the size limit of the cache in bytes; 0 if fits are not cached."""
     value = os.environ.get(SWITCH, "").strip().lower()
     try:
         size = 0.0 if value == "off" else float(value or LIMIT)
@@ -212,7 +212,7 @@ def fitted(
     like: Sequence[Any] = (),
     where: str = "parameters",
 ) -> Any:
-    """Return a fitted baseline: a stored fit, or a new one with a progress bar.
+    """Return a fitted baseline, from the cache or newly fitted with a progress bar.
 
     Args:
         name: The name of the baseline.
@@ -233,7 +233,7 @@ def fitted(
 
 
 def fit_stored(model: Any, data: SplitDataset, *, seed: int) -> Any:
-    """Fit a baseline, or restore a stored fit, and return it.
+    """Fit a baseline, or restore its cached fit, and return it.
 
     Args:
         model: The baseline.

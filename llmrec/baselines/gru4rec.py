@@ -23,7 +23,7 @@ class GRU4RecConfig(ProfiledConfig):
 
 
 class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
-    """Predicts each item of a sequence from those before it by a gated recurrent network (Hidasi et al., ICLR 2016).
+    """GRU4Rec: predicts the next item with a gated recurrent network (Hidasi et al., ICLR 2016).
 
     The loss is the cross-entropy over all items at every position instead of a loss over the other items of a batch,
     and the item embeddings are input and output, as in later versions of the method (Hidasi and Karatzoglou, CIKM

@@ -1,4 +1,4 @@
-"""Embeddings of item texts: by latent semantic analysis, or by a pretrained text encoder without fine-tuning."""
+"""Vectors of item texts, by latent semantic analysis or a pretrained text encoder."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 STORE = "store:"
 """Prefix of the folder of a store with precomputed item embeddings."""
 
-# Exponents of the whitening that tuning tries.
+# Whitening exponents that tuning tries.
 WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # Dimensions, oversampling and iterations of latent semantic analysis.
 _WIDTH, _MORE, _ROUNDS = 128, 16, 6
-# Directions with a standard deviation below this share of the first one are noise.
+# Directions with a smaller standard deviation relative to the first one are noise.
 _LEAST = 1e-3
 
 
 def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
-    """Reject encoders without weights for a baseline of this name; ``instead`` is a baseline that accepts them.
+    """Reject an untrained encoder for a baseline; ``instead`` is a baseline that supports it.
 
     Raises:
         RecipeError: For latent semantic analysis and stores.
@@ -51,7 +51,7 @@ def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
 
 
 class TextsConfig(Section):
-    """Parameters of the text embeddings of items."""
+    """Parameters of item text vectors."""
 
     encoder: str = Field(
         LSA,
@@ -66,17 +66,17 @@ class TextsConfig(Section):
         return (self.encoder.removeprefix(STORE),) if self.encoder.startswith(STORE) else ()
 
     def order(self, count: int) -> list[int]:
-        """Return the index of the item whose text each item gets: its own, or with ``shuffled`` a random other one."""
+        """Return, for each item, the index of the item whose text it gets: itself, or another one with ``shuffled``."""
         order = np.arange(count)
         if self.shuffled:
             drawn = np.random.default_rng(0).permutation(count)
-            # In a cycle, so that no item keeps its text.
+            # a cycle, so that no item keeps its text
             order[drawn] = np.roll(drawn, 1)
         return order.tolist()
 
 
 class WhitenedConfig(TextsConfig):
-    """Parameters of the text embeddings of items and of their whitening."""
+    """Parameters of item text vectors and their whitening."""
 
     whitening: float = Field(
         0.5, ge=0, le=1, description="Exponent of the whitening of the embeddings. 0: none, 1: full."
@@ -85,7 +85,7 @@ class WhitenedConfig(TextsConfig):
 
 @dataclass(frozen=True)
 class Turned:
-    """Vectors and their principal directions.
+    """Vectors with their principal directions.
 
     Attributes:
         vectors: The original vectors, shape (n, d).
@@ -98,18 +98,18 @@ class Turned:
     centre: NDArray[np.float64]
     directions: NDArray[np.float64]
     spread: NDArray[np.float64]
-    # Cache of the whitened vectors of the last exponent: a service needs them for every request.
+    # Caches the whitened vectors for the last exponent, which a service needs in every request.
     _last: dict[float, NDArray[np.float64]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(vectors: NDArray[np.floating[Any]]) -> Turned:
-        """Return vectors with their principal directions."""
+        """Compute the principal directions of vectors."""
         centre = vectors.mean(axis=0, dtype=np.float64)
         _, lengths, turned = np.linalg.svd(vectors - centre, full_matrices=False)
         return Turned(vectors, centre, turned.T, lengths)
 
     def whitening(self, exponent: float) -> NDArray[np.float64]:
-        """Return the map that divides direction k of a centred vector by ``spread_k**exponent``, shape (d, at most k).
+        """Return the matrix that divides direction k of centred vectors by ``spread_k**exponent``, shape (d, <= k).
 
         After Su et al. (arXiv 2103.15316), who use full whitening; directions with little variance are left out.
         """
@@ -119,19 +119,19 @@ class Turned:
         return np.asarray(self.directions[:, known] / self.spread[known] ** exponent)
 
     def whitened(self, exponent: float) -> NDArray[np.float64]:
-        """Return the whitened vectors, of length 1, shape (n, at most k)."""
+        """Return the normalised whitened vectors, shape (n, at most k)."""
         if exponent not in self._last:
             self._last.clear()
             self._last[exponent] = self.turn(self.vectors, exponent)
         return self._last[exponent]
 
     def turn(self, vectors: NDArray[np.floating[Any]], exponent: float) -> NDArray[np.float64]:
-        """Apply the same `whitening` to other vectors; returns vectors of length 1, shape (n, at most k)."""
+        """Apply `whitening` to other vectors and normalise them, shape (n, at most k)."""
         return unit((vectors - self.centre) @ self.whitening(exponent))
 
 
 def unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Return vectors scaled to length 1; zero vectors are unchanged."""
+    """Normalise vectors to length 1; zero vectors are unchanged."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
@@ -139,7 +139,7 @@ def unit(vectors: NDArray[Any]) -> NDArray[Any]:
 def text_vectors(
     data: SplitDataset, ids: Sequence[str], config: TextsConfig, change: Callable[[str], str] | None = None
 ) -> NDArray[np.floating[Any]]:
-    """Return text embeddings of the titles and fields of items, of length 1, shape (n, d).
+    """Return normalised text vectors of the titles and fields of items, shape (n, d).
 
     Args:
         data: The split.
@@ -170,7 +170,7 @@ def text_vectors(
 
 
 def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
-    """Open a store whose texts of a kind are compatible with a split.
+    """Open a feature store after checking that it does not use held-out interactions of the split.
 
     Raises:
         DataError: If the store is missing, was written from other training interactions, or contains a text about a
@@ -189,7 +189,7 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
 
 
 def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
-    """Return the features of items, of length 1, with the fallback for items missing in the store."""
+    """Return normalised vectors of items from a feature store; missing items get the fallback vector."""
     store = opened(data, folder, "item")
     return unit(store.get("item", list(ids))[0])
 
@@ -207,7 +207,7 @@ def texts_of(items: Sequence[Item]) -> list[str]:
 
 
 def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
-    """Return TF-IDF vectors projected on the leading singular directions of ``texts``, of length 1.
+    """Return normalised TF-IDF vectors projected on the leading singular vectors of ``texts``.
 
     Subspace iteration starts from fixed values (Halko et al., SIAM Review 2011, algorithm 4.4), so that results are
     reproducible.

@@ -1,4 +1,4 @@
-"""Item neighbourhood models: asymmetric cosine, and random walks of three steps over users and items."""
+"""Item neighbourhood models: asymmetric cosine similarity (ItemKNN), and three-step random walks (RP3beta)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
-    #: Products, indices of the history's items and of the others -> similarities; shapes broadcast.
+    #: Computes similarities from dot products and item indices; shapes broadcast.
     Similar = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], Any]
 
-# Items per block of pair counts. Fixed, so that sums do not depend on other requests.
+# Items per block of co-occurrence counts; fixed, so that sums do not depend on other requests.
 _BLOCK = 256
-# Maximum number of items for which all pairs are in memory, twice, 8 bytes each.
+# Maximum number of items for which two dense matrices of all pairs (8 bytes each) are kept in memory.
 _DENSE = 4096
 
 
 class Kept:
-    """A cache of the last matrix of each kind, for tuning: most settings differ in few matrices."""
+    """Caches the last matrix of each kind, because tuning changes few matrices between settings."""
 
     def __init__(self) -> None:
         """Create an empty cache."""
         self._made: dict[str, tuple[Any, Any]] = {}
 
     def __call__(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        """Return a matrix, computed again if its parameters differ from those of the last call."""
+        """Return a matrix, computed again only if its parameters differ from the last call."""
         if name not in self._made or self._made[name][0] != key:
             self._made[name] = key, make()
         return self._made[name][1]
@@ -46,7 +46,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Readers:
-    """The binary training matrix, shape (users, items), and item popularity.
+    """The binary user-item matrix, shape (users, items), and item popularity.
 
     Attributes:
         catalogue: The item indices.
@@ -70,7 +70,7 @@ class _Readers:
 def _votes(
     weights: Any, model: _Readers, matrix: Any, similar: Similar, *, matrix_key: Any, key: Any
 ) -> NDArray[np.float64]:
-    """Return the summed similarities of the history's items to every other item.
+    """Return, for every item, the sum of its similarities to the history items.
 
     Args:
         weights: Weights of the items of each history, sparse, shape (b, items).
@@ -100,7 +100,7 @@ def _votes(
 
 
 def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> NDArray[np.float64]:
-    """Return the same sums computed for the histories' items only, for catalogues whose pairs do not fit in memory.
+    """Compute the same sums for the history items only, for catalogues whose item pairs do not fit in memory.
 
     Sums of each `_BLOCK` of items are added up. Blocks with few items of the histories are computed together: a single
     request has about twenty items, most of them alone in their block.
@@ -116,7 +116,7 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
     order = np.lexsort((weights.row, weights.col))
     rows, items, values = weights.row[order], weights.col[order], weights.data[order]
     blocks = items // _BLOCK
-    # Ends of runs of whole blocks with at most `_BLOCK` different items together.
+    # Ends of runs of whole blocks that have at most `_BLOCK` different items together.
     start = 0
     while start < len(items):
         end = int(np.searchsorted(blocks, blocks[start], side="right"))
@@ -131,13 +131,13 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
         other = both.col != asked[both.row]
         past, columns = both.row[other], both.col[other]
         near = sparse.csr_array((similar(both.data[other], asked[past], columns), (past, columns)), shape=both.shape)
-        # One row per request and block, so that a request's sums do not depend on the blocks of other requests.
+        # One row per request and block, so that the sums of a request do not depend on other requests.
         sums, own = np.unique(blocks[part] * len(total) + rows[part], return_inverse=True)
         votes = sparse.csr_array((values[part], (own, places)), shape=(len(sums), len(asked))) @ near
         voters = np.repeat(sums % len(total), np.diff(votes.indptr))
         _, firsts = np.unique(sums // len(total), return_index=True)
         for cells in map(slice, votes.indptr[firsts], votes.indptr[[*firsts[1:], len(sums)]]):
-            # In a large catalogue few items have votes from one block; a dense sum would visit all items.
+            # In a large catalogue, few items have a similarity to one block, so a dense sum would be slow.
             total[voters[cells], votes.indices[cells]] += votes.data[cells]
         start = end
     return total
@@ -165,7 +165,7 @@ class ItemKNNConfig(Section):
 
 
 class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
-    """Scores an item by its similarity to the latest items of the history, over all neighbours.
+    """ItemKNN: scores items by similarity to the latest history items, over all neighbours.
 
     ``score(i) = sum_j decay**age(j) * x_i . x_j / (|x_i|**(2 a) * |x_j|**(2 (1 - a)) + shrinkage)`` over the last
     ``history`` interactions j, for the columns x of the user-item training matrix. ``asymmetry`` a of .5 without
@@ -189,11 +189,11 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ItemKNNConfig.model_fields)
 
     def learn(self, data: SplitDataset) -> None:
-        """Store the training matrix."""
+        """Store the user-item matrix."""
         self._model = _Readers.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the sums of similarities for every request, shape (n, items)."""
+        """Return the summed similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         matrix = model.kept("matrix", config.weighting, lambda: _weighed(model.binary, config.weighting))
 
@@ -224,7 +224,7 @@ class RP3BetaConfig(Section):
 
 
 class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
-    """Scores an item by three-step random-walk probability, divided by popularity (Paudel et al., TiiS 2016).
+    """RP3beta: scores items by three-step random-walk probability, divided by popularity (Paudel et al., TiiS 2016).
 
     The walk goes from the user to an item j of the history, to a user u of j, and to another item i of u:
     ``score(i) = sum_j w_j sum_u (1 / n_j * 1 / n_u)**alpha / n_i**beta``, for n_j training users of an item and n_u
@@ -245,11 +245,11 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(RP3BetaConfig.model_fields)
 
     def learn(self, data: SplitDataset) -> None:
-        """Store the training matrix."""
+        """Store the user-item matrix."""
         self._model = _Readers.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the walk probabilities divided by popularity for every request, shape (n, items)."""
+        """Return the random-walk probabilities divided by popularity, shape (n, items)."""
         model, config = self._fitted, self._config
 
         def walked() -> Any:
@@ -273,12 +273,12 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
 
 
 def _weighed(binary: Any, weighting: str) -> Any:
-    """Return the weighted training matrix, sparse, of the same shape."""
+    """Return the weighted user-item matrix, sparse, of the same shape."""
     if weighting == "none":
         return binary
     users, items = binary.shape
     if weighting == "user-idf":
-        # At least 1 item: every user has an interaction.
+        # at least 1, since every user has an interaction
         return (sparse.diags_array(np.log1p(items / np.asarray(binary.sum(axis=1)).ravel())) @ binary).tocsr()
     readers = np.maximum(np.asarray(binary.sum(axis=0)).ravel(), 1)
     rows = (binary @ sparse.diags_array(np.log1p(users / readers))).tocsr()

@@ -1,4 +1,4 @@
-"""Markov models: transitions from the last item, from the last few with decay, and with co-occurrence."""
+"""Markov models: transitions from the last item or several latest items, optionally with co-occurrence."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class _Transitions:
 
 
 class MarkovConfig(Section):
-    """Parameters of `Markov`; the defaults were chosen on MovieLens-100K's validation split."""
+    """Parameters of `Markov`; defaults were chosen on the validation split of MovieLens-100K."""
 
     order: Positive = Field(10, description="Number of latest items to use, and maximum distance of a transition.")
     decay: Decay = Field(0.85, description="Weight of an interaction relative to the next one.")
 
 
 class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
-    """Scores an item by how often it followed the latest items of the history in training sequences.
+    """Scores items by how often they follow the latest history items in training sequences.
 
     A transition from i to j at distance d counts ``decay**(d - 1)``, for d up to ``order``; at request time the last
     ``order`` items vote with ``decay**age``. Popularity orders items without votes, below all items with votes, and
@@ -64,11 +64,11 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
     }
 
     def learn(self, data: SplitDataset) -> None:
-        """Count the transitions in every user's training sequence."""
+        """Count transitions in the training sequences of all users."""
         self._model = _chain(data, self._config.order, self._config.decay)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the votes for every request and item, shape (n, items)."""
+        """Return the weighted transition counts for every request and item, shape (n, items)."""
         return _voted(self._fitted, requests, self._config.order, self._config.decay)
 
 
@@ -83,17 +83,17 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
     AUTO = (Auto(3),)
 
     def learn(self, data: SplitDataset) -> None:
-        """Count the direct transitions in every user's training sequence."""
+        """Count transitions between consecutive items in the training sequences of all users."""
         self._model = _chain(data, 1, 1.0)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the transitions of the last item for every request, shape (n, items)."""
+        """Return the transition counts from the last history item, shape (n, items)."""
         return _voted(self._fitted, requests, 1, 1.0)
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """Transitions and normalised co-occurrences, each of shape (items, items), and popularity."""
+    """Transitions and normalised co-occurrences, shape (items, items) each, and popularity."""
 
     catalogue: Catalogue
     after: Any
@@ -110,7 +110,7 @@ class MarkovCooccurrenceConfig(Section):
 
 
 class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
-    """Adds co-occurrence with the history's items to transitions from the last item.
+    """Adds co-occurrence with all history items to transitions from the last item.
 
     ``score(i) = transition * steps(last, i) + sum_j decay**age(j) * both(j, i) / sqrt(pop(j) * pop(i) + 1)`` over the
     last ``history`` interactions j, where ``steps`` counts direct transitions, ``both`` pairs of interactions of one
@@ -129,12 +129,12 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(MarkovCooccurrenceConfig.model_fields)
 
     def learn(self, data: SplitDataset) -> None:
-        """Count transitions and co-occurrences in every user's training sequence."""
+        """Count transitions and co-occurrences in the training sequences of all users."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         size, popular = len(catalogue.ids), counts(log, catalogue)
         users = log.matrix(size)
-        # Pairs of different interactions: an item that a user had once does not co-occur with itself.
+        # Only pairs of different interactions: an item that a user chose once does not co-occur with itself.
         both = (users.T @ users - sparse.diags_array(popular)).tocoo()
         scale = np.sqrt(popular[both.row] * popular[both.col] + 1)
         together = sparse.csr_array((both.data / scale, (both.row, both.col)), shape=(size, size))
@@ -147,7 +147,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
         )
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the sum for every request and item, shape (n, items)."""
+        """Return the sum of transitions and co-occurrences for every request, shape (n, items)."""
         model = self._fitted
         last = self._config.transition * (recent(requests, model.catalogue, 1, 1.0) @ model.after)
         total = recent(requests, model.catalogue, self._config.history, self._config.decay) @ model.together + last
@@ -166,7 +166,7 @@ def _voted(model: _Transitions, requests: Sequence[Request], order: int, decay: 
 
 
 def _steps(log: Log, size: int, order: int, decay: float) -> Any:
-    """Return the transitions over up to ``order`` positions in user sequences, sparse, shape (items, items)."""
+    """Return decayed transition counts over up to ``order`` positions, sparse, shape (items, items)."""
     after = log.steps(1, size)
     for gap in range(2, order + 1):
         after = after + log.steps(gap, size, decay ** (gap - 1))

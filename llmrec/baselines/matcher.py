@@ -1,4 +1,4 @@
-"""Two-tower networks over item texts, without item embeddings: shared code, and the text matcher (NAML, NRMS)."""
+"""Two-tower networks on item texts, without item embeddings, such as `TextMatcher` (NAML, NRMS)."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-    #: Network, vectors of all items, histories as catalogue indices -> user vectors, shape (n, dim).
+    #: Computes user vectors, shape (n, dim), from the network, item vectors and histories.
     Query = Callable[[Any, Any, Sequence[NDArray[np.int64]]], Any]
 
 
 # --------------------------------------------------------------------------- towers
 
-# The number of validation cases for early stopping.
+# Number of validation cases for early stopping.
 _STOP_CASES = 5_000
-# Initial log scale (inverse temperature) of the cosines: a softmax over thousands of items needs a scale above 1.
+# Initial log scale (inverse temperature) of cosines: a softmax over thousands of items needs a scale above 1.
 _SCALE = 2.5
 
 
 class TowersConfig(WhitenedConfig, NeuralConfig):
-    """Parameters of text encoding and of training."""
+    """Parameters of text vectors and training."""
 
     dim: Width = Field(128, description="Dimension of user and item vectors.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
@@ -65,7 +65,7 @@ T = TypeVar("T", bound=TowersConfig)
 
 @dataclass
 class Towers:
-    """Text vectors of all items, of length 1, shape (items, d), and the trained network."""
+    """Normalised text vectors of all items, shape (items, d), and the trained network."""
 
     catalogue: Catalogue
     vectors: Any
@@ -78,15 +78,15 @@ class Towers:
 
     @property
     def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
+        """Ids of all items, in column order."""
         return self.catalogue.ids
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
-        """Return the latest items of each history, oldest first, without unknown items."""
+        """Return the latest items of each history, oldest first; unknown items are left out."""
         return [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the scores of every item after each history, shape (n, items); popularity for an empty one."""
+        """Return the scores of all items after each history, shape (n, items); popularity for an empty history."""
         torch = require("torch", "baselines")
         histories = self.histories(requests)
         self.network.eval()
@@ -96,18 +96,18 @@ class Towers:
         return np.asarray(result)
 
     def item_vectors(self, vectors: Any) -> Any:
-        """Return the output vectors of items, of length 1, shape (n, dim)."""
+        """Return the normalised output vectors of items, shape (n, dim)."""
         return item_vectors(self.network, vectors, self.config.dropout)
 
     def query(self, histories: Sequence[NDArray[np.int64]]) -> Any:
-        """Return the user vectors, with the scale of the cosines as their length, shape (n, dim)."""
+        """Return the user vectors, whose length is the scale of the cosines, shape (n, dim)."""
         normalize = require("torch", "baselines").nn.functional.normalize
         result = self.of_users(self.network, self.vectors, histories)
         return normalize(result, dim=1) * self.network["scale"][0].exp()
 
 
 class TextTowers(ScoredBaseline[T, Towers]):
-    """A two-tower baseline over frozen, whitened text vectors; subclasses define ``_build`` and ``_query``.
+    """A two-tower baseline on frozen, whitened text vectors; subclasses define ``_build`` and ``_query``.
 
     Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept.
     """
@@ -139,11 +139,11 @@ class TextTowers(ScoredBaseline[T, Towers]):
         self._model = model
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the weights and the vectors of the items, as arrays."""
+        """Return the network weights and the item vectors as arrays."""
         return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted network from `state`."""
         torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
@@ -162,11 +162,11 @@ class TextTowers(ScoredBaseline[T, Towers]):
         return Towers(catalogue, vectors, warm, shares, network, self._query, self._config, self.name)
 
     def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
-        """Return the text embeddings of items before whitening, shape (n, d)."""
+        """Return the text vectors of items before whitening, shape (n, d)."""
         return text_vectors(data, ids, self._config)
 
     def _rows(self, events: Log) -> list[NDArray[np.int64]]:
-        """Return the items before each training target, followed by the target, at most ``max_len + 1``."""
+        """Return each training target with the items before it, at most ``max_len + 1`` items in total."""
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
         return [
             items[max(0, end - self._config.max_len) : end + 1]
@@ -181,7 +181,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         optimiser: torch.optim.Optimizer,
         rng: np.random.Generator,
     ) -> float:
-        """Train for one epoch and return the mean loss of a softmax over all items outside the history."""
+        """Train for one epoch, and return the mean loss of a softmax over all items outside the history."""
         torch, config = require("torch", "baselines"), self._config
         model.network.train()
         column = np.full(len(model.catalogue.ids), -1, dtype=np.int64)
@@ -192,7 +192,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
             optimiser.zero_grad(set_to_none=True)
             query, table = model.query([row[:-1] for row in batch]), model.item_vectors(model.vectors[warm])
             targets = torch.from_numpy(column[[row[-1] for row in batch]])
-            # Shorter histories are padded with their last item.
+            # shorter histories are padded with their last item
             seen = [np.pad(column[row[:-1]], (0, config.max_len + 1 - len(row)), mode="edge") for row in batch]
             with torch.no_grad():
                 value, of_query, of_table = over_all(
@@ -204,20 +204,20 @@ class TextTowers(ScoredBaseline[T, Towers]):
         return total / max(1, len(rows))
 
     def _build(self, width: int) -> Any:
-        """Return a ``torch.nn.ModuleDict`` with the map ``item``, for vectors of this length."""
+        """Return a ``torch.nn.ModuleDict`` with the linear map ``item`` for text vectors of this length."""
         raise NotImplementedError
 
     def _query(self, network: torch.nn.Module, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
-        """Return the unnormalised user vectors; see `Query`."""
+        """Return user vectors before normalisation; see `Query`."""
         raise NotImplementedError
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the logits after each history, shape (n, items)."""
+        """Return the logits of all items after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
 
 def item_vectors(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
-    """Return the output vectors of items from their text vectors, of length 1, shape (n, dim)."""
+    """Map text vectors to normalised output vectors of items, shape (n, dim)."""
     nn = require("torch", "baselines").nn.functional
     return nn.normalize(network["item"](nn.dropout(vectors, dropout, network.training)), dim=-1)
 
@@ -296,7 +296,7 @@ class TextMatcher(TextTowers[TextMatcherConfig]):
 
 
 def attended(network: torch.nn.Module, items: Any, mask: torch.Tensor, heads: int) -> Any:
-    """Return the items of each history after self-attention (NRMS, section 2.2), shape (b, n, d).
+    """Apply self-attention to the items of each history (NRMS, section 2.2), shape (b, n, d).
 
     Args:
         network: With the linear layers ``query``, ``key`` and ``value``.
@@ -312,7 +312,7 @@ def attended(network: torch.nn.Module, items: Any, mask: torch.Tensor, heads: in
 
 
 def weights(weigh: Any, items: Any, mask: torch.Tensor) -> Any:
-    """Return the additive-attention weight of each item, summing to 1, 0 for padding, shape (b, n).
+    """Return additive-attention weights of items, which sum to 1 and are 0 for padding, shape (b, n).
 
     Args:
         weigh: Maps d dimensions to a score.
@@ -323,8 +323,8 @@ def weights(weigh: Any, items: Any, mask: torch.Tensor) -> Any:
 
 
 def shares(scores: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Return the masked softmax over the last axis; 0 for masked entries and for rows without unmasked ones."""
+    """Return the masked softmax over the last axis; 0 for masked entries and fully masked rows."""
     torch = require("torch", "baselines")
-    # In a fully masked row, the softmax over minus infinities would be NaN.
+    # In a fully masked row, softmax would give NaN.
     hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(hidden, dim=-1) * mask

@@ -1,4 +1,4 @@
-"""Matrix factorisation of ratings: biases and factors, by least squares or by gradient descent.
+"""Matrix factorisation of ratings with biases, by alternating least squares or gradient descent.
 
 The bias of an unknown item is 0, that of an unknown user is computed from the ratings in the request's history. The
 model's errors on the latest ratings of the history are added with decaying weights (`rated.rate_lately`), and every
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Factors:
-    """Biases and vectors of users and items: shapes (users,), (items,), (users, k) and (items, k)."""
+    """Biases and vectors: shapes (users,), (items,), (users, k) and (items, k)."""
 
     known: Ratings
     user_bias: NDArray[np.float64]
@@ -99,7 +99,7 @@ class MF(Baseline[MFConfig, _Factors]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def learn(self, data: SplitDataset) -> None:
-        """Fit the biases and factors by alternating least squares.
+        """Fit biases and vectors by alternating least squares.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -119,7 +119,7 @@ class MF(Baseline[MFConfig, _Factors]):
         self._model = _Factors(known, user_bias, item_bias, users, items)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
+        """Predict the rating of the item in each request."""
         return self._fitted.answer(requests, self._config.user_penalty, self._config)
 
 
@@ -153,14 +153,14 @@ class SVD(Baseline[SVDConfig, _Factors]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def learn(self, data: SplitDataset) -> None:
-        """Train the model.
+        """Train biases and vectors by stochastic gradient descent.
 
         Raises:
             DataError: If the training interactions carry no ratings.
         """
         known, config = ratings(data, self.name), self._config
         rng = np.random.default_rng(self._seed)
-        # Each bias is paired with a column of ones, so that one product contains biases and vectors.
+        # A column of ones for each bias makes one dot product include biases and vectors.
         size, sides = config.factors, []
         for count, bias, one in ((len(known.user_index), 0, 1), (len(known.item_index), 1, 0)):
             side = rng.normal(0, 0.1, (count, size + 2))
@@ -180,14 +180,14 @@ class SVD(Baseline[SVDConfig, _Factors]):
         self._model = _Factors(known, users[:, 0], items[:, 1], users[:, 2:], items[:, 2:])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
+        """Predict the rating of the item in each request."""
         return self._fitted.answer(requests, self._config.user_penalty, self._config)
 
 
 def _step(
     table: NDArray[np.float64], places: NDArray[np.int64], slope: NDArray[np.float64], ones: int, rate_of: float
 ) -> None:
-    """Add the gradients of a batch to their rows; the column of ones is unchanged."""
+    """Update the rows of a table by the gradients of a batch, except the column of ones."""
     slope[:, ones] = 0.0
     present, where = np.unique(places, return_inverse=True)
     sums = sparse.csr_array((np.ones(len(places)), (where, np.arange(len(places)))), shape=(len(present), len(places)))
@@ -202,7 +202,7 @@ def _solve(
     bias_penalty: float,
     penalty: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the ridge solution for the bias and vector of every owner (a user or an item).
+    """Return the ridge solution for the bias and vector of each user (or item).
 
     Args:
         owners: Owner of each rating, shape (n,); every owner has at least one.

@@ -1,4 +1,4 @@
-"""Shared code of the neural sequence models: batches of sequences, losses over all items, and early stopping.
+"""Shared code of neural sequence models: batches of sequences, losses over all items, early stopping.
 
 Networks are plain ``torch.nn`` containers with the item embeddings under ``table`` and a function that maps item
 indices to one vector per position. The table is input and output, so a score is a dot product with it. It contains
@@ -40,38 +40,38 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """An object with a trainable torch network."""
+    """A model with a trainable torch network."""
 
     network: Any
     name: str
 
 
 class Epochs(Protocol):
-    """The parameters of optimisation and early stopping."""
+    """Settings of optimisation and early stopping."""
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of AdamW."""
+        """Learning rate of AdamW."""
         ...
 
     @property
     def weight_decay(self) -> float:
-        """The decoupled weight decay."""
+        """Decoupled weight decay."""
         ...
 
     @property
     def epochs(self) -> int:
-        """The maximum number of epochs."""
+        """Maximum number of epochs."""
         ...
 
     @property
     def patience(self) -> int | None:
-        """Epochs without improvement before training stops; None: train all epochs."""
+        """Epochs without improvement before training stops; None to train all epochs."""
         ...
 
     @property
     def quiet(self) -> bool:
-        """Whether to hide the progress line."""
+        """Whether to hide the progress bar."""
         ...
 
 
@@ -86,7 +86,7 @@ def until_least(
     rates: Sequence[Mapping[str, Any]] | None = None,
     learned: bool = False,
 ) -> int:
-    """Train until the validation value has not fallen for ``patience`` epochs, and keep the best epoch's weights.
+    """Train until the validation value has not improved for ``patience`` epochs, and keep the best weights.
 
     Args:
         model: The model whose network is trained.
@@ -133,14 +133,14 @@ def until_least(
 
 @dataclass(frozen=True)
 class Batch:
-    """Items and their next items as targets, padded on the right, shape (b, t); a target of -1 means none."""
+    """Items and the next items as targets, padded on the right, shape (b, t); target -1 means no target."""
 
     items: NDArray[np.int64]
     targets: NDArray[np.int64]
 
 
 def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
-    """Split every user's items into segments of at most ``max_len + 1``, from the end.
+    """Split the items of every user into segments of at most ``max_len + 1``, from the end.
 
     Adjacent segments share an item, an input in one and a target in the other. With ``leads`` every item of a segment
     is a target, so that they share none.
@@ -186,7 +186,7 @@ def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
 
 
 def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of non-empty histories of the same length, at most ``most`` at a time."""
+    """Yield the indices of non-empty histories of equal length, at most ``most`` at a time."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for length in np.unique(lengths[lengths > 0]).tolist():
         places = np.flatnonzero(lengths == length)
@@ -195,16 +195,16 @@ def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator
 
 log = logging.getLogger(__name__)
 
-# Cells of a block of logits on a CPU, 2 MB in single precision, which fit in a core's cache; and on a GPU.
+# Number of logits per block: 2 MB in single precision on a CPU, which fits in the cache of a core; and on a GPU.
 _CELLS, _GPU_CELLS = 1 << 19, 1 << 26
 # Sequences scored per batch.
 _ROWS = 512
-# The number of validation cases for early stopping; a larger sample changes only the third digit of NDCG@10.
+# Number of validation cases for early stopping; more cases change only the third digit of NDCG@10.
 _STOP_CASES = 10_000
 
 
 class NeuralConfig(Section):
-    """Parameters of training and maximum sequence length."""
+    """Parameters of training, and the maximum sequence length."""
 
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate.")
     max_len: Positive = Field(
@@ -231,23 +231,23 @@ class NeuralConfig(Section):
 
     @property
     def half(self) -> bool:
-        """Whether products with the item table are in bfloat16."""
+        """Whether products with the item embeddings use bfloat16."""
         return self.precision == "bfloat16" or (self.precision == "auto" and cpu_has_bf16())
 
 
 class SequenceConfig(NeuralConfig):
-    """Parameters of a sequence network, with its device."""
+    """Parameters of a sequence model, with its device."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device. `auto`: a GPU if PyTorch can use one.")
 
     @property
     def half(self) -> bool:
-        """Whether products with the item table are in bfloat16."""
+        """Whether products with the item embeddings use bfloat16."""
         return gpu_has_bf16() if self.precision == "auto" and self.place == "cuda" else super().half
 
     @property
     def place(self) -> Literal["cpu", "cuda"]:
-        """The device, with ``auto`` resolved.
+        """The device to use; ``auto`` selects the GPU if there is one.
 
         Raises:
             RecipeError: If a GPU is requested and there is none.
@@ -264,7 +264,7 @@ class SequenceConfig(NeuralConfig):
 
 
 class ProfiledConfig(SequenceConfig):
-    """Parameters of a sequence network, with user features."""
+    """Parameters of a sequence model with user features."""
 
     features: str = Field("", description="Feature store whose user features precede the history.")
     shuffled: bool = Field(False, description="Ablation: assign features to random users.")
@@ -277,18 +277,18 @@ class ProfiledConfig(SequenceConfig):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders of the feature stores."""
+        """The feature stores to read."""
         return (self.features,) if self.features else ()
 
     @property
     def steps(self) -> int:
-        """The maximum number of input steps of the network."""
+        """Maximum number of input positions of the network."""
         return self.max_len + bool(self.features)
 
 
 @dataclass
 class Trained:
-    """A trained network with the data needed for scoring."""
+    """A trained network with the data that scoring needs."""
 
     catalogue: Catalogue
     warm: Warm
@@ -302,11 +302,11 @@ class Trained:
 
     @property
     def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
+        """Ids of all items, in column order."""
         return self.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the scores of every item after each history, shape (n, items)."""
+        """Return the scores of all items after each history, shape (n, items)."""
         torch = require("torch", "baselines")
         histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
         table = self.network["table"].weight
@@ -325,7 +325,7 @@ N = TypeVar("N", bound=ProfiledConfig)
 
 
 class SequenceNetwork(ScoredBaseline[N, Trained]):
-    """A baseline with a network over the history; subclasses define ``_build`` and ``_encode``."""
+    """Base class of neural sequence models; subclasses define ``_build`` and ``_encode``."""
 
     stochastic = True
     SCORES = "logits"
@@ -345,15 +345,15 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         self.looked_at = self._model.looked_at
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the logits after each history, shape (n, items)."""
+        """Return the logits of all items after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the weights and the epoch, as arrays."""
+        """Return the network weights and the best epoch as arrays."""
         return {"epochs": np.array([self._fitted.epochs]), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted network from `state`."""
         catalogue = Catalogue.of(data)
         warm = Warm.of(Log.of(data, catalogue), catalogue)
         self._open(data)
@@ -383,7 +383,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         return network
 
     def _embedded(self, network: torch.nn.Module, items: Any) -> Any:
-        """Return the item vectors by index, preceded by that of the user if there are features."""
+        """Return the item vectors, preceded by the user vector if there are user features."""
         return network["table"](items) if self._profiles is None else self._profiles.embedded(network, items)
 
     def _build(self, items: int) -> Any:
@@ -403,7 +403,7 @@ def train(
     name: str = "network",
     profiles: Profiles | None = None,
 ) -> Trained:
-    """Train a network on the training sequences, and keep the weights of its best epoch.
+    """Train a network on the training sequences, and keep the weights of the best epoch.
 
     Args:
         data: The split. If ``config.patience`` is set, its validation interactions are used for early stopping only.
@@ -421,7 +421,7 @@ def train(
     leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.places))
     sequences = pieces_of(warm.log(events), config.max_len, leads)
     cases = stop_cases(data, config, _STOP_CASES)
-    # Seed torch for this fit only; the caller's random state is unchanged.
+    # Seeds torch only for this fit; the random state of the caller is unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(len(warm.places)).to(config.place)
@@ -435,12 +435,12 @@ def train(
 
 
 def stop_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
-    """Return the validation cases for early stopping; none without early stopping."""
+    """Return the validation cases for early stopping; empty without early stopping."""
     return [] if config.patience is None else ranking_cases(data, most)
 
 
 def stopped_by(cases: Sequence[Case]) -> frozenset[str]:
-    """Return the users of cases."""
+    """Return the users of the validation cases."""
     return frozenset(case.request.user_id for case in cases)
 
 
@@ -450,7 +450,7 @@ def weights_of(network: torch.nn.Module) -> dict[str, NDArray[Any]]:
 
 
 def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
-    """Load weights into a matching network and set it to evaluation mode."""
+    """Load weights into a network and set it to evaluation mode."""
     torch = require("torch", "baselines")
     own = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
     network.load_state_dict({name: torch.from_numpy(array) for name, array in own.items()})
@@ -458,7 +458,7 @@ def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> Non
 
 
 class Scorer(Learner, CatalogueScorer, Protocol):
-    """A learner that scores the catalogue."""
+    """A trainable model that scores all items."""
 
 
 def until_best(
@@ -470,7 +470,7 @@ def until_best(
     rates: Sequence[Mapping[str, Any]] | None = None,
     learned: bool = False,
 ) -> int:
-    """Train by validation NDCG@10; see `until_least`.
+    """Train with early stopping by validation NDCG@10; see `until_least`.
 
     Args:
         model: Scores with the current network.
@@ -518,7 +518,7 @@ def _epoch(
 def over_all(
     vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = False, hidden: Any = None
 ) -> tuple[float, Any, Any]:
-    """Return the mean cross-entropy over all items and its gradients.
+    """Return the mean cross-entropy over all items, with its gradients.
 
     Each block of logits is converted in place to its gradient, (softmax - one-hot) / n, and then freed, so memory does
     not grow with the batch.
@@ -553,7 +553,7 @@ def over_all(
 
 
 def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
-    """Return the mean of ``-log(exp(l_ii) / sum_j exp(l_ij))`` over rows i (van den Oord et al., arXiv 1807.03748).
+    """Return the InfoNCE loss, the mean of ``-log(exp(l_ii) / sum_j exp(l_ij))`` (van den Oord et al., 2018).
 
     Args:
         logits: Logit of row i and candidate j, shape (n, n), with positives on the diagonal.
@@ -565,12 +565,12 @@ def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
 
 
 def info_nce_both(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
-    """Return the mean of `info_nce` over rows and over columns."""
+    """Return the mean of the InfoNCE losses over rows and over columns."""
     return (info_nce(logits, hidden) + info_nce(logits.T, hidden.T)) / 2
 
 
 class _Sampled:
-    """The loss of `over_all`, with the sum over all items estimated from sampled ones (Bengio and Senecal, 2008).
+    """The loss of `over_all`, with the sum over items estimated from a sample (Bengio and Senecal, 2008).
 
     ``negatives`` items are sampled for each step, with replacement, in proportion to their training interactions. A
     sampled item j represents ``1 / (negatives * q(j))`` items: ``log(negatives * q(j))`` is subtracted from its logit.

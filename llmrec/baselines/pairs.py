@@ -1,4 +1,4 @@
-"""A text encoder fine-tuned on consecutive items, and an item-to-item transition model with its vectors."""
+"""`TransitionsTuned`: item-to-item transitions with a text encoder that is fine-tuned on consecutive items."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# Early stopping: the number of validation cases, and the number and decay of the latest items of their histories.
+# Early stopping: number of validation cases, number of latest history items, and their decay.
 _STOP_CASES, _LATEST, _DECAY = 5_000, 5, 0.5
-# Share of an item's log target frequency that is subtracted from its similarity (logQ correction). With 1, the softmax
-# over a batch models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than at
-# random.
+# Share of the log frequency of a target that is subtracted from its similarity (logQ correction). With 1, the softmax
+# over a batch models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than by
+# chance.
 _FREQUENT = 0.5
 # Warm-up steps of the learning rate.
 _WARM = 20
-# Minimum time budget of `llmrec auto` in seconds: on two cores a fit takes minutes.
+# Minimum time budget in seconds for `llmrec auto` to try it: a fit takes minutes on two cores.
 _LONG = 3600.0
 
 
@@ -85,12 +85,12 @@ class Pairs:
 
     @staticmethod
     def of(steps: Steps, apart: int, nearby: float) -> Pairs:
-        """Return the pairs up to a given distance; each position multiplies the weight by ``nearby``."""
+        """Return pairs up to a given distance; the weight is multiplied by ``nearby`` for each position."""
         total = steps.gaps[0].astype(np.float64)
         for gap in range(1, apart):
             total = total + nearby**gap * steps.gaps[gap]
         total = sparse.csr_array(total)
-        # Repetitions of an item have no information about texts.
+        # a repeated item carries no information about texts
         total.setdiag(0)
         total.eliminate_zeros()
         result = total.tocoo()
@@ -98,7 +98,7 @@ class Pairs:
         return Pairs(first, then, result.data / max(result.data.sum(), 1e-300), total)
 
     def unknown(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return the mask of negatives: later items that never follow the earlier one in training, shape (n, n).
+        """Return a mask of negatives, shape (n, n): items that never follow the first item in training.
 
         The diagonal, the positive pairs, is included, since the softmax needs it.
         """
@@ -109,7 +109,7 @@ class Pairs:
 
 @dataclass
 class _Learner:
-    """The trainable layers of the encoder."""
+    """The trainable layers of the text encoder."""
 
     network: Any
     name: str
@@ -117,7 +117,7 @@ class _Learner:
 
 @dataclass
 class _Alike:
-    """Scores items by vector similarity to the latest items."""
+    """Scores items by vector similarity to the latest history items."""
 
     steps: Steps
     vectors: NDArray[np.float32]
@@ -151,7 +151,7 @@ class TransitionsTuned(TransitionsText):
     _config: TransitionsTunedConfig
 
     def learn(self, data: SplitDataset) -> None:
-        """Count the transitions, fine-tune the encoder, and find each item's neighbours by its vectors.
+        """Count transitions, fine-tune the text encoder, and find the most similar items of each item.
 
         Raises:
             RecipeError: If the encoder is not a pretrained one.
@@ -163,7 +163,7 @@ class TransitionsTuned(TransitionsText):
         self._put(steps, self._tuned(data, steps).every().numpy())
 
     def tuned(self, data: SplitDataset) -> TunedEncoder:
-        """Return the encoder of the best epoch; raises the errors of `learn`."""
+        """Return the text encoder of the best epoch; raises the errors of `learn`."""
         return self._tuned(data, counted(data))
 
     def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
@@ -192,12 +192,12 @@ class TransitionsTuned(TransitionsText):
         return encoder
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the vectors of the items."""
+        """Return the vectors of all items."""
         assert self._fitted.vectors is not None
         return {"vectors": self._fitted.vectors}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted vectors from `state`."""
         self._put(counted(data), state["vectors"])
         self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
 
@@ -206,7 +206,7 @@ class TransitionsTuned(TransitionsText):
 
 
 class _Epoch:
-    """Trains on a number of sampled pairs."""
+    """Trains on sampled pairs for one epoch."""
 
     def __init__(
         self, encoder: TunedEncoder, pairs: Pairs, config: TransitionsTunedConfig, rng: np.random.Generator
@@ -243,7 +243,7 @@ class _Epoch:
 
 
 def _read(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
-    """Return the vectors of texts, encoded in groups of similar length, with gradients, shape (n, d)."""
+    """Encode texts in groups of similar length, with gradients; returns vectors of shape (n, d)."""
     torch = require("torch", "train")
     groups = batches_of([encoder.length(int(row)) for row in rows])
     order = torch.tensor([place for group in groups for place in group])

@@ -1,4 +1,4 @@
-"""Creates baselines from the names and parameters in recipes and suites."""
+"""Creates baselines from the names and parameters in recipes and benchmarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Hashes = dict[str, str | dict[str, str]]
 
 
 def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
-    """Return the checked config of a baseline.
+    """Return the validated configuration of a baseline.
 
     Args:
         name: The name of the baseline.
@@ -35,7 +35,7 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
 
 
 def stops_early(name: str) -> bool:
-    """Whether a baseline uses validation results for early stopping."""
+    """Whether a baseline stops early by its results on validation users."""
     return "patience" in lookup(BASELINES, name, "baseline").Config.model_fields
 
 
@@ -50,7 +50,7 @@ def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
-    """Return hashes, by kind, of the models and feature stores that a baseline reads.
+    """Return hashes of the models and feature stores that a baseline reads, by kind.
 
     Missing or unusable ones are left out: ``fit`` raises an error for them.
 
@@ -60,7 +60,7 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
     """
     config, stores = config_of(name, parameters, "parameters"), stores_of(name, parameters)
     result: dict[str, str | dict[str, str] | None] = {"stores": stores}
-    # The meaning of a plug-in's parameters is unknown; its code has a stamp.
+    # Parameters of plug-ins are unknown here; their code is hashed instead.
     if type(config).__module__.startswith("llmrec."):
         held = config.model_dump(mode="json")
         start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
@@ -73,7 +73,7 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
 
 
 def weights_of(name: str | None) -> str | None:
-    """Return a hash of a language model or text encoder; None if there is no folder of weights."""
+    """Return a hash of the weights of a language model or text encoder; None if they are not in a folder."""
     if not name or name in (LSA, CHANCE) or name.startswith(STORE):
         return None
     try:

@@ -37,22 +37,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Weights:
-    """One weight per item, the same for all users."""
+    """One weight per item, equal for all users."""
 
     catalogue: Catalogue
     weights: NDArray[np.float64]
 
 
 class _SameForAll(ScoredBaseline[C, _Weights]):
-    """Scores the items of every request by the same weights."""
+    """Scores items by weights that are equal for all users."""
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the weights for every request, shape (n, items)."""
+        """Return the item weights for every request, shape (n, items)."""
         return np.repeat(self._fitted.weights[None, :], len(requests), axis=0)
 
 
 class Random(_SameForAll[NoParameters]):
-    """Ranks at random: all items have the same score, so that metrics are expectations over all orders.
+    """Ranks at random: all items have the same score, so metrics are averages over all orders.
 
     A truncated list is a sample by a hash of the request's id.
     """
@@ -66,7 +66,7 @@ class Random(_SameForAll[NoParameters]):
         self._model = _Weights(catalogue, np.zeros(len(catalogue.ids)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Give the same score to the candidates, or to the catalogue without the history, truncated to `TOP`."""
+        """Give all candidates the same score; without candidates, all items outside the history, truncated to `TOP`."""
         catalogue = self._fitted.catalogue
         return [self._one(request, catalogue) for request in requests]
 
@@ -82,7 +82,7 @@ class Random(_SameForAll[NoParameters]):
 
 
 class Popularity(_SameForAll[NoParameters]):
-    """Ranks by the number of training interactions; the score is that number."""
+    """Ranks by the number of training interactions, which is also the score."""
 
     name = "popularity"
     Config = NoParameters
@@ -103,7 +103,7 @@ class RecentPopularityConfig(Section):
 
 
 class RecentPopularity(_SameForAll[RecentPopularityConfig]):
-    """Ranks by training interactions with weights that decay with age (Ji et al., SIGIR 2020, on time-aware counts).
+    """Ranks by training interactions with weights that decay with age (Ji et al., SIGIR 2020).
 
     The age of an interaction is the share of later training interactions; an interaction of age a has the weight
     ``2**(-a / half_life)``. Without timestamps the order between users is unknown, and the age is the position from the
@@ -118,20 +118,20 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
     }
 
     def learn(self, data: SplitDataset) -> None:
-        """Sum the weights of every item's training interactions."""
+        """Sum the weighted training interactions of every item."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         weights = 0.5 ** (_ages(log) / self._config.half_life)
-        # In a canonical order, so that the order of rows with equal timestamps does not change the sum.
+        # In a fixed order, so that the order of rows with equal timestamps does not change the sum.
         order = np.lexsort((weights, log.items))
         summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
-        # The weights of the oldest interactions may underflow; the count keeps such items above those without any.
+        # The weights of very old interactions may underflow; the count keeps such items above items without any.
         (weighed,) = filled(summed[None, :].astype(np.float64), counts(log, catalogue))
         self._model = _Weights(catalogue, weighed)
 
 
 def _ages(log: Log) -> NDArray[np.float64]:
-    """Return the share of interactions later than each one; equal timestamps have equal ages."""
+    """Return, for each interaction, the share of later interactions; equal timestamps have equal ages."""
     if np.isnan(log.times).all():
         ends = np.cumsum(np.bincount(log.users, minlength=log.user_count))
         lateness = (np.arange(len(log.users)) - ends[log.users] + 1).astype(np.float64)

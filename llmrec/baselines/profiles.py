@@ -1,4 +1,4 @@
-"""Feature-store vectors as network inputs: fields from gated experts (KAR), and user vectors as a first step."""
+"""Feature-store vectors as network inputs: item and user features by gated experts (KAR), and user vectors."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 
-# Experts that all tables share, and the hidden size of an expert (Xi et al., RecSys 2024, section 3.3: 128).
+# Number of experts shared by all tables, and their hidden size (Xi et al., RecSys 2024, section 3.3: 128).
 SHARED, _BETWEEN = 2, 128
 
 
 class Entities(Protocol):
-    """The users and items of some rows."""
+    """The users and items of several training rows."""
 
     @property
     def user_names(self) -> NDArray[Any]:
-        """Ids of the users, shape (n,)."""
+        """User ids, shape (n,)."""
         ...
 
     @property
     def item_names(self) -> NDArray[Any]:
-        """Ids of the items, shape (n,)."""
+        """Item ids, shape (n,)."""
         ...
 
 
 @dataclass(frozen=True)
 class Table:
-    """The features of one kind in one store, whitened on the training entities.
+    """The whitened features of users or items in a feature store.
 
     Attributes:
         store: The open store.
@@ -59,7 +59,7 @@ class Table:
 
     @staticmethod
     def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
-        """Fit the whitening on some entities; without it, directions with little variance would saturate the gate."""
+        """Fit the whitening, without which directions with little variance would saturate the gate."""
         turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
@@ -68,11 +68,11 @@ class Table:
 
     @property
     def width(self) -> int:
-        """Length of the whitened vectors."""
+        """Dimension of the whitened vectors."""
         return int(self.whitening.shape[1])
 
     def vectors(self, names: Sequence[str]) -> NDArray[np.float32]:
-        """Return whitened vectors of length 1, shape (n, k); zeros for unknown names."""
+        """Return normalised whitened vectors, shape (n, k); zeros for unknown names."""
         asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
         vectors, known = self.store.get(self.kind, asked)
         result = (vectors - self.centre) @ self.whitening
@@ -85,7 +85,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Columns:
-    """The vectors of a table for some rows: one per entity, with the entity index of every row.
+    """The feature vectors for several training rows: one per user or item, with an index for every row.
 
     Attributes:
         vectors: The vectors, shape (entities, k).
@@ -96,13 +96,13 @@ class Columns:
     places: NDArray[np.int64]
 
     def of(self, rows: NDArray[np.int64]) -> Columns:
-        """Return the vectors for some rows."""
+        """Return the feature vectors for several training rows."""
         return Columns(self.vectors, self.places[rows])
 
 
 @dataclass(frozen=True)
 class Adaptor:
-    """The feature tables of a network.
+    """The feature tables that a network reads.
 
     Attributes:
         tables: The tables, in the order of the stores, users before items.
@@ -122,7 +122,7 @@ class Adaptor:
         shuffle: bool,
         data: SplitDataset,
     ) -> Adaptor:
-        """Open feature stores for training rows.
+        """Open feature stores and fit their whitening on training rows.
 
         Raises:
             DataError: If a store is missing, has no features of these kinds, or its texts were written from training
@@ -144,11 +144,11 @@ class Adaptor:
 
     @property
     def width(self) -> int:
-        """The input size of experts; shorter vectors are padded with 0."""
+        """Input size of the experts; shorter vectors are padded with 0."""
         return max((table.width for table in self.tables), default=0)
 
     def columns(self, rows: Entities) -> list[Columns]:
-        """Return the vectors of each table for some rows."""
+        """Return the feature vectors of each table for several training rows."""
         results = []
         for table in self.tables:
             names, places = np.unique(
@@ -161,7 +161,7 @@ class Adaptor:
         return results
 
     def build(self, dim: int, experts: int) -> Any:
-        """Return the network: shared experts, and for each table separate experts and a gate over both."""
+        """Build the network: shared experts, and for each table its own experts and a gate over both."""
         nn = require("torch", "baselines").nn
 
         def expert() -> Any:
@@ -177,7 +177,7 @@ class Adaptor:
 
 
 def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
-    """Return the gated sum of expert outputs: KAR's equation 8.
+    """Return the gated sum of expert outputs (KAR, equation 8).
 
     Args:
         network: The result of `Adaptor.build`.
@@ -195,7 +195,7 @@ def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
 
 @dataclass(frozen=True)
 class Profiles:
-    """Whitened vectors of users. User indices follow those of all items, so that a user can be part of a sequence.
+    """Whitened user vectors, which can be the first element of a sequence; their indices follow the item indices.
 
     Attributes:
         adaptor: An adaptor with a single table.
@@ -211,7 +211,7 @@ class Profiles:
 
     @staticmethod
     def of(folder: str, data: SplitDataset, exponent: float, *, shuffle: bool, experts: int) -> Profiles:
-        """Open a store and fit the whitening on the training users.
+        """Open a feature store and fit the whitening on the training users.
 
         Raises:
             DataError: If the store is missing, has no user features, or was written from another split, from training
@@ -233,7 +233,7 @@ class Profiles:
         )
 
     def build(self, dim: int) -> Any:
-        """Return the network that maps a vector to a sequence step of length ``dim``."""
+        """Build the network that maps a user vector to a sequence element of size ``dim``."""
         network = self.adaptor.build(dim, self.experts)
         # A buffer, so that it moves with the network; not persistent, since the feature store contains it.
         network.register_buffer("vectors", self.vectors, persistent=False)
@@ -247,12 +247,12 @@ class Profiles:
     def before(
         self, histories: Sequence[NDArray[np.int64]], users: Sequence[str], items: int
     ) -> list[NDArray[np.int64]]:
-        """Return each history preceded by the user's index."""
+        """Return each history with the index of its user in front."""
         numbers = self.numbers(users, items)
         return [np.concatenate([numbers[row : row + 1], history]) for row, history in enumerate(histories)]
 
     def embedded(self, network: torch.nn.Module, items: Any) -> Any:
-        """Return one vector per step, of the user and then of the items, shape (b, t, dim)."""
+        """Return the vector of the user followed by the item vectors, shape (b, t, dim)."""
         torch, table = require("torch", "baselines"), network["table"]
         adaptor = network["profiles"]
         own = adaptor.vectors[items[:, 0] - table.num_embeddings]

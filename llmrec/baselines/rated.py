@@ -1,4 +1,4 @@
-"""Shared code of the rating baselines: ratings as indices, ridge biases, and conversion of predictions to answers."""
+"""Shared code of rating baselines: ratings as indices, ridge biases, and clipping of predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-    #: Items -> what a model predicts of them for the user of one request, not clipped, shape (n,).
+    #: Predicts the ratings of items for the user of one request, before clipping, shape (n,).
     OfItems = Callable[[Sequence[str]], NDArray[np.float64]]
 
 RECENCIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
@@ -31,7 +31,7 @@ _PRIOR = 2.0
 
 
 class RecencyConfig(Section):
-    """Parameters of the correction by the latest ratings of a history."""
+    """Parameters of a correction by the latest ratings in the history."""
 
     recency: float = Field(0.6, ge=0, description="Weight of the decayed mean error on the history's ratings. 0: none.")
     decay: Decay = Field(0.7, description="Weight of a rating of the history relative to the next one.")
@@ -39,7 +39,7 @@ class RecencyConfig(Section):
 
 @dataclass(frozen=True)
 class Ratings:
-    """Training ratings with user and item indices, their mean, and the scale for clipping.
+    """Training ratings with user and item indices, their mean, and the rating scale.
 
     ``order`` ascends along the sequence of each user.
     """
@@ -55,7 +55,7 @@ class Ratings:
 
 
 def ratings(data: SplitDataset, name: str) -> Ratings:
-    """Return the training ratings, with indices of users and items in sorted order.
+    """Return the training ratings, with indices into sorted users and items.
 
     Raises:
         DataError: If the training interactions carry no ratings.
@@ -69,7 +69,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
             at=data.dataset.name,
             column="rating",
         )
-    # Sums in a canonical order, so that the order of rows in the file does not change them.
+    # Sum in a fixed order, so that the order of rows in the file does not change the result.
     rated = rated.sort("user_id", "item_id", "rating", "order")
     user_names, users = np.unique(np.array(rated["user_id"].to_list(), dtype=object), return_inverse=True)
     item_names, items = np.unique(np.array(rated["item_id"].to_list(), dtype=object), return_inverse=True)
@@ -89,7 +89,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
 def ridge_biases(
     known: Ratings, user_penalty: float, item_penalty: float, *, tolerance: float = 1e-10, rounds: int = 1000
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Solve for user and item biases alternately until no user bias changes by more than ``tolerance``."""
+    """Solve for user and item biases in turn, until no user bias changes by more than ``tolerance``."""
     residual = known.values - known.mean
     user_weight = np.bincount(known.users) + user_penalty
     item_weight = np.bincount(known.items) + item_penalty
@@ -107,7 +107,7 @@ def ridge_biases(
 def rate(
     requests: Sequence[Request], scale: tuple[float, float], predict: Callable[[str, str, Request], float]
 ) -> list[Answer]:
-    """Answer every request with ``predict(user, item, request)``, clipped to the scale."""
+    """Answer every request with ``predict(user, item, request)``, clipped to the rating scale."""
     low, high = scale
     answers: list[Answer] = []
     for request in requests:
@@ -125,7 +125,7 @@ def rate_lately(
     model: Callable[[Request], OfItems],
     config: RecencyConfig,
 ) -> list[Answer]:
-    """Answer with a model's predictions, corrected by its recent errors in the history of the same request.
+    """Correct the predictions of a model by its errors on the latest ratings in the history of the request.
 
     A user's level drifts (Koren, CACM 2010, section 4, where ``b_user`` is a function of time). Here it changes by
     ``recency * sum_t decay**age(t) * e(t) / (sum_t decay**age(t) + 2)`` for the errors e of the model on the ratings t
@@ -152,6 +152,6 @@ def rate_lately(
 
 
 def bias_of_history(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:
-    """Return the ridge bias of an unknown user from the ratings in the request's history; 0 if there are none."""
+    """Estimate the bias of an unknown user from the ratings in the history; 0 without ratings."""
     left = [event.rating - mean - of_item(event.item_id) for event in request.history if event.rating is not None]
     return sum(left) / (len(left) + user_penalty)

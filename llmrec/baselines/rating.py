@@ -1,4 +1,4 @@
-"""Rating baselines: means and biases of the training ratings.
+"""Rating baselines: means and biases of training ratings.
 
 Every prediction is clipped to the rating scale. The level of an unknown user is computed from the ratings in the
 request's history, if there are any.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Levels:
-    """The global mean, and a mean or a bias for each user and item."""
+    """The global mean, and a mean or bias for each user and item."""
 
     mean: float
     by_user: Mapping[str, float]
@@ -47,7 +47,7 @@ class _Means(Baseline[NoParameters, _Levels]):
     Config = NoParameters
 
     def learn(self, data: SplitDataset) -> None:
-        """Compute the means.
+        """Compute the mean ratings.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -61,18 +61,18 @@ class GlobalMean(_Means):
     name = "global-mean"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
+        """Predict the rating of the item in each request."""
         model = self._fitted
         return rate(requests, model.scale, lambda user, item, request: model.mean)
 
 
 class UserMean(_Means):
-    """Predicts the mean of the user's ratings; without any, the item's mean, or else the global mean."""
+    """Predicts the mean rating of the user; for users without ratings that of the item, or else the global mean."""
 
     name = "user-mean"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
+        """Predict the rating of the item in each request."""
         model = self._fitted
 
         def predict(user: str, item: str, request: Request) -> float:
@@ -85,12 +85,12 @@ class UserMean(_Means):
 
 
 class ItemMean(_Means):
-    """Predicts the mean of the item's ratings; without any, the global mean."""
+    """Predicts the mean rating of the item; for items without ratings, the global mean."""
 
     name = "item-mean"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
+        """Predict the rating of the item in each request."""
         model = self._fitted
         return rate(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
 
@@ -121,7 +121,7 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def learn(self, data: SplitDataset) -> None:
-        """Solve for the biases.
+        """Compute the user and item biases.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -136,7 +136,7 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item; an unknown item's bias is 0."""
+        """Predict the rating of the item in each request; the bias of an unknown item is 0."""
         model = self._fitted
 
         def of_item(item: str) -> float:

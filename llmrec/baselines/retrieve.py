@@ -1,4 +1,4 @@
-"""Candidates from a conventional recommender for two-stage ranking: retrieve, then rerank (PALR, arXiv 2305.07622)."""
+"""Retrieves candidates with a baseline, to be reranked by another model (PALR, arXiv 2305.07622)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # Requests per block of dense scores.
 _BLOCK = 256
-# Number of user folds: the lists of a fold come from a retriever that was fitted on the other folds.
+# Number of user folds: candidates for the users of a fold come from a retriever fitted on the other folds.
 _FOLDS = 5
 # Maximum number of training interactions per user for which candidates are retrieved.
 _EVENTS = 20
@@ -39,19 +39,19 @@ FUSED = "fusion"
 
 
 class Finder(Protocol):
-    """A retriever of candidates that can be fitted to data."""
+    """Fits recommenders that retrieve candidates."""
 
     @property
     def name(self) -> str:
-        """The name in recipes."""
+        """Name of the retriever in recipes."""
         ...
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return the retrievers for held-out interactions, each with the users it is used for; None: all."""
+        """Return the retrievers for held-out interactions, each with the users it is used for (None for all)."""
         ...
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
-        """Return the retriever fitted to the training interactions of all users outside a fold.
+        """Return a retriever fitted on the training interactions of all users outside a fold.
 
         Raises:
             RecipeError: If it cannot be fitted without held-out interactions.
@@ -61,7 +61,7 @@ class Finder(Protocol):
 
 @dataclass(frozen=True)
 class Single:
-    """A retriever with a single recommender.
+    """Retrieves candidates with a single baseline.
 
     Attributes:
         name: The name of a baseline that ranks.
@@ -74,11 +74,11 @@ class Single:
     key: str = "eval.candidates.retriever"
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return the recommender, fitted to training interactions; see `Finder`."""
+        """Return the baseline, fitted on training interactions; see `Finder`."""
         return [(fitted(self.name, {}, data, seed=self.seed), None)]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
-        """Return the recommender, fitted to the interactions of the other folds; see `Finder`."""
+        """Return the baseline, fitted on the interactions of the other folds; see `Finder`."""
         if stops_early(self.name):
             raise RecipeError(
                 f"{self.key}: {self.name} uses the validation split for early stopping, so its lists cannot be used "
@@ -94,7 +94,7 @@ class Single:
 
 
 def finder_of(section: CandidateSection, seed: int) -> Single:
-    """Return the single recommender that a section names.
+    """Return the retriever for the baseline that a recipe names.
 
     Raises:
         RecipeError: If it is not a baseline that ranks.
@@ -113,7 +113,7 @@ def retrieve(
     finder: Finder | None = None,
     users: frozenset[str] | None = None,
 ) -> CandidateSets:
-    """Return the best items of a retriever for held-out interactions, in an uninformative order.
+    """Retrieve candidates for held-out interactions; their order does not reveal the scores.
 
     The retriever gets the history of the request; seen items are left out. The held-out item is not added: if the
     retriever misses it, every ranking misses it. The order is shuffled by a hash of the request, so that a ranker
@@ -160,7 +160,7 @@ def retrieve(
 
 @dataclass(frozen=True)
 class Lists:
-    """Retrieved candidate lists for training interactions, on which a ranker is trained.
+    """Retrieved candidates for training interactions, on which a reranker is trained.
 
     A retriever that was fitted on an interaction would nearly always rank its item first. So users are divided into
     five folds by a hash, and the lists of a fold come from a retriever that was fitted on the training interactions of
@@ -186,11 +186,11 @@ class Lists:
     least: int | None = None
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return positions among a user's training interactions, each with its candidate list."""
+        """Return positions in a user's training history, each with the candidates retrieved for that position."""
         return self._made.get(user, ())
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the candidates of validation requests by id, for those that contain the target."""
+        """Return the retrieved candidates of validation requests by id, if they contain the target."""
         return self._held
 
     @cached_property
@@ -242,7 +242,7 @@ class Lists:
 
 
 def check_retriever(name: str, where: str, *others: str) -> None:
-    """Check that a baseline ranks.
+    """Check that a baseline can rank the catalogue.
 
     Args:
         name: The name of the baseline.
@@ -263,13 +263,13 @@ def check_retriever(name: str, where: str, *others: str) -> None:
 
 
 def _scores(name: str) -> bool:
-    """Whether a name is that of a plug-in that scores the whole catalogue."""
+    """Whether a name belongs to a plug-in that scores all items."""
     made = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
     return all(hasattr(made, verb) for verb in ("scores", "items"))
 
 
 def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
-    """Return the best unseen items for each request; fewer if there are not enough.
+    """Return the highest-scoring unseen items for each request; fewer than ``count`` if there are not enough.
 
     Ties are ordered by a hash of the request's id, so that results are reproducible and not biased by item ids.
     """
@@ -285,14 +285,14 @@ def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> lis
 
 
 def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
-    """Return retrieved items ordered by a hash of the request's id, independent of the retriever's order."""
+    """Order retrieved items by a seeded hash of the request id, so that their order reveals nothing."""
     results = sorted(items)
     keyed("retrieved candidates", seed, request).shuffle(results)
     return tuple(results)
 
 
 def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:
-    """Return the share of targets among their candidates, an upper bound of the HR of any ranking of them.
+    """Return the share of requests whose candidates contain the target, an upper bound of the hit rate.
 
     Args:
         sets: Retrieved candidates.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AttentionConfig(SequenceConfig):
-    """The dimensions of a network of attention blocks."""
+    """Parameters of a network of attention blocks."""
 
     dim: Width = Field(64, description="Dimension of item embeddings and hidden states; a multiple of `heads`.")
     layers: Depth = Field(2, description="Number of transformer layers.")
@@ -35,7 +35,7 @@ class SASRecConfig(AttentionConfig, ProfiledConfig):
 
 
 class SASRec(SequenceNetwork[SASRecConfig]):
-    """Predicts each item of a sequence from those before it by causal self-attention (Kang and McAuley, ICDM 2018).
+    """SASRec: predicts the next item by causal self-attention (Kang and McAuley, ICDM 2018).
 
     The loss is the cross-entropy over all items at every position instead of the paper's binary loss with a single
     sampled negative, which lowered published SASRec results (Klenitskiy and Vasilev, RecSys 2023; Petrov and Macdonald,
@@ -68,7 +68,7 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
 
 def blocks_of(dim: int, layers: int) -> Any:
-    """Return attention and feed-forward blocks for `attended`."""
+    """Return attention and feed-forward blocks, to be used by `attended`."""
     nn = require("torch", "baselines").nn
     blocks = [
         {
@@ -85,7 +85,7 @@ def blocks_of(dim: int, layers: int) -> Any:
 
 
 def start_small(network: torch.nn.Module) -> Any:
-    """Initialise the matrices of a network from a narrow normal distribution and the biases with 0, and return it."""
+    """Initialise weight matrices from a narrow normal distribution and biases with 0."""
     init = require("torch", "baselines").nn.init
     for name, parameter in network.named_parameters():
         if parameter.dim() > 1:

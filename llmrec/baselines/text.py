@@ -1,4 +1,4 @@
-"""Text baselines without a language model: TF-IDF vectors of texts, or copying."""
+"""Text baselines without a language model: copied training texts, and ratings by ridge regression on TF-IDF."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 _WORD = re.compile(r"\w+")
-# A sentence ends with a mark followed by white space, or at the end of the text.
+# A sentence ends with a punctuation mark before white space, or at the end of the text.
 _SENTENCE = re.compile(r"\s*(\S.*?(?:[.!?]+[\"')\]]*(?=\s)|$))", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class TfIdf:
-    """A vocabulary with weights ``ln((1 + n) / (1 + df)) + 1`` over n texts (Salton and Buckley, 1988, smoothed).
+    """TF-IDF with smoothed weights ``ln((1 + n) / (1 + df)) + 1`` over n texts (Salton and Buckley, 1988).
 
     Attributes:
         index: Column of each word or n-gram, in sorted order.
@@ -62,7 +62,7 @@ class TfIdf:
         )
 
     def vectors(self, texts: Sequence[str]) -> Any:
-        """Return one row of length 1 per text, sparse, shape (n, words); 0 for a text without a known word."""
+        """Return normalised TF-IDF vectors, sparse, shape (n, words); 0 for a text without known words."""
         places = [[self.index[word] for word in _grams(text, self.longest) if word in self.index] for text in texts]
         rows = np.repeat(np.arange(len(texts)), [len(row) for row in places])
         columns = np.array([place for row in places for place in row], dtype=np.int64)
@@ -73,7 +73,7 @@ class TfIdf:
 
 
 def _grams(text: str, longest: int) -> list[str]:
-    """Return the words of a text, and its n-grams of up to ``longest`` words."""
+    """Return the words and n-grams of a text, up to length ``longest``."""
     words = _WORD.findall(text.lower())
     return [
         " ".join(words[start : start + size])
@@ -84,7 +84,7 @@ def _grams(text: str, longest: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Training texts in a canonical order, with their users and items."""
+    """Training texts in a fixed order, with their users and items."""
 
     users: tuple[str, ...]
     items: tuple[str, ...]
@@ -93,7 +93,7 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Library:
-    """Training texts, their vectors, their indices by item and by user, and the titles."""
+    """Training texts with their vectors, their indices by item and by user, and the titles."""
 
     known: _Texts
     model: TfIdf
@@ -105,7 +105,7 @@ class _Library:
 
 
 class FrequentText(Baseline[NoParameters, str]):
-    """Writes the most frequent training text for every request.
+    """Returns the most frequent training text for every request.
 
     Among equally frequent texts it takes the one most similar to the sum of all training vectors.
     """
@@ -114,7 +114,7 @@ class FrequentText(Baseline[NoParameters, str]):
     Config = NoParameters
 
     def learn(self, data: SplitDataset) -> None:
-        """Find the text.
+        """Find the most frequent training text.
 
         Raises:
             DataError: If the training interactions carry no texts.
@@ -122,13 +122,13 @@ class FrequentText(Baseline[NoParameters, str]):
         self._model = _frequent(data, self.name)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Write the text for each request's item."""
+        """Return the most frequent text for every request."""
         text = self._fitted
         return [_write(request, text) for request in requests]
 
 
 class NearestText(Baseline[NoParameters, _Library]):
-    """Writes the training text about the same item that is most similar to the request.
+    """Returns the training text about the same item that is most similar to the request.
 
     The request text is: the item's title, the texts in the user's history and the request's context. If there is no
     text about the item, the user's text about the item with the most similar title is taken; for a user without texts,
@@ -160,13 +160,13 @@ class NearestText(Baseline[NoParameters, _Library]):
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Write the text for each request's item."""
+        """Return the most similar text for every request."""
         library = self._fitted
         return [_write(request, _nearest(request, library)) for request in requests]
 
 
 class FirstSentence(Baseline[NoParameters, str]):
-    """Writes the first sentence of the request's review; without a review, the most frequent training text.
+    """Returns the first sentence of the review in the request; without a review, the most frequent training text.
 
     The first sentence of a text is the usual baseline for summaries (Nenkova, AAAI 2005).
     """
@@ -184,13 +184,13 @@ class FirstSentence(Baseline[NoParameters, str]):
         self._model = _frequent(data, self.name)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Copy the sentence for each request's item."""
+        """Return the first sentence of the review for every request."""
         fallback = self._fitted
         return [_write(request, first_sentence(request.context.get("review", "")) or fallback) for request in requests]
 
 
 def first_sentence(text: str) -> str:
-    """Return the text up to and including the first full stop, question mark or exclamation mark, or all of it."""
+    """Return a text up to its first full stop, question mark or exclamation mark, or all of it."""
     result = _SENTENCE.match(text)
     return result.group(1).strip() if result else ""
 
@@ -208,7 +208,7 @@ class TextRidgeConfig(Section):
 
 @dataclass(frozen=True)
 class _Read:
-    """A fitted ridge regression: vocabulary, word weights, their product with the mean vector, mean rating, scale."""
+    """A fitted ridge regression: vocabulary, word weights, intercept terms and rating scale."""
 
     model: TfIdf
     weights: NDArray[np.float64]
@@ -218,7 +218,7 @@ class _Read:
 
 
 class TextRidge(Baseline[TextRidgeConfig, _Read]):
-    """Predicts a rating from a review by ridge regression on the TF-IDF vector of its words and n-grams.
+    """Predicts ratings from reviews by ridge regression on TF-IDF vectors of words and n-grams.
 
     ``rating = mean + w . (x - average x)`` with ``w`` the minimum of the squared error over the training reviews plus
     ``penalty * |w|**2`` (Hoerl and Kennard, 1970; of words for ratings: Pang and Lee, ACL 2005). The request contains
@@ -235,7 +235,7 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
     }
 
     def learn(self, data: SplitDataset) -> None:
-        """Solve for the word weights.
+        """Compute the word weights.
 
         Raises:
             DataError: If the training interactions carry no ratings, or the data has no reviews for them.
@@ -254,8 +254,8 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         model = TfIdf.of(texts, longest=config.words, least=config.least)
         vectors, mean = model.vectors(texts), float(values.mean())
         centre = np.asarray(vectors.mean(axis=0)).ravel()
-        # Least squares on centred vectors, without making them dense.
-        # The import takes a tenth of a second, and most commands fit nothing.
+        # Least squares on centred vectors without making them dense.
+        # Importing scipy takes 0.1 s, which most commands do not need.
         from scipy.sparse.linalg import LinearOperator, lsqr
 
         centred = LinearOperator(
@@ -269,7 +269,7 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         self._model = _Read(model, weights, float(centre @ weights), mean, known.scale)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's review."""
+        """Predict the rating of the review in each request."""
         read = self._fitted
         vectors = read.model.vectors([request.context.get("review", "") for request in requests])
         moved = np.where(np.diff(vectors.indptr) > 0, vectors @ read.weights - read.average, 0.0)

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 100
 """Number of neighbours of an item by text similarity."""
-# The maximum distance of a transition.
+# Maximum distance of a transition.
 _FURTHEST = 20
-# Rows per block of similarities between all items.
+# Rows per block of item-item similarities.
 _BLOCK = 1024
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The transition counts of training.
+    """Transition counts of the training sequences, by distance.
 
     Attributes:
         catalogue: The item indices.
@@ -72,7 +72,7 @@ class TransitionsConfig(Section):
 
 
 class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
-    """Scores an item by its normalised transitions from the latest items of the history, in both directions.
+    """Scores items by normalised transitions in both directions from the latest history items.
 
     With ``F_d`` the number of times that an item followed another at distance ``d`` in a training sequence, transitions
     are ``S = sum_d fade**(d - 1) F_d``, in both directions ``R = S + backward * S'``, and normalised ``A[i, j] = R[i,
@@ -100,11 +100,11 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsConfig.model_fields)
 
     def learn(self, data: SplitDataset) -> None:
-        """Count the transitions over every distance."""
+        """Count transitions for each distance."""
         self._model = counted(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the votes for every request and item, shape (n, items)."""
+        """Return the weighted transitions for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         votes = recent(requests, model.catalogue, config.history, config.decay) @ _normalised(model, config)
         return filled(votes.toarray(), model.popular)
@@ -121,7 +121,7 @@ class TransitionsTextConfig(TransitionsConfig, TextsConfig):
 
 
 class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
-    """`Transitions` with text similarity to the items of the history and to the items that follow them.
+    """`Transitions` with text similarity to the history items and to the items that follow them.
 
     With T the text similarities, ``max(cos, 0)**sharpness`` of the 100 most similar items, rows scaled to sum 1, an
     item has ``score(j) = sum_i w_i (A + onward * A T)[i, j] + text * sum_i v_i T[i, j]``, where ``w_i =
@@ -144,7 +144,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - set(TextsConfig.model_fields)
 
     def learn(self, data: SplitDataset) -> None:
-        """Count the transitions, and find the most similar items of each item by text.
+        """Count transitions, and find the most similar items of each item by text.
 
         Raises:
             DataError: If no item has a text.
@@ -155,19 +155,19 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
         self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the votes and similarities for every request and item, shape (n, items)."""
+        """Return the weighted transitions and similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         steps = _normalised(model, config)
         alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
         votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
-        # One product for both text terms, with the weights of these requests only: the product A T is large.
+        # One product for both text terms, with the weights of these requests only, because the product A T is large.
         resembling = (config.onward * votes + config.text * last) @ alike
         return filled(votes.toarray() + resembling.toarray(), model.popular)
 
 
 def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
-    """Return the positive cosines to the most similar other items, sparse, shape (items, items).
+    """Return the positive cosine similarities to the nearest other items, sparse, shape (items, items).
 
     Args:
         vectors: Item vectors of length 1, shape (items, d).
@@ -186,7 +186,7 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
 
 
 def counted(data: SplitDataset) -> Steps:
-    """Return the transition counts of training over every distance."""
+    """Return the training transition counts for each distance."""
     catalogue = Catalogue.of(data)
     log, size = Log.of(data, catalogue), len(catalogue.ids)
     gaps = tuple(log.steps(gap, size) for gap in range(1, _FURTHEST + 1))

@@ -1,4 +1,4 @@
-"""Hyperparameter tuning of a baseline on the validation split, separately for each table."""
+"""Tunes the hyperparameters of a baseline on the validation split, separately for each table of results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- search
-# Search: all settings of a small grid, one parameter at a time in a large one.
+# All settings of a small grid; one parameter at a time in a large grid.
 
 
 Point = dict[str, Any]
@@ -46,7 +46,7 @@ Judge = Callable[[Point], Mapping[str, float] | None]
 SMALL = 12
 """Maximum number of settings of a grid that is searched completely."""
 
-# The maximum number of rounds over all parameters.
+# Maximum number of rounds over all parameters.
 _ROUNDS = 3
 # Number of values without improvement after which the search along a parameter stops.
 _PATIENCE = 2
@@ -82,7 +82,7 @@ def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: 
 
 
 def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
-    """Return the values of a parameter, including the start value of the search, numbers ascending."""
+    """Return the values of a parameter in ascending order, including the start value of the search."""
     if start in values:
         return tuple(values)
     result = (*values, start)
@@ -90,7 +90,7 @@ def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
 
 
 def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the parameters whose value is at an end of the grid, so that a better value may be outside the grid.
+    """Return the parameters at an end of their grid, beyond which a better value may exist.
 
     Ends at a bound of the config, such as a count of 1, are excluded.
     """
@@ -154,7 +154,7 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
 
 
 def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
-    """Return the values on each side of the current one, nearest first; all other values if they have no order."""
+    """Return the values on each side of the current one, nearest first; all others if they have no order."""
     place = list(values).index(current)
     if not _ordered(values):
         return [[value for value in values if value != current]]
@@ -165,7 +165,7 @@ log = logging.getLogger(__name__)
 
 RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
-# Maximum number of scores and of validation requests per setting.
+# Maximum number of scores, and of validation requests, per setting.
 _SCORES, _CASES = 30_000_000, 10_000
 
 Parameters = Mapping[str, Any]
@@ -173,7 +173,7 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A hyperparameter setting and its validation results by table."""
+    """A hyperparameter setting with its validation result for each table."""
 
     parameters: Parameters
     values: Mapping[str, float]
@@ -181,7 +181,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The setting that tuning chose for a table.
+    """The setting chosen for a table.
 
     Attributes:
         parameters: The best setting, by parameter name.
@@ -196,7 +196,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The result of tuning.
+    """The result of tuning a baseline.
 
     Attributes:
         choices: The choices by table.
@@ -213,7 +213,7 @@ class Tuned:
 
     @property
     def parameters(self) -> Parameters:
-        """The parameters chosen for the first table."""
+        """Parameters chosen for the first table."""
         return next(iter(self.choices.values())).parameters
 
 
@@ -227,7 +227,7 @@ def tune(
     known: Sequence[Trial] = (),
     kept: Callable[[Sequence[Trial]], None] = lambda trials: None,
 ) -> Tuned:
-    """Fit a baseline with the settings of its grid and return the best on the validation split.
+    """Fit all settings of a grid, and return the best one on the validation split.
 
     Models are fitted on training interactions and evaluated on validation interactions; the test split is not used.
     Each fitted setting is evaluated for every table; of equal settings, the first is kept.
@@ -271,7 +271,7 @@ def tune(
 
 @dataclass
 class _Search:
-    """Fits and evaluates each setting once, and keeps the fitted models of the best ones."""
+    """Fits and evaluates each setting once, and keeps the best fitted models."""
 
     name: str
     data: SplitDataset
@@ -295,11 +295,11 @@ class _Search:
         return {table: self._sign() * value for table, value in trial.values.items()}
 
     def best(self, table: str) -> Trial:
-        """Return the first of the best settings for a table."""
+        """Return the best setting for a table; the first one among equals."""
         return max(self.trials, key=lambda trial: self._sign() * trial.values[table])
 
     def model(self, trial: Trial) -> Any:
-        """Return the fitted model of one of the best settings; None if it was fitted in an earlier call."""
+        """Return the fitted model of a best setting; None if it was fitted in an earlier call."""
         return next((model for other, model in self._models.values() if other is trial), None)
 
     def _try(self, point: dict[str, Any]) -> Trial:
@@ -328,14 +328,14 @@ class _Search:
 
 
 def _answers(name: str, kind: type[Answer]) -> bool:
-    """Whether a baseline gives answers of a kind."""
+    """Whether a baseline gives answers of a type."""
     return any(answers(known, BASELINES, name, silent=False) for known in families().values() if known.answer is kind)
 
 
 def _measured(
     name: str, data: SplitDataset, tables: Sequence[str]
 ) -> tuple[str, Callable[[Any, Parameters], Mapping[str, float]]]:
-    """Return the metric for choosing settings of a baseline, and the function that evaluates a fitted model."""
+    """Return the metric by which settings are chosen, and the function that evaluates a fitted model."""
     rates, judges = _answers(name, Rating), _answers(name, Probability)
     limit = min(_CASES, max(1, _SCORES // len(data.dataset.items)))
     cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)

@@ -1,4 +1,4 @@
-"""Evaluation on the validation split, for tuning and early stopping; the test split is not used."""
+"""Evaluates baselines on the validation split, for tuning and early stopping; never uses the test split."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def drawn(data: SplitDataset) -> NDArray[np.uint64]:
-    """Return random sampling keys of the validation interactions; samples take the smallest, shape (n,)."""
+    """Return random keys of the validation interactions, shape (n,); samples take the smallest keys."""
     if data.drawn is not None and len(data.drawn) == len(data.valid):
         return data.drawn
     return hash64("validation", data.seed, data.valid["user_id"], data.valid["item_id"])
 
 
 def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
-    """Return the validation interactions as requests for the whole catalogue, in a seeded order.
+    """Return the validation interactions as requests on the whole catalogue, in seeded order.
 
     Histories end before the validation interactions, so a target is in its history only if the user had the item
     before.
@@ -55,7 +55,7 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 
 
 def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
-    """Return the validation ratings as requests, in the order of the split; its test interactions are not used.
+    """Return the validation ratings as requests, in the order of the split.
 
     The request contains the text of the rating's review, if there is one, as ``review``.
 
@@ -86,7 +86,7 @@ def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 def mean_ndcgs(
     scorer: CatalogueScorer, cases: Sequence[Case], seen: Sequence[str] = ("excluded",), k: int = 10
 ) -> dict[str, float]:
-    """Return the NDCG@k over the whole catalogue, in expectation over ties, as in the evaluation on the test split.
+    """Return NDCG@k on the whole catalogue, averaged over ties as in the evaluation on the test split.
 
     Args:
         scorer: A fitted model that scores the catalogue.
@@ -102,14 +102,14 @@ def mean_ndcgs(
 
 
 def root_mean_squared_error(predictor: Predictor, cases: Sequence[Case]) -> float:
-    """Return the RMSE of a rating baseline, which answers every request with a rating."""
+    """Return the RMSE of a rating baseline."""
     answers = predictor.answer([case.request for case in cases])
     guesses = [answer.value for answer in answers if isinstance(answer, Rating)]
     return rmse(guesses, [float(case.truth) for case in cases])
 
 
 def mean_log_loss(predictor: Predictor, cases: Sequence[Case], liked: float) -> float:
-    """Return the log-loss in nats of a yes/no baseline, which answers every request with a probability.
+    """Return the log loss of a CTR baseline, in nats.
 
     Args:
         predictor: A fitted baseline.

@@ -1,4 +1,4 @@
-"""Yes/no baselines: predict whether the user will like the item from counts of likes.
+"""CTR baselines: predict from counts whether the user will like the item.
 
 A rating of ``liked`` or more is a like. User features are computed from the history in the request, item features from
 training ratings.
@@ -35,7 +35,7 @@ class LikeRatioConfig(Section):
 
 
 class LikeRatio(Baseline[LikeRatioConfig, Counts]):
-    """Predicts the share of liked items in the request's history, regardless of the item.
+    """Predicts the share of liked items in the user's history, regardless of the item.
 
     On the released prompts of TALLRec (Bao et al., RecSys 2023) this rule reaches the AUC that is reported for the
     fine-tuned model, so yes/no results should be compared with it. Its within-user AUC is 0.5 if histories do not
@@ -54,14 +54,14 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
         self._model = Counts.of(ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the share of likes in each history; without a rating, that of training."""
+        """Predict the share of likes in each history; without ratings, the share in training."""
         model = self._fitted
         return _say(requests, np.array([model.of_history(request)[0] for request in requests]))
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear model: features times weights, plus a user weight, an item weight and a bias."""
+    """A linear model: weighted features, plus user weight, item weight and intercept."""
 
     counted: Counted
     weights: NDArray[np.float64]
@@ -83,7 +83,7 @@ class LogisticConfig(LikeRatioConfig):
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on counts of the user and the item, see `llmrec.baselines.counted.Counted`.
+    """Logistic regression on counts of user and item; see `llmrec.baselines.counted.Counted`.
 
     ``features=recent`` adds the user's recent ratings, weighted by ``decay``, and ``features=ids`` a one-hot encoding
     of training users and items. Weights minimise the mean log-loss plus
@@ -101,7 +101,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
     }
 
     def learn(self, data: SplitDataset) -> None:
-        """Fit the weights on the training ratings.
+        """Fit the weights on training ratings.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -130,7 +130,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the probability that each request's item is liked."""
+        """Predict the probability that the user likes the item, for each request."""
         model = self._fitted
         # One row at a time, so that the last bits do not depend on the batch size.
         scores = np.array([(model.counted.row(request) * model.weights).sum() for request in requests]) + model.bias
@@ -139,7 +139,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
 
 
 def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the weights and, last, the bias.
+    """Return the weights followed by the intercept.
 
     Args:
         features: Dense or sparse features, shape (n, k).
@@ -155,7 +155,7 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
         value = np.logaddexp(0, -margins).mean() + float(penalties @ weights[:-1] ** 2) / (2 * size)
         return float(value), gradient
 
-    # The import takes a tenth of a second, and most commands fit nothing.
+    # Importing scipy takes 0.1 s, which most commands do not need.
     from scipy.optimize import minimize
 
     result = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-9})

@@ -1,1 +1,1 @@
-"""Constrained decoding over a catalogue: exact search that returns only real items, and scores of candidate sets."""
+"""Constrained decoding: exact search over a catalogue that returns only existing items, and scoring of candidates."""

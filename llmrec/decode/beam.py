@@ -1,4 +1,4 @@
-"""Exact constrained beam search over a catalogue: only real items, the best of them, with a proof where possible.
+"""Exact constrained beam search over a catalogue, with a proof that the result is optimal where possible.
 
 The search uses numpy arrays of the catalogue; log-probabilities come from a `TreeEngine`, under the full softmax.
 Pruning works on branches: of all branches of the kept prefixes and all complete items, the best ``width`` are kept per
@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fed:
-    """Tokens to be read, each after another one.
+    """Tokens to be read, each after a previous token.
 
     Attributes:
         users: The request of each token, shape (n,).
@@ -47,7 +47,7 @@ class Fed:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Log-probabilities to compute.
+    """Which log-probabilities to compute.
 
     Attributes:
         after: The number of the prompt or token before the wanted token, ascending, shape (m,).
@@ -62,21 +62,21 @@ class TreeEngine(Protocol):
     """Reads trees of tokens after prompts, and returns log-probabilities of next tokens under the full softmax."""
 
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
-        """Read prompts, and return the wanted log-probabilities after them, shape (m,)."""
+        """Read prompts, and return the log-probabilities of given next tokens, shape (m,)."""
         ...
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Read tokens, and return the wanted log-probabilities after them, shape (m,)."""
+        """Read tokens, and return the log-probabilities of given next tokens, shape (m,)."""
         ...
 
     def close(self) -> None:
-        """Discard the prompts and all tokens after them."""
+        """Discard the prompts and all tokens read after them."""
         ...
 
 
 @dataclass
 class Beams:
-    """The kept beams of all requests: prefixes at nodes with several children, and complete items.
+    """The beams kept for all requests: prefixes with several continuations, and complete items.
 
     Attributes:
         users: The request of each beam, shape (n,).
@@ -97,12 +97,12 @@ class Beams:
     whole: NDArray[np.bool_]
 
     def take(self, rows: NDArray[Any]) -> Self:
-        """Return the selected rows, in the order of ``rows``."""
+        """Return the selected beams, in the order of ``rows``."""
         return type(self)(**{name: array[rows] for name, array in vars(self).items()})
 
     @classmethod
     def join(cls, *parts: Self) -> Self:
-        """Return the concatenation of several beams."""
+        """Concatenate beams."""
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
@@ -111,7 +111,7 @@ _Kind = TypeVar("_Kind", bound=Beams)
 
 @dataclass
 class _Search:
-    """The state of a search: catalogue, excluded items, bounds of pruned branches, numbers of processed tokens."""
+    """The state of a search: catalogue, excluded items, bounds of pruned branches, and token counts."""
 
     catalogue: Catalogue
     width: int
@@ -155,7 +155,7 @@ def beam(
     value = _run(engine, catalogue, prompts, barred, k, max(k, width))
     for n, result in enumerate(value if exact else ()):
         wide = result.width
-        # One by one, so that a wide search holds the memory of one request. A score that is NaN proves nothing.
+        # One at a time, so that a wide search needs memory for only one request. A NaN score proves nothing.
         while not value[n].certified and np.isfinite(value[n].scores).all() and wide < min(len(catalogue), WIDEST):
             wide = min(2 * wide, WIDEST)
             (wider,) = _run(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
@@ -175,9 +175,9 @@ def _run(
     k: int,
     width: int,
 ) -> list[SearchResult]:
-    """Search once, with the same width for all requests."""
+    """Search once, with the same beam width for all requests."""
     users, size = len(prompts), len(catalogue)
-    # One sorted array gives the number of excluded items in any range of any request.
+    # One sorted array gives the number of excluded items in any range for any request.
     offset = np.concatenate([_none(), *(places + n * size for n, places in enumerate(barred))])
     search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
     left = np.array([size - len(places) for places in barred])
@@ -186,7 +186,7 @@ def _run(
 
 
 def start(users: Index, size: int) -> Beams:
-    """Return the root beams of requests over a catalogue of ``size`` items."""
+    """Return the initial beams of requests for a catalogue of ``size`` items."""
     return Beams(
         users=users,
         nodes=np.full(len(users), ROOT, dtype=np.int64),
@@ -205,7 +205,7 @@ def descend(
     beams: _Kind,
     keep: Callable[[_Kind, Branches, Floats], _Kind],
 ) -> _Kind:
-    """Descend from the roots of all requests to complete items, as `beam` does, with a custom pruning function.
+    """Extend beams from the root to complete items, as `beam` does, with a given pruning function.
 
     Args:
         engine: Computes log-probabilities.
@@ -227,7 +227,7 @@ def _descended(
     keep: Callable[[_Kind, Branches, Floats], _Kind],
 ) -> _Kind:
     try:
-        # The first tokens are scored before anything is fed; all paths of a catalogue may share a first token.
+        # Score the first tokens before anything is fed; all paths may share a first token.
         branches = _branches(search, beams)
         logprobs = search.engine.open(prompts, Wanted(beams.handles[branches.parents], branches.tokens))
         while True:
@@ -241,7 +241,7 @@ def _descended(
 
 @dataclass(frozen=True)
 class Branches:
-    """Children of kept prefixes: ``parents`` are rows of the prefixes, ascending."""
+    """Continuations of kept prefixes: ``parents`` are the indices of the prefixes, ascending."""
 
     parents: Index
     nodes: Index
@@ -251,7 +251,7 @@ class Branches:
 
 
 def _branches(search: _Search, beams: Beams) -> Branches:
-    """Return all children of all kept prefixes that have an allowed item."""
+    """Return all continuations of kept prefixes that lead to an allowed item."""
     catalogue = search.catalogue
     live = np.flatnonzero(~beams.whole)
     below = catalogue.below(beams.nodes[live], beams.lows[live], beams.highs[live])
@@ -277,7 +277,7 @@ def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
 
 
 def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
-    """Return the order of prefixes by request, the best first, and the rank of each within its request.
+    """Return the order of prefixes by request, best first, and the rank of each within its request.
 
     Args:
         pool: Prefixes.
@@ -289,19 +289,19 @@ def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
 
 
 def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
-    """Return the best branches and complete items of each request, and record the best score that is pruned."""
+    """Keep the best branches and complete items of each request, and record the best score that is pruned."""
     pool = Beams.join(beams.take(np.flatnonzero(beams.whole)), opened(beams, branches, logprobs))
-    # Ties are broken by path order, which does not depend on batch or width.
+    # Ties are broken by path order, which does not depend on batch or beam width.
     order, rank = ranked(pool, pool.scores)
     pruned = order[rank >= search.width]
-    # A NaN score bounds nothing and stays NaN.
+    # A NaN score gives no bound and stays NaN.
     with np.errstate(invalid="ignore"):
         np.maximum.at(search.bounds, pool.users[pruned], pool.scores[pruned])
     return pool.take(order[rank < search.width])
 
 
 def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
-    """Follow every kept branch to the next node with several children or to its item, and score the next branches.
+    """Follow every kept branch to its next branching point or item, and score the continuations.
 
     One call of the engine: the branch's own token, the forced ones after it, and the children of the node reached. The
     last token of an item is scored but never read.
@@ -345,7 +345,7 @@ def _scored(
     wanted: Sequence[tuple[Index, Index]],
     wanted_rows: Sequence[Index],
 ) -> tuple[_Kind, Branches, Floats]:
-    """Call the engine once, add the scores of forced tokens, and return the log-probabilities of the branches."""
+    """Call the engine once, add the scores of forced tokens, and return the log-probabilities of branches."""
     after = np.concatenate([*(pair[0] for pair in wanted), beams.handles[branches.parents]])
     tokens = np.concatenate([*(pair[1] for pair in wanted), branches.tokens])
     order = np.argsort(after, kind="stable")
@@ -367,7 +367,7 @@ def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> Searc
     places = beams.lows[rows]
     scores = tuple(float(score) for score in beams.scores[rows])
     short = "" if len(rows) == k else f"only {left} of {len(search.catalogue)} items may be given"
-    # Pruning counts even if fewer than k items are left: then nothing was pruned.
+    # If fewer than k items are left, nothing was pruned.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
     items = tuple(int(item) for item in search.catalogue.order[places])
     return SearchResult(

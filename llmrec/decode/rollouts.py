@@ -1,4 +1,4 @@
-"""Rollouts for policy gradients: items drawn for a prompt from the model's distribution over a catalogue.
+"""Rollouts for policy gradients: items sampled from the model's distribution over a catalogue.
 
 The policy is the model at a temperature, renormalised at every branching over the branches of the catalogue: p(item) is
 a product of softmaxes over siblings, so every rollout is an item. There are three ways to draw a group:
@@ -31,7 +31,7 @@ Way = Literal["beam", "sampled", "without-replacement"]
 
 @dataclass(frozen=True)
 class Group:
-    """The rollouts of one prompt, all different, the most likely first.
+    """The rollouts for one prompt, all different, most likely first.
 
     Attributes:
         items: Catalogue indices, in the order of the given paths, shape (n,).
@@ -54,7 +54,7 @@ def rollouts(
     temperature: float,
     seeds: Sequence[int],
 ) -> list[Group]:
-    """Draw a group of items for each prompt.
+    """Sample a group of items for each prompt.
 
     Args:
         engine: Computes log-probabilities.
@@ -71,7 +71,7 @@ def rollouts(
     generators = [np.random.default_rng(seed) for seed in seeds]
     roots = vars(start(np.arange(len(prompts)), len(catalogue)))
     keep, finish = (_split, _counted) if way == "sampled" else (_highest, _weighed)
-    # One more is drawn than requested: the last is the threshold for the inclusion probabilities of the others.
+    # One more item is drawn than requested: it sets the threshold for the inclusion probabilities of the others.
     drawn = count if way == "sampled" else count + 1
     first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
     beams = _Drawn(**roots, logq=np.zeros(len(prompts)), marks=first)
@@ -81,7 +81,7 @@ def rollouts(
 
 @dataclass
 class _Drawn(Beams):
-    """Prefixes that were drawn.
+    """Sampled prefixes.
 
     Attributes:
         logq: Log-probability under the renormalised policy, shape (n,).
@@ -93,7 +93,7 @@ class _Drawn(Beams):
 
 
 def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprobs: Floats) -> _Drawn:
-    """Return branches as prefixes whose ``logq`` is their parents' plus their log-share among siblings."""
+    """Return branches as prefixes whose ``logq`` is that of the parent plus the log-share among siblings."""
     if not len(logprobs):
         return opened(beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
@@ -113,7 +113,7 @@ def _split(
     branches: Branches,
     logprobs: Floats,
 ) -> _Drawn:
-    """Distribute the draws of every prefix among its branches, by a multinomial."""
+    """Distribute the draws of each prefix among its branches, by a multinomial distribution."""
     result = _renormalised(temperature, beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
     for begin, end in zip(heads, heads + sizes, strict=True):
@@ -131,7 +131,7 @@ def _highest(
     branches: Branches,
     logprobs: Floats,
 ) -> _Drawn:
-    """Keep the highest perturbed log-probabilities of each prompt: Gumbels whose maximum is their parent's."""
+    """Keep the highest Gumbel-perturbed log-probabilities of each prompt (sampling without replacement)."""
     result = _renormalised(temperature, beams, branches, logprobs)
     if len(logprobs):
         heads, sizes = _runs(branches.parents)
@@ -146,18 +146,18 @@ def _highest(
 
 
 def _in_order(pool: _Drawn) -> _Drawn:
-    """Return prefixes ordered by prompt and path, the order in which random numbers are drawn."""
+    """Sort prefixes by prompt and path, the order in which random numbers are drawn."""
     return pool.take(np.lexsort((pool.lows, pool.users)))
 
 
 def _runs(numbers: Index) -> tuple[Index, Index]:
-    """Return the starts and lengths of runs of equal numbers: siblings, or the prefixes of one prompt."""
+    """Return the starts and lengths of runs of equal numbers."""
     heads = np.flatnonzero(np.diff(numbers, prepend=-1))
     return heads, np.diff(heads, append=len(numbers))
 
 
 def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
-    """Return Gumbels conditioned on the highest among siblings being their parent's; appendix B.3 of the paper."""
+    """Sample Gumbel variables whose maximum among siblings is that of the parent (appendix B.3 of the paper)."""
     with np.errstate(divide="ignore"):
         gap = parents - free + np.log1p(-np.exp(free - highest))
     bounded: Floats = parents - np.maximum(gap, 0) - np.log1p(np.exp(-np.abs(gap)))
@@ -169,7 +169,7 @@ def _counted(catalogue: Catalogue, own: _Drawn, _: int) -> Group:
 
 
 def _weighed(catalogue: Catalogue, own: _Drawn, count: int) -> Group:
-    """Weight each item by its probability divided by that of being drawn, which is to exceed the threshold."""
+    """Weight each item by its probability divided by its inclusion probability."""
     order = np.argsort(-own.marks, kind="stable")
     kept = own.take(order[:count])
     weights = np.exp(kept.logq)

@@ -1,4 +1,4 @@
-"""The index of legal outputs: the token paths of a catalogue, as a tree with at most three integers per node.
+"""The token paths of a catalogue as a tree, with at most three integers per node.
 
 Every item is a path of token ids, and no path is a prefix of another. In sorted order, the paths below a node are a
 range, and the children of a node are adjacent among the nodes of the next depth. So a node is its token, the index of
@@ -30,7 +30,7 @@ ROOT = 0
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Token paths of a set of items; nodes by depth and, within one depth, in path order.
+    """Token paths of a set of items; nodes are ordered by depth, then by path.
 
     Attributes:
         marks: The last token of each node's path minus the lowest token, in the smallest sufficient type, shape
@@ -53,7 +53,7 @@ class Catalogue:
 
     @staticmethod
     def of(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> Catalogue:
-        """Build the tree.
+        """Build the tree from token paths.
 
         Args:
             paths: One path per item; or paths of equal length as an array, shape (items, length).
@@ -87,7 +87,7 @@ class Catalogue:
         return result
 
     def tokens(self, nodes: NDArray[np.integer[Any]]) -> Index:
-        """Return the last token of the paths of nodes below the root, shape (n,)."""
+        """Return the last token of the path to each node, shape (n,)."""
         result: Index = self.marks[nodes].astype(np.int64) + self.lowest
         return result
 
@@ -112,23 +112,23 @@ class Catalogue:
         deep = children >= len(self.lows)
         begins = np.empty(0, dtype=np.int64)
         if deep.any():
-            # Below these are single tokens, each the end of an item, or nothing if they end an item.
+            # Below are single tokens, each the end of an item, or nothing if the nodes are items.
             sizes = np.maximum(self.spans(children)[1], 1)
             passed = np.cumsum(sizes) - sizes
             begins = np.repeat(lows - passed[np.minimum(heads, len(passed) - 1)], counts) + passed
         if not deep.all():
             begins = np.where(deep, begins if len(begins) else 0, self.lows[np.where(deep, 0, children)])
-        # The items of the last sibling end where its parent's do.
+        # The items of the last sibling end where those of its parent end.
         ends = np.append(begins[1:], 0)
         ends[(heads + counts - 1)[counts > 0]] = highs[counts > 0]
         return Below(parents, children, begins, ends)
 
     def path(self, place: int) -> tuple[int, ...]:
-        """Return the tokens of a path, by its rank in sorted order."""
+        """Return the tokens of a path, given its rank in sorted order."""
         return tuple(token for token, _ in self.choices(place))
 
     def choices(self, place: int) -> list[tuple[int, Index]]:
-        """Return the tokens of a path, by its rank in sorted order, each with all legal tokens at its position."""
+        """Return the tokens of a path, given its rank in sorted order, each with the tokens allowed at its position."""
         results: list[tuple[int, Index]] = []
         opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
         while len(opened.nodes):
@@ -139,7 +139,7 @@ class Catalogue:
         return results
 
     def save(self, file: Path) -> None:
-        """Write the arrays as safetensors, atomically."""
+        """Save the arrays as safetensors, atomically."""
         arrays = {name: getattr(self, name) for name in ("marks", "firsts", "lows", "order")}
         numbers = {name: np.array(getattr(self, name), dtype=np.int64) for name in ("starts", "lowest")}
         with replacing(file) as draft:
@@ -147,7 +147,7 @@ class Catalogue:
 
     @staticmethod
     def load(file: Path) -> Catalogue:
-        """Read a catalogue written by `save`.
+        """Load a catalogue written by `save`.
 
         Raises:
             DataError: If the file cannot be read.
@@ -165,7 +165,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Below:
-    """The children of nodes, concatenated.
+    """The children of several nodes, concatenated.
 
     Attributes:
         parents: The index of each child's parent among the nodes, ascending, shape (n,).
@@ -202,7 +202,7 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
 
 
 def _sorted(table: Ints) -> NDArray[np.int64]:
-    """Return the sorted order of rows by their tokens."""
+    """Return the order that sorts rows by their tokens."""
     lowest = table.min(axis=0).astype(np.int64)
     bits = [int(high - low).bit_length() for high, low in zip(table.max(axis=0).tolist(), lowest.tolist(), strict=True)]
     if sum(bits) <= _LONGEST_KEY:
@@ -217,8 +217,8 @@ def _sorted(table: Ints) -> NDArray[np.int64]:
 
 
 def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
-    """Build the nodes of sorted rows."""
-    # A node begins where a path differs from the previous one in the same or an earlier token.
+    """Build the nodes from sorted rows."""
+    # A node begins where a path differs from the previous one, in the same or an earlier token.
     fresh = np.zeros(len(table), dtype=bool)
     fresh[0] = True
     lows = [np.zeros(1, dtype=np.int64)]

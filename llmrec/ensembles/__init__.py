@@ -1,1 +1,1 @@
-"""Ensembles of models: members, weights, cross-fitting, storage, and choice of the model to serve."""
+"""Ensembles of models: members, weights, cross-fitting, storage, and the choice of the model to serve."""

@@ -1,4 +1,4 @@
-"""Base class of catalogue ensembles, list ensembles and blends: members, weights, and the choice of the form."""
+"""Base class of ensembles: members, weights, and how the scores are combined (the form)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmrec.types import Case
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Limits for measuring the contribution of a member, which refits all folds: maximum cells and minimum cases.
+# Maximum number of scores and minimum number of cases for measuring a member's contribution, which refits all folds.
 _DISSECTED, _LEAST = 300_000, 500
 
 
@@ -45,7 +45,7 @@ def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
 
 
 class Ensemble:
-    """Base class of ensembles, with the fitted weights and the forms that were tried.
+    """Base class of ensembles of rankers, with the fitted weights and the forms that were compared.
 
     Attributes:
         name: Name in tables.
@@ -69,13 +69,13 @@ class Ensemble:
         self.chosen: Tried | None = None
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
-        # Users and forms of the fit, and cached results of `apart_from`.
+        # Users and forms of the last fit, and cached results of `apart_from`.
         self._fitted_to: tuple[tuple[str, ...], Fit] = (), _nothing
         self._apart: dict[frozenset[str], Weights] = {}
 
     @property
     def fitted(self) -> Weights:
-        """The fitted weights.
+        """The fitted weights; raises an error before ``fit``.
 
         Raises:
             RuntimeError: If ``fit`` was not called.
@@ -86,7 +86,7 @@ class Ensemble:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the members."""
+        """Names of the members."""
         raise NotImplementedError
 
     def apart_from(self, gone: frozenset[str]) -> Weights:
@@ -102,7 +102,7 @@ class Ensemble:
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
-        """Reject users whose data was used for model selection of a member.
+        """Reject users on whom a member was selected or stopped early.
 
         Raises:
             LlmrecError: If ``looked_at`` of a member contains one of the users.
@@ -127,7 +127,7 @@ class Ensemble:
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Fit the preferred ranking form by cross-fitted NDCG@10 (`preferred`), or the given form, to all cases.
+        """Fit all forms on all cases, and keep the form with the best cross-fitted NDCG@10; see `preferred`.
 
         The forms include the ensembles ``onto``, unchanged and with the members that they lack, but not the single
         members of these, since an ensemble may have been chosen on more users.
@@ -176,7 +176,7 @@ class Ensemble:
     def _options(
         self, cells: Cells, users: Sequence[str], *, repeats: bool, onto: Sequence[Ensemble]
     ) -> Iterator[_Option]:
-        """Yield every form except the ranker."""
+        """Yield every form except gradient-boosted trees."""
         every = range(len(self.names))
         yield _Option("logit", "logit", partial(_bound, logit, repeats=repeats), tuple(every))
         yield _Option("pool", "pool", partial(_bound, pool, repeats=repeats), tuple(every))
@@ -192,7 +192,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class _Option:
-    """A candidate form.
+    """A form of ensemble that can be fitted.
 
     Attributes:
         form: The form.
@@ -208,33 +208,33 @@ class _Option:
 
     @property
     def key(self) -> tuple[Form, str]:
-        """The form and its name."""
+        """Identifies the form by kind and name."""
         return self.form, self.name
 
 
 def _bound(fit: Callable[..., Weights], cells: Cells, without: int | None, **settings: Any) -> Fit:
-    """Return the function that fits a form to some of the cases."""
+    """Return the function that fits a form on a subset of the cases."""
     more = settings if without is None else {**settings, "off": without}
     return lambda rows, start: fit(cells.of(rows), start, **more)
 
 
 def _trees(setting: Setting, members: int) -> _Option:
-    """Return the ranker of a setting."""
+    """Return the form of gradient-boosted trees with these hyperparameters."""
     return _Option("ranker", setting.name, partial(_bound, ranker, setting=setting), tuple(range(members)))
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
-    """Return the forms that given ensembles already outperformed: each of their members alone."""
+    """Return the forms that a given ensemble already outperformed, and that need not be tried: single members."""
     return {("alone", name) for base in bases for name in base.names}
 
 
 def free_of(base: Ensemble, names: Sequence[str]) -> tuple[int, ...]:
-    """Return the indices of the members that an ensemble lacks."""
+    """Return the indices of the members that an ensemble does not contain."""
     return tuple(index for index, name in enumerate(names) if name not in base.names)
 
 
 class _Base:
-    """An ensemble to which other members may be added, with weights from users outside the evaluated fold.
+    """A smaller ensemble to which members can be added, with weights from users outside the evaluated fold.
 
     Attributes:
         of: The ensemble.
@@ -246,11 +246,11 @@ class _Base:
         self._names, self._users = names, users
 
     def others(self, names: Sequence[str]) -> str:
-        """Return the names of the members that it lacks."""
+        """Return the names of the members that are not in the smaller ensemble."""
         return " and ".join(names[place] for place in self.free)
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        """Return its weights over all members, fitted without the users whose cases are not in ``rows``."""
+        """Return the weights of the smaller ensemble over all members, fitted without the users of other ``rows``."""
         inside = {self._users[row] for row in rows.tolist()}
         result = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))
@@ -261,7 +261,7 @@ class _Base:
         return self.as_is
 
     def put(self, cells: Cells, without: int | None) -> Fit:
-        """Return the function that fits it with the members that it lacks, optionally without one of them."""
+        """Return the function that adds the missing members to the smaller ensemble, optionally except one."""
         free = [member for member in self.free if member != without]
         if not free:
             return self.as_is

@@ -1,4 +1,4 @@
-"""Ensembles of rating or yes/no predictors, with weights from users on whom no member was tuned.
+"""Ensembles of rating or CTR models, with weights fitted on users that were not used to tune any member.
 
 Ratings are combined by ridge regression (stacking: Breiman, Machine Learning 1996) and probabilities by logistic
 regression on their log-odds. The penalty, and whether to use a single member, are chosen by cross-fitting over users.
@@ -49,7 +49,7 @@ def _nothing(rows: NDArray[np.int64]) -> _Line:
 
 
 class Blend(Ensemble):
-    """An ensemble of rating predictors or of yes/no predictors."""
+    """An ensemble of rating models or CTR models."""
 
     def __init__(self, name: str, parts: Sequence[tuple[str, Predictor]], *, judges: bool) -> None:
         """Create the ensemble.
@@ -69,13 +69,13 @@ class Blend(Ensemble):
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mute: NDArray[np.float64] = np.zeros(len(parts))
-        # Cached results of `line_apart_from`, and users and forms of the fit.
+        # Cached results of `line_apart_from`, and users and forms of the last fit.
         self._lines: dict[frozenset[str], _Line] = {}
         self._refit: tuple[tuple[str, ...], Callable[[NDArray[np.int64]], _Line]] = (), _nothing
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the members."""
+        """Names of the members."""
         return tuple(name for name, _ in self.parts)
 
     def fit(
@@ -86,7 +86,7 @@ class Blend(Ensemble):
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Fit the weights, and keep the form with the lowest cross-fitted error.
+        """Fit the weights in all forms, and keep the form with the lowest cross-fitted error.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member, with a rating as truth, or 1
@@ -119,7 +119,7 @@ class Blend(Ensemble):
             fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
         crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
         errors = {item: float(result.mean()) for item, result in crossed.items()}
-        # RMSE of ratings, log-loss of probabilities.
+        # RMSE for ratings, log loss for probabilities.
         printed = {item: error if self._judges else error**0.5 for item, error in errors.items()}
         self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
         best = min(errors, key=lambda each: errors[each])
@@ -131,7 +131,7 @@ class Blend(Ensemble):
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
         if name in (base.name for base in bases):
             return
-        # For ratings these are squared errors.
+        # For ratings, these are squared errors.
         statistic: StatisticName = "mean" if self._judges else "root_mean"
         if name in beside:
             if dissect:
@@ -171,7 +171,7 @@ class Blend(Ensemble):
     # ----------------------------------------------------------------------- helpers
 
     def _said(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the members' answers, probabilities as log-odds, NaN for missing ones, shape (n, members)."""
+        """Return the members' answers, shape (n, members): probabilities as log-odds, NaN for missing answers."""
         columns = []
         for _, part in self.parts:
             answers = part.answer(requests)
@@ -180,11 +180,11 @@ class Blend(Ensemble):
         return np.stack(columns, axis=1)
 
     def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return answers with missing ones replaced by the member's mean over the cases of the fit."""
+        """Replace missing answers by the member's mean over the fitted cases."""
         return np.where(np.isnan(said), self._mute, said)
 
     def line_apart_from(self, gone: frozenset[str]) -> _Line:
-        """Return the line fitted in the chosen form without some users, for evaluation on these users."""
+        """Return the weights fitted in the chosen form without some users, for evaluation on these users."""
         if gone not in self._lines:
             users, fit = self._refit
             rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
@@ -194,7 +194,7 @@ class Blend(Ensemble):
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
-        """Return the functions that fit each form, by form and name, and those that extend a blend, by name."""
+        """Return the functions that fit each form, and those that extend a smaller ensemble, by name."""
         form: Form = "logit" if self._judges else "ridge"
 
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
@@ -223,7 +223,7 @@ class Blend(Ensemble):
     def _crossed(
         self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Return the error of each case with weights fitted to the other folds, shape (n,)."""
+        """Return the error of each case with weights fitted on the other folds, shape (n,)."""
         result = np.empty(len(truth))
         for fold in range(FOLDS):
             outside = folds == fold
@@ -239,7 +239,7 @@ class Blend(Ensemble):
         features: NDArray[np.float64],
         truth: NDArray[np.float64],
     ) -> _Line:
-        """Return a line with further members; the penalty shrinks the line's weight to 1, theirs to 0."""
+        """Add members to a fitted ensemble; the penalty shrinks its weight to 1 and new weights to 0."""
         whole, places = line.of(features), list(free)
         result = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
         counts = 1 + result.weights[0]
@@ -254,7 +254,7 @@ class Blend(Ensemble):
         truth: NDArray[np.float64],
         offset: NDArray[np.float64] | None = None,
     ) -> _Line:
-        """Return the line fitted to features, with a fixed ``offset`` added."""
+        """Fit a linear model to the features, with a fixed ``offset`` added."""
         count, before = features.shape[1], np.zeros(len(truth)) if offset is None else offset
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
         wide = (features - means) / scales
@@ -271,7 +271,7 @@ class Blend(Ensemble):
             value = np.logaddexp(0, total).sum() - truth @ total + penalty / 2 * free[1:] @ free[1:]
             return float(value), np.concatenate([[error.sum()], wide.T @ error + penalty * free[1:]])
 
-        # The import takes a tenth of a second, and most commands fit nothing.
+        # Importing scipy takes 0.1 s, which most commands do not need.
         from scipy.optimize import minimize
 
         result = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
@@ -279,7 +279,7 @@ class Blend(Ensemble):
         return _Line(float(result[0] - means @ weights), weights)
 
     def _error(self, values: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return squared errors of ratings, and the log-loss of probabilities, shape (n,)."""
+        """Return the squared errors of ratings, or the log losses of probabilities, shape (n,)."""
         if self._judges:
             return np.asarray(np.logaddexp(0, values) - truth * values)
         return np.asarray((np.clip(values, *self._bounds) - truth) ** 2)
@@ -287,7 +287,7 @@ class Blend(Ensemble):
     def _limits(
         self, line: _Line, features: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return 95 % limits of the weights, robust and clustered over users (White, Econometrica 1982)."""
+        """Return 95 % limits of the weights, robust and clustered by user (White, Econometrica 1982)."""
         wide = np.column_stack([np.ones(len(truth)), features])
         values = line.of(features)
         if self._judges:
@@ -301,7 +301,7 @@ class Blend(Ensemble):
 
 @dataclass(frozen=True)
 class _Put:
-    """A blend, the indices of the members that it lacks, and the penalty for adding them."""
+    """A smaller ensemble, the indices of missing members, and the penalty for adding them."""
 
     blend: Blend
     base: Blend
@@ -311,7 +311,7 @@ class _Put:
     users: Sequence[str]
 
     def fit(self, free: Sequence[int]) -> _Fit:
-        """Return the function that fits the base with some of the members; without any, it has its original weights."""
+        """Return the function that adds some of the missing members; without any, the original weights are kept."""
         return partial(self._fitted, tuple(free))
 
     def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:

@@ -1,4 +1,4 @@
-"""Training interactions in an exported folder, so that its baselines can be fitted without the run."""
+"""Stores training interactions in an exported folder, so that its baselines can be fitted without the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT = ("rating", "timestamp")
 
 
 def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
-    """Write a run's training interactions and ensembles into a folder that already contains its ``items``.
+    """Write the training interactions and ensembles of a run into an exported folder that has its ``items``.
 
     Users are numbered in the order of their ids, which are not written. Validation interactions for early stopping are
     included, with their sampling keys; those of the users for ensemble weights are not. So baselines fitted from the
@@ -44,7 +44,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
     choosing = halves(data, result.fusions[0].reserved)[0]
-    # Only the ranks of the keys: a hash could identify a user.
+    # Store only the ranks of the hashes, because a hash could identify a user.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
     chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
     both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
@@ -55,12 +55,12 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
     rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
-    # Users for ensemble weights are excluded.
+    # Users reserved for ensemble weights are left out.
     stored.save(draft, stored.settled(result))
 
 
 def carried(folder: Path, *, seed: int) -> SplitDataset | None:
-    """Return the split stored in a folder; None if there is none.
+    """Return the split stored in an exported folder; None if there is none.
 
     Raises:
         ModelError: If one of its files cannot be read.
@@ -76,7 +76,7 @@ def carried(folder: Path, *, seed: int) -> SplitDataset | None:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); export the run again", kind="damaged", at=path
         ) from error
-    # Held-out interactions of a saved recommender become history.
+    # Held-out interactions of a saved recommender become part of the history.
     names = ("train", "valid", "held")
     train, valid, held = (frame.filter(pl.col("part") == name).select(*SCHEMA) for name in names)
     data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)

@@ -1,4 +1,4 @@
-"""The candidates of requests with the scores of an ensemble's members: the input of every form of ensemble.
+"""Scores of ensemble members for the candidates of requests: the input of every form of ensemble.
 
 Candidates of all requests are in flat arrays, grouped by request, without padding. If the whole catalogue is ranked,
 the candidates are the union of the members' top items: candidate generation by several models, and a second stage that
@@ -27,13 +27,13 @@ TOP = 40
 CUT = 10
 """The cut-off of the NDCG by which forms are compared."""
 
-# The lower limit of a share before its logarithm is taken.
+# The lower limit of a share before taking its logarithm.
 _FLOOR = np.float32(1e-6)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """One cell per request and candidate.
+    """Candidates of several requests with the scores of all members, one cell per request and candidate.
 
     Attributes:
         names: The k members.
@@ -60,12 +60,12 @@ class Cells:
 
     @cached_property
     def hits(self) -> NDArray[np.int64]:
-        """The requests whose target is a candidate; only these are informative about weights."""
+        """The requests whose target is a candidate; only these determine weights."""
         assert self.truth is not None
         return np.flatnonzero(self.truth >= 0)
 
     def of(self, cases: NDArray[np.int64]) -> Cells:
-        """Return the cells of some requests, given by their ascending indices."""
+        """Return the cells of some requests, given by ascending indices."""
         kept = np.zeros(len(self.starts) - 1, dtype=bool)
         kept[cases] = True
         cells = kept[self.rows]
@@ -78,7 +78,7 @@ class Cells:
         return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
 
     def redrawn(self, seed: int) -> Cells:
-        """Return the cells with the members' scores of each target swapped with those of a random candidate.
+        """Swap the members' scores of each target with those of a random candidate.
 
         The scores then have no information about the targets: an ensemble that still finds them has a leak.
         """
@@ -92,7 +92,7 @@ class Cells:
     # ------------------------------------------------------------------ reductions by request
 
     def total(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return the sum of values over the candidates of each request, shape (..., n)."""
+        """Sum values over the candidates of each request, shape (..., n)."""
         return _reduced(np.add, values, self.starts, 0)
 
     def most(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -100,7 +100,7 @@ class Cells:
         return _reduced(np.maximum, values, self.starts, -np.inf)
 
     def ndcg(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Return NDCG@10 of each request by scores of the cells, in expectation over ties, shape (n,).
+        """Return NDCG@10 of each request when cells are ranked by these values, averaged over ties, shape (n,).
 
         It is 0 if the target is not a candidate.
         """
@@ -128,7 +128,7 @@ class Cells:
         return np.asarray(np.log(shares + _FLOOR), dtype=np.float32)
 
     def shares(self, member: int) -> NDArray[np.float64]:
-        """Return a member's scores as probabilities over the candidates; uniform if it scores none of them."""
+        """Return a member's scores as probabilities over the candidates; uniform if it scores no candidate."""
         values, kind = self.raw[member].astype(np.float64), self.kinds[member]
         if kind == "logits":
             values = np.exp(values - self.most(values)[self.rows])
@@ -141,7 +141,7 @@ class Cells:
         return np.asarray(np.divide(values, totals, out=uniform, where=totals > 0))
 
     def ranks(self, member: int) -> NDArray[np.float32]:
-        """Return the rank of each candidate by a member, from 1; at most `TOP` + 1, and equal for equal scores."""
+        """Return the rank of each candidate by a member, from 1 to `TOP` + 1; equal scores have equal ranks."""
         values = self.raw[member]
         order = np.lexsort((-values, self.rows))
         ranked, rows = values[order], self.rows[order]
@@ -154,7 +154,7 @@ class Cells:
         return result
 
     def relative(self, member: int) -> NDArray[np.float32]:
-        """Return a member's log-scale scores minus their mean over the candidates, in standard deviations."""
+        """Return a member's log-scale scores, standardised over the candidates of each request."""
         values = self.scores(member).astype(np.float64)
         count = np.diff(self.starts)
         mean = self.total(values) / np.maximum(count, 1)
@@ -164,7 +164,7 @@ class Cells:
 
 
 def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empty: float) -> NDArray[Any]:
-    """Reduce values over the cells of each request; a request without cells has the value ``empty``."""
+    """Reduce values over the cells of each request; requests without cells get the value ``empty``."""
     counts = np.diff(starts)
     result = np.full((*values.shape[:-1], len(counts)), empty, dtype=values.dtype)
     if counts.any():
@@ -173,7 +173,7 @@ def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empt
 
 
 def best(raw: Sequence[NDArray[np.float32]], out: NDArray[np.bool_] | None, top: int = TOP) -> NDArray[np.bool_]:
-    """Return which items are candidates: the union of the members' top items, shape (n, items).
+    """Select candidates: the union of the members' top items, as a mask of shape (n, items).
 
     Items with a member's lowest score are excluded from its top items: items without a vote are all tied.
 
@@ -226,7 +226,7 @@ def gathered(
 
 
 def joined(blocks: Sequence[Cells]) -> Cells:
-    """Concatenate the cells of one or more blocks of requests of the same ensemble."""
+    """Concatenate the cells of several blocks of requests."""
     sizes = np.array([len(block.had) for block in blocks])
     before = np.cumsum(sizes) - sizes
     starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=True)]

@@ -1,4 +1,4 @@
-"""Features of requests and candidates for an ensemble's ranker, in addition to the scores of the members."""
+"""Features of requests and candidates, such as popularity, that a learned ensemble uses besides member scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECENT = 0.1
 
 
 class Context:
-    """The features of a split: popularity, recency, age and price of items, and the length of histories.
+    """Item features (popularity, recency, age, price) and history lengths of a split.
 
     They are computed from training interactions, the catalogue and the history of the request. Features without data
     are left out. Text similarities are not included, since they are in the scores of members that use texts.
@@ -35,13 +35,13 @@ class Context:
         self._codes = {item: code for code, item in enumerate(self.ids)}
 
     def codes(self, items: Sequence[str]) -> NDArray[np.int64]:
-        """Return the codes of items; -1 for an item outside the catalogue."""
+        """Return the codes of items; -1 for an unknown item."""
         return np.array([self._codes.get(item, -1) for item in items], dtype=np.int64)
 
     def features(
         self, requests: Sequence[Request], rows: NDArray[np.int64], codes: NDArray[np.int64]
     ) -> dict[str, NDArray[np.float32]]:
-        """Return each feature of pairs of a request and a candidate, shape (n,); NaN if it is unknown.
+        """Return each feature for (request, candidate) pairs, shape (n,); NaN if unknown.
 
         Args:
             requests: The requests.

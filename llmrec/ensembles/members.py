@@ -1,4 +1,4 @@
-"""Members of an ensemble: their input modality, stored answers, and the fit of an ensemble."""
+"""Ensemble members with stored answers, and functions that fit and store an ensemble."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOTHING = "random"
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
-    """Return the split for fitting a baseline; early stopping excludes the users for ensemble weights."""
+    """Return the data on which a member is fitted; with early stopping, without the users reserved for weights."""
     return halves(data, reserved)[0] if stops_early(name) else data
 
 
@@ -65,7 +65,7 @@ class Recalled:
 
 
 def remembered(answer: Answer) -> Json:
-    """Return a member's answer in its stored form: items with scores, a number, or None."""
+    """Return an answer in its stored form: items with scores, a number, or None."""
     if isinstance(answer, Ranking):
         return {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}
     return answer.value if isinstance(answer, Rating | Probability) else None
@@ -89,7 +89,7 @@ def join(
     dissect: bool = True,
     context: Context | None = None,
 ) -> ListEnsemble | Blend:
-    """Return an ensemble of members, fitted to cases.
+    """Fit an ensemble of members to cases, and return it.
 
     Args:
         name: Name in tables.
@@ -110,14 +110,14 @@ def join(
 
 
 def weights_of(model: Any) -> FusionWeights | None:
-    """Return the weights of an ensemble as stored in records; None for other models."""
+    """Return the weights of an ensemble for results; None for other models."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
         return None
     return record_of(model.fitted, model.names, {item.name: item for item in model.without})
 
 
 def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, Without]) -> FusionWeights:
-    """Return weights as stored in records.
+    """Convert weights to their stored form.
 
     Args:
         weights: The weights.
@@ -144,7 +144,7 @@ def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, With
 
 
 def restored(record: FusionWeights) -> Weights:
-    """Return the weights of an ensemble from their stored form.
+    """Restore the weights of an ensemble from their stored form.
 
     Raises:
         ModelError: If its trees are damaged.
@@ -165,33 +165,33 @@ def restored(record: FusionWeights) -> Weights:
 
 
 def widest(reads: Sequence[Reads | None]) -> Reads:
-    """Return the input modality of an ensemble: the widest one of its members."""
+    """Return which item data an ensemble reads: the most that any member reads."""
     order = get_args(Reads)
     return max((read or order[0] for read in reads), key=order.index)
 
 
 def kind_of(baseline: str) -> Kind:
-    """Return the scale of a baseline's scores."""
+    """Return the scale of the scores of a baseline, counts or logits."""
     return lookup(BASELINES, baseline, "baseline").SCORES  # type: ignore[no-any-return]
 
 
 def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
-    """Return the input modality of a baseline; with a fine-tuned encoder it is a language model."""
+    """Return which item data a baseline reads; with a fine-tuned encoder it counts as a language model."""
     made = lookup(BASELINES, baseline, "baseline")
     own = made.reads(config_of(baseline, parameters, "parameters"))
-    # Feature stores count as texts with a frozen encoder, even if a language model wrote them.
+    # Feature stores count as text with a frozen encoder, even if a language model wrote the texts.
     known = widest(["texts", own]) if stores_of(baseline, parameters) else own
     encoder = made.text_encoder(parameters)
     return "language model" if known == "texts" and encoder is not None and learned_from(encoder) else known
 
 
 def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
-    """Return answers by request id: stored ones (`remembered`) and those in prediction records."""
+    """Restore answers by request id from their stored form, with those in prediction records."""
     known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
     return {request: _answer(request, item) for request, item in known.items()}
 
 
 def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
-    """Return a description of an ensemble for reports."""
+    """Return a description of how an ensemble was fitted, for reports."""
     users = len({case.request.user_id for case in cases})
     return f"ensemble of {len(parts)} models, weights fitted on {users} validation users"

@@ -1,4 +1,4 @@
-"""Ensembles of rankers, with weights from validation users on whom no member was tuned.
+"""Ensembles of ranking models, with weights fitted on users that were not used to tune any member.
 
 Members retrieve candidates, and one of these forms ranks them:
 
@@ -38,7 +38,7 @@ CELLS = 1 << 24
 
 @dataclass(frozen=True)
 class Member:
-    """A member that scores the catalogue.
+    """A member that scores all items.
 
     Attributes:
         name: Name in tables.
@@ -52,7 +52,7 @@ class Member:
 
 
 class CatalogueEnsemble(Ensemble):
-    """An ensemble of scorers of the catalogue; it is a `CatalogueScorer`."""
+    """An ensemble of models that score all items; it is itself a `CatalogueScorer`."""
 
     def __init__(
         self,
@@ -86,16 +86,16 @@ class CatalogueEnsemble(Ensemble):
 
     @property
     def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
+        """Ids of all items, in column order."""
         return self.parts[0].scorer.items
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the members."""
+        """Names of the members."""
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
-        """Fit the weights of every form, and keep the preferred form by cross-fitted NDCG@10.
+        """Fit the weights of all forms, and keep the preferred form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member.
@@ -152,7 +152,7 @@ class CatalogueEnsemble(Ensemble):
         truth: NDArray[np.int64] | None = None,
         barred: NDArray[np.bool_] | None = None,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
-        """Return the candidates of requests, their mask over the items, shape (n, items), and the members' scores.
+        """Return the candidates of requests, a mask of shape (n, items), and the members' scores.
 
         Args:
             requests: The requests.
@@ -183,7 +183,7 @@ class CatalogueEnsemble(Ensemble):
 def _context(
     context: Context | None, requests: Sequence[Request], chosen: NDArray[np.bool_], codes: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the further features of candidates; none without a context.
+    """Return the additional features of candidates; empty without a context.
 
     Args:
         context: The features of the split.
@@ -200,7 +200,7 @@ def _context(
 def _completed(
     scores: NDArray[np.float64], chosen: NDArray[np.bool_], raw: Sequence[NDArray[np.float32]]
 ) -> NDArray[np.float64]:
-    """Return scores of all items, shape (n, items); items that are not candidates come after all candidates.
+    """Return the scores of all items, shape (n, items), with items that are not candidates last.
 
     Args:
         scores: Scores of the candidates, request by request.
@@ -225,7 +225,7 @@ def _completed(
 
 @dataclass(frozen=True)
 class ListMember:
-    """A member that ranks candidates.
+    """A member that ranks given candidates.
 
     Attributes:
         name: Name in tables.
@@ -240,13 +240,13 @@ class ListMember:
     knows: Container[str] | None = None
 
     def has(self, item: str) -> bool:
-        """Whether it can score an item."""
+        """Whether the member can score an item."""
         return self.knows is None or item in self.knows
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The candidates of one request.
+    """The candidates of one request with the members' scores.
 
     Attributes:
         items: The candidates, and the items ranked after them.
@@ -264,7 +264,7 @@ class _Pool:
 
 
 class ListEnsemble(Ensemble):
-    """An ensemble of rankers that return lists, such as scoring methods with a language model.
+    """An ensemble of models that rank given candidates, such as scoring methods of a language model.
 
     Scores are normalised over the candidates of a request. If the whole catalogue is ranked, the candidates are the
     union of the members' lists. An item missing from a member's list gets the score of the list's last item if scores
@@ -301,11 +301,11 @@ class ListEnsemble(Ensemble):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the members."""
+        """Names of the members."""
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, onto: Sequence[Ensemble] = ()) -> None:
-        """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
+        """Fit the weights of all forms, and keep the best form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member. Cases whose target is not a
@@ -347,7 +347,7 @@ class ListEnsemble(Ensemble):
         return answers
 
     def contributions(self, requests: Sequence[Request]) -> list[dict[str, dict[str, float]]]:
-        """Return the contributions to the scores of each request's candidates, by item and name.
+        """Return each member's contribution to the scores of candidates, by request, item and name.
 
         See `Weights.contributions`. Items that are in no member's list have none.
         """
@@ -369,16 +369,16 @@ class ListEnsemble(Ensemble):
                 continue
             # One request at a time, so that results do not depend on other requests.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
-            # They are excluded before features are computed relative to the other candidates.
+            # Exclude them before features are computed relative to the other candidates.
             last = np.logical_and.reduce(strange) & (not strange.all())
             known, unknown = ([candidates[n] for n in np.flatnonzero(which)] for which in (~last, last))
-            # A single member ranks all items as without an ensemble.
+            # A single member ranks all items, as it does without an ensemble.
             top = len(known) if self.fitted.form == "alone" else TOP
             own = [item[index] for item in given]
             yield _Pool(known, unknown, *self._cells(request, known, own, strange=strange[:, ~last], top=top))
 
     def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
-        """Return the candidates of the cases whose target is among them, and the indices of these cases."""
+        """Return the cells of the cases whose target is a candidate, and the indices of these cases."""
         requests = [case.request for case in cases]
         answers = [part.predictor.answer(requests) for part in self.parts]
         sets = _sets(requests, answers)
@@ -408,7 +408,7 @@ class ListEnsemble(Ensemble):
         strange: NDArray[np.bool_] | None = None,
         top: int = TOP,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
-        """Return the candidates of a request with given items; see `CatalogueEnsemble._cells`.
+        """Return the cells of a request with given candidates; see `CatalogueEnsemble._cells`.
 
         Args:
             request: The request.
@@ -431,7 +431,7 @@ class ListEnsemble(Ensemble):
 
 
 def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
-    """Return the candidates of each request, or the union of the members' lists.
+    """Return the candidates of each request, or else the union of the members' lists.
 
     They are sorted, so that sums do not depend on the order of the lists.
     """
@@ -443,7 +443,7 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
 
 
 def _with_least(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
-    """Return the scores of a member, shape (m,), with its worst score for items that it cannot score."""
+    """Return the scores of a member, shape (m,), with its lowest score for items that it cannot score."""
     known = scores[~strange]
     if not strange.any() or not len(known):
         return scores
@@ -456,13 +456,13 @@ def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np.float64]:
-    """Return the scores of candidates in an answer, shape (m,); equal scores if it is unparsed."""
+    """Return the scores of candidates in an answer, shape (m,); equal scores if it could not be parsed."""
     if not isinstance(answer, Ranking):
         return np.zeros(len(candidates))
     if answer.scores:
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
         known = {item: -float(np.log(index)) for index, item in enumerate(answer.items, start=1)}
-    # Items missing from a ranking come after its last item; `Cells.scores` handles items missing from a beam search.
+    # Items that a ranking lacks come after its last item; `Cells.scores` handles items that a beam search lacks.
     least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

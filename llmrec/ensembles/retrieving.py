@@ -1,4 +1,4 @@
-"""The ensemble of a task's baselines as a retriever of candidates for reranking."""
+"""Retrieves candidates for reranking with an ensemble of baselines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RANDOM = "random"
 
 @dataclass(frozen=True)
 class FusedFinder:
-    """A retriever with an ensemble of baselines.
+    """Retrieves candidates with an ensemble of baselines.
 
     The random baseline, and baselines with early stopping on the validation split or with an encoder fine-tuned on the
     interactions, are left out.
@@ -45,11 +45,11 @@ class FusedFinder:
 
     @property
     def name(self) -> str:
-        """The name in recipes."""
+        """Name of the retriever in recipes."""
         return FUSED
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return ensembles with weights from validation users, cross-fitted in halves for these users' requests."""
+        """Return the retrieving ensembles; for users on whom weights are fitted, cross-fitted in two halves."""
         parts = self._parts(data)
         choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
         context = Context(data)
@@ -72,7 +72,7 @@ class FusedFinder:
         return _weighed(self._parts(rest), [_last(data, user) for user in users[:MOST]], Context(rest))
 
     def _parts(self, data: SplitDataset) -> list[Member]:
-        """Return the baselines, fitted to training interactions.
+        """Return the baselines, fitted on training interactions.
 
         Raises:
             RecipeError: If there are fewer than two baselines.
@@ -98,7 +98,7 @@ class FusedFinder:
 
 
 def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
-    """Return an ensemble, fitted to cases.
+    """Return an ensemble with weights fitted on these cases.
 
     Raises:
         DataError: If there are too few users.

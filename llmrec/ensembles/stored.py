@@ -1,4 +1,4 @@
-"""The stored form of ensembles in runs and exported folders: members, weights, and the model to serve."""
+"""Stores ensembles in runs and exported folders: members, weights, and the model to serve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMAT = 3
 
 
 class FusedPart(Record):
-    """A member: a baseline with its parameters, or a scoring method of the language model, without a baseline."""
+    """A stored member: a baseline with its parameters, or a scoring method of the language model."""
 
     name: str
     baseline: str | None = None
@@ -38,12 +38,12 @@ class FusedPart(Record):
 
     @property
     def kind(self) -> Kind:
-        """The scale of its scores."""
+        """The scale of the scores, counts or logits."""
         return "logits" if self.baseline is None else kind_of(self.baseline)
 
 
 class Fused(Record):
-    """An ensemble of rankings.
+    """A stored ensemble of ranking models.
 
     Attributes:
         id: Id of its row in the report.
@@ -71,7 +71,7 @@ class Fused(Record):
 
 
 def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reserved: float) -> Fused:
-    """Return the ensemble of a row.
+    """Return the stored form of an evaluated ensemble.
 
     Args:
         row: A row with the weights of an ensemble.
@@ -101,7 +101,7 @@ def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reser
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of the file.
+    """The content of the stored file.
 
     Attributes:
         fusions: The ensembles, in the order of their rows.
@@ -113,19 +113,19 @@ class Stored:
 
 
 def save(folder: Path, found: Stored) -> None:
-    """Write the file into a folder, replacing that of an earlier run."""
+    """Write the stored ensembles to a folder."""
     fusions = [fused.model_dump(mode="json") for fused in found.fusions]
     chosen = None if found.choice is None else found.choice.model_dump(mode="json")
     write_checked(folder / FILE, {"format": FORMAT, "fusions": fusions, "choice": chosen})
 
 
 def settled(found: Stored) -> Stored:
-    """Return the content for a folder without interactions of the users for ensemble weights."""
+    """Return the stored ensembles for a folder that lacks the users reserved for ensemble weights."""
     return replace(found, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in found.fusions])
 
 
 def read(folder: Path) -> Stored:
-    """Return the ensembles of a run or an exported folder, and the choice; none if the file is missing.
+    """Read the ensembles of a run or exported folder, and the model to serve; empty if the file is missing.
 
     Raises:
         ModelError: If the file cannot be read.
@@ -155,7 +155,7 @@ def read(folder: Path) -> Stored:
 
 
 def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[str, Fused]:
-    """Return the available ensembles, by their name in the report.
+    """Return the available ensembles by their names in the report.
 
     If several families have an ensemble of the same name, the first one gets the name, and the others use their ids.
 
@@ -176,7 +176,7 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
 
 
 def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
-    """Return the serving name of the chosen model.
+    """Return the name under which the chosen model is served.
 
     Args:
         choice: The choice of a run.
@@ -196,28 +196,28 @@ class Answered(Protocol):
 
     @property
     def figures(self) -> Row:
-        """Its results in the report."""
+        """Results of the model in the report."""
         ...
 
     @property
     def weighing(self) -> Mapping[str, Any]:
-        """Its answers for the users for ensemble weights, by request id."""
+        """Answers for the validation users that fit ensemble weights, by request id."""
         ...
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """The cross-fitted results of an ensemble for their cases, by request id."""
+        """Cross-fitted results of an ensemble on those users, by request id."""
         ...
 
 
 # Models that can be served: baselines, and the model that the run fine-tuned.
 _ARMS = ("baseline", "tuned")
-# Results that differ by less belong to the same lists.
+# Smaller differences do not change ranked lists.
 _SAME = 9
 
 
 def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Choice | None:
-    """Return the model to serve, from the first ranking family with models that were evaluated on validation users.
+    """Return the model to serve: the best on validation users in the first ranking task that has results for them.
 
     Models are compared on the validation users for ensemble weights, who were not used for model selection; ensembles
     by their cross-fitted result. Test users are not used.
@@ -238,7 +238,7 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
         common = set.intersection(*(set(result) for result in judged.values())) if judged else set()
         if not common:
             continue
-        # Only users of all models, so that all are evaluated on the same users.
+        # Only users whom all models answered, so that all are compared on the same users.
         figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in judged.items()}
         single = {row.figures.id for row in able if row.figures.fusion is None}
         order = sorted(figures, key=lambda name: name not in single)

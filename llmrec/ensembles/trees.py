@@ -1,4 +1,4 @@
-"""Gradient-boosted trees by LightGBM: the learned second stage of an ensemble.
+"""Gradient-boosted trees (LightGBM) as a learned ensemble of ranking models.
 
 Unlike one weight per member, trees can weight a member by context, such as the length of the history. LightGBM (Ke et
 al., NeurIPS 2017) has a small wheel, stores models as text (nothing is unpickled), and its results do not depend on the
@@ -40,7 +40,7 @@ _OPTIONS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """The hyperparameters that cross-fitting chooses: objective and number of trees."""
+    """Hyperparameters selected by cross-fitting: objective and number of trees."""
 
     objective: Objective
     rounds: int = ROUNDS[-1]
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trees:
-    """A fitted model, read and evaluated without LightGBM, whose parser aborts the process on damaged files.
+    """Fitted trees, evaluated without LightGBM, whose parser aborts the process for damaged files.
 
     Attributes:
         text: LightGBM's text format.
@@ -65,20 +65,20 @@ class Trees:
 
     @property
     def gains(self) -> dict[str, float]:
-        """The gain importance of each feature, as a share."""
+        """The relative gain importance of each feature."""
         arrays = _arrays(self.text, len(self.names))
         gains = np.bincount(arrays.feature[arrays.inner], arrays.gain[arrays.inner], minlength=len(self.names))
         return dict(zip(self.names, (gains / (gains.sum() or 1.0)).tolist(), strict=True))
 
     def scores(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the raw scores of rows of features, shape (n,)."""
+        """Return the raw score of each row of features, shape (n,)."""
         arrays = _arrays(self.text, len(self.names))
         block = max(1, _CELLS // len(arrays.roots))
         parts = [_summed(arrays, features[start : start + block]) for start in range(0, len(features), block)]
         return np.concatenate(parts) if parts else np.empty(0)
 
     def contributions(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the contribution of each feature to the scores of rows of features, shape (n, f).
+        """Return the contribution of each feature to each score (SHAP values), shape (n, f).
 
         These are exact SHAP values with the distribution of features along the paths of the trees (Lundberg et al.,
         Nature Machine Intelligence 2020): they sum to the score minus the mean score in training.
@@ -91,7 +91,7 @@ class Trees:
 
 @dataclass(frozen=True)
 class _Arrays:
-    """Trees as arrays, one row per tree, shape (trees, maximum nodes), or (trees, maximum leaves) for leaves.
+    """Trees as arrays with one row per tree, shape (trees, maximum nodes) or (trees, maximum leaves).
 
     Attributes:
         roots: Root node of each tree; a child or root n below 0 is leaf ``~n``.
@@ -120,15 +120,15 @@ class _Arrays:
     leaf_covers: NDArray[np.int64]
 
 
-# Cells of a block: rows times trees, or rows times features of all paths.
+# Number of array elements per block: rows times trees, or rows times features of all paths.
 _CELLS = 1 << 20
-# Bits of LightGBM's decision_type: missing values go left; missing values occurred in training.
+# Bits of decision_type in LightGBM: missing values go left; missing values occurred in training.
 _LEFT, _SEEN = 2, 8
 
 
 @lru_cache(maxsize=16)
 def _arrays(text: str, features: int) -> _Arrays:
-    """Parse and validate the trees of a text.
+    """Parse and validate trees from LightGBM's text format.
 
     Raises:
         ModelError: If they are not valid trees over this number of features; the file may be damaged or malicious.
@@ -153,14 +153,14 @@ def _arrays(text: str, features: int) -> _Arrays:
         kind, leaves = table("decision_type", np.int64), table("leaf_value", np.float64, extra=1)
         if np.any((feature < 0) | (feature >= features)):
             raise ValueError("a tree uses unknown features")
-        # An infinite threshold separates rows with a value from those without.
+        # An infinite threshold separates rows with a value from rows without.
         if np.isnan(threshold).any() or not (np.isfinite(leaves).all() and np.isfinite(gain).all()):
             raise ValueError("a tree has values that are not finite")
         own, nodes = np.array(counts)[:, None], np.arange(inner.shape[1])
         covers, leaf_covers = table("internal_count", np.int64), table("leaf_count", np.int64, extra=1)
         below, at = np.zeros_like(covers), np.arange(len(trees))[:, None]
         for child in (left, right):
-            # Children come after their parent, so that there are no cycles.
+            # Children must come after their parent, so that there are no cycles.
             if np.any(inner & ((child < -own) | (child >= own - 1) | ((child >= 0) & (child <= nodes)))):
                 raise ValueError("a child of a tree node is out of range")
             below += np.where(child >= 0, covers[at, np.maximum(child, 0)], leaf_covers[at, np.maximum(~child, 0)])
@@ -176,7 +176,7 @@ def _arrays(text: str, features: int) -> _Arrays:
 
 
 def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the sum of the trees' values for rows of features, shape (n,)."""
+    """Return the sum of all trees' values for each row of features, shape (n,)."""
     # Flat arrays of (row, tree) pairs that have not reached a leaf.
     trees, nodes = arrays.feature.shape
     tree, row = np.tile(np.arange(trees), len(features)), np.repeat(np.arange(len(features)), trees)
@@ -193,7 +193,7 @@ def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float6
 
 @dataclass(frozen=True)
 class _Paths:
-    """The paths to all leaves, as a range of each feature on them, shape (leaves, maximum features of a path).
+    """The paths to all leaves as feature ranges, shape (leaves, maximum number of features on a path).
 
     Shorter paths are padded with ranges that contain everything, which changes no contribution.
 
@@ -216,7 +216,7 @@ class _Paths:
 
 @lru_cache(maxsize=16)
 def _paths(text: str, features: int) -> _Paths:
-    """Return the paths of the trees of a text; see `_arrays`."""
+    """Return the paths to the leaves of all trees; see `_arrays`."""
     arrays, everything = _arrays(text, features), (-np.inf, np.inf, True, 1.0)
     paths: list[dict[int, tuple[float, float, bool, float]]] = []
     values: list[float] = []
@@ -252,14 +252,14 @@ def _paths(text: str, features: int) -> _Paths:
 
 
 def _attributed(paths: _Paths, features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the contributions of features, shape (n, f); see `Trees.contributions`.
+    """Return the contributions of features (SHAP values), shape (n, f); see `Trees.contributions`.
 
     A leaf's expected value given some features is its value times the share of each other feature, and 0 if a given one
     is out of range. A feature's contribution is its mean effect over all orders of the features, with the weights
     s! (d - 1 - s)! / d!. These are the integrals of t^s (1 - t)^(d - 1 - s) over [0, 1]. So the sum over all subsets is
     the integral of a product of one factor per feature, which Gauss-Legendre quadrature computes exactly.
     """
-    # Infinite values are made finite, so that they are inside the padding ranges.
+    # Infinite values are made finite, so that they are inside the ranges used for padding.
     largest = np.finfo(np.float32).max
     values = np.clip(features, -largest, largest)[:, paths.feature]
     inside = np.where(np.isnan(values), paths.missing, (values > paths.above) & (values <= paths.most))
@@ -279,7 +279,7 @@ def fit(
     sizes: NDArray[np.int64],
     setting: Setting,
 ) -> Any:
-    """Return a fitted LightGBM booster.
+    """Fit a LightGBM model and return it.
 
     Args:
         features: One row per candidate, shape (n, f).
@@ -298,7 +298,7 @@ def fit(
 
 
 def staged(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float64]]:
-    """Return the raw scores of rows of features after each number of trees of `ROUNDS`, shape (n,) each."""
+    """Return the raw scores after each number of trees in `ROUNDS`, shape (n,) each."""
     total, done, result = np.zeros(len(features)), 0, []
     for count in ROUNDS:
         total = total + booster.predict(features, raw_score=True, start_iteration=done, num_iteration=count - done)
@@ -310,7 +310,7 @@ def staged(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float
 def chosen(
     values: Mapping[Setting, NDArray[np.float64]], folds: NDArray[np.int64]
 ) -> tuple[Setting, NDArray[np.float64]]:
-    """Return the best setting, and the value of each case under the setting that the other folds choose.
+    """Select the best setting, and for each case the value under the setting that the other folds select.
 
     So the values are not biased by the choice of the setting.
 
@@ -335,7 +335,7 @@ def cross_fitted(
     folds: NDArray[np.int64],
     value: Callable[[NDArray[np.float64]], NDArray[np.float64]],
 ) -> tuple[Setting, NDArray[np.float64]]:
-    """Choose the objective and the number of trees by cross-fitting over users; see `chosen`.
+    """Select the objective and the number of trees by cross-fitting over users; see `chosen`.
 
     Args:
         objectives: The objectives to try.

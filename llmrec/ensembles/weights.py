@@ -1,4 +1,4 @@
-"""Weights of an ensemble: how the scores of its members are combined, and how the weights are fitted."""
+"""Weights of ensembles: how the scores of members are combined, and how the weights are fitted."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
 
 FOLDS = 5
 
-# Number of bootstrap samples for the limits of a member's contribution.
+# Number of bootstrap samples for the confidence limits of a member's contribution.
 _RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The fitted weights of an ensemble.
+    """The fitted weights of an ensemble of ranking models.
 
     Attributes:
         form: The form; ``alone`` is the first member with a weight.
@@ -69,7 +69,7 @@ class Weights:
         return total + self.repeat * cells.had if self.repeat else total
 
     def contributions(self, cells: Cells) -> dict[str, NDArray[np.float64]]:
-        """Return the contribution of each member and further feature to the score of each candidate, (cells,) each.
+        """Return the contribution of each member and feature to the scores of candidates, shape (cells,) each.
 
         They sum to the score minus its mean over the candidates of the request; for a pool, whose score is a logarithm,
         to the exponential of the score minus its mean. For a ranker they are SHAP values, summed over the features of a
@@ -92,7 +92,7 @@ class Weights:
         return {name: values - (cells.total(values) / sizes)[cells.rows] for name, values in parts.items()}
 
     def _votes(self, cells: Cells) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield the weighted scores of each member with a weight, shape (cells,)."""
+        """Yield the weighted scores of each member that has a weight, shape (cells,)."""
         for member, (name, weight) in enumerate(zip(cells.names, self.parts, strict=True)):
             if weight and self.form == "alone":
                 yield name, cells.raw[member].astype(np.float64)
@@ -102,7 +102,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tried:
-    """A form with its result on users outside its fit, higher is better."""
+    """A form of ensemble with its cross-fitted result, higher is better."""
 
     form: Form
     name: str
@@ -111,7 +111,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Without:
-    """The loss of the cross-fitted result when a member is left out and the weights are fitted again.
+    """How much worse an ensemble is without one member, after fitting the weights again.
 
     Attributes:
         name: The name of the member.
@@ -127,7 +127,7 @@ class Without:
 
 
 def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
-    """Return the fold of each case; all cases of a user have the same fold.
+    """Return the fold of each case; all cases of a user are in the same fold.
 
     Raises:
         LlmrecError: If there are too few users to fit weights on four fifths of them.
@@ -144,7 +144,7 @@ def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
 def limits_of(
     values: NDArray[np.float64], scores: NDArray[np.float64], curvature: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return 95 % limits of fitted values, robust and clustered over users (White, Econometrica 1982).
+    """Return 95 % limits of fitted values, with robust standard errors clustered by user (White, Econometrica 1982).
 
     Args:
         values: The values of maximum likelihood, shape (k,).
@@ -167,13 +167,13 @@ def left_out(
     users: Sequence[str],
     statistic: StatisticName = "mean",
 ) -> Without:
-    """Return the loss of an ensemble without a member: ``first`` (with it) − ``second`` (without it), by case."""
+    """Return the loss from leaving a member out: ``first`` (with it) − ``second`` (without it), by case."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return Without(name, result.value, result.low, result.high)
 
 
 def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
-    """Return the form to use: the best of the linear ones, unless the ranker is better by more than a standard error.
+    """Return the form to use: the best linear one, unless the trees are better by more than a standard error.
 
     A ranker has thousands of parameters and could be chosen by noise, hence the one-standard-error rule on paired
     differences (Breiman et al., 1984, section 3.4.3). Weights have one parameter per member and compete with single
@@ -205,20 +205,20 @@ _OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
 
 
 def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
-    """Return the features of a ranker: three per member except ``off``, those of the history and of the context."""
+    """Return the feature names for trees: three per member not in ``off``, and those of history and context."""
     members = [name for place, name in enumerate(cells.names) if place != off]
     own = [f"{name}: {what}" for name in members for what in _OF_MEMBER]
     return (*own, *([_SEEN] if cells.had.any() else []), *cells.context)
 
 
 def member_of(feature: str) -> str | None:
-    """Return the member of a ranker feature; None for features of history or context."""
+    """Return the member to which a tree feature belongs; None for features of history or context."""
     member, _, what = feature.rpartition(": ")
     return member if what in _OF_MEMBER and member else None
 
 
 def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the features of a ranker, shape (cells, len(names)); NaN for missing values."""
+    """Return the features for trees, shape (cells, len(names)); NaN for missing values."""
     result = np.full((len(cells.had), len(names)), np.nan, dtype=np.float32)
     for place, name in enumerate(names):
         member, _, what = name.rpartition(": ")
@@ -232,7 +232,7 @@ def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
-    """Return the members' scores on a log scale, and with ``repeats`` whether an item is in the history, (k, cells)."""
+    """Return the members' log-scale scores and, with ``repeats``, whether items are in the history, (k, cells)."""
     rows = [cells.scores(member) for member in range(len(cells.names))]
     return np.stack([*rows, cells.had.astype(np.float32)] if repeats else rows)
 
@@ -241,9 +241,9 @@ def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
 
 # Ridge penalty of the standardised weights of a logit, over the whole sample.
 _PENALTY = 1.0
-# Score that ranks an item below all others.
+# A score that ranks an item below all others.
 _NEVER = -1e9
-# Minimum number of cases with their target among the candidates, for a ranker.
+# Minimum number of cases whose target is a candidate, for fitting trees.
 LEAST_CASES = 200
 
 
@@ -282,7 +282,7 @@ def _maximised(
         away = scaled - centre * scales
         return value + _PENALTY * float(away @ away), gradient / scales + 2 * _PENALTY * away
 
-    # The import takes a tenth of a second, and most commands fit nothing.
+    # Importing scipy takes 0.1 s, which most commands do not need.
     from scipy.optimize import minimize
 
     start = np.full(len(logs), 1.0 / len(logs)) if begin is None else begin * scales
@@ -291,7 +291,7 @@ def _maximised(
 
 
 def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
-    """Return the weights of the conditional logit by maximum likelihood, with a small ridge penalty.
+    """Fit a conditional logit by maximum likelihood with a small ridge penalty, and return the weights.
 
     Args:
         cells: The cases to fit to.
@@ -312,7 +312,7 @@ def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int
 
 
 def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
-    """Return a logit's weights with their 95 % limits; see `limits_of`. Without cases with a target there are none."""
+    """Return the weights of a logit with 95 % limits; without limits if no case has its target as a candidate."""
     if not len(cells.hits):
         return weights
     known = cells.of(cells.hits)
@@ -328,7 +328,7 @@ def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: boo
 
 
 def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
-    """Return the weights of the linear pool by maximum likelihood, with the weight of history items.
+    """Fit a linear pool of probabilities, with a weight for history items, by maximum likelihood.
 
     Args:
         cells: The cases to fit to.
@@ -346,7 +346,7 @@ def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int 
 
 
 def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Return each member's probability of the target and of all history items, (n, k), and a mask of repeat targets."""
+    """Return each member's probability of the target and of history items, (n, k), and a mask of repeated targets."""
     assert known.truth is not None
     shares = [known.shares(member) for member in range(len(known.names))]
     own = np.stack([values[known.truth] for values in shares], axis=1)
@@ -357,7 +357,7 @@ def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDA
 def _mixed(
     own: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, worth: float = 0.0
 ) -> tuple[NDArray[np.float64], float]:
-    """Return maximum-likelihood shares, and the log weight of history items, ``worth`` without ``repeats``."""
+    """Fit the mixture shares and the log weight of history items (``worth`` without ``repeats``)."""
 
     def loss(free: NDArray[np.float64]) -> float:
         shares = _softmax(free[: own.shape[1]])
@@ -404,14 +404,14 @@ def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
 
 
 def alone(cells: Cells, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
-    """Return a single member; with ``repeats``, unchanged or with history items below all others."""
+    """Return the weights of a single member; with ``repeats``, optionally with history items below all others."""
     parts = tuple(float(member == place) for place in range(len(cells.names)))
     able = [Weights("alone", parts, worth) for worth in ((0.0, _NEVER) if repeats else (0.0,))]
     return max(able, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
 
 def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off: int | None = None) -> Weights:
-    """Return a ranker of gradient-boosted trees; its ``parts`` are the gain importances of the members."""
+    """Fit gradient-boosted trees; ``parts`` of the result are the gain importances of the members."""
     known = cells.of(cells.hits)
     names = feature_names(cells, off)
     booster = trees.fit(matrix(known, names), _labels(known), np.diff(known.starts), setting)
@@ -431,7 +431,7 @@ def _labels(known: Cells) -> NDArray[np.int8]:
 
 
 def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np.float64]] | None:
-    """Return the best setting of a ranker, and the cross-fitted NDCG@10 of each case, shape (n,).
+    """Select the best setting of the trees, and return it with the cross-fitted NDCG@10 of each case, shape (n,).
 
     Returns:
         None if there are too few cases for a ranker, or LightGBM is not installed.
@@ -449,7 +449,7 @@ def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np
 
 
 def setting_of(form: Tried | None) -> Setting | None:
-    """Return the setting of a ranker that was chosen before; None for another form."""
+    """Return the setting of trees in a stored form; None for another form."""
     if form is None or form.form != "ranker":
         return None
     objective, _, rounds = form.name.partition(", ")
@@ -457,7 +457,7 @@ def setting_of(form: Tried | None) -> Setting | None:
 
 
 def crossed(cells: Cells, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return NDCG@10 of each case with weights fitted to the other folds, shape (n,).
+    """Return NDCG@10 of each case with weights fitted on the other folds, shape (n,).
 
     Args:
         cells: All cases.

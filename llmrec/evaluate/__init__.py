@@ -1,1 +1,1 @@
-"""Evaluation of predictors on cases."""
+"""Evaluates models on test cases, and compares their results."""

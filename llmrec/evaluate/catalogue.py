@@ -1,4 +1,4 @@
-"""Full ranking: scores the whole catalogue in batches, finds the rank of each target, and computes metrics.
+"""Full ranking: scores all items in batches, finds the rank of each target, and computes metrics.
 
 The scores of a batch are compared with its targets once for both conventions about seen items: to exclude them, the
 seen items above a target are subtracted.
@@ -33,7 +33,7 @@ BOTH: tuple[Seen, ...] = ("excluded", "included")
 
 
 def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
-    """Validate the conventions about items of the history, and return them.
+    """Validate how items of the history are treated in full ranking, and return the valid names.
 
     Raises:
         ValueError: If a name is neither ``excluded`` nor ``included``.
@@ -44,15 +44,15 @@ def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
     return result
 
 
-# Cells of a batch of scores: 64 MB of float64, and about three times that while lists are computed.
+# Number of scores per batch: 64 MB of float64, and three times as much while lists are computed.
 _CELLS = 1 << 23
-# Cells that fit in the processor's cache while lists are computed.
+# Number of scores that fit in the processor cache while lists are computed.
 _CACHED = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
 class Standings:
-    """The rank of each request's target in the ranking of the catalogue.
+    """The rank of each request's target in the ranking of all items.
 
     Attributes:
         greater: Items with a strictly higher score, shape (n,); the pool's size for a target outside the catalogue.
@@ -79,7 +79,7 @@ def rank_catalogue(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Mapping[str, Standings]:
-    """Rank every item of the catalogue for every case; candidates are ignored.
+    """Rank all items for every case; candidates of requests are ignored.
 
     With ``excluded``, items of the history are not ranked, except the target, which may be a repeated item. With
     ``included``, all items are ranked.
@@ -132,7 +132,7 @@ def evaluate_catalogue(
     batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evaluated]:
-    """Evaluate a scorer by full ranking, with results as those of `evaluate`.
+    """Evaluate a model by full ranking; the results are like those of `evaluate`.
 
     Args:
         scorer: A fitted baseline or another scorer of the catalogue.
@@ -168,7 +168,7 @@ def evaluate_catalogue(
 
 
 def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
-    """Return the protocol of a full ranking: all candidates, and the number of users unless given."""
+    """Return the protocol of full ranking: all items as candidates, and the number of users unless given."""
     users = protocol.users or str(len({case.request.user_id for case in cases}))
     return replace(protocol, candidates="full", users=users)
 
@@ -251,7 +251,7 @@ def _standings(
 def _top(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Return the top items of each request, with ties ordered by a hash of request and item."""
+    """Return the top items of each request; ties are ordered by a hash of request and item."""
     n, items = scores.shape
     if length == 0:
         return np.empty((n, 0), dtype=np.int32), np.empty((n, 0))
@@ -283,7 +283,7 @@ def _by_hash(
 
 
 def _unit(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Mix hashes (the finaliser of splitmix64) and map them to [0, 1)."""
+    """Map hashes to [0, 1), using the finaliser of splitmix64."""
     mixed = hashed ^ (hashed >> np.uint64(30))
     mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(27)

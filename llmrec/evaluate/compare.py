@@ -1,4 +1,4 @@
-"""Compares models over the same users: planned comparisons, tested as one family, and untested exploratory ones."""
+"""Compares models on the same users: planned comparisons with corrected tests, and exploratory ones without tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _DUST = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The data of a model for comparisons.
+    """The values of a model for comparisons.
 
     Attributes:
         name: Name of the model.
@@ -61,7 +61,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """Two models to compare, a − b, on one metric over the same requests of ``users``."""
+    """Two models to compare, a − b, in one metric on the same requests of ``users``."""
 
     metric: str
     a: Standing
@@ -69,7 +69,7 @@ class Contrast:
     users: Sequence[str]
 
     def sampled(self, *, resamples: int, seed: int) -> Sampled:
-        """Return the difference with its resamples; see `compare`."""
+        """Return the difference with its bootstrap resamples; see `compare`."""
         return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
 
     def detectable(self, found: Sampled, comparisons: int) -> float | None:
@@ -81,7 +81,7 @@ class Contrast:
             comparisons: Number of comparisons corrected together.
         """
         if not _is_mean(self.metric) or max(np.ndim(row.values) for row in (self.a, self.b)) > 1:
-            # Half the width of the central 68 %: resamples over seeds have heavy tails.
+            # Half the width of the central 68 %, because resamples over seeds have heavy tails.
             low, high = np.quantile(found.draws, [0.15866, 0.84134])
             return detectable_from(float(high - low) / 2, len(set(self.users)), comparisons=comparisons)
         one, other, users = _means(self.metric, self.a.values, self.b.values, self.users)
@@ -90,7 +90,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The comparisons of one table.
+    """The comparisons to make in a table of results.
 
     Attributes:
         metric: The metric of the comparisons.
@@ -107,7 +107,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
-    """The results of a `Plan`, in its order, and its detectable differences."""
+    """The results of a `Plan`, in its order, with the minimum detectable effects."""
 
     planned: Sequence[Pair]
     described: Sequence[Pair]
@@ -116,7 +116,7 @@ class Comparisons:
 
 
 def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, more: int = 0) -> list[Comparisons]:
-    """Test the planned comparisons of all tables as one family, and estimate the exploratory ones.
+    """Test the planned comparisons of all tables as one family, and estimate the exploratory differences.
 
     Args:
         tables: The comparisons of each table.
@@ -130,7 +130,7 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
     for table in tables:
         own, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
         described = exploratory(table.described, resamples=resamples, seed=seed)
-        # The comparisons may have different numbers of users.
+        # Comparisons may have different numbers of users.
         groups: dict[int, list[Pair]] = {}
         for contrast, pair in zip((*table.planned, *table.described), (*own, *described), strict=True):
             groups.setdefault(len(set(contrast.users)), []).append(pair)
@@ -173,7 +173,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
 
 
 def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
-    """Return exploratory differences, each with an unadjusted 95 % interval, without p-value and verdict."""
+    """Return exploratory differences, each with an unadjusted 95 % interval, and without p-value and verdict."""
     pairs = []
     for contrast in contrasts:
         drawn = contrast.sampled(resamples=resamples, seed=seed)
@@ -192,7 +192,7 @@ def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0)
 
 
 def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
-    """Return a sentence on the detectable differences of a table's planned and exploratory comparisons.
+    """Return a sentence on the minimum detectable effects of planned and exploratory comparisons.
 
     Args:
         metric: The metric of the comparisons.
@@ -235,7 +235,7 @@ def sampled(
     resamples: int,
     seed: int,
 ) -> Sampled:
-    """Return the paired difference of two models over the same requests of ``users``, a − b.
+    """Return the paired difference a − b of two models on the same requests of ``users``.
 
     Means are compared by a sign-flip test over users, see `significance`: RMSE as a root mean of squared errors, GAUC
     over the users with both classes. AUC is not a mean and gets the paired bootstrap.
@@ -267,7 +267,7 @@ def sampled(
 
 
 def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
-    """Return the figure of each seed of a model, shape (seeds,)."""
+    """Return the result of each seed of a model, shape (seeds,)."""
     seeds = np.atleast_2d(values)
     if len(seeds) == 1:
         return np.zeros(1)
@@ -280,7 +280,7 @@ def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> 
 
 
 def is_by_request(metric: str) -> bool:
-    """Return whether a metric is a mean over requests, so that values can be averaged over seeds first."""
+    """Whether a metric is a mean over requests, so that its values can be averaged over seeds."""
     entry = metric_of(metric)
     return entry is None or entry.unit == "request"
 
@@ -293,7 +293,7 @@ def _is_mean(metric: str) -> bool:
 def _means(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
-    """Return the values of two models, averaged over seeds, with their users; or one value per user."""
+    """Return the values of two models averaged over seeds, with their users; or one value per user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
     if is_by_request(metric):
         first, second = left.mean(axis=0), right.mean(axis=0)
@@ -306,7 +306,7 @@ def _means(
 
 
 def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
-    """Recompute a metric of probabilities from the values of a model."""
+    """Recompute a metric of probabilities from the stored values of a model."""
     entry = metric_of(metric)
     assert entry is not None
     inputs = {"probabilities": np.abs(values), "labels": truth, "owners": users}
@@ -326,7 +326,7 @@ def _statistics(
 
 
 def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return the truths, which are encoded in the signs of the values."""
+    """Return the true answers, which are stored as the signs of the values."""
     truth: NDArray[np.bool_] = ~np.signbit(rows[0])
     if any(not np.array_equal(truth, ~np.signbit(row)) for row in rows):
         raise LlmrecError(f"{metric}: the two models have different truths, so they cannot be paired", kind="mismatch")
@@ -341,7 +341,7 @@ def over_runs(
     users: Sequence[str],
     resamples: int,
 ) -> Figure:
-    """Average a figure over training seeds; the interval is over users, ``sd`` over seeds.
+    """Average a result over training seeds; the interval is over users, and ``sd`` over seeds.
 
     Args:
         figures: One per seed.
@@ -378,7 +378,7 @@ def over_runs(
 
 
 def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int) -> Interval:
-    """Return the interval of a figure averaged over seeds, by the method for a single seed."""
+    """Return the interval of a result averaged over seeds, by the same method as for a single seed."""
     values, owners = np.array(seeds, dtype=np.float64), list(users)
     if not _is_mean(metric):
         statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))

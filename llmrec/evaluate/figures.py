@@ -1,4 +1,4 @@
-"""Evaluation protocols, and figures from per-request values: means with intervals and signatures."""
+"""Evaluation protocols, and metrics from per-request values: means with intervals and signatures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmrec.results import Metric
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalProtocol:
-    """The evaluation protocol, which is part of every signature.
+    """The evaluation protocol, which every metric's signature records.
 
     Attributes:
         split: Kind of split.
@@ -43,7 +43,7 @@ class EvalProtocol:
     liked: float | None = None
 
     def sign(self, metric: str, *, seen: str = "excluded", slice: str | None = None, how: str | None = None) -> str:
-        """Return a metric's signature.
+        """Return the signature of a metric.
 
         Args:
             metric: The metric's name.
@@ -65,7 +65,7 @@ class EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Figures by metric, and the per-request values for comparisons, shape (n,) each."""
+    """Metrics by name, and their per-request values for comparisons, shape (n,) each."""
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def measure(
     full: bool = False,
     seen: str = "excluded",
 ) -> Measurements:
-    """Compute every metric of a kind whose inputs are available; see `llmrec.entries.MetricEntry`.
+    """Compute all metrics of a type whose inputs are available; see `llmrec.entries.MetricEntry`.
 
     Args:
         kind: The kind of metrics.
@@ -116,7 +116,7 @@ def measure(
 
 
 def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken | None:
-    """Return the result of a metric's function; None if an input is missing or it needs several relevant items."""
+    """Return the result of a metric; None if an input is missing or it needs several relevant items."""
     if not entry.function:
         return None
     function = attribute(entry.function)
@@ -137,7 +137,7 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
 
 
 def statistic_of(metric: str) -> StatisticName:
-    """Return the statistic that computes a metric from per-request values."""
+    """Return how a metric is computed from per-request values: by mean or root mean."""
     entry = metric_of(metric)
     return "root_mean" if entry is not None and entry.root else "mean"
 
@@ -149,7 +149,7 @@ def mean_figure(
     protocol: EvalProtocol,
     signature: str,
 ) -> Metric:
-    """Return the mean of per-request values, or its root, with its interval and signature."""
+    """Return the mean (or root mean) of per-request values, with interval and signature."""
     result = interval(
         per_request,
         users=users,

@@ -1,4 +1,4 @@
-"""List metrics, such as coverage and diversity, and their inputs from the training data."""
+"""Metrics of whole lists, such as coverage and diversity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _USUAL = 10
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """The inputs of list metrics other than the lists, from training data and item fields only.
+    """Training data and item fields from which metrics of lists are computed.
 
     Attributes:
         items: The catalogue, in the order of all arrays.
@@ -46,7 +46,7 @@ class Background:
 
     @staticmethod
     def of(data: SplitDataset, *, field: str | None = None) -> Background:
-        """Return the background of a data set.
+        """Compute the inputs of list metrics from a data set.
 
         Args:
             data: The data; only training interactions are counted.
@@ -74,7 +74,7 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """The lists of one model.
+    """The ranked lists of one model.
 
     Attributes:
         numbers: Item indices, best first, padded with -1, shape (n, k).
@@ -88,7 +88,7 @@ class Lists:
 
 
 def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background) -> Measurements:
-    """Return the list metrics of a model, at cut-off 10 if the protocol has it, else at its largest.
+    """Return the list metrics of a model at cut-off 10, or the largest cut-off if the protocol does not have 10.
 
     Coverage, Gini and ColdItems are computed over all lists together; they have no interval, since a resample has fewer
     different lists. Cold-start metrics require a catalogue with cold-start items. Serendipity uses training popularity
@@ -126,7 +126,7 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
 def cold_figures(
     cases: Sequence[Case], background: Background, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return means over requests whose target has no training interactions, and their number as ``n``.
+    """Return means over the requests with a cold-start target, and their number as ``n``.
 
     Args:
         cases: Requests with an item as truth.
@@ -154,7 +154,7 @@ def _places(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]
 def _popular(
     background: Background, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
 ) -> NDArray[np.int64]:
-    """Return the k most popular rankable items of each request, ties by id, shape (n, k)."""
+    """Return the k most popular items that can be ranked for each request, ties by id, shape (n, k)."""
     order = np.argsort(-background.counts, kind="stable")
     lists = np.full((len(hidden), k), -1, dtype=np.int64)
     for row, (gone, target) in enumerate(zip(hidden, targets, strict=True)):

@@ -1,4 +1,4 @@
-"""Evaluates a predictor on the cases of a task: answers -> per-request values -> metrics with intervals.
+"""Evaluates a model on the cases of a task: answers, values per request, and metrics with intervals.
 
 No answer is dropped: one that cannot be parsed counts as a miss, a fallback rating or probability, or an empty text,
 and lowers the parse rate.
@@ -27,7 +27,7 @@ from llmrec.registry import compared_metrics
 from llmrec.results import Cost, Failure, Measured, Metric, Prediction, Rates
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
 
-# --------------------------------------------------------------------------- measures
+# --------------------------------------------------------------------------- metrics by type of answer
 
 
 UNKNOWN = 0.5
@@ -36,7 +36,7 @@ UNKNOWN = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """The metrics of answers of one kind.
+    """The metrics of one model.
 
     Attributes:
         metrics: Figures by metric.
@@ -58,7 +58,7 @@ Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], M
 
 
 def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
-    """Return the function that computes the metrics of a kind of answers; for ``background`` see `evaluate`."""
+    """Return the function that computes the metrics for a type of answer; for ``background`` see `evaluate`."""
     texts: Measure = partial(_texts, background=background)
     kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
     return kinds.get(kind, _rankings)
@@ -93,7 +93,7 @@ def _users(cases: Sequence[Case]) -> list[str]:
 def standing_columns(
     greater: NDArray[np.int64], tied: NDArray[np.int64], pool: NDArray[np.int64]
 ) -> dict[str, Sequence[object]]:
-    """Return the prediction columns of each target: its block of ties and its expected rank."""
+    """Return the columns of predictions.parquet about each target: ties and expected rank."""
     ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
     return {"rank": ranks, "above": greater.tolist(), "tied": tied.tolist(), "pool": pool.tolist()}
 
@@ -148,13 +148,13 @@ def _texts(
     if background is None:
         return Measurements(metrics=taken.metrics, values=taken.values)
     copies, own = explained.copies(written, background), explained.copies(truth, background)
-    # Short texts recur naturally, hence the copy rate of the true texts for reference.
+    # Short texts recur naturally, so the copy rate of the true texts is given for comparison.
     columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
     if features is None or named is None:
         rates = Rates(truth_copy_rate=float(own.mean()))
         return Measurements(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
     people = explained.named(truth, users, items, features)
-    # Reviews of an item are incomplete: true texts also name features that no other review names.
+    # Reviews of an item are incomplete: true texts also mention features that no other review mentions.
     rates = Rates(
         truth_copy_rate=float(own.mean()),
         truth_hallucination_rate=people.hallucination,
@@ -195,7 +195,7 @@ def _probabilities(
     users = _users(cases)
     inputs = {"probabilities": text, "labels": truth, "owners": users}
     taken = measure("probability", inputs, users, protocol)
-    # Metrics that are not means are compared by the probabilities, with a minus sign where the truth is no.
+    # Metrics that are not means are compared by probabilities, with a minus sign where the true answer is no.
     signed = np.copysign(text, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
     bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(text, truth))
@@ -208,7 +208,7 @@ def _probabilities(
 
 
 def background_of(data: SplitDataset) -> explained.Background:
-    """Return the training texts of a split, and the features of its pairs if its interactions have them."""
+    """Return the training texts of a split, and the features of its (user, item) pairs if there are any."""
     columns = ["user_id", "item_id", "feature"]
     features: dict[tuple[str, str], str] | None = None
     if "feature" in data.train.columns:
@@ -216,7 +216,7 @@ def background_of(data: SplitDataset) -> explained.Background:
         rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
         features = {(user, item): feature for user, item, feature in rows}
     message = list(data.train.select("user_id", "item_id", "text").iter_rows())
-    # If a text is one sentence of a review, the whole review supports features and can be copied.
+    # If a text is one sentence of a review, the whole review supports features and can be copied from.
     reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in message)
     message += [(user, item, review.text) for user, item, review in reviews if review is not None]
     users, items, texts = zip(*message, strict=True)
@@ -228,7 +228,7 @@ _SHOWN_FAILURES = 5
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The evaluation of one model.
+    """The results of evaluating one model.
 
     Attributes:
         figures: Metrics with intervals and signatures, rates, cost.
@@ -252,7 +252,7 @@ def evaluate(
     fallback: Callable[[Request], float] | None = None,
     background: explained.Background | None = None,
 ) -> Evaluated:
-    """Evaluate a predictor on cases.
+    """Evaluate a model on cases.
 
     Args:
         predictor: A baseline or a language model.
@@ -308,7 +308,7 @@ def evaluate(
 
 
 def _foreign(answer: Answer) -> Unparsed:
-    """Return the failure that replaces an answer of the wrong kind."""
+    """Return the failure that replaces an answer of the wrong type."""
     return Unparsed(
         request_id=answer.request_id,
         reason=f"a {type(answer).__name__} is not an answer of this task",

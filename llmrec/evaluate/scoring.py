@@ -1,4 +1,4 @@
-"""Scores ranked lists of any system: every ranking metric with its interval, and the comparison of two lists."""
+"""Evaluates ranked lists of any system with all ranking metrics, and compares two files of lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHOWN = 3
 
 
 class ScoredLists(Record):
-    """The figures of one file of lists.
+    """The metrics of one file of ranked lists.
 
     Attributes:
         name: The file.
@@ -76,7 +76,7 @@ class Scores(Displayed, Record):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The figures of the first file."""
+        """The metrics of the first file."""
         return self.lists[0].metrics
 
     def _summary(self) -> Summary:
@@ -105,7 +105,7 @@ def _with_interval(found: Metric | Pair, sign: str = "") -> str:
 
 @dataclass(frozen=True)
 class Judging:
-    """Settings for judging lists.
+    """Settings for evaluating ranked lists.
 
     Attributes:
         cutoffs: Ranks at which metrics are cut.
@@ -125,7 +125,7 @@ class Judging:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the metrics."""
+        """Names of the metrics."""
         return tuple(name for name, *_ in _several(self))
 
 
@@ -139,7 +139,7 @@ def judging(
     whole: bool = True,
     several: bool = True,
 ) -> Judging:
-    """Return validated settings; see `Judging`. ``several``: whether two lists are compared.
+    """Validate the settings and return them; ``several`` means that two files are compared.
 
     Raises:
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
@@ -170,7 +170,7 @@ def score(
     user: str | None = None,
     item: str | None = None,
 ) -> Scores:
-    """Evaluate ranked lists of any system, with a 95 % interval for every metric.
+    """Evaluate ranked lists of any system, with a 95 % interval for each metric.
 
     Args:
         ranked: A path or a frame: lists of llmrec, a table with one row per ranked item, or a TREC run; see
@@ -209,7 +209,7 @@ def score(
 
 
 def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
-    """Evaluate lists, and compare them if there are two.
+    """Evaluate lists, and compare two files of lists if both are given.
 
     Metrics are expectations over all orders of tied scores; see `llmrec.metrics.multi_target`.
 
@@ -251,7 +251,7 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
 
 
 def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[Judged, dict[str, int | float]]:
-    """Match lists with relevant items, and count unmatched ones."""
+    """Match ranked lists with relevant items, and count what has no match."""
     known = set(keys.to_list())
     listed = set(lists.frame["key"].unique().to_list())
     strangers = (listed | lists.empty) - known
@@ -276,7 +276,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
 
 
 def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
-    """Return the metrics for several relevant items, with their cut-offs; those of whole lists last."""
+    """Return the metrics for several relevant items with their cut-offs; metrics of whole lists last."""
     several = [(name, entry) for name, entry in METRICS.items() if entry.several]
     cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
     whole = [(name, entry, None) for name, entry in several if how.whole and (entry.both or not entry.cut)]
@@ -288,7 +288,7 @@ def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
 
 
 def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:
-    # The candidates, and the treatment of the history, are unknown for external lists.
+    # For external lists, candidates and the treatment of history items are unknown.
     protocol = EvalProtocol(
         split="given", candidates="given", cutoffs=how.cutoffs, resamples=how.resamples, seed=how.seed, catalogue=0
     )

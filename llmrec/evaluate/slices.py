@@ -1,4 +1,4 @@
-"""Figures by slice: cold-start and long-tail items, history length, user activity, user attributes.
+"""Metrics on subsets of test cases: cold-start and long-tail items, history length, user activity and attributes.
 
 Slices are defined by counts of training interactions or attributes of users, and on a split by time also by the time
 since training. The thresholds are part of the slice's name, which is part of the signature.
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- user attributes
-# Slices by user attributes of a source, such as gender or age.
+# Subsets by user attributes in the data, such as gender or age.
 #
-# The limits of slices are computed from all users of the data, evaluated or not, and are part of their names. Values
-# are untrusted, so names contain them percent-encoded.
+# The limits between subsets are computed from all users of the data, evaluated or not, and are part of their names.
+# Values are untrusted, so names contain them percent-encoded.
 
 
 MOST = 8
 """Maximum number of values. With more, numbers are binned into quartiles, words into the most frequent and others."""
-# A leading zero marks a code, such as a postcode, not a number.
+# A leading zero marks a code, such as a postcode, and not a number.
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?")
 _LONG = 60
 
 
 def attributes_of(dataset: Dataset) -> tuple[str, ...]:
-    """Return the sorted names of the user attributes of the data."""
+    """Return the names of the user attributes in the data, sorted."""
     return tuple(sorted({name for known in dataset.users.values() for name, value in known.items() if _label(value)}))
 
 
 def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[str, NDArray[np.bool_]]:
-    """Return the membership of cases in each slice of an attribute.
+    """Return which cases belong to each subset by a user attribute.
 
     Args:
         users: The user of every case, shape (n,).
@@ -73,16 +73,16 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
     label, none = _labels(counts, start), f"{start}:none"
     labels = np.array([none if value is None else label(value) for value in own], dtype=object)
     names = dict.fromkeys(label(value) for value in sorted(counts, key=_order(counts)))
-    # The slice of other values comes after the named ones.
+    # The subset of all other values comes last.
     ordered = sorted(names, key=lambda slice: slice.endswith(":other"))
     return {slice: labels == slice for slice in (*ordered, none)}
 
 
 def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
-    """Return a function from a value to the name of its slice."""
+    """Return a function that maps a value to the name of its subset."""
     if len(counts) > MOST and _are_numbers(counts):
         numbers = np.array([float(value) for value in counts.elements()], dtype=np.float64)
-        # Edges are values of users; equal edges are merged.
+        # Limits are values of users; equal limits are merged.
         edges = np.unique(np.quantile(numbers, (0.25, 0.5, 0.75), method="higher"))
         above = numbers[numbers > numbers.min()]
         return _quartiles(
@@ -100,7 +100,7 @@ def _quartiles(start: str, edges: NDArray[np.float64]) -> Callable[[str], str]:
 
 
 def _order(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
-    """Return values in order: numbers by size, words by number of users."""
+    """Return the sort key of values: numbers by size, words by number of users."""
     if _are_numbers(counts):
         return lambda value: (float(value), value)
     return lambda value: (-counts[value], value)
@@ -118,7 +118,7 @@ def _label(value: str) -> str:
     return clean(value, _LONG)
 
 
-# Lower limits of the bins of `target_slices` after the first.
+# Lower limits of the bins of `target_slices`, except the first.
 _COUNTS, _WORDS = (1, 5, 20, 100), (8, 16, 32)
 
 FEW = 20
@@ -127,7 +127,7 @@ FEW = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceRules:
-    """The thresholds of slices.
+    """The thresholds that define subsets.
 
     Attributes:
         cold: Items with fewer training interactions are cold-start items.
@@ -157,7 +157,7 @@ class SliceRules:
 def slices_of(
     cases: Sequence[Case], data: SplitDataset, rules: SliceRules | None = None, attributes: Sequence[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:
-    """Return the membership of cases in each slice.
+    """Return which cases belong to each subset.
 
     Item slices require that the item of every request, or its truth, is in the catalogue. The slices of one kind
     partition the cases.
@@ -200,7 +200,7 @@ def slices_of(
 
 
 def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
-    """Return the membership of cases in slices by the target's training count and words, and history length.
+    """Return which cases belong to subsets by the target's training count, its words, and history length.
 
     Finer than `slices_of`, for comparisons over many users.
 
@@ -232,7 +232,7 @@ def slice_figures(
     rules: SliceRules | None = None,
     attributes: Sequence[str] = (),
 ) -> tuple[SliceOfRow, ...]:
-    """Return the figures of each slice, with intervals over the slice's users.
+    """Return the metrics of each subset, with intervals over its users.
 
     Args:
         values: Per-request values by metric from `Evaluated.values`, shape (n,) each. Metrics that are not means of
@@ -275,7 +275,7 @@ def slice_figures(
 
 
 def item_of(case: Case, data: SplitDataset) -> str | None:
-    """Return the catalogue item of a case: that of its request, or its truth."""
+    """Return the item of a case: the item of its request, or its true answer."""
     for item in (case.request.item, case.truth):
         if isinstance(item, str) and item in data.dataset.items:
             return item
@@ -283,7 +283,7 @@ def item_of(case: Case, data: SplitDataset) -> str | None:
 
 
 def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
-    """Return the minimum count of head items, including those that tie with the last one."""
+    """Return the minimum count of head items, including items that tie with the last one."""
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]
@@ -292,7 +292,7 @@ def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
 
 
 def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
-    """Return the quarters of held-out interactions by time; empty if a case has no time."""
+    """Divide held-out interactions into quarters by time; empty if a case has no time."""
     asked = pl.DataFrame(
         {"user_id": [case.request.user_id for case in cases], "item_id": items},
         schema=dict.fromkeys(PAIR, pl.String),

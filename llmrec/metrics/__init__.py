@@ -1,4 +1,4 @@
-"""Metrics, their statistics and their signatures, with numpy and scipy only.
+"""Metrics with their confidence intervals and signatures, computed with numpy and scipy only.
 
 ``llmrec.metrics.ndcg(lists, truth, k=10)`` returns the mean of a ranking metric over users, and
 ``llmrec.metrics.ndcg.per_user(lists, truth, k=10)`` the value of each user. ``hr``, ``recall``, ``precision``, ``mrr``
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _names() -> dict[str, str]:
-    """Return the metrics for several relevant items, by function name."""
+    """Return the names of the metric functions, with their registered names."""
     from llmrec.registry import METRICS
 
     return {name.lower(): name for name, entry in METRICS.items() if entry.several}

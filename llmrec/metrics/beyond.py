@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     Lists = NDArray[np.integer[Any]]
 
-# Cells of a block of item vectors, 32 MB of float64.
+# Number of item vector components per block: 32 MB of float64.
 _CELLS = 1 << 22
 
 
 class Contents(Protocol):
-    """Item contents for diversity: words or vectors."""
+    """Item contents on which diversity is computed: words or vectors."""
 
     @property
     def words(self) -> Sequence[frozenset[str]] | None:
@@ -114,7 +114,7 @@ def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[
 
 
 def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
-    """Mean popularity of a list's items, as shares of training users, shape (n,)."""
+    """Return the mean popularity of the items in a list, as shares of training users, shape (n,)."""
     held = np.asarray(counts, dtype=np.float64)
     return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
 
@@ -141,7 +141,7 @@ def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
 
 
 def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:
-    """PopularityLift@k as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return PopularityLift@k as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     The relative difference in popularity of lists and histories: ``(mean of lists - mean of histories) / mean of
     histories`` over users, both as mean popularity of the items (Abdollahpouri et al., RecSys 2020, "The Connection
@@ -177,7 +177,7 @@ def popularity_lift(
     histories: Sequence[NDArray[np.int64]],
     owners: Sequence[str],
 ) -> Taken:
-    """PopularityLift@k over the users with a history; see `popularity_lift_statistic`.
+    """Compute PopularityLift@k over the users with a history; see `popularity_lift_statistic`.
 
     Args:
         lists: See the module.
@@ -198,7 +198,7 @@ def popularity_lift(
 
 
 def diversity(lists: ArrayLike, k: int, contents: Contents) -> Taken:
-    """ILD@k by words or vectors of items; see `diversity_by_fields` and `diversity_by_vectors`."""
+    """Compute ILD@k from words or vectors of items; see `diversity_by_fields` and `diversity_by_vectors`."""
     if contents.words is not None:
         values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.field}"
     else:
@@ -207,7 +207,7 @@ def diversity(lists: ArrayLike, k: int, contents: Contents) -> Taken:
 
 
 def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArray[np.float64]:
-    """ILD@k by vectors: the mean of ``1 - cosine`` over the pairs of a list, shape (n,).
+    """Compute ILD@k from vectors: the mean of ``1 - cosine`` over pairs of items in a list, shape (n,).
 
     Intra-list distance of Ziegler et al. (WWW 2005). An item with a zero vector has distance 1 to every other; a list
     with fewer than two items has diversity 0.
@@ -235,7 +235,7 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
 
 
 def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str]]) -> NDArray[np.float64]:
-    """ILD@k by fields: the mean of ``1 - Jaccard`` over the pairs of a list, shape (n,).
+    """Compute ILD@k from fields: the mean of ``1 - Jaccard`` over pairs of items in a list, shape (n,).
 
     The Jaccard index of two items is the share of common words, such as genres. Items without words have distance 1 to
     every other; a list with fewer than two items has diversity 0.
@@ -262,7 +262,7 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
 
 
 def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
-    """Serendipity@k: the share of a list that is relevant and unexpected, shape (n,).
+    """Compute Serendipity@k: the share of a list that is relevant and unexpected, shape (n,).
 
     ``|(list without the expected list) and relevant| / k``, where the expected list has the first k items of a
     primitive recommender, such as popularity (Murakami et al., 2008; Ge et al., RecSys 2010). With one target per
@@ -304,7 +304,7 @@ def _mean_over_list(cut: Lists, of_item: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _one_minus_mean(alike: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
-    """Return mean distances from sums of similarities over pairs."""
+    """Return mean distances, given sums of similarities over pairs."""
     size = np.sum(cut >= 0, axis=1)
     pairs = size * (size - 1) / 2
     return np.where(pairs > 0, np.clip(1.0 - alike / np.maximum(pairs, 1), 0.0, 2.0), 0.0)

@@ -1,4 +1,4 @@
-"""Metrics of generated explanations: feature match, coverage, diversity, hallucination, and unique sentences.
+"""Metrics of generated explanations: feature match and coverage, diversity, hallucination, unique sentences.
 
 FMR, FCR, DIV and USR are those of Li et al., "Generate Neural Template Explanations for Recommendation" (NETE, CIKM
 2020), which Li et al., "Personalized Transformer for Explainable Recommendation" (PETER, ACL 2021), adopts. A *feature*
@@ -46,7 +46,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Index of training texts and their sentences by their rarest words.
+    """An index of training texts and their sentences by their rarest words.
 
     A *piece* is a word with the number of its earlier occurrences in the text, so that a text is a set of pieces.
     Pieces are numbered by the number of texts that contain them, rarest first.
@@ -73,12 +73,12 @@ class Library:
 
 
 def words_of(text: str) -> Words:
-    """Return a text's lower-cased words, split as for Distinct-n."""
+    """Return the lower-case words of a text, split as for Distinct-n."""
     return tuple(_WORD.findall(text.lower()))
 
 
 def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
-    """Index training texts, each as a whole and sentence by sentence.
+    """Index training texts, both whole and sentence by sentence.
 
     Raises:
         ValueError: If the threshold is not above 0 and at most 1.
@@ -89,7 +89,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
     known = tuple(dict.fromkeys(unit for unit in units if unit))
     results = [piece for unit in known for piece in _pieces(unit)]
     frequency = Counter(results)
-    # Equally rare pieces are sorted, so that the index does not depend on the order of texts.
+    # Equally rare words are sorted, so that the index does not depend on the order of texts.
     number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda each: (frequency[each], each)))}
     lengths = np.array([len(unit) for unit in known], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -112,7 +112,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
 
 
 def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
-    """Return whether the similarity of each generated text to a training text or sentence reaches the threshold.
+    """Return whether each generated text is similar enough to a training text or sentence to count as a copy.
 
     A text without words is not a copy. Short texts are often copies, so the copy rate of generated texts is reported
     with that of the true texts.
@@ -126,7 +126,7 @@ def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
 
 
 def alike(a: Words, b: Words) -> float:
-    """Return ROUGE-L's F-measure of two word sequences, in [0, 1]; 0 if one of them is empty."""
+    """Return the ROUGE-L F-measure of two word sequences, in [0, 1]; 0 if one of them is empty."""
     return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
@@ -148,7 +148,7 @@ def _pieces(words: Words) -> list[tuple[str, int]]:
 
 
 def _prefixes(lengths: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Return the prefix length: every similar text shares at least one of this number of a text's rarest pieces.
+    """Return how many of the rarest words of a text must be indexed, so that all similar texts share one of them.
 
     The shortest text that can be similar to one of n words has ``n t / (2 - t)`` words, all of them shared.
     """
@@ -161,7 +161,7 @@ def _is_copy(words: Words, known: Library) -> bool:
     if not words or words in known.same:
         return bool(words)
     size, threshold = len(words), known.threshold
-    # Pieces that are in no training text are the rarest.
+    # Words that occur in no training text are the rarest.
     own = sorted(known.number.get(piece, -1) for piece in _pieces(words))
     rare = [piece for piece in own[: int(_prefixes(np.array([size]), threshold)[0])] if piece >= 0]
     if not rare:
@@ -183,7 +183,7 @@ def _is_copy(words: Words, known: Library) -> bool:
 def _shared(
     own: NDArray[np.int64], known: Library, texts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the number of pieces that a text has in common with each of several, shape (texts,)."""
+    """Return the number of words that a text has in common with each of several texts, shape (texts,)."""
     ends = np.cumsum(lengths)
     places = np.arange(ends[-1]) + np.repeat(known.starts[texts] - (ends - lengths), lengths)
     hits = np.isin(known.pieces[places], own)
@@ -192,7 +192,7 @@ def _shared(
 
 
 def _common(a: Words, b: Words) -> int:
-    """Return the length of the longest common subsequence, with table columns as bits of an integer.
+    """Return the length of the longest common subsequence, computed with the bits of an integer.
 
     Crochemore et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem" (2001).
     """
@@ -209,7 +209,7 @@ def _common(a: Words, b: Words) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The features of a data set in its training reviews.
+    """The features of a data set, with those in the training reviews of each item.
 
     Attributes:
         vocabulary: Every feature of the training reviews, as its lower-cased words.
@@ -224,7 +224,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """The reference for generated explanations: training texts, and features if the data has them."""
+    """The reference for generated explanations: training texts, and features if there are any."""
 
     texts: Library
     features: Features | None = None
@@ -236,7 +236,7 @@ def background(
     texts: Sequence[str | None],
     features: Mapping[tuple[str, str], str] | None = None,
 ) -> Background:
-    """Return the reference for explanations from training texts and the features of pairs.
+    """Build the reference for explanations from training texts and the features of (user, item) pairs.
 
     Args:
         users: Users of the training interactions, shape (n,); an interaction with several texts is repeated.
@@ -263,7 +263,7 @@ def background(
 
 
 def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[frozenset[Words]]:
-    """Return the features that each text names.
+    """Return the features that each text mentions.
 
     If a feature contains another, as "battery life" contains "battery", a text with the longer one names both.
     """
@@ -277,7 +277,7 @@ def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[froz
 
 
 def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bool_]:
-    """Return whether each text names the feature of its reference; the mean is the feature matching ratio, FMR.
+    """Return whether each text mentions the feature of its reference; the mean is the feature matching ratio, FMR.
 
     Args:
         texts: Generated texts.
@@ -294,7 +294,7 @@ def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bo
 
 
 def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Words]) -> float:
-    """Return the feature coverage ratio, FCR: features named by some text over all features of the training data.
+    """Compute the feature coverage ratio, FCR: features mentioned by any text, over all training features.
 
     It grows with the number of texts, so compare only over the same requests.
 
@@ -307,7 +307,7 @@ def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Wo
 
 
 def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
-    """Return DIV: the mean number of features shared by two generated texts; lower is more diverse.
+    """Compute DIV: the mean number of features that two generated texts share; lower is more diverse.
 
     A feature that c texts name is shared by c (c - 1) / 2 pairs, so pairs need not be enumerated. Texts without
     features lower the value, so report it with FCR.
@@ -323,7 +323,7 @@ def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
 
 
 def unique_sentences(texts: Sequence[str]) -> float:
-    """Return the unique sentence ratio, USR: distinct texts over all texts, by their lower-cased words.
+    """Compute the unique sentence ratio, USR: distinct texts over all texts, ignoring case.
 
     A text without words does not count as distinct. The value decreases with the number of texts.
 
@@ -338,7 +338,7 @@ def unique_sentences(texts: Sequence[str]) -> float:
 def hallucinated(
     found: Sequence[frozenset[Words]], items: Sequence[str], of_item: Mapping[str, frozenset[Words]]
 ) -> NDArray[np.float64]:
-    """Count the features that each text names, and those that no training review of its item names.
+    """Count the features that each text mentions, and those that no training review of its item mentions.
 
     The hallucination rate is the sum of the latter over the sum of the former. For an item without training reviews,
     all named features are unsupported.
@@ -355,7 +355,7 @@ def hallucinated(
 
 
 def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -> Statistic:
-    """The hallucination rate as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return the hallucination rate as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     Args:
         counts: From `hallucinated`, shape (n, 2).
@@ -377,7 +377,7 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
-    """The feature statistics of generated texts.
+    """Features mentioned by generated texts.
 
     Attributes:
         known: Requests whose reference has a feature, shape (m,).
@@ -399,18 +399,18 @@ class Named:
 
     @property
     def how(self) -> str:
-        """The vocabulary size, which is part of the signature of feature metrics."""
+        """Vocabulary size, which is part of the signature of feature metrics."""
         return f"features-{self.vocabulary}"
 
     @property
     def hallucination(self) -> float | None:
-        """The share of unsupported features among those that the texts name; None if they name none."""
+        """Share of unsupported features among those that the texts mention; None if they mention none."""
         held, made_up = self.counts.sum(axis=0)
         return float(made_up / held) if held else None
 
 
 def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> Named:
-    """Return the feature statistics of generated texts, each for a user and an item."""
+    """Count the features in generated texts, each about a user and an item."""
     asked = [features.asked.get(pair) for pair in zip(users, items, strict=True)]
     known = [place for place, words in enumerate(asked) if words]
     result = features_of(texts, features.vocabulary)
@@ -432,7 +432,7 @@ def copy_rate(texts: Sequence[str], background: Background) -> Taken:
 
 
 def match_rate(named: Named, owners: Sequence[str]) -> Taken:
-    """FMR over the requests whose reference has a feature; see `feature_match`."""
+    """Compute FMR over the requests whose reference has a feature; see `feature_match`."""
     if not len(named.known):
         return Taken(result=None, how=named.how, undefined="no reference has a feature")
     return Taken(result=named.match, users=[owners[place] for place in named.known], how=named.how)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Metric:
-    """A ranking metric of `llmrec.registry.METRICS`, to be called.
+    """A ranking metric of `llmrec.registry.METRICS` as a function.
 
     Users without a list count as 0, users without relevant items are left out, and tied scores are resolved by
     expectation; see `llmrec.metrics.multi_target`. `llmrec.score` computes all metrics with intervals.
@@ -65,7 +65,7 @@ class Metric:
 
 
 def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False) -> Judged:
-    """Match lists with relevant items.
+    """Match ranked lists with relevant items.
 
     Args:
         lists: The lists; those of other keys are left out.
@@ -85,7 +85,7 @@ def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
 
 
 def _by_user(given: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Return the entry of each user; None for a frame, such as a list of dictionaries, or a path."""
+    """Yield the entry of each user; None for data frames, lists of dictionaries and paths."""
     if isinstance(given, Mapping):
         return given.items()
     rows = isinstance(given, list) and given and isinstance(given[0], Mapping)

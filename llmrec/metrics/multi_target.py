@@ -1,4 +1,4 @@
-"""Ranking metrics with several relevant items per request, as exact expectations over tied scores.
+"""Ranking metrics with several relevant items per request, averaged exactly over the orders of tied scores.
 
 The expectations over the orders of tied blocks have closed forms (McSherry and Najork, "Computing Information Retrieval
 Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008), computed here for all requests at once.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- matching
-# Matches rankings with their relevant items, for the metrics of `llmrec.metrics.multi_target`.
+# Matches rankings with relevant items.
 #
 # A ranking is split into blocks of equal scores. Every order of a block is equally likely, so each of its ``tied``
 # items is equally likely at each of the ranks ``greater + 1 .. greater + tied``.
@@ -36,7 +36,7 @@ _TABLE = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """A flat table of (request, item, value), in any order.
+    """A flat table of (request, item, value) triples, in any order.
 
     Attributes:
         request: Request index, shape (m,).
@@ -51,7 +51,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The ranks of the relevant items of n requests, one entry per block of equal scores that contains any.
+    """The ranks of the relevant items of n requests, one entry per block of equal scores with relevant items.
 
     Attributes:
         request: Request index of the block, shape (b,), non-decreasing; blocks of a request are best first.
@@ -77,7 +77,7 @@ class Judged:
 
 
 def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
-    """Match rankings with the relevant items.
+    """Match ranked items with the relevant items.
 
     Args:
         ranked: Items with scores, higher is better. Fastest if sorted by request, best first.
@@ -115,7 +115,7 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
 
 
 def place(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the single target of each request, for the metrics of `llmrec.metrics.ranking`.
+    """Find the rank of the single target of each request, for the metrics of `llmrec.metrics.ranking`.
 
     Args:
         ranked: See `judge`.
@@ -167,7 +167,7 @@ def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
 def _sorted(
     pairs: Pairs, n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return the columns by request, largest value first, and the start of each request, shape (n + 1,).
+    """Sort the columns by request, largest value first, and return the start of each request, shape (n + 1,).
 
     Sorted columns are not copied.
     """
@@ -199,7 +199,7 @@ def _matches(
     goal: NDArray[np.int64],
     goal_begins: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Return the rows of the ranking that are relevant, and reject duplicate items."""
+    """Return the indices of ranked items that are relevant; duplicate items are rejected."""
     n = len(begins) - 1
     width = int(max(item.max(initial=0), goal.max(initial=0))) + 1
     step = max(1, _TABLE // width)
@@ -230,8 +230,8 @@ def _changes(values: NDArray[Any]) -> NDArray[np.int64]:
 def _blocks(
     request: NDArray[np.int64], score: NDArray[np.float64], hits: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the starts of blocks of equal scores, their sizes, and the block of each hit."""
-    # If no hit is tied with a neighbour, every hit is a separate block, and other blocks do not matter.
+    """Return the starts of blocks of equal scores, their sizes, and the block of each relevant item."""
+    # If no relevant item is tied with a neighbour, each is a separate block, and other blocks do not matter.
     last = len(score) - 1
     above, below = np.maximum(hits - 1, 0), np.minimum(hits + 1, last)
     tied = ((above < hits) & (score[above] == score[hits]) & (request[above] == request[hits])) | (
@@ -252,7 +252,7 @@ def _gains(
     goal: NDArray[np.int64],
     gain: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Return the gain of each hit."""
+    """Return the gain of each ranked relevant item."""
     if not len(gain) or (gain == gain[0]).all():
         return np.full(len(hits), gain[0] if len(gain) else 0.0)
     width = int(max(item.max(initial=0), goal.max(initial=0))) + 1
@@ -262,7 +262,7 @@ def _gains(
 
 
 def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
-    """HR@k, success at k: the probability that at least one relevant item is among the first k.
+    """Compute HR@k (success at k): the probability that at least one relevant item is among the first k.
 
     If rank k is within a block, ``m`` of its ``tied`` items are among the first k; none of these is relevant with the
     hypergeometric probability ``C(tied - relevant, m) / C(tied, m)``.
@@ -286,7 +286,7 @@ def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def recall(judged: Judged, k: int) -> NDArray[np.float64]:
-    """Recall@k: expected relevant items among the first k, over all relevant ones.
+    """Compute Recall@k: expected number of relevant items among the first k, over all relevant items.
 
     Returns:
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
@@ -295,7 +295,7 @@ def recall(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def precision(judged: Judged, k: int) -> NDArray[np.float64]:
-    """Precision@k: expected relevant items among the first k, over k, even if fewer than k are ranked.
+    """Compute Precision@k: expected number of relevant items among the first k, over k, even for shorter lists.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -304,7 +304,7 @@ def precision(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
-    """NDCG@k with binary or graded gains (Järvelin and Kekäläinen, TOIS 2002).
+    """Compute NDCG@k with binary or graded gains (Järvelin and Kekäläinen, TOIS 2002).
 
     ``DCG = sum of gain / log2(rank + 1)`` over ranks up to k, linear in the gain as in trec_eval; use gains
     ``2**grade - 1`` for the exponential form. An item of a tied block has the mean discount of the block's ranks. The
@@ -329,7 +329,7 @@ def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float64]:
-    """Average precision, whose mean is MAP: the mean over relevant items of the precision at their rank.
+    """Compute average precision (its mean is MAP): the mean of the precision at each relevant item's rank.
 
     For rank ``greater + i`` of a block with ``before`` relevant items above it, an item is relevant with probability
     ``relevant / tied``, and then ``before + 1 + (i - 1) (relevant - 1) / (tied - 1)`` relevant items are expected up to
@@ -354,7 +354,7 @@ def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float6
 
 
 def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]:
-    """Reciprocal rank of the first relevant item; its mean is MRR.
+    """Compute the reciprocal rank of the first relevant item; its mean is MRR.
 
     The first relevant item is in the best block that contains one. Its position j in that block has the probability
     ``C(tied - j, relevant - 1) / C(tied, relevant)``; the sum over j is computed once for each kind of block.
@@ -382,7 +382,7 @@ def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]
 
 
 def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
-    """AUC of each request: the probability that a relevant item ranks above an irrelevant one, ties counting half.
+    """Compute AUC of each request: how often a relevant item ranks above an irrelevant one, ties counting half.
 
     Args:
         judged: See `judge`.
@@ -417,7 +417,7 @@ def _positive(k: int) -> int:
 
 
 def _within(judged: Judged, k: int) -> NDArray[np.int64]:
-    """Return the blocks that start among the first k ranks."""
+    """Return the blocks that start within the first k ranks."""
     return np.flatnonzero(judged.greater < _positive(k))
 
 
@@ -429,12 +429,12 @@ def _found(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def _sum(judged: Judged, at: NDArray[np.int64], of_block: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum over the given blocks of each request, shape (n,)."""
+    """Sum values over the given blocks of each request, shape (n,)."""
     return np.bincount(judged.request[at], of_block, minlength=len(judged.total)).astype(np.float64)
 
 
 def _of_all(sums: NDArray[np.float64], judged: Judged) -> NDArray[np.float64]:
-    """Divide by the number of relevant items; 0 for a request without any."""
+    """Divide by the number of relevant items; 0 if there are none."""
     share: NDArray[np.float64] = np.clip(sums / np.maximum(judged.total, 1), 0.0, 1.0)
     return share
 

@@ -1,4 +1,4 @@
-"""Metrics of yes/no answers given as probabilities: AUC, AUC within users, log loss, calibration error."""
+"""Metrics of yes/no answers given as probabilities: AUC, AUC per user, log loss, calibration error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Binning = Literal["width", "mass"]
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """AUC within each user, and its mean over the users with both classes.
+    """The AUC of each user, and its mean over the users with both classes.
 
     Attributes:
         value: The mean; NaN if no user has both classes.
@@ -46,7 +46,7 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """A bin of answers with similar P(yes).
+    """A bin of answers with similar probabilities of yes.
 
     Attributes:
         n: Number of answers.
@@ -77,7 +77,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: Weights = "users") -> Within:
-    """GAUC: AUC within users, averaged over the users with both classes.
+    """Compute GAUC: the AUC per user, averaged over the users with both classes.
 
     Unlike pooled AUC it does not reward distinguishing users: predicting each user's share of yes scores 0.5. Zhu et
     al. (KDD 2017) weight users by impressions (``requests``); the default weights them equally.
@@ -104,7 +104,7 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: We
 
 
 def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
-    """AUC over all answers, as a statistic over their users; see `auc_statistic`."""
+    """Compute AUC over all answers, for resampling over users; see `auc_statistic`."""
     truth = np.asarray(labels)
     if truth.min() == truth.max():
         return Taken(result=None, undefined="all truths are of one class, so there is no pair of a yes and a no")
@@ -112,7 +112,7 @@ def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str
 
 
 def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
-    """AUC of each user with both classes, with equal weights; see `gauc`."""
+    """Compute the AUC of each user with both classes, with equal weights; see `gauc`."""
     within = gauc(probabilities, labels, owners)
     both = within.weights > 0
     if not both.any():
@@ -137,7 +137,7 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]
 def calibration_error(
     probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
 ) -> float:
-    """Expected calibration error of P(yes): the mean gap between mean probability and share of yes over bins.
+    """Compute the expected calibration error: the mean gap between mean probability and share of yes over bins.
 
     ``sum over bins of (size / n) |mean probability - share of yes|`` (Naeini et al., AAAI 2015). It is biased upwards
     with small bins, so compare only over the same number of answers.
@@ -182,7 +182,7 @@ def reliability(
 
 
 def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | None = None) -> Statistic:
-    """AUC as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return the AUC as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     A resample with a single class counts as 0.5.
 
@@ -222,7 +222,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
 def _binned(
     probabilities: ArrayLike, labels: ArrayLike, bins: int, binning: Binning
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return size, sum of probabilities and number of yes of each bin, shape (bins,) each."""
+    """Return the size, sum of probabilities and number of yes answers of each bin, shape (bins,) each."""
     guess, truth = _probabilities(probabilities, labels)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
@@ -238,7 +238,7 @@ def _binned(
 def _auc_by(
     group: NDArray[np.int64], scores: NDArray[np.float64], labels: NDArray[np.float64], groups: int
 ) -> NDArray[np.float64]:
-    """Return the AUC within each group by midranks; NaN where a class is missing."""
+    """Compute the AUC within each group from midranks; NaN if a class is missing."""
     order = np.lexsort((scores, group))
     group, scores, labels = group[order], scores[order], labels[order]
     new = np.r_[True, (group[1:] != group[:-1]) | (scores[1:] != scores[:-1])]

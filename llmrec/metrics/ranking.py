@@ -1,4 +1,4 @@
-"""Ranking metrics with one relevant item per request, as exact expectations over tied scores.
+"""Ranking metrics with one relevant item per request, averaged exactly over the orders of tied scores.
 
 If other items have the target's score, every order of the tied block is equally likely, so the target's rank is uniform
 on ``greater + 1 .. greater + tied``. Each metric is the mean over these ranks in closed form (McSherry and Najork,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The rank of the target in a ranking, with ties.
+    """The rank of the target in a ranking, with the number of ties.
 
     Attributes:
         greater: Number of items with a strictly higher score; the pool's size if the target is missing.
@@ -44,7 +44,7 @@ class Standing:
 
 
 def standing(ranking: Ranking, target: str, pool: int) -> Standing:
-    """Return the target's rank by score, independent of the order of ``ranking.items``.
+    """Return the rank of the target by score, independently of the order of ``ranking.items``.
 
     Args:
         ranking: Items with scores.
@@ -82,7 +82,7 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
 
 
 def hit_rate(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
-    """HR@k, equal to recall@k with one relevant item: the probability that the target is among the first k.
+    """Compute HR@k (here equal to recall@k): the probability that the target is among the first k.
 
     ``clip(k - greater, 0, tied) / tied``.
 
@@ -95,7 +95,7 @@ def hit_rate(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]
 
 
 def ndcg(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
-    """NDCG@k with one relevant item of gain 1 (Järvelin and Kekäläinen, TOIS 2002).
+    """Compute NDCG@k with one relevant item of gain 1 (Järvelin and Kekäläinen, TOIS 2002).
 
     The ideal list has the target first, so the ideal DCG is 1 and NDCG is ``1 / log2(rank + 1)`` for ranks up to
     k, counted from 1, else 0. For a tied block it is the mean of that discount over the block's ranks.
@@ -111,7 +111,7 @@ def ndcg(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
 
 
 def reciprocal_rank(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
-    """Reciprocal rank, ``1 / rank`` counted from 1; its mean is MRR (Voorhees, TREC-8, 1999).
+    """Compute the reciprocal rank, ``1 / rank`` counted from 1; its mean is MRR (Voorhees, TREC-8, 1999).
 
     Args:
         greater: See the module.
@@ -129,7 +129,7 @@ def reciprocal_rank(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -
 
 
 def precision(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Precision@k with one relevant item: HR@k over k, so at most 1 / k.
+    """Compute Precision@k with one relevant item: HR@k over k, so at most 1 / k.
 
     Returns:
         Values in [0, 1 / k], shape (n,).
@@ -138,12 +138,12 @@ def precision(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64
 
 
 def average_precision(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
-    """Average precision with one relevant item, whose mean is MAP: equal to the reciprocal rank."""
+    """Compute average precision (its mean is MAP): with one relevant item equal to the reciprocal rank."""
     return reciprocal_rank(greater, tied, k)
 
 
 def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.float64]:
-    """AUC of each request: the share of other items ranked below the target, ties counting half.
+    """Compute AUC of each request: the share of other items ranked below the target, ties counting half.
 
     ``1 - (greater + (tied - 1) / 2) / (pool - 1)``; a missing target ranks below every item.
 
@@ -164,13 +164,13 @@ def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.floa
 
 
 def expected_rank(greater: ArrayLike, tied: ArrayLike) -> NDArray[np.float64]:
-    """Mean rank of the target over its tied block, counted from 1; NaN where the target is missing."""
+    """Return the mean rank of the target among its ties, counted from 1; NaN if the target is missing."""
     above, block = _checked(greater, tied, 1)
     return np.where(block > 0, above + (block + 1) / 2, np.nan)
 
 
 def tie_rate(tied: ArrayLike) -> float:
-    """Share of requests in which the target ties with another item; a missing target does not."""
+    """Return the share of requests in which the target ties with another item; a missing target does not."""
     block = np.asarray(tied)
     if block.size == 0:
         raise ValueError("the tie rate without requests is undefined")
@@ -196,5 +196,5 @@ def _integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
 
 
 def _mean_over_block(total: NDArray[np.float64], block: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Divide by the block's size; 0 for a missing target (size 0)."""
+    """Divide by the number of ties; 0 for a missing target."""
     return np.where(block > 0, np.clip(total / np.maximum(block, 1), 0.0, 1.0), 0.0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
-    """Squared error of each request, shape (n,); RMSE is its root mean.
+    """Return the squared error of each request, shape (n,); RMSE is the root of its mean.
 
     Raises:
         ValueError: If the two differ in length or a value is not finite.
@@ -26,7 +26,7 @@ def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]
 
 
 def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
-    """Absolute error of each request, shape (n,); MAE is its mean.
+    """Return the absolute error of each request, shape (n,); MAE is its mean.
 
     Raises:
         ValueError: If the two differ in length or a value is not finite.
@@ -35,7 +35,7 @@ def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
 
 
 def liked_auc(predicted: NDArray[np.float64], truth: NDArray[np.float64], liked: float, owners: Sequence[str]) -> Taken:
-    """AUC of predicted ratings: the probability that an item rated ``liked`` or more is predicted above another."""
+    """Compute the AUC of predicted ratings: how often an item rated ``liked`` or more is predicted above another."""
     result = pooled_auc(predicted, (truth >= liked).astype(np.float64), owners)
     return replace(result, how=f"from-{liked:g}")
 

@@ -1,4 +1,4 @@
-"""Signatures: strings with the evaluation protocol of a metric, to keep different protocols apart.
+"""Signatures of metrics: texts that record the evaluation protocol, so that different protocols are not mixed up.
 
 Example: ``NDCG@10|gain:binary|ties:expected|cand:full|seen:excluded|split:loo/test|llmrec:0.1.0``.
 The order of the parts is fixed. Parts that do not apply to a metric are omitted, so ratings have neither ties nor
@@ -18,7 +18,7 @@ _KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """The parts of a signature, in order; None for a part that does not apply to the metric."""
+    """The parts of a signature, in order; None for a part that does not apply to a metric."""
 
     metric: str
     gain: str | None = None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 EXACT = 1 << 16
 """Maximum number of patterns that are enumerated; more are sampled."""
 
-# Number of signs per batch, 4 MB.
+# Number of random signs per batch, 4 MB.
 _CHUNK = 1 << 19
 
 
@@ -43,7 +43,7 @@ def signflip(
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
 ) -> Sampled:
-    """Compare two systems over the same requests, a − b: difference, two-sided p, and random halves for intervals.
+    """Compare two systems on the same requests: difference a − b, two-sided p, and random halves for intervals.
 
     Args:
         a: Values of the first system, shape (n,).
@@ -65,7 +65,7 @@ def signflip(
 
 
 def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
-    """Add the variance over training seeds to the resamples of a difference, which vary over users only.
+    """Add the variance over training seeds to resamples of a difference that vary over users only.
 
     Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
     (Bouthillier et al., "Accounting for Variance in Machine Learning Benchmarks", MLSys 2021). Each resample gets a
@@ -123,7 +123,7 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
 
 
 def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
-    """Return the largest p-value up to alpha that `flip_p` can give for these absolute differences.
+    """Return the largest p-value up to alpha that `flip_p` can return for these absolute differences.
 
     It is the test's false-positive rate. If few users differ it is far below alpha, and 0 if no outcome can be
     significant: with 5 users of equal absolute differences, p is at least 0.06.
@@ -144,7 +144,7 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     sums, weights = _all_patterns(values, counts)
     order = np.argsort(-np.abs(sums), kind="stable")
     far, mass = np.abs(sums)[order], np.cumsum(weights[order])
-    # A p-value counts all patterns that are at least as extreme.
+    # A p-value counts all sign patterns that are at least as extreme.
     last = np.append(far[1:] < far[:-1] - 1e-9 * float(values @ counts), True)
     levels = mass[last & (mass <= alpha)]
     return float(levels[-1]) if len(levels) else 0.0
@@ -160,7 +160,7 @@ def detectable(
     alpha: float = 0.05,
     power: float = 0.8,
 ) -> float | None:
-    """Return the minimum detectable effect: the smallest true difference detected with the given power.
+    """Return the minimum detectable effect: the smallest true difference that is detected with the given power.
 
     ``(t(1 - alpha / (2 m)) + t(power)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
     quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level of Holm's method
@@ -191,7 +191,7 @@ def detectable(
 def detectable_from(
     error: float, users: int, *, comparisons: int = 1, alpha: float = 0.05, power: float = 0.8
 ) -> float | None:
-    """Return the detectable difference from its standard error, for figures that are not means; see `detectable`.
+    """Return the minimum detectable effect from a standard error, for metrics that are not means; see `detectable`.
 
     Args:
         error: Standard error of the difference, such as the standard deviation of its resamples.
@@ -207,7 +207,7 @@ def detectable_from(
 
 
 def detectable_line(metric: str, found: Sequence[float | None], *, users: int, comparisons: int) -> str:
-    """Return a sentence on the detectable differences of a table's comparisons.
+    """Return a sentence on the minimum detectable effects of the comparisons in a table.
 
     Args:
         metric: Name of the metric.
@@ -243,7 +243,7 @@ def _arms(
 
 
 def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return each user's influence on the figure; its standard error is the influences' std over sqrt(n)."""
+    """Return the influence of each user on a metric, whose standard error is their std over sqrt(n)."""
     mean = sums.sum() / sizes.sum()
     moved: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
     if statistic == "mean":
@@ -273,7 +273,7 @@ def _halves(
     resamples: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """Return the differences over random halves; empty halves are skipped."""
+    """Return the differences on random halves of the users; empty halves are skipped."""
     rng = np.random.default_rng(seed)
     columns = np.stack([left - right, sizes] if statistic == "mean" else [left, right, sizes], axis=1)
     drawn = []
@@ -285,7 +285,7 @@ def _halves(
 
 
 def _groups(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the distinct absolute differences, up to rounding, and their counts."""
+    """Return the distinct absolute differences, up to rounding, and how often each occurs."""
     ordered = np.sort(sizes)
     starts = np.flatnonzero(np.r_[True, np.diff(ordered) > 1e-12])
     return ordered[starts], np.diff(np.r_[starts, len(ordered)])
@@ -318,8 +318,8 @@ def _drawn(
         yield sums
 
 
-# --------------------------------------------------------------------------- several tests
-# Several tests of one family: Holm's correction, and intervals that agree with the corrected p-values.
+# --------------------------------------------------------------------------- multiple tests
+# Multiple tests: Holm's correction, and intervals that agree with the corrected p-values.
 #
 # Holm's procedure (1979) tests the smallest of m p-values at alpha / m, the next one at alpha / (m - 1), and so
 # on; it stops at the first that fails, and rejects neither that one nor any later one. The last level at which a
@@ -330,13 +330,13 @@ def _drawn(
 
 ALPHA = 0.05
 """The largest corrected p-value of a significant difference."""
-# Minimum number of draws beyond each end of the interval at the smallest level; with fewer its ends are noisy.
+# Minimum number of draws beyond each end of the widest interval; with fewer, its ends are noisy.
 _BEYOND = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The result of one difference after correction over its family.
+    """The result of a difference after correction for multiple tests.
 
     Attributes:
         value: The difference.
@@ -389,7 +389,7 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
 
 
 def at_most(p_values: Sequence[float]) -> list[float]:
-    """Return the largest p-values before correction that Holm's method could have adjusted to these.
+    """Return the largest p-values before correction that Holm's method could have adjusted to these values.
 
     They are exact if adjusted values are strictly increasing and below 1. Equal adjusted values get the bound of the
     last of them. Correcting the bounds again in a larger family is conservative.
@@ -403,7 +403,7 @@ def at_most(p_values: Sequence[float]) -> list[float]:
 
 
 def enough(resamples: int, comparisons: int) -> int:
-    """Return the number of resamples a family needs: 20 beyond each end of its widest interval.
+    """Return the number of resamples needed: 20 beyond each end of the widest interval.
 
     Args:
         resamples: The minimum number.
@@ -413,7 +413,7 @@ def enough(resamples: int, comparisons: int) -> int:
 
 
 def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> list[Decision]:
-    """Correct the p-values of a family, and return each difference with an interval that agrees with its p.
+    """Correct p-values for multiple tests, and return each difference with an interval that agrees with its p-value.
 
     The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
     decides, and the end of the interval moves: to 0 if the difference is not significant, else to the resampled
@@ -434,7 +434,7 @@ def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> 
 
 
 def _agreeing(low: float, high: float, found: Sampled, *, differs: bool) -> tuple[float, float]:
-    """Return the interval, moved so that 0 is outside exactly if the difference is significant."""
+    """Adjust an interval so that 0 is outside exactly if the difference is significant."""
     if not differs:
         return min(low, 0.0), max(high, 0.0)
     side = 1.0 if found.value > 0 else -1.0

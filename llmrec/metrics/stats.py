@@ -1,4 +1,4 @@
-"""Bootstrap over users: intervals, paired differences and verdicts; `significance` has the permutation test.
+"""Bootstrap over users: intervals, paired differences and verdicts; `significance` has the permutation tests.
 
 The resampling unit is the user with all of their requests: requests of one user are correlated, and treating them as
 independent makes intervals too narrow. With one request per user, as in leave-one-out, ``users`` may be omitted.
@@ -22,13 +22,13 @@ from llmrec.results import Verdict
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    #: A figure as a function of resampled users: index arrays of shape (b, m) -> b values.
+    #: Computes a metric for resampled users: index arrays of shape (b, m) -> b values.
     Statistic = Callable[[NDArray[np.intp]], NDArray[np.float64]]
 
 StatisticName = Literal["mean", "root_mean"]
 Method = Literal["percentile", "bca"]
 
-# Number of indices per batch, 4 MB, so that gathered values stay in the cache.
+# Number of indices per batch, 4 MB, so that the gathered values stay in the cache.
 _CHUNK = 1 << 19
 # Minimum distance of percentiles from 0 and 1, whose normal quantiles are infinite.
 _OUTERMOST = 1e-9
@@ -36,7 +36,7 @@ _OUTERMOST = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """The result of a metric with further details.
+    """The result of a metric function.
 
     Attributes:
         result: Values whose mean is the figure, shape (n,), a number or a statistic over users; None if undefined.
@@ -53,7 +53,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure and its interval."""
+    """A metric and its confidence interval."""
 
     value: float
     low: float
@@ -62,7 +62,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference of a figure of systems a and b, a − b, with its interval and two-sided p-value."""
+    """The difference a − b of a metric between two systems, with its interval and two-sided p-value."""
 
     value: float
     low: float
@@ -72,7 +72,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A difference with its resamples, for intervals of any level.
+    """A difference with its resamples, from which intervals of any level can be computed.
 
     Attributes:
         value: The difference a − b of the figures.
@@ -129,14 +129,14 @@ def interval(
 
 
 def mean_of(statistics: Sequence[Statistic]) -> Statistic:
-    """Return the average of several statistics over the same resampled users."""
+    """Return the average of several metrics on the same resampled users."""
     return lambda rows: np.mean([statistic(rows) for statistic in statistics], axis=0)
 
 
 def interval_of(
     statistic: Statistic, n: int, *, resamples: int, seed: int, method: Method = "percentile", level: float = 0.95
 ) -> Interval:
-    """Bootstrap a figure that is not a mean, such as corpus BLEU, over n users.
+    """Bootstrap a metric that is not a mean, such as corpus BLEU, over n users.
 
     Args:
         statistic: Function from index arrays of shape (b, m), entries below n, to b values.
@@ -171,7 +171,7 @@ def paired(
     method: Method = "percentile",
     level: float = 0.95,
 ) -> Difference:
-    """Bootstrap the difference of two systems over the same requests, a − b.
+    """Bootstrap the difference a − b of two systems on the same requests.
 
     Each resample draws users once for both systems.
 
@@ -197,7 +197,7 @@ def paired(
         raise ValueError(f"paired systems must have the same requests: {first.size} values and {second.size} values")
     (sums, sizes), (others, _) = by_user(first, users), by_user(second, users)
     if statistic == "mean":
-        # One gather instead of two; the difference of equal systems is exactly 0.
+        # One lookup instead of two; the difference of equal systems is exactly 0.
         difference = _statistic(sums - others, sizes, "mean")
     else:
         left, right = _statistic(sums, sizes, statistic), _statistic(others, sizes, statistic)
@@ -207,7 +207,7 @@ def paired(
 
 
 def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sampled:
-    """Bootstrap a difference that is a function of resampled users, such as that of two corpus BLEUs."""
+    """Bootstrap a difference between metrics that are not means, such as two corpus BLEU scores."""
     draws = _resample(difference, n, resamples, seed)
     return Sampled(at_all(difference, n), tail_p(draws), draws)
 
@@ -219,7 +219,7 @@ def verdict(
     p: float | None = None,
     alpha: float = 0.05,
 ) -> Verdict:
-    """Return the verdict of a difference on the claim that system a is better than system b.
+    """Return whether a difference supports, contradicts or leaves open that system a is better than system b.
 
     Args:
         difference: The difference a − b.
@@ -257,8 +257,8 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
 
 
 def root_or_not(means: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return means, or their roots if the statistic is a root mean."""
-    # A mean of zeros may be slightly negative by rounding after a subtraction.
+    """Return means, or their roots for root-mean metrics."""
+    # After a subtraction, a mean of zeros may be slightly negative by rounding.
     return np.sqrt(np.maximum(means, 0.0)) if statistic == "root_mean" else means
 
 
@@ -270,7 +270,7 @@ def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each user's sum and number of values."""
+    """Return the sum and the number of values for each user."""
     if users is None:
         return array, np.ones(array.size)
     if len(users) != array.size:
@@ -287,7 +287,7 @@ def _statistic(sums: NDArray[np.float64], sizes: NDArray[np.float64], name: Stat
 
 
 def _left_out(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return the figure without each user, in closed form, shape (users,)."""
+    """Return the metric without each user in turn, in closed form, shape (users,)."""
     return root_or_not((sums.sum() - sums) / np.maximum(sizes.sum() - sizes, 1), statistic)
 
 
@@ -316,7 +316,7 @@ def tail_p(draws: NDArray[np.float64]) -> float:
 
 
 def times_drawn(rows: NDArray[np.intp], n: int) -> NDArray[np.float64]:
-    """Return the count of each of n users in each resample, shape (b, n)."""
+    """Return how often each of n users occurs in each resample, shape (b, n)."""
     flat = (rows + n * np.arange(len(rows))[:, None]).ravel()
     return np.bincount(flat, minlength=len(rows) * n).reshape(len(rows), n).astype(np.float64)
 
@@ -340,7 +340,7 @@ def _resample(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArra
 
 
 def _tails(level: float, widened_for: int | None = None) -> NDArray[np.float64]:
-    """Return the two percentiles of an interval; for ``widened_for`` see ``widen`` of `interval`."""
+    """Return the two percentiles of an interval; see ``widen`` of `interval` for ``widened_for``."""
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if widened_for is None or widened_for < 2:
         return tails
@@ -365,19 +365,19 @@ def _bounds(
 def _bca_tails(
     tails: NDArray[np.float64], draws: NDArray[np.float64], value: float, left_out: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Adjust the percentiles for bias and skewness of the bootstrap (Efron 1987, equations 2.3 and 6.6)."""
-    # Ties count half: for discrete figures such as HR many resamples equal the value.
+    """Adjust percentiles for bias and skewness of the bootstrap (BCa; Efron 1987, equations 2.3 and 6.6)."""
+    # Ties count half, since for discrete metrics such as HR many resamples equal the value.
     below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
     deviation = left_out.mean() - left_out if left_out.size else np.zeros(1)
     largest = float(np.abs(deviation).max())
     if not 0 < below < 1 or largest == 0:
         return tails
     bias = float(ndtri(below))
-    # Skewness is scale-free; scaling first keeps powers of tiny deviations from underflowing.
+    # Skewness is scale-free; scaling first avoids underflow for small deviations.
     deviation = deviation / largest
     acceleration = float(np.sum(deviation**3) / (6 * np.sum(deviation**2) ** 1.5))
     z = bias + ndtri(tails)
-    # Beyond the pole of the formula (few, skewed values) the last percentile is used.
+    # Beyond the pole of the formula (few, skewed values), use the last percentile.
     room = 1 - acceleration * z
     moved: NDArray[np.float64] = ndtr(np.where(room > 0, bias + z / np.where(room > 0, room, 1.0), np.sign(z) * np.inf))
     return moved

@@ -1,4 +1,4 @@
-"""Text metrics: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and Distinct-n, all as fractions in [0, 1].
+"""Text metrics: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and Distinct-n, all in [0, 1].
 
 They are computed with sacrebleu and rouge-score, for comparability with published results; multiply by 100 to compare
 with percentages.
@@ -26,7 +26,7 @@ _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
 def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Sequence[str] | None = None) -> Statistic:
-    """Corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """Return corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     Corpus BLEU is not a mean over requests but a function of sums of n-gram counts, which are computed once.
 
@@ -67,13 +67,13 @@ def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.flo
 
 
 def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """BLEU-4 in [0, 1] from summed matches (4), totals (4), text length and reference length, shape (b, 10)."""
+    """Compute BLEU-4 in [0, 1] from summed matches (4), totals (4), text length and reference length, shape (b, 10)."""
     matches, totals = sums[:, :_ORDER], sums[:, _ORDER : 2 * _ORDER]
     length, reference = sums[:, -2], sums[:, -1]
     # Exponential smoothing: the j-th n-gram order without a match counts as 2**-j matches.
     empty = (matches == 0) & (totals > 0)
     smoothed = np.where(empty, 0.5 ** np.cumsum(empty, axis=1), matches)
-    # As sacrebleu without effective order: a corpus without any match, or too short for 4-grams, scores 0.
+    # Like sacrebleu without effective order, a corpus without matches or too short for 4-grams scores 0.
     scored: NDArray[np.bool_] = np.all(totals > 0, axis=1) & np.any(matches > 0, axis=1)
     log_precision = np.log(np.where(scored[:, None], smoothed / np.maximum(totals, 1), 1.0)).mean(axis=1)
     brevity = np.minimum(0.0, 1 - reference / np.maximum(length, 1))
@@ -81,7 +81,7 @@ def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin, 2004) of each request by rouge-score, without stemming.
+    """Compute the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) of each request, without stemming.
 
     rouge-score uses only ASCII letters and digits of lower-cased text, so text in other scripts scores 0.
 
@@ -101,12 +101,12 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[
 
 
 def rouge_of(rouge: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
-    """Return one figure of `rouge`, shape (n,)."""
+    """Return one of the values of `rouge`, shape (n,)."""
     return rouge[name]
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Distinct n-grams over all n-grams of the texts (Li et al., NAACL 2016), on lower-cased words.
+    """Compute distinct n-grams over all n-grams of the texts (Li et al., NAACL 2016), ignoring case.
 
     It decreases with the number of texts, so compare only over the same requests. It has no bootstrap interval, since a
     resample repeats texts and thus their n-grams.

@@ -1,1 +1,1 @@
-"""The task families, and what they share."""
+"""The recommendation tasks, such as rating prediction and sequential recommendation."""

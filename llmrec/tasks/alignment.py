@@ -1,4 +1,4 @@
-"""Alignment: which title belongs to an item code, and which code to a title (LC-Rec, ICDE 2024, section 3.3)?"""
+"""Alignment of item codes and titles: predict a title from a code or vice versa (LC-Rec, ICDE 2024, section 3.3)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOBODY = ""
 
 
 class AlignmentTask(Task):
-    """The alignment family: a prompt shows an item's code and asks for its title, or its text and asks for its code.
+    """The alignment task: predict an item's title from its code, or its code from its text.
 
     There is no user and no history. Items are held out: their pairs of code and text are in no training example,
     and evaluation uses only them, so that a correct answer cannot be memorised.
@@ -37,7 +37,7 @@ class AlignmentTask(Task):
     family = "alignment"
 
     def __init__(self, section: AlignmentSection, inputs: TaskInputs) -> None:
-        """Create the task. Few-shot examples are always drawn at random, since there are no histories.
+        """Create the task. Few-shot examples are drawn at random, since there are no histories.
 
         Raises:
             RecipeError: If there is no index, no item is left to train on, or a template does not map a text to a code
@@ -72,7 +72,7 @@ class AlignmentTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`. Those of ``valid`` use the training templates in turn."""
+        """Yield training or validation examples; see `Task`. Validation examples use the training templates in turn."""
         refuse_test(split)
         if split == "valid":
             for index, item in enumerate(self.held.valid[:limit]):
@@ -120,14 +120,14 @@ class AlignmentTask(Task):
         return Prompt(messages=with_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training items of few-shot examples, as interactions without a user.
+        """Draw training items for few-shot examples, as interactions without a user.
 
         Raises:
             DataError: If there are too few.
         """
         if shots == 0:
             return Drawn((), ())
-        # One more than needed, since the item of another request may be among them.
+        # One more than needed, since the item of the request may be among them.
         rng = keyed("alignment shots", self._seed, request.id)
         sample = rng.sample(self._trained, min(shots + 1, len(self._trained)))
         drawn = [item for item in sample if item != self._item(request)][:shots]
@@ -141,12 +141,12 @@ class AlignmentTask(Task):
         return Drawn(tuple(Window(NOBODY, (Event(item_id=item),)) for item in drawn), ())
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' titles or codes, in stored order."""
+        """Return the titles or codes of the candidates, in stored order."""
         chosen = self._chosen.get(template)
         return tuple(chosen.answer(self._answer(chosen, item)) for item in listed(request, self.family))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Match the first line against the candidates' titles or codes; equal ones share a rank."""
+        """Match the first line against the titles or codes of the candidates; equal ones share a rank."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
         for key in read_line(completion):
@@ -156,7 +156,7 @@ class AlignmentTask(Task):
         return None
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is not ranked."""
+        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
         return ranking_reward(answer, case)
 
     def shows(self, template: Template, shots: int) -> str:
@@ -164,7 +164,7 @@ class AlignmentTask(Task):
         return f"{'text' if template.answers_with_code else 'code'} of the item{solved_examples(shots)}"
 
     def training_size(self) -> int:
-        """Return the number of items whose text and code are trained together."""
+        """Return the number of items whose text and code may be trained together."""
         return len(self._trained)
 
     def scored_by(self, template: Template) -> str:
@@ -174,7 +174,7 @@ class AlignmentTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check(self, template: Template) -> None:
-        """Reject templates that do not map a text to a code or vice versa.
+        """Reject templates that map neither a code to a text nor a text to a code.
 
         Raises:
             RecipeError: If the template is invalid; the message names it and the problem.

@@ -1,4 +1,4 @@
-"""Shared code of the task families: template variables, examples in seeded order, and answers."""
+"""Shared code of the tasks: template variables, training examples in seeded order, and answers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ USER_STATS = frozenset({"user_stats"})
 """Variables for chats only: in a list, user statistics on successive lines would reveal the ratings."""
 PAST = frozenset({"history", "liked", "disliked"})
 """Variables that show a user's history; a template without them shows none."""
-# The first words of a past review are sufficient; three complete ones would displace the question.
+# The first words of a past review are sufficient; complete reviews would leave no room for the question.
 _PAST_TEXT = 160
 
 Values = dict[str, object]
 
 
 class View:
-    """The data as templates see it, with cleaned texts."""
+    """The data as shown by templates, with cleaned texts."""
 
     def __init__(self, data: SplitDataset, index: ItemCodes | None = None) -> None:
         self.data = data
@@ -59,7 +59,7 @@ class View:
         self._tallies = Tallies(data)
 
     def item(self, item_id: str) -> Fields:
-        """Return an item's title and fields, and its code if there is an index.
+        """Return the title and fields of an item, and its code if there is an index.
 
         Raises:
             DataError: If the catalogue has no such item.
@@ -83,11 +83,11 @@ class View:
         return known
 
     def title(self, item_id: str) -> str:
-        """Return an item's title as one line; never empty."""
+        """Return the title of an item on one line; never empty."""
         return str(self.item(item_id)["title"])
 
     def about(self, item_id: str) -> Values:
-        """Return the variables about an item: the item, and a list of details that the title does not contain.
+        """Return the template variables about an item: the item, and its details beyond the title.
 
         Without a user there are no statistics, since it is unknown whose interactions to exclude: see `pair`.
         """
@@ -97,7 +97,7 @@ class View:
         return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
 
     def pair(self, user_id: str, item_id: str) -> Values:
-        """Return the variables about an item for a user, with statistics that exclude interactions between the two.
+        """Return the template variables about a user and an item; statistics exclude their own interactions.
 
         Statistics are functions, evaluated when a template shows them.
         """
@@ -105,11 +105,11 @@ class View:
         return self.about(item_id) | counted | self.user_stats(user_id, [item_id])
 
     def user_stats(self, user_id: str, without: Collection[str]) -> Values:
-        """Return a user's training statistics, excluding possible answers."""
+        """Return the training statistics of a user, without items that are possible answers."""
         return {"user_stats": lambda: self._tallies.user(user_id, without).shown}
 
     def candidate(self, user_id: str, item_id: str) -> Values:
-        """Return a candidate's variables in a template loop, with count and mean excluding the user."""
+        """Return the template variables of a candidate, with count and mean rating without the user's interactions."""
 
         def told(name: str) -> object:
             return (self._item_stats(item_id, user_id) or {}).get(name)
@@ -118,7 +118,7 @@ class View:
         return {**self._shown(item_id), **counted}
 
     def _shown(self, item_id: str) -> Values:
-        """Return an item in a list: its fields by name, None for missing ones, title and details."""
+        """Return the template variables of an item in a list: its fields by name, title and details."""
         return {**self._fields, **self.item(item_id), "details": partial(self.details, item_id)}
 
     @cached_property
@@ -126,7 +126,7 @@ class View:
         return dict.fromkeys(name for item in self.data.dataset.items.values() for name in item.fields)
 
     def details(self, item_id: str) -> str:
-        """Return an item's fields beyond its title as one text; empty if there are none."""
+        """Return the fields of an item beyond its title as one text; empty if there are none."""
         return "; ".join(value for _, value in self._untold(self.item(item_id)))
 
     def _item_stats(self, item_id: str, user_id: str) -> Mapping[str, object] | None:
@@ -138,7 +138,7 @@ class View:
         return [(name, value) for name, value in message if value not in str(item["title"])]
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
-        """Return the variables about a user; a profile or fields in ``context`` replace the data's fields.
+        """Return the template variables about a user; a profile or fields in ``context`` replace those of the data.
 
         The name defaults to the id.
         """
@@ -157,7 +157,7 @@ class View:
         return known | {"user_stats": None}
 
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
-        """Return the variables of interactions in a template loop.
+        """Return the template variables of interactions in a list.
 
         Each has the fields of its item by name, ``title``, ``details``, ``code``, ``rating``, ``text`` and ``n``,
         counted from 1; these take precedence over fields of the same name.
@@ -174,7 +174,7 @@ class View:
         ]
 
 
-# --------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------- training examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,17 +208,17 @@ def solved_examples(shots: int) -> str:
 
 
 def counted_rows(data: SplitDataset, column: str | None = None) -> int:
-    """Return the number of training interactions, or of those with a value in a column."""
+    """Return the number of training interactions, or of those with a value in ``column``."""
     return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
 
 
 def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
-    """Return a random generator seeded by names only, never by the order of examples or calls."""
+    """Return a random generator seeded by its arguments, independently of the order of examples or calls."""
     return random.Random(hash_one(purpose, seed, *parts))
 
 
 def listed(request: Request, family: str) -> tuple[str, ...]:
-    """Return the candidates of a request.
+    """Return the candidates of a request, or raise an error if it has none.
 
     Raises:
         DataError: If there are none.
@@ -238,7 +238,7 @@ def only_rated(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
 
 
 class Pasts(Mapping[str, tuple[Event, ...]]):
-    """Training interactions of a family by user, created from the split on access.
+    """Training interactions of a task by user, read from the split on access.
 
     Args:
         data: The split.
@@ -263,17 +263,17 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         self._users = {user: size for user, size in counts.items() if size >= least}
 
     def __getitem__(self, user: str) -> tuple[Event, ...]:
-        """Return a user's interactions, oldest first."""
+        """Return the training interactions of a user, oldest first."""
         if user not in self._users:
             raise KeyError(user)
         return self._made(user)
 
     def sizes(self) -> Mapping[str, int]:
-        """Return the number of interactions of each user, without creating them."""
+        """Return the number of interactions of each user, without reading them."""
         return self._users
 
     def __iter__(self) -> Iterator[str]:
-        """Yield users, sorted."""
+        """Iterate over the users in sorted order."""
         return iter(self._users)
 
     def __len__(self) -> int:
@@ -281,7 +281,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         return len(self._users)
 
     def __contains__(self, user: object) -> bool:
-        """Whether a user has enough interactions."""
+        """Whether a user has enough interactions for an example."""
         return user in self._users
 
     def _made(self, user: str) -> tuple[Event, ...]:
@@ -290,7 +290,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
 
 
 def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
-    """Yield (example id, user, random generator) endlessly, in passes over the users in random order.
+    """Yield (example id, user, random generator) endlessly, in repeated passes over the users in random order.
 
     Raises:
         DataError: If there is no user to train on.
@@ -322,7 +322,7 @@ def branch_events(
     *,
     seed: int,
 ) -> tuple[Template, tuple[Event, ...]]:
-    """Draw the template of a user's example in a pass, and its interactions.
+    """Draw the template and the interactions of a user's example in one pass.
 
     A chat template shows the history that all families show in the pass, and the next interaction.
     """
@@ -335,12 +335,12 @@ def branch_events(
 
 
 def branch_point(seed: int, number: int, user: str, events: int) -> int:
-    """Return the length of a user's history in a pass, equal for families with the same interactions."""
+    """Return how many interactions a user's history has in one pass; equal for tasks with equal interactions."""
     return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
 def refuse_test(split: SplitName) -> None:
-    """Reject the test split, which must not be used for training or selection."""
+    """Reject the test split, which must not be used for training or model selection."""
     if split == "test":
         raise ValueError("examples with targets come from 'train' or 'valid'; the test split is only for cases()")
 
@@ -351,12 +351,12 @@ def rated(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def text_of(event: Event | Interaction) -> str:
-    """Return an interaction's text as one clean line; empty if it has none."""
+    """Return the text of an interaction on one line; empty if it has none."""
     return clean(event.text or "", TEXT_LIMIT)
 
 
 def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
-    """Return the (user_id, item_id) pairs that an example shows."""
+    """Return the (user_id, item_id) pairs shown in an example."""
     return tuple((user_id, event.item_id) for event in events)
 
 
@@ -367,7 +367,7 @@ def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Ev
 
 
 def asked_item(request: Request, family: str) -> str:
-    """Return the item of a request.
+    """Return the item of a request, or raise an error if it has none.
 
     Raises:
         DataError: If it names no item.
@@ -382,7 +382,7 @@ def asked_item(request: Request, family: str) -> str:
 
 
 def ranking_reward(answer: Answer, case: Case) -> float:
-    """Return 1 / log2(1 + rank) of the true item, averaged over its possible ranks among ties; 0 if not ranked."""
+    """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
     if not isinstance(answer, Ranking) or case.truth not in answer.items:
         return 0.0
     own = answer.scores[answer.items.index(str(case.truth))]

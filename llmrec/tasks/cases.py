@@ -1,4 +1,4 @@
-"""The held-out cases of a split, created on access."""
+"""Test and validation cases of a split, created on access."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmrec.types import Case, Interaction, SplitName
 
 
 def held_out(data: SplitDataset, split: SplitName) -> Holdouts:
-    """Return the held-out interactions of a split, which must not be the training split."""
+    """Return the held-out interactions of validation or test; raises an error for the training split."""
     if split == "train":
         raise ValueError("the training split has no held-out interactions; use 'valid' or 'test'")
     return data.holdouts(split)
 
 
 class Cases(Sequence[Case]):
-    """The cases of held-out interactions, created on access, since all histories together would be large.
+    """The cases of held-out interactions, created on access to save memory.
 
     Attributes:
         held: The interactions.
@@ -50,7 +50,7 @@ class Cases(Sequence[Case]):
 def of_first_users(
     cases: Sequence[Case], count: int | None, *, among: Collection[str] | None = None, but: Collection[str] = ()
 ) -> list[Case]:
-    """Return the cases of the first ``count`` users, in order, without creating the others.
+    """Return the cases of the first ``count`` users in order, without creating the others.
 
     Args:
         cases: The cases.
@@ -66,7 +66,7 @@ def of_first_users(
 
 
 def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
-    """Return the first ``count`` held-out interactions of each user, in the given order; None: all."""
+    """Return the first ``count`` held-out interactions of each user, in the given order; all if None."""
     if count is None:
         return held
     seen: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
 
 
 def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | None, family: str) -> Cases:
-    """Return the held-out interactions of users with candidate sets; without sets all of them, without candidates.
+    """Return the held-out interactions of users with candidate sets, or of all users if there are no sets.
 
     Raises:
         DataError: If there are sets but one is missing.

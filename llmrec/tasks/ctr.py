@@ -1,4 +1,4 @@
-"""Yes or no: will this user like this item? After TALLRec (Bao et al., RecSys 2023, section 3)."""
+"""Click-through rate (CTR) prediction: will this user like this item, yes or no? (TALLRec, RecSys 2023, section 3)."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ from llmrec.types import (
 
 _LONGEST = 20_000
 _MARKS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
-# A "no" that begins a phrase ("No idea", "no way to tell") is not an answer.
+# In phrases such as "No idea" or "no way to tell", "no" is not an answer.
 _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
 
 
 class CtrTask(Task):
-    """The yes/no family: the titles that a user liked and disliked, and one more title to judge.
+    """The CTR task: given titles that a user liked and disliked, predict whether the user likes another item.
 
     A list template has the answers of one user line by line; the history is in the answer, so that one training
     example teaches an answer at every position.
@@ -104,7 +104,7 @@ class CtrTask(Task):
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
-        """The training templates."""
+        """The templates used in training."""
         return tuple(self._chosen.train)
 
     @property
@@ -113,7 +113,7 @@ class CtrTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`. For ``valid`` these are all rated interactions, balanced or not."""
+        """Yield training or validation examples; see `Task`. Validation uses all rated interactions."""
         refuse_test(split)
         if split == "valid":
             for held in self._rated_holdouts("valid")[:limit]:
@@ -135,7 +135,7 @@ class CtrTask(Task):
                 shown = _last_of_each(window(events, self._section.window, rng))
                 yield self._listed(template, row, user, shown, last_only=False)
                 continue
-            # The first interaction has no history, so it is only used for users without other interactions.
+            # The first interaction has no history, so it is used only for users without other interactions.
             at = rng.randrange(min(1, len(events) - 1), len(events))
             yield self._asking(template, row, user, events[:at], events[at])
 
@@ -146,7 +146,7 @@ class CtrTask(Task):
         return YES if text == yes else NO
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
+        """Return the held-out ratings as yes/no questions, with truth 1 for yes and 0 for no.
 
         With ``balance: user`` the user's rarer answer determines the number of each, the first ones in seeded order.
 
@@ -188,7 +188,7 @@ class CtrTask(Task):
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples, and the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
         item = asked_item(request, self.family)
         past = others(rated(request.history), item)
         return self._shots.draw(
@@ -196,7 +196,7 @@ class CtrTask(Task):
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the template's words for yes and no.
+        """Return the words for yes and no of a template.
 
         Raises:
             RecipeError: If both are the same.
@@ -228,17 +228,17 @@ class CtrTask(Task):
 
     @property
     def baseline_options(self) -> Mapping[str, float | None]:
-        """The threshold of a yes, the same for models and baselines."""
+        """The rating from which the answer is yes, for models and baselines."""
         return {"liked": self._section.liked}
 
     @property
     def calibrates(self) -> bool:
-        """Whether answers are calibrated on the validation split."""
+        """Whether answers are calibrated on validation interactions."""
         return self._section.calibrate == "valid"
 
     @property
     def users_kind(self) -> str | None:
-        """The description of the evaluated users in metric signatures."""
+        """Description of the evaluated users in metric signatures."""
         return "balanced" if self._section.balance == "user" else None
 
     # ----------------------------------------------------------------------- building blocks
@@ -277,7 +277,7 @@ class CtrTask(Task):
         return values | {"answer": template.words.said(yes=self._yes(event.rating))}
 
     def _answered(self, template: Template) -> Callable[[Values, Event], Values]:
-        """Return the function that creates the values of an answered list step."""
+        """Return the function that creates the template variables of an answered list entry."""
 
         def answered(values: Values, event: Event) -> Values:
             return self._with_answer(template, values | self._view.pair(str(values["user_id"]), event.item_id), event)
@@ -285,7 +285,7 @@ class CtrTask(Task):
         return answered
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return an example with one question, about the interaction."""
+        """Return an example with one question, about the given interaction."""
         shown = self._past.show(others(past, event.item_id), [event.item_id])
         if template.shape == "list":
             events = (*shown.events, event)
@@ -317,7 +317,7 @@ class CtrTask(Task):
 
 
 def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Keep only the last rating of an item, since an earlier one would reveal it."""
+    """Keep only the last rating of each item, since an earlier one would reveal it."""
     last = {event.item_id: index for index, event in enumerate(events)}
     return tuple(event for index, event in enumerate(events) if last[event.item_id] == index)
 

@@ -1,4 +1,4 @@
-"""Direct recommendation: which of these candidates would this user choose?"""
+"""Direct recommendation: which of these candidates will the user choose?"""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ from llmrec.types import (
     SplitName,
 )
 
-# ----------------------------------------------------------------------------
-# The answer form of a direct template, which is a candidate's label, the item, or yes or no; and its strategies.
+# What a direct template asks for (a candidate's label, the item, or yes/no), and the strategies for each.
 
 
 Asks = Literal["label", "item", "yes"]
@@ -66,23 +65,23 @@ _WORDS: Mapping[Asks, str] = {
     "item": "answers with the item itself",
     "yes": "answers yes or no to one item",
 }
-# The strategy of each answer form; for labels the first of several.
+# The strategies per answer type; the first is the default.
 _READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "pointwise-yes"}
 
 
 def asks_for(template: Template) -> Asks:
-    """Return the form of a template's target: ``{{ answer }}``, a variable of ``item``, or a label."""
+    """Return what a template asks for: ``{{ answer }}``, a variable of ``item``, or a label."""
     written = template.names("target")
     return "yes" if "answer" in written else "item" if "item" in written else "label"
 
 
 def reader_of(template: Template) -> str:
-    """Return the cheapest strategy for a template's answers."""
+    """Return the cheapest strategy for the answers of a template."""
     return _READER[asks_for(template)]
 
 
 def fits(template: Template, strategy: str) -> bool:
-    """Whether a strategy of the direct family supports a template's answer form.
+    """Whether a strategy for direct recommendation supports the answers of a template.
 
     ``pointwise-yes`` also supports label templates with a yes-or-no question. A plug-in declares the forms in its
     attribute ``reads``: ``label`` (default), ``item`` and ``yes``.
@@ -94,7 +93,7 @@ def fits(template: Template, strategy: str) -> bool:
 
 
 def check_words(template: Template) -> None:
-    """Reject variables that reveal the answer or are never filled.
+    """Reject template variables that reveal the answer or are never filled.
 
     Raises:
         RecipeError: If there are any, if the template is a list, or if its answer is not yes or no.
@@ -125,7 +124,7 @@ def check_words(template: Template) -> None:
 
 
 def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -> None:
-    """Check that every evaluation template has a strategy, and every strategy a template.
+    """Check that every evaluation template has a compatible strategy, and every strategy a template.
 
     Raises:
         RecipeError: Naming the first template or strategy without a counterpart.
@@ -146,7 +145,7 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
 
 
 def check_loss(templates: Sequence[Template], loss: str) -> None:
-    """Check that training templates answer with the item if the loss is over title likelihoods.
+    """Check that training templates answer with the item if the loss uses title likelihoods.
 
     Raises:
         RecipeError: Naming the first template that does not.
@@ -164,7 +163,7 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
 
 
 def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
-    """Check that a template has separate text for a yes-or-no question.
+    """Check that a template has its own text for yes/no questions.
 
     Args:
         template: One that answers with a label.
@@ -183,7 +182,7 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
 
 
 def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool) -> None:
-    """Check that rejected items of preference examples are among the candidates of the question.
+    """Check that the rejected items of preference examples are among the candidates of the question.
 
     Args:
         preference: The recipe's ``train.preference``.
@@ -229,7 +228,7 @@ def profile_template(name: str) -> Template:
 
 
 def refuse(template: Template, strategy: str) -> None:
-    """Raise the error of a strategy that does not support a template's answer form.
+    """Raise the error for a strategy that does not support the answers of a template.
 
     Raises:
         RecipeError: Always.
@@ -243,7 +242,7 @@ def refuse(template: Template, strategy: str) -> None:
 
 
 def candidate_labels(count: int) -> tuple[str, ...]:
-    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label is a prefix of another."""
+    """Return labels A, B, C, ... for up to 26 candidates, else numbers of equal width; no label is another's prefix."""
     if count <= len(ascii_uppercase):
         return tuple(ascii_uppercase[:count])
     width = len(str(count))
@@ -251,12 +250,12 @@ def candidate_labels(count: int) -> tuple[str, ...]:
 
 
 _WANTS = get_args(Want)
-# The number of candidates of a training example without stored candidate sets.
+# Number of candidates in a training example without stored candidate sets.
 _COUNT = 20
 
 
 class DirectTask(Task):
-    """The direct family: choose or rank the candidates in one prompt, or answer yes or no to one item.
+    """The direct recommendation task: choose or rank candidates in one prompt, or answer yes or no about one item.
 
     A template's target is a candidate's label, an item's code or title, as in P5 (RecSys 2022, appendix D), or yes or
     no to one item.
@@ -294,13 +293,13 @@ class DirectTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`."""
+        """Yield training or validation examples; see `Task`."""
         refuse_test(split)
         if split == "valid":
             every: Sequence[Interaction] = held_out(self._data, "valid")
             known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
             if self._lists is not None:
-                # As in training, items that are not retrieved are omitted.
+                # As in training, items that were not retrieved are left out.
                 every = tuple(held for held in every if request_id(held.user_id, held.item_id) in known)
             for held in every[:limit]:
                 name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
@@ -325,7 +324,7 @@ class DirectTask(Task):
             yield self._example(template, row, user, events[:at], events[at], pool)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return every held-out interaction with its stored candidates.
+        """Return all held-out interactions with their stored candidates.
 
         Raises:
             RecipeError: If the task was built without candidate sets.
@@ -379,7 +378,7 @@ class DirectTask(Task):
         keyed("direct questions", self._seed, "order").shuffle(users)
         result = []
         for number, user in enumerate(islice(cycle(users), count)):
-            # Drawn separately from training examples, whose answers a fine-tuned model may have memorised.
+            # Not the training examples, whose answers a fine-tuned model may have memorised.
             rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
             at, pool = self._question(user, rng)
             result.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
@@ -398,7 +397,7 @@ class DirectTask(Task):
         return self._section.profile.max_tokens
 
     def profile_prompt(self, request: Request) -> Prompt:
-        """Render the prompt for a user profile, which shows only the history of the request."""
+        """Render the prompt for a user profile, which shows only the history."""
         past = request.history[-self._section.profile.history :]
         values = self._view.user(request.user_id, request.context) | {"history": self._view.events(past, self._rating)}
         return Prompt(messages=self.profile_template.turns(values))
@@ -410,7 +409,7 @@ class DirectTask(Task):
     # ----------------------------------------------------------------------- asking
 
     def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows; see `Task`."""
+        """Describe what a prompt contains; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -418,26 +417,26 @@ class DirectTask(Task):
         return counted_rows(self._data)
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
-        """Return the strategies that support a template's answer form."""
+        """Return the strategies that support the answers of a template."""
         return tuple(name for name in strategies if fits(template, name))
 
     def words(self, template: str) -> Words:
-        """Return the words of a template's language."""
+        """Return the words of the language of a template."""
         return self._chosen.words(template)
 
     def scored_by(self, template: Template) -> str:
-        """Return the cheapest strategy that supports a template's answer form."""
+        """Return the cheapest strategy that supports the answers of a template."""
         return reader_of(template)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples, and the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
         about = listed(request, self.family)
         return self._shots.draw(
             request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' labels, titles or codes in stored order, or the template's words for yes and no."""
+        """Return the labels, titles or codes of the candidates in stored order, or the words for yes and no."""
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
@@ -448,7 +447,7 @@ class DirectTask(Task):
         return tuple(chosen.answer({"noun": noun, "item": self._view.item(item)}) for item in pool)
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Parse labels and titles in order; candidates that are not mentioned are omitted.
+        """Parse labels and titles in order; candidates that are not mentioned are left out.
 
         If the answer is an item, its code or title is the first line; a yes or no is a probability of 1 or 0.
         """
@@ -469,14 +468,14 @@ class DirectTask(Task):
         return Ranking(request_id=request.id, items=tuple(pool[place] for place in places), scores=scores)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is not ranked."""
+        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
         return ranking_reward(answer, case)
 
     # ----------------------------------------------------------------------- building blocks
 
     @cached_property
     def _asked_users(self) -> list[str]:
-        """Users of training examples: with retrieved candidates, those with at least one retrieved training item.
+        """Users with training examples; with retrieval, only users for whom a training item was retrieved.
 
         Raises:
             DataError: If the retriever finds no training item.
@@ -494,12 +493,12 @@ class DirectTask(Task):
         return results
 
     def _question(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the index of a training interaction of a user, and candidates as in evaluation."""
+        """Return the index of a user's training interaction, and candidates as in evaluation."""
         if self._lists is not None:
             at, result = rng.choice(self._lists.of(user))
             return at, shuffled(result, rng)
         events = self._events[user]
-        # The first interaction has no history, so it is only used for users without other interactions.
+        # The first interaction has no history, so it is used only for users without other interactions.
         at = rng.randrange(min(1, len(events) - 1), len(events))
         return at, self._pool(user, events[at].item_id, self._count, rng)
 
@@ -515,7 +514,7 @@ class DirectTask(Task):
         listed = [
             entry | {"label": label, "code": code} for label, code, entry in zip(labels, codes, message, strict=True)
         ]
-        # Only the chosen item is among the user's training items; excluding all of them excludes its interaction.
+        # Of the user's training items, the candidates contain only the chosen one; excluding all of them excludes it.
         about = self._view.user(user, context) | self._view.user_stats(user, pool)
         return about | {"history": self._view.events(past), "candidates": listed, "want": want}
 
@@ -528,14 +527,14 @@ class DirectTask(Task):
         want: str,
         context: Mapping[str, str] | None = None,
     ) -> Values:
-        """Return the items of a question: the candidates, or the item of a yes-or-no template."""
+        """Return the items in a question: the candidates, or the single item of a yes/no template."""
         if asks_for(template) != "yes":
             return self._values(user, past, pool, want, context)
         (item,) = pool
         return self._view.user(user, context) | self._view.about(item) | {"history": self._view.events(past)}
 
     def _chosen_one(self, template: Template, values: Values, pool: Sequence[str], item: str) -> Values:
-        """Return the target of an example: the label of an item, or the item."""
+        """Return the target of an example: the label of the chosen item, or the item."""
         if asks_for(template) == "item":
             return values | {"item": self._view.item(item)}
         return values | {"label": candidate_labels(len(pool))[pool.index(item)]}
@@ -564,7 +563,7 @@ class DirectTask(Task):
         return replace(example, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return an example about the interaction's item, with the answer yes, or equally often a negative, with no."""
+        """Return an example with answer yes about the interaction's item or, equally often, no about a negative."""
         rng = keyed("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
         had = [event.item_id, *(entry.item_id for entry in past)]
@@ -575,7 +574,7 @@ class DirectTask(Task):
         example = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         if self._listwise is not None:
             example = replace(example, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
-        # A negative is not an interaction of the user, and the interaction is not shown.
+        # The user has no interaction with a negative, and the interaction with the item is not shown.
         return example if yes else replace(example, pairs=example.pairs[:-1], negatives=(item,))
 
     def _solved(
@@ -584,7 +583,7 @@ class DirectTask(Task):
         values = self._values(user, events[:-1], pool, want)
         answer = self._chosen_one(template, values, pool, events[-1].item_id)
         if want == "ranking":
-            # Only the first rank is known from the data; the others keep the listed order.
+            # The data determine only the first rank; the others keep their order.
             best = str(answer["label"])
             answer |= {
                 "label": ", ".join(
@@ -603,16 +602,16 @@ class DirectTask(Task):
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
     ) -> tuple[Message, ...]:
-        """Return an example with the answer yes, or no at every second index."""
+        """Return a few-shot example with the answer yes, or no for every second index."""
         chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
         values = self._asking(template, user, events[:-1], (other if place % 2 else chosen,), "yes")
-        # Both exclude the same interaction, so that the user's statistics do not reveal the answer.
+        # Both exclude the same interaction, so that user statistics do not reveal the answer.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
         return solved_chat(template, values, values | {name: template.words.said(yes=not place % 2)})
 
     def _wanted(self, template: Template, want: str, request: Request) -> str:
-        """Return the requested answer form, or reject one that the template does not support."""
+        """Return the requested type of answer; raises an error if the template does not support it."""
         asks = asks_for(template)
         if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):
             refuse(template, "list" if want == "ranking" else "pointwise-yes")

@@ -1,4 +1,4 @@
-"""Explanation: generate a text in the user's style on why an item suits the user.
+"""Explanation: generate a text in the style of the user on why an item suits the user.
 
 With review data, a question may also contain the feature that the text is about, or the headline of the review, as in
 P5 (RecSys 2022, appendix D), which also generates a rating and a text together. The template's key ``leak`` lists the
@@ -41,12 +41,12 @@ from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
 
-# A rating before the text, in an answer with both.
+# A rating before the text, in answers that have both.
 _RATED = re.compile(r"\W*\d+(?:[.,]\d+)?\s*(?:stars?)?\s*[:.,–—-]\s*(?=\S)", re.IGNORECASE)
 
 
 class ExplanationTask(Task):
-    """The explanation family: the user's texts about earlier items, an item, and the text to be generated."""
+    """The explanation task: given a user's texts about earlier items, generate a text about another item."""
 
     family = "explanation"
 
@@ -64,7 +64,7 @@ class ExplanationTask(Task):
                     column="shape",
                 )
             variables = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
-            # In evaluation the rating is not requested.
+            # evaluation does not ask for the rating
             shown = variables - {"rating"} if _rates(template) else variables
             template.check(turns=shown, lead=(), target=variables | {"text"})
         self._events = Pasts(data, lambda _, events: _with_text(events))
@@ -96,7 +96,7 @@ class ExplanationTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`."""
+        """Yield training or validation examples; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for case in self.cases("valid")[:limit]:
@@ -121,7 +121,7 @@ class ExplanationTask(Task):
             yield preferred(self._example(template, row, user, values, shown.events, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out texts; an interaction without text is not a case.
+        """Return the held-out texts; interactions without text are left out.
 
         The context contains the interaction's rating, if any; the template decides whether to show it. The feature and
         the headline of a review are included only if an evaluation template shows them, since baselines use them too.
@@ -151,7 +151,7 @@ class ExplanationTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples, and the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request,
@@ -166,7 +166,7 @@ class ExplanationTask(Task):
         return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Return the completion as one clean line, without citations of missing facts; None if empty."""
+        """Return the generated text on one line, without citations of missing facts; None if it is empty."""
         chosen = self._chosen.every.get(template.rpartition("/")[2])
         if chosen is not None and _rates(chosen):
             rated = _RATED.match(completion)
@@ -178,13 +178,13 @@ class ExplanationTask(Task):
         return Text(request_id=request.id, text=text) if text else None
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return the F1 of the words shared by the text and the true one."""
+        """Return the word-overlap F1 of the generated and the true text."""
         if not isinstance(answer, Text):
             return 0.0
         return shared_words(answer.text, str(case.truth))
 
     def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows; see `Task`."""
+        """Describe what a prompt contains; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -193,7 +193,7 @@ class ExplanationTask(Task):
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
-        """The maximum number of tokens of a text."""
+        """Maximum number of tokens of a text."""
         return {"max_tokens": self._section.max_tokens}
 
     # ----------------------------------------------------------------------- building blocks
@@ -210,7 +210,7 @@ class ExplanationTask(Task):
         return self._values(user, past, event.item_id, {**(context or {}), **hints})
 
     def _hints(self, user: str, item: str, rating: float | None = None) -> dict[str, str]:
-        """Return the other values of an interaction besides its text; missing ones are omitted."""
+        """Return the values of an interaction other than its text, such as the rating; missing values are left out."""
         review = self._data.dataset.reviews.get((user, item))
         message = {"feature": review.feature, "headline": review.headline} if review is not None else {}
         rated = {} if rating is None else {"rating": rating_text(rating)}
@@ -224,19 +224,19 @@ class ExplanationTask(Task):
 
 
 def shared_words(written: str, true: str) -> float:
-    """Return the F1 of the words shared by two texts, in [0, 1]."""
+    """Return the word-overlap F1 of two texts, in [0, 1]."""
     first, second = _bag(written), _bag(true)
     shared = (first & second).total()
     return 2 * shared / (first.total() + second.total()) if shared else 0.0
 
 
 def rating_text(rating: float) -> str:
-    """Return a rating as a hint shows it: ``4`` or ``4.5``."""
+    """Return a rating as written in prompts: ``4`` or ``4.5``."""
     return f"{rating:g}"
 
 
 def _rates(template: Template) -> bool:
-    """Whether a template's answer is a rating and a text."""
+    """Whether a template asks for a rating and a text."""
     return "rating" in template.names("target")
 
 

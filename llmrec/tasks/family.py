@@ -1,4 +1,4 @@
-"""The description of a task family: `Family`. Its task is in the same file as the record.
+"""`Family`: describes a task to the rest of llmrec. Each task defines its record in its own module.
 
 A new family is one file with a `Task` and a `Family`, and one entry of `llmrec.registry.TASKS`.
 """
@@ -26,7 +26,7 @@ NO_RATINGS = "needs ratings, and {data} has none; name the column with {where}.c
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The properties of a task family that the rest of llmrec uses instead of its name.
+    """The properties of a task that the rest of llmrec uses, so that no other code depends on task names.
 
     Attributes:
         name: The name in recipes, ``prompts/NAME`` and tables.
@@ -72,16 +72,16 @@ class Family:
 
     @property
     def answers_with_items(self) -> bool:
-        """Whether the truth of a case is an item."""
+        """Whether the true answer of a case is an item."""
         return self.answer is Ranking
 
     @property
     def ranks_for_users(self) -> bool:
-        """Whether it ranks items for users, as `llmrec rank` and full ranking require."""
+        """Whether the task ranks items for users, as required by `llmrec rank` and ranking of the whole catalogue."""
         return self.candidates == "users"
 
     def headline_at(self, cutoffs: Sequence[int]) -> str:
-        """Return the main metric: at 10 if the recipe has this cutoff, otherwise at its largest."""
+        """Return the main metric at cut-off 10, or at the largest cut-off if the recipe does not have 10."""
         if not self.answers_with_items or 10 in cutoffs:
             return self.headline
         return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
@@ -95,7 +95,7 @@ def _loaded(address: str) -> Family:
 
 
 def family_of(name: str) -> Family:
-    """Return a family by its name.
+    """Return the `Family` with a name.
 
     Raises:
         RecipeError: If there is none, with the closest name; or if a plug-in is not a `Family`.
@@ -109,12 +109,12 @@ def family_of(name: str) -> Family:
 
 
 def families() -> Mapping[str, Family]:
-    """Return every family by name, in the order of tables, with the plug-ins of this process's recipes."""
+    """Return all families by name, in the order of tables, including those of plug-ins."""
     return {name: family_of(name) for name in registry.family_names()}
 
 
 def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> bool:
-    """Whether a strategy or baseline supports a family; plug-ins declare their families in the attribute ``families``.
+    """Whether a strategy or baseline supports a task; plug-ins list their tasks in the attribute ``families``.
 
     Args:
         family: The family.
@@ -129,12 +129,12 @@ def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> 
 
 
 def ranking_families() -> tuple[str, ...]:
-    """Return the names of the families that rank items for users, by priority."""
+    """Return the names of the tasks that rank items for users, by priority."""
     return tuple(name for name, family in families().items() if family.ranks_for_users)
 
 
 def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
-    """Check that a family's strategies and baselines exist and support it, and that no required baseline is missing.
+    """Check that the strategies and baselines of a task exist and support it, and that no required baseline is missing.
 
     Raises:
         RecipeError: If not; the message lists the valid or missing names.
@@ -165,5 +165,5 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
 
 
 def missing_controls(family: str, baselines: Sequence[str]) -> list[str]:
-    """Return the required baselines of a family that are not among its baselines."""
+    """Return the required baselines of a task that were not selected."""
     return [name for name in family_of(family).controls if name not in baselines]

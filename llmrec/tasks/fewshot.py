@@ -1,4 +1,4 @@
-"""Few-shot examples, from training interactions only."""
+"""Selects few-shot examples from training interactions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from llmrec.types import Event, Request
 _CHOICES = get_args(ShotChoice)
 BY_TEXT = ("nearest", "diverse")
 """Methods of choosing examples that compare item texts."""
-# diverse: the number of users to choose among, as a multiple of the examples; and the weight of the similarity to the
-# question, against that to the examples already chosen (Carbonell and Goldstein, SIGIR 1998, equation 1).
+# For `diverse`: number of users to choose among, as a multiple of the examples; and the weight of similarity to the
+# question versus similarity to chosen examples (Carbonell and Goldstein, SIGIR 1998, equation 1).
 _POOL, _LIKENESS = 10, 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive training interactions of one user; the last one is the target of the example."""
+    """Consecutive training interactions of a user; the last one is the target of the example."""
 
     user_id: str
     events: tuple[Event, ...]
@@ -36,19 +36,19 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Examples for one request, and the remaining history of the question."""
+    """The few-shot examples for a request, and the remaining history of the question."""
 
     windows: tuple[Window, ...]
     history: tuple[Event, ...]
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return a request's context, with the summary as the user's profile unless it has one."""
+        """Return the context of a request, with the history summary as the user's profile unless it has a profile."""
         return Shown(self.history, self.summary).context(given)
 
 
 class ShotPool:
-    """Draws examples that depend only on the data, the seed and the request.
+    """Draws few-shot examples that depend only on the data, the seed and the request.
 
     Args:
         family: The task family.
@@ -142,7 +142,7 @@ class ShotPool:
             ends = self._balanced(request, missing)
         else:
             users = self._others(request, past, missing, length)
-            # A window is short only if the user's history is.
+            # a window is shorter only if the user's history is
             least = [max(self._least, min(length + 1, len(self._events[user]))) for user in users]
             late = self._choice == "recent"
             ends = [
@@ -155,7 +155,7 @@ class ShotPool:
     def _own(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
     ) -> tuple[list[Window], tuple[Event, ...]]:
-        """Split earlier windows off the history; the question keeps at least its later half."""
+        """Take examples from the start of the user's history; the question keeps at least the later half."""
         trained = {event.item_id for event in self._events.get(user, ())}
         usable = next((i for i, event in enumerate(past) if event.item_id not in trained), len(past))
         kept = min(history, max(len(past) - shots * (length + 1), -(-len(past) // 2)))
@@ -198,7 +198,7 @@ class ShotPool:
         )
 
     def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
-        """Return (user, end) pairs whose targets have every answer equally often, in seeded order.
+        """Return (user, end) pairs whose targets have all answers equally often, in seeded order.
 
         With fewer examples than answers, the omitted answers are drawn for every request. An answer without further
         users is skipped.
@@ -226,11 +226,11 @@ class ShotPool:
     def _free(
         self, pool: Sequence[tuple[str, int]], taken: Collection[str], rng: random.Random
     ) -> tuple[str, int] | None:
-        """Draw a pair of an unused user; None if there is none."""
+        """Draw a pair with an unused user; None if there is none."""
         few = rng.sample(pool, min(len(pool), len(taken) * 8 + 32))
         if (chosen := next((pair for pair in few if pair[0] not in taken), None)) is not None:
             return chosen
-        # Used users may have nearly all of the pool, so that random draws would not find another one.
+        # Nearly all pairs may belong to used users, so that random draws would not find another.
         free = [pair for pair in pool if pair[0] not in taken]
         return rng.choice(free) if free else None
 
@@ -246,12 +246,12 @@ class ShotPool:
 
     @cached_property
     def _latest(self) -> list[str]:
-        """Users by the time of their last training interaction, latest first; ties, and data without times, by hash."""
+        """Users by the time of their last training interaction, latest first; ties and missing times by hash."""
         times = np.array([self._events[user][-1].timestamp or 0.0 for user in self._users])
         return [self._users[place] for place in np.lexsort((self._ties, -times))]
 
     def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
-        """Return users by the cosine between the mean vectors of their latest items and those of the history."""
+        """Return users by cosine similarity between the mean vectors of their latest items and of the history."""
         assert self._vectors is not None
         query = _mean(self._vectors.of([event.item_id for event in past]))
         likeness = self._means(len(past)) @ query
@@ -268,7 +268,7 @@ class ShotPool:
         return [self._users[place] for place in chosen]
 
     def _means(self, length: int) -> NDArray[np.float32]:
-        """Return the mean vector of each user's latest items, of length 1, shape (users, d)."""
+        """Return the normalised mean vector of each user's latest items, shape (users, d)."""
         if length not in self._mean_vectors:
             assert self._vectors is not None
             item = [self._vectors.of([e.item_id for e in self._events[user][-length:]]) for user in self._users]
@@ -276,7 +276,7 @@ class ShotPool:
         return self._mean_vectors[length]
 
     def _similar(self, user: str, past: Sequence[Event]) -> list[str]:
-        """Return users by the Jaccard overlap of their training items with the history, best first, ties by hash."""
+        """Return users by Jaccard similarity of their training items with the history, best first, ties by hash."""
         items = {event.item_id for event in past}
         lists = [self._index[item] for item in items if item in self._index]
         if not lists:
@@ -304,7 +304,7 @@ class ShotPool:
 
 
 def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the mean of vectors (n, d), of length 1."""
+    """Return the normalised mean of vectors of shape (n, d)."""
     mean = vectors.mean(axis=0)
     unit: NDArray[np.float32] = mean / max(float(np.linalg.norm(mean)), 1e-12)
     return unit

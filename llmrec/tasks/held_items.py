@@ -1,4 +1,4 @@
-"""Held-out items, whose code and text are never trained together, and the candidates of questions about them.
+"""Held-out items of the alignment task, whose code and text are never trained together.
 
 An item's text is not an interaction, so data splits do not hold it out. The items of alignment questions must be held
 out nevertheless: a model trained on an item's code with its title could memorise the pair.
@@ -21,7 +21,7 @@ KIND = "held-out-items"
 
 @dataclass(frozen=True)
 class HeldItems:
-    """Held-out items, in a seeded order, so that the first n are an unbiased sample.
+    """Held-out items in seeded order, so that the first n are an unbiased sample.
 
     Attributes:
         valid: Items for model selection.
@@ -34,7 +34,7 @@ class HeldItems:
     groups: Mapping[str, str]
 
     def part(self, split: SplitName) -> tuple[str, ...]:
-        """Return the items of a split.
+        """Return the held-out items of a split.
 
         Raises:
             ValueError: For the training split, which has no held-out items.
@@ -45,12 +45,12 @@ class HeldItems:
 
     @property
     def items(self) -> frozenset[str]:
-        """All held-out items."""
+        """All held-out items, of validation and test."""
         return frozenset((*self.valid, *self.test))
 
 
 def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
-    """Reject templates of another family whose training examples would show held-out items with code and title.
+    """Reject templates of another task whose training examples would show held-out items with both code and title.
 
     Raises:
         RecipeError: If there is one.
@@ -67,7 +67,7 @@ def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
 
 
 def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:
-    """Select held-out items by a seeded hash of their titles, so that adding an item changes no other.
+    """Select held-out items by a seeded hash of their titles, so that adding an item does not affect others.
 
     Items with the same title are held out together. With an index over titles their codes differ only in the
     disambiguating part, so one of them in training would reveal the others.
@@ -90,12 +90,12 @@ def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems
 
 
 def request_name(item: str, seed: int) -> str:
-    """Return the id of the request about an item, which does not reveal the item."""
+    """Return the request id for an item, which does not reveal the item."""
     return f"alignment/{hash_one('alignment request', seed, item):016x}"
 
 
 def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> CandidateSets:
-    """Draw the candidates of every question of a split from the items of the same split.
+    """Draw the candidates of every question of a split from the held-out items of that split.
 
     Each of them is equally likely to be the answer, so that a candidate set reveals nothing.
 

@@ -1,4 +1,4 @@
-"""Selects the shown interactions of a history: the latest, or those similar to the question, with a summary."""
+"""Selects which interactions of a history are shown: the latest, or those similar to the question, with a summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmrec.types import Event, Item
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The number of kinds, such as genres, and of titles in a summary.
+# Number of categories, such as genres, and of titles in a summary.
 _KINDS, _BEST = 5, 3
 _PARTS = re.compile(r"\s*[|,>/]\s*")
 
@@ -38,7 +38,7 @@ class ItemVectors:
         self._items, self._embed = items, embed
 
     def of(self, items: Sequence[str]) -> NDArray[np.float32]:
-        """Return the vectors of some items, shape (n, d)."""
+        """Return the vectors of items, shape (n, d)."""
         return self._table[[self._place[item] for item in items]]
 
     @cached_property
@@ -52,7 +52,7 @@ class ItemVectors:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The shown part of a history.
+    """The part of a history that is shown in a prompt.
 
     Attributes:
         events: Interactions, oldest first.
@@ -63,12 +63,12 @@ class Shown:
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return a request's context, with the summary as the user's profile unless it has one."""
+        """Return the context of a request, with the summary as the user's profile unless it has a profile."""
         return {"profile": self.summary, **given} if self.summary else given
 
 
 class HistorySelector:
-    """Selects the shown interactions of a history.
+    """Selects which interactions of a history are shown in a prompt.
 
     Args:
         section: ``history`` is the number of shown interactions, ``past`` the rule.
@@ -102,7 +102,7 @@ class HistorySelector:
                 )
 
     def show(self, events: Sequence[Event], about: Sequence[str] = ()) -> Shown:
-        """Return the shown part of a history.
+        """Return the part of a history to show.
 
         Args:
             events: The whole history, oldest first.
@@ -115,7 +115,7 @@ class HistorySelector:
         return Shown(self._relevant(events, about))
 
     def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
-        """Keep the latest interaction and those most similar to an item of the question; ties by recency."""
+        """Select the latest interaction and those most similar to an item of the question; ties by recency."""
         assert self._vectors is not None
         past = self._vectors.of([event.item_id for event in events[:-1]])
         query = self._vectors.of(list(about) or [events[-1].item_id])
@@ -124,11 +124,11 @@ class HistorySelector:
         return (*(events[place] for place in sorted(order.tolist())), events[-1])
 
     def _summary(self, events: Sequence[Event]) -> str:
-        """Summarise the number of interactions, their kinds, their ratings and the best-rated items."""
+        """Summarise the number of interactions, the categories, the ratings and the best-rated items."""
         items = [self._dataset.items[event.item_id] for event in events]
         kinds: Counter[str] = Counter()
         for item in items:
-            # The first nonempty field is the kind: genres, a category, a brand.
+            # The first non-empty field is the category: genres, a category or a brand.
             message = next((text for text in item.fields.values() if text), "")
             kinds.update(list(dict.fromkeys(part for part in _PARTS.split(message) if part)))
         parts = [f"{len(events)} earlier {self._dataset.noun}"]

@@ -1,4 +1,4 @@
-"""The training shares of tasks, and one stream of training examples from several tasks."""
+"""Mixes the training examples of several tasks according to their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def shares(weights: Mapping[str, float], size: Callable[[str], int], section: TrainSection) -> dict[str, float]:
-    """Return the relative training share of each family.
+    """Return the relative training share of each task.
 
     With sizes n, ``proportional`` gives min(n, limit) and ``temperature`` its power of 1 / T, as T5 mixes its tasks
     (Raffel et al., arXiv 1910.10683, section 3.5.2). At T = 1 the two are the same, and with growing T the shares
@@ -46,7 +46,7 @@ def interleave(
     seed: int,
     size: Callable[[T], int] | None = None,
 ) -> Iterator[tuple[str, T]]:
-    """Interleave streams of examples so that their shares follow the weights; yields each with its stream's name.
+    """Interleave streams of examples so that their shares follow the weights; also yields the name of the stream.
 
     The next row comes from the stream that is furthest below its share so far. This is deterministic, and after any
     number of rows each stream is within one row of its share.
@@ -81,6 +81,6 @@ def _interleave(
             row = next(streams[name])
         except StopIteration:
             return
-        # A stream whose rows have size 0 would be chosen forever.
+        # A stream of empty examples would be chosen forever.
         served[name] += max(1, size(row)) if size else 1
         yield name, row

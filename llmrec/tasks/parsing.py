@@ -1,4 +1,4 @@
-"""Parses answers from free text. Pure functions that return a value or None for any text."""
+"""Parses answers from generated text; no function raises an error for any text."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from llmrec.prompts.words import Words, english
 
 _LONGEST = 20_000
 _ALNUM = r"[^\W_]"
-# A label next to a letter of these scripts (no spaces between words, or attached particles) is still a label.
+# In these scripts (no spaces between words, or attached particles), a label next to a letter is still a label.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _JOINED = rf"[^\W_{_UNSPACED}]"
 _NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
 _ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
-# The required similarity of a misspelt title, and the minimum length of both.
+# The minimum similarity to match a misspelt title, and the minimum length of both.
 _FUZZY, _FUZZY_LEAST = 0.9, 6
 _NUMERAL = re.compile(r"\b(?:\d+|[ivx]+)\b")
 
 
 def read_line(text: str) -> Iterator[str]:
-    """Yield the first nonempty line, and the same without a leading list mark."""
+    """Yield the first non-empty line, and the same line without a list mark."""
     line = next((line for line in text[:_LONGEST].splitlines() if line.strip()), "")
     if line:
         yield title_key(line)
@@ -62,7 +62,7 @@ def _star_run(text: str) -> int:
 
 
 def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words: Words | None = None) -> list[int]:
-    """Parse an ordered list of candidates from free text.
+    """Parse an ordered list of candidates from generated text.
 
     Labels and titles are equivalent, the first mention of a candidate counts, and other text is ignored.
 
@@ -104,7 +104,7 @@ def _json_entries(text: str) -> list[str]:
 
 
 class _Reader:
-    """Finds the labels and titles of one request in a line."""
+    """Finds candidate labels and titles in a line of an answer."""
 
     def __init__(self, labels: Sequence[str], titles: Sequence[str], words: Words) -> None:
         self._words = words
@@ -113,7 +113,7 @@ class _Reader:
         self._titles: dict[str, int] = {}
         for index, title in enumerate(titles):
             key = title_key(title)
-            # A one-letter title would be mistaken for a label, and so would "1984" if labels are numbers.
+            # A title of one letter could be mistaken for a label, as could "1984" if labels are numbers.
             if len(key) > 1 and not (self._numeric and key.isdecimal()):
                 self._titles.setdefault(key, index)
         one = r"\d{1,4}" if self._numeric else "[A-Za-z]"
@@ -127,7 +127,7 @@ class _Reader:
         )
 
     def line(self, line: str) -> list[int]:
-        """Return the candidate indices that a line mentions, in order."""
+        """Return the indices of the candidates that a line mentions, in order."""
         line = UNSEEN.sub("", unicodedata.normalize("NFKC", line))
         key = title_key(line)
         if key in self._titles:
@@ -151,17 +151,17 @@ class _Reader:
         return str(int(label)) if label.isdecimal() else label.upper()
 
     def _entry(self, line: str) -> int:
-        """Return where an entry begins after its bullet or number, 0 if it has none."""
+        """Return the index where a list entry begins after its bullet or number; 0 if it has none."""
         mark = _ENTRY.match(line)
         if mark is None:
             return 0
-        # With numbers as labels, "7. Title" is candidate 7, unless another label follows: "1. 07) Title".
+        # If labels are numbers, "7. Title" is candidate 7, unless a label follows: "1. 07) Title".
         if self._numeric and any(c.isdigit() for c in mark.group()) and not self._label.match(line, mark.end()):
             return 0
         return mark.end()
 
     def _alike(self, line: str) -> list[int]:
-        """Return the only title that a line misspells, as LLMRank (Hou et al., ECIR 2024) parses lists.
+        """Match a misspelt title if it is the only similar one, as LLMRank does (Hou et al., ECIR 2024).
 
         Numbers must be equal, in digits or Roman numerals: the second part of a series is not a misspelling of the
         first. A line equally similar to two titles is neither.
@@ -173,7 +173,7 @@ class _Reader:
         matcher = SequenceMatcher(None, autojunk=False)
         matcher.set_seq2(key)
         for title, place in self._titles.items():
-            # The lengths bound the ratio.
+            # The lengths give an upper bound of the similarity.
             if 2 * min(len(key), len(title)) < _FUZZY * (len(key) + len(title)) or len(title) < _FUZZY_LEAST:
                 continue
             matcher.set_seq1(title)
@@ -184,10 +184,10 @@ class _Reader:
         return best if len(best) == 1 else []
 
     def _title_spans(self, line: str) -> list[tuple[int, int, int]]:
-        """Return (start, end, index) of the titles in a line; a longer title hides a shorter one inside it."""
+        """Return (start, end, index) of the titles in a line; a title inside a longer title does not count."""
         words = _words(line)
         text = " " + "".join(f"{word} " for word, _, _ in words)
-        # Where each word begins in `text`, to map a match back to its position in the line.
+        # Start of each word in `text`, to map a match back to the line.
         offsets, offset = {}, 0
         for index, (word, _, _) in enumerate(words):
             offsets[offset] = index
@@ -220,7 +220,7 @@ class _Reader:
         for match in result:
             place = self._labels.get(self._label_key(match.group(1)))
             after = hidden[match.end() :]
-            # A label before another candidate's title is the answer's own numbering: the title counts.
+            # A label before the title of another candidate is a list number: the title counts.
             if place is not None and not self._is_word(match.group(1), after, match["mark"]):
                 numbering = match["mark"] or after.lstrip().startswith("(")
                 if numbering and re.match(r"[\W_]*\0", after):
@@ -229,7 +229,7 @@ class _Reader:
         return marks
 
     def _is_word(self, label: str, after: str, mark: str | None) -> bool:
-        """Whether a label such as A or I is the word of the language: other words follow it."""
+        """Whether a label such as A or I is an ordinary word here, because other words follow it."""
         if label not in self._words.words_alone or mark:
             return False
         word = re.match(rf"\s+({_ALNUM}{{2,}})", after)
@@ -237,7 +237,7 @@ class _Reader:
 
 
 def _words(line: str) -> list[tuple[str, int, int]]:
-    """Split a line into the words of its title key, each with its (start, end) in the line."""
+    """Split a line into normalised words, each with its (start, end) in the line."""
     words: list[tuple[str, int, int]] = []
     start = None
     for index, character in enumerate(line + " "):

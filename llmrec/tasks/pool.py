@@ -1,4 +1,4 @@
-"""Negative and rejected items, and pools of a few fixed examples (TALLRec, section 4)."""
+"""Negative and rejected items, and fixed sets of a few training examples (TALLRec, section 4)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llmrec.tasks.base import keyed
 from llmrec.tasks.task import EventLists, Task
 from llmrec.types import Event, Example
 
-# Consecutive duplicate examples after which a stream counts as exhausted.
+# Number of consecutive duplicate examples after which a stream counts as exhausted.
 _PATIENCE = 2000
 
 
 @runtime_checkable
 class Classed(Protocol):
-    """A task whose examples have classes that a pool balances."""
+    """A task whose examples have classes that are balanced in a small training set."""
 
     kinds: tuple[str, ...]
 
@@ -59,7 +59,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         seen.add(key)
         kind = task.kind(example) if isinstance(task, Classed) else ""
         if kinds and taken[kind] >= room[kind]:
-            # An example of a full class may have to replace one of a class with too few.
+            # An example of a full class may be replaced later by one of a class with too few.
             spare[place] = example
             continue
         taken[kind] += 1
@@ -80,7 +80,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
 
 
 def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Example]:
-    """Yield a task's training examples endlessly: its stream, or a pool of ``count``, reshuffled in every pass."""
+    """Yield training examples endlessly: a task's stream, or ``count`` fixed examples, reshuffled in every pass."""
     if count is None:
         yield from task.examples("train")
         return
@@ -92,7 +92,7 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
 
 
 class Negatives:
-    """Draws items without a training interaction of a user.
+    """Draws items that a user has no training interaction with.
 
     Held-out items are drawn like all others, as in serving. Otherwise the item that is never a negative of a user would
     be the answer.
@@ -157,7 +157,7 @@ class Negatives:
 
 @dataclass(frozen=True)
 class Rejecting:
-    """Draws the rejected items of training interactions (``train.preference.rejected``), from training data only.
+    """Draws rejected items for training interactions (``train.preference.rejected``), from training data only.
 
     Attributes:
         family: The task family.
@@ -175,7 +175,7 @@ class Rejecting:
 
     @cached_property
     def users(self) -> list[str]:
-        """Users with at least one interaction that has a rejected item.
+        """Users who have a training interaction with a rejected item.
 
         Raises:
             DataError: If there is none.
@@ -197,17 +197,17 @@ class Rejecting:
         return results
 
     def pair(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the index of an interaction of one of the `users`, and its rejected items."""
+        """Return the index of a training interaction of one of the `users`, and its rejected items."""
         count = self.section.negatives
         if self.lists is not None or self.section.rejected == "ratings":
             at, items = rng.choice(self.lists.of(user) if self.lists is not None else list(self._lower(user)))
             return at, tuple(rng.sample(items, count))
-        # The first interaction has no history.
+        # the first interaction has no history
         at = rng.randrange(min(1, len(self.events[user]) - 1), len(self.events[user]))
         return at, tuple(self.negatives.draw(user, count, rng))
 
     def _lower(self, user: str) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Yield indices, and items that the user chose later and rated lower, if there are enough."""
+        """Yield indices of interactions, with items that the user chose later and rated lower, if there are enough."""
         events = self.events[user]
         for at in range(min(1, len(events) - 1), len(events)):
             rating, known = events[at].rating, {event.item_id for event in events[: at + 1]}
@@ -227,7 +227,7 @@ def shuffled(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
 def with_other_texts(
     event: Event, events: Mapping[str, tuple[Event, ...]], text: Callable[[Event], str], size: int, rng: random.Random
 ) -> list[Event]:
-    """Return an interaction, followed by the same with texts of other training interactions, at most ``size`` in total.
+    """Return an interaction, followed by copies with texts of other training interactions, at most ``size`` in total.
 
     Args:
         event: The interaction of the true text.

@@ -1,4 +1,4 @@
-"""Rating prediction: the rating of a user for an item."""
+"""Rating prediction: which rating will a user give to an item?"""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _MOST_LABELS = 101
 
 
 class RatingTask(Task):
-    """The rating family.
+    """The rating prediction task.
 
     A list template has one user's ratings in order; the history is part of the answer, so that one training example
     teaches a rating at every position. A chat template shows the history and asks for the rating of one item.
@@ -93,7 +93,7 @@ class RatingTask(Task):
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
-        """The training templates."""
+        """The templates used in training."""
         return tuple(self._chosen.train)
 
     @property
@@ -102,7 +102,7 @@ class RatingTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`."""
+        """Yield training or validation examples; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for case in self.cases("valid")[:limit]:
@@ -125,14 +125,14 @@ class RatingTask(Task):
 
     @property
     def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that other families can share that prefix.
+        """Whether a template asks its question after the history, so that tasks can share the history.
 
         A history that is selected for the question, or summarised, cannot be shared.
         """
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training example in a pass, which begins with the history that all families share in it.
+        """Return a user's training example in one pass; all tasks share the history at its beginning.
 
         None if the user has no ratings.
         """
@@ -145,7 +145,7 @@ class RatingTask(Task):
         return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out ratings, at most ``per_user`` of each user."""
+        """Return the held-out ratings, at most ``per_user`` per user."""
         known = [held for held in held_out(self._data, split) if held.rating is not None]
 
         def case(held: Interaction) -> Case:
@@ -170,14 +170,14 @@ class RatingTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples, and the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request, rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the scale's labels, lowest first."""
+        """Return the labels of the rating scale, lowest first."""
         return self.scale.labels
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
@@ -186,13 +186,13 @@ class RatingTask(Task):
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 for the true rating, decreasing linearly to 0 at the width of the scale."""
+        """Return 1 for the true rating, decreasing linearly to 0 at a difference of the whole scale."""
         if not isinstance(answer, Rating):
             return 0.0
         return self.scale.nearness(answer.value, float(case.truth))
 
     def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows; see `Task`."""
+        """Describe what a prompt contains; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -210,7 +210,7 @@ class RatingTask(Task):
         return tuple(name for name in strategies if (name == "head") == tuned)
 
     def scored_by(self, template: Template) -> str:
-        """Return the strategy that predicts the mean over the labels."""
+        """Return the strategy that predicts the mean over the rating labels."""
         return "expected"
 
     @property
@@ -223,7 +223,7 @@ class RatingTask(Task):
     def _train_events(
         self, template: Template, user: str, rng: random.Random
     ) -> tuple[tuple[Event, ...], Mapping[str, str]]:
-        """Return the interactions of an example, the target last, and a summary of earlier ones."""
+        """Return the interactions of an example, the target last, and a summary of earlier interactions."""
         events = self._events[user]
         if template.shape == "list":
             return window(events, self._section.window, rng), {}
@@ -274,7 +274,7 @@ class RatingTask(Task):
         return values | {"rating": self.scale.label(event.rating)}
 
     def _with_stars(self, row: str, values: Values, event: Event, words: Words) -> tuple[Values, Values]:
-        """Return question and answer of a yes/no example on a rating: the true one or, equally often, another."""
+        """Return question and answer of a yes/no example about a rating: the true rating or, equally often, another."""
         assert event.rating is not None
         rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
         others = [label for label in self.scale.labels if label != true]
@@ -284,7 +284,7 @@ class RatingTask(Task):
 
 
 def learned_only(template: Template) -> bool:
-    """Whether a template is a yes/no question on a number of stars, which P5 trains on and does not evaluate."""
+    """Whether a template is a yes/no question about a number of stars, which P5 trains but does not evaluate."""
     return "answer" in template.names("target")
 
 
@@ -299,7 +299,7 @@ def _refuse_learned(template: Template) -> None:
         )
 
 
-# --------------------------------------------------------------------------- the scale
+# --------------------------------------------------------------------------- rating scale
 
 
 @dataclass(frozen=True)
@@ -311,32 +311,32 @@ class Scale:
 
     @property
     def low(self) -> float:
-        """The worst rating."""
+        """The lowest rating of the scale."""
         return self.values[0]
 
     @property
     def high(self) -> float:
-        """The best rating."""
+        """The highest rating of the scale."""
         return self.values[-1]
 
     def nearness(self, rating: float, truth: float) -> float:
-        """Return 1 for the true rating, decreasing linearly to 0 at the width of the scale."""
+        """Return 1 for the true rating, decreasing linearly to 0 at a difference of the whole scale."""
         return max(0.0, 1.0 - abs(rating - truth) / ((self.high - self.low) or 1.0))
 
     def misrated(self, event: Event, size: int, rng: random.Random) -> list[Event]:
-        """Return a rated interaction, followed by it with other ratings in random order, at most ``size`` in total."""
+        """Return a rated interaction, followed by copies with other ratings in random order, at most ``size``."""
         true = self.label(event.rating or 0.0)
         others = [value for value, label in zip(self.values, self.labels, strict=True) if label != true]
         return [event, *(replace(event, rating=value) for value in rng.sample(others, min(size - 1, len(others))))]
 
     def label(self, rating: float) -> str:
-        """Return the nearest label of a rating, the lower one of two."""
+        """Return the label nearest to a rating; the lower one of two."""
         place = min(range(len(self.values)), key=lambda i: (abs(self.values[i] - rating), i))
         return self.labels[place]
 
 
 def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
-    """Return the data's scale, in whole or half points.
+    """Derive the rating scale from the data, in whole or half points.
 
     Half points are written ``4.0`` and ``4.5``, so that no label is a prefix of another.
 
@@ -371,7 +371,7 @@ def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
 
 
 def expected(values: Sequence[float], logprobs: Sequence[float]) -> float:
-    """Return the mean of ``values`` under softmax(``logprobs``).
+    """Return the mean of ``values`` weighted by softmax(``logprobs``).
 
     Raises:
         ValueError: If the lengths differ or there are none.

@@ -1,4 +1,4 @@
-"""Review: the headline or the rating of a user's review of an item (P5, RecSys 2022, appendix D).
+"""Reviews: predict the headline or the rating of a review (P5, RecSys 2022, appendix D).
 
 The question shows the review and no history. One task serves two families, whose templates write ``{{ headline }}``
 (family ``review``) or ``{{ rating }}`` (family ``stars``). A headline replaces an interaction's text: see
@@ -60,7 +60,7 @@ Target = Literal["headline", "rating"]
 
 
 class ReviewTask(Task):
-    """The families ``review`` and ``stars``: a review, and its headline or rating."""
+    """The tasks ``review`` and ``stars``: predict the headline or the rating from the text of a review."""
 
     family: str
 
@@ -99,7 +99,7 @@ class ReviewTask(Task):
 
     @property
     def scale(self) -> Scale:
-        """The rating scale.
+        """The rating scale of the data.
 
         Raises:
             RecipeError: For headlines.
@@ -118,7 +118,7 @@ class ReviewTask(Task):
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`."""
+        """Yield training or validation examples; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for held in self._held("valid")[:limit]:
@@ -138,7 +138,7 @@ class ReviewTask(Task):
                 yield preferred(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out reviews with a target, each as the request's context."""
+        """Return the held-out reviews that have a headline or rating to predict, as context of requests."""
 
         def case(held: Interaction) -> Case:
             context = {"review": self._review(held.user_id, held.item_id)}
@@ -171,16 +171,16 @@ class ReviewTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples."""
+        """Draw training interactions for few-shot examples."""
         past = self._usable(request.user_id, request.history)
         return self._shots.draw(request, past, shots, self._section.history)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the scale's labels, lowest first; an empty list for headlines, which are generated."""
+        """Return the labels of the rating scale, lowest first; empty for headlines, which are generated."""
         return () if self._scale is None else self._scale.labels
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Return the headline as one clean line, or the first number on the scale; None if there is none."""
+        """Return the headline on one line, or the first number on the rating scale; None if there is none."""
         if self._scale is None:
             text = clean(completion, TEXT_LIMIT)
             return Text(request_id=request.id, text=text) if text else None
@@ -188,7 +188,7 @@ class ReviewTask(Task):
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return the F1 of shared words, or 1 minus the rating error as a share of the scale."""
+        """Return the word-overlap F1 of headlines, or 1 minus the rating error relative to the scale."""
         if isinstance(answer, Text) and self._scale is None:
             return shared_words(answer.text, str(case.truth))
         if isinstance(answer, Rating) and self._scale is not None:
@@ -196,11 +196,11 @@ class ReviewTask(Task):
         return 0.0
 
     def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows; see `Task`."""
+        """Describe what a prompt contains; see `Task`."""
         return f"text of the review{solved_examples(shots)}"
 
     def training_size(self) -> int:
-        """Return the number of training interactions with a review and its target."""
+        """Return the number of training interactions that have a review and a headline or rating."""
         if self.target == "headline":
             return counted_rows(self._data, "text")
         rated = self._data.train.filter(pl.col("rating").is_not_null())
@@ -208,12 +208,12 @@ class ReviewTask(Task):
         return sum(pair in reviews for pair in rated.select("user_id", "item_id").iter_rows())
 
     def scored_by(self, template: Template) -> str | None:
-        """Return the strategy that predicts the mean over the labels; headlines are generated."""
+        """Return the strategy that predicts the mean over rating labels; None for headlines, which are generated."""
         return "expected" if self.target == "rating" else None
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
-        """The maximum number of tokens of a headline."""
+        """Maximum number of tokens of a headline."""
         return {"max_tokens": self._section.max_tokens} if isinstance(self._section, ReviewSection) else {}
 
     # ----------------------------------------------------------------------- building blocks
@@ -225,7 +225,7 @@ class ReviewTask(Task):
         return tuple(event for event in events if self._asks(user, event))
 
     def _asks(self, user: str, event: Event | Interaction) -> bool:
-        """Whether an interaction has a review and its target."""
+        """Whether an interaction has a review and the headline or rating to predict."""
         has = event.rating is not None if self.target == "rating" else bool(text_of(event))
         return has and bool(self._review(user, event.item_id))
 
@@ -252,7 +252,7 @@ class ReviewTask(Task):
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
-    """Return the family of templates.
+    """Return the task of the templates, ``review`` or ``stars``, and what they predict.
 
     Raises:
         RecipeError: If one is a list, or their answers differ.

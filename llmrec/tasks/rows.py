@@ -1,4 +1,4 @@
-"""Training examples, questions and few-shot examples, as a list to continue or as a chat with one answer."""
+"""Builds training examples, questions and few-shot examples: a list to continue, or a chat with one answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ListLoss = Literal["softmax", "lambda"]
 
 @dataclass(frozen=True, slots=True)
 class Listwise:
-    """Listwise training: the loss over a list, its number of answers, and the temperature of their scores.
+    """Settings of listwise training: loss, number of answers per list, and temperature of their scores.
 
     With ``preference`` the loss is that of `llmrec.train.preference`, over the chosen and the rejected answers.
     """
@@ -38,7 +38,7 @@ class Listwise:
 
 
 def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:
-    """Return the values of each line of a list, including its number ``n`` from 1 and its answer."""
+    """Return the template variables of each line of a list, including its number ``n`` from 1 and its answer."""
     return [answered(values | {"n": n}, event) for n, event in enumerate(events, start=1)]
 
 
@@ -52,13 +52,13 @@ def list_row(
     *,
     first_target: int = 0,
 ) -> Example:
-    """Return a list example whose lines are targets from ``first_target`` on; earlier ones are context."""
+    """Return an example in list form whose lines are training targets from ``first_target`` on."""
     answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
     return list_example(template, row, user_id, values, answer, events)
 
 
 def solved_list(template: Template, values: Values, events: Sequence[Event], answered: Answered) -> tuple[Message, ...]:
-    """Return a list as a few-shot example with every line answered."""
+    """Return a few-shot example in list form, with every line answered."""
     return solved(template, values, list_answer(template, steps(values, events, answered), lambda _: True))
 
 
@@ -68,7 +68,7 @@ def solved_chat(template: Template, values: Values, answer: Values) -> tuple[Mes
 
 
 def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
-    """Render a list: step i is a target if ``learned(i)``, otherwise context."""
+    """Render a list in which step i is a training target if ``learned(i)`` is true."""
     answer: list[Segment] = []
     for index, values in enumerate(steps):
         lead, target = template.step(values)
@@ -78,12 +78,12 @@ def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[
 
 
 def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Return segments with all targets turned into context."""
+    """Return segments with all training targets turned into context."""
     return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
 
 
 def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
-    """Return a few-shot example: the user turn and its answered assistant turn."""
+    """Return a few-shot example: a user message and the assistant's answer."""
     segments = list(as_context(answer))
     segments[-1] = replace(segments[-1], text=segments[-1].text.rstrip("\n"))
     user = template.turns(values)[-1]
@@ -91,7 +91,7 @@ def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tup
 
 
 def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
-    """Insert few-shot examples between the system turn and the question."""
+    """Insert few-shot examples between the system message and the question."""
     return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
 
 
@@ -102,7 +102,7 @@ def list_prompt(
     asked: Values,
     shots: Sequence[tuple[Message, ...]],
 ) -> Prompt:
-    """Return a prompt for the step after the answered ``steps`` of a list; ``asked`` are the values of its lead."""
+    """Return a prompt that asks for the step after the answered ``steps`` of a list."""
     opening = template.opening(values | asked | {"n": len(steps) + 1})
     return Prompt(
         messages=with_shots(template.turns(values), shots),
@@ -114,7 +114,7 @@ def list_prompt(
 def chat_example(
     template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
 ) -> Example:
-    """Return an example with one answer; ``past`` counts as shown only if the template shows a history."""
+    """Return an example with one answer; ``past`` counts as shown only if the template contains a history."""
     shown = past if PAST & template.names("system", "user") else ()
     return Example(
         id=row,
@@ -129,13 +129,13 @@ def chat_example(
 
 
 def preferred(rows: Iterable[Example]) -> Example:
-    """Return the first of examples that differ only in their last target, with the others as rejected."""
+    """Merge examples that differ only in their last target: the first is preferred and the others are rejected."""
     first, *others = rows
     return replace(first, rejected=tuple(row.answer[-1].text for row in others))
 
 
 def against(example: Example) -> list[Example]:
-    """Return an example, followed by the same with each of its rejected texts as its last target."""
+    """Split an example into itself and copies with each of its rejected texts as the last target."""
     begin = example.answer[:-1]
     return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]
 
@@ -143,7 +143,7 @@ def against(example: Example) -> list[Example]:
 def list_example(
     template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
 ) -> Example:
-    """Return a user example: a list of interactions whose target steps are marked in ``answer``."""
+    """Return an example in list form whose target steps are marked in ``answer``."""
     return Example(
         id=row,
         user_id=user_id,

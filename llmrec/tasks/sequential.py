@@ -1,4 +1,4 @@
-"""Sequential recommendation: predict the next item of a user's history."""
+"""Sequential recommendation: predict the next item from a user's history."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from llmrec.types import (
 
 
 class SequentialTask(Task):
-    """The sequential family.
+    """The sequential recommendation task.
 
     A list template is a list to continue; the history is part of the answer, so that one training example teaches the
     next title at every position. A chat template shows the history and asks for one title.
@@ -105,11 +105,11 @@ class SequentialTask(Task):
 
     @cached_property
     def catalogue(self) -> tuple[str, ...]:
-        """All item ids, sorted: the candidates of a request without candidates."""
+        """All item ids, sorted: the candidates of a request that has none."""
         return tuple(sorted(self._data.dataset.items))
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets; see `Task`."""
+        """Yield training or validation examples; see `Task`."""
         refuse_test(split)
         if split == "valid":
             for held in held_out(self._data, "valid")[:limit]:
@@ -125,7 +125,7 @@ class SequentialTask(Task):
             yield self.example(draw)
 
     def _preferences(self, rejecting: Rejecting, limit: int | None) -> Iterator[Example]:
-        """Yield examples whose only target is the last item, preferred to others."""
+        """Yield examples whose only target is the last item, with rejected items for preference training."""
         for row, user, rng in passes(self.family, rejecting.users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
             at, rejected = rejecting.pair(user, rng)
@@ -138,7 +138,7 @@ class SequentialTask(Task):
             yield replace(example, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
-        """Yield training examples before they are rendered: ``examples("train")`` is `example` of each, in order."""
+        """Yield training examples before rendering; `example` of each gives ``examples("train")`` in the same order."""
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
@@ -150,14 +150,14 @@ class SequentialTask(Task):
 
     @property
     def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that other families can share that prefix.
+        """Whether a template asks its question after the history, so that tasks can share the history.
 
         A history that is selected for the question, or summarised, cannot be shared.
         """
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training example in a pass, which begins with the history that all families share in it.
+        """Return a user's training example in one pass; all tasks share the history at its beginning.
 
         None if the user has too few interactions.
         """
@@ -171,11 +171,11 @@ class SequentialTask(Task):
         return self._example(template, row, user, events, first_target=self._section.warm_up)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return every held-out interaction with its candidates, or without any if the whole catalogue is ranked."""
+        """Return all held-out interactions with their candidates; none if the whole catalogue is ranked."""
         return ranking_cases(self._data, split, self._candidates, self.family)
 
     def training_cases(self) -> Iterator[Case]:
-        """Yield training interactions as questions with their preceding history; see `Task`."""
+        """Yield training interactions as questions with the history before them; see `Task`."""
         for row, user, rng in passes(f"{self.family} question", list(self._events), self._seed, None):
             events = self._events[user]
             at = rng.randrange(max(1, self._section.warm_up), len(events))
@@ -204,11 +204,11 @@ class SequentialTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples, and the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
         return self._shots.draw(request, request.history, shots, self._section.history, self._past.show)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' titles or codes in stored order, or those of the `catalogue`."""
+        """Return the titles or codes of the candidates in stored order, or of the `catalogue`."""
         chosen = self._chosen.get(template)
         values = self._view.user(request.user_id, request.context)
         if chosen.shape == "chat":
@@ -218,11 +218,11 @@ class SequentialTask(Task):
         return tuple(chosen.answer(values | {"item": self._view.item(item), "n": n}) for item in items)
 
     def writes_alike(self, template: str) -> bool:
-        """Whether a template renders an item in the same way for every request."""
+        """Whether a template writes an item the same way in all requests."""
         return self._chosen.get(template).names("target") <= {"item", "noun"}
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Match the first line against titles or codes: letters and digits count, case and punctuation do not.
+        """Match the first line against titles or codes, ignoring case and punctuation.
 
         Items that share the title share the first rank.
         """
@@ -232,11 +232,11 @@ class SequentialTask(Task):
         return read_item(completion, known, request)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is not ranked."""
+        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
         return ranking_reward(answer, case)
 
     def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows; see `Task`."""
+        """Describe what a prompt contains; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -244,20 +244,20 @@ class SequentialTask(Task):
         return counted_rows(self._data)
 
     def scored_by(self, template: Template) -> str:
-        """Return the catalogue search if the whole catalogue is ranked, otherwise the likelihood of candidates."""
+        """Return beam search if the whole catalogue is ranked, otherwise likelihood scoring of the candidates."""
         return "search" if self._candidates is None else "likelihood"
 
     # ----------------------------------------------------------------------- building blocks
 
     def _check_bare(self) -> None:
-        """Check that lists of bare codes consist of item tokens, so that no code is a prefix of another.
+        """Check that codes in lists consist of item tokens, so that no code is a prefix of another.
 
         Raises:
             RecipeError: If they are ordinary text.
         """
         names = dict.fromkeys((*(t.name for t in self._chosen.train), *self._chosen.evaluate))
         bare = [name for name in names if self._chosen.get(name).bare]
-        # Requests name their candidates, so the task needs none.
+        # Requests have candidates, so the task needs no catalogue.
         some = next(iter(self._data.dataset.items), None)
         if bare and some is not None and not isinstance(self._view.item(some)["code"], Code):
             raise RecipeError(
@@ -305,7 +305,7 @@ class SequentialTask(Task):
 
 
 def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """Return items by the normalised key (letters and digits) of their ``title`` or ``code``."""
+    """Return items by their normalised ``title`` or ``code`` (letters and digits only)."""
     result: dict[str, tuple[str, ...]] = {}
     for item in items:
         key = title_key(str(view.item(item)[name]))
@@ -314,7 +314,7 @@ def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, t
 
 
 def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:
-    """Return the items whose text is the first line of a completion, all with the first rank; None if there is none."""
+    """Return the items that the first line of an answer names, all with rank 1; None if there are none."""
     for key in read_line(completion):
         if key in known:
             items = known[key]

@@ -1,4 +1,4 @@
-"""The interface of a task family's task: `TaskInputs` and `Task`.
+"""The interface of a recommendation task, `Task`, and its inputs, `TaskInputs`.
 
 The defaults suit most families; a task that derives from `Task` overrides only where it differs.
 """
@@ -26,24 +26,24 @@ Want = Literal["one", "ranking", "yes"]
 
 
 class EventLists(Protocol):
-    """Item lists for training interactions: candidates that include the interaction's item, or rejected items."""
+    """Item lists for training interactions: candidates that include the chosen item, or rejected items."""
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return indices of a user's training interactions, and a list for each."""
+        """Return indices of a user's training interactions, with an item list for each."""
         ...
 
 
 class RetrievedLists(EventLists, Protocol):
-    """Retrieved candidates of training examples."""
+    """Retrieved candidates for training examples."""
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the candidates of validation requests by id, if they include the target."""
+        """Return the retrieved candidates of validation requests by id, if they include the target."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInputs:
-    """The inputs of every task besides its section of the recipe.
+    """The inputs that every task gets in addition to its section of the recipe.
 
     Attributes:
         data: The split data of the family.
@@ -80,7 +80,7 @@ class TaskInputs:
         return None if section is None else Listwise("softmax", 1 + section.negatives, preference=section)
 
     def past(self, section: TaskSection, asking: Sequence[Template]) -> HistorySelector:
-        """Return the selection of shown interactions."""
+        """Return the selector that decides which interactions of a history are shown."""
         return HistorySelector(section, self.data.dataset, self.vectors, asking)
 
     def shots(
@@ -91,14 +91,14 @@ class TaskInputs:
         least: int = 1,
         label: Callable[[Event], Hashable] | None = None,
     ) -> ShotPool:
-        """Return the pool of few-shot examples from training interactions by user; see `ShotPool`."""
+        """Return the source of few-shot examples from training interactions; see `ShotPool`."""
         return ShotPool(
             family, events, seed=self.seed, choice=self.shot_choice, least=least, vectors=self.vectors, label=label
         )
 
 
 class Task(Protocol):
-    """One family over one data set. The same object serves training, evaluation and reward."""
+    """A recommendation task on one data set; the same object is used for training, evaluation and rewards."""
 
     family: str
     _listwise: Listwise | None = None
@@ -109,7 +109,7 @@ class Task(Protocol):
         ...
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield examples with targets.
+        """Yield training or validation examples with targets.
 
         For ``train`` this is an endless seeded stream from training interactions only: passes over the users, each
         example with a randomly drawn window and training template. For ``valid`` it is one example per held-out case,
@@ -118,11 +118,11 @@ class Task(Protocol):
         ...
 
     def cases(self, split: SplitName) -> Sequence[Case]:
-        """Return the held-out cases of a split in a seeded order that does not depend on the order of the data."""
+        """Return the cases of a split, in a seeded order that does not depend on the order of the data."""
         ...
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
-        """Render a request, with ``shots`` few-shot examples from training data before it.
+        """Render the prompt for a request, with ``shots`` few-shot examples before it.
 
         Raises:
             RecipeError: If the template has no text for the requested answer.
@@ -130,34 +130,34 @@ class Task(Protocol):
         ...
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training interactions of few-shot examples, and the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """The texts whose likelihood answers the request: one per candidate, or one per label."""
+        """Return the texts whose likelihoods answer the request: one per candidate, or one per label."""
         ...
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Parse a completion; None if it has no answer."""
+        """Parse a generated text; None if it contains no answer."""
         ...
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Score an answer in [0, 1], for preference and reinforcement training."""
+        """Return a reward in [0, 1] for an answer, for preference and reinforcement training."""
         ...
 
     def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows, for a table column."""
+        """Describe what a prompt contains, for a table column."""
         ...
 
     def training_size(self) -> int:
-        """Return the number of training interactions (or items) with a target of the family."""
+        """Return the number of training interactions (or items) from which the task can draw examples."""
         ...
 
-    # ----------------------------------------------------------------------- optional methods of families
+    # ----------------------------------------------------------------------- optional methods
 
     @property
     def catalogue(self) -> tuple[str, ...]:
-        """All item ids, sorted: the candidates of a request without candidates.
+        """All item ids, sorted: the candidates of a request that has none.
 
         Raises:
             RecipeError: If the family does not rank the catalogue.
@@ -170,20 +170,20 @@ class Task(Protocol):
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
-        """The training templates of a family that is answered by labels."""
+        """The training templates of a task that is answered by labels."""
         return ()
 
     @property
     def listwise(self) -> Listwise | None:
-        """The listwise settings of examples with `Example.rejected`; None: examples are trained on tokens."""
+        """Settings of listwise training for examples with rejected answers; None for token-level training."""
         return self._listwise
 
     def words(self, template: str) -> Words:
-        """Return the words of a template's language, for strategies that create text."""
+        """Return the words of the language of a template, for strategies that write text."""
         return english()
 
     def training_cases(self) -> Iterator[Case]:
-        """Yield training interactions as questions with their preceding history, endlessly, in seeded order.
+        """Yield training interactions as questions with the history before them, endlessly, in seeded order.
 
         Raises:
             RecipeError: If the family does not predict an item of the catalogue.
@@ -195,7 +195,7 @@ class Task(Protocol):
         )
 
     def writes_alike(self, template: str) -> bool:
-        """Whether a template renders an item identically for every request, as a catalogue search requires."""
+        """Whether a template writes an item the same way in all requests, as beam search requires."""
         return False
 
     def questions(self, count: int) -> list[Request]:
@@ -211,39 +211,39 @@ class Task(Protocol):
         )
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
-        """Return the strategies that support a template's answers, for the fine-tuned or the base model."""
+        """Return the strategies that support the answers of a template, for the fine-tuned or the base model."""
         return tuple(strategies)
 
     def scored_by(self, template: Template) -> str | None:
-        """Return the strategy that compares models without the noise of generated text; None if there is none."""
+        """Return the strategy that needs no generated text, whose results have less noise; None if there is none."""
         return None
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
-        """The options that every strategy of the family gets from its section."""
+        """Options that the task sets for all strategies."""
         return {}
 
     @property
     def baseline_options(self) -> Mapping[str, float | None]:
-        """The options that every baseline of the family gets from its section."""
+        """Options that the task sets for all baselines."""
         return {}
 
     @property
     def calibrates(self) -> bool:
-        """Whether answers are calibrated on the validation split."""
+        """Whether answers are calibrated on validation interactions."""
         return False
 
     @property
     def users_kind(self) -> str | None:
-        """The description of the evaluated users in metric signatures; None omits it."""
+        """Description of the evaluated users in metric signatures; left out if None."""
         return None
 
     @property
     def liked_from(self) -> float | None:
-        """The lowest rating that counts as liked, if ratings are also evaluated by AUC."""
+        """Lowest rating that counts as liked, if ratings are also evaluated by AUC."""
         return None
 
-    # The first of two steps (PALR, arXiv 2305.07622): a generated one-line user profile.
+    # The first step of two-step ranking (PALR, arXiv 2305.07622): a generated user profile of one line.
 
     @property
     def profile_template(self) -> Template:
@@ -264,7 +264,7 @@ class Task(Protocol):
         return 0
 
     def profile_prompt(self, request: Request) -> Prompt:
-        """Render the prompt for a user profile, which shows only the history of the request."""
+        """Render the prompt for a user profile, which shows only the history."""
         raise RecipeError(
             f"tasks.{self.family} asks for no profile; tasks.direct does",
             kind="unsupported",
@@ -277,7 +277,7 @@ class Task(Protocol):
 
 
 def only_one(family: str, want: Want) -> None:
-    """Reject requests for more than one answer.
+    """Reject a request for more than one answer.
 
     Raises:
         RecipeError: If anything else is requested.

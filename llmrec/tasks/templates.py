@@ -1,4 +1,4 @@
-"""Selects a task's training and evaluation templates: by name, by set, or those that suit the data."""
+"""Selects the templates of a task: by name, by set, or all that suit the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmrec.types import ItemCodes
 
 @dataclass(frozen=True)
 class Chosen:
-    """The templates of one task.
+    """The selected templates of a task.
 
     Attributes:
         every: All templates of the family by name.
@@ -32,16 +32,16 @@ class Chosen:
 
     @property
     def asking(self) -> tuple[Template, ...]:
-        """All templates of this task's training examples and questions."""
+        """All templates for training examples and questions of the task."""
         return (*self.train, *(self.every[name] for name in self.evaluate))
 
     @property
     def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that other families can share that prefix."""
+        """Whether a template asks its question after the history, so that tasks can share the history."""
         return any(template.shape == "chat" for template in self.train)
 
     def training(self, name: str) -> list[Template]:
-        """Return a template by name, or the trainable templates of a set for which the data has all variables.
+        """Return a template by name, or the training templates of a set for which the data has all variables.
 
         Raises:
             RecipeError: As `get`; or if no template of the set is left.
@@ -60,7 +60,7 @@ class Chosen:
         return left
 
     def lacks(self, template: Template) -> str:
-        """Return the inputs of a template that the data or the recipe lacks; empty if it can be used."""
+        """Return the variables that a template needs and the data or recipe lacks; empty if it can be used."""
         if template.writes_codes and not self.coded:
             return "shows item codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
         if template.needs and not self.reviewed:
@@ -71,12 +71,12 @@ class Chosen:
         return ""
 
     def words(self, name: str) -> Words:
-        """Return the words of a template's language; English for a template of another family."""
+        """Return the words of the language of a template; English for a template of another task."""
         result = self.every.get(name.rpartition("/")[2])
         return english() if result is None else result.words
 
     def get(self, name: str) -> Template:
-        """Return a template by its name or ``family/name``.
+        """Return a template by its name, with or without ``family/``.
 
         Raises:
             RecipeError: If there is none, with the closest name; or if it uses codes and there is no index.
@@ -98,7 +98,7 @@ class Chosen:
 
 
 def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
-    """Return the templates of a set, those unseen in training last."""
+    """Return the templates of a set; templates not used in training are last."""
     return [template for template in templates.values() if name in template.sets]
 
 
@@ -110,7 +110,7 @@ def choose(
     *,
     reviews: bool = False,
 ) -> Chosen:
-    """Select the section's templates; by default, with an index, those that use codes, if any.
+    """Select the templates of a recipe section; by default, with an item index, templates with item codes.
 
     Of these, templates that also show titles are used only if named or without alternatives. A list of bare codes is
     used only if named, since it supports only codes of item tokens. ``reviews`` enables templates that show reviews.

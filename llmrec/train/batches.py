@@ -1,4 +1,4 @@
-"""Groups training examples into optimiser steps of about equal cost; those of a rating head have classes as targets.
+"""Groups training examples into optimiser steps of about equal cost, and builds their labels.
 
 The class of a target takes the position of its first token; the target's other tokens have no loss. Planning, counting,
 packing and resuming are therefore the same as for token targets. The rating head reads the hidden state before each
@@ -25,17 +25,16 @@ from llmrec.types import Example
 if TYPE_CHECKING:
     import torch
 
-# ----------------------------------------------------------------------------
-# Training examples of encoder-decoders: the encoder reads the text before a target, the decoder learns the target.
+# Training examples of encoder-decoders: the encoder reads the text before a target, the decoder predicts the target.
 #
-# An example is a `TokenRow` whose labels are one span at its end. The tokens before it are the source. They are the
-# same tokens as in evaluation, since the prompt of a request and the beginning of an example are tokenised in the same
-# pieces. The labels are the target of a search: the answer with its closing tokens. Examples are therefore planned,
-# counted and grouped into steps like those of any other model.
+# An example is a `TokenRow` whose labels are one span at its end. The tokens before it are the source, with the same
+# tokens as in evaluation, since the prompt of a request and the beginning of an example are tokenised in the same
+# pieces. The labels are the answer with its closing tokens, as in a search. Examples can therefore be planned,
+# counted and grouped into steps like those of decoder-only models.
 
 
 def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow]:
-    """Return a row for each target of an example that fits ``limit`` tokens.
+    """Return an encoder-decoder example for each target of an example that fits ``limit`` tokens.
 
     A list of n targets gives n rows, each with everything before its target as the source, as teacher forcing in a
     decoder gives n predictions (TIGER, NeurIPS 2023, section 3.2, trains on such pairs).
@@ -55,7 +54,7 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow
 
 
 def cut(row: TokenRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return a row's source and target."""
+    """Split a tokenised example into source and target."""
     return row.ids[: -row.targets], row.labels[-row.targets :]
 
 
@@ -70,7 +69,7 @@ def paired_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int
     }
 
 
-# Number of rows sorted by length together: more means less padding, fewer means better mixed steps.
+# Number of examples to sort by length together: more means less padding, fewer means better mixed steps.
 _BUFFER_STEPS = 8
 
 
@@ -85,7 +84,7 @@ def plan(
     lists: int | None = None,
     behind: int = 0,
 ) -> Steps:
-    """Group rows into steps of at most ``batch_tokens`` padded tokens, in seeded order.
+    """Group tokenised examples into steps of at most ``batch_tokens`` padded tokens, in seeded order.
 
     Args:
         rows: Training examples, drawn as needed.
@@ -112,7 +111,7 @@ def plan(
             if lists is None:
                 held += len(group[0].ids) + behind
             else:
-                # Tokens shared by the rows of a list are computed once.
+                # Tokens shared by the examples of a list are computed once.
                 packed.append(one_bin(group))
                 held += packed[-1].columns
         if not buffer:
@@ -142,7 +141,7 @@ def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
 
 
 def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Split rows into parts of at most ``limit`` tokens, padding included, and return the row numbers of each part.
+    """Split examples into parts of at most ``limit`` padded tokens, and return the indices of each part.
 
     A longer row is a separate part. None: one part.
     """
@@ -153,13 +152,13 @@ def parted(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
 
 
 def micro_steps(step: Step, limit: int | None) -> list[Step]:
-    """Split a step into parts as `parted` does with rows."""
+    """Split a step into parts of at most ``limit`` padded tokens; see `parted`."""
     parts = parted([item.columns for item in step.bins] or [len(row.ids) for row in step.rows], limit)
     return [step] if len(parts) == 1 else [step.part(numbers) for numbers in parts]
 
 
 def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
-    """Split ascending lengths into spans of at most ``batch_tokens`` padded tokens."""
+    """Split ascending lengths into (start, end) ranges of at most ``batch_tokens`` padded tokens."""
     spans, start = [], 0
     for n, length in enumerate(lengths):
         if n > start and (n + 1 - start) * length > batch_tokens:
@@ -169,7 +168,7 @@ def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
 
 
 def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = False) -> TokenRow | None:
-    """Encode an example and truncate it to ``limit`` tokens; None if no target is left.
+    """Tokenise an example and truncate it to ``limit`` tokens; None if no target is left.
 
     The remaining targets see the same context as before. With ``lines`` a list example also records where its lines
     begin.
@@ -182,7 +181,7 @@ def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = Fal
 
 
 def _lines(example: Example, encoder: Encoder, length: int) -> list[int]:
-    """Return the first token of each line of a list example; pieces of line breaks belong to the preceding line."""
+    """Return the index of the first token of each line in a list example."""
     if example.ends_turn:
         return []
     texts = pieces(example.answer)
@@ -193,7 +192,7 @@ def _lines(example: Example, encoder: Encoder, length: int) -> list[int]:
 
 
 def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Right-pad ids and labels to the longest row."""
+    """Pad token ids and labels on the right to the length of the longest example."""
     longest = max(len(row.ids) for row in rows)
     ids = [[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]
     labels = [[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows]
@@ -201,7 +200,7 @@ def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[li
 
 
 def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
-    """Return the inputs of `llmrec.train.loss.rows_loss` for this model, as lists of equal length."""
+    """Return the inputs of `llmrec.train.loss.rows_loss` for this model, as padded lists."""
     weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
     if is_paired(model.config):
         return paired_inputs(rows, pad) | weighted
@@ -211,14 +210,14 @@ def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict
 
 @dataclass(frozen=True)
 class Classes:
-    """Maps each target of a training example to its value on the rating scale."""
+    """Maps each target of a training example to its value on the rating scale, for rating heads."""
 
     encoder: Encoder
     scale: Scale
     _texts: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     def row(self, row: TokenRow) -> TokenRow | None:
-        """Return the row with indices on the scale as labels; None if it has no target left.
+        """Replace the labels of an example by indices on the rating scale; None if no target is left.
 
         A truncated target that could be a different value, such as the 1 of a 10, has no loss.
         """
@@ -231,7 +230,7 @@ class Classes:
         return made if made.targets else None
 
     def counts(self, rows: Iterable[TokenRow]) -> list[int]:
-        """Return the frequency of each value as a target of rows from `row`, lowest first."""
+        """Return how often each value of the rating scale is a target, lowest value first."""
         result = [0] * len(self.scale.values)
         for row in rows:
             for label in row.labels:
@@ -240,7 +239,7 @@ class Classes:
         return result
 
     def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
-        """Return the index of a target's tokens on the scale; None if they are not a value or may be truncated."""
+        """Return the index of a target on the rating scale; None if it is not a value or may be truncated."""
         if run not in self._texts:
             self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
         text = self._texts[run]
@@ -256,7 +255,7 @@ class Classes:
 
 @dataclass(slots=True)
 class Labels:
-    """Maps each target of a training example to its label, which the first token of an answer identifies.
+    """Maps each target of a training example to a label, which the first token of the answer identifies.
 
     Labels are numbered in the order of addition: first those that a family declares, then those of examples.
 
@@ -276,7 +275,7 @@ class Labels:
     _open: bool = False
 
     def row(self, row: TokenRow) -> TokenRow | None:
-        """Return the row with label numbers where targets begin and no other loss; unchanged if not ``tied``.
+        """Replace the labels of an example by label numbers at the start of each target; unchanged if not ``tied``.
 
         None if no target is left: once labels are ``closed``, other answers have no loss.
 
@@ -295,7 +294,7 @@ class Labels:
         return made if made.targets else None
 
     def add(self, answer: tuple[int, ...]) -> bool:
-        """Add the tokens of an answer as a label, and return whether answers are labels.
+        """Add the tokens of an answer as a label, and return whether all answers are labels so far.
 
         Raises:
             RecipeError: If they must be labels, and this one is more than one token or exceeds the limit.
@@ -315,7 +314,7 @@ class Labels:
         return not self._open
 
     def _read(self, answer: tuple[int, ...]) -> str:
-        """Add the label of an answer, or return why it is not one."""
+        """Add an answer as a label, or return why it cannot be one."""
         rest = [token for token in answer[1:] if token != self.encoder.end_id]
         if self.encoder.tokenizer.decode(rest).strip():
             return f"the answer {self.encoder.tokenizer.decode(list(answer))!r} is more than one token"
@@ -327,7 +326,7 @@ class Labels:
 
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the spans of labels: one for each target, since every target of a list follows an item."""
+    """Return the (start, end) range of each target, given labels; targets never touch, since an item precedes each."""
     results: list[tuple[int, int]] = []
     for index, label in enumerate(labels):
         if label == IGNORED:

@@ -1,4 +1,4 @@
-"""Verified checkpoints: a manifest seals each complete one, and training resumes only from one that matches it.
+"""Verified checkpoints: each has a manifest with checksums, and training resumes only from one that matches it.
 
 The Trainer writes a checkpoint file by file under its final name, so the newest folder after a kill may be incomplete.
 """
@@ -23,7 +23,7 @@ from llmrec.train.world import World
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-# What the Trainer resumes from in addition to the weights: torch loads these files, and no others of a checkpoint.
+# Files from which the Trainer resumes in addition to the weights; torch loads no other files of a checkpoint.
 _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "optimizer.bin", "pytorch_model_fsdp.bin")
 OF_FSDP = "pytorch_model_fsdp.bin"
 """The file of the Trainer's checkpoints that only FSDP writes."""
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class OnSave(TrainerCallback):  # type: ignore[misc]
-    """Completes each saved checkpoint: writes further files into it and seals it after the last one.
+    """Adds files to each saved checkpoint, and writes its checksum manifest last.
 
     Args:
         works: Functions called with the checkpoint's folder, in order.
@@ -59,7 +59,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
         self._since = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make the trainer save if it is due by the clock of the first process."""
+        """Save a checkpoint if the time since the last one has passed, by the clock of the first process."""
         if self._minutes is not None and state.global_step % self._every == 0:
             control.should_save |= bool(self._world.agree(time.monotonic() - self._since >= 60 * self._minutes))
 
@@ -73,7 +73,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints that the Trainer saved, newest first; other files in the folder are ignored.
+    """Return the checkpoints saved by the Trainer, newest first.
 
     Raises:
         LlmrecError: If one is a link, through which the Trainer would write.
@@ -86,7 +86,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def steps_of(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, newest first. Raises as `checkpoints`."""
+    """Return the step numbers of the checkpoints in a folder, newest first; errors as in `checkpoints`."""
     return [_step(path) for path in checkpoints(folder)]
 
 
@@ -95,7 +95,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def keep_newest(count: int, checkpoint: Path) -> None:
-    """Remove all but the newest checkpoints, after one was sealed.
+    """Remove all but the newest checkpoints, after a new one is complete.
 
     The Trainer's own limit would remove every folder whose name begins like that of a checkpoint.
     """
@@ -104,7 +104,7 @@ def keep_newest(count: int, checkpoint: Path) -> None:
 
 
 def _unloadable(checkpoint: Path) -> str:
-    """Return the file of a checkpoint that torch would refuse to load, without running any code in it; empty if none.
+    """Return the first file of a checkpoint that torch would refuse to load; empty if there is none.
 
     A sealed folder may still contain pickled objects. The Trainer refuses them too, by ending the run.
     """
@@ -119,7 +119,7 @@ def _unloadable(checkpoint: Path) -> str:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies and can be loaded, and remove newer ones and those that do not verify.
+    """Return the newest checkpoint that is valid, and remove newer and invalid ones.
 
     Raises:
         LlmrecError: If one is a link.

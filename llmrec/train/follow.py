@@ -28,12 +28,11 @@ from llmrec.train.world import World, through
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-# ----------------------------------------------------------------------------
-# The best adapter so far by a validation metric, and early stopping.
+# Early stopping: keeps the adapter with the best validation metric so far.
 
 
 class Best:
-    """Keeps the adapter of the best validation so far, and the best at each checkpoint that can be resumed.
+    """Keeps the adapter of the best validation so far, also for each checkpoint that can be resumed.
 
     A validation that is repeated after a kill may give a different value, since sums on a GPU are not deterministic. So
     the best adapter at a checkpoint is kept even if a later one is better.
@@ -47,7 +46,7 @@ class Best:
         save: Callable[[Any, Path], None],
         checkpoints: Path,
     ) -> None:
-        """Create the record of validations.
+        """Prepare to record validations.
 
         Args:
             folder: The folder of the adapters, each in a folder named by its step.
@@ -58,17 +57,17 @@ class Best:
         """
         self._folder, self._patience, self._measure, self._save = folder, patience, measure, save
         self._checkpoints = checkpoints
-        # Step and metric of each validation that was the best so far.
+        # Step and metric of each validation that was the best at its time.
         self._found: list[tuple[int, float]] = []
         self._since = 0
 
     @property
     def step(self) -> int:
-        """The step of the best validation."""
+        """Step of the best validation."""
         return self._found[-1][0] if self._found else 0
 
     def resume(self, looks: Iterable[tuple[int, float]]) -> None:
-        """Read the validations of a killed run up to the checkpoint; the best adapter among them must exist."""
+        """Read the validations of an interrupted run up to the checkpoint; the best adapter among them must exist."""
         self._found, self._since = [], 0
         for step, value in looks:
             self._count(step, value)
@@ -87,7 +86,7 @@ class Best:
         return value
 
     def saved(self, checkpoint: Path) -> None:
-        """Remove adapters that are no longer needed, after a checkpoint was sealed and old ones were removed."""
+        """Remove adapters that are no longer needed, after a new checkpoint is complete."""
         self._tidy()
 
     @property
@@ -120,7 +119,7 @@ class Best:
         return better
 
     def _tidy(self) -> None:
-        """Remove adapters that no existing checkpoint needs, and files that a kill left incomplete."""
+        """Remove adapters that no checkpoint needs, and incomplete files of an interrupted run."""
         steps = [step for step, _ in self._found]
         needed = {next((step for step in reversed(steps) if step <= at), 0) for at in steps_of(self._checkpoints)}
         kept = {str(step) for step in {*needed, self.step}} if steps else set()
@@ -131,7 +130,7 @@ class Best:
 
 
 class Follow(TrainerCallback):  # type: ignore[misc]
-    """Shows progress, measures speed, tracks validation losses, and writes one JSON line per step."""
+    """Shows progress, measures speed, computes validation losses, and writes one JSON line per step."""
 
     def __init__(
         self,
@@ -148,17 +147,17 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         world: World,
     ) -> None:
         self._world = world
-        # With sharded weights, no process can call the model alone.
+        # With sharded weights, a single process cannot run the model.
         self.everybody = False
-        # Log fields of a step that creates its own rows.
+        # Log fields of steps whose examples are generated during training.
         self.told: Callable[[], Mapping[str, float]] = dict
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self._best = best
         self.records: list[dict[str, Any]] = []
-        # Norm of the last step's gradient.
+        # Gradient norm of the last step.
         self._norm: float | None = None
-        # Seconds of killed invocations up to the checkpoint of this one.
+        # Seconds of earlier, interrupted calls up to the checkpoint from which this call resumed.
         self.before = 0.0
         self._begin = time.monotonic()
         self._spent = 0.0
@@ -168,7 +167,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._bar = Bar("train", steps, unit="steps", quiet=self._quiet)
 
     def open(self, *, resumed: bool) -> None:
-        """Start a new log, or read that of a resumed run."""
+        """Start a new log, or read the log of a resumed run."""
         if resumed and self._file.is_file():
             self.records = [
                 record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
@@ -177,7 +176,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             write_text(self._file, "")
 
     def speed(self) -> float:
-        """Tokens per second over the timed steps, validation excluded; the last logged value if none was timed."""
+        """Tokens per second over the timed steps, without validation; the last logged value if no step was timed."""
         if not self._spent:
             return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
         return self._tokens_timed / self._spent
@@ -185,7 +184,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove log lines after the checkpoint, and measure the validation loss before the first step."""
+        """Remove log lines after the checkpoint, and compute the validation loss before the first step."""
         self.records = [record for record in self.records if record["step"] <= state.global_step]
         if self._world.first:
             write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
@@ -214,7 +213,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Write the line of a step, with validation losses if they are due.
+        """Write the log line of a step, with validation losses if they are due.
 
         Raises:
             LlmrecError: If the loss is not a number.
@@ -242,7 +241,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 **({"reward": message} if message else {}),
             }
         )
-        # The measurement of one process decides for all.
+        # The measurement of one process decides for all processes.
         if self._section.judge is not None:
             control.should_training_stop |= bool(self._world.agree(self._best is not None and self._best.done))
         self._bar.reach(step, f"loss {float(logs['loss']):.3f}  {self.speed():,.0f} tokens/s")
@@ -258,7 +257,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         before = "" if self._norm is None else f", after a gradient of norm {self._norm:g} at step {step - 1}"
         column, advice = "train.learning_rate", "lower train.learning_rate, or set model.dtype=float32"
         if self._norm is not None and not math.isfinite(self._norm):
-            # The loss of that step was finite, so its backward pass failed at any learning rate.
+            # The loss of the previous step was finite, so its backward pass failed, whatever the learning rate.
             column = "model.dtype"
             advice = (
                 "its loss was finite, so the backward pass overflowed or its attention kernel is faulty, and a lower "
@@ -278,7 +277,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(record) + "\n")
 
     def _looks(self, step: int, model: torch.nn.Module) -> dict[str, object]:
-        """Return the validation metrics, computed by one process while the others wait."""
+        """Compute the validation metrics in one process while the others wait."""
         if not (self._world.first or self.everybody):
             return dict(self._unlooked())
         when = f"at step {step}" if step else "before step 1"
@@ -295,7 +294,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
     def _losses(self, model: torch.nn.Module, bar: Bar) -> dict[str, float] | None:
-        """Mean validation loss per target, by task: in nats per token, or the head's own loss per rating."""
+        """Return the mean validation loss by task: in nats per target token, or the loss of the rating head."""
         if not any(self._valid.values()):
             return None
         was_training = model.training
@@ -321,7 +320,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
 
 
 def _read(line: str) -> dict[str, Any] | None:
-    """Parse a log line; the last one of a killed run may be incomplete."""
+    """Parse a log line; None for an incomplete line of an interrupted run."""
     try:
         record: dict[str, Any] = loads(line)
     except ValueError:
@@ -330,14 +329,14 @@ def _read(line: str) -> dict[str, Any] | None:
 
 
 def _as_logged(looks: Mapping[str, Any]) -> dict[str, float]:
-    """Return validation metrics under the names used by trainers."""
+    """Return validation metrics under the names that trainers use."""
     losses = {f"eval_loss/{task}": loss for task, loss in (looks.get("valid_loss") or {}).items()}
     ndcg = looks.get("valid_ndcg")
     return losses if ndcg is None else {**losses, "eval_NDCG@10": ndcg}
 
 
 def _now() -> float:
-    """Return the time after all queued GPU work is done."""
+    """Return the time after all pending GPU work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()

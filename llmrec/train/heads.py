@@ -26,12 +26,12 @@ from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss, label_l
 from llmrec.train.steps import Step
 
 _NAME = "rating_head"
-# Number of states from which mean and standard deviation are estimated.
+# Number of hidden states from which mean and standard deviation are estimated.
 _MEASURED = 512
 
 
 def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
-    """Attach a new head to a model, so that it is trained together with the other trainable weights.
+    """Add a new rating head to a model, to be trained with the other trainable weights.
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.
@@ -50,7 +50,7 @@ def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequen
 
 
 def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad: int) -> None:
-    """Set the mean and scale by which a head standardises states, from the first planned steps before training.
+    """Set the mean and scale with which a head standardises hidden states, estimated on the first steps.
 
     Args:
         head: The head.
@@ -77,13 +77,13 @@ def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad
 
 
 def detach(model: torch.nn.Module) -> None:
-    """Detach a head from a model, before the model's own weights are saved."""
+    """Remove a rating head from a model, before the weights of the model are saved."""
     delattr(model, _NAME)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadLoss:
-    """The loss of a head: ``alpha * CE + (1 - alpha) * MSE`` over the scale.
+    """The loss of a rating head: ``alpha * CE + (1 - alpha) * MSE`` over the scale.
 
     The squared error is that of the predicted rating, the expectation over classes. A head with one unit has only the
     squared error of its output.
@@ -92,7 +92,7 @@ class HeadLoss:
     head: RatingHead
 
     def __call__(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss.
+        """Return the sum of losses over the given hidden states.
 
         Args:
             states: Hidden states before the ratings, shape (n, width).
@@ -109,18 +109,17 @@ class HeadLoss:
 
 
 def restore(head: RatingHead, checkpoint: Path) -> None:
-    """Load the head of a checkpoint."""
+    """Load the rating head of a checkpoint."""
     weights: Mapping[str, Any] = load_file(checkpoint / WEIGHTS)
     head.linear.load_state_dict(weights)
 
 
-# ----------------------------------------------------------------------------
 # Soft prompts, option tuning and option-adapter tuning (M6-Rec, Cui et al., arXiv 2205.08084, as in its section
 # 3).
 #
-# ``prompt`` trains soft prompts with the language model's own loss. ``option`` trains them with a softmax over
-# the labels only, and the last C of them are also the class vectors of the C labels: logit_c = h . p_c. One
-# tensor holds both, so it gets the gradients of both uses. ``option-adapter`` also trains a bottleneck adapter in
+# ``prompt`` trains soft prompts with the loss of the language model. ``option`` trains them with a softmax over
+# the labels only, and the last C soft prompts are also the class vectors of the C labels: logit_c = h . p_c. One
+# tensor is used for both, so it gets the gradients of both. ``option-adapter`` also trains a bottleneck adapter in
 # every layer.
 
 
@@ -132,7 +131,7 @@ LARGEST = 0.015
 
 @dataclass(frozen=True, slots=True)
 class OptionLoss:
-    """The cross-entropy over labels, whose class vectors are the last soft prompts.
+    """The cross-entropy over labels, with the last soft prompts as class vectors.
 
     Attributes:
         rows: All soft prompts, a trainable tensor of shape (count, width).
@@ -143,7 +142,7 @@ class OptionLoss:
     labels: int
 
     def __call__(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss of states, shape (n, width), with label numbers, shape (n,)."""
+        """Return the summed loss of hidden states, shape (n, width), for label numbers, shape (n,)."""
         with torch.autocast(states.device.type, enabled=False):
             logits = states.float() @ self.rows[-self.labels :].float().T
             return torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
@@ -155,7 +154,7 @@ def soft_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
 
 
 def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt) -> Any:
-    """Load a base model with trainable soft prompts, and adapters if the method has them.
+    """Load a base model with trainable soft prompts, and with adapters if the method requires them.
 
     Args:
         folder: The base model.
@@ -170,7 +169,7 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     peft = require("peft", "train")
-    # With a base of another size PEFT would save whole embeddings instead of the trained rows.
+    # With a resized vocabulary, PEFT would save whole embeddings instead of the trained rows.
     base.name_or_path = ""
     tuned = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=ids))
     if train.method == "option-adapter":
@@ -189,12 +188,12 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
 
 
 def rows_of(model: torch.nn.Module) -> Any:
-    """Return the soft prompts of a model in training, shape (count, width)."""
+    """Return the soft prompts of a model, shape (count, width)."""
     return model.get_input_embeddings().trainable_tokens_delta["default"]
 
 
 def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
-    """Return base and adapter merged into one plain model in float32, with its bottleneck adapters if any.
+    """Merge base and adapter into a plain float32 model, with its bottleneck adapters if it has any.
 
     Args:
         folder: The base model.
@@ -216,8 +215,7 @@ def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
     return [int(item) for item in ids]
 
 
-# ----------------------------------------------------------------------------
-# The loss on a model's hidden states: of a head, of tied labels, at every depth, or of distillation.
+# Losses on hidden states: of a rating head, tied labels, early exits or distillation.
 
 
 def state_loss(
@@ -228,7 +226,7 @@ def state_loss(
     taught: TaughtLoss | None,
     items: Sequence[int] = (),
 ) -> StateLoss | None:
-    """Return the loss that replaces that of the language-model head; None if none does.
+    """Return the loss that replaces the loss of the language-model head; None if it is not replaced.
 
     Args:
         model: The trained model.
@@ -253,7 +251,7 @@ def state_loss(
 
 
 def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> TaughtLoss:
-    """Load a teacher model for the distillation loss of its student.
+    """Load a teacher model and return the distillation loss.
 
     Args:
         folder: The teacher's merged model, with the student's tokenizer.
@@ -283,6 +281,6 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
 
 
 def tokens_of(model: torch.nn.Module) -> int:
-    """Return the vocabulary size of the head of a model in training."""
+    """Return the vocabulary size of the head of a model."""
     head = model.get_output_embeddings()
     return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)

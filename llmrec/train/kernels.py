@@ -1,4 +1,4 @@
-"""Faster and smaller computation of the same layers: Liger's kernels, torch.compile, and recomputed activations."""
+"""Faster layers and less memory with the same results: Liger kernels, torch.compile, and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmrec.recipe.schema import TrainSection
 
 log = logging.getLogger(__name__)
 
-# Liger's options outside of layers: they replace losses that llmrec does not use.
+# Liger options that do not affect layers: they replace losses that llmrec does not use.
 _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def recompute(model: torch.nn.Module) -> None:
-    """Enable gradient checkpointing: layers keep only their inputs and recompute the rest in the backward pass.
+    """Enable gradient checkpointing, in which layers recompute activations in the backward pass.
 
     The inputs of the first layer get no gradient, which transformers and TRL enable but only reentrant checkpoints
     need: so layers below the first trained weight have no backward pass and are not recomputed.
@@ -32,7 +32,7 @@ def recompute(model: torch.nn.Module) -> None:
 
 @contextmanager
 def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[None]:
-    """Compute the layers of a model with the kernels that the recipe selects.
+    """Use the layer kernels that the recipe selects.
 
     Liger replaces functions of the module in transformers that defines the model; they are restored at the end, since
     other models of the process may be on a CPU.
@@ -51,13 +51,13 @@ def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[Non
         if section.use_liger_kernel:
             _apply_liger(base)
         if section.torch_compile:
-            # Only layers, since losses call the decoder and the head separately; one graph serves all of them. The
-            # length of rows changes with every step.
+            # Only layers are compiled, since losses call decoder and head separately; one graph serves all layers. The
+            # length of examples changes with every step.
             for module in base.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.compile(dynamic=True)
         with warnings.catch_warnings():
-            # torch's compiler reads the gradient of every tensor.
+            # torch's compiler reads the gradients of all tensors.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
             yield
     finally:
@@ -79,7 +79,7 @@ def _apply_liger(base: torch.nn.Module) -> None:
 
 @contextmanager
 def unpaged(section: TrainSection, device: str) -> Iterator[None]:
-    """Log once that on a CPU a paged optimiser pages nothing, instead of bitsandbytes' warning."""
+    """Log once that a paged optimiser does not page on a CPU, instead of the warning of bitsandbytes."""
     if device == "cpu" and section.optim.startswith("paged"):
         log.info("training: train.optim=%s has no paging on a CPU", section.optim)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Adds LoRA adapters to a base model, and merges them into unquantised weights."""
+"""Adds LoRA adapters to a base model, and merges adapters into unquantised weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 QUANTISED = ("qlora", "lora8")
 """Methods with a quantised base model."""
-# Optimisers of bitsandbytes; the paged ones move their moments between the memory of GPU and CPU.
+# bitsandbytes optimisers; paged ones move optimiser state between GPU and CPU memory.
 _BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
-    """Load the base model for ``train.method`` and make the right weights trainable.
+    """Load the base model for ``train.method``, and select its trainable weights.
 
     Args:
         folder: The base model.
@@ -41,7 +41,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
     """
     torch = require("torch", "train")
     if train.method == "full":
-        # Optimiser steps are too small for bfloat16; autocast still multiplies in bfloat16.
+        # Updates are too small for bfloat16 weights; autocast still multiplies in bfloat16.
         full = load_model(folder, model, dtype=torch.float32)
         full.llmrec_float32 = dtype(model) == torch.float32
         return _pruned(full, train)
@@ -57,7 +57,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
 
 
 def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
-    """Merge an adapter into the unquantised base, in float32, and save the result in the model's dtype.
+    """Merge an adapter into the unquantised base in float32, and save the result in the model's dtype.
 
     So is a QLoRA adapter, since merging into NF4 would round more. One block of the
     model is in memory at a time; see `llmrec.models.streaming`.
@@ -108,7 +108,7 @@ def _save(
     target: Path,
     merged: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
-    """Save a model in its recipe's dtype, with the zeros of the masks in ``trained``."""
+    """Save a model in the dtype of its recipe, with pruned weights set to zero."""
     from llmrec.train import pruning as magnitude
 
     zero = magnitude.zeroing(plain, trained)
@@ -130,7 +130,7 @@ def _pruned(model: torch.nn.Module, train: TrainSection) -> Any:
 
 
 def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter: Path) -> Any:
-    """Load the result of training: the base model with the saved adapter, or fully fine-tuned weights.
+    """Load a trained model: the base model with its adapter, or fully fine-tuned weights.
 
     Used to check merged weights. The base is quantised for ``train.method``, or in float32.
 
@@ -160,7 +160,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
 
 
 def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
-    """Add new adapters to a base model and freeze its own weights.
+    """Add new adapters to a base model and freeze the other weights.
 
     Raises:
         RecipeError: If no module matches ``train.lora.targets``.
@@ -194,13 +194,13 @@ def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int]
 
 
 def _block_weights(base: torch.nn.Module) -> int:
-    """Return the number of a model's weights without its vocabulary."""
+    """Return the number of weights without embeddings and head."""
     tables = {id(module.weight) for _, module in named_tables(base)}
     return sum(weight.numel() for weight in base.parameters() if id(weight) not in tables)
 
 
 def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
-    """Warn if the default targets cover less than half of the blocks, as with experts stored in one tensor.
+    """Warn if the default target modules cover less than half of the weights, as with experts in one tensor.
 
     Their weights would silently not be adapted.
     """
@@ -216,12 +216,12 @@ def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
 
 
 def _trained_rows(base: torch.nn.Module, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Return the token rows to train, by the name of one module of each embedding table."""
+    """Return the trainable token rows, by a module name of each embedding table."""
     return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
 
 
 def _block_linears(base: torch.nn.Module) -> list[str]:
-    """Return the names of the linear layers inside the blocks, such as q_proj, without the head."""
+    """Return the names of linear layers in the transformer blocks, such as q_proj, without the head."""
     torch = require("torch", "train")
     head = base.get_output_embeddings()
     names = {
@@ -233,7 +233,7 @@ def _block_linears(base: torch.nn.Module) -> list[str]:
 
 
 def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
-    """Load a base model in 8 or 4 bits through which gradients flow, in training and in evaluation mode.
+    """Load a base model in 8 or 4 bits for training of adapters.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50 changes the layout of a layer's 4-bit weights at its first forward pass
     in evaluation mode, for a kernel without gradient, and never changes it back. One validation before the first step
@@ -247,7 +247,7 @@ def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
 
 
 def refuse_method(model: ModelSection, train: TrainSection) -> None:
-    """Reject a training method, an optimiser or kernels that this machine does not support.
+    """Reject a training method, optimiser or kernel that this machine does not support.
 
     Raises:
         RecipeError: If 8-bit training or Liger's kernels are requested without CUDA, or compilation without a compiler.

@@ -1,4 +1,4 @@
-"""Losses computed only at labelled positions.
+"""Training losses, computed only at positions with labels.
 
 The language-model head is the widest matrix of a small model; applying it only to labelled positions, a few
 hundred at a time, keeps its cost and memory proportional to the number of targets. Losses are summed here;
@@ -21,7 +21,7 @@ from llmrec.models import exits
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.tasks.rows import ListLoss
 
-# Rows of logits at a time, and the states of a step whose similarities are compared (n by n).
+# Number of rows of logits at a time, and of hidden states per step whose similarities are compared (n by n).
 _CHUNK, _RELATED = 256, 1024
 
 StateLoss = Callable[[Any, Any], Any]
@@ -48,7 +48,7 @@ class ExitLoss:
 
 @dataclass(frozen=True, slots=True)
 class TaughtLoss:
-    """Distillation from a frozen teacher of any size with the same tokens.
+    """Distillation from a frozen teacher with the same tokens, of any size.
 
     Attributes:
         teacher: A causal language model with a plain head over the same vocabulary.
@@ -62,13 +62,13 @@ class TaughtLoss:
     relations: float = 0.0
 
     def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Not supported: this loss also needs the teacher's states."""
+        """Not supported, because this loss also needs the hidden states of the teacher."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class ItemLoss:
-    """Cross-entropy in which the softmax of an item-token target runs over the item tokens only.
+    """Cross-entropy in which the softmax for an item token runs only over item tokens.
 
     Sequential recommenders use the same loss (SASRec, arXiv 1808.09781, section III-E, with a softmax over all items).
     So the model need not learn to exclude the other tokens.
@@ -80,12 +80,12 @@ class ItemLoss:
     tokens: tuple[int, ...]
 
     def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Not supported: this loss also needs the head."""
+        """Not supported, because this loss also needs the head."""
         raise NotImplementedError
 
 
 def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
-    """Return the mean squared difference between the pairwise similarities of states and of a teacher's, from 0 to 4.
+    """Return the mean squared difference between pairwise similarities of student and teacher states, from 0 to 4.
 
     Rows of the similarity matrices, normalised to length 1, are compared: similarity-preserving distillation (Tung and
     Mori, arXiv 1907.09682, equations 1 to 3), times the number of states. Widths may differ.
@@ -101,7 +101,7 @@ def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
-    """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
+    """Cross-entropy through a head, with gradients computed in the forward pass.
 
     Each chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W at once, so logits are freed with their
     chunk and never recomputed. The trained part of the head gets its gradient from the same chunk,
@@ -113,16 +113,24 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: Any = None,
-        places: Any = None, counts: Any = None, teacher: Any = None, share: float = 0.0, head: Any = None,
-    ) -> Any:  # fmt: skip
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        rows: Any = None,
+        places: Any = None,
+        counts: Any = None,
+        teacher: Any = None,
+        share: float = 0.0,
+        head: Any = None,
+    ) -> Any:
         grad = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_rows = None if rows is None else torch.zeros_like(rows)
         if rows is not None:
             weight = weight.index_copy(0, places, rows.to(weight.dtype))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Under autocast each product would convert the whole head again.
+        # Under autocast, each product would convert the whole head again.
         kind, dtype = hidden.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):
             weight = weight.to(torch.get_autocast_dtype(kind))
@@ -168,7 +176,7 @@ def label_loss(
     by: StateLoss | None = None,
     weights: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed cross-entropy over labelled positions, and their number or total weight.
+    """Return the summed cross-entropy at positions with labels, and their number or total weight.
 
     Args:
         model: A causal language model, with or without PEFT adapters.
@@ -191,7 +199,7 @@ def paired_loss(
     labels: torch.Tensor,
     weights: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed cross-entropy over targets, and their number or total weight.
+    """Return the summed cross-entropy of an encoder-decoder's targets, and their number or total weight.
 
     Args:
         model: An encoder-decoder, with or without PEFT adapters.
@@ -202,7 +210,7 @@ def paired_loss(
         weights: Weight of each target of a row, shape (rows,); None: 1.
     """
     before = labels.new_full(labels.shape, int(model.config.decoder_start_token_id))
-    # Padding may be any id; the start token is one.
+    # Padding may be any id; here it is the start token.
     before[:, 1:] = torch.where(labels[:, :-1] == IGNORED, before[:, 1:], labels[:, :-1])
     logits = model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=before, use_cache=False).logits
     wanted = labels != IGNORED
@@ -212,7 +220,7 @@ def paired_loss(
 
 
 def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
-    """Return the summed loss over the targets of rows and their total weight, for a model of any kind.
+    """Return the summed loss over the targets of examples and their total weight, for any kind of model.
 
     ``by`` is that of `label_loss`; not supported for an encoder-decoder.
     """
@@ -234,7 +242,7 @@ def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss
 
 
 def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
-    """Return the total weight of the targets of rows: the divisor of their summed loss, before it is computed.
+    """Return the total weight of the targets: the divisor of the summed loss.
 
     Args:
         inputs: Inputs of `rows_loss` or `packed_loss`.
@@ -252,7 +260,7 @@ def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired:
 
 @dataclass(frozen=True)
 class Legal:
-    """The tokens that may occur at each target of packed sequences, given the token tree of a catalogue.
+    """The tokens allowed at each target of packed sequences, given the token tree of a catalogue.
 
     Attributes:
         sets: Sets of legal tokens, as tensors.
@@ -264,7 +272,7 @@ class Legal:
 
     @staticmethod
     def of(catalogue: Catalogue, items: Sequence[int], device: Any) -> Legal:
-        """Return the legal tokens along the paths of items, in the order of their rows; targets are whole paths."""
+        """Return the allowed tokens along the token paths of items, in the order of their rows."""
         numbers: dict[tuple[int, ...], int] = {}
         sets, which = [], []  # type: list[Any], list[int]
         for item in items:
@@ -278,7 +286,7 @@ class Legal:
         return Legal(sets, torch.tensor(which, device=device))
 
     def masked(self, logits: torch.Tensor, which: Any) -> torch.Tensor:
-        """Return logits, shape (n, vocabulary), set to -inf except for the tokens of the sets ``which``, shape (n,)."""
+        """Set logits, shape (n, vocabulary), to -inf except for allowed tokens of the sets ``which``, shape (n,)."""
         used, rows = which.unique(return_inverse=True)
         barred = torch.ones((len(used), logits.shape[-1]), dtype=torch.bool, device=logits.device)
         for row, number in enumerate(used.tolist()):
@@ -323,13 +331,13 @@ def target_losses(
 
 
 def _masked(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the model inputs of packed sequences."""
+    """Return the model inputs for packed sequences."""
     mask = block_mask(model, packed["ends"])
     return {"input_ids": packed["ids"], "position_ids": packed["places"], "attention_mask": mask}
 
 
 def block_mask(model: torch.nn.Module, ends: Any) -> torch.Tensor:
-    """Return the attention mask: each column sees itself and its ancestors, shape (rows, 1, columns, columns).
+    """Return the attention mask of packed sequences, shape (rows, 1, columns, columns).
 
     Args:
         model: The model; its attention implementation decides between a boolean and an additive mask.
@@ -351,7 +359,7 @@ def _loss_at(
     by: StateLoss | None,
     counts: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed loss of targets and their total weight; ``pick`` selects the states that they follow."""
+    """Return the summed loss of targets and their total weight; ``pick`` selects the preceding hidden states."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(by, ExitLoss):
         results = [pick(states) for states in exits.depths(base, **inputs)]
@@ -404,10 +412,10 @@ def _taught_loss(
 def _item_loss(
     base: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, by: ItemLoss, counts: torch.Tensor
 ) -> tuple[Any, float]:
-    """Return the summed loss of targets and their total weight; item tokens as in `ItemLoss`."""
+    """Return the summed loss of targets and their total weight, with item tokens as in `ItemLoss`."""
     head, rows, places = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
-    # Adapters train only the rows of item tokens, in ascending order; otherwise the rows are those of the head.
+    # Adapters train only the rows of item tokens, in ascending order; otherwise all rows of the head are trained.
     items = head.weight[tokens] if rows is None else rows[places.argsort()]
     chosen = torch.isin(targets, tokens)
     total = torch.zeros((), dtype=torch.float32, device=targets.device)
@@ -431,7 +439,7 @@ def _vocabulary_loss(
     share: float = 0.0,
     by: Any = None,
 ) -> torch.Tensor:
-    """Return the summed cross-entropy of states, shape (n, d), through a plain head; see `_HeadLoss`."""
+    """Return the summed cross-entropy of hidden states, shape (n, d), through a plain head; see `_HeadLoss`."""
     head, rows, places = _head(base)
     kind = head.weight.dtype
     taught, other = (None if item is None else item.to(kind) for item in (teacher, by))
@@ -448,7 +456,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counts: Any = Non
 def list_loss(
     model: torch.nn.Module, packed: Mapping[str, Any], size: int, kind: ListLoss, temperature: float = 1.0
 ) -> tuple[Any, float]:
-    """Return the summed loss over lists of candidates, and the number of lists.
+    """Return the summed loss over candidate lists, and the number of lists.
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
@@ -464,28 +472,28 @@ def list_loss(
 
 
 def list_scores(model: torch.nn.Module, packed: Mapping[str, Any], size: int) -> torch.Tensor:
-    """Return the log-likelihoods of the candidates of lists, float32, shape (lists, size); see `list_loss`."""
+    """Return the log-likelihood of every candidate, float32, shape (lists, size); see `list_loss`."""
     return of_rows(packed, -target_losses(model, packed)).view(-1, size)
 
 
 def chosen_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
-    """Return the index of each list's chosen candidate, shape (lists,); see `list_loss`."""
+    """Return the index of the chosen candidate in each list, shape (lists,); see `list_loss`."""
     return of_rows(packed, packed["weights"]).view(-1, size).argmax(1)
 
 
 def lengths_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
-    """Return the number of targets of each candidate, shape (lists, size); see `list_loss`."""
+    """Return the number of target tokens of each candidate, shape (lists, size); see `list_loss`."""
     return of_rows(packed, torch.ones_like(packed["weights"])).view(-1, size)
 
 
 def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
-    """Sum the values of the targets of packed sequences by row, shape (rows,)."""
+    """Sum values of targets by row of the packed sequences, shape (rows,)."""
     owners = packed["owners"]
     return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values)
 
 
 def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy of the chosen among the candidates.
+    """Return the summed cross-entropy of the chosen candidates.
 
     Args:
         scores: Shape (lists, candidates).
@@ -495,7 +503,7 @@ def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return LambdaRank's loss (Wang et al., The LambdaLoss Framework, CIKM 2018, section 4), summed over lists.
+    """Return the LambdaRank loss (Wang et al., The LambdaLoss Framework, CIKM 2018, section 4), summed over lists.
 
     Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG if both were
     swapped, |1 / log2(1 + rank of the chosen) - 1 / log2(1 + rank of the other)|, in the current order of the scores.
@@ -511,12 +519,12 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     place = chosen[:, None]
     weights = (discounts - discounts.gather(1, place)).abs()
     margins = scores - scores.gather(1, place)
-    # The chosen candidate has weight 0 against itself.
+    # the chosen candidate is not compared with itself
     return (weights * torch.nn.functional.softplus(margins)).sum() / torch.log(torch.tensor(2.0))
 
 
 def _head(base: torch.nn.Module) -> tuple[Any, Any, Any]:
-    """Return the head and, if it has new tokens, its trained rows and their indices; otherwise None and None."""
+    """Return the head and, if there are new tokens, its trained rows and their indices; otherwise None and None."""
     head = base.get_output_embeddings()
     adapter = getattr(head, "token_adapter", None)
     if adapter is None or adapter.disable_adapters:

@@ -1,4 +1,4 @@
-"""Packs rows into sequences in which common prefixes are computed once (shared-prefix packing).
+"""Packs examples into sequences in which common prefixes are computed only once (shared-prefix packing).
 
 The rows of a packed sequence form a trie in depth-first order: a token's descendants follow it directly. So one number
 per column, the end of its subtree, defines the attention mask: column k is an ancestor of column q, or q itself, if
@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The rows of a packed sequence, its number of columns, and its band: the preceding lines that a token sees."""
+    """The rows of a packed sequence, its number of columns, and how many preceding lines each token attends to."""
 
     rows: tuple[TokenRow, ...]
     columns: int
@@ -39,7 +39,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One packed sequence.
+    """A packed sequence of several examples.
 
     Attributes:
         ids: Token of each column, shape (columns,).
@@ -62,7 +62,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Packed sequences of one step, padded on the right.
+    """The packed sequences of a step, padded on the right.
 
     Attributes:
         ids: Shape (rows, columns).
@@ -84,7 +84,7 @@ class Stacked:
 
 
 def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
-    """Arrange rows as one packed sequence.
+    """Arrange tokenised examples as one packed sequence.
 
     Tokens from the last target of a row on are omitted, since nothing is predicted from them.
 
@@ -106,7 +106,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
         path = np.concatenate([path[:shared], np.arange(columns, grown)])
         ends[path] = grown
         if len(body.until):
-            # No other row has columns after the question, so a position in the row is a column.
+            # No other row has columns after the question, so positions in the row equal columns.
             ends[path[body.alone :]] = np.append(path, grown)[body.until]
         after.append(path[body.targets - 1])
         wanted.append(body.labels[body.targets])
@@ -117,7 +117,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
 
 
 def stack(packed: Sequence[Packed], pad: int) -> Stacked:
-    """Stack packed sequences into one padded batch."""
+    """Stack packed sequences into a padded batch."""
     longest = max(len(item.ids) for item in packed)
     shape = (len(packed), longest)
     ids, places = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -133,7 +133,7 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
 
 
 def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
-    """Distribute rows over packed sequences of at most ``width`` columns, first-fit decreasing over tries of rows.
+    """Distribute rows over packed sequences of at most ``width`` columns, by first-fit decreasing on tries of rows.
 
     Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
     ``width`` gets its own sequence. ``band`` is that of `tree`.
@@ -144,7 +144,7 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
     for group in groups:
         first = group.bodies[0]
         for n, others in enumerate(filled):
-            # A prefix that the sequence already has, such as a system turn, takes no further columns.
+            # A prefix that is already in the sequence, such as a system message, takes no additional columns.
             shared = max(_shared(first, other.bodies[0]) for other in others)
             if group.columns - shared <= room[n]:
                 others.append(group)
@@ -157,7 +157,7 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
 
 
 def one_bin(rows: Sequence[TokenRow]) -> Bin:
-    """Return rows as one packed sequence of any width."""
+    """Put all rows in one packed sequence, regardless of its width."""
     return _bin(_sorted_bodies(rows, None), None)
 
 
@@ -170,7 +170,7 @@ def alike(one: Ints, two: Ints) -> int:
 
 
 class _Body(NamedTuple):
-    """A row as arrays.
+    """A tokenised example as arrays.
 
     Attributes:
         row: The row.
@@ -190,14 +190,14 @@ class _Body(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Rows that stay together, in the order of their tokens."""
+    """Rows that are kept together, sorted by their tokens."""
 
     bodies: list[_Body]
     columns: int
 
 
 def _sorted_bodies(rows: Sequence[TokenRow], band: int | None) -> list[_Body]:
-    """Return rows in the order of their tokens, so that each shares the most with its neighbours."""
+    """Sort rows by their tokens, so that neighbouring rows share long prefixes."""
     bodies = []
     for row in rows:
         labels = np.array(row.labels, dtype=np.int64)
@@ -210,7 +210,7 @@ def _sorted_bodies(rows: Sequence[TokenRow], band: int | None) -> list[_Body]:
 
 
 def _until(row: TokenRow, read: int, band: int | None) -> Ints:
-    """Return for every token of the lines the first position that does not see it; empty if all do.
+    """Return, for every token of the lines, the first position that does not attend to it; empty if all do.
 
     The last token of a line predicts the first of the next one, so its window is that of the next line.
     """
@@ -224,7 +224,7 @@ def _until(row: TokenRow, read: int, band: int | None) -> Ints:
 
 
 def _shared(one: _Body, two: _Body) -> int:
-    """Return the number of columns that two rows share; rows with a band share none with rows without."""
+    """Return the number of columns that two rows can share; rows with and without a band share none."""
     if bool(len(one.until)) != bool(len(two.until)):
         return 0
     return min(alike(one.ids, two.ids), one.alone, two.alone)

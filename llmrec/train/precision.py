@@ -1,4 +1,4 @@
-"""The precision of training: products in half precision where the hardware supports it, trained weights in float32."""
+"""Precision of training: half-precision products where the hardware supports them, trained weights in float32."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llmrec.machine import cpu_has_bf16, gpu_has_bf16
 
 log = logging.getLogger(__name__)
 
-# The switch of PEFT's layers.
+# The attribute that switches this in PEFT layers.
 _CASTS = "cast_input_dtype_enabled"
 
 
 def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
-    """Return the dtype of products under autocast; None: products are in the dtype of the weights.
+    """Return the dtype of products under autocast; None if products use the dtype of the weights.
 
     bfloat16 where the hardware multiplies it natively. GPUs that only emulate it (Turing) multiply float16, in which
     small gradients underflow unless the loss is scaled up, as accelerate does with ``fp16=True``. A float32 model is
@@ -36,14 +36,14 @@ def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | Non
 
 
 def mixed_precision(model: torch.nn.Module) -> Any:
-    """Autocast to the half precision of a model, if it has one; trained weights stay in float32."""
+    """Return an autocast context for the half precision of a model, if it has one; trained weights stay in float32."""
     dtype = half(model)
     return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
 
 
 @contextmanager
 def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None]:
-    """Make adapters use their inputs in half precision: under autocast float32 copies would only take memory.
+    """Let adapters use inputs in half precision, because float32 copies under autocast would waste memory.
 
     DoRA's layers still convert their input, since its norms are computed in the precision of the input. PEFT's
     `disable_input_dtype_casting` affects them too, and is incompatible with trained token rows.
@@ -59,7 +59,7 @@ def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None
 
 
 def widen(model: torch.nn.Module, device: str) -> None:
-    """Convert trained float16 weights to float32, and the whole model if no half precision is available.
+    """Convert trained float16 weights to float32, or the whole model if half precision is not available.
 
     Small optimiser steps would be lost in float16.
     """
@@ -70,7 +70,7 @@ def widen(model: torch.nn.Module, device: str) -> None:
     if not everything or not parameters:
         return
     for module in model.modules():
-        # Layers in NF4 are unpacked to this dtype.
+        # the dtype to which NF4 layers are dequantised
         if getattr(module, "compute_dtype", None) == torch.float16:
             module.compute_dtype = torch.float32
     log.warning("this hardware does not support bfloat16: training in float32, which takes more memory and time")
@@ -78,12 +78,12 @@ def widen(model: torch.nn.Module, device: str) -> None:
 
 @contextmanager
 def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
-    """Keep adapters in float32 while the trainer is created: on a quantised base TRL converts them to bfloat16.
+    """Keep adapters in float32 while the trainer is created: on a quantised base, TRL converts them to bfloat16.
 
     In bfloat16 small optimiser steps would be lost, and gradients rounded.
     """
     held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
     for parameter, data in held:
-        # The trainer may have moved the model.
+        # the trainer may have moved the model
         parameter.data = data.to(parameter.device)

@@ -1,4 +1,4 @@
-"""Losses over a chosen answer and rejected ones: DPO, S-DPO, SimPO and IPO.
+"""Losses on a chosen and several rejected answers: DPO, S-DPO, SimPO and IPO.
 
 The reward of an answer is beta times the difference between its log-likelihood and that of the reference, the model
 that training started from; SimPO's is beta times the mean log-likelihood of its tokens. With r of the chosen and r_i of
@@ -29,17 +29,17 @@ from llmrec.train.loss import chosen_of, lengths_of, list_scores, softmax_loss
 
 @contextmanager
 def reference(model: torch.nn.Module) -> Iterator[None]:
-    """Disable a model's adapter and gradients, so that it is the reference model."""
+    """Disable a model's adapter and gradients, so that it serves as the reference model."""
     with torch.no_grad(), model.disable_adapter():
         yield
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Disable dropout permanently: a model and its reference must differ only by training."""
+    """Disable dropout permanently, because a model and its reference must differ only by training."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Some blocks store the dropout probability and call the function.
+        # Some blocks store the dropout probability and call the dropout function.
         for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
             setattr(module, name, 0.0)
 
@@ -47,7 +47,7 @@ def without_dropout(model: torch.nn.Module) -> None:
 def compare(
     model: torch.nn.Module, packed: Mapping[str, Any], section: PreferenceSection
 ) -> tuple[Any, float, dict[str, float]]:
-    """Return the summed loss of lists of answers, the number of lists, and sums of the reward margins.
+    """Return the summed loss of answer lists, the number of lists, and sums of the reward margins.
 
     The sums are those whose means TRL logs, under its names.
 
@@ -82,7 +82,7 @@ def compare(
 def rewards_of(
     scores: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor, section: PreferenceSection
 ) -> torch.Tensor:
-    """Return the rewards of answers.
+    """Return the implicit rewards of answers.
 
     Args:
         scores: Log-likelihoods, shape (lists, answers).
@@ -95,7 +95,7 @@ def rewards_of(
 
 
 def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: PreferenceSection) -> torch.Tensor:
-    """Return the summed loss of lists.
+    """Return the summed preference loss of lists.
 
     Args:
         rewards: Shape (lists, answers).
@@ -113,6 +113,6 @@ def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: Prefer
 
 
 def margins(rewards: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the difference between the chosen answer's reward and each rejected one's, shape (lists, rejected)."""
+    """Return the reward of the chosen answer minus that of each rejected one, shape (lists, rejected)."""
     others = torch.ones_like(rewards, dtype=torch.bool).scatter(1, chosen[:, None], False)
     return rewards.gather(1, chosen[:, None]) - rewards[others].view(len(rewards), -1)

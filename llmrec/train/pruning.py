@@ -1,4 +1,4 @@
-"""Magnitude pruning during training: gradual on a cubic schedule (Zhu and Gupta, arXiv 1710.01878), or at once.
+"""Magnitude pruning during training: gradual on a cubic schedule (Zhu and Gupta, arXiv 1710.01878), or all at once.
 
 Every linear layer of the blocks has a mask, which sets the weights of least magnitude to 0. With an adapter, the merged
 weight ``W + BA`` is masked in the forward pass, so that only the factors are trained and the exported model has the
@@ -33,7 +33,7 @@ _MASK = "llmrec_mask"
 
 
 def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
-    """Return the share of masked weights after a number of optimiser steps.
+    """Return the share of pruned weights after a number of optimiser steps.
 
     Between ``begin`` (t0) and ``end`` (t1) it is equation 1, ``s_f (1 - (1 - (t - t0) / (t1 - t0))^3)``, of the last
     step t at which masks were recomputed.
@@ -53,7 +53,7 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
 
 
 class Prune(TrainerCallback):  # type: ignore[misc]
-    """Updates the masks of a model on schedule."""
+    """Updates the pruning masks of a model on schedule."""
 
     def __init__(self, model: torch.nn.Module, section: PruneSection, steps: int) -> None:
         self._model, self._section, self._steps = model, section, steps
@@ -61,12 +61,12 @@ class Prune(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Update masks that are due before the first step; a resumed run has loaded its own."""
+        """Update the masks before the first step, if due; a resumed run has loaded its masks."""
         if state.global_step == 0 and (share := self._at(0)) > 0:
             raise_to(self._model, share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update masks after a step, before validation and saving."""
+        """Update the masks after a step, before validation and saving."""
         share = self._at(state.global_step)
         if share > self._at(state.global_step - 1):
             raise_to(self._model, share)
@@ -74,7 +74,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Add the sparsity to the log for trackers."""
+        """Add the share of pruned weights to the log for trackers."""
         if logs and "loss" in logs:
             logs["sparsity"] = self._at(state.global_step)
 
@@ -83,7 +83,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
 
 
 def attach(model: torch.nn.Module) -> None:
-    """Prepare every linear layer of the blocks for a mask; without one a layer is unchanged.
+    """Prepare all linear layers of the transformer blocks for pruning masks.
 
     Args:
         model: A model, with or without LoRA.
@@ -101,20 +101,20 @@ def attach(model: torch.nn.Module) -> None:
             column="train.prune",
         )
     for _, layer in results:
-        # Not part of the saved weights, but moved with the layer to another device.
+        # not part of the saved weights, but moved to another device with the layer
         layer.register_buffer(_MASK, None, persistent=False)
         layer.forward = partial(_forward, layer)
 
 
 def raise_to(model: torch.nn.Module, share: float) -> None:
-    """Mask the share of each layer's weights that has the least magnitude, to within one weight."""
+    """Prune the given share of each layer's weights, those with the smallest magnitude."""
     with torch.no_grad():
         for _, layer in _masked(model):
             setattr(layer, _MASK, kept(_effective(layer), share))
 
 
 def kept(weight: torch.Tensor, share: float) -> Any:
-    """Return a mask of the weights to keep, in the shape of the weight; among equal weights the first are pruned."""
+    """Return a mask of the weights to keep, in the shape of the weight; among equal weights, the first are pruned."""
     count = round(share * weight.numel())
     size = weight.detach().abs().float().flatten()
     if not count:
@@ -127,7 +127,7 @@ def kept(weight: torch.Tensor, share: float) -> Any:
 
 
 def sparsity(model: torch.nn.Module) -> float | None:
-    """Return the share of masked weights of the layers; None without masks."""
+    """Return the share of pruned weights; None if the model has no masks."""
     masks = [mask for _, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None]
     if not masks:
         return None
@@ -136,7 +136,7 @@ def sparsity(model: torch.nn.Module) -> float | None:
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write a model's masks into a folder, if it has any."""
+    """Save the pruning masks of a model to a folder, if it has any."""
     masks = {name: mask for name, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None}
     if masks:
         bits = {name: np.packbits(mask.flatten().cpu().numpy()) for name, mask in masks.items()}
@@ -144,7 +144,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load(model: torch.nn.Module, folder: Path) -> None:
-    """Load the masks of a folder into a model, if there are any.
+    """Load pruning masks from a folder into a model, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or belong to another model.
@@ -159,14 +159,14 @@ def load(model: torch.nn.Module, folder: Path) -> None:
 
 
 def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]], None]:
-    """Return a function that sets masked weights of a plain model to 0, given parameters by name.
+    """Return a function that sets pruned weights of a plain model to 0, given parameters by name.
 
     Raises:
         ModelError: If the masks of the folder cannot be read, or belong to another model.
     """
     if not (folder / WEIGHTS).is_file():
         return lambda _: None
-    # Shapes are kept, since a weight may be released after it was written.
+    # Keep only shapes, since a weight may be released after it was written.
     shapes = {name: torch.empty_like(layer.weight, device="meta") for name, layer in _linears(model)}
     _read(folder, shapes, ())
 
@@ -181,7 +181,7 @@ def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]
 
 
 def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
-    """Return the masks of a folder by layer, in the shapes of the weights, for the layers ``names`` or all."""
+    """Load the masks of a folder by layer, in the shapes of the weights; for the layers ``names`` or all."""
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
             if set(file.keys()) != weights.keys():
@@ -202,7 +202,7 @@ def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None 
 
 
 def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return a layer's output with its masked weight; without a mask, the output of its class's forward."""
+    """Compute a layer with its masked weight, or with the forward method of its class if it has no mask."""
     mask = getattr(layer, _MASK)
     if mask is None:
         return type(layer).forward(layer, states, *args, **kwargs)
@@ -212,7 +212,7 @@ def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs:
 
 
 def _effective(layer: torch.nn.Module) -> Any:
-    """Return the weight that a layer has once its adapters are merged, shape (out, in)."""
+    """Return the weight of a layer after merging its adapters, shape (out, in)."""
     weight = _weight(layer)
     if not hasattr(layer, "base_layer"):
         return weight
@@ -225,17 +225,17 @@ def _weight(layer: torch.nn.Module) -> Any:
 
 
 def _own(layer: torch.nn.Module) -> Any:
-    """Return the layer, or the base layer of its adapters."""
+    """Return the base layer of an adapted layer; other layers unchanged."""
     return getattr(layer, "base_layer", layer)
 
 
 def _masked(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that `attach` prepared, by name in the base model."""
+    """Yield the layers that `attach` prepared, with their names in the base model."""
     yield from ((name, layer) for name, layer in _base(model).named_modules() if hasattr(layer, _MASK))
 
 
 def _linears(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the linear layers of a model's blocks, adapted or not, by name; blocks are numbered in lists."""
+    """Yield the linear layers of the transformer blocks, adapted or not, with their names."""
     inside = "\0"
     for name, module in base.named_modules():
         if name.startswith(inside) or not any(map(str.isdigit, name.split("."))):

@@ -1,4 +1,4 @@
-"""Encodes the training examples of the task families as token rows.
+"""Tokenises the training examples of the tasks.
 
 An encoder-decoder has one row per target. Packed families whose question follows the history share one history. Tasks
 that can draw examples before rendering them are assembled from lines that are tokenised once. All other examples are
@@ -31,7 +31,7 @@ from llmrec.types import Event, Example
 
 @dataclass(frozen=True, slots=True)
 class TextRow(TokenRow):
-    """A training example with the text that it was encoded from."""
+    """A tokenised training example with its text."""
 
     example: Example | None = None
 
@@ -41,13 +41,12 @@ def _fitted(example: Example, encoder: Encoder, limit: int, *, lines: bool, text
     return row if row is None or not texts else TextRow(row.ids, row.labels, row.lines, example=example)
 
 
-# ----------------------------------------------------------------------------
-# Samples the examples of a user together, so that tasks whose question follows the history share the history.
+# Draws the examples of a user together, so that tasks whose question follows the history can share the history.
 
 
 @runtime_checkable
 class Branching(Protocol):
-    """A task that can create an example of a user with the same history as other tasks."""
+    """A task that can draw an example of a user with the same history as other tasks."""
 
     @property
     def branches(self) -> bool:
@@ -70,7 +69,7 @@ def branching_rows(
     lines: bool = False,
     texts: bool = False,
 ) -> Iterator[tuple[str, TokenRow | None]]:
-    """Yield families and rows endlessly, in passes over the users, the rows of each user together.
+    """Yield tasks and tokenised examples endlessly, in passes over the users, all examples of a user together.
 
     For each user, the family furthest below its share of tokens yields a row, and so does every other family unless it
     would exceed its share. So after any number of users each family is within two rows of its share.
@@ -115,10 +114,9 @@ def branching_rows(
         number += 1
 
 
-# ----------------------------------------------------------------------------
-# Rows with all answers to one question, for a loss over answers scored by the likelihoods of their texts.
+# All answers to one question, for a loss over answers scored by the likelihoods of their texts.
 #
-# Training thus learns the order that `llmrec.strategies.pointwise.LikelihoodRanker` uses: an answer's score is log
+# Training learns the order that `llmrec.strategies.pointwise.LikelihoodRanker` uses: the score of an answer is log
 # P(text | prompt), summed over its tokens. All answers to a question are in one packed sequence, so that the prompt
 # is read once and every score is exact. With one chosen candidate per list, ListNet's top-one loss (Cao et al., ICML
 # 2007), and ListMLE and PListMLE (Xia et al., ICML 2008; Lan et al., UAI 2014) truncated after the first rank, are
@@ -127,7 +125,7 @@ def branching_rows(
 
 
 def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
-    """Return the common listwise setting of all tasks; None if they are trained on tokens.
+    """Return the listwise settings shared by all tasks; None if examples are trained token by token.
 
     Args:
         tasks: The trained families, by name.
@@ -161,7 +159,7 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
 def list_rows(
     listwise: Listwise, examples: Iterable[Example], encoder: Encoder, limit: int
 ) -> Iterator[TokenRow | None]:
-    """Yield the rows of a question's answers, the chosen one first; None if one is too long.
+    """Yield the tokenised answers to a question, the chosen answer first; None if one is too long.
 
     A truncated text would have a different likelihood.
 
@@ -190,9 +188,8 @@ def list_rows(
             yield from rows
 
 
-# ----------------------------------------------------------------------------
-# List rows from lines that are tokenised once: a table of token ids, from which thousands of rows are gathered at a
-# time.
+# Examples in list form from lines that are tokenised once: a table of token ids, from which thousands of examples are
+# assembled at a time.
 #
 # A row of a list template is a question and one line per interaction. If a line depends only on its item, its ids are
 # kept in one flat array, and rows are gathered from it. `Encoder.row` splits answers after each line and at
@@ -203,15 +200,15 @@ def list_rows(
 
 log = logging.getLogger(__name__)
 
-# Rows read ahead: few at first, since a short run needs few, then enough for numpy to be efficient.
+# Examples to read ahead: few at first, since a short run needs few, then enough for numpy to be efficient.
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
-# Of every chunk, one row in `_ONE_IN` is also encoded from its text, and at least `_LEAST_CHECKED`.
+# In each chunk, every `_ONE_IN`-th example is also tokenised from its text, and at least `_LEAST_CHECKED`.
 _ONE_IN, _LEAST_CHECKED = 128, 8
 
 
 @runtime_checkable
 class Drawing(Protocol):
-    """A task whose training examples can be drawn before they are rendered."""
+    """A task whose training examples can be drawn before they are rendered as text."""
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
         """Yield drawn examples in the order of ``examples("train")``."""
@@ -223,14 +220,14 @@ class Drawing(Protocol):
 
 
 def takes_pieces(template: Template) -> bool:
-    """Whether every line of a template depends only on its item and is tokenised independently of the next."""
+    """Whether every line of a template depends only on its item and can be tokenised independently of other lines."""
     closed = template.tail.endswith("\n") or template.bare
     return template.shape == "list" and closed and template.names("lead", "target") <= {"item", "noun"}
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Concatenated rows.
+    """Concatenated tokenised examples.
 
     Attributes:
         ids: Token ids, shape (tokens,).
@@ -243,18 +240,18 @@ class Gathered:
     ends: NDArray[np.int64]
 
     def rows(self, limit: int) -> list[TokenRow | None]:
-        """Truncate rows to ``limit`` tokens, as `fit_row` does; None if no target is left."""
+        """Truncate examples to ``limit`` tokens, as `fit_row` does; None if no target is left."""
         starts, stops = self.ends[:-1], np.minimum(self.ends[1:], self.ends[:-1] + limit)
         seen = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
         kept = (seen[stops] > seen[starts]).tolist()
-        # Slices of one tuple share its integer objects.
+        # slices of one tuple share its integer objects
         ids, labels = tuple(self.ids.tolist()), tuple(self.labels.tolist())
         spans = zip(starts.tolist(), stops.tolist(), kept, strict=True)
         return [TokenRow(ids[start:stop], labels[start:stop]) if keep else None for start, stop, keep in spans]
 
 
 class LineTable:
-    """The questions and lines of one template as token ids.
+    """The questions and lines of a template as token ids.
 
     An entry is a span of two flat arrays, of ids and of labels. Every item has two consecutive entries: its line as
     context and as a target.
@@ -270,7 +267,7 @@ class LineTable:
         self._arrays: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]] | None = None
 
     def gather(self, draws: Sequence[Draw]) -> Gathered:
-        """Assemble rows from the table.
+        """Assemble tokenised examples from the table.
 
         Raises:
             BackendError: If a text would become a control token.
@@ -284,20 +281,20 @@ class LineTable:
         counts = np.array([1 + len(draw.events) for draw in draws])
         first = np.array([draw.first_target for draw in draws])
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        # The question has index 0, the first interaction 1; a target line is the entry after the same line as context.
+        # The question has index 0 and the first interaction 1; a target line follows the same line as context.
         place = np.arange(len(entries)) - np.repeat(bounds[:-1], counts)
         entries += place > np.repeat(first, counts)
         ids, labels, bounds_of = self._tables()
         starts = bounds_of[entries]
         lengths = bounds_of[entries + 1] - starts
         ends = np.cumsum(lengths)
-        # The index of every token of the rows in the table.
+        # The table index of every token of the examples.
         source = np.arange(int(ends[-1]))
         source += np.repeat(starts - ends + lengths, lengths)
         return Gathered(ids.take(source), labels.take(source), np.concatenate([[0], ends[bounds[1:] - 1]]))
 
     def _numbers(self, draws: Sequence[Draw]) -> Iterator[int]:
-        """Return the entries of all rows, with lines as context.
+        """Yield the table entries of all examples, with lines as context.
 
         Raises:
             KeyError: If a question or line is not in the table yet.
@@ -311,7 +308,7 @@ class LineTable:
         )
 
     def _learn(self, draws: Sequence[Draw]) -> None:
-        """Tokenise new questions and lines, each rendered by the task as an example."""
+        """Tokenise new questions and lines, after rendering each as an example of the task."""
         for draw in draws:
             user = None if self._one_question else draw.user_id
             if user not in self._questions:
@@ -340,7 +337,7 @@ class LineTable:
         return len(self._ends) - 2
 
     def _tables(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
-        """Return ids, labels, and where entries begin and the last one ends."""
+        """Return token ids, labels, and the start of each entry, with the end of the last one."""
         if self._arrays is None:
             ids, labels = (np.array(item, dtype=np.int32) for item in (self._ids, self._labels))
             self._arrays = ids, labels, np.array(self._ends, dtype=np.int64)
@@ -348,7 +345,7 @@ class LineTable:
 
 
 class RowStream:
-    """The training rows of a task that can draw examples before rendering them.
+    """The tokenised training examples of a task that can draw examples before rendering them.
 
     Iterating gives the same as ``fit_row(example, encoder, limit)`` for each of the task's examples, in order.
 
@@ -369,7 +366,7 @@ class RowStream:
             size, number = min(2 * size, _LARGEST_CHUNK), number + 1
 
     def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[TokenRow | None]:
-        """Yield the rows of a drawn chunk; ``number`` seeds which of them are compared."""
+        """Yield the tokenised examples of a chunk; ``number`` seeds which of them are verified."""
         result: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
             places = [n for n, draw in enumerate(draws) if draw.template.id == template.id]
@@ -385,7 +382,7 @@ class RowStream:
         return fit_row(self._task.example(draw), self._encoder, self._limit)
 
     def _gather(self, template: Template, draws: Sequence[Draw], number: int) -> list[TokenRow | None] | None:
-        """Return assembled rows if a sample agrees with encoding their text; None otherwise."""
+        """Return assembled examples if a sample matches the tokenised text; None otherwise."""
         if template.id not in self._tables:
             fits = takes_pieces(template)
             self._tables[template.id] = LineTable(self._task, template, self._encoder) if fits else None
@@ -395,7 +392,7 @@ class RowStream:
         try:
             rows = table.gather(draws).rows(self._limit)
         except BackendError:
-            # A text cannot be tokenised; its row raises the error if it is reached.
+            # A text cannot be tokenised; the error is raised when its example is used.
             self._tables[template.id] = None
             return None
         count = min(len(draws), max(_LEAST_CHECKED, len(draws) // _ONE_IN))
@@ -412,7 +409,7 @@ class RowStream:
 
 @dataclass(frozen=True)
 class Sources:
-    """The sources of training rows.
+    """The sources of training examples.
 
     Attributes:
         tasks: The trained families by name.
@@ -434,7 +431,7 @@ class Sources:
 def streams(
     sources: Sources, shares: Mapping[str, float], encoder: Encoder, *, texts: bool = False
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
-    """Return weighted streams of families and their rows; packed families that can share a history form one stream.
+    """Return weighted streams of tokenised examples; packed tasks that can share a history form one stream.
 
     A row is None if none of its targets fits ``train.max_row_tokens``.
 
@@ -457,7 +454,7 @@ def streams(
         )
     tasks = {family: task for family in shares if isinstance(task := sources.tasks[family], Branching)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
-    # A pool is selected per family, before it is known which examples could share a history.
+    # The fixed examples are selected per task, before it is known which of them could share a history.
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
     result: dict[str, Iterator[tuple[str, TokenRow | None]]]
@@ -473,7 +470,7 @@ def streams(
 
 
 def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterator[TokenRow | None]:
-    """Return a family's training rows, endlessly."""
+    """Yield the tokenised training examples of a task endlessly."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
     if task.listwise is not None:
@@ -481,7 +478,7 @@ def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterat
     if sources.paired:
         made = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in made for row in (*rows, *([] if rows else [None])))
-    # Line starts are only known from text, and a pool contains only text.
+    # Starts of lines are only known from text, and fixed examples contain only text.
     if isinstance(task, Drawing) and section.band is None and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
     lines = section.band is not None
@@ -489,7 +486,7 @@ def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterat
 
 
 def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:
-    """Return the rows of held-out examples for the validation loss, without those with no target within ``limit``."""
+    """Tokenise held-out examples for the validation loss, and leave out those with no target within ``limit``."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]
     return [row for example in examples if (row := fit_row(example, encoder, limit)) is not None]

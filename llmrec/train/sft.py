@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: TRL's SFTTrainer over planned steps, with loss at labelled positions only."""
+"""Supervised fine-tuning with TRL's SFTTrainer over planned steps; the loss is computed only at labels."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from llmrec.train.world import told as tell_world
 
 log = logging.getLogger(__name__)
 
-# Marks the batch of a process without rows, whose loss has weight 0.
+# Marks the batch of a process without examples, whose loss has weight 0.
 _IDLE = "idle"
-# The batches of a step that is computed in parts.
+# The batches of a step that is computed in several parts.
 _PARTS = "parts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The outcome of a training run.
+    """The result of a training.
 
     ``seconds`` includes ``seconds_before``, the time of killed invocations up to the resumed checkpoint.
     ``kept_step`` is the step of the adapter selected by validation. ``processes`` is the number of processes, and
@@ -81,7 +81,7 @@ class Training:
 
 
 class Objective(Protocol):
-    """Computes the loss of a planned step when it is reached, with the current model.
+    """Computes the loss of a step from data generated with the current model.
 
     Attributes:
         updates: The number of consecutive optimiser steps per planned step.
@@ -90,50 +90,50 @@ class Objective(Protocol):
     updates: int
 
     def parts(self, model: torch.nn.Module, number: int) -> int:
-        """Return the number of parts of a planned step."""
+        """Return the number of parts of a step."""
         ...
 
     def loss(self, model: torch.nn.Module, number: int, part: int) -> tuple[Any, float]:
-        """Return the summed loss of a part of a planned step and the divisor of the step."""
+        """Return the summed loss of a part of a step, and the divisor of the step."""
         ...
 
     def told(self) -> Mapping[str, float]:
-        """Return the log fields of the last step, including ``tokens`` and ``targets``."""
+        """Return the values to log about the last step, including ``tokens`` and ``targets``."""
         ...
 
 
 class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
-    """An SFTTrainer whose dataset rows are whole planned steps and whose head is applied to label positions only."""
+    """An SFTTrainer whose data set contains whole optimiser steps, and whose head is applied only at labels."""
 
     by: StateLoss | None = None
     listwise: Listwise | None = None
     objective: Objective | None = None
     world: World = World()
-    # Further log fields of a step by name: first sums, then means.
+    # Additional values to log, by name: first sums, then means.
     figures: Mapping[str, float] = {}
-    # The divisor of the losses of a step's parts; None: a step is one part, whose loss returns it.
+    # The divisor of the losses of a step's parts; None if a step has one part, whose loss returns the divisor.
     whole: float | None = None
-    # The scale of the step's gradients; it decreases if they overflow.
+    # The scale of gradients, which decreases if they overflow.
     scale: float = 0.0
-    # Whether layers multiply under autocast, so that adapters need no float32 copies of their inputs.
+    # Whether layers multiply under autocast, in which case adapters need no float32 copies of their inputs.
     autocast: bool = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the planned order if a step is used several times, otherwise a seeded one."""
+        """Return the planned order if steps are used several times, otherwise a seeded order."""
         if self.objective is not None:
             return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return the planned steps in an order that does not depend on processes; each gets a share of every step."""
+        """Return the steps in an order that does not depend on the processes; each gets a share of every step."""
         loader = super().get_train_dataloader()
         if self.world.size > 1:
-            # accelerate would distribute whole batches; transformers disables that in the same way for its own sampler.
+            # accelerate would give whole batches to processes; transformers disables this for its sampler the same way.
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the recipe's learning-rate schedule; its warm-up starts above 0 and ends at the full rate.
+        """Create the learning-rate schedule of the recipe; warm-up starts above 0 and ends at the full rate.
 
         With the Trainer's schedule the first warm-up step has rate 0, and a warm-up over all steps never reaches the
         full rate.
@@ -146,7 +146,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
-        """Return the loss of a step, and accumulate the gradients of its parts."""
+        """Compute the loss of a step and accumulate the gradients of its parts."""
         parts: Sequence[Mapping[str, Any]] = inputs.get(_PARTS, [inputs])
         if self.objective is not None:
             parts = [{**inputs, "part": n} for n in range(self.objective.parts(model, int(inputs["step"])))]
@@ -173,7 +173,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the mean loss over the step's weighted targets, or over its lists.
+        """Return the mean loss over the weighted targets or lists of the step.
 
         With several processes each returns its part times their number: gradients and logged losses are averaged over
         processes, so the mean is the loss of a single process.
@@ -192,16 +192,16 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log a step's values with its loss, and those of the gradient scaler if there is one."""
+        """Log the values of a step, with those of the gradient scaler if there is one."""
         scaled = {}
         if self.accelerator.scaler is not None:
-            # An optimiser that is fused with the scaler skips steps itself, which accelerate does not see.
+            # An optimiser fused with the scaler skips steps itself, unnoticed by accelerate.
             scale = self.accelerator.scaler.get_scale()
             scaled = {"scaler/scale": scale, "scaler/skipped": float(scale < self.scale)}
         super().log({**logs, **self.figures, **scaled} if "loss" in logs else logs, *args, **kwargs)
 
     def _weight_of(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> float:
-        """Return the total weight of the targets of a part, or the number of its lists."""
+        """Return the total weight of the targets in a part, or the number of its lists."""
         if _IDLE in inputs:
             return 0.0
         if self.listwise is not None:
@@ -222,7 +222,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Inputs of a training loss in addition to the tokens of its rows; none by default.
+    """Inputs of the training loss in addition to tokens; none by default.
 
     Attributes:
         head: A rating head of the model, for rows whose labels are classes; saved next to the adapter.
@@ -255,7 +255,7 @@ def train(
     device: str | None = None,
     judge: Callable[[Any], float] | None = None,
 ) -> Training:
-    """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
+    """Train on the planned steps, and save the adapter (or full weights) to ``folder/adapter``.
 
     A killed run resumes from the newest checkpoint in ``folder/checkpoints`` that verifies, and ends with the same
     weights.
@@ -287,10 +287,10 @@ def train(
     pad = encoder.tokenizer.pad_token_id
     by = state_loss(model, section, head, soft, taught, loss.items)
     seen = None if by is taught else by
-    # Further files of a checkpoint.
+    # additional files of a checkpoint
     kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]
     kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
-    # The planned step of each optimiser step.
+    # the planned step of each optimiser step
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
     sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
     tokens, targets = (sum(item) for item in zip(*sizes, strict=True))
@@ -326,7 +326,7 @@ def train(
             data_collator=partial(_batch, model, steps, pad, world, section.micro_tokens)
             if objective is None
             else _number,
-            # Trackers come after the callback that adds validation losses to a step's log.
+            # Trackers come after the callback that adds validation losses to the log.
             callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
     kind = trainer.accelerator.distributed_type.value
@@ -338,9 +338,9 @@ def train(
     tell_world(world, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
-    # Rollouts are drawn without autocast.
+    # rollouts are drawn without autocast
     trainer.autocast = half(model, device) is not None and objective is None
-    # The trainer has put the model on its device, whose attention kernels are the ones to check.
+    # The trainer has moved the model to its device, whose attention kernels must be checked.
     if steps and steps[0].bins:
         for item in (model, *([taught.teacher] if taught else [])):
             check_packing(item, "train.packing=none" if listwise is None else _no_lists(listwise))
@@ -371,7 +371,7 @@ def train(
             else:
                 write(model, draft, **state)
     world.wait()
-    # After early stopping the remaining planned steps were not used.
+    # After early stopping, the remaining planned steps are unused.
     sizes = sizes[: follow.records[-1]["step"]]
     if objective is not None:
         rewards = [record["reward"] for record in follow.records if "reward" in record]
@@ -402,7 +402,7 @@ def _no_lists(listwise: Listwise) -> str:
 
 
 def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
-    """Compute the loss of synthetic rows packed and unpacked, and reject a model if they differ.
+    """Compute the loss of synthetic examples packed and unpacked, and reject a model for which they differ.
 
     Args:
         model: The model.
@@ -424,7 +424,7 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
         with torch.no_grad(), mixed_precision(model):
             one, two = float(label_loss(model, ids, labels)[0]), float(packed_loss(model, packed)[0])
         model.train(was_training)
-        # Half precision rounds differently in another order; leakage between rows would be far larger.
+        # Half precision rounds differently in another order; attention between examples would cause larger differences.
         exact = isinstance(mixed_precision(model), nullcontext) and model.dtype == torch.float32
         reads = abs(one - two) <= (1e-3 + 1e-5 * abs(one) if exact else 0.3 + 0.005 * abs(one))
     if not reads:
@@ -437,7 +437,7 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 over a folder's safetensors files, in name order."""
+    """Return the SHA-256 over the safetensors files of a folder, in name order."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())
@@ -445,7 +445,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
-    """Return the checkpoint that all processes resume from; the first process selects it and removes incomplete ones.
+    """Return the checkpoint from which all processes resume; the first process selects it.
 
     Raises:
         LlmrecError: If only one of the checkpoint and this training uses FSDP.
@@ -466,7 +466,7 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
 
 
 def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
-    """Return the number of a planned step, since the trainer prefetches and rollouts need the current model."""
+    """Return the number of a planned step instead of its tokens, because rollouts need the current model."""
     (item,) = items
     return {"step": torch.tensor(item["step"])}
 
@@ -479,7 +479,7 @@ def _batch(
     limit: int | None,
     items: Sequence[Mapping[str, int]],
 ) -> dict[str, Any]:
-    """Return the batch of one optimiser step, or this process's share of it; or several, of at most ``limit`` tokens.
+    """Return the batch of an optimiser step or, in parts of at most ``limit`` tokens, several batches.
 
     All processes have the same number of parts, since sharded weights need all of them for each part.
     """
@@ -489,7 +489,7 @@ def _batch(
     count = max(len(share) for share in shares)
     parts = [_laid(model, part, pad) for part in shares[world.rank] if part.rows]
     if len(parts) < count:
-        # Every process computes a batch, since gradients are summed over all.
+        # Every process computes a batch, because gradients are summed over all processes.
         shortest = min((part for share in shares for part in share if part.rows), key=lambda part: part.tokens)
         parts += [_laid(model, shortest, pad) | {_IDLE: torch.ones(())}] * (count - len(parts))
     return parts[0] if count == 1 else {_PARTS: parts}
@@ -515,11 +515,11 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         optim=section.optim,
-        # Done by `recompute`.
+        # see `recompute`
         gradient_checkpointing=False,
-        # Autocast surrounds the loss, whose head is called outside the model's own forward.
+        # Autocast is applied around the loss, whose head is called outside the forward pass of the model.
         bf16=False,
-        # The gradient scaler's switch.
+        # enables the gradient scaler
         fp16=scaled,
         logging_steps=1,
         logging_strategy="steps",
@@ -539,6 +539,6 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         seed=seed,
         use_cpu=device == "cpu",
     )
-    # Use one GPU: DataParallel would wrap the model, whose decoder is called outside of the wrapper.
+    # Use one GPU: DataParallel would wrap the model, and its decoder is called outside the wrapper.
     config._n_gpu = min(config.n_gpu, 1)
     return config

@@ -1,4 +1,4 @@
-"""Planned steps, whose rows are stored in flat arrays until a step is read.
+"""Optimiser steps planned in advance, stored as flat arrays until a step is read.
 
 A `TokenRow` takes about fifty bytes per token, since every integer is an object. Here a token takes five: its id and
 whether it has loss. Rows and steps are created from the arrays when they are read.
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The rows of one optimiser step and, with ``bins``, their packing into sequences."""
+    """The examples of an optimiser step and, with ``bins``, how they are packed into sequences."""
 
     rows: tuple[TokenRow, ...]
     bins: tuple[Bin, ...] = ()
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens computed, padding included."""
+        """Number of tokens computed, including padding."""
         if self.bins:
             return len(self.bins) * max(item.columns for item in self.bins)
         return len(self.rows) * max(len(row.ids) for row in self.rows)
 
     @property
     def tokens(self) -> int:
-        """Tokens computed without padding; shared prefixes of packed sequences count once."""
+        """Number of tokens computed, without padding; shared prefixes of packed sequences count once."""
         if self.bins:
             return sum(item.columns for item in self.bins)
         return sum(len(row.ids) for row in self.rows)
 
     @property
     def targets(self) -> int:
-        """Tokens with loss."""
+        """Number of tokens with loss."""
         return sum(row.targets for row in self.rows)
 
     def split(self, count: int) -> list[Step]:
-        """Split the step into parts with about equal tokens, assigning the longest rows first.
+        """Split the step into parts with about equal numbers of tokens, assigning the longest examples first.
 
         Args:
             count: The number of parts. If there are fewer rows or packed sequences, some parts are empty.
@@ -66,7 +66,7 @@ class Step:
         return [self.part(sorted(part)) for part in parts]
 
     def part(self, numbers: Sequence[int]) -> Step:
-        """Return the step of some of the rows or packed sequences, by their numbers."""
+        """Return a step with some of the examples or packed sequences, selected by index."""
         if not self.bins:
             return Step(tuple(self.rows[n] for n in numbers))
         bins = tuple(self.bins[n] for n in numbers)
@@ -74,12 +74,12 @@ class Step:
 
 
 class RowTable:
-    """Rows in the order in which they were added, with weight 1."""
+    """Tokenised examples in flat arrays, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._ids, self._learned = array("i"), bytearray()
         self._ends = array("q", [0])
-        # Only for rows that have them: labels that differ from the tokens, and the beginnings of lines.
+        # Only for examples that have them: labels that differ from the tokens, and starts of lines.
         self._labels: dict[int, array[int]] = {}
         self._lines: dict[int, array[int]] = {}
 
@@ -87,7 +87,7 @@ class RowTable:
         return len(self._ends) - 1
 
     def add(self, row: TokenRow) -> None:
-        """Append a row."""
+        """Append an example."""
         ids, labels = array("i", row.ids), array("i", row.labels)
         encoded = np.frombuffer(labels, dtype=np.int32)
         learned = encoded != IGNORED
@@ -100,7 +100,7 @@ class RowTable:
         self._ends.append(len(self._ids))
 
     def row(self, number: int, weight: float = 1.0) -> TokenRow:
-        """Return a row as it was added, with a weight."""
+        """Return an example by its index, with a weight."""
         start, end = self._ends[number], self._ends[number + 1]
         ids = self._ids[start:end]
         labels = self._labels.get(number)
@@ -110,17 +110,17 @@ class RowTable:
         return TokenRow(tuple(ids), tuple(labels), tuple(self._lines.get(number, ())), weight)
 
     def tokens(self, number: int) -> int:
-        """Return the number of tokens of a row."""
+        """Return the number of tokens of an example."""
         return self._ends[number + 1] - self._ends[number]
 
     def targets(self, number: int) -> int:
-        """Return the number of tokens of a row with loss."""
+        """Return the number of tokens with loss of an example."""
         return self._learned.count(1, self._ends[number], self._ends[number + 1])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Planned steps, the number of rows per task, and validation rows by task.
+    """Planned steps, the number of examples per task, and validation examples by task.
 
     ``dropped`` counts rows without a target within ``train.max_row_tokens``; ``loss_shares`` is the share of the loss
     by task; ``cases`` are the questions that rollouts answer, by row number; ``soft`` describes the soft prompts.
@@ -143,15 +143,15 @@ class Steps(Sequence[Step]):
     """
 
     def __init__(self, table: RowTable, band: int | None = None) -> None:
-        """Start without steps; ``band`` is that of `llmrec.train.packing.tree`."""
+        """Create an empty plan; see `llmrec.train.packing.tree` for ``band``."""
         self.table, self._band = table, band
         self._weights: Sequence[float] = ()
-        # Row numbers of consecutive steps; rows and columns of each bin; where steps end in both.
+        # Example indices of consecutive steps; rows and columns of each bin; ends of steps in both.
         self._order, self._ends = array("i"), array("q", [0])
         self._sizes, self._columns, self._bin_ends = array("i"), array("i"), array("q", [0])
 
     def add(self, step: Step, numbers: Mapping[int, int]) -> None:
-        """Append a step; ``numbers`` maps the `id` of its rows to row numbers."""
+        """Append a step; ``numbers`` maps the `id` of each example to its index."""
         self._order.extend([numbers[id(row)] for row in step.rows])
         self._ends.append(len(self._order))
         self._sizes.extend([len(item.rows) for item in step.bins])
@@ -159,17 +159,17 @@ class Steps(Sequence[Step]):
         self._bin_ends.append(len(self._sizes))
 
     def weighing(self, weights: Sequence[float]) -> Steps:
-        """Return the same steps with weights of targets, by row number."""
+        """Return the same steps with weights of examples, by index."""
         result = copy(self)
         result._weights = weights
         return result
 
     def numbers(self) -> Iterator[Sequence[int]]:
-        """Yield the numbers of each step's rows."""
+        """Yield the example indices of each step."""
         return (self._order[start:end] for start, end in pairwise(self._ends))
 
     def digest(self) -> str:
-        """Return 32 hex digits over the rows' tokens and their division into steps."""
+        """Return a hash, 32 hex digits, over the tokens and their division into steps."""
         table = self.table
         arrays = (table._ids, table._ends, self._order, self._ends, self._sizes, array("d", self._weights))
         return checksum(b"".join(item.tobytes() for item in arrays) + bytes(table._learned))
@@ -195,14 +195,14 @@ class Steps(Sequence[Step]):
 
 @dataclass(frozen=True)
 class Weighted:
-    """Steps with weighted rows, and the mean share of the loss of each family."""
+    """Steps with weighted examples, and each task's mean share of the loss."""
 
     steps: Steps
     shares: Mapping[str, float]
 
 
 def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
-    """Weight rows so that each family's share of a step's loss is its share of the step's tokens, on average.
+    """Weight examples so that each task's average share of the loss is its share of the tokens.
 
     Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list example has many
     more targets than a question with one answer, so it would have nearly all of the loss. So a family's targets are
@@ -230,5 +230,5 @@ def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
             mass[families[n]] += weights[families[n]] * table.targets(n)
         for family, held in mass.items():
             parts[family] += held / sum(mass.values()) / len(steps)
-    # Rows may have been drawn from a family that no step has.
+    # Examples may have been drawn for a task that no step contains.
     return Weighted(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))

@@ -1,4 +1,4 @@
-"""Experiment trackers, ``train.report_to``: training losses, through transformers, and evaluation metrics.
+"""Experiment trackers (``train.report_to``), which log training losses and evaluation metrics.
 
 Both go into one run of a tracker, whose id is stored in the run folder. The trackers in `_TRACKED` also get evaluation
 metrics; the others that transformers supports get losses only.
@@ -39,7 +39,7 @@ def chosen(section: TrainSection) -> tuple[str, ...]:
 
 
 def refuse_trackers(names: Sequence[str]) -> None:
-    """Reject unknown trackers and those that are not installed.
+    """Reject trackers that are unknown or not installed.
 
     Raises:
         RecipeError: If transformers does not support a tracker.
@@ -73,7 +73,7 @@ def forget(folder: Path) -> None:
 
 
 def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
-    """Start a run of each tracker, or resume that of the folder, and return the callbacks that log training steps.
+    """Start or resume a run of each tracker, and return the callbacks that log training steps.
 
     Raises:
         RecipeError: If a tracker cannot start a run.
@@ -98,7 +98,7 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
 
 
 def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
-    """Log the metrics of an evaluation once; a failing tracker is only a warning, since results are written.
+    """Log the metrics of an evaluation; errors of trackers are only warnings, because the results are already written.
 
     Args:
         names: Trackers; those that do not support evaluation metrics are skipped.
@@ -121,11 +121,11 @@ def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, 
             write_json(folder / FILES[0], {**_kept(folder), reported: stamp})
 
 
-# --------------------------------------------------------------------------- one by one
+# --------------------------------------------------------------------------- individual trackers
 
 
 def _begin(name: str, folder: Path) -> None:
-    """Open a tracker run, or resume that of the folder."""
+    """Start a tracker run, or resume the run of the folder."""
     if name in _OPENED:
         known = _kept(folder).get(name)
         write_json(folder / FILES[0], {**_kept(folder), name: _OPENED[name](folder.name, known)})
@@ -182,7 +182,7 @@ _TRACKED: Mapping[str, Callable[[Mapping[str, float], Path, int], None]] = {
 
 
 def trackio_project() -> str:
-    """Return trackio's project name, which transformers' callback uses too."""
+    """Return the project name for trackio, which transformers also uses."""
     return os.getenv("TRACKIO_PROJECT", PROJECT)
 
 

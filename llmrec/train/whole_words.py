@@ -1,4 +1,4 @@
-"""Trains whole-word embeddings together with the other trainable weights of an encoder-decoder."""
+"""Trains whole-word embeddings together with the other weights of an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, word
 
 
 def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) -> None:
-    """Attach trainable whole-word embeddings to a model: its own, or new ones.
+    """Add trainable whole-word embeddings to a model: its saved ones, or new ones.
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.
@@ -30,7 +30,7 @@ def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) ->
 
 
 def restore_words(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Load the embedding table of a checkpoint, if the model has one."""
+    """Load the whole-word embeddings of a checkpoint, if the model has any."""
     words = words_of(model)
     if words is not None:
         with torch.no_grad():

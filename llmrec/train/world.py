@@ -1,4 +1,4 @@
-"""The processes that train one model together: their kind of parallelism, synchronisation and agreement.
+"""Training in several processes: kind of parallelism, synchronisation and shared values.
 
 Each optimiser step is divided among them (`llmrec.train.steps.Step.split`), and its loss by the targets of the whole
 step, so that the gradient equals that of a single process. Only the first process writes the run folder, logs and
@@ -25,7 +25,7 @@ from llmrec.recipe.schema import TrainSection
 
 SHARDED = "FSDP"
 """accelerate's name for sharding weights among processes."""
-# One process reads data, validates and merges while the others wait; the launcher ends all when one dies.
+# One process reads data, validates and merges while the others wait; the launcher ends all if one fails.
 _PATIENCE = timedelta(days=1)
 # Messages of gloo and NCCL for a lost connection.
 _GONE = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket")
@@ -33,7 +33,7 @@ _GONE = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a training.
+    """The processes that train a model together.
 
     Attributes:
         rank: Index of this process.
@@ -45,7 +45,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and prints for all."""
+        """Whether this process writes and prints for all processes."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -53,16 +53,16 @@ class World:
         self.agree(0)
 
     def agree(self, value: int) -> int:
-        """Return the value of the first process in all processes."""
+        """Return the value of the first process, in all processes."""
         if self.size == 1:
             return value
         held = torch.tensor([value], dtype=torch.int64, device=PartialState().device)
-        # A sum completes only when all processes take part; a broadcast would not make the first one wait.
+        # A sum completes only when all processes take part; with a broadcast, the first one would not wait.
         torch.distributed.all_reduce(held.mul_(self.first))
         return int(held)
 
     def total(self, value: float, device: Any) -> float:
-        """Return the sum of a number over all processes."""
+        """Return the sum of a value over all processes."""
         if self.size == 1:
             return value
         held = torch.tensor([value], dtype=torch.float64, device=device)
@@ -71,7 +71,7 @@ class World:
 
 
 def here() -> World:
-    """Return the processes that `joined` connected; a single one otherwise.
+    """Return the processes connected by `joined`, or a single process.
 
     Raises:
         RecipeError: If a launcher started several that are not connected: gradients would not be summed.
@@ -84,7 +84,7 @@ def here() -> World:
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """Connect the processes that a launcher started, through accelerate.
+    """Connect the processes that a launcher has started, using accelerate.
 
     Args:
         device: The device, ``"cpu"`` or ``"cuda"``.
@@ -103,7 +103,7 @@ def joined(device: str) -> Iterator[World]:
         state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         if state.num_processes != processes.size():
             raise _other(f"{processes.size()} processes", f"{state.num_processes}")
-        if kind != SHARDED:  # sharding begins with the trainer, which compares again
+        if kind != SHARDED:  # sharding begins when the trainer is created, which compares again
             refuse_other(kind, state.distributed_type.value)
         yield here()
         torch.distributed.destroy_process_group()
@@ -114,7 +114,7 @@ def joined(device: str) -> Iterator[World]:
 
 
 def kind_asked(device: str) -> str:
-    """Return the kind of parallelism that the launcher requests, as accelerate names it; ``"no"``: a single process.
+    """Return the kind of parallelism that the launcher requests, as named by accelerate; ``"no"`` for one process.
 
     Args:
         device: The recipe's device, ``"cpu"`` or ``"cuda"``.
@@ -220,7 +220,7 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: 
 
 
 def refuse_other(asked: str, obtained: str) -> None:
-    """Reject a process group of another kind than requested.
+    """Reject a kind of parallelism other than the requested one.
 
     Args:
         asked: The result of `kind_asked`.
@@ -242,14 +242,14 @@ def _other(asked: str, obtained: str) -> RecipeError:
 
 
 def told(world: World, kind: str) -> None:
-    """Print the number of processes and their kind."""
+    """Print the number of processes and the kind of parallelism."""
     if world.size > 1:
         backend = torch.distributed.get_backend()
         note(f"training: {world.size} processes, {kind} ({backend})")
 
 
 def refuse_different(world: World, digest: str, what: str) -> None:
-    """Reject training with processes whose inputs differ from the first one's.
+    """Reject training if the inputs of a process differ from those of the first.
 
     Args:
         world: The processes.
@@ -269,7 +269,7 @@ def refuse_different(world: World, digest: str, what: str) -> None:
 
 
 def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
-    """Run a computation with a model as a forward pass of the wrapper around it.
+    """Run a computation within the forward pass of the module that wraps a model.
 
     DDP prepares the sum of gradients in its forward pass, and FSDP2 gathers weights in that of the outermost module.
     Losses call the decoder and the head separately, so for one call they replace the model's forward method.

@@ -1,1 +1,1 @@
-"""Reinforcement learning: questions about training interactions, rewards of rollouts, and the loss of a step."""
+"""Reinforcement learning (GRPO): rollouts for training interactions, their rewards, and the loss."""

@@ -1,4 +1,4 @@
-"""Policy-gradient training: rollouts of the current model, their rewards, and the loss of a step.
+"""Policy-gradient training (GRPO): rollouts of the current model, their rewards, and the loss of a step.
 
 Rollouts depend only on the seed, the id of their question and the weights, so a resumed training draws the same ones.
 The rollouts of a question share one packed sequence, like the candidates of a list (`llmrec.train.rows`). The reference
@@ -30,23 +30,22 @@ from llmrec.train.reward.rewards import Rewards
 from llmrec.train.steps import Steps
 from llmrec.types import Case
 
-# ----------------------------------------------------------------------------
 # Group-relative advantages and the clipped loss of whole items (GRPO, Shao et al., arXiv 2402.03300, section
 # 4.1).
 #
-# The action is an item, regardless of its number of tokens: ratio and divergence are those of whole items. Every
+# The action is an item, regardless of its number of tokens: probability ratio and divergence are per item. Every
 # rollout has a weight (`llmrec.decode.rollouts.Group`), so that a sum over a group is an expectation over the model's
 # choices: equal draws are one rollout with the sum of their weights, and items drawn without replacement have weights
 # that correct for their probability of being drawn (Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free!,
 # 2019).
 
 
-# A smaller standard deviation is noise; TRL adds the same constant.
+# A smaller standard deviation is rounding noise; TRL adds the same constant.
 _LEAST = 1e-4
 
 
 def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) -> Floats:
-    """Return the advantage of each rollout over the group's mean; their weighted sum is 0.
+    """Return each rollout's advantage over the mean of its group; their weighted sum is 0.
 
     Args:
         rewards: Reward of each rollout, shape (n,).
@@ -59,7 +58,7 @@ def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) ->
 
 
 class PolicyLoss(NamedTuple):
-    """The summed loss and, for each rollout, its divergence and whether its ratio was clipped; shape (n,)."""
+    """The summed loss and, for each rollout, its divergence and whether its ratio was clipped, shape (n,)."""
 
     total: Any
     divergence: Any
@@ -93,7 +92,7 @@ def policy_loss(
 
 @dataclass
 class _Part:
-    """Rollouts of a planned step that are computed together, groups concatenated.
+    """Rollouts of a step that are computed together, as concatenated groups.
 
     Attributes:
         packed: Their packed sequences as tensors.
@@ -114,7 +113,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The rollouts of the planned step ``number``, in parts, and their log values."""
+    """The rollouts of step ``number``, in parts, with the values to log."""
 
     number: int
     parts: Sequence[_Part]
@@ -139,7 +138,7 @@ class RewardObjective:
         seed: int,
         limit: int | None = None,
     ) -> None:
-        """Create the objective.
+        """Prepare the objective for the planned steps.
 
         Args:
             steps: Planned steps, whose rows are questions with their answers.
@@ -157,7 +156,7 @@ class RewardObjective:
         self._drawn: _Drawn | None = None
 
     def parts(self, model: torch.nn.Module, number: int) -> int:
-        """Draw the rollouts of a planned step, and return its number of parts; dropout stays disabled."""
+        """Draw the rollouts of a step, and return its number of parts; dropout stays disabled."""
         model.eval()
         if self._drawn is None or self._drawn.number != number:
             self._drawn = None
@@ -165,7 +164,7 @@ class RewardObjective:
         return len(self._drawn.parts)
 
     def loss(self, model: torch.nn.Module, number: int, part: int = 0) -> tuple[Any, float]:
-        """Return the summed loss of a part of a planned step and the step's number of questions.
+        """Return the summed loss of a part of a step, and the number of questions in the step.
 
         Args:
             model: The model with a PEFT adapter.
@@ -188,11 +187,11 @@ class RewardObjective:
         return result.total, float(questions)
 
     def told(self) -> Mapping[str, float]:
-        """Return the log values of the last step's rollouts; see `llmrec.records.RewardLine`."""
+        """Return the values to log about the last rollouts; see `llmrec.records.RewardLine`."""
         return dict(self._drawn.told) if self._drawn is not None else {}
 
     def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
-        """Draw a step's rollouts, compute their rewards, and their likelihood under the reference model, in parts."""
+        """Draw rollouts for a step, and compute their rewards and their likelihood under the reference model."""
         section, catalogue = self._section, self._rewards.catalogue
         cases = [self._cases[row] for row in self._numbers[number]]
         prompts = [_prompt(row) for row in self._steps[number].rows]
@@ -211,7 +210,7 @@ class RewardObjective:
             for values, group in zip(rewards, groups, strict=True)
         ]
         bins: list[Bin] = []
-        # The rollout numbers of the packed rows.
+        # rollout indices of the packed rows
         orders: list[list[int]] = []
         for prompt, group in zip(prompts, groups, strict=True):
             rows = [_row(prompt, catalogue, item) for item in group.items.tolist()]
@@ -248,14 +247,14 @@ class RewardObjective:
         )
 
     def _logprobs(self, model: torch.nn.Module, packed: Mapping[str, Any], legal: Legal | None) -> Any:
-        """Return the log-probability of every rollout at the recipe's temperature, float32, shape (rollouts,)."""
+        """Return the log-probability of every rollout at the temperature of the recipe, float32, shape (rollouts,)."""
         with mixed_precision(model):
             losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)
         return of_rows(packed, -losses)
 
 
 def _prompt(row: TokenRow) -> tuple[int, ...]:
-    """Return the prompt tokens of a question's row."""
+    """Return the prompt tokens of a tokenised question."""
     return row.ids[: next(n for n, label in enumerate(row.labels) if label != IGNORED)]
 
 
@@ -267,7 +266,7 @@ def _row(prompt: tuple[int, ...], catalogue: Catalogue, item: int) -> TokenRow:
 def _told(
     cases: Sequence[Case], groups: Sequence[Group], rewards: Sequence[Sequence[float]], items: Sequence[str]
 ) -> dict[str, float]:
-    """Return the log values of a step's rollouts; see `llmrec.records.RewardLine`."""
+    """Return the values to log about the rollouts of a step; see `llmrec.records.RewardLine`."""
     count = len(groups)
     shares: dict[int, float] = {}
     for group in groups:

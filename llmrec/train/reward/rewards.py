@@ -1,4 +1,4 @@
-"""The reward of rollouts: a weighted sum of terms, each computed from a group of items and the true one."""
+"""The reward of rollouts: a weighted sum of terms, each computed from a group of items and the true item."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rewards:
     scorer: CatalogueScorer | None = None
 
     def of(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the weighted sum of all terms for each item of a group.
+        """Return the total reward of each item in a group.
 
         Args:
             case: The question and its true item.
@@ -60,11 +60,11 @@ class Rewards:
         return self.task.reward(Ranking(request_id=case.request.id, items=items, scores=scores), case)
 
     def _hit(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the reward of a list with only the item: 1 for the true item."""
+        """Return the reward ``hit``: 1 for the true item, otherwise 0."""
         return [self._listed(case, [place]) for place in places]
 
     def _ndcg(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the loss in the list's NDCG without each item: negative for items ranked above the true one.
+        """Return how much each item lowers the NDCG of the list; negative for items ranked above the true item.
 
         The NDCG itself is the same for all items of a group.
         """
@@ -72,7 +72,7 @@ class Rewards:
         return [ndcg - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
 
     def _rank_penalty(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return 0 for the true item, and shares of -1 for the others, by 1 / log2(1 + rank); MiniOneRec's, 2510.24431.
+        """Return 0 for the true item, and for others a penalty that decreases with rank (MiniOneRec, arXiv 2510.24431).
 
         In a group without the true item, all rewards are 0.
         """
@@ -83,7 +83,7 @@ class Rewards:
         return [0.0 if hit > 0 else -item / sum(discounts) for hit, item in zip(hits, discounts, strict=True)]
 
     def _prefix(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the length of the common prefix of each code and the true one, as a share of the longer code."""
+        """Return the length of the prefix that each code shares with the true code, divided by the longer length."""
         wanted = self._code(self.items.index(str(case.truth)))
         results = []
         for place in places:
@@ -98,7 +98,7 @@ class Rewards:
         return path[: len(path) - self.closing]
 
     def _percentile(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the share of the catalogue that a baseline scores below each item; ties count half."""
+        """Return the share of the catalogue that a baseline scores lower than each item; ties count half."""
         assert self.scorer is not None
         (scores,) = np.asarray(self.scorer.scores([case.request]))
         column = {item: n for n, item in enumerate(self.scorer.items)}
@@ -108,7 +108,7 @@ class Rewards:
 
 
 def closing_of(catalogue: Catalogue) -> int:
-    """Return 1 if all paths of a catalogue end with one token, such as a line break, else 0.
+    """Return 1 if all token paths of a catalogue end with the same token, such as a line break, else 0.
 
     Other shared tokens may be a level of the codes.
     """
@@ -116,12 +116,11 @@ def closing_of(catalogue: Catalogue) -> int:
     return int(min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1)
 
 
-# ----------------------------------------------------------------------------
-# Training interactions as questions in the form of evaluation: the prompt of a request, with its answer as the target.
+# Training interactions as questions in evaluation form: the prompt of a request, with its answer as target.
 
 
 def question(task: Task, case: Case, template: str) -> Example:
-    """Return a question with its answer, whose target tokens are the answer's path in the catalogue."""
+    """Return a question with its answer, whose target tokens are the answer's token path in the catalogue."""
     request, truth = case.request, str(case.truth)
     prompt = task.prompt(request, template=template)
     (text,) = task.continuations(replace(request, candidates=(truth,)), template=template)
