@@ -1,1 +1,1 @@
-"""Jobs split into shards, run by hand or on a Ray cluster, and merged."""
+"""Jobs divided into shards, which run by hand or on a Ray cluster and are then merged."""

@@ -1,4 +1,4 @@
-"""Distributes the shards of a job over Ray actors: Ray Data maps the shard numbers and does all scheduling.
+"""Runs the shards of a job on Ray actors, scheduled by Ray Data.
 
 The job is stored in the folder of the shards, which all nodes share; Ray transfers only numbers and short records. A
 shard that is lost with its process or node is not yielded, and `llmrec.cluster.jobs.work_all` repeats it.
@@ -50,13 +50,13 @@ log = logging.getLogger(__name__)
 LOCAL = "local"
 _EXTRA = "ray"
 _KNOCK, _ANSWER = 10.0, 60.0
-# Only numbers and short records pass through Ray.
+# only numbers and short records pass through Ray
 _STORE = 100_000_000
 
 
 @dataclass(frozen=True)
 class Places:
-    """The resources of actors on a cluster.
+    """Number and resources of the actors on a cluster.
 
     Attributes:
         actors: Number of actors.
@@ -72,7 +72,7 @@ class Places:
 
 
 def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: int = 1) -> Places:
-    """Return the actors that fit on a cluster, with one logical CPU reserved for Ray Data, or the requested number.
+    """Return how many actors fit on a cluster, with one CPU reserved for Ray Data, or the requested number.
 
     Args:
         nodes: The resources of each machine: ``CPU`` and ``GPU``.
@@ -102,7 +102,7 @@ def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: in
 
 @contextmanager
 def cluster(address: str, asked: RaySection) -> Iterator[Any]:
-    """Start Ray on this machine or connect to an existing cluster, and provide the module.
+    """Start Ray on this machine or connect to a cluster, and provide the Ray module.
 
     Raises:
         MissingExtra: If Ray is not installed.
@@ -134,7 +134,7 @@ def cluster(address: str, asked: RaySection) -> Iterator[Any]:
 
 
 def knock(address: str) -> None:
-    """Check whether a cluster responds at an address. Ray's own attempt can block for long or end the process.
+    """Check whether a cluster responds at an address, because Ray could block for long or end the process.
 
     Raises:
         RecipeError: If it is not a valid cluster address.
@@ -177,7 +177,7 @@ class Actor:
         self._worker = Worker(Path(folder), token, count, f"{node} ({_node_id()[:8]})", os.getpid())
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Run the shard of a row."""
+        """Run the shard that a row names."""
         return {"worked": self._worker.work(int(row["shard"])).as_json()}
 
 
@@ -196,13 +196,13 @@ def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequen
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # A lost shard is no error: it is missing from the results, and repeated.
+    # A lost shard is not an error: it is missing in the results and run again.
     context.max_errored_blocks = -1
     resources = places(alive(ray), asked)
     rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
     pool = ray.data.ActorPoolStrategy(size=min(resources.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
-    # A dead process is restarted on its node, but its shard is not retried there, since the node may be gone forever
-    # and the shard would wait for it.
+    # A dead process is restarted on its node, but its shard is not retried there: if the node is gone, the shard
+    # would wait forever.
     lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": resources.cpus, "num_gpus": resources.gpus}
     result = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
     try:
@@ -213,7 +213,7 @@ def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequen
 
 
 def alive(ray: Any) -> list[Mapping[str, float]]:
-    """Return the resources of each machine that is alive."""
+    """Return the resources of each live machine."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -258,7 +258,7 @@ def work_on(
         facts = {"shards": count, "actors": processes, "nodes": nodes, "tokens": tokens, "actor_seconds": spent}
         show("ray", rows, record={"ray": facts})
         if resources.gpus and job.command != "rank":
-            # Answers are bound to the device that computed them: they are merged on a device of the same kind.
+            # Answers depend on the type of device, so they are merged on a device of the same type.
             merge = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(_merge)
             ray.get(merge.remote(fields["folder"], token))
     return resources.gpus > 0
@@ -288,7 +288,7 @@ def rank_on(options: RankOptions, address: str) -> None:
         raise RecipeError(
             f"--{name} {settings[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
         ) from None
-    # Restart once and here: a lost shard is repeated, and keeps its finished parts.
+    # Restart once and on this machine: a lost shard is run again, and keeps its finished parts.
     job = Job("rank", options.target, replace(options, restart=False))
     drop = partial(drop_shards, options.target) if options.restart else lambda: None
     work_on(address, job, section, -(-total // size), drop)
@@ -303,7 +303,7 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
     """
     merged = work_on(address, Job(command, target, recipe), recipe.ray)
     if command != "eval" or not merged:
-        # An existing feature store is unchanged.
+        # an existing feature store is not changed
         merge_shards(target)
         return
     results = read_json(target / "results.json", "run the command again")
@@ -311,7 +311,7 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
 
 
 def ask_shards(options: RunOptions, *, trains: bool = False) -> None:
-    """Evaluate one shard of a recipe's cases, or all on a cluster or on this machine, for `llmrec run` and `eval`.
+    """Evaluate one shard of a recipe's cases, or all shards on a cluster or this machine, for `llmrec run` and `eval`.
 
     Args:
         options: The recipe, its run folder, and one of ``shard``, ``ray`` and ``launch``.

@@ -15,7 +15,7 @@ from llmrec.cli.console import finish, show
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """The output of a job, and the folders of its shards."""
+    """Options of `llmrec merge`."""
 
     target: Annotated[
         Path,

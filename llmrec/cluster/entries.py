@@ -1,4 +1,4 @@
-"""The registry entries of jobs in shards."""
+"""The registry entries for jobs in shards."""
 
 from llmrec.entries import Command
 

@@ -1,4 +1,4 @@
-"""Evaluation in shards: each answers a part of the cases; merged results equal those of a single process.
+"""Evaluation in shards of the test cases; merged results equal those of a single process.
 
 A shard does not train, fit baselines or compute metrics. `merge_run` merges the answer caches and then runs
 `llmrec eval`, which finds every answer in the cache: intervals and comparisons are computed over all cases.
@@ -38,7 +38,7 @@ def evaluate_shard(
     quiet: bool = False,
     report: Callable[[float], None] = lambda _: None,
 ) -> Path:
-    """Evaluate a recipe's language models on one shard of its cases, in a folder next to the run's; never train.
+    """Evaluate the language models of a recipe on one shard of the cases, in a folder next to the run folder.
 
     Args:
         recipe: See `llmrec.pipeline.run.run`.
@@ -81,7 +81,7 @@ def evaluate_shard(
 
 
 def refuse_without_model(recipe: Recipe) -> None:
-    """Reject a recipe without a language model, whose evaluation has no shards."""
+    """Reject a recipe without a language model, because baselines are not evaluated in shards."""
     if not recipe.eval.arms:
         raise RecipeError(
             "this recipe has no language model (eval.arms is empty), so there is nothing to distribute; run it in "
@@ -92,7 +92,7 @@ def refuse_without_model(recipe: Recipe) -> None:
 
 
 def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Run:
-    """Merge the answers of all shards into a run folder, and evaluate like a single process.
+    """Merge the answers of all shards into a run folder, and compute results like a single process.
 
     Args:
         home: The run folder, as given to the shards.
@@ -112,7 +112,7 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
             for entry in result:
                 store.join(entry.folder / ANSWERS)
                 for stage, spent in entry.told["seconds"].items():
-                    # The cost of answers is stored with them; that of starting engines is not.
+                    # The cost of answers is stored with them; the cost of starting engines is not.
                     if stage.startswith("start "):
                         session.budget.add(stage, spent)
 

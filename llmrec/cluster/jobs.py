@@ -1,4 +1,4 @@
-"""A job in shards that are run by worker processes: its file, the results of workers, and the remaining shards.
+"""Jobs whose shards are run by worker processes: the job file, results of workers, and lost shards.
 
 This module is independent of the scheduler that distributes shards over machines. The scheduler gets shard numbers and
 yields a `Worked` for each, in any order; a shard without one was lost with a process or a machine, and is repeated. Its
@@ -55,7 +55,7 @@ _FOLDER = re.compile(r"[0-9]+-of-([0-9]+)")
 
 @dataclass(frozen=True)
 class Job:
-    """A job to run in shards.
+    """A job that is divided into shards.
 
     Attributes:
         command: The command of the job.
@@ -68,7 +68,7 @@ class Job:
     asked: RankOptions | Recipe
 
     def write(self, token: str) -> None:
-        """Write the job for all machines, with a token that identifies it."""
+        """Write the job file for all machines, with a token that identifies the job."""
         options = self.asked
         plain = (
             options.model_dump(mode="json")
@@ -79,7 +79,7 @@ class Job:
         write_checked(shards_of(self.target) / JOB, {**fields, "token": token, "asked": plain})
 
     def opened(self, report: Callable[[float], None]) -> Callable[[Shard], Path]:
-        """Return a function that runs a shard and returns its folder; it reuses models opened by the previous one.
+        """Return a function that runs a shard and returns its folder; open models are reused.
 
         Args:
             report: Called with the finished fraction of the shard of an evaluation.
@@ -150,25 +150,25 @@ class Worked:
     error: str = ""
 
     def as_json(self) -> str:
-        """Return the result in the JSON format of `parse`."""
+        """Return the result as JSON, for `parse`."""
         return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: str) -> Worked:
-        """Return the result in the JSON format of `as_json`."""
+        """Parse a result from JSON written by `as_json`."""
         return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
 class Advanced:
-    """The progress of a shard: its number and its finished fraction."""
+    """The progress of a shard: its number and the finished fraction."""
 
     shard: int
     fraction: float
 
 
 class Worker:
-    """Runs shards of one job, one after another, and keeps the engine of the first one open.
+    """Runs shards of a job one after another, and keeps the engine open.
 
     Args:
         folder: The folder of the job's shards.
@@ -194,7 +194,7 @@ class Worker:
         self._number = 0
 
     def work(self, number: int) -> Worked:
-        """Run one shard; an error is returned instead of raised, since it would occur in another process too."""
+        """Run one shard; errors are returned instead of raised, since they would occur in other processes too."""
         begin = time.monotonic()
         shard = Shard(number, self._count)
         try:
@@ -214,7 +214,7 @@ class Worker:
 
 
 def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
-    """Run a shard, waiting for a process that still locks it and is about to end."""
+    """Run a shard; wait if a process that is about to end still locks it."""
     end = time.monotonic() + _BUSY
     while True:
         try:
@@ -226,7 +226,7 @@ def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
 
 
 def count_of(target: Path, wanted: int | None, default: int) -> int:
-    """Return the number of shards of a job: the earlier number if it is resumed.
+    """Return the number of shards of a job; a resumed job keeps its number.
 
     Args:
         target: The output of the job.
@@ -249,7 +249,7 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
 
 
 def shard_counts(target: Path) -> list[int]:
-    """Return the numbers of shards into which a job was split before, the most frequent first."""
+    """Return the numbers of shards into which a job was divided before, most frequent first."""
     place = shards_of(target)
     names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
     return [count for count, _ in Counter(int(name[1]) for name in names if name).most_common()]
@@ -257,7 +257,7 @@ def shard_counts(target: Path) -> list[int]:
 
 @contextmanager
 def published(job: Job) -> Iterator[str]:
-    """Write a job for its workers, provide its token, and lock it against other starts meanwhile.
+    """Write the job file for workers, yield its token, and lock the job against other starts meanwhile.
 
     Raises:
         LlmrecError: If the job is already running, or the folder cannot be written.
@@ -276,7 +276,7 @@ Spread = Callable[[Sequence[int]], Iterator[Worked | Advanced]]
 
 
 def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
-    """Run all shards of a job, repeat lost ones, and show the progress.
+    """Run all shards of a job, run lost shards again, and show the progress.
 
     Args:
         job: The job.

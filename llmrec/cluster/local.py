@@ -1,4 +1,4 @@
-"""The shards of a job on this machine: N worker processes, each with its own GPUs or its share of the cores.
+"""Runs the shards of a job on this machine, in N processes, each with its own GPUs or share of the cores.
 
 ``python -m llmrec.cluster.local FOLDER TOKEN COUNT CORES LOG NUMBER...`` is such a worker. It writes one line of JSON
 for each result and each step of its progress.
@@ -28,12 +28,12 @@ from llmrec.progress import QUIET
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 
-# Lines of a process's messages in an error.
+# Lines of a process's output to show in an error.
 _LINES = 8
 
 
 def run_here(recipe: Recipe, home: Path, options: RunOptions) -> Run:
-    """Generate the texts of a recipe, train its model and evaluate it, each with ``options.launch`` processes.
+    """Generate texts, train and evaluate a recipe, each with ``options.launch`` processes.
 
     A recipe whose language model only writes texts is evaluated by this process.
 
@@ -54,7 +54,7 @@ def run_here(recipe: Recipe, home: Path, options: RunOptions) -> Run:
 
 
 def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:
-    """Evaluate a recipe in several processes of this machine; results equal those of a single process.
+    """Evaluate a recipe in several processes of this machine; the results equal those of a single process.
 
     Args:
         recipe: The recipe.
@@ -70,7 +70,7 @@ def evaluate_here(recipe: Recipe, home: Path, count: int) -> Run:
 
 
 def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
-    """Run the shards of a job in several processes of this machine, and return their folders.
+    """Run the shards of a job in several processes of this machine, and return the folders of the shards.
 
     A job that was stopped resumes with its shards, also with another number of processes. All processes are stopped
     when one fails.
@@ -107,7 +107,7 @@ def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
 
 
 def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
-    """Return the environment of each process: its GPUs, of those that are visible here, and its number of threads.
+    """Return the environment of each process: its GPUs, selected from the visible ones, and number of threads.
 
     Raises:
         RecipeError: If there are too few GPUs, or GPUs of several kinds.
@@ -145,7 +145,7 @@ def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
 
 
 def _cores(index: int, count: int) -> str:
-    """Return the cores of a process, separated by commas; empty if there are fewer than processes."""
+    """Return the cores of a process, separated by commas; empty if there are fewer cores than processes."""
     cores = machine.cores()
     return ",".join(map(str, cores[index::count])) if len(cores) >= count else ""
 
@@ -161,12 +161,12 @@ def _last_lines(log: Path) -> str:
     return "".join(f"\n    {line}" for line in lines) or " none"
 
 
-# --------------------------------------------------------------------------- a worker
+# --------------------------------------------------------------------------- the worker process
 
 
 def work(folder: Path, token: str, count: int, node: str, numbers: Sequence[int]) -> None:
-    """Run shards one after another, and print results and progress; messages and library output go to stderr."""
-    # Libraries and their processes print to the standard output too, so it becomes the error stream.
+    """Run shards one after another, and print results and progress; all other output goes to stderr."""
+    # Libraries and their processes print to standard output too, so it is redirected to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as out:
         os.dup2(2, 1)
         logging.basicConfig(format="%(asctime)s %(message)s")
@@ -182,7 +182,7 @@ def work(folder: Path, token: str, count: int, node: str, numbers: Sequence[int]
 def _main(folder: str, token: str, count: str, cores: str, log: str, *numbers: str) -> None:
     processes.end_with_parent()
     if cores:
-        # vLLM binds a thread to each core that it may use.
+        # vLLM binds a thread to each core that it may use
         machine.keep_to([int(core) for core in cores.split(",")])
     work(Path(folder), token, int(count), f"this machine ({log})", [int(number) for number in numbers])
 

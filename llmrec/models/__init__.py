@@ -1,1 +1,1 @@
-"""Weights and tokenizers, without an engine."""
+"""Loads and changes the weights and tokenizers of models, without an inference engine."""

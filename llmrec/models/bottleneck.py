@@ -1,4 +1,4 @@
-"""Bottleneck adapters parallel to the feed-forward part of every layer, as in M6-Rec (arXiv 2205.08084).
+"""Bottleneck adapters parallel to the feed-forward block of every layer, as in M6-Rec (arXiv 2205.08084).
 
 A layer's FFN(Z) becomes FFN(Z) + lambda * (act(Z W1 + b1) W2 + b2). Lambda is trained too and starts at 0,
 where the model is bit-identical to the base. The paper does not name its activation; here it is GELU. Plain
@@ -23,7 +23,7 @@ _NAME = "llmrec_bottleneck"
 
 
 def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
-    """Add a new trainable adapter to every layer, in float32.
+    """Add a trainable float32 adapter to every layer.
 
     Args:
         model: A decoder, with or without PEFT adapters.
@@ -46,7 +46,7 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
         setattr(part, _NAME, adapter.to(next(part.parameters()).device))
         part.register_forward_hook(_add)
     base = _base(model)
-    # The model's own files stay readable for other programs that use transformers.
+    # The original files of the model remain readable for other programs that use transformers.
     base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_tensors(base)}
 
 
@@ -64,7 +64,7 @@ def _add(part: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write a model's adapters into a folder, if it has any."""
+    """Save the adapters of a model to a folder, if it has any."""
     if tensors := _tensors(model):
         safetensors = require("safetensors.torch", "train")
         safetensors.save_file(
@@ -73,7 +73,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load(model: torch.nn.Module, folder: Path) -> None:
-    """Attach the adapters of a folder to a model, if there are any.
+    """Add the adapters stored in a folder to a model, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or do not belong to the model.
@@ -99,12 +99,12 @@ def load(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the parameters of adapters, by name in the base model."""
+    """Return the adapter parameters by their names in the base model."""
     return {name: item for name, item in _base(model).named_parameters() if f".{_NAME}." in name}
 
 
 def _parts(model: torch.nn.Module) -> list[Any]:
-    """Return the feed-forward part of every layer."""
+    """Return the feed-forward block of every layer."""
     layers = getattr(_base(model).get_decoder(), "layers", None)
     parts = [getattr(layer, "mlp", None) for layer in layers or ()]
     if not parts or any(part is None or hasattr(part, "experts") for part in parts):

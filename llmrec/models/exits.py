@@ -1,4 +1,4 @@
-"""Early exits: answers from the hidden states of a layer before the last.
+"""Early exits: answers from the hidden states of a layer before the last one.
 
 M6-Rec (arXiv 2205.08084) applies the task's loss at every depth k of L, with weights 2k / (L (L + 1)), which sum to 1,
 so that inference may stop at any of them.
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def weights(layers: int) -> list[float]:
-    """Return the weight of the loss after each layer, first to last."""
+    """Return the weight of the loss after each layer, from the first to the last."""
     return [2 * depth / (layers * (layers + 1)) for depth in range(1, layers + 1)]
 
 
 def check(model: torch.nn.Module, key: str) -> None:
-    """Reject a model whose head cannot be applied to the states of earlier layers.
+    """Reject a model whose head cannot be applied to hidden states of earlier layers.
 
     Raises:
         ModelError: If it is an encoder-decoder, its logits are more than one matrix product, or it has no final norm.
@@ -32,7 +32,7 @@ def check(model: torch.nn.Module, key: str) -> None:
     body = None if is_paired(model.config) else model.get_decoder()
     layered = hasattr(body, "layers") and hasattr(body, "norm")
     head = model.get_output_embeddings()
-    # With item tokens, the head is wrapped by their trained rows, which the loss reads too.
+    # With item tokens, the head is wrapped by their trained rows, which the loss also reads.
     wrapper = getattr(head, "token_adapter", None)
     if not (layered and plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
         raise ModelError(
@@ -44,21 +44,21 @@ def check(model: torch.nn.Module, key: str) -> None:
 
 
 def depths(model: torch.nn.Module, **inputs: Any) -> list[Any]:
-    """Return the states after each layer, through the final norm, each of shape (rows, columns, d)."""
+    """Return the hidden states after each layer and the final norm, shape (rows, columns, d) each."""
     body = model.get_decoder()
     out = body(**inputs, use_cache=False, output_hidden_states=True)
     return [*(body.norm(states) for states in out.hidden_states[1:-1]), out.last_hidden_state]
 
 
 class _Reached(Exception):
-    """Raised to end a forward pass at the exit."""
+    """Raised to stop a forward pass at the exit layer."""
 
     def __init__(self, state: Any, depth: int) -> None:
         self.state, self.depth = state, depth
 
 
 class Exits:
-    """Scores labels of one token each and exits the model early.
+    """Scores one-token labels with only the first layers of a model.
 
     Args:
         model: A decoder.
@@ -89,7 +89,7 @@ class Exits:
             )
 
     def score(self, ids: Sequence[int], labels: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of labels after a prompt, in the full vocabulary."""
+        """Return the log-probabilities of labels after a prompt, over the full vocabulary."""
         torch, body = self._torch, self._model.get_decoder()
         wanted = torch.tensor(list(labels), device=self._model.device)
         watched = range(len(self._layers)) if self._exit < 1 else [int(self._exit) - 1]

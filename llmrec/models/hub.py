@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: the local cache, downloads, and an error message for each kind of failure."""
+"""Models of the Hugging Face hub: local cache, downloads, and an error message for each kind of failure."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llmrec.errors import ErrorKind, ModelError, require
 
 _DESCRIBING = ("*.json", "*.jinja", "*.txt", "*.model")
 _WEIGHTS = "*.safetensors"
-# Seconds to wait for the hub to answer whether it has a model.
+# Seconds to wait for the hub's answer whether it has a model.
 _PATIENCE = 5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutError", "Timeout", "TransportError"}
 
 
 def cached(name: str, revision: str | None, *, code: bool) -> str | None:
-    """Return the folder of a model that is complete in the hub's cache, weights included; otherwise None."""
+    """Return the folder of a model that is complete in the hub cache, with weights; otherwise None."""
     hub = require("huggingface_hub", "train")
     if not Path(_cache(), f"models--{name.replace('/', '--')}").is_dir():
-        return None  # without the download library, which takes long to import
+        return None  # without importing the download library, which is slow
     try:
         result = hub.snapshot_download(
             name, revision=revision, allow_patterns=_patterns(weights=True, code=code), local_files_only=True
@@ -39,7 +39,7 @@ def cached(name: str, revision: str | None, *, code: bool) -> str | None:
 
 
 def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
-    """Download a model into the hub's cache and return its folder.
+    """Download a model to the hub cache and return its folder.
 
     Args:
         name: A name on the hub, such as ``org/model``.
@@ -72,7 +72,7 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all safetensors files of a model exist: an interrupted download leaves some out."""
+    """Whether all safetensors files of a model exist; after an interrupted download, some are missing."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob(_WEIGHTS))
@@ -88,11 +88,11 @@ def _patterns(*, weights: bool, code: bool) -> list[str]:
 
 
 def _refused(name: str, revision: str | None, error: Exception) -> ModelError:
-    """Return the error of a failed download, with the fix."""
+    """Return the error for a failed download, with the fix."""
     chain = list(_chain(error))
     kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
     status = next((code for item in chain if (code := _status(item)) is not None), None)
-    # A proxy's address may contain a password.
+    # the address of a proxy may contain a password
     text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
     kind, sentence = _disk(name, chain, text) or _answered(name, revision, kinds, status, text) or _unasked(kinds, text)
     key = "model.revision" if "RevisionNotFoundError" in kinds else "model.name"
@@ -111,7 +111,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, str] | None:
-    """Return the error of a download that cannot be stored, if it is one."""
+    """Return the error for a download that could not be stored; None if that is not the cause."""
     place = _cache()
     numbers = {item.errno for item in chain if isinstance(item, OSError)}
     if numbers & set(_FULL) or "No space left on device" in said:
@@ -130,7 +130,7 @@ def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, 
 def _answered(
     name: str, revision: str | None, kinds: set[str], status: int | None, said: str
 ) -> tuple[ErrorKind, str] | None:
-    """Return the error of a response of the hub, if there was one."""
+    """Return the error for a response of the hub; None if there was no response."""
     page = f"{_endpoint()}/{name}"
     token = "the token in HF_TOKEN or of `hf auth login`" if _token() else "there is no token (HF_TOKEN)"
     if "HFValidationError" in kinds:
@@ -167,7 +167,7 @@ def _answered(
 
 
 def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
-    """Return the error of a failed connection to the hub."""
+    """Return the error for a failed connection to the hub."""
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
             f"HF_HUB_OFFLINE is set, and the hub's cache {_cache()} does not have the complete model; download it once "
@@ -187,7 +187,7 @@ def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
 
 
 def _behind_proxy() -> bool:
-    """Whether the environment sends requests for the hub through a proxy."""
+    """Whether requests to the hub go through a proxy, according to the environment."""
     hub = urlsplit(_endpoint())
     return {hub.scheme, "all"} & getproxies().keys() != set() and not proxy_bypass(hub.netloc)
 
@@ -209,7 +209,7 @@ def _token() -> bool:
 
 
 def _free(place: str) -> float:
-    """Return the free GiB on the disk of a folder that need not exist yet."""
+    """Return the free GiB on the disk of a folder, which need not exist yet."""
     parent = Path(place)
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent

@@ -1,4 +1,4 @@
-"""Adds the tokens of an item index to a model: a resized copy whose new embedding rows start from titles.
+"""Adds the tokens of an item index to a model; the new embeddings are initialised from item titles.
 
 The copy is an ordinary model folder, so training, merging, export and every engine read it like the base model. vLLM
 does not support new tokens in an adapter, but does in a resized base.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-# The number of items whose titles represent a token.
+# Number of items whose titles initialise a token.
 _ITEMS = 256
 
 
@@ -39,7 +39,7 @@ def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -
         ModelError: If the tokenizer cannot encode one of them as a single id.
     """
     tokenizers = require("tokenizers", "train")
-    # Not special, since answers are decoded without special tokens; not normalised, since they are matched exactly.
+    # Not special, since answers are decoded without special tokens; not normalised, for an exact match.
     new = [tokenizers.AddedToken(name, special=False, normalized=False) for name in tokens]
     tokenizer.add_tokens(new)
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
@@ -66,7 +66,7 @@ def extended(
     vectors: Mapping[str, NDArray[np.float32]] | None = None,
     whitened: bool = True,
 ) -> None:
-    """Write a copy of a model and its tokenizer with the tokens of an index, atomically.
+    """Save a copy of a model and its tokenizer with the tokens of an index, atomically.
 
     Whole-word embeddings are kept and treat each new code as a word.
 
@@ -87,7 +87,7 @@ def extended(
     names = index.vocabulary
     known = tokenizer.get_vocab().keys() & set(names)
     texts = _texts(index, titles) if words else {}
-    # Before the tokens are added: no title can be tokenised as one of them.
+    # Before the tokens are added, so that no title is tokenised as one of them.
     pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
     ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
@@ -106,14 +106,14 @@ def extended(
     _update_whole_words(model, tokenizer)
     with replacing(target) as draft:
         draft.mkdir()
-        # First, since the table stays in float32 whatever the model's dtype.
+        # First, because the table stays in float32 whatever the dtype of the model.
         save_words(model, draft)
         model.to(dtype(section)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
 
 def grow(model: torch.nn.Module, size: int) -> None:
-    """Add rows to every vocabulary table of a model.
+    """Add rows to every embedding table and head of a model.
 
     Resizing ties the head of a model whose configuration says so. T5-v1.1, mT5 and umT5 say so although their heads are
     separate, and would lose them; so would the two halves of BART.
@@ -134,7 +134,7 @@ def grow(model: torch.nn.Module, size: int) -> None:
 
 
 def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Update a model's whole-word embeddings, if any, for a tokenizer with new tokens."""
+    """Update a model's whole-word embeddings, if it has any, for a tokenizer with new tokens."""
     embeddings = words_of(model)
     if embeddings is not None:
         control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
@@ -143,7 +143,7 @@ def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBa
 
 
 def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the titles of the items whose codes contain a token, by token; of many items, a sample chosen by hash."""
+    """Return, for each token, the titles of items whose codes contain it; for many items a sample selected by hash."""
     holders: dict[str, list[str]] = defaultdict(list)
     for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
         for name in index.codes[item]:
@@ -157,7 +157,7 @@ def _levels(tokens: Sequence[str]) -> list[str]:
 
 
 def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
-    """Return the mean embedding of each token's items, each the mean over its title; None without any title.
+    """Return each token's mean embedding of the titles of its items; None if it has no titles.
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).
@@ -172,7 +172,7 @@ def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
 def _meanings(
     index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int, *, whitened: bool
 ) -> list[NDArray[np.float32] | None]:
-    """Return the mean feature vector of each token's items, in the model's width; None if there are none.
+    """Return each token's mean feature vector of its items, in the embedding size; None if there are none.
 
     Vectors are rotated to their principal components. Text vectors are whitened: without that, few components hold most
     of the variance, and differences between similar items would be lost (WhitenRec, ICDE 2024, section 3). Vectors of
@@ -225,7 +225,7 @@ def _rows(
         means -= means.mean(axis=0)
         size = float(np.sqrt(np.square(means).sum(axis=1).mean()))
         if size > 0:
-            # A little noise separates two tokens with the same titles.
+            # A little noise distinguishes tokens with the same titles.
             away[members] = means * (spread / size) + 0.05 * away[members]
     rows: NDArray[np.float32] = (centre + away).astype(np.float32)
     return rows

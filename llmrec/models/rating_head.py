@@ -1,4 +1,4 @@
-"""A head that predicts a rating from a hidden state: the last layer's, after the final norm, at a prompt's last token.
+"""A head that predicts a rating from the final hidden state at the last token of a prompt.
 
 Two formulations (Kang et al., arXiv 2305.06474, section 4): one class for each value of the scale, whose expectation is
 the rating, or one unit whose output is the rating. Its weights are stored with a model's as
@@ -27,7 +27,7 @@ CONFIG = "rating_head.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
-    """The meaning of a head's outputs.
+    """What the outputs of a rating head mean.
 
     Attributes:
         values: The rating scale, lowest first.
@@ -41,34 +41,34 @@ class HeadShape:
 
     @property
     def outputs(self) -> int:
-        """Number of outputs: 1, or a class for each value."""
+        """Number of outputs: 1, or one class per rating value."""
         return 1 if self.alpha == 0 else len(self.values)
 
 
 @dataclass(frozen=True, slots=True)
 class RatingHead:
-    """A head: its shape, and a float32 ``torch.nn.Linear`` with two further buffers, see `standardise`."""
+    """A rating head: its shape, and a float32 ``torch.nn.Linear`` with two additional buffers, see `standardise`."""
 
     shape: HeadShape
     linear: Any
 
     def to(self, device: Any) -> RatingHead:
-        """Move it to a device, in place."""
+        """Move the head to a device, in place."""
         self.linear.to(device)
         return self
 
     def outputs(self, states: torch.Tensor) -> Any:
-        """Return the outputs for hidden states of shape (n, width): logits of classes, or one rating; float32.
+        """Return the outputs for hidden states of shape (n, width): class logits, or one rating, in float32.
 
         Every dimension of the states is standardised first.
         """
         torch = require("torch", "train")
-        # In bfloat16 a rating of 4 is off by up to .016, so the head is always computed in float32.
+        # In bfloat16 a rating of 4 has an error of up to .016, so the head is always computed in float32.
         with torch.autocast(states.device.type, enabled=False):
             return self.linear((states.float() - self.linear.center) / self.linear.spread)
 
     def expectation(self, outputs: Any) -> Any:
-        """Return ratings of shape (n,): the mean of the values under softmax(outputs), or the single unit's output."""
+        """Return ratings of shape (n,): the mean over class probabilities, or the single output."""
         if self.shape.outputs == 1:
             return outputs[:, 0]
         return outputs.softmax(-1) @ outputs.new_tensor(self.shape.values)
@@ -80,7 +80,7 @@ class RatingHead:
 
 
 def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
-    """Create a head that predicts the average of the training examples for every state.
+    """Create a head that initially predicts the average training rating for every hidden state.
 
     Its weights are 0 and its biases the log shares of the classes with add-one smoothing, or the mean rating. So
     training starts at the mean and nothing is random.
@@ -103,7 +103,7 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
 
 
 def standardise(head: RatingHead, states: torch.Tensor) -> None:
-    """Set the mean and deviation by which a head standardises each dimension, from sample states of shape (n, width).
+    """Set mean and deviation for standardising hidden states, from samples of shape (n, width).
 
     A few dimensions of a language model's states are a hundred times larger than the others and hardly vary. With one
     learning rate for all weights, the other dimensions would be learned too slowly.
@@ -111,7 +111,7 @@ def standardise(head: RatingHead, states: torch.Tensor) -> None:
     result = states.float()
     spread = result.std(dim=0, correction=0)
     head.linear.center.copy_(result.mean(dim=0))
-    # Constant dimensions carry no information and must not be scaled up.
+    # constant dimensions carry no information and must not be scaled up
     head.linear.spread.copy_(spread.clamp(min=max(1e-3 * float(spread.mean()), 1e-6)))
 
 
@@ -124,7 +124,7 @@ def _linear(shape: HeadShape) -> Any:
 
 
 def save_head(head: RatingHead, folder: Path) -> None:
-    """Write both files into a folder."""
+    """Save a head to a folder."""
     safetensors = require("safetensors.torch", "train")
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
     safetensors.save_file(tensors, folder / WEIGHTS)
@@ -132,7 +132,7 @@ def save_head(head: RatingHead, folder: Path) -> None:
 
 
 def load_head(folder: Path) -> RatingHead | None:
-    """Read the head of a model folder; None if it has none.
+    """Load the rating head of a model folder; None if it has none.
 
     Raises:
         ModelError: If its files cannot be read or are inconsistent.
@@ -155,7 +155,7 @@ def load_head(folder: Path) -> RatingHead | None:
 
 
 def copy_head(source: Path, target: Path) -> None:
-    """Copy the files of a head, if there is one, and index the model's weights in the target folder.
+    """Copy the files of a rating head, if there is one, and index the weights in the target folder.
 
     Some engines, vLLM among them, load every safetensors file of a folder as part of the model unless an index names
     the right ones.
@@ -183,7 +183,7 @@ def last_states(model: torch.nn.Module, ids: Any, mask: torch.Tensor) -> Any:
     """
     torch = require("torch", "train")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # Positions start at the beginning of the text, after the padding on the left.
+    # Positions start at the beginning of the text, after padding on the left.
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     states = base.get_decoder()(
         input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False

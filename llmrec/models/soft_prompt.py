@@ -1,4 +1,4 @@
-"""Soft prompts: trained vectors before every prompt (Lester et al., EMNLP 2021), stored as new tokens.
+"""Soft prompts: trained vectors in front of every prompt (Lester et al., EMNLP 2021), stored as new tokens.
 
 The tokenizer gets a token for each, which its chat template writes first, and the model an embedding row. So a folder
 with soft prompts is an ordinary model for every engine. With option tuning (M6-Rec, arXiv 2205.08084) the last soft
@@ -38,7 +38,7 @@ _PLAIN = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% e
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """Description of a model's soft prompts.
+    """Describes the soft prompts of a model.
 
     Attributes:
         count: The number of soft prompts.
@@ -54,12 +54,12 @@ class SoftPrompt:
     seed: int = 0
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder."""
+        """Save the description to a folder."""
         write_json(folder / CONFIG, asdict(self))
 
 
 def read(folder: Path) -> SoftPrompt | None:
-    """Return the description of a folder's soft prompts; None if it has none.
+    """Read the description of soft prompts from a folder; None if it has none.
 
     Raises:
         ModelError: If its file is damaged.
@@ -79,19 +79,19 @@ def read(folder: Path) -> SoftPrompt | None:
 
 
 def copy_soft(source: Path, target: Path) -> None:
-    """Copy the soft-prompt description and the bottleneck adapters of a folder, if any."""
+    """Copy the soft-prompt description and the bottleneck adapters of a folder, if there are any."""
     for name in (CONFIG, BOTTLENECKS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def names(count: int) -> list[str]:
-    """Return the tokens of the soft prompts in order."""
+    """Return the soft-prompt tokens in order."""
     return [f"<|soft_{number}|>" for number in range(count)]
 
 
 def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
-    """Return a copy of a tokenizer with the soft-prompt tokens, whose chat template writes them first.
+    """Return a copy of a tokenizer with soft-prompt tokens, which its chat template puts in front.
 
     They are special tokens, so titles cannot contain them and answers do not show them.
 
@@ -114,7 +114,7 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
 
 
 def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
-    """Add an embedding row for every soft prompt, and an untied head in which these rows are the mean of the others.
+    """Add an embedding for every soft prompt, and an untied head in which these rows are the mean of the others.
 
     So a soft prompt's logit is the mean of all logits and never the largest; with rows of 0 it would be in models whose
     logits are all negative (GPT-2).
@@ -154,7 +154,7 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
 
 
 def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
-    """Copy the last soft prompts into the head's rows of the label tokens, if they are tied."""
+    """Copy the last soft prompts to the head rows of the label tokens, if they are tied."""
     if prompt.tied:
         with require("torch", "train").no_grad():
             vectors = model.get_input_embeddings().weight[list(ids)[-len(prompt.labels) :]]
@@ -162,7 +162,7 @@ def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -
 
 
 def _untie(model: torch.nn.Module) -> None:
-    """Untie a model's head from its input embeddings by copying the table."""
+    """Untie the head of a model from its input embeddings by copying the table."""
     torch = require("torch", "train")
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False

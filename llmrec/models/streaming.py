@@ -1,4 +1,4 @@
-"""Saves a model's weights block by block, so that changing every weight takes the memory of one block.
+"""Saves the weights of a model block by block, so that changing all weights needs the memory of only one block.
 
 transformers maps safetensors files into memory, so a model loaded in its stored dtype takes almost no memory:
 the system reads pages as they are needed and drops them again. A block, the tensors of one layer, is copied,
@@ -23,9 +23,9 @@ INDEX = "model.safetensors.index.json"
 """The file that names the file of each tensor of a model in several files."""
 
 _WEIGHTS = "model{suffix}.safetensors"
-# As in save_pretrained, so that the files are the same.
+# as in save_pretrained, so that the files are equal
 _LARGEST = "50GB"
-# The name of a numbered layer, in which tensors of a checkpoint may be joined or split when they are loaded.
+# Name of a numbered layer, in which tensors of a checkpoint may be joined or split during loading.
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 _STORED = {
     **{"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"},
@@ -34,7 +34,7 @@ _STORED = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, without other ones in its folder."""
+    """Return the safetensors files of a model, without other safetensors files in its folder."""
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
@@ -43,7 +43,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def outlines(folder: Path) -> dict[str, tuple[str, int]]:
-    """Return the stored dtype, such as ``BF16``, and the number of elements of each tensor of a model folder."""
+    """Return the stored dtype, such as ``BF16``, and the number of elements of each tensor in a model folder."""
     safetensors, result = require("safetensors", "train"), {}
     for file in weight_files(folder):
         with safetensors.safe_open(file, framework="numpy") as opened:
@@ -56,7 +56,7 @@ def outlines(folder: Path) -> dict[str, tuple[str, int]]:
 
 
 def exact_dtype(folder: Path) -> Any:
-    """Return the smallest dtype that holds all weights of a folder exactly; for most models the stored one."""
+    """Return the smallest dtype that represents all weights of a folder exactly, usually the stored one."""
     torch = require("torch", "train")
     stored = {dtype for dtype, _ in outlines(folder).values()}
     return {frozenset(["BF16"]): torch.bfloat16, frozenset(["F16"]): torch.float16}.get(
@@ -65,13 +65,13 @@ def exact_dtype(folder: Path) -> Any:
 
 
 def block_of(name: str) -> str:
-    """Return the block of a tensor: its numbered layer, or its own module."""
+    """Return the block that contains a tensor: its numbered layer, or its module."""
     layer = _LAYER.match(name)
     return layer[0] if layer else name.rpartition(".")[0]
 
 
 def largest_block(tensors: Mapping[str, tuple[str, int]]) -> int:
-    """Return the number of weights in the largest block, from `outlines`."""
+    """Return the number of weights in the largest block, given the result of `outlines`."""
     counts: dict[str, int] = {}
     for name, (_, count) in tensors.items():
         counts[block_of(name)] = counts.get(block_of(name), 0) + count
@@ -105,7 +105,7 @@ def save_by_blocks(
     tensors = {name: item for name, item in model.state_dict(keep_vars=True).items() if name not in ignored}
     tensors = remove_tied_weights_from_state_dict(tensors, model)
     outline = {name: rounded(torch.empty_like(item, device="meta")) for name, item in tensors.items()}
-    # Names and shapes of the checkpoint, where these differ from those of the modules.
+    # Names and shapes in the checkpoint, where they differ from the modules.
     outline = revert_weight_conversion(model, outline)
     split = split_torch_state_dict_into_shards(outline, filename_pattern=_WEIGHTS, max_shard_size=_LARGEST)
     blocks: dict[str, dict[str, Any]] = {}
@@ -134,7 +134,7 @@ def save_by_blocks(
 
 
 def _save_settings(model: Any, target: Path) -> None:
-    """Write what `save_pretrained` writes with the weights: configurations, and a model's own code."""
+    """Save what `save_pretrained` saves besides weights: configurations, and a model's own code."""
     for name in model.config.sub_configs:
         if (part := getattr(model.config, name, None)) is not None:
             part.dtype = model.dtype
@@ -149,12 +149,12 @@ def _save_settings(model: Any, target: Path) -> None:
 
 
 class _File:
-    """A safetensors file that is written tensor by tensor: names, dtypes and shapes are enough for its header."""
+    """A safetensors file written one tensor at a time; its header needs only names, dtypes and shapes."""
 
     def __init__(self, stream: IO[bytes], outline: Mapping[str, torch.Tensor]) -> None:
         self._stream, self._places, end = stream, dict[str, int](), 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        # The order of the library: wide dtypes first, so that all are aligned.
+        # In the order of the safetensors library: wide dtypes first, so that all are aligned.
         for name in sorted(outline, key=lambda name: (-outline[name].element_size(), name)):
             item = outline[name]
             self._places[name], end = end, end + item.numel() * item.element_size()

@@ -1,4 +1,4 @@
-"""Checks that weights match their configuration: a folder without some of the model's weights is rejected.
+"""Checks that weights match the configuration: a folder in which weights are missing is rejected.
 
 transformers initialises missing tensors at random and ignores unexpected ones.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHOWN = 3
-# Causal masks, positions and rotary frequencies, which older versions of transformers stored with the weights.
+# Causal masks, positions and rotary frequencies, which old versions of transformers stored with the weights.
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
 
 
@@ -66,7 +66,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
 
 
 def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return unexpected tensors of parts outside the model, and those of parts inside it.
+    """Return unexpected tensors, separated into those outside and inside the modules of the model.
 
     The first are further heads and towers in checkpoints (``cls``, ``v_head``, ``mtp``, ``vision_tower``), which the
     model does not use. An additional layer, or a norm within a layer, is different: the model was trained with it and
@@ -90,7 +90,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def damaged(what: str, at: Path, error: Exception) -> ModelError:
-    """Return the error of a file next to trained weights that does not match them."""
+    """Return the error for a file next to trained weights that does not match them."""
     reason = " ".join(str(error).split())[:200]
     message = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
     return ModelError(message, kind="damaged", at=at)
@@ -98,7 +98,7 @@ def damaged(what: str, at: Path, error: Exception) -> ModelError:
 
 @contextmanager
 def _no_report() -> Iterator[None]:
-    """Suppress transformers' own table of these tensors, and no other message."""
+    """Suppress transformers' own report of these tensors, but no other message."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_other)
     try:
@@ -111,21 +111,20 @@ def _is_other(record: logging.LogRecord) -> bool:
     return " LOAD REPORT" not in record.getMessage()
 
 
-# ----------------------------------------------------------------------------
-# Vocabulary tables of a model: the modules with one row per token, and which of them share weights.
+# Vocabulary tables of a model: modules with one row per token, and which of them share weights.
 #
-# The configuration's flag for tied embeddings is not reliable: T5-v1.1, mT5 and umT5 are marked as tied, but their
-# checkpoints have a separate head. Modules share a table if their weights are the same tensor.
+# The configuration does not reliably say whether embeddings are tied: T5-v1.1, mT5 and umT5 are marked as tied, but
+# their checkpoints have a separate head. Modules share a table if their weights are the same tensor.
 
 
 def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return a module for each table of vocabulary rows with its name, the input embeddings first."""
+    """Return a module for each vocabulary table with its name, the input embeddings first."""
     return [modules[0] for modules in _groups(model)]
 
 
 @contextmanager
 def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
-    """Set, while PEFT reads it, which modules of a model share the table of its input embeddings."""
+    """Mark, while PEFT reads it, which modules of a model share the table of the input embeddings."""
     (source, _), *others = _groups(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys
     text = config.tie_word_embeddings
@@ -138,7 +137,7 @@ def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _groups(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
-    """Return the named modules with vocabulary rows, grouped by shared weight."""
+    """Return the named modules with vocabulary rows, grouped by shared weights."""
     first = model.get_input_embeddings()
     holders = [first, model.get_output_embeddings()]
     if is_paired(model.config):

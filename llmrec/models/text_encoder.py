@@ -1,4 +1,4 @@
-"""Texts to vectors by a pretrained text encoder, such as all-MiniLM-L6-v2."""
+"""Computes text vectors with a pretrained text encoder, such as all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ BATCH_TOKENS = 4096
 DTYPE = "float32"
 """The dtype of weights and embeddings."""
 
-# Fewer texts need no progress bar.
+# Fewer texts do not need a progress bar.
 _MANY = 2000
 
 
 def find_encoder(name: str) -> tuple[str, str]:
-    """Return the folder of a text encoder, resolved like a model, and a hash over its weights and tokenizer.
+    """Return the folder of a text encoder, and a hash over its weights and tokenizer.
 
     Raises:
         ModelError: If there is no encoder of this name.
@@ -74,22 +74,22 @@ class OpenEncoder:
     first: bool
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text, truncated to the length that the encoder was trained with."""
+        """Return the tokens of each text, truncated to the maximum length of the encoder."""
         result = self.tokenizer(list(texts), truncation=True, max_length=self.limit)["input_ids"]
         return [list(ids) for ids in result]
 
     def spans(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-        """Return the tokens of each text, truncated, and their character spans; those of special tokens are empty."""
+        """Return the truncated tokens of each text with their character spans, which are empty for special tokens."""
         result = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
         places = [[(int(start), int(end)) for start, end in item] for item in result["offset_mapping"]]
         return [list(ids) for ids in result["input_ids"]], places
 
     def padded(self, encoded: Sequence[Sequence[int]]) -> Any:
-        """Return the padded model inputs of some texts."""
+        """Return texts as padded model inputs."""
         return self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.model.device)
 
     def pooled(self, states: torch.Tensor, mask: torch.Tensor) -> Any:
-        """Pool last hidden states, shape (n, tokens, d) -> (n, d)."""
+        """Pool the last hidden states: shape (n, tokens, d) -> (n, d)."""
         if self.first:
             return states[:, 0]
         weights = mask[:, :, None].to(states.dtype)
@@ -110,13 +110,13 @@ def open_encoder(folder: str) -> OpenEncoder:
     quiet_libraries()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        # Hidden states are pooled here: the encoder's own pooler, which many folders lack, is never used.
+        # Pooling is done here; the encoder's own pooler, which many folders lack, is not used.
         auto, unread = transformers.AutoModel, ("pooler",)
         model = load_whole(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
     except (ModelError, MemoryError):
         raise
     except Exception as error:
-        # A damaged folder can raise any exception; see `llmrec.models.load`.
+        # A damaged folder can cause any exception; see `llmrec.models.load`.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"the text encoder in {folder} cannot be loaded: {reason}; set index.semantic.encoder "
@@ -133,7 +133,7 @@ def open_encoder(folder: str) -> OpenEncoder:
 
 
 def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Return one vector of length 1 for each text, shape (n, d).
+    """Return one normalised vector for each text, shape (n, d).
 
     Raises:
         ModelError: See `open_encoder`.
@@ -148,7 +148,7 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
-    """Yield batches of texts: their indices, last hidden states and mask, shapes (n, tokens, d), (n, tokens).
+    """Yield batches of texts: indices, last hidden states (n, tokens, d), and mask (n, tokens).
 
     Args:
         encoder: An open encoder.
@@ -183,7 +183,7 @@ def _settings(folder: str, name: str) -> dict[str, Json]:
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Group texts by length, to limit padding; longest first, so that a lack of memory shows in the first batch."""
+    """Group texts by length to limit padding, longest first, so that insufficient memory is noticed early."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if batches and (len(batches[-1]) + 1) * max(1, lengths[batches[-1][0]]) <= BATCH_TOKENS:
@@ -193,8 +193,7 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-# ----------------------------------------------------------------------------
-# Text encoders by name, with a cache of embeddings on disk.
+# Text encoders by name, with vectors cached on disk.
 
 
 log = logging.getLogger(__name__)
@@ -206,14 +205,14 @@ TUNED = "llmrec-encoder.json"
 
 
 def text_embedder(name: str) -> Embedder:
-    """Return the embedder of a named text encoder."""
+    """Return the embedder for a named text encoder."""
     if name == CHANCE:
         return Embedder(CHANCE, CHANCE)
     return Embedder(*find_encoder(name))
 
 
 def fitting(name: str, data: SplitDataset) -> Embedder:
-    """Return the embedder of a text encoder for a split, checking its training data.
+    """Return the embedder for a split, after checking that the encoder was not trained on held-out interactions.
 
     Raises:
         DataError: If the encoder was fine-tuned on other training interactions, which may include held-out ones.
@@ -231,8 +230,8 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
 
 
 def learned_from(name: str) -> str | None:
-    """Return a digest of the interactions that an encoder was fine-tuned on; None if llmrec did not fine-tune it."""
-    # A feature store is not an encoder; it records the interactions that its texts were generated from.
+    """Return a hash of the interactions on which an encoder was fine-tuned; None if llmrec did not fine-tune it."""
+    # A feature store is not an encoder; it records from which interactions its texts were generated.
     if name == CHANCE or name.startswith("store:"):
         return None
     file = Path(find_encoder(name)[0]) / TUNED
@@ -240,10 +239,10 @@ def learned_from(name: str) -> str | None:
 
 
 class Embedder:
-    """An `Embed` that caches the vectors of sets of texts on disk."""
+    """Computes text vectors and caches them on disk."""
 
     def __init__(self, folder: str, stamp: str) -> None:
-        """Create the embedder.
+        """Prepare to encode texts.
 
         Args:
             folder: The text encoder.
@@ -253,10 +252,10 @@ class Embedder:
         self._folder = folder
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector of length 1 for each text, shape (n, d)."""
+        """Return one normalised vector for each text, shape (n, d)."""
         if self._folder == CHANCE:
             return _by_chance(texts)
-        # Sorted and distinct, so that the texts of a catalogue are encoded once.
+        # sorted and distinct, so that each text of a catalogue is encoded once
         distinct = sorted(set(texts))
         rows = {text: row for row, text in enumerate(distinct)}
         return self._read(distinct)[[rows[text] for text in texts]]
@@ -279,28 +278,27 @@ class Embedder:
 
     @property
     def record(self) -> dict[str, str]:
-        """The cache key: a hash over weights and tokenizer, the precision, and the batch size in tokens."""
+        """The cache key: hash of weights and tokenizer, precision, and batch size in tokens."""
         return {"stamp": self.stamp, "dtype": DTYPE, "batch_tokens": str(BATCH_TOKENS)}
 
 
 def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
-    """Return a pseudo-random direction for each text, derived from its hash, shape (n, width)."""
+    """Return a pseudorandom direction for each text, derived from its hash, shape (n, width)."""
     hashed = hash64("chance", 0, texts)
     rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
     result: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     return result
 
 
-# ----------------------------------------------------------------------------
-# A text encoder whose last blocks are fine-tuned; the states below those blocks are computed once.
+# Fine-tuning of the last blocks of a text encoder; hidden states below them are computed once.
 
 
-# Files of sentence-transformers next to the model: its modules, the pooling, the maximum length.
+# Files of sentence-transformers in addition to the model: modules, pooling, maximum length.
 _BESIDE = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class TunedEncoder:
-    """The vectors of fixed texts from an encoder whose last blocks are trainable.
+    """Vectors of fixed texts by a text encoder whose last blocks are trainable.
 
     The blocks below are frozen, so their output for each text is computed once and stored: 2 bytes times hidden size
     times tokens. Vectors have length 1.
@@ -310,7 +308,7 @@ class TunedEncoder:
     """
 
     def __init__(self, folder: str, texts: Sequence[str], *, blocks: int) -> None:
-        """Read the texts.
+        """Tokenise the texts and compute the input of the trainable blocks.
 
         Args:
             folder: The text encoder.
@@ -325,7 +323,7 @@ class TunedEncoder:
         self._encoder = open_encoder(folder)
         model = self._encoder.model.requires_grad_(False)
         if model.device.type == "cpu":
-            # For short texts the fused kernel's backward pass is slower than plain matrix products.
+            # For short texts, the backward pass of the fused kernel is slower than plain matrix products.
             model.set_attn_implementation("eager")
         holder, name, layers = _blocks_of(model, folder)
         if not 1 <= blocks <= len(layers):
@@ -338,14 +336,14 @@ class TunedEncoder:
         self._tokens = self._encoder.tokens(texts)
         self._states = self._below()
         self._given: Any = None
-        # Replaces all blocks below: it returns their stored output and otherwise looks like the first of them.
+        # Replaces all lower blocks: it returns their stored output, with the attributes of the first of them.
         recall = copy.copy(layers[0])
         recall.forward = lambda *given, **named: self._given
         setattr(holder, name, self._torch.nn.ModuleList([recall, *self.blocks]))
         self._whole = holder, name, layers
 
     def __call__(self, rows: Sequence[int]) -> Any:
-        """Return the vectors of some texts, with gradients for the blocks if enabled, shape (n, d)."""
+        """Return the vectors of some texts, with gradients if enabled, shape (n, d)."""
         torch, encoder = self._torch, self._encoder
         batch = encoder.padded([self._tokens[row] for row in rows])
         kept = torch.nn.utils.rnn.pad_sequence(
@@ -363,7 +361,7 @@ class TunedEncoder:
         return len(self._tokens[row])
 
     def every(self) -> Any:
-        """Return the vectors of all texts with the current blocks, without gradients, shape (texts, d)."""
+        """Return the vectors of all texts with the current weights, without gradients, shape (texts, d)."""
         torch = self._torch
         training = self.blocks.training
         self.blocks.eval()
@@ -375,7 +373,7 @@ class TunedEncoder:
         return result
 
     def save(self, folder: Path) -> None:
-        """Write the encoder with the current blocks, in the format of the original; it cannot be trained after that.
+        """Save the encoder with the current weights in its original format; it cannot be trained afterwards.
 
         Args:
             folder: The folder for weights (safetensors), tokenizer and pooling; created if missing.
@@ -414,7 +412,7 @@ class TunedEncoder:
 
 
 class _Enough(Exception):
-    """Raised to end a forward pass whose remainder is not needed."""
+    """Raised to stop a forward pass whose remaining layers are not needed."""
 
 
 def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]]:

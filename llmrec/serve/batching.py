@@ -1,4 +1,4 @@
-"""Dynamic batching of the questions of many clients for one engine, with a bounded queue.
+"""Dynamic batching: combines questions of many clients into batches for one engine, with a bounded queue.
 
 Requests with the same question are answered in one batch, since engines batch prompts. A full queue rejects questions
 immediately, with the time until a retry.
@@ -24,25 +24,25 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-# An engine hangs if a call takes longer than this multiple of the timeout of a request.
+# A call counts as hanging if it takes longer than this multiple of the request timeout.
 _HANGS = 5.0
 
 
 class Full(LlmrecError):
-    """The queue is too long to answer in time; ``after`` is the number of seconds until a retry."""
+    """The queue is too long to answer in time; ``after`` is the number of seconds until the client may retry."""
 
     after: float = 1.0
 
     @classmethod
     def for_now(cls, after: float) -> Full:
-        """Return an error with the number of seconds until a retry."""
+        """Return the error with the number of seconds until the client may retry."""
         error = cls(f"too many requests are queued; retry in {after:.0f} s", kind="busy")
         error.after = after
         return error
 
 
 class TooLate(LlmrecError):
-    """A question was not answered within its timeout."""
+    """Raised if a question was not answered within its timeout."""
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ class Load:
 
 
 class Batcher:
-    """A queue that passes questions to an engine, one batch at a time.
+    """A queue that passes questions to an engine in batches.
 
     Args:
         engine: A function that answers a batch, called from a dedicated thread.
@@ -96,23 +96,23 @@ class Batcher:
         self._engine, self._window, self._most, self._room, self._patience = engine, window, most, room, patience
         self._hangs = hangs
         self._queues: dict[Question, deque[_Waiting]] = {}
-        # The questions of the current batch.
+        # The questions in the current batch.
         self._asked: list[_Waiting] = []
         self._others = 0
         self._some, self._turn = asyncio.Event(), asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrec-engine")
         self._task: asyncio.Task[None] | None = None
         self._closed = False
-        # The recent average of the engine's seconds per question.
+        # Moving average of the engine's seconds per question.
         self._each = 0.25
         self.load = Load()
 
     def start(self) -> None:
-        """Start processing; call it inside the event loop."""
+        """Start processing; must be called in the event loop."""
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Reject further questions, and return once the pending ones are answered or have timed out."""
+        """Reject new questions, and return when the pending ones are answered or have timed out."""
         self._closed = True
         ends = time.monotonic() + self._patience
         while self._busy() and time.monotonic() < ends:
@@ -124,11 +124,11 @@ class Batcher:
         for item in pending:
             _settle(item.future, _stopping())
         self._fail(_stopping())
-        # The result of a running call is no longer needed.
+        # the result of a running call is no longer needed
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, question: Question, request: RankRequest) -> Answered:
-        """Return the answer to a request; cancelling the caller removes it from the queue.
+        """Answer a request; cancelling the caller removes it from the queue.
 
         Raises:
             Full: If the queue is full, or too long to answer in time.
@@ -149,7 +149,7 @@ class Batcher:
             self._drop(question, waiting)
 
     async def between(self, call: Callable[[], _T]) -> _T:
-        """Return the result of an engine call between batches, queued and rejected like a question.
+        """Run an engine call between two batches; it is queued and rejected like a question.
 
         Raises:
             Full: If the queue is full.
@@ -166,7 +166,7 @@ class Batcher:
             self._others -= 1
 
     async def tell(self, call: Callable[[], _T]) -> _T:
-        """Return the result of an engine call between batches, without queue limit or timeout.
+        """Run an engine call between two batches, without queue limit or timeout.
 
         Raises:
             EngineLost: If the engine ended, or the service is stopping.
@@ -181,7 +181,7 @@ class Batcher:
             self._others -= 1
 
     def _admit(self, waiting: int) -> None:
-        """Check that the queue accepts a question."""
+        """Raise an error if the queue does not accept another question."""
         if self._closed:
             raise _stopping()
         ahead = waiting * self._each
@@ -190,7 +190,7 @@ class Batcher:
             raise Full.for_now(max(1.0, min(ahead, self._patience)))
 
     def late(self) -> TooLate:
-        """Count a question that timed out, and return its error."""
+        """Count a question that timed out, and return the error to raise."""
         self.load.late += 1
         return TooLate(
             f"not answered within {self._patience:.0f} s; send fewer items, or raise --timeout", kind="exhausted"
@@ -216,7 +216,7 @@ class Batcher:
             self._some.clear()
 
     async def _next(self) -> None:
-        """Answer a batch with the longest-waiting question."""
+        """Answer a batch that includes the longest-waiting question."""
         async with self._turn:
             if not self._queues:
                 return
@@ -260,7 +260,7 @@ class Batcher:
             return await self._called(call)
 
     async def _called(self, call: Callable[[], _T]) -> _T:
-        """Return the result of a call in the engine's thread, and report a call that hangs."""
+        """Run a call in the thread of the engine, and report a call that hangs."""
         running = asyncio.get_running_loop().run_in_executor(self._thread, call)
         try:
             done, _ = await asyncio.wait({running}, timeout=_HANGS * self._patience)
@@ -273,7 +273,7 @@ class Batcher:
             running.cancel()
 
     def _fail(self, error: EngineLost) -> None:
-        """Fail all waiting questions, since there is no engine."""
+        """Fail all waiting questions, because the engine is not available."""
         for queue in self._queues.values():
             for waiting in queue:
                 _settle(waiting.future, error)
@@ -286,7 +286,7 @@ def _stopping() -> EngineLost:
 
 
 def _settle(future: asyncio.Future[Answered], found: Reply) -> None:
-    # The caller may have been cancelled meanwhile.
+    # the caller may have been cancelled in the meantime
     if future.done():
         return
     if isinstance(found, LlmrecError):

@@ -1,4 +1,4 @@
-"""The databases of a service's store: an SQLite file, or tables of a PostgreSQL database.
+"""The databases in which a service stores data: an SQLite file, or tables in PostgreSQL.
 
 Both have the same tables; this module contains all differences. `store` defines the contents; a connection is used by
 one thread at a time. Statements have the placeholders ``?1``, ``?2``.
@@ -38,12 +38,12 @@ _READ_THROUGH = 256 * 2**20
 """Maximum size in bytes of an SQLite file that is checked completely when it is opened."""
 _TABLES = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # An interaction is one JSON text, which can be overwritten in place.
+    # Each interaction is one JSON text, which can be overwritten in place.
     "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
-    # The key is a hash: PostgreSQL cannot index ids of thousands of bytes, and no id is stored twice.
+    # The key is a hash, because PostgreSQL cannot index ids of thousands of bytes.
     "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, seq)",
     "CREATE TABLE llmrec_erased (user_key TEXT PRIMARY KEY)",
-    # An item without a title is a removed item.
+    # a removed item has no title
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
 )
 NOBODY = "0" * 32
@@ -52,7 +52,7 @@ _Mend: TypeAlias = tuple[ErrorKind, str]
 
 
 class StoreError(LlmrecError):
-    """A store that cannot be used at all."""
+    """Raised if the database cannot be used at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Insert:
 
 
 class Database(Protocol):
-    """The protocol of both databases; ``raw`` is a connection object of the library."""
+    """Interface of both databases; ``raw`` is a connection object of the database library."""
 
     errors: tuple[type[Exception], ...]
     """Exceptions that the library raises."""
@@ -79,11 +79,11 @@ class Database(Protocol):
     """What remains in the database after an erasure, at least temporarily; None if nothing."""
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
-        """Return an error about this store, without a password."""
+        """Return an error about this database, without its password."""
         ...
 
     def failure(self, error: BaseException) -> LlmrecError:
-        """Return the error for an exception of the library, with the fix."""
+        """Convert an exception of the database library to an error with the fix."""
         ...
 
     def connect(self) -> Any:
@@ -95,7 +95,7 @@ class Database(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise an error if the database is no longer the one that was opened."""
+        """Raise an error if this is no longer the database that was opened."""
         ...
 
     def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
@@ -103,15 +103,15 @@ class Database(Protocol):
         ...
 
     def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
-        """Insert rows in one transaction and return how many were inserted or changed."""
+        """Insert rows in one transaction, and return how many were inserted or changed."""
         ...
 
     def erase(self, raw: Any, user_key: str) -> int:
-        """Erase a user's interactions and record the key, in one transaction; return their number."""
+        """Delete the interactions of a user and record the key in one transaction; return their number."""
         ...
 
     def finish(self, raw: Any, wait: float) -> bool:
-        """Remove erased data from the log; False if another process still reads it after the wait."""
+        """Remove deleted data from the database log; return False if another process still reads it after the wait."""
         ...
 
 
@@ -130,7 +130,7 @@ _SQLITE_MENDS: dict[int, _Mend] = {
 
 
 class SQLite:
-    """An SQLite file.
+    """An SQLite database file.
 
     Args:
         path: The path; a missing file is created.
@@ -165,7 +165,7 @@ class SQLite:
 
     def failure(self, error: BaseException) -> LlmrecError:
         """See `Database.failure`."""
-        # An error without a code: the file has invalid text.
+        # an error without code: the file has invalid text
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if isinstance(error, OSError | ValueError):
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -187,7 +187,7 @@ class SQLite:
                 raise self.error("damaged", f" is damaged ({shown(result)}); {MOVE}")
 
     def check(self) -> None:
-        """See `Database.check`: a moved file is still writable, but a restart would not find it."""
+        """See `Database.check`: a moved file is still writable, but would not be found after a restart."""
         try:
             moved = self._inode() != self._file
         except OSError:
@@ -207,15 +207,15 @@ class SQLite:
         """See `Database.insert`."""
         names, places = ", ".join(into.columns), ", ".join("?" * len(into.columns))
         query = f"INSERT INTO {into.table} ({names}) VALUES ({places}) {into.conflict}"
-        # Threads of this process are serialised; SQLite would poll.
+        # Serialise the threads of this process, because SQLite would poll.
         with self._writing, _transaction(raw):
             return raw.executemany(query, rows).rowcount
 
     def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
-        """See `Database.erase`; the log keeps the interactions until `finish`."""
-        # Rows are never deleted. A deletion makes SQLite move other rows between pages, which leaves copies in the free
-        # space of a page, and secure_delete does not find these when their users are erased. The text is overwritten
-        # in place by one of the same length.
+        """See `Database.erase`; the log contains the interactions until `finish`."""
+        # Rows are never deleted: SQLite would move other rows between pages and leave copies in free space, which
+        # secure_delete does not find when their users are deleted later. The text is overwritten in place by one of the
+        # same length.
         query = "UPDATE llmrec_events SET user_key = ?, event = CAST(zeroblob(length(CAST(event AS BLOB))) AS TEXT)"
         with self._writing, _transaction(raw):
             erased = raw.execute(f"{query} WHERE user_key = ?", (NOBODY, user_key)).rowcount
@@ -233,7 +233,7 @@ class SQLite:
                 raw.execute(f"PRAGMA busy_timeout={int(1000 * self._wait)}")
 
     def _check(self) -> None:
-        """Reject a file that is no store by its first bytes, since opening it could already change it."""
+        """Reject a file of another type by its first bytes, since opening it could already change it."""
         problem = no_file(self._path)
         if problem:
             raise self.error("unreadable", f" {problem}; choose a file that the service may write to")
@@ -247,10 +247,10 @@ class SQLite:
             raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
 
     def _make(self) -> None:
-        """Create the file under a temporary name and link it, so that processes see only complete files."""
+        """Create the file under a temporary name and link it, so that other processes see only a complete file."""
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        # Only its owner may read it.
+        # only the owner may read it
         handle, name = tempfile.mkstemp(prefix=f".{self._path.name}.", suffix=".draft", dir=folder)
         os.close(handle)
         draft = Path(name)
@@ -259,9 +259,9 @@ class SQLite:
             try:
                 self._path.hardlink_to(draft)
             except FileExistsError:
-                pass  # another process was first
+                pass  # another process was faster
             except OSError:
-                draft.replace(self._path)  # a file system without links
+                draft.replace(self._path)  # the file system does not support links
         finally:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{draft}{suffix}").unlink(missing_ok=True)
@@ -269,11 +269,11 @@ class SQLite:
 
 
 def _connect(path: Path, wait: float = WAIT) -> sqlite3.Connection:
-    # This mode creates no file. A connection may change threads, but never serves two at once.
+    # This mode does not create a file. Connections may change threads, but are used by one thread at a time.
     uri = f"file:{quote(str(path.resolve()))}?mode=rw"
     raw = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     try:
-        # Deleted data are overwritten, and committed data are on disk.
+        # Deleted data are overwritten, and committed data are written to disk.
         for pragma in ("secure_delete=ON", "journal_mode=WAL", "synchronous=FULL"):
             raw.execute(f"PRAGMA {pragma}")
     except BaseException:
@@ -289,7 +289,7 @@ def _transaction(raw: sqlite3.Connection) -> Iterator[None]:
         yield
         raw.execute("COMMIT")
     except BaseException:
-        # A full disk may have ended the transaction already.
+        # A full disk may already have ended the transaction.
         with suppress(sqlite3.Error):
             raw.execute("ROLLBACK")
         raise
@@ -304,7 +304,7 @@ def _fill(draft: Path) -> None:
             rows = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
             raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", rows)
             raw.execute(f"PRAGMA application_id={_APPLICATION}")
-        # Closing does this too, but without an error on a full disk.
+        # Closing does this too, but reports no error if the disk is full.
         raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         raw.close()
@@ -313,7 +313,7 @@ def _fill(draft: Path) -> None:
 # --------------------------------------------------------------------------- PostgreSQL
 
 _REACH = "check the address, the user, PGPASSWORD or ~/.pgpass, and that the server runs"
-# By the prefix of the SQLSTATE; without one the server was not reached or disconnected.
+# By SQLSTATE prefix; without a SQLSTATE, the server was not reached or disconnected.
 _POSTGRES_MENDS: dict[str, _Mend] = {
     **dict.fromkeys(("08", "28", "3D", "57P"), ("unreachable", _REACH)),
     **dict.fromkeys(
@@ -356,7 +356,7 @@ class Postgres:
         except ValueError:
             raise _no_url() from None
         host = parts.netloc.rpartition("@")[2]
-        # libpq quotes parts of URLs that it cannot parse, perhaps of a password; such a URL never reaches it.
+        # Such a URL is not passed to libpq, whose messages quote parts that it cannot parse, perhaps of a password.
         strays = url.count("@") - ("@" in parts.netloc) + url.count("#")
         if strays or re.search("%(?![0-9A-Fa-f]{2})", url) or not re.fullmatch(f"{_HOST}(,{_HOST})*", host):
             raise _no_url()
@@ -376,7 +376,7 @@ class Postgres:
         """See `Database.failure`."""
         state = getattr(error, "sqlstate", None) or "08"
         kind, fix = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
-        # Only one line: the others repeat the query or values.
+        # Only one line, since the others repeat the query or values.
         message = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
         message = re.split(r"(?:ERROR|FATAL): +", message, maxsplit=1)[-1].partition("\n")[0]
         for word in reversed(self._secrets):
@@ -407,10 +407,10 @@ class Postgres:
             serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
             make = "; ".join(table.format(serial=serial) for table in _TABLES)
             # One of several processes creates the tables. The lock is a separate statement: only a later statement is
-            # certain to see the tables created during the wait. It also ends with the connection.
+            # certain to see tables created during the wait. It is released with the connection.
             self.read(raw, "SELECT pg_advisory_lock(?1) IS NULL", _APPLICATION)
             with raw.cursor() as cursor:
-                # One statement, hence one transaction.
+                # one statement, so one transaction
                 cursor.execute(
                     f"DO $$ BEGIN IF to_regclass('llmrec_service') IS NULL THEN {make}; INSERT INTO llmrec_service "
                     f"VALUES ('version', '{VERSION}'), ('salt', gen_random_uuid()::text); END IF; END $$"
@@ -445,12 +445,12 @@ class Postgres:
         return int(self.read(raw, query, user_key)[0][0])
 
     def finish(self, raw: Any, wait: float) -> bool:
-        """See `Database.finish`; the log belongs to the server."""
+        """See `Database.finish`; the log is managed by the server."""
         return True
 
 
 def _no_url() -> DataError:
-    # The URL is not shown: it may contain a password anywhere.
+    # The URL is not shown, because it may contain a password anywhere.
     return DataError(
         "the address of the store is not a URL; use postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
         "password as %40 %3A %2F %3F %23 %25",

@@ -1,4 +1,4 @@
-"""The engine process with the models, and its supervisor, which starts, calls, restarts and replaces it.
+"""The process with the models (engine), and a supervisor that starts, calls, restarts and replaces it.
 
 Models are in a separate process, so that the HTTP process stays responsive while a model computes, survives a killed
 engine, and can start a new engine while the old one still answers.
@@ -30,11 +30,11 @@ from llmrec.types import Item
 
 log = logging.getLogger(__name__)
 
-# The seconds that an engine may take to stop before it is killed.
+# Seconds that an engine may take to stop before it is killed.
 _PATIENCE = 10.0
-# The minimum and maximum backoff in seconds between restarts of a failing engine.
+# Minimum and maximum seconds between restarts of a failing engine.
 _SHORTEST, _LONGEST = 0.5, 60.0
-# The niceness of the engine.
+# Niceness (scheduling priority) of the engine.
 _NICE = 5
 
 Reply = Answered | LlmrecError
@@ -43,7 +43,7 @@ Reply = Answered | LlmrecError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The message of an engine that is ready.
+    """The message that an engine sends when it is ready.
 
     Attributes:
         cards: The descriptions of its models.
@@ -57,11 +57,11 @@ class Started:
 
 
 class EngineLost(LlmrecError):
-    """The engine ended during a call, or is not running."""
+    """Raised if the engine ended during a call, or is not running."""
 
 
 class Engine:
-    """A handle on a running engine in the serving process; it takes one call at a time.
+    """Controls a running engine from the serving process; it handles one call at a time.
 
     Args:
         options: The options of the models.
@@ -74,17 +74,17 @@ class Engine:
         given = (theirs, options, tuple(names), terminal.noted())
         self._process = spawning.Process(target=_work, args=given, name="llmrec-engine")
         self._process.start()
-        # With this end closed, a read ends as soon as the engine does.
+        # After closing this end, a read ends as soon as the engine ends.
         theirs.close()
         self._lock = threading.Lock()
 
     @property
     def pid(self) -> int:
-        """The id of the process."""
+        """Process id of the engine."""
         return int(self._process.pid or 0)
 
     def opened(self) -> None:
-        """Wait until all files but the weights of language models are read.
+        """Wait until all files except the weights of language models are read.
 
         Raises:
             LlmrecError: If the models cannot be opened.
@@ -96,7 +96,7 @@ class Engine:
             raise result
 
     def started(self) -> Started:
-        """Let an opened engine load its weights, and wait until it is ready; raises the errors of `opened`."""
+        """Let the engine load its weights, and wait until it is ready; raises the errors of `opened`."""
         with self._lock:
             try:
                 self._line.send(None)
@@ -109,7 +109,7 @@ class Engine:
         return result
 
     def call(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
-        """Call a method of the engine's models, and return what it returns.
+        """Call a method of the engine's models, and return its result.
 
         Args:
             name: ``answer`` (which returns a `Reply` for each request), ``prompt``, ``reasons`` or ``change_items``;
@@ -131,7 +131,7 @@ class Engine:
                     if listener is not None:
                         listener(message[1])
                 except Exception:
-                    # Unread messages would be taken for the answer to the next question.
+                    # Unread messages would be mistaken for the answer to the next call.
                     log.exception("the listener of a generated text failed")
         if isinstance(message[1], LlmrecError):
             raise message[1]
@@ -161,7 +161,7 @@ class Engine:
 
     def _receive(self) -> Any:
         try:
-            # The end of the process suffices: its child processes may keep the connection open.
+            # Killing only this process is enough; its child processes may keep the connection open.
             wait([self._line, self._process.sentinel])
             if not self._line.poll():
                 raise EOFError
@@ -178,7 +178,7 @@ def _lost() -> EngineLost:
 
 
 class Supervisor:
-    """Starts, restarts and replaces an engine.
+    """Starts, restarts and replaces the engine.
 
     Args:
         options: The options of the models.
@@ -199,11 +199,11 @@ class Supervisor:
         self._options, self._names, self._changes = options, names, changes
         self._engine: Engine | None = None
         self._opening: set[Engine] = set()
-        # Whether the current or last engine leaves no GPU memory for a second.
+        # Whether the last engine left too little GPU memory for a second engine.
         self._alone = False
         self._closed = threading.Event()
         self._starting: threading.Thread | None = None
-        # The first lock guards the current engine, the second its catalogue.
+        # The first lock protects the current engine, the second its catalogue.
         self._lock, self._changing = threading.Lock(), threading.Lock()
         self.cards: tuple[Card, ...] = ()
         self.scale: tuple[float, float] | None = None
@@ -212,12 +212,12 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether the engine answers questions."""
+        """Whether the engine can answer questions."""
         return self._engine is not None
 
     @property
     def pid(self) -> int | None:
-        """The id of the engine's process; None while there is none."""
+        """Process id of the engine; None if there is none."""
         engine = self._engine
         return None if engine is None else engine.pid
 
@@ -264,25 +264,25 @@ class Supervisor:
             try:
                 return engine.call(name, *arguments, listener=None if listener is None else noted)
             except EngineLost:
-                # A replaced engine is not lost; its successor answers.
+                # A replaced engine is not lost: the new engine answers.
                 if self._gone(engine) or begun.is_set():
                     raise
 
     def change_items(self, put: dict[str, Item], removed: Sequence[str]) -> None:
-        """Pass changes of the catalogue to the engine; they are stored already, where a new engine reads them."""
+        """Pass changes of the catalogue to the engine; they are already stored, and a new engine reads them."""
         with self._changing:
             if self._engine is not None:
                 with suppress(EngineLost):
                     self.cards = self.call("change_items", put, removed)
 
     def kill(self) -> None:
-        """Kill the engine; another is started."""
+        """Kill the engine; a new one is started."""
         engine = self._engine
         if engine is not None:
             engine.kill()
 
     def close(self) -> None:
-        """Stop the engine after its current call, and a starting one at once."""
+        """Stop the engine after its current call, or at once if it is still starting."""
         with self._lock:
             self._closed.set()
             engine, self._engine = self._engine, None
@@ -298,12 +298,12 @@ class Supervisor:
         threading.Thread(target=self._watch, args=(engine,), name="llmrec-watching", daemon=True).start()
 
     def _watch(self, engine: Engine) -> None:
-        """Watch for the end of an idle engine."""
+        """Wait for the end of an idle engine."""
         engine.wait()
         self._gone(engine)
 
     def _gone(self, engine: Engine) -> bool:
-        """Start a new engine after one ended; return False if that was no longer the current one."""
+        """Start a new engine after one ended; return False if that was not the current engine."""
         with self._lock:
             if self._engine is not engine:
                 return False
@@ -320,11 +320,11 @@ class Supervisor:
             try:
                 old = self._put()
             except Exception as problem:
-                # A temporary shortage of memory or processes is no reason to give up.
+                # Insufficient memory or processes may be temporary, so retry.
                 error = problem if isinstance(problem, LlmrecError) else EngineLost(str(problem), kind="exhausted")
                 self.fault = error
                 if self.hopeless is not None and self.starts == 1 and not isinstance(error, EngineLost):
-                    # A model, a file or an option is invalid, so retries cannot help.
+                    # A model, file or option is invalid, so retries do not help.
                     self.hopeless(error)
                     return
                 log.error("the engine does not start: %s", error)
@@ -386,7 +386,7 @@ class Supervisor:
             old.close()
 
 
-# --------------------------------------------------------------------------- inside the engine's process
+# --------------------------------------------------------------------------- inside the engine process
 
 
 def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: terminal.Noted) -> None:
@@ -396,8 +396,8 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], n
 
 
 def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
-    # An interrupt at the terminal and the final signal of systemd reach all processes, but the serving process decides
-    # when this one ends. Its child processes still receive the latter: handlers are not inherited.
+    # Interrupts in a terminal and the final signal of systemd reach all processes, but the serving process decides
+    # when this one ends. Child processes still get the latter, because handlers are not inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
     # A lower priority leaves CPU time for rejections and health checks while a model computes.
@@ -419,14 +419,14 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
             listener = (lambda piece: line.send(("piece", piece))) if streams else None
             line.send(("result", _called(models, name, arguments, listener)))
     except (EOFError, OSError):
-        # The serving process has ended.
+        # the serving process has ended
         pass
     finally:
         models.close()
 
 
 def warm(models: Models) -> bool:
-    """Load the weights of language models, and return whether the GPU has no memory for another copy."""
+    """Load the weights of language models, and return whether the GPU lacks memory for a second copy."""
     languages = [model for model in models.opened.values() if isinstance(model, LanguageModel)]
     on_gpu = any(model.on_gpu for model in languages)
     before = free_bytes() if on_gpu else 0
@@ -437,7 +437,7 @@ def warm(models: Models) -> bool:
 
 
 def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Callable[[str], None] | None) -> Any:
-    """Return the result of a call; bugs are returned as errors too, since a crash would lose other questions."""
+    """Return the result of a call; unexpected errors are returned too, since a crash would lose other calls."""
     try:
         if name == "answer":
             question, requests = arguments
@@ -453,7 +453,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
 def _answered(
     models: Models, question: Question, requests: Sequence[RankRequest], listener: Callable[[str], None] | None
 ) -> list[Reply]:
-    """Return answers to all requests in one batch, or one by one if that fails, to isolate failures."""
+    """Answer all requests in one batch, or one at a time if that fails, to isolate failures."""
     try:
         card = models.card(models.asked(question))
         return [replace(answer, card=card) for answer in models.answer(question, requests, listener)]

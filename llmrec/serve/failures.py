@@ -1,4 +1,4 @@
-"""Errors over HTTP: the status, the common body of failures, and the time until a retry."""
+"""Errors over HTTP: status codes, the common response body, and the time until a retry."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WORDS = {
     504: "Timeout.",
 }
 _STATUS = {"busy": 429, "exhausted": 503, "defect": 500}
-# Fields whose unknown names give 404; other unknown names are invalid.
+# Fields whose unknown names give status 404; in other fields, unknown names are invalid values.
 _THINGS = frozenset({"model", "item_id", "user", "candidates"})
 _KINDS = {
     400: "syntax",
@@ -51,11 +51,11 @@ _KINDS = {
     429: "busy",
     503: "unreadable",
 }
-# The seconds until a retry after an internal failure.
+# Seconds until a retry after an internal failure.
 _RETRY = 5.0
 # Maximum number of characters of a client's text that a response repeats.
 _REPEATED = 200
-# The type names and tags that pydantic adds to the location of an error, in addition to keys and numbers.
+# Type names and tags that pydantic adds to error locations, besides keys and numbers.
 _FORMS = {"constrained-str", "str", "float", "datetime", "user"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }
@@ -68,12 +68,12 @@ _MESSAGES = {
 
 
 def failures(*statuses: int, body: type[BaseModel] = schema.Failed) -> dict[int | str, dict[str, Any]]:
-    """Return the failures of an endpoint for OpenAPI."""
+    """Return the error responses of an endpoint for OpenAPI."""
     return {status: {"model": body, "description": _WORDS[status]} for status in statuses}
 
 
 def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
-    """Return the location of an error, keys and positions separated by dots, and its message, without the value.
+    """Return the location of a validation error, separated by dots, and its message without the value.
 
     Args:
         error: The validation error.
@@ -85,7 +85,7 @@ def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
 
 
 class _Failed(JSONResponse):
-    """The response of a failure; that of OpenAI's endpoint has OpenAI's form, in which status 422 is 400."""
+    """An error response; OpenAI's endpoint has its own format, and uses status 400 instead of 422."""
 
     def __init__(self, error: schema.Failure, status: int, headers: Mapping[str, str]) -> None:
         self._error = error
@@ -103,16 +103,16 @@ class _Failed(JSONResponse):
 
 
 def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
-    """Return the response of a failure; ``after``: seconds until a retry."""
+    """Return an error response; ``after`` is the number of seconds until a retry."""
     headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
     return _Failed(schema.Failure(kind=kind, message=message, at=at), status, headers)
 
 
 def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
-    """Return the status, the body and the seconds until a retry of an error."""
+    """Return the status, the body and the seconds until a retry for an error."""
     kind, message = error.kind or "failed", str(error)
     if isinstance(error, StoreError):
-        # The path and the message are only for the operator.
+        # path and message are only for the operator
         log.error("%s", error)
         status, message = 503, "the store of this service cannot be used; see the log of the service"
     elif isinstance(error, EngineLost):
@@ -128,7 +128,7 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
 
 
 def answer_failures(app: FastAPI) -> None:
-    """Register handlers that give all failures of an application the same form."""
+    """Register handlers that give all errors of an application the same format."""
 
     @app.exception_handler(LlmrecError)
     async def _(_: Request, error: LlmrecError) -> JSONResponse:
@@ -140,7 +140,7 @@ def answer_failures(app: FastAPI) -> None:
         worst = _closest(error.errors())
         if worst["type"] == "json_invalid":
             return failed(400, "syntax", "the body is not JSON")
-        # The first part is the source: the body, or a parameter of the URL.
+        # The first element is the source: the body, or a URL parameter.
         parts = _parts(worst)[1:]
         where = ".".join(parts)[:_REPEATED]
         message = _message(worst)
@@ -160,12 +160,12 @@ def answer_failures(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _(_: Request, __: Exception) -> JSONResponse:
-        # The server logs the exception.
+        # the server logs the exception
         return failed(500, "defect", "internal error; see the log of the service")
 
 
 def _keys(request: Request) -> list[str]:
-    """Return the possible keys of the body of a route, at any depth."""
+    """Return all keys that the body of a route may have, at any depth."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     whole = model.model_json_schema() if model is not None else {}
@@ -173,14 +173,14 @@ def _keys(request: Request) -> list[str]:
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the most informative error of a union: the error of the best-matching member."""
+    """Return the most informative error of a union type, which is the error of the best-matching member."""
     return max(errors, key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM))
 
 
 def _parts(fault: Mapping[str, Any]) -> list[str]:
-    """Return the keys and positions in the location of an error, without the names of types and tags."""
+    """Return the keys and positions in an error location, without names of types and tags."""
     place: Sequence[int | str] = fault["loc"]
-    # An unknown key ends the location, and may have the name of a type or a tag.
+    # An unknown key ends the location; it may equal the name of a type or tag.
     key = len(place) - 1 if fault["type"] == "extra_forbidden" else None
     return [
         str(part) for index, part in enumerate(place) if index == key or not (isinstance(part, str) and _is_form(part))
@@ -188,7 +188,7 @@ def _parts(fault: Mapping[str, Any]) -> list[str]:
 
 
 def _message(fault: Mapping[str, Any]) -> str:
-    # The value may be secret or hostile, so it is not repeated.
+    # The value may be secret or malicious, so it is not repeated.
     return _MESSAGES.get(fault["type"]) or str(fault["msg"])[:_REPEATED]
 
 

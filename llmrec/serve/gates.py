@@ -35,10 +35,10 @@ PAGE = "/page/"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-# The maximum number of digits of Content-Length: int() rejects huge strings.
+# Maximum number of digits of Content-Length, because int() rejects huge numbers.
 _DIGITS = 18
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-# The seconds until a retry if the keys cannot be read.
+# Seconds until a retry if the API keys cannot be read.
 _RETRY = 5.0
 _SHOWN = 60
 
@@ -56,18 +56,18 @@ class Auth:
 
     @property
     def keyed(self) -> bool:
-        """Whether API keys are required."""
+        """Whether requests need an API key."""
         return self._keys is not None
 
     def refusal(self, scope: Scope) -> ASGIApp | None:
-        """Return the response to a request without a valid key or over the rate limit; None if it is accepted."""
+        """Return the response for a request without a valid key or over the rate limit; None if it is accepted."""
         key = None
         if self._keys is not None:
             scheme, _, word = (_header(scope, b"authorization") or "").partition(" ")
             try:
                 key = self._keys.find(word) if scheme.lower() == "bearer" else None
             except LlmrecError as error:
-                # With an unreadable key file every request is rejected; the log has the reason.
+                # If the key file is unreadable, every request is rejected; the log has the reason.
                 log.error("%s", error)
                 return failed(503, "unreadable", "the keys of this service cannot be read", after=_RETRY)
             if key is None:
@@ -82,14 +82,14 @@ class Auth:
         return None
 
     async def admin(self, request: Request) -> None:
-        """Reject keys that may not change the catalogue and erase users; without keys accept every caller."""
+        """Reject keys that may not change the catalogue or delete users; without keys, accept all callers."""
         key: Key | None = getattr(request.state, "key", None)
         if self.keyed and not (key is not None and key.admin):
             raise HTTPException(403, "this requires a key created with --admin")
 
 
 class Authenticated:
-    """Middleware that checks the key and the rate limit before the body is read."""
+    """Middleware that checks API key and rate limit before the body is read."""
 
     def __init__(self, app: ASGIApp, auth: Auth) -> None:
         self._app, self._auth = app, auth
@@ -102,7 +102,7 @@ class Authenticated:
 
 
 class StrictRoute(APIRoute):
-    """A route that rejects unknown parameters, bodies that are not declared as JSON, and objects that repeat a key."""
+    """A route that rejects unknown parameters, bodies not declared as JSON, and objects with duplicate keys."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See `APIRoute.get_route_handler`."""
@@ -119,7 +119,7 @@ class StrictRoute(APIRoute):
                     )
             if self.body_field:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                # Another site can send other content types without a preflight request.
+                # Other sites can send other content types without a preflight request.
                 if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
                     raise HTTPException(415, "send the body with 'Content-Type: application/json'")
             return await handle(_StrictRequest(request.scope, request.receive))
@@ -142,7 +142,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Plain:
-    """Middleware that answers HEAD like GET, and rejects URLs with control characters, such as a final line break."""
+    """Middleware that answers HEAD like GET, and rejects URLs with control characters."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -199,7 +199,7 @@ class BodyLimit:
 
 
 class SameOrigin:
-    """Middleware that rejects cross-origin requests of browsers, and spoofed host names (DNS rebinding).
+    """Middleware that rejects cross-origin requests of browsers and spoofed host names (DNS rebinding).
 
     Without it any web page could send requests to a service on the user's machine.
 
@@ -222,7 +222,7 @@ class SameOrigin:
         origin = _header(scope, b"origin")
         if origin is not None:
             scheme, _, name = origin.lower().partition("://")
-            # With keys, a proxy may use https to the browser and http to this service.
+            # With keys, a proxy may use https towards the browser and http towards this service.
             if name != host or scheme not in (("http", "https") if self._keyed else (scope["scheme"],)):
                 return "the request comes from another site"
         local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
@@ -232,7 +232,7 @@ class SameOrigin:
 
 
 class Metrics:
-    """The metrics of one service.
+    """Prometheus metrics of a service.
 
     Args:
         service: The service with the measured queue and engine.
@@ -253,7 +253,7 @@ class Metrics:
         self._registry.register(_Load(service))
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count a request; ``endpoint`` is the path of a route, never the path of a client."""
+        """Count a request; ``endpoint`` is the path of a route, never a path that the client chose."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
@@ -263,7 +263,7 @@ class Metrics:
 
 
 class _Load:
-    """A collector of the state of the queue and the engine."""
+    """Collects the state of the queue and the engine."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -282,17 +282,17 @@ class _Load:
 
 
 class Measured:
-    """Middleware that counts requests and logs one line on each, without query, body or other text of a client."""
+    """Middleware that counts requests and logs one line for each, without text from the client."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and record its result."""
+        """Pass the request on, and record the result."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # The status until a response is sent: the client disconnected.
+        # status if no response is sent: the client disconnected
         begun, status = time.monotonic(), 499
 
         async def noted(message: Message) -> None:

@@ -69,7 +69,7 @@ class _File(BaseModel):
     keys: Annotated[list[Key], Field(max_length=100_000)]
 
 
-# The properties that change with a file: time, size, inode and permissions.
+# Properties that change with a file: time, size, inode and permissions.
 _Stamp: TypeAlias = tuple[int, int, int, int]
 
 
@@ -77,7 +77,7 @@ _Stamp: TypeAlias = tuple[int, int, int, int]
 
 
 def new_key(file: Path, name: str, *, admin: bool = False) -> str:
-    """Create a key and add it to a file, which is created if missing.
+    """Create an API key and add it to a key file, which is created if missing.
 
     Args:
         file: The key file; only its owner may read it.
@@ -109,7 +109,7 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
 
 
 def revoke(file: Path, name: str) -> None:
-    """Remove a key from a file; a running service rejects it within a second."""
+    """Remove an API key from a file; a running service rejects it within a second."""
     with _writing(file, make=False) as known:
         kept = [key for key in known if key.name != name]
         if len(kept) == len(known):
@@ -125,7 +125,7 @@ def revoke(file: Path, name: str) -> None:
 
 @contextmanager
 def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
-    """Hold the lock of a file, and yield its keys; with ``make`` a missing file has no keys."""
+    """Lock a key file, and yield its keys; with ``make``, a missing file has no keys."""
     refuse_link(file)
     if not make:
         _read(file)
@@ -153,7 +153,7 @@ def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
 def _write(file: Path, keys: Sequence[Key]) -> None:
     text = json.dumps({"format": FORMAT, "keys": [key.model_dump() for key in keys]}, indent=1) + "\n"
     with replacing(file) as draft:
-        # No other user may read the file at any time.
+        # Other users must not be able to read the file at any time.
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -162,7 +162,7 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
 
 
 def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
-    """Read a key file, and return its stamp and keys."""
+    """Read a key file, and return its properties and keys."""
     require_file(file, "create it with llmrec serve-key, or choose another", "the key file")
     try:
         with file.open("rb") as stream:
@@ -238,7 +238,7 @@ class Keys:
 
     @classmethod
     def read(cls, file: Path) -> Keys:
-        """Read a key file.
+        """Read the keys of a file.
 
         Raises:
             LlmrecError: If the file is invalid, or others than its owner may read or write it.
@@ -262,7 +262,7 @@ class Keys:
         """
         given = _digest(presented)
         result = None
-        # Every key is compared in constant time, against timing attacks.
+        # All keys are compared in constant time, to prevent timing attacks.
         for key in self._current(time.monotonic() if now is None else now):
             if hmac.compare_digest(key.sha256, given):
                 result = key
@@ -274,10 +274,10 @@ class Keys:
                 try:
                     seen = _stamp(self._file.stat())
                 except OSError:
-                    seen = None  # reading it reports the reason
+                    seen = None  # reading the file reports the reason
                 if seen != self._stamp:
                     self._stamp, self._keys = _read(self._file)
-                # Set only after success, so that every request checks an invalid file again.
+                # Set only after success, so that each request checks an invalid file again.
                 self._looked = now
             return self._keys
 
@@ -286,7 +286,7 @@ class Keys:
 
 
 class RateLimit:
-    """A token bucket for each name; it is thread-safe.
+    """A token bucket per name; thread-safe.
 
     A bucket fills steadily, and requests take tokens. The buckets of the 65,536 most recent names are kept; a new
     bucket is full.
@@ -305,11 +305,11 @@ class RateLimit:
                 raise DataError(f"{column} is {value}; use at least 1", kind="bad-value", column=column)
         self._rate, self._burst = per_minute / 60, float(burst)
         self._lock = Lock()
-        # The remaining tokens and their time, by name, the most recent last.
+        # The remaining tokens and their time by name, most recent last.
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, name: str, cost: float = 1.0, now: float | None = None) -> float:
-        """Remove the tokens of a request, or return the time to wait.
+        """Take the tokens for a request, or return the time to wait.
 
         A request that costs more than the capacity needs a full bucket and leaves it negative: the average rate holds,
         and no request is rejected forever.
@@ -332,7 +332,7 @@ class RateLimit:
             left = min(self._burst, left + max(0.0, now - since) * self._rate)
             lacking = min(cost, self._burst) - left
             allowed = lacking <= _HAIR
-            # A clock that goes back must not add tokens twice.
+            # A clock that was set back must not add tokens twice.
             self._left[name] = (left - cost if allowed else left, max(now, since))
             self._left.move_to_end(name)
             if len(self._left) > _NAMES:

@@ -1,4 +1,4 @@
-"""The Model Context Protocol at ``/mcp``, with the same API keys: `llmrec.serve.tools` for agents."""
+"""The Model Context Protocol (MCP) at ``/mcp``, with the same API keys; see `llmrec.serve.tools`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ABOUT = (
 
 
 def mount(app: FastAPI, service: Service) -> None:
-    """Add the verbs at ``/mcp`` to an application.
+    """Add the MCP endpoint ``/mcp`` to an application.
 
     Args:
         app: The application, from `llmrec.serve.app.make_app`.
@@ -43,7 +43,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @asynccontextmanager
     async def lifespan(given: FastAPI) -> AsyncIterator[Any]:
-        # Stateless: no client data are kept, and any process can answer the next request.
+        # Stateless: no client data are kept, so any process can answer the next request.
         manager = StreamableHTTPSessionManager(server, stateless=True)
         async with within(given) as state, manager.run():
             given.state.mcp = manager
@@ -53,7 +53,7 @@ def mount(app: FastAPI, service: Service) -> None:
         return _HandedOn(request.app.state.mcp.handle_request)
 
     app.router.lifespan_context = lifespan
-    # A GET would open a stream without any messages; the protocol allows rejecting it.
+    # A GET would open a stream without messages; the protocol allows rejecting it.
     app.add_api_route(PATH, mcp, methods=["POST"], include_in_schema=False, response_model=None)
 
 
@@ -92,7 +92,7 @@ def _described(tool: Tool) -> protocol.Tool:
 
 
 async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
-    """Return the result of a tool; errors that an agent can fix are results, so that it can retry."""
+    """Call a tool; errors that an agent can fix are returned as results, so that it can retry."""
     try:
         request = tool.asked.model_validate(arguments)
         check_items(service, request)

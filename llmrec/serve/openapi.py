@@ -15,7 +15,7 @@ from llmrec.serve.service import Service
 
 def openapi() -> str:
     """Return the OpenAPI document of the application as JSON."""
-    # There are no requests, so no service is needed. The keys make the document describe authentication.
+    # There are no requests, so no service is needed. Keys are set, so that the document describes authentication.
     keys = Keys(Path("keys.json"), (0, 0, 0, 0), ())
     document = make_app(cast(Service, object()), Auth(keys)).openapi()
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"

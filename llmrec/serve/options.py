@@ -11,7 +11,7 @@ from llmrec.answer.options import About, BatchSize, ModelOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(ModelOptions):
-    """A model, and the configuration of its service."""
+    """Options of `llmrec serve`."""
 
     model: Annotated[
         str,
@@ -61,7 +61,7 @@ class ServeOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions:
-    """A model, with new interactions and items."""
+    """Options of `llmrec refresh`."""
 
     model: Annotated[
         str, About(argument=True, metavar="MODEL", help="Run folder, or a folder that was refreshed before.")

@@ -1,4 +1,4 @@
-"""Adds new interactions and items to a model folder; baselines are fitted to all interactions.
+"""Adds new interactions and items to a model folder, and fits its baselines on all interactions.
 
 The folder has the model, the catalogue and every interaction, without held-out ones: it is for serving and must not be
 used for evaluation. The weights of ensembles remain those of the run.
@@ -36,7 +36,7 @@ from llmrec.types import Item
 
 @dataclass(frozen=True)
 class _State:
-    """Interactions with their split part, the catalogue, and user data."""
+    """Interactions with their part of the split, the catalogue, and user data."""
 
     rows: pl.DataFrame
     items: dict[str, Item]
@@ -44,7 +44,7 @@ class _State:
 
 
 def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
-    """Write the folder and return what to print.
+    """Write the new model folder and return a summary to print.
 
     Raises:
         LlmrecError: If a file cannot be read or written, an item has no title, or a service rejects the folder.
@@ -65,7 +65,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         if options.train is not None:
             model = _trained(bundle, after, options, draft / "training")
         if not bundle.weights:
-            # This file lists the recommenders.
+            # this file lists the recommenders
             shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
         elif model != out:
             link(model, draft)
@@ -87,7 +87,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
 
 
 def _target(options: RefreshOptions, bundle: Bundle) -> Path:
-    """Return the folder to write."""
+    """Return the output folder."""
     refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
     if options.out is None and not refreshed:
         raise DataError(
@@ -108,7 +108,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
 
 
 def _before(bundle: Bundle, reserved: float | None) -> _State:
-    """Return the state of a run or of a refreshed folder.
+    """Read the interactions and items of a run or of an earlier refresh.
 
     Args:
         bundle: The model of either.
@@ -137,7 +137,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
 
 
 def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
-    """Return rows in order of time with validation interactions marked, without earlier duplicates, as in the split."""
+    """Return rows in time order with validation interactions marked and earlier duplicates removed."""
     pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
     result = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
     last = pl.int_range(pl.len()).over("user_id", "item_id") == pl.len().over("user_id", "item_id") - 1
@@ -148,7 +148,7 @@ def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
 
 
 def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
-    """Return the state with new interactions and items, without duplicates."""
+    """Add new interactions and items, without duplicates."""
     rows, items = before.rows, dict(before.items)
     if options.items is not None:
         items.update(read_items(options.items))
@@ -189,7 +189,7 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
 
 
 def _events(path: str) -> pl.DataFrame:
-    """Read a table of interactions: user_id, item_id and, if known, rating and timestamp."""
+    """Read a table of interactions: user_id, item_id and optionally rating and timestamp."""
     read = read_table(Path(path))
     for name in ("user_id", "item_id"):
         if name not in read.frame.columns:
@@ -209,7 +209,7 @@ def _events(path: str) -> pl.DataFrame:
 
 
 def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return new interactions with times in the unit of the known ones.
+    """Return new interactions with times in the unit of the existing ones.
 
     Interactions without times follow the known ones in order; those with a known pair are duplicates.
     """
@@ -233,7 +233,7 @@ def _is_store(events: str) -> bool:
         with Path(events).open("rb") as file:
             return file.read(15) == b"SQLite format 3"
     except OSError:
-        # The reader of the table reports why it cannot be read.
+        # the table reader reports why it cannot be read
         return False
 
 
@@ -258,7 +258,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
         users=state.users,
         rating_scale=(recipe.data.rating_scale or bundle.rating_scale) if rated else None,
     )
-    # Nothing is held out, so there is no validation loss and no early stopping.
+    # Nothing is held out, so there is no validation loss or early stopping.
     new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
     pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
@@ -266,7 +266,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
 
 
 def _reload(url: str, key_env: str | None) -> None:
-    """Make a service reload its folder."""
+    """Make a running service reload its folder."""
     httpx = require("httpx", "openai")
     key = None if key_env is None else os.environ.get(key_env)
     if key_env is not None and not key:

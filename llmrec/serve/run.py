@@ -1,4 +1,4 @@
-"""Runs a service: reads catalogue and users, opens the store, and listens until stopped."""
+"""Runs a service: reads catalogue and users, opens the database, and listens until stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BURST = 20
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until interrupted; pending requests are answered.
+    """Serve until interrupted; pending requests are then still answered.
 
     Raises:
         LlmrecError: If an option, a file or the model cannot be used, or the port is taken.
@@ -68,7 +68,7 @@ def serve(options: ServeOptions) -> None:
 
 
 def make_service(options: ServeOptions) -> Any:
-    """Return the service, not yet started."""
+    """Create the service, without starting it."""
     from llmrec.answer.known import known_of
     from llmrec.serve.service import WAITS, Service, Settings
     from llmrec.serve.store import ServiceStore
@@ -94,7 +94,7 @@ def _default_store(model: str) -> str:
 
 
 def _check_open(options: ServeOptions) -> None:
-    """Reject an address that other machines can reach without keys."""
+    """Reject an address that other machines can reach, if no API keys are set."""
     if options.host not in _LOOPBACK and options.keys is None:
         raise DataError(
             f"--host {options.host} makes this service reachable from other machines, and without --keys everyone "
@@ -124,7 +124,7 @@ def _listen(options: ServeOptions) -> socket.socket:
 
 
 def _rules(file: Path | None) -> Rules:
-    """Read a file of rules."""
+    """Read business rules from a file."""
     if file is None:
         return Rules()
     try:

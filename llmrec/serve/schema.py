@@ -1,4 +1,4 @@
-"""Bodies of endpoints, with limits and examples for OpenAPI; those of verbs are in `verbs`.
+"""Request and response bodies of endpoints, with limits and examples for OpenAPI; see also `verbs`.
 
 Unknown keys are rejected, so that a misspelt option is reported.
 """
@@ -36,7 +36,7 @@ MOST_ITEMS = 1000
 """Maximum number of items written, or interactions added or returned, per call."""
 LONGEST_TEXT = 4000
 
-# Ids must not contain NUL, lone surrogates or control characters, nor be invisible.
+# Ids must not contain NUL, lone surrogates or control characters, and must be visible.
 _C = r"\x00-\x1f\x7f-\x9f"
 # Listed in full, since \s differs between languages.
 _SPACE = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -59,7 +59,7 @@ DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=I
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
 _FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
-# Keys of another form are rejected; pydantic does not include this in a schema.
+# Other keys are rejected; pydantic does not include this in a schema.
 _CLOSED: Any = {"additionalProperties": False}
 Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_CLOSED)]
 _Values: TypeAlias = Annotated[dict[Id, list[Words]], Field(max_length=20, json_schema_extra=_CLOSED)]
@@ -69,7 +69,7 @@ _SomeValues: TypeAlias = Annotated[
 
 
 def _no_text(value: object) -> object:
-    """Reject values that pydantic reads as numbers although JSON does not."""
+    """Reject texts that pydantic would accept as numbers although JSON does not."""
     if isinstance(value, str | bool):
         raise PydanticCustomError("number", "Input should be a number")
     return value
@@ -82,7 +82,7 @@ _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def _no_number_as_text(value: object) -> object:
-    """Reject values that pydantic reads as a time although they are none."""
+    """Reject numbers in text form that pydantic would accept as times."""
     if isinstance(value, bool) or (isinstance(value, str) and not _DAY.match(value)):
         raise PydanticCustomError("moment", "Input should be a number, or a time such as 2024-01-06T13:28:00Z")
     return value
@@ -108,12 +108,12 @@ def number_of(moment: float | datetime, per_second: float) -> float:
 
 
 def since(begun: float) -> float:
-    """Return the milliseconds since a moment of the monotonic clock."""
+    """Return the milliseconds since a time of the monotonic clock."""
     return round(1000 * (time.monotonic() - begun), 3)
 
 
 class Body(BaseModel):
-    """A request body; unknown keys are rejected."""
+    """Base class of request bodies; unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -145,21 +145,21 @@ class ItemText(Body):
 
 
 class PastEvent(ItemText):
-    """One past interaction; a history lists the oldest first."""
+    """A past interaction; histories are oldest first."""
 
     rating: _Float | None = None
     timestamp: Annotated[Moment | None, Field(description=_TIME)] = None
 
 
 class Quota(Body):
-    """Maximum number of items of a list that share a value of a field."""
+    """Maximum number of items in a list that share a value of a field."""
 
     field: Id
     most: Annotated[int, Field(ge=1, le=1000), NUMBER]
 
 
 class Rules(Body):
-    """Business rules, applied exactly: forbidden items are never listed.
+    """Business rules; forbidden items are never in a list.
 
     ``only`` and ``without`` compare fields of the catalogue, such as ``category`` or ``in_stock``, with values; a field
     with several values, separated by commas, matches by any of them.
@@ -191,7 +191,7 @@ class ItemsBody(Body):
 
 
 class NewEvent(Body):
-    """An interaction of a user."""
+    """An interaction of a user with an item."""
 
     user_id: DataId
     item_id: DataId
@@ -200,7 +200,7 @@ class NewEvent(Body):
 
 
 class EventsBody(Body):
-    """Interactions that extend histories; models are not retrained."""
+    """Interactions to add to histories; models are not retrained."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [{"user_id": "42", "item_id": "7"}]}]})
 
@@ -225,7 +225,7 @@ class Failed(BaseModel):
 
 
 class OpenAIFailure(BaseModel):
-    """What went wrong, in OpenAI's format."""
+    """An error in OpenAI's format."""
 
     message: str
     type: Literal["invalid_request_error", "server_error"]
@@ -234,7 +234,7 @@ class OpenAIFailure(BaseModel):
 
 
 class OpenAIFailed(BaseModel):
-    """The body of every answer of ``/v1/chat/completions`` that is not a success."""
+    """The body of every error response of ``/v1/chat/completions``."""
 
     error: OpenAIFailure
 
@@ -250,7 +250,7 @@ class ModelCard(BaseModel):
 
 
 class Models(BaseModel):
-    """All models, the default first."""
+    """All models, the default model first."""
 
     models: list[ModelCard]
 
@@ -264,7 +264,7 @@ class CatalogueItem(BaseModel):
 
 
 class ChatBody(Body):
-    """One user message; ``state`` is that of the last answer, and is omitted at the beginning."""
+    """A user message; ``state`` is the state in the last answer, and is omitted at the beginning."""
 
     text: Words = Field(examples=["a comedy, but not horror"])
     state: State = State()
@@ -273,7 +273,7 @@ class ChatBody(Body):
 
 
 class ChatAnswer(BaseModel):
-    """The answer, and the state to send with the next message; its profile may be edited."""
+    """The reply, and the state to send with the next message; the profile in it may be edited."""
 
     text: str
     items: list[CatalogueItem]
@@ -309,13 +309,13 @@ class UserMessage(BaseModel):
 
 
 class OtherMessage(BaseModel):
-    """Any other message in OpenAI's format; its content has no effect."""
+    """Any other message in OpenAI's format; its content is ignored."""
 
     role: Literal["assistant", "system", "developer", "tool", "function"]
 
 
 class CompletionBody(BaseModel):
-    """A whole conversation in OpenAI's format, the user's message last; keys without an effect here are ignored."""
+    """A whole conversation in OpenAI's format, which ends with a user message; unsupported keys are ignored."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -354,14 +354,14 @@ class CompletionBody(BaseModel):
 
 
 class CompletionMessage(BaseModel):
-    """The reply."""
+    """The reply message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class CompletionChoice(BaseModel):
-    """The only choice of a completion."""
+    """The only choice in a completion."""
 
     index: Literal[0] = 0
     message: CompletionMessage
@@ -387,7 +387,7 @@ class FoundItems(BaseModel):
 
 
 class KnownEvent(BaseModel):
-    """An interaction of a user."""
+    """An interaction in a user's history."""
 
     item_id: str
     title: str | None
@@ -419,7 +419,7 @@ IN_MEMORY = "recommenders with features keep them until the service is restarted
 
 
 class Erased(BaseModel):
-    """The result of an erasure, and the data that it cannot reach."""
+    """The result of deleting a user's data, and what it cannot reach."""
 
     user_id: str
     events: int
@@ -428,7 +428,7 @@ class Erased(BaseModel):
 
 
 class Health(BaseModel):
-    """The process is alive."""
+    """Whether the process is alive."""
 
     status: Literal["ok"] = "ok"
 

@@ -1,4 +1,4 @@
-"""The HTTP server and its limits: size of headers, time for a request to arrive, number of connections."""
+"""The HTTP server with limits for the size of headers, the time of a request to arrive, and connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONNECTIONS = 2048
 
 
 def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None = None) -> uvicorn.Server:
-    """Return a server for an application.
+    """Create the server for an application.
 
     Args:
         app: The application.
@@ -36,11 +36,11 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
             port=0,
             log_level="warning",
             access_log=False,
-            # The alternative parser, httptools, has no limit on headers.
+            # httptools, the alternative parser, does not limit headers.
             http=_limited(timeout, connections or _half_of_the_files()),
             h11_max_incomplete_event_size=HEADER_LIMIT,
             ws="none",
-            # Otherwise any client could choose the address that --per-minute counts.
+            # Otherwise clients could choose the address that --per-minute counts.
             proxy_headers=False,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=math.ceil(timeout),
@@ -50,7 +50,7 @@ def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None 
 
 def _half_of_the_files() -> int:
     process = psutil.Process()
-    # Only Linux and FreeBSD have limits that psutil can read.
+    # psutil can read this limit only on Linux and FreeBSD.
     most = process.rlimit(psutil.RLIMIT_NOFILE)[0] if hasattr(process, "rlimit") else 2 * _CONNECTIONS
     return min(_CONNECTIONS, most // 2) if most > 0 else _CONNECTIONS
 
@@ -92,7 +92,7 @@ def _limited(timeout: float, most: int) -> type[H11Protocol]:
             self._stop()
 
         def _watch(self) -> None:
-            """Run the timer while a request is incomplete."""
+            """Run a timer while a request is incomplete."""
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self._stop()
             elif self._late is None and not self.transport.is_closing():

@@ -1,4 +1,4 @@
-"""The service, independent of HTTP: an engine process, a catalogue, and a store of received data.
+"""The service without HTTP: an engine process, a catalogue, and a database of received data.
 
 `llmrec.serve.verbs` defines its questions.
 """
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 _READERS = 4
 _THREADS = 8
 """Number of threads in which turns of conversations wait for the engine."""
-# Seconds beyond the timeout of a question, which the event loop normally enforces.
+# Seconds in addition to the timeout of a question, which the event loop normally enforces.
 _GRACE = 5.0
 _AGAIN = 10.0
 """Seconds after which an unfinished erasure is tried again."""
@@ -58,7 +58,7 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a service.
+    """Settings of a service.
 
     Attributes:
         options: The options of the models.
@@ -80,7 +80,7 @@ class Settings:
 
 
 class Service:
-    """A running service; `start` it inside an event loop, and `close` it there.
+    """A running service; call `start` and `close` in the same event loop.
 
     Args:
         settings: The settings of the service.
@@ -93,7 +93,7 @@ class Service:
         # Changes must reach the catalogue in the order in which they are stored.
         self._changing = asyncio.Lock()
         self._reloading = asyncio.Lock()
-        # Writes are serialised anyway. Reads have separate threads, so they never wait for a write.
+        # Writes are serialised anyway. Reads have their own threads, so they never wait for a write.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="llmrec-writer")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="llmrec-reader")
         self._finishing: asyncio.Task[None] | None = None
@@ -117,7 +117,7 @@ class Service:
         self._finishing = asyncio.create_task(self._finish_erasures())
 
     async def close(self) -> None:
-        """Answer the pending questions, and stop."""
+        """Answer the pending questions, and stop the engine."""
         self.conversations.close()
         await self.batcher.close()
         if self._finishing is not None:
@@ -141,7 +141,7 @@ class Service:
         return result[-most:]
 
     async def add_events(self, body: schema.EventsBody) -> int:
-        """Store interactions of users; they are durable once this returns.
+        """Store interactions of users; they are on disk when this returns.
 
         Raises:
             DataError: If an item is unknown; then none is stored.
@@ -162,7 +162,7 @@ class Service:
         return await self._write(lambda: self.store.add_events(events))
 
     async def erase(self, user_id: str) -> schema.Erased:
-        """Erase a user from the store and from feature stores."""
+        """Delete a user's data from the database and the feature stores."""
         known = bool(self._known.histories.of_user(user_id))
         events = await self._write(lambda: self.store.erase(user_id))
         remains = list(self.store.remains)
@@ -177,11 +177,11 @@ class Service:
         return schema.Erased(user_id=user_id, events=events, features=features, remains=remains)
 
     async def put_items(self, items: Sequence[Item]) -> int:
-        """Add or replace items; they are known to questions after this returns."""
+        """Add or replace items; they can be used when this returns."""
         return await self._change(lambda: self.store.put_items(items), items, ())
 
     async def remove_item(self, item_id: str) -> None:
-        """Remove an item; lists exclude it after this returns.
+        """Remove an item; lists no longer contain it when this returns.
 
         Raises:
             DataError: If the id is unknown.
@@ -190,7 +190,7 @@ class Service:
         await self._change(lambda: self.store.remove_items([item_id]), (), [item_id])
 
     async def reload(self) -> None:
-        """Replace the engine by one that reads all files again."""
+        """Replace the engine by a new one that reads all files again."""
         if self._reloading.locked():
             raise LlmrecError("the models are being reloaded already; wait until this has finished", kind="busy")
         async with self._reloading:
@@ -225,10 +225,10 @@ class Service:
         await telling
         return stored
 
-    # ------------------------------------------------------------------- the store
+    # ------------------------------------------------------------------- the database
 
     async def _read(self, call: Callable[[], _T]) -> _T:
-        """Return the result of a read of the store."""
+        """Run a read of the database in a thread."""
         running = asyncio.get_running_loop().run_in_executor(self._readers, call)
         try:
             return await asyncio.wait_for(running, self.settings.patience)
@@ -236,7 +236,7 @@ class Service:
             raise StoreError("timed out while reading the store", kind="busy") from None
 
     async def _write(self, call: Callable[[], _T], ends: float | None = None) -> _T:
-        """Return the result of a write of the store, queued after earlier ones; dropped if it cannot start in time.
+        """Run a write of the database after earlier writes; it is dropped if it cannot start in time.
 
         Args:
             call: The write; it waits for other processes, for the fraction `WAITS` of a request's timeout.
@@ -255,7 +255,7 @@ class Service:
         return await done
 
     async def _finish_erasures(self) -> None:
-        """Retry the removal of erased interactions from the log of the store, until it succeeds."""
+        """Retry to remove deleted interactions from the database log, until it succeeds."""
         while True:
             await asyncio.sleep(_AGAIN)
             if self.store.unfinished:
@@ -265,7 +265,7 @@ class Service:
     # ------------------------------------------------------------------- questions
 
     async def request_of(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
-        """Return the request of a body, with the history and the texts of items."""
+        """Convert a request body to a request, with the history and the texts of items."""
         self.check_model(body.model)
         user, per_second, items = body.user_id, self._known.histories.per_second, self.catalogue.items
         record: Mapping[str, object] = {
@@ -288,13 +288,13 @@ class Service:
         return self._known.profile(user_id, self.store.erased)
 
     def unknown_note(self, names: Iterable[str]) -> list[str]:
-        """Return a note on items missing from the catalogue, if any."""
+        """Return a note on items that are not in the catalogue, if any."""
         missing = [name for name in names if name not in self.catalogue.items]
         some = ", ".join(shown(name) for name in missing[:_NAMED]) + (" and others" if len(missing) > _NAMED else "")
         return [f"rules.block: not in the catalogue: {some}"] if missing else []
 
     def _events(self, user_id: str) -> list[Event]:
-        """Return the interactions of a user, oldest first: those of the run's data, and the latest received ones."""
+        """Return the interactions of a user, oldest first: from the data of the run, then the received ones."""
         since = [
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
             for event in self.store.events_of(user_id, schema.MOST_EVENTS)
@@ -312,7 +312,7 @@ class Service:
             raise unknown("model", name, names)
 
     def check_strategy(self, model: str | None, strategy: str) -> None:
-        """Reject an unknown strategy early, since trying it is expensive."""
+        """Reject an unknown strategy before it costs time."""
         cards = {card.name: card for card in self.engine.cards}
         name = next(iter(cards), None) if model is None else meant(model, cards)
         known = () if name is None else cards[name].strategies
@@ -327,7 +327,7 @@ class Service:
     async def listed(
         self, request: RankRequest, wanted: Wanted, verb: str = RANK
     ) -> tuple[tuple[Question, RankRequest], Answered]:
-        """Return a list, ranked to the depth that its rules require, with its last question."""
+        """Return a list, with the last question that was asked to build it."""
         steps = listing(request, wanted, self.catalogue, verb)
         step = next(steps)
         while True:
@@ -338,12 +338,12 @@ class Service:
                 return step, done.value
 
     async def between(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
-        """Return the result of a method of the engine's models, called between batches."""
+        """Call a method of the engine's models between two batches."""
         return await self.batcher.between(partial(self.engine.call, name, *arguments, listener=listener))
 
 
 def _entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
-    """Return an entry of a history or of candidates in the format of requests.
+    """Return an item of a history or of candidates in the format of request files.
 
     Args:
         given: The received entry.
@@ -376,14 +376,14 @@ class Conversations:
         self._known: tuple[Catalogue, int, Facts, Reader] | None = None
 
     def close(self) -> None:
-        """Reject further turns; those that have not started are cancelled."""
+        """Reject further messages; those that have not started are cancelled."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def answer(
         self, body: schema.ChatBody, called: Callable[[Call], None] = lambda call: None
     ) -> schema.ChatAnswer:
-        """Return the reply to a message.
+        """Reply to a message.
 
         Args:
             body: The message and the state.
@@ -400,7 +400,7 @@ class Conversations:
         def turn() -> schema.ChatAnswer:
             talk = self._conversation(body, loop)
             reply = talk.answer(body.state, body.text, called)
-            # Items may have been added or removed since the conversation read them.
+            # Items may have been added or removed since the conversation started.
             known = {**self._service.catalogue.items, **talk.tools.facts.items}
             shown = [known[name] for name in reply.items if name in known]
             return schema.ChatAnswer(
@@ -417,7 +417,7 @@ class Conversations:
 
         if self._closed:
             raise EngineLost("the service is stopping; try again in a moment", kind="failed")
-        # A turn ends when its thread is free again, not when its client disconnects.
+        # A reply ends when its thread is free again, not when its client disconnects.
         self._turns = {entry for entry in self._turns if not entry.done()}
         if len(self._turns) >= self._service.settings.room:
             self._service.batcher.load.refused += 1
@@ -437,14 +437,14 @@ class Conversations:
             except DataError as error:
                 if error.kind != "unsupported":
                     raise
-                # A model without interactions uses text similarity, as in the terminal.
+                # Without interactions, use text similarity, as in the terminal.
                 return self._asked(replace(question, model="text"), request, loop)
 
         lists = ModelLists(service.catalogue, ask, service.settings.rules)
         return Conversation(Tools(facts, lists), RuleManager(k=body.k), reader)
 
     def _asked(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
-        """Return an answer of the engine, waiting in a turn's thread."""
+        """Return an answer of the engine; waits in the thread of the reply."""
         waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
         try:
             return waiting.result(self._service.settings.patience + _GRACE)
@@ -453,7 +453,7 @@ class Conversations:
             raise TooLate("the service did not answer in time; try again", kind="exhausted") from error
 
     def _facts(self) -> tuple[Facts, Reader]:
-        """Return the facts and the parser for the current catalogue."""
+        """Return the item data and the message parser for the current catalogue."""
         catalogue = self._service.catalogue
         if not catalogue.items:
             raise DataError("the catalogue is empty; add items with PUT /v1/items", kind="empty")
@@ -466,7 +466,7 @@ class Conversations:
 
 @asynccontextmanager
 async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
-    """Hold a lock, with a timeout in seconds for acquiring it."""
+    """Acquire a lock within a number of seconds, and hold it in the block."""
     try:
         await asyncio.wait_for(lock.acquire(), seconds)
     except TimeoutError:
@@ -483,7 +483,7 @@ def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:
 
 
 def _forget(folder: Path, user_id: str) -> int:
-    """Erase a user from a feature store; return the number of erased texts."""
+    """Delete a user from a feature store; return the number of deleted texts."""
     try:
         return int(forget(folder, user_id).text)
     except LlmrecError as error:

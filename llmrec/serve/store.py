@@ -1,4 +1,4 @@
-"""The store of a running service: received interactions, erased users, and added and removed items.
+"""The data that a running service stores: received interactions, deleted users, added and removed items.
 
 A store is an SQLite file, or tables of a PostgreSQL database, which several processes may share; see `databases`.
 """
@@ -39,13 +39,13 @@ _ADD = Insert("llmrec_events", ("user_key", "event"))
 _ITEM = ("item_key", "item_id", "title", "fields")
 _SET = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
 _PUT = Insert("llmrec_items", _ITEM, _SET)
-# Items that are already removed are not counted.
+# items that are already removed are not counted
 _REMOVE = Insert("llmrec_items", _ITEM, f"{_SET} WHERE llmrec_items.title IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEvent:
-    """An interaction of a user (``timestamp`` in the unit of the data)."""
+    """An interaction of a user; ``timestamp`` is in the unit of the data."""
 
     user_id: str
     item_id: str
@@ -54,7 +54,7 @@ class StoredEvent:
 
 
 class ServiceStore:
-    """A database of interactions, erased users and changed items, created by `open`; it is thread-safe.
+    """A database of interactions, deleted users and changed items, created by `open`; thread-safe.
 
     Every call is one transaction, and raises an `LlmrecError` if the database fails. Data stored by a call that has
     returned survive a kill of the process.
@@ -70,7 +70,7 @@ class ServiceStore:
                 database.prepare(raw)
                 facts = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
             self._salt = _salt(facts, database)
-            # The log may still contain data erased before this process started. A read-only one remains unchanged.
+            # The log may still contain data deleted before this process started. A read-only one remains unchanged.
             with suppress(LlmrecError):
                 self.finish_erasures()
         except BaseException:
@@ -79,7 +79,7 @@ class ServiceStore:
 
     @classmethod
     def open(cls, where: str, wait: float = WAIT) -> ServiceStore:
-        """Open a store; create its file or tables if missing.
+        """Open the database; create its file or tables if missing.
 
         Args:
             where: The path of an SQLite file, or ``postgresql://USER@HOST:PORT/NAME``. The password should come from
@@ -93,7 +93,7 @@ class ServiceStore:
         if where.startswith(("postgresql://", "postgres://")):
             return cls(Postgres(where, wait))
         if "://" in where:
-            # Not shown: it may contain a password.
+            # Not shown, because it may contain a password.
             raise DataError(
                 "a store is an SQLite file or a PostgreSQL database; give a path, or postgresql://USER@HOST/NAME",
                 kind="unsupported",
@@ -101,7 +101,7 @@ class ServiceStore:
         return cls(SQLite(Path(where).expanduser(), wait))
 
     def add_events(self, events: Sequence[StoredEvent]) -> int:
-        """Store all interactions or none; they are durable once this returns.
+        """Store all interactions or none; they are on disk when this returns.
 
         Returns:
             The number of interactions.
@@ -112,7 +112,7 @@ class ServiceStore:
         return self._insert(_ADD, [(self._key(event.user_id), _json(event)) for event in events])
 
     def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
-        """Return a user's interactions, oldest first; ties are in order of arrival.
+        """Return the interactions of a user, oldest first; ties are in order of arrival.
 
         Args:
             user_id: The user.
@@ -123,7 +123,7 @@ class ServiceStore:
         return sorted((self._event(row[0]) for row in reversed(rows)), key=lambda event: event.timestamp)
 
     def erase(self, user_id: str) -> int:
-        """Erase all interactions of a user, and record the erasure by a salted hash of the id.
+        """Delete all interactions of a user, and record the deletion by a salted hash of the id.
 
         In an SQLite file the bytes are overwritten, and their space is not freed; `remains` reports whether its log
         still contains them. PostgreSQL frees them at its next vacuum; its log and backups keep them for as long as
@@ -139,7 +139,7 @@ class ServiceStore:
         return erased
 
     def finish_erasures(self, wait: float = 0.0) -> bool:
-        """Remove erased data from the database's log; repeat until it succeeds.
+        """Remove deleted data from the database log; repeat until it succeeds.
 
         Args:
             wait: Seconds to wait for readers.
@@ -154,21 +154,21 @@ class ServiceStore:
 
     @property
     def unfinished(self) -> bool:
-        """Whether `finish_erasures` has to be repeated."""
+        """Whether `finish_erasures` must be repeated."""
         return self._unfinished
 
     @property
     def remains(self) -> list[str]:
-        """Descriptions of where an erased user's interactions may remain."""
+        """Where interactions of a deleted user may remain, in words."""
         remains = [] if self._database.keeps is None else [self._database.keeps]
         return [*remains, IN_LOG] if self._unfinished else remains
 
     def erased(self, user_id: str) -> bool:
-        """Whether a user was ever erased, even if newer interactions exist."""
+        """Whether a user was ever deleted, even if there are newer interactions."""
         return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
 
     def put_items(self, items: Sequence[Item]) -> int:
-        """Add or replace items, including removed ones; the last of each id counts.
+        """Add or replace items, including removed ones; the last item with an id counts.
 
         Returns:
             The number of ids.
@@ -189,7 +189,7 @@ class ServiceStore:
         return self._insert(_PUT, sorted(rows.values()))
 
     def remove_items(self, ids: Sequence[str]) -> int:
-        """Record the removal of items, whether added before or part of a model's catalogue.
+        """Record the removal of items, whether they were added or belong to the catalogue of the model.
 
         Returns:
             The number of ids not yet removed.
@@ -201,13 +201,13 @@ class ServiceStore:
         return self._insert(_REMOVE, sorted(rows.values()))
 
     def item_changes(self) -> tuple[dict[str, Item], frozenset[str]]:
-        """Return the added items, by id, and the removed ids."""
+        """Return the added items by id, and the removed ids."""
         rows = self._read("SELECT item_id, title, fields FROM llmrec_items ORDER BY item_id")
         put = {row[0]: self._item(*row) for row in rows if row[1] is not None}
         return put, frozenset(row[0] for row in rows if row[1] is None)
 
     def all_events(self) -> Iterator[StoredEvent]:
-        """Yield all interactions in order of arrival, possibly with those that arrive meanwhile."""
+        """Yield all interactions in order of arrival, possibly including those that arrive meanwhile."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
         while rows := self._read(query, last, NOBODY, _BATCH):
@@ -215,7 +215,7 @@ class ServiceStore:
             last = rows[-1][0]
 
     def close(self) -> None:
-        """Close the store after running calls; later ones raise an error."""
+        """Close the database after running calls; later calls raise an error."""
         with self._lock:
             self._closed = True
         self._drop_idle()
@@ -258,7 +258,7 @@ class ServiceStore:
                 if isinstance(error, self._database.errors):
                     # The server may have disconnected, together with all other connections.
                     self._drop_idle()
-                    # Not chained, since the library's message may contain values.
+                    # Not chained, since the message of the library may contain values.
                     raise self._database.failure(error) from None
                 raise
             with self._lock:
@@ -294,7 +294,7 @@ class ServiceStore:
 
 
 def _salt(facts: Mapping[str, str], database: Database) -> bytes:
-    """Return the salt of a store's hashes."""
+    """Return the salt for hashes of user ids."""
     version, salt = facts.get("version", ""), facts.get("salt", "")
     if not version.isdecimal() or not salt or int(version) < VERSION:
         raise database.error("damaged", f" has no table version; {MOVE}")

@@ -1,4 +1,4 @@
-"""Tools for agents, independent of the protocol: arguments and answers of each verb.
+"""Tools for AI agents: arguments and results, independent of the protocol.
 
 Agents can only use ids of the catalogue: unknown ids and free texts are rejected. Texts of the catalogue are returned
 as JSON fields, each truncated to one line, never as prose.
@@ -42,13 +42,13 @@ _UNSEEN = re.compile("[\U000e0100-\U000e01ef]")
 
 
 class _Asked(BaseModel):
-    """Arguments of a tool, with the keys of the endpoint of the same verb."""
+    """Base class of tool arguments, with the same keys as the HTTP endpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Past(_Asked):
-    """An item of a history, with the rating that the user gave it."""
+    """An item of a history, with the user's rating."""
 
     item_id: schema.DataId
     rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -108,7 +108,7 @@ class AboutItem(_Whom):
 
 
 class ListModels(_Asked):
-    """Arguments of ``list_models``: none."""
+    """Arguments of ``list_models`` (none)."""
 
 
 # --------------------------------------------------------------------------- results
@@ -130,7 +130,7 @@ class FoundItems(BaseModel):
 
 
 class ListedItem(FoundItem):
-    """One item of a list."""
+    """An item of a list."""
 
     rank: int
     score: float = Field(description="Score on the model's scale; higher is better.")
@@ -182,7 +182,7 @@ class NamedModel(BaseModel):
 
 
 class NamedModels(BaseModel):
-    """All models, the default first."""
+    """All models, the default model first."""
 
     models: list[NamedModel]
 
@@ -261,11 +261,11 @@ class Tool:
 
     @property
     def asks(self) -> str | None:
-        """The verb that a model must support for it; None: no model is needed, or every service has it."""
+        """The verb that a model must support; None if the tool works with every service."""
         return VERBS[self.verb].asks if self.verb else None
 
     async def call(self, service: Service, given: BaseModel) -> BaseModel:
-        """Answer."""
+        """Call the tool."""
         if self.run is not None:
             return await self.run(service, given)
         verb = VERBS[self.verb]
@@ -356,7 +356,7 @@ def offered(service: Service) -> list[Tool]:
 
 
 def check_items(service: Service, asked: BaseModel) -> None:
-    """Reject ids missing from the catalogue."""
+    """Reject ids that are not in the catalogue."""
     unknown = [name for name in dict.fromkeys(_named(asked)) if name not in service.catalogue.items]
     if unknown:
         names = ", ".join(repr(name[:60]) for name in unknown[:_NAMED])
@@ -377,7 +377,7 @@ def _named(asked: BaseModel) -> Iterator[str]:
 
 
 def one_line(text: str, most: int = TITLE_LIMIT) -> str:
-    """Return a text as one truncated line, without invisible characters and chat control tokens."""
+    """Return a text on one line, truncated, without invisible characters and chat control tokens."""
     return neutralise(clean(_UNSEEN.sub("", text), most), ())
 
 

@@ -1,4 +1,4 @@
-"""The verbs of a service, each with request, answer, documentation and implementation.
+"""The verbs (types of questions) of a service, each with request, response, documentation and implementation.
 
 HTTP routes, batch routes (`llmrec.serve.app`) and tools for agents (`llmrec.serve.tools`) are derived from `VERBS`.
 """
@@ -65,7 +65,7 @@ MOST_DOCUMENTS = 1000
 
 
 class _About(Body):
-    """The user of a question: a known user, a history, or both (then the given history is used)."""
+    """The user of a question: a known user, a history, or both, in which case the given history is used."""
 
     model: Annotated[Id, Field(description="A model from GET /v1/models. Default: the first.")] | None = None
     id: Annotated[Id, Field(description="Seed of the request, for the order of equal scores and of labels.")] = "1"
@@ -76,7 +76,7 @@ class _About(Body):
 
 
 class Usage(BaseModel):
-    """Cost of a language model."""
+    """The cost of a language model's answer."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -92,7 +92,7 @@ class _Answer(BaseModel):
 
 
 class RankedItem(BaseModel):
-    """One item of a list."""
+    """An item of a list."""
 
     item_id: str
     title: str
@@ -115,12 +115,12 @@ def card_of(card: Card | None) -> ModelCard:
 
 
 def usage_of(cost: Cost) -> Usage:
-    """Return the cost of a language model."""
+    """Return the cost of a language model's answer."""
     return Usage(prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards)
 
 
 def ranked_items(found: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
-    """Return the items of a list, with explanations of the first ones."""
+    """Return the items of a list, with explanations for the first ones."""
     ranking = ranking_of(found)
     rows = zip(ranking.items, found.titles, ranking.scores, strict=True)
     return [
@@ -162,7 +162,7 @@ class RankAnswer(_Answer):
 
 
 async def rank(service: Service, body: RankBody) -> RankAnswer:
-    """Rank candidates, or the catalogue."""
+    """Rank the given candidates, or the whole catalogue."""
     begun = time.monotonic()
     rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
     service.check_strategy(body.model, body.strategy)
@@ -200,7 +200,7 @@ _ONE_ITEM: Any = {
 
 
 def _no_id(value: object) -> object:
-    """Reject an id in place of an item."""
+    """Reject an id where an item is expected."""
     if isinstance(value, str | int | float):
         raise PydanticCustomError("id", "Input should be an object with a title; give an id as item_id")
     return value
@@ -234,7 +234,7 @@ class ItemBody(_About):
 async def about(
     service: Service, family: str, body: ItemBody, listener: Callable[[str], None] | None = None
 ) -> tuple[Answer, Mapping[str, Any]]:
-    """Answer a question of a family about an item; return the answer, and the common values of all answers."""
+    """Answer a question about an item; returns the answer, and the fields that all answers share."""
     begun = time.monotonic()
     item = body.named
     if isinstance(item, str) and service.catalogue.items:
@@ -304,14 +304,14 @@ class ExplainAnswer(_Answer):
 
 
 async def explain(service: Service, body: ItemBody, listener: Callable[[str], None] | None = None) -> ExplainAnswer:
-    """Explain an item to a user; ``listener`` receives the text while it is generated."""
+    """Explain why an item suits a user; ``listener`` receives the text while it is generated."""
     answer, common = await about(service, "explanation", body, listener)
     assert isinstance(answer, Text)
     return ExplainAnswer(**common, text=answer.text)
 
 
 class AskBody(ItemBody):
-    """A question of any task that a model was tuned on."""
+    """A question for any task on which a model was trained."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
@@ -321,7 +321,7 @@ class AskBody(ItemBody):
 
 
 class AskAnswer(_Answer):
-    """The answer of the task; other values are null."""
+    """The answer to the task; fields of other tasks are null."""
 
     item_id: str
     family: str
@@ -331,7 +331,7 @@ class AskAnswer(_Answer):
 
 
 async def ask(service: Service, body: AskBody) -> AskAnswer:
-    """Answer a question of any task about an item."""
+    """Answer a question about an item for any task."""
     answer, common = await about(service, body.family, body)
     return AskAnswer(
         **common,
@@ -368,7 +368,7 @@ class SimilarAnswer(BaseModel):
 
 
 async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
-    """Find items that are similar to others."""
+    """Find items that are similar to given items."""
     begun = time.monotonic()
     rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
     for item in body.item_ids:
@@ -387,7 +387,7 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
 
 
 async def complete(service: Service, body: CompletionBody) -> Completion:
-    """Answer the last message of a conversation, whose state follows from the earlier messages of the user."""
+    """Answer the last message of a conversation, whose state is derived from the user's earlier messages."""
     created, state = int(time.time()), State()
     for message in body.messages:
         if isinstance(message, UserMessage):
@@ -395,7 +395,7 @@ async def complete(service: Service, body: CompletionBody) -> Completion:
             answer = await service.conversations.answer(turn)
             state = answer.state
     names = [card.name for card in service.engine.cards]
-    # A greeting is answered before the models are known.
+    # a greeting is answered before the models are loaded
     model = body.model or next(iter(names), "")
     return Completion(
         id=f"chatcmpl-{uuid4().hex}",
@@ -410,7 +410,7 @@ async def complete(service: Service, body: CompletionBody) -> Completion:
 
 
 class RerankBody(BaseModel):
-    """A reranking request in the format of Cohere (v2) and Jina; their other keys are ignored."""
+    """A reranking request in the format of Cohere (v2) and Jina; other keys of these formats are ignored."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -425,7 +425,7 @@ class RerankBody(BaseModel):
 
 
 class RerankResult(BaseModel):
-    """One text."""
+    """A text with its relevance."""
 
     index: int
     relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")
@@ -480,7 +480,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
 
 
 def _shares(scores: Sequence[float], card: Card) -> list[float]:
-    """Return scores normalised to sum 1: probabilities of a language model, and rank discounts of other models."""
+    """Normalise scores to sum 1: probabilities of a language model, and rank discounts of other models."""
     if card.kind == "language model":
         weights = np.exp(np.array(scores) - max(scores))
     else:
@@ -500,12 +500,12 @@ def _text_of(given: str | Mapping[str, object]) -> str:
     return text
 
 
-# --------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------- the table of verbs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """A question that a service answers.
+    """A type of question that a service answers.
 
     Attributes:
         name: The name in its route, ``/v1/NAME``.
@@ -532,7 +532,7 @@ class Verb:
     failed: type[BaseModel] = Failed
 
     async def stream(self, service: Service, body: Any) -> AsyncIterator[tuple[str, Any]]:
-        """Yield the events before the answer, then ``done`` with the whole answer."""
+        """Yield the events before the answer, then ``done`` with the complete answer."""
         pieces: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -619,7 +619,7 @@ VERBS: Mapping[str, Verb] = {
             body=RerankBody,
             answer=RerankAnswer,
             ask=rerank,
-            # Cohere's client v2 uses /v2; its client v1 and Jina's use /v1.
+            # Cohere's client v2 uses /v2; Cohere's client v1 and Jina's client use /v1.
             versions=("v1", "v2"),
         ),
     )
@@ -628,7 +628,7 @@ VERBS: Mapping[str, Verb] = {
 
 @cache
 def batch_of(body: type[BaseModel]) -> type[BaseModel]:
-    """Return the request body of a batch."""
+    """Return the request body for a batch of questions."""
     several = Annotated[list[body], Field(min_length=1, max_length=MOST_BATCH)]  # type: ignore[valid-type]
     doc = "Several requests; each succeeds or fails independently."
     return create_model(body.__name__.replace("Body", "Batch"), __base__=Body, __doc__=doc, requests=(several, ...))
@@ -636,6 +636,6 @@ def batch_of(body: type[BaseModel]) -> type[BaseModel]:
 
 @cache
 def answers_of(answer: type[BaseModel]) -> type[BaseModel]:
-    """Return the response body of a batch."""
+    """Return the response body for a batch of questions."""
     several = list[answer | Failed]  # type: ignore[valid-type]
     return create_model(f"{answer.__name__}s", __doc__="One per request, in order.", answers=(several, ...))

@@ -1,4 +1,4 @@
-"""Strategies: predictors made of a backend and a task.
+"""Strategies: how a language model scores, ranks, rates or generates, given a backend and a task.
 
 A strategy is a class, or a function that returns an object. It is called with a `llmrec.strategies.asking.Prompting`
 and the keys of the recipe's ``eval`` that it accepts, and implements `llmrec.strategies.asking.Strategy`. To add one:

@@ -1,4 +1,4 @@
-"""The common setup of language-model predictors: a backend, a task, a template, and batches with progress."""
+"""The common base of language-model predictors: a backend, a task, a template, and batches with progress."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llmrec.types import (
     Unparsed,
 )
 
-# Prompts per call of a strategy with many questions per request.
+# Prompts per call of a strategy with many prompts per request.
 _CHUNK = 512
 
 
@@ -38,7 +38,7 @@ def _silent(done: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """The setup of a strategy: backend, task, template and batches.
+    """What a strategy needs: backend, task, template and batches.
 
     Attributes:
         backend: The engine that answers.
@@ -59,7 +59,7 @@ class Prompting:
     advance: Callable[[int], None] = field(default=_silent)
 
     def needs(self, capability: Capability) -> None:
-        """Check before the first request that the backend has a capability.
+        """Raise an error if the backend lacks a capability, before the first request.
 
         Raises:
             BackendError: If it does not.
@@ -77,7 +77,7 @@ class Prompting:
         return self.task.prompt(request, template=self.template, shots=self.shots, want=self.want)
 
     def batches(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], list[Prompt]]]:
-        """Yield batches with their prompts, reporting progress after each."""
+        """Yield batches of requests with their prompts, and report progress after each."""
         for start in range(0, len(requests), self.batch):
             part = requests[start : start + self.batch]
             yield part, [self.prompt(request) for request in part]
@@ -85,7 +85,7 @@ class Prompting:
 
 
 class Strategy(Predictor, Protocol):
-    """A predictor over a language model, created from a `Prompting` and the keys of ``eval`` that it accepts.
+    """A predictor based on a language model, created from a `Prompting` and the ``eval`` keys that it accepts.
 
     Attributes:
         asker: Its setup.
@@ -134,16 +134,16 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
 
 @runtime_checkable
 class AsksFirst(Protocol):
-    """A strategy with several questions per request; reports show the first one."""
+    """A strategy with several prompts per request; reports show the first one."""
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the first question about a request."""
+        """Return the first prompt for a request."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One request with the scores of its continuations."""
+    """A request with the scores of its continuations."""
 
     request: Request
     texts: tuple[str, ...]
@@ -168,7 +168,7 @@ def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None
 def score_in_chunks(
     backend: Backend, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], *, closed: bool
 ) -> list[Scores]:
-    """Score prompts in chunks of some hundred, so that a kill loses at most one chunk."""
+    """Score prompts in chunks of a few hundred, so that an interruption loses at most one chunk."""
     results: list[Scores] = []
     for start in range(0, len(prompts), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -190,7 +190,7 @@ def generated(
     wanted: type[Ranking] | type[Rating] | type[Probability] | type[Text],
     reason: str,
 ) -> list[Answer]:
-    """Generate and read an answer for every request; one that cannot be read becomes an `Unparsed`."""
+    """Generate and parse an answer for every request; if parsing fails, it is `Unparsed`."""
     answers: list[Answer] = []
     for part, prompts in asker.batches(requests):
         for request, prompt, done in zip(
@@ -203,7 +203,7 @@ def generated(
 
 
 def cost_of(done: Scores | Completion) -> Cost:
-    """Return the cost of one scored or generated answer.
+    """Return the cost of a scored or generated answer.
 
     A scored prompt is one forward pass; each generated token is one more, and an empty answer took one.
     """
@@ -214,7 +214,7 @@ def cost_of(done: Scores | Completion) -> Cost:
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """Return a hash of the turns and the given part of the answer, 16 hex digits."""
+    """Return a hash of the messages and the given beginning of the answer, 16 hex digits."""
     parts = [f"{message.role}\x1e{message.text}" for message in prompt.messages]
     parts.append("".join(segment.text for segment in prompt.answer_prefix))
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]

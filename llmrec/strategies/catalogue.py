@@ -1,4 +1,4 @@
-"""Generative ranking: the most likely texts of the whole catalogue, by constrained beam search."""
+"""Generative ranking: finds the most likely items of the whole catalogue by constrained beam search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CatalogueRanker:
-    """Ranks the ``beams`` best texts of the whole catalogue by log P(code | prompt), end of answer included.
+    """Ranks the ``beams`` most likely items of the whole catalogue by log P(code | prompt), including the end token.
 
     Items of the request's history are excluded during the search, so that the number of results is unaffected. Every
     answer contains existing items, each once; items with the same text share a score, a full-softmax log-probability.
@@ -75,7 +75,7 @@ class CatalogueRanker:
         return answers
 
     def _write(self, request: Request) -> None:
-        """Store the texts of the catalogue, once; items with the same text are merged.
+        """Store the texts of all items once; items with the same text are merged.
 
         Raises:
             RecipeError: If the texts depend on the request.
@@ -133,7 +133,7 @@ def _refuse_candidates(request: Request) -> None:
 
 
 class SearchedCatalogue:
-    """Scores items by P(code | prompt) if a constrained search finds them, and by 0 otherwise.
+    """Scores items by P(code | prompt) if the beam search finds them, and by 0 otherwise.
 
     Items that are not found tie at the bottom, so a target among them has the expected rank of a random order. The
     search does not exclude seen items: both conventions about the history use the same scores.
@@ -153,7 +153,7 @@ class SearchedCatalogue:
         self._known: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return probabilities, shape (n, items); see `CatalogueScorer.scores`."""
+        """Return probabilities of all items, shape (n, items); see `CatalogueScorer.scores`."""
         missing = [request for request in requests if _key(request) not in self._known]
         for request, answer in zip(missing, self._ranker.answer(missing), strict=True):
             assert isinstance(answer, Ranking)  # a search always has a result
@@ -167,5 +167,5 @@ class SearchedCatalogue:
 
 
 def _key(request: Request) -> tuple[str, int]:
-    """Return a key of a request: a user may have requests before and after the validation event."""
+    """Return an id that includes the history length, since a user may have several requests."""
     return request.id, len(request.history)

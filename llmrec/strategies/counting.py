@@ -1,4 +1,4 @@
-"""Number and size of the questions of a strategy per request; docs/ranking-methods.md has the formulas."""
+"""Number of prompts per request that a strategy needs; docs/ranking-methods.md has the formulas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmrec.tasks.task import Want
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """The questions about one request.
+    """The number of prompts for one request.
 
     Attributes:
         prompts: The number of questions; for `setwise` the maximum.
@@ -26,7 +26,7 @@ class Count:
 
 
 def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count | None:
-    """Return the number of scored prompts of one request.
+    """Return the number of scored prompts for one request.
 
     Args:
         strategy: Name of a strategy of the direct family.
@@ -67,7 +67,7 @@ def _setwise(n: int, section: EvalSection) -> Count:
 
 
 def _levels(node: int, size: int, children: int) -> int:
-    """Return the number of heap levels below a node, the maximum number of questions for sinking from it."""
+    """Return the number of heap levels below a node, which limits the prompts for moving an item down."""
     levels = 0
     while (node := node * children + 1) < size:
         levels += 1

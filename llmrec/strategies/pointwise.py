@@ -1,4 +1,4 @@
-"""Pointwise ranking: each candidate separately, by the likelihood of its title or of a yes."""
+"""Pointwise ranking: scores each candidate separately, by the likelihood of its title or of a yes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmrec.strategies.asking import Prompting, Scored, cost_of, prompt_hash, sc
 from llmrec.strategies.rounds import by_score, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
-# Titles per user-independent prompt: the cost of a forward pass over a tree of titles is quadratic.
+# Titles per user-independent prompt, because the cost of a forward pass over a tree of titles is quadratic.
 _PRIORS = 64
 _NOBODY = Request(id="prior", user_id="")
 
 
 class LikelihoodRanker:
-    """Ranks candidates by log P(title | prompt), summed over tokens, end of answer included.
+    """Ranks candidates by log P(title | prompt), summed over tokens including the end token.
 
     The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
     no better than random.
@@ -32,7 +32,7 @@ class LikelihoodRanker:
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`."""
+        """Rank the candidates of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
         for result in scored(self.asker, requests, closed=True):
             self.engine = result.scores.engine
@@ -58,7 +58,7 @@ class PriorRanker:
         self._priors: dict[str, float] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`."""
+        """Rank the candidates of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
@@ -72,13 +72,13 @@ class PriorRanker:
                     for score, text in zip(item.scores.logprobs, group, strict=True)
                 )
                 plain = ranked(replace(item, scores=replace(item.scores, logprobs=less)))
-                # Priors are shared by requests: their cost is assigned to the first request that needs them.
+                # Requests share priors, whose cost is assigned to the first request that needs them.
                 answers.append(replace(plain, cost=plain.cost + extra))
                 extra = Cost()
         return answers
 
     def _bare(self, request: Request) -> tuple[str, ...]:
-        """Return the candidates' titles as continuations of the prompt without a user."""
+        """Return the candidate titles as continuations of the prompt without a user."""
         return self.asker.task.continuations(
             replace(_NOBODY, candidates=_candidates(request)), template=self.asker.template
         )
@@ -93,7 +93,7 @@ class PriorRanker:
 
 
 class YesRanker:
-    """Ranks candidates by log P(yes) - log P(no) of the question whether the user would choose the candidate.
+    """Ranks candidates by log P(yes) - log P(no) to the question whether the user would choose the candidate.
 
     P is the summed probability of all spellings in the template's language, as complete answers. A prompt contains
     one candidate, so that there is no label bias and no position bias.
@@ -107,7 +107,7 @@ class YesRanker:
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`."""
+        """Rank the candidates of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
@@ -116,7 +116,7 @@ class YesRanker:
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the first prompt of a request."""
+        """Return the first prompt for a request."""
         return self._ask(request, _candidates(request)[0])
 
     def _ask(self, request: Request, item: str) -> Prompt:
@@ -151,13 +151,13 @@ class YesRanker:
 
 
 def yes_over_no(logprobs: Sequence[float], spelt: int) -> float:
-    """Return log P(yes) - log P(no) from log-probabilities of the spellings of yes, followed by those of no."""
+    """Return log P(yes) - log P(no), given log-probabilities of all spellings of yes, followed by those of no."""
     logs = np.array(logprobs, dtype=np.float64)
     return float(np.logaddexp.reduce(logs[:spelt]) - np.logaddexp.reduce(logs[spelt:]))
 
 
 def ranked(found: Scored) -> Ranking:
-    """Return a request's candidates sorted by score; equal scores keep the stored order and are ties.
+    """Return the candidates sorted by score; equal scores keep the stored order and are ties.
 
     Raises:
         LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.

@@ -13,7 +13,7 @@ from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 
 class TwoStepRanker:
-    """Generates a one-line profile of the user, and ranks by label with this line in the prompt.
+    """Generates a one-line user profile, and ranks by label with this profile in the prompt.
 
     A request that contains a profile keeps it, and needs one step. A profile is cleaned like other data, so that it
     cannot contain template words or line breaks. It is generated from the history of the request only.
@@ -43,16 +43,16 @@ class TwoStepRanker:
             )
         self.asker = asker
         self._second = label_ranker(asker, permutations=permutations)
-        # By identity: clients choose the ids of served requests, which may not be unique.
+        # By identity: clients choose the ids of requests to a service, which may not be unique.
         self._told: dict[int, tuple[Request, str | None]] = {}
 
     @property
     def engine(self) -> str:
-        """The routes of both steps."""
+        """The engines used in the two steps."""
         return f"{self.asker.backend.name}:generate, {self._second.engine}"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`. The profile is the raw answer."""
+        """Rank the candidates of every request; the raw answer is the profile; see `Predictor.answer`."""
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
@@ -67,12 +67,12 @@ class TwoStepRanker:
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the second step's prompt, with the profile generated for this request."""
+        """Return the prompt of the second step, with the profile generated for this request."""
         _, text = self._told.get(id(request), (request, None))
         return self._second.first_prompt(_with(request, text))
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
-        """Return the generated profile of each request and its cost; None for a request with a profile."""
+        """Return the generated profile of each request and its cost; None for a request that has a profile."""
         pending = [request for request in requests if not request.context.get("profile")]
         prompts = [self._task.profile_prompt(request) for request in pending]
         result = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])

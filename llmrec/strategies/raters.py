@@ -1,4 +1,4 @@
-"""Strategies for answers other than rankings: ratings, yes/no answers, and texts.
+"""Strategies for ratings, yes/no answers and texts.
 
 A rating is the expectation over the label distribution, the number in a generated answer, or the output of a rating
 head (see `llmrec.models.rating_head`); a yes/no answer is the relative probability of yes, or is parsed from a text.
@@ -21,7 +21,7 @@ _NUMBER_TOKENS = 8
 
 
 class ExpectedRater:
-    """Predicts sum_r r P(r | prompt), with P normalised over the scale's labels."""
+    """Predicts the mean rating sum_r r P(r | prompt), with P normalised over the labels of the scale."""
 
     name = "expected"
 
@@ -31,7 +31,7 @@ class ExpectedRater:
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rate every request's item; see `Predictor.answer`."""
+        """Rate the item of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
         for result in scored(self.asker, requests, closed=None):
             self.engine = result.scores.engine
@@ -47,7 +47,7 @@ class ExpectedRater:
 
 
 class ParsedRater:
-    """Generates an answer and parses its number."""
+    """Generates an answer and parses a number from it."""
 
     name = "parsed"
 
@@ -57,13 +57,13 @@ class ParsedRater:
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rate every request's item; see `Predictor.answer`."""
+        """Rate the item of every request; see `Predictor.answer`."""
         reason = "no number on the rating scale in the answer"
         return generated(self.asker, requests, max_tokens=_NUMBER_TOKENS, wanted=Rating, reason=reason)
 
 
 class HeadRater:
-    """Predicts ratings with the rating head at the prompt's last token, in one forward pass per request."""
+    """Predicts ratings with the rating head at the last prompt token, in one forward pass per request."""
 
     name = "head"
 
@@ -86,7 +86,7 @@ class HeadRater:
         self._backend: HeadBackend = backend
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rate every request's item; see `Predictor.answer`."""
+        """Rate the item of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
         for part, prompts in self.asker.batches(requests):
             for request, prompt, read in zip(part, prompts, self._backend.rate(prompts), strict=True):
@@ -103,12 +103,12 @@ class HeadRater:
 
 
 _ANSWER_TOKENS = 8
-# Log-odds of a certain answer are infinite. No float is closer to 1, so that no two answers become equal.
+# The log-odds of certain answers are infinite. Use the float next to 1, so that no two answers become equal.
 _CERTAIN = 2.0**-53
 
 
 class YesNoJudge:
-    """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of a whole answer.
+    """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of an answer.
 
     TALLRec (Bao et al., RecSys 2023) uses the softmax over the first tokens of the two answers, whose ids depend on the
     tokenizer. Sums over all tokens of an answer are equal if it is one token, and have the same meaning for every
@@ -123,7 +123,7 @@ class YesNoJudge:
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer yes/no for every request's item; see `Predictor.answer`."""
+        """Answer yes or no about the item of every request; see `Predictor.answer`."""
         answers: list[Answer] = []
         for result in scored(self.asker, requests, closed=None):
             self.engine = result.scores.engine
@@ -139,7 +139,7 @@ class YesNoJudge:
 
 
 class ParsedYesNoJudge:
-    """Generates an answer and parses yes as probability 1 and no as 0.
+    """Generates an answer, and parses yes as probability 1 and no as probability 0.
 
     A text without either is unparsed, and counts in every denominator as a wrong answer.
     """
@@ -152,7 +152,7 @@ class ParsedYesNoJudge:
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer yes/no for every request's item; see `Predictor.answer`."""
+        """Answer yes or no about the item of every request; see `Predictor.answer`."""
         reason = "neither a yes nor a no at the beginning of the answer"
         return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, wanted=Probability, reason=reason)
 
@@ -162,7 +162,7 @@ class ParsedYesNoJudge:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """``p -> 1 / (1 + exp(-(scale * log(p / (1 - p)) + bias)))``: a temperature of 1 / scale, and a prior.
+    """A calibration curve ``p -> 1 / (1 + exp(-(scale * log(p / (1 - p)) + bias)))``.
 
     The scale is above 0, so that the order of answers, and thus the AUC, is unchanged.
     """
@@ -171,13 +171,13 @@ class Curve:
     bias: float
 
     def of(self, value: float) -> float:
-        """Return the calibrated value of a probability."""
+        """Return the calibrated probability."""
         score = self.scale * _odds(value) + self.bias
         return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
 class Calibrated:
-    """A yes/no predictor whose probabilities are calibrated on validation cases (Platt 1999).
+    """A yes/no predictor whose probabilities are calibrated on validation cases (Platt, 1999).
 
     Args:
         predictor: The predictor; it answers the cases once.
@@ -212,7 +212,7 @@ class Calibrated:
 
 
 def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
-    """Return the `Curve` fitted to probabilities and labels by log-loss.
+    """Fit a calibration curve to probabilities and labels by log loss.
 
     Args:
         said: P(yes), shape (n,).
@@ -226,7 +226,7 @@ def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
         score = math.exp(point[0]) * odds + point[1]
         return float((np.logaddexp(0, score) - wanted * score).mean())
 
-    # The import takes a tenth of a second, and most commands do not need it.
+    # Importing scipy takes 0.1 s, which most commands do not need.
     from scipy.optimize import minimize
 
     result = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
@@ -239,7 +239,7 @@ def _odds(value: float) -> float:
 
 
 class Writer:
-    """Generates one text per request, greedily, of at most ``max_tokens`` tokens."""
+    """Generates one text per request by greedy decoding, of at most ``max_tokens`` tokens."""
 
     name = "text"
 
@@ -250,5 +250,5 @@ class Writer:
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Write a text for every request; see `Predictor.answer`."""
+        """Generate a text for every request; see `Predictor.answer`."""
         return generated(self.asker, requests, max_tokens=self._max_tokens, wanted=Text, reason="empty answer")

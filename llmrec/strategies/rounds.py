@@ -1,4 +1,4 @@
-"""Strategies with several label questions per request, run in rounds with all requests of a batch in lock step.
+"""Strategies with several label prompts per request, run in rounds for all requests of a batch.
 
 A strategy is a generator for one request. It yields questions, receives the log-probabilities of the items for each of
 them, and returns the final order. This module contains what all such strategies share: labels, prompts, shuffles, the
@@ -27,7 +27,7 @@ from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question for the best of several items.
+    """Asks which of several items is best.
 
     Attributes:
         shown: Items in the order in which the prompt lists them.
@@ -56,7 +56,7 @@ class _Posed:
 
 @dataclass(slots=True)
 class _Game:
-    """The state of one request."""
+    """The state of the ranking of one request."""
 
     request: Request
     steps: Steps
@@ -74,7 +74,7 @@ class _Game:
 
 
 class Rounds:
-    """A predictor for strategies written as generators: runs those of many requests against one backend.
+    """Runs strategies written as generators, for many requests at once on one backend.
 
     Args:
         name: The name of the strategy.
@@ -104,7 +104,7 @@ class Rounds:
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`.
+        """Rank the candidates of every request; see `Predictor.answer`.
 
         Raises:
             LlmrecError: If a request has no candidates.
@@ -122,13 +122,13 @@ class Rounds:
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the first prompt of a request, for reports."""
+        """Return the first prompt for a request, for reports."""
         questions = next(self._steps(_with_candidates(request)), None)
         question = questions[0] if questions else Question(_with_candidates(request).candidates or ())
         return self._pose(request, question).prompt
 
     def _round(self, games: Sequence[_Game]) -> None:
-        """Score the pending questions of all requests at once and advance them."""
+        """Score the pending questions of all requests at once, and pass the results to the generators."""
         pending = [
             (game, question, self._orders(game.request, question)) for game in games for question in game.waiting
         ]
@@ -152,7 +152,7 @@ class Rounds:
             game.go(replies[id(game)])
 
     def _orders(self, request: Request, question: Question) -> list[Question]:
-        """Return the question in each of its orders."""
+        """Return a question with its items in several orders."""
         orders = [question]
         for number in range(1, self._permutations):
             shown = list(question.shown)
@@ -168,8 +168,8 @@ class Rounds:
         items = _left(question)
         if not question.given:
             return _Posed(prompt, items, tuple(labels[item] for item in items))
-        # The comma ends the given part and the space begins the next label, as in the tokens of a written list: so a
-        # longer given part extends the tokens of a shorter one, whose states are cached.
+        # The comma ends the given part and the space begins the next label, with the same tokens as in a list. So
+        # a longer given part extends the tokens of a shorter one, whose states are cached.
         written = ", ".join(labels[item] for item in question.given) + ","
         longer = replace(prompt, answer_prefix=(*prompt.answer_prefix, Segment("text", written)))
         return _Posed(longer, items, tuple(f" {labels[item]}" for item in items))
@@ -211,7 +211,7 @@ class Rounds:
 
     def _ranking(self, game: _Game) -> Ranking:
         order = game.order or ()
-        # The cost of training questions is assigned to the first request, so that the sum is complete.
+        # The cost of training prompts is assigned to the first request, so that the sum is complete.
         cost, self._unbooked = game.cost + self._unbooked, Cost()
         return Ranking(
             request_id=game.request.id,
@@ -241,7 +241,7 @@ def _places(request: Request, items: Sequence[str]) -> list[str]:
 
 
 def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
-    """Score items by their position counted from the end; those of ``rest`` share the last position."""
+    """Score items by position from the end; those in ``rest`` share the last position."""
     return [*((item, float(len(best) - index)) for index, item in enumerate(best)), *((item, 0.0) for item in rest)]
 
 
@@ -251,7 +251,7 @@ def by_score(said: Said) -> Order:
 
 
 def joint_hash(hashes: Sequence[str]) -> str | None:
-    """Return one hash for all prompts of a request; that of the prompt if there is only one."""
+    """Return one hash for all prompts of a request."""
     if len(hashes) < 2:
         return hashes[0] if hashes else None
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
@@ -272,11 +272,11 @@ def _with_candidates(request: Request) -> Request:
 
 
 # --------------------------------------------------------------------------- lists
-# Listwise ranking: all candidates in one prompt, ordered by label distribution, label by label, or as free text.
+# Listwise ranking: all candidates in one prompt, ordered by label probabilities, label by label, or as generated text.
 
 
 def list_room(candidates: int) -> int:
-    """Return a token limit for a list of all labels: the number of characters, including a comma and a space per label.
+    """Return a token limit for a list of all labels: the number of characters with a comma and space per label.
 
     Some tokenizers split every digit, so that labels of three digits take five tokens each.
     """
@@ -284,7 +284,7 @@ def list_room(candidates: int) -> int:
 
 
 def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
-    """Rank candidates by the next-token probability of their label: one forward pass per order (arXiv 2406.15657).
+    """Rank candidates by the next-token probability of their labels, one forward pass per order (arXiv 2406.15657).
 
     Args:
         asker: The setup of the strategy.
@@ -302,7 +302,7 @@ def _at_once(request: Request) -> Steps:
 def permutation_ranker(
     asker: Prompting, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
-    """Generate the order label by label, choosing among the remaining labels, so that it is a permutation.
+    """Generate the order label by label among the remaining labels, so that it is always a permutation.
 
     Each step appends the most likely label to the answer. After ``depth`` steps the others are ordered by the last
     distribution.
@@ -328,14 +328,14 @@ def _one_by_one(request: Request, *, depth: int) -> Steps:
 
 
 def _behind(chosen: Sequence[str], rest: Order) -> Order:
-    """Put the chosen items before the rest, whose scores are nats relative to the best of the rest."""
+    """Put the chosen items before the rest, whose scores are relative to the best of the rest, in nats."""
     best = rest[0][1] if rest else 0.0
     places = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
     return [*places, *((item, value - best) for item, value in rest)]
 
 
 class ListRanker:
-    """Generates the whole list as text and parses it; missing candidates are misses."""
+    """Generates the whole list as text and parses it; missing candidates count as misses."""
 
     name = "list"
 
@@ -345,20 +345,20 @@ class ListRanker:
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`."""
+        """Rank the candidates of every request; see `Predictor.answer`."""
         room = list_room(max((len(r.candidates or ()) for r in requests), default=1))
         reason = "no candidate label or title in the answer"
         return generated(self.asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
 
 
 # --------------------------------------------------------------------------- windows
-# Ranking by a window that slides from the end of the list to its start (RankGPT, Sun et al., EMNLP 2023).
+# Ranking by a window that moves from the end of the list to its start (RankGPT, Sun et al., EMNLP 2023).
 
 
 def window_ranker(
     asker: Prompting, *, window: int, window_step: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
-    """Rank by overlapping windows in turn, so that good items move to the front.
+    """Rank overlapping windows from the end of the list, so that good items move to the front.
 
     The first window is at the end of the stored, shuffled order. In a window, items are ranked by the probability of
     their labels, and shown in an order that is independent of their current positions.
@@ -393,11 +393,11 @@ def window_places(count: int, window: int, step: int) -> Iterator[tuple[int, int
 
 
 # --------------------------------------------------------------------------- pairs
-# Ranking by comparing two candidates at a time (PRP, Qin et al., Findings of NAACL 2024).
+# Ranking by pairwise comparisons (PRP, Qin et al., Findings of NAACL 2024).
 
 
 def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
-    """Rank by pairwise comparisons, each averaged over both orders, so that the position bias cancels out.
+    """Rank by pairwise comparisons, each averaged over both orders, so that position bias cancels out.
 
     For up to ``all_pairs`` candidates every pair is compared, and an item's score is the expected number of others that
     it beats. More candidates are sorted by passes from the end to the start, in which the better of two neighbours
@@ -431,12 +431,12 @@ def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
 
 
 def _lead(first: str, second: str, one: Said, other: Said) -> float:
-    """Return the log-odds of the first item over the second, the mean over both orders."""
+    """Return the log-odds of the first item over the second, averaged over both orders."""
     return (one[first] - one[second] + other[first] - other[second]) / 2
 
 
 def _wins(items: Sequence[str], said: Mapping[tuple[str, ...], Said]) -> dict[str, float]:
-    """Return the expected number of others that each item beats."""
+    """Return the expected number of other items that each item beats."""
     wins = dict.fromkeys(items, 0.0)
     for first, second in said:
         lead = _lead(first, second, said[first, second], said[second, first])
@@ -445,7 +445,7 @@ def _wins(items: Sequence[str], said: Mapping[tuple[str, ...], Said]) -> dict[st
 
 
 # --------------------------------------------------------------------------- sets
-# Ranking by the best of small sets, sorted in a heap (setwise, Zhuang et al., SIGIR 2024).
+# Ranking by choosing the best of small sets, sorted in a heap (setwise, Zhuang et al., SIGIR 2024).
 
 
 def setwise_ranker(

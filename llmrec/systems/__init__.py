@@ -1,1 +1,1 @@
-"""Published systems, one package each; the core does not import them."""
+"""Published systems that need more than a recipe, one package each; the core does not import them."""

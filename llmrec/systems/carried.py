@@ -1,4 +1,4 @@
-"""Transfer of weights between domains: a folder with a model card and checksums."""
+"""Transfers network weights between data sets: a folder with a model card and checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Carried:
-    """A network whose weights transfer to another domain, without user and item embeddings.
+    """A network whose weights can be used on another data set, without user and item embeddings.
 
     Attributes:
         name: The name of the baseline, and of both files.
@@ -37,7 +37,7 @@ class Carried:
     config: TextsConfig
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write the weights.
+        """Save the transferable weights.
 
         Args:
             folder: The folder, which is replaced.
@@ -61,7 +61,7 @@ class Carried:
             seal(draft)
 
     def load(self, folder: str, data: SplitDataset) -> None:
-        """Load weights that `save` wrote in another domain into the network.
+        """Load weights that `save` wrote on another data set.
 
         Raises:
             ModelError: If the folder is incomplete or damaged, or the weights are of another shape or encoder.

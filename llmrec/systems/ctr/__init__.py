@@ -1,1 +1,1 @@
-"""CTR prediction networks over fields, with language-model features (KAR) and alignment with texts (CTRL)."""
+"""CTR prediction networks, optionally with features from language models (KAR) and alignment with texts (CTRL)."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.index.table import Embed
 
-    #: Indices of training rows -> a tensor with a row for each.
+    #: Maps indices of training rows to a tensor with one row each.
     Forward = Callable[[NDArray[np.int64]], Any]
 
 # Share of the steps for learning-rate warm-up.
@@ -75,7 +75,7 @@ class Align(TextsConfig):
 
 @dataclass(frozen=True)
 class Sentences:
-    """The text vectors of users and items; row 0 of each is zeros, for unknown entities.
+    """Text vectors of users and items; row 0 is zeros, for unknown users and items.
 
     Attributes:
         users: Vectors of user profiles, shape (users + 1, d).
@@ -89,7 +89,7 @@ class Sentences:
 
     @staticmethod
     def of(data: SplitDataset, fields: Fields, config: Align) -> Sentences:
-        """Encode the texts of users and items; with ``shuffled`` they get the texts of others.
+        """Encode the texts of users and items; with ``shuffled``, they get texts of others.
 
         Raises:
             DataError: If no item has a title or a field, or the encoder was fine-tuned on another split.
@@ -109,7 +109,7 @@ class Sentences:
 
     @property
     def width(self) -> int:
-        """Dimension of the text vector of an example."""
+        """Dimension of the text vector of a training row."""
         return sum(item.shape[1] for item in (self.users, self.titles, self.items))
 
     def of_rows(self, rows: Rows) -> NDArray[np.float32]:
@@ -137,7 +137,7 @@ def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], lis
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The result of an epoch: mean loss, and share of examples most similar to their own text (0 without texts)."""
+    """The result of an epoch: mean loss, and share of rows most similar to their own text (0 without texts)."""
 
     loss: float
     right: float
@@ -153,7 +153,7 @@ def first_stage(
     sentences: Sentences | None,
     seed: int,
 ) -> Iterator[EpochResult]:
-    """Align a network with texts, yielding after each epoch; without texts, train it on the labels.
+    """Align a network with texts and yield after each epoch; without texts, train it on labels.
 
     Args:
         config: The parameters.
@@ -201,7 +201,7 @@ def first_stage(
 
 
 def similar(rows: Any, sentences: Any, parts: int) -> Any:
-    """Return the similarity of rows and sentences: CTRL's sum over m of the maximum ``<row_m, sentence_m'>`` over m'.
+    """Return the CTRL similarity of rows and texts: the sum over m of the maximum of ``<row_m, text_m'>`` over m'.
 
     Args:
         rows: Vectors of rows, shape (n, d).
@@ -217,7 +217,7 @@ def similar(rows: Any, sentences: Any, parts: int) -> Any:
 
 
 def same(rows: Rows) -> NDArray[np.bool_]:
-    """Return the mask of other examples with the same user or item, which are not negatives, shape (n, n)."""
+    """Return a mask of rows with the same user or item, which are not negatives, shape (n, n)."""
     result: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
     np.fill_diagonal(result, val=False)
     return result

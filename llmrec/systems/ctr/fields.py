@@ -1,4 +1,4 @@
-"""Requests as fields: item and user with their attributes, the latest ratings, and count features."""
+"""Converts requests to fields: item and user with attributes, the latest ratings, and count features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# A field with more values, or longer ones, is not an attribute but a text.
+# A field with more values, or longer ones, is a text and not an attribute.
 _MOST_VALUES, _LONGEST_VALUE = 5_000, 60
 # Maximum number of values per item and attribute, and minimum number of occurrences of a value.
 _READ, _LEAST = 8, 2
@@ -40,7 +40,7 @@ class Attribute:
 
     @staticmethod
     def all_of(entries: Iterable[Mapping[str, str]]) -> tuple[Attribute, ...]:
-        """Return the attributes among the fields of some items or users."""
+        """Return the attributes among the fields of items or users."""
         counts: dict[str, Counter[str]] = {}
         for fields in entries:
             for name, value in fields.items():
@@ -54,7 +54,7 @@ class Attribute:
         return tuple(results)
 
     def of(self, entries: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
-        """Return the indices of each entry's values, shape (n, values), padded with 0."""
+        """Return the value indices of each item or user, shape (n, values), padded with 0."""
         table = np.zeros((len(entries), _READ), dtype=np.int64)
         for row, fields in enumerate(entries):
             known = [number for part in _parts(fields.get(self.name, "")) if (number := self.numbers.get(part))]
@@ -68,7 +68,7 @@ def _parts(value: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Requests as indices; 0 is unknown or none.
+    """Requests as indices; 0 means unknown or none.
 
     Attributes:
         users: User indices, shape (n,).
@@ -97,7 +97,7 @@ class Rows:
         return len(self.items)
 
     def of(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Rows:
-        """Return some of the rows."""
+        """Return the selected rows."""
         return Rows(
             self.users[places],
             self.items[places],
@@ -113,7 +113,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Fields:
-    """Indices of users, items and values, from training and the catalogue.
+    """Maps users, items and attribute values to indices, using training data and the catalogue.
 
     Attributes:
         users: Index by id of the users with training ratings.
@@ -139,7 +139,7 @@ class Fields:
 
     @staticmethod
     def of(data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float) -> tuple[Fields, Rows]:
-        """Return the indices, and the training ratings as requests, each with the previous ratings as history.
+        """Return the index mappings, and the training ratings as requests, each with the earlier ratings as history.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -184,7 +184,7 @@ class Fields:
         liked = np.zeros_like(events)
         for back in range(1, self.window + 1):
             able = np.flatnonzero(depth >= back)
-            # An earlier rating of the same item would reveal the answer.
+            # an earlier rating of the same item would reveal the answer
             able = able[items[able - back] != items[able]]
             events[able, -back], liked[able, -back] = items[able - back], likes[able - back]
         user_names = both["user_id"].to_numpy()[order]
@@ -201,14 +201,14 @@ class Fields:
             truth=likes.astype(np.float32),
         )
         result = rows.of(learned)
-        # In the order of the training frame, as the count features.
+        # in the order of the training data, like the count features
         back_in_order = np.argsort(order[learned])
         result = result.of(back_in_order)
         result.numbers[:] = numbers
         return result
 
     def asked(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
-        """Return requests as indices; a request without an item has item 0."""
+        """Convert requests to indices; a request without an item has item 0."""
         shape = len(requests), self.window
         events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         level = self.counted.counts.liked

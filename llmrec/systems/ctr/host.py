@@ -35,12 +35,12 @@ log = logging.getLogger(__name__)
 
 # Small initial embeddings: with large ones two epochs overfit.
 _SPREAD = 0.05
-# Rows per batch of answers, and the digits to which answers are rounded, since the last digits depend on batch size.
+# Rows per batch of answers, and decimal places to which they are rounded, since the last digits depend on batch size.
 _ROWS, _DIGITS = 4096, 9
 
 
 class HostConfig(LikeRatioConfig):
-    """Parameters of the inputs and the training of a CTR network."""
+    """Parameters of the inputs and training of a CTR network."""
 
     dim: Width = Field(16, description="Embedding dimension.")
     window: Positive = Field(20, description="Maximum number of latest rated interactions to use.")
@@ -80,12 +80,12 @@ class HostConfig(LikeRatioConfig):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths of the hidden layers."""
+        """Sizes of the hidden layers."""
         return tuple(int(part) for part in self.hidden.split(","))
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders of the feature stores."""
+        """The feature stores to read."""
         return tuple(part.strip() for part in self.features.split(",") if part.strip())
 
 
@@ -112,7 +112,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The input sizes of a network: number of fields with pooled history, vector dimensions, and count features."""
+    """Input sizes of a network: number of fields with pooled history, vector dimensions, count features."""
 
     fields: int
     dim: int
@@ -120,13 +120,13 @@ class Sizes:
 
     @property
     def wide(self) -> int:
-        """The total size of all fields and count features."""
+        """Total size of all fields and count features."""
         return self.fields * self.dim + self.numbers
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained network in double precision with the data needed for answers."""
+    """A trained network in double precision, with the data needed to answer."""
 
     fields: Fields
     adaptor: Adaptor
@@ -146,7 +146,7 @@ H = TypeVar("H", bound=HostConfig)
 
 
 class Host(Baseline[H, Fitted]):
-    """Base class of networks over fields; subclasses define the methods of *interface of hosts*, and ``POOLED``.
+    """Base class of CTR networks; subclasses implement the methods of *interface of hosts* and set ``POOLED``.
 
     Fields are the item, its attributes, those of the user, the user (optional), the history, and one for each feature
     table. Count features are additional inputs. The loss is the cross-entropy; training ends when validation log-loss
@@ -167,12 +167,12 @@ class Host(Baseline[H, Fitted]):
 
     @classmethod
     def reads(cls, config: H) -> Reads:
-        """Return the input modality: texts if a first stage uses them."""
+        """Return which item data the network reads: texts if it is first aligned with texts."""
         return "texts" if config.align is not None and not config.align.longer else cls.READS
 
     @classmethod
     def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
-        """Return the text encoder of the first stage; None if it uses no texts."""
+        """Return the text encoder of the alignment; None if it uses no texts."""
         align = Align.model_validate(parameters["align"]) if isinstance(parameters.get("align"), Mapping) else None
         return None if align is None or align.longer else super().text_encoder(align.model_dump())
 
@@ -210,7 +210,7 @@ class Host(Baseline[H, Fitted]):
         self._model = Fitted(fields, adaptor, network.double().eval(), epoch)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the probability that each request's item is liked."""
+        """Predict the probability that the user likes the item, for each request."""
         model = self._fitted
         answers: list[Answer] = []
         for start in range(0, len(requests), _ROWS):
@@ -228,21 +228,21 @@ class Host(Baseline[H, Fitted]):
     # ----------------------------------------------------------------------- interface of hosts
 
     def _build(self, sizes: Sizes) -> Any:
-        """Return a ``torch.nn.ModuleDict`` for these sizes."""
+        """Build the network as a ``torch.nn.ModuleDict`` for these input sizes."""
         raise NotImplementedError
 
     def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
-        """Return the input of the last layer, one or more parts of shape (b, k)."""
+        """Return the input of the last layer, as one or more tensors of shape (b, k)."""
         raise NotImplementedError
 
     def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
-        """Return the log-odds of a yes from the result of `_represent`, shape (b,)."""
+        """Return the log-odds of a yes from the output of `_represent`, shape (b,)."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------- building blocks
 
     def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
-        """Return the examples from which no text was written; training on the others would overestimate texts."""
+        """Return the rows from which no feature text was generated; training on the others would overestimate texts."""
         if not adaptor.seen:
             return rows
         if message := adaptor.seen & data.held_out:
@@ -313,7 +313,7 @@ class Host(Baseline[H, Fitted]):
         columns: Sequence[Columns],
         data: SplitDataset,
     ) -> None:
-        """Align the network with texts, which are discarded afterwards."""
+        """Align the network with texts, which are then discarded."""
 
         def represent(part: NDArray[np.int64]) -> Any:
             seen = self._see(network, fields, rows.of(part), [column.of(part) for column in columns])
@@ -336,7 +336,7 @@ class Host(Baseline[H, Fitted]):
         learned: tuple[Rows, list[Columns]],
         judged: tuple[Rows, list[Columns]],
     ) -> int:
-        """Train, keep the best epoch's weights, and return this epoch."""
+        """Train the network, keep the weights of the best epoch, and return that epoch."""
         torch, config = require("torch", "baselines"), self._config
         loss_of, rng = torch.nn.functional.binary_cross_entropy_with_logits, np.random.default_rng(self._seed)
         rows, columns = learned
@@ -402,7 +402,7 @@ class Host(Baseline[H, Fitted]):
         for table, values in zip(network["of_items"], fields.item_values, strict=True):
             events = events + mean(table, values[rows.events])
         mask = torch.from_numpy(rows.events > 0).to(kind)
-        # The vector of the item includes its attributes, as those of the history.
+        # The item vector includes its attributes, as in the history.
         item = torch.stack(parts[: 1 + len(fields.item_values)], dim=1).sum(dim=1)
         return Seen(
             item=item,
@@ -417,7 +417,7 @@ class Host(Baseline[H, Fitted]):
 
 
 def pooled(seen: Seen) -> Any:
-    """Return the mean vector of the liked items of the history, and of the others, shape (b, 2, d)."""
+    """Return the mean vectors of the liked and of the other items in the history, shape (b, 2, d)."""
     torch = require("torch", "baselines")
     means = []
     for weights in (seen.mask * seen.liked, seen.mask * (1 - seen.liked)):
@@ -427,12 +427,12 @@ def pooled(seen: Seen) -> Any:
 
 
 def all_fields(seen: Seen) -> Any:
-    """Return the fields with the `pooled` history, shape (b, f, d)."""
+    """Return all fields and the `pooled` history, shape (b, f, d)."""
     return require("torch", "baselines").cat([seen.fields, pooled(seen)], dim=1)
 
 
 def layers(widths: Sequence[int], dropout: float, *, last: int | None = 1) -> Any:
-    """Return linear layers with ReLU and dropout, followed by a linear layer of width ``last``."""
+    """Return linear layers with ReLU and dropout, followed by a linear layer of size ``last``."""
     nn = require("torch", "baselines").nn
     made: list[Any] = []
     for before, after in pairwise(widths):

@@ -49,7 +49,7 @@ class DIN(Host[DINConfig]):
 
 
 def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
-    """Return the weighted sum of the history, shape (b, d).
+    """Return the attention-weighted sum of the history, shape (b, d).
 
     Args:
         weigh: Maps 4 d dimensions to a weight.
@@ -93,7 +93,7 @@ class DeepFM(Host[DeepFMConfig]):
 
 
 def products(fields: Any) -> Any:
-    """Return the sum of the dot products of all pairs of fields, shape (b, f, d) -> (b,)."""
+    """Return the sum of the dot products of all pairs of fields: shape (b, f, d) -> (b,)."""
     return 0.5 * (fields.sum(dim=1) ** 2 - (fields**2).sum(dim=1)).sum(dim=1)
 
 
@@ -104,7 +104,7 @@ class DCNConfig(HostConfig):
 
 
 class DCN(Host[DCNConfig]):
-    """DCN-v2, with cross and deep network in parallel (Wang et al., WWW 2021, sections 3.2 and 3.3)."""
+    """DCN-v2 with parallel cross and deep networks (Wang et al., WWW 2021, sections 3.2 and 3.3)."""
 
     name = "dcn"
     Config = DCNConfig
@@ -130,7 +130,7 @@ class DCN(Host[DCNConfig]):
 
 
 def crossed(cross: Any, first: Any) -> Any:
-    """Return values after cross layers, shape (b, n): ``x <- x0 * (W x + b) + x`` in each."""
+    """Apply cross layers, ``x <- x0 * (W x + b) + x`` each, shape (b, n)."""
     values = first
     for layer in cross:
         values = first * layer(values) + values
@@ -184,7 +184,7 @@ class AutoInt(Host[AutoIntConfig]):
 
 
 def attend(block: Any, fields: Any, heads: int) -> Any:
-    """Return fields after an attention layer, shape (b, f, d): ``relu(softmax(q k) v + W fields)``, unscaled."""
+    """Apply an attention layer without scaling, ``relu(softmax(q k) v + W fields)``, shape (b, f, d)."""
     torch = require("torch", "baselines")
 
     def split(values: Any) -> Any:

@@ -1,1 +1,1 @@
-"""M6-Rec: smaller language models for serving, and late interaction over cached segments."""
+"""M6-Rec: smaller language models for serving, and late interaction with cached text segments."""

@@ -1,4 +1,4 @@
-"""The hidden states of a causal language model at the ends of texts, as text vectors (M6-Rec, arXiv 2205.08084).
+"""Hidden states of a causal language model at the ends of texts, used as text vectors (M6-Rec, arXiv 2205.08084).
 
 With causal attention a state depends only on preceding tokens, so one pass over the texts of a history gives the state
 after each of them. States are stored in the cache folder, under a hash of weights, precision and texts.
@@ -38,7 +38,7 @@ _MANY, _REMEMBERED = 256, 1 << 15
 
 
 def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
-    """Return the encoder of a model, which remains loaded for the next call with the same weights."""
+    """Return the encoder of a language model, which stays loaded for the next call with the same weights."""
     return _opened(name, find_encoder(name)[1], half, layers)
 
 
@@ -48,7 +48,7 @@ def _opened(name: str, stamp: str, half: bool, layers: int | None) -> EndStates:
 
 
 class EndStates:
-    """Encodes rows of texts, one per line, after an introductory line.
+    """Encodes rows of texts, one text per line, after an introductory line.
 
     Args:
         name: Name or folder of a causal language model.
@@ -102,7 +102,7 @@ class EndStates:
         self.read = 0
 
     def ids(self, text: str, most: int | None = None) -> list[int]:
-        """Return the tokens of a line: its truncated text, and a line break.
+        """Return the tokens of a line: the truncated text and a line break.
 
         Raises:
             BackendError: If a text contains a control token.
@@ -110,7 +110,7 @@ class EndStates:
         return [*self._encoder.piece(text)[:most], *self._encoder.piece("\n")]
 
     def after(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
-        """Return the state after every text of each row; the states are also stored in the cache folder.
+        """Return the hidden state after every text of each row; states are also cached on disk.
 
         Args:
             lead: The introductory line.
@@ -138,7 +138,7 @@ class EndStates:
         return result
 
     def last(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
-        """Return the cached state after the last text of each row, shape (width,) each; see `after`."""
+        """Return the cached hidden state after the last text of each row, shape (width,) each; see `after`."""
         keys = [(lead, str(most), *row) for row in rows]
         new = dict.fromkeys(key for key in keys if key not in self._known)
         if len(self._known) + len(new) > _REMEMBERED:

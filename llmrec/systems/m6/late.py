@@ -1,4 +1,4 @@
-"""A language model for yes/no answers with cached lower layers: M6-Rec's multi-segment late interaction."""
+"""CTR prediction by a language model with cached lower layers (multi-segment late interaction of M6-Rec)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 PROFILE, LIKED, DISLIKED, CANDIDATE = range(4)
-# Candidates per batch for a history.
+# Candidates per batch for one history.
 _CANDIDATES = 64
 
 
@@ -82,7 +82,7 @@ class Late:
         return result.title if result is not None else item
 
     def user(self, events: Sequence[Event]) -> list[Part]:
-        """Return the segments of a user: the number of likes, and each rating."""
+        """Return the segments about a user: the number of likes, and each rating."""
         rated = [event for event in events if event.rating is not None][-self.history :]
         kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
         fields = {LIKED: "Liked", DISLIKED: "Did not like"}
@@ -91,17 +91,17 @@ class Late:
         return [profile, *shown]
 
     def candidate(self, item: str) -> Part:
-        """Return the segment of a candidate."""
+        """Return the segment about a candidate."""
         return Part(f"Next: {self.title(item)}.", CANDIDATE)
 
     def embedded(self, segments: Sequence[Part]) -> Any:
-        """Return the concatenated states of segments with kind embeddings, shape (tokens, d)."""
+        """Return the concatenated hidden states of segments, plus embeddings of their kinds, shape (tokens, d)."""
         torch, states = require("torch", "train"), self.lower.states([segment.text for segment in segments])
         kinds = self.parts["kinds"].weight
         return torch.cat([own + kinds[item.kind] for own, item in zip(states, segments, strict=True)])
 
     def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
-        """Return the log-odds of a yes for the candidates of a user, shape (n,); the user is encoded once."""
+        """Return the log-odds of a yes for several candidates of a user, shape (n,); the user is encoded once."""
         torch, before = require("torch", "train"), self.embedded(user)
         after = [self.embedded([candidate]) for candidate in candidates]
         if not self.depth:
@@ -118,7 +118,7 @@ class Late:
         return self._head(states[torch.arange(len(after)), lengths - 1])
 
     def whole(self, prompts: Sequence[Sequence[Part]]) -> Any:
-        """Return the log-odds of whole prompts, each with its candidate last, for training; shape (n,)."""
+        """Return the log-odds of whole prompts, each with its candidate last, for training, shape (n,)."""
         torch = require("torch", "train")
         if not self.depth:
             return torch.cat([self.logits(prompt[:-1], prompt[-1:]) for prompt in prompts])
@@ -127,7 +127,7 @@ class Late:
         return self._head(states[torch.arange(len(prompts)), lengths - 1])
 
     def _padded(self, texts: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Return states padded on the right, their mask, and their lengths."""
+        """Return hidden states padded on the right, their mask, and their lengths."""
         torch = require("torch", "train")
         lengths = torch.tensor([len(text) for text in texts])
         rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
@@ -153,11 +153,11 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     @classmethod
     def reads(cls, config: LateConfig) -> Reads:
-        """Return the input modality; without joint layers no pretrained weight is fine-tuned."""
+        """Return which item data the model reads; without joint layers no pretrained weight is fine-tuned."""
         return cls.READS if config.joint else "texts"
 
     def learn(self, data: SplitDataset) -> None:
-        """Train the joint layers.
+        """Train the joint layers and the head.
 
         Raises:
             DataError: If no training rating has previous ratings.
@@ -174,20 +174,20 @@ class LateInteraction(Baseline[LateConfig, Late]):
         self._model = model
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the trained weights, as arrays."""
+        """Return the trained weights as arrays."""
         return weights_of(_learned(self._fitted))
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the trained weights from `state`."""
         model = self._late(self._lower(), data)
         put_back(_learned(model), state)
         self._model = model
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the probability that each request's item is liked; each history is encoded once."""
+        """Predict the probability that the user likes the item; each history is encoded once."""
         model, result = self._fitted, dict[int, Answer]()
         torch = require("torch", "train")
-        # Requests of a user need not be adjacent.
+        # requests of a user need not be adjacent
         groups: dict[tuple[str, tuple[Event, ...]], list[int]] = {}
         for n, request in enumerate(requests):
             if request.item is not None:
@@ -223,7 +223,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
         return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
 
     def _questions(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
-        """Return prompts for training ratings, each after the previous ratings, and their labels."""
+        """Return a prompt for each training rating, with the earlier ratings of the user, and the labels."""
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]

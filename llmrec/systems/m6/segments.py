@@ -1,4 +1,4 @@
-"""Multi-segment late interaction (M6-Rec, Cui et al., arXiv 2205.08084): most layers encode each segment separately.
+"""Multi-segment late interaction (M6-Rec, arXiv 2205.08084): most layers encode each segment separately.
 
 A prompt is split into segments: the user's features, each interaction, the candidate. The lower layers encode every
 segment separately, with positions from 0, so that its states depend only on its text and can be cached: in memory and,
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The number of texts per batch.
+# Number of texts per batch.
 _TEXTS = 64
-# Text for checking that the divided model equals the whole one, and the tolerance relative to the largest state.
+# Text for checking that the divided model equals the whole model, and tolerance relative to the largest state.
 _SAMPLE = "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
 _TOLERANCE = 1e-3
 
@@ -47,7 +47,7 @@ class Part:
 
 
 class Lower:
-    """The layers below the joint ones, with the cached states of each text.
+    """The layers below the joint layers, with the cached hidden states of each text.
 
     Args:
         folder: The model.
@@ -105,7 +105,7 @@ class Lower:
         self.read = 0
 
     def ids(self, text: str) -> list[int]:
-        """Return a segment's tokens; an empty segment has a line break.
+        """Return the tokens of a segment; an empty segment has a line break.
 
         Raises:
             BackendError: If a text contains a control token.
@@ -121,7 +121,7 @@ class Lower:
             return self._body(input_ids=self._torch.tensor([self.ids(_SAMPLE)]), use_cache=False).last_hidden_state
 
     def states(self, texts: Sequence[str]) -> list[Any]:
-        """Return the states of each text after the lower layers, each of shape (tokens, d), computed once per text."""
+        """Return the hidden states of each text after the lower layers, (tokens, d) each; computed once per text."""
         torch = self._torch
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         new.sort(key=lambda text: len(self.ids(text)))
@@ -139,12 +139,12 @@ class Lower:
         return [self._known[text] for text in texts]
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Clear the cached states, for measuring a cold start."""
+        """Clear the cached states, to measure latency without cache."""
         for text in texts:
             self._known.pop(text, None)
 
     def keep(self, texts: Iterable[str]) -> int:
-        """Store the states of texts, and return how many were stored before.
+        """Cache the states of texts on disk, and return how many were already cached.
 
         If another process is writing to the store, nothing is stored.
         """
@@ -181,7 +181,7 @@ class Lower:
         return len(self._known) - before
 
     def _store(self) -> FeatureStore | None:
-        """Return the stored states; None if there are none or the store is damaged, which is then rewritten."""
+        """Return the states cached on disk; None if there are none, or if the cache is damaged."""
         try:
             return FeatureStore.open(self._folder)
         except DataError as error:
@@ -195,7 +195,7 @@ def _row(text: str, number: int) -> str:
 
 
 def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: int) -> Any:
-    """Return a decoder of the upper layers, with copies of their weights, that takes hidden states.
+    """Return a decoder with copies of the upper layers, which takes hidden states as input.
 
     Args:
         body: The original decoder.
@@ -204,7 +204,7 @@ def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: in
         whole: Its number of layers.
     """
     config = copy.deepcopy(body.config)
-    # Settings that differ by layer, such as the attention type, are lists with one value per layer.
+    # Settings per layer, such as the attention type, are lists with one value per layer.
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == whole:
             setattr(config, name, list(value)[place])

@@ -1,4 +1,4 @@
-"""Retrieval heads: a two-tower model over the hidden states of a causal language model (M6-Rec)."""
+"""Retrieval heads: a two-tower model on the hidden states of a causal language model (M6-Rec)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# The maximum number of tokens of a title, and of an item text.
+# Maximum number of tokens of a title, and of an item text.
 _TITLE, _TEXT = 32, 128
 
 
@@ -48,7 +48,7 @@ class StateTowerConfig(TowersConfig):
 
 
 class StateTower(TextTowers[StateTowerConfig]):
-    """Predicts the next item from a language model's hidden states at the end of a history and of an item's text.
+    """Predicts the next item from a language model's hidden states after the history and after each item's text.
 
     As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a textual history and the state after an
     item's text are each projected to ``dim`` dimensions and length 1, and ``score(j) = u . p_j / temperature``. The
@@ -69,13 +69,13 @@ class StateTower(TextTowers[StateTowerConfig]):
         "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
     }
     FITS: ClassVar[int] = 8
-    #: States after training histories.
+    #: Hidden states after training histories.
     _known: dict[bytes, NDArray[np.float32]]
-    #: Centre and whitening of states after histories, shapes (d,) and (d, k).
+    #: Mean and whitening matrix of states after histories, shapes (d,) and (d, k).
     _lens: tuple[NDArray[np.float32], NDArray[np.float32]]
 
     def learn(self, data: SplitDataset) -> None:
-        """Encode the texts, and train the projections.
+        """Encode all texts, and train the projections.
 
         Raises:
             RecipeError: If the encoder is not a causal language model.
@@ -89,12 +89,12 @@ class StateTower(TextTowers[StateTowerConfig]):
         self._known.clear()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the projections, the vectors of the items, and the whitening of states after histories, as arrays."""
+        """Return the projections, the item vectors, and the whitening of states after histories as arrays."""
         centre, whitening = self._lens
         return super().state() | {"lens.centre": centre, "lens.whitening": whitening}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted projections from `state`."""
         self._open(data)
         self._lens = state["lens.centre"], state["lens.whitening"]
         super().restore(data, state)
@@ -117,7 +117,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
 
     def _rows(self, events: Log) -> list[NDArray[np.int64]]:
-        """Encode sequences of each user's items, and return every training target with the items before it."""
+        """Encode the item sequences of users, and return every training target with the items before it."""
         config, owners = self._config, list[int]()
         pieces: list[NDArray[np.int64]] = []
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
@@ -139,7 +139,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         return [[self._titles[item] for item in history] for history in histories]
 
     def states(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Return the states after histories of catalogue indices, 0 for an empty one, shape (n, d)."""
+        """Return the hidden states after histories, shape (n, d); 0 for an empty history."""
         keys = [history.tobytes() for history in histories]
         new = {key: item for key, item in zip(keys, histories, strict=True) if key and key not in self._known}
         read = self.reader.last(self._lead, self._said(list(new.values())), most=_TITLE)

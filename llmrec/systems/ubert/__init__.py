@@ -1,1 +1,1 @@
-"""U-BERT: rating prediction from reviews, with users and items that attend to the tokens of their reviews."""
+"""U-BERT: rating prediction by attention over the reviews of user and item."""

@@ -1,4 +1,4 @@
-"""U-BERT as a baseline: fit, stored state, transfer to another domain, and export of features."""
+"""U-BERT as a baseline: fitting, stored state, transfer to another data set, and export of features."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# The number of validation ratings for early stopping.
+# Number of validation ratings for early stopping.
 _STOP_CASES = 5_000
-# Digits to which answers are rounded, since the last digits depend on the batch size.
+# Decimal places of answers, since further digits depend on the batch size.
 _DIGITS = 6
 _RESERVED: float = FusionSection.model_fields["reserved"].default
 # Tokens per batch of projections.
 _TOKENS = 1 << 16
-# Substring in the names of user and item embeddings, which are specific to a domain.
+# Part of the names of user and item embeddings, which are specific to a data set.
 _OWN = ".own."
 
 
 class UBert(Baseline[UBertConfig, Reviewed]):
-    """Predicts a rating from the training reviews of the user and of the item (Qiu et al., AAAI 2021).
+    """Predicts a rating from the training reviews of user and item (Qiu et al., AAAI 2021).
 
     A frozen text encoder computes the token states of all training reviews. The user encoder combines the embeddings of
     user and domain with attention over the user's reviews; the item encoder does the same for items. Tokens of both
@@ -68,7 +68,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         "dropout": (0.0, 0.2, 0.5),
     }
     FITS: ClassVar[int] = 5
-    # Weights after pretraining only, which cannot answer.
+    # The weights after pretraining alone, which cannot predict ratings.
     _taught: Reviewed | None = None
 
     def learn(self, data: SplitDataset) -> None:
@@ -101,14 +101,14 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self._taught, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Train only on masked opinion words and single-review ratings, for `save`; raises the errors of `learn`."""
+        """Only pretrain on masked opinion words and ratings of single reviews, for `save`; errors as in `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._taught, self._model = self._begun(data, pairs=False), None
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write weights for ``start`` in another domain, without user and item embeddings.
+        """Save weights without user and item embeddings, for ``start`` on another data set.
 
         Args:
             folder: The folder, which is replaced.
@@ -154,12 +154,12 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return one, other
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the weights and the projected tokens, as arrays."""
+        """Return the weights and the projected tokens as arrays."""
         model = self._fitted
         return {"read": model.tokens.values.numpy(), "starts": model.tokens.starts, **weights_of(model.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted network from `state`."""
         torch = require("torch", "baselines")
         known, width = ratings(data, self.name), state["network.down.weight"].shape[1]
         reviews = Reviews.read(data, known, self._config.order)
@@ -171,7 +171,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self.looked_at = stopped_by(self._cases(data))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
+        """Predict the rating of the item in each request."""
         model = self._fitted
         values = iter(
             np.round(_rated(model, [entry for entry in requests if entry.item is not None]), _DIGITS).tolist()
@@ -187,12 +187,12 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
-        """Return the untrained network."""
+        """Return the network with random weights."""
         network = network_of(width, len(known.user_index), len(known.item_index), self._config)
         return Reviewed(known, reviews, tokens, network, self._config, {})
 
     def _begun(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
-        """Return the network before training on pairs, with transferred or pretrained weights."""
+        """Return the network before training on ratings, with transferred or pretrained weights."""
         config, known = self._config, ratings(data, self.name)
         reviews = Reviews.read(data, known, config.order)
         frozen = Frozen(config.encoder, data, config.tokens)
@@ -220,7 +220,7 @@ def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> f
 
 
 def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
-    """Return the predicted ratings of requests, not clipped, shape (n,)."""
+    """Return the predicted ratings of requests before clipping, shape (n,)."""
     known = model.known
     users = np.array([known.user_index.get(request.user_id, -1) for request in requests], dtype=np.int64)
     items = np.array([known.item_index.get(str(request.item), -1) for request in requests], dtype=np.int64)
@@ -228,7 +228,7 @@ def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
 
 
 def _finished(model: Reviewed) -> Reviewed:
-    """Return the network in double precision, with projected tokens instead of their frozen states."""
+    """Return the network in double precision, with projected tokens instead of frozen hidden states."""
     torch, states = require("torch", "baselines"), model.tokens.values
     model.network.eval()
     with torch.no_grad():

@@ -2,5 +2,5 @@
 
 from llmrec.entries import BaselineEntry
 
-# It uses earlier reviews and does not apply if the review itself is given.
+# It reads earlier reviews, so it does not apply if the review itself is given.
 BASELINES = {"ubert": BaselineEntry("llmrec.systems.ubert.baseline:UBert", ("rating",), needs="torch")}

@@ -1,4 +1,4 @@
-"""The network of U-BERT: attention over review tokens on both sides, co-matching, and a linear rating."""
+"""The network of U-BERT: attention over review tokens of user and item, co-matching, and a linear output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# Pairs per batch of answers.
+# (user, item) pairs per batch of answers.
 _ROWS = 64
 
 
@@ -62,7 +62,7 @@ class UBertConfig(TextsConfig):
 
 @dataclass
 class Reviewed:
-    """A network with its reviews.
+    """A network with the reviews that it reads.
 
     Attributes:
         known: The training ratings with indices.
@@ -83,21 +83,21 @@ class Reviewed:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the training ratings; 1 if all are equal."""
+        """Standard deviation of the training ratings; 1 if all are equal."""
         return float(self.known.values.std()) or 1.0
 
     def read(self, places: NDArray[np.int64]) -> Any:
-        """Return the vectors of tokens at some positions, shape (b, t, dim)."""
+        """Return the token vectors at some positions, shape (b, t, dim)."""
         torch = require("torch", "baselines")
         if self.tokens.values.dtype != torch.float16:
             return self.tokens.values[torch.from_numpy(places)].to(self.network["down"].weight.dtype)
-        # Tokens of several pairs are projected once.
+        # A token that several pairs share is projected once.
         unique, where = np.unique(places, return_inverse=True)
         result = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
         return result[torch.from_numpy(where.reshape(places.shape))]
 
     def side(self, side: Side, users: NDArray[np.int64], items: NDArray[np.int64]) -> tuple[Any, Any, Any]:
-        """Return the vectors of one side of pairs and of its tokens, and a mask: (b, dim), (b, t, dim), (b, t)."""
+        """Return the vectors of users (or items) and of their tokens, and a mask: (b, dim), (b, t, dim), (b, t)."""
         torch, most = require("torch", "baselines"), self.config.reviews
         rows = [self.reviews.beside(side, u, i, most) for u, i in zip(users.tolist(), items.tolist(), strict=True)]
         places, mask = self.tokens.places(rows)
@@ -109,7 +109,7 @@ class Reviewed:
         return vectors, tokens, there
 
     def forward(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> Any:
-        """Return ratings of pairs, in standard deviations from the mean, shape (b,)."""
+        """Return the predicted ratings of pairs, in standard deviations from the mean, shape (b,)."""
         torch = require("torch", "baselines")
         user, of_user, user_mask = self.side("user", users, items)
         item, of_item, item_mask = self.side("item", users, items)
@@ -120,7 +120,7 @@ class Reviewed:
         return self.network["rating"](drop)[:, 0]
 
     def rate(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return ratings of pairs, not clipped, shape (n,); -1 is an unknown user or item."""
+        """Return the predicted ratings of pairs before clipping, shape (n,); -1 is an unknown user or item."""
         torch = require("torch", "baselines")
         result = np.zeros(len(users))
         self.network.eval()
@@ -131,7 +131,7 @@ class Reviewed:
         return self.known.mean + self.spread * result
 
     def vectors(self, side: Side) -> Any:
-        """Return the vectors of all users, or items, with training ratings, from all their reviews; (n, dim)."""
+        """Return the vectors of all users (or items) with training ratings, from all their reviews, (n, dim)."""
         torch = require("torch", "baselines")
         count = len(self.known.user_index if side == "user" else self.known.item_index)
         parts = []
@@ -144,20 +144,20 @@ class Reviewed:
         return torch.cat(parts)
 
     def settle(self) -> None:
-        """Compute the mean vectors, which are used for unknown users and items."""
+        """Compute the mean vectors that represent unknown users and items."""
         self.usual = {}
         self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
 
 def projected(network: torch.nn.Module, states: torch.Tensor, dropout: float) -> Any:
-    """Return the projection of frozen token states, shape (n, d) -> (n, dim)."""
+    """Project frozen token states: shape (n, d) -> (n, dim)."""
     functional = require("torch", "baselines").nn.functional
     result = functional.gelu(network["down"](states.to(network["down"].weight.dtype)))
     return functional.dropout(result, dropout, network.training)
 
 
 def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
-    """Return scaled dot-product attention of query, keys and values; 0 for rows without tokens.
+    """Return scaled dot-product attention; 0 for rows without tokens.
 
     Args:
         query: Queries, shape (b, q, dim).
@@ -176,7 +176,7 @@ def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
 
 
 def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
-    """Return vectors from the embeddings of id and domain and from attention over review tokens, shape (b, dim).
+    """Return vectors of users (or items) from embeddings and attention over review tokens, shape (b, dim).
 
     Args:
         side: The user encoder, or the item encoder.
@@ -189,12 +189,12 @@ def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
 
 
 def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: Any) -> Any:
-    """Return the match of both sides' tokens: attention in both directions, averaged over tokens; (b, 2 dim)."""
+    """Match the tokens of user and item by attention in both directions, averaged over tokens, shape (b, 2 dim)."""
     torch = require("torch", "baselines")
     means = []
     pairs = (("user", of_user, user_mask, of_item, item_mask), ("item", of_item, item_mask, of_user, user_mask))
     for name, tokens, mask, others, there in pairs:
-        # One affinity matrix for both directions, transposed for the other side.
+        # One affinity matrix for both directions, transposed for the second.
         keys = match["affinity"](others) if name == "user" else others
         query = tokens if name == "user" else match["affinity"](tokens)
         aligned = attended(query, keys, others, there)
@@ -205,7 +205,7 @@ def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: A
 
 
 def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
-    """Return the network; user and item embeddings are initially 0. ``width`` is the size of token states."""
+    """Build the network, with user and item embeddings of 0; ``width`` is the size of token states."""
     nn, dim = require("torch", "baselines").nn, config.dim
 
     def side(count: int) -> Any:
@@ -230,6 +230,6 @@ def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Sequence[NDArray[np.int64]]:
-    """Return the rows of each step, in random order."""
+    """Return the row indices of each training step, in random order."""
     order = rng.permutation(count)
     return [order[start : start + size] for start in range(0, count, size)]

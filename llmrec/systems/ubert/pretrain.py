@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from llmrec.baselines.rated import Ratings
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
-# The minimum number of reviews of a word in the lexicon.
+# Minimum number of reviews with a word of the lexicon.
 _LEAST = 5
 
 
 def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float64]) -> tuple[str, ...]:
-    """Return the sorted opinion words: from a file, or else the words most indicative of ratings.
+    """Return the sorted opinion words, from a file or else the words that best predict ratings.
 
     Without a file these are the words with the largest ``|mean rating of the reviews with it - mean| * sqrt(reviews)``.
 
@@ -68,7 +68,7 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
 
 @dataclass(frozen=True)
 class Hidden:
-    """Texts with some masked opinion words.
+    """Texts in which some opinion words are masked.
 
     Attributes:
         encoded: The tokens of each text, with the mask in place of the words.
@@ -118,7 +118,7 @@ class Hidden:
 
 
 def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
-    """Return the last rating of each pair of user and item."""
+    """Return the last rating of each (user, item) pair."""
     last = np.argsort(known.order)
     given = (column[last].tolist() for column in (known.users, known.items, known.values))
     return {(user, item): value for user, item, value in zip(*given, strict=True)}

@@ -1,4 +1,4 @@
-"""Training reviews as frozen token states, and the selection of reviews for a pair of user and item."""
+"""Training reviews as frozen token states, and the selection of reviews for a (user, item) pair."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Reviews:
         return Reviews(users, items, tuple(texts), of)
 
     def beside(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
-        """Return the latest reviews of a user or an item that may be used for a pair.
+        """Return the latest reviews of a user (or item) that may be used for a pair.
 
         The review of the pair and reviews of the same user with the same text are excluded, since they would reveal the
         rating.
@@ -114,7 +114,7 @@ class Reviews:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Values for every token of some texts, concatenated.
+    """Values for all tokens of several texts, concatenated.
 
     Attributes:
         values: Frozen states of an encoder, or their projections, a torch tensor of shape (tokens, d).
@@ -125,7 +125,7 @@ class Tokens:
     starts: NDArray[np.int64]
 
     def places(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the positions of the tokens of some texts, and their mask: shape (b, t) both.
+        """Return the token positions of some texts, and a mask, shape (b, t) each.
 
         Args:
             rows: Texts to concatenate, for each of b users or items.
@@ -141,10 +141,10 @@ class Tokens:
 
 
 class Frozen:
-    """A frozen text encoder that returns token states, without those of special tokens around a text."""
+    """A frozen text encoder that returns token states, without special tokens."""
 
     def __init__(self, name: str, data: SplitDataset, most: int) -> None:
-        """Open the encoder.
+        """Load the text encoder.
 
         Args:
             name: The name of the encoder, or its folder.
@@ -161,16 +161,16 @@ class Frozen:
 
     @property
     def mask(self) -> int | None:
-        """The mask token; None: the encoder has none."""
+        """Id of the mask token; None if the encoder has none."""
         result: int | None = self._encoder.tokenizer.mask_token_id
         return result
 
     def tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[Span]]]:
-        """Return the tokens of each text, with their character spans, which are empty for special tokens."""
+        """Return the tokens of each text with their character spans, which are empty for special tokens."""
         return self._encoder.spans(texts, self._most) if texts else ([], [])
 
     def states(self, encoded: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]]) -> Tokens:
-        """Return the token states in half precision, without those of special tokens.
+        """Return the token states in half precision, without special tokens.
 
         Args:
             encoded: The tokens of each text from `tokens`; some may be masked.

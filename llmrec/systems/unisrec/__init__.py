@@ -1,1 +1,1 @@
-"""UniSRec: a sequence model that represents items by texts, and can transfer weights from another domain."""
+"""UniSRec: a sequential model that represents items by texts, and can use weights from another data set."""

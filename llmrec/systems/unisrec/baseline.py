@@ -1,4 +1,4 @@
-"""UniSRec as a baseline: fit, stored state, transfer to another domain, and extension by new items."""
+"""UniSRec as a baseline: fitting, stored state, transfer to another data set, and addition of new items."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# The number of validation cases for early stopping.
+# Number of validation cases for early stopping.
 _STOP_CASES = 5_000
-# Properties that must equal those of transferred weights, and the name of item embeddings, which do not transfer.
+# Properties that must match those of transferred weights, and the name of item embeddings, which are not transferred.
 _SHAPE, _OWN = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
 
 
 class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
-    """Predicts the next item from the texts of a sequence, with weights that transfer between domains.
+    """Predicts the next item from the texts of a sequence, with weights that can be used on other data sets.
 
     After Hou et al. (KDD 2022). A text vector x becomes ``v = sum_k g_k (x - b_k) W_k``: parametric whitenings, mixed
     by ``g = softmax(x W_g + e * softplus(x W_n))``, with noise e in training only. The blocks of `SASRec`
@@ -70,7 +70,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
     FITS: ClassVar[int] = 5
 
     def learn(self, data: SplitDataset) -> None:
-        """Train the adaptor, and the sequence encoder unless it is transferred from another domain.
+        """Train the adaptor, and the sequence encoder unless it is transferred from another data set.
 
         Raises:
             DataError: If no item has a text, or ``start`` was trained on held-out interactions.
@@ -97,7 +97,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Train with the contrastive losses only, without validation, for `save`; raises the errors of `learn`."""
+        """Only train with contrastive losses and without validation, for `save`; raises the errors of `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -105,7 +105,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def save(self, folder: Path, data: SplitDataset) -> None:
-        """Write weights for ``start`` in another domain, without item embeddings.
+        """Save weights without item embeddings, for ``start`` on another data set.
 
         Args:
             folder: The folder, which is replaced.
@@ -150,11 +150,11 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         return other
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the weights and the text vectors, as arrays."""
+        """Return the weights and the text vectors as arrays."""
         return {"vectors": self._fitted.vectors.numpy(), **weights_of(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fit from `state`."""
+        """Restore the fitted network from `state`."""
         torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
@@ -164,7 +164,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the logits after each history, shape (n, items)."""
+        """Return the logits of all items after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
     def _carried(self, model: Universal) -> Carried:
@@ -173,7 +173,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
-        """Return an untrained network."""
+        """Return a network with random weights."""
         popular = counts(events, catalogue)
         own = np.full(len(popular), -1, dtype=np.int64)
         own[popular > 0] = np.arange(int((popular > 0).sum()))
@@ -181,7 +181,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         return Universal(catalogue, vectors, own, popular / popular.max(initial=1.0), network, self._config)
 
     def _begun(self, data: SplitDataset) -> tuple[Universal, list[NDArray[np.int64]]]:
-        """Return a network before softmax training, with transferred or pretrained weights, and the sequences."""
+        """Return the network before training on items, with transferred or pretrained weights, and the sequences."""
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
         events = Log.of(data, catalogue)
@@ -212,7 +212,7 @@ def _vectors(data: SplitDataset, catalogue: Catalogue, config: UniSRecConfig) ->
 def _epoch(
     model: Universal, pieces: Sequence[NDArray[np.int64]], optimiser: Optimizer, rng: np.random.Generator
 ) -> float:
-    """Train for one epoch with the softmax over all training items, and return the mean loss."""
+    """Train for one epoch with a softmax over all training items, and return the mean loss."""
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
     model.network.train()
     total, count = 0.0, 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Sequences per batch of scores.
 _ROWS = 512
-# The minimum standard deviation of the noise of a gate.
+# Minimum standard deviation of the noise of gates.
 _NOISE = 1e-2
 
 
@@ -69,13 +69,13 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
 
     @property
     def named(self) -> bool:
-        """Whether vectors come from a pretrained encoder and are therefore independent of the data set."""
+        """Whether vectors come from a pretrained encoder and therefore do not depend on the data set."""
         return self.encoder != LSA and not self.encoder.startswith(STORE)
 
 
 @dataclass
 class Universal:
-    """A network over texts, with the text vectors of the catalogue.
+    """A network on item texts, with the text vectors of all items.
 
     Attributes:
         catalogue: The catalogue.
@@ -98,12 +98,12 @@ class Universal:
 
     @property
     def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
+        """Ids of all items, in column order."""
         return self.catalogue.ids
 
     @property
     def warm(self) -> NDArray[np.int64]:
-        """The catalogue indices of training items, in the order of their embeddings."""
+        """Catalogue indices of the items with training interactions, in the order of their embeddings."""
         known = np.flatnonzero(self.own >= 0)
         return known[np.argsort(self.own[known])]
 
@@ -118,17 +118,17 @@ class Universal:
         result = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
         if "table" in network:
             own = torch.from_numpy(self.own[places])
-            # Items without training interactions have only the text vector.
+            # Items without training interactions have only a text vector.
             result = result + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
         return result
 
     def encoded(self, items: Any) -> Any:
-        """Return a vector of length 1 per position, shape (b, t, dim); ``items`` are vectors, padded on the right."""
+        """Return one normalised vector per position, shape (b, t, dim); ``items`` are vectors padded on the right."""
         states = attended(self.network, items, self.config.heads, self.config.dropout)
         return require("torch", "baselines").nn.functional.normalize(states, dim=-1)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the scores of every item after each history, shape (n, items); popularity for an empty one."""
+        """Return the scores of all items after each history, shape (n, items); popularity for an empty history."""
         torch = require("torch", "baselines")
         histories = [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
         result = np.tile(self.popular.astype(np.float32), (len(requests), 1))
@@ -142,7 +142,7 @@ class Universal:
         return result
 
     def finished(self) -> Universal:
-        """Return the model with the table of output vectors."""
+        """Return the model with the output vectors of all items precomputed."""
         torch = require("torch", "baselines")
         self.network.eval()
         with torch.no_grad():
@@ -150,7 +150,7 @@ class Universal:
 
 
 def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
-    """Return the mixture of parametric whitenings of text vectors, shape (n, d) -> (n, dim)."""
+    """Return a mixture of parametric whitenings of text vectors: shape (n, d) -> (n, dim)."""
     functional, own = require("torch", "baselines").nn.functional, network["adaptor"]
     gates = gates_of(network, vectors)
     left = functional.dropout(vectors, dropout, network.training)
@@ -161,7 +161,7 @@ def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
 
 
 def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
-    """Return the gate weights of the whitenings, shape (n, d) -> (n, experts); with noise in training only."""
+    """Return the mixture weights of the whitenings, shape (n, experts), with noise during training."""
     torch, own = require("torch", "baselines"), network["adaptor"]
     logits = vectors @ own["gate"]
     if network.training:
@@ -171,7 +171,7 @@ def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
 
 
 def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
-    """Return the network of adaptor, sequence encoder and item embeddings, with initially equal gates."""
+    """Build the network of adaptor, sequence encoder and item embeddings, with equal gates."""
     torch = require("torch", "baselines")
     nn, dim, experts = torch.nn, config.dim, config.experts
     blocks = blocks_of(dim, config.layers)
@@ -194,7 +194,7 @@ def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
 
 
 def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
-    """Return the mean of ``-log(exp(l_i . r_i / t) / sum_j exp(l_i . r_j / t))`` over rows (InfoNCE).
+    """Return the InfoNCE loss, the mean of ``-log(exp(l_i . r_i / t) / sum_j exp(l_i . r_j / t))`` over rows.
 
     Args:
         left: Vectors of length 1, shape (n, d).
@@ -244,7 +244,7 @@ def contrasted(
 def changed_sequences(
     batch: Batch, share: float, offset: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Drop items from sequences or, with an offset, words from all texts of a random half of the sequences.
+    """Drop items from sequences; with ``offset``, a random half loses words of its texts instead.
 
     Returns:
         Item indices, padded on the right, shape (b, t), plus the offset for items with words dropped; and the position
@@ -263,7 +263,7 @@ def changed_sequences(
 
 
 class Fewer:
-    """Drops words of a text at random, but never all of them."""
+    """Drops random words from a text, but never all of them."""
 
     def __init__(self, share: float, seed: int) -> None:
         self._share, self._rng = share, np.random.default_rng([seed, 2])

@@ -1,1 +1,1 @@
-"""The command compress: the trade-off between quality, latency and size of a fine-tuned model."""
+"""`llmrec compress`: trades quality against latency and size of a fine-tuned model."""

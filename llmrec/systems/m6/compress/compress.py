@@ -1,4 +1,4 @@
-"""Measures a run's model at several depths and dtypes on validation cases, and exports the best that is fast enough.
+"""Measures a fine-tuned model at several depths and dtypes, and exports the best one that is fast enough.
 
 A model evaluated at a depth equals a model truncated there (`llmrec.models.exits`), so the export is an ordinary model
 with fewer layers. A run with ``train.exits`` was trained to answer at each of these depths.
@@ -55,7 +55,7 @@ Kind = Literal["bfloat16", "float32", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The measurements of a combination of depth and dtype.
+    """The measurements of a model at one depth and dtype.
 
     Attributes:
         layers: Number of layers.
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """The result of the command.
+    """The result of `llmrec compress`.
 
     Attributes:
         metric: The metric, with its family.
@@ -96,7 +96,7 @@ class Compressed:
 
 
 def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
-    """Return rows, fastest first, with ``pareto`` set."""
+    """Sort the measurements by latency, and mark the Pareto-optimal ones."""
 
     def figures(row: Row) -> tuple[float, float, float]:
         quality = float("-inf") if row.quality is None else -row.quality if lower else row.quality
@@ -112,7 +112,7 @@ def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
 
 
 def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
-    """Return the best combination within the target, the fastest of equal ones; None if there is none."""
+    """Return the best model below the latency target, the fastest among equals; None if there is none."""
     fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
     return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
 
@@ -121,13 +121,13 @@ def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
 
 
 PAGE = "compress.html"
-# Shape and colour of the marks of each dtype.
+# Marker shape and colour of each dtype.
 _LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "int8": ("diamond", "few-shot")}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 34, 274
 
 
 def write(found: Compressed, name: str, path: Path) -> None:
-    """Write the results of a run's combinations as an HTML page."""
+    """Write the measurements of a run as an HTML page."""
     rows = [row for row in found.rows if row.quality is not None]
     page = environment().get_template("compress.html.j2")
     nonce = hashlib.sha256(repr((name, found)).encode()).hexdigest()[:32]
@@ -136,7 +136,7 @@ def write(found: Compressed, name: str, path: Path) -> None:
 
 
 def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
-    """Plot the combinations with a quality value, labelled by layers, and their Pareto front of quality and latency."""
+    """Plot quality against latency with the Pareto front, labelled by number of layers."""
     canvas = Canvas(width=width, height=_BOTTOM + 46)
     times = [row.ms for row in rows]
     along = spanning([*times, found.target_ms] if found.target_ms > 0 else times, _LEFT, width - _RIGHT)
@@ -168,7 +168,7 @@ log = logging.getLogger(__name__)
 TABLE = "compress.json"
 CANDIDATES = 20
 KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
-# Tolerance between the quality of the export and the measured one, since the order of sums differs.
+# Tolerance between the quality of the export and the measurement, since the order of sums differs.
 _APART = 0.01
 # Files of a model that change when layers are removed.
 _WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
@@ -177,7 +177,7 @@ _WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json",
 def compress(
     run: Path, out: Path, *, target_ms: float, users: int, depths: Sequence[int] = (), force: bool = False
 ) -> Compressed:
-    """Measure combinations, write the table and its page into the run, and export the chosen combination.
+    """Measure all depths and dtypes, write the table and its page to the run, and export the chosen model.
 
     Args:
         run: A run folder with a trained model.
@@ -215,7 +215,7 @@ def compress(
         except ModelError as error:
             if kind != "int8":
                 raise
-            # Earlier measurements are kept if a package does not work here.
+            # Keep earlier measurements if a package does not work here.
             log.warning("int8 is not available: %s", error)
     rows = with_front([row for own in results for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
@@ -245,7 +245,7 @@ def compress(
 
 
 def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
-    """Replace the weights of an export by those of a truncated model, and add a note to the model card.
+    """Replace the weights of an export by a model with fewer layers, and add a note to the model card.
 
     The weights are the measured ones, in the measured dtype.
     """
@@ -277,7 +277,7 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
 
 
 def _family(study: Study) -> str:
-    """Return the first trained family that is answered by label probabilities."""
+    """Return the first trained task that is answered by label probabilities."""
     for family in study.shares:
         template = study.eval_templates(family)[0]
         if (strategy := study.tasks[family].scored_by(template)) is not None and strategy in ("yes-no", "expected"):
@@ -291,7 +291,7 @@ def _family(study: Study) -> str:
 
 
 def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
-    """Return a model with its weights in one of the measured dtypes.
+    """Load a model with its weights in one of the measured dtypes.
 
     8-bit weights use LLM.int8() of bitsandbytes (Dettmers et al., arXiv 2208.07339): each row of a matrix and each
     token's states are scaled by their largest value.
@@ -312,7 +312,7 @@ def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
 
 
 class _Timed:
-    """A predictor that records the duration of its answers in seconds."""
+    """A model that records how many seconds its answers take."""
 
     def __init__(self, predictor: Any) -> None:
         self.name, self._predictor, self.seconds = predictor.name, predictor, 0.0
