@@ -1,1 +1,1 @@
-"""Engines that continue prompts: generate, score, search, embed; `encode` makes the token ids that they read."""
+"""Inference engines, which generate, score, search and embed; `encode` tokenises their prompts."""

@@ -1,4 +1,4 @@
-"""The answer cache: a SQLite table in front of a backend, keyed by everything that can change an answer.
+"""The answer cache: an SQLite table of answers, whose keys include everything that can change an answer.
 
 Calls arrive in the fixed chunks of evaluation. The new answers of a call are committed in one transaction, so a kill
 loses only the current chunk, which is then computed again as a whole. A backend that returns answers one by one has
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# ----------------------------------------------------------------------------
-# The SQLite table of answers: every row has a checksum; damaged rows are set aside and computed again.
+# The SQLite table of answers: each row has a checksum; damaged rows are set aside and computed again.
 
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 _VERSION = 2
 """Version of the tables; 1 had no checksums."""
 _WAIT = 30.0
-_MANY = 500  # keys of one query: SQLite bounds the number of variables
+_MANY = 500  # keys per query, since SQLite limits the number of variables
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL, sum TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS spent (name TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, "
@@ -49,7 +48,7 @@ _TABLES = (
 _ANSWER = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)"
 _MISSING = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
 _SPENT = "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)"
-# Errors of the machine that may be transient: permission, lock, memory, I/O, full disk.
+# Errors that may be temporary: permission, lock, memory, I/O, full disk.
 _CIRCUMSTANCES = frozenset(
     {
         *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR),
@@ -60,14 +59,14 @@ _T = TypeVar("_T")
 
 
 class Stored(TypedDict):
-    """An answer by field, and the seconds that it took."""
+    """A stored answer by field, and the seconds that it took."""
 
     seconds: float
     answer: Any
 
 
 class AnswerStore:
-    """A table of JSON answers by key.
+    """A table of answers in JSON form, by key.
 
     Args:
         path: The database file. One that is damaged, or has no checksums, is set aside under the ending ``.damaged``,
@@ -84,7 +83,7 @@ class AnswerStore:
         self._tried(lambda _: None)
 
     def get(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Return the stored answers by key; one with a wrong checksum counts as missing."""
+        """Return the stored answers by key; an answer with a wrong checksum counts as missing."""
         result = self._get(keys)
         missing = [key for key in keys if key not in result] if self._further is not None else []
         if missing and self._further is not None and (further := self._further.get(missing)):
@@ -107,13 +106,13 @@ class AnswerStore:
         return result
 
     def put(self, answers: Iterable[tuple[str, Stored]]) -> None:
-        """Store answers in one transaction: all of them or, after a kill, none."""
+        """Store answers in one transaction: all of them, or none if interrupted."""
         texts = ((key, json.dumps(value)) for key, value in answers)
         rows = [(key, text, _sum(key, text)) for key, text in texts]
         self._tried(lambda _: self._together((_ANSWER, rows)))
 
     def spent(self, name: str) -> Cost:
-        """Return the tokens recorded under a name."""
+        """Return the token usage recorded under a name."""
         query = "SELECT name, prompt_tokens, completion_tokens, sum FROM spent WHERE name = ?"
         result = self._tried(lambda run: run(query, (name,)).fetchone())
         if result is None:
@@ -126,7 +125,7 @@ class AnswerStore:
         return Cost(prompt_tokens=result[1], completion_tokens=result[2])
 
     def spend(self, name: str, cost: Cost) -> None:
-        """Add tokens to those recorded under a name."""
+        """Add tokens to the usage recorded under a name."""
 
         def book(_: _Run) -> None:
             before = self.spent(name)
@@ -136,7 +135,7 @@ class AnswerStore:
         self._tried(book)
 
     def join(self, other: Path) -> None:
-        """Copy the answers of another store that this one lacks, and its recorded tokens, once each.
+        """Copy the answers that another store has and this store lacks, and its recorded usage, once.
 
         Args:
             other: A database that no process writes to; it is not changed.
@@ -176,7 +175,7 @@ class AnswerStore:
             self._connection = None
 
     def _open(self) -> sqlite3.Connection:
-        """Open the database; create the tables of a new one.
+        """Open the database; a new one gets its tables.
 
         Raises:
             sqlite3.DatabaseError: If it is damaged or has tables of another version.
@@ -199,7 +198,7 @@ class AnswerStore:
         return connection
 
     def _tried(self, work: Callable[[_Run], _T]) -> _T:
-        """Run an operation on the database; if it is damaged, set it aside first and repeat on the intact rows.
+        """Run a database operation; if the database is damaged, set it aside and repeat on the intact rows.
 
         Raises:
             BackendError: If the operation fails for another reason.
@@ -240,13 +239,13 @@ class AnswerStore:
                 connection.executemany(statement, rows)
             connection.execute("COMMIT")
         except BaseException:
-            # The error may have ended the transaction already.
+            # The error may already have ended the transaction.
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """Rename the damaged database, and copy its intact rows into a new one."""
+        """Rename the damaged database, and copy its intact rows to a new one."""
         self.close()
         names = (f"{self._path.name}.damaged{f'-{n}' if n > 1 else ''}" for n in count(1))
         aside = next(place for name in names if not (place := self._path.with_name(name)).exists())
@@ -258,7 +257,7 @@ class AnswerStore:
         answers = {row[0]: row for row in _rows(aside, "SELECT key, value, sum FROM answers ORDER BY key")}
         self._together((_ANSWER, [row for row in answers.values() if row[2] == _sum(*row[:2])]))
         booked = {row[0]: row for row in _rows(aside, "SELECT * FROM spent ORDER BY name")}
-        # Recorded tokens count even without checksums: a budget must not restart.
+        # Recorded usage counts even without a checksum, because a budget must not start again.
         sums = {name: _sum(*row[:3]) for name, row in booked.items()}
         kept = [(*row[:3], sums[name]) for name, row in booked.items() if row[3:] in ((), (sums[name],))]
         self._together((_SPENT, kept))
@@ -273,7 +272,7 @@ _Run = Callable[..., sqlite3.Cursor]
 
 
 def _own(path: Path) -> None:
-    """Copy a hard-linked database before writing: SQLite writes in place, also into a backup."""
+    """Copy a hard-linked database before writing, since SQLite writes in place and would also change a backup."""
     for part in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
         if part.is_file() and not part.is_symlink() and part.stat().st_nlink > 1:
             with replacing(part) as draft:
@@ -281,15 +280,15 @@ def _own(path: Path) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # Callers synchronise their threads.
+    # callers synchronise their threads
     connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
-    # Invalid characters fail the checksum.
+    # invalid characters fail the checksum
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
 
 
 def _rows(path: Path, query: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the readable rows of a damaged database, from the start and from the end up to the damage."""
+    """Yield the readable rows of a damaged database, from both ends up to the damage."""
     most = path.stat().st_size // 16
     for order in ("", " DESC"):
         with suppress(sqlite3.Error):
@@ -314,26 +313,26 @@ __all__ = ["AnswerStore", "CachedBackend", "StoredLedger"]
 
 @dataclass(frozen=True)
 class StoredLedger:
-    """The token usage under one name in a store."""
+    """The token usage recorded under one name in a store."""
 
     store: AnswerStore
     name: str
 
     def spent(self) -> Cost:
-        """Return the total recorded so far."""
+        """Return the usage recorded so far."""
         return self.store.spent(self.name)
 
     def spend(self, cost: Cost) -> None:
-        """Record further tokens."""
+        """Record additional usage."""
         self.store.spend(self.name, cost)
 
 
 @runtime_checkable
 class OneByOne(Protocol):
-    """A backend that yields answers as they arrive, with the index of the question."""
+    """A backend that yields answers as they arrive, with the index of the prompt."""
 
     def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
-        """Yield indices and completions."""
+        """Yield indices and generated texts."""
         ...
 
     def score_each(
@@ -345,13 +344,13 @@ class OneByOne(Protocol):
 
 @runtime_checkable
 class Streaming(Protocol):
-    """An engine that streams text while generating it."""
+    """An engine that streams text while it is generated."""
 
     listener: Callable[[str], None] | None
 
 
 class Offer(NamedTuple):
-    """An engine that can be started.
+    """An engine that can be started when it is needed.
 
     Attributes:
         identity: Everything except the question that can change an answer: weights, tokenizer and chat template,
@@ -366,7 +365,7 @@ class Offer(NamedTuple):
 
 
 class CachedBackend:
-    """A backend with cached answers.
+    """A backend that caches the answers of an engine.
 
     Args:
         store: The stored answers; None disables the cache.
@@ -409,7 +408,7 @@ class CachedBackend:
         self._together = not issubclass(kind, OneByOne)
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
-        """Continue each prompt; see `Backend.generate`."""
+        """Continue each prompt, using cached answers; see `Backend.generate`."""
         questions = _Questions(
             self, lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
         )
@@ -426,7 +425,7 @@ class CachedBackend:
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Score candidate continuations; see `Backend.score`."""
+        """Score candidate continuations, using cached answers; see `Backend.score`."""
         questions = _Questions(
             self,
             lambda: [
@@ -457,7 +456,7 @@ class CachedBackend:
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
     ) -> list[SearchResult]:
-        """Search a catalogue; see `Backend.search`."""
+        """Search a catalogue, using cached answers; see `Backend.search`."""
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
         out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
@@ -478,7 +477,7 @@ class CachedBackend:
         ]
 
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
-        """Read ratings with the model's head; see `HeadBackend.rate`.
+        """Predict ratings with the rating head, using cached answers; see `HeadBackend.rate`.
 
         Raises:
             BackendError: If the engine has no rating head.
@@ -497,7 +496,7 @@ class CachedBackend:
         return [Read(**answer) for answer in questions.answers]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return vectors; these are not cached."""
+        """Return text vectors, which are not cached."""
         return self.start().embed(texts)
 
     def close(self) -> None:
@@ -508,7 +507,7 @@ class CachedBackend:
 
     @contextmanager
     def heard(self, listener: Callable[[str], None]) -> Iterator[None]:
-        """Stream the text of a single prompt as it is generated, if the engine supports it."""
+        """Stream the text for a single prompt as it is generated, if the engine supports it."""
         engine = self.start()
         if not isinstance(engine, Streaming):
             yield
@@ -520,7 +519,7 @@ class CachedBackend:
             engine.listener = None
 
     def start(self) -> Backend:
-        """Return the engine, started at the first question that needs it."""
+        """Return the engine, which is started for the first prompt that is not cached."""
         if self._started is None:
             begin = time.monotonic()
             try:
@@ -530,12 +529,12 @@ class CachedBackend:
                     raise
                 return self.start()
             self.start_seconds += time.monotonic() - begin
-            # A server's capabilities are known once it is started.
+            # The capabilities of a server are known only after the start.
             self.capabilities = self._started.capabilities
         return self._started
 
     def replace(self, failure: EngineFailure) -> bool:
-        """Switch to the next engine; False if there is none."""
+        """Switch to the next engine; return False if there is none."""
         offer = self._instead(failure) if self._instead is not None else None
         if offer is None:
             return False
@@ -548,7 +547,7 @@ class CachedBackend:
         fields = {
             "verb": verb,
             "turns": [[message.role, [s.text for s in message.segments]] for message in prompt.messages],
-            # Pieces are tokenised separately, so the boundaries of a text's pieces can change its tokens.
+            # Parts of a text are tokenised separately, so their boundaries can change the tokens.
             "answer": [[segment.kind == "target", segment.text] for segment in prompt.answer_prefix],
             "stop": prompt.stop,
             **question,
@@ -560,7 +559,7 @@ class CachedBackend:
 
 
 class _Questions:
-    """The questions of one call: the store answers some, the engine the others, and another engine if it fails."""
+    """The prompts of one call: some answers are cached, and the engine (or its replacement) computes the others."""
 
     def __init__(self, backend: CachedBackend, keys_of: Callable[[], list[str]]) -> None:
         self._backend, self._keys_of = backend, keys_of
@@ -570,11 +569,11 @@ class _Questions:
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        """The answers, in the order of the questions."""
+        """The answers in the order of the prompts."""
         return [self._known[key]["answer"] for key in self._keys]
 
     def missing(self) -> list[int]:
-        """Return the indices of questions that the engine has to answer, once it is started; none after that."""
+        """Start the engine, and return the indices of prompts that it must answer; empty if all are cached."""
         backend = self._backend
         if self._keys and all(key in self._known for key in self._keys):
             return []
@@ -596,7 +595,7 @@ class _Questions:
 
     @contextmanager
     def replaced_on_failure(self) -> Iterator[None]:
-        """Query the engine; if it fails and is replaced, send the questions again."""
+        """Run the engine; if it fails and is replaced, repeat with the new engine."""
         try:
             yield
         except EngineFailure as failure:
@@ -607,7 +606,7 @@ class _Questions:
             self._count()
 
     def keep(self, indices: Sequence[int], answers: Sequence[Any]) -> None:
-        """Store answers that came together, each with its share of the time."""
+        """Store answers computed in one batch, each with its share of the time."""
         now = time.monotonic()
         share = (now - self._begin) / len(indices)
         self._begin = now

@@ -1,4 +1,4 @@
-"""Tokenises prompts and training examples, identically for every engine.
+"""Tokenises prompts and training examples, in the same way for every engine.
 
 The tokenizer's chat template renders the chat part of a prompt. The answer is split into *pieces* at target boundaries
 and after each line, and each piece is tokenised separately; a candidate is one more piece. Training examples,
@@ -31,16 +31,16 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100
 _CACHE_LIMIT = 500_000
-# The maximum length of a quoted chat-template error.
+# Maximum length of an error of a chat template that is quoted.
 _SHOWN = 200
 _CATALOGUES = 4
-# Catalogues of at least this many texts are cached on disk.
+# Token trees of larger catalogues are cached on disk.
 _LARGE = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Token ids and labels of one training example, equal in length.
+    """The token ids and labels of a training example, equal in length.
 
     Attributes:
         ids: Token ids.
@@ -61,7 +61,7 @@ class TokenRow:
 
 
 class Encoder:
-    """One tokenizer with its chat template.
+    """A tokenizer with its chat template.
 
     Args:
         tokenizer: A Hugging Face fast or slow tokenizer.
@@ -78,14 +78,14 @@ class Encoder:
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._last: tuple[tuple[Message, ...] | None, tuple[int, ...]] = (None, ())
         self.end_id = self._find_end()
-        # T5's tokenizer drops line breaks: an answer that ends with its line would have no end, and a title that is a
-        # prefix of another would always be more likely.
+        # T5's tokenizer drops line breaks: an answer that ends with its line would have no end, and a title that is the
+        # beginning of another would always be more likely.
         self._ends_lines = not tokenizer.encode("\n", add_special_tokens=False)
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
 
     @cached_property
     def digest(self) -> str:
-        """A SHA-256 over vocabulary, added tokens and chat template."""
+        """SHA-256 over vocabulary, added tokens and chat template."""
         tokenizer = self.tokenizer
         core = getattr(tokenizer, "backend_tokenizer", None)
         parts = [
@@ -98,7 +98,7 @@ class Encoder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt, including the given part of the answer.
+        """Return the token ids of a prompt, including the given beginning of the answer.
 
         Raises:
             BackendError: If it is longer than ``max_length``, or contains a forged control token.
@@ -118,7 +118,7 @@ class Encoder:
     def continuations(
         self, prompt: Prompt, ids: Sequence[int], texts: Sequence[str], *, closed: bool
     ) -> list[tuple[int, ...]]:
-        """Return the ids of a prompt's candidates.
+        """Return the token ids of the candidates for a prompt.
 
         Raises:
             BackendError: If the prompt leaves no room for the longest of them within ``max_length``.
@@ -135,7 +135,7 @@ class Encoder:
         return tails
 
     def continuation(self, prompt: Prompt, text: str, *, closed: bool) -> tuple[int, ...]:
-        """Return the ids of a candidate answer; ``closed`` adds the stop text or the end of turn."""
+        """Return the token ids of a candidate; ``closed`` adds the stop text or the end-of-turn token."""
         if not closed:
             return self.piece(text)
         if prompt.stop is not None:
@@ -143,14 +143,14 @@ class Encoder:
         return (*self.piece(text), self.end_id)
 
     def line(self, text: str) -> tuple[int, ...]:
-        """Tokenise the last piece of an answer that ends with its line; if line breaks have no token, the turn ends."""
+        """Tokenise the last line of an answer; if line breaks have no token, it ends with the turn."""
         return (*self.piece(text), self.end_id) if self._loses_end(text) else self.piece(text)
 
     def _loses_end(self, text: str) -> bool:
         return self._ends_lines and text.endswith("\n")
 
     def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
-        """Return the tree of all closed answers to prompts that end with ``stop``.
+        """Return the token tree of all answers with their end, for prompts that end with ``stop``.
 
         The last few trees are kept in memory, and those of large catalogues in the cache folder: tokenising a million
         titles takes longer than building their tree.
@@ -168,7 +168,7 @@ class Encoder:
         return known
 
     def _kept_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> Catalogue:
-        """Return the tree from the cache folder, or build and store it."""
+        """Return the token tree from the cache folder, or build and cache it."""
         name = hashlib.sha256(f"{__version__}\0{self.digest}\0{stop!r}\0{digest}".encode()).hexdigest()[:32]
         file = cache_dir() / "catalogues" / f"{name}.safetensors"
         if file.is_file():
@@ -194,7 +194,7 @@ class Encoder:
             ) from None
 
     def row(self, example: Example) -> TokenRow:
-        """Return a training example, with loss on target pieces and on the end of turn if there is one."""
+        """Tokenise a training example, with loss on targets and on the end-of-turn token if there is one."""
         ids = self.chat(example.messages)
         labels = [IGNORED] * len(ids)
         for text, is_target in marked_pieces(example.answer):
@@ -207,19 +207,19 @@ class Encoder:
         return TokenRow(tuple(ids), tuple(labels))
 
     def text(self, prompt: Prompt) -> str:
-        """Return the final text of a prompt, for reports and logs."""
+        """Return a prompt as the text that the model reads, for reports and logs."""
         return self.turns_text(prompt.messages) + neutralise(
             "".join(s.text for s in prompt.answer_prefix), self.control
         )
 
     def completion(self, ids: Sequence[int], stop: str | None, prompt_tokens: int) -> Completion:
-        """Decode generated ids up to the end of turn or the stop text; used for the output of every engine."""
+        """Decode generated ids up to the end of the turn or the stop text, for every engine."""
         ended = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
         written = list(ids if ended is None else ids[:ended])
         text = self._text(written)
         finished, tokens = ended is not None, len(ids) if ended is None else ended + 1
         if stop is not None and stop in text:
-            # The rest is padding: other answers of the batch were longer.
+            # The rest is padding, because other answers of the batch were longer.
             tokens = bisect_left(range(len(written)), True, key=lambda k: stop in self._text(written[: k + 1])) + 1
             text, finished = text[: text.index(stop)], True
         return Completion(
@@ -234,7 +234,7 @@ class Encoder:
         return text
 
     def piece(self, text: str) -> tuple[int, ...]:
-        """Tokenise one piece of an answer, cached by text."""
+        """Tokenise one part of an answer; cached by text."""
         known = self._pieces.get(text)
         if known is None:
             if len(self._pieces) >= _CACHE_LIMIT:
@@ -248,7 +248,7 @@ class Encoder:
         return known
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenise chat turns up to the start of the answer, and check that no content forged a control token.
+        """Tokenise chat messages up to the start of the answer, and check that no content imitates a control token.
 
         The last results are cached, since several answers to one prompt are encoded in sequence.
         """
@@ -285,14 +285,14 @@ class Encoder:
         return frozenset((int(tokenizer.convert_tokens_to_ids(unknown)),))
 
     def turns_text(self, messages: Sequence[Message]) -> str:
-        """Return the final text of chat turns, up to the start of the answer."""
+        """Return chat messages as the text that the model reads, up to the start of the answer."""
         if not self.tokenizer.chat_template:
             start = self.tokenizer.bos_token or ""
             return start + "".join(turn["content"] + "\n\n" for turn in self._turns(messages))
         return self._rendered(messages)[1]
 
     def turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """Return chat turns as the chat template reads them, without control tokens in their contents."""
+        """Return chat messages in the form of chat templates, without control tokens in their contents."""
         return self._rendered(messages)[0] if self.tokenizer.chat_template else self._turns(messages)
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -303,7 +303,7 @@ class Encoder:
         try:
             return turns, self._apply(turns)
         except ModelError:
-            # Some chat templates have no system role: its text then begins the first user turn.
+            # If a chat template has no system role, its text is put before the first user message.
             if turns[0]["role"] != "system" or len(turns) < 2:
                 raise
             joined = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
@@ -311,7 +311,7 @@ class Encoder:
             return turns, self._apply(turns)
 
     def whole(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokenise a whole conversation, answer included, as other programs do."""
+        """Tokenise a whole conversation including the answer, as other programs do."""
         if not self.tokenizer.chat_template:
             return []
         ids: list[int] = self.tokenizer.encode(self._apply(turns, answering=False), add_special_tokens=False)
@@ -323,7 +323,7 @@ class Encoder:
                 turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
             )
         except Exception as error:
-            # The template is a program by the model's author, run in a sandbox.
+            # The template is a program written by the author of the model, so it runs in a sandbox.
             folder = self.tokenizer.name_or_path
             reason = clean(str(error), _SHOWN) or type(error).__name__
             raise ModelError(
@@ -336,7 +336,7 @@ class Encoder:
         return text
 
     def _find_end(self) -> int:
-        """Find the token that closes an assistant turn: the first control token after its content."""
+        """Find the token that ends an assistant message: the first control token after its content."""
         eos: int | None = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
@@ -354,7 +354,7 @@ class Encoder:
 
 
 def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
-    """Split an answer into pieces around targets and after each line, each with whether it is a target."""
+    """Split an answer at targets and line ends into parts, each with whether it is a target."""
     runs: list[tuple[str, str]] = []
     for segment in segments:
         kind = segment.kind if segment.kind in ("target", "given") else "text"
@@ -366,5 +366,5 @@ def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
 
 
 def pieces(segments: Sequence[Segment]) -> list[str]:
-    """Split an answer prefix like `marked_pieces`."""
+    """Split a given beginning of an answer like `marked_pieces`."""
     return [text for text, _ in marked_pieces(segments)]

@@ -1,4 +1,4 @@
-"""A backend without a model, for tests and for trying out a recipe: seeded scores, canned completions."""
+"""A backend without a model, for tests and trying out recipes: scores from hashes, and fixed texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FakeBackend:
-    """Answers from hashes: the same prompt and candidate always get the same score, in any batch.
+    """Returns scores from hashes: the same prompt and candidate always get the same score, in any batch.
 
     Args:
         complete: Prompt text -> completion; by default a digit drawn from the prompt's hash.
@@ -34,7 +34,7 @@ class FakeBackend:
         self._prefer = prefer or (lambda text, candidate: -20 * _unit(text, candidate) - 0.01)
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
-        """Return canned completions, cut at ``max_tokens`` words."""
+        """Return fixed texts, cut at ``max_tokens`` words."""
         answers = []
         for prompt in prompts:
             words = self._complete(text_of(prompt)).split(" ")
@@ -51,7 +51,7 @@ class FakeBackend:
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Return seeded scores."""
+        """Return scores from hashes."""
         return [
             Scores(
                 logprobs=tuple(self._prefer(text_of(prompt), text) for text in texts),
@@ -72,7 +72,7 @@ class FakeBackend:
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
     ) -> list[SearchResult]:
-        """Return the texts with the best seeded scores."""
+        """Return the texts with the highest scores from hashes."""
         results = []
         for n, prompt in enumerate(prompts):
             out = set(excluded[n]) if excluded else set()
@@ -90,15 +90,15 @@ class FakeBackend:
         return results
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return a seeded vector of 16 dimensions per text."""
+        """Return a vector of 16 dimensions per text, derived from its hash."""
         return np.array([[_unit(text, str(k)) for k in range(16)] for text in texts], dtype=np.float32)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing, since there is nothing to free."""
 
 
 def text_of(prompt: Prompt) -> str:
-    """Return a prompt's turns and given answer as plain text."""
+    """Return the messages and the given answer of a prompt as plain text."""
     turns = [f"{message.role}: {message.text}" for message in prompt.messages]
     return "\n".join([*turns, "assistant: " + "".join(segment.text for segment in prompt.answer_prefix)])
 

@@ -1,4 +1,4 @@
-"""Catalogue search for every engine, and candidate sets that a single next-token distribution can score."""
+"""Search of a catalogue with any engine, and detection of candidates that differ only in their last token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def search(
     engine: str,
     batch_tokens: int,
 ) -> list[SearchResult]:
-    """Answer `Backend.search` with a tree engine.
+    """Search a catalogue with a tree engine; implements `Backend.search`.
 
     Args:
         make: Creates the engine; called once.
@@ -70,7 +70,7 @@ def search(
 def _batches(
     chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: Catalogue, width: int, limit: int
 ) -> list[list[int]]:
-    """Group requests of similar length, longest first, into batches of a number of tokens."""
+    """Group requests of similar length, longest first, into batches of at most ``limit`` tokens."""
     behind = min(width, len(catalogue)) * catalogue.depth
     batches: list[list[int]] = []
     for n in sorted(chosen, key=lambda n: (-len(encoded[n]), n)):
@@ -83,14 +83,14 @@ def _batches(
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels that share a prefix of tokens and differ in one last token."""
+    """Labels that share all tokens except the last one."""
 
     shared: tuple[int, ...]
     distinct: tuple[int, ...]
 
 
 def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> Labels | None:
-    """Return labels that differ in exactly their last token; otherwise None.
+    """Return labels that differ in exactly their last token; None if they do not.
 
     A shared first token (some tokenizers write ``" 4"`` as a space and a digit) is moved into the prompt; it adds
     the same amount to every label, so order and normalised distribution stay exact. Closed texts are scored

@@ -1,1 +1,1 @@
-"""The command `llmrec export`: writes a run's model to a self-contained folder."""
+"""`llmrec export`: writes the model of a run to a self-contained folder."""

@@ -1,4 +1,4 @@
-"""Measures the agreement between exported weights and the trained model on validation cases.
+"""Measures how well exported weights agree with the trained model on validation cases.
 
 Merging is exact up to rounding for an adapter that was trained on unquantised weights. An adapter that was trained on a
 quantised base compensates for its quantisation errors, which the merged model does not have.
@@ -46,7 +46,7 @@ _PROMPTS = 8
 
 @dataclass(frozen=True)
 class _Figures:
-    """The outputs of a model: losses, values by request and metrics by family; next-token logits, (prompts, ids)."""
+    """The outputs of a model: losses, values by request, metrics by task, and next-token logits."""
 
     losses: Mapping[str, float]
     values: Mapping[str, NDArray[np.float64]]
@@ -55,7 +55,7 @@ class _Figures:
 
 
 def on_validation(recipe: Recipe, users: int) -> Study:
-    """Build a recipe's study with ``users`` cases per family from the validation split.
+    """Build the study of a recipe with ``users`` validation cases per task.
 
     Raises:
         DataError: If the data cannot be read, or has no validation split.
@@ -82,7 +82,7 @@ def measure(
     users: int,
     say: Callable[[str], None],
 ) -> Agreement:
-    """Compare the trained adapter on its base with the exported weights on the same validation cases.
+    """Compare the exported weights with the trained adapter on the same validation cases.
 
     Args:
         study: The study of `on_validation`.
@@ -156,7 +156,7 @@ def measure(
 
 
 def _refuse_memory(folder: Path) -> None:
-    """Reject a measurement whose model, which is loaded in float32, would not fit into memory."""
+    """Reject a comparison whose model, loaded in float32, would not fit into memory."""
     size, usable = 4 * sum(count for _, count in outlines(folder).values()), memory().usable
     if size > usable:
         raise LlmrecError(
@@ -206,7 +206,7 @@ def _figures(
         kind = family_of(family).answer
         result = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
-        # If all truths are of one class, the AUC is undefined and cannot be compared.
+        # If all true answers are of one class, the AUC is undefined and cannot be compared.
         if (value := result.figures.metrics[metric].value) is not None:
             values[family], headlines[family] = result.values[metric], float(value)
     return _Figures(losses, values, headlines, logits)
@@ -214,7 +214,7 @@ def _figures(
 
 @reporting_full_memory("measuring the export", _SMALLER, "--check-users")
 def _placed(model: torch.nn.Module, section: ModelSection) -> Any:
-    """Move a model to its device; a quantised one is placed by its loader and must not be moved."""
+    """Move a model to its device; quantised models are already placed and must not be moved."""
     if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):
         return model
     return placed(model, device(section))
@@ -225,7 +225,7 @@ def _eight_bit(model: torch.nn.Module) -> bool:
 
 
 def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
-    """Return the mean loss over a family's targets, in nats per token."""
+    """Return the mean loss over the targets of a task, in nats per token."""
     from llmrec.train.loss import label_loss
 
     torch = require("torch", "train")
@@ -240,7 +240,7 @@ def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
 
 
 def _logits(model: torch.nn.Module, rows: list[TokenRow]) -> NDArray[np.float32]:
-    """Return the logits after the last token of each row, shape (rows, vocabulary)."""
+    """Return the logits after the last token of each example, shape (examples, vocabulary)."""
     torch = require("torch", "train")
     result = [
         model(input_ids=torch.tensor([row.ids], device=model.device), logits_to_keep=1, use_cache=False).logits[0, -1]

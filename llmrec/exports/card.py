@@ -1,4 +1,4 @@
-"""Renders the model card of an exported folder: a README with the front matter that model hubs read.
+"""Renders the model card of an exported folder: a README with the metadata that model hubs read.
 
 All text of a run (names of data sets, nouns, descriptions, templates, results) is untrusted: it is escaped, so it can
 neither open markup nor add a key to the front matter.
@@ -44,9 +44,9 @@ _HERE = Path(__file__).resolve().parent
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LONGEST_LINE = 4000
-# Characters that could end a code fence or a shell quote, or start HTML.
+# Characters that could end a code block or a shell quote, or start HTML.
 _UNSAFE = frozenset("<>&`'")
-# The values that vLLM accepts as the maximum LoRA rank.
+# The values that vLLM accepts as maximum LoRA rank.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -74,13 +74,13 @@ class BaseFacts:
 
     @property
     def known_as(self) -> str:
-        """Its name on the hub, otherwise that of the recipe."""
+        """Name of the model on the hub, or else in the recipe."""
         return self.hub or self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFacts:
-    """One data set; counts are None if the data could not be read at export."""
+    """A data set; counts are None if the data could not be read at export."""
 
     name: str
     source: str
@@ -98,7 +98,7 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The inference settings of one family: strategies and template of evaluation."""
+    """The inference settings of a task: strategies and template used in evaluation."""
 
     family: str
     strategies: tuple[str, ...]
@@ -109,7 +109,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyAgreement:
-    """One family before and after the export, on the same validation cases; losses in nats per token."""
+    """Results of a task before and after the export, on the same validation cases; losses in nats per token."""
 
     family: str
     rows: int
@@ -123,7 +123,7 @@ class FamilyAgreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """The agreement between the exported weights and the trained model.
+    """How well the exported weights agree with the trained model.
 
     Attributes:
         before: The trained model: the unmerged adapter on its base.
@@ -142,7 +142,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A prompt with invented titles, for the snippets.
+    """A prompt with made-up titles, for code examples.
 
     Attributes:
         family: The family that it belongs to.
@@ -197,7 +197,7 @@ class Card:
 
 
 class Raw(str):
-    """Text that is already Markdown; all other text is escaped in the card."""
+    """Text that is already Markdown; all other text is escaped."""
 
     __slots__ = ()
 
@@ -235,7 +235,7 @@ def render(card: Card) -> str:
 
 
 def metadata(card: Card) -> dict[str, Json]:
-    """Return the front matter.
+    """Return the metadata at the top of the model card.
 
     It has no metrics, since they would be shown without their protocol and baselines.
     """
@@ -261,7 +261,7 @@ def metadata(card: Card) -> dict[str, Json]:
 
 
 def code(text: object) -> Raw:
-    """Return text as a code span, or escaped as prose if it has characters that a span cannot contain."""
+    """Return text as a code span, or as escaped text if it has characters that a code span cannot contain."""
     return Raw(escape.code(str(text)))
 
 
@@ -297,7 +297,7 @@ def _training(card: Card) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """The results of one task: sentences, table, signature."""
+    """The results of a task: sentences, table, signature."""
 
     task: str
     first: str
@@ -349,7 +349,7 @@ def _agreement(agreement: Agreement) -> str:
 
 
 def agreement_lines(agreement: Agreement) -> dict[str, str]:
-    """Return an `Agreement` as names and values, for the terminal."""
+    """Return an `Agreement` as names and values for the terminal."""
     lines = {}
     for entry in agreement.families:
         before, after = entry.loss
@@ -373,22 +373,22 @@ def _signed(change: float) -> str:
 
 
 # --------------------------------------------------------------------------- code literals
-# Templates are untrusted. They are inserted as literals that can end neither a code fence nor a quote.
+# Templates are untrusted. They are inserted as literals that cannot end a code block or a quote.
 
 
 def literal(value: object) -> str:
-    """Return strings, lists or mappings as JSON that is also a Python literal and safe in a code fence."""
+    """Return strings, lists or mappings as JSON that is also a valid Python literal and safe in a code block."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(f"\\u{ord(entry):04x}" if entry in _UNSAFE or _hidden(entry) else entry for entry in text)
 
 
 def _hidden(character: str) -> bool:
-    # Beyond this plane JSON and Python write escapes differently.
+    # Beyond this code point, JSON and Python write escapes differently.
     return not character.isprintable() and ord(character) < 0x10000
 
 
 def rank_snippet(card: Card) -> str:
-    """Return the commands that rank the example's candidates with llmrec; empty if the model was not tuned to rank."""
+    """Return commands that rank the candidates of the example; empty if the model was not trained to rank."""
     example = card.example
     if card.adapter_only or not example.candidates:
         return ""
@@ -438,7 +438,7 @@ def python_snippet(card: Card) -> str:
 
 
 def serve_snippet(card: Card) -> str:
-    """Return the command that serves the folder."""
+    """Return the command that serves the exported folder."""
     place = shlex.quote(card.address)
     if card.adapter_only:
         base = shlex.quote(card.base.known_as)
@@ -455,14 +455,14 @@ def request_snippet(card: Card) -> str:
 
 
 def body_of(card: Card) -> tuple[str, dict[str, Json]]:
-    """Return path and body of the request with the example for a server."""
+    """Return path and body of a server request with the example."""
     example = card.example
     body: dict[str, Json] = {"model": "tuned" if card.adapter_only else card.address, "temperature": 0}
     body["max_tokens"] = example.max_tokens
     if example.stop:
         body["stop"] = [example.stop]
     if not example.messages or example.given:
-        # A server may trim the end of a turn that it should continue, so a list is sent as plain text.
+        # A server may trim the end of a message that it should continue, so a list is sent as plain text.
         return "/v1/completions", body | {"prompt": example.text, "add_special_tokens": False}
     body["messages"] = [{"role": role, "content": content} for role, content in example.messages]
     if example.thinking:

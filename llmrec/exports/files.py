@@ -1,4 +1,4 @@
-"""Writes the files of an exported folder, with checksums, under a temporary name that is renamed at the end."""
+"""Writes the files of an exported folder with checksums, under a temporary name that is renamed at the end."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
 )
-# The fix for a damaged file of a run.
+# How to fix a damaged file of a run.
 _RETRAIN = "train again with `llmrec train`"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
 _MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
-# Configuration keys in which libraries store the folder that something was loaded from.
+# Configuration keys in which libraries store the folder from which something was loaded.
 _PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
 def allowed(recipe: Recipe) -> tuple[str, ...]:
-    """Return the patterns of the permitted files of a model."""
+    """Return the patterns of the files that a model may contain."""
     return (*_MODEL, "*.py") if recipe.model.trust_remote_code else _MODEL
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy every file that matches a pattern, with its relative path."""
+    """Copy all files that match a pattern, with their relative paths."""
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             place = target / file.relative_to(source)
@@ -53,14 +53,14 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def drop_places(path: Path) -> None:
-    """Remove the folders of this machine from a configuration."""
+    """Remove folders of this machine from a configuration."""
     if path.is_file():
         values = read_json(path, _RETRAIN)
         write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def settle_generation(draft: Path, encoder: Encoder) -> None:
-    """Set greedy decoding up to the end of turn, as in evaluation, in place of the base model's sampling."""
+    """Set greedy decoding up to the end of the turn, as in evaluation, instead of the base model's sampling."""
     path = draft / "generation_config.json"
     result = read_json(path, _RETRAIN) if path.is_file() else {}
     ends = result.get("eos_token_id") or []
@@ -75,7 +75,7 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
 
 
 def put_adapter(source: Source, base: str, draft: Path) -> None:
-    """Copy the adapter, with the recipe's name of the base model."""
+    """Copy the adapter, and name the base model in it as the recipe does."""
     if source.record["method"] in soft_prompt.METHODS:
         raise LlmrecError(
             f"{source.folder} has soft prompts, which the base does not have; drop --adapter-only",
@@ -100,7 +100,7 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
 
 
 def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str) -> None:
-    """Write ``llmrec.json``, from training or again if that is missing, and the hash of the export's inputs.
+    """Write ``llmrec.json`` and the hash of the inputs of the export.
 
     Args:
         source: The run.
@@ -110,7 +110,7 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
     """
     stored = source.folder / "merged" / bundle.FILE
     if stored.is_file():
-        bundle.read(str(source.folder))  # a damaged file is rejected here instead of by the recipient of the export
+        bundle.read(str(source.folder))  # Reject a damaged file here, before the export is passed on.
         message: Mapping[str, Any] = read_json(stored, _RETRAIN)
     elif study is not None:
         message = bundle.describe(study)
@@ -124,7 +124,7 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
 
 
 def put_index(source: Source, draft: Path, *, titles: bool) -> None:
-    """Copy the item codes if the model was tuned on codes, except titles, which would reveal the catalogue.
+    """Copy the item codes if the model was trained on codes; titles would reveal the catalogue.
 
     Raises:
         LlmrecError: If they are missing in the merged model.
@@ -142,7 +142,7 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 
 
 def made_from(folder: Path) -> str | None:
-    """Return the hash that `put_bundle` wrote to a folder; None if that is not an unchanged export."""
+    """Return the hash written by `put_bundle`; None if the folder is not an unchanged export."""
     try:
         result = checked((folder / bundle.FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
@@ -156,7 +156,7 @@ def put_items(study: Study, draft: Path) -> None:
 
 
 def seal(draft: Path) -> dict[str, int]:
-    """Write ``SHA256SUMS`` and return the size of every file."""
+    """Write ``SHA256SUMS``, and return the size of every file."""
     files = sorted(file for file in draft.rglob("*") if file.is_file())
     lines = [f"{sha256_of(file)}  {file.relative_to(draft).as_posix()}\n" for file in files]
     write_text(draft / SUMS, "".join(lines))
@@ -164,18 +164,18 @@ def seal(draft: Path) -> dict[str, int]:
 
 
 def verify(folder: Path) -> bool:
-    """Return whether a folder is an export with exactly the files and content of its ``SHA256SUMS``."""
+    """Whether a folder is an export with exactly the files and contents in its ``SHA256SUMS``."""
     digests = listed(folder)
     return digests is not None and all(sha256_of(folder / name) == digest for name, digest in digests.items())
 
 
 def ours(folder: Path) -> bool:
-    """Return whether a folder has exactly the files of an export; their content may have been edited."""
+    """Whether a folder has exactly the files of an export, even if they were edited."""
     return listed(folder) is not None
 
 
 def listed(folder: Path) -> dict[str, str] | None:
-    """Return the digests in ``SHA256SUMS`` by file; None if the folder has other files."""
+    """Return the hashes in ``SHA256SUMS`` by file; None if the folder has other files."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -187,7 +187,7 @@ def listed(folder: Path) -> dict[str, str] | None:
 
 @contextmanager
 def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Provide ``TARGET.llmrec-tmp-PID``, and rename it to the target if the block succeeds.
+    """Yield a temporary folder next to the target, and rename it to the target if the block succeeds.
 
     Args:
         target: The final folder.
@@ -215,7 +215,7 @@ def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Itera
 
 
 def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
-    """Reject a target that exists.
+    """Reject an existing target that must not be replaced.
 
     Raises:
         LlmrecError: If the target must not be replaced, or not without ``force``.
@@ -264,7 +264,7 @@ def _sweep(target: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    # In a container, process ids repeat: a folder that this process did not create is a leftover.
+    # In a container, process ids repeat, so a folder that this process did not create is a leftover.
     if process == os.getpid():
         return False
     return alive(process)

@@ -13,7 +13,7 @@ from llmrec.recipe.load import STORED, load_stored
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The run to export, with the content and path of the export."""
+    """Options of `llmrec export`."""
 
     run: Annotated[Path, About(argument=True, metavar="RUN", help="Finished run folder, such as runs/quickstart.")]
     out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
@@ -47,17 +47,17 @@ class ExportOptions:
 
     @property
     def address(self) -> str:
-        """The name with which the model is loaded: its name on the hub, or the folder."""
+        """Name from which the model is loaded: its name on the hub, or the folder."""
         return self.push or self.out.name
 
     @property
     def model_name(self) -> str:
-        """The name of the model in the card."""
+        """Name of the model in the model card."""
         return self.address.rpartition("/")[2]
 
 
 def refuse_untuned(run: Path) -> None:
-    """Reject a run folder without a fine-tuned language model, which an export requires.
+    """Reject a run without a fine-tuned language model, which an export requires.
 
     Raises:
         LlmrecError: If there is none; the message suggests alternatives.

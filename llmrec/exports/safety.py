@@ -1,4 +1,4 @@
-"""Inspects files before they leave the machine, and uploads them to a model hub: private by default."""
+"""Inspects files before they leave the machine, and uploads them to a model hub (private by default)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHORTEST_SECRET = 8
 
 
 def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
-    """Reject a folder with a file of another kind, a path of this machine or a secret of the environment.
+    """Reject a folder with an unexpected type of file, a path of this machine, or a secret of the environment.
 
     Args:
         folder: The folder to publish.
@@ -59,7 +59,7 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
 
 
 def _paths(places: Iterable[Path]) -> list[str]:
-    """Return absolute paths that reveal something about a machine, without root folders."""
+    """Return absolute paths that reveal something about this machine, without root folders."""
     result: set[str] = set()
     for place in (Path.home(), Path.cwd(), cache_dir(), *places):
         result |= {str(entry) for entry in (place.expanduser().absolute(), place.expanduser().resolve())}
@@ -73,7 +73,7 @@ def _secrets() -> list[str]:
 
 
 def _text(file: Path) -> str:
-    """Return the text of a file; for weights only the header at the beginning."""
+    """Return the text of a file; for weights, only the header."""
     if file.suffix == ".safetensors":
         with file.open("rb") as stream:
             return stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", "replace")
@@ -81,7 +81,7 @@ def _text(file: Path) -> str:
 
 
 def keep_only(folder: Path, patterns: Sequence[str]) -> None:
-    """Remove every file that matches no pattern."""
+    """Remove all files that match no pattern."""
     kept = {file for pattern in patterns for file in folder.glob(pattern)}
     for file in folder.rglob("*"):
         if file.is_file() and file not in kept:
@@ -94,7 +94,7 @@ def elements(folder: Path) -> int:
 
 
 def same_weights(one: Path, two: Path) -> bool:
-    """Return whether two model folders have the same weights, up to rounding to the coarser dtype."""
+    """Whether two model folders have the same weights, up to rounding to the coarser dtype."""
     torch = require("torch", "train")
     first, second = _where(one), _where(two)
     if first.keys() != second.keys():
@@ -103,7 +103,7 @@ def same_weights(one: Path, two: Path) -> bool:
         a, b = _tensor(first[name], name), _tensor(second[name], name)
         if a.shape != b.shape:
             return False
-        # The relative rounding error of the coarser dtype, and an absolute error for the sums of the merge.
+        # The relative rounding error of the coarser dtype, and an absolute error for the sums in the merge.
         coarse = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
         fine = 1e-6 * float(b.abs().max()) + 1e-7
         if not torch.allclose(a.float(), b.float(), rtol=coarse, atol=fine):
@@ -132,7 +132,7 @@ def _tensor(file: Path, name: str) -> Any:
 
 
 def check(name: str) -> None:
-    """Check the requirements of an upload before minutes of work.
+    """Check the requirements of an upload, before minutes of work.
 
     Raises:
         LlmrecError: If the name is invalid, the hub is disabled, or the token is missing.
@@ -164,7 +164,7 @@ def check(name: str) -> None:
 
 
 def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str:
-    """Upload exactly the named files of a folder, and return the address of the repository.
+    """Upload the named files of a folder, and return the URL of the repository.
 
     Raises:
         LlmrecError: If the hub cannot be reached or rejects the upload, or if a private upload would go to a public

@@ -1,1 +1,1 @@
-"""Getting started: a recipe for a table (init), a recommender within a time budget (auto), searched keys (tune)."""
+"""Getting started: recipes for tables (init), the best recommender in a time budget (auto), hyperparameters (tune)."""

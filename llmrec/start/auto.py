@@ -1,4 +1,4 @@
-"""`llmrec auto`: tunes recommenders on validation users within a time budget, and measures the best on test users."""
+"""`llmrec auto`: tunes recommenders on validation users within a time budget, and evaluates the best on test users."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ from llmrec.tasks.family import missing_controls
 MODEL = "with-model"
 """Subfolder of the run folder with the run of a tuned language model."""
 
-# Validation users, and test users, that the language model is evaluated on.
+# Number of validation users, and of test users, on whom the language model is evaluated.
 _USERS = 200
-# With fewer training tokens a model of 135 M parameters was worse than a Markov chain wherever it was run.
+# With fewer training tokens, a model of 135 M parameters was worse than a Markov chain on all data sets.
 _LEAST_TOKENS = 1_000_000
-# Training tokens per second, and seconds per search of the catalogue, by device: two cores, measured;
-# one H100, estimated and not measured.
+# Training tokens per second, and seconds per beam search over the catalogue, by device: measured on two cores;
+# estimated for one H100, not measured.
 _TRAINS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
 _ASKS = {"cpu": 1.5, "cuda": 0.1}
 _START = 60.0
-# Largest share of the budget for the language model.
+# Largest share of the time budget for the language model.
 _SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether, and for how long, a language model is fine-tuned.
+    """Whether and how long to fine-tune a language model.
 
     Attributes:
         steps: Training steps; 0 for no language model.
@@ -83,14 +83,14 @@ NONE = Plan(0, 0.0, "no language model: --classic")
 
 @dataclass(frozen=True)
 class Judged:
-    """Whether the tuned model is ``kept``: only if validation figures of the ensemble are worse without it."""
+    """Whether the fine-tuned model is ``kept``: only if it improves the ensemble on validation users."""
 
     kept: bool
     sentence: str
 
 
 def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
-    """Return the training that a budget allows.
+    """Decide how much fine-tuning the time budget allows.
 
     Args:
         budget: The whole budget, in seconds.
@@ -112,7 +112,7 @@ def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
 
 
 def with_model(recipe: Recipe, planned: Plan) -> Recipe:
-    """Return a recipe of classic recommenders with a fine-tuned language model added to their ensemble."""
+    """Add a fine-tuned language model to the ensemble of a recipe."""
     page = recipe.model_dump(mode="json")
     page["train"] = {
         "steps": planned.steps,
@@ -131,7 +131,7 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
 
 
 def judged(results: Results) -> Judged:
-    """Return whether the tuned model improves the ensemble of classic recommenders, on validation users only."""
+    """Return whether the fine-tuned model improves the ensemble of baselines, judged on validation users only."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
     parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
@@ -144,10 +144,10 @@ def judged(results: Results) -> Judged:
     return Judged(kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}.")
 
 
-# --------------------------------------------------------------------------- the members of the ensemble
+# --------------------------------------------------------------------------- members of the ensemble
 
 
-# Share of items that must have a title for texts to be used.
+# Share of items that must have a title for titles to be used.
 _TITLED = 0.5
 
 
@@ -167,7 +167,7 @@ class Part:
 
 
 def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float) -> list[Part]:
-    """Return the recommenders to tune on a data set, cheapest first.
+    """Return the recommenders to tune on a data set, fastest first.
 
     Recommenders that are tuned one by one come to use only the last few events, which makes them similar. Variants that
     use the whole history are included as well, because members of an ensemble should differ.
@@ -184,7 +184,7 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         if entry.needs == "torch" and not torch:
             continue
         baseline = lookup(BASELINES, name, "baseline")
-        # A baseline that fine-tunes its encoder needs one.
+        # A baseline that fine-tunes a text encoder needs one.
         if baseline.READS != "events" and not (texts and (encoder or baseline.READS == "texts")):
             continue
         keys = baseline.Config.model_fields
@@ -198,7 +198,7 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
 
 
 def has_texts(dataset: Dataset) -> bool:
-    """Return whether most items have a title that is not their id."""
+    """Whether most items have a title that is not their id."""
     titled = sum(item.title not in ("", name) for name, item in dataset.items.items())
     return titled > _TITLED * len(dataset.items)
 
@@ -212,12 +212,12 @@ PAGES = (".yaml", ".yml")
 
 
 def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
-    """Return a recipe of the data, without models."""
+    """Return a recipe with the data section only."""
     page = options.table.endswith(PAGES)
     given = load_recipe(options.table) if page else _looked_at(options, state, say)
     data = given.data.model_dump(mode="json")
     if not page:
-        # Users with few interactions get recommendations too.
+        # Users with few interactions also get recommendations.
         data["filter"] |= {"user_core": 1, "item_core": 1}
     return as_recipe(
         {
@@ -231,7 +231,7 @@ def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str],
 
 
 def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
-    """Return the recipe of `init` for a table, or for a copy with faults fixed, whose missing rows are reported."""
+    """Return the recipe of `init` for a table, or for a repaired copy, and report dropped rows."""
     page = state / PAGE
     made = init(
         options.table,
@@ -254,23 +254,23 @@ STATE = "auto"
 """Folder of a run with the trials, the best recipe so far, and the outcome of each recommender."""
 _ENCODER = "all-MiniLM-L6-v2"
 _RESERVED = FusionSection().reserved
-# The final run has more users than a trial, and its audit fits each recommender again, with other held-out events.
+# The final run has more users than a trial, and its audit fits each recommender again on other held-out data.
 _FINISH = 2.0
 _LEAST_FINISH = 20.0
-# Seconds on one core to fit the learned rankers of a run's ensembles, per validation case and squared number of members
+# Seconds on one core to fit the learned ensembles of a run, per validation case and squared number of members
 # (two ensembles of 8 and 11 members on Amazon Toys, 9,706 cases).
 _RANKING = 3e-4
-# Largest share of the budget for one first trial.
+# Largest share of the time budget for one first trial.
 _FIRST_SHARE = 0.15
 _POLL = 0.2
 _LATE, _SLOW = "its time limit was reached", "one epoch takes longer than the time limit"
-# Names in the folder of trials.
+# File names in the folder of trials.
 _OWN = frozenset({PAGE, FIXED, SCHEMA, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 
 
 @dataclass
 class Tried:
-    """The outcome of tuning a recommender.
+    """The result of tuning one recommender.
 
     Attributes:
         part: The recommender.
@@ -286,7 +286,7 @@ class Tried:
 
     @property
     def best(self) -> Done | None:
-        """The best trial; the first one in a tie."""
+        """The best trial; the first one among equals."""
         return max(self.trials, key=lambda trial: trial.value, default=None)
 
 
@@ -294,7 +294,7 @@ Allowed = Callable[[Sequence[Tried]], float]
 
 
 def _promise(tried: Tried) -> float:
-    """Return the weight of a recommender's share of the time: 10 % more NDCG gives about 50 % more time."""
+    """Return the weight of a recommender when time is shared: 10 % more NDCG gives about 50 % more time."""
     best = tried.best
     return max(best.value, 1e-6) ** 4 if best else 0.0
 
@@ -337,7 +337,7 @@ class Auto(Displayed):
 def build(
     options: AutoOptions, say: Callable[[str], None] = lambda line: None, *, data: Any = None, items: Any = None
 ) -> Auto:
-    """Build the best recommender for a table within a time budget, and measure it on test users.
+    """Build the best recommender for a table within a time budget, and evaluate it on test users.
 
     Every recommender has one trial with its defaults; then they share the remaining time to search their grids. All
     choices are made by NDCG@10 on validation users; half of these are only for the weights of the ensemble. Test users
@@ -404,7 +404,7 @@ def build(
             try:
                 joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
             except EngineFailure as failure:
-                # The result of the classic recommenders is valid without it.
+                # The result of the baselines is valid without the language model.
                 sentence += f" The fine-tuned language model is not used: {failure.reason}."
             else:
                 with_it = Results.model_validate(joined.results)
@@ -424,7 +424,7 @@ def _settings(number: int, which: str = "") -> str:
 
 
 def told(made: Auto) -> str:
-    """Return the text to print: the sentence, the recommenders, and the next commands."""
+    """Return the text to print: the result, the recommenders, and the next commands."""
     tuned = "The best hyperparameters of each recommender, by NDCG@10 on the validation users for tuning:"
     lines = [*wrapped(made.sentence), "", *wrapped(tuned)]
     for tried in made.tried:
@@ -444,7 +444,7 @@ def told(made: Auto) -> str:
 
 
 def _folder(options: AutoOptions) -> tuple[str, Path]:
-    """Return the name of the run, and its folder."""
+    """Return the name and the folder of the run."""
     if options.table.endswith(PAGES):
         name = options.name or f"{load_recipe(options.table).name}-auto"
     else:
@@ -463,7 +463,7 @@ def _device() -> str | None:
 
 
 def _encoder() -> str | None:
-    """Return the text encoder; None if its weights or the library to run it are not available."""
+    """Return the text encoder; None if its weights or libraries are not available."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from llmrec.models.text_encoder import text_embedder
@@ -484,7 +484,7 @@ class _Search:
     """
 
     recipe: Recipe
-    data: str  # the fingerprint of its split
+    data: str  # the fingerprint of the split
     state: Path
     parts: Sequence[Part]
     deadline: float
@@ -502,11 +502,11 @@ class _Search:
         self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _FIRST_SHARE))
 
     def rest(self) -> None:
-        """Share the remaining time by the figures of the recommenders; time that one leaves over goes to the others."""
+        """Share the remaining time according to validation results; unused time goes to the other recommenders."""
         able = [tried for tried in self.tried.values() if tried.trials]
         able.sort(key=lambda tried: max(trial.seconds for trial in tried.trials))
         self._round(able, first=False, allowed=self._share)
-        # Recommenders that ran out of time continue in the time that is left over; those without a trial come last.
+        # Recommenders that ran out of time continue in unused time; those without a trial come last.
         short = [tried for tried in able if tried.note == _LATE]
         self._round(sorted(short, key=_promise, reverse=True), first=False, allowed=lambda waiting: self._left())
         late = [tried for tried in self.tried.values() if not tried.trials and tried.note in (_LATE, _SLOW)]
@@ -525,7 +525,7 @@ class _Search:
             DataError: If no recommender has a trial.
         """
         for tried in self.tried.values():
-            # An interrupted recommender has trials that were not reported yet.
+            # An interrupted recommender has trials that were not yet reported.
             tried.trials = done(self._file(tried.part), self._key(tried.part))
         result = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
         if not result:
@@ -537,7 +537,7 @@ class _Search:
         baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
         for tried in result.values():
             assert tried.best is not None
-            # `quiet` is about output, not a hyperparameter.
+            # `quiet` affects output and is not a hyperparameter
             named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
             baselines.append({"name": tried.part.baseline, **named})
         recipe = self.recipe.model_dump(mode="json")
@@ -548,7 +548,7 @@ class _Search:
         return made
 
     def best(self, made: Recipe, data: SplitDataset) -> Choice:
-        """Return the row with the best trial, among the recommenders of a recipe from `chosen`."""
+        """Return the recommender of a recipe with the best trial."""
         baselines = made.tasks.present()["sequential"].baselines
         result = [tried.best.value for tried in self.tried.values() if tried.best is not None]
         figures = {
@@ -570,7 +570,7 @@ class _Search:
             del waiting[: self._try(waiting, first=first, allowed=allowed)]
 
     def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Allowed) -> int:
-        """Tune recommenders in one subprocess until one takes too long or fails; return how many were processed."""
+        """Tune recommenders in one subprocess until one takes too long or fails; return how many finished."""
         at = self.state / "trials" / "at.json"
         wanted = Asked(
             recipe=str(self.state / "data.yaml"),
@@ -612,7 +612,7 @@ class _Search:
         self.say(f"{tried.part.label}: {told}{f'; {tried.note}' if tried.note else ''}")
 
     def _left(self) -> float:
-        """Return the seconds left for the search."""
+        """Return the seconds left for tuning."""
         return self.deadline - self.clock() - self._finish()
 
     def _finish(self) -> float:
@@ -641,7 +641,7 @@ class _Places:
         self.file.unlink(missing_ok=True)
 
     def passed(self, *, done: bool = False) -> range:
-        """Return the indices of recommenders finished since the last call; all remaining ones if it is done."""
+        """Return the indices of recommenders finished since the last call; all remaining ones if ``done``."""
         result = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
         before, self.now = self.now, result
         return range(before, result)
@@ -649,7 +649,7 @@ class _Places:
 
 @contextmanager
 def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run trials in a subprocess, which is killed when the context ends."""
+    """Run trials in a subprocess, which is killed when the block ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     page = log.with_name("asked.json")
     write_json(page, asdict(asked))

@@ -1,4 +1,4 @@
-"""Tunes recommenders in a subprocess that may be killed at any time: every trial is stored as soon as it ends.
+"""Tunes recommenders in a subprocess that can be killed at any time; each trial is stored when it ends.
 
 ``python -m llmrec.start.auto_trial ASKED.json`` reads an `Asked` and writes the trials, one file per recommender.
 """
@@ -25,7 +25,7 @@ TABLE = "excluded"
 """Rankings exclude seen items, as a served recommender does."""
 
 
-# Least number of epochs before early stopping ends training, and seconds from which an epoch is long.
+# Minimum number of epochs before early stopping, and the seconds from which an epoch counts as long.
 _EPOCHS, _LONG = 15, 10.0
 
 
@@ -46,7 +46,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Asked:
-    """The input of the subprocess.
+    """The input of the tuning subprocess.
 
     Attributes:
         recipe: The path of a recipe of the data.
@@ -67,7 +67,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Done:
-    """A trial: hyperparameters, validation NDCG@10, and time.
+    """A trial: hyperparameters, validation NDCG@10, and seconds.
 
     Attributes:
         seconds: Time of fitting and evaluation.
@@ -79,7 +79,7 @@ class Done:
 
 
 def done(out: Path, key: str) -> list[Done]:
-    """Return the trials in a file; none if it is of other data or another version."""
+    """Read the trials in a file; an empty list if they belong to other data or another version."""
     stored = read_stage(out, key, _trials)
     return _trials(stored) if stored else []
 
@@ -94,7 +94,7 @@ def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float)
 
 
 def search(asked: Asked) -> None:
-    """Evaluate hyperparameter settings of each recommender until its grid is exhausted, or only the first."""
+    """Evaluate hyperparameter settings of each recommender until its grid is exhausted, or only its first setting."""
     from llmrec.data.split import halves
     from llmrec.pipeline.study import load_split
     from llmrec.recipe.load import load_recipe
@@ -111,7 +111,7 @@ def search(asked: Asked) -> None:
 
 
 def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) -> bool:
-    """Return whether a network is too slow for the time, from the measured seconds of one epoch."""
+    """Whether a network is too slow for the available time, given the measured seconds of one epoch."""
     from llmrec.baselines.parameters import make
     from llmrec.registry import BASELINES, lookup
 
@@ -127,7 +127,7 @@ def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) 
     file = Path(part.out).with_suffix(".epoch.json")
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if known.get("key") != key:
-        # The first epoch of a process includes imports, which matter if an epoch is short.
+        # The first epoch in a process includes imports, which matters if an epoch is short.
         seconds = epoch()
         known = {"key": key, "seconds": seconds if seconds > _LONG else min(seconds, epoch())}
         write_json(file, known)
@@ -148,7 +148,7 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
         defaults = made.Config(**part.fixed).model_dump()
         grid = {name: (defaults[name],) for name in grid}
     if made.READS == "texts":
-        # Cache the embeddings first, so that their cost is not counted in the first trial.
+        # Compute the text vectors first, so that the first trial does not include their cost.
         text_vectors(data, Catalogue.of(data).ids, made.Config(**part.fixed))
     before = time.monotonic()
 

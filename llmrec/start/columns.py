@@ -1,4 +1,4 @@
-"""Guesses which column of a table is the user, the item, the rating and so on, from names and from values.
+"""Guesses what the columns of a table contain (user, item, rating, ...), by their names and values.
 
 A name is only a proposal: a column with a different value in every row is not the user whatever its name, a title must
 be determined by its item, and numbers that look like counts are not ratings. If two columns fit the user or the item
@@ -43,7 +43,7 @@ ROLES = ("user", "item", "rating", "time", "title", "text", "split")
 
 @dataclass(frozen=True)
 class Asked:
-    """The roles that the user gave: column names, `NONE` for a role without a column, None for one to guess."""
+    """The columns that the user named; `NONE` means no such column, and None that it is to be guessed."""
 
     user: str | None = None
     item: str | None = None
@@ -56,13 +56,13 @@ class Asked:
     split: str | None = None
 
     def of(self, role: str) -> str | None:
-        """Return the column that the user gave for a role."""
+        """Return the column that the user named for a role."""
         value: str | None = getattr(self, role)
         return value
 
 
 def asked(options: TableOptions) -> Asked:
-    """Return the columns in the options: ``fields`` is comma-separated, ``dates`` is one of two words.
+    """Return the columns given as options; ``fields`` is comma-separated, ``dates`` is one of two words.
 
     Raises:
         DataError: If ``dates`` is another word.
@@ -82,7 +82,7 @@ def asked(options: TableOptions) -> Asked:
 
 @dataclass(frozen=True)
 class Roles:
-    """The roles of the columns.
+    """What the columns of a table contain.
 
     Attributes:
         user: Column of users.
@@ -113,12 +113,12 @@ class Roles:
     dates: DateOrder | None = None
 
     def named(self, role: str, own: str) -> str | None:
-        """Return a role's column for a recipe; `NONE` if it has none but a column has llmrec's name for the role."""
+        """Return the recipe value for a role: its column, or `NONE` if another column has the default name."""
         result: str | None = getattr(self, role)
         return result or (NONE if own in self.profiles else None)
 
     def again(self, item: str) -> Asked:
-        """Return the roles as an `Asked`, for a copy of the table whose item column has the given name."""
+        """Return the roles as options, for a copy of the table with another name of the item column."""
         return Asked(
             user=self.user,
             item=item,
@@ -132,11 +132,11 @@ class Roles:
         )
 
     def uses(self, column: str) -> bool:
-        """Return whether a recipe names a column."""
+        """Whether a recipe uses a column."""
         return column in self.fields or any(getattr(self, role) == column for role in ROLES)
 
     def taken_for(self, column: str) -> str:
-        """Return the roles of a column by the keys of a recipe; ``-`` for an unused column."""
+        """Return the recipe keys for which a column is used; ``-`` if it is not used."""
         result = [role for role in ROLES if getattr(self, role) == column]
         return ", ".join(result) or ("field" if column in self.fields else "-")
 
@@ -148,7 +148,7 @@ def check_asked(
     items: Mapping[str, Profile],
     inner: Sequence[str] = (),
 ) -> None:
-    """Check that every column that the user gave exists, and has one role.
+    """Check that all columns that the user named exist, and that none is named twice.
 
     Args:
         name: Name of the table.
@@ -191,7 +191,7 @@ _MOST_LEVELS = 101
 
 
 def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
-    """Return the columns inside lists that are used, so that each element becomes a row.
+    """Return the used columns inside lists, whose elements become rows.
 
     They are those that the user gave; without any, the column whose name fits the item best, if no column outside lists
     fits as well.
@@ -227,7 +227,7 @@ def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
 
 
 class _Guess:
-    """Assigns the columns of a table to `Roles`, one role after another."""
+    """Assigns columns to `Roles`, one role at a time."""
 
     def __init__(
         self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
@@ -270,7 +270,7 @@ class _Guess:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
     def _tie(self, one: str, other: str) -> float | None:
-        """Return how well ``one`` determines ``other``, see `goes_with`; None if the table cannot show it."""
+        """Return how well one column determines another, see `goes_with`; None if the table is too small."""
         if (one, other) not in self._ties:
             self._ties[one, other] = goes_with(self._profiles[one].cells, self._profiles[other].cells)
         return self._ties[one, other]
@@ -353,7 +353,7 @@ class _Guess:
         return self._goes(one, other) and self._goes(other, one)
 
     def _id_like(self, *others: str) -> list[Profile]:
-        """Return the columns that could be ids by their values, except those that ``others`` determine."""
+        """Return the columns whose values could be ids, except columns that ``others`` determine."""
         return [
             col
             for col in self._free()
@@ -415,10 +415,10 @@ class _Guess:
     def _rows(self) -> int:
         return next(iter(self._profiles.values())).rows
 
-    # ----------------------------------------------------------------------- the rest
+    # ----------------------------------------------------------------------- other roles
 
     def _split(self) -> str | None:
-        """Return the column whose every row names a part of a split, train and test included; None if not unique."""
+        """Return the only column whose values name parts of a split, including train and test; None if not unique."""
         result = {}
         for col in self._free():
             sizes = parts_in(col)
@@ -431,7 +431,7 @@ class _Guess:
         return next(iter(result)) if len(result) == 1 else None
 
     def _check_split(self, column: str | None) -> None:
-        """Reject a given split column with a value that is not a part of a split."""
+        """Reject a split column with a value that is not a part of a split."""
         if column is None:
             return
         col = self._profiles[column]
@@ -561,7 +561,7 @@ class _Guess:
         )
 
     def _owned(self, col: Profile) -> bool:
-        """Return whether a column describes the user or the item rather than the interaction."""
+        """Whether a column describes the user or the item instead of the interaction."""
         return self._goes(self._item, col.name) or self._goes(self._user, col.name)
 
     def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
@@ -608,7 +608,7 @@ class _Guess:
         return tuple(name for _, name in scored if name in kept)
 
     def _equal(self, one: str, other: str) -> bool:
-        """Return whether two columns of one table have equal values; numbers are compared numerically."""
+        """Whether two columns have equal values; numbers are compared numerically."""
         first, second = (self._profiles.get(name) or self._items[name] for name in (one, other))
         if (one in self._profiles) != (other in self._profiles):
             return False

@@ -1,4 +1,4 @@
-"""Faults that keep a recipe from reading a table, and a copy of the table with the faults fixed."""
+"""Finds errors in a table that prevent a recipe from reading it, and writes a repaired copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COPY_ENDINGS = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of a table, which `llmrec check` would reject.
+    """An error in a table, which `llmrec check` would reject.
 
     Attributes:
         column: Its column.
@@ -41,7 +41,7 @@ class Fault:
 
 
 def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
-    """Return the faults of a table: ratings, then times, then ids.
+    """Return the errors in a table: first in ratings, then in times, then in ids.
 
     Args:
         peek: The interactions, or a part of them.
@@ -59,13 +59,13 @@ def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> l
 
 
 def _bad(col: Profile, values: pl.Series) -> tuple[int, int]:
-    """Return the number of rows without a value, and the index of the first."""
+    """Return the number of rows without a value, and the index of the first one."""
     gone = values.is_null()
     return int(gone.sum()), int(gone.arg_max() or 0)
 
 
 def _unused(peek: Peek, col: Profile, role: str, values: pl.Series) -> Fault | None:
-    """Return the fault of a column with llmrec's name for a role: it is read by default, even if no role was given."""
+    """Return the error of a column with a default name that would be read although the user excluded it."""
     rows, row = _bad(col, values)
     if not rows:
         return None
@@ -198,7 +198,7 @@ def _place(peek: Peek, col: Profile, row: int, what: str) -> str:
 
 
 def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
-    """Return a paragraph with every fault and the ways to fix them.
+    """Return a message with all errors and how to fix them.
 
     Args:
         name: Name of the table.
@@ -225,11 +225,11 @@ def _capital(text: str) -> str:
     return text if text.startswith("--") else text[:1].upper() + text[1:]
 
 
-# --------------------------------------------------------------------------- the copy
+# --------------------------------------------------------------------------- the repaired copy
 
 
 def mended(table: Table, roles: Roles, items: Table | None, item_column: str) -> tuple[pl.DataFrame, list[str]]:
-    """Return the columns of the recipe with faults fixed, and descriptions of the fixes.
+    """Return the columns of the recipe after repair, with descriptions of the changes.
 
     Args:
         table: The whole table.
@@ -277,7 +277,7 @@ def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.
 
 
 def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
-    """Write a fixed table as CSV or Parquet, chosen by the suffix.
+    """Write a repaired table as CSV or Parquet, depending on the file extension.
 
     Raises:
         DataError: If the suffix is another one, the file exists, or no rows are left.

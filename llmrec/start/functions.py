@@ -36,13 +36,13 @@ from llmrec.tasks.family import missing_controls
 from llmrec.types import Predictor
 
 _ROLES = ("user", "item", "rating", "time", "title", "text", "fields", "dates", "split")
-# Share of users whose last event decides when a network stops training.
+# Share of users on whose last interaction early stopping of neural networks is based.
 _STOPS = 0.1
 
 
 @dataclass(frozen=True, repr=False)
 class Begun(Displayed):
-    """The result of `init` for a frame.
+    """The result of `init` for a data frame.
 
     Attributes:
         recipe: For `llmrec.run`, which takes the frame as ``data`` and the items as ``items``.
@@ -72,7 +72,7 @@ def init(
     dates: str | None = None,
     split: str | None = None,
 ) -> Begun:
-    """Return a recipe for a frame of interactions.
+    """Return a recipe for a data frame of interactions.
 
     A role that is not given is guessed; ``"none"`` leaves it out.
 
@@ -102,7 +102,7 @@ def init(
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the names of columns among the arguments of a function, and what belongs to them."""
+    """Return the arguments of a function that name columns."""
     return {role: values[role] for role in _ROLES if values.get(role) is not None}
 
 
@@ -110,7 +110,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def _recipe_for(
     interactions: Any, items: Any, roles: Mapping[str, Any], *, name: str, only_data: bool = False
 ) -> Iterator[tuple[Recipe, str]]:
-    """Yield the recipe of `init` for frames or paths of tables, and its findings; frames exist only in this context.
+    """Yield the recipe of `init` for data frames or tables, and its findings; frames exist only in this block.
 
     With ``only_data`` only its section ``data`` is of use, and faults of the table are fixed.
     """
@@ -153,7 +153,7 @@ def auto(
     query: str | None = None,
     quiet: bool = False,
 ) -> Auto:
-    """Build a recommender from a table within a time budget: recommenders are tuned, combined and measured.
+    """Build a recommender from a table within a time budget: tune models, combine them and evaluate the result.
 
     A killed call resumes where it was. ``llmrec.load(made.folder)`` opens the recommender.
 
@@ -196,7 +196,7 @@ def auto(
     with Bar("auto", None, quiet=quiet) as bar:
 
         def say(line: str) -> None:
-            # A notebook shows no log, but the bar.
+            # Notebooks show no log, but a progress bar.
             note(line)
             bar.advance(0, line)
 
@@ -253,7 +253,7 @@ def fit(
     columns = _given(locals())
     frame = None if isinstance(interactions, str | Path) else interactions
     if isinstance(model, str) and model == "auto":
-        # It reads no texts that users wrote.
+        # the model reads no texts written by users
         named = {role: column for role, column in columns.items() if role != "text"}
         made = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
         return load(str(made.folder), frame=frame)
@@ -269,7 +269,7 @@ def fit(
 
 
 def _baseline(model: Any, seed: int) -> Any:
-    """Return a baseline by its name, or a given one."""
+    """Return a baseline by name, or the given baseline."""
     if not isinstance(model, str | Path):
         if isinstance(model, Predictor) and isinstance(model, Trainable):
             return model
@@ -287,7 +287,7 @@ def _baseline(model: Any, seed: int) -> Any:
 
 
 def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[str, Any], frame: Any) -> Loaded:
-    """Fit a baseline to all interactions, in memory."""
+    """Fit a baseline on all interactions, in memory."""
     if interactions is None:
         raise DataError(
             "interactions: give a frame or the path of a table", kind="missing-value", column="interactions"
@@ -299,7 +299,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
         parameters=model.config.model_dump(mode="json", exclude_defaults=True) if hasattr(model, "config") else {},
     )
     family = family_about(model.name) if registered else None
-    # Rankers read no ratings, and a row without a rating is still an interaction.
+    # Ranking models do not read ratings, and a row without a rating is still an interaction.
     roles = {"rating": "none", **columns} if family is None else columns
     seed = model.get_params()["seed"] if hasattr(model, "get_params") else 0
     with _recipe_for(interactions, items, roles, name="fitted", only_data=True) as (recipe, _):
@@ -315,7 +315,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
 
 
 def _with_baseline(recipe: Recipe, section: BaselineSection, family: str, seed: int) -> tuple[Recipe, Choice | None]:
-    """Return the recipe that names a baseline, and the choice of it, with which a folder is opened again."""
+    """Add a baseline to a recipe, and return the choice by which the folder is opened again."""
     if section.name.startswith("__main__:"):
         return recipe, None
     values = recipe.model_dump(mode="json")
@@ -339,7 +339,7 @@ def tune(
     items: Any = None,
     quiet: bool = False,
 ) -> TuneResult:
-    """Search keys of a recipe on the validation split within a time budget, and write the best values as a recipe.
+    """Tune keys of a recipe on validation users within a time budget, and write a recipe with the best values.
 
     The test split is not used. A killed call resumes where it was.
 
@@ -376,7 +376,7 @@ def tune(
 
 
 def _searched(over: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Return keys and values in the form of the command line."""
+    """Return the search space in command-line form."""
     if not isinstance(over, Mapping):
         return [over] if isinstance(over, str) else list(over)
     lists = {key: values if isinstance(values, list | tuple | range) else [values] for key, values in over.items()}

@@ -1,4 +1,4 @@
-"""`llmrec init`: writes a recipe for a table that can be run at once, with the role of each column and the reason."""
+"""`llmrec init`: writes a runnable recipe for a table, with the role of each column and the reason for it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llmrec.start.profile import Peek, Profile, kinds_of_events, peek, shown
 from llmrec.start.suggestions import companion_of, no_query, suggested
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# The beginning of a schema file that llmrec wrote.
+# The beginning of a schema file written by llmrec.
 _TITLE = '"title": "llmrec recipe"'
 _CHECKED_ROWS = 300_000
 
@@ -58,7 +58,7 @@ class Made:
 
     @property
     def told(self) -> str:
-        """Findings and next commands, as text."""
+        """Findings and next commands as text."""
         return f"{self.found}\n{self.then}"
 
 
@@ -155,7 +155,7 @@ def init(
 
 
 def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
-    """Write a recipe for a published data set whose files a registered source reads."""
+    """Write a recipe for the files of a published data set."""
     split = Split(kind="given") if source == "samples" else Split()
     section = DataSection(source=source, path=str(path), duplicates="keep_last", split=split)
     dataset = load(section, seed=0)
@@ -173,11 +173,11 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
     return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
 
-# --------------------------------------------------------------------------- files and names
+# --------------------------------------------------------------------------- file names
 
 
 def name_of(name: str | None, table: str) -> str:
-    """Return the name of a recipe: the given one, if valid (else `RecipeError`), or the name of its table."""
+    """Return the name of a recipe: the given one, if it is valid, or the name of the table."""
     if name is None:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(table).name.split(".")[0]).strip("-._")
         return stem or "mine"
@@ -207,7 +207,7 @@ def _is_elsewhere(text: str) -> bool:
 
 
 def _elsewhere(text: str, query: str | None) -> Peek:
-    """Read a table from a database, which needs a query, or from the hub."""
+    """Read a table from a database, which requires a query, or from the Hugging Face hub."""
     if is_hub(text):
         return Peek(result := read_hub(text), True, result.frame.height)
     if query is None:
@@ -244,13 +244,13 @@ def _items_file(text: str, table: str) -> Path:
 
 
 def _is(copy: Path, given: Path) -> bool:
-    """Return whether a copy would overwrite a given table."""
+    """Whether a copy would overwrite the given table."""
     stored, _ = split_sheet(given)
     return stored.exists() and copy.samefile(stored)
 
 
 def _written(path: Path, target: Path) -> str:
-    """Return a path for a recipe: relative only if the recipe is in the working folder of init."""
+    """Return a path for a recipe: relative only if the recipe is in the current working folder."""
     here = target.resolve().parent == Path.cwd().resolve()
     text = str(path)
     return text if here and not text.startswith(("~", "hf:")) else str(path.absolute())
@@ -260,7 +260,7 @@ def _written(path: Path, target: Path) -> str:
 
 
 def _item_column(roles: Roles, items: Table | None) -> str:
-    """Return the item's column in the table of items: that of the same name, or the one that shares most values."""
+    """Return the item column in the item table: the one with the same name, or the one that shares most values."""
     if items is None:
         return roles.item
     for name in (roles.item, leaf(roles.item)):
@@ -296,7 +296,7 @@ def _page(
 ) -> Page:
     title = roles.title
     if title is None and "title" in {*roles.profiles, *roles.items}:
-        title = roles.item  # otherwise a column of that name would be used
+        title = roles.item  # Otherwise the recipe would use a column with that name.
     columns = Columns(
         user=roles.user,
         item=roles.item,
@@ -335,7 +335,7 @@ def _page(
 
 
 def _write(page: Page, target: Path, *, check: bool, dataset: Dataset | None = None) -> tuple[Plan, Recipe, str]:
-    """Write the recipe once `llmrec check` would accept it; return the plan, the recipe and a warning about the split.
+    """Write the recipe if `llmrec check` would accept it; return the plan, the recipe and a warning about the split.
 
     A family that `llmrec check` rejects is switched off.
 
@@ -374,9 +374,9 @@ def _cut(dataset: Dataset, recipe: Recipe) -> SplitDataset:
 
 
 def _write_schema(file: Path) -> None:
-    """Write the JSON schema into the folder of the recipe, which names it, so that editors find it on any machine."""
+    """Write the JSON schema next to the recipe, which refers to it, so that editors find it on any machine."""
     text = resource("docs", "schema", "recipe.json").read_text(encoding="utf-8")
-    # A user's file of that name is not overwritten.
+    # a user's file with that name is not overwritten
     if not file.exists() or (file.is_file() and _TITLE in file.read_text(encoding="utf-8", errors="replace")[:200]):
         write_text(file, text)
 
@@ -440,7 +440,7 @@ def _listed(hints: Sequence[str]) -> list[str]:
 
 
 def _plan_hints(plan: Plan, cut: str) -> list[str]:
-    """Return hints about the split and the sizes of a plan."""
+    """Return hints about the split and about the size of the experiment."""
     hints = [cut] if cut else []
     if plan.split == "last_basket":
         hints.append(
@@ -492,7 +492,7 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
 
 
 def _events(roles: Roles) -> Iterator[tuple[Profile, Mapping[str, int]]]:
-    """Yield the columns that hold the kind of event of each row, with the row count of each kind."""
+    """Yield the columns that contain event types, with the number of rows per type."""
     for col in roles.profiles.values():
         if not roles.uses(col.name) and (kinds := kinds_of_events(col)):
             yield col, kinds
@@ -503,7 +503,7 @@ def _where(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
 
 
 def _events_hint(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
-    """Return a hint on how to keep one kind of event."""
+    """Return a hint on how to keep only one event type."""
     counted = ", ".join(f"{shown(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
     return (
         f"{shown(col.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "

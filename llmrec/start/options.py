@@ -16,7 +16,7 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """A table of interactions, and the roles of its columns."""
+    """Options that describe a table of interactions and its columns."""
 
     table: str
     items: Annotated[str | None, About(help="Table of items, with one row per item.")] = None
@@ -39,7 +39,7 @@ class TableOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions(TableOptions):
-    """A table of interactions, and where its recipe goes."""
+    """Options of `llmrec init`."""
 
     table: Annotated[
         str,
@@ -59,7 +59,7 @@ class InitOptions(TableOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOptions(TableOptions):
-    """A table of interactions or a recipe, a folder, and a budget."""
+    """Options of `llmrec auto`."""
 
     table: Annotated[
         str,
@@ -80,13 +80,13 @@ class AutoOptions(TableOptions):
 
     @property
     def seconds(self) -> float:
-        """The budget, in seconds."""
+        """The time budget in seconds."""
         return budget_seconds(self.budget, "--budget")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions:
-    """A recipe, the keys that are searched, and a budget."""
+    """Options of `llmrec tune`."""
 
     recipe: Annotated[str, About(argument=True, metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
     over: Annotated[

@@ -1,4 +1,4 @@
-"""The recipe that `llmrec init` writes, made from ``recipe.yaml.j2``: every value with its reason."""
+"""The text of the recipe that `llmrec init` writes, from the template ``recipe.yaml.j2``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./-]+(?: [A-Za-z0-9_./-]+)*")
 
 @dataclass(frozen=True)
 class Page:
-    """The values for the recipe template.
+    """The values that fill the recipe template.
 
     Attributes:
         name: The recipe's name.
@@ -61,12 +61,12 @@ def scalar(value: str) -> str:
 
 
 def expected(plan: Plan) -> str:
-    """Return the time estimate as text."""
+    """Return the estimated duration as text."""
     return f"about {minutes(sum(plan.seconds.values()))} on two CPU cores"
 
 
 def render(page: Page) -> str:
-    """Return the recipe as YAML."""
+    """Return the recipe as YAML text."""
     plan, columns = page.plan, page.columns
     keys = ("user", "item", "rating", "time", "dates", "title", "text", "split")
     return _template().render(
@@ -102,7 +102,7 @@ def _template() -> Template:
 
 
 def where_line(column: str, value: str, core: int) -> str:
-    """Return the ``filter`` line of ``data`` that keeps the rows with one value of a column, and a core filter."""
+    """Return the ``filter`` line of ``data`` that keeps rows with one value of a column, and the k-core filter."""
     name = column if column.isidentifier() and not iskeyword(column) else f"col({column!r})"
     cores = f", user_core: {core}, item_core: {core}" if core > 1 else ""
     return f"filter: {{where: {_quoted(f'{name} == {value!r}')}{cores}}}"
@@ -123,7 +123,7 @@ def _quoted(value: str) -> str:
 
 
 def _tasks(plan: Plan) -> dict[str, str]:
-    """Return the settings of each task family."""
+    """Return the recipe settings of each task."""
     facts = plan.facts
     tokens = facts.title_tokens + facts.field_tokens + 3
     ratings = "list-with-fields" if facts.field_tokens else "list-ratings"

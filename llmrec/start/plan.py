@@ -1,4 +1,4 @@
-"""Decisions of `llmrec init`: statistics of a table, the tasks that it supports, and sizes that fit ten minutes."""
+"""Decisions of `llmrec init`: table statistics, supported tasks, and sizes that fit into ten minutes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CORE_ROWS = 50_000
 _CORE_LEFT = 200
 _MOST_LABELS = 101
 _LEAST_TEXTS = 20
-# Least number of users with three or more baskets for a split that holds out whole baskets.
+# Minimum number of users with three or more baskets, for a split that holds out whole baskets.
 _LEAST_BASKETS = 10
-# Two cores, SmolLM2-135M, bf16: `make quickstart` trains 900 tokens per second; scoring and generation speeds were
-# measured too.
+# Measured on two cores with SmolLM2-135M in bf16: `make quickstart` trains 900 tokens per second; scoring and
+# generation speeds.
 TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
 _START = {"vllm": 60.0, "hf": 20.0}
 _OTHER_SECONDS = 40.0
@@ -108,22 +108,22 @@ class Plan:
 
     @property
     def on(self) -> tuple[str, ...]:
-        """The families that are switched on."""
+        """Names of the enabled tasks."""
         return tuple(family for family in FAMILIES if self.tasks[family][0])
 
     @property
     def rates(self) -> bool:
-        """Whether templates can write the ratings: no task supports a scale with too many steps."""
+        """Whether the ratings can be used: no task supports a scale with too many steps."""
         return bool(self.facts.levels) and labels(self.facts.levels) <= _MOST_LABELS
 
     def without(self, family: str, reason: str) -> Plan:
-        """Return the plan with one family switched off."""
+        """Return the plan with one task disabled."""
         return estimated(replace(self, tasks={**self.tasks, family: (False, reason)}))
 
 
 @dataclass(frozen=True)
 class Events:
-    """The input of a plan: the interactions of a table, or of a data set that a source reads.
+    """The interactions for a plan, of a table or of a published data set.
 
     Attributes:
         pairs: One row per interaction: ``user_id``, ``item_id``, and ``time``, a sortable value that is null if
@@ -171,7 +171,7 @@ def events_of(roles: Roles) -> Events:
 
 
 def events_in(dataset: Dataset) -> Events:
-    """Return the interactions of a data set that a source has read."""
+    """Return the interactions of a published data set."""
     rows = dataset.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
     items = dataset.items.values()
     names = dict.fromkeys(name for item in items for name in item.fields)
@@ -192,7 +192,7 @@ def events_in(dataset: Dataset) -> Events:
 
 
 def figures(events: Events, cores: int = 1) -> Facts:
-    """Return statistics of the interactions that a core filter keeps."""
+    """Return statistics of the interactions that a k-core filter keeps."""
     pairs = events.pairs.with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
     once = core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
     rows = pairs.join(once.select("user_id", "item_id"), on=["user_id", "item_id"], how="semi")["row"]
@@ -233,7 +233,7 @@ def _moments(roles: Roles) -> pl.Series:
 
 @dataclass(frozen=True)
 class _Baskets:
-    """Statistics of baskets, the items of a user with the same time; see `Facts`."""
+    """Statistics of baskets (items of a user with the same time); see `Facts`."""
 
     tied: float
     able: int
@@ -242,7 +242,7 @@ class _Baskets:
 
     @property
     def are_cut(self) -> bool:
-        """Whether leave-one-out would cut through many baskets, and whole ones can be held out."""
+        """Whether leave-one-out would divide many baskets, and holding out whole baskets is possible."""
         return self.tied > BASKETS and self.able >= _LEAST_BASKETS
 
 
@@ -250,7 +250,7 @@ _NO_BASKETS = _Baskets(0.0, 0, 0, 0.0)
 
 
 def _baskets(once: pl.DataFrame) -> _Baskets:
-    """Return statistics of baskets, which `last_basket` holds out, from rows without repeats."""
+    """Return statistics of baskets, from rows without duplicates."""
     sizes = once.drop_nulls("time").group_by("user_id", "time").len().sort("time")
     users = sizes.group_by("user_id", maintain_order=True).agg(
         pl.len().alias("moments"), pl.col("len").last().alias("last"), pl.col("len").sum().alias("items"),
@@ -269,7 +269,7 @@ def _baskets(once: pl.DataFrame) -> _Baskets:
 
 
 def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
-    """Return the number of users with training and test rows, and of those with two or more training rows."""
+    """Return the number of users with training and test rows, and with two or more training rows."""
     text = parts.str.strip_chars().str.to_lowercase()
     learned = users.filter(text == "train").value_counts()
     tested = users.filter(text == "test").unique()
@@ -277,7 +277,7 @@ def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
 
 
 def _tokens(cells: pl.Series) -> float:
-    """Return the estimated mean tokens of a value and a separator: about one per 3.2 bytes of UTF-8."""
+    """Estimate the mean number of tokens of a value with a separator, about one per 3.2 bytes of UTF-8."""
     return min(_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
 
 
@@ -330,7 +330,7 @@ def _split(facts: Facts) -> str:
 
 
 def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
-    """Return the rating scale: a maximum of 5 or 10 implies a minimum of 1, unless a rating is below it."""
+    """Return the rating scale: a maximum of 5 or 10 implies a minimum of 1, unless a rating is lower."""
     if len(levels) < 2:
         return None
     low, high = levels[0], levels[-1]
@@ -338,7 +338,7 @@ def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
 
 
 def labels(levels: tuple[float, ...]) -> int:
-    """Return the number of labels of the rating task, from the lowest to the highest rating."""
+    """Return the number of labels for rating prediction, from the lowest to the highest rating."""
     low, high = levels[0], levels[-1]
     step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MOST_LABELS // 2 else 0.5
     return math.ceil(high / step) - math.floor(low / step) + 1
@@ -386,11 +386,11 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
     return result
 
 
-# --------------------------------------------------------------------------- sizes and seconds
+# --------------------------------------------------------------------------- sizes and duration
 
 
 def estimated(plan: Plan) -> Plan:
-    """Return a plan with its time estimate, reduced in size until it fits `BUDGET_SECONDS`."""
+    """Return a plan with its estimated duration, reduced in size until it fits into `BUDGET_SECONDS`."""
     sizes = ((100, 120, True), (100, 120, False), (60, 100, False), (40, 80, False), (25, 60, False))
     for users, steps, shots in sizes:
         arms = ("zero-shot", "few-shot", "tuned") if shots else ("zero-shot", "tuned")
@@ -402,17 +402,17 @@ def estimated(plan: Plan) -> Plan:
 
 
 def shown_history(plan: Plan) -> int:
-    """Return the number of events in a sequential prompt."""
+    """Return the number of interactions in a prompt for sequential recommendation."""
     return int(max(5, min(20, plan.facts.history[2] - 1)))
 
 
 def window(plan: Plan, *, tokens: float) -> int:
-    """Return the number of events in a training row, limited by its maximum length."""
+    """Return the number of interactions in a training example, limited by its maximum length."""
     return int(max(4, min(30, plan.facts.history[2], (ROW_TOKENS - 60) // tokens)))
 
 
 def answer_tokens(plan: Plan) -> int:
-    """Return the maximum tokens of an explanation: 30 % more than the mean of the texts."""
+    """Return the maximum number of tokens of an explanation: 30 % more than the mean of the texts."""
     return int(min(80, max(16, 8 * math.ceil(plan.facts.text_tokens * 1.3 / 8))))
 
 
@@ -436,6 +436,6 @@ def _seconds(plan: Plan) -> dict[str, float]:
     return {
         "training": plan.steps * BATCH_TOKENS / TRAIN_SPEED,
         "evaluation": evaluation,
-        # With backend auto vLLM is started, if it is installed.
+        # With backend auto, vLLM is used if it is installed.
         "starts": _START.get(plan.backend, _START["vllm"]) + _OTHER_SECONDS,
     }

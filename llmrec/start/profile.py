@@ -1,4 +1,4 @@
-"""Statistics of the columns of a table and of pairs of columns, from which `llmrec.start.columns` guesses roles.
+"""Statistics of table columns and pairs of columns, from which `llmrec.start.columns` guesses their roles.
 
 A small table is read whole, a large one in blocks spread over the file.
 """
@@ -53,7 +53,7 @@ READABLE: frozenset[str] = frozenset(
     {"plain numbers", "times", "numbers", "ISO dates", "day-first dates", "month-first dates", "dates"}
 )
 """Number forms that a recipe can read unchanged."""
-# A column has a form if at least this share of its values has it; other values are reported as faults.
+# A column has a format if at least this share of its values has it; other values are reported as errors.
 _MOST = 0.8
 _TRIED = 200
 
@@ -64,7 +64,7 @@ _THOUSANDS = r"^[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?$"
 
 @dataclass(frozen=True)
 class Numbers:
-    """A column read as numbers.
+    """A column parsed as numbers.
 
     Attributes:
         form: The format of the numbers.
@@ -76,13 +76,13 @@ class Numbers:
 
     @property
     def share(self) -> float:
-        """The share of rows with a number."""
+        """Share of rows with a number."""
         return 1 - self.values.null_count() / max(len(self.values), 1)
 
 
 @dataclass(frozen=True)
 class Times:
-    """A column read as times.
+    """A column parsed as times.
 
     Attributes:
         form: The format of the times.
@@ -100,14 +100,14 @@ class Times:
 
     @property
     def sortable(self) -> pl.Series:
-        """Sort keys of the times, null if a cell has none: numbers, or strings for columns of a date or time type."""
+        """Sort keys of the times, null if missing: numbers, or strings for columns with a date or time type."""
         if self.seconds is not None:
             return self.seconds
         return self.values.cast(pl.Float64, strict=False) if self.form == "numbers" else self.values
 
 
 def numbers(texts: pl.Series) -> Numbers:
-    """Parse a column of strings as numbers, in the format of most of its values."""
+    """Parse a column of strings as numbers, in the format that most values have."""
     cells = texts.str.strip_chars()
     filled = max(int((cells != "").sum()), 1)
     plain = _finite(cells)
@@ -181,7 +181,7 @@ UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
 
 
 def shown(name: str, limit: int = 40) -> str:
-    """Return a name from a file as one printable line of limited length."""
+    """Return a name from a file on one line, printable and truncated."""
     line = clean(name, limit + 1)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -216,38 +216,38 @@ class Profile:
 
     @property
     def rows(self) -> int:
-        """The number of rows."""
+        """Number of rows."""
         return len(self.cells)
 
     @property
     def per_value(self) -> float:
-        """The mean number of rows per value."""
+        """Mean number of rows per value."""
         return self.filled / max(self.distinct, 1)
 
     @property
     def unique(self) -> bool:
-        """Whether (nearly) every row has a different value."""
+        """Whether nearly all values are different."""
         return self.distinct >= 0.99 * self.filled and self.distinct > 1
 
     @cached_property
     def whole(self) -> bool:
-        """Whether the numbers are integers."""
+        """Whether all numbers are integers."""
         values = self.numbers.values.drop_nulls()
         return bool((values == values.round(0)).all())
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
-        """The distinct numbers, lowest first."""
+        """The different numbers, lowest first."""
         return tuple(self.numbers.values.drop_nulls().unique().sort().to_list())
 
     @property
     def numeric(self) -> bool:
-        """Whether nearly all filled cells are numbers."""
+        """Whether nearly all non-empty cells are numbers."""
         return self.numbers.form != "no numbers" and self.filled > 0
 
     @cached_property
     def counts(self) -> bool:
-        """Whether the numbers look like counts: the minimum from 0 to 1, the maximum above 10, and most of them low."""
+        """Whether the numbers look like counts: minimum 0 or 1, maximum above 10, and mostly small."""
         values = self.numbers.values.drop_nulls()
         if not self.numeric or values.is_empty() or not 0 <= self.levels[0] <= 1 < self.levels[-1] / 10:
             return False
@@ -259,7 +259,7 @@ class Profile:
 
 
 def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
-    """Return the profile of every column, by name.
+    """Return the statistics of every column, by name.
 
     Raises:
         DataError: If the table has only one column, or no header.
@@ -274,7 +274,7 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
         )
     result = {name: _profile(table, name, dates) for name in columns}
     values = [not name.strip() or _is_value(name) for name in columns]
-    # A name that is also a value of its column is probably a value, so that the file has no header.
+    # If a name is also a value of its column, it probably is a value and the file has no header.
     alike = [value or bool((result[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
     if all(values) or (sum(alike) > 1 and 2 * sum(alike) >= len(alike)):
         raise DataError.at(
@@ -292,7 +292,7 @@ def _is_value(name: str) -> bool:
 
 
 def _profile(table: Table, name: str, dates: DateOrder | None) -> Profile:
-    # Ids are compared unchanged, surrounding blanks included; a cell of only blanks counts as empty.
+    # Ids are compared unchanged, including surrounding spaces; a cell with only spaces counts as empty.
     cells = texts(table, name)
     cells = cells.set(cells.str.strip_chars() == "", "")
     full = cells.filter(cells != "")
@@ -322,7 +322,7 @@ def _float(value: object) -> float:
 
 
 def goes_with(one: pl.Series, other: pl.Series) -> float | None:
-    """Return the share of rows with the most frequent value of ``other`` for their value of ``one``.
+    """Return how well one column determines another: the share of rows with the most frequent value per group.
 
     1 means that ``one`` determines ``other``, as an item determines its title. Only repeated values of ``one`` are
     used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any column
@@ -336,7 +336,7 @@ def goes_with(one: pl.Series, other: pl.Series) -> float | None:
     return _float(counts["len"].sum()) / frame.height
 
 
-# --------------------------------------------------------------------------- tests of values
+# --------------------------------------------------------------------------- classification of values
 
 
 def no_id(col: Profile, *, named: bool = False) -> str:
@@ -366,7 +366,7 @@ def no_id(col: Profile, *, named: bool = False) -> str:
 
 
 def looks_like_ids(col: Profile) -> bool:
-    """Return whether values repeat as ids do and have no other meaning."""
+    """Whether values repeat like ids and have no other meaning."""
     text = col.named
     if any(text.weight(role) for role in ("rating", "time", "text", "field", "count", "headline")):
         return False
@@ -376,7 +376,7 @@ def looks_like_ids(col: Profile) -> bool:
 
 
 def looks_like_ratings(col: Profile) -> bool:
-    """Return whether the numbers fit a usual rating scale: 3 to 21 whole or half points, the maximum from 3 to 10."""
+    """Whether numbers fit a usual rating scale: 3 to 21 whole or half points, with a maximum from 3 to 10."""
     levels = col.levels
     halves = all(float(2 * level).is_integer() for level in levels)
     return 3 <= len(levels) <= 21 and halves and levels[0] >= 0 and 3 <= levels[-1] <= 10
@@ -385,7 +385,7 @@ def looks_like_ratings(col: Profile) -> bool:
 def parts_in(col: Profile) -> dict[str, int]:
     """Return the number of rows for each part of a split, in any spelling."""
     sizes = dict.fromkeys(PARTS, 0)
-    # A column of many distinct values cannot be a split, so its values are not checked.
+    # A column of many different values cannot be a split, so its values are not checked.
     for cell, count in col.cells.value_counts().iter_rows() if col.distinct <= 3 * len(SPELLED) else ():
         if (part := part_of(cell)) is not None:
             sizes[part] += count
@@ -396,7 +396,7 @@ _MOST_KINDS = 20
 
 
 def kinds_of_events(col: Profile) -> dict[str, int]:
-    """Return the number of rows of each kind of event, strongest interest first; empty if the column has no kinds."""
+    """Return the number of rows per event type, strongest interest first; empty if the column has no event types."""
     if not 2 <= col.distinct <= _MOST_KINDS:
         return {}
     sizes = dict(col.cells.filter(col.cells != "").value_counts().iter_rows())
@@ -407,19 +407,19 @@ def kinds_of_events(col: Profile) -> dict[str, int]:
 
 
 def repeats(col: Profile) -> str:
-    """Return a description of how often values repeat."""
+    """Describe how often values repeat."""
     return f"{col.distinct} values, {col.per_value:.1f} rows each"
 
 
 def levels(col: Profile) -> str:
-    """Return a description of the range of the numbers."""
+    """Describe the range of the numbers."""
     return f"{len(col.levels)} values from {col.levels[0]:g} to {col.levels[-1]:g}" + (
         "" if col.numbers.form in READABLE else f", written with {col.numbers.form}"
     )
 
 
 def when(col: Profile) -> str:
-    """Return a description of the format of the times."""
+    """Describe the format of the times."""
     times = col.times
     if times.form != "numbers" or times.low is None or times.high is None:
         return times.form
@@ -452,7 +452,7 @@ _JSON = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Peek:
-    """A table, or a part of it.
+    """A table, or the part of it that was read.
 
     Attributes:
         table: The rows that were read.
@@ -465,23 +465,23 @@ class Peek:
     first: int
 
     def place(self, index: int) -> Place:
-        """Return the file and line of a row, by its 0-based index, as far as known."""
+        """Return the file and line of a row, by 0-based index, if known."""
         return self.table.where(index) if index < self.first else Place(self.table.name)
 
     def along(self, names: Sequence[str]) -> Peek:
-        """Return the table with one row per element of the list that contains the given columns; see `rows_of`."""
+        """Expand the list that contains the given columns to one row per element; see `rows_of`."""
         table = rows_of(self.table, names)
         if table is self.table or table.rows is None:
             return self if table is self.table else Peek(table, self.whole, table.frame.height)
         return Peek(table, self.whole, bisect_left(table.rows, self.first))
 
     def where(self, index: int) -> str:
-        """Return a description of a row, by its 0-based index."""
+        """Describe the location of a row, by 0-based index."""
         return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
 
 
 def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:
-    """Read a table, or blocks of it if it is larger than ``limit`` bytes.
+    """Read a table, or parts of it if it is larger than ``limit`` bytes.
 
     Args:
         path: The file.
@@ -495,7 +495,7 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    # Several files, and formats without independent rows, are read whole.
+    # Several files, and formats without independent rows, are read completely.
     whole = whole or path.is_dir() or is_pattern(path) or kind[0] in (".json", *PACKED)
     size = 0 if no_file(path) else path.stat().st_size  # `read_table` raises the error
     if not whole and size:
@@ -517,7 +517,7 @@ def _all(path: Path) -> Peek:
 
 
 def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
-    """Read the beginning of a gzipped file; None if it is small enough to be read whole."""
+    """Read the beginning of a gzipped file; None if it is small enough to be read completely."""
     with gzip.open(path) as stream:
         raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
     return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")
@@ -529,7 +529,7 @@ def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
         if not _utf8(head):
             return _all(path)
         if kind not in _JSON and b'"' in head:
-            # A quoted field may contain line breaks, so that the first row of a later block cannot be found.
+            # A quoted field may contain line breaks, so the start of a row in a later block is unknown.
             return _part(path, kind, _complete(head + stream.read(part // 2)), b"")
         rest = []
         for number in range(1, _BLOCKS):
@@ -540,7 +540,7 @@ def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
 
 
 def _utf8(head: bytes) -> bool:
-    """Return whether the beginning of a file is UTF-8; a truncated last character is accepted."""
+    """Whether the beginning of a file is UTF-8; the last character may be incomplete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -549,7 +549,7 @@ def _utf8(head: bytes) -> bool:
 
 
 def _complete(raw: bytes) -> bytes:
-    """Truncate the beginning of a file after its last complete row: a line end outside double quotes."""
+    """Truncate the beginning of a file after its last complete row, which ends outside quotes."""
     end = raw.rfind(b"\n")
     while end > 0 and raw.count(b'"', 0, end) % 2:
         end = raw.rfind(b"\n", 0, end)
@@ -560,7 +560,7 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     name = str(path)
     if not head.strip():
         raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
-    # Later rows are only for statistics: `llmrec check` reads the whole file and reports faults there.
+    # Later rows are used only for statistics: `llmrec check` reads the whole file and reports errors there.
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
     if kind in _JSON:
         known = sum(bool(line.strip()) for line in head.split(b"\n"))

@@ -1,4 +1,4 @@
-"""The query that `llmrec init` suggests for a database: one table with a user and an item, or two joined ones."""
+"""Suggests a database query for `llmrec init`: a table with user and item, or a join of two tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def no_query(url: str) -> DataError:
 
 
 def suggested(url: str, tables: list[str] | None = None) -> str:
-    """Return a SELECT of interactions: from a table with a user and an item, or from two tables with one each.
+    """Return a SELECT of interactions, from one table or a join of two tables.
 
     Titles are joined from a table with one row per item. Only the first rows of each table are read.
     """
@@ -61,7 +61,7 @@ def _read(url: str, tables: list[str]) -> Iterator[tuple[str, Table]]:
         try:
             yield name, read_query(url, f"SELECT * FROM {_sql(name)} LIMIT {_ROWS}")
         except LlmrecError:
-            continue  # an empty table, or a view that no longer works
+            continue  # an empty table, or a broken view
 
 
 def _roles(table: Table) -> Roles | None:
@@ -85,7 +85,7 @@ def _has(columns: Mapping[str, Profile], role: str) -> bool:
 
 
 def _with_items(name: str, roles: Roles, known: Mapping[str, Table]) -> str:
-    """Return the SELECT of a table, joined with titles and fields from a table of its items."""
+    """Return the SELECT of a table, joined with titles and fields from a table of items."""
     for other, table in known.items():
         listed = _profiles(table)
         if roles.title is not None or other == name or roles.item not in listed or not listed[roles.item].unique:
@@ -103,7 +103,7 @@ def _sql(name: str) -> str:
     return name if _PLAIN.fullmatch(name) else f'"{doubled}"'
 
 
-# --------------------------------------------------------------------------- a table of items
+# --------------------------------------------------------------------------- item tables
 
 
 _COMPANIONS = 20
@@ -123,7 +123,7 @@ def _unsaid() -> Iterator[None]:
 
 
 def companion_of(path: Path, item: str) -> Path | None:
-    """Return the other table in the folder, or sheet of the spreadsheet, with the item's column; None if not unique."""
+    """Return another file of the folder (or sheet of the spreadsheet) with the item column; None if not unique."""
     result: list[Path] = []
     for other in _others(path):
         try:

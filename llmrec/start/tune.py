@@ -1,4 +1,4 @@
-"""`llmrec tune`: hyperparameter search, in which each trial is a run on the validation split in a separate folder."""
+"""`llmrec tune`: hyperparameter search in which each trial is a run evaluated on validation users."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------- the space, such as KEY=1e-4..1e-3
 
 
-# A range whose ends differ by at least this factor is searched on a log scale.
+# A range is searched on a log scale if its ends differ by at least this factor.
 _DECADE = 10
 
 
 @dataclass(frozen=True)
 class Space:
-    """The search space of a key.
+    """The values to search for one key.
 
     Attributes:
         key: The dotted key, as in overrides.
@@ -59,12 +59,12 @@ class Space:
 
     @property
     def start(self) -> Json:
-        """A value with which the key is checked."""
+        """A value with which the key is checked before the search."""
         return self.values[0] if self.values else self.low
 
     @property
     def log(self) -> bool:
-        """Whether a range is searched on a log scale."""
+        """Whether the range is searched on a log scale."""
         return self.low > 0 and self.high / self.low >= _DECADE
 
     def suggest(self, trial: optuna.Trial) -> Json:
@@ -76,15 +76,15 @@ class Space:
         return trial.suggest_float(self.key, self.low, self.high, log=self.log)
 
     def parameter(self, value: Json) -> Json | None:
-        """Return a value in the form of Optuna's trials; None if it is not in this space."""
+        """Return a value as stored in Optuna's trials; None if it is not in this search space."""
         if self.values:
-            # Strings, since Optuna accepts no lists and cannot distinguish 1 from True.
+            # Strings, since Optuna does not accept lists and does not distinguish 1 from True.
             return flow(value) if value in self.values else None
         able = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if able else None
 
     def value(self, parameter: Json) -> Json:
-        """Return the value of the key for a parameter of a trial."""
+        """Return the key's value for a parameter of a trial."""
         result: Json = value_of(str(parameter), self.key) if self.values else parameter
         return result
 
@@ -109,7 +109,7 @@ def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
 
 
 def grid(searched: Sequence[Space]) -> list[dict[str, Json]] | None:
-    """Return all hyperparameter settings if every space is a list; None otherwise."""
+    """Return all hyperparameter combinations if every search space is a list; otherwise None."""
     if any(not space.values for space in searched):
         return None
     return [
@@ -168,9 +168,9 @@ log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
 _OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK})
-# Folders of a trial that contain weights.
+# Subfolders of a trial that contain weights.
 _HEAVY = ("merged", "checkpoints", "base", "best", "adapter")
-# After this number of failures without a success the search ends.
+# The search ends after this number of failures without a success.
 _HOPELESS = 3
 _SOURCE = "llmrec"
 
@@ -220,7 +220,7 @@ def search(
     data: Any = None,
     items: Any = None,
 ) -> TuneResult:
-    """Run a recipe with settings of a search space, evaluate each on the validation split, and write the best one.
+    """Run a recipe with values of a search space, evaluate each on validation users, and write the best recipe.
 
     The recipe's own values are the first trial if they are in the space. A space of only lists is searched as a grid,
     in order; with a range, Optuna's TPE samples. The test split is not used. Every trial is kept; the same command
@@ -262,7 +262,7 @@ def search(
 
 
 def told(result: TuneResult) -> str:
-    """Return the result as text."""
+    """Return the result as text to print."""
     values = ", ".join(in_words(result.chosen))
     first = "" if result.first is None else f"; unchanged recipe: {result.first:.4f}"
     broken = f", {result.failed} of them failed" if result.failed else ""
@@ -315,7 +315,7 @@ def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> o
 
 
 def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> None:
-    """Queue the trials of a killed call; in a new search the recipe's own values and every setting of a grid."""
+    """Resume an interrupted search, or start one with the recipe's own values and all combinations of a grid."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -369,7 +369,7 @@ class _Search:
         return None
 
     def trial(self, study: optuna.Study) -> None:
-        """Run a trial, and report its figure or its failure to the study."""
+        """Run a trial, and report its result or failure to Optuna."""
         from optuna.trial import TrialState
 
         asked = study.ask()
@@ -443,7 +443,7 @@ class _Search:
         )
 
     def _same(self, study: optuna.Study, question: dict[str, Json], shown: str) -> None:
-        """Reject a search whose trials evaluate different questions: the easiest one would win."""
+        """Reject trials that are evaluated on different questions, because the easiest would win."""
         first = study.user_attrs.get("question")
         if first is None:
             study.set_user_attr("question", question)
@@ -460,7 +460,7 @@ class _Search:
             )
 
     def _value(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
-        """Run a setting on the validation split; of several rows of the family the best one counts.
+        """Evaluate hyperparameters on validation users; if a task has several results, the best one counts.
 
         Returns:
             The figure, and a description of the question that was evaluated.
@@ -494,7 +494,7 @@ class _Search:
         return self.out / _TRIALS / digest_of(**params)
 
     def _tidy(self, best: Path) -> None:
-        """Remove the weights of trials that are not the best."""
+        """Remove the weights of all trials but the best."""
         for folder in (self.out / _TRIALS).iterdir():
             if folder != best and folder.is_dir() and not folder.is_symlink():
                 for name in _HEAVY:

@@ -1,4 +1,4 @@
-"""The transformers backend: exact candidate scores in one masked pass per prompt, batched greedy decoding."""
+"""The transformers backend: exact candidate scores in one forward pass per prompt, and batched greedy decoding."""
 
 from __future__ import annotations
 
@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-# ----------------------------------------------------------------------------
-# Streaming: the pieces of a text, or the progress of several, while they are generated.
+# Streaming of generated text, and progress within a batch.
 
 
 class Listening:
-    """Receives the tokens of one prompt as transformers generates them (``BaseStreamer``).
+    """Receives the tokens for one prompt as transformers generates them (``BaseStreamer``).
 
     Args:
         encoder: Reads tokens.
@@ -57,7 +56,7 @@ class Listening:
         self._prompt = True
 
     def put(self, value: Any) -> None:
-        """Receive the prompt first, then one token at a time."""
+        """Receive the prompt on the first call, then one token per call."""
         if self._prompt:
             self._prompt = False
             return
@@ -72,7 +71,7 @@ class Listening:
 
 
 class Counting:
-    """Tracks the progress of a batch: transformers passes one token of each prompt at a time.
+    """Tracks the progress of a batch, for which transformers passes one token per prompt at a time.
 
     Args:
         prompts: Number of prompts.
@@ -84,7 +83,7 @@ class Counting:
         self._noted = -self._share
 
     def put(self, value: Any) -> None:
-        """Receive the prompts first, then one token of each."""
+        """Receive the prompts on the first call, then one token per prompt."""
         self._noted += self._share
         if self._noted:
             count_answers(self._share)
@@ -96,9 +95,9 @@ class Counting:
 
 log = logging.getLogger(__name__)
 
-# Advice in the error for a GPU that is too small.
+# Advice in the error if GPU memory is insufficient.
 _told_if_full = reporting_full_memory("asking the model", ASKING, "eval.batch_tokens")
-# The number of rows of logits converted to float32 at a time.
+# Number of rows of logits converted to float32 at a time.
 _ROWS = 256
 # Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768
@@ -112,7 +111,7 @@ class _Stopping(TypedDict, total=False):
 
 
 class HFBackend:
-    """A causal language model or an encoder-decoder in transformers.
+    """Runs a causal language model or an encoder-decoder with transformers.
 
     Args:
         model: The loaded model, in any dtype, on any device.
@@ -183,7 +182,7 @@ class HFBackend:
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Score candidates exactly in the full vocabulary; see `Backend.score`."""
+        """Compute exact candidate scores over the full vocabulary; see `Backend.score`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
         tails = [
             self.encoder.continuations(prompt, ids, texts, closed=closed)
@@ -192,7 +191,7 @@ class HFBackend:
         if self._wide and self._states and self.exits is None:
             return self._score_wide(encoded, tails, closed=closed)
         scores: list[Scores | None] = [None] * len(prompts)
-        # Prompts with a common prefix are adjacent, so that the prefix is read once.
+        # Sort prompts so that those with a common prefix are adjacent and the prefix is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
             ids, texts = encoded[i], tails[i]
             labels = None if self._paired else single_token_labels(texts, closed=closed)
@@ -216,7 +215,7 @@ class HFBackend:
     def _score_wide(
         self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]], *, closed: bool
     ) -> list[Scores]:
-        """Score the candidates of many prompts in each pass; batches hold prompts of similar length."""
+        """Score the candidates of many prompts in each pass, in batches of prompts of similar length."""
         trees = self._reads_trees()
         engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._rows_tree()
         labels = [None if self._paired else single_token_labels(tail, closed=closed) for tail in tails]
@@ -265,7 +264,7 @@ class HFBackend:
 
     @_told_if_full
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
-        """Predict ratings in batches of similar length, one forward pass each; see `HeadBackend.rate`."""
+        """Predict ratings in batches of similar length, with one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:
             raise BackendError(
                 "this model has no rating head: it was not fine-tuned with tasks.rating.head; remove 'head' from "
@@ -286,12 +285,12 @@ class HFBackend:
 
     @_told_if_full
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
+        """Return the mean of the last hidden states over the tokens of each text, shape (n, hidden size)."""
         torch = self._torch
         vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), dtype=np.float32)
         encoded = [self.encoder.piece(text) for text in texts]
         for batch in self._batches([len(ids) for ids in encoded]):
-            # Padded on the right, so that positions do not depend on the batch.
+            # padded on the right, so that positions do not depend on the batch
             ids, mask = self._padded([encoded[i] for i in batch], right=True)
             with torch.inference_mode():
                 if self._paired:
@@ -304,7 +303,7 @@ class HFBackend:
         return vectors
 
     def close(self) -> None:
-        """Free the model, and log how many scored answers could not exit early."""
+        """Free the model, and log how many scored answers could not use an early exit."""
         if self.exits is not None and self.exits.whole:
             log.warning(
                 "eval.exit: %d of %d scored prompts used all layers, because their answers are not one-token labels "
@@ -316,7 +315,7 @@ class HFBackend:
         self.model = self._tree = self._prefixes = None
 
     def _greedy(self, stored: Any, encoder: Encoder) -> Any:
-        """Return settings of plain greedy decoding, with only the start token of the model's own settings.
+        """Return settings for greedy decoding, which keep only the start token of the model's own settings.
 
         Other settings of generation_config.json, such as beams, penalties or suppressed tokens, would change answers
         here but not in other engines.
@@ -331,14 +330,14 @@ class HFBackend:
         )
 
     def _reads_trees(self) -> bool:
-        """Whether a token tree can be computed as one sequence; tested as in `_may_pack`, with two short texts."""
+        """Whether a token tree can be computed as one sequence, tested as in `_may_pack` with two short texts."""
         if self.packed and not self._proven:
             some = [self.encoder.piece(text) for text in ("one two", "three")]
             self._may_pack(list(self.encoder.piece("a b c")), some)
         return self.packed and takes_trees(self.model)
 
     def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
-        """Whether packed scores may be used; tested once per model, since a model may ignore the mask."""
+        """Whether candidates can be packed in one sequence; tested once, since a model may ignore the mask."""
         if self.packed and not self._proven and len(tails) > 1:
             some = tails[-2:]
             pairs = zip(self._score_packed(ids, some), self._score_rows(ids, some), strict=True)
@@ -350,7 +349,7 @@ class HFBackend:
         return self.packed
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group indices by length, so that padding stays small and a batch stays within ``batch_tokens``."""
+        """Group indices by length, so that there is little padding and a batch stays within ``batch_tokens``."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
             if batches and (len(batches[-1]) + 1) * lengths[i] <= self.batch_tokens:
@@ -374,7 +373,7 @@ class HFBackend:
                 streamer=streamer,
                 **options,
             )
-        # The output of an encoder-decoder has no prompt and begins with the decoder's start token.
+        # The output of an encoder-decoder has no prompt and begins with the start token of the decoder.
         begin = 1 if self._paired else rows.shape[1]
         return [
             self.encoder.completion(row[begin:].tolist(), stop, len(ids))
@@ -382,12 +381,12 @@ class HFBackend:
         ]
 
     def _padded(self, prompts: Sequence[Sequence[int]], *, right: bool = False) -> tuple[Any, Any]:
-        """Return prompts padded on the left, or on the right (always so for an encoder), with their mask."""
+        """Return prompts padded on the left, or on the right (always for an encoder), with their mask."""
         torch, longest = self._torch, max(map(len, prompts))
         rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
         mask = torch.zeros_like(rows)
         for row, ids in enumerate(prompts):
-            # A decoder continues at the prompt's end; an encoder counts positions from its beginning.
+            # A decoder continues at the end of the prompt; an encoder counts positions from its beginning.
             place = slice(0, len(ids)) if right or self._paired else slice(longest - len(ids), longest)
             rows[row, place] = torch.tensor(ids, device=rows.device)
             mask[row, place] = 1
@@ -406,7 +405,7 @@ class HFBackend:
         return [float(item) for item in result]
 
     def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-        """Score with one forward pass over prompt and candidate tree: each token sees the prompt and its ancestors.
+        """Score candidates with one forward pass over the prompt and a tree of candidates.
 
         Common prefixes are computed once, and the last token of a candidate is not needed. Logits are computed for the
         prompt's last token and the tokens of the tree.
@@ -417,7 +416,7 @@ class HFBackend:
         tree = Candidates.of(tails)
         after, wanted = (torch.from_numpy(item).to(device) for item in (tree.after, tree.wanted))
         if self._states and len(tree.tokens) <= BLOCK:
-            # Few tokens after a prompt: answers such as yes and no, whose prompts share prefixes.
+            # Few tokens after the prompt: answers such as yes and no, whose prompts share prefixes.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
                 result = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
@@ -447,7 +446,7 @@ class HFBackend:
         return sums(result, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-        """Score each candidate as a full sequence, the reference implementation."""
+        """Score each candidate as a full sequence (the reference implementation)."""
         torch = self._torch
         if self._paired:
             return read_through(self._rows_tree(), [ids], [tails])[0]
@@ -497,6 +496,6 @@ def _scores(logprobs: Sequence[float], ids: Sequence[int], tails: Sequence[tuple
 
 
 def _picked(logits: torch.Tensor, ids: Any) -> Any:
-    """Return the full-softmax log-probability of each chosen id, in float32; shape (n,)."""
+    """Return the full-softmax log-probability of each chosen id, float32, shape (n,)."""
     logits = logits.float()
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)

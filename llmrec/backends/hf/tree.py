@@ -1,4 +1,4 @@
-"""Reads token trees with transformers: the prompt once, and each token of a tree once.
+"""Reads token trees with transformers: each prompt once, and each token of a tree once.
 
 All tokens that are fed together form one row per user, with a mask that lets each see its prompt and its ancestors. The
 KV cache only grows: nothing is copied or reordered for beams.
@@ -22,22 +22,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-# ----------------------------------------------------------------------------
 # The part of a model that computes hidden states, without the head.
 #
-# For a causal model this is its decoder. For T5 it is the decoder after the encoder, with two peculiarities: positions
+# In a causal model this is the decoder. In T5 it is the decoder after the encoder, with two peculiarities: positions
 # are an attention bias that counts columns, and hidden states are scaled before the head.
 
 
 class Body(Protocol):
-    """Computes hidden states of columns of tokens, whole prompts first."""
+    """Computes hidden states for columns of tokens, starting with whole prompts."""
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """Start with new prompts, and return the initial tokens of the rows."""
         ...
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Compute columns after those in the cache.
+        """Compute new columns after those in the cache.
 
         Args:
             ids: Token ids, shape (rows, columns).
@@ -53,23 +52,23 @@ class Body(Protocol):
 
 
 def body_of(model: torch.nn.Module) -> Body:
-    """Return the body of a model that `takes_trees`."""
+    """Return the body of a model that `takes_trees` accepts."""
     return PairedBody(model) if is_paired(model.config) else CausalBody(model)
 
 
 def takes_trees(model: torch.nn.Module) -> bool:
-    """Whether logits follow from the body's hidden states row by row, and positions can be set."""
+    """Whether logits follow from hidden states row by row, and positions can be set."""
     plain = plain_head(model.config, model.get_output_embeddings())
     return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
 
 
 def output_scale(config: PretrainedConfig) -> float:
-    """Return the factor of an encoder-decoder's hidden states before the head; mT5 has no such key."""
+    """Return the factor by which an encoder-decoder scales hidden states before the head."""
     return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
 def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
-    """Return the input of the head of a model that `takes_trees`, shape (rows, columns, d).
+    """Return the input of the head, shape (rows, columns, d).
 
     Args:
         model: The model.
@@ -82,7 +81,7 @@ def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
 
 
 def reads_states(model: torch.nn.Module) -> bool:
-    """Whether a model `takes_trees`, tested on a few tokens: its logits equal its head applied to the states."""
+    """Test on a few tokens whether a model's logits equal its head applied to the hidden states."""
     if not takes_trees(model):
         return False
     torch = require("torch", "train")
@@ -109,7 +108,7 @@ class CausalBody:
         return prompts
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Read columns; see `Body`."""
+        """Compute columns; see `Body`."""
         out = self._decoder(
             input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
         )
@@ -117,7 +116,7 @@ class CausalBody:
 
 
 class PairedBody:
-    """T5's decoder over the encoded prompts, whose keys and values are computed once."""
+    """The decoder of T5 after the encoded prompts, whose keys and values are computed once."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._torch = require("torch", "train")
@@ -130,7 +129,7 @@ class PairedBody:
         self._places: Any = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Encode prompts, padded on the right, and return the decoder's start token for each."""
+        """Encode prompts, padded on the right, and return the start token of the decoder for each."""
         torch, device = self._torch, self._model.device
         longest = max(map(len, prompts))
         ids = torch.zeros((len(prompts), longest), dtype=torch.long)
@@ -143,7 +142,7 @@ class PairedBody:
         return [(self._start,)] * len(prompts)
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Read columns; see `Body`."""
+        """Compute columns; see `Body`."""
         known = places if self._places is None else self._torch.cat([self._places, places], dim=1)
         self._places = known
         out = self._model.get_decoder()(
@@ -157,7 +156,7 @@ class PairedBody:
         return out.last_hidden_state * self._scale, out.past_key_values
 
     def _placed(self, mask: torch.Tensor, places: torch.Tensor, known: Any) -> Any:
-        """Return the mask with a correction of the model's position bias, shape (rows, heads, columns, all columns).
+        """Return the mask with corrected position bias, shape (rows, heads, columns, all columns).
 
         The model adds a bias by the distance of two columns. In a tree the distance is one of depth, so the difference
         of both biases is added to the mask, which enters the same sum.
@@ -175,12 +174,12 @@ class PairedBody:
         return torch.where(mask == 0, right - wrong, mask)
 
 
-# Rows of logits at a time, tens of megabytes for a large vocabulary.
+# Rows of logits at a time, which take tens of megabytes for a large vocabulary.
 _ROWS = 256
 
 
 class MaskedTree:
-    """A `TreeEngine` over a causal language model that takes block masks, or a T5.
+    """A `TreeEngine` for causal language models that accept block masks, and for T5.
 
     Attributes:
         tokens: The number of computed tokens, with prompts, without padding.
@@ -220,7 +219,7 @@ class MaskedTree:
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         self._lengths, self._width = lengths, longest
-        # For every prompt and fed token: its position, and the columns after the prompts that it sees.
+        # For every prompt and fed token: its position, and the later columns that it attends to.
         self._positions = lengths - 1
         self._sees = np.zeros((len(prompts), 0), dtype=bool)
         known = self._resume(prompts)
@@ -262,7 +261,7 @@ class MaskedTree:
         self._cache = None
 
     def _resume(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Take the kept cache, and return how many tokens of a single prompt it covers."""
+        """Take the kept cache, and return how many tokens of a single prompt it contains."""
         warm, self._warm = self._warm, None
         if warm is None or len(prompts) != 1:
             return 0
@@ -275,7 +274,7 @@ class MaskedTree:
         return known
 
     def _grow(self, fed: Fed, slots: NDArray[np.int64], wide: int) -> None:
-        """Record position, column and ancestors of fed tokens; parents come before their children."""
+        """Record position, column and ancestors of fed tokens; parents precede their children."""
         base, before = len(self._positions), self._sees.shape[1]
         sees = np.zeros((base + len(fed.tokens), before + wide), dtype=bool)
         sees[:base, :before] = self._sees
@@ -287,7 +286,7 @@ class MaskedTree:
         self._positions, self._sees = positions, sees
 
     def _forward(self, ids: NDArray[np.int64], mask: torch.Tensor, places: NDArray[np.int64]) -> Any:
-        """Run the body over new columns, and return the last hidden states, shape (users, columns, d)."""
+        """Run the model on new columns, and return the last hidden states, shape (prompts, columns, d)."""
         torch, device = self._torch, self._model.device
         with torch.inference_mode():
             hidden, self._cache = self._body.run(
@@ -297,7 +296,7 @@ class MaskedTree:
         return hidden
 
     def _logprobs(self, hidden: torch.Tensor, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
-        """Return full-softmax log-probabilities of wanted tokens; ``rows`` are the hidden states that they follow."""
+        """Return full-softmax log-probabilities of given tokens; ``rows`` selects the preceding hidden states."""
         torch, head = self._torch, self._model.get_output_embeddings()
         result = np.empty(len(rows))
         used, group = np.unique(rows, return_inverse=True)
@@ -320,7 +319,7 @@ def shorten(cache: Any, length: int) -> None:
 
 
 def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the number of preceding tokens of the same user, shape (n,)."""
+    """Return the number of preceding tokens for the same prompt, shape (n,)."""
     order = np.argsort(users, kind="stable")
     counts = np.bincount(users)
     ranks = np.empty(len(users), dtype=np.int64)
@@ -328,8 +327,7 @@ def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
     return ranks
 
 
-# ----------------------------------------------------------------------------
-# Reads token trees with any transformers model: a whole row for every token whose logits are needed.
+# Reads token trees with any transformers model: a full row for every token whose logits are needed.
 #
 # Slower than `MaskedTree`, and correct for models that it does not support: sliding windows, recurrent
 # layers, logits that are more than a matrix product, and encoder-decoders, whose prompt is read by the encoder
@@ -387,7 +385,7 @@ class PlainTree:
         return self._answers(wanted)
 
     def close(self) -> None:
-        """Discard all rows."""
+        """Discard all texts."""
         self._texts, self._users, self._encoded = [], [], None
 
     def _answers(self, wanted: Wanted) -> Floats:
@@ -410,7 +408,7 @@ class PlainTree:
         return result
 
     def _last(self, numbers: Sequence[int]) -> Any:
-        """Return the last states of the numbered texts, shape (n, d), or their logits, shape (n, vocabulary)."""
+        """Return the last hidden states of the texts, shape (n, d), or their logits, shape (n, vocabulary)."""
         torch, texts = self._torch, [self._texts[n] for n in numbers]
         ids, mask = self._padded(texts)
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
@@ -421,7 +419,7 @@ class PlainTree:
             if self._paired:
                 owners = torch.tensor([self._users[n] for n in numbers], device=ids.device)
                 out = self._paired_last(ids, self._encoded[owners], self._mask[owners])
-            # Padded on the right: with causal attention no text sees the padding.
+            # Padded on the right: with causal attention, no text attends to the padding.
             elif self._states:
                 out = states_of(self._model, ids, attention_mask=mask)
             else:
@@ -441,17 +439,16 @@ class PlainTree:
         return ids.to(self._model.device), mask.to(self._model.device)
 
 
-# ----------------------------------------------------------------------------
 # Reads prompts up to their last token, with a cache of the prefixes of recent prompts.
 #
-# Strategies with many questions per request repeat its history in each of them. A prompt is read in
+# Strategies with many prompts per request repeat its history in each of them. A prompt is read in
 # blocks of fixed size and the cache is truncated at block ends, so that a block has the same shape and the same cache
 # whether or not it was read before: a score does not depend on earlier prompts.
 
 
 BLOCK = 64
 """Tokens per block. Smaller blocks share more prefixes, but need more and smaller matrix products."""
-# Bytes of cached keys and values: all requests of a batch for a small model, a few for a large one.
+# Bytes of cached keys and values: for a small model all requests of a batch, for a large model a few.
 _KEPT = 768 << 20
 
 
@@ -464,7 +461,7 @@ class _Read:
 
 
 class PrefixReader:
-    """Reads prompts with the decoder of a causal model whose cache can be truncated.
+    """Reads prompts with a causal decoder whose cache can be truncated.
 
     Attributes:
         read: The number of computed tokens, without shared ones.
@@ -487,7 +484,7 @@ class PrefixReader:
     def tree(
         self, ids: Sequence[int], tokens: Sequence[int], sees: NDArray[np.bool_], depths: NDArray[np.int64]
     ) -> Any:
-        """Return the hidden states of a prompt's last token and of a token tree after it, shape (1 + t, d).
+        """Return the hidden states of the last prompt token and of a token tree after it, shape (1 + t, d).
 
         Args:
             ids: The prompt.
@@ -520,7 +517,7 @@ class PrefixReader:
         self._known.clear()
 
     def _states(self, ids: list[int]) -> Any:
-        """Return the hidden states of a prompt's last block, and cache the prompt."""
+        """Return the hidden states of the last block of a prompt, and cache the prompt."""
         torch = self._torch
         known, kept = self._like(ids)
         if kept:
@@ -544,7 +541,7 @@ class PrefixReader:
         A cached prompt is consumed by the one that continues from it. One that shares less than half stays: it belongs
         to another user, and only the frame of the question is the same.
         """
-        # The last token is always read: its state is the result.
+        # The last token is always read, since its hidden state is the result.
         most = (len(ids) - 1) // BLOCK
         shared = [min(most, _same(ids, item.ids) // BLOCK) for item in self._known]
         best = max(range(len(shared)), key=lambda i: (shared[i], i), default=None)
@@ -558,13 +555,12 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-# ----------------------------------------------------------------------------
 # Scores candidates after prompts: one tree of common prefixes per prompt, many prompts at a time.
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates as a tree of common prefixes.
+    """The candidates for a prompt as a tree of common prefixes.
 
     Attributes:
         tokens: Every inner token once, parents before their children.
@@ -620,7 +616,7 @@ class Candidates:
 def read_through(
     engine: TreeEngine, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[float]]:
-    """Score candidates after each prompt with a tree engine: all trees are fed at once.
+    """Score candidates after each prompt with a tree engine, for all prompts at once.
 
     Args:
         engine: Reads them.
@@ -631,7 +627,7 @@ def read_through(
         The log-probability of each candidate, n lists.
     """
     trees = [Candidates.of(tails) for tails in candidates]
-    # Prompts are numbered from 0, then all fed tokens.
+    # Prompts have the first indices, followed by all fed tokens.
     begins = np.cumsum([len(prompts), *(len(tree.tokens) for tree in trees)])
     after = [np.where(tree.after == 0, n, tree.after - 1 + begins[n]) for n, tree in enumerate(trees)]
     parents = [
@@ -655,5 +651,5 @@ def read_through(
 
 
 def sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
-    """Sum the log-probabilities of each candidate's tokens."""
+    """Sum the log-probabilities over the tokens of each candidate."""
     return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]

@@ -1,1 +1,1 @@
-"""The backend for servers with the OpenAI API."""
+"""The backend for servers with an OpenAI-compatible API."""

@@ -1,4 +1,4 @@
-"""A backend for servers with the OpenAI API, hosted or local; several servers of one model share the requests.
+"""A backend for servers with an OpenAI-compatible API, hosted or local; several servers can share the requests.
 
 There are two routes; a first request selects one (`llmrec.backends.server.probe`):
 
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# vLLM's default limit.
+# default limit of vLLM
 _NAMED = 20
 # Candidates per request.
 _TOGETHER = 32
@@ -56,7 +56,7 @@ _WRITTEN = "strategies that parse generated text still work: list, parsed and te
 
 
 class OpenAIBackend:
-    """A client of one server, or of several that serve the same model.
+    """A client of one server, or of several servers with the same model.
 
     Args:
         section: Address, model, key, limits.
@@ -93,7 +93,7 @@ class OpenAIBackend:
         return _in_order(self.generate_each(prompts, max_tokens=max_tokens))
 
     def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
-        """Yield each prompt's index and continuation as they arrive.
+        """Yield each prompt's index and generated text as they arrive.
 
         Raises:
             BackendError: If a request fails permanently, after all others were answered.
@@ -103,7 +103,7 @@ class OpenAIBackend:
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Score candidates if the server returns log-probabilities; see `Backend.score`."""
+        """Compute candidate scores if the server returns log-probabilities; see `Backend.score`."""
         return _in_order(self.score_each(prompts, candidates, closed=closed))
 
     def score_each(
@@ -135,7 +135,7 @@ class OpenAIBackend:
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
     ) -> list[SearchResult]:
-        """Not supported: a search sends a small request per node, each of which would cross the network.
+        """Not supported, because a search would send a small request over the network for each node.
 
         Raises:
             BackendError: Always.
@@ -147,7 +147,7 @@ class OpenAIBackend:
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Not supported.
+        """Raise an error, because text vectors are not supported.
 
         Raises:
             BackendError: Always.
@@ -165,14 +165,14 @@ class OpenAIBackend:
             loop.run(self.wire.close())
             loop.close()
 
-    # ----------------------------------------------------------------------- jobs
+    # ----------------------------------------------------------------------- requests
 
     def _each(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> Iterator[tuple[int, T]]:
         if self._loop is None:
             raise BackendError("this client was closed; build a new one", kind="closed")
         try:
             for result in self._loop.each(jobs, self._section.concurrency):
-                # Recorded before it is returned: after a kill in between it is requested again, and both are paid.
+                # Recorded before it is returned: if interrupted in between, it is requested and paid again.
                 self.spending.book()
                 yield result
         finally:
@@ -289,14 +289,14 @@ class OpenAIBackend:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A prompt and its number within a call, counted from 1."""
+    """A prompt and its number within a call, from 1."""
 
     place: int
     count: int
     prompt: Prompt
 
     def named(self) -> str:
-        """Return its name in errors."""
+        """Return the name of the prompt in errors."""
         last = clean(self.prompt.messages[-1].text, _LONG) if self.prompt.messages else ""
         shown = f"... {last[-_SHOWN:]}" if len(last) > _SHOWN else last
         return f"request {self.place} of {self.count} ({shown!r})"
@@ -307,7 +307,7 @@ def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
 
 
 def _spellings(encoder: Encoder, token: int) -> tuple[str, ...]:
-    """Return the forms in which servers may write a token: as in the vocabulary, with its space, or decoded."""
+    """Return the forms in which servers may write a token: as in the vocabulary, with a space, or decoded."""
     raw = str(encoder.tokenizer.convert_ids_to_tokens(token))
     return raw, raw.replace("▁", " ").replace("Ġ", " "), str(encoder.tokenizer.decode([token]))
 
@@ -317,7 +317,7 @@ def _scores(logprobs: Sequence[float], prompt_tokens: int, engine: str) -> Score
 
 
 def _in_order(found: Iterator[tuple[int, T]]) -> list[T]:
-    """Return answers in the order of their questions."""
+    """Sort answers in the order of the prompts."""
     return [answer for _, answer in sorted(found, key=_place)]
 
 

@@ -1,4 +1,4 @@
-"""Concurrent requests to servers, with retries: the only layer that retries.
+"""Sends concurrent requests to servers, and retries them.
 
 Retried are 408, 425, 429 and 5xx, time-outs, broken connections, and bodies that are incomplete, too large, not JSON or
 of the wrong form. Waits double and are drawn between 0 and their bound ("full jitter"), so that many clients do not
@@ -36,24 +36,23 @@ from llmrec.guard import clean, neutralise
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Cost, Prompt
 
-# ----------------------------------------------------------------------------
-# Usage of a server in tokens and money, and the caps that stop requests.
+# Usage of a server in tokens and money, and the limits at which requests stop.
 
 
 _MILLION = 1_000_000
-# A larger number of tokens per answer is an error, and sums of them would overflow SQLite's integers.
+# More tokens per answer are treated as an error; sums of them would overflow SQLite's integers.
 _MOST = 2**32
 
 
 class Ledger(Protocol):
-    """Usage that is stored beyond the process."""
+    """Stores usage beyond the end of the process."""
 
     def spent(self) -> Cost:
-        """Return the total recorded so far."""
+        """Return the usage recorded so far."""
         ...
 
     def spend(self, cost: Cost) -> None:
-        """Record further tokens."""
+        """Record additional usage."""
         ...
 
 
@@ -75,23 +74,23 @@ class Spending:
 
     @property
     def capped(self) -> bool:
-        """Whether there is a cap, so that answers must report their usage."""
+        """Whether there is a limit, so that answers must report their usage."""
         return self._section.max_tokens_budget is not None or self._section.max_cost is not None
 
     @property
     def total(self) -> Cost:
-        """The total number of tokens so far."""
+        """Total number of tokens so far."""
         with self._lock:
             return self._total
 
     @property
     def money(self) -> float:
-        """The cost of the tokens, in the currency of the prices."""
+        """Cost of the tokens, in the currency of the prices."""
         total, section = self.total, self._section
         return (total.prompt_tokens * section.price_in + total.completion_tokens * section.price_out) / _MILLION
 
     def check(self) -> None:
-        """Raise an error if a cap is reached.
+        """Raise an error if a limit is reached.
 
         Raises:
             EngineFailure: If a cap is reached; the message names the key.
@@ -115,12 +114,12 @@ class Spending:
             )
 
     def count(self, cost: Cost) -> None:
-        """Add the usage of an answer, readable or not; thread-safe."""
+        """Add the usage of an answer, even if it could not be parsed; thread-safe."""
         with self._lock:
             self._total, self._unbooked = self._total + cost, self._unbooked + cost
 
     def book(self) -> None:
-        """Record usage that is not yet in the ledger; only from the ledger's thread."""
+        """Record usage that is not yet in the ledger; call it only in the ledger's thread."""
         with self._lock:
             cost, self._unbooked = self._unbooked, Cost()
         if self._ledger is not None and cost != Cost():
@@ -128,7 +127,7 @@ class Spending:
 
 
 def usage(value: Any) -> Cost | None:
-    """Return the tokens that an answer reports; None if it reports none."""
+    """Return the usage that an answer reports; None if it reports none."""
     result = value.get("usage") if isinstance(value, dict) else None
     if not isinstance(result, dict):
         return None
@@ -138,19 +137,18 @@ def usage(value: Any) -> Cost | None:
     return Cost(prompt_tokens=counts[0], completion_tokens=counts[1])
 
 
-# ----------------------------------------------------------------------------
-# Load balancing over servers of one model: a failing server is skipped for a while.
+# Load balancing over servers with the same model: a failing server is skipped for a while.
 
 
 FIRST_REST = 1.0
 """Seconds that a failing server is skipped at first; doubled after every further failure."""
-# Consecutive faults after which a server is skipped. After a refused connection it is skipped at once.
+# Number of consecutive failures after which a server is skipped; after a refused connection, one is enough.
 _PATIENCE = 3
 
 
 @dataclass(slots=True)
 class Server:
-    """One server.
+    """The state of a server for load balancing.
 
     Attributes:
         url: The URL up to ``/v1``, without a trailing slash.
@@ -168,7 +166,7 @@ class Server:
 
 
 class Fleet:
-    """Chooses the server of each attempt, round robin.
+    """Selects a server for each attempt, in turn.
 
     A skipped server returns with one trial request, and fully once it answers. A single server is never skipped.
 
@@ -184,7 +182,7 @@ class Fleet:
         self._next = 0
 
     def take(self, last: Server | None = None) -> Server:
-        """Return the server of an attempt.
+        """Return the server for an attempt.
 
         Args:
             last: The server of the failed previous attempt, which is avoided while another one answers.
@@ -197,7 +195,7 @@ class Fleet:
             chosen = awake[0] if awake else min(order, key=lambda server: server.until)
         self._next = (self._servers.index(chosen) + 1) % len(self._servers)
         if chosen.until:
-            # Other requests wait for the result of the trial.
+            # Other requests wait until the result of the trial is known.
             chosen.until, chosen.tried = now + chosen.rest, True
         return chosen
 
@@ -206,7 +204,7 @@ class Fleet:
         return any(server is not than and server.until <= self._clock() for server in self._servers)
 
     def answered(self, server: Server) -> None:
-        """Record an answer or an error status: the server is available."""
+        """Record that a server responded, so it is available."""
         server.faults = 0
         if server.until and not server.tried:
             return
@@ -215,7 +213,7 @@ class Fleet:
         server.until, server.rest, server.tried = 0.0, FIRST_REST, False
 
     def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
-        """Record a fault, and skip the server after too many.
+        """Record a failure, and skip the server after too many.
 
         Args:
             server: The server.
@@ -244,7 +242,7 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 """Exceptions that parsers raise for a malformed answer."""
 
 _MASK = "***"
-# Shorter keys are placeholders for servers without keys ("EMPTY"), and words that an answer may contain.
+# Shorter keys are placeholders for servers without keys ("EMPTY"), or words that an answer may contain.
 _SECRET = 8
 
 
@@ -264,19 +262,19 @@ _MENDS: Mapping[int, str] = {
 
 
 class Refused(BackendError):
-    """A permanent error that should not be retried."""
+    """Raised for a final error of a server, which is not retried."""
 
-    # Constructed only from its message, like every `LlmrecError`, so that it can be pickled.
+    # Has only a message, like every `LlmrecError`, so that it can be pickled.
     status: int | None = None
 
     @property
     def no_route(self) -> bool:
-        """Whether the server does not have the route."""
+        """Whether the server lacks the route."""
         return self.status in _NO_ROUTE
 
 
 class _Again(Exception):
-    """A fault that is retried; ``wait`` is the server's Retry-After in seconds."""
+    """A failure to be retried; ``wait`` is the server's Retry-After in seconds."""
 
     def __init__(self, kind: str, wait: float | None = None) -> None:
         super().__init__(kind)
@@ -284,7 +282,7 @@ class _Again(Exception):
 
 
 class Wire:
-    """A client of one server, or of several that serve the same model.
+    """A client of one server, or of several servers with the same model.
 
     Args:
         section: Address, key, time-outs, attempts.
@@ -300,13 +298,13 @@ class Wire:
         self._httpx, self._section, self._spending = httpx, section, spending
         self._fleet = Fleet(section.urls, section.longest_wait)
         self._key = key_of(section)
-        # Shared by the copies for single servers, like all counters.
+        # shared by the copies for single servers, like all counters
         self._told: set[str] = set()
         self.where = section.where
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
         for name in ("httpx", "httpcore"):
-            # These loggers write one line per request.
+            # these loggers write one line per request
             logging.getLogger(name).setLevel(logging.WARNING)
         local = any(urlsplit(url).hostname in _LOCAL for url in section.urls)
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -315,14 +313,14 @@ class Wire:
             headers={**bearer, "Accept-Encoding": "gzip"},
             timeout=section.timeout,
             limits=httpx.Limits(max_connections=section.concurrency, max_keepalive_connections=section.concurrency),
-            # No proxy for this machine.
+            # no proxy for this machine
             trust_env=not local,
         )
 
     async def ask(
         self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], *, what: Callable[[], str]
     ) -> T:
-        """Send a request, with retries, until its answer can be read; a GET without a body.
+        """Send a request and parse the answer, with retries.
 
         Args:
             path: The path after the base URL, such as ``/completions``.
@@ -339,7 +337,7 @@ class Wire:
         server: Server | None = None
         wait: float | None = None
         for attempt in range(self._section.attempts):
-            # Another server is tried at once, but not all of them in sequence.
+            # Another server is tried at once, but not one after another without waiting.
             if server is not None and not (attempt % 2 and self._fleet.another(server)):
                 await asyncio.sleep(self._pause(attempt, wait))
             self._spending.check()
@@ -376,7 +374,7 @@ class Wire:
         )
 
     def each(self) -> list[Wire]:
-        """Return a client of each single server, with the same connections and counters."""
+        """Return a client for each server, with the same connections and counters."""
         results = []
         for url in self._section.urls:
             one = copy.copy(self)
@@ -392,7 +390,7 @@ class Wire:
         self, url: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], what: Callable[[], str]
     ) -> T:
         try:
-            # The client's time-outs bound single reads; a trickling response would never end.
+            # The client's timeouts apply to single reads, so a very slow response would never end.
             async with asyncio.timeout(self._section.timeout):
                 stream = self._client.stream("GET" if body is None else "POST", url + path, json=body)
                 async with stream as response:
@@ -427,7 +425,7 @@ class Wire:
             raise _Again(f"malformed answer: {self._words(str(error))}") from None
 
     def _count(self, value: Any, body: Mapping[str, Any] | None) -> None:
-        """Add the usage of an answer.
+        """Add the usage reported in an answer.
 
         Raises:
             BackendError: If there is a cap and the answer reports no usage.
@@ -445,18 +443,18 @@ class Wire:
             )
 
     def _pause(self, attempt: int, asked: float | None) -> float:
-        """Return the seconds before the next attempt, at least the server's Retry-After."""
+        """Return the seconds to wait before the next attempt, at least the server's Retry-After."""
         bound = min(self._section.longest_wait, self._section.backoff * 2.0 ** (attempt - 1))
         return (asked or 0.0) + random.uniform(0.0, bound)
 
     def _words(self, text: str) -> str:
-        """Return a server's message as one short line without the key."""
+        """Return the message of a server as one short line without the API key."""
         if self._key:
             text = text.replace(self._key, _MASK)
         return clean(text, _SHOWN)
 
     def _masked(self, value: Any) -> Any:
-        """Return an answer without the key, which a server may repeat and a cache or report would keep."""
+        """Remove the API key from an answer, because a server may repeat it and it would be cached."""
         if self._key is None or len(self._key) < _SECRET:
             return value
         masked = _replaced(value, self._key, _MASK)
@@ -467,7 +465,7 @@ class Wire:
 
 
 async def unpacked(response: Any) -> bytes:
-    """Read the body of a response, at most `LARGEST` bytes compressed and decompressed.
+    """Read a response body, up to `LARGEST` bytes both compressed and decompressed.
 
     Raises:
         _Again: If it is larger or cannot be decompressed.
@@ -494,7 +492,7 @@ async def unpacked(response: Any) -> bytes:
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
-    """Return a JSON value with a text replaced in all strings."""
+    """Replace a text in all strings of a JSON value."""
     if isinstance(value, str):
         return value.replace(old, new)
     if isinstance(value, list):
@@ -505,7 +503,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds of a ``Retry-After`` header, a number or a date; None if it is missing.
+    """Return the seconds in a ``Retry-After`` header, given as number or date; None if it is missing.
 
     Args:
         value: The header.
@@ -524,7 +522,7 @@ def retry_after(value: str | None, now: float) -> float | None:
 
 
 def _message(text: str) -> str:
-    """Return the message in an error's body, in any of the usual forms."""
+    """Return the message in an error response, in any of the usual formats."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -576,7 +574,7 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def each(self, jobs: Sequence[Callable[[], Awaitable[T]]], together: int) -> Iterator[tuple[int, T]]:
-        """Yield every job's index and result as they finish, ``together`` at a time.
+        """Yield the index and result of each job when it finishes, running ``together`` jobs at a time.
 
         A result counts as in progress until the next one is taken. After a failure no further job starts; those in
         progress are finished and yielded, then the first failure is raised. Closing the iterator cancels all jobs.
@@ -603,7 +601,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class _Done(Generic[T]):
-    """A result, and the signal that it was taken."""
+    """A result, and a signal that it was received."""
 
     place: int
     result: T
@@ -637,18 +635,17 @@ async def _all(
     return failures[0] if failures else None
 
 
-# ----------------------------------------------------------------------------
 # Request bodies.
 
 
 def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: int, **keys: Any) -> dict[str, Json]:
-    """Return the body of a request that continues token ids or a text greedily."""
+    """Return the body of a request that continues token ids or a text by greedy decoding."""
     prompt = ids if isinstance(ids, str) else list(ids)
     return _with_extra(section, {"prompt": prompt, "max_tokens": room, **keys})
 
 
 def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
-    """Return the body of a request for the log-probabilities of whole rows of token ids."""
+    """Return the body of a request for the log-probabilities of whole sequences of token ids."""
     keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
     return _with_extra(section, keys)
 
@@ -656,7 +653,7 @@ def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> di
 def chat_body(
     section: ServerSection, prompt: Prompt, *, room: int, control: Sequence[str], continues: bool, **keys: Any
 ) -> dict[str, Json]:
-    """Return the body of a request that answers chat turns greedily.
+    """Return the body of a request that answers chat messages by greedy decoding.
 
     The given part of the answer is a final assistant turn. A server that supports it continues this turn; others may
     start a new one.

@@ -1,4 +1,4 @@
-"""Determines what a server supports, with requests of a few tokens.
+"""Detects what a server supports, with requests of a few tokens.
 
 Servers with the same protocol differ in their log-probabilities: of the most likely tokens, of named tokens, of
 prompts, or none. The probe goes by their answers, not by their names.
@@ -22,10 +22,9 @@ from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Completion, Cost, Message, Prompt, Segment
 
-# ----------------------------------------------------------------------------
-# Parses answers: texts without reasoning, choices by index, log-probabilities.
+# Parsing of answers: texts without reasoning, choices by index, log-probabilities.
 #
-# Every parser raises a ValueError, LookupError or TypeError for a malformed answer, and the request is retried.
+# All parsers raise a ValueError, LookupError or TypeError for a malformed answer, whose request is then retried.
 
 
 MARGIN = 1.0
@@ -37,7 +36,7 @@ _THINKING = re.compile(r"<think(?:ing)?>")
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Log-probabilities of labels, in nats, and the number of labels that were not returned and have the minimum."""
+    """Log-probabilities of labels in nats, and the number of labels that were not returned and got the minimum."""
 
     logprobs: tuple[float, ...]
     floored: int
@@ -47,7 +46,7 @@ class Labelled:
 
 
 def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
-    """Return the choices of an answer in the order of the prompts.
+    """Return the choices in an answer, in the order of the prompts.
 
     Raises:
         ValueError: If one is missing or duplicate.
@@ -65,7 +64,7 @@ def _place(pair: tuple[int, Any]) -> int:
 
 
 def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
-    """Parse a generated text, up to its stop text and without a preceding reasoning block.
+    """Parse a generated text, without a reasoning block and up to the stop text.
 
     An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0.
 
@@ -84,7 +83,7 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
         text = choice["text"]
     if not isinstance(text, str):
         raise ValueError("the text of the answer is not a string")
-    # JSON can contain lone surrogates, which cannot be encoded.
+    # JSON can contain lone surrogates, which cannot be encoded as UTF-8.
     text = text.encode("utf-8", "replace").decode("utf-8")
     cost = usage(value) or Cost()
     result = Completion(
@@ -104,7 +103,7 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
 
 
 def without_thoughts(text: str) -> tuple[str, bool]:
-    """Return the text after the last reasoning block, and whether every block ends.
+    """Return the text after the last reasoning block, and whether all blocks end.
 
     Some templates open the block in the prompt, so that the answer contains only its end.
     """
@@ -116,7 +115,7 @@ def without_thoughts(text: str) -> tuple[str, bool]:
 
 
 def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
-    """Parse the log-probabilities of requested token ids at the first token of a completion.
+    """Parse the log-probabilities of requested token ids at the first generated token.
 
     Raises:
         LookupError: If one of them was not returned.
@@ -154,7 +153,7 @@ def chat_first(value: Any) -> dict[str, float]:
 
 
 def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
-    """Return the log-probability of each name, or the minimum: `MARGIN` below the smallest one returned.
+    """Return the log-probability of each label, or `MARGIN` below the smallest returned one if it is missing.
 
     Raises:
         ValueError: If nothing was returned.
@@ -170,7 +169,7 @@ def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
 
 
 def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
-    """Sum the log-probabilities of each candidate's tokens after the same prompt, from echoed prompts.
+    """Sum the log-probabilities of each candidate's tokens, from echoed prompts.
 
     Args:
         value: An answer with one choice a candidate.
@@ -193,7 +192,7 @@ def first(value: Any) -> dict[str, float]:
 
 
 def _nats(value: Any) -> float:
-    """Return a log-probability; servers write a large negative number for none."""
+    """Return a log-probability; servers write a large negative number for zero probability."""
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
         raise ValueError(f"{value!r} is not a log-probability")
     return float(value)
@@ -208,13 +207,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Digits, accents, another script and a symbol: tokenizers that give the same number of tokens are the same.
+# Digits, accents, another script and a symbol: tokenizers with the same number of tokens are treated as equal.
 _TEXT = "Heat (1995), Amélie, 羅生門, Ночной дозор: 3.5 of 5, №1 🎬 antidisestablishmentarianism"
 _PROMPT = Prompt(messages=(Message("user", (Segment("text", "Answer with one digit, 1 or 2."),)),))
-# The maxima that servers allow, in current and in older versions.
+# The maximum values that servers allow, in current and older versions.
 _TOPS = (20, 5)
 _ROOM = 4
-# Nats by which servers of one model may differ on a likely token, through kernels and half precision.
+# Nats by which servers with the same model may differ for a likely token, because of kernels and half precision.
 _ALIKE, _LIKELY = 0.5, -3.0
 
 
@@ -238,7 +237,7 @@ class Offers:
 
 
 async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
-    """Determine the capabilities of servers, which must be the same.
+    """Detect the capabilities of several servers, which must be equal.
 
     Raises:
         BackendError: As `probe`; or if they differ in capabilities, in whether they list the model, or in their answers
@@ -270,14 +269,14 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
 
 @dataclass(frozen=True, slots=True)
 class _Reported:
-    """What a server reports on its model: whether it lists it, if it lists any, and its most likely first tokens."""
+    """What a server reports about its model: whether it lists the model, and the most likely first tokens."""
 
     listed: bool | None
     tokens: dict[str, float]
 
 
 async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Reported:
-    """Request a server's models, and log-probabilities after one prompt if it returns any."""
+    """Request a server's list of models, and log-probabilities after a prompt if it returns any."""
 
     def listed(value: Any) -> bool:
         return section.model in [model["id"] for model in value["data"]]
@@ -297,7 +296,7 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
 
 
 def _different(one: Offers, other: Offers) -> str:
-    """Return the difference of two servers' capabilities; empty if none."""
+    """Return how the capabilities of two servers differ; empty if they do not."""
     names = [
         name
         for name in ("exact", "top", "named", "likelihood", "continues")
@@ -307,7 +306,7 @@ def _different(one: Offers, other: Offers) -> str:
 
 
 def _contradicts(one: _Reported, other: _Reported) -> str:
-    """Return the evidence that two servers have different models; empty if none."""
+    """Return the evidence that two servers have different models; empty if there is none."""
     if None not in (one.listed, other.listed) and one.listed != other.listed:
         return "only one of them lists it"
     for token in one.tokens.keys() | other.tokens.keys():
@@ -318,7 +317,7 @@ def _contradicts(one: _Reported, other: _Reported) -> str:
 
 
 async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
-    """Determine the capabilities of a server.
+    """Detect the capabilities of a server.
 
     Raises:
         BackendError: If it does not answer, or lacks what ``eval.server.chat: completions`` needs.
@@ -340,9 +339,9 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
 
 
 async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> Offers | str:
-    """Return the capabilities of completions, or why token ids cannot be continued."""
+    """Return the capabilities for completions, or why token ids cannot be continued."""
     ids = list(encoder.piece(_TEXT))
-    # Some servers add a token before a text.
+    # Some servers add a token before the text.
     for text, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
         try:
             read = await _try(wire, "/completions", completion_body(section, text, room=1), _read_tokens)
@@ -360,7 +359,7 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
 
 
 async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
-    """Return the number of most likely tokens that a completion returns, and whether it returns named ones."""
+    """Return how many most likely tokens a completion returns, and whether it can return requested ones."""
     for top in _TOPS:
         body = completion_body(section, ids, room=1, logprobs=top)
         if not await _offered(wire, "/completions", body, lambda value: top_labels(value, [("",)])):
@@ -379,9 +378,9 @@ async def _echoes(wire: Wire, section: ServerSection, rows: list[list[int]]) -> 
 
 
 async def _chat_top(wire: Wire, section: ServerSection) -> int:
-    """Return the number of most likely first tokens of a chat answer; 0 if the model reasons first."""
+    """Return how many most likely first tokens a chat answer returns; 0 if the model writes reasoning first."""
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False)
-    # Any answer proves the URL, the key and the model: later rejections mean that a capability is missing.
+    # Any answer proves that URL, key and model are valid: later errors mean that a capability is missing.
     await _try(wire, "/chat/completions", body, lambda value: completion(value, stop=None, chat=True))
     if section.thinking_tokens:
         return 0
@@ -393,7 +392,7 @@ async def _chat_top(wire: Wire, section: ServerSection) -> int:
 
 
 async def _continues(wire: Wire) -> bool:
-    """Whether the server is a vLLM, which can continue an assistant turn."""
+    """Whether the server is vLLM, which can continue an assistant message."""
 
     def read(value: Any) -> bool:
         return any(model.get("owned_by") == "vllm" for model in value["data"])
@@ -405,7 +404,7 @@ async def _continues(wire: Wire) -> bool:
 
 
 async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1) -> bool:
-    """Whether a server supports a request: it neither rejects it nor omits the result.
+    """Whether a server supports a request, which means that it neither rejects it nor omits the result.
 
     An answer without choices is a fault, which shows nothing about capabilities.
     """
@@ -429,7 +428,7 @@ async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any
 
 
 def _read_tokens(value: Any) -> int | None:
-    """Return the length of the prompt as the server counts it; None if it does not report it."""
+    """Return the length of the prompt in tokens as reported by the server; None if it is not reported."""
     choices(value, 1)
     result = usage(value)
     return None if result is None else result.prompt_tokens

@@ -1,1 +1,1 @@
-"""The vLLM backend, and the supervision of its engine."""
+"""The vLLM backend, and the supervision of its engine processes."""

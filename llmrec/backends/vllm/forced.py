@@ -1,4 +1,4 @@
-"""The logits processor behind forced scoring; vLLM's engine process imports it by path (V1 runner)."""
+"""The logits processor for scoring of given tokens; the vLLM engine process imports it by path (V1 runner)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class _Force:
 
 
 class ForcedTokens(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Allows only the next token of ``extra_args['llmrec_forced']``; raw log-probabilities are unchanged."""
+    """Allows only the next token in ``extra_args['llmrec_forced']``; raw log-probabilities are unchanged."""
 
     def is_argmax_invariant(self) -> bool:
-        """Return that this processor changes the most likely token."""
+        """Return False, because this processor changes the most likely token."""
         return False
 
     def new_req_logits_processor(self, params: Any) -> Any:
-        """Return the processor of one request, or None for requests that force nothing."""
+        """Return the processor for a request, or None if the request forces no tokens."""
         ids = (params.extra_args or {}).get("llmrec_forced")
         return _Force(ids) if ids else None

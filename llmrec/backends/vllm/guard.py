@@ -1,4 +1,4 @@
-"""Ends the processes of a vLLM engine whose owner died without ending them; standard library only.
+"""Ends the processes of a vLLM engine if its owner died without ending them; uses only the standard library.
 
 vLLM's engine core runs in a separate process and does not notice that its parent was killed: it stays forever, with its
 memory and its worker. So the owner starts this file as a small program, writes one line for each process of its engine
@@ -20,7 +20,7 @@ _LOOK = 0.5
 
 
 def start_time(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot, or None if there is none; proc(5), field 22.
+    """Return when a process started, in clock ticks since boot (proc(5), field 22); None if there is no such process.
 
     A process id can be reused later; together with the start time it is unique.
     """
@@ -37,12 +37,12 @@ def is_tracker(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of ``/proc/<pid>/stat`` from the state (field 3) on; empty without such a process."""
+    """Return the fields of ``/proc/<pid>/stat`` from field 3 (state) on; empty if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    # The name in brackets may itself contain spaces and brackets.
+    # The name in parentheses may itself contain spaces and parentheses.
     return text.rpartition(")")[2].split()
 
 
@@ -61,7 +61,7 @@ def watch(owner: int, source: int) -> dict[int, str]:
     """Read lines ``<pid> <start time>`` until the owner ends or writes ``quit``; return the processes to kill."""
     known: dict[int, str] = {}
     rest = b""
-    # End of input is not sufficient: a forked engine keeps the writing end open.
+    # The end of input is not sufficient, because a forked engine keeps the writing end open.
     while os.getppid() == owner:
         ready, _, _ = select.select([source], [], [], _LOOK)
         if not ready:

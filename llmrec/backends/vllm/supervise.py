@@ -26,8 +26,7 @@ import psutil
 
 from llmrec.backends.vllm import guard as vllm_guard
 
-# ----------------------------------------------------------------------------
-# Child processes that do not run the caller's script again.
+# Starts child processes that do not run the caller's script again.
 #
 # A process that `multiprocessing` starts by "spawn" or "forkserver" first runs the parent's ``__main__`` under
 # another name, in case its arguments were defined there. A script that calls `llmrec.run` without ``if
@@ -46,7 +45,7 @@ _T = TypeVar("_T")
 
 
 class _Here(threading.local):
-    """Whether this thread starts processes without ``__main__``; set per thread."""
+    """Whether this thread starts processes without ``__main__``."""
 
     hidden = False
 
@@ -57,10 +56,10 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Keep processes started in this thread from importing ``__main__``; those of other threads are unchanged."""
+    """Prevent processes started in this thread from importing ``__main__``; other threads are not affected."""
     with _lock:
         if not getattr(spawn.get_preparation_data, "hides_main", False):
-            # Stays in place: restoring could undo later patches by others.
+            # Stays in place, because restoring could undo later patches.
             spawn.get_preparation_data = _hiding(spawn.get_preparation_data)  # type: ignore[assignment]
     before, _here.hidden = _here.hidden, True
     try:
@@ -79,8 +78,8 @@ def _hiding(prepare: Callable[[str], dict[str, _T]]) -> Callable[[str], dict[str
     return prepared
 
 
-# A process that waits for work is active for about one hundredth of the time; one that computes uses whole cores. One
-# without a core on a busy machine, or that waits for its disk, is recognised by its state.
+# A process that waits for work is active for about 1 % of the time; one that computes uses whole cores. A process
+# without a core on a busy machine, or waiting for a disk, is recognised by its state.
 IDLE_SHARE = 0.05
 ENDED = frozenset({"gone", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
 _WAITING = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
@@ -88,18 +87,18 @@ _WAITING = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Time limits after which an engine counts as lost, in seconds."""
+    """Time limits in seconds after which an engine counts as lost."""
 
     poll: float = 1.0
-    # No processor time and no finished step.
+    # no processor time and no finished step
     quiet: float = 20.0
-    # Busy without a finished step: one step of a large model on few cores takes minutes, an endless loop forever.
+    # Busy without a finished step: a step of a large model on few cores takes minutes, an endless loop forever.
     step: float = 15 * 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """The state of one process at one check."""
+    """The state of a process at one check."""
 
     pid: int
     name: str
@@ -116,7 +115,7 @@ class _Sample:
 
 
 class Vigil:
-    """Decides from a series of checks whether an engine is lost; independent of vLLM and of clocks.
+    """Decides from a series of checks whether an engine is lost; independent of vLLM and clocks.
 
     Args:
         limits: When to give up.
@@ -131,7 +130,7 @@ class Vigil:
         self._samples: deque[_Sample] = deque()
 
     def judge(self, now: float, seen: Sequence[Seen], steps: int) -> str | None:
-        """Return the problem, or None.
+        """Return the problem with an engine, or None if there is none.
 
         Args:
             now: The time in seconds.
@@ -139,7 +138,7 @@ class Vigil:
             steps: Engine steps finished so far.
         """
         if now - self._last > 5 * self._limits.poll:
-            # This process itself was paused (Ctrl-Z, a suspended machine): the gap cannot be judged.
+            # This process itself was paused (Ctrl-Z, a suspended machine), so the interval is ignored.
             self._restart(now)
         self._last = now
         if steps != self._steps:
@@ -182,7 +181,7 @@ class Vigil:
 
 
 def named(seen: Iterable[Seen]) -> str:
-    """Return processes as an error message names them."""
+    """Return a description of processes for an error message."""
     return ", ".join(f"{s.name} (process {s.pid})" for s in seen) or "the engine"
 
 
@@ -196,11 +195,11 @@ CLOSE_SECONDS = 8.0
 
 
 class EngineLost(Exception):
-    """An engine died or hangs; the message describes what was observed."""
+    """Raised if an engine died or hangs; the message describes what was observed."""
 
 
 class Progress:
-    """Counts the engine's steps; written by one thread, read by another."""
+    """Counts the steps of an engine; written by one thread and read by another."""
 
     steps = 0
 
@@ -219,7 +218,7 @@ class _Outcome(Generic[T]):
 
 
 class Watch:
-    """Starts, watches and ends the processes of one engine.
+    """Starts, watches and ends the processes of an engine.
 
     Args:
         limits: When an engine is given up.
@@ -235,7 +234,7 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def start(self, build: Callable[[], Any]) -> Any:
-        """Build an engine, and record its processes.
+        """Start an engine, and record its processes.
 
         Raises:
             EngineLost: If one of its processes was stopped for long.
@@ -259,7 +258,7 @@ class Watch:
         return engine
 
     def run(self, work: Callable[[Progress], T]) -> T:
-        """Run work on the engine in a thread, while this thread watches.
+        """Run a function on the engine in a thread, while this thread watches the engine.
 
         Raises:
             EngineLost: If the engine died or hangs, after its processes are killed.
@@ -286,7 +285,7 @@ class Watch:
         return outcome.value[0]
 
     def look(self) -> list[Seen]:
-        """Return the current state of the engine's processes and of the waiting thread."""
+        """Return the current state of the engine processes and of the waiting thread."""
         for core in self._cores:
             if core.pid in self._members:
                 self._note(_children(self._members[core.pid]))
@@ -297,12 +296,12 @@ class Watch:
         return [*(seen for seen in results if seen.pid in self._members), *self._caller()]
 
     def kill(self) -> list[int]:
-        """Kill every process of the engine and wait for their end; return those that remain."""
+        """Kill all processes of the engine and wait for their end; return those that remain."""
         for process in list(self._members.values()):
             self._note(_children(process))
         for process in self._members.values():
             with contextlib.suppress(psutil.Error):
-                # This signal also ends a stopped process.
+                # this signal also ends stopped processes
                 process.kill()
         deadline = time.monotonic() + 2
         while (left := self._alive()) and time.monotonic() < deadline:
@@ -327,7 +326,7 @@ class Watch:
         closing.join(CLOSE_SECONDS)
         self.kill()
         for core in self._cores:
-            # Reaps the child, which would otherwise stay a zombie.
+            # waits for the child, which would otherwise remain a zombie
             core.join(1)
         self._members.clear()
         self._vital.clear()
@@ -335,7 +334,7 @@ class Watch:
 
     @contextlib.contextmanager
     def _collecting(self, before: set[int], troubles: list[str]) -> Iterator[None]:
-        """Record processes while vLLM starts them, and abort a start in which one was stopped."""
+        """Record processes while vLLM starts them, and abort if one of them is stopped."""
         over = threading.Event()
 
         def collect() -> None:
@@ -372,7 +371,7 @@ class Watch:
                 self._tell(f"{process.pid} {start}")
 
     def _adopt(self, engine: Any) -> None:
-        """Keep the engine's own processes, and mark the vital ones.
+        """Keep the processes of the engine, and mark the vital ones.
 
         The engine core is known from vLLM, a worker by its title. Others, such as compilers, are temporary.
         """
@@ -388,7 +387,7 @@ class Watch:
         self._vital = roots | titled
 
     def _caller(self) -> list[Seen]:
-        """Return the waiting thread, which also prepares requests and reads answers."""
+        """Return the state of the waiting thread, which also prepares requests and reads answers."""
         if self._thread is None or self._thread.native_id is None:
             return []
         for thread in psutil.Process().threads():
@@ -409,7 +408,7 @@ class Watch:
         except psutil.Error:
             return Seen(pid=pid, name=self._names.get(pid, "process"), state="gone", cpu=0.0, vital=vital)
         if state not in ENDED:
-            # vLLM sets process titles once they run; for a dead process only the first letters are left.
+            # vLLM sets process titles only when they run; of a dead process, only the first letters are left.
             self._names[pid] = name
         name = self._names.get(pid, name)
         return Seen(pid=pid, name=name, state=state, cpu=times.user + times.system, vital=vital)
@@ -421,7 +420,7 @@ class Watch:
         raise EngineLost(trouble) from cause
 
     def _reason(self) -> str:
-        """Return why a process ended, if known: the exit code is available for children only."""
+        """Return why a process ended, if known; the exit code is available only for children."""
         for core in self._cores:
             if self._seen(core.pid).state in ENDED:
                 core.join(1)
@@ -471,12 +470,12 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _guard() -> subprocess.Popen[bytes] | None:
-    """Start the guard, which ends the engine if this process is killed; None if it cannot start."""
+    """Start a process that ends the engine if this process is killed; None if it cannot start."""
     if not Path("/proc/self/stat").is_file() or not sys.executable:
         return None
     command = [sys.executable, "-I", "-S", vllm_guard.__file__, str(os.getpid())]
     try:
-        # In a new session, since Ctrl-C reaches every process of the terminal's session.
+        # In a new session, since Ctrl-C reaches all processes of the terminal session.
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
