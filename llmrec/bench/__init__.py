@@ -1,1 +1,1 @@
-"""Suites, benchmarks and the leaderboard, which compare many models."""
+"""Benchmarks that compare many models, and the leaderboard."""

@@ -13,7 +13,7 @@ from llmrec.recipe.shared import RESAMPLES
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Two run folders, and the output of their differences."""
+    """Options of `llmrec compare`."""
 
     a: Annotated[Path, About(argument=True, metavar="RUN_A", help="Finished run folder.")]
     b: Annotated[

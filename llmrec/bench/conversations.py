@@ -1,4 +1,4 @@
-"""Makes the rows of a conversation suite: simulated users, several dialogue managers, and one recommender.
+"""Runs a benchmark of conversations: simulated users, several dialogue managers, and one recommender.
 
 Simulated users are those of `llmrec.chat.audience`, managers those of `llmrec.chat.opening`.
 """
@@ -42,13 +42,13 @@ from llmrec.records import Record
 from llmrec.results import Figure
 from llmrec.terminal import works_in
 
-# Keys that do not affect the conversations of a row.
+# Keys that do not affect the conversations.
 _SILENT = {"chat", "description", "rows", "pairs", "bootstrap"}
 TABLE = "conversations"
 
 
 class Talk(Record):
-    """The data of one conversation for figures.
+    """The data of a conversation from which results are computed.
 
     Attributes:
         seed: Seed of the sample of users.
@@ -74,7 +74,7 @@ class Talk(Record):
 
 @dataclass(frozen=True)
 class Setting:
-    """The data, catalogue and recommender that the rows of a suite share."""
+    """The data, catalogue and recommender that all systems of a benchmark share."""
 
     page: ChatSuite
     data: SplitDataset
@@ -83,7 +83,7 @@ class Setting:
 
     @staticmethod
     def of(page: ChatSuite, models: Models) -> Setting:
-        """Return the setting of an open recommender."""
+        """Return the setting for an open recommender."""
         assert models.data is not None
         facts = Facts(models.items)
         tools = Tools(facts, ModelLists(Catalogue(models.items), asking(models)))
@@ -91,7 +91,7 @@ class Setting:
 
     @cached_property
     def data_users(self) -> Mapping[int, Sequence[DataUser]]:
-        """The simulated users of each seed; a row takes the first of them."""
+        """The simulated users of each seed; each system uses the first of them."""
         page = self.page
         most = max(row.users or page.users for row in page.rows)
         draw = partial(
@@ -100,7 +100,7 @@ class Setting:
         return {seed: draw(seed) for seed in page.seeds}
 
     def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[Talk]:
-        """Run the conversations of a row, and report each to ``out``."""
+        """Run the conversations of a system, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
         with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
@@ -114,7 +114,7 @@ class Setting:
 
 
 def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
-    """Run the missing conversations of every row, and yield all rows.
+    """Run the missing conversations of all systems, and yield the results.
 
     Args:
         page: From `llmrec.recipe.load.load_chat`.
@@ -168,7 +168,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 
 
 def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
-    """Return the conversations of a stored row with the same key, or run and store them."""
+    """Return the stored conversations with the same key, or run and store them."""
     asked = row.model_dump(mode="json", exclude={"name"})
     key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
 
@@ -180,7 +180,7 @@ def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any
 
 
 def _model(name: str | None) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of the files of a model's folder; empty for a model name."""
+    """Return names, sizes and times of the files in a model folder; empty for a model name."""
     if name is None or name in MANAGERS or not (folder := Path(name)).is_dir():
         return []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
@@ -209,7 +209,7 @@ def _parses(call: Call) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------- results
 
 
 def metric_of(page: ChatSuite, turns: int) -> str:
@@ -223,7 +223,7 @@ def _within(talks: Sequence[Talk], turns: int) -> NDArray[np.float64]:
 
 
 def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow:
-    """Return a row's figures; intervals resample users, who may occur with several seeds."""
+    """Return the results of a system; intervals resample users, who may occur with several seeds."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
     calls: Counter[str] = Counter()
@@ -257,7 +257,7 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow
 
 
 def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
-    """Return a row with a value for each conversation; each seed samples users again."""
+    """Return a system with a value for each conversation; each seed samples users again."""
     requests = [(talk.seed, talk.user) for talk in talks]
     return MadeRow(
         row_of(page, row, talks), {TABLE: Sample(_within(talks, page.turns), [talk.user for talk in talks], requests)}
@@ -265,7 +265,7 @@ def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
 
 
 def tables_of(page: ChatSuite, rows: Sequence[MadeRow]) -> list[BenchmarkTable]:
-    """Return the single table of a suite."""
+    """Return the only table of a benchmark of conversations."""
     samples = [row.samples[TABLE] for row in rows]
     return [
         BenchmarkTable(

@@ -1,4 +1,4 @@
-"""Compares the rows of any benchmark, and writes its result and pages.
+"""Compares the models of any kind of benchmark, and writes the result with its pages.
 
 Rows are made in `llmrec.bench.models`, `llmrec.bench.recipes` and `llmrec.bench.conversations`.
 """
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 Page = Suite | Benchmark | ChatSuite
 T = TypeVar("T")
 
-# Prefixes of slices of targets, which are resampled by target.
+# Prefixes of subsets defined by target items, which are resampled by item.
 _OF_TARGETS = ("count:", "words:")
-# The slice of targets without training interactions.
+# The subset whose targets have no training interactions.
 _COLD = "count:0-0"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row's request values in a table, on the metric of its comparisons.
+    """The per-request values of a model in a table, on the metric of its comparisons.
 
     Attributes:
         values: Shape (n,), or (seeds, n).
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class MadeRow:
-    """A row and its values by table."""
+    """A model with its values in each table."""
 
     row: BenchmarkRow
     samples: Mapping[str, Sample]
@@ -66,7 +66,7 @@ class MadeRow:
 
 @dataclass(frozen=True)
 class Parts:
-    """Slices of the requests of a table: a mask by name, and the target of each request."""
+    """Subsets of the requests in a table: a mask by name, and the target of each request."""
 
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     targets: Sequence[str] = ()
@@ -74,7 +74,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Made:
-    """All rows of a benchmark, or those finished so far.
+    """The models of a benchmark that are finished so far.
 
     Attributes:
         tables: The tables, without detectable differences.
@@ -95,19 +95,19 @@ class Made:
 
 @dataclass(frozen=True)
 class Ran:
-    """A finished benchmark: its result, and the written files by kind."""
+    """A finished benchmark: its result, and the written files by type."""
 
     results: BenchmarkResult
     files: dict[str, Path]
 
 
 def name_of(page: Page) -> str:
-    """Return the name of a benchmark page."""
+    """Return the name of a benchmark."""
     return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
 
 
 def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
-    """Compare the available rows, and write the result with its pages.
+    """Compare the finished models, and write the result with its pages.
 
     Args:
         page: The benchmark page.
@@ -143,7 +143,7 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
 
 
 def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
-    """Return a stored row with the same key, or make it and store it.
+    """Return a stored result with the same key, or compute it and store it.
 
     Args:
         path: The file of the row.
@@ -164,7 +164,7 @@ def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Cal
 
 
 def compared(page: Page, made: Made) -> dict[str, Any]:
-    """Compare the rows: planned comparisons of all tables as one family, then exploratory ones.
+    """Compare the models: planned comparisons of all tables as one family of tests, then exploratory ones.
 
     Returns:
         Fields of a result.
@@ -209,7 +209,7 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
 
 
 def _unrun(page: Page, made: Made) -> int:
-    """Return the number of planned comparisons with rows that were not run, or not yet."""
+    """Return the number of planned comparisons with models that were not run yet."""
     tables = [{row.row.name for row in made.rows if table.name in row.samples} for table in made.tables]
     absent = [pair for pair in page.pairs if not any(names.issuperset(names_of(pair)) for names in tables)]
     if isinstance(page, Suite):
@@ -218,7 +218,7 @@ def _unrun(page: Page, made: Made) -> int:
 
 
 def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, Sample]]:
-    """Return the rows of a table that have a figure, by name."""
+    """Return the models in a table that have a value, by name."""
     standings = {}
     for entry in made.rows:
         if (sample := entry.samples.get(table.name)) is not None:
@@ -229,7 +229,7 @@ def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, S
 
 
 def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample]) -> Contrast:
-    """Pair two rows on the requests that both have."""
+    """Pair two models on the requests that both have answered."""
     (one, first), (other, second) = a, b
     if first.requests == second.requests:
         return Contrast(metric, one, other, first.users)
@@ -245,7 +245,7 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
 
 
 def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
-    """Return the comparisons of a page in one table, with None for one without requests.
+    """Return the comparisons to make in a table, with None for those without requests.
 
     Rows that were not run or have no figure are not compared.
     """
@@ -259,7 +259,7 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
         if isinstance(asked, PartialPair):
             cold = asked.items == "cold"
             places = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
-            # Cold-start events are few and concentrate on few items, so the item is the sampling unit.
+            # Cold-start interactions are few and concentrate on few items, so items are resampled.
             owners = [(made.parts.targets if cold else contrast.users)[place] for place in places]
             clusters = len(set(owners)) if cold else None
             frame = frame.model_copy(update={"items": asked.items, "n": len(places), "clusters": clusters})
@@ -274,7 +274,7 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
 def _described(
     page: Page, table: BenchmarkTable, made: Made, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
 ) -> list[Contrast]:
-    """Return the exploratory comparisons.
+    """Return the exploratory comparisons of a table.
 
     For runs of recipes these compare the language models with the best baseline, unless that is planned; for models
     under one protocol they compare the best one with every other.
@@ -302,7 +302,7 @@ def _filled(
     parts: Parts,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
-    """Yield comparisons with their figures; those over all requests also with slices."""
+    """Yield comparisons with their results; those over all requests also on subsets."""
     for (frame, contrast), pair in zip(asked, numbers, strict=True):
         if contrast is None or pair is None:
             yield frame
@@ -313,7 +313,7 @@ def _filled(
 
 
 def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice, ...]:
-    """Return a comparison by slice; slices with too few requests have no figure."""
+    """Return a comparison on each subset; subsets with too few requests have no result."""
     slices = []
     for name, mask in parts.masks.items():
         places = np.flatnonzero(mask).tolist()

@@ -1,4 +1,4 @@
-"""The leaderboard: models by data sets, from the results that ``eval/leaderboard.yaml`` names.
+"""The leaderboard: models by data sets, from the results named in ``eval/leaderboard.yaml``.
 
 Results are untrusted files: the template escapes every text except `Markup`, whose parts have passed `escape.cell`.
 """
@@ -30,15 +30,15 @@ PAGE, DATA, SETTINGS = "LEADERBOARD.md", "leaderboard.json", "leaderboard.yaml"
 
 Type = Literal["control", "interactions", "text", "fine-tuned text encoder", "language model", "ensemble"]
 
-# Seconds below which a training time is not resolved.
+# Shorter training times in seconds are not shown exactly.
 _BRIEF = 1.0
 
-# Published systems below the models of a table; the pages of its data sets have all of them.
+# Number of published systems below each table; the pages of the data sets show all of them.
 _PUBLISHED = 6
 
 
 class Column(Page):
-    """One data set.
+    """A data set of the leaderboard.
 
     Attributes:
         suite: The suite with its results.
@@ -59,7 +59,7 @@ class Group(Page):
 
 
 class Model(Page):
-    """The description of a row.
+    """The description of a model on the leaderboard.
 
     Attributes:
         title: Its name on the leaderboard.
@@ -89,7 +89,7 @@ class Board(Page):
 
 @dataclass(frozen=True)
 class Cell:
-    """A model's figure on a data set.
+    """The result of a model on a data set.
 
     Attributes:
         value: The figure.
@@ -108,7 +108,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A model with its figures, None where it was not run."""
+    """A model with its results, None where it was not run."""
 
     name: str
     model: Model
@@ -131,7 +131,7 @@ class Matrix:
 
 
 def load_board(folder: Path) -> Board | None:
-    """Read the settings of the leaderboard of a folder of pages; None if it has none.
+    """Read the settings of the leaderboard from a folder; None if there are none.
 
     Raises:
         DataError: If the file cannot be used.
@@ -150,7 +150,7 @@ def load_board(folder: Path) -> Board | None:
 
 
 def beside(folder: Path, references: Mapping[str, Reference] | None = None) -> dict[str, str]:
-    """Return the page and data of the leaderboard of a folder of results; empty if it has no settings.
+    """Return the pages and data of the leaderboard for a folder of results; empty without settings.
 
     Args:
         folder: The folder of results; the settings are in its parent folder.
@@ -167,7 +167,7 @@ def beside(folder: Path, references: Mapping[str, Reference] | None = None) -> d
 
 
 def rewrite(folder: Path) -> list[Path]:
-    """Write the leaderboard and the benchmarks' pages next to a folder of results, and return them.
+    """Write the leaderboard and the benchmark pages for a folder of results, and return their paths.
 
     Args:
         folder: The folder ``eval/results``; no page is written for another folder, such as that of a run.
@@ -188,7 +188,7 @@ def rewrite(folder: Path) -> list[Path]:
 
 
 def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> Iterator[Matrix]:
-    """Yield the tables of the leaderboard; columns whose suite has no result yet are left out."""
+    """Yield the tables of the leaderboard; data sets without results are left out."""
     known = {result.benchmark: result for result in results}
     for group in board.groups:
         columns = tuple(column for column in group.columns if column.suite in known)
@@ -203,7 +203,7 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
 
 
 def missing(board: Board, results: Sequence[BenchmarkResult]) -> list[str]:
-    """Return the rows of the leaderboard's suites that it neither describes nor leaves out."""
+    """Return the models in the results that the leaderboard neither describes nor leaves out."""
     suites = {column.suite for group in board.groups for column in group.columns}
     rows = {row.name for result in results if result.benchmark in suites for row in result.rows}
     return sorted(rows - set(board.models) - set(board.left_out))
@@ -218,7 +218,7 @@ def pages(board: Board, results: Sequence[BenchmarkResult], references: Mapping[
 
 
 def featured(board: Board, matrix: Matrix) -> Matrix:
-    """Return a table of the leaderboard with its featured rows alone, in the same order."""
+    """Return a table of the leaderboard with only its featured models, in the same order."""
     lines = tuple(line for line in matrix.lines if line.name in board.featured)
     return replace(matrix, lines=lines, published=())
 
@@ -262,14 +262,14 @@ def _lines(board: Board, columns: Sequence[tuple[BenchmarkResult, BenchmarkTable
 
 
 def _cells(board: Board, result: BenchmarkResult, table: BenchmarkTable) -> dict[str, Cell]:
-    """Return the figures of a column by row, best first."""
-    # The best row is compared with every other; a row that it does not beat is as good as far as is known.
+    """Return the results on a data set by model, best first."""
+    # The best model is compared with all others; models to which it is not significantly superior count as equal.
     beaten = {
         pair.b
         for pair in result.comparisons
         if pair.table == table.name and pair.low is not None and pair.high is not None and pair.low * pair.high > 0
     }
-    # An ensemble that came to a single member is that member.
+    # An ensemble that uses a single member is counted as that member.
     entries = [
         (row, own.metrics[table.metric])
         for row, own in result.standings(table)
@@ -292,13 +292,13 @@ def _type(row: BenchmarkRow) -> Type:
     if any(figures.fusion for figures in row.tables.values()):
         return "ensemble"
     if row.reads == "language model":
-        # Rankers among the baselines fine-tune text encoders; generative models are rows of recipes.
+        # Ranking baselines may fine-tune text encoders; generative models come from recipes.
         return "fine-tuned text encoder" if row.baseline else "language model"
     return "text" if row.reads == "texts" else "interactions"
 
 
 def _training(row: BenchmarkRow) -> float | None:
-    """Return the seconds of one fit, of an ensemble those of its own weights; None if only the search was timed."""
+    """Return the seconds of one fit (of an ensemble, of its weights); None if only tuning was timed."""
     spent = row.seconds.get("fit", 0.0)
     if any(figures.fusion for figures in row.tables.values()):
         spent += row.seconds.get("tune", 0.0)
@@ -308,7 +308,7 @@ def _training(row: BenchmarkRow) -> float | None:
 
 
 def _answer(result: BenchmarkResult, row: BenchmarkRow) -> float:
-    """Return the milliseconds of one request in the evaluation."""
+    """Return the milliseconds per request in the evaluation."""
     requests = sum(figures.n for figures in row.tables.values()) * row.seeds
     return 1000 * row.seconds.get("answer", 0.0) / max(1, requests)
 
@@ -319,7 +319,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
-    """Return the sort key of a model: controls last, then by mean rank on its own data sets, then by a figure."""
+    """Return the sort key of a model: required baselines last, then by mean rank, then by a metric."""
     known = [cell for cell in line.cells if cell is not None]
     return line.type == "control", float(np.mean([cell.rank for cell in known])), *place(known[0].value, metric)
 
@@ -327,7 +327,7 @@ def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
 def _published(
     board: Board, columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
 ) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
-    """Return the first published systems with their sources and best figures under the protocol of each column.
+    """Return the best published systems with sources and results under the protocol of each data set.
 
     They are ordered by their best rank among the published systems of a column, then by the number of their figures.
     """

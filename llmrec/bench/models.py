@@ -1,4 +1,4 @@
-"""Fits the rows of a suite that are not baselines: fine-tuned models of recipes, and ensembles."""
+"""Fits the models of a benchmark that are not baselines: fine-tuned models of recipes, and ensembles."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Number of validation cases for fitting an ensemble, a random sample: each has some hundred candidates.
+# Number of random validation cases on which an ensemble is fitted; each has some hundred candidates.
 _WEIGHING = 20_000
 
 
 def _read_by(recipe: Recipe) -> Mapping[str, Any]:
-    """Return the inputs of a recipe's cache key: its keys, and hashes of the files and plug-ins that they name."""
+    """Return what the cache key of a recipe includes: its keys, and hashes of files and plug-ins that it names."""
     families = recipe.tasks.present()
     templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
     index = recipe.index
@@ -64,19 +64,19 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _form(tried: Tried | None) -> dict[str, Any]:
-    """Return the form of an ensemble as parameters of its row."""
+    """Return the form of an ensemble as parameters of its model."""
     assert tried is not None
     return {"form": tried.form, "of": tried.name}
 
 
 def family(suite: Suite) -> Family:
-    """Return the family of a suite's predictors; a full ranking is of the next item."""
+    """Return the task of a benchmark; full ranking predicts the next item."""
     return family_of("sequential" if suite.task == "ranking" else suite.task)
 
 
 @dataclass
 class Models:
-    """Fits rows; members of ensembles are fitted once per split and seed, and cached until the suite is done.
+    """Fits models; members of ensembles are fitted once per split and seed, and kept until the benchmark ends.
 
     Attributes:
         suite: The suite.
@@ -116,21 +116,21 @@ class Models:
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
-        """Cache a fitted row that an ensemble needs later; others would only use memory."""
+        """Keep a fitted model that an ensemble needs later; keeping others would only use memory."""
         if any(row.label in other.fuse for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
             if not any(model is entry for entry in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Choose the form and weights of an ensemble on validation; a fine-tuned model has nothing to choose."""
+        """Select form and weights of an ensemble on validation users; fine-tuned models have nothing to select."""
         if row.fuse:
             return self._weighed(row, data, tables)
         only = Choice(dict(self._recipe(row)[1]))
         return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
 
     def inputs(self, row: SuiteRow) -> Any:
-        """Return further inputs of a row's cache key: the recipe, the files it reads, or its members."""
+        """Return additional inputs of a model's cache key: the recipe, the files it reads, or its members."""
         if row.recipe:
             return _read_by(self._recipe(row)[0])
         if row.baseline is not None:
@@ -138,7 +138,7 @@ class Models:
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.fuse]
 
     def read(self, row: SuiteRow) -> list[Hashes]:
-        """Return hashes of the files that a baseline reads in addition to the data, including those of its grid."""
+        """Return hashes of the files that a baseline reads in addition to the data, with all settings of its grid."""
         values = [
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
@@ -146,7 +146,7 @@ class Models:
         return [result for entry in every if (result := hashes_of(str(row.baseline), entry))]
 
     def reads(self, row: SuiteRow) -> Reads:
-        """Return what a row reads of items; an ensemble reads what its members read."""
+        """Return which item data a model reads; of an ensemble, what its members read."""
         if row.fuse:
             return widest([self.reads(self._row(label)) for label in row.fuse])
         if row.baseline is not None:
@@ -154,29 +154,29 @@ class Models:
         recipe = self._recipe(row)[0]
         if recipe.model.shape is None:
             return "language model"
-        # Trained from scratch: item embeddings are initialised from text vectors, or at random.
+        # Trained from scratch: item embeddings are initialised from text vectors or at random.
         return "texts" if recipe.index is None or recipe.index.tokens == "vectors" else "events"
 
     def stochastic(self, row: SuiteRow) -> bool:
-        """Return whether another seed gives different figures."""
+        """Whether the result of a model depends on the seed."""
         if row.baseline is not None:
             return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
         return not row.fuse or any(self.stochastic(self._row(label)) for label in row.fuse)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
-        """Return a split whose validation rows are those of the users for choosing parameters and epochs."""
+        """Return a split whose validation users are those for selecting hyperparameters and epochs."""
         if not any(row.fuse for row in self.suite.rows):
             return data
         return self._halves(data)[0]
 
     def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
-        """Return a split with the validation users for parameters, and one with those for ensemble weights."""
+        """Return a split with the validation users for hyperparameters, and one with those for ensemble weights."""
         if data.fingerprint not in self._split:
             self._split[data.fingerprint] = halves(data, self.suite.reserved)
         return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> Background:
-        """Return the cached counts and vectors of a split for list metrics.
+        """Return the training data for list metrics of a split; cached.
 
         Raises:
             LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is missing.
@@ -191,13 +191,13 @@ class Models:
             self._backgrounds[data.fingerprint] = result
         return self._backgrounds[data.fingerprint]
 
-    # ----------------------------------------------------------------------- parts
+    # ----------------------------------------------------------------------- ensembles and recipes
 
     def _row(self, label: str) -> SuiteRow:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Fit an ensemble for each table; its trials are the forms."""
+        """Fit an ensemble for each table; the trials are its forms."""
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         for table in tables:
@@ -216,7 +216,7 @@ class Models:
         dissect: bool = False,
         only: Tried | None = None,
     ) -> CatalogueEnsemble | Blend:
-        """Return a fitted ensemble of rows.
+        """Return a fitted ensemble of models.
 
         Where items of the history can be ranked, the ensemble weighs them itself. So its members have the parameters
         chosen for other items, if there is a table of these.
@@ -259,12 +259,12 @@ class Models:
         return result
 
     def _kind(self, label: str) -> Kind:
-        """Return the kind of a row's scores for an ensemble."""
+        """Return the scale of a model's scores, for an ensemble."""
         name = self._row(label).baseline
         return "beams" if name is None else kind_of(name)
 
     def _rated(self, data: SplitDataset) -> list[Case]:
-        """Return the validation ratings as cases, for yes/no with 1 or 0 as truth."""
+        """Return the validation ratings as cases; for CTR tasks with 1 or 0 as true answer."""
         cases = rating_cases(data)
         if family(self.suite).answer is Rating:
             return cases
@@ -272,7 +272,7 @@ class Models:
         return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
-        """Return a row's recipe, and its keys for display in tables."""
+        """Return the recipe of a model, and its keys for display in tables."""
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
             raise RecipeError(
@@ -289,7 +289,7 @@ class Models:
         return recipe, shown
 
     def _tuned(self, row: SuiteRow, data: SplitDataset, seed: int) -> CatalogueScorer:
-        """Fine-tune a recipe's model on the suite's data, or reuse an earlier one, and open it for search."""
+        """Fine-tune the model of a recipe on the data of the benchmark, or reuse an earlier one, and open it."""
         recipe = self._recipe(row)[0].model_copy(update={"seed": seed, "data": self.suite.data})
         section = recipe.eval.model_copy(update={"arms": ("tuned",), "backend": "hf", "scorer": "hf"})
         recipe = recipe.model_copy(update={"eval": section})

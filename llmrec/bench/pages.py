@@ -1,4 +1,4 @@
-"""The pages of benchmarks, one each. `llmrec.bench.leaderboard` makes the page over all data sets.
+"""Writes one page per benchmark; `llmrec.bench.leaderboard` writes the page over all data sets.
 
 Results are untrusted files: the template escapes every text except `Markup`, whose parts have passed `escape.cell` or
 `escape.code`.
@@ -57,7 +57,7 @@ _HEADINGS = {
     "included": "Seen items not filtered",
 }
 _TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
-# Features of a ranker that are listed.
+# Number of features of a learned ensemble to list.
 _FEATURES = 12
 
 
@@ -65,7 +65,7 @@ _FEATURES = 12
 
 
 def read_results(folder: Path) -> list[BenchmarkResult]:
-    """Return every benchmark result in a folder; other files are ignored.
+    """Return all benchmark results in a folder; other files are ignored.
 
     Raises:
         DataError: If a file is not JSON or a result is incomplete.
@@ -93,7 +93,7 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
 
 
 def result_of(content: Mapping[str, object]) -> BenchmarkResult:
-    """Return the content of a benchmark's file as validated records.
+    """Validate the content of a benchmark result.
 
     Raises:
         DataError: If it is incomplete.
@@ -125,9 +125,9 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
 
 
 def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
-    """Reject a table whose rows lack its metric or were measured under different protocols."""
+    """Reject a table whose models lack its metric or were measured under different protocols."""
     rows = [(row, row.tables[table.name]) for row in result.rows if table.name in row.tables]
-    # Rows of recipes may have further metrics in addition to that of the comparisons.
+    # Models of recipes may have additional metrics.
     names = table.metrics if result.kind == "suite" else (table.metric,)
     whole = result.kind == "benchmark" or len(rows) == len(result.rows)
     if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
@@ -150,7 +150,7 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
 
 
 def own_pages(result: BenchmarkResult, references: Mapping[str, Reference]) -> dict[str, str]:
-    """Return a benchmark's page by file name.
+    """Return the page of a benchmark by file name.
 
     Args:
         result: From `read_results`.
@@ -168,7 +168,7 @@ def engine() -> ImmutableSandboxedEnvironment:
     return result
 
 
-# --------------------------------------------------------------------------- a benchmark
+# --------------------------------------------------------------------------- page of a benchmark
 
 
 def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _heading(result: BenchmarkResult, table: BenchmarkTable) -> str:
 
 
 def _exploratory(users: int, seeds: int) -> str:
-    """Return a note that a table is exploratory and has too few users or seeds; empty if it has enough.
+    """Return a note if a table is exploratory because it has too few users or seeds; otherwise empty.
 
     Args:
         users: Number of users of the table.
@@ -221,7 +221,7 @@ def _exploratory(users: int, seeds: int) -> str:
 
 
 def _chosen(result: BenchmarkResult) -> list[str]:
-    """Return a sentence on how the parameters of a suite's rows were chosen."""
+    """Return a sentence on how hyperparameters were selected."""
     names = [table.name for table in result.tables]
     tuned = [row for row in result.rows if row.trials]
     lines = []
@@ -240,13 +240,13 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     return lines
 
 
-# --------------------------------------------------------------------------- its table
+# --------------------------------------------------------------------------- result table
 
 Column = tuple[str, Callable[[BenchmarkRow, RowFigures], str]]
 
 
 def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
-    """Return the rows of a table, best first, separated by kind if there are several."""
+    """Return the models of a table, best first, grouped by type if there are several types."""
     rows, columns = result.standings(table), _columns(result, table)
     kinds = [kind for kind in get_args(Reads) if any(row.reads == kind for row, _ in rows)]
     if len(kinds) > 1:
@@ -257,7 +257,7 @@ def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
             lines.append([f"*{KINDS[row.reads]}*", *[""] * (len(columns) - 1)])
         lines.append([write(row, figures) for _, write in columns])
     header = [head for head, _ in columns]
-    # Parameters are the only text among the columns.
+    # parameters are the only text among the columns
     numbers = header.index("parameters") if "parameters" in header else len(header)
     return grid([cell(name) for name in header], lines, numeric_to=numbers)
 
@@ -329,7 +329,7 @@ def _range(figure: Figure) -> str:
 
 
 def _less(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
-    """Return by row the difference best row − row, or for language models row − best baseline.
+    """Return the difference best − model or, for language models, model − best baseline.
 
     Empty if two rows have the same name.
     """
@@ -348,7 +348,7 @@ def _parameters(figures: RowFigures) -> str:
     chosen = ", ".join(
         f"{name} {value}{' (end of its grid)' if name in figures.border else ''}"
         for name, value in settings(figures.parameters)
-        # The form names the member of an ensemble with a single member; other forms use all members.
+        # The form names the only member that the ensemble uses; other forms use all members.
         if name != "of" or value != figures.parameters.get("form")
     )
     return cell(chosen or "none")
@@ -357,7 +357,7 @@ def _parameters(figures: RowFigures) -> str:
 def _cost(
     entries: Sequence[tuple[BenchmarkRow, RowFigures]], row: BenchmarkRow, figures: RowFigures, name: str, form: str
 ) -> str:
-    """Return a cost per request; a baseline reads no tokens, and the cost of an ensemble includes its members."""
+    """Return the cost per request; baselines read no tokens, and an ensemble includes its members."""
     if row.arm == "baseline" and name != "seconds_per_request":
         return DASH
     return f"{_with_members(entries, figures, name):{form}}"
@@ -374,7 +374,7 @@ def _dialogue(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
 
 
 def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Return sentences on the undefined figures of a table: their rows and reasons."""
+    """Return sentences on the undefined values of a table, with models and reasons."""
     rows = result.standings(table)
     figures = [
         (row.name, name, own.metrics[name]) for row, own in rows for name in table.metrics if name in own.metrics
@@ -384,7 +384,7 @@ def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
 
 
 def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Return the weights, member contributions and costs of a table's ensembles."""
+    """Return the weights, member contributions and costs of the ensembles in a table."""
     rows, blocks = {row.name: row for row in result.rows}, list[str]()
     for row in result.rows:
         fusion = row.tables[table.name].fusion if table.name in row.tables else None
@@ -423,7 +423,7 @@ def _limited(value: float | None, low: float | None, high: float | None, digits:
 
 
 def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Return the rows that find cold-start items, with their figures on all other requests."""
+    """Return the models that find cold-start items, with their results on all other requests."""
     metrics, rows = table.metrics, list[tuple[float, list[str]]]()
     entries = result.standings(table)
     shown = [name for name in entries[0][1].metrics if name.startswith(("Exposure@", "ColdItems@"))]
@@ -453,7 +453,7 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _compared(pair: BenchmarkPair) -> str:
-    """Return a comparison in one line; an exploratory one has no p and verdict."""
+    """Return a comparison in one line; exploratory ones without p-value and verdict."""
     ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} − {cell(pair.b)}"
     if pair.n == 0:
         return Markup(f"{ends}: no such requests")
@@ -464,7 +464,7 @@ def _compared(pair: BenchmarkPair) -> str:
 
 
 def _where(pair: BenchmarkPair) -> str:
-    """Return the subset of requests of a comparison in words; empty for all requests."""
+    """Return in words on which requests a comparison was made; empty for all requests."""
     if pair.users is not None:
         return f", {pair.users:,} users{', exploratory' if pair.users < USERS else ''}"
     if pair.items is None:
@@ -476,11 +476,11 @@ def _where(pair: BenchmarkPair) -> str:
     return f", the {pair.n or 0:,} requests for items without training interactions{items}{few}"
 
 
-# --------------------------------------------------------------------------- published figures
+# --------------------------------------------------------------------------- published results
 
 
 def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
-    """Return published rows of one treatment of the history, with those on other data separated by page."""
+    """Return published results for the same treatment of history items; those on other data are separate."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
     same = _on_its_data(result, references, seen)
@@ -495,7 +495,7 @@ def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str,
 
 
 def _fits(page: Reference, result: BenchmarkResult) -> bool:
-    # A suite without candidates has one table, which its references name.
+    # A benchmark without candidates has one table, which its references name.
     protocol = result.protocol
     if protocol is None:
         return False
@@ -504,17 +504,17 @@ def _fits(page: Reference, result: BenchmarkResult) -> bool:
 
 
 def _same_data(page: Reference, result: BenchmarkResult) -> bool:
-    """Return whether a page reports the same numbers of users, items and interactions as the suite."""
+    """Whether a publication reports the same numbers of users, items and interactions as the benchmark."""
     return all(getattr(result.data, what) == count for what, count in page.counts.items())
 
 
 def published_beside(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[Published]:
-    """Return the published rows on a suite's own data, under its protocol and one treatment of the history."""
+    """Return the published results on the same data, protocol and treatment of history items."""
     return _on_its_data(result, _named(result, references), seen)
 
 
 def _named(result: BenchmarkResult, references: Mapping[str, Reference]) -> list[Reference]:
-    """Return the references that a suite names and that exist."""
+    """Return the references that a benchmark names, if they exist."""
     return [references[name] for name in result.references if name in references]
 
 
@@ -524,7 +524,7 @@ def _on_its_data(result: BenchmarkResult, references: Sequence[Reference], seen:
 
 
 def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
-    """Return published rows, best first by their last metric."""
+    """Return published results, best first by the last metric."""
 
     def key(row: Published) -> tuple[int, bool, float]:
         last = next((number for number, name in enumerate(reversed(metrics)) if name in row.values), len(metrics))
@@ -543,11 +543,11 @@ def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
     return _left(["system", *metrics, "source", "note"], lines)
 
 
-# --------------------------------------------------------------------------- slices
+# --------------------------------------------------------------------------- subsets
 
 
 def _slices(result: BenchmarkResult) -> dict[str, str]:
-    """Return tables of slices of the planned comparisons between rows that read different things, by their titles."""
+    """Return, by title, tables of planned comparisons on subsets, between models that read different item data."""
     reads = {row.name: row.reads for row in result.rows}
     order = get_args(Reads)
     kinds: dict[tuple[str, str], list[BenchmarkPair]] = {}

@@ -1,4 +1,4 @@
-"""Makes the rows of a benchmark of recipes: runs on the same cases, with the cost of each row."""
+"""Runs a benchmark of recipes on the same cases, and collects the results and costs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Shared = tuple[str, str, str, str | None]
 """The key of a table: family, headline metric, its signature, and the hash of the candidates, if any."""
 
 _UNEQUAL = "evaluated different users or items; give them the same data, split, seed, eval.users and questions a user"
-# Metrics that the page shows after that of the comparisons.
+# Metrics that the page shows in addition to the metric of comparisons.
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run: a recipe with its changes.
+    """A run: a recipe with its changes.
 
     Attributes:
         run: The entry of the benchmark.
@@ -45,7 +45,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The label in tables, which all seeds share."""
+        """Label in tables, which all seeds share."""
         short = (f"{key.rpartition('.')[2]}={_written(value)}" for key, value in self.changes.items())
         return ", ".join([self.run.name, *short])
 
@@ -62,7 +62,7 @@ def _folder(label: str, seed: int | None) -> str:
 
 @dataclass
 class Line:
-    """One row of a table, over all its seeds.
+    """A model in a table, over all its seeds.
 
     Attributes:
         table: Family and protocol: rows of one table are comparable.
@@ -88,7 +88,7 @@ class Line:
 
 
 def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, quiet: bool = False) -> Iterator[Made]:
-    """Make every missing run, and yield the rows after each of them.
+    """Run everything that is missing, and yield the results after each run.
 
     A killed benchmark resumes at the interrupted run, as any run does.
 
@@ -103,7 +103,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
     """
     todo = list(points(benchmark))
     _refuse_shared_folders(benchmark, todo)
-    recipes = [recipe_of(benchmark, point, out) for point in todo]  # all errors are found before the first run
+    recipes = [recipe_of(benchmark, point, out) for point in todo]  # find all errors before the first run
     lines: dict[tuple[Shared, str], Line] = {}
     spent = 0.0
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
@@ -117,7 +117,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
 
 
 def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
-    """Reject pairs that are in no table, after all results are written.
+    """Reject comparisons that are in no table, after all results are written.
 
     Raises:
         RecipeError: If there is one; the message names the missing row and the closest one.
@@ -141,7 +141,7 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
-    """Yield the runs of a benchmark seed by seed, so that a killed benchmark has complete tables."""
+    """Yield the runs seed by seed, so that an interrupted benchmark has complete tables."""
     seeds = sorted({seed for run in benchmark.runs for seed in run.seeds})
     for now in (None, *seeds):
         for run in benchmark.runs:
@@ -166,7 +166,7 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
 
 
 def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
-    """Return the recipe of a run; ``out`` is the folder of run folders.
+    """Return the recipe of a run; ``out`` contains the run folders.
 
     Raises:
         RecipeError: If a key or a value is wrong; the message names the run.
@@ -191,12 +191,12 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
 
 
 def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
-    """Return the folder of the run that a run builds on: that of its seed, or the only one."""
+    """Return the folder of the earlier run that a run continues: the one with the same seed, or the only one."""
     first = next(run for run in benchmark.runs if run.name == name)
     return out / _folder(first.name, point.seed if first.seeds else None)
 
 
-# --------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------- results
 
 
 def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
@@ -208,7 +208,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
         baseline = row.arm == "baseline"
         label = "" if baseline else point.label
         yield Line(
-            # The metric's signature has split, candidates and everything else that two figures must share.
+            # The signature of the metric includes split, candidates and everything else that results must share.
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
             name=_name(row, point.label),
             label=label,
@@ -222,14 +222,14 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
 
 
 def _name(row: Row, label: str) -> str:
-    """Return the name of a run's row in tables."""
+    """Return the name of a model in tables."""
     return " · ".join(
         [row.predictor, *([] if row.arm == "baseline" else [(row.template or "").partition("/")[2], label])]
     )
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
-    """Add a row: another seed of an existing one, a baseline that every run has, or a new one."""
+    """Add a model: another seed of an existing one, a baseline that every run has, or a new one."""
     known = lines.setdefault((line.table, line.name), line)
     if known is line:
         return
@@ -239,18 +239,18 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
         known.figures += line.figures
         known.values += line.values
     elif known.run != line.run and not _alike(known, line):
-        # For example an ensemble of different members.
+        # for example an ensemble of different members
         _add(lines, replace(line, name=f"{line.name} · {line.run}"))
 
 
 def _alike(one: Line, other: Line) -> bool:
-    """Return whether a baseline has the same values in two runs, up to rounding."""
+    """Whether a baseline has the same values in two runs, up to rounding."""
     metric = one.table[1]
     return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
 def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Made:
-    """Return tables and rows; a row in several tables is one row with one name.
+    """Return tables and models; a model in several tables has the same name in all of them.
 
     Raises:
         RecipeError: If the runs of one table have different users or items.
@@ -341,12 +341,12 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _bare(figure: Figure) -> Figure:
-    """Return a figure without its signature, which is stored with the table."""
+    """Return a value without its signature, which is stored with the table."""
     return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 
 def _values(line: Line, metric: str) -> NDArray[np.float64]:
-    """Return the values of a row's requests, shape (seeds, n)."""
+    """Return the per-request values of a model, shape (seeds, n)."""
     return np.array([values[metric] for values in line.values], dtype=np.float64)
 
 

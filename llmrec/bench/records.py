@@ -1,4 +1,4 @@
-"""The frozen record of a benchmark's result, which the pages read.
+"""The stored result of a benchmark, which pages read.
 
 A page of any kind (``suite``, ``benchmark`` or ``chat``) writes this record: rows are models, each with its figures in
 one or more tables. As in `llmrec.results`, unknown keys are ignored and unset fields are not written.
@@ -20,14 +20,14 @@ Setting = str | bool | int | float | list[float] | list[str] | dict[str, Plain] 
 
 
 class Trial(Record):
-    """A hyperparameter setting of a grid, and its validation values by table."""
+    """A hyperparameter setting with its validation values by table."""
 
     parameters: dict[str, Setting]
     values: dict[str, Number] = Field(default_factory=dict)
 
 
 class RowFigures(Record):
-    """A row's figures in one table.
+    """The results of a model in one table.
 
     Attributes:
         n: Number of requests.
@@ -53,12 +53,12 @@ class RowFigures(Record):
     seconds_per_request: float = 0.0
 
     def value(self, metric: str) -> float | None:
-        """Return a figure's value; None if it is undefined."""
+        """Return the value of a metric; None if it is undefined."""
         return self.metrics[metric].value
 
 
 class Dialogues(Record):
-    """The conversations of a row.
+    """The conversations of a system.
 
     Attributes:
         manager: The dialogue manager, which chooses the tools.
@@ -86,7 +86,7 @@ class Dialogues(Record):
 
 
 class BenchmarkRow(Record):
-    """One model, over all its seeds.
+    """A model with its results over all seeds.
 
     Attributes:
         reads: The data of items that it reads.
@@ -123,7 +123,7 @@ class BenchmarkRow(Record):
 
 
 class BenchmarkTable(Record):
-    """Comparable rows, measured on the same requests under the same protocol.
+    """Comparable models, measured on the same requests under the same protocol.
 
     Attributes:
         name: Unique name: the treatment of the history of a full ranking, or the task.
@@ -148,7 +148,7 @@ class BenchmarkTable(Record):
 
 
 class PairSlice(Record):
-    """A planned comparison over some of its requests: exploratory, with an unadjusted 95 % interval.
+    """A planned comparison on a subset of its requests; exploratory, with an unadjusted 95 % interval.
 
     Attributes:
         name: See `llmrec.evaluate.slices.target_slices`.
@@ -165,7 +165,7 @@ class PairSlice(Record):
 
 
 class BenchmarkPair(Pair):
-    """The comparison of two rows of a table by its metric.
+    """The comparison of two models in a table.
 
     Attributes:
         table: Name of the table.
@@ -190,7 +190,7 @@ class BenchmarkPair(Pair):
 
 
 class Size(Record):
-    """The size of the data."""
+    """Numbers of users, items and interactions."""
 
     users: int
     items: int
@@ -198,7 +198,7 @@ class Size(Record):
 
 
 class BenchmarkProtocol(Record):
-    """The protocol that all rows share.
+    """The evaluation protocol that all models share.
 
     Attributes:
         users: Number of evaluated users; for conversations per seed.
@@ -222,7 +222,7 @@ class BenchmarkProtocol(Record):
 
 
 class BenchmarkResult(Record):
-    """The content of a benchmark's file.
+    """The stored result of a benchmark.
 
     Attributes:
         kind: Kind of its page.
@@ -264,11 +264,11 @@ class BenchmarkResult(Record):
     notes: tuple[str, ...] = ()
 
     def standings(self, table: BenchmarkTable) -> list[tuple[BenchmarkRow, RowFigures]]:
-        """Return the rows of a table with their figures, best first and undefined ones last."""
+        """Return the models of a table with their results, best first and undefined ones last."""
         results = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
         return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
 
 
 def place(value: float | None, metric: str) -> tuple[bool, float]:
-    """Return the sort key of a figure: best first, None last."""
+    """Return the sort key of a value: best first, None last."""
     return (True, 0.0) if value is None else (False, value if lower(metric) else -value)

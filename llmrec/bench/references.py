@@ -1,4 +1,4 @@
-"""Published figures, which the leaderboard shows with results of the same protocol."""
+"""Published results, shown next to results under the same protocol."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llmrec.resources import resource
 
 
 class Page(BaseModel):
-    """Frozen base of the records of eval/references."""
+    """Frozen base class of the records in eval/references."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Published(Page):
-    """One published row; ``seen`` is whether items of the history could be ranked, if the source says."""
+    """A published result; ``seen`` is whether history items could be ranked, if the source says."""
 
     system: str
     source: str
@@ -31,14 +31,14 @@ class Published(Page):
 
 
 class Protocol(Page):
-    """The protocol that a reference's rows share."""
+    """The evaluation protocol of a publication's results."""
 
     split: str
     candidates: str
 
 
 class Reference(Page):
-    """Published figures on one data set, from one file."""
+    """Published results on one data set, from one file."""
 
     reference: str
     data: str

@@ -1,4 +1,4 @@
-"""Runs or checks benchmarks of any kind: makes rows, compares them, and writes the result with its pages."""
+"""Runs or checks benchmarks of any kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def run_benchmark(
     page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
 ) -> Ran:
-    """Make every missing row, compare the rows, and write the result with its pages.
+    """Run everything that is missing, compare the models, and write the result with its pages.
 
     Args:
         page: From `llmrec.recipe.load`.
@@ -40,7 +40,7 @@ def run_benchmark(
     begin, ran = time.monotonic(), None
     if note := of_another(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
         say(note)
-    # Intermediate results are written each time, so that a killed benchmark of recipes has a page.
+    # Intermediate results are also written, so that an interrupted benchmark of recipes has a page.
     for made in _rows(page, out, say, quiet=quiet):
         ran = write(page, made, results, time.monotonic() - begin)
     assert ran is not None
@@ -58,7 +58,7 @@ def _rows(page: Page, out: Path, say: Callable[[str], None], *, quiet: bool) -> 
 def run_page(
     kind: Literal["suite", "benchmark", "chat"], path: str, overrides: Sequence[str], out: Path | None, results: Path
 ) -> None:
-    """Run a benchmark page, as ``llmrec eval`` does.
+    """Run a benchmark file, as ``llmrec eval`` does.
 
     Args:
         kind: From `llmrec.recipe.load.kind_of_page`.
@@ -79,7 +79,7 @@ def run_page(
 
 
 def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides: Sequence[str]) -> None:
-    """Check a suite, a benchmark or a conversation suite, and the recipes that it names.
+    """Check a benchmark file and the recipes that it names.
 
     Raises:
         RecipeError: If a key or value of the page, or of a recipe that it names, is wrong.

@@ -1,4 +1,4 @@
-"""Implements `llmrec compare` and `llmrec.compare`: two runs, row by row, or two recommenders, paired by user."""
+"""Implements `llmrec compare` and `llmrec.compare`: compares two runs or two recommenders, paired by user."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOTE = "95 % intervals of A − B, paired by user and not corrected for the numb
 
 
 class RunPair(Pair, Compared):
-    """The difference of a row of run A and one of run B on a metric; ``a`` and ``b`` are row ids.
+    """The difference between a model of run A and one of run B in a metric; ``a`` and ``b`` are row ids.
 
     Attributes:
         a_value: The figure of the row of A.
@@ -156,7 +156,7 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
 
 
 def _pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, bool]]:
-    """Yield the best rows of both runs, then each common row."""
+    """Yield the pair of best models, and then each pair of equal models."""
     best, rival = (headline(results, task).model or results.standings(task)[0] for results in (one, other))
     yield best, rival, True
     known = {row.id: row for row in other.rows if row.task == task}
@@ -170,7 +170,7 @@ def _differences(
 ) -> Iterator[RunPair]:
     one, other = rows
     users = [record.user_id for record in one.records]
-    # The headline metric comes first.
+    # the main metric first
     for name in sorted(set(one.values) & set(other.values), key=lambda name: (name != first, name)):
         a, b = (Standing(row.figures.id, _value(row, name), np.asarray(row.values[name])) for row in rows)
         if a.value is None or b.value is None:
@@ -191,7 +191,7 @@ def _value(row: ResultRow, metric: str) -> float | None:
     return row.figures.metrics[metric].value if metric in row.figures.metrics else None
 
 
-# --------------------------------------------------------------------------- the same cases
+# --------------------------------------------------------------------------- checking that cases are equal
 
 
 def _refuse_other_data(task: str, runs: Sequence[Path], results: tuple[Results, Results]) -> None:
@@ -225,7 +225,7 @@ def _refuse_other_cases(runs: Sequence[Path], rows: tuple[ResultRow, ResultRow])
 
 
 def _protocol(signature: str) -> str:
-    """Return a signature without the version of llmrec, in which comparable figures may differ."""
+    """Return a signature without the version of llmrec, in which comparable results may differ."""
     try:
         version = parse_signature(signature).version
     except ValueError:
@@ -246,7 +246,7 @@ def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str)
 
 
 def tables(found: ComparedRuns) -> Iterator[Table]:
-    """Yield a table per task: its headline metric for the best rows and for every common row."""
+    """Yield a table per task: the main metric for the best models and for all models in both runs."""
     from rich.text import Text
 
     from llmrec.report.table import plain, table_of
@@ -277,13 +277,13 @@ def _cells(pair: RunPair) -> tuple[str, str, str, str]:
 
 
 def _name(row_id: str) -> str:
-    """Return a row's id without its task."""
+    """Return the id of a model without its task."""
     return row_id.partition("/")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A row of the file of differences."""
+    """A row in the file of differences."""
 
     task: str
     metric: str
@@ -299,7 +299,7 @@ class Line:
 
 
 def write(found: ComparedRuns, path: Path) -> None:
-    """Write every difference as a row of a table file.
+    """Write all differences as rows of a table file.
 
     Raises:
         DataError: If the file extension is unknown, or the existing file is not one of `llmrec compare`.

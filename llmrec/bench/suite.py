@@ -1,4 +1,4 @@
-"""Makes the rows of a suite: each is tuned on validation per table, fitted with every seed, and evaluated.
+"""Runs a suite: each model is tuned on validation users per table, fitted with every seed, and evaluated.
 
 `llmrec.baselines.tune` chooses a baseline's parameters; `llmrec.bench.models` fits recipes and ensembles.
 """
@@ -52,21 +52,21 @@ from llmrec.tasks.family import answers
 from llmrec.terminal import works_in
 from llmrec.types import Case, Interaction, Probability, Rating
 
-# The name of the single table of these tasks; rankings have one for each treatment of the history.
+# The name of the only table for these tasks; ranking has one table for each treatment of history items.
 TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
 _KINDS: Mapping[str, Kind] = {"rating": "rating", "ctr": "probability"}
 
-# Keys that do not affect a row's figures.
+# Keys that do not affect results.
 _SILENT = {"suite", "description", "plugins", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
-# Shape (requests,) or (seeds, requests).
+# shape (requests,) or (seeds, requests)
 Values: TypeAlias = list[float] | list[list[float]]
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished row, and its values by table and metric for `llmrec.evaluate.compare.sampled`."""
+    """A finished model, with its values by table and metric for `llmrec.evaluate.compare.sampled`."""
 
     row: BenchmarkRow
     values: Mapping[str, Mapping[str, Values]]
@@ -74,7 +74,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Once:
-    """One table of a row with one seed; for rankings also the figures of cold-start items."""
+    """The results of a model in one table with one seed; for ranking also those of cold-start items."""
 
     evaluated: Evaluated
     cold: Mapping[str, float] | None = None
@@ -82,18 +82,18 @@ class Once:
 
 @dataclass(frozen=True)
 class Trials:
-    """The tried hyperparameter settings of tuning, in a file, so that a killed suite does not fit them again."""
+    """Stores the hyperparameter settings tried, so that an interrupted suite does not fit them again."""
 
     path: Path
     key: str
 
     def known(self) -> list[Tried]:
-        """Return the settings tried by an earlier call for the same row."""
+        """Return the settings that an earlier call tried for the same model."""
         stored = read_stage(self.path, self.key, _tried)
         return _tried(stored) if stored else []
 
     def keep(self, trials: Sequence[Tried]) -> None:
-        """Store all tried settings."""
+        """Store all settings tried so far."""
         points = [{"parameters": dict(trial.parameters), "values": dict(trial.values)} for trial in trials]
         write_checked(self.path, {"key": self.key, "trials": points})
 
@@ -103,7 +103,7 @@ def _tried(stored: Mapping[str, Any]) -> list[Tried]:
 
 
 def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
-    """Make every missing row, and yield all rows.
+    """Run all missing models, and yield the results.
 
     Args:
         suite: From `llmrec.recipe.load.load_suite`.
@@ -137,7 +137,7 @@ def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[
 
 
 def check_rows(suite: Suite) -> None:
-    """Reject rows that name an unknown baseline of the task, or an unknown parameter.
+    """Reject models with an unknown baseline or parameter.
 
     Raises:
         RecipeError: If there is one; the message names the suite and the row.
@@ -206,21 +206,21 @@ def _line(suite: Suite, row: BenchmarkRow) -> str:
 
 
 def _shown(figure: Figure) -> str:
-    """Return a figure for the terminal, or the reason why it is undefined."""
+    """Return a value for the terminal, or the reason why it is undefined."""
     return f"{figure.value:.4f}" if figure.value is not None else f"undefined ({figure.undefined})"
 
 
-# --------------------------------------------------------------------------- one row
+# --------------------------------------------------------------------------- one model
 
 
 def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, SplitDataset], models: Models) -> Done:
-    """Return a stored row with the same key, or make it and store it."""
+    """Return the stored result of a model with the same key, or compute and store it."""
     path = models.folder / "rows" / f"{number:02d}-{row.label}.json"
     key = fingerprint(
         "suite",
         made_by=[(BASELINES, row.baseline)] if row.baseline else [],
         packages={name: version for name, version in versions().items() if name in _MATTERS},
-        # Without defaults, so that a new key of the page does not invalidate finished rows.
+        # Without defaults, so that a new key does not invalidate stored results.
         row=row.model_dump(exclude_defaults=True),
         grid=grid_of(suite, row) if row.baseline else None,
         parts=[models.chosen[label] for label in row.fuse],
@@ -241,7 +241,7 @@ def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, Split
 
 
 def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials) -> Done:
-    """Tune a row on the first split, fit it with every seed on every split, and evaluate it.
+    """Tune a model on the first split, fit it with every seed on every split, and evaluate it.
 
     Args:
         suite: The suite.
@@ -263,7 +263,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
         drawn = models.stochastic(row)
         seeds = suite.seeds_of(row) if drawn else suite.seeds[:1]
         measure = partial(_measured, models, row, tuned, seconds)
-        # Tuning has fitted the chosen setting with the first seed.
+        # Tuning has already fitted the chosen setting with the first seed.
         runs = [measure(splits[first], seed, seed == seeds[0]) for seed in seeds]
         others = [measure(splits[seed], suite.seeds[0], False) for seed in suite.split_seeds[1:]]
     tables = {}
@@ -289,12 +289,12 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
 
 
 def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
-    """Return weights without the text of their trees, which takes a hundred times what else is known of a row."""
+    """Return weights without the text of their trees, which is a hundred times larger than the rest."""
     return weights and weights.model_copy(update={"trees": None})
 
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
-    """Return the record field with the settings of a row's text encoder; empty without one."""
+    """Return the settings of a model's text encoder for its record; empty without one."""
     name = lookup(BASELINES, row.baseline, "baseline").text_encoder(row.parameters) if row.baseline else None
     if name is None:
         return {}
@@ -307,7 +307,7 @@ def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:
-    """Return the declared grid, with the values of the row's own grid and its fixed parameters."""
+    """Return the grid of a baseline, with the values and fixed parameters that the suite sets."""
     declared = {**lookup(BASELINES, str(row.baseline), "baseline").GRID, **_ascending(row.grid)} if row.tune else {}
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
     fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
@@ -322,7 +322,7 @@ def _ascending(grid: Grid) -> Grid:
 
 
 def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tuned:
-    """Return the parameters chosen for each table."""
+    """Return the parameters selected for each table."""
     grid, tables = grid_of(suite, row), tables_of(suite)
     if all(len(values) == 1 for values in grid.values()):
         only = Choice({name: values[0] for name, values in grid.items()})
@@ -347,7 +347,7 @@ def _measured(
     seed: int,
     first: bool,
 ) -> dict[str, Once]:
-    """Fit and evaluate the choice, jointly for tables with equal choices; ``first`` is for the tuning seed."""
+    """Fit and evaluate the selected settings, once for tables with equal ones; ``first`` is for the tuning seed."""
     results: dict[str, Once] = {}
     together: dict[str, list[str]] = {}
     # An ensemble has separate members for each table, whatever its form is.
@@ -403,17 +403,17 @@ def _measure(
 
 
 def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
-    """Return the held-out interactions of the suite's users as requests, without those that have no truth.
+    """Return the held-out interactions of the suite's users as requests, except those without a true answer.
 
     Raises:
         RecipeError: If no user has a history of the length that the suite requires.
     """
     cases, held_out = [], data.holdouts(suite.split)
-    # A user may have several held-out interactions: all of them are requests, or none.
+    # If a user has several held-out interactions, use all of them or none.
     for held in held_out.of(None if suite.users is None else held_out.first_users(suite.users)):
         truth = _truth(suite, data, held)
         if truth is None:
-            continue  # without truth there is nothing to compare with
+            continue  # without a true answer there is nothing to compare with
         request = request_of(data, held, suite.split, item=None if suite.task == "ranking" else held.item_id)
         if len(request.history) >= suite.min_history:
             cases.append(Case(request=request, truth=truth))
@@ -436,7 +436,7 @@ def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float |
 
 
 def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> RowFigures:
-    """Return a convention's figures averaged over seeds, with their range over tie rules of the split."""
+    """Return results averaged over seeds, with their range over tie rules of the split."""
     first = runs[0].evaluated.figures
     users = [record.user_id for record in runs[0].evaluated.records]
     metrics = {
@@ -463,7 +463,7 @@ def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Ro
 
 
 def _values(runs: Sequence[Once]) -> dict[str, Values]:
-    """Return values by request, with several seeds those of each seed."""
+    """Return the values by request; with several seeds, those of each seed."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:
         if name in runs[0].evaluated.values:
@@ -478,7 +478,7 @@ def _mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def _peak() -> Iterator[list[float]]:
-    """Monitor this process's memory; the list's single entry is the peak resident size in bytes."""
+    """Measure the peak resident memory of this process; yields a list with the size in bytes."""
     process, over = psutil.Process(), threading.Event()
     peak = [float(process.memory_info().rss)]
 
@@ -496,17 +496,17 @@ def _peak() -> Iterator[list[float]]:
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:
-    """Return the names of a suite's tables: the conventions about the history, or one for ratings or yes/no."""
+    """Return the names of a suite's tables: one per treatment of history items, or one for ratings and CTR."""
     return TABLES.get(suite.task, suite.seen)
 
 
 def metrics_of(suite: Suite) -> list[str]:
-    """Return the metrics of a suite's tables, the sort metric last."""
+    """Return the metrics of a suite's tables, with the sort metric last."""
     if suite.task in _KINDS:
         return [*reversed(compared_metrics(_KINDS[suite.task]))]
     return [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
 
 
 def headline_of(suite: Suite) -> str:
-    """Return the metric of comparisons."""
+    """Return the metric used for comparisons."""
     return f"NDCG@{max(suite.cutoffs)}" if suite.task == "ranking" else metrics_of(suite)[-1]

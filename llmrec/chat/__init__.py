@@ -1,1 +1,1 @@
-"""Conversational recommendation over a catalogue: dialogue state, tools, managers and a simulated user."""
+"""Conversational recommendation over a catalogue: dialogue state, tools, dialogue managers, simulated users."""

@@ -1,4 +1,4 @@
-"""Users of the data for simulated conversations, with their target items and initial profiles.
+"""Selects users of the data, with target items and initial profiles, for simulated conversations.
 
 A target is a held-out item. The initial profile has the last items of the training part, liked or known, as for a
 logged-in user; earlier items are not recommended either.
@@ -20,7 +20,7 @@ from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.errors import DataError
 
-# Maximum number of earlier items that are excluded, which leaves room for the lists of a conversation.
+# Maximum number of earlier items that are excluded, so that enough items remain for recommendations.
 _EARLIER = MOST_SHOWN - 100
 
 
@@ -51,7 +51,7 @@ def data_users(
     past: int = 40,
     liked: float | None = None,
 ) -> list[DataUser]:
-    """Return users drawn by a hash, so that a smaller sample is a prefix of a larger one.
+    """Select users by a seeded hash, so that a smaller sample is part of a larger one.
 
     Args:
         data: The split; profiles come from its training part.

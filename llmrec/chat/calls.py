@@ -1,4 +1,4 @@
-"""The tools and endings of a conversation as typed records, and the legal calls of a turn.
+"""The tool calls of a conversation as typed records, and the calls allowed in each state.
 
 Arguments of calls are from closed lists: fields and values of the catalogue, positions in the shown list, fixed
 numbers, and words copied from the last user message. The legal calls are therefore a finite list of texts, and a
@@ -23,7 +23,7 @@ FEW, COUNTS, ASKED = 60, (5, 20, 50), 5
 """Maximum number of values of a field listed in full; numbers of items a search returns; default list length."""
 
 _WORDS = re.compile(r"[\w'’-]+")
-# The number of words of a message at which a search text may begin, and its maximum length in words.
+# Number of words of a message at which a search text may begin, and its maximum length in words.
 _BEGINS, _SPAN = 40, 5
 
 
@@ -40,7 +40,7 @@ class Search(_Call):
 
 
 class Filter(_Call):
-    """Keep items whose field has a value, does not have it, or is within a bound."""
+    """Keep items whose field has a value, does not have it, or is within a limit."""
 
     tool: Literal["filter"] = "filter"
     field: str = Field(max_length=100)
@@ -49,28 +49,28 @@ class Filter(_Call):
 
 
 class Similar(_Call):
-    """Find items that are co-chosen with items of the list, given by position, or with those that the user likes."""
+    """Find items often chosen together with items of the list, given by position, or with the user's liked items."""
 
     tool: Literal["similar"] = "similar"
     items: tuple[int, ...] = Field((), max_length=20)
 
 
 class Rank(_Call):
-    """Rank the candidates or the whole catalogue with the recommender, or items of the list given by position."""
+    """Rank the candidates, the whole catalogue, or items of the list given by position."""
 
     tool: Literal["rank"] = "rank"
     items: tuple[int, ...] = Field((), max_length=20)
 
 
 class Explain(_Call):
-    """Give facts about an item of the list, and why it was recommended."""
+    """State facts about an item of the list, and why it was recommended."""
 
     tool: Literal["explain"] = "explain"
     item: int = Field(ge=1, le=1000)
 
 
 class Show(_Call):
-    """End the turn with a list, and with a question if ``ask`` names a field."""
+    """End the turn with a list and, if ``ask`` names a field, a question."""
 
     tool: Literal["show"] = "show"
     k: int = Field(ASKED, ge=1, le=50)
@@ -85,13 +85,13 @@ class Ask(_Call):
 
 
 class ShowProfile(_Call):
-    """End the turn with the profile in words."""
+    """End the turn by showing the user's profile in words."""
 
     tool: Literal["profile"] = "profile"
 
 
 class Forget(_Call):
-    """Delete the wish with this number in the profile, or all of them (0), and end the turn."""
+    """Delete the preference with this number from the profile, or all of them (0), and end the turn."""
 
     tool: Literal["forget"] = "forget"
     wish: int = Field(0, ge=0, le=1000)
@@ -113,17 +113,17 @@ _READER: TypeAdapter[Call] = TypeAdapter(Call)
 
 
 def schema() -> dict[str, object]:
-    """Return the JSON schema of all calls."""
+    """Return the JSON schema of all tool calls."""
     return _READER.json_schema()
 
 
 def written(call: Call) -> str:
-    """Return a call as one line of JSON."""
+    """Return a tool call as one line of JSON."""
     return json.dumps(call.model_dump(), ensure_ascii=False)
 
 
 def read_call(text: str) -> Call:
-    """Read a call."""
+    """Parse a tool call."""
     try:
         return _READER.validate_json(text)
     except ValidationError as error:
@@ -134,12 +134,12 @@ def read_call(text: str) -> Call:
 
 
 def ends(call: Call) -> bool:
-    """Whether a call ends the turn."""
+    """Whether a tool call ends the turn."""
     return isinstance(call, ENDINGS)
 
 
 def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending: bool = False) -> list[Call]:
-    """Return every legal call in a state.
+    """Return all tool calls allowed in a state.
 
     Values of fields with more than `FEW` values are legal if they share a word with the last user message. `Forget` is
     legal only if the user requests it.

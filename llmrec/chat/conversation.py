@@ -1,4 +1,4 @@
-"""A turn of a conversation: parse the user message, make calls until one ends the turn, and compose the reply.
+"""A turn of a conversation: parse the user message, call tools until one ends the turn, and write the reply.
 
 Replies consist of this module's fixed texts, and of titles and values of the catalogue. A language model chooses calls
 and generates no text of a reply, so it can neither invent an item nor repeat its instructions.
@@ -32,7 +32,7 @@ _LIST, _QUESTION, _EMPTY = (
 )
 _BANNED = "You did not want {value}. Say that it is fine again to see some."
 _BETWEEN = "Do you have a wish about {field} ({low} to {high})?"
-# The number of example values in a question.
+# Number of example values in a question.
 _NAMED = 3
 
 
@@ -61,7 +61,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation over a catalogue; it is stateless: the state of a user is an argument and a result.
+    """A conversation over a catalogue; the state of a user is passed in and returned.
 
     Attributes:
         tools: The tools over the catalogue and a recommender.
@@ -74,7 +74,7 @@ class Conversation:
     reader: Reader | None
 
     def answer(self, state: State, text: str, called: Callable[[Call], None] = lambda call: None) -> Reply:
-        """Return the reply to a user message.
+        """Reply to a user message.
 
         Args:
             state: The state before the message.
@@ -100,7 +100,7 @@ class Conversation:
             note += outcome.told
             made.append((call, outcome.note))
             called(call)
-        # The items of a list are looked up again, so that no tool can show an item missing from the catalogue.
+        # Items are looked up again, so that no tool can show an item that is not in the catalogue.
         items = tuple(name for name in outcome.items if name in self.tools.titles)
         answer = self._wording(made[-1][0], note, items, outcome.ask)
         calls = tuple(call for call, _ in made)
@@ -108,7 +108,7 @@ class Conversation:
         return Reply(answer, items, calls, state.saying("assistant", answer), heard, cost, spent)
 
     def _sound(self, state: State) -> State:
-        """Return a state without items, fields and values missing from the catalogue."""
+        """Return a state without items, fields and values that are not in the catalogue."""
         facts, titles = self.tools.facts, self.tools.titles
         return state.with_(
             profile=tuple(wish for wish in state.profile if facts.legal(wish)),
@@ -118,12 +118,12 @@ class Conversation:
         )
 
     def _heard(self, state: State, heard: ParsedMessage) -> tuple[State, list[str]]:
-        """Return the state updated with a parsed message, and lines about requests that a ban contradicts."""
+        """Update the state with a parsed message; also return notes on requests that contradict an exclusion."""
         profile = state.profile
         for name, value in heard.revoked:
             profile = revoked(profile, name, value)
         wishes = [wish for wish in heard.wishes if self.tools.facts.legal(wish)]
-        # Mentioning a banned value does not lift the ban.
+        # Mentioning an excluded value does not include it again.
         bans = {
             wish.key
             for wish in (*profile, *wishes)
@@ -141,7 +141,7 @@ class Conversation:
             fields = {wish.field for wish in wishes if wish.asks}
             profile = tuple(wish for wish in profile if not (wish.asks and wish.field in fields))
         changed = learned(profile, wishes)
-        # Candidates found with other wishes are dropped.
+        # Drop candidates found with earlier preferences.
         buffer = () if changed != state.profile else state.buffer
         # A new request replaces the last search.
         asks = any(wish.asks or (wish.field == ITEM and wish.op == "is") for wish in wishes)

@@ -1,4 +1,4 @@
-"""A dual encoder of conversations and items, trained on dialogues: two linear maps over a frozen text encoder.
+"""A dual encoder of conversations and items: two linear maps on a frozen text encoder, trained on dialogues.
 
 RecLLM fine-tunes the encoders themselves (Friedman et al. 2023, arXiv 2305.07961); here they are frozen, so each text
 is encoded once, and training takes seconds on one core.
@@ -32,11 +32,11 @@ LAST = 3
 """Number of last utterances from which a conversation is encoded."""
 _ABOUT, _MAPS = "dual-encoder.json", "maps.safetensors"
 _BATCH, _RATE, _DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
-# Maximum number of epochs, and patience without a lower validation loss.
+# Maximum number of epochs, and epochs without a lower validation loss before training stops.
 _EPOCHS, _PATIENCE = 40, 3
-# The minimum number of dialogues: two are held out, so that the item of one is a negative of the other.
+# Minimum number of dialogues: two are held out, so that the item of each is a negative of the other.
 _FEWEST = 20
-# The initial logarithm of the scale of cosines.
+# Initial logarithm of the scale of cosines.
 _SCALE = 3.0
 
 
@@ -57,11 +57,11 @@ class Asked:
     dialogues: NDArray[np.int64]
 
     def part(self, rows: NDArray[np.int64]) -> Asked:
-        """Return the turns of the given rows."""
+        """Return the selected turns."""
         return Asked(self.vectors[rows], self.targets[rows], [self.apart[row] for row in rows], self.dialogues[rows])
 
     def false(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask of the false negatives of a batch, turns by targets, shape (n, n).
+        """Return a mask of the false negatives in a batch, shape (n, n).
 
         These are the turn's own target, if another turn has it too, and the items of `apart`.
         """
@@ -76,7 +76,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """Linear maps of the embeddings of conversations and of items, both of shape (d, d).
+    """Linear maps of conversation vectors and item vectors, shape (d, d) each.
 
     Attributes:
         encoder: The name of the text encoder.
@@ -89,22 +89,22 @@ class DualEncoder:
     item: NDArray[np.float32]
 
     def asking(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return a normalised embedding of each text of a conversation, shape (n, d)."""
+        """Return normalised vectors of conversation texts, shape (n, d)."""
         return mapped(text_embedder(self.encoder)(texts), self.context)
 
     def telling(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return a normalised embedding of each item text, shape (n, d)."""
+        """Return normalised vectors of item texts, shape (n, d)."""
         return mapped(text_embedder(self.encoder)(texts), self.item)
 
     def save(self, folder: Path) -> None:
-        """Write the maps as safetensors, with the name of their encoder."""
+        """Save the maps as safetensors, with the name of their text encoder."""
         with replacing(folder / _MAPS) as draft:
             require("safetensors.numpy", "train").save_file({"context": self.context, "item": self.item}, draft)
         write_json(folder / _ABOUT, {"encoder": self.encoder})
 
     @staticmethod
     def load(folder: Path) -> DualEncoder:
-        """Read a dual encoder written by `save`."""
+        """Load a dual encoder written by `save`."""
         about = read_json(folder / _ABOUT, "train it again with `llmrec chat --learn`")
         try:
             return DualEncoder(str(about["encoder"]), **require("safetensors.numpy", "train").load_file(folder / _MAPS))
@@ -117,7 +117,7 @@ class DualEncoder:
 
 
 def contexts_of(turns: Sequence[Turn]) -> list[str]:
-    """Return the context of each reply of a conversation: the last messages of both sides before it."""
+    """Return the context of each reply: the last messages of both sides before it."""
     text: list[str] = []
     results = []
     for turn in turns:
@@ -128,7 +128,7 @@ def contexts_of(turns: Sequence[Turn]) -> list[str]:
 
 
 def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> Asked:
-    """Return training data from simulated conversations: every user message is a request for the target item.
+    """Return training data from simulated conversations: each user message is a request for the target item.
 
     Args:
         turns: The transcript; a turn whose user is null begins each conversation, and its item is the target.
@@ -150,7 +150,7 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
 
 
 def embedders(name: str) -> tuple[Embed, Embed]:
-    """Return the embedding functions of item texts and messages, of a text encoder or the folder of a dual encoder."""
+    """Return the embedding functions for item texts and for messages, from a text encoder or a dual encoder."""
     if (Path(name) / _ABOUT).is_file():
         dual = DualEncoder.load(Path(name))
         return dual.telling, dual.asking
@@ -158,14 +158,14 @@ def embedders(name: str) -> tuple[Embed, Embed]:
 
 
 def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return mapped and normalised vectors, shape (n, d)."""
+    """Apply a linear map to vectors and normalise them, shape (n, d)."""
     result = vectors @ weights.T
     unit: NDArray[np.float32] = result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
     return unit
 
 
 def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
-    """Train the maps, initialised with the identity.
+    """Train the maps, starting from the identity.
 
     The loss is contrastive in both directions, with in-batch negatives and without correction for the frequency of
     targets (Yi et al., RecSys 2019), so that the maps do not learn popularity. A tenth of the dialogues is held out for
@@ -218,7 +218,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
                 total += float(value.detach()) * len(batch)
             return total / len(order)
 
-        # Advance the generator as in the first epoch, which does not train.
+        # Advance the random generator as in the first epoch, which does not train.
         rng.permutation(rows)
         until_least(_Maps(network), judge, _Epochs(), learn_once, measure="loss", learned=True)
     kept = network.state_dict()
@@ -228,7 +228,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
 
 @dataclass
 class _Maps:
-    """The model to train: a network and its name."""
+    """The network to train, and its name."""
 
     network: Any
     name: str = "dual encoder"
@@ -246,7 +246,7 @@ class _Epochs:
 
 
 def _maps(width: int) -> Any:
-    """Return the residual maps, initially zero, and the scale of cosines."""
+    """Return the residual maps, which are initially zero, and the scale of cosines."""
     torch = require("torch", "train")
     network = torch.nn.ModuleDict({name: torch.nn.Linear(width, width, bias=False) for name in ("context", "item")})
     for part in network.values():
@@ -256,7 +256,7 @@ def _maps(width: int) -> Any:
 
 
 def _moved(network: torch.nn.Module, name: str, vectors: Any) -> Any:
-    """Return vectors plus their residual map, normalised, shape (n, d)."""
+    """Add the residual map to vectors and normalise them, shape (n, d)."""
     nn = require("torch", "train").nn.functional
     vectors = nn.dropout(vectors, _DROPOUT, network.training)
     return nn.normalize(vectors + network[name](vectors), dim=1)

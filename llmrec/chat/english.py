@@ -22,7 +22,7 @@ NO = _words(
     "(?:sick|tired|bored) of|other than|can['’]?t stand|isn['’]?t|non|less|couldn['’]?t|nothing|"
     "remov(?:e|ing)|exclud(?:e|ing)|skip|(?:leave|rule|filter) out|neither|nor|hardly"
 )
-# Negations are excluded: *do not forget* is no request to forget.
+# Negations are excluded: *do not forget* is not a request to forget.
 _FORGET = "(?<!never )(?<!not )(?<!n't )(?<!n’t )forget"
 _LIFT = r"lift (?:\w+ ){0,2}(?:bans?|limits?|restrictions?)"
 AGAIN = _words(
@@ -160,7 +160,7 @@ STOP = frozenset(
 
 
 def singular(phrase: str) -> str:
-    """Return a phrase with its last word in the singular, by the common English rules."""
+    """Return a phrase with its last word in the singular, by common English rules."""
     head, _, last = phrase.rpartition(" ")
     if len(last) > 3 and last.endswith("ies"):
         last = last[:-3] + "y"

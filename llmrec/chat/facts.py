@@ -1,4 +1,4 @@
-"""Facts of a catalogue: fields with closed lists of values, searchable texts, and wishes as rules."""
+"""Facts about a catalogue: fields with a limited set of values, searchable texts, and preferences as rules."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NUMBER = re.compile(r"-?\d{1,9}")
-# Fields whose values have more words on average, or whose values no two items share, are texts.
+# Fields whose values have more words on average, or are unique to an item, are texts.
 _LONGEST = 4.0
-# The maximum length in characters of a value and of a field's name; longer ones are only searched.
+# Maximum length in characters of a value and of a field name; longer ones are only searched.
 _LONGEST_VALUE, _LONGEST_FIELD = 300, 100
-# The minimum fraction of numbers in a numeric field: years may be "unknown".
+# Minimum share of numbers in a numeric field; years may be "unknown".
 _MOSTLY = 0.9
 # The constant k of reciprocal rank fusion (Cormack et al., SIGIR 2009).
 _RANK = 60
 
 
 class Facts:
-    """Facts of a catalogue.
+    """Facts about the items of a catalogue.
 
     Attributes:
         values: The values of each field with a closed list, the most frequent first.
@@ -53,11 +53,11 @@ class Facts:
         self.years = next((name for name in sorted(self.numeric) if _are_years(*self.bounds(name))), "")
 
     def value(self, field: str, value: str) -> str | None:
-        """Return a value with the catalogue's spelling; None if no item has it."""
+        """Return a value as spelled in the catalogue; None if no item has it."""
         return self._spelt.get(field, {}).get(value.casefold().strip())
 
     def legal(self, wish: Wish) -> bool:
-        """Whether the catalogue has the item, or the field and value, of a wish."""
+        """Whether the catalogue has the item, or the field and value, that a preference names."""
         if wish.field == ITEM:
             return wish.value in self.items and wish.op in ("is", "not", "seen")
         if wish.op in ("from", "until"):
@@ -65,7 +65,7 @@ class Facts:
         return wish.op != "seen" and self.value(wish.field, wish.value) is not None
 
     def rules(self, profile: Iterable[Wish]) -> Rules:
-        """Return the hard wishes of a profile as rules of lists."""
+        """Return the hard preferences of a profile as rules for lists."""
         every = tuple(profile)
         without: dict[str, set[str]] = defaultdict(set)
         for wish in every:
@@ -81,20 +81,20 @@ class Facts:
         )
 
     def matches(self, item: str, wish: Wish) -> bool:
-        """Whether an item has the value of a wish on a field, or is within its bound."""
+        """Whether an item has the value that a preference names, or is within its limit."""
         text = self._held[item].get(wish.field, ())
         if wish.op in ("from", "until"):
             return any(_inside(value, wish) for value in text)
         return wish.value.casefold() in {value.casefold() for value in text}
 
     def told(self, item: str) -> list[tuple[str, str]]:
-        """Return the closed fields of an item, as (field, values)."""
+        """Return the categorical fields of an item, as (field, values)."""
         return [(field, ", ".join(values)) for field, values in self._held[item].items()]
 
     # ------------------------------------------------------------------- search
 
     def search(self, text: str, allowed: frozenset[str] | None = None) -> list[str]:
-        """Return the items that match a text by words, best first; with an encoder also by meaning.
+        """Search items by words, best first; with a text encoder also by meaning.
 
         Rankings by BM25, by text embeddings and by concepts are combined by reciprocal rank fusion.
         """
@@ -115,7 +115,7 @@ class Facts:
         return [word for word in words if word.casefold() in self._index.index]
 
     def bounds(self, field: str) -> tuple[int, int]:
-        """Return the lowest and the highest number of a numeric field."""
+        """Return the lowest and highest number of a numeric field."""
         numbers = [int(value) for value in self.values[field] if _NUMBER.fullmatch(value)]
         return min(numbers), max(numbers)
 
@@ -126,7 +126,7 @@ class Facts:
 
     @cached_property
     def _held(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
-        """The values of each item's closed fields."""
+        """The values of the categorical fields of each item."""
         return {
             name: {field: text for field in self.values if (text := tuple(_values(item.fields.get(field, ""))))}
             for name, item in self.items.items()
@@ -134,7 +134,7 @@ class Facts:
 
     @cached_property
     def texts(self) -> list[str]:
-        """The title, fields and documents of each item, in the order of the catalogue."""
+        """The title, fields and documents of each item, in catalogue order."""
         return [". ".join((self.titles[name], *item.fields.values())) for name, item in self.items.items()]
 
     @cached_property
@@ -148,7 +148,7 @@ class Facts:
 
     @cached_property
     def concepts(self) -> NDArray[np.floating[Any]]:
-        """The mean embedding of each item's values, shape (n, d): attributes as concepts."""
+        """The mean vector of the values of each item, shape (n, d)."""
         assert self._embed is not None
         pairs = [(field, value) for field, values in self.values.items() for value in values]
         place = {pair: row for row, pair in enumerate(pairs)}
@@ -161,7 +161,7 @@ class Facts:
 
 
 def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
-    """Return the values of every field with a closed list, the most frequent first."""
+    """Return the values of each categorical field, most frequent first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         for field, text in item.fields.items():

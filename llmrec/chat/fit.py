@@ -1,4 +1,4 @@
-"""A joint ranker and explainer: a language model grades how well items fit a conversation, with wishes as reasons.
+"""A language model grades how well items fit a conversation; the preferences that an item meets explain the grade.
 
 RecLLM's ranker is a language model that scores an item for a conversation and generates the reason, which explains the
 item to the user (Friedman et al. 2023, arXiv 2305.07961, ranking and explanations). Here the reason comes from data:
@@ -22,15 +22,15 @@ PHRASES = ("poor fit", "weak fit", "fair fit", "good fit", "excellent fit")
 """The possible grades, worst first; equally spaced from 0 to 1."""
 MOST = 10
 """Maximum number of items that are judged for a list: each needs a separate prompt."""
-# The limits of a prompt: messages, wishes, fields, and characters of each.
+# Limits of a prompt: messages, preferences, fields, and characters of each.
 _LINES, _WISHES, _FIELDS, _LETTERS = 3, 12, 8, 160
-# The constant of reciprocal rank fusion, as in `llmrec.chat.facts.Facts.search`.
+# Constant of reciprocal rank fusion, as in `llmrec.chat.facts.Facts.search`.
 _RANK = 60
 
 
 @dataclass(frozen=True)
 class Reason:
-    """The wishes that an item meets and does not meet, according to the catalogue."""
+    """The preferences that an item meets and does not meet, according to the catalogue."""
 
     met: tuple[Wish, ...]
     missed: tuple[Wish, ...]
@@ -52,7 +52,7 @@ class Judged:
 
 
 def reason(facts: Facts, state: State, item: str) -> Reason:
-    """Return which wishes of the profile an item meets.
+    """Return which preferences in the profile an item meets.
 
     An item without the banned value meets a ban. One of several alternatives is enough.
     """
@@ -69,7 +69,7 @@ def reason(facts: Facts, state: State, item: str) -> Reason:
 
 
 def shares(logprobs: Sequence[float]) -> list[float]:
-    """Return the normalised probabilities of phrases from their log-probabilities in nats."""
+    """Return the normalised probabilities of phrases, given their log-probabilities."""
     most = max(logprobs)
     weights = [math.exp(value - most) for value in logprobs]
     return [weight / sum(weights) for weight in weights]
@@ -81,7 +81,7 @@ def expected(logprobs: Sequence[float]) -> float:
 
 
 def joined(items: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """Return items ranked by reciprocal rank fusion of their order and their scores; ties keep the order."""
+    """Combine the order of items with their scores by reciprocal rank fusion; ties keep the order."""
     by = sorted(range(len(items)), key=lambda place: -scores[place])
     place_of = {place: rank for rank, place in enumerate(by)}
     worth = [1 / (_RANK + place) + 1 / (_RANK + place_of[place]) for place in range(len(items))]
@@ -102,7 +102,7 @@ class FitJudge:
     template: Template = field(default_factory=lambda: load_templates("chat")["fit"])
 
     def ordered(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[str], Cost]:
-        """Return items reranked by a combination of their order, given by the recommender, and the grades.
+        """Rerank items by combining the order of the recommender with the grades.
 
         Raises:
             LlmrecError: If the engine fails.
@@ -112,7 +112,7 @@ class FitJudge:
         return [*joined(first, [item.score for item in judged]), *items[self.most :]], cost
 
     def judge(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[Judged], Cost]:
-        """Return the grades of items, each scored in a separate prompt.
+        """Return the grades of items, each scored with a separate prompt.
 
         Raises:
             LlmrecError: If the engine fails.
@@ -134,7 +134,7 @@ class FitJudge:
         return judged, cost
 
     def prompt(self, facts: Facts, state: State, item: str, why: Reason) -> Prompt:
-        """Return the prompt about an item; texts of users and of the catalogue are data in it."""
+        """Return the prompt about an item; texts of users and catalogue are treated as data."""
         titles = facts.titles
 
         def told(wishes: Sequence[Wish]) -> list[dict[str, str]]:
@@ -145,7 +145,7 @@ class FitJudge:
             messages=self.template.turns(
                 {
                     "phrases": [{"text": phrase} for phrase in PHRASES],
-                    # The part shared by all items is first, as a common prefix.
+                    # The part that all items share comes first, as a common prefix.
                     "lines": [{"text": cut(text, _LETTERS)} for text in message],
                     "profile": told([wish for wish in state.profile if wish.op != "seen"]),
                     "title": cut(titles[item], _LETTERS),

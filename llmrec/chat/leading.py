@@ -1,4 +1,4 @@
-"""Fine-tuning of a language model as manager, with its agreement with held-out calls before and after."""
+"""Fine-tunes a language model as dialogue manager, and measures its agreement with held-out calls."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from llmrec.pipeline.study import folder_of
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.base import keyed
 
-# Simulated users for training: turns per conversation, and probability of a message without a wish.
+# Simulated users for training: turns per conversation, and probability of a message without a preference.
 _TURNS, _ASIDES = 8, 0.4
-# Number of calls on which each manager is evaluated: an untuned model takes a second or more per call.
+# Number of calls on which each manager is evaluated; an untuned model takes a second or more per call.
 _ASKED = 60
 
 
 def tuned(
     conversation: Conversation, page: Recipe, past: Sequence[Turn] | None, options: ChatOptions
 ) -> Sequence[Turn]:
-    """Fine-tune the model of a recipe, print its agreement on held-out conversations, and return the simulated turns.
+    """Fine-tune a language model as dialogue manager, print its agreement, and return the simulated turns.
 
     Args:
         conversation: A conversation with the rule-based manager.
@@ -82,7 +82,7 @@ def _simulated(conversation: Conversation, count: int, seed: int, words: Wording
 
 
 def _drawn(moments: Sequence[Taught], seed: int) -> list[Taught]:
-    """Return a sample of calls for the evaluation."""
+    """Return a random sample of calls for the evaluation."""
     return keyed("chat", seed, "asked").sample(list(moments), min(_ASKED, len(moments)))
 
 

@@ -1,4 +1,4 @@
-"""Managers, which choose the calls of a turn: rules, a language model, and two baselines, with one protocol."""
+"""Dialogue managers, which choose the tool calls of a turn: rules, a language model, and two baselines."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from llmrec.types import Backend, Cost, Prompt, Scores
 
 MOST_CALLS = 4
 """Maximum number of calls in a turn; the last one ends the turn."""
-# The beam width of the search of a call.
+# Beam width of the search for a call.
 _BEAMS = 4
-# The limits of a prompt, for small models: messages, wishes, titles of the list, and characters of each.
+# Limits of a prompt, for small models: messages, preferences, titles of the list, and characters of each.
 _LINES, _WISHES, _TITLES, _LETTERS = 4, 12, 10, 160
 _READS = ("profile", "shown", "lines", "made")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The input of a manager's choice.
+    """The input on which a manager decides.
 
     Attributes:
         state: The current state.
@@ -60,12 +60,12 @@ class Moment:
 
     @property
     def last(self) -> bool:
-        """Whether the next call has to end the turn."""
+        """Whether the next call must end the turn."""
         return len(self.made) >= MOST_CALLS - 1
 
 
 def choices(moment: Moment, most: int) -> list[Call]:
-    """Return the calls that a model may choose from, the last ``most`` of the legal ones.
+    """Return the calls that a model may choose from: the last ``most`` of the allowed ones.
 
     Each tool is available once per turn: greedy models would repeat it.
     """
@@ -75,11 +75,11 @@ def choices(moment: Moment, most: int) -> list[Call]:
 
 
 class Manager(Protocol):
-    """A policy that chooses calls one by one, until one ends the turn."""
+    """Chooses the tool calls of a turn one by one, until one ends the turn."""
 
     @property
     def name(self) -> str:
-        """The name in tables and transcripts."""
+        """Name in tables and transcripts."""
         ...
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
@@ -89,7 +89,7 @@ class Manager(Protocol):
 
 @dataclass(frozen=True)
 class RuleManager:
-    """A manager with rules over parsed messages, without a model; it is deterministic.
+    """A deterministic manager based on rules over parsed messages, without a language model.
 
     Attributes:
         k: The number of items of a list.
@@ -135,7 +135,7 @@ class RuleManager:
         return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
     def _question(self, state: State, facts: Facts) -> str:
-        """Return the field to ask about next, fields with few values first; empty: none left."""
+        """Return the field to ask about next, fields with few values first; empty if none is left."""
         known = {wish.field for wish in state.profile if wish.hard and wish.op != "not"} | set(state.asked)
         open_ = [name for name, values in facts.values.items() if name not in known and len(values) > 1]
         return min(open_, key=lambda name: (len(facts.values[name]) > FEW, len(facts.values[name])), default="")
@@ -143,7 +143,7 @@ class RuleManager:
 
 @dataclass
 class ModelManager:
-    """A language model that generates the calls, constrained to the token tree of the legal ones.
+    """A language model that generates tool calls, constrained to the allowed ones.
 
     First it selects the tool. For a model that was not tuned as manager, this is the tool whose call prefix gains most
     in likelihood over the same prompt with an empty conversation (Holtzman et al., EMNLP 2021, section 2:
@@ -162,7 +162,7 @@ class ModelManager:
     name: str = "model"
     template: Template = field(default_factory=lambda: load_templates("chat")["manage"])
     tuned: bool = False
-    # The scores of the beginnings of calls after an empty conversation, by tools.
+    # Scores of the beginnings of calls after an empty conversation, by tools.
     _empty: dict[tuple[str, ...], Scores] = field(default_factory=dict, init=False, repr=False)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
@@ -183,7 +183,7 @@ class ModelManager:
         prompts = [asked]
         if not self.tuned and tools not in self._empty:
             prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
-        # In the training of a tuned model, the token after the name spans several characters.
+        # In training, the token after the name spans several characters.
         begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
         message, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
         self._empty.update((tools, item) for item in plain)
@@ -198,7 +198,7 @@ class ModelManager:
 
 
 def model_input(moment: Moment, template: Template) -> Prompt:
-    """Return the prompt of a choice; texts of users and of the catalogue are data in it."""
+    """Return the prompt for a decision; texts of users and catalogue are treated as data."""
     titles = moment.tools.titles
     values: Mapping[str, object] = {
         "profile": [{"value": cut(line, _LETTERS)} for line in moment.tools.profile(moment.state)[-_WISHES:]],
@@ -211,7 +211,7 @@ def model_input(moment: Moment, template: Template) -> Prompt:
 
 @dataclass(frozen=True)
 class HistoryManager:
-    """A baseline: the recommender's list for the liked items, without search or filters from the conversation."""
+    """A baseline: recommends from the liked items, without search or filters from the conversation."""
 
     k: int = 5
     name: str = "history"
@@ -223,7 +223,7 @@ class HistoryManager:
 
 @dataclass
 class RandomManager:
-    """A baseline: random legal calls, until one ends the turn."""
+    """A baseline: random allowed calls, until one ends the turn."""
 
     seed: int = 0
     name: str = "random"
@@ -234,6 +234,6 @@ class RandomManager:
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
         calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
-        # Tools are drawn uniformly, then their arguments, since most legal calls are searches.
+        # Draw the tool first and then its arguments, since most allowed calls are searches.
         tool = self._random.choice(sorted({call.tool for call in calls}))
         return self._random.choice([call for call in calls if call.tool == tool]), Cost()

@@ -1,4 +1,4 @@
-"""Managers by name: rules and baselines, which need no model, and language models."""
+"""Opens dialogue managers by name: rules and baselines, which need no model, and language models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTROLS = frozenset({"history", "random"})
 
 @contextmanager
 def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int], Manager]]:
-    """Yield a factory of managers, called with a seed.
+    """Yield a function that returns a manager for a seed.
 
     Args:
         name: One of `MANAGERS`, or a language model: a folder, a run of ``--tune`` or a name.

@@ -16,7 +16,7 @@ MOST = 50
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(ModelOptions):
-    """A recommender for a conversation, and its manager."""
+    """Options of `llmrec chat`."""
 
     model: Annotated[
         str, About(argument=True, metavar="RUN", help="Run folder, or an exported folder that includes interactions.")

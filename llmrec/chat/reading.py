@@ -1,4 +1,4 @@
-"""Rule-based parsing of user messages: items, field values, whether they are wanted, and other intents.
+"""Rule-based parsing of user messages: items, field values, preferences and other intents.
 
 English only (`llmrec.chat.english`). Values and titles are those of the catalogue; synonyms, such as *scary* for
 horror, are recognised if the catalogue has the value.
@@ -21,9 +21,9 @@ _BRACKET = re.compile(r"\s*\([^()]*\)\s*$")
 _ARTICLE = re.compile(r"^(.*), (The|A|An|Les?|La|Il|Der|Die|Das)$", re.IGNORECASE)
 _YEAR = re.compile(r"\s*\((\d{4})\)")
 _LETTER = re.compile(r"\w")
-# Fields with more values are names; a single word of a name matches only if capitalised.
+# Fields with more values contain names; a single word of a name matches only if it is capitalised.
 _NAMES = 200
-# The maximum number of words of a clause that is a request without a verb.
+# Maximum number of words in a clause that is a request without a verb.
 _BARE = 6
 
 
@@ -48,7 +48,7 @@ class ParsedMessage:
 
 @dataclass(frozen=True)
 class _Mention:
-    """A mention of the catalogue in a text: its field and value, and its first and last character."""
+    """A mention of a catalogue value in a text: field, value, first and last character."""
 
     field: str
     value: str
@@ -57,7 +57,7 @@ class _Mention:
 
 
 class Reader:
-    """A parser of user messages about a catalogue.
+    """Parses user messages about a catalogue.
 
     Args:
         facts: The facts of the catalogue.
@@ -72,10 +72,10 @@ class Reader:
         for field, values in facts.values.items():
             for value in values if field not in facts.numeric else ():
                 for form in {title_key(value), singular(title_key(value))}:
-                    # Stop words such as "no" are too frequent: these values can be chosen only by filters.
+                    # Stop words such as "no" are too frequent: such values can only be chosen by filters.
                     if not english.STOP.issuperset(form.split()):
                         self._phrases[form].append((field, value))
-        # Two passes: a word may be a synonym of a synonym of a value.
+        # Two passes, since a word may be a synonym of a synonym.
         for text, meant in (*english.MEANS.items(), *english.MEANS.items()):
             known = self._values(title_key(meant))
             if known and not self._values(title_key(text)):
@@ -94,7 +94,7 @@ class Reader:
         again: list[tuple[str, str]] = []
         rest: list[str] = []
         mentions = list(self._mentions(text))
-        # Titles and names come first: their words do not belong to a clause.
+        # Titles and names come first, since their words do not belong to clauses.
         titles = [mention for mention in mentions if mention.field == ITEM]
         names = [mention for mention in mentions if mention.field == ITEM or _is_name(text, mention)]
         plain = _without(text, names)
@@ -122,7 +122,7 @@ class Reader:
     # ------------------------------------------------------------------- wishes
 
     def _wishes(self, bare: str, start: int, inside: Sequence[_Mention], state: State) -> Iterator[tuple[Wish, bool]]:
-        """Yield a wish for each mention in a clause, and whether it lifts a ban."""
+        """Yield a preference for each mention in a clause, and whether it revokes an exclusion."""
         banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
         wanted = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
         last: _Mention | None = None
@@ -147,7 +147,7 @@ class Reader:
             last = None if unwanted else item
 
     def _times(self, bare: str, state: State) -> Iterator[Wish]:
-        """Yield bounds on the year: *after 1990*, *the nineties*, *80s*."""
+        """Yield limits on the year: *after 1990*, *the nineties*, *80s*."""
         if not self._years:
             return
 
@@ -156,7 +156,7 @@ class Reader:
 
         for pattern, newer in english.BOUNDS:
             for result in pattern.finditer(bare):
-                # A ban on items before a year is a lower bound at that year.
+                # Excluding items before a year is a lower limit at that year.
                 ban = bool(english.NO.search(bare[: result.start()]))
                 yield bound("from" if newer != ban else "until", result[1], ban)
         text = [int(result[1]) for result in english.DECADE.finditer(bare)]
@@ -172,7 +172,7 @@ class Reader:
             yield bound("until", max(years) + 9)
 
     def _rest(self, bare: str, start: int, inside: Sequence[_Mention]) -> list[str]:
-        """Return the words of a clause for a search; none of a negated clause."""
+        """Return the words of a clause to search for; empty for a negated clause."""
         if english.NO.search(bare) or english.TOLERATED.search(bare):
             return []
         taken = [(item.start - start, item.end - start) for item in inside]
@@ -187,7 +187,7 @@ class Reader:
     # ------------------------------------------------------------------- mentions
 
     def _mentions(self, text: str) -> Iterator[_Mention]:
-        """Yield the mentions of the catalogue in a text, the longest at each position."""
+        """Yield the mentions of catalogue values in a text, the longest one at each position."""
         words = [(result.start(), result.end(), title_key(result.group())) for result in english.WORD.finditer(text)]
         at = 0
         while at < len(words):
@@ -200,7 +200,7 @@ class Reader:
                 at += 1
 
     def _mention(self, text: str, words: Sequence[tuple[int, int, str]]) -> _Mention | None:
-        """Return the longest mention at the beginning of some words."""
+        """Return the longest mention at the beginning of a list of words."""
         for size in range(len(words), 0, -1):
             start, end = words[0][0], words[size - 1][1]
             form = " ".join(word for *_, word in words[:size])
@@ -215,7 +215,7 @@ class Reader:
     def _chosen(
         self, known: Sequence[tuple[str, str]], text: str, start: int, end: int, form: str
     ) -> tuple[str, str] | None:
-        """Return the intended meaning of a phrase among the known ones, or None."""
+        """Return the intended meaning of a phrase with several known meanings, or None."""
         value = next((pair for pair in known if pair[0] != ITEM), None)
         items = [name for field, name in known if field == ITEM]
         if items:
@@ -236,7 +236,7 @@ class Reader:
 
 
 def title_of(title: str) -> str:
-    """Return a title in its spoken form: without its year, and with its article in front."""
+    """Return a title as people say it: without its year, and with its article in front."""
     bare = title
     while (result := _BRACKET.search(bare)) is not None and result.start() > 0:
         bare = bare[: result.start()]
@@ -245,28 +245,28 @@ def title_of(title: str) -> str:
 
 
 def _is_title(text: str, start: int, end: int, form: str) -> bool:
-    """Whether words that match a title are written as one: capitalised, or too many for a coincidence."""
+    """Whether words that match a title are meant as a title: capitalised, or too many for a coincidence."""
     words = text[start:end].split()
     capitals = sum(word[:1].isupper() or word[:1].isdigit() for word in words)
     before = text[:start].rstrip()
     if len(words) > 1:
         return capitals > 1 or len(words) > 2
-    # The first word of a sentence is always capitalised.
+    # the first word of a sentence is always capitalised
     inner = bool(before) and before[-1] not in ".!?"
     return capitals == 1 and inner and form not in english.PLAIN and len(form) > 3
 
 
 def _is_name(text: str, value: _Mention) -> bool:
-    """Whether a value, such as a brand, is written as a name."""
+    """Whether a value, such as a brand, is written like a name."""
     message = text[value.start : value.end]
     return message[:1].isupper() and _is_title(text, value.start, value.end, title_key(message))
 
 
 def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of clauses; separators inside a title or a name are ignored."""
+    """Yield the start and end of clauses; separators inside titles and names are ignored."""
     begin = 0
     for result in english.CLAUSE.finditer(text):
-        # The space before a word belongs to the separator.
+        # the space before a word belongs to the separator
         if any(result.start() < name.end and name.start < result.end() for name in names):
             continue
         if text[begin : result.start()].strip():
@@ -277,7 +277,7 @@ def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
 
 
 def _without(text: str, names: Sequence[_Mention]) -> str:
-    """Return a text of the same length with titles masked and names replaced by neutral words."""
+    """Mask titles and replace names by neutral words, without changing the length of the text."""
     result = text
     for name in names:
         message = text[name.start : name.end]
@@ -287,7 +287,7 @@ def _without(text: str, names: Sequence[_Mention]) -> str:
 
 
 def _negated(before: str, after: str, item: bool) -> bool:
-    """Whether a mention between two texts is negated: by the last negation before it, or one directly after it."""
+    """Whether a mention is negated by the last negation before it, or one directly after it."""
     results = list(english.NO.finditer(english.TOLERATED.sub(lambda said: "\u00b7" * len(said.group()), before)))
     if not results and english.OUT[0].search(before) and english.OUT[1].match(after):
         return True
@@ -298,13 +298,13 @@ def _negated(before: str, after: str, item: bool) -> bool:
 
 
 def _unseen(before: str) -> bool:
-    """Whether the words before a title mean that it was not seen, which is not a wish."""
+    """Whether the words before a title say that the user has not seen it, which is not a preference."""
     results = list(english.UNSEEN.finditer(before))
     return bool(results) and not english.TURN.search(before[results[-1].end() :])
 
 
 def _op(bare: str, unwanted: bool) -> Op:
-    """Return the operator of a clause with masked titles on an item that it names."""
+    """Return the operator of a clause about the item that it names."""
     seen, liked = english.SEEN.search(bare), english.LIKE.search(bare)
     if english.DISLIKED.search(bare) or (unwanted and (liked or not seen)):
         return "not"
@@ -323,7 +323,7 @@ def _places(text: str, count: int) -> tuple[int, ...]:
 
 
 def _about_list(text: str, state: State, places: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
-    """Yield wishes about the items of the list that the user refers to."""
+    """Yield preferences about items of the list to which the user refers."""
     every = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
     seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NO))
     if not (seen or liked or unwanted) or (places and "similar" in intents) or english.UNSEEN.search(text):

@@ -1,4 +1,4 @@
-"""Running a conversation in the terminal, or replaying a transcript."""
+"""Runs a conversation in the terminal, or replays a transcript."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HELLO = "Say what you are looking for; an empty line ends."
 
 
 def chat(options: ChatOptions) -> int:
-    """Run a conversation on the standard input, or replay a transcript, and return the exit status.
+    """Run a conversation on standard input, or replay a transcript; return the exit status.
 
     Raises:
         LlmrecError: If the model cannot be opened, a transcript cannot be read, or another file would be overwritten.
@@ -63,7 +63,7 @@ def chat(options: ChatOptions) -> int:
             for turn in _held(conversation, options):
                 turns.append(turn)
     finally:
-        # Also after Ctrl-C or an error, so that the transcript is not lost.
+        # also after Ctrl-C or an error, so that the transcript is not lost
         if options.save is not None and turns:
             transcripts.write(options.save, turns)
         models.close()
@@ -109,7 +109,7 @@ def _check(options: ChatOptions) -> None:
 def talking(
     models: Models, manager: Manager, encoder: str | None = None, judge: FitJudge | None = None
 ) -> Conversation:
-    """Return a conversation over the models of a folder; see `Tools` for ``judge``."""
+    """Return a conversation based on the models of a folder; see `Tools` for ``judge``."""
     if not models.items:
         raise DataError("chat: this model has no catalogue; give a table with --items", kind="empty", column="--items")
     embed, asked = (None, None) if encoder is None else embedders(encoder)
@@ -120,7 +120,7 @@ def talking(
 
 
 def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:
-    """Answer the lines of the standard input, yielding each turn before it is printed."""
+    """Answer the lines of standard input, and yield each turn before it is printed."""
     state = State()
     if sys.stdin.isatty():
         say(_HELLO)

@@ -1,4 +1,4 @@
-"""A simulated user who looks for a target item and knows its attributes but not its title.
+"""A simulated user who looks for a target item, knowing its attributes but not its title.
 
 A simulator that knows the title eventually leaks it (Zhu et al., SimpleUserSim, arXiv 2403.16416). This one has only
 attributes and liked items, none with a title similar to the target's; hits are checked outside the simulator.
@@ -89,7 +89,7 @@ _NTH = ("first", "second", "third", "fourth", "fifth")
 
 @dataclass(frozen=True)
 class Wanted:
-    """The session variables of a simulated user, without the title of the target.
+    """What a simulated user wants and knows, without the title of the target.
 
     Attributes:
         attributes: Values by field, in the order in which the user mentions them.
@@ -104,7 +104,7 @@ class Wanted:
 
 @dataclass
 class SimulatedUser:
-    """A simulated user with these variables.
+    """A simulated user who wants a target item.
 
     Attributes:
         wanted: The session variables.
@@ -123,7 +123,7 @@ class SimulatedUser:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
-        # A separate generator, so that asides do not change the other messages.
+        # A separate generator, so that digressions do not change the other messages.
         self._aside = random.Random(self.seed + 1)
         self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
         self._unwanted = list(self.wanted.unwanted)
@@ -157,11 +157,11 @@ class SimulatedUser:
         return " ".join(lines) or self._random.choice(self.words.more)
 
     def parts(self) -> str:
-        """Return the user message after a list with the target; empty for users without asides."""
+        """Return the message after a list with the target; empty for users without digressions."""
         return self._aside.choice(self.words.parting) if self.asides else ""
 
     def _beside(self, shown: int) -> str:
-        """Return a message without a wish; after a request to forget everything the user starts again."""
+        """Return a message without a preference; after a request to forget everything, the user starts again."""
         text = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
         if text == "forget":
             self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
@@ -192,12 +192,12 @@ class Held:
 
     @property
     def lines(self) -> list[str]:
-        """The user messages."""
+        """The messages of the user."""
         return [turn.user or "" for turn in self.turns]
 
     @property
     def tools(self) -> list[str]:
-        """The names of the called tools."""
+        """Names of the tools that were called."""
         return [call.tool for turn in self.turns for call in turn.calls]
 
     @property
@@ -207,7 +207,7 @@ class Held:
 
 
 def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None) -> Held:
-    """Run a conversation until a list has the target, or up to a number of turns.
+    """Run a conversation until a list contains the target, or up to a maximum number of turns.
 
     Args:
         conversation: The conversation under test.
@@ -242,7 +242,7 @@ def dialogues(
     asides: float = 0.0,
     words: Wordings = USUAL,
 ) -> Iterator[tuple[str, Held]]:
-    """Run conversations with users whose targets are drawn from the catalogue and who mention no other item.
+    """Run conversations with simulated users whose targets are random items of the catalogue.
 
     Args:
         conversation: The conversation under test.
@@ -270,12 +270,12 @@ def dialogues(
 
 
 def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
-    """Return the turns of conversations: one whose user is null begins each, and its item is the target."""
+    """Return conversations as a transcript, in which a turn without user message begins each conversation."""
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
 def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
-    """Return the knowledge of a user with a target: its attributes, and liked items with dissimilar titles.
+    """Return what a user knows about a target: its attributes, and liked items with dissimilar titles.
 
     Values similar to the title are excluded, and so are numbers other than years, which users give as decades.
 
@@ -311,7 +311,7 @@ def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, lik
 
 
 def near(text: str, title: str) -> bool:
-    """Whether a text contains a title, or words with a similarity to it of at least `NEAR`."""
+    """Whether a text contains a title, or words at least `NEAR` similar to it."""
     words, sought = title_key(text).split(), title_key(title)
     count = len(sought.split())
     return any(

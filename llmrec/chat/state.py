@@ -32,7 +32,7 @@ _ABOUT_ITEMS = {"is": "likes", "not": "does not want", "seen": "knows already"}
 
 
 class Wish(BaseModel):
-    """One preference of the user.
+    """A preference of the user.
 
     Attributes:
         field: A field of the catalogue, or `ITEM`.
@@ -56,16 +56,16 @@ class Wish(BaseModel):
 
     @property
     def asks(self) -> bool:
-        """Whether it is a constraint that requires something, rather than a ban."""
+        """Whether it requires something, instead of excluding something."""
         return self.hard and self.field != ITEM and self.op != "not" and not self.ban
 
     @property
     def key(self) -> tuple[str, str]:
-        """The key that only one wish of a profile has: the side of a bound, the value of other wishes."""
+        """The key of which a profile has only one preference: the side of a limit, or the value."""
         return (self.field, self.op if self.op in ("from", "until") else self.value)
 
     def told(self, titles: Mapping[str, str]) -> str:
-        """Return the wish in words, on one line.
+        """Return the preference in words, on one line.
 
         Args:
             titles: The titles of items, by id.
@@ -122,16 +122,16 @@ class State(BaseModel):
         return frozenset(wish.value for wish in self.profile if wish.field == ITEM) | frozenset(self.past)
 
     def with_(self, **changes: Any) -> State:
-        """Return the state with other values."""
+        """Return the state with changed values."""
         return self.model_copy(update=changes)
 
     def saying(self, role: Literal["user", "assistant"], text: str) -> State:
-        """Return the state after a message."""
+        """Return the state with an additional message."""
         return self.with_(lines=(*self.lines, Line(role=role, text=text[:4000]))[-MOST_LINES:])
 
 
 def read_state(record: object) -> State:
-    """Read a state sent by a client."""
+    """Parse a state sent by a client."""
     try:
         return State.model_validate(record)
     except ValidationError as error:
@@ -146,7 +146,7 @@ def read_state(record: object) -> State:
 
 
 def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
-    """Merge new wishes into a profile.
+    """Merge new preferences into a profile.
 
     A wish replaces the one on the same value, or the bound on the same side; repeating one of several alternatives
     replaces all of them. An inferred wish never replaces a stated or edited one.
@@ -164,14 +164,14 @@ def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
                 if other is not old and known.get(other.key) is other:
                     del known[other.key]
         if wish.field in chosen:
-            # Alternatives coexist.
+            # alternatives are kept together
             known.pop(wish.key, None)
         known[wish.key] = wish
     return _most(tuple(known.values()))
 
 
 def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
-    """Truncate a profile to its maximum size: drop inferred wishes first, then soft, then the oldest; bans last."""
+    """Limit the size of a profile: drop inferred preferences first, then soft, then the oldest; exclusions last."""
 
     def worth(wish: Wish) -> int:
         if wish.source == "inferred":
@@ -183,7 +183,7 @@ def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
 
 
 def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
-    """Return the constraints that an item has to meet, each as a list of alternative wishes.
+    """Return the constraints that an item must meet, each as a list of alternative preferences.
 
     ``or`` adds to the last constraint on its field of the same turn; otherwise it starts a new constraint.
     """
@@ -199,17 +199,17 @@ def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
 
 
 def revoked(profile: Iterable[Wish], field: str, value: str) -> tuple[Wish, ...]:
-    """Return a profile without the wishes on a value."""
+    """Return a profile without the preferences about a value."""
     return tuple(wish for wish in profile if (wish.field, wish.value) != (field, value))
 
 
 def fresh(profile: Iterable[Wish], turn: int) -> tuple[Wish, ...]:
-    """Return a profile without wishes inferred more than `KEPT` turns ago."""
+    """Return a profile without preferences inferred more than `KEPT` turns ago."""
     return tuple(wish for wish in profile if wish.source != "inferred" or turn - wish.turn <= KEPT)
 
 
 def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
-    """Return a profile without its oldest requiring constraint, and that constraint; bans are kept.
+    """Return a profile without its oldest constraint that is not an exclusion, and that constraint.
 
     Inferred constraints go before stated ones. Alternatives are removed together.
     """
@@ -222,5 +222,5 @@ def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
 
 
 def replace_hard(wish: Wish) -> Wish:
-    """Return a constraint as a soft wish."""
+    """Return a hard preference as a soft one."""
     return wish.model_copy(update={"hard": False})

@@ -1,4 +1,4 @@
-"""The tools of a conversation. They only return items of the catalogue."""
+"""The tools of a conversation, which return only items of the catalogue."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Cost
 
-# The weight of soft wishes in the order of items, relative to 1 for the first rank.
+# Weight of soft preferences in the order of items, relative to 1 for the first rank.
 _SOFT = 0.5
-# The number of rejected or liked items with a common value from which a wish is inferred.
+# Number of rejected or liked items with the same value from which a preference is inferred.
 _SHARED = 2
-# As in `Facts.search`.
+# as in `Facts.search`
 _RANK = 60
 _FREE = Cost()
 
 
 class Lists(Protocol):
-    """The recommender of a conversation."""
+    """Interface to the recommender of a conversation."""
 
     @property
     def rules(self) -> Rules:
-        """Rules that always apply."""
+        """Business rules that always apply."""
         ...
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
-        """Return a ranking of ids, best first: of the candidates, or of the whole catalogue."""
+        """Return ids ranked best first, of the candidates or of the whole catalogue."""
         ...
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
-        """Return ids of items that are co-chosen with others, best first."""
+        """Return ids of items often chosen together with given items, best first."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelLists:
-    """Lists of models in this or another process.
+    """Recommends with models in this or another process.
 
     Attributes:
         catalogue: The catalogue.
@@ -98,7 +98,7 @@ class ModelLists:
 
 
 def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
-    """Return a function that queries models in this process."""
+    """Return a function that sends questions to models in this process."""
     by = "text" if models.data is None else "interactions"
     models.similar(by)
 
@@ -111,7 +111,7 @@ def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a call.
+    """The result of a tool call.
 
     Attributes:
         items: Ids of the items shown to the user.
@@ -130,7 +130,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools over a catalogue and a recommender.
+    """The tools for a catalogue and a recommender.
 
     Attributes:
         facts: The facts of the catalogue.
@@ -153,7 +153,7 @@ class Tools:
         return self.lists.rules.joined(self.facts.rules(state.profile)).allowed(self.facts.items) - state.barred
 
     def apply(self, call: Call, state: State) -> tuple[State, Outcome]:
-        """Return the state and result after a call; a call without a valid target has no effect."""
+        """Run a tool call, and return the new state and the result; an invalid call has no effect."""
         if isinstance(call, Search):
             result = self.facts.search(call.text, self.allowed(state))[: call.k]
             return _with_buffer(state.with_(query=call.text), result, f"search found {len(result)}")
@@ -178,14 +178,14 @@ class Tools:
         return state, Outcome()
 
     def profile(self, state: State) -> tuple[str, ...]:
-        """Return the profile in words, numbered for `Forget`."""
+        """Return the profile as numbered lines, to which `Forget` refers."""
         return tuple(
             f"{index}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
             for index, wish in enumerate(state.profile, start=1)
         )
 
     def concluded(self, state: State) -> State:
-        """Return a state with soft wishes inferred from common values of liked and of unwanted items."""
+        """Add soft preferences inferred from values that liked or unwanted items have in common."""
         profile = state.profile
         for op in ("is", "not"):
             named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]
@@ -205,7 +205,7 @@ class Tools:
             )
         return state.with_(profile=profile)
 
-    # ------------------------------------------------------------------- one tool each
+    # ------------------------------------------------------------------- individual tools
 
     def _filter(self, call: Filter, state: State) -> tuple[State, Outcome]:
         value = call.value if call.op in ("from", "until") else self.facts.value(call.field, call.value) or ""
@@ -226,14 +226,14 @@ class Tools:
         pool = [name for name in state.buffer if name in allowed]
         order = self._tried(self.lists.rank, list(state.liked), state, candidates=pool)
         if not order:
-            # Items unknown to the recommender, in the order of the search or of the catalogue.
+            # Items unknown to the recommender follow in the order of the search or of the catalogue.
             new = [(name, 0.0) for name in pool or self.facts.items if name in allowed]
             order = [name for name, _ in self.lists.rules.arrange(new, self.facts.items, MOST_BUFFER)]
         order, cost = self._judged(self._softened(_joined(order, pool), state), state)
         return _with_buffer(state, order, f"{len(order)} items are ranked", cost)
 
     def _judged(self, order: Sequence[str], state: State) -> tuple[list[str], Cost]:
-        """Return items reranked with the grades of a language model, if there is one."""
+        """Rerank items by the grades of a language model, if there is one."""
         return (list(order), Cost()) if self.judge is None else self.judge.ordered(self.facts, state, order)
 
     def _tried(
@@ -245,14 +245,14 @@ class Tools:
         try:
             result: list[str] = ask(history, rules, MOST_BUFFER, **further)  # type: ignore[operator]
         except DataError as error:
-            # A model without interactions has no neighbours and raises an error each time.
+            # A model without interactions has no similar items and would raise an error each time.
             if error.kind not in ("empty", "unsupported"):
                 raise
             return []
         return [name for name in result if name in self.facts.items]
 
     def _softened(self, order: Sequence[str], state: State) -> list[str]:
-        """Return items reordered by the soft wishes that they satisfy."""
+        """Reorder items by the soft preferences that they satisfy."""
         wishes = [wish for wish in state.profile if not wish.hard and wish.field != ITEM]
         if not wishes:
             return list(order)
@@ -303,7 +303,7 @@ class Tools:
         return state.with_(shown=items, past=past, asked=fields), Outcome(items, tuple(message), call.ask, cost=cost)
 
     def _listed(self, state: State) -> tuple[list[str], Cost]:
-        """Return the items that may be shown: of the candidates, or of the whole catalogue if none is left."""
+        """Return the items that may be shown, from the candidates or, if none is left, the whole catalogue."""
         allowed = self.allowed(state)
         results = [name for name in state.buffer if name in allowed]
         if results or not allowed:
@@ -323,7 +323,7 @@ class Tools:
 
 
 def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
-    """Return the ranking of a recommender combined with that of a search by reciprocal rank fusion."""
+    """Combine the rankings of a recommender and of a search by reciprocal rank fusion."""
     if not pool:
         return list(order)
     at = {name: index for index, name in enumerate(order)}

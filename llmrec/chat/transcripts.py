@@ -1,4 +1,4 @@
-"""Transcripts of conversations as JSON lines, which replay as tests: the same message must get the same reply."""
+"""Transcripts of conversations as JSON lines, which can be replayed to test that replies do not change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Turn(BaseModel):
 
     @staticmethod
     def of(said: str, reply: Reply) -> Turn:
-        """Return a reply as a turn of a transcript."""
+        """Return a message and its reply as a line of a transcript."""
         return Turn(user=said, calls=reply.calls, items=reply.items, text=reply.text)
 
 
@@ -48,7 +48,7 @@ def write(file: Path, turns: Sequence[Turn]) -> None:
 
 
 def refuse_other(file: Path) -> None:
-    """Reject a file that exists and is not a transcript."""
+    """Reject an existing file that is not a transcript."""
     if not file.exists():
         return
     try:
@@ -66,7 +66,7 @@ def refuse_other(file: Path) -> None:
 def read(file: Path) -> list[Turn]:
     """Read a transcript."""
     try:
-        # Split at line feeds only: JSON does not escape other line ends, such as U+2028.
+        # Split only at line feeds: JSON does not escape other line ends, such as U+2028.
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the transcript {file} cannot be read: {error}", kind="unreadable", at=file) from None
@@ -89,7 +89,7 @@ def read(file: Path) -> list[Turn]:
 
 
 def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[str]:
-    """Replay the conversations of a transcript, and yield a line for every different reply.
+    """Replay the conversations of a transcript, and yield a line for each different reply.
 
     Raises:
         LlmrecError: If an engine fails.

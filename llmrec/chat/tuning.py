@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a language model as manager, on the calls of transcripts.
+"""Fine-tunes a language model as dialogue manager, on the tool calls in transcripts.
 
 An example has the prompt of `ModelManager`, and the call of the transcript as answer. RecLLM also tunes its modules on
 conversations with simulated users (Friedman et al. 2023, arXiv 2305.07961). Each call is learned after the preceding
@@ -55,7 +55,7 @@ _NEVER = ("preference", "judge", "reward", "examples", "start", "teacher", "band
 
 @dataclass(frozen=True)
 class Taught:
-    """A choice in a transcript, with the call that was made.
+    """A decision in a transcript: the input and the call that was made.
 
     Attributes:
         conversation: The number of its conversation in the transcript, from 1.
@@ -67,7 +67,7 @@ class Taught:
 
     @property
     def allowed(self) -> bool:
-        """Whether a model could make the call; rules, for example, also search for words that are not adjacent."""
+        """Whether a language model could make the call; rules also search for words that are not adjacent."""
         return self.call in choices(self.moment, MOST)
 
 
@@ -96,7 +96,7 @@ class _Follower:
 
 
 def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
-    """Return every choice of a transcript with its call, in order.
+    """Return all decisions in a transcript with their calls, in order.
 
     Calls are those of the transcript, so manual corrections of it are learned.
     """
@@ -120,7 +120,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
 
 
 def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
-    """Return the choices for training, and those of a tenth of the conversations, which are held out."""
+    """Divide decisions into training decisions, and those of 10 % of the conversations, which are held out."""
     names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
         raise DataError(
@@ -137,7 +137,7 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
 
 
 def example(choice: Taught, number: int, template: Template) -> Example:
-    """Return a choice as a training example: the prompt, and the call as answer."""
+    """Return a decision as a training example: the prompt, with the call as answer."""
     _, answer = template.step({"text": written(choice.call)})
     return Example(
         id=f"{_FAMILY}/{number}",
@@ -155,7 +155,7 @@ def example(choice: Taught, number: int, template: Template) -> Example:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of a manager with a transcript, each call after the preceding calls of the transcript.
+    """How often a manager chooses the same calls as a transcript.
 
     Attributes:
         moments: Number of compared choices.
@@ -169,7 +169,7 @@ class Agreement:
 
 
 def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
-    """Return the agreement of a manager with the choices of a transcript.
+    """Return the agreement of a manager with the decisions in a transcript.
 
     Raises:
         LlmrecError: If an engine fails.
@@ -185,14 +185,14 @@ def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
 
 @dataclass
 class UsualManager:
-    """A baseline: the most frequent legal call after the same tools of the turn, regardless of the message."""
+    """A baseline: the most frequent allowed call after the same tools in the turn, whatever the message is."""
 
     counts: Mapping[tuple[str, ...], Counter[Call]]
     name: str = "usual"
 
     @staticmethod
     def of(moments: Sequence[Taught]) -> UsualManager:
-        """Return a manager with the counts of the training calls."""
+        """Count the training calls, and return the manager."""
         counts: dict[tuple[str, ...], Counter[Call]] = {}
         for moment in moments:
             counts.setdefault(_made(moment.moment), Counter())[moment.call] += 1
@@ -210,7 +210,7 @@ def _made(moment: Moment) -> tuple[str, ...]:
 
 
 def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
-    """Return the fraction of choices whose prompt is also in the training examples."""
+    """Return the share of decisions whose prompt is also in the training examples."""
     template = load_templates(_FAMILY)["manage"]
     seen = {_text(model_input(item.moment, template)) for item in trained}
     return sum(_text(model_input(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
@@ -224,7 +224,7 @@ def _text(prompt: Prompt) -> str:
 
 
 def refuse(page: Recipe) -> None:
-    """Reject a recipe whose model or training is incompatible with managers."""
+    """Reject a recipe whose model or training cannot be used for dialogue managers."""
     if page.train.method not in (*ADAPTED, "full"):
         raise RecipeError(
             f"train.method={page.train.method} cannot train a manager; set "
@@ -242,7 +242,7 @@ def refuse(page: Recipe) -> None:
 
 
 def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder: Path, *, quiet: bool) -> Training:
-    """Fine-tune the model of a recipe on the choices of conversations; the merged model is stored in ``merged``.
+    """Fine-tune the model of a recipe on decisions; the merged model is stored in ``merged``.
 
     Args:
         page: The recipe; its sections ``model`` and ``train`` and its seed are used.
@@ -268,7 +268,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
     encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
     limit = section.max_row_tokens
     rows = followed((example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False)
-    # Truncated calls are invalid.
+    # truncated calls would be invalid
     rows = [row for row in rows if row.labels[-1] == encoder.end_id]
     if len(rows) < len(trained):
         log.warning("%d of %d examples are longer than train.max_row_tokens", len(trained) - len(rows), len(trained))
@@ -297,7 +297,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
 
 
 def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
-    """Yield rows indefinitely, reshuffled in each epoch."""
+    """Yield examples endlessly, reshuffled in each epoch."""
     for number in count():
         order = list(rows)
         keyed("chat rows", seed, str(number)).shuffle(order)
@@ -316,7 +316,7 @@ def _trained(
     from llmrec.train import lora, sft
 
     seed = page.seed if page.train.seed is None else page.train.seed
-    # Adapters have random initial weights.
+    # seeds the random initial weights of adapters
     require("torch", "train").manual_seed(seed)
     model = lora.load_trainable(base, page.model, page.train)
     done = sft.train(

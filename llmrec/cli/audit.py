@@ -16,7 +16,7 @@ _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
-    """A run, and whether its model is asked as well."""
+    """Options of `llmrec audit`."""
 
     folder: Annotated[Path, About(argument=True, metavar="RUN", help="Run folder, such as runs/quickstart.")]
     memory: Annotated[

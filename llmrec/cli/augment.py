@@ -21,7 +21,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentOptions(RecipeOptions):
-    """A recipe, its store of texts, and which of them are written."""
+    """Options of `llmrec augment`."""
 
     out: Annotated[Path | None, About(help="Folder of the feature store. Default: features in the run folder.")] = None
     dry_run: Annotated[bool, About(help="Print the estimated cost and an example prompt; generate nothing.")] = False
@@ -73,7 +73,7 @@ def augment(options: AugmentOptions) -> None:
 
 
 def _show_plan(recipe: Recipe) -> None:
-    """Print the estimated cost of the texts, and one prompt of each kind."""
+    """Print the estimated cost, and a prompt about a user and about an item."""
     from llmrec.pipeline import augmenting
 
     planned = augmenting.plan(recipe)
@@ -85,7 +85,7 @@ def _show_plan(recipe: Recipe) -> None:
 
 
 def show_texts(done: Augmented) -> None:
-    """Print some texts of a new store, and their cost."""
+    """Print some texts of a new feature store, and their cost."""
     from llmrec.data.features import PLURALS, FeatureStore
 
     store = FeatureStore.open(done.folder)

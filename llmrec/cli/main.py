@@ -1,4 +1,4 @@
-"""The command line: the commands of the registry, imported when they are called, and their shared options."""
+"""The command line: imports each command when it is called, and adds the options that all commands share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmrec.registry import COMMANDS, PANELS, attribute
 
 Level = Literal["debug", "info", "warning", "error"]
 
-# Other libraries read these when they are imported; their subprocesses inherit them.
+# Other libraries read these variables when they are imported; subprocesses inherit them.
 _SILENT = {
     QUIET: "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -34,7 +34,7 @@ _SILENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "CRITICAL",
 }
-# Set if `main` runs the command: a test that calls a command in its own process keeps its streams.
+# Set if `main` runs the command; tests that call a command in their own process keep their streams.
 _MAIN = object()
 
 
@@ -83,7 +83,7 @@ def _options(
         ),
     ] = None,
 ) -> None:
-    """Accept the options that every command has; `_Shared` adds them."""
+    """Declare the options that every command has; `_Shared` adds them."""
 
 
 _holder = typer.Typer(add_completion=False)
@@ -92,24 +92,24 @@ _OPTIONS = get_command(_holder).params
 
 
 class _Shared:
-    """Adds the options to a command or a group, and applies them before it runs."""
+    """Adds the shared options to a command or group, and applies them before it runs."""
 
     def get_params(self, ctx: Any) -> Any:
         return [*super().get_params(ctx), *_OPTIONS]  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
-        # The path begins with the name of the program, which may have several words.
+        # The path begins with the name of the program, which may consist of several words.
         facts["command"] = ctx.command_path.removeprefix(ctx.find_root().command_path).strip()
         _apply(ctx.meta)
         return super().invoke(ctx)  # type: ignore[misc]
 
 
 def _apply(meta: Mapping[str, Any]) -> None:
-    """Set the log levels that a command line specifies."""
+    """Set the log levels given on the command line."""
     level = meta.get("llmrec.log_level")
     flags = [f"--{name}" for name in ("verbose", "quiet") if meta.get(f"llmrec.{name}")]
     given[:] = [*flags, *(["--log-level", level] if level else [])]
-    # Of several processes of a command only one prints.
+    # if a command has several processes, only one prints
     quiet = bool(meta.get("llmrec.quiet")) or processes.rank() > 0
     if quiet:
         os.environ.update({name: value for name, value in _SILENT.items() if name == QUIET or name not in os.environ})
@@ -117,16 +117,16 @@ def _apply(meta: Mapping[str, Any]) -> None:
     own: Level = (not processes.rank() and level) or (
         "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
     )
-    # Other libraries log warnings and errors only.
+    # of other libraries, log only warnings and errors
     logging.basicConfig(format="%(message)s", handlers=[_Handler()])
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.getLogger("llmrec").setLevel(own.upper())
-    # Progress of long work, as log lines if there is no terminal for a progress bar.
+    # Progress of long tasks, as log lines if there is no terminal for a progress bar.
     logging.getLogger("llmrec.progress").setLevel(own.upper() if quiet or own == "error" else logging.INFO)
 
 
 class _Handler(logging.Handler):
-    """Prints the log records of llmrec, and sends those of other libraries to the rest of their output."""
+    """Prints log records of llmrec, and sends those of other libraries to the library log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -141,7 +141,7 @@ class _Handler(logging.Handler):
 
 class _Command(_Shared, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
-        # A service writes its own output and that of libraries to its error stream, so that they are read together.
+        # A service writes its own output and that of libraries to standard error, so that they are read together.
         command = COMMANDS.get(self.name or "")
         serves = command is not None and command.serves
         with terminal.once(), nullcontext() if serves or ctx.find_root().obj is not _MAIN else terminal.apart():
@@ -153,15 +153,15 @@ class _Group(_Shared, TyperGroup):
 
 
 class _Root(_Group):
-    """The commands of the registry, each imported when it is called or its help is printed."""
+    """All registered commands, each imported when it is called or its help is printed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # A misspelt command gets a suggestion from these names.
+        # names from which a misspelt command gets a suggestion
         self.commands = dict.fromkeys(self.list_commands(None))  # type: ignore[assignment]
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the commands in the order of the panels."""
+        """Return the commands in the order of the help panels."""
         return [name for panel in PANELS for name, command in COMMANDS.items() if command.panel == panel]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -175,7 +175,7 @@ class _Root(_Group):
         return get_command(app_of({cmd_name: target}))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write a list of commands for each panel."""
+        """Write a list of commands for each help panel."""
         width = max(map(len, COMMANDS))
         for panel in PANELS:
             rows = [(f"{name:<{width}}", command.help) for name, command in COMMANDS.items() if command.panel == panel]
@@ -185,7 +185,7 @@ class _Root(_Group):
 
 
 def app_of(functions: Mapping[str, Callable[[Any], None]], **settings: Any) -> typer.Typer:
-    """Return functions of options records as the commands of a program; a single function is the program itself.
+    """Create a command-line program from functions that take an options record.
 
     Args:
         functions: The functions by command name; see `llmrec.cli.options.takes`.
@@ -226,12 +226,12 @@ def _root(
 
 
 def main(program: typer.Typer = app) -> None:
-    """Run the command line; expected failures print one paragraph and exit with 2.
+    """Run the command line; expected failures print a message and exit with 2.
 
     Of several processes that a launcher started, the first prints the result; the first that fails prints its error.
     """
-    # OpenMP threads spin while they wait for each other. With a second busy process the thread they wait for gets no
-    # core: training takes twice as long, and longer with further processes (eval/results/waiting.json).
+    # OpenMP threads spin while they wait for each other. With another busy process, the thread that they wait for gets
+    # no core, and training takes at least twice as long (eval/results/waiting.json).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:

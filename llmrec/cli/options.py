@@ -1,4 +1,4 @@
-"""Options of commands: the fields of a frozen record, with their names, help and defaults."""
+"""Command-line options, declared as the fields of a frozen record with names, help and defaults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Launch = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """A recipe, and keys that are changed."""
+    """Options with a recipe and overrides of its keys."""
 
     recipe: Annotated[str, About(argument=True, metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
     overrides: Annotated[
@@ -50,7 +50,7 @@ class RecipeOptions:
 
 
 def refuse_several(shard: str | None, ray: str | None, launch: int | None = None) -> None:
-    """Reject more than one of `--shard`, `--ray` and `--launch`: the last two process all shards."""
+    """Reject more than one of `--shard`, `--ray` and `--launch`."""
     given = [name for name, value in (("--shard", shard), ("--ray", ray), ("--launch", launch)) if value is not None]
     if len(given) > 1:
         raise RecipeError(
@@ -61,7 +61,7 @@ def refuse_several(shard: str | None, ray: str | None, launch: int | None = None
 
 
 def takes(function: Callable[[Any], None]) -> Callable[..., None]:
-    """Return a function of a record as a callback whose parameters are the fields of the record, required ones first.
+    """Convert a function of an options record to one whose parameters are its fields, required ones first.
 
     Its docstring is the help text, without the section ``Example:``.
 
@@ -83,12 +83,12 @@ def takes(function: Callable[[Any], None]) -> Callable[..., None]:
 
 
 def example_of(function: Callable[[Any], None]) -> str:
-    """Return the section ``Example:`` at the end of the docstring of a command: command lines."""
+    """Return the command lines in the section ``Example:`` at the end of a command's docstring."""
     return _docstring(function)[1]
 
 
 def _docstring(function: Callable[[Any], None]) -> tuple[str, str]:
-    """Return the help text of a command and its example, both without indentation."""
+    """Return the help text and the example of a command, both without indentation."""
     text, _, example = cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
     return text, dedent(example)
 
@@ -98,7 +98,7 @@ def _parameter(field: Field[Any], hint: Any) -> Parameter:
     assert isinstance(about, About)
     default: Any = Parameter.empty if field.default is MISSING else field.default
     if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
-        # The option may be repeated.
+        # the option may be repeated
         kind, default = list[get_args(kind)[0]], default if field.default is MISSING else list(default)  # type: ignore[misc]
     if about.argument:
         given = typer.Argument(metavar=about.metavar, help=about.help)

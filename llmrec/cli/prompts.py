@@ -1,4 +1,4 @@
-"""The command `llmrec prompts`: the templates of a recipe, training rows of each, and the differences of two."""
+"""The command `llmrec prompts`: templates of a recipe, rendered examples, and differences between templates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _FILES = (".yaml", ".yml")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsOptions(RecipeOptions):
-    """A recipe, and which of its templates are shown."""
+    """Options of `llmrec prompts`."""
 
     template: Annotated[
         tuple[str, ...],
@@ -149,7 +149,7 @@ def _write_chat(study: Study, file: Path) -> None:
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
-    """Return the recipe with the template files among the names added, and the names with paths replaced by stems.
+    """Add template files among the names to the recipe, and return it and the names with files replaced by stems.
 
     Args:
         recipe: The recipe.
@@ -179,7 +179,7 @@ def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Reci
 
 
 def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Template]:
-    """Return the templates with these names or of these sets, in the order of the families; all if none is given.
+    """Return the templates with these names or in these sets, sorted by task; all if none is given.
 
     Raises:
         RecipeError: If a name or a set is unknown, or a name belongs to templates of two families.
@@ -200,7 +200,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
 
 
 def find(study: Study, name: str) -> Template:
-    """Return a template of the recipe's families by ``family/name``, or by a name that only one family has.
+    """Return a template by ``family/name``, or by a name that is unique among the tasks of the recipe.
 
     Raises:
         RecipeError: If there is none, or several.
@@ -231,11 +231,11 @@ def find(study: Study, name: str) -> Template:
     return result[0]
 
 
-# --------------------------------------------------------------------------- the list
+# --------------------------------------------------------------------------- list of templates
 
 
 def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
-    """Yield the description of templates, grouped by family, in lines of at most `WIDTH` columns."""
+    """Yield descriptions of templates, grouped by task, in lines of at most `WIDTH` columns."""
     for family in dict.fromkeys(template.family for template in templates):
         chosen = chosen_of(study, family)
         yield f"{family} templates"
@@ -246,7 +246,7 @@ def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
 
 
 def names(study: Study) -> Iterator[str]:
-    """Yield one line for each template that a recipe uses, grouped by family, and the names of the others."""
+    """Yield one line for each template that a recipe uses, grouped by task, and the names of the others."""
     for family, known in study.templates.items():
         chosen = chosen_of(study, family)
         used = {template.id: _roles(template, chosen) for template in known.values()}
@@ -264,7 +264,7 @@ def _roles(template: Template, chosen: Chosen) -> list[str]:
 
 
 def chosen_of(study: Study, family: str) -> Chosen:
-    """Return the templates that a recipe trains and evaluates a family with."""
+    """Return the templates with which a recipe trains and evaluates a task."""
     templates, reviews = study.templates[family], bool(study.task_data(family).dataset.reviews)
     return choose(study.tasks[family].family, study.section(family), templates, study.codes(family), reviews=reviews)
 
@@ -298,7 +298,7 @@ def fields(template: Template, *parts: str) -> list[str]:
 
 
 def _paths(node: nodes.Node, bound: Mapping[str, str]) -> Iterator[str]:
-    """Yield the paths of variables in order; ``bound`` maps a loop variable to its list."""
+    """Yield the variables in order; ``bound`` maps a loop variable to its list."""
     if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
         owner = node.node.name
         if owner != "loop":
@@ -320,19 +320,19 @@ def _wrapped(first: str, text: str, *, hang: int | None = None) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
 
 
-# --------------------------------------------------------------------------- the rows
+# --------------------------------------------------------------------------- training examples
 
 
 def rows(study: Study, template: Template) -> Iterator[Example]:
-    """Yield an endless stream of training rows of a template, whether or not the recipe trains on it.
+    """Yield training examples of a template endlessly, even if the recipe does not train on it.
 
     Raises:
         RecipeError: If the template is incompatible with the recipe.
     """
-    # Evaluation is unchanged: some templates are only for training.
+    # evaluation is unchanged, because some templates are only for training
     asked = study.tasks[template.family].eval_templates
     section = study.section(template.family).model_copy(update={"templates": (template.name,), "eval_templates": asked})
-    # The row is only displayed, so an unseen template is allowed.
+    # The example is only displayed, so templates not used in training are allowed.
     shown = replace(template, use="named") if template.use == "unseen" else template
     known = {**study.templates[template.family], template.name: shown}
     yield from build_task(study, template.family, section, known, study.training_seed).examples("train")
@@ -355,7 +355,7 @@ def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, lis
 
 
 def evaluated(study: Study, encoder: Encoder, templates: Sequence[Template]) -> dict[str, list[str]]:
-    """Return the first evaluation prompt of each row of the results table; equal prompts are listed once.
+    """Return the first evaluation prompt of each model, without duplicates.
 
     Of a strategy that asks several questions per request, it is a question of the form and size that it asks.
 
@@ -396,13 +396,13 @@ def _first(study: Study, encoder: Encoder, spec: RowSpec, template: Template) ->
 
 
 def marked(example: Example, encoder: Encoder) -> str:
-    """Return a row as the model reads it, with its training targets in «these marks»."""
+    """Return an example as the model reads it, with training targets in «these marks»."""
     answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
     return encoder.turns_text(example.messages) + answer
 
 
 def rendered(study: Study, encoder: Encoder, template: Template) -> str:
-    """Return a rendered training row of a template, or the reason why there is none."""
+    """Return a rendered training example of a template, or the reason why there is none."""
     chosen = chosen_of(study, template.family)
     note = "" if template in chosen.train else ", not trained on here"
     head = f"[{template.id}{', unseen in training' if template.use == 'unseen' else note}]"
@@ -415,15 +415,15 @@ def rendered(study: Study, encoder: Encoder, template: Template) -> str:
 
 
 _FACTS = ("version", "use", "shape")
-# A run folder records the text of a template, but not its description.
+# A run folder stores the text of a template, but not its description.
 _NOTES = ("set", "number", "also", "leak", "needs")
 _PARTS = ("system", "user", "lead", "target", "tail")
-# Rows of each template that are searched for a common event: a few passes over the users of MovieLens-100K.
+# Number of examples per template to search for a common interaction: a few passes over the users of MovieLens-100K.
 _SEARCHED = 4000
 
 
 def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator[str]:
-    """Yield the differences of two templates of a family, in lines of at most `WIDTH` columns.
+    """Yield the differences between two templates of a task, in lines of at most `WIDTH` columns.
 
     Args:
         study: The study with the templates, and the data for the prompts.
@@ -451,7 +451,7 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
 
 
 def recorded(folder: Path, template: Template) -> Template:
-    """Return a template as recorded in a run folder or an exported folder.
+    """Return a template as stored in a run folder or an exported folder.
 
     Raises:
         RecipeError: If the folder has no record of it.
@@ -485,11 +485,11 @@ def recorded(folder: Path, template: Template) -> Template:
         ) from error
 
 
-# --------------------------------------------------------------------------- sources
+# --------------------------------------------------------------------------- template sources
 
 
 def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[str]:
-    """Yield a unified diff of each part that differs, and the names of the equal parts."""
+    """Yield a unified diff of each part that differs, and the names of equal parts."""
     same = []
     for key in (*_FACTS, *(_NOTES if notes else ()), *_PARTS):
         one, other = (str(getattr(template, key)) for template in (left, right))
@@ -506,7 +506,7 @@ def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[
 
 
 def _unified(left: Sequence[str], right: Sequence[str], context: int = 3) -> Iterator[str]:
-    """Yield a unified diff without headers; long lines are wrapped and indented below their mark."""
+    """Yield a unified diff without headers; long lines are wrapped and indented."""
     for line in islice(difflib.unified_diff(left, right, n=context, lineterm=""), 2, None):
         if line.startswith("@@"):
             continue
@@ -541,7 +541,7 @@ def _prompts(study: Study, encoder: Encoder, left: Template, right: Template) ->
 
 
 def _same_event(study: Study, left: Template, right: Template) -> tuple[Example, Example] | None:
-    """Return a row of each template with the same event as last target; None if the first rows have none.
+    """Return an example of each template with the same interaction as last target; None if there is none.
 
     Templates of one shape draw the same events in the same order; a list and a chat template may not.
     """
@@ -557,5 +557,5 @@ def _same_event(study: Study, left: Template, right: Template) -> tuple[Example,
 
 
 def _event(example: Example) -> tuple[str, ...]:
-    """Return the event of a row's last target; the id of the row for alignment, which has no events."""
+    """Return the interaction of an example's last target; for alignment, the id of the example."""
     return example.pairs[-1] if example.pairs else (example.id,)

@@ -13,7 +13,7 @@ from llmrec.registry import HOOKS, hook
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """A run folder, or a folder of results of benchmarks."""
+    """Options of `llmrec report`."""
 
     folder: Annotated[
         Path,

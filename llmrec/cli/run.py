@@ -11,7 +11,7 @@ from llmrec.registry import hook
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(RecipeOptions):
-    """A recipe, its run folder, and whether its cases are cut into shards."""
+    """Options of `llmrec run`."""
 
     out: Out = None
     shard: Shard = None
@@ -20,7 +20,7 @@ class RunOptions(RecipeOptions):
 
     @property
     def in_shards(self) -> bool:
-        """Whether the cases are cut into shards."""
+        """Whether the test cases are divided into shards."""
         refuse_several(self.shard, self.ray, self.launch)
         return (self.shard, self.ray, self.launch) != (None, None, None)
 

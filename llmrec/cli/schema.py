@@ -33,7 +33,7 @@ _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 
 @dataclass(frozen=True, kw_only=True)
 class SchemaOptions:
-    """The kind of page, and the file of its schema."""
+    """Options of `llmrec schema`."""
 
     kind: Annotated[PageKind, About(argument=True, help="File type. suite also covers benchmarks.")] = "recipe"
     out: Annotated[Path | None, About(metavar="FILE", help="Output file. Default: print the schema.")] = None
@@ -57,7 +57,7 @@ def schema(options: SchemaOptions) -> None:
 
 
 def schema_text(kind: PageKind) -> str:
-    """Return the JSON schema of a kind of file; suites and benchmarks share one."""
+    """Return the JSON schema of recipes, or the one of suites and benchmarks."""
     return json.dumps({"recipe": _recipe, "suite": _suite}[kind](), ensure_ascii=False, indent=1) + "\n"
 
 
@@ -87,7 +87,7 @@ def _recipe() -> Schema:
     needed = made.pop("required")
     made["anyOf"] = [{"required": ["base"]}, {"required": needed}]
     for section in defs.values():
-        # The base may have it.
+        # the base file may have it
         section.pop("required", None)
     return {"$schema": _DIALECT, "title": "llmrec recipe", **made}
 
@@ -112,7 +112,7 @@ def _suite() -> Schema:
 
 
 def _baseline(defs: Schema) -> Schema:
-    """Return the schema of a baseline: its name, or a mapping of its name and parameters."""
+    """Return the schema of a baseline: its name, or a mapping with name and parameters."""
     rules = []
     for name in BASELINES:
         config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
@@ -139,11 +139,11 @@ def _baseline(defs: Schema) -> Schema:
     }
 
 
-# --------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------- parts of a schema
 
 
 def _section(section: type[BaseModel], defs: Schema) -> Schema:
-    """Return the schema of a family's section, including families of plug-ins."""
+    """Return the schema of a task's section, including tasks of plug-ins."""
     if section.__name__ not in defs:
         made = described(section)
         defs |= made.pop("$defs", {})
@@ -157,7 +157,7 @@ def _named(names: Iterable[str]) -> Schema:
 
 
 def described(model: type[BaseModel]) -> Schema:
-    """Return pydantic's schema with descriptions instead of titles that only repeat a key."""
+    """Return pydantic's schema with descriptions instead of titles that only repeat the key."""
     made = model.model_json_schema()
     for entry in _objects(made):
         if isinstance(entry.get("title"), str):
@@ -169,7 +169,7 @@ def described(model: type[BaseModel]) -> Schema:
             if "description" in key:
                 continue
             if "strategies" in owner["properties"] and name in TaskSection.model_fields:
-                # A task changes the default alone.
+                # a task changes only the default
                 key["description"] = TaskSection.model_fields[name].description
             elif text := _first_sentence(key, made.get("$defs", {})):
                 key["description"] = text
@@ -184,7 +184,7 @@ def _objects(value: Any) -> Iterator[Schema]:
 
 
 def _first_sentence(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
-    """Return the first sentence of the docstring of a key's section."""
+    """Return the first sentence of the docstring of a recipe section."""
     for option in (key, *key.get("anyOf", ())):
         if "$ref" in option:
             text: str = defs[option["$ref"].rpartition("/")[2]].get("description", "")

@@ -1,4 +1,4 @@
-"""The command `llmrec score`: metrics of ranked lists of any system."""
+"""The command `llmrec score`: computes metrics of ranked lists of any system."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ORDERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """One or two files of ranked lists, and what is relevant."""
+    """Options of `llmrec score`."""
 
     ranked: Annotated[
         tuple[Path, ...],
@@ -97,7 +97,7 @@ def cutoffs(text: str) -> tuple[int, ...]:
 
 
 def lines(scores: Scores) -> Iterator[str]:
-    """Yield the output lines: the counts, then one line per metric."""
+    """Yield the lines to print: the counts, then one line per metric."""
     units = _UNITS[scores.unit]
     yield f"{scores.relevant:,} relevant items of {scores.lists[0].judged:,} {units} in {scores.truth}"
     if scores.barren:

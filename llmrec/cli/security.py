@@ -1,4 +1,4 @@
-"""Security checks that need no network: `llmrec doctor --security`.
+"""Security checks that need no network, for `llmrec doctor --security`.
 
 Every check is a function from facts to findings; `examine` gathers the facts. A secret is never printed:
 a finding names its location.
@@ -21,13 +21,13 @@ from llmrec.errors import RecipeError
 from llmrec.pipeline.resume import LOCK
 from llmrec.recipe.pages import read_page
 
-# Suffixes of files with pickled objects, which run code when they are loaded.
+# Suffixes of files with pickled objects, which can run code when they are loaded.
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
-# Names of files that may hold keys.
+# Names of files that may contain keys.
 _KEY_FILE = re.compile(r"(^|[._-])(keys?|tokens?|secrets?|credentials)([._-]|$)|^\.env(\.|$)", re.IGNORECASE)
 _KEY_ENDINGS = frozenset({"", ".json", ".env", ".txt", ".yaml", ".yml", ".key"})
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
-# Formats of the keys of known issuers, and values assigned to names such as api_key.
+# Formats of keys of known services, and values assigned to names such as api_key.
 _SECRET = re.compile(
     r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|llmrec_[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|AKIA[A-Z0-9]{16}|xox[abp]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{30,})"
@@ -43,7 +43,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding: one line of the doctor's output.
+    """A finding: one line of the output.
 
     Attributes:
         name: The check.
@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A recipe or suite: its path, its text, its model, and whether it allows custom model code."""
+    """A recipe or suite: its path, its text, its model, and whether it allows the model to run code."""
 
     path: Path
     text: str
@@ -74,7 +74,7 @@ class Page:
 
 
 def examine(folder: Path = Path()) -> Iterator[Finding]:
-    """Yield findings on recipes, runs and key files below a folder, and on services that run on this machine."""
+    """Yield findings on recipes, runs and key files in a folder, and on services on this machine."""
     runs = _runs(folder)
     pages = _pages(folder, runs)
     yield from check_pickles(_model_folders(folder, runs, pages))
@@ -101,7 +101,7 @@ def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
 
 
 def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> Iterator[Finding]:
-    """Check for files or folders that users other than their owner may read."""
+    """Check for files or folders that other users than the owner may read."""
     if exposed:
         names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
         yield Finding(what, f"others may read {_listed(exposed)}", f"chmod {mode} {names}")
@@ -123,7 +123,7 @@ def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
-    """Check for recipes and suites that contain keys or allow a model's custom code."""
+    """Check for recipes and suites that contain keys or allow a model to run code."""
     holding = [page.path for page in pages if _SECRET.search(page.text)]
     if holding:
         yield Finding(
@@ -145,14 +145,14 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
 
 
 def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
-    """Check for services on this machine that answer other hosts without a key."""
+    """Check for services on this machine that other hosts can use without a key."""
     exposed = []
     for words in commands:
         host, serves = _option(words, "--host"), "serve" in words
         engine = next((Path(word).name for word in words[:3] if Path(word).name in ("llmrec", "vllm")), "")
         if not engine or not serves:
             continue
-        # vLLM listens on every address by default.
+        # vLLM listens on all addresses by default.
         reached = host not in _LOOPBACK if host is not None else engine == "vllm"
         if reached and _option(words, "--keys" if engine == "llmrec" else "--api-key") is None:
             exposed.append(f"{engine} serve on {host or 'every address'}")
@@ -180,11 +180,11 @@ def _listed(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths[:_SHOWN])) + more
 
 
-# --------------------------------------------------------------------------- facts
+# --------------------------------------------------------------------------- collecting files
 
 
 def _runs(folder: Path) -> list[Path]:
-    """Return the run folders below ``runs``, by their locks or recipes."""
+    """Return the run folders in ``runs``, recognised by lock files or recipes."""
     home = folder / "runs"
     candidates = [*home.glob("*"), *home.glob("*/*")] if home.is_dir() else []
     return sorted(c for c in candidates if c.is_dir() and ((c / LOCK).is_file() or (c / "recipe.yaml").is_file()))
@@ -218,12 +218,12 @@ def _page(path: Path) -> Page | None:
     )
 
 
-# Matches overrides of suites, where the key is part of a string.
+# Matches overrides in suites, where the key is part of a string.
 _REMOTE = re.compile(r"model\.trust_remote_code\s*=\s*true", re.IGNORECASE)
 
 
 def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) -> list[Path]:
-    """Return the local model folders in runs and those that recipes name."""
+    """Return the local model folders in runs and recipes."""
     result = {run / name for run in runs for name in ("merged", "adapter", "base")}
     for page in pages:
         if page.model is not None and len(page.model) < 1000:
@@ -237,7 +237,7 @@ def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) ->
 
 
 def _key_files(folder: Path) -> list[Path]:
-    """Return files in the folder whose names suggest keys, and the hub's token."""
+    """Return files in the folder whose names suggest keys, and the token of the hub."""
     result = [
         file
         for file in folder.glob("*")
@@ -248,7 +248,7 @@ def _key_files(folder: Path) -> list[Path]:
 
 
 def _open_to_others(path: Path) -> bool:
-    """Return whether users other than the owner may read a file or list a folder."""
+    """Whether other users than the owner may read a file or list a folder."""
     try:
         return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
     except OSError:
@@ -256,7 +256,7 @@ def _open_to_others(path: Path) -> bool:
 
 
 def _commands() -> Iterator[Sequence[str]]:
-    """Yield the command lines of running processes that this user may read."""
+    """Yield the command lines of the running processes that this user may read."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if words := process.cmdline():

@@ -1,4 +1,4 @@
-"""The command `llmrec train`: training in this process, or in several of this machine."""
+"""The command `llmrec train`: trains in this process, or in several local processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmrec.machine import processor
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RecipeOptions):
-    """A recipe, its run folder, and the number of processes."""
+    """Options of `llmrec train`."""
 
     out: Out = None
     launch: Launch = None
@@ -48,7 +48,7 @@ def train(options: TrainOptions) -> None:
 
 
 def train_together(recipe: str, overrides: Sequence[str], folder: Path, count: int) -> dict[str, Any]:
-    """Train in several processes of this machine, and return the training record.
+    """Train in several local processes, and return the training record.
 
     They get the environment of torchrun, and their messages go to the error stream; the caller prints the result.
 
@@ -64,7 +64,7 @@ def train_together(recipe: str, overrides: Sequence[str], folder: Path, count: i
         typer.Exit: If one failed, which has printed its error.
     """
     processes.alone("--launch")
-    # The store of the processes outlives each of them, so that the first one to fail can leave a note.
+    # The store outlives the processes, so that the first one to fail can leave a note.
     store = require("torch.distributed", "train").TCPStore("localhost", 0, None, True, wait_for_workers=False)
     shared = {
         **processes.threads(count, processor().usable),

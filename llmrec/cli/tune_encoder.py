@@ -13,7 +13,7 @@ from llmrec.cli.options import RecipeOptions
 
 @dataclass(frozen=True, kw_only=True)
 class TuneEncoderOptions(RecipeOptions):
-    """A recipe, the encoder to begin from, and the folder to write."""
+    """Options of `llmrec tune-encoder`."""
 
     out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
     encoder: Annotated[str, About(metavar="NAME", help="Text encoder to start from: name or folder.")] = (

@@ -1,1 +1,1 @@
-"""Item indexes: items written as titles, numbers, tokens, or codes from categories, co-occurrence or text."""
+"""Item indexes: how items are written, as titles, numbers, tokens, or codes made from categories, users or texts."""

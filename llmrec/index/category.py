@@ -1,4 +1,4 @@
-"""Category codes: the path of an item's categories, and a token that distinguishes the items of a path.
+"""Category codes: the path of an item's categories, and a token that distinguishes items with the same path.
 
 (Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023, section 4.4: SemID, and its
 hybrid with item tokens.)
@@ -28,7 +28,7 @@ Path = tuple[str, ...]
 
 
 class Category:
-    """One token for each category of an item, most general first, and a last token that numbers the items of a path.
+    """One token per category of an item, most general first, and a last token that numbers items with the same path.
 
     The number of a category's token is its rank by number of items among the categories of its level. Items of a path
     are numbered by training interactions, then by hash. Items without a category share an additional token of the first
@@ -37,7 +37,7 @@ class Category:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`.
+        """Assign codes to items; see `Scheme`.
 
         Raises:
             DataError: If the items have no fields.
@@ -65,7 +65,7 @@ class Category:
         return ItemIndex(
             "category",
             {item: codes[item] for item in sorted(codes)},
-            # One more at the first level, for items without a category.
+            # One more token at the first level, for items without a category.
             tokens=(
                 *(token(level, n) for level, names in enumerate(ranked) for n in range(len(names) + (level == 0))),
                 *map(own_token, range(ends)),
@@ -87,7 +87,7 @@ class Category:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add further items under the longest known prefix of their paths; see `Scheme`.
+        """Add items, with the longest known prefix of their category path; see `Scheme`.
 
         If the known last tokens of a path are exhausted, items move to the next shorter prefix, finally to the empty
         one. Only if that is full too, or with ``item_token``, they get new tokens, unknown to a trained model.
@@ -108,7 +108,7 @@ class Category:
 
 @dataclass(frozen=True)
 class _Filing:
-    """The fields and separators that define category paths.
+    """The fields and separators from which category paths are read.
 
     Attributes:
         fields: Item fields, most general first.
@@ -154,7 +154,7 @@ class _Filing:
         return {"fields": list(self.fields), "separators": list(self.separators), "levels": self.levels}
 
     def names(self, item: Item) -> Path:
-        """Return an item's categories."""
+        """Return the categories of an item."""
         parts: list[str] = []
         for field, separator in zip(self.fields, self.separators, strict=True):
             value = item.fields.get(field, "")
@@ -163,12 +163,12 @@ class _Filing:
 
 
 def _ranked(names: Iterable[str]) -> list[str]:
-    """Return the different names, the most frequent first, ties by name."""
+    """Return the different names, most frequent first, ties by name."""
     return [name for name, _ in sorted(Counter(names).items(), key=lambda entry: (-entry[1], entry[0]))]
 
 
 def _tokens(path: Path, numbers: Sequence[Mapping[str, int]]) -> Path:
-    """Return the tokens of the known prefix of a path; the token for no category if the prefix is empty."""
+    """Return the tokens of the longest known prefix of a path; a special token if it is empty."""
     results = []
     for level, (name, known) in enumerate(zip(path, numbers, strict=False)):
         if name not in known:

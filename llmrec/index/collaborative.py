@@ -1,4 +1,4 @@
-"""Collaborative codes: paths in a tree of items, built by spectral clustering of the co-occurrence graph.
+"""Collaborative codes: paths in a tree of items that is built by spectral clustering of co-occurrences.
 
 An edge joins two items of a user's training history; its weight is the number of these users. The graph itself is never
 stored: its product with a vector is two products with the users' histories, so long histories cost no more.
@@ -31,14 +31,14 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Path = tuple[int, ...]
 
-# Up to this many items, a full decomposition is faster than an iteration, and exact.
+# For fewer items, a full eigendecomposition is faster than an iteration, and exact.
 _DENSE = 400
-# Steps of the iteration that is used if Lanczos' method does not converge.
+# Number of iterations of the method that is used if Lanczos iteration does not converge.
 _STEPS = 300
 
 
 class Collaborative:
-    """The path of an item's clusters, and a token for its position in the last cluster.
+    """One token for each cluster that contains the item, and one for its position in the smallest cluster.
 
     Items without training interactions have a separate branch, below an additional token of the first level. No
     training row has that token, so a model gives it a low probability; new items are added to it.
@@ -46,7 +46,7 @@ class Collaborative:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`.
+        """Assign codes to items; see `Scheme`.
 
         Raises:
             RecipeError: If the tree is too small for the catalogue.
@@ -84,7 +84,7 @@ class Collaborative:
         return ItemIndex(
             "collaborative",
             {name: codes[name] for name in names},
-            # One more at the first level: the branch of items without training interactions.
+            # One more token at the first level, for items without training interactions.
             tokens=(
                 *(token(level, n) for level in range(levels) for n in range(shape.clusters + (level == 0))),
                 *map(own_token, range(ends)),
@@ -95,7 +95,7 @@ class Collaborative:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add items to the branch for items without interactions; see `Scheme`.
+        """Add items to the branch for items without training interactions; see `Scheme`.
 
         With ``item_token`` each gets a new item token, which a trained model has not learned.
 
@@ -115,7 +115,7 @@ class Collaborative:
         for position, name in enumerate(shuffled(items, int(known["seed"]))):
             last = own_token(_number(known, start + position, first + position))
             codes[name] = (*_cold_path(known, start + position), last)
-        # Known tokens are not added again.
+        # known tokens are not added again
         return index.adding(codes, [pieces[-1] for pieces in codes.values()], cold=start + len(items))
 
 
@@ -177,9 +177,9 @@ def _cold_room(clusters: int, leaf: int, levels: int) -> int:
 
 
 def _cold_path(settings: Mapping[str, Any], slot: int) -> tuple[str, ...]:
-    """Return the path of a position in the branch; the shortest paths are filled first."""
+    """Return the path for a position in the branch of cold-start items; short paths are filled first."""
     clusters, leaf, levels = (int(settings[name]) for name in ("clusters", "leaf", "levels"))
-    # Items with item tokens may share a path without limit.
+    # With item tokens, any number of items may share a path.
     number, digits = slot // leaf % (_cold_room(clusters, leaf, levels) // leaf), []
     while number:
         number, digit = divmod(number - 1, clusters)
@@ -195,7 +195,7 @@ def _number(settings: Mapping[str, Any], slot: int, own: int) -> int:
 
 
 def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = ()) -> Iterator[tuple[Path, Ints]]:
-    """Cluster items recursively, and yield the path and the members of every leaf.
+    """Cluster items recursively, and yield the path and the items of every smallest cluster.
 
     No cluster is larger than its remaining levels allow, so a leaf is never too large.
 
@@ -218,7 +218,7 @@ def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = (
 
 
 def _clustered(users: Any, k: int) -> list[Ints]:
-    """Divide items into at most k clusters; 1 <= k <= items.
+    """Divide items into at most k clusters; 1 <= k <= number of items.
 
     Components large enough to fill a cluster get clusters in proportion to their size, and small ones are merged whole:
     without edges between them, the spectrum cannot separate them.
@@ -232,7 +232,7 @@ def _clustered(users: Any, k: int) -> list[Ints]:
 
 
 def _components(users: Any) -> list[Ints]:
-    """Return the connected components of the items, the largest first, ties by first member."""
+    """Return the connected components of the items, largest first, ties by first item."""
     graph = sparse.block_array([[None, users], [users.T, None]], format="csr")
     labels = csgraph.connected_components(graph, directed=False)[1][users.shape[0] :]
     order = np.argsort(labels, kind="stable")
@@ -249,7 +249,7 @@ def _shares(sizes: Sequence[int], k: int) -> list[int]:
 
 
 def _packed(components: Sequence[Ints], k: int) -> list[Ints]:
-    """Merge components into at most k clusters of similar size: the largest first, each into the smallest cluster."""
+    """Merge components into at most k clusters of similar size, each into the smallest cluster so far."""
     bins: list[list[Ints]] = [[] for _ in range(k)]
     smallest = [(0, number) for number in range(k)]
     for members in components:
@@ -267,7 +267,7 @@ def _spectral(users: Any, component: Ints, k: int) -> list[Ints]:
 
 
 def cluster_qr(vectors: Floats) -> Ints:
-    """Return the clusters of the rows of an orthonormal basis, shape (n, k), invariant to its rotation and signs.
+    """Cluster the rows of an orthonormal basis, shape (n, k), independently of its rotation and signs.
 
     Damle, Minden and Ying, "Simple, direct and efficient multi-way spectral clustering", Information and Inference
     8(1), 2019, Algorithm 1: pivots select one row per cluster, and the nearest rotation aligns the basis with them.
@@ -279,7 +279,7 @@ def cluster_qr(vectors: Floats) -> Ints:
 
 
 def _in_order(users: Any) -> Ints:
-    """Return items by component, each in the order of its second eigenvector, so that neighbours share users."""
+    """Sort items by component and second eigenvector, so that neighbouring items share users."""
     results = []
     for component in _components(users):
         if len(component) > 2:
@@ -295,7 +295,7 @@ def _in_order(users: Any) -> Ints:
 
 
 def _within(users: Any, members: Ints) -> Any:
-    """Return the histories restricted to some items, without users that have fewer than two of them."""
+    """Restrict the histories to some items, and drop users with fewer than two of them."""
     inside = users[:, members]
     inside = inside[np.diff(inside.indptr) > 1]
     inside.sort_indices()
@@ -303,7 +303,7 @@ def _within(users: Any, members: Ints) -> Any:
 
 
 def _degrees(users: Any) -> Floats:
-    """Return the total weight of each item's edges, shape (n,)."""
+    """Return the total edge weight of each item, shape (n,)."""
     result: Floats = users.T @ users.sum(axis=1) - users.sum(axis=0)
     return result
 
@@ -326,7 +326,7 @@ def _spectrum(users: Any, k: int) -> Floats:
     start = np.random.default_rng(0).uniform(-1, 1, (size, k))
     operator = LinearOperator((size, size), matvec=times, matmat=times, dtype=np.float64)
     try:
-        # Eigenvalues are in ascending order.
+        # eigenvalues are in ascending order
         result = eigsh(operator, k=k, which="LA", v0=start[:, 0])[1]
         return result[:, ::-1]
     except ArpackError:
@@ -334,7 +334,7 @@ def _spectrum(users: Any, k: int) -> Floats:
 
 
 def _iterated(times: Any, block: Floats) -> Floats:
-    """Return approximate first eigenvectors by orthogonal iteration; eigenvalues are in [-1, 1]."""
+    """Approximate the first eigenvectors by orthogonal iteration; eigenvalues are in [-1, 1]."""
     for _ in range(_STEPS):
         block = linalg.qr(block + times(block), mode="economic")[0]
     turn = linalg.eigh(block.T @ times(block))[1]

@@ -1,4 +1,4 @@
-"""Diagnostics of an index: the use of its tokens, the branching of its codes, and items with similar codes.
+"""Properties of an item index: token usage, branching of codes, and items with similar codes.
 
 Everything is computed from the codes themselves, except values before a repair, which the index recorded.
 """
@@ -20,7 +20,7 @@ Pieces = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Minimum, mean and maximum of a number over all items."""
+    """Minimum, mean and maximum of a property over all items."""
 
     least: int
     mean: float
@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """The tokens of one kind, such as ``<a_0>``, ``<a_1>``, ...
+    """The tokens of one level of the codes, such as ``<a_0>``, ``<a_1>``, ...
 
     Attributes:
         name: Prefix of the tokens: a letter, or ``item``.
@@ -50,18 +50,18 @@ class Level:
 
     @property
     def used(self) -> int:
-        """Number of tokens used in at least one code."""
+        """Number of tokens that occur in any code."""
         return len(self.counts)
 
     @property
     def share(self) -> float:
-        """Share of the most used token among the items with a token of the level."""
+        """Share of the most frequent token among the items with a token of this level."""
         return self.counts[0] / sum(self.counts) if self.counts else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Depth:
-    """All prefixes of one length that can be continued.
+    """All code prefixes of one length that can be continued.
 
     Attributes:
         length: Number of pieces; 0 is the start of every code.
@@ -82,7 +82,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstWords:
-    """First words of codes with several words: number of different ones, the most frequent one, and its items."""
+    """First words of codes with several words: how many there are, the most frequent one, and its items."""
 
     different: int
     common: str
@@ -91,7 +91,7 @@ class FirstWords:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostics:
-    """Figures of an index.
+    """Properties of an item index.
 
     Attributes:
         scheme: Name of the scheme.
@@ -126,11 +126,11 @@ class Diagnostics:
 
     @property
     def collisions(self) -> float | None:
-        """Share of items whose code was not unique before the repair, if the index recorded it."""
+        """Share of items whose code was not unique before it was repaired; None if not recorded."""
         return self.figures.get("collisions")
 
     def as_json(self) -> dict[str, Json]:
-        """Return the figures as JSON; counts of single tokens are reduced to their number and largest share."""
+        """Return the properties as JSON; counts per token are reduced to their number and largest share."""
         result = asdict(self)
         for level, entry in zip(self.levels, result["levels"], strict=True):
             del entry["counts"]
@@ -140,7 +140,7 @@ class Diagnostics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One item with its code and title."""
+    """An item with its code and title."""
 
     item: str
     code: str
@@ -167,7 +167,7 @@ class Group:
 
 
 def diagnose(index: ItemIndex, counts: Mapping[str, int] | None = None) -> Diagnostics:
-    """Return the figures of an index.
+    """Compute the properties of an item index.
 
     Args:
         index: At least one item.
@@ -203,7 +203,7 @@ def neighbours(
     members: int = 8,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[Group, ...]:
-    """Return, for each length, the prefixes with the most items, or ranges of numbers if codes are numbers.
+    """Return the prefixes with the most items for each length, or ranges of numbers if codes are numbers.
 
     Args:
         index: The index. Codes with one piece have no prefixes, and so no groups.
@@ -231,7 +231,7 @@ def neighbours(
 
 
 def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int = 5) -> tuple[Entry, ...]:
-    """Return the other items with the longest shared prefix; empty if codes share no piece or are text.
+    """Return the items that share the longest code prefix with an item; empty if codes share no tokens or are text.
 
     Raises:
         DataError: If the item is not in the index.
@@ -245,7 +245,7 @@ def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int
 
 
 def examples(index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequence[str] = ()) -> tuple[Entry, ...]:
-    """Return items with their codes: the requested ones, then others at regular steps through the index.
+    """Return items with their codes: the requested ones, then others spread over the index.
 
     Raises:
         DataError: If a requested item is not in the index.
@@ -287,7 +287,7 @@ def _levels(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, 
 
 
 def _kind(name: str) -> str:
-    """Return the prefix of a token: ``a`` of ``<a_12>``."""
+    """Return the level of a token: ``a`` for ``<a_12>``."""
     return name[1:].rpartition("_")[0]
 
 
@@ -333,7 +333,7 @@ def _first_words(texts: Sequence[str]) -> FirstWords | None:
 
 
 def _begun(paths: Iterable[Sequence[str]]) -> int:
-    """Return the number of codes that are a prefix of another, which is then the next code in sorted order."""
+    """Return how many codes are a prefix of another code, which is then the next one in sorted order."""
     ordered = sorted({tuple(path) if not isinstance(path, str) else path for path in paths})
     return sum(after[: len(before)] == before for before, after in pairwise(ordered))
 
@@ -346,7 +346,7 @@ def _common(a: Pieces, b: Pieces) -> int:
 
 
 def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members: int) -> tuple[Group, ...]:
-    """Return ranges of consecutive numbers at regular steps; empty if codes are not numbers."""
+    """Return ranges of consecutive numbers spread over the index; empty if codes are not numbers."""
     texts = {item: "".join(pieces) for item, pieces in index.codes.items()}
     if not all(text.isascii() and text.isdecimal() for text in texts.values()):
         return ()
@@ -363,7 +363,7 @@ def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members
 
 
 def _said(index: ItemIndex, prefix: Pieces) -> str:
-    """Return the categories of the pieces of a prefix, if the index stores them by level and number."""
+    """Return the categories of the tokens in a prefix, if the index has stored them."""
     names = index.settings.get("names")
     if index.scheme != "category" or not names:
         return ""

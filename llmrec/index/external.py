@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["tokens", "numbers", "text"]
 Pieces = tuple[str, ...]
 
-# The JSON Lines reader joins a list of texts by commas.
+# The JSON Lines reader joins lists of texts by commas.
 _TOKENS = re.compile(r"\s*(?:<[^<>\s]+>[\s,]*)+")
 _NUMBERS = re.compile(r"[0-9]+(?:[-\s]+[0-9]+)*")
 _MOST = 9  # digits of a number
@@ -35,7 +35,7 @@ _FORMS = "a list of numbers, a list of item tokens such as <a_3>, or text"
 
 
 class External:
-    """The codes in a file.
+    """Codes read from a file.
 
     The file is a JSON object with item ids as keys, or a table with the columns ``item_id`` and ``code``. A code is a
     list of numbers, one per level (in a table separated by spaces or hyphens), concatenated item tokens, or text. Codes
@@ -44,7 +44,7 @@ class External:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`.
+        """Assign codes to items; see `Scheme`.
 
         Raises:
             DataError: If the file cannot be read, a code is malformed, two items share one, a code is a prefix of
@@ -79,7 +79,7 @@ class External:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add further items with their codes from the file; see `Scheme`.
+        """Add items with their codes from the file; see `Scheme`.
 
         Tokens that no earlier item has are added; a trained model has not learned them.
 
@@ -102,7 +102,7 @@ class External:
 
 @dataclass(frozen=True)
 class _Row:
-    """One code of a file.
+    """A code in the file.
 
     Attributes:
         place: The file, and the row in a table.
@@ -210,7 +210,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
 
 
 def _kind(rows: Sequence[_Row]) -> Kind:
-    """Return the kind of a file's codes. A single number counts as text if other codes are text.
+    """Return the type of the codes in a file. A number counts as text if other codes are text.
 
     Raises:
         DataError: If a code is empty or malformed, or codes are of several kinds.
@@ -266,7 +266,7 @@ def _kind_of(row: _Row) -> Kind:
 
 
 def _pieces(row: _Row, kind: Kind) -> Pieces:
-    """Return the pieces of a code.
+    """Split a code into its tokens, digits or words.
 
     Raises:
         DataError: If the code is not a single line of text, or cannot be converted to tokens.
@@ -331,7 +331,7 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
     """
     first: dict[Pieces, str] = {}
     for row in rows:
-        # White space in text is ignored when a code is decoded.
+        # White space in text codes is ignored when they are decoded.
         pieces = tuple(" ".join(piece.split()) for piece in codes[row.item])
         other = first.setdefault(pieces, row.item)
         if other != row.item:
@@ -358,6 +358,6 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
 
 
 def _place(piece: str) -> tuple[int, str, int, str]:
-    """Return a sort key by level and number, with item tokens last."""
+    """Return the sort key of a token by level and number, with item tokens last."""
     name, _, number = piece[1:-1].rpartition("_")
     return len(name), name, int(number), number

@@ -28,17 +28,17 @@ class RandomNumbers:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`."""
+        """Assign codes to items; see `Scheme`."""
         return _numbered("random", shuffled(data.dataset.items, seed), section, seed)
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Assign the next numbers to further items; see `Scheme`."""
+        """Assign the next free numbers to new items; see `Scheme`."""
         return _more(index, items)
 
 
 class SequentialNumbers:
-    """Numbers in the order in which items first occur in the users' training histories, read one user after another.
+    """Numbers items in the order in which they first occur in the training histories.
 
     Consecutive items of a user get neighbouring numbers. Held-out interactions are not read: items without training
     interactions are numbered last, by hash. P5's published files include them, so the next number reveals the
@@ -47,7 +47,7 @@ class SequentialNumbers:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`."""
+        """Assign codes to items; see `Scheme`."""
         histories = {user: [event.item_id for event in data.train_events(user)] for user in data.users()}
         first = dict.fromkeys(item for user in user_order(histories, section.order, seed) for item in histories[user])
         rest = [item for item in shuffled(data.dataset.items, seed) if item not in first]
@@ -55,7 +55,7 @@ class SequentialNumbers:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Number further items after the known ones; see `Scheme`."""
+        """Assign the next free numbers to new items; see `Scheme`."""
         return _more(index, items)
 
 
@@ -64,13 +64,13 @@ class OwnTokens:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`."""
+        """Assign codes to items; see `Scheme`."""
         codes = {item: (own_token(n),) for n, item in enumerate(shuffled(data.dataset.items, seed))}
         return ItemIndex("token", codes, tokens=tuple(piece for (piece,) in codes.values()), settings={"seed": seed})
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add a new token for each further item, which a trained model has not learned; see `Scheme`."""
+        """Add a token for each new item, which a trained model does not know; see `Scheme`."""
         start = len(index.tokens)
         order = shuffled(items, int(index.settings["seed"]))
         codes = {item: (own_token(n),) for n, item in enumerate(order, start)}
@@ -78,20 +78,20 @@ class OwnTokens:
 
 
 def user_tokens(users: Iterable[str], seed: int) -> dict[str, str]:
-    """Return one new token for each user, in the order of a seeded hash (P5-I, RecSys 2022)."""
+    """Return one token for each user, in the order of a seeded hash (P5-I, RecSys 2022)."""
     names = sorted(users)
     order = np.argsort(hash64("user tokens", seed, names), kind="stable")
     return {names[place]: user_token(number) for number, place in enumerate(order)}
 
 
 def shuffled(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
-    """Return items ordered by a seeded hash of their ids."""
+    """Return items in the order of a seeded hash of their ids."""
     names = sorted(items)
     return [names[place] for place in np.argsort(hash64("item codes", seed, names), kind="stable")]
 
 
 def user_order(histories: Mapping[str, Sequence[str]], order: str, seed: int) -> list[str]:
-    """Return users ordered by id (by value if numeric), by length of training history, or by hash; ties by id."""
+    """Sort users by id (numerically if possible), by length of training history, or by hash; ties by id."""
     users = sorted(histories, key=_natural)
     if order == "random":
         return [users[place] for place in np.argsort(hash64("user order", seed, users), kind="stable")]
@@ -117,7 +117,7 @@ def _numbered(scheme: str, order: Sequence[str], section: IndexSection, seed: in
 
 
 def _cut(number: int, digits: int, levels: int) -> tuple[str, ...]:
-    """Return a number as tokens of ``digits`` digits each, highest first: 1023 in two levels of two is 10 and 23."""
+    """Split a number into tokens of ``digits`` digits: 1023 in two levels of two digits is 10 and 23."""
     written = str(number).zfill(levels * digits)
     return tuple(token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
 

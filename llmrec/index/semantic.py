@@ -1,4 +1,4 @@
-"""Semantic IDs: text embeddings quantised to a few numbers, the most informative first.
+"""Semantic IDs: text vectors quantised to a few tokens, most informative token first.
 
 Items with similar texts share the first pieces of their codes (TIGER: Rajput et al., NeurIPS 2023; LC-Rec: Zheng et
 al., ICDE 2024). Duplicate codes are repaired, so that every code is unique.
@@ -32,27 +32,26 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 
-# ----------------------------------------------------------------------------
 # RQ-VAE: an autoencoder whose bottleneck is quantised level by level (TIGER: Rajput et al., NeurIPS 2023, section
 # 3.1).
 #
-# With the encoder's output z, r_0 = z, c_l the nearest of level l's codewords to r_l, and r_(l+1) = r_l -
+# With the encoder output z, r_0 = z, c_l the index of the codeword at level l nearest to r_l, and r_(l+1) = r_l -
 # e_(c_l), the decoder sees the sum of the codewords. The loss of a vector x is
 #
 #     ||x - decoded||^2 + sum over l of ||sg[r_l] - e_(c_l)||^2 + beta ||r_l - sg[e_(c_l)]||^2
 #
-# where sg stops gradients: the second term moves codewords only, the third the encoder only. Gradients of the
-# first reach the encoder as if there were no quantisation.
+# where sg stops gradients: the second term moves only codewords, the third only the encoder. Gradients of the
+# first term reach the encoder as if there were no quantisation.
 
 
 _WEIGHT_DECAY = 1e-4
-# Steps of Lloyd's algorithm for the initial codewords, which training then moves.
+# Iterations of k-means (Lloyd) for the initial codewords, which training then changes.
 _FIRST_STEPS = 10
 _ROWS = 4096
 
 
 class Losses(NamedTuple):
-    """Batch means of squared norms: reconstruction, codewords to residuals, residuals to codewords."""
+    """Mean losses of a batch: reconstruction, codewords to residuals, residuals to codewords."""
 
     reconstruction: Any
     codebook: Any
@@ -90,7 +89,7 @@ class RQVAE:
 
 
 def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, quiet: bool = False) -> RQVAE:
-    """Train on the device of ``section.device``; deterministic for a seed on the same machine and number of threads.
+    """Train an RQ-VAE; deterministic for a seed on the same machine and number of threads.
 
     The initial codewords are residual k-means of the first batch's encodings. A codeword that no vector of an epoch
     selected is moved to the residual of a random vector.
@@ -129,7 +128,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
 
 
 def _place(section: RQVAEIndex) -> str:
-    """Return the device of training.
+    """Return the device for training.
 
     Raises:
         RecipeError: If a GPU is requested and there is none.
@@ -148,7 +147,7 @@ def _place(section: RQVAEIndex) -> str:
 
 
 def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
-    """Return the encodings of embeddings, shape (n, dim), with numpy only.
+    """Return the encodings of text vectors, shape (n, dim), computed with numpy.
 
     Args:
         weights: Weights of an `RQVAE`.
@@ -173,7 +172,7 @@ def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, pla
     def layers(sizes: Sequence[int]) -> list[tuple[Any, Any]]:
         results = []
         for inside, outside in pairwise(sizes):
-            # Drawn on the CPU, so that training on a GPU starts with the same weights.
+            # Drawn on the CPU, so that training on a GPU starts from the same weights.
             weight = (torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5).to(place)
             results.append((weight.requires_grad_(), torch.zeros(outside, device=place).requires_grad_()))
         return results
@@ -185,7 +184,7 @@ def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, pla
 
 
 def forward(network: Network, x: Any) -> tuple[Losses, Any]:
-    """Return the losses of a batch of shape (b, d), and its codes, shape (b, levels)."""
+    """Return the losses of a batch, shape (b, d), and its codes, shape (b, levels)."""
     torch = require("torch", "train")
     z = _through(network.encoder, x)
     rest, total, codes = z, torch.zeros_like(z), []
@@ -196,7 +195,7 @@ def forward(network: Network, x: Any) -> tuple[Losses, Any]:
         chosen = torch.nn.functional.embedding(codes[-1], level)
         codebook = codebook + (rest.detach() - chosen).square().sum(1).mean()
         commitment = commitment + (rest - chosen.detach()).square().sum(1).mean()
-        # Without gradient, or the next levels' commitment loss would move this level's codewords.
+        # Without gradient, since the commitment loss of later levels would move the codewords of this level.
         rest, total = rest - chosen.detach(), total + chosen.detach()
     decoded = _through(network.decoder, z + (total - z).detach())
     return Losses((x - decoded).square().sum(1).mean(), codebook, commitment), torch.stack(codes, 1)
@@ -220,7 +219,7 @@ def _first_codewords(network: Network, batch: Any, seed: int) -> None:
 
 
 def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) -> None:
-    """Move unused codewords to residuals of their level."""
+    """Move unused codewords to random residuals of their level."""
     torch = require("torch", "train")
     dead = (~used).cpu().numpy()
     if not dead.any():
@@ -248,33 +247,32 @@ def _numbers(network: Network, x: Floats, loss: tuple[float, float]) -> RQVAE:
     return RQVAE(weights, codebooks, float(error), loss)
 
 
-# ----------------------------------------------------------------------------
-# Residual k-means: each level clusters the residuals of the previous levels, optionally in clusters of bounded size.
+# Residual k-means: each level clusters the residuals of the previous levels, optionally into clusters of limited size.
 #
-# An item's code has one number per level, and the sum of the corresponding centroids approximates its embedding.
-# Clusters of bounded size use the vocabulary more evenly; OneRec (arXiv 2502.18965, section 3.1) balances its levels
-# for that reason.
+# The code of an item has one index per level, and the sum of the corresponding centroids approximates its vector.
+# Clusters of limited size use the vocabulary more evenly, which is why OneRec (arXiv 2502.18965, section 3.1) uses
+# them.
 
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _BLOCK = 2048
-# Vectors per centroid from which the initial centroids are drawn.
+# Number of vectors per centroid from which the initial centroids are drawn.
 _SAMPLE = 16
-# Bound of the first step, as a multiple of an even share, and the steps after which its cost is compared.
+# Size limit in the first step, as a multiple of equal sizes, and number of steps after which costs are compared.
 _OPENING, _OPENING_STEPS = 1.2, 5
-# Minimum bid as a share of the mean cost; an assignment costs at most that much more than the best one.
+# Minimum bid as a share of the mean cost; an assignment costs at most this much more than the optimum.
 _BID = 1e-3
-# As a multiple of the range of costs; smaller bids are lost to rounding.
+# As a multiple of the range of costs; smaller bids are lost by rounding.
 _LEAST_BID = 1e-5
-# Rounds of bidding after which bids grow, and the growth factor of each further round.
+# Number of rounds after which bids grow, and the growth factor per further round.
 _PATIENCE, _GROWTH = 30, 1.05
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Centroids of shape (k, d), and the index of each vector's centroid, shape (n,)."""
+    """Centroids, shape (k, d), and the index of each vector's centroid, shape (n,)."""
 
     centroids: Floats
     codes: Ints
@@ -282,7 +280,7 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Codes of shape (n, levels), and codebooks of shape (levels, k, d)."""
+    """Codes, shape (n, levels), and codebooks, shape (levels, k, d)."""
 
     codes: Ints
     codebooks: Floats
@@ -310,7 +308,7 @@ def residual_kmeans(
 
 
 def nearest(x: Floats, codebooks: Floats) -> Ints:
-    """Return the codes of vectors, shape (n, levels): the nearest centroid of each level, ties by number."""
+    """Return the nearest centroid at each level, shape (n, levels), ties by index."""
     rest, codes = np.array(x, np.float32, order="C"), np.empty((len(x), len(codebooks)), np.int64)
     for level, centroids in enumerate(codebooks):
         codes[:, level], _ = _assigned(rest, centroids)
@@ -319,7 +317,7 @@ def nearest(x: Floats, codebooks: Floats) -> Ints:
 
 
 def reconstructed(codes: Ints, codebooks: Floats) -> Floats:
-    """Return the sums of the centroids of codes, shape (n, d)."""
+    """Return the sum of the centroids of each code, shape (n, d)."""
     total = np.zeros((len(codes), codebooks.shape[2]), np.float32)
     for level, centroids in enumerate(codebooks):
         total += centroids[codes[:, level]]
@@ -327,14 +325,14 @@ def reconstructed(codes: Ints, codebooks: Floats) -> Floats:
 
 
 def perplexity(codes: Ints, k: int) -> float:
-    """Return the exponential of the entropy of codes: the equivalent number of equally used codes, out of k."""
+    """Return the perplexity of codes: the equivalent number of equally used codes, out of k."""
     share = np.bincount(codes, minlength=k) / len(codes)
     used = share[share > 0]
     return float(np.exp(-(used * np.log(used)).sum()))
 
 
 def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, iterations: int = 25) -> Clusters:
-    """Cluster vectors by Lloyd's algorithm after greedy k-means++; deterministic for a seed.
+    """Cluster vectors by k-means (Lloyd) after greedy k-means++; deterministic for a seed.
 
     A bound is applied only in the last third of the iterations: without it they are cheaper and converge to similar
     centroids. With it, the distances of all vectors to all centroids are in memory at once: 4 n k bytes.
@@ -354,7 +352,7 @@ def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, i
 
 
 def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats, float]:
-    """Return the centroids after some steps, fewer if they converge, and the total cost of the last one."""
+    """Return the centroids after a number of steps or convergence, and the total cost of the last step."""
     before, total = np.full(len(x), -1), math.inf
     for _ in range(steps):
         codes, cost = _assigned(x, centroids, most)
@@ -366,7 +364,7 @@ def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats,
 
 
 def _opened(x: Floats, first: Floats) -> Floats:
-    """Return the cheaper centroids after a few steps, with the first step unbounded or tightly bounded.
+    """Return the better centroids after a few steps, starting with unlimited or with tightly limited cluster sizes.
 
     Residuals are distributed around zero in all directions: without a bound, a central centroid may get most of them,
     while others get a few distant ones. A single step with a tight bound divides the centre, and unbounded steps do
@@ -381,7 +379,7 @@ def _opened(x: Floats, first: Floats) -> Floats:
 
 
 def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
-    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3): the cheapest of several draws."""
+    """Select initial centroids by greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3)."""
     if len(x) > _SAMPLE * k:
         x = x[np.sort(rng.choice(len(x), _SAMPLE * k, replace=False))]
     norms, trials = np.einsum("ij,ij->i", x, x), 2 + int(math.log(k))
@@ -390,7 +388,7 @@ def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
     while len(chosen) < k:
         steps = np.cumsum(cost, dtype=np.float64)
         if steps[-1] <= 0:
-            # All vectors are centroids already: any repetition is as good.
+            # All vectors are already centroids, so any repetition is equally good.
             chosen += [chosen[0]] * (k - len(chosen))
             break
         drawn = np.searchsorted(steps, rng.random(trials) * steps[-1], side="right").clip(max=len(x) - 1)
@@ -403,19 +401,19 @@ def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
 
 def _distances(x: Floats, norms: Floats, of: list[int] | Ints) -> Floats:
     result = norms[None, :] + norms[of, None] - 2 * (x[of] @ x.T)
-    # Otherwise rounding errors between equal vectors would be drawn repeatedly.
+    # Otherwise equal vectors would be drawn repeatedly because of rounding errors.
     result[result < 1e-6 * (norms[of, None] + norms[None, :])] = 0
     return result
 
 
 def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats]:
-    """Return the code of each vector, nearest or within the bound, and its squared distance to that centroid."""
+    """Return the centroid index of each vector, nearest or within the size limit, and the squared distance."""
     codes, part = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     table = np.empty((len(x) if most else 0, len(centroids)), np.float32)
     offset, turned = np.einsum("ij,ij->i", centroids, centroids), np.ascontiguousarray(-2 * centroids.T)
     for start in range(0, len(x), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        # Without the vector's own norm, which is the same for all centroids.
+        # Without the norm of the vector, which is the same for all centroids.
         costs = np.matmul(x[rows], turned, out=table[rows] if most else None)
         costs += offset
         codes[rows] = costs.argmin(axis=1)
@@ -428,7 +426,7 @@ def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats
 
 
 def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
-    """Assign each row to a column, at most ``most`` rows per column, at nearly minimum total cost.
+    """Assign each row to a column, with at most ``most`` rows per column, at nearly minimum total cost.
 
     Bertsekas' auction (Annals of Operations Research 14, 1988) for all rows of a column at once: a column with too many
     bidding rows raises its price until only ``most`` of them remain. The mean cost is at most one bid above the
@@ -449,7 +447,7 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
         offers = costs[rows] + prices
         kept = offers[place, own]
         offers[place, own] = np.inf
-        # The loss of each row in its next best column: rows with the smallest loss leave.
+        # The loss of each row in its next best column: rows with the smallest loss are moved.
         margin = np.maximum(offers.min(axis=1) - kept, 0)
         order = np.lexsort((rows, -margin, own))
         leaving = order[place - np.searchsorted(own[order], own[order]) >= most]
@@ -464,7 +462,7 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
 
 
 def _means(x: Floats, codes: Ints, cost: Floats, before: Floats) -> Floats:
-    """Return the means of clusters; empty ones move to the vectors farthest from their centroids."""
+    """Return the cluster means; empty clusters move to the vectors farthest from their centroids."""
     counts = np.bincount(codes, minlength=len(before))
     member = csr_array((np.ones(len(x), np.float32), codes, np.arange(len(x) + 1)), shape=(len(x), len(before)))
     centroids: Floats = np.asarray(member.T.tocsr() @ x)
@@ -478,7 +476,7 @@ def _means(x: Floats, codes: Ints, cost: Floats, before: Floats) -> Floats:
 
 
 class Semantic:
-    """Residual quantisation of text embeddings.
+    """Semantic IDs by residual quantisation of text vectors.
 
     ``repair: extra_level`` numbers items with equal codes in an additional piece, 0 for the most popular in training,
     as in TIGER. ``repair: last_level`` gives items that share all but the last piece different last pieces with the
@@ -488,7 +486,7 @@ class Semantic:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`.
+        """Assign codes to items; see `Scheme`.
 
         Raises:
             RecipeError: If no item has a field that the recipe names, or items cannot be distinguished as it requires.
@@ -521,7 +519,7 @@ class Semantic:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Assign further items to the nearest free codes, in the order of their ids; see `Scheme`.
+        """Assign the nearest free codes to new items, in the order of their ids; see `Scheme`.
 
         The vocabulary does not change, except with ``item_token``. If the nearest code is full, the nearest free last
         number is used, then the nearest number of the level before, and so on.
@@ -564,11 +562,11 @@ def _pieces(numbers: Sequence[int]) -> tuple[str, ...]:
     return tuple(token(level, number) for level, number in enumerate(numbers))
 
 
-# --------------------------------------------------------------------------- texts and vectors
+# --------------------------------------------------------------------------- text vectors
 
 
 def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | None) -> Floats:
-    """Return embeddings of the texts of items, normalised to length 1, shape (n, d).
+    """Return normalised text vectors of items, shape (n, d).
 
     Args:
         items: The items.
@@ -582,7 +580,7 @@ def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | No
 
 
 def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...]:
-    """Return the fields that a recipe names, by default all fields of the items.
+    """Return the item fields named in a recipe, by default all fields.
 
     Raises:
         RecipeError: If no item has a field of that name.
@@ -600,13 +598,13 @@ def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...
 
 
 def item_text(item: Item, fields: Sequence[str]) -> str:
-    """Return an item's text on one line: ``title. categories: Skin Care``; its id if the text is empty."""
+    """Return the text of an item on one line: ``title. categories: Skin Care``; its id if the text is empty."""
     text = [f"{name}: {value}" for name in fields if (value := clean(item.fields.get(name, ""), TEXT_LIMIT))]
     return ". ".join(part for part in (clean(item.title), *text) if part) or item.item_id
 
 
 def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
-    """Return embeddings normalised to length 1, shape (n, d)."""
+    """Return normalised vectors of texts, shape (n, d)."""
     if embed is None:
         raise DataError(
             "index semantic: the index requires a text encoder; pass embed=",
@@ -630,7 +628,7 @@ def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
 def _quantised(
     x: Floats, section: SemanticIndex, seed: int
 ) -> tuple[Floats, Quantised, dict[str, NDArray[Any]], dict[str, float]]:
-    """Return the quantised embeddings, their codes, the function that encodes further embeddings, and figures."""
+    """Return the quantised vectors, their codes, the function that encodes new vectors, and quality measures."""
     arrays: dict[str, NDArray[Any]] = {}
     if section.quantizer == "kmeans":
         if 0 < section.balance < 1:
@@ -663,7 +661,7 @@ def _quantised(
 
 
 def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:
-    """Return each item's rank among those with the same code: by training popularity, then by hash."""
+    """Number the items with the same code by training popularity, then by hash."""
     popular = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
     chance = hash64("semantic codes", seed, names)
     numbers, seen = [0] * len(names), Counter[tuple[int, ...]]()
@@ -674,7 +672,7 @@ def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitD
 
 
 def _moved(vectors: Floats, quantised: Quantised) -> Ints:
-    """Return last numbers, shape (n,), which differ within each group of items that share all other numbers."""
+    """Change the last index of items with equal codes so that codes become unique, shape (n,)."""
     first, codebook = quantised.codes[:, :-1], quantised.codebooks[-1]
     rest = vectors - reconstructed(first, quantised.codebooks[:-1])
     _, group = np.unique(first, axis=0, return_inverse=True)
@@ -689,9 +687,9 @@ def _moved(vectors: Floats, quantised: Quantised) -> Ints:
                 column="index.semantic.repair",
             )
         if len(np.unique(moved[rows])) < len(rows):
-            # The norm of a row is omitted: it does not depend on the item's code.
+            # The norm of a row is left out, because it does not depend on the code.
             costs = np.square(codebook).sum(axis=1) - 2 * rest[rows] @ codebook.T
-            # The import takes a tenth of a second, and most commands do not need it.
+            # Importing scipy takes 0.1 s, which most commands do not need.
             from scipy.optimize import linear_sum_assignment
 
             moved[rows] = linear_sum_assignment(costs)[1]
@@ -699,7 +697,7 @@ def _moved(vectors: Floats, quantised: Quantised) -> Ints:
 
 
 def _by_distance(rest: Floats, codebooks: Floats, before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """Yield all codes, the nearest number of each level first; the last level varies fastest."""
+    """Yield all codes, nearest index at each level first; the last level varies fastest."""
     level = len(before)
     if level == len(codebooks):
         yield before

@@ -1,4 +1,4 @@
-"""The table of codes: the text of every item.
+"""The table of item codes.
 
 An index is data: an item's code is a tuple of *pieces*, and its text is their concatenation. A piece is a new token of
 the vocabulary, such as ``<a_12>``, or ordinary text, such as a title or a number; no code has both. Codes are made by a
@@ -37,26 +37,26 @@ _FORMAT = 1
 
 
 def token(level: int, number: int) -> str:
-    """Return the token for a number at a level of a code, counted from 0: ``<a_12>``."""
+    """Return the token for an index at a level of a code, counted from 0: ``<a_12>``."""
     return f"<{LETTERS[level]}_{number}>"
 
 
 def own_token(number: int) -> str:
-    """Return the token of an item, or of a position in a leaf of a tree: ``<item_12>``."""
+    """Return the token of an item, or of its position in a cluster: ``<item_12>``."""
     return f"<item_{number}>"
 
 
 def user_token(number: int) -> str:
-    """Return the token of a single user: ``<user_12>``."""
+    """Return the token of a user: ``<user_12>``."""
     return f"<user_{number}>"
 
 
 class Scheme(Protocol):
-    """A method that assigns codes."""
+    """A method that assigns codes to items."""
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None) -> ItemIndex:
-        """Return an index of every item of a data set.
+        """Return an index of all items of a data set.
 
         It may use the texts of all items, and training interactions. ``embed`` returns the embeddings of texts, shape
         (n, d); it is None if the recipe's scheme does not need it.
@@ -65,13 +65,13 @@ class Scheme(Protocol):
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None) -> ItemIndex:
-        """Return an index with further items; codes of known items do not change."""
+        """Return an index with additional items; codes of known items do not change."""
         ...
 
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """Codes of a catalogue: one code per item, one item per code.
+    """The codes of a catalogue: one code per item, and one item per code.
 
     Attributes:
         scheme: Name in `llmrec.registry.INDEXES`.
@@ -129,11 +129,11 @@ class ItemIndex:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """All new tokens, item tokens before user tokens."""
+        """All new tokens, with item tokens before user tokens."""
         return (*self.tokens, *self.users.values())
 
     def encode(self, item: str) -> str:
-        """Return an item's code as shown in prompts: a `Code` if it consists of tokens.
+        """Return the code of an item as shown in prompts: a `Code` if it consists of tokens.
 
         Raises:
             DataError: If the item is not in the index.
@@ -148,11 +148,11 @@ class ItemIndex:
         return Code(text) if self.tokens else text
 
     def decode(self, text: str) -> str | None:
-        """Return the item of a code; None for other text. White space around and between pieces is ignored."""
+        """Return the item with a code, ignoring white space between tokens; None for other text."""
         return self._items.get(_key(text))
 
     def extend(self, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Return an index with further items; known items keep their codes, even if their texts changed.
+        """Return an index with additional items; known items keep their codes, even if their texts changed.
 
         Args:
             items: Items by id.
@@ -168,7 +168,7 @@ class ItemIndex:
         return scheme.extend(self, new, embed=embed)
 
     def adding(self, codes: Mapping[str, tuple[str, ...]], tokens: Sequence[str] = (), **settings: Any) -> ItemIndex:
-        """Return a copy with additional codes, additional tokens after the known ones, and changed settings."""
+        """Return a copy with additional codes and tokens, and changed settings."""
         known = set(self.tokens)
         return replace(
             self,
@@ -179,7 +179,7 @@ class ItemIndex:
 
     @cached_property
     def digest(self) -> str:
-        """A SHA-256 over everything except the figures."""
+        """SHA-256 over everything except the recorded properties."""
         parts: list[object] = [self.scheme, sorted(self.codes.items()), self.tokens, self.settings]
         parts += [sorted(self.users.items()), self.writes_ids] if self.users or self.writes_ids else []
         total = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -192,7 +192,7 @@ class ItemIndex:
         return {_key("".join(pieces)): item for item, pieces in self.codes.items()}
 
     def save(self, folder: Path) -> None:
-        """Write the index to a folder as JSON and safetensors, atomically."""
+        """Save the index to a folder as JSON and safetensors, atomically."""
         with replacing(folder) as draft:
             draft.mkdir()
             content: dict[str, Json] = {
@@ -213,7 +213,7 @@ class ItemIndex:
 
     @staticmethod
     def load(folder: Path) -> ItemIndex:
-        """Read an index written by `save`.
+        """Load an index written by `save`.
 
         Raises:
             DataError: If the folder has no index, or a file cannot be read.
@@ -232,7 +232,7 @@ class ItemIndex:
                     at=file,
                     column="format",
                 )
-            # Folders of older versions have no hash of the arrays.
+            # folders of older versions have no hash of the arrays
             if "arrays_sha256" in result and sha256_of(arrays) != result["arrays_sha256"]:
                 raise DataError(f"{arrays} was modified; build the index again", kind="damaged", at=arrays)
             return ItemIndex(
@@ -242,16 +242,16 @@ class ItemIndex:
                 settings=result["settings"],
                 arrays=require("safetensors.numpy", "train").load_file(arrays) if arrays.is_file() else {},
                 figures=result["figures"],
-                # Folders written before ids could be codes have no users.
+                # folders written before user ids could be tokens have no users
                 users={str(user): str(name) for user, name in result.get("users", {}).items()},
                 writes_ids=bool(result.get("writes_ids", False)),
             )
         except DataError as error:
             if error.file is not None:
                 raise
-            # The check of codes does not have the file name.
+            # the check of codes does not know the file name
             raise DataError(f"{file}: {error}; build the index again", kind=error.kind, at=file) from error
-        except Exception as error:  # a damaged file of arrays raises errors of its library
+        except Exception as error:  # a damaged file of arrays causes errors of its library
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}: {error}); build the index again",
                 kind="damaged",
@@ -260,13 +260,13 @@ class ItemIndex:
 
 
 def _key(text: str) -> str:
-    """Return the normal form of a code: tokens without spaces between them, or text with single spaces."""
+    """Normalise a code: tokens without spaces between them, or text with single spaces."""
     bare = "".join(text.split())
     return bare if is_item_token(bare.partition(">")[0] + ">") else " ".join(text.split())
 
 
 def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-    """Build the index of a recipe.
+    """Build the item index of a recipe.
 
     Args:
         section: The recipe's section.
@@ -288,5 +288,5 @@ def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed 
             at=section.scheme,
             column="index.scheme",
         )
-    # A plug-in may not have its name in the recipe.
+    # a plug-in may be called by a name that is not in the recipe
     return built if built.scheme == section.scheme else replace(built, scheme=section.scheme)

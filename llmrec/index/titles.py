@@ -1,4 +1,4 @@
-"""Titles as codes: every item's title, made unique if several items share one."""
+"""Titles as codes: the title of each item, made unique if several items share it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 UNSEEN = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
 )
-# The text that distinguishes items must fit next to a title, not replace it.
+# The text that distinguishes items must fit next to a title and not replace it.
 _LONGEST_FIELD = 40
 
 
 class Titles:
-    """Titles as in prompts without an index, but unique.
+    """The titles used in prompts without an index, made unique.
 
     Titles that differ only in case or punctuation count as equal. Each of the items with the same title gets the first
     field whose value is different for all of them, in parentheses; if there is none, they are numbered: ``(2)``.
@@ -34,20 +34,20 @@ class Titles:
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
-        """Return the codes; see `Scheme`."""
+        """Assign codes to items; see `Scheme`."""
         codes, shared = _disambiguated(data.dataset.items, frozenset())
         return ItemIndex("title", codes, figures={"collisions": shared / max(1, len(codes))})
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Add further items by their titles, made distinct from the known ones; see `Scheme`."""
+        """Add items with titles that differ from the known ones; see `Scheme`."""
         codes, _ = _disambiguated(items, {title_key(title) for (title,) in index.codes.values()})
         return index.adding(codes)
 
 
 @lru_cache(maxsize=65536)
 def title_key(title: str) -> str:
-    """Return the normal form of a title: letters, marks and digits, case folded, with single spaces.
+    """Normalise a title: letters, marks and digits in lower case, with single spaces.
 
     Invisible characters, such as a joiner inside a Persian word or the variation selector of an emoji, are ignored.
     """
@@ -57,18 +57,18 @@ def title_key(title: str) -> str:
 
 
 def shown(item_id: str, item: Item) -> str:
-    """Return an item's title as one line; never empty."""
+    """Return the title of an item on one line; never empty."""
     return without_item_tokens(clean(item.title) or clean(item_id) or "untitled").strip()
 
 
 def _disambiguated(items: Mapping[str, Item], taken: Collection[str]) -> tuple[dict[str, tuple[str, ...]], int]:
-    """Return unique titles by item, and the number of items that shared theirs."""
+    """Return unique titles by item, and the number of items that shared a title."""
     groups: dict[str, list[str]] = defaultdict(list)
     for item in sorted(items):
         groups[title_key(shown(item, items[item]))].append(item)
     used = {*taken}
     codes: dict[str, tuple[str, ...]] = {}
-    # Titles of single items come first, so that titles generated for other groups cannot replace them.
+    # Titles of single items come first, so that titles generated for groups cannot replace them.
     alone = [key for key, group in groups.items() if len(group) == 1 and key not in used]
     for key in alone:
         (item,) = groups.pop(key)
@@ -93,7 +93,7 @@ def _forms(title: str, remark: str) -> Iterator[str]:
 
 
 def _remarks(group: Mapping[str, Item]) -> dict[str, str]:
-    """Return the values of the first short field that differs between all items of a group; empty if there is none."""
+    """Return the values of the first short field that distinguishes all items of a group; empty if there is none."""
     names = dict.fromkeys(name for item in group.values() for name in item.fields)
     for name in names:
         values = {item: clean(entry.fields.get(name, "")) for item, entry in group.items()}

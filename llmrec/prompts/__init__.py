@@ -1,1 +1,1 @@
-"""The template language of prompts; `llmrec.backends.encode` makes the final model input."""
+"""Prompt templates and their language; see `llmrec.backends.encode` for the final model input."""

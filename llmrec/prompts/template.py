@@ -1,4 +1,4 @@
-"""Prompt templates: versioned YAML in a small, whitelisted Jinja grammar, safe against injection from data.
+"""Prompt templates: versioned YAML with a small subset of Jinja that is safe from injection by data.
 
 A data value never enters a template as text. Each one is rendered as a placeholder of private-use characters, which
 neither cleaned data nor a template can contain, and the output is split back into segments. So a title ``{{ 7*7 }}``
@@ -28,7 +28,6 @@ from llmrec.recipe.pages import read_page
 from llmrec.resources import resource
 from llmrec.types import Message, Role, Segment
 
-# ----------------------------------------------------------------------------
 # The subset of Jinja that prompt templates may use: checked on the syntax tree, then compiled.
 #
 # Variables with one level of attributes; ``if`` with comparisons, ``and``, ``or``, ``not``; one level of ``for`` over a
@@ -46,7 +45,7 @@ _EXPRESSIONS = (nodes.Name, nodes.Getattr, nodes.Const, nodes.Compare, nodes.Ope
 
 
 class Refused(Exception):
-    """Raised for a construct outside the grammar, with the line of the template text."""
+    """Raised for a construct that templates must not use, with the line of the template text."""
 
     def __init__(self, line: int, construct: str) -> None:
         super().__init__(construct)
@@ -63,12 +62,12 @@ class Compiled:
 
     @cached_property
     def template(self) -> JinjaTemplate:
-        """The compiled Jinja template; compiled on first use, because most included templates are only checked."""
+        """The compiled Jinja template; compiled on first use, because most loaded templates are only checked."""
         return _ENVIRONMENT.from_string(self.source)
 
     @cached_property
     def _plain(self) -> tuple[str | tuple[str, str], ...] | None:
-        """Texts and fields of variables; None if the template has other nodes."""
+        """Texts and variables of the template; None if it has other elements."""
         results: list[str | tuple[str, str]] = []
         for node in _ENVIRONMENT.parse(self.source).body:
             for piece in node.nodes if isinstance(node, nodes.Output) else (node,):
@@ -81,7 +80,7 @@ class Compiled:
         return tuple(results)
 
     def rendered(self, values: Mapping[str, object]) -> Iterator[str]:
-        """Yield the text in pieces.
+        """Yield the rendered text in parts.
 
         Args:
             values: Values of all variables, wrapped by a `Ledger`.
@@ -93,7 +92,7 @@ class Compiled:
         if plain is None or not all(isinstance(values[piece[0]], Record) for piece in plain if type(piece) is tuple):
             yield from self.template.generate(values)
             return
-        # Most leads and targets, one per step of a list, for which a Jinja context is slower than the text.
+        # Most leads and targets, which are rendered for each step of a list, so that creating a Jinja context is slow.
         for piece in plain:
             yield piece if isinstance(piece, str) else str(_finalize(getattr(values[piece[0]], piece[1])))
 
@@ -110,7 +109,7 @@ def _finalize(value: object) -> object:
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: object, attribute: str) -> object:
-        # Only data is accessible here, and the grammar has no names that begin with an underscore.
+        # Templates can access only data, and must not use names that begin with an underscore.
         return getattr(obj, attribute) if type(obj) is Record else super().getattr(obj, attribute)
 
 
@@ -124,7 +123,7 @@ _ENVIRONMENT.tests.clear()
 
 @lru_cache(maxsize=1024)
 def compiled(source: str) -> Compiled:
-    """Check a template text against the grammar.
+    """Check a template text, and return it with its variables.
 
     Raises:
         Refused: If it is invalid, with the line and the construct.
@@ -141,7 +140,7 @@ def compiled(source: str) -> Compiled:
 
 
 def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
-    """Reject nodes outside the whitelist, and collect free variables; ``bound`` is the loop variable."""
+    """Reject syntax that is not allowed, and collect free variables; ``bound`` is the loop variable."""
     if depth > _DEPTH_LIMIT:
         raise Refused(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
     if not isinstance(node, _STATEMENTS + _EXPRESSIONS):
@@ -183,7 +182,7 @@ def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -
     if not isinstance(node.iter, nodes.Name) or not isinstance(node.target, nodes.Name):
         raise Refused(node.lineno, "a for over an expression that is not a plain list variable")
     if node.target.name == "loop":
-        # Jinja rejects this only when it compiles, at the first rendering.
+        # Jinja rejects this only when the template is first rendered.
         raise Refused(node.lineno, "a loop variable called loop")
     _walk(node.iter, depth + 1, None, names)
     for child in node.body:
@@ -197,7 +196,7 @@ __all__ = ["Template", "clean", "load_templates", "neutralise"]
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
-# Metadata of a template, which changes no prompt and is not hashed; words of a language change it and are hashed.
+# Metadata of a template, which do not change prompts and are not hashed; words of a language do and are.
 _NOTES = ("set", "number", "also", "leak", "needs", "language")
 _ALL_KEYS = (*_KEYS, *_NOTES)
 _USES = ("seen", "named", "unseen")
@@ -214,7 +213,7 @@ _ITEM = frozenset({"item"})
 
 @dataclass(frozen=True)
 class Template:
-    """One wording of a task.
+    """A prompt template of a task.
 
     Attributes:
         family: The task of the template.
@@ -259,7 +258,7 @@ class Template:
     sha: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check every part against the grammar.
+        """Check the syntax of all parts.
 
         Raises:
             RecipeError: If a part or the shape is invalid.
@@ -276,12 +275,12 @@ class Template:
         object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
 
     def stored(self) -> dict[str, Any]:
-        """Return the entry of a model folder, with which prompts are the same elsewhere; `of_stored` reads it."""
+        """Return the template in the form stored in model folders, which `of_stored` reads."""
         return {key: getattr(self, key) for key in _ALL_KEYS} | {"words": self.words.model_dump(mode="json")}
 
     @staticmethod
     def of_stored(entry: Mapping[str, Any]) -> Template:
-        """Return a template from a `stored` entry; older ones, without words, are in English.
+        """Return a template from its `stored` form; older ones, without words, are in English.
 
         Raises:
             RecipeError: As `Template`.
@@ -296,30 +295,30 @@ class Template:
 
     @property
     def sets(self) -> Mapping[str, str]:
-        """The sets that contain it, with its number in each."""
+        """The template sets that contain it, with its number in each."""
         name, _, number = self.also.partition(" ")
         return {key: value for key, value in ((self.set, self.number), (name, number)) if key}
 
     @property
     def writes_codes(self) -> bool:
-        """Whether it shows an item by its code, which requires an item index."""
+        """Whether it shows item codes, which require an item index."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
     @property
     def writes_titles(self) -> bool:
-        """Whether it shows an item by its title."""
+        """Whether it shows item titles."""
         return any(_TITLE.search(getattr(self, part)) for part in _PARTS)
 
     @property
     def writes_both(self) -> bool:
-        """Whether the same item is shown by its code and by its title."""
+        """Whether it shows the same item by both code and title."""
         text = "\n".join(getattr(self, part) for part in _PARTS)
         coded, titled = ({result[1] for result in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
         return not coded.isdisjoint(titled)
 
     @property
     def asks_with_code(self) -> bool:
-        """Whether an item's code comes before the answer."""
+        """Whether an item's code precedes the answer."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS if part != "target")
 
     @property
@@ -329,15 +328,15 @@ class Template:
 
     @property
     def shows_profile(self) -> bool:
-        """Whether a question shows the user's profile."""
+        """Whether it shows a profile of the user."""
         return "profile" in self.names("system", "user")
 
     def names(self, *parts: str) -> frozenset[str]:
-        """Return the variables that the given parts use, of ``system``, ``user``, ``lead`` and ``target``."""
+        """Return the variables used in the given parts (``system``, ``user``, ``lead`` and ``target``)."""
         return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))
 
     def check(self, *, turns: Collection[str], lead: Collection[str], target: Collection[str]) -> None:
-        """Reject variables that a part may not use, so that no question can show its own answer.
+        """Reject variables that a part must not use, so that no question shows its own answer.
 
         Raises:
             RecipeError: With the template, the variable and the known ones.
@@ -347,7 +346,7 @@ class Template:
                 self._require(part, name, known)
 
     def turns(self, values: Mapping[str, object]) -> tuple[Message, ...]:
-        """Render the system message, if any, and the user message.
+        """Render the system message, if there is one, and the user message.
 
         Raises:
             RecipeError: If a variable is unknown or the text exceeds its limit.
@@ -358,13 +357,13 @@ class Template:
 
     @property
     def bare(self) -> bool:
-        """Whether the prompt has only codes: a list without other text, or a chat whose question has no words."""
+        """Whether the prompt contains only codes: a list without other text, or a question without words."""
         if self.lead or self.tail or self.target.strip() != "{{ item.code }}":
             return False
         return self.shape == "list" or not _WORDS.search(_TAG.sub("", self.user))
 
     def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
-        """Render the lead without the target, for an answer to generate."""
+        """Render the lead, after which the answer is generated."""
         return self._render("lead", values)
 
     def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
@@ -372,7 +371,7 @@ class Template:
         return self.opening(values), (Segment("target", self.answer(values) + self.tail),)
 
     def answer(self, values: Mapping[str, object]) -> str:
-        """Render the target without its tail: the text whose likelihood is scored."""
+        """Render the target without its tail, as the text whose likelihood is scored."""
         return "".join(segment.text for segment in self._render("target", values))
 
     def _require(self, part: str, name: str, known: Collection[str]) -> None:
@@ -413,7 +412,7 @@ class Template:
 
 
 def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template]:
-    """Read every template of a family.
+    """Load all templates of a task.
 
     Args:
         family: Name of a task.
@@ -465,7 +464,7 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
 
 
 def _fault(key: str, kind: ErrorKind, problem: str) -> RecipeError:
-    """Return the error about one key; the loader adds the file and the line."""
+    """Return the error about a key; the loader adds the file and the line."""
     return RecipeError(problem, kind=kind, column=key)
 
 
@@ -562,7 +561,7 @@ def _read(file: Path) -> Template:
         )
         return Template(**values, words=spoken)
     except RecipeError as fault:
-        if fault.file is not None:  # the file of words
+        if fault.file is not None:  # the file with the words of a language
             raise
         place = places.get((fault.column or "",), Place(str(file), line=1))
         raise RecipeError(f"{place}: {fault}", kind=fault.kind, at=place, column=fault.column) from None

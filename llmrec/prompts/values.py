@@ -1,4 +1,4 @@
-"""Data values in templates: each becomes a placeholder, which becomes a segment of the rendered text."""
+"""Data values in templates: each is rendered as a placeholder, which is then replaced by a segment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARK = re.compile("\ue000([0-9]+)\ue001")
 
 
 class Fields(dict[str, object]):
-    """An item's title and further fields, which do not change; a missing field reads as None.
+    """The title and fields of an item; a missing field reads as None.
 
     Attributes:
         rendered: The rendered segments of templates that show only these fields, by template text. A list writes an
@@ -30,12 +30,12 @@ class Fields(dict[str, object]):
         self.rendered: dict[str, tuple[Segment, ...]] = {}
 
     def __missing__(self, key: str) -> object:
-        """Return None, so that templates can use ``{% if item.genres %}`` with any catalogue."""
+        """Return None, so that templates can use ``{% if item.genres %}`` with any data set."""
         return None
 
 
 class Ledger:
-    """Creates placeholders for data values and converts them back into segments."""
+    """Creates placeholders for data values, and converts them back to segments."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -43,7 +43,7 @@ class Ledger:
         self.lookups = 0
 
     def wrap(self, value: object) -> object:
-        """Replace strings by data and mappings by records; numbers and None stay. Only codes may have item tokens.
+        """Wrap strings as data and mappings as records; only codes may contain item tokens.
 
         A function is called for its value, so that an expensive value is computed only if a template uses it.
         """
@@ -62,7 +62,7 @@ class Ledger:
         return value
 
     def spend(self, characters: int) -> None:
-        """Add to the number of characters of the rendered text.
+        """Add to the number of rendered characters.
 
         Raises:
             RecipeError: If there are more than `OUTPUT_LIMIT`.
@@ -75,7 +75,7 @@ class Ledger:
             )
 
     def look(self) -> None:
-        """Count the lookup or comparison of a value.
+        """Count a lookup or comparison of a value.
 
         Raises:
             RecipeError: If there are more than `LOOKUP_LIMIT`.
@@ -87,13 +87,13 @@ class Ledger:
             )
 
     def mark(self, text: str) -> str:
-        """Return the placeholder of a text."""
+        """Return a placeholder for a text."""
         self.spend(len(text))
         self.texts.append(text)
         return f"\ue000{len(self.texts) - 1}\ue001"
 
     def segments(self, rendered: str) -> tuple[Segment, ...]:
-        """Return the segments of a rendered text, with values instead of their placeholders."""
+        """Return the segments of a rendered text, with values in place of their placeholders."""
         pieces = _MARK.split(rendered)
         both = [
             Segment("item", self.texts[int(piece)]) if index % 2 else Segment("text", piece)
@@ -103,7 +103,7 @@ class Ledger:
 
 
 class _Datum:
-    """One data value: compared and tested by its text, rendered as a placeholder."""
+    """A data value: compared and tested as text, and rendered as a placeholder."""
 
     __slots__ = ("_ledger", "_text")
 
@@ -130,7 +130,7 @@ class _Datum:
 
 
 class Record:
-    """Named data values such as an item's title; a missing name is an error."""
+    """Named data values, such as the title of an item; a missing name is an error."""
 
     __slots__ = ("_known", "_ledger", "_source")
 
@@ -142,7 +142,7 @@ class Record:
     def __getattr__(self, name: str) -> object:
         self._ledger.look()
         try:
-            # A long text is cleaned once, however often a template uses it.
+            # A long text is cleaned only once, however often a template uses it.
             if name not in self._known:
                 self._known[name] = self._ledger.wrap(self._source[name])
             return self._known[name]

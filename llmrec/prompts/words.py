@@ -1,4 +1,4 @@
-"""Words of a language that code writes into prompts and parses in answers: yes and no, numbers, "out of".
+"""Words of a language that are written in prompts and recognised in answers: yes, no, numbers, "out of".
 
 One file per language, ``prompts/languages/<code>.yaml``; docs/prompts.md explains how to add one. All other words of
 a prompt are in its template.
@@ -25,7 +25,7 @@ _CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
 
 
 class Words(Section):
-    """The words of one language. A template selects it by its key ``language``; the default is English."""
+    """The words of a language, selected by the template key ``language``; the default is English."""
 
     language: str = Field(pattern=rf"^{_CODE}$", description="language code (BCP 47), lower case")
     says_yes: str = Field(min_length=1, description="value of `{{ answer }}` for a yes")
@@ -55,12 +55,12 @@ class Words(Section):
 
     @cached_property
     def scale(self) -> re.Pattern[str]:
-        """The suffix of a rating that names its scale: ``/5``, ``out of 5``."""
+        """Pattern of the suffix that names the scale of a rating: ``/5``, ``out of 5``."""
         return re.compile(rf"\s*(?:{_any('/', *self.out_of)})\s*(\d+)", re.IGNORECASE)
 
     @cached_property
     def lead(self) -> re.Pattern[str]:
-        """Pattern of text before an answer, in lower case: ``the answer is``; matches nothing without such a word."""
+        """Pattern of lower-case text before an answer: ``the answer is``; matches nothing without such words."""
         if not self.answer:
             return re.compile("(?!)")
         before = rf"(?:(?:{_any(*self.before_answer)})\s+)*" if self.before_answer else ""
@@ -72,7 +72,7 @@ class Words(Section):
         return self.says_yes if yes else self.says_no
 
     def spellings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the spellings of yes and of no; none is a prefix of another, so their probabilities can be added."""
+        """Return the spellings of yes and of no; none is a prefix of another, so that probabilities can be added."""
         return _cases(self.says_yes), _cases(self.says_no)
 
 
@@ -109,7 +109,7 @@ def _read(page: Path) -> Words:
 
 @lru_cache(maxsize=1)
 def english() -> Words:
-    """Return the words of English."""
+    """Return the English words."""
     return words_of(ENGLISH)
 
 

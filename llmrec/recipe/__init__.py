@@ -1,1 +1,1 @@
-"""Recipes: all keys with their defaults, YAML files, and suites."""
+"""Recipes: all keys with their defaults, reading of YAML files, and benchmarks."""

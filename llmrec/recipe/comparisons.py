@@ -1,4 +1,4 @@
-"""Settings of comparisons: suites of predictors under one protocol, benchmarks of recipes, and suites of conversations.
+"""Settings of benchmarks: suites of models under one protocol, benchmarks of recipes, suites of conversations.
 
 Like recipes they are YAML files, frozen and closed.
 """
@@ -53,7 +53,7 @@ class SuiteRow(Section):
 
     @property
     def label(self) -> str:
-        """The name of the model in tables and files."""
+        """Name of the model in tables and files."""
         stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
         return self.name or self.baseline or stem or "+".join(self.fuse)
 
@@ -135,7 +135,7 @@ class Suite(Section):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The models to skip: those of ``skip``, and ensembles with one of them."""
+        """Models to skip: those in ``skip``, and ensembles that contain one of them."""
         results: list[str] = []
         for row in self.rows:
             if row.label in self.skip or any(part in results for part in row.fuse):
@@ -218,7 +218,7 @@ class Benchmark(Section):
                 raise ValueError(f"runs: two runs are called {name!r}; rename one")
         above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
-            # Without seeds a run uses the recipe's seed.
+            # Without seeds, a run uses the seed of the recipe.
             own: set[int | None] = set(run.seeds) or {None}
             for name, what in ((run.start, "starts from"), (run.teacher, "is distilled from")):
                 first = above.get(name)
@@ -256,7 +256,7 @@ class ChatRow(Section):
 
     @property
     def label(self) -> str:
-        """The name of the system in tables and files."""
+        """Name of the system in tables and files."""
         return self.name or (self.manager if self.ranker is None else f"{self.manager}, graded by {self.ranker}")
 
 
@@ -277,7 +277,7 @@ class ChatSuite(Section):
         (0, 1, 2), min_length=1, description="Random seeds of user sampling and simulation."
     )
     turns: Positive = Field(5, description="Maximum number of turns per conversation.")
-    # The list length of managers that choose it.
+    # List length for managers that can choose it.
     k: int = Field(
         5, ge=5, le=50, description="Number of items per list of `rules` and `history`. The others show at most five."
     )

@@ -1,4 +1,4 @@
-"""Reads recipes and other YAML files: one level of ``base:``, ``key=value`` overrides, errors with file and line."""
+"""Reads recipes and other YAML files, with one level of ``base:`` and ``key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import BUILT_IN, TABLES, TASKS, is_plugin, lookup, open_family
 from llmrec.resources import resource
 
-# The maximum number of characters of a value in an error message.
+# Maximum number of characters of a value in an error message.
 _SHOWN = 200
-# The maximum number of problems of a file in an error message.
+# Maximum number of problems of a file in an error message.
 _MOST_FAULTS = 20
 STORED = "recipe.yaml"
 """The recipe of a run folder."""
@@ -60,7 +60,7 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
-    """Read the recipe of a run folder; unlike `load_recipe`, run no code without the user's consent.
+    """Read the recipe of a run folder; unlike `load_recipe`, this runs no code without the user's consent.
 
     All readers of a run folder's recipe use this function.
 
@@ -85,7 +85,7 @@ def import_stored(run: Path) -> None:
 
 
 def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Mapping[str, Path]) -> Page:
-    """Read a YAML file of another kind.
+    """Read a YAML file that is not a recipe.
 
     Args:
         model: The model of its keys.
@@ -107,7 +107,7 @@ def _on_its_base(
     known: Mapping[str, Path],
     sought: dict[str, Path] | None = None,
 ) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
-    """Return a file's values and lines merged over those of its base, if any; ``sought`` collects missing paths."""
+    """Merge a file with its base, if it has one; ``sought`` collects missing paths."""
     base = values.pop("base", None)
     if base is None:
         return values, lines
@@ -118,7 +118,7 @@ def _on_its_base(
         if sought is not None:
             placed(base_values, below.parent, sought)
         if below in known.values():
-            # The bases included in the package have no cycles.
+            # Base files in the package have no cycles.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
     except RecipeError as error:
         raise RecipeError(f"{asking}: base: {error}", kind=error.kind, at=error.place, column=error.column) from None
@@ -190,7 +190,7 @@ def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
 
 
 def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "chat"]:
-    """Return the kind of a file by its main key, such as ``suite``; ``recipe`` without one."""
+    """Return the type of a file by its main key, such as ``suite``; ``recipe`` without one."""
     try:
         keys = read_page(_find(Path(path), "eval"))[0]
     except RecipeError:
@@ -200,7 +200,7 @@ def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "c
 
 
 def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
-    """Read a file of the kinds in eval/, which have no base."""
+    """Read a benchmark file from eval/, which has no base."""
     file = _find(Path(path), "eval")
     values, lines = read_page(file)
     return _validated(model, values, lines, file, overrides)
@@ -225,7 +225,7 @@ def _validated(
     *,
     given: bool = True,
 ) -> Page:
-    """Validate a file; plug-ins of recipes and suites are imported if the user has ``given`` the file or them."""
+    """Validate a file; its plug-ins are imported if the user has named the file or them (``given``)."""
     overrides = in_words(overrides)
     for override in overrides:
         _override(values, override)
@@ -243,7 +243,7 @@ def _validated(
 
 
 def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
-    """Return a recipe whose model may run its own code: the user passed it, or an earlier recipe with this model."""
+    """Allow the model of a recipe to run its own code if the user named the recipe, or allowed the model earlier."""
     if recipe.model.trust_remote_code:
         (plugins.allow_model if given else plugins.consent_model)(recipe.model.name, recipe.model.revision)
     return recipe
@@ -328,9 +328,9 @@ def _explained(
     lines: Mapping[KeyPath, Place],
     overrides: Sequence[str],
 ) -> RecipeError:
-    """Return one error for all problems, with the fields of the first."""
+    """Return one error for all problems in a file, located at the first."""
     details = error.errors(include_url=False)
-    # A list with only wrong entries is not also reported as too short.
+    # For a list with only wrong entries, do not also report that it is too short.
     inner = {tuple(detail["loc"])[:-1] for detail in details}
     details = [item for item in details if item["type"] != "too_short" or tuple(item["loc"]) not in inner]
     more = len(details) - _MOST_FAULTS
@@ -366,7 +366,7 @@ _KINDS: Mapping[str, ErrorKind] = {
 
 
 def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return the override that a key comes from; empty if none."""
+    """Return the override that sets a key; empty if there is none."""
     mine = dotted(path)
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -376,7 +376,7 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
 
 
 def _above(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return the name of an override below a key that no file has; empty if none.
+    """Return an override below a key that no file has; empty if there is none.
 
     Its value is not shown: below a mistyped section any value may be a secret.
     """
@@ -413,7 +413,7 @@ def _shortened(text: str) -> str:
 
 
 def _may_be_secret(path: KeyPath) -> bool:
-    """Return whether a value may be a secret, which must not appear in messages."""
+    """Whether a value may be a secret, which must not appear in messages."""
     return path == ("eval",) or path[:2] == ("eval", "server")
 
 
@@ -433,7 +433,7 @@ def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
     return list(dict.fromkeys([*model.model_fields, *further]))
 
 
-# --------------------------------------------------------------------------- plugged
+# --------------------------------------------------------------------------- plug-ins
 
 
 PLUGINS, PROMPTS = "plugins", "prompts"
@@ -456,7 +456,7 @@ class Named:
 
 
 def plug_ins(values: Mapping[str, Json]) -> list[Named]:
-    """Return the references to plug-ins in the values of a recipe or suite."""
+    """Return the references to plug-ins in a recipe or benchmark."""
     return [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
 
 
@@ -464,7 +464,7 @@ def plug_ins(values: Mapping[str, Json]) -> list[Named]:
 def imported(
     values: Mapping[str, Json], line_of: Callable[[KeyPath], Place | str], file: Path, *, given: bool
 ) -> Iterator[None]:
-    """Import the plug-ins that a file names; consent is stored if the body raises no error.
+    """Import the plug-ins that a file names; the user's consent is stored if no error is raised.
 
     Args:
         values: The values of a recipe or suite.
@@ -480,8 +480,8 @@ def imported(
         for item in addresses:
             with _told(item, line_of, file):
                 plugins.consent(item.name, beside)
-        # A folder on the Python path affects every import, so one that only a run folder names is used only for
-        # modules in it that the user consented to.
+        # A folder on the Python path affects all imports, so a folder that only a run folder names is used only for
+        # modules in it that the user has allowed.
         if given or (beside is not None and any(plugins.lies_in(address.name, beside) for address in addresses)):
             plugins.use(beside)
         for item in named:
@@ -509,7 +509,7 @@ def _told(named: Named, line_of: Callable[[KeyPath], Place | str], file: Path) -
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """Return a key in the dotted form of messages."""
+    """Return a key as written in messages, with dots."""
     return ".".join(str(part) for part in path)
 
 

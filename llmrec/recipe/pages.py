@@ -1,4 +1,4 @@
-"""Reads YAML within bounds: the values, and the line of every key.
+"""Reads YAML of limited size and depth: the values, and the line of every key.
 
 PyYAML has no limits: aliases can expand to billions of values or to themselves, nested brackets can overflow Python's
 stack, and a scalar that does not match its tag can raise any exception. Here each of these is an error with its line.
@@ -29,7 +29,7 @@ MOST_NESTED = 50
 _MOST_DIGITS = 18
 
 
-# PyYAML's patterns without numbers in base 60 (1:20) and octal ones (010), which YAML 1.2 dropped.
+# PyYAML's patterns without numbers in base 60 (1:20) and octal numbers (010), which YAML 1.2 dropped.
 _NUMBERS = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
     "tag:yaml.org,2002:float": re.compile(
@@ -44,7 +44,7 @@ _RESOLVERS = {
 
 
 class OutOfBounds(yaml.MarkedYAMLError):
-    """Well-formed YAML that exceeds the bounds."""
+    """Raised for YAML that exceeds the limits."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.yaml_implicit_resolvers = _RESOLVERS
         self._depth = self._values = 0
-        # The number of values that each complete node expands to.
+        # Number of values to which each complete node expands.
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -115,7 +115,7 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
 
 @lru_cache(maxsize=256)
 def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
-    # A run reads its templates again for every family and study, and parsing takes most of that time.
+    # Cached, because a run reads its templates again for every task and study, which would take long.
     return parsed(text, file)
 
 
@@ -161,7 +161,7 @@ def flow(value: Json) -> str:
 
 
 def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
-    """Return the values of a text, whose nodes are checked before merge keys (``<<``) are resolved."""
+    """Load the values of a text, after checking its nodes and before resolving merge keys (``<<``)."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

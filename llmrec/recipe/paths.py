@@ -1,4 +1,4 @@
-"""Paths in a recipe file: relative to the working folder, or else to the folder of the file."""
+"""Paths in recipe files: relative to the working folder, or else to the folder of the file."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _KEYS = (
     ("index", "semantic", "encoder"),
     ("augment", "encoder"),
 )
-# Keys whose values may be names of the hub or of data sets: paths begin with a dot, or are those of recipe files.
+# Keys whose values may be names on the hub or of data sets: paths must begin with a dot or be recipe files.
 _NAMES = ("source", "name", "encoder")
-# A database is a path after one of these prefixes; with a fourth slash the path is absolute.
+# A database path follows one of these prefixes; with a fourth slash, the path is absolute.
 _DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
 
 
 def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
-    """Resolve paths that exist only in the folder of the file relative to it, in place.
+    """Replace paths that exist only relative to the folder of the recipe file, in place.
 
     Args:
         values: The values of the file.
@@ -85,7 +85,7 @@ def both_places(recipe: Recipe) -> Iterator[None]:
 
 
 def _is_there(path: str) -> bool:
-    """Return whether a file, a folder, the workbook of a sheet or a file that matches a pattern exists."""
+    """Whether a file, a folder, a spreadsheet or a file that matches a pattern exists."""
     start = Path(Path(path).anchor)
     try:
         if Path(path).exists() or Path(path.partition("#")[0] or path).is_file():

@@ -39,18 +39,18 @@ from llmrec.fingerprint import settings as settings_of
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
-# Bounds that prevent a typo from filling the memory, far above those of any experiment.
+# Limits far above any experiment, which prevent a typo from filling the memory.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
-# The minimum: a prompt and an answer take more tokens with any tokenizer.
+# Minimum: a prompt and an answer take more tokens with any tokenizer.
 Tokens = Annotated[int, Field(ge=16, le=10**8)]
 Resamples = Annotated[int, Field(gt=0, le=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 Name = Annotated[str, Field(max_length=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-#: A parameter of a baseline, and one with nested parameters.
+#: Parameters of a baseline, simple or nested.
 Plain = bool | int | float | str | None
 Value = Plain | dict[str, Plain]
 
@@ -88,7 +88,7 @@ def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
 
 
 class Section(BaseModel):
-    """Frozen, closed base of every section."""
+    """Frozen base class of all sections; unknown keys are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
@@ -103,7 +103,7 @@ class Section(BaseModel):
 
 @cache
 def _takes_truth(section: type[BaseModel], name: str) -> bool:
-    """Return whether a field accepts a boolean, or has no number type to which pydantic would convert it."""
+    """Whether a field accepts a boolean, or has no number type to which pydantic would convert it."""
     parts, known = [section.model_fields[name].annotation], set[object]()
     while parts:
         part = parts.pop()
@@ -201,7 +201,7 @@ class Split(Section):
     @field_validator("after", mode="before")
     @classmethod
     def _as_written(cls, value: Any) -> Any:
-        # YAML parses a date without quotes as a date.
+        # YAML parses an unquoted date as a date.
         return value.isoformat() if isinstance(value, date) else value
 
     @model_validator(mode="after")
@@ -502,7 +502,7 @@ def settings(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def named(*names: str) -> tuple[BaselineSection, ...]:
-    """Return baselines with their defaults."""
+    """Return a default list of baselines without parameters."""
     return tuple(BaselineSection(name=name) for name in names)
 
 
@@ -1118,7 +1118,7 @@ class TrainSection(Section):
         return self
 
     def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield settings that are incompatible with an item softmax, a teacher, pruning or a reward.
+        """Yield settings that are incompatible with an item softmax, a teacher, pruning or rewards.
 
         Each has the key that the message begins with, whether the recipe sets it, and the message.
         """
@@ -1257,7 +1257,7 @@ class ServerSection(Section):
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> ServerSection:
-        # Messages never contain a value: it may be an API key.
+        # Messages never contain a value, which may be an API key.
         if not self.urls or not all(map(_is_address, self.urls)):
             raise ValueError(
                 "eval.server.url: write http://host:port/v1 or https://host/v1, without user, password or parameters; "
@@ -1302,7 +1302,7 @@ _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 def _is_address(url: str) -> bool:
-    """Return whether a text is http(s)://host[:port][/path] with a name or an IP address as host, and nothing else."""
+    """Whether a text has the form http(s)://host[:port][/path] with a name or an IP address as host."""
     form = _ADDRESS.fullmatch(url)
     if form is None or not 0 < int(form["port"] or 80) < 2**16:
         return False
@@ -1315,7 +1315,7 @@ def _is_address(url: str) -> bool:
         return False
 
 
-# Request keys that llmrec sets, which therefore cannot be set as further ones.
+# Request keys that llmrec sets, which users therefore cannot set.
 _SET_HERE = frozenset(
     ("model", "messages", "prompt", "stream", "n", "best_of", "echo", "stop", "logprobs", "top_logprobs", "suffix")
 )
@@ -1554,12 +1554,12 @@ class Recipe(Displayed, Section):
 
     @property
     def sought(self) -> Mapping[str, Path]:
-        """Paths in its file that do not exist, each with the folder of the file, which was searched too."""
+        """Paths in its file that do not exist, each with the folder of the file, which was also searched."""
         return self._sought
 
     def _summary(self) -> Summary:
         data = self.data.source
-        # An address may contain a password.
+        # the address may contain a password
         if self.data.path and "://" not in self.data.path:
             data += f", {self.data.path}"
         facts = {"data": data, "tasks": listed(self.tasks.present())}
@@ -1571,7 +1571,7 @@ class Recipe(Displayed, Section):
         return Summary(f"Recipe {self.name!r}", facts)
 
     def looked_for(self, sought: Mapping[str, Path]) -> Self:
-        """Return the recipe with these paths as `sought`."""
+        """Return the recipe with these missing paths as `sought`."""
         self._sought = {str(Path(path)): folder for path, folder in sought.items()}
         return self
 
@@ -1641,13 +1641,13 @@ class Recipe(Displayed, Section):
             )
 
     def trained(self) -> dict[str, float]:
-        """Return the weights of the trained families."""
+        """Return the weights of the trained tasks."""
         chosen = {name: task.weight for name, task in self.tasks.present().items() if task.weight > 0}
         only, without = self.train.only or tuple(chosen), self.train.without
         return {name: weight for name, weight in chosen.items() if name in only and name not in without}
 
     def _check_trained(self) -> None:
-        """Reject a selection of tasks that names a missing one or is empty."""
+        """Reject a selection of trained tasks that is empty or names an unknown task."""
         present = self.tasks.present()
         for key, names in (("only", self.train.only), ("without", self.train.without)):
             for name in names:
@@ -1665,7 +1665,7 @@ class Recipe(Displayed, Section):
             raise ValueError("train.without: no task with a weight is left, so there is nothing to train on; drop one")
 
     def _check_head(self) -> None:
-        """Reject a rating head with tasks that are trained on tokens, or with engines that do not support it."""
+        """Reject a rating head with tasks trained on tokens, or with engines that do not support it."""
         if self.tasks.rating is None or self.tasks.rating.head is None:
             return
         others = [name for name in self.trained() if name != "rating"]
@@ -1717,7 +1717,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_alignment(self) -> None:
-        """Reject the alignment task without codes, or with codes that are titles."""
+        """Reject the alignment task without an item index, or with titles as codes."""
         if self.tasks.alignment is None:
             return
         if self.index is None:

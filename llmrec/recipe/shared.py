@@ -1,4 +1,4 @@
-"""Constants shared by command options and recipes, apart from `schema`, which would slow down `--help`."""
+"""Constants used by both command options and recipes; separate from `schema`, which would slow down `--help`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reports of results as one HTML page, Markdown, CSV, LaTeX and console tables."""
+"""Reports: results as one HTML page, Markdown, CSV, LaTeX and terminal tables."""

@@ -1,4 +1,4 @@
-"""The audit of a run for its report; a run with a leak gets no table."""
+"""Shows the audit of a run in its report; a run with a leak gets no result tables."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from llmrec.report.escape import flat, without_surrogates
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks held-out data, so its report has no results."
-# The most serious findings come first.
+# the most serious findings first
 _ORDER = ("leak", "notice", "clean")
 
 
 class LeakError(LlmrecError):
-    """Raised for a run whose audit found held-out data in training data or prompts."""
+    """Raised for a run in which held-out data leaked into training data or prompts."""
 
 
 class AuditLine(Record):
-    """One check of ``audit.json``: its name, finding and verdict."""
+    """A check in ``audit.json``: its name, finding and verdict."""
 
     name: str
     found: str
@@ -35,7 +35,7 @@ class AuditLine(Record):
 
 
 def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
-    """Return the lines of a run's audit, leaks first, then notices, then the rest; None if the run was not audited.
+    """Return the checks of a run: leaks first, then notices, then the rest; None if the run was not audited.
 
     A stale audit of earlier results, left by a run that was killed between results and audit, counts as no audit.
 
@@ -61,7 +61,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
 
 
 def lines_of(checks: Iterable[Mapping[str, Any]]) -> tuple[AuditLine, ...]:
-    """Return checks as audit lines, in the order of `audit_lines`."""
+    """Return checks sorted as in `audit_lines`."""
     return tuple(sorted((AuditLine(**check) for check in checks), key=lambda line: _ORDER.index(line.verdict)))
 
 
@@ -82,7 +82,7 @@ def audit_sentence(lines: Sequence[AuditLine]) -> str:
 
 
 def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
-    """Reject a run whose audit ``lines`` contain a leak.
+    """Reject a run whose audit found a leak.
 
     Raises:
         LeakError: If there is a leak.

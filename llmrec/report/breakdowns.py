@@ -1,4 +1,4 @@
-"""Figures by slice and by the position of the target among its candidates.
+"""Results on subsets of test cases, and by the position of the target among the candidates.
 
 Each task has one compact table of slices, with the best row of each setting and the best baseline. Neighbouring
 positions are pooled into bands of about twenty requests. Intervals of bands assume independent requests, which holds if
@@ -51,7 +51,7 @@ _NAMES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceLine:
-    """One slice: a line of the table, with a figure for each row.
+    """A subset of test cases: one line of the table, with a value for each model.
 
     Attributes:
         title: Its name in words.
@@ -72,7 +72,7 @@ class SliceLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceTable:
-    """The table of a task's slices.
+    """The table of results on subsets for one task.
 
     Attributes:
         metric: The metric shown.
@@ -88,18 +88,18 @@ class SliceTable:
 
 
 def in_words(name: str) -> str:
-    """Return a slice's name in words; an unknown name unchanged."""
+    """Return the name of a subset in words; unknown names unchanged."""
     for pattern, words in _NAMES:
         match = re.fullmatch(pattern, name)
         if match:
             share = f"{100 * float(match[1]):g} %" if "{share}" in words else ""
-            # Names and values of attributes are percent-encoded and untrusted.
+            # Names and values of user attributes are percent-encoded and untrusted.
             return words.format(*(clean(unquote(part)) for part in match.groups()), share=share)
     return name
 
 
 def slice_table(results: Results, task: str) -> SliceTable | None:
-    """Return a task's table of slices, or None if its rows have none."""
+    """Return the table of results on subsets for a task, or None if there are none."""
     rows = [row for row in _columns(results, task) if row.slices]
     if not rows:
         return None
@@ -124,7 +124,7 @@ def _columns(results: Results, task: str) -> list[Row]:
 
 
 def _metric(results: Results, task: str, rows: list[Row]) -> str:
-    """Return the headline metric if slices have it, else another metric: AUC has no slices."""
+    """Return the main metric if it is available for subsets, else another one: AUC is not."""
     carried = dict.fromkeys(name for row in rows for part in row.slices for name in part.metrics)
     headline = results.headline[task]
     return headline if headline in carried else next(iter(carried), headline)
@@ -138,7 +138,7 @@ def _line(part: SliceOfRow, figures: list[Metric | None], metric: str) -> SliceL
         n=part.n,
         users=part.users,
         small=part.small,
-        # A single case has no variance, so no interval.
+        # A single case has no variance, so there is no interval.
         figures=tuple(figures if part.n > 1 else map(_bare, figures)),
         best=(min(values) if lower(metric) else max(values)) if chosen else None,
     )
@@ -151,14 +151,14 @@ def _bare(figure: Metric | None) -> Metric | None:
 # --------------------------------------------------------------------------- position bias
 
 
-_A_BAND = 20  # requests
+_A_BAND = 20  # number of requests
 _ALPHA = 0.05
 _Z = float(ndtri(0.975))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """Requests whose target is at positions ``first`` to ``last``; hit share and mean rank with 95 % intervals."""
+    """Requests with the target at positions ``first`` to ``last``: hit rate and mean rank with 95 % intervals."""
 
     first: int
     last: int
@@ -177,18 +177,18 @@ class Band:
 
     @property
     def mean_rank(self) -> str:
-        """The mean rank with one decimal; a few requests justify no more."""
+        """The mean rank with one decimal, since a few requests justify no more."""
         return f"{self.rank:.1f}"
 
     @property
     def rank_bounds(self) -> str:
-        """The interval of the mean rank; empty for a single request."""
+        """The confidence interval of the mean rank; empty for a single request."""
         low, high = self.rank_low, self.rank_high
         return "" if low is None or high is None else f"[{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
 def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
-    """Return the language-model rows with positions, in order of evaluation, and the best baseline as control.
+    """Return the language models with results by position, and the best baseline for comparison.
 
     Classic recommenders do not see the order of their candidates, so a run of these alone has no such rows.
     """
@@ -198,7 +198,7 @@ def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
 
 
 def bands(row: Row) -> tuple[Band, ...]:
-    """Pool a row's positions into bands of neighbours, as equal in width as possible."""
+    """Combine neighbouring positions into groups of about equal width."""
     entries = sorted((entry for entry in row.by_position if _usable(entry)), key=lambda entry: entry.position)
     if not entries:
         return ()
@@ -241,14 +241,14 @@ def _band(first: int, last: int, entries: Sequence[AtPosition]) -> Band:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval of a share of n requests."""
+    """Return the Wilson 95 % interval of a proportion of n requests."""
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share) / n + _Z**2 / (4 * n**2)))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sentences(results: Results, task: str) -> tuple[str, ...]:
-    """Return sentences that name the language-model rows with significant position bias, and those without.
+    """Return sentences that name the language models with significant position bias, and those without.
 
     Rows that differ only in their template are named together.
     """
@@ -266,7 +266,7 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
 
 
 def bias_words(bias: PositionBias) -> str:
-    """Return in words the share of the rank's variance that position explains, and the corrected p."""
+    """Return how much of the variance of ranks the position explains, with the corrected p-value, as text."""
     return _explained([bias])
 
 
@@ -275,7 +275,7 @@ def _is_biased(row: Row) -> bool:
 
 
 def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
-    """Return one name for each setting and strategy, with the measured effect if it is biased."""
+    """Return one name for each setting and strategy, with the size of the effect if it is biased."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)

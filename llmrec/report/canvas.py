@@ -1,4 +1,4 @@
-"""Shapes of a plot, which the template ``svg.html.j2`` renders as SVG and whose texts it escapes.
+"""Shapes of a plot, rendered as SVG by the template ``svg.html.j2``, which escapes all texts.
 
 Colours are classes of the style sheet, so a plot follows the reader's colour scheme; a plot has no script, id or inline
 style.
@@ -18,12 +18,12 @@ from llmrec.report.escape import flat
 
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-_WIDE = 4.0  # the smallest ratio of largest to smallest value for a log axis
+_WIDE = 4.0  # the smallest ratio of largest to smallest value for which an axis is logarithmic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """A linear or logarithmic map from values to pixels.
+    """Maps values to pixels on a linear or logarithmic scale.
 
     Attributes:
         low: The value at ``start``; above 0 on a logarithmic scale.
@@ -40,7 +40,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the pixel of a value; values beyond the ends are clipped."""
+        """Return the pixel of a value; values outside the scale are clipped."""
         inside = min(self.high, max(self.low, value))
         if self.log:
             part = math.log(inside / self.low) / math.log(self.high / self.low)
@@ -70,7 +70,7 @@ def _linear(low: float, high: float, wanted: int) -> tuple[float, ...]:
 
 
 def fitted(values: Iterable[float | None], start: float, end: float, *, holds: Sequence[float] = ()) -> Scale:
-    """Return a linear scale with some padding around its values, but none beyond the limits ``holds``."""
+    """Return a linear scale with some space around the values, but not beyond the limits ``holds``."""
     known = [value for value in values if value is not None]
     every = [*known, *holds]
     low, high = min(every, default=0.0), max(every, default=1.0)
@@ -84,7 +84,7 @@ def fitted(values: Iterable[float | None], start: float, end: float, *, holds: S
 
 
 def spanning(values: Sequence[float], start: float, end: float) -> Scale:
-    """Return a scale, logarithmic if positive values span a factor of four or more."""
+    """Return a scale that is logarithmic if positive values span a factor of four or more."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= _WIDE:
         return Scale(low=low / 1.1, high=high * 1.1, start=start, end=end, log=True)
@@ -92,20 +92,20 @@ def spanning(values: Sequence[float], start: float, end: float) -> Scale:
 
 
 def tick_text(value: float) -> str:
-    """Return a tick as text, without trailing zeros."""
+    """Return a tick label without trailing zeros."""
     text = f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.6g}"
     return text.replace("-", "−").replace(",", "\u2009")
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move positions on a line as little as possible until neighbours are ``gap`` apart, in the same order."""
+    """Move positions on a line as little as possible so that neighbours are at least ``gap`` apart."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, (high - low) / max(1, len(places) - 1))
     result = [0.0] * len(places)
     reached = low - gap
     for index in order:
         reached = result[index] = max(places[index], reached + gap)
-    # Positions that were pushed past the end are pushed back.
+    # Push back positions that were moved past the end.
     reached = high + gap
     for index in reversed(order):
         reached = result[index] = min(result[index], reached - gap)
@@ -124,7 +124,7 @@ MARKS = {"zero-shot": "circle", "few-shot": "diamond", "tuned": "triangle", "bas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One SVG element.
+    """An SVG element.
 
     Attributes:
         tag: The tag.
@@ -143,40 +143,40 @@ class Shape:
 
 @dataclass(slots=True, kw_only=True)
 class Canvas:
-    """Shapes in the order in which they are drawn, within ``width`` and ``height`` pixels."""
+    """A plot with ``width`` and ``height`` in pixels, and its shapes in drawing order."""
 
     width: float
     height: float
     shapes: list[Shape] = field(default_factory=list)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, look: str) -> None:
-        """Draw a straight line."""
+        """Add a straight line."""
         self._add("line", look, x1=x1, y1=y1, x2=x2, y2=y2)
 
     def box(self, x: float, y: float, width: float, height: float, look: str, *, title: str = "") -> None:
-        """Fill a rectangle."""
+        """Add a filled rectangle."""
         self._add("rect", look, title=title, x=x, y=y, width=max(0.0, width), height=max(0.0, height))
 
     def path(self, points: Sequence[tuple[float, float]], look: str) -> None:
-        """Draw a line through points."""
+        """Add a line through points."""
         steps = " ".join(f"{_figure(x)},{_figure(y)}" for x, y in points)
         self.shapes.append(Shape(tag="path", look=look, at=(("d", f"M{steps}"),)))
 
     def mark(self, form: str, x: float, y: float, look: str, *, size: float = 5, title: str = "") -> None:
-        """Draw a centred mark of the given form, ``2 * size`` pixels wide."""
+        """Add a marker of the given form, ``2 * size`` pixels wide, centred at a point."""
         self.shapes.append(Shape(tag="path", look=look, at=(("d", _outline(form, x, y, size)),), title=title))
 
     def text(
         self, x: float, y: float, text: str, look: str = "", *, anchor: Anchor = "start", width: float | None = None
     ) -> None:
-        """Draw a line of text at its baseline, cut to ``width`` pixels; the tooltip then has the full text."""
+        """Add a line of text at its baseline, cut to ``width`` pixels; the tooltip then has the full text."""
         line = flat(text)
         shown = line if width is None else cut(line, width)
         at = (("x", _figure(x)), ("y", _figure(y)), ("text-anchor", anchor))
         self.shapes.append(Shape(tag="text", look=look, at=at, text=shown, title="" if width is None else line))
 
     def whisker(self, scale: Scale, low: float | None, high: float | None, across: float, look: str) -> None:
-        """Draw a horizontal interval with its ends."""
+        """Add a horizontal confidence interval."""
         if low is None or high is None:
             return
         start, end = scale(low), scale(high)
@@ -185,7 +185,7 @@ class Canvas:
             self.line(place, across - 4, place, across + 4, look)
 
     def stem(self, scale: Scale, low: float | None, high: float | None, along: float, look: str) -> None:
-        """Draw a vertical interval with its ends."""
+        """Add a vertical confidence interval."""
         if low is None or high is None:
             return
         start, end = scale(low), scale(high)
@@ -194,7 +194,7 @@ class Canvas:
             self.line(along - 3, place, along + 3, place, look)
 
     def below(self, scale: Scale, top: float, bottom: float, title: str = "", *, ticks: int = 6) -> None:
-        """Draw a horizontal axis at ``bottom`` with its grid up to ``top``."""
+        """Add a horizontal axis at ``bottom`` with grid lines up to ``top``."""
         for value in scale.ticks(ticks):
             place = scale(value)
             self.line(place, top, place, bottom, "grid")
@@ -207,7 +207,7 @@ class Canvas:
             self.text(middle, bottom + 36, title, "axis-title", anchor="middle")
 
     def left(self, scale: Scale, left: float, right: float, *, ticks: int = 5, named: bool = True) -> None:
-        """Draw a vertical axis at ``left`` with its grid up to ``right``."""
+        """Add a vertical axis at ``left`` with grid lines up to ``right``."""
         for value in scale.ticks(ticks):
             place = scale(value)
             self.line(left, place, right, place, "grid")
@@ -224,7 +224,7 @@ def _figure(value: float) -> str:
 
 
 def _outline(form: str, x: float, y: float, size: float) -> str:
-    """Return the path of a mark."""
+    """Return the SVG path of a marker."""
     if form == "circle":
         return f"M{_figure(x - size)},{_figure(y)}a{_figure(size)},{_figure(size)} 0 1 0 {_figure(2 * size)},0" + (
             f"a{_figure(size)},{_figure(size)} 0 1 0 {_figure(-2 * size)},0z"
@@ -240,7 +240,7 @@ def _outline(form: str, x: float, y: float, size: float) -> str:
 
 
 def text_width(text: str, size: float = NORMAL) -> float:
-    """Return the approximate width of a line of text in pixels; a browser's font may differ by a tenth."""
+    """Return the approximate width of a line of text in pixels; fonts of browsers may differ by 10 %."""
     wide = sum(1.0 if unicodedata.east_asian_width(character) in "WF" else 0.58 for character in text)
     return size * wide
 

@@ -1,4 +1,4 @@
-"""Charts in a notebook, drawn like those of a report."""
+"""Charts in notebooks, drawn like the plots of a report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llmrec.report.render import picture
 from llmrec.report.wording import with_interval
 from llmrec.results import Metric, Results
 
-# Pixels.
+# pixels
 _WIDTH = 720
 
 
 class Chart:
-    """A plot with a name, which a notebook shows as SVG."""
+    """A plot with a name, which notebooks show as SVG."""
 
     def __init__(self, plot: Plot, name: str) -> None:
         self._name, self._svg = name, picture(draw(plot, _WIDTH), name)
@@ -29,7 +29,7 @@ class Chart:
 
 
 def bars(values: Mapping[str, Metric], unit: str) -> Chart:
-    """Draw metric values with their intervals.
+    """Draw metric values with their confidence intervals.
 
     Args:
         values: Values by the name of the model.
@@ -39,7 +39,7 @@ def bars(values: Mapping[str, Metric], unit: str) -> Chart:
 
 
 def of_run(results: Mapping[str, Any], plot: str) -> Chart:
-    """Draw a plot of a run's report, such as ``forest-1`` or ``training-loss``.
+    """Draw a plot from the report of a run, such as ``forest-1`` or ``training-loss``.
 
     Args:
         results: `llmrec.pipeline.run.Run.results`.

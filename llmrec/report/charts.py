@@ -1,4 +1,4 @@
-"""Draws the plots of a report: forest plots, bars, training curves, quality by cost, figures by position."""
+"""Draws the plots of a report: forest plots, bars, training curves, quality against cost, results by position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmrec.results import Verdict, arm_name
 
 
 def pictures(plot: Plot) -> tuple[Canvas, Canvas]:
-    """Return a plot drawn for a wide page and for a phone; the page shows one of them."""
+    """Draw a plot for wide and for narrow screens; the page shows one of them."""
     one_line = plot["kind"] == "lines" and len(plot["series"]) == 1
     wide = HALF if one_line or plot["kind"] in ("differences", "cost") else WIDE
     return draw(plot, wide), draw(plot, NARROW)
@@ -53,7 +53,7 @@ def draw(plot: Plot, width: float) -> Canvas:
             return cost(plot, width)
 
 
-# --------------------------------------------------------------------------- a row for each thing
+# --------------------------------------------------------------------------- plots with one line per model
 
 
 _FORMS: dict[Verdict | None, str] = {"shown": "right", "contradicted": "left", "not shown": "circle", None: "diamond"}
@@ -66,7 +66,7 @@ _SHARE = 0.42  # the largest share of the width for names next to a plot
 
 
 def differences(plot: Differences, width: float) -> Canvas:
-    """Draw models' gains over controls: a mark and interval per family, zero, and the detectable difference."""
+    """Draw the gains of models over baselines by task, with intervals and the minimum detectable effect."""
     rows, step, top = plot["rows"], 54, 30
     canvas = Canvas(width=width, height=top + step * len(rows) + 64)
     bottom = top + step * len(rows)
@@ -92,7 +92,7 @@ def differences(plot: Differences, width: float) -> Canvas:
 
 
 def _verdicts(canvas: Canvas, verdicts: Sequence[Verdict | None]) -> None:
-    """Draw the legend of the marks along the top."""
+    """Draw the legend of markers at the top."""
     x = float(_MARGIN)
     for verdict in verdicts:
         canvas.mark(_FORMS[verdict], x + 5, 10, f"mark-{_LOOKS[verdict]}")
@@ -101,7 +101,7 @@ def _verdicts(canvas: Canvas, verdicts: Sequence[Verdict | None]) -> None:
 
 
 def forest(plot: Forest, width: float) -> Canvas:
-    """Draw figures with intervals, best first, and the best baseline as a dashed line."""
+    """Draw results with intervals, best first, and the best baseline as a dashed line."""
     rows, narrow = plot["rows"], width <= NARROW
     step, top = 42 if narrow else 28, 30
     bottom = top + step * len(rows)
@@ -125,14 +125,14 @@ def forest(plot: Forest, width: float) -> Canvas:
 
 
 def settings(canvas: Canvas, arms: Sequence[str]) -> None:
-    """Draw the legend of settings along the top."""
+    """Draw the legend of settings at the top."""
     legend(canvas, [(arm_name(arm), form, arm) for arm, form in MARKS.items() if arm in arms], _MARGIN)
 
 
 def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) -> None:
-    """Draw a legend of names, forms and colours along the top, from ``start``."""
+    """Draw a legend of names, markers and colours at the top, beginning at ``start``."""
     x, widths = float(start), [text_width(name, SMALL) for name, _, _ in marks]
-    # Narrow plots have less space between the names.
+    # narrow plots have less space between names
     room = (canvas.width - start - 16 - sum(widths)) / max(1, len(marks) - 1)
     for (name, form, hue), width in zip(marks, widths, strict=True):
         canvas.mark(form, x + 5, 10, f"fill {hue}")
@@ -141,7 +141,7 @@ def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) 
 
 
 def bars(plot: Bars, width: float) -> Canvas:
-    """Draw bars from zero, each with its name at the left and its value as text at the right."""
+    """Draw bars from zero, each with its name on the left and its value on the right."""
     narrow = width <= NARROW
     step, top = 40 if narrow else 26, 4
     entries, values = plot["bars"], [0.0, *(bar[end] for bar in plot["bars"] for end in ("value", "low", "high"))]
@@ -174,12 +174,12 @@ def _names(names: Sequence[str], width: float) -> float:
 
 _HUES = ("zero-shot", "few-shot", "good", "baseline", "bad")
 _SERIES_FORMS = ("circle", "diamond", "square", "triangle", "right")
-_MARKED = 30  # the most points of a line that has marks
+_MARKED = 30  # the largest number of points for which a line has markers
 _LEFT, _RIGHT = 54, 12
 
 
 def lines(plot: Lines, width: float) -> Canvas:
-    """Draw lines by optimiser step, each with its name at its end; a wide range gets a log scale."""
+    """Draw lines over optimiser steps, each named at its end; a wide range of values gets a logarithmic scale."""
     series = [entry for entry in plot["series"] if entry["x"]]
     narrow = width <= NARROW
     named = [entry for entry in series if len(series) > 1]
@@ -223,7 +223,7 @@ def _curve(canvas: Canvas, series: Series, along: Scale, rise: Scale, hue: str, 
 
 
 def cost(plot: CostPlot, width: float) -> Canvas:
-    """Draw figures by tokens; named points have numbers, which the list below the plot explains."""
+    """Draw results against tokens; numbered points are explained in the list below the plot."""
     points = sorted(plot["points"], key=lambda point: point["tokens"])
     named = [point for point in points if point["named"]]
     top, bottom = 30, 250
@@ -267,7 +267,7 @@ def cost(plot: CostPlot, width: float) -> Canvas:
 def _free(
     x: float, y: float, taken: list[tuple[float, float]], right: float, sides: tuple[float, float]
 ) -> tuple[float, float]:
-    """Return the position of a number next to its mark: the nearest one free of marks and numbers."""
+    """Return the position next to a marker for its number, not covered by other markers and numbers."""
     around = [
         (x + reach * math.cos(turn * math.pi / 4), y + reach * math.sin(turn * math.pi / 4))
         for reach in (14, 22, 30, 40)
@@ -279,7 +279,7 @@ def _free(
 
 
 def positions(plot: Positions, width: float) -> Canvas:
-    """Draw a panel for each row and measure; panels of a measure share their range, and the control is dashed."""
+    """Draw a panel for each model and metric, with the baseline as a dashed line."""
     gap, head, body, foot = 18, 42, 112, 30
     across = width - _LEFT - _RIGHT
     most = max(1, int((across + gap) // (140 if width <= NARROW else 210)))

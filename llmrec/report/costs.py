@@ -1,4 +1,4 @@
-"""Inference cost by row and by setting, in tokens and seconds per request.
+"""Inference cost by model and by setting, in tokens and seconds per request.
 
 The cost of an ensemble includes that of its members; a setting counts every row once.
 """
@@ -15,7 +15,7 @@ ARMS = ("zero-shot", "few-shot", "tuned", "baseline")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCost:
-    """The cost of one row.
+    """The inference cost of a model.
 
     Attributes:
         read: Prompt tokens.
@@ -39,7 +39,7 @@ class RowCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmCost:
-    """The total cost of all rows of one setting."""
+    """The total inference cost of all models in a setting."""
 
     arm: str
     rows: int
@@ -51,7 +51,7 @@ class ArmCost:
 
 
 def cost_of(row: Row, members: Sequence[Row] = ()) -> RowCost:
-    """Return the cost of one row.
+    """Return the inference cost of a model.
 
     Args:
         row: The row.
@@ -74,12 +74,12 @@ def cost_of(row: Row, members: Sequence[Row] = ()) -> RowCost:
 
 
 def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
-    """Return the cost of a task's rows, best row first."""
+    """Return the inference costs of the models of a task, best model first."""
     return tuple(cost_of(row, results.members(row)) for row in results.standings(task))
 
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
-    """Return the total rows, requests, tokens and seconds of each setting."""
+    """Return the total models, requests, tokens and seconds by setting."""
     matches = []
     for arm in ARMS:
         costs = [cost_of(row) for row in results.rows if row.arm == arm]

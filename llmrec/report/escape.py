@@ -13,10 +13,10 @@ from llmrec.display import flat as flat
 from llmrec.display import short as short
 from llmrec.display import visible as visible
 
-# Characters that open code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link.
+# Characters that start code, emphasis, strike-through, maths or a table cell; a bracket only where it may close a link.
 # The text that follows is unknown here.
 _MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:]|$)")
-# Characters that open a list, rule, underlined heading or definition at the start of a line.
+# Characters that start a list, rule, underlined heading or definition at the beginning of a line.
 _BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=:]))")
 _CODE = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
 _MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -24,18 +24,18 @@ _MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    # In braces, since ? and ! form a ligature with the second character.
+    # In braces, since ? and ! form a ligature with the next character.
     "|": r"\textbar{}", '"': r"{}\symbol{34}{}", "`": r"{}\symbol{96}{}", "·": r"\textperiodcentered{}", "–": "--",
     "\u2009": r"\,", "…": r"\dots{}",
-    # A bracket or star right after the end of a row would be parsed as its argument.
+    # A bracket or asterisk right after the end of a row would be parsed as its argument.
     "[": "{[}", "]": "{]}", "*": "{*}",
 }  # fmt: skip
-# Latin-1 letters that every TeX engine has in its default font encoding; the four others need another one.
+# Latin-1 letters that all TeX engines have in the default font encoding; the other four need another encoding.
 _TEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐðÞþ×÷")
 
 
 def without_surrogates(value: Any) -> Any:
-    """Replace lone surrogates, which UTF-8 cannot encode, in every string of a JSON value."""
+    """Replace lone surrogates, which UTF-8 cannot encode, in all strings of a JSON value."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -48,26 +48,26 @@ def without_surrogates(value: Any) -> Any:
 
 
 def cell(text: str) -> str:
-    """Return untrusted text as one Markdown table cell: no markup, no HTML, no line breaks."""
+    """Return untrusted text as a Markdown table cell without markup, HTML and line breaks."""
     line = "".join(_MARKED_UP.get(character, character) for character in flat(text))
     line = _MARKDOWN.sub(lambda match: f"\\{match[0]}", line)
     return _BLOCK.sub(r"\1\\", line)
 
 
 def code(text: str) -> str:
-    """Return untrusted text as a Markdown code span, or as a cell if a span cannot contain it."""
+    """Return untrusted text as a Markdown code span, or as a table cell if a code span cannot contain it."""
     line = flat(text)
     return f"`{line}`" if _CODE.fullmatch(line) else cell(line)
 
 
 def fenced(text: str) -> str:
-    """Return untrusted YAML as a fenced Markdown block; the fence is longer than any in the text."""
+    """Return untrusted YAML as a fenced Markdown block, with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}yaml\n{visible(text.rstrip())}\n{fence}"
 
 
 def tex(text: str) -> str:
-    """Return untrusted text as one line of LaTeX without commands, comments, maths or columns.
+    """Return untrusted text as one line of LaTeX without commands, comments, maths or column separators.
 
     Letters beyond ASCII and Latin-1, which some engines and fonts lack, are written as ``[U+1F3AC]``.
     """

@@ -1,4 +1,4 @@
-"""Writes the page of an item index: usage of its codes, their branching, and groups of similar items.
+"""Writes the HTML page about an item index: token usage, branching of codes, and groups of similar items.
 
 Like the page of a run (`llmrec.report.page`) it is one file with escaped titles and codes, and its
 Content-Security-Policy allows no script.
@@ -21,7 +21,7 @@ from llmrec.report.render import environment, style
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexPage:
-    """Content of the report page for an item index.
+    """Content of the HTML page about an item index.
 
     Attributes:
         name: Name of the recipe.
@@ -63,7 +63,7 @@ def write(content: IndexPage, path: Path) -> Path:
 
 
 def html_page(content: IndexPage) -> str:
-    """Render the page."""
+    """Render the page as HTML."""
     result = content.found
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
     return environment().get_template("index.html.j2").render(

@@ -1,4 +1,4 @@
-"""Plots of an item index: token usage and branching of codes."""
+"""Plots about an item index: token usage, and branching of codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEFT, _RIGHT = 48, 12
 
 
 class Usage(TypedDict):
-    """Item counts of the tokens of a level, and the count under equal use."""
+    """Number of items per token of a level, and the number if all tokens were used equally."""
 
     title: str
     counts: list[int]
@@ -25,7 +25,7 @@ class Usage(TypedDict):
 
 
 class Branching(TypedDict):
-    """Continuations of a prefix by its length."""
+    """Number of continuations of code prefixes, by prefix length."""
 
     title: str
     x: list[int]
@@ -34,7 +34,7 @@ class Branching(TypedDict):
 
 
 def pictures(found: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
-    """Return every plot, wide and narrow, by the id of its HTML element."""
+    """Return all plots, wide and narrow, by the id of their HTML element."""
     levels, depths = usage_of(found), branching_of(found.depths)
     drawn = {}
     if levels:
@@ -45,7 +45,7 @@ def pictures(found: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
 
 
 def usage_of(found: Diagnostics) -> list[Usage]:
-    """Return a panel for each level with a token of two or more items."""
+    """Return the token usage of each level that has a token with two or more items."""
     return [_panel(level, found.items) for level in found.levels if level.counts and level.counts[0] > 1]
 
 
@@ -60,7 +60,7 @@ def _panel(level: Level, items: int) -> Usage:
 
 
 def branching_of(depths: Sequence[Depth]) -> list[Branching]:
-    """Return items and continuations of prefixes by their length; empty for codes of one token."""
+    """Return items and continuations by prefix length; empty for codes of one token."""
     if len(depths) < 2:
         return []
     lengths = [depth.length for depth in depths]
@@ -81,7 +81,7 @@ def branching_of(depths: Sequence[Depth]) -> list[Branching]:
 
 
 def usage(panels: list[Usage], width: float) -> Canvas:
-    """Draw item counts of tokens, most used first, a panel per level; the dashed line marks equal use."""
+    """Draw the number of items per token, most used first, with a panel per level and equal use as a dashed line."""
     gap, head, body, foot = 44, 30, 132, 34
     across = width - _LEFT - _RIGHT
     most = max(1, int((across + gap) // (280 if width <= NARROW else 240)))
@@ -92,7 +92,7 @@ def usage(panels: list[Usage], width: float) -> Canvas:
     for index, panel in enumerate(panels):
         left = _LEFT + (index % columns) * (one + gap)
         upper = (index // columns) * (head + body + foot) + head
-        # Each token is one rank wide; unused tokens leave space at the right.
+        # Each token is one rank wide; unused tokens leave space on the right.
         along = Scale(low=0.5, high=panel["available"] + 0.5, start=left, end=left + one)
         rise = Scale(low=0.0, high=1.05 * max(panel["counts"]), start=upper + body, end=upper)
         canvas.left(rise, left, along.end, ticks=4)
@@ -105,7 +105,7 @@ def usage(panels: list[Usage], width: float) -> Canvas:
 
 
 def _steps(canvas: Canvas, panel: Usage, along: Scale, rise: Scale) -> None:
-    """Draw ranks of equal count as one box, so that a level with many tokens stays small."""
+    """Draw tokens with equal counts as one box, so that a level with many tokens needs few shapes."""
     start = 0
     for index, count in enumerate(panel["counts"], 1):
         if index == len(panel["counts"]) or panel["counts"][index] != count:

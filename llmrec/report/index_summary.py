@@ -1,4 +1,4 @@
-"""Describes an item index: a sentence on its scheme, its figures by name, and a line for a run's report."""
+"""Describes an item index in words, for its HTML page and the report of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCHEMES: Mapping[str, str] = {
 }
 HYBRID = "The last token is unique to the item (hybrid)."
 
-# Key of a figure in a scheme -> its name on the page, and its format.
+# Key of a value recorded by a scheme -> its name on the page, and its format.
 _FIGURES = {
     "collisions": ("Items with a duplicate ID before repair", share),
     "largest_bucket": ("Largest number of items with one ID before repair", count),
@@ -56,13 +56,13 @@ _FIGURES = {
 
 
 def sentence(found: Diagnostics) -> str:
-    """Return a sentence that describes the scheme."""
+    """Return a sentence that describes how item codes were made."""
     text = SCHEMES.get(found.scheme, "")
     return f"{text} {HYBRID}".strip() if found.hybrid else text
 
 
 def level_title(level: Level) -> str:
-    """Return the form of a level's tokens: ``<a_…>``."""
+    """Return the form of the tokens of a level: ``<a_…>``."""
     return f"<{level.name}_…>"
 
 
@@ -74,7 +74,7 @@ def spread(found: Spread) -> str:
 
 
 def key_figures(found: Diagnostics) -> dict[str, str]:
-    """Return the key figures by name, in display order."""
+    """Return the main properties by name, in display order."""
     rows = {"Items": count(found.items)}
     if found.pieces is not None:
         rows |= {"New tokens": count(found.tokens), "Tokens per ID": spread(found.pieces)}
@@ -89,7 +89,7 @@ def key_figures(found: Diagnostics) -> dict[str, str]:
         rows["Largest number of IDs that differ only in the last token"] = count(found.bucket)
     rows["Duplicate IDs"] = count(found.duplicates)
     what = "IDs that are a prefix of another ID"
-    # A line break ends a text code, so a code may be a prefix of another.
+    # A line break ends a text code, so one code may be the beginning of another.
     rows[what] = f"{count(found.begun)}{' (the line break separates them)' if found.begun else ''}"
     if found.tokens and found.begun:
         rows[what] = f"{count(found.begun)}: not prefix-free"
@@ -99,17 +99,17 @@ def key_figures(found: Diagnostics) -> dict[str, str]:
 def _figure(entry: tuple[str, float]) -> tuple[str, str]:
     name, value = entry[0], float(entry[1])
     if name.startswith("perplexity_"):
-        return "", ""  # The table of levels has it, after repair.
+        return "", ""  # The table of levels shows it, after repair.
     other = flat(name.replace("_", " ").capitalize()), count if value.is_integer() else number
     label, written = _FIGURES.get(name, other)
     return label, written(value)
 
 
-# --------------------------------------------------------------------------- in a run's report
+# --------------------------------------------------------------------------- in the report of a run
 
 
 def line(run_dir: Path) -> str:
-    """Return a line on a run's index; empty if its report has no page on one.
+    """Return a line about the index of a run; empty if there is no index page.
 
     Raises:
         DataError: If the page exists and the index's figures cannot be read.
@@ -129,7 +129,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 
 def neighbours(run_dir: Path) -> tuple[Group, ...]:
-    """Return the groups of similar items of a run's index; empty if the run stored none.
+    """Return the groups of similar items in the index of a run; empty if none are stored.
 
     Raises:
         DataError: If the file exists and cannot be read.
@@ -152,7 +152,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
 
 
 def line_of(found: Mapping[str, Any]) -> str:
-    """Return the line of `line` from the content of the file of figures."""
+    """Return the same as `line`, from the content of the metrics file."""
     length = found["pieces"] or found["characters"]
     shown = spread(Spread(least=int(length["least"]), mean=float(length["mean"]), most=int(length["most"])))
     unit = "tokens" if found["pieces"] else "characters"

@@ -1,4 +1,4 @@
-"""Comparisons of headline figures with their controls, and their spread over prompt templates."""
+"""Marks of comparisons with baselines in result tables, and variation over prompt templates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """The two marks of a row; None if the comparison was not planned or would be with the row itself.
+    """The two comparison marks of a model; None if the comparison was not planned or is with the model itself.
 
     Attributes:
         zero_shot: ``row - zero-shot`` with the same strategy and template.
@@ -26,14 +26,14 @@ class Mark:
 
 
 def best_baseline(results: Results, task: str) -> Row | None:
-    """Return the baseline with the best headline figure."""
+    """Return the baseline with the best value of the main metric."""
     metric = results.headline[task]
     rows = (row for row in results.standings(task) if row.arm == "baseline" and metric in row.metrics)
     return next((row for row in rows if row.metrics[metric].value is not None), None)
 
 
 def marks(results: Results, task: str) -> dict[str, Mark]:
-    """Return the marks of a task's language-model rows by row id."""
+    """Return the comparison marks of a task's language models, by row id."""
     control = best_baseline(results, task)
     rows = [row for row in results.rows if row.task == task]
     zero = {(row.predictor, row.template): row.id for row in rows if row.arm == "zero-shot"}
@@ -53,12 +53,12 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
 
 
 def has_marks(results: Results, task: str) -> bool:
-    """Return whether any row of a task has a mark."""
+    """Whether any model of a task has a comparison mark."""
     return any(mark.zero_shot or mark.baseline for mark in marks(results, task).values())
 
 
 def legend(results: Results, task: str) -> str:
-    """Return a sentence on what the marks of a task's table compare; empty if it has none."""
+    """Return a sentence that explains the marks of a table; empty if it has none."""
     if not has_marks(results, task):
         return ""
     control = best_baseline(results, task)
@@ -70,17 +70,17 @@ def legend(results: Results, task: str) -> str:
 
 
 def planned(results: Results, task: str | None = None) -> list[Comparison]:
-    """Return the planned comparisons, which have a verdict, of one task or all."""
+    """Return the planned comparisons (which have a verdict) of one task, or of all tasks."""
     return [entry for entry in results.comparisons if entry.verdict is not None and task in (None, entry.task)]
 
 
 def exploratory(results: Results, task: str | None = None) -> list[Comparison]:
-    """Return the exploratory comparisons, which have no verdict, of one task or all."""
+    """Return the exploratory comparisons (which have no verdict) of one task, or of all tasks."""
     return [entry for entry in results.comparisons if entry.verdict is None and task in (None, entry.task)]
 
 
 def rule(results: Results) -> str:
-    """Return the rule of significance in words; empty without planned comparisons."""
+    """Return in words when a difference is called significant; empty without planned comparisons."""
     result = planned(results)
     if not result:
         return ""
@@ -97,7 +97,7 @@ SINGLE = "single template"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Over:
-    """Mean and range of headline figures over templates."""
+    """Mean and range of the main metric over templates."""
 
     templates: tuple[str, ...]
     mean: float
@@ -107,7 +107,7 @@ class Over:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A setting and strategy over its seen and unseen templates; None if it has none of that kind."""
+    """Results of a setting and strategy over templates used in training and unseen ones; None if there are none."""
 
     arm: str
     predictor: str
@@ -116,17 +116,17 @@ class Spread:
 
     @property
     def single(self) -> bool:
-        """Whether the result is based on a single template."""
+        """Whether the results come from a single template."""
         return sum(len(over.templates) for over in (self.seen, self.unseen) if over) == 1
 
     @property
     def label(self) -> str:
-        """The row's name without its template."""
+        """Label of the model without its template."""
         return arm_label(self.arm, self.predictor)
 
 
 def spreads(results: Results, task: str) -> tuple[Spread, ...]:
-    """Return the spread of every setting and strategy of a task, in the order in which they were evaluated."""
+    """Return the variation over templates of each setting and strategy of a task, in order of evaluation."""
     metric = results.headline[task]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
@@ -144,7 +144,7 @@ def spreads(results: Results, task: str) -> tuple[Spread, ...]:
 
 
 def singles(results: Results, task: str) -> frozenset[str]:
-    """Return the ids of rows that are the only template of their setting and strategy."""
+    """Return the ids of models with the only template of their setting and strategy."""
     alone = {(spread.arm, spread.predictor) for spread in spreads(results, task) if spread.single}
     return frozenset(
         row.id for row in results.rows if row.task == task and row.template and (row.arm, row.predictor) in alone

@@ -1,4 +1,4 @@
-"""Writes a run's report folder: one HTML page, a Markdown page, a CSV and a LaTeX table.
+"""Writes the report folder of a run: an HTML page, a Markdown page, a CSV and a LaTeX table.
 
 The HTML page is one file that loads nothing: its plots are inline SVG. Its Content-Security-Policy allows no script and
 only a style with a nonce; the nonce is a hash of the data, so no title or model output can contain it.
@@ -21,7 +21,7 @@ PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "lat
 
 
 def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
-    """Write ``run_dir/report`` from ``results.json``, ``predictions.parquet`` and ``audit.json`` of a run.
+    """Write ``run_dir/report`` from the results, predictions and audit of a run.
 
     Each file is written to a temporary file and renamed, so a reader never sees an incomplete one.
 
@@ -65,7 +65,7 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
 
 
 def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
-    """Write the pages of a run that leaks: they begin with the leak and have no figures."""
+    """Write the pages of a run with a leak, which describe the leak and show no results."""
     refuse_link(run_dir / "report")
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Write a file atomically, unless it has this content already."""
+    """Write a file atomically, unless it already has this content."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     with replacing(path) as draft:

@@ -33,7 +33,7 @@ from llmrec.results import Results, Row, Verdict
 
 
 class Bar(TypedDict):
-    """A value with its interval, if any, and both as text."""
+    """A value with its confidence interval, if any, and both as text."""
 
     label: str
     value: float
@@ -43,13 +43,13 @@ class Bar(TypedDict):
 
 
 class RowBar(Bar):
-    """A row with its interval."""
+    """A model with its value and interval."""
 
     arm: str
 
 
 class Forest(TypedDict):
-    """Rows of a forest plot, best first, and a reference line."""
+    """The models of a forest plot, best first, and a reference value."""
 
     kind: Literal["forest"]
     metric: str
@@ -59,7 +59,7 @@ class Forest(TypedDict):
 
 
 class Difference(Bar):
-    """The difference model − control of a family; above 0 is better."""
+    """The difference between model and baseline for a task; above 0 is better."""
 
     beside: str
     detectable: float | None
@@ -67,7 +67,7 @@ class Difference(Bar):
 
 
 class Differences(TypedDict):
-    """Gains of models over their controls, a row per family, with the axis unit and the better side."""
+    """Gains of models over their baselines by task, with the unit of the axis and the better side."""
 
     kind: Literal["differences"]
     unit: str
@@ -76,7 +76,7 @@ class Differences(TypedDict):
 
 
 class Bars(TypedDict):
-    """Bars from zero: the weights of an ensemble, largest first, or the seconds of stages in order."""
+    """Bars from zero: ensemble weights, largest first, or seconds of stages in order."""
 
     kind: Literal["bars"]
     unit: str
@@ -84,7 +84,7 @@ class Bars(TypedDict):
 
 
 class Series(TypedDict):
-    """One line over optimiser steps."""
+    """A line over optimiser steps."""
 
     name: str
     kind: str
@@ -93,7 +93,7 @@ class Series(TypedDict):
 
 
 class Lines(TypedDict):
-    """Lines with a common unit."""
+    """Several lines with a common unit."""
 
     kind: Literal["lines"]
     unit: str
@@ -101,7 +101,7 @@ class Lines(TypedDict):
 
 
 class Curve(TypedDict):
-    """Values with their intervals."""
+    """Values with confidence intervals."""
 
     y: list[float]
     low: list[float] | list[float | None]
@@ -109,7 +109,7 @@ class Curve(TypedDict):
 
 
 class Panel(TypedDict):
-    """The curves of a row by the position of the target."""
+    """The curves of a model by position of the target."""
 
     label: str
     title: list[str]
@@ -122,14 +122,14 @@ class Panel(TypedDict):
 
 
 class Measure(TypedDict):
-    """A measure: the curve of a panel to draw, and its name."""
+    """A metric: which curve of a panel to draw, and its name."""
 
     key: str
     title: str
 
 
 class Positions(TypedDict):
-    """Panels side by side, each with the control."""
+    """Panels side by side, each compared with the baseline."""
 
     kind: Literal["positions"]
     panels: list[Panel]
@@ -138,7 +138,7 @@ class Positions(TypedDict):
 
 
 class Point(RowBar):
-    """A row with its token cost, both numbers as short text, and whether the point is named."""
+    """A model with its token cost, both values as short text, and whether the point is labelled."""
 
     tokens: float
     short: str
@@ -146,7 +146,7 @@ class Point(RowBar):
 
 
 class CostPlot(TypedDict):
-    """Quality by tokens per user or request, and a reference line.
+    """Quality against tokens per user or request, with a reference line.
 
     If some points are unnamed, a line connects the named ones.
     """
@@ -164,7 +164,7 @@ Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 
 def plots(results: Results) -> dict[str, Plot]:
-    """Return every plot's data by the id of its HTML element."""
+    """Return the data of all plots by the id of their HTML element."""
     result: dict[str, Plot] = {}
     gains = differences(results)
     if gains["rows"]:
@@ -193,7 +193,7 @@ def plots(results: Results) -> dict[str, Plot]:
 
 
 def forest(results: Results, task: str) -> Forest:
-    """Return a task's headline values with intervals, best first, and the best baseline as reference line."""
+    """Return the models of a task with intervals, best first, and the best baseline as reference."""
     metric = results.headline[task]
     rows: list[RowBar] = []
     for row in results.standings(task):
@@ -222,7 +222,7 @@ def forest(results: Results, task: str) -> Forest:
 
 
 def differences(results: Results) -> Differences:
-    """Return the gain of each family's model over its control.
+    """Return the gain over the baseline for each task.
 
     If all families have one metric the unit is that metric, else the percentage of the control's figure.
     """
@@ -237,7 +237,7 @@ def differences(results: Results) -> Differences:
 
 
 def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
-    """Return a family's gain, absolute or relative to the control's figure; None if undefined."""
+    """Return the gain for a task, absolute or relative to the baseline; None if undefined."""
     entry, model, control = found.difference, found.model, found.control
     if entry is None or entry.value is None or model is None or control is None:
         return None
@@ -276,26 +276,26 @@ def weights(row: Row) -> Bars:
 
 
 def losses(results: Results) -> Lines:
-    """Return the training loss and each task's validation loss by optimiser step."""
+    """Return the training loss and the validation loss of each task by optimiser step."""
     log = results.training.log if results.training else ()
     names = dict.fromkeys(name for line in log for name in (line.valid_loss or {}))
     series = [_series("training", "train", [(line.step, line.loss) for line in log])]
     for name in names:
         points = [(line.step, (line.valid_loss or {}).get(name)) for line in log]
         series.append(_series(f"valid: {title(name)}", "valid", points))
-    # A preference loss is a mean over lists, and the loss of rewards is that of a policy gradient.
+    # A preference loss is a mean over lists, and the loss with rewards is that of a policy gradient.
     other = results.training is not None and (results.training.figured or any(line.reward for line in log))
     return {"kind": "lines", "unit": "loss" if other else "loss, nats per token", "series": series}
 
 
 def figured(training: Training, name: str) -> Lines:
-    """Return a logged quantity of a loss by optimiser step."""
+    """Return a logged value by optimiser step."""
     points = [(line.step, (line.figures or {}).get(name)) for line in training.log]
     return {"kind": "lines", "unit": name, "series": [_series(name, "train", points)]}
 
 
 def judged(training: Training, judge: Judged) -> Lines:
-    """Return validation NDCG@10 by optimiser step, and that of classic recommenders on the same cases.
+    """Return validation NDCG@10 by optimiser step, with that of the baselines on the same cases.
 
     Of these, popularity, the best single one and their ensembles are drawn.
     """
@@ -312,7 +312,7 @@ def judged(training: Training, judge: Judged) -> Lines:
 
 
 def rewards(training: Training) -> Lines:
-    """Return rewards of rollouts by optimiser step, with diagnostics of the learning signal."""
+    """Return the rewards of rollouts by optimiser step, with diagnostics of the learning signal."""
     names = {
         "mean reward": "reward",
         "groups with the true item": "hit",
@@ -330,7 +330,7 @@ def rewards(training: Training) -> Lines:
 def speed(results: Results) -> Lines:
     """Return training tokens per second by optimiser step."""
     log = results.training.log if results.training else ()
-    # No tokens were read before the first step.
+    # no tokens were read before the first step
     points = [(line.step, line.tokens_per_second or None) for line in log]
     return {"kind": "lines", "unit": "tokens/s", "series": [_series("tokens/s", "speed", points)]}
 
@@ -341,7 +341,7 @@ def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Ser
 
 
 def budget(results: Results) -> Bars:
-    """Return seconds per stage, in the order in which the stages ran."""
+    """Return the seconds of each stage, in the order of execution."""
     bars: list[Bar] = [
         {
             "label": flat(entry.stage),
@@ -356,7 +356,7 @@ def budget(results: Results) -> Bars:
 
 
 def by_position(results: Results, task: str) -> Positions:
-    """Return HR@1 and mean rank by target position for every language-model row, each with the best baseline."""
+    """Return HR@1 and mean rank by target position for language models, each with the best baseline."""
     rows = shown_rows(results, task)
     return {
         "kind": "positions",
@@ -367,7 +367,7 @@ def by_position(results: Results, task: str) -> Positions:
 
 
 def _panel(row: Row) -> Panel:
-    """Return a row's panel; its title has setting and strategy in one line and the template in the other."""
+    """Return the panel of a model; its title has setting and strategy in one line and the template in the other."""
     own = bands(row)
     lines = (arm_label(row.arm, row.predictor), short_template(row))
     return {
@@ -383,7 +383,7 @@ def _panel(row: Row) -> Panel:
 
 
 def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
-    """Return headline values of language-model rows by tokens per user; None if no row used tokens."""
+    """Return the main metric of language models and their tokens per user; None if no model used tokens."""
     metric = results.headline[task]
     points: list[Point] = []
     for cost in cost_by_row(results, task):

@@ -66,12 +66,12 @@ def html_page(
 
 
 def markdown_page(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, *, fix: str) -> str:
-    """Render the Markdown page: the HTML page without plots, example prompts and raw answers; see `html_page`."""
+    """Render the Markdown page: like the HTML page without plots, example prompts and raw answers; see `html_page`."""
     return markdown_engine().get_template("report.md.j2").render(**_view(results, reasons, audit, fix))
 
 
 def latex(results: Results) -> str:
-    """Return a LaTeX table environment for each task, in the order of the report, for inclusion in a paper.
+    """Return a LaTeX table for each task, to be included in a paper.
 
     The only package needed is booktabs; the engine needs no Unicode fonts.
     """
@@ -79,7 +79,7 @@ def latex(results: Results) -> str:
 
 
 def refused_pages(name: str, audit: Sequence[AuditLine]) -> dict[str, str]:
-    """Return the HTML and Markdown pages of a run that leaks; they begin with the leak."""
+    """Return the HTML and Markdown pages of a run with a leak."""
     view = {
         "name": name, "verdict": VERDICT, "advice": refusal(audit), "audit": audit, "audited": audit_sentence(audit),
         "mend": "", "nonce": hashlib.sha256(repr(audit).encode()).hexdigest()[:32], "style": style(),
@@ -90,7 +90,7 @@ def refused_pages(name: str, audit: Sequence[AuditLine]) -> dict[str, str]:
 
 
 def picture(canvas: Canvas, name: str) -> str:
-    """Return a plot as a standalone SVG file, with the styles that it needs."""
+    """Return a plot as a standalone SVG file with its styles."""
     rules = style().splitlines()
     colours = rules[: rules.index("* { box-sizing: border-box; }")]
     look = "\n".join([*colours, *(line for line in rules if line.startswith(".plot ") and " svg " not in line)])
@@ -98,7 +98,7 @@ def picture(canvas: Canvas, name: str) -> str:
 
 
 def style() -> str:
-    """Return the style sheet of the pages."""
+    """Return the CSS of the pages."""
     return (_HERE / "style.css").read_text("utf-8")
 
 
@@ -132,7 +132,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 @functools.cache
 def markdown_engine(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
-    """Return the Markdown template engine, which escapes every plain string with `escape.cell`.
+    """Return the Markdown template engine, which escapes all plain strings with `escape.cell`.
 
     Args:
         folder: The template folder.
@@ -150,7 +150,7 @@ def markdown_engine(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
 
 @functools.cache
 def _latex() -> ImmutableSandboxedEnvironment:
-    # LaTeX uses braces, percent and hash signs, so the delimiters differ.
+    # LaTeX uses braces, percent and hash signs, so the template delimiters differ.
     result = ImmutableSandboxedEnvironment(
         "<%", "%>", "<<", ">>", "<#", "#>", loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.tex),
@@ -164,7 +164,7 @@ def _latex() -> ImmutableSandboxedEnvironment:
 
 
 def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:
-    """Return a finalizer that escapes printed values with ``form``, except numbers and finished markup."""
+    """Return a function that escapes printed values with ``form``, except numbers and finished markup."""
 
     def finalize(value: object) -> object:
         known = isinstance(value, Markup | Undefined | int | float)
@@ -174,7 +174,7 @@ def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:
 
 
 def _finished(write: Callable[..., str]) -> Callable[..., Markup]:
-    """Return a function whose result is printed unescaped."""
+    """Return a function whose result is inserted without escaping."""
     return lambda *args, **named: Markup(write(*args, **named))
 
 

@@ -1,4 +1,4 @@
-"""Reads the files of a run: results.json as validated records, failure counts from predictions.parquet.
+"""Reads the results of a run and checks that they are consistent.
 
 Results that make no valid table are rejected: mixed protocols, missing controls, inconsistent rows.
 """
@@ -30,13 +30,13 @@ from llmrec.tasks.family import missing_controls
 # --------------------------------------------------------------------------- checks
 
 
-# Signature fields that may differ between the metrics of one row.
+# Signature fields that may differ between the metrics of one model.
 _OF_A_METRIC = frozenset({"gain", "ties", "text", "how"})
 _UNSAID = "(unsaid)"
 
 
 def check(results: Results, *, source: str = "results.json") -> None:
-    """Reject results that make no valid table.
+    """Reject results from which no valid table can be made.
 
     Raises:
         LlmrecError: If rows of a task were measured under different protocols or on different candidates, if a task has
@@ -83,7 +83,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
 
 
 def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) -> None:
-    """Reject a table without the family's required controls, measured by its headline metric."""
+    """Reject a table without the required baselines, measured by its main metric."""
     there = [row.method for row in rows if row.arm == "baseline" and metric in row.metrics]
     lacking = missing_controls(task, there) if is_family(task) else []
     if lacking or not there:
@@ -98,7 +98,7 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
 
 
 def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:
-    """Reject rows that were measured on different candidates or have incompatible signatures."""
+    """Reject models that were measured on different candidates or under incompatible protocols."""
     _same_candidates(task, rows, source)
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for row in rows:
@@ -115,7 +115,7 @@ def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield the signature of every figure of a row under its slice and metric."""
+    """Yield the signatures of all values of a model, each with its subset and metric."""
     for name, metric in row.metrics.items():
         yield ("", name), metric.signature
     for part in row.slices:
@@ -124,7 +124,7 @@ def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
-    """Reject rows that ranked different candidate sets, or of which only some name their set."""
+    """Reject models with different candidate sets, or of which only some name their candidate sets."""
     digests: dict[str | None, str] = {}
     for row in rows:
         digests.setdefault(row.candidates, row.id)
@@ -140,7 +140,7 @@ def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _check_candidates(results: Results, source: str) -> None:
-    """Reject rows that ranked candidate sets other than those that the run describes."""
+    """Reject models with candidate sets other than those described in the results."""
     known = {drawn.digest for drawn in results.candidates.values() if drawn is not None}
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
@@ -158,7 +158,7 @@ def _digest(digest: str | None) -> str:
 
 
 def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
-    """Reject pairs of rows of which neither was measured under all protocols of the other.
+    """Reject pairs of models of which neither was measured under all protocols of the other.
 
     Rows may have a metric under several protocols, such as seen items filtered and not filtered; then one row
     may lack one of them. A field missing in a signature, such as ``users`` or ``slice``, counts as one value.
@@ -181,13 +181,13 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _fields(signature: str) -> dict[str, str]:
-    """Return the fields of a signature, ``metric|field:value|...``, that concern every metric of a table."""
+    """Return the fields of a signature ``metric|field:value|...`` that apply to all metrics of a table."""
     parts = (part.partition(":") for part in signature.split("|")[1:])
     return {key: value for key, _, value in parts if key not in _OF_A_METRIC}
 
 
 def _same_slices(task: str, rows: Sequence[Row], source: str) -> None:
-    """Reject rows whose slices of the same name have different numbers of cases."""
+    """Reject models whose equally named subsets have different numbers of cases."""
     sizes: dict[str, tuple[str, int]] = {}
     for row in rows:
         for part in row.slices:
@@ -205,7 +205,7 @@ def _mixed(task: str, one: str, two: str, source: str) -> str:
 
 
 def _check_comparisons(results: Results, source: str) -> None:
-    """Reject a comparison of rows that are missing or belong to another task."""
+    """Reject a comparison of models that are missing or belong to another task."""
     task_of = {row.id: row.task for row in results.rows}
     for position, comparison in enumerate(results.comparisons):
         for side in (comparison.a, comparison.b):
@@ -221,7 +221,7 @@ def _check_comparisons(results: Results, source: str) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """The content of a run's files, if this process made them and need not read them.
+    """The contents of a run's files, if this process wrote them and need not read them.
 
     Attributes:
         results: The content of ``results.json``.
@@ -237,7 +237,7 @@ class Made:
 
 
 def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
-    """Return the content of results.json as validated records.
+    """Parse and validate the content of results.json.
 
     Args:
         content: The parsed JSON, or records, which are validated again.
@@ -258,7 +258,7 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
 
 
 def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
-    """Return an error that names the first invalid key and its problem."""
+    """Return an error that names the first invalid key."""
     if isinstance(error, RecursionError):
         deep = "it is nested too deeply to be a results file"
         return DataError(f"{source}: {deep}. {fix}".strip(), kind="wrong-format", at=source)
@@ -278,12 +278,12 @@ def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> Da
 
 
 def fix_for(run_dir: Path) -> str:
-    """Return the sentence on how to write a run's files again."""
+    """Return a sentence on how to write the files of a run again."""
     return f"Write it again with: llmrec eval RECIPE --out {shlex.quote(str(run_dir))}"
 
 
 def read(run_dir: Path) -> Results:
-    """Read and check ``run_dir/results.json``.
+    """Read and validate ``run_dir/results.json``.
 
     Raises:
         DataError: If the file is missing, is not JSON or lacks a key.
@@ -296,18 +296,18 @@ def read(run_dir: Path) -> Results:
 
 
 def content_of(run_dir: Path) -> Mapping[str, Any]:
-    """Read ``run_dir/results.json``.
+    """Read ``run_dir/results.json`` without validation.
 
     Raises:
         DataError: If the file is missing, does not match its checksum, or is not a JSON object.
     """
     fix = fix_for(run_dir)
-    # A lone surrogate from a server's answer must not prevent a report: it is escaped where it is shown.
+    # A lone surrogate in a server's answer must not prevent a report; it is escaped when it is shown.
     return read_json(run_dir / "results.json", fix[0].lower() + fix[1:], json.loads)
 
 
 def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
-    """Reject a file of answers that differs from the one its results were written with.
+    """Reject a file of answers that does not belong to the results.
 
     Args:
         run_dir: The run folder.
@@ -333,7 +333,7 @@ def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
 def failure_reasons(
     run_dir: Path, results: Results, predictions: pl.DataFrame | None = None
 ) -> dict[str, dict[str, int]]:
-    """Count each row's failed answers by reason, most frequent first.
+    """Count the failed answers of each model by reason, most frequent first.
 
     Args:
         run_dir: The run folder.
@@ -352,7 +352,7 @@ def failure_reasons(
     try:
         if predictions is None:
             predictions = pl.read_parquet(path, columns=["row_id", "error"])
-        # Sorted, so that the page of a run is reproducible: its nonce is a hash that includes these counts.
+        # Sorted so that the page is reproducible: its nonce is a hash that includes these counts.
         counts = predictions.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -378,11 +378,11 @@ def failure_reasons(
     }
 
 
-_LONGEST = 20_000  # the most characters of a prompt or raw answer on the page
+_LONGEST = 20_000  # maximum number of characters of a prompt or raw answer on the page
 
 
 def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
-    """Return the protocols of each task, shared by its rows, with the metrics measured under them."""
+    """Return the evaluation protocols of each task, with the metrics measured under each."""
     result: dict[str, dict[str, list[str]]] = {}
     for task in results.tasks:
         for row in results.rows:
@@ -406,7 +406,7 @@ def clip(text: str) -> str:
 
 
 def answer(value: object) -> str:
-    """Return a parsed answer or a truth as text: strings unchanged, anything else as JSON."""
+    """Return a parsed or true answer as text: strings unchanged, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

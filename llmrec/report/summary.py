@@ -1,4 +1,4 @@
-"""The summary at the start of a report: what was run, and whether the model or an ensemble is better.
+"""The summary at the beginning of a report: what was run, and whether the model improves on the baselines.
 
 The model is the best row of a language model alone; without one it is the row that is served, or else the best
 ensemble of classic recommenders. The control is the best baseline; for an ensemble the best single recommender. An
@@ -35,12 +35,12 @@ from llmrec.report.wording import (
 )
 from llmrec.results import Comparison, Results, Row, Verdict
 
-# --------------------------------------------------------------------------- the first question
+# --------------------------------------------------------------------------- the main comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headline:
-    """The model of a family and its control.
+    """The model of a task and the baseline to which it is compared.
 
     Attributes:
         task: The family.
@@ -69,13 +69,13 @@ class Headline:
 
     @property
     def relative_to(self) -> float | None:
-        """The control's figure, if a difference can be relative to it."""
+        """The value of the baseline, if a difference can be relative to it."""
         value = None if self.control is None else self.control.metrics[self.metric].value
         return value if value is not None and value > 0 else None
 
 
 def headline(results: Results, task: str, model: Row | None = None) -> Headline:
-    """Return the model and the control of a family, and their comparison.
+    """Return the model and the baseline of a task, and their comparison.
 
     Args:
         results: Results of a run.
@@ -108,7 +108,7 @@ def headline(results: Results, task: str, model: Row | None = None) -> Headline:
 
 
 def served_row(results: Results, task: str) -> Row | None:
-    """Return the row of a task that is served by default; None if the choice is not of this task."""
+    """Return the model of a task that is served by default; None if another task has it."""
     choice = results.choice
     return next((row for row in results.rows if choice and (row.task, row.id) == (task, choice.row)), None)
 
@@ -123,7 +123,7 @@ def question(results: Results, found: Iterable[Headline]) -> str:
 
 
 def sentence(found: Headline) -> str:
-    """Return a sentence on whether the model beats the control, with difference and interval."""
+    """Return a sentence on whether the model is better than the baseline, with difference and interval."""
     if found.model is None or found.control is None:
         lacking = "language model or ensemble" if found.model is None else "baseline"
         return f"No {lacking} has a value for {found.metric}."
@@ -139,12 +139,12 @@ def sentence(found: Headline) -> str:
 
 
 def gain(metric: str, value: float) -> float:
-    """Return a difference with a sign such that above 0 is better for every metric."""
+    """Return a difference with the sign changed if necessary, so that above 0 is better for every metric."""
     return -value if lower(metric) else value
 
 
 def first_sentence(results: Results) -> str:
-    """Return what the model adds to the classic recommenders, or else which of these is served and why."""
+    """Return what the language model adds to the baselines, or else which baseline is served and why."""
     if _asks(results):
         served = [brought(results, task) for task in results.tasks if served_row(results, task) is not None]
         return " ".join(filter(None, (*served, added(results))))
@@ -152,14 +152,14 @@ def first_sentence(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return the first paragraph: what was run, the effect of tuning, leading baselines, the model's addition."""
+    """Return the first paragraph: what was run, the best baselines, and what fine-tuning and the model contribute."""
     verdicts = [verdict(results, task) for task in results.tasks]
     tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if _asks(results) else ()
     return " ".join(filter(None, (_what_ran(results), *tallies, first_sentence(results), caution(results))))
 
 
 def contribution(results: Results, task: str) -> Comparison | None:
-    """Return the tuned model's contribution to the ensemble of classic recommenders: with it − without it.
+    """Return the fine-tuned model's contribution to the ensemble of baselines: with it − without it.
 
     With several ensembles without it, the best one of the planned comparisons counts.
     """
@@ -177,7 +177,7 @@ def contribution(results: Results, task: str) -> Comparison | None:
 
 
 def unweighed(results: Results, ensemble: str) -> bool:
-    """Return whether an ensemble gives its language-model member weight 0."""
+    """Whether an ensemble gives its language model the weight 0."""
     row = results.row(ensemble)
     classic = {entry.predictor for entry in results.rows if entry.task == row.task and entry.arm == "baseline"}
     weights = [part.weight for part in row.fusion.parts if part.name not in classic] if row.fusion else []
@@ -185,7 +185,7 @@ def unweighed(results: Results, ensemble: str) -> bool:
 
 
 def added(results: Results) -> str:
-    """Return a sentence on the tuned model's contribution to the ensemble of classic recommenders.
+    """Return a sentence on the fine-tuned model's contribution to the ensemble of baselines.
 
     Returns:
         One sentence; empty for a run without a tuned model.
@@ -204,7 +204,7 @@ def added(results: Results) -> str:
 
 
 def caution(results: Results, name: Callable[[str], str] = title) -> str:
-    """Return why a run is exploratory: a single training seed, as in every training run, or few users.
+    """Return why a run is exploratory: it has a single training seed, or few users.
 
     Args:
         results: Results of the run.
@@ -223,7 +223,7 @@ def caution(results: Results, name: Callable[[str], str] = title) -> str:
 
 
 def few_users(results: Results, task: str) -> bool:
-    """Return whether a task has too few users for a claim; False if their number is unknown."""
+    """Whether a task has too few users for a claim; False if their number is unknown."""
     return any(row.task == task and row.users is not None and row.users < USERS for row in results.rows)
 
 
@@ -232,7 +232,7 @@ def _asks(results: Results) -> bool:
 
 
 def brought(results: Results, task: str) -> str:
-    """Return which recommender of a task is served and why, its test figure, and what its members contribute.
+    """Return which model of a task is served and why, its test result, and the contributions of its members.
 
     Without a chosen row it is about the best ensemble.
 
@@ -257,7 +257,7 @@ def brought(results: Results, task: str) -> str:
 
 
 def _choice(results: Results, task: str) -> str:
-    """Return which row is served and how it was chosen; empty if the choice is not of this task."""
+    """Return which model is served and how it was chosen; empty if it belongs to another task."""
     choice, row = results.choice, served_row(results, task)
     if choice is None or row is None:
         return ""
@@ -272,7 +272,7 @@ def _choice(results: Results, task: str) -> str:
 
 
 def _parts(row: Row, results: Results) -> str:
-    """Return a sentence on what an ensemble loses without each of its members."""
+    """Return a sentence on how much an ensemble loses without each of its members."""
     if row.fusion is None:
         return ""
     short = {entry.predictor: name for entry, name in _short_parts(row, results)}
@@ -313,7 +313,7 @@ def _what_ran(results: Results) -> str:
 
 
 def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    """Return the verdicts of tuned against zero-shot rows, with their tasks."""
+    """Return the verdicts on fine-tuned versus zero-shot models, with their tasks."""
     tested = [result for result in verdicts if result.tuned and result.tuned.verdict is not None]
     if not tested:
         return "No comparison of fine-tuned and zero-shot was planned."

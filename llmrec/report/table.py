@@ -1,4 +1,4 @@
-"""Results as CSV and as console tables, and the layout of Markdown tables."""
+"""Results as CSV, terminal tables and Markdown tables."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def grid(
 
 
 def csv_text(results: Results | Mapping[str, Any]) -> str:
-    """Return results as CSV: a line per row and metric, with the columns `CSV_COLUMNS`.
+    """Return results as CSV, with one line per model and metric and the columns `CSV_COLUMNS`.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
     """
     result = results_of(results)
     buffer = io.StringIO()
-    # The line ending of RFC 4180.
+    # line ending of RFC 4180
     write_rows(buffer, CSV_COLUMNS, _csv_rows(result), end="\r\n")
     return buffer.getvalue()
 
@@ -109,7 +109,7 @@ def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
 
 
 def _csv_missing(row: Unevaluated, metric: str) -> tuple[object, ...]:
-    """Return the line of a row that was not evaluated, with the reason."""
+    """Return the CSV line of a model that was not evaluated, with the reason."""
     known = {
         **{name: getattr(row, name) for name in ("task", "arm", "predictor", "template", "template_use", "shots")},
         **{"row": row.id, "metric": metric, "undefined": f"{NOT_EVALUATED}: {row.reason}"},
@@ -118,7 +118,7 @@ def _csv_missing(row: Unevaluated, metric: str) -> tuple[object, ...]:
 
 
 def _csv_undefined(metric: Metric) -> str | None:
-    """Return why a figure has no value; empty if it has one."""
+    """Return why a metric has no value; empty if it has one."""
     return None if metric.value is not None else metric.undefined or UNDEFINED
 
 
@@ -134,11 +134,11 @@ def _csv_costs(row: Row, members: Sequence[Row]) -> tuple[object, ...]:
     return (row.users, row.candidates, cost.tokens_per_request, cost.seconds_per_request, cost.forwards_per_request)
 
 
-# --------------------------------------------------------------------------- console
+# --------------------------------------------------------------------------- terminal
 
 
 def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return a rich table per task, and one of planned comparisons if any; each fits into 80 columns.
+    """Return a table per task, and one of planned comparisons if there are any, each at most 80 columns wide.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
@@ -149,13 +149,13 @@ def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Return text that rich prints literally: no markup, no escape sequences."""
+    """Return text that rich prints literally, without markup and escape sequences."""
     return Text(flat(text), style=style)
 
 
 def _task_table(results: Results, task: str) -> Table:
     names = results.metrics(task)[:2]
-    # A figure that all rows share, without failures, needs no column.
+    # A value that all models share, without failures, needs no column.
     parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
     table = table_of(title(task), undefined(results, task))
     table.add_column("Model", overflow="fold")
@@ -203,7 +203,7 @@ def _comparison_table(results: Results) -> Table:
 
 
 def table_of(head: str, notes: Sequence[str]) -> Table:
-    """Return a table of 80 columns without vertical rules, with notes below it."""
+    """Return a table of 80 columns without vertical lines, with notes below it."""
     caption = plain("\n".join(notes)) if notes else None
     return Table(
         title=plain(head, "bold"), title_justify="left", header_style="bold", caption=caption, caption_justify="left",

@@ -1,4 +1,4 @@
-"""Generated texts side by side: the answers of every row to a request, and what its prompt contained."""
+"""Examples of generated texts: the texts of all models for a request, and what its prompt contained."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ OPEN = 5
 
 
 def text_tasks(results: Results) -> list[str]:
-    """Return the tasks with sample texts, in the order of the tables."""
+    """Return the tasks with example texts, in the order of the tables."""
     return [task for task in results.tasks if samples(results, task)]
 
 
 def samples(results: Results, task: str) -> list[Sample]:
-    """Return the sample requests of a task."""
+    """Return the example requests of a task."""
     return [sample for sample in results.texts if sample.task == task]
 
 
 def answered(results: Results, sample: Sample) -> list[tuple[Row, Written]]:
-    """Return a request's rows with their texts, in the order of the task's table."""
+    """Return the models with their texts for a request, in the order of the result table."""
     rows = results.standings(sample.task)
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]
 
 
 def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
-    """Return which questions show the extra information; empty if all do."""
+    """Return which prompts show the additional information; empty if all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:
         return "in no prompt"
@@ -37,7 +37,7 @@ def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
 
 
 def about_choice(results: Results, found: Sequence[Sample]) -> str:
-    """Return a sentence on the number of sample requests and how they were chosen."""
+    """Return a sentence on the number of example requests and how they were selected."""
     asked = max((row.n for row in results.rows if row.task == found[0].task), default=len(found))
     if len(found) >= asked:
         return f"All {len(found)} requests, in random order." if asked > 1 else "The only request."
@@ -45,12 +45,12 @@ def about_choice(results: Results, found: Sequence[Sample]) -> str:
 
 
 def who(sample: Sample) -> str:
-    """Return a user's name with the id, or the id alone."""
+    """Return the name of a user with the id, or the id alone."""
     return f"{sample.user.name} ({sample.user.id})" if sample.user.name else sample.user.id
 
 
 def rank_words(shown: ExampleUser) -> str:
-    """Return the rank of an example's held-out item in words."""
+    """Return the rank of the held-out item of an example in words."""
     if shown.rank is None:
         return "not in the list"
     return f"rank {rough(shown.rank)}{f' of {count(shown.pool)}' if shown.pool else ''}"

@@ -1,4 +1,4 @@
-"""The final console output of a run: a table of headline figures, and the effects of tuning and ensembles."""
+"""The final terminal output of a run: a table of main metrics, and the effects of fine-tuning and ensembles."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ WIDTH = 80
 STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
 """Colours of verdicts on a terminal, in addition to the words."""
 _ARMS = ("zero-shot", "few-shot", "tuned")
-# The report's sign for comparisons that were not planned.
+# the sign for comparisons that were not planned
 _OPEN = "◇"
-# Number of stages named in a run's time.
+# number of stages to name with their duration
 _LONGEST = 3
 
 
 def metrics_table(results: Results) -> Table:
-    """Return the final table of a run: the headline metric of each task by setting, and the best baseline.
+    """Return the final table of a run: the main metric of each task by setting, and the best baseline.
 
     A setting shows the best row of the model alone. The last column is the first difference of the report
     (`llmrec.report.summary`). A run without a language model shows its best single recommender and its ensemble.
@@ -70,12 +70,12 @@ def metrics_table(results: Results) -> Table:
 
 
 def _best(results: Results, task: str, arm: str) -> Row | None:
-    """Return the best row of a setting that is not an ensemble; None if none has a figure."""
+    """Return the best model in a setting, except ensembles; None if none has a value."""
     return next((row for row in with_figures(results, task) if row.arm == arm and alone(row)), None)
 
 
 def _difference(found: Headline) -> Text:
-    """Return the difference of model and control with a sign for its verdict, above its interval."""
+    """Return the difference between model and baseline with a sign for the verdict, above its interval."""
     entry = found.difference
     if entry is None:
         return Text(DASH)
@@ -120,11 +120,11 @@ def spent(results: Results) -> str:
 
 
 def wrapped(text: str, *, hang: int = 2) -> list[str]:
-    """Wrap a paragraph at `WIDTH` columns, with lines after the first indented by ``hang``.
+    """Wrap a paragraph at `WIDTH` columns, with all lines after the first indented by ``hang``.
 
     A longer name is not broken.
     """
-    # No line break within an interval or between it and its number.
+    # no line break within an interval, or between it and its value
     text = re.sub(r"\[(\S+), (\S+)\]", "[\\1,\N{NO-BREAK SPACE}\\2]", text)
     result = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hang, break_on_hyphens=False, break_long_words=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in result]

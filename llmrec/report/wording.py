@@ -1,4 +1,4 @@
-"""Formats numbers and verdicts as text for the HTML page, the Markdown page and the console."""
+"""Formats numbers and verdicts as text for HTML, Markdown and terminal output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: Mapping[Reads | None, str] = {
 }
 """The input of models; a claim for one kind compares with the best model of the kinds above it."""
 
-# At this log weight or less, items of the history rank after all others.
+# With a log weight of this or less, history items rank after all others.
 _BEHIND = -1e6
 
 FORMS: Mapping[str, str] = {
@@ -52,7 +52,7 @@ FORMS: Mapping[str, str] = {
 
 
 def title(task: str) -> str:
-    """Return a task's heading."""
+    """Return the heading of a task."""
     return family_of(task).title if is_family(task) else task
 
 
@@ -69,12 +69,12 @@ def number(value: float | None, *, sign: bool = False) -> str:
 
 
 def figure(metric: Metric | None) -> str:
-    """Return a row's figure as text: a dash for a missing metric, a word for an undefined value."""
+    """Return the value of a model as text: a dash if it is missing, a word if it is undefined."""
     return DASH if metric is None else UNDEFINED if metric.value is None else number(metric.value)
 
 
 def undefined(results: Results, task: str) -> list[str]:
-    """Return sentences on the undefined figures of a task: their rows and reasons."""
+    """Return sentences on the undefined values of a task, with their models and reasons."""
     rows = [row for row in results.rows if row.task == task]
     matches = [
         (label(row), name, entry.undefined)
@@ -86,7 +86,7 @@ def undefined(results: Results, task: str) -> list[str]:
 
 
 def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: str) -> list[str]:
-    """Return sentences on the undefined figures of a table, with reasons.
+    """Return sentences on the undefined values in a table, with reasons.
 
     Args:
         found: Row, metric and reason of each; the reason is empty if unknown.
@@ -106,7 +106,7 @@ def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: 
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
-    """Return ``[low, high]``, or an empty string without an interval."""
+    """Return ``[low, high]``, or an empty text without an interval."""
     return "" if low is None or high is None else f"[{number(low, sign=sign)}, {number(high, sign=sign)}]"
 
 
@@ -126,12 +126,12 @@ def share(value: float | None) -> str:
 
 
 def outcome(verdict: Verdict | None) -> str:
-    """Return a verdict on the first row against the second in words; files keep the older words."""
+    """Return the verdict of a comparison in words; result files use older words."""
     return "exploratory" if verdict is None else _OUTCOMES[verdict]
 
 
 def outcome_of(entry: Comparison) -> str:
-    """Return the verdict of a comparison, or if it was not planned, the direction of its interval."""
+    """Return the verdict of a comparison or, if it was not planned, the direction of its interval."""
     if entry.verdict is not None or entry.value is None or entry.low is None or entry.high is None:
         return outcome(entry.verdict)
     if entry.low <= 0 <= entry.high:
@@ -140,7 +140,7 @@ def outcome_of(entry: Comparison) -> str:
 
 
 def in_words(entry: Comparison, a: str, b: str) -> str:
-    """Return how two rows compare in words; marked as exploratory if the comparison was not planned.
+    """Return in words how two models compare; marked as exploratory if the comparison was not planned.
 
     Args:
         entry: The comparison a - b.
@@ -158,12 +158,12 @@ def in_words(entry: Comparison, a: str, b: str) -> str:
 
 
 def coverage(level: float | None) -> str:
-    """Return the coverage of an interval, such as ``98.3 %``; that of an exploratory one is 95 %."""
+    """Return the confidence level of an interval, such as ``98.3 %``; 95 % for exploratory ones."""
     return f"{100 * (0.95 if level is None else level):.4g} %"
 
 
 def history_worth(repeat: float | None) -> str:
-    """Return how an ensemble weighs items of the history; empty if none can be ranked.
+    """Return how an ensemble treats history items; empty if they cannot be ranked.
 
     Args:
         repeat: The log weight.
@@ -176,7 +176,7 @@ def history_worth(repeat: float | None) -> str:
 
 
 def difference(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    """Return a signed difference with its interval; a nonzero number is never written as 0."""
+    """Return a signed difference with its interval; a nonzero number is never rounded to 0."""
     if value is None or low is None or high is None:
         return DASH
     return f"{_signed(value, digits)} [{_signed(low, digits)}, {_signed(high, digits)}]"
@@ -188,19 +188,19 @@ def _signed(value: float, digits: int) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """Return a p value with three decimals."""
+    """Return a p-value with three decimals."""
     if value is None:
         return DASH
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def count(value: float | None) -> str:
-    """Return a whole number with thin spaces between thousands."""
+    """Return an integer with thin spaces between thousands."""
     return DASH if value is None else f"{value:,.0f}".replace(",", "\u2009")
 
 
 def rough(value: float | None) -> str:
-    """Return a mean of counts as text: one decimal below 100, else a whole number."""
+    """Return a mean of counts as text: one decimal below 100, otherwise an integer."""
     if value is None:
         return DASH
     return count(value) if value >= 99.95 else f"{value:.1f}".removesuffix(".0")
@@ -227,17 +227,17 @@ def duration(seconds: float | None) -> str:
 
 
 def short_template(row: Setting) -> str:
-    """Return a template's name without its family."""
+    """Return the name of a template without its task."""
     return (row.template or "").rpartition("/")[2]
 
 
 def label(row: Setting) -> str:
-    """Return the label of a row, such as ``fine-tuned · likelihood · continue-list``."""
+    """Return the label of a model, such as ``fine-tuned · likelihood · continue-list``."""
     return flat(row.label)
 
 
 def short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Return short names of rows by id: the method, with parameters only if a method has several rows.
+    """Return short names of models by id: the method, with parameters only if several models share the method.
 
     A single parameter is given if it distinguishes all rows of the method.
     """
@@ -266,7 +266,7 @@ def _settings(row: Row) -> list[str]:
 
 
 def arm_label(arm: str, predictor: str) -> str:
-    """Return the common label of rows that differ only in template, such as ``fine-tuned · likelihood``."""
+    """Return the label shared by models that differ only in template, such as ``fine-tuned · likelihood``."""
     return flat(f"{arm_name(arm)} · {predictor}")
 
 
@@ -275,7 +275,7 @@ def arm_label(arm: str, predictor: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskVerdict:
-    """The outcome of a task on its headline metric; ensembles that contain the language model are excluded.
+    """The result of a task on its main metric, without ensembles that contain the language model.
 
     Attributes:
         best: The first row; None if no row has a value.
@@ -295,12 +295,12 @@ class TaskVerdict:
 
     @property
     def control_leads(self) -> bool:
-        """Whether a baseline is first."""
+        """Whether a baseline is the best model."""
         return self.best is not None and self.best.arm == "baseline"
 
 
 def facing(comparison: Comparison, first: str) -> Comparison:
-    """Return a comparison as ``first - other``."""
+    """Return a comparison in the direction ``first - other``."""
     if comparison.a == first:
         return comparison
     turned: dict[Verdict | None, Verdict | None] = {"shown": "contradicted", "contradicted": "shown"}
@@ -322,18 +322,18 @@ def _numbers(comparison: Comparison) -> dict[str, float | None]:
 
 
 def alone(row: Row) -> bool:
-    """Return whether a row is a language model alone, not an ensemble that contains one."""
+    """Whether a model is a single language model, not an ensemble that contains one."""
     return row.arm != "baseline" and row.fusion is None
 
 
 def with_figures(results: Results, task: str) -> list[Row]:
-    """Return the rows of a task that have a headline figure, best first."""
+    """Return the models of a task that have a value of the main metric, best first."""
     metric = results.headline[task]
     return [row for row in results.standings(task) if metric in row.metrics and row.metrics[metric].value is not None]
 
 
 def compared(results: Results, first: Row | None, other: Row | None) -> Comparison | None:
-    """Return the comparison ``first - other`` on the headline metric, preferably the planned one."""
+    """Return the comparison ``first - other`` on the main metric, preferably a planned one."""
     if first is None or other is None:
         return None
     ends, key = {first.id, other.id}, (first.task, results.headline[first.task])
@@ -346,7 +346,7 @@ def compared(results: Results, first: Row | None, other: Row | None) -> Comparis
 
 
 def verdict(results: Results, task: str) -> TaskVerdict:
-    """Return the outcome of a task: the best row, its rival, and the effect of tuning."""
+    """Return the result of a task: the best baseline and language model, and the effect of fine-tuning."""
     metric = results.headline[task]
     every = with_figures(results, task)
     rows = [row for row in every if row.arm == "baseline" or alone(row)]
@@ -369,7 +369,7 @@ def verdict(results: Results, task: str) -> TaskVerdict:
 
 
 def winner_sentence(found: TaskVerdict) -> str:
-    """Return a sentence on which row is first, explicit if it is a control."""
+    """Return a sentence on which model is best; it says so explicitly if that is a baseline."""
     if found.best is None:
         return f"No model has a value for {found.metric}."
     score = found.best.metrics[found.metric]
@@ -390,7 +390,7 @@ def winner_sentence(found: TaskVerdict) -> str:
 
 
 def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
-    """Return a sentence on the tuned against the zero-shot row, with interval and verdict."""
+    """Return a sentence on the fine-tuned versus the zero-shot model, with interval and verdict."""
     if found.tuned is None:
         tuned = any(row.task == found.task and row.arm == "tuned" for row in rows)
         return "The fine-tuned model was not compared with zero-shot." if tuned else "This run has no fine-tuned model."
@@ -404,11 +404,11 @@ def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
 
 
 def stated(comparison: Comparison) -> str:
-    """Return a difference with its metric and interval, with a note if lower is better."""
+    """Return a difference with its metric and interval, and a note if lower is better."""
     text = f"{comparison.metric} {with_interval(comparison.value, comparison.low, comparison.high, sign=True)}"
     return f"{text} (lower is better)" if lower(comparison.metric) else text
 
 
 def listed(words: Sequence[str]) -> str:
-    """Return words as ``a, b and c``."""
+    """Join words as ``a, b and c``."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"
