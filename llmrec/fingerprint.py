@@ -155,7 +155,7 @@ def modules_of(names: Iterable[tuple[Table, str]]) -> set[str]:
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Return a hash of the source of llmrec modules and of all llmrec modules that they import, also lazily."""
+    """Return a hash of the source code of modules, and of all llmrec modules that they import."""
     files: dict[str, bytes] = {}
     waiting = list(modules)
     while waiting:

@@ -70,7 +70,7 @@ def commit(checkout: Path | None = None) -> str:
 
 
 def command_line(*program: str) -> str:
-    """Return the command line of this process, quoted for a shell; if it is not an llmrec command, the default one."""
+    """Return the command line of this process, quoted for a shell, with ``program`` (llmrec by default) in front."""
     return shlex.join([*(program or ("llmrec",)), *sys.argv[1:]])
 
 

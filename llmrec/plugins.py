@@ -119,7 +119,7 @@ def is_address(name: str) -> bool:
 
 @cache
 def _every() -> tuple[EntryPoint, ...]:
-    """Return the entry points of all plug-in groups; of a package installed twice, those that Python would import."""
+    """Return the entry points of all plug-in groups, without shadowed duplicates of a package."""
     result: dict[tuple[str, str, str], EntryPoint] = {}
     for package in distributions():
         for point in package.entry_points:
@@ -245,7 +245,7 @@ def _missing(plugin: object, path: str) -> str:
 
 
 def _needs(group: str, plugin: object) -> tuple[str, ...]:
-    """Return the attributes that a plug-in must have; of a function, its result must have them."""
+    """Return the attributes that a plug-in (or the result of a plug-in function) must have."""
     needs = KINDS[group].needs
     if not isinstance(plugin, type):
         return needs

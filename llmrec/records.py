@@ -282,7 +282,7 @@ class Written(Record):
 
 
 class Sample(Record):
-    """A request answered by text: the true text, and the text of each model by row id."""
+    """A request that is answered by text, with the true text and the text of each model."""
 
     task: str
     request_id: str
@@ -320,7 +320,7 @@ class Exhibit(Record):
 
 
 class Nearby(Record):
-    """A training item whose text is similar to that of another item, by cosine of text vectors."""
+    """A training item with a text similar to another item's text, by cosine similarity."""
 
     title: str
     cosine: float

@@ -710,14 +710,14 @@ def options_of(strategy: str, section: object) -> dict[str, Json]:
 
 
 def keys_of(strategy: str) -> tuple[str, ...]:
-    """Return the keys in the section ``eval`` that a strategy reads; of a plug-in, its attribute ``keys``."""
+    """Return the keys in the section ``eval`` that a strategy reads; plug-ins list them in ``keys``."""
     if is_plugin(STRATEGIES, strategy):
         return tuple(getattr(lookup(STRATEGIES, strategy, "strategy"), "keys", ()))
     return STRATEGIES[strategy].keys if strategy in STRATEGIES else ()
 
 
 def is_positional(strategy: str) -> bool:
-    """Whether a strategy depends on the order of candidates; of a plug-in, its attribute ``positional``."""
+    """Whether a strategy depends on the order of candidates; plug-ins say so in ``positional``."""
     if is_plugin(STRATEGIES, strategy):
         return bool(getattr(lookup(STRATEGIES, strategy, "strategy"), "positional", False))
     return strategy in STRATEGIES and STRATEGIES[strategy].positional

@@ -253,7 +253,7 @@ def listable(
 def best_of(
     request: RankRequest, names: Sequence[str], scores: NDArray[np.float64], able: NDArray[np.bool_], depth: int
 ) -> Ranking:
-    """Return the ``depth`` items with the highest scores among those that are `listable`."""
+    """Return the ``depth`` highest-scoring `listable` items."""
     scores = np.where(able, scores, -np.inf)
     order = np.argsort(-scores, kind="stable")[: min(depth, int(able.sum()))]
     return Ranking(

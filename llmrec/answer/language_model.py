@@ -248,7 +248,7 @@ class LanguageModel:
 
     @property
     def identity(self) -> dict[str, object]:
-        """All inputs except the requests that can change an answer, by name."""
+        """All inputs that can change an answer, except the requests, by name."""
         bundle, way, options = self.bundle, self.default, self.options
         asking, reasoner = way.asking, way.reasoner
         return {

@@ -351,7 +351,7 @@ class Loaded(Displayed):
         return self.known.digest
 
     def signature(self, model: str | None = None) -> str:
-        """Return a hash of everything except the request that can change an answer."""
+        """Return a hash of everything that can change an answer, except the request."""
         return self._models.get(model).signature
 
     def read(self, record: Mapping[str, object], row: int, *, whole: bool) -> RankRequest:
@@ -468,7 +468,7 @@ class Loaded(Displayed):
         return Entities(recipe.data.columns.user, recipe.data.columns.item)
 
     def _like(self, users: Any) -> Any:
-        """Return a series or array of users as a data frame of the same library, by default of the interactions."""
+        """Return a series or array of users as a data frame of the same library."""
         if isinstance(users, pa.Array | pa.ChunkedArray):
             return _SCHEMA.empty_table()
         return users if type(users).__module__.partition(".")[0] in ("pandas", "polars") else self._frame

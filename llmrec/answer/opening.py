@@ -355,7 +355,7 @@ def _check_equal(what: str, values: Mapping[str, object]) -> None:
 
 
 def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
-    """Return the adapters that one engine can apply to the base model, without those that vLLM does not support."""
+    """Return the adapters that vLLM can apply to the base model in one engine."""
     stamp = weights_stamp(base.folder)
     return [
         adapter

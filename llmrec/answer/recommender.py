@@ -120,7 +120,7 @@ class Recommender(Protocol):
 
     @property
     def signature(self) -> str:
-        """Hash of everything except the request that can change an answer."""
+        """Hash of everything that can change an answer, except the request."""
         ...
 
     def answer(

@@ -129,7 +129,7 @@ class Rules:
         )
 
     def joined(self, other: Rules) -> Rules:
-        """Return rules that forbid what either of two rules forbids, such as those of a service and of a request.
+        """Combine two sets of rules, such as the rules of a service and of a request.
 
         Of two quotas on a field the stricter applies, and of two diversities the larger. The order does not matter.
         """

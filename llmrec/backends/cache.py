@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 
 class Stored(TypedDict):
-    """A stored answer by field, and the seconds that it took."""
+    """A stored answer, and the seconds that it took."""
 
     seconds: float
     answer: Any

@@ -570,7 +570,7 @@ def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
 def top_of(
     request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
 ) -> Ranking:
-    """Return the `TOP` highest-scoring items, and all that tie with the last of them.
+    """Return the `TOP` highest-scoring items, and all items with the same score as the last.
 
     Truncating a tied block would decide at random, or by id, whether the target is in the list.
     """

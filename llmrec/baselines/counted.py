@@ -167,7 +167,7 @@ def _odds(share: float) -> float:
 
 @dataclass(frozen=True)
 class _Past:
-    """All ratings of training users, including those in histories only, in time order for each user.
+    """All ratings of training users in time order, including ratings that are only history.
 
     Attributes:
         users: User indices as in `Ratings`, shape (n,), ascending.
@@ -182,7 +182,7 @@ class _Past:
     place: NDArray[np.int64]
 
     def summed(self, values: NDArray[np.float64], *, before: bool) -> NDArray[np.float64]:
-        """Return, for each training rating, the sum over the user's other ratings, or over the earlier ones."""
+        """Return, for each training rating, the sum over the user's other (or earlier) ratings."""
         if not before:
             return np.bincount(self.users, weights=values)[self.users][self.place] - values[self.place]
         running = np.cumsum(values) - values

@@ -67,7 +67,7 @@ class GlobalMean(_Means):
 
 
 class UserMean(_Means):
-    """Predicts the mean rating of the user; for users without ratings that of the item, or else the global mean."""
+    """Predicts the user's mean rating, or else the item's mean rating, or else the global mean."""
 
     name = "user-mean"
 

@@ -190,7 +190,7 @@ class FirstSentence(Baseline[NoParameters, str]):
 
 
 def first_sentence(text: str) -> str:
-    """Return a text up to its first full stop, question mark or exclamation mark, or all of it."""
+    """Return a text up to its first full stop, question mark or exclamation mark."""
     result = _SENTENCE.match(text)
     return result.group(1).strip() if result else ""
 

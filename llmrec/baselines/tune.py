@@ -53,7 +53,7 @@ _PATIENCE = 2
 
 
 def points(grid: Grid) -> list[Point]:
-    """Return all settings of a grid; one empty setting for an empty grid."""
+    """Return all combinations of values in a grid; one empty combination for an empty grid."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
@@ -271,7 +271,7 @@ def tune(
 
 @dataclass
 class _Search:
-    """Fits and evaluates each setting once, and keeps the best fitted models."""
+    """Fits and evaluates each hyperparameter setting once, and keeps the best models."""
 
     name: str
     data: SplitDataset
@@ -286,7 +286,7 @@ class _Search:
     _last: Any = None
 
     def judge(self, point: dict[str, Any]) -> Mapping[str, float] | None:
-        """Return the results of a setting, higher is better; None if the limit of fits is reached."""
+        """Return the validation results of a hyperparameter setting; None if the maximum number of fits is reached."""
         trial = next((trial for trial in self.trials if dict(trial.parameters) == point), None)
         if trial is None:
             if self.fits is not None and len(self._fits() | {self._fit_of(point)}) > self.fits:
@@ -295,11 +295,11 @@ class _Search:
         return {table: self._sign() * value for table, value in trial.values.items()}
 
     def best(self, table: str) -> Trial:
-        """Return the best setting for a table; the first one among equals."""
+        """Return the best hyperparameter setting for a table of results."""
         return max(self.trials, key=lambda trial: self._sign() * trial.values[table])
 
     def model(self, trial: Trial) -> Any:
-        """Return the fitted model of a best setting; None if it was fitted in an earlier call."""
+        """Return the fitted model of the best setting; None if it was fitted in an earlier call."""
         return next((model for other, model in self._models.values() if other is trial), None)
 
     def _try(self, point: dict[str, Any]) -> Trial:

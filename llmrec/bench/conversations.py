@@ -83,7 +83,7 @@ class Setting:
 
     @staticmethod
     def of(page: ChatSuite, models: Models) -> Setting:
-        """Return the setting for an open recommender."""
+        """Return the shared data for an open recommender."""
         assert models.data is not None
         facts = Facts(models.items)
         tools = Tools(facts, ModelLists(Catalogue(models.items), asking(models)))

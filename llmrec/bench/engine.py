@@ -245,7 +245,7 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
 
 
 def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
-    """Return the comparisons to make in a table, with None for those without requests.
+    """Return the comparisons to make in a table; None if a comparison has no requests.
 
     Rows that were not run or have no figure are not compared.
     """
@@ -302,7 +302,7 @@ def _filled(
     parts: Parts,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
-    """Yield comparisons with their results; those over all requests also on subsets."""
+    """Yield comparisons with their results, also on subsets of the requests."""
     for (frame, contrast), pair in zip(asked, numbers, strict=True):
         if contrast is None or pair is None:
             yield frame

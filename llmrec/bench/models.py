@@ -146,7 +146,7 @@ class Models:
         return [result for entry in every if (result := hashes_of(str(row.baseline), entry))]
 
     def reads(self, row: SuiteRow) -> Reads:
-        """Return which item data a model reads; of an ensemble, what its members read."""
+        """Return which item data a model (or any member of an ensemble) reads."""
         if row.fuse:
             return widest([self.reads(self._row(label)) for label in row.fuse])
         if row.baseline is not None:
@@ -164,13 +164,13 @@ class Models:
         return not row.fuse or any(self.stochastic(self._row(label)) for label in row.fuse)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
-        """Return a split whose validation users are those for selecting hyperparameters and epochs."""
+        """Return a split with only the validation users for selecting hyperparameters and epochs."""
         if not any(row.fuse for row in self.suite.rows):
             return data
         return self._halves(data)[0]
 
     def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
-        """Return a split with the validation users for hyperparameters, and one with those for ensemble weights."""
+        """Return two splits: with the validation users for hyperparameters, and for ensemble weights."""
         if data.fingerprint not in self._split:
             self._split[data.fingerprint] = halves(data, self.suite.reserved)
         return self._split[data.fingerprint]

@@ -464,7 +464,7 @@ def _compared(pair: BenchmarkPair) -> str:
 
 
 def _where(pair: BenchmarkPair) -> str:
-    """Return in words on which requests a comparison was made; empty for all requests."""
+    """Describe on which requests a comparison was made; empty for all requests."""
     if pair.users is not None:
         return f", {pair.users:,} users{', exploratory' if pair.users < USERS else ''}"
     if pair.items is None:
@@ -480,7 +480,7 @@ def _where(pair: BenchmarkPair) -> str:
 
 
 def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
-    """Return published results for the same treatment of history items; those on other data are separate."""
+    """Return the published results that treat history items in the same way."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
     same = _on_its_data(result, references, seen)

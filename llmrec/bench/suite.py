@@ -74,7 +74,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Once:
-    """The results of a model in one table with one seed; for ranking also those of cold-start items."""
+    """The results of a model in one table with one seed."""
 
     evaluated: Evaluated
     cold: Mapping[str, float] | None = None
@@ -463,7 +463,7 @@ def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Ro
 
 
 def _values(runs: Sequence[Once]) -> dict[str, Values]:
-    """Return the values by request; with several seeds, those of each seed."""
+    """Return the values by request, and by seed if there are several seeds."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:
         if name in runs[0].evaluated.values:

@@ -56,7 +56,7 @@ class Wish(BaseModel):
 
     @property
     def asks(self) -> bool:
-        """Whether it requires something, instead of excluding something."""
+        """Whether the preference requires something, instead of excluding something."""
         return self.hard and self.field != ITEM and self.op != "not" and not self.ban
 
     @property

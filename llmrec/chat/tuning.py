@@ -120,7 +120,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
 
 
 def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
-    """Divide decisions into training decisions, and those of 10 % of the conversations, which are held out."""
+    """Divide decisions into training and held-out decisions; 10 % of the conversations are held out."""
     names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
         raise DataError(

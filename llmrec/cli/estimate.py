@@ -252,13 +252,13 @@ class Work:
     written: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        """Return the sum of two amounts of work."""
+        """Return the sum of two token counts."""
         return Work(
             self.asked + other.asked, self.read + other.read, self.scored + other.scored, self.written + other.written
         )
 
     def times(self, count: float) -> Work:
-        """Return the work multiplied by ``count``."""
+        """Return the token counts multiplied by ``count``."""
         return Work(self.asked * count, self.read * count, self.scored * count, self.written * count)
 
     @property
@@ -284,7 +284,7 @@ class Seen:
 
 
 def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
-    """Estimate the work of each setting from a sample of its prompts."""
+    """Estimate the number of tokens for zero-shot, few-shot and tuned evaluation from a sample of prompts."""
     totals: dict[str, Work] = {}
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0

@@ -126,7 +126,7 @@ def _apply(meta: Mapping[str, Any]) -> None:
 
 
 class _Handler(logging.Handler):
-    """Prints log records of llmrec, and sends those of other libraries to the library log."""
+    """Prints log records of llmrec, and sends log records of other libraries to a separate log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

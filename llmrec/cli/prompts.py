@@ -149,7 +149,7 @@ def _write_chat(study: Study, file: Path) -> None:
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
-    """Add template files among the names to the recipe, and return it and the names with files replaced by stems.
+    """Add the template files in a list of names to the recipe, and return it with the names of all templates.
 
     Args:
         recipe: The recipe.

@@ -111,7 +111,7 @@ def draw(
     seed: int,
     users: frozenset[str] | None = None,
 ) -> CandidateSets:
-    """Draw candidates for every held-out interaction of a split, or only for those of given users.
+    """Draw candidates for the held-out interactions of a split, for all users or given users.
 
     Negatives are items that the user has not interacted with; see `touched`. ``popularity`` draws them without
     replacement, with probabilities proportional to 1 + the number of *training* interactions. The order is shuffled, so

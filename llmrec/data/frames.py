@@ -59,7 +59,7 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
 
 @contextmanager
 def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
-    """Yield a temporary folder for data frames, and a function that replaces its file names in messages by frame names.
+    """Yield a temporary folder for data frames, and a function that restores frame names in error messages.
 
     Raises:
         LlmrecError: Those of the block, with frame names.
@@ -70,7 +70,7 @@ def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
 
 @contextmanager
 def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
-    """Yield a function that replaces file names in messages by the names of the data frames stored in them.
+    """Yield a function that replaces the names of temporary files in error messages by frame names.
 
     Raises:
         LlmrecError: Those of the block, with frame names.

@@ -44,7 +44,7 @@ _RANK = 60
 
 @dataclass(frozen=True)
 class BM25:
-    """BM25 weights of the words of a set of texts (Robertson and Zaragoza, 2009, equation 3.15).
+    """BM25 word weights of a set of texts (Robertson and Zaragoza, 2009, equation 3.15).
 
     Attributes:
         index: Column of each word.
@@ -73,7 +73,7 @@ class BM25:
         return BM25(index, sparse.csr_array((values, (rows, columns)), shape=shape))
 
     def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
-        """Return the BM25 scores of all texts, or of a slice of them, for a question, shape (texts,)."""
+        """Return the BM25 scores of texts for a question, shape (texts,)."""
         words = np.zeros(len(self.index))
         for word in _words(question):
             if word in self.index:

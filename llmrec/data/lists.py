@@ -265,7 +265,7 @@ def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
 
 
 def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
-    """Reject items that occur twice for the same key."""
+    """Reject items that occur twice in the same list."""
     repeated = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
     if len(repeated):
         row = int(repeated[0])

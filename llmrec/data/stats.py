@@ -189,11 +189,11 @@ class Tallies:
         self._latest: tuple[str, Mapping[str, Tally]] | None = None
 
     def user(self, user_id: str, without: Collection[str]) -> Tally:
-        """Return the counts of a user's training interactions, except those with the given items."""
+        """Return the number and mean rating of a user's training interactions, except with given items."""
         return sum((tally for item, tally in self._of(user_id).items() if item not in without), Tally())
 
     def item(self, item_id: str, without: str) -> Tally:
-        """Return the counts of an item's training interactions, except those of one user."""
+        """Return the number and mean rating of an item's training interactions, except by one user."""
         return self._items.get(item_id, Tally()) - self._of(without).get(item_id, Tally())
 
     @cached_property

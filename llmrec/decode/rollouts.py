@@ -93,7 +93,7 @@ class _Drawn(Beams):
 
 
 def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprobs: Floats) -> _Drawn:
-    """Return branches as prefixes whose ``logq`` is that of the parent plus the log-share among siblings."""
+    """Extend prefixes by one token, and update their log-probability ``logq`` under the sampling distribution."""
     if not len(logprobs):
         return opened(beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
@@ -157,7 +157,7 @@ def _runs(numbers: Index) -> tuple[Index, Index]:
 
 
 def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
-    """Sample Gumbel variables whose maximum among siblings is that of the parent (appendix B.3 of the paper)."""
+    """Sample Gumbel variables whose maximum over siblings equals the parent's value (appendix B.3 of the paper)."""
     with np.errstate(divide="ignore"):
         gap = parents - free + np.log1p(-np.exp(free - highest))
     bounded: Floats = parents - np.maximum(gap, 0) - np.log1p(np.exp(-np.abs(gap)))

@@ -194,7 +194,7 @@ class Blend(Ensemble):
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
-        """Return the functions that fit each form, and those that extend a smaller ensemble, by name."""
+        """Return, by name, the functions that fit each form or extend a smaller ensemble."""
         form: Form = "logit" if self._judges else "ridge"
 
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:

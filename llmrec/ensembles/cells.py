@@ -33,7 +33,7 @@ _FLOOR = np.float32(1e-6)
 
 @dataclass(frozen=True)
 class Cells:
-    """Candidates of several requests with the scores of all members, one cell per request and candidate.
+    """The members' scores for all (request, candidate) pairs (cells).
 
     Attributes:
         names: The k members.
@@ -55,7 +55,7 @@ class Cells:
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
-        """The request of each cell."""
+        """The request of each (request, candidate) pair."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
     @cached_property
@@ -65,7 +65,7 @@ class Cells:
         return np.flatnonzero(self.truth >= 0)
 
     def of(self, cases: NDArray[np.int64]) -> Cells:
-        """Return the cells of some requests, given by ascending indices."""
+        """Select requests by ascending indices."""
         kept = np.zeros(len(self.starts) - 1, dtype=bool)
         kept[cases] = True
         cells = kept[self.rows]
@@ -78,7 +78,7 @@ class Cells:
         return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
 
     def redrawn(self, seed: int) -> Cells:
-        """Swap the members' scores of each target with those of a random candidate.
+        """Swap the members' scores of each target and a random candidate.
 
         The scores then have no information about the targets: an ensemble that still finds them has a leak.
         """
@@ -100,7 +100,7 @@ class Cells:
         return _reduced(np.maximum, values, self.starts, -np.inf)
 
     def ndcg(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Return NDCG@10 of each request when cells are ranked by these values, averaged over ties, shape (n,).
+        """Return NDCG@10 of each request when candidates are ranked by ``values``, averaged over ties, shape (n,).
 
         It is 0 if the target is not a candidate.
         """
@@ -164,7 +164,7 @@ class Cells:
 
 
 def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empty: float) -> NDArray[Any]:
-    """Reduce values over the cells of each request; requests without cells get the value ``empty``."""
+    """Reduce values over the candidates of each request; requests without candidates get the value ``empty``."""
     counts = np.diff(starts)
     result = np.full((*values.shape[:-1], len(counts)), empty, dtype=values.dtype)
     if counts.any():
@@ -205,7 +205,7 @@ def gathered(
     kinds: Sequence[Kind],
     context: Mapping[str, NDArray[np.float32]],
 ) -> Cells:
-    """Return the cells of the candidates.
+    """Collect the members' scores of the candidates.
 
     Args:
         raw: Scores of each member, shape (n, items).
@@ -226,7 +226,7 @@ def gathered(
 
 
 def joined(blocks: Sequence[Cells]) -> Cells:
-    """Concatenate the cells of several blocks of requests."""
+    """Concatenate several blocks of requests."""
     sizes = np.array([len(block.had) for block in blocks])
     before = np.cumsum(sizes) - sizes
     starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=True)]

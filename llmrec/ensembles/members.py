@@ -186,7 +186,7 @@ def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
 
 
 def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
-    """Restore answers by request id from their stored form, with those in prediction records."""
+    """Restore answers from their stored form and from prediction records, by request id."""
     known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
     return {request: _answer(request, item) for request, item in known.items()}
 

@@ -378,7 +378,7 @@ class ListEnsemble(Ensemble):
             yield _Pool(known, unknown, *self._cells(request, known, own, strange=strange[:, ~last], top=top))
 
     def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
-        """Return the cells of the cases whose target is a candidate, and the indices of these cases."""
+        """Return the members' scores for the cases whose target is a candidate, and the indices of these cases."""
         requests = [case.request for case in cases]
         answers = [part.predictor.answer(requests) for part in self.parts]
         sets = _sets(requests, answers)
@@ -408,7 +408,7 @@ class ListEnsemble(Ensemble):
         strange: NDArray[np.bool_] | None = None,
         top: int = TOP,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
-        """Return the cells of a request with given candidates; see `CatalogueEnsemble._cells`.
+        """Return the members' scores for given candidates; see `CatalogueEnsemble._cells`.
 
         Args:
             request: The request.

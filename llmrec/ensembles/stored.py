@@ -206,7 +206,7 @@ class Answered(Protocol):
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """Cross-fitted results of an ensemble on those users, by request id."""
+        """Cross-fitted results of an ensemble on validation users, by request id."""
         ...
 
 

@@ -310,7 +310,7 @@ def staged(booster: Any, features: NDArray[np.float32]) -> list[NDArray[np.float
 def chosen(
     values: Mapping[Setting, NDArray[np.float64]], folds: NDArray[np.int64]
 ) -> tuple[Setting, NDArray[np.float64]]:
-    """Select the best setting, and for each case the value under the setting that the other folds select.
+    """Select the best setting; also return each case's value under the setting chosen on the other folds.
 
     So the values are not biased by the choice of the setting.
 

@@ -56,7 +56,7 @@ class Weights:
     scale: float = 0.0
 
     def scores(self, cells: Cells) -> NDArray[np.float64]:
-        """Return the score of each candidate, higher is better, shape (cells,)."""
+        """Return the score of each candidate, higher is better, shape (candidates,)."""
         if self.trees is not None:
             return self.trees.scores(matrix(cells, self.trees.names))
         total = np.zeros(len(cells.had))
@@ -69,7 +69,7 @@ class Weights:
         return total + self.repeat * cells.had if self.repeat else total
 
     def contributions(self, cells: Cells) -> dict[str, NDArray[np.float64]]:
-        """Return the contribution of each member and feature to the scores of candidates, shape (cells,) each.
+        """Return the contribution of each member and feature to the scores of candidates, shape (candidates,) each.
 
         They sum to the score minus its mean over the candidates of the request; for a pool, whose score is a logarithm,
         to the exponential of the score minus its mean. For a ranker they are SHAP values, summed over the features of a
@@ -92,7 +92,7 @@ class Weights:
         return {name: values - (cells.total(values) / sizes)[cells.rows] for name, values in parts.items()}
 
     def _votes(self, cells: Cells) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield the weighted scores of each member that has a weight, shape (cells,)."""
+        """Yield the weighted scores of each member that has a weight, shape (candidates,)."""
         for member, (name, weight) in enumerate(zip(cells.names, self.parts, strict=True)):
             if weight and self.form == "alone":
                 yield name, cells.raw[member].astype(np.float64)
@@ -205,7 +205,7 @@ _OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
 
 
 def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
-    """Return the feature names for trees: three per member not in ``off``, and those of history and context."""
+    """Return the feature names for trees: three per member except ``off``, and features of history and context."""
     members = [name for place, name in enumerate(cells.names) if place != off]
     own = [f"{name}: {what}" for name in members for what in _OF_MEMBER]
     return (*own, *([_SEEN] if cells.had.any() else []), *cells.context)
@@ -250,7 +250,7 @@ LEAST_CASES = 200
 def _likelihood(
     weights: NDArray[np.float64], logs: NDArray[np.float32], cells: Cells
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Return the negative log-likelihood, its gradient, shape (k,), and the probability of each cell.
+    """Return the negative log-likelihood, its gradient, shape (k,), and the probability of each candidate.
 
     Every case must have its target among the candidates.
     """
@@ -449,7 +449,7 @@ def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np
 
 
 def setting_of(form: Tried | None) -> Setting | None:
-    """Return the setting of trees in a stored form; None for another form."""
+    """Return the hyperparameters of trees from their stored name; None for other forms of ensemble."""
     if form is None or form.form != "ranker":
         return None
     objective, _, rounds = form.name.partition(", ")

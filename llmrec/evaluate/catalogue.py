@@ -132,7 +132,7 @@ def evaluate_catalogue(
     batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evaluated]:
-    """Evaluate a model by full ranking; the results are like those of `evaluate`.
+    """Evaluate a model by ranking the whole catalogue; returns results like `evaluate`.
 
     Args:
         scorer: A fitted baseline or another scorer of the catalogue.

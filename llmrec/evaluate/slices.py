@@ -283,7 +283,7 @@ def item_of(case: Case, data: SplitDataset) -> str | None:
 
 
 def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
-    """Return the minimum count of head items, including items that tie with the last one."""
+    """Return the minimum training count of popular (head) items."""
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]

@@ -407,7 +407,7 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
 def _put_weights(
     source: Source, base: str, study: Study | None, dtype: str, draft: Path, say: Callable[[str], None]
 ) -> None:
-    """Write weights, configuration and tokenizer: those of the run if the dtype is equal, otherwise merged again."""
+    """Copy weights, configuration and tokenizer from the run; if the dtype differs, merge the adapter again."""
     merged = source.folder / "merged"
     if source.merged == dtype:
         say(f"copying the merged weights, {dtype}")

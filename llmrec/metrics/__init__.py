@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _names() -> dict[str, str]:
-    """Return the names of the metric functions, with their registered names."""
+    """Return the registered name of each metric function."""
     from llmrec.registry import METRICS
 
     return {name.lower(): name for name, entry in METRICS.items() if entry.several}

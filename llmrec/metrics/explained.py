@@ -209,7 +209,7 @@ def _common(a: Words, b: Words) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The features of a data set, with those in the training reviews of each item.
+    """The features of a data set, and which features the training reviews of each item mention.
 
     Attributes:
         vocabulary: Every feature of the training reviews, as its lower-cased words.
@@ -338,7 +338,7 @@ def unique_sentences(texts: Sequence[str]) -> float:
 def hallucinated(
     found: Sequence[frozenset[Words]], items: Sequence[str], of_item: Mapping[str, frozenset[Words]]
 ) -> NDArray[np.float64]:
-    """Count the features that each text mentions, and those that no training review of its item mentions.
+    """Count the features that each text mentions, in total and without support in the item's training reviews.
 
     The hallucination rate is the sum of the latter over the sum of the former. For an item without training reviews,
     all named features are unsupported.
@@ -404,7 +404,7 @@ class Named:
 
     @property
     def hallucination(self) -> float | None:
-        """Share of unsupported features among those that the texts mention; None if they mention none."""
+        """Share of the mentioned features that are not supported by reviews; None if no feature is mentioned."""
         held, made_up = self.counts.sum(axis=0)
         return float(made_up / held) if held else None
 

@@ -101,7 +101,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[
 
 
 def rouge_of(rouge: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
-    """Return one of the values of `rouge`, shape (n,)."""
+    """Return one of the metrics computed by `rouge`, shape (n,)."""
     return rouge[name]
 
 

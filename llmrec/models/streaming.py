@@ -34,7 +34,7 @@ _STORED = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, without other safetensors files in its folder."""
+    """Return the safetensors files that contain the weights of a model."""
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]

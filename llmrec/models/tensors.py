@@ -66,7 +66,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
 
 
 def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return unexpected tensors, separated into those outside and inside the modules of the model.
+    """Return the unexpected tensors outside the modules of the model, and those inside.
 
     The first are further heads and towers in checkpoints (``cls``, ``v_head``, ``mtp``, ``vision_tower``), which the
     model does not use. An additional layer, or a norm within a layer, is different: the model was trained with it and

@@ -175,7 +175,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
 def _taste(
     data: SplitDataset, events: Sequence[Event], every: Features, place_of: Mapping[str, int], liked: float | None
 ) -> NDArray[np.floating[Any]]:
-    """Return the mean vector of liked items minus that of the others; without ratings the overall mean; shape (d,)."""
+    """Return the mean vector of liked items minus the mean vector of other items, shape (d,)."""
     rated = [event for event in events if event.rating is not None]
     vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
     if not rated:

@@ -195,7 +195,7 @@ class Engines:
         return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
-        """Return everything except the prompt that can change an answer."""
+        """Return everything that can change an answer, except the prompt."""
         if engine == "openai":
             return {
                 "engine": engine,

@@ -733,7 +733,7 @@ def shots_drawn_again(study: Study, family: str) -> Check:
 
 
 def positions_drawn_again(study: Study, family: str) -> Check | None:
-    """Check that prompts for position bias do not depend on held-out interactions; None without such prompts."""
+    """Check that prompts for position bias do not depend on held-out interactions."""
     section = study.recipe.eval
     if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
         return None

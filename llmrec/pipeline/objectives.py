@@ -335,7 +335,7 @@ class Judge:
         return value
 
     def controls(self) -> dict[str, float]:
-        """Compute NDCG@10 of the baselines of the task and of their ensembles, by name."""
+        """Compute NDCG@10 of the task's baselines and ensembles, by name."""
         weighing = Weighing(self.study)
         weighers = weighing.cases(self.family)
         data, result, parts = self.study.task_data(self.family), {}, []

@@ -61,7 +61,7 @@ class RowSpec:
 
 
 def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
-    """Whether a task is evaluated in a setting; a task without training weight has no tuned model."""
+    """Whether a task is evaluated in a setting (zero-shot, few-shot or tuned)."""
     section = recipe.tasks.present()[family]
     if arm == "tuned" and section.weight == 0:
         return False
@@ -69,7 +69,7 @@ def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
 
 
 def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
-    """Yield the models to evaluate in a setting."""
+    """Yield the models to evaluate in a setting (zero-shot, few-shot, tuned or baseline)."""
     for family, task in study.tasks.items():
         section = study.section(family)
         if arm == "baseline":

@@ -386,7 +386,7 @@ class Session:
     def asking(
         self, training: Trained | None, home: Path, *, remembers: bool = True
     ) -> Iterator[tuple[Weights, Engines]]:
-        """Open the model of each setting, and engines with the answer cache of the folder.
+        """Open the base and the tuned model, and engines with the answer cache of the folder.
 
         Args:
             training: The training record.

@@ -129,7 +129,7 @@ def refuse_runs(recipe: Recipe) -> None:
 
 
 def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
-    """Return the merged model of an earlier run, whose ``model.*`` settings in ``alike`` must be equal."""
+    """Return the merged model of an earlier run, after checking that its model settings match."""
     run = run.expanduser()
     if run.resolve() == folder.resolve():
         raise RecipeError(

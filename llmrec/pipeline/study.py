@@ -109,7 +109,7 @@ class Study:
 
     @property
     def tables(self) -> tuple[SplitDataset, ...]:
-        """The main data, and the second table if there is one."""
+        """The main data set, and the second data set if the recipe has one."""
         return tuple(filter(None, (self.data, self.reviews)))
 
     def table_name(self, family: str) -> str:

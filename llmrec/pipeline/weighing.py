@@ -43,7 +43,7 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
 
 
 def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
-    """Whether language models of a setting and strategy form ensembles with the baselines of the task."""
+    """Whether ensembles of the task's baselines also include the language model."""
     first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
     if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
         return False

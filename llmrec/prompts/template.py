@@ -295,23 +295,23 @@ class Template:
 
     @property
     def sets(self) -> Mapping[str, str]:
-        """The template sets that contain it, with its number in each."""
+        """The template sets that contain the template, with its number in each set."""
         name, _, number = self.also.partition(" ")
         return {key: value for key, value in ((self.set, self.number), (name, number)) if key}
 
     @property
     def writes_codes(self) -> bool:
-        """Whether it shows item codes, which require an item index."""
+        """Whether the template shows item codes, which require an item index."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
     @property
     def writes_titles(self) -> bool:
-        """Whether it shows item titles."""
+        """Whether the template shows item titles."""
         return any(_TITLE.search(getattr(self, part)) for part in _PARTS)
 
     @property
     def writes_both(self) -> bool:
-        """Whether it shows the same item by both code and title."""
+        """Whether the template shows the same item by both code and title."""
         text = "\n".join(getattr(self, part) for part in _PARTS)
         coded, titled = ({result[1] for result in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
         return not coded.isdisjoint(titled)
@@ -328,7 +328,7 @@ class Template:
 
     @property
     def shows_profile(self) -> bool:
-        """Whether it shows a profile of the user."""
+        """Whether the template shows a profile of the user."""
         return "profile" in self.names("system", "user")
 
     def names(self, *parts: str) -> frozenset[str]:
@@ -336,7 +336,7 @@ class Template:
         return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))
 
     def check(self, *, turns: Collection[str], lead: Collection[str], target: Collection[str]) -> None:
-        """Reject variables that a part must not use, so that no question shows its own answer.
+        """Reject variables that must not be used in a part, so that no prompt shows the answer.
 
         Raises:
             RecipeError: With the template, the variable and the known ones.

@@ -60,7 +60,7 @@ class Words(Section):
 
     @cached_property
     def lead(self) -> re.Pattern[str]:
-        """Pattern of lower-case text before an answer: ``the answer is``; matches nothing without such words."""
+        """Pattern of lower-case text before an answer: ``the answer is``."""
         if not self.answer:
             return re.compile("(?!)")
         before = rf"(?:(?:{_any(*self.before_answer)})\s+)*" if self.before_answer else ""

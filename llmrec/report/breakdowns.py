@@ -88,7 +88,7 @@ class SliceTable:
 
 
 def in_words(name: str) -> str:
-    """Return the name of a subset in words; unknown names unchanged."""
+    """Return the readable name of a subset; unknown names are returned unchanged."""
     for pattern, words in _NAMES:
         match = re.fullmatch(pattern, name)
         if match:
@@ -248,7 +248,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def sentences(results: Results, task: str) -> tuple[str, ...]:
-    """Return sentences that name the language models with significant position bias, and those without.
+    """Return sentences that name the language models with and without significant position bias.
 
     Rows that differ only in their template are named together.
     """
@@ -275,7 +275,7 @@ def _is_biased(row: Row) -> bool:
 
 
 def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
-    """Return one name for each setting and strategy, with the size of the effect if it is biased."""
+    """Return the names of models, with the size of the position bias if it is significant."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)

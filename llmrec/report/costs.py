@@ -39,7 +39,7 @@ class RowCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmCost:
-    """The total inference cost of all models in a setting."""
+    """The total inference cost of all zero-shot, few-shot, tuned or baseline models."""
 
     arm: str
     rows: int
@@ -79,7 +79,7 @@ def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
 
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
-    """Return the total models, requests, tokens and seconds by setting."""
+    """Return the number of models, requests, tokens and seconds, for zero-shot, few-shot and tuned models."""
     matches = []
     for arm in ARMS:
         costs = [cost_of(row) for row in results.rows if row.arm == arm]

@@ -80,7 +80,7 @@ def exploratory(results: Results, task: str | None = None) -> list[Comparison]:
 
 
 def rule(results: Results) -> str:
-    """Return in words when a difference is called significant; empty without planned comparisons."""
+    """Return a sentence on when a difference is called significant; empty without planned comparisons."""
     result = planned(results)
     if not result:
         return ""
@@ -107,7 +107,7 @@ class Over:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Results of a setting and strategy over templates used in training and unseen ones; None if there are none."""
+    """Results of a strategy over the templates used in training, and over other templates."""
 
     arm: str
     predictor: str
@@ -126,7 +126,7 @@ class Spread:
 
 
 def spreads(results: Results, task: str) -> tuple[Spread, ...]:
-    """Return the variation over templates of each setting and strategy of a task, in order of evaluation."""
+    """Return how the results of a task vary over prompt templates, for each strategy."""
     metric = results.headline[task]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
@@ -144,7 +144,7 @@ def spreads(results: Results, task: str) -> tuple[Spread, ...]:
 
 
 def singles(results: Results, task: str) -> frozenset[str]:
-    """Return the ids of models with the only template of their setting and strategy."""
+    """Return the ids of models that were evaluated with only one template."""
     alone = {(spread.arm, spread.predictor) for spread in spreads(results, task) if spread.single}
     return frozenset(
         row.id for row in results.rows if row.task == task and row.template and (row.arm, row.predictor) in alone

@@ -295,7 +295,7 @@ def figured(training: Training, name: str) -> Lines:
 
 
 def judged(training: Training, judge: Judged) -> Lines:
-    """Return validation NDCG@10 by optimiser step, with that of the baselines on the same cases.
+    """Return the validation NDCG@10 of the model by optimiser step, and of the baselines.
 
     Of these, popularity, the best single one and their ensembles are drawn.
     """
@@ -367,7 +367,7 @@ def by_position(results: Results, task: str) -> Positions:
 
 
 def _panel(row: Row) -> Panel:
-    """Return the panel of a model; its title has setting and strategy in one line and the template in the other."""
+    """Return the panel of a model, titled by setting, strategy and template."""
     own = bands(row)
     lines = (arm_label(row.arm, row.predictor), short_template(row))
     return {

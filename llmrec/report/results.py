@@ -140,7 +140,7 @@ def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _check_candidates(results: Results, source: str) -> None:
-    """Reject models with candidate sets other than those described in the results."""
+    """Reject models whose candidate sets differ from the description in the results."""
     known = {drawn.digest for drawn in results.candidates.values() if drawn is not None}
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
@@ -158,7 +158,7 @@ def _digest(digest: str | None) -> str:
 
 
 def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
-    """Reject pairs of models of which neither was measured under all protocols of the other.
+    """Reject pairs of models that were not measured under the same protocols.
 
     Rows may have a metric under several protocols, such as seen items filtered and not filtered; then one row
     may lack one of them. A field missing in a signature, such as ``users`` or ``slice``, counts as one value.

@@ -50,7 +50,7 @@ def who(sample: Sample) -> str:
 
 
 def rank_words(shown: ExampleUser) -> str:
-    """Return the rank of the held-out item of an example in words."""
+    """Return the rank of the held-out item in an example, as text."""
     if shown.rank is None:
         return "not in the list"
     return f"rank {rough(shown.rank)}{f' of {count(shown.pool)}' if shown.pool else ''}"

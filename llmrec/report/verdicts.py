@@ -70,7 +70,7 @@ def metrics_table(results: Results) -> Table:
 
 
 def _best(results: Results, task: str, arm: str) -> Row | None:
-    """Return the best model in a setting, except ensembles; None if none has a value."""
+    """Return the best zero-shot, few-shot or tuned model of a task; None if no model has a value."""
     return next((row for row in with_figures(results, task) if row.arm == arm and alone(row)), None)
 
 

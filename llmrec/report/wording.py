@@ -126,7 +126,7 @@ def share(value: float | None) -> str:
 
 
 def outcome(verdict: Verdict | None) -> str:
-    """Return the verdict of a comparison in words; result files use older words."""
+    """Return the verdict of a comparison as shown in reports."""
     return "exploratory" if verdict is None else _OUTCOMES[verdict]
 
 
@@ -140,7 +140,7 @@ def outcome_of(entry: Comparison) -> str:
 
 
 def in_words(entry: Comparison, a: str, b: str) -> str:
-    """Return in words how two models compare; marked as exploratory if the comparison was not planned.
+    """Return a phrase on how two models compare, marked if the comparison was not planned.
 
     Args:
         entry: The comparison a - b.

@@ -327,7 +327,7 @@ class Service:
     async def listed(
         self, request: RankRequest, wanted: Wanted, verb: str = RANK
     ) -> tuple[tuple[Question, RankRequest], Answered]:
-        """Return a list, with the last question that was asked to build it."""
+        """Return a recommendation list, with the last question that was sent to a model."""
         steps = listing(request, wanted, self.catalogue, verb)
         step = next(steps)
         while True:

@@ -65,7 +65,7 @@ MOST_DOCUMENTS = 1000
 
 
 class _About(Body):
-    """The user of a question: a known user, a history, or both, in which case the given history is used."""
+    """The user of a question: a known user, or a history, which takes precedence."""
 
     model: Annotated[Id, Field(description="A model from GET /v1/models. Default: the first.")] | None = None
     id: Annotated[Id, Field(description="Seed of the request, for the order of equal scores and of labels.")] = "1"

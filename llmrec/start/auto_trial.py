@@ -94,7 +94,7 @@ def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float)
 
 
 def search(asked: Asked) -> None:
-    """Evaluate hyperparameter settings of each recommender until its grid is exhausted, or only its first setting."""
+    """Evaluate the hyperparameter settings of each recommender."""
     from llmrec.data.split import halves
     from llmrec.pipeline.study import load_split
     from llmrec.recipe.load import load_recipe

@@ -43,7 +43,7 @@ ROLES = ("user", "item", "rating", "time", "title", "text", "split")
 
 @dataclass(frozen=True)
 class Asked:
-    """The columns that the user named; `NONE` means no such column, and None that it is to be guessed."""
+    """The columns that the user named; None means that a column is to be guessed."""
 
     user: str | None = None
     item: str | None = None

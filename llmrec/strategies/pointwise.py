@@ -151,7 +151,7 @@ class YesRanker:
 
 
 def yes_over_no(logprobs: Sequence[float], spelt: int) -> float:
-    """Return log P(yes) - log P(no), given log-probabilities of all spellings of yes, followed by those of no."""
+    """Return log P(yes) - log P(no), given the log-probabilities of all spellings of yes, then of no."""
     logs = np.array(logprobs, dtype=np.float64)
     return float(np.logaddexp.reduce(logs[:spelt]) - np.logaddexp.reduce(logs[spelt:]))
 

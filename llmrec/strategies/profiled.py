@@ -52,7 +52,7 @@ class TwoStepRanker:
         return f"{self.asker.backend.name}:generate, {self._second.engine}"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates of every request; the raw answer is the profile; see `Predictor.answer`."""
+        """Rank the candidates of every request; see `Predictor.answer`. The raw answer is the profile."""
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]

@@ -128,7 +128,7 @@ class Rounds:
         return self._pose(request, question).prompt
 
     def _round(self, games: Sequence[_Game]) -> None:
-        """Score the pending questions of all requests at once, and pass the results to the generators."""
+        """Score the pending prompts of all requests at once, and pass the results on."""
         pending = [
             (game, question, self._orders(game.request, question)) for game in games for question in game.waiting
         ]
@@ -241,7 +241,7 @@ def _places(request: Request, items: Sequence[str]) -> list[str]:
 
 
 def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
-    """Score items by position from the end; those in ``rest`` share the last position."""
+    """Score items by position from the end; items in ``rest`` share the last position."""
     return [*((item, float(len(best) - index)) for index, item in enumerate(best)), *((item, 0.0) for item in rest)]
 
 

@@ -146,7 +146,7 @@ class AlignmentTask(Task):
         return tuple(chosen.answer(self._answer(chosen, item)) for item in listed(request, self.family))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Match the first line against the titles or codes of the candidates; equal ones share a rank."""
+        """Match the first line against the titles or codes of the candidates; equal matches share a rank."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
         for key in read_line(completion):

@@ -97,7 +97,7 @@ class View:
         return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
 
     def pair(self, user_id: str, item_id: str) -> Values:
-        """Return the template variables about a user and an item; statistics exclude their own interactions.
+        """Return the template variables about a user and an item, without statistics of interactions between them.
 
         Statistics are functions, evaluated when a template shows them.
         """
@@ -138,7 +138,7 @@ class View:
         return [(name, value) for name, value in message if value not in str(item["title"])]
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
-        """Return the template variables about a user; a profile or fields in ``context`` replace those of the data.
+        """Return the template variables about a user; a profile or fields in ``context`` take precedence.
 
         The name defaults to the id.
         """
@@ -208,7 +208,7 @@ def solved_examples(shots: int) -> str:
 
 
 def counted_rows(data: SplitDataset, column: str | None = None) -> int:
-    """Return the number of training interactions, or of those with a value in ``column``."""
+    """Return the number of training interactions, optionally only with a value in ``column``."""
     return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
 
 

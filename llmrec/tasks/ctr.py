@@ -140,7 +140,7 @@ class CtrTask(Task):
             yield self._asking(template, row, user, events[:at], events[at])
 
     def kind(self, example: Example) -> str:
-        """Return the class of a training example: its answer, or the last answer of a list."""
+        """Return the class of a training example, which is its last answer."""
         yes, _ = self._answers(example.template)
         text = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
         return YES if text == yes else NO

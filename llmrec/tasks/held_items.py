@@ -95,7 +95,7 @@ def request_name(item: str, seed: int) -> str:
 
 
 def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> CandidateSets:
-    """Draw the candidates of every question of a split from the held-out items of that split.
+    """Draw the candidates of questions from the held-out items of the same split.
 
     Each of them is equally likely to be the answer, so that a candidate set reveals nothing.
 

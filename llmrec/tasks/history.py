@@ -63,7 +63,7 @@ class Shown:
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the context of a request, with the summary as the user's profile unless it has a profile."""
+        """Return the context of a request, with the summary of the history as profile if it has no profile."""
         return {"profile": self.summary, **given} if self.summary else given
 
 
@@ -115,7 +115,7 @@ class HistorySelector:
         return Shown(self._relevant(events, about))
 
     def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
-        """Select the latest interaction and those most similar to an item of the question; ties by recency."""
+        """Select the latest interaction and the interactions most similar to an item of the question."""
         assert self._vectors is not None
         past = self._vectors.of([event.item_id for event in events[:-1]])
         query = self._vectors.of(list(about) or [events[-1].item_id])

@@ -125,7 +125,7 @@ class RatingTask(Task):
 
     @property
     def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that tasks can share the history.
+        """Whether a template asks its question after the history, so that several tasks can share the history.
 
         A history that is selected for the question, or summarised, cannot be shared.
         """
@@ -274,7 +274,7 @@ class RatingTask(Task):
         return values | {"rating": self.scale.label(event.rating)}
 
     def _with_stars(self, row: str, values: Values, event: Event, words: Words) -> tuple[Values, Values]:
-        """Return question and answer of a yes/no example about a rating: the true rating or, equally often, another."""
+        """Return question and answer of a yes/no example about the true rating or, equally often, a wrong rating."""
         assert event.rating is not None
         rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
         others = [label for label in self.scale.labels if label != true]

@@ -286,7 +286,7 @@ class Legal:
         return Legal(sets, torch.tensor(which, device=device))
 
     def masked(self, logits: torch.Tensor, which: Any) -> torch.Tensor:
-        """Set logits, shape (n, vocabulary), to -inf except for allowed tokens of the sets ``which``, shape (n,)."""
+        """Set the logits of tokens that are not allowed to -inf, shape (n, vocabulary)."""
         used, rows = which.unique(return_inverse=True)
         barred = torch.ones((len(used), logits.shape[-1]), dtype=torch.bool, device=logits.device)
         for row, number in enumerate(used.tolist()):

@@ -202,7 +202,7 @@ def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None 
 
 
 def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Compute a layer with its masked weight, or with the forward method of its class if it has no mask."""
+    """Compute a linear layer with its pruning mask, if it has one."""
     mask = getattr(layer, _MASK)
     if mask is None:
         return type(layer).forward(layer, states, *args, **kwargs)

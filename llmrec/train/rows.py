@@ -337,7 +337,7 @@ class LineTable:
         return len(self._ends) - 2
 
     def _tables(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
-        """Return token ids, labels, and the start of each entry, with the end of the last one."""
+        """Return the token ids and labels of all entries, and the offsets of the entries."""
         if self._arrays is None:
             ids, labels = (np.array(item, dtype=np.int32) for item in (self._ids, self._labels))
             self._arrays = ids, labels, np.array(self._ends, dtype=np.int64)
@@ -366,7 +366,7 @@ class RowStream:
             size, number = min(2 * size, _LARGEST_CHUNK), number + 1
 
     def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[TokenRow | None]:
-        """Yield the tokenised examples of a chunk; ``number`` seeds which of them are verified."""
+        """Yield the tokenised examples of a chunk; ``number`` seeds the choice of examples to verify."""
         result: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
             places = [n for n, draw in enumerate(draws) if draw.template.id == template.id]

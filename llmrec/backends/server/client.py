@@ -645,7 +645,7 @@ def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: i
 
 
 def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
-    """Return the body of a request for the log-probabilities of whole sequences of token ids."""
+    """Return the body of a request for the log-probabilities of token sequences."""
     keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
     return _with_extra(section, keys)
 

@@ -359,7 +359,7 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
 
 
 async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
-    """Return how many most likely tokens a completion returns, and whether it can return requested ones."""
+    """Return how many of the most likely tokens a completion can return, and whether it accepts token ids."""
     for top in _TOPS:
         body = completion_body(section, ids, room=1, logprobs=top)
         if not await _offered(wire, "/completions", body, lambda value: top_labels(value, [("",)])):
@@ -404,7 +404,7 @@ async def _continues(wire: Wire) -> bool:
 
 
 async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1) -> bool:
-    """Whether a server supports a request, which means that it neither rejects it nor omits the result.
+    """Whether a server accepts a request and returns the requested result.
 
     An answer without choices is a fault, which shows nothing about capabilities.
     """

@@ -20,7 +20,7 @@ _LOOK = 0.5
 
 
 def start_time(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot (proc(5), field 22); None if there is no such process.
+    """Return when a process started, in clock ticks since boot; None if the process does not exist.
 
     A process id can be reused later; together with the start time it is unique.
     """
@@ -37,7 +37,7 @@ def is_tracker(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of ``/proc/<pid>/stat`` from field 3 (state) on; empty if there is no such process."""
+    """Return the fields of ``/proc/<pid>/stat`` from field 3 (state) on; empty if the process does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -296,7 +296,7 @@ class Watch:
         return [*(seen for seen in results if seen.pid in self._members), *self._caller()]
 
     def kill(self) -> list[int]:
-        """Kill all processes of the engine and wait for their end; return those that remain."""
+        """Kill all processes of the engine, wait for their end, and return the remaining ones."""
         for process in list(self._members.values()):
             self._note(_children(process))
         for process in self._members.values():

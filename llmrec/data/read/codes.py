@@ -48,7 +48,7 @@ def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
 
 
 def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int32]:
-    """Return the number assigned to the id of each row, shape (n,); each different id is looked up once.
+    """Return the index of the id in each row, shape (n,); every distinct id is looked up only once.
 
     Args:
         ids: Names by row.

@@ -77,7 +77,7 @@ class _Day:
     dotted: bool = False
 
     def number(self, order: DateOrder | None) -> int | None:
-        """Return the days since 1970; None if there is no such day, or it is unknown which number is the month."""
+        """Return the days since 1970; None if the date is invalid or the order of day and month is unknown."""
         if not self.sure and order is None:
             return None
         month, day = (self.two, self.one) if not self.sure and order == "day-first" else (self.one, self.two)

@@ -153,7 +153,7 @@ def _spoken(path: str) -> str:
 
 
 def _one(part: str) -> str:
-    """Return the singular of the name of a list; other names unchanged."""
+    """Return the singular of a list name, such as ``item`` for ``items``."""
     name = part.removesuffix(EACH)
     return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
 

@@ -121,7 +121,7 @@ def check_keys(source: str, section: DataSection) -> None:
 
 
 def members_of(source: str, path: str | None) -> list[Member]:
-    """Return the files in the folder or archive of ``data.path``; if it is a file, those in the file's folder.
+    """Return the files in the folder or archive of ``data.path``, or in the folder that contains it.
 
     Raises:
         DataError: If there is none.

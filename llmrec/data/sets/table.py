@@ -288,7 +288,7 @@ def _named(columns: Columns) -> tuple[str | None, ...]:
 
 
 def _wanted(columns: Columns) -> dict[str, Kind]:
-    """Return the columns to read: those set in the recipe, and those with a default name."""
+    """Return the columns to read: columns named in the recipe, and columns with a default name."""
     fields: dict[str, Kind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
     return fields | {
         columns.user or "user_id": "id",
