@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Add the name of the file or folder that is written to the errors of a block; many libraries omit it."""
+    """Add the name of the written file or folder to errors that lack it."""
     try:
         yield
     except Exception as error:
@@ -122,7 +122,7 @@ class Changed(ValueError):
 
 
 def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
-    """Parse JSON of `write_checked`, verify and remove its checksum; files of older versions have none.
+    """Parse JSON written by `write_checked`, and verify and remove its checksum.
 
     Raises:
         Changed: If it does not match its checksum.
@@ -199,7 +199,7 @@ def verifies(folder: Path) -> bool:
 
 
 def unchanged(folder: Path) -> bool:
-    """Like `verifies`, but does not read files again whose size and time are the same as in an earlier call."""
+    """Like `verifies`, but skips files that have not changed since an earlier call."""
     try:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         states = tuple((str(file), *_state(file)) for file in files)

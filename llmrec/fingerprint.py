@@ -1,4 +1,4 @@
-"""Fingerprints: a hash of everything that can change the result of a stage, to decide whether a stored result is valid.
+"""Fingerprints: hashes of everything that can change a result, used to decide whether a stored result is valid.
 
 A fingerprint covers the version of llmrec, the settings that affect the stage, the code that makes the result, and the
 inputs by content. A setting declares the stages that it affects (`Affects`, `llmrec.recipe.schema`). The code is found
@@ -85,7 +85,7 @@ def settings(
 
 
 def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
-    """Return the stages that a field affects; a subclass that only changes the default inherits them."""
+    """Return the stages that a field affects, also if a subclass changes the default."""
     declaration = _declaration(section, name)
     return inherited if declaration is None else declaration.stages
 
@@ -149,7 +149,7 @@ def digest_of(**inputs: Any) -> str:
 
 
 def modules_of(names: Iterable[tuple[Table, str]]) -> set[str]:
-    """Return the modules of registered names; none for plug-ins, which have their own hash."""
+    """Return the modules of registered components; plug-ins are not included."""
     return {address_of(table, name).partition(":")[0] for table, name in names if name in table}
 
 

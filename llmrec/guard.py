@@ -211,13 +211,13 @@ def _own(control: tuple[str, ...]) -> _Tokens:
 
 
 def _any_of(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
-    """Return a pattern for any of the words, which is as fast for thousands of words as for one."""
+    """Return a pattern for any of the words, which is fast even for thousands of words."""
     branches = [result for result in (_branches(_tree(words)), *patterns) if result]
     return re.compile("|".join(branches)) if branches else None
 
 
 def _beginning_of(words: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern for the beginning of a word, at least a bracket and a letter, at the end of a text."""
+    """Return a pattern for an incomplete word at the end of a text."""
     starts = {word[:length] for word in words for length in range(2, min(len(word), _COMPARED))}
     starts = {start for start in starts if _ANY_BRACKET.search(start) and any(map(str.isalnum, start))}
     starts = {start for start in starts if not start[-1].isspace()}
@@ -268,7 +268,7 @@ def _breaks(text: str, tokens: _Tokens) -> list[int]:
 
 
 def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
-    """Return the index of the character before which a space breaks a token; None if one character yields the token."""
+    """Return the index of the character before which a space breaks a token."""
     start, end = match.span()
     bracket = _ANY_BRACKET.search(match.group())
     wanted = start + bracket.end() if bracket and bracket.end() < end - start else end - 1
@@ -304,7 +304,7 @@ def _length(character: str, view: Callable[[str], str]) -> int:
 
 
 def _origins(text: str, view: Callable[[str], str]) -> Sequence[int]:
-    """Return, for each character of the view, the index of its source character in the text."""
+    """Return, for each character of a converted text, the index of its source character."""
     if text.isascii() and not _CONTROL.search(text):
         return range(len(text))
     return [index for index, character in enumerate(text) for _ in range(_length(character, view))]

@@ -1,4 +1,4 @@
-"""Information about the machine (versions, processor, memory, GPU), and functions that depend on the operating system.
+"""Information about the machine (versions, processor, memory, GPU), and operating-system functions.
 
 Limits of containers are taken into account. All code that differs between Linux, macOS and Windows (locks, priorities,
 links, folders) is in this module.
@@ -79,7 +79,7 @@ _GPU_FILES = ("nvidia[0-9]*", "dxg", "nvhost*", "nvmap", "kfd")
 
 
 def may_have_gpu() -> bool:
-    """Whether there may be a visible GPU, checked without a library; False is certain."""
+    """Whether there may be a visible GPU; checked without loading a library."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
@@ -122,7 +122,7 @@ def _without_gpu() -> bool:
 
 
 def gpu_trouble() -> str:
-    """Return why torch cannot use the GPU; empty if it can, or if there is no GPU or it is hidden."""
+    """Return why torch cannot use the GPU; empty if it can, or if there is no visible GPU."""
     if _without_gpu():
         return ""
     torch = require("torch", "train")
@@ -152,7 +152,7 @@ def _generation(cuda: Any) -> tuple[int, int]:
 
 
 def _oldest(cuda: Any) -> tuple[int, int]:
-    """Return the lowest compute capability that torch has kernels for, such as (7, 5) for ``sm_75``."""
+    """Return the lowest compute capability that torch supports, such as (7, 5) for ``sm_75``."""
     result = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
     return min(((int(item[1]), int(item[2])) for item in result if item), default=(0, 0))
 

@@ -130,7 +130,7 @@ def _every() -> tuple[EntryPoint, ...]:
 
 @cache
 def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
-    """Return the installed plug-ins of a kind by name; several if packages use the same name."""
+    """Return the installed plug-ins of a kind by name."""
     result: dict[str, tuple[EntryPoint, ...]] = {}
     for point in _every():
         if point.group == _GROUP + group:
@@ -144,7 +144,7 @@ def package_of(point: EntryPoint) -> str:
 
 
 def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
-    """Return why an installed plug-in cannot be used, as the end of a sentence; empty if it can."""
+    """Return why an installed plug-in cannot be used; empty if it can."""
     packages = " and ".join(package_of(point) for point in installed(group)[name])
     if name in built_in:
         return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or rename it"
@@ -305,7 +305,7 @@ def _code(module: str) -> str:
 
 @contextmanager
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
-    """Within the block, allow the modules that a config file passed by the user names.
+    """Allow, within the block, the modules named in a config file of the user.
 
     Their files are remembered for other processes if the body succeeds: an invalid file does not count as consent.
 
@@ -353,14 +353,14 @@ def lies_in(address: str, folder: str) -> bool:
 
 
 def allow_model(name: str, revision: str | None) -> None:
-    """Allow a model's code because a config file passed by the user names it (``model.trust_remote_code``)."""
+    """Allow the code of a model that a config file of the user names (``model.trust_remote_code``)."""
     code = _model(name, revision)
     _NAMED.add(code)
     _remember([code])
 
 
 def consent_model(name: str, revision: str | None) -> None:
-    """Reject a model with code that no config file of the user allowed.
+    """Reject a model with code if no config file of the user allows it.
 
     Raises:
         RecipeError: If no config allowed it.
@@ -399,7 +399,7 @@ def use(folder: str | None) -> None:
 
 
 def remembered() -> frozenset[str]:
-    """Return the files of the modules, and the models with code, that config files of the user have named.
+    """Return the modules and models with code that config files of the user have named.
 
     They are the lines of ``~/.config/llmrec/plugins.txt``.
     """
@@ -423,7 +423,7 @@ def _top(address: str) -> str:
 
 
 def _origin(address: str, folder: str | None = None) -> str:
-    """Return the file of a module without importing it; its name if it has no file, empty if it is missing."""
+    """Return the file of a module without importing it."""
     top = _top(address)
     try:
         spec = find_spec(top) or PathFinder.find_spec(top, [folder] if folder else [])

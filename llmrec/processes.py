@@ -113,7 +113,7 @@ class Program:
 
 
 def threads(count: int, cores: int) -> dict[str, str]:
-    """Return the environments of several processes that share cores, with a number of threads unless it is set."""
+    """Return the environment variables of processes that share cores, such as the number of threads."""
     # otherwise torch starts a thread per core in every process
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
 
@@ -142,14 +142,14 @@ class ProcessEnded(Exception):
 
     @property
     def first(self) -> Ended:
-        """The failure that caused the others: a killed process, otherwise the process of lowest rank."""
+        """The failure that caused the others: of a killed process, or else of the process with the lowest rank."""
         killed = [item for item in self.failed if item.status < 0 and item.status != -signal.SIGTERM]
         return (killed or list(self.failed))[0]
 
 
 @contextmanager
 def started(programs: Sequence[Program], *, report_signals: bool = False) -> Iterator[Iterator[str]]:
-    """Start programs, and yield the lines that they print, as they arrive, until all have succeeded.
+    """Start programs, and yield the lines that they print until all have ended successfully.
 
     All are stopped when one fails, at the end of the block and at a signal. The standard input of a program ends with
     this process.
@@ -242,7 +242,7 @@ class _Signalled(BaseException):
 
 @contextmanager
 def _raised_at_signals(ends: bool) -> Iterator[None]:
-    """Raise an exception in the block at a terminating signal; then call the signal's handler, or exit if ``ends``."""
+    """Raise an exception in the block at a terminating signal, and then handle the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -271,7 +271,7 @@ def _raised_at_signals(ends: bool) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """End this child process by SIGTERM when its parent has ended; SIGTERM raises, so that the stack unwinds.
+    """End this child process by SIGTERM when its parent has ended.
 
     Engines are closed then. Otherwise a process whose parent was killed would hold its GPU.
     """

@@ -173,7 +173,7 @@ class Bar:
         self.reach(self._done + steps, said)
 
     def reach(self, done: float, said: str | None = None) -> None:
-        """Set the number of finished steps; fractions count only for the remaining time."""
+        """Set the number of finished steps, which may be a fraction."""
         self._done = done
         self._said = self._said if said is None else said
 

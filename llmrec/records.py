@@ -78,12 +78,12 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Record(BaseModel):
-    """Base class of frozen records; unknown keys are ignored, so that files of newer versions can be read."""
+    """Base class of frozen records; unknown keys are ignored, so that newer files can be read."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record for a JSON file: the keys that were set, in the order of the fields."""
+        """Return the record as JSON, with only the keys that were set."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
@@ -116,7 +116,7 @@ class RewardLine(Record):
 
 
 class LogLine(Record):
-    """A logged optimiser step; losses are in nats per target token, and NDCG@10 is measured as described in `Judged`.
+    """A logged optimiser step; losses are in nats per target token.
 
     ``figures`` are further quantities that a loss logs, such as ``rewards/margins``.
     In training from rewards, the loss is that of `llmrec.train.reward.objective` per question.
@@ -274,7 +274,7 @@ class PromptContents(Record):
 
 
 class Written(Record):
-    """A generated text; None if it could not be parsed, with the reason and the raw answer."""
+    """A generated text; None if it could not be parsed, with the reason."""
 
     text: str | None
     error: str = ""
@@ -294,7 +294,7 @@ class Sample(Record):
 
 
 class Exhibit(Record):
-    """A request whose user or item has a generated text, with answers with and without that text.
+    """A request whose user or item has a generated text, and the answers with and without that text.
 
     Attributes:
         store: The folder of the features.
@@ -320,7 +320,7 @@ class Exhibit(Record):
 
 
 class Nearby(Record):
-    """A training item with a text similar to another item's text, by cosine similarity."""
+    """A training item with a similar text, and the cosine similarity."""
 
     title: str
     cosine: float

@@ -485,7 +485,7 @@ def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any
 
 
 def is_plugin(table: Table, name: str) -> bool:
-    """Whether a name is the address of a plug-in, or an installed plug-in of the table's kind."""
+    """Whether a name refers to a plug-in of the given kind."""
     return name not in table and (plugins.is_address(name) or name in plugins.installed(_group(table)))
 
 
@@ -495,7 +495,7 @@ def stamp(table: Table, name: str) -> str:
 
 
 def stamps(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
-    """Return hashes of the plug-ins among some names, for cache keys; empty if there are none."""
+    """Return hashes of the plug-ins among some names, for cache keys."""
     result = {name: code for table, name in named if (code := stamp(table, name))}
     return {"plugins": result} if result else {}
 
@@ -601,7 +601,7 @@ def attribute(target: str) -> Any:
 
 
 def hook(name: str) -> Any:
-    """Import a function that an extension provides to a command of the core.
+    """Import a function of an extension for a command of the core.
 
     Raises:
         LlmrecError: If no extension has it.
@@ -652,12 +652,12 @@ def better(metric: str) -> Better:
 
 
 def compared_metrics(kind: Kind) -> tuple[str, ...]:
-    """Return the metrics used to compare models with answers of a kind, without cut-offs, in the order of tables."""
+    """Return the metrics by which models with a type of answer are compared, without cut-offs."""
     return tuple(name for name, entry in METRICS.items() if entry.kind == kind and entry.compared)
 
 
 def mean_metric(metric: str) -> str:
-    """Return a metric that is a mean over requests: the given metric, or the first one of its kind."""
+    """Return a metric that is a mean over requests: the given metric, or a similar one."""
     entry = metric_of(metric)
     if entry is None or entry.unit == "request":
         return metric
@@ -687,7 +687,7 @@ def open_family(name: str) -> Any:
 
 
 def is_family(name: str) -> bool:
-    """Whether a task with this family name exists: built-in, installed, or defined by a recipe of this process."""
+    """Whether a task with this family name is built in, installed, or defined by a recipe."""
     return name in TASKS or name in _FURTHER or name in plugins.installed("tasks")
 
 

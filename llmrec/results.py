@@ -111,7 +111,7 @@ class SliceOfRow(Record):
 
 
 class AtPosition(Record):
-    """Results of the requests whose target is at one position of the candidate list, from 1.
+    """Results of the requests whose target is at the same position of the candidate list.
 
     Attributes:
         hit: HR@1 over them.
@@ -261,14 +261,14 @@ class FeatureGain(Record):
 
 
 class StoredTrees(Record):
-    """The trees of a learned ranker: LightGBM's text, compressed (zlib) and in base64, with the order of features."""
+    """The trees of a learned ranker in compressed form, with the order of features."""
 
     text: str
     features: tuple[str, ...]
 
 
 class FusionWeights(Record):
-    """The fitted weights of an ensemble; in a suite, of the first seed.
+    """The fitted weights of an ensemble.
 
     Attributes:
         form: ``ranker``, ``logit``, ``pool`` or ``alone``; see `llmrec.ensembles.rankers`.
@@ -324,13 +324,13 @@ class Row(Measured, Asked):
 
     @property
     def alone(self) -> str | None:
-        """The only member that an ensemble of form ``alone`` uses; None for other models."""
+        """The only member that an ensemble uses, if it uses only one; None for other models."""
         if self.fusion is None or self.fusion.form != "alone":
             return None
         return next((part.name for part in self.fusion.parts if part.weight), None)
 
     def differs(self, other: Row) -> bool:
-        """Whether two models may rank differently; an ensemble of form ``alone`` ranks like its member."""
+        """Whether two models may rank differently."""
         ends = [(row.arm, row.template, row.alone or row.predictor) for row in (self, other)]
         return ends[0] != ends[1]
 
@@ -519,7 +519,7 @@ class Results(Displayed, Record):
         return tuple(sorted((row for row in self.rows if row.task == task), key=key))
 
     def kinds(self, task: str) -> tuple[tuple[Reads | None, tuple[Row, ...]], ...]:
-        """Return the models of a task by the item data that they read, each group in the order of `standings`.
+        """Return the models of a task, grouped by the item data that they read.
 
         One group under None if this is unknown or the same for all rows.
         """

@@ -105,7 +105,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def missing_for_kernels() -> str:
-    """Return what Triton lacks to compile kernels, as vLLM on a GPU does at its first start; empty if nothing.
+    """Return what Triton lacks to compile kernels; empty if nothing is missing.
 
     Triton calls the compiler of ``CC``, gcc or clang, and includes Python's headers.
     """
@@ -134,7 +134,7 @@ def environment_for(root: Path, engine: str) -> Environment:
 
 
 def state_of(env: Environment) -> str:
-    """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken``, ``switched`` (recreate) or ``foreign``."""
+    """Return the state of an environment, such as ``absent``, ``ready``, ``stale`` or ``broken``."""
     if not env.venv.exists():
         return "absent"
     stamp_file = env.venv / STAMP
@@ -249,7 +249,7 @@ def install(env: Environment, lock: int) -> None:
 
 
 def check_command(env: Environment) -> list[str]:
-    """Return the command that imports the installed packages, because installed wheels can still fail to load."""
+    """Return the command that tests whether the installed packages can be imported."""
     modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
     if env.engine != "none":
         modules.append("vllm")
@@ -307,7 +307,7 @@ def make(env: Environment, lock: int) -> None:
 
 
 def take_lock() -> int:
-    """Lock the checkout, waiting for another set-up, and return the descriptor that holds the lock."""
+    """Lock the checkout, waiting for another set-up, and return the file descriptor of the lock."""
     import fcntl
 
     lock = os.open(ROOT, os.O_RDONLY)

@@ -85,7 +85,7 @@ def _check_vllm(options: RecommenderOptions) -> None:
 
 
 def strategy_of(options: RecommenderOptions) -> str:
-    """Return the requested strategy; for the whole catalogue, beam search."""
+    """Return the requested strategy; if the whole catalogue is ranked, this is beam search."""
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
             f"--candidates all requires a search; --strategy {options.strategy} ranks given candidates",

@@ -79,7 +79,7 @@ class Naming:
         return item.item_id in self._items or self._by_title.get(item.title) is not None
 
     def renamed(self, ranking: Ranking, request: RankRequest) -> Ranking:
-        """Return a ranking of candidates with the ids that `request` assigns."""
+        """Return a ranking with the item ids of a converted request."""
         names = dict(zip((item.item_id for item in request.candidates), self._names(request), strict=True))
         return replace(ranking, items=tuple(names[item] for item in ranking.items))
 
@@ -238,7 +238,7 @@ class Classic(Displayed):
 def listable(
     request: RankRequest, translated: Request, names: Sequence[str], items: Container[str]
 ) -> NDArray[np.bool_]:
-    """Return which items can be recommended for a request on the whole catalogue, as a mask of shape (len(names),).
+    """Return a mask of the items that can be recommended for a request, shape (len(names),).
 
     Args:
         request: The request.
@@ -341,7 +341,7 @@ def retrieved(
 def answered(
     answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
 ) -> Answered:
-    """Return the answer to a request; ``unknown`` are the history items that the training data lack."""
+    """Return the answer to a request, with notes on ``unknown`` items of its history."""
     ignored = (f"history: ignored, not in the training data: {some(unknown)}",) if unknown else ()
     given = {item.item_id: item for item in request.candidates}
     titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)

@@ -251,7 +251,7 @@ class Known(Displayed):
 
 
 def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
-    """Return the items that requests can name by id, and the data of the run if they were read for this.
+    """Return the items that requests can name by id, and the data of the run if they were loaded.
 
     The items come from a table, the run's data, or the folder. They are empty for a tuned model without an item table,
     whose requests must name titles, and None for a plain pretrained model.
@@ -380,7 +380,7 @@ def with_history(
     items: Mapping[str, Item],
     profile: Callable[[str], Profile | None] | None = None,
 ) -> tuple[Mapping[str, object], bool]:
-    """Add the stored data of its user to a request, and return whether there are any.
+    """Add the user's stored data to a request, and return whether there are any.
 
     Every interface looks up users here.
 
@@ -435,7 +435,7 @@ def read_known(
 
 
 def of_user(request: RankRequest, *, known: bool) -> RankRequest:
-    """Add the stored history of its user to a request, with a note on the length.
+    """Add the user's stored history to a request, with a note on the length.
 
     Args:
         request: A request with a user, whose history was looked up.

@@ -70,7 +70,7 @@ _TOGETHER = ("list", TWO_STEP, "search")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How to rank: prompts and strategy, and the steps before and after.
+    """The steps of a ranking: prompts, scoring strategy, and what happens before and after.
 
     Attributes:
         options: The options of the model.
@@ -453,7 +453,7 @@ class LanguageModel:
     # ------------------------------------------------------------------- ranking
 
     def _way(self, **changes: Any) -> Way:
-        """Return the configuration with changed options, which must not affect the model, items or engine."""
+        """Return the configuration for changed options, which must not affect the model, items or engine."""
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
             options = replace(self.options, **changes)
@@ -484,7 +484,7 @@ class LanguageModel:
         return Way(options=options, asking=asking, search=search, ensemble=ensemble, reasoner=reasoner)
 
     def _engine(self, way: Way) -> str:
-        """Return the name of the engine; after a failure the next one, if llmrec selects the engine."""
+        """Return the name of the engine; after a failure, the name of the next engine."""
         return self.engines.engine_for(way.asking.strategy, self.bundle.folder)
 
     @property
@@ -661,7 +661,7 @@ def _items(
 
 
 def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a listener that cleans a streamed text and passes on what is added."""
+    """Return a listener that cleans a streamed text and passes on new parts."""
     raw = sent = ""
 
     def listen(piece: str) -> None:

@@ -1,4 +1,4 @@
-"""Builds recommendation lists under business rules: which items are allowed, how deep to rank, and the final list.
+"""Builds recommendation lists under business rules: allowed items, ranking depth, and the final list.
 
 A service awaits an engine where Python calls a model, so `listing` is a generator: it yields a question, is sent the
 answer, and returns the list. All interfaces use it.

@@ -257,7 +257,7 @@ class Loaded(Displayed):
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Scores:
-        """Evaluate the lists of the users of test interactions, with 95 % confidence intervals.
+        """Evaluate recommendations against the test interactions, with 95 % confidence intervals.
 
         Args:
             test: A frame or the path of a table: one row per relevant item, with the columns of the interactions of
@@ -416,12 +416,12 @@ class Loaded(Displayed):
 
     @_named_in_python
     def rate(self, item: Any, **who: Any) -> float:
-        """Predict a rating; ``who`` as in `rank`: ``history``, ``user``, ``model``, ``profile``."""
+        """Predict a user's rating of an item; the user is given as in `rank`."""
         return float(self._about("rating", item, **who))
 
     @_named_in_python
     def predict(self, item: Any, **who: Any) -> float:
-        """Predict the probability that a user likes or chooses an item; ``who`` as in `rank`."""
+        """Predict the probability that a user likes or chooses an item; the user is given as in `rank`."""
         return float(self._about("ctr", item, **who))
 
     @_named_in_python
@@ -482,7 +482,7 @@ class Loaded(Displayed):
         return self.read(known, row, whole="candidates" not in known)
 
     def _table(self, rows: Sequence[Mapping[str, Any]], wanted: Wanted, bar: Bar | None = None) -> pa.Table:
-        """Rank requests and return a table with one row per item or failed request; with ``bar``, raise failures."""
+        """Rank requests and return a table with one row per item or failed request."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)
 

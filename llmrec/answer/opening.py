@@ -185,7 +185,7 @@ class Models(Displayed):
         return self._cards[model.name]
 
     def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> tuple[Card, ...]:
-        """Add, replace and remove items of the catalogue without training, and return the new `cards`."""
+        """Add, replace and remove items of the catalogue, and return the descriptions of all models."""
         for name in removed:
             self.items.pop(name, None)
         self.items.update(put)
@@ -252,7 +252,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 def _open_languages(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
 ) -> dict[str, LanguageModel]:
-    """Open the language model of a folder and other requested ones, on one GPU engine if possible.
+    """Open the language model of a folder and other requested models, if possible on one GPU engine.
 
     Args:
         options: The options of the models.
@@ -341,7 +341,7 @@ def _reserved_names() -> set[str]:
 
 
 def _check_equal(what: str, values: Mapping[str, object]) -> None:
-    """Reject models that differ in a value, given by folder with the served model first."""
+    """Reject models that differ in a property."""
     (served, wanted), *others = values.items()
     for folder, value in others:
         if value != wanted:
@@ -510,7 +510,7 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
 
 
 def _learns(bundle: Bundle) -> bool:
-    """Whether there are interactions on which baselines can be fitted."""
+    """Whether there are interactions for fitting baselines."""
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
@@ -524,7 +524,7 @@ def reserved_by(bundle: Bundle) -> float:
 
 
 def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
-    """Return the labels of baselines fitted in seconds, with the parameters of the first task that has them."""
+    """Return the names of baselines that are fitted in seconds."""
     if not _learns(bundle):
         return []
     results: list[BaselineSection] = []
@@ -582,7 +582,7 @@ def _classic(
 
 
 def family_about(name: str) -> str | None:
-    """Return the task that a baseline answers if it is about single items; None if the baseline ranks."""
+    """Return the task of a baseline that predicts ratings or clicks; None if the baseline ranks."""
     about = (item for item in families().values() if not item.answers_with_items)
     return next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
 
@@ -603,7 +603,7 @@ def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, mode
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:
-    """Return the retriever for language models without beam search: the largest ensemble of baselines, or item-kNN."""
+    """Return the retriever for language models without beam search: an ensemble of baselines, or item-kNN."""
     if models.data is None:
         return None
     alone = {name: fused for name, fused in fusions.items() if fused.arm == "baseline"}

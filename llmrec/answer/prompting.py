@@ -77,7 +77,7 @@ class TaskRequests:
 
 
 def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
-    """Convert requests for a task; each mention of an item gets an id.
+    """Convert requests for a task, and assign an id to each mention of an item.
 
     ``index`` replaces the bundle's index, for an index with added items.
     """
@@ -130,7 +130,7 @@ def _seeded_order(request: RankRequest, seed: int) -> list[int]:
 
 
 class CodesByMention:
-    """Item codes by mention: from the index, or new codes for items that the index lacks.
+    """Codes of the items in requests: from the index, or new codes for unknown items.
 
     An item that a request gives only by title is new, whatever the ids of the index; so is one whose title differs from
     that in an index of titles. Each request's new items are added separately, so that no request affects the codes of
@@ -152,7 +152,7 @@ class CodesByMention:
         return self._index.writes_ids
 
     def encode(self, item: str) -> str:
-        """Return the code for a mention of an item; see `ItemCodes`.
+        """Return the code of an item in a request; see `ItemCodes`.
 
         Raises:
             DataError: If the model has no token for an item.
@@ -261,7 +261,7 @@ def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> t
 
 @dataclass
 class _Outcome:
-    """The result of a request, combined from the answers to its slices."""
+    """The result of a request, combined from the answers to its parts."""
 
     scores: dict[str, float] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
@@ -302,7 +302,7 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
 
 
 def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unparsed]:
-    """Answer requests in halves if they fail, so that a request that is too long fails alone."""
+    """Answer requests; if a request is too long, split the batch so that only this request fails."""
     try:
         answers: list[Ranking | Unparsed] = strategy.answer(asked)
         return answers
@@ -502,7 +502,7 @@ class CatalogueRanking:
         return asked.barred | {self._known_as(posed.items[event.item_id], asked) for event in request.history}
 
     def _known_as(self, item: Item, request: RankRequest) -> str:
-        """Return the catalogue id of an item in a history; looked up by title if the title is unique."""
+        """Return the catalogue id of an item in a history, found by id or by unique title."""
         if item.item_id not in request.titled:
             return item.item_id
         named = self._by_title.get(title_key(item.title), [])
@@ -615,7 +615,7 @@ def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
 
 
 def _of_item(request: Request) -> Request:
-    """Return the request with its single candidate as the item to answer about."""
+    """Convert a request with one candidate to a request about this item."""
     assert request.candidates is not None
     return replace(request, item=request.candidates[0], candidates=None)
 

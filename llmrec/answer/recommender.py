@@ -137,7 +137,7 @@ class Recommender(Protocol):
         ...
 
     def changed(self) -> None:
-        """Discard values derived from the catalogue, because the catalogue has changed."""
+        """Discard values derived from the catalogue after the catalogue has changed."""
         ...
 
 

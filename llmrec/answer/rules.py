@@ -236,7 +236,7 @@ class Rules:
 
 
 def deep_enough(rules: Rules, k: int) -> int | None:
-    """Return how many top items are enough for `Rules.arrange` to select the same k items as from all items.
+    """Return how many top-ranked items `Rules.arrange` needs to select k items.
 
     Returns:
         ``k`` without quotas and diversity. None (all of them) with either: a quota may skip any number of items, and
@@ -264,12 +264,12 @@ def _folded(values: Iterable[str]) -> frozenset[str]:
 
 
 def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
-    """Return a cached test whether a field's text has one of these values, because many items share texts."""
+    """Return a cached function that tests whether a field has one of these values."""
     return cache(lambda text: _fold(text) in values or not values.isdisjoint(_listed(text)))
 
 
 def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
-    """Simplify conditions: return the first condition on each field, and the others that these do not imply."""
+    """Simplify conditions, by removing those that others imply."""
     known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
     needed = [rule for rule in known if not any(rule.field == by.field and by.values < rule.values for by in known)]
     only: dict[str, frozenset[str]] = {}
@@ -365,7 +365,7 @@ class _Similarity:
 
 
 def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
-    """Return the items with each value of a field; empty if there are more than ``most`` values."""
+    """Return the items with each value of a field; empty if the field has more than ``most`` values."""
     same: dict[str, list[int]] = {}
     lists: dict[str, list[list[int]]] = {}
     for row, fields in enumerate(found):

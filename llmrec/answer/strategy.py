@@ -54,7 +54,7 @@ class Asking:
 
     @property
     def by_title(self) -> bool:
-        """Whether titles are scored separately after a prompt without candidates, so that candidates can be split."""
+        """Whether each title is scored separately, so that long candidate lists can be split."""
         return not family_of(self.family).lists and self.strategy in _BY_TITLE
 
 
@@ -138,7 +138,7 @@ def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
 
 
 def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
-    """Parse the settings of a strategy, with the keys and checks of a recipe.
+    """Validate the settings of a strategy, with the keys and checks of a recipe.
 
     Args:
         strategy: The name of the strategy.

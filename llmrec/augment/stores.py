@@ -259,7 +259,7 @@ class Difference:
 
 
 def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
-    """Compare two feature stores: ids, and changed texts of ids in both."""
+    """Compare two feature stores: added and removed ids, and changed texts."""
     results = []
     for kind in KINDS:
         before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))

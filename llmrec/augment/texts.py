@@ -136,7 +136,7 @@ def key_of(kind: FeatureKind) -> str:
 
 
 def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
-    """Return the part of an answer to store; empty if the answer lacks what was requested.
+    """Return the part of an answer to store; empty if the answer is not usable.
 
     For a text on a user with a closed list, these are the topics of the list that it names, in list order (GENRE, Liu
     et al., WSDM 2024, section 3.2). For a synthetic item, these are title and description from a JSON object, the

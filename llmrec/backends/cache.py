@@ -135,7 +135,7 @@ class AnswerStore:
         self._tried(book)
 
     def join(self, other: Path) -> None:
-        """Copy the answers that another store has and this store lacks, and its recorded usage, once.
+        """Copy missing answers and recorded usage from another store.
 
         Args:
             other: A database that no process writes to; it is not changed.

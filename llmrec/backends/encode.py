@@ -135,7 +135,7 @@ class Encoder:
         return tails
 
     def continuation(self, prompt: Prompt, text: str, *, closed: bool) -> tuple[int, ...]:
-        """Return the token ids of a candidate; ``closed`` adds the stop text or the end-of-turn token."""
+        """Return the token ids of a candidate; ``closed`` adds the end of the answer."""
         if not closed:
             return self.piece(text)
         if prompt.stop is not None:
@@ -143,14 +143,14 @@ class Encoder:
         return (*self.piece(text), self.end_id)
 
     def line(self, text: str) -> tuple[int, ...]:
-        """Tokenise the last line of an answer; if line breaks have no token, it ends with the turn."""
+        """Tokenise the last line of an answer, with its end."""
         return (*self.piece(text), self.end_id) if self._loses_end(text) else self.piece(text)
 
     def _loses_end(self, text: str) -> bool:
         return self._ends_lines and text.endswith("\n")
 
     def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
-        """Return the token tree of all answers with their end, for prompts that end with ``stop``.
+        """Return the token tree of all answers to prompts with the given stop text.
 
         The last few trees are kept in memory, and those of large catalogues in the cache folder: tokenising a million
         titles takes longer than building their tree.
@@ -213,7 +213,7 @@ class Encoder:
         )
 
     def completion(self, ids: Sequence[int], stop: str | None, prompt_tokens: int) -> Completion:
-        """Decode generated ids up to the end of the turn or the stop text, for every engine."""
+        """Decode generated token ids up to the end of the answer, for every engine."""
         ended = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
         written = list(ids if ended is None else ids[:ended])
         text = self._text(written)
@@ -354,7 +354,7 @@ class Encoder:
 
 
 def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
-    """Split an answer at targets and line ends into parts, each with whether it is a target."""
+    """Split an answer at targets and line ends into parts, and mark the parts that are targets."""
     runs: list[tuple[str, str]] = []
     for segment in segments:
         kind = segment.kind if segment.kind in ("target", "given") else "text"
@@ -366,5 +366,5 @@ def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
 
 
 def pieces(segments: Sequence[Segment]) -> list[str]:
-    """Split a given beginning of an answer like `marked_pieces`."""
+    """Split the given beginning of an answer at line ends, like `marked_pieces`."""
     return [text for text, _ in marked_pieces(segments)]

@@ -1,4 +1,4 @@
-"""Search of a catalogue with any engine, and detection of candidates that differ only in their last token."""
+"""Searches a catalogue with any engine, and detects candidates that differ only in their last token."""
 
 from __future__ import annotations
 

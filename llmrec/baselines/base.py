@@ -123,7 +123,7 @@ def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: 
 
 
 def _parameters(config: type[Section]) -> list[Parameter]:
-    """Return the parameters of a configuration, and the seed, as keyword-only parameters of a function."""
+    """Return the parameters of a configuration, and the seed, for a function signature."""
     known: dict[str, tuple[Any, Any]] = {
         name: (entry.annotation, entry.get_default(call_default_factory=True))
         for name, entry in config.model_fields.items()
@@ -209,7 +209,7 @@ class Baseline(Generic[C, M]):
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the parameters and the seed by name; ``deep`` exists for scikit-learn and has no effect."""
+        """Return the parameters and the seed by name; ``deep`` has no effect."""
         return {**dict(self._config), "seed": self._seed}
 
     def set_params(self, **parameters: Any) -> Self:
@@ -266,7 +266,7 @@ class Baseline(Generic[C, M]):
 
     @classmethod
     def reads(cls, config: C) -> Reads:
-        """Return which item data the baseline reads: `READS`, unless a parameter changes it."""
+        """Return which item data the baseline reads (interactions, texts, or a language model)."""
         return cls.READS
 
     @classmethod
@@ -276,7 +276,7 @@ class Baseline(Generic[C, M]):
         return None if name is None or name == LSA else str(name)
 
     def with_config(self, config: C) -> Self:
-        """Return a copy with another configuration and the same fitted state.
+        """Return a copy that has another configuration and the same fitted state.
 
         Raises:
             RecipeError: If a parameter outside `AT_ANSWER` differs, which requires another fit.
@@ -469,7 +469,7 @@ class Warm:
     def spread(
         self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.floating[Any]]:
-        """Return scores of all items, with cold-start items lowest; by popularity if a history has no warm items.
+        """Return scores of all items, with cold-start items lowest.
 
         Args:
             scores: Scores of the warm items, shape (b, warm).
@@ -570,7 +570,7 @@ def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
 def top_of(
     request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
 ) -> Ranking:
-    """Return the `TOP` highest-scoring items, and all items with the same score as the last.
+    """Return the `TOP` highest-scoring items, and further items with the same score as the last one.
 
     Truncating a tied block would decide at random, or by id, whether the target is in the list.
     """

@@ -117,7 +117,7 @@ class Counted:
     def of(
         data: SplitDataset, name: str, liked: float | None, decay: float | None, *, before: bool = False
     ) -> tuple[Counted, Ratings, Rows]:
-        """Return the features, the training ratings, and the leave-one-out feature values of each rating.
+        """Return the features, the training ratings, and the leave-one-out features of each rating.
 
         User features include ratings that occur only in histories, as in a request's history; item features use
         training ratings only.

@@ -142,7 +142,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
 
 
 def _trim(folder: Path, limit: float) -> None:
-    """Remove fits until the cache is within its size limit, first outdated and then fast ones."""
+    """Remove cached fits until the cache is within its size limit: outdated fits first, then fast ones."""
     sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors")}
     size = sum(sizes.values())
     if size <= limit:

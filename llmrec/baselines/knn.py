@@ -31,14 +31,14 @@ _DENSE = 4096
 
 
 class Kept:
-    """Caches the last matrix of each kind, because tuning changes few matrices between settings."""
+    """Caches the last matrix of each kind, because most are unchanged between tuning steps."""
 
     def __init__(self) -> None:
         """Create an empty cache."""
         self._made: dict[str, tuple[Any, Any]] = {}
 
     def __call__(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        """Return a matrix, computed again only if its parameters differ from the last call."""
+        """Return a matrix, computed again only if its parameters have changed."""
         if name not in self._made or self._made[name][0] != key:
             self._made[name] = key, make()
         return self._made[name][1]
@@ -100,7 +100,7 @@ def _votes(
 
 
 def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> NDArray[np.float64]:
-    """Compute the same sums for the history items only, for catalogues whose item pairs do not fit in memory.
+    """Sum similarities for catalogues whose item pairs do not fit in memory.
 
     Sums of each `_BLOCK` of items are added up. Blocks with few items of the histories are computed together: a single
     request has about twenty items, most of them alone in their block.

@@ -35,7 +35,7 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
 
 
 def stops_early(name: str) -> bool:
-    """Whether a baseline stops early by its results on validation users."""
+    """Whether a baseline uses early stopping on validation users."""
     return "patience" in lookup(BASELINES, name, "baseline").Config.model_fields
 
 

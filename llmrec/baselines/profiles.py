@@ -59,7 +59,7 @@ class Table:
 
     @staticmethod
     def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
-        """Fit the whitening, without which directions with little variance would saturate the gate."""
+        """Fit the whitening of features."""
         turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
@@ -85,7 +85,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Columns:
-    """The feature vectors for several training rows: one per user or item, with an index for every row.
+    """The feature vectors of the users or items in several training rows.
 
     Attributes:
         vectors: The vectors, shape (entities, k).

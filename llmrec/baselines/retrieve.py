@@ -47,7 +47,7 @@ class Finder(Protocol):
         ...
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return the retrievers for held-out interactions, each with the users it is used for (None for all)."""
+        """Return the retrievers for held-out interactions, each with the users for whom it is used."""
         ...
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:

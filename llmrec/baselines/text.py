@@ -93,7 +93,7 @@ class _Texts:
 
 @dataclass(frozen=True)
 class _Library:
-    """Training texts with their vectors, their indices by item and by user, and the titles."""
+    """Training texts with their vectors, indices by item and user, and titles."""
 
     known: _Texts
     model: TfIdf
@@ -208,7 +208,7 @@ class TextRidgeConfig(Section):
 
 @dataclass(frozen=True)
 class _Read:
-    """A fitted ridge regression: vocabulary, word weights, intercept terms and rating scale."""
+    """A fitted ridge regression: vocabulary, word weights, means and rating scale."""
 
     model: TfIdf
     weights: NDArray[np.float64]

@@ -58,7 +58,7 @@ def points(grid: Grid) -> list[Point]:
 
 
 def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge) -> None:
-    """Evaluate settings until the best one for each table is found.
+    """Evaluate hyperparameter settings until the best one for each table is found.
 
     All settings of a grid of at most `SMALL` settings are tried. In a larger grid, coordinate search moves one
     parameter at a time along its values while the metric improves, until a round over all parameters changes nothing.
@@ -90,7 +90,7 @@ def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
 
 
 def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the parameters at an end of their grid, beyond which a better value may exist.
+    """Return the parameters at an end of their grid, where a larger grid may give a better value.
 
     Ends at a bound of the config, such as a count of 1, are excluded.
     """
@@ -154,7 +154,7 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
 
 
 def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
-    """Return the values on each side of the current one, nearest first; all others if they have no order."""
+    """Return the values on each side of the current value, nearest first."""
     place = list(values).index(current)
     if not _ordered(values):
         return [[value for value in values if value != current]]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def drawn(data: SplitDataset) -> NDArray[np.uint64]:
-    """Return random keys of the validation interactions, shape (n,); samples take the smallest keys."""
+    """Return random sampling keys of the validation interactions, shape (n,)."""
     if data.drawn is not None and len(data.drawn) == len(data.valid):
         return data.drawn
     return hash64("validation", data.seed, data.valid["user_id"], data.valid["item_id"])
@@ -86,7 +86,7 @@ def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 def mean_ndcgs(
     scorer: CatalogueScorer, cases: Sequence[Case], seen: Sequence[str] = ("excluded",), k: int = 10
 ) -> dict[str, float]:
-    """Return NDCG@k on the whole catalogue, averaged over ties as in the evaluation on the test split.
+    """Return NDCG@k on the whole catalogue, computed as on the test split.
 
     Args:
         scorer: A fitted model that scores the catalogue.

@@ -91,7 +91,7 @@ class Setting:
 
     @cached_property
     def data_users(self) -> Mapping[int, Sequence[DataUser]]:
-        """The simulated users of each seed; each system uses the first of them."""
+        """The simulated users of each seed."""
         page = self.page
         most = max(row.users or page.users for row in page.rows)
         draw = partial(
@@ -100,7 +100,7 @@ class Setting:
         return {seed: draw(seed) for seed in page.seeds}
 
     def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[Talk]:
-        """Run the conversations of a system, and report each to ``out``."""
+        """Run the conversations of a dialogue system, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
         with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
@@ -168,7 +168,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 
 
 def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
-    """Return the stored conversations with the same key, or run and store them."""
+    """Return stored conversations with the same cache key, or run and store them."""
     asked = row.model_dump(mode="json", exclude={"name"})
     key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
 
@@ -223,7 +223,7 @@ def _within(talks: Sequence[Talk], turns: int) -> NDArray[np.float64]:
 
 
 def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow:
-    """Return the results of a system; intervals resample users, who may occur with several seeds."""
+    """Return the results of a dialogue system, with intervals over users."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
     calls: Counter[str] = Counter()
@@ -257,7 +257,7 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow
 
 
 def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
-    """Return a system with a value for each conversation; each seed samples users again."""
+    """Return the values of a dialogue system, one per conversation."""
     requests = [(talk.seed, talk.user) for talk in talks]
     return MadeRow(
         row_of(page, row, talks), {TABLE: Sample(_within(talks, page.turns), [talk.user for talk in talks], requests)}

@@ -43,7 +43,7 @@ _COLD = "count:0-0"
 
 @dataclass(frozen=True)
 class Sample:
-    """The per-request values of a model in a table, on the metric of its comparisons.
+    """The per-request values of a model in a table.
 
     Attributes:
         values: Shape (n,), or (seeds, n).
@@ -66,7 +66,7 @@ class MadeRow:
 
 @dataclass(frozen=True)
 class Parts:
-    """Subsets of the requests in a table: a mask by name, and the target of each request."""
+    """Subsets of the requests in a table, and the target of each request."""
 
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     targets: Sequence[str] = ()
@@ -245,7 +245,7 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
 
 
 def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
-    """Return the comparisons to make in a table; None if a comparison has no requests.
+    """Return the comparisons to make in a table; None for comparisons without requests.
 
     Rows that were not run or have no figure are not compared.
     """

@@ -203,7 +203,7 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
 
 
 def missing(board: Board, results: Sequence[BenchmarkResult]) -> list[str]:
-    """Return the models in the results that the leaderboard neither describes nor leaves out."""
+    """Return the models that have results but are not mentioned in the leaderboard settings."""
     suites = {column.suite for group in board.groups for column in group.columns}
     rows = {row.name for result in results if result.benchmark in suites for row in result.rows}
     return sorted(rows - set(board.models) - set(board.left_out))
@@ -298,7 +298,7 @@ def _type(row: BenchmarkRow) -> Type:
 
 
 def _training(row: BenchmarkRow) -> float | None:
-    """Return the seconds of one fit (of an ensemble, of its weights); None if only tuning was timed."""
+    """Return the seconds of training; None if only tuning was timed."""
     spent = row.seconds.get("fit", 0.0)
     if any(figures.fusion for figures in row.tables.values()):
         spent += row.seconds.get("tune", 0.0)
@@ -319,7 +319,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
-    """Return the sort key of a model: required baselines last, then by mean rank, then by a metric."""
+    """Return the sort key of a model, by mean rank and then by a metric."""
     known = [cell for cell in line.cells if cell is not None]
     return line.type == "control", float(np.mean([cell.rank for cell in known])), *place(known[0].value, metric)
 
@@ -327,7 +327,7 @@ def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
 def _published(
     board: Board, columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
 ) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
-    """Return the best published systems with sources and results under the protocol of each data set.
+    """Return the best published systems on each data set, with sources and results.
 
     They are ordered by their best rank among the published systems of a column, then by the number of their figures.
     """

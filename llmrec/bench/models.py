@@ -48,7 +48,7 @@ _WEIGHING = 20_000
 
 
 def _read_by(recipe: Recipe) -> Mapping[str, Any]:
-    """Return what the cache key of a recipe includes: its keys, and hashes of files and plug-ins that it names."""
+    """Return the recipe settings and file hashes that determine a cached result."""
     families = recipe.tasks.present()
     templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
     index = recipe.index
@@ -64,7 +64,7 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _form(tried: Tried | None) -> dict[str, Any]:
-    """Return the form of an ensemble as parameters of its model."""
+    """Return the form of an ensemble as parameters for its record."""
     assert tried is not None
     return {"form": tried.form, "of": tried.name}
 
@@ -116,21 +116,21 @@ class Models:
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
-        """Keep a fitted model that an ensemble needs later; keeping others would only use memory."""
+        """Keep a fitted model in memory if an ensemble needs it later."""
         if any(row.label in other.fuse for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
             if not any(model is entry for entry in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Select form and weights of an ensemble on validation users; fine-tuned models have nothing to select."""
+        """Select form and weights of an ensemble on validation users."""
         if row.fuse:
             return self._weighed(row, data, tables)
         only = Choice(dict(self._recipe(row)[1]))
         return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
 
     def inputs(self, row: SuiteRow) -> Any:
-        """Return additional inputs of a model's cache key: the recipe, the files it reads, or its members."""
+        """Return additional inputs of a model's cache key."""
         if row.recipe:
             return _read_by(self._recipe(row)[0])
         if row.baseline is not None:
@@ -138,7 +138,7 @@ class Models:
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.fuse]
 
     def read(self, row: SuiteRow) -> list[Hashes]:
-        """Return hashes of the files that a baseline reads in addition to the data, with all settings of its grid."""
+        """Return hashes of the files that a baseline reads in addition to the data."""
         values = [
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
@@ -176,7 +176,7 @@ class Models:
         return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> Background:
-        """Return the training data for list metrics of a split; cached.
+        """Return the training data from which list metrics are computed, for one split.
 
         Raises:
             LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is missing.

@@ -357,7 +357,7 @@ def _parameters(figures: RowFigures) -> str:
 def _cost(
     entries: Sequence[tuple[BenchmarkRow, RowFigures]], row: BenchmarkRow, figures: RowFigures, name: str, form: str
 ) -> str:
-    """Return the cost per request; baselines read no tokens, and an ensemble includes its members."""
+    """Return the inference cost per request, including the members of an ensemble."""
     if row.arm == "baseline" and name != "seconds_per_request":
         return DASH
     return f"{_with_members(entries, figures, name):{form}}"
@@ -423,7 +423,7 @@ def _limited(value: float | None, low: float | None, high: float | None, digits:
 
 
 def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
-    """Return the models that find cold-start items, with their results on all other requests."""
+    """Return sentences on the models that recommend cold-start items."""
     metrics, rows = table.metrics, list[tuple[float, list[str]]]()
     entries = result.standings(table)
     shown = [name for name in entries[0][1].metrics if name.startswith(("Exposure@", "ColdItems@"))]
@@ -453,7 +453,7 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _compared(pair: BenchmarkPair) -> str:
-    """Return a comparison in one line; exploratory ones without p-value and verdict."""
+    """Format a comparison as one line."""
     ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} − {cell(pair.b)}"
     if pair.n == 0:
         return Markup(f"{ends}: no such requests")
@@ -547,7 +547,7 @@ def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
 
 
 def _slices(result: BenchmarkResult) -> dict[str, str]:
-    """Return, by title, tables of planned comparisons on subsets, between models that read different item data."""
+    """Return tables of planned comparisons on subsets, by title."""
     reads = {row.name: row.reads for row in result.rows}
     order = get_args(Reads)
     kinds: dict[tuple[str, str], list[BenchmarkPair]] = {}

@@ -117,7 +117,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
 
 
 def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
-    """Reject comparisons that are in no table, after all results are written.
+    """Reject comparisons that appear in no table, after all results are written.
 
     Raises:
         RecipeError: If there is one; the message names the missing row and the closest one.
@@ -191,7 +191,7 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
 
 
 def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
-    """Return the folder of the earlier run that a run continues: the one with the same seed, or the only one."""
+    """Return the folder of the earlier run that a run continues."""
     first = next(run for run in benchmark.runs if run.name == name)
     return out / _folder(first.name, point.seed if first.seeds else None)
 
@@ -229,7 +229,7 @@ def _name(row: Row, label: str) -> str:
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
-    """Add a model: another seed of an existing one, a baseline that every run has, or a new one."""
+    """Add a result: another seed of a known model, a shared baseline, or a new model."""
     known = lines.setdefault((line.table, line.name), line)
     if known is line:
         return
@@ -341,7 +341,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _bare(figure: Figure) -> Figure:
-    """Return a value without its signature, which is stored with the table."""
+    """Return a metric without its signature."""
     return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 

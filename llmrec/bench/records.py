@@ -264,7 +264,7 @@ class BenchmarkResult(Record):
     notes: tuple[str, ...] = ()
 
     def standings(self, table: BenchmarkTable) -> list[tuple[BenchmarkRow, RowFigures]]:
-        """Return the models of a table with their results, best first and undefined ones last."""
+        """Return the models of a table with their results, best first."""
         results = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
         return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
 

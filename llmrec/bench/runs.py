@@ -156,7 +156,7 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
 
 
 def _pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, bool]]:
-    """Yield the pair of best models, and then each pair of equal models."""
+    """Yield the best models of both runs as a pair, and then pairs of the same model."""
     best, rival = (headline(results, task).model or results.standings(task)[0] for results in (one, other))
     yield best, rival, True
     known = {row.id: row for row in other.rows if row.task == task}
@@ -225,7 +225,7 @@ def _refuse_other_cases(runs: Sequence[Path], rows: tuple[ResultRow, ResultRow])
 
 
 def _protocol(signature: str) -> str:
-    """Return a signature without the version of llmrec, in which comparable results may differ."""
+    """Return a metric signature without the version of llmrec."""
     try:
         version = parse_signature(signature).version
     except ValueError:

@@ -66,7 +66,7 @@ Values: TypeAlias = list[float] | list[list[float]]
 
 @dataclass(frozen=True)
 class Done:
-    """A finished model, with its values by table and metric for `llmrec.evaluate.compare.sampled`."""
+    """A finished model, with its values by table and metric."""
 
     row: BenchmarkRow
     values: Mapping[str, Mapping[str, Values]]
@@ -289,7 +289,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
 
 
 def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
-    """Return weights without the text of their trees, which is a hundred times larger than the rest."""
+    """Return weights without the text of their trees, which is very large."""
     return weights and weights.model_copy(update={"trees": None})
 
 
@@ -347,7 +347,7 @@ def _measured(
     seed: int,
     first: bool,
 ) -> dict[str, Once]:
-    """Fit and evaluate the selected settings, once for tables with equal ones; ``first`` is for the tuning seed."""
+    """Fit and evaluate the selected hyperparameters of a model."""
     results: dict[str, Once] = {}
     together: dict[str, list[str]] = {}
     # An ensemble has separate members for each table, whatever its form is.
@@ -436,7 +436,7 @@ def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float |
 
 
 def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> RowFigures:
-    """Return results averaged over seeds, with their range over tie rules of the split."""
+    """Return results averaged over seeds, with their range over different orders of tied interactions."""
     first = runs[0].evaluated.figures
     users = [record.user_id for record in runs[0].evaluated.records]
     metrics = {
@@ -496,7 +496,7 @@ def _peak() -> Iterator[list[float]]:
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:
-    """Return the names of a suite's tables: one per treatment of history items, or one for ratings and CTR."""
+    """Return the names of a suite's result tables."""
     return TABLES.get(suite.task, suite.seen)
 
 

@@ -40,7 +40,7 @@ class Search(_Call):
 
 
 class Filter(_Call):
-    """Keep items whose field has a value, does not have it, or is within a limit."""
+    """Keep items whose field has (or does not have) a value or is within a limit."""
 
     tool: Literal["filter"] = "filter"
     field: str = Field(max_length=100)
@@ -49,7 +49,7 @@ class Filter(_Call):
 
 
 class Similar(_Call):
-    """Find items often chosen together with items of the list, given by position, or with the user's liked items."""
+    """Find items that are often chosen together with given items."""
 
     tool: Literal["similar"] = "similar"
     items: tuple[int, ...] = Field((), max_length=20)
@@ -91,7 +91,7 @@ class ShowProfile(_Call):
 
 
 class Forget(_Call):
-    """Delete the preference with this number from the profile, or all of them (0), and end the turn."""
+    """Delete a preference, or all preferences, from the profile, and end the turn."""
 
     tool: Literal["forget"] = "forget"
     wish: int = Field(0, ge=0, le=1000)

@@ -61,7 +61,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation over a catalogue; the state of a user is passed in and returned.
+    """A conversation about a catalogue; the caller keeps the state of the user.
 
     Attributes:
         tools: The tools over the catalogue and a recommender.

@@ -256,7 +256,7 @@ def _maps(width: int) -> Any:
 
 
 def _moved(network: torch.nn.Module, name: str, vectors: Any) -> Any:
-    """Add the residual map to vectors and normalise them, shape (n, d)."""
+    """Add the residual map to vectors and normalise the result, shape (n, d)."""
     nn = require("torch", "train").nn.functional
     vectors = nn.dropout(vectors, _DROPOUT, network.training)
     return nn.normalize(vectors + network[name](vectors), dim=1)

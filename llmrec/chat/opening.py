@@ -46,7 +46,7 @@ def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int],
 
 @contextmanager
 def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]:
-    """Yield the language model that grades items, or None without a name; raises the errors of `opened`."""
+    """Yield the language model that grades items; None if no name is given."""
     if name is None:
         yield None
         return

@@ -245,7 +245,7 @@ def title_of(title: str) -> str:
 
 
 def _is_title(text: str, start: int, end: int, form: str) -> bool:
-    """Whether words that match a title are meant as a title: capitalised, or too many for a coincidence."""
+    """Whether words that match a title are meant as a title."""
     words = text[start:end].split()
     capitals = sum(word[:1].isupper() or word[:1].isdigit() for word in words)
     before = text[:start].rstrip()
@@ -304,7 +304,7 @@ def _unseen(before: str) -> bool:
 
 
 def _op(bare: str, unwanted: bool) -> Op:
-    """Return the operator of a clause about the item that it names."""
+    """Return the operator (like, dislike, ...) of a clause that names an item."""
     seen, liked = english.SEEN.search(bare), english.LIKE.search(bare)
     if english.DISLIKED.search(bare) or (unwanted and (liked or not seen)):
         return "not"

@@ -160,6 +160,6 @@ def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
 
 
 def _say(text: str, before: str = "") -> None:
-    """Print lines with texts of users and tables, without control characters for the terminal."""
+    """Print lines of untrusted text, without control characters."""
     for line in text.split("\n"):
         say(before + clean(line, max(1, len(line))))

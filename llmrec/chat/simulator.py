@@ -270,7 +270,7 @@ def dialogues(
 
 
 def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
-    """Return conversations as a transcript, in which a turn without user message begins each conversation."""
+    """Return conversations as a transcript."""
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 

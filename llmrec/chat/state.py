@@ -61,7 +61,7 @@ class Wish(BaseModel):
 
     @property
     def key(self) -> tuple[str, str]:
-        """The key of which a profile has only one preference: the side of a limit, or the value."""
+        """The key that must be unique in a profile."""
         return (self.field, self.op if self.op in ("from", "until") else self.value)
 
     def told(self, titles: Mapping[str, str]) -> str:
@@ -209,7 +209,7 @@ def fresh(profile: Iterable[Wish], turn: int) -> tuple[Wish, ...]:
 
 
 def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
-    """Return a profile without its oldest constraint that is not an exclusion, and that constraint.
+    """Remove the oldest constraint from a profile, and return both.
 
     Inferred constraints go before stated ones. Alternatives are removed together.
     """

@@ -178,14 +178,14 @@ class Tools:
         return state, Outcome()
 
     def profile(self, state: State) -> tuple[str, ...]:
-        """Return the profile as numbered lines, to which `Forget` refers."""
+        """Return the profile as numbered lines."""
         return tuple(
             f"{index}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
             for index, wish in enumerate(state.profile, start=1)
         )
 
     def concluded(self, state: State) -> State:
-        """Add soft preferences inferred from values that liked or unwanted items have in common."""
+        """Infer soft preferences from values that liked or unwanted items share."""
         profile = state.profile
         for op in ("is", "not"):
             named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]

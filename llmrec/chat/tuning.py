@@ -67,7 +67,7 @@ class Taught:
 
     @property
     def allowed(self) -> bool:
-        """Whether a language model could make the call; rules also search for words that are not adjacent."""
+        """Whether a language model could make the call, since rules can also search for non-adjacent words."""
         return self.call in choices(self.moment, MOST)
 
 
@@ -185,7 +185,7 @@ def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
 
 @dataclass
 class UsualManager:
-    """A baseline: the most frequent allowed call after the same tools in the turn, whatever the message is."""
+    """A baseline: the most frequent allowed call after the same earlier calls of the turn."""
 
     counts: Mapping[tuple[str, ...], Counter[Call]]
     name: str = "usual"
@@ -348,7 +348,7 @@ def _merge(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Te
 
 
 def leading(name: str) -> tuple[str, bool]:
-    """Return the weights of a manager (a run of `tune`, or any model), and whether they were tuned as manager."""
+    """Return the weights of a dialogue manager, and whether they were fine-tuned for this purpose."""
     for folder in (Path(name) / "merged", Path(name)):
         if (folder / ABOUT).is_file():
             about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")

@@ -70,7 +70,7 @@ def run_and_exit(program: Callable[..., Any]) -> None:
 
 
 def _last_output(error: Exception, kind: ErrorKind | None) -> None:
-    """Print the last output of libraries if they may have caused the error; errors of engines already contain it."""
+    """Print the last output of libraries if they may have caused the error."""
     if kind in _BROKEN and not isinstance(error, EngineFailure):
         sys.stderr.writelines(f"{line}\n" for line in terminal.last_words())
 

@@ -44,7 +44,7 @@ _LAYERS, _REPEATS = 4, 3
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Number of examples and tokens per timed call: prompts in prefill, and a batch of answers in decoding.
+    """The numbers of examples and tokens in the timed calls for prefill and decoding.
 
     ``states`` are the positions whose logits are computed.
     """
@@ -129,7 +129,7 @@ def _scaled(
     whole: float,
     layers: int,
 ) -> Speed:
-    """Time each kind of computation; ``whole`` is the ratio of all ``layers`` to the timed layers."""
+    """Time each kind of computation, and scale the result to all layers."""
     torch = require("torch", "train")
     with torch.no_grad():
         small.eval()
@@ -203,7 +203,7 @@ def _learning(body: Any, train: TrainSection) -> Any:
 
 
 def _forward(body: Any, shape: tuple[int, int]) -> Any:
-    """Return the last hidden states; an encoder and its decoder each read half of every row."""
+    """Return the last hidden states of the timed layers."""
     torch = require("torch", "train")
     rows, tokens = shape
     ids = torch.ones(rows, tokens, dtype=torch.long, device=next(body.parameters()).device)
@@ -274,7 +274,7 @@ class Seen:
         self._known: set[int] = set()
 
     def new(self, ids: Sequence[int]) -> int:
-        """Return how many tokens of a prompt are not in the cache, at least one, and add it to the cache."""
+        """Return how many tokens of a prompt are not cached, and add the prompt to the cache."""
         key, fresh = 0, 0
         for start in range(0, len(ids) - _BLOCK + 1, _BLOCK):
             key = hash((key, *ids[start : start + _BLOCK]))
@@ -503,7 +503,7 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
 
 
 def _of_gpu(needed: float, free: float | None) -> str:
-    """Compare an estimate with the free memory of the GPU; empty if there is no GPU."""
+    """Compare an estimate with the free GPU memory, as text; empty if there is no GPU."""
     if free is None:
         return ""
     fix = "set train.micro_tokens or train.gradient_checkpointing=true, or train.method=qlora"

@@ -61,7 +61,7 @@ def refuse_several(shard: str | None, ray: str | None, launch: int | None = None
 
 
 def takes(function: Callable[[Any], None]) -> Callable[..., None]:
-    """Convert a function of an options record to one whose parameters are its fields, required ones first.
+    """Convert a function with an options record to a function with one parameter per field.
 
     Its docstring is the help text, without the section ``Example:``.
 

@@ -149,7 +149,7 @@ def _write_chat(study: Study, file: Path) -> None:
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
-    """Add the template files in a list of names to the recipe, and return it with the names of all templates.
+    """Add template files to a recipe, and return it with the names of all templates.
 
     Args:
         recipe: The recipe.
@@ -246,7 +246,7 @@ def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
 
 
 def names(study: Study) -> Iterator[str]:
-    """Yield one line for each template that a recipe uses, grouped by task, and the names of the others."""
+    """Yield the templates of a recipe by task, first the templates that it uses."""
     for family, known in study.templates.items():
         chosen = chosen_of(study, family)
         used = {template.id: _roles(template, chosen) for template in known.values()}

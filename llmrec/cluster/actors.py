@@ -72,7 +72,7 @@ class Places:
 
 
 def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: int = 1) -> Places:
-    """Return how many actors fit on a cluster, with one CPU reserved for Ray Data, or the requested number.
+    """Return the number and resources of actors: as many as fit on the cluster, or the requested number.
 
     Args:
         nodes: The resources of each machine: ``CPU`` and ``GPU``.
@@ -311,7 +311,7 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
 
 
 def ask_shards(options: RunOptions, *, trains: bool = False) -> None:
-    """Evaluate one shard of a recipe's cases, or all shards on a cluster or this machine, for `llmrec run` and `eval`.
+    """Evaluate one or all shards of a recipe, on a cluster or on this machine.
 
     Args:
         options: The recipe, its run folder, and one of ``shard``, ``ray`` and ``launch``.

@@ -92,7 +92,7 @@ def refuse_without_model(recipe: Recipe) -> None:
 
 
 def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Run:
-    """Merge the answers of all shards into a run folder, and compute results like a single process.
+    """Merge the answers of all shards into a run folder, and compute the results.
 
     Args:
         home: The run folder, as given to the shards.

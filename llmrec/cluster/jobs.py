@@ -98,7 +98,7 @@ class Job:
 
 
 def read_job(folder: Path, token: str) -> Job:
-    """Read a job from the folder of its shards, and change to the working folder of its command.
+    """Read a job from its folder, and change to the working folder of its command.
 
     Raises:
         LlmrecError: If this machine does not have the folder, or has another one under its name.
@@ -214,7 +214,7 @@ class Worker:
 
 
 def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
-    """Run a shard; wait if a process that is about to end still locks it."""
+    """Run a shard; wait if another process is about to release its lock."""
     end = time.monotonic() + _BUSY
     while True:
         try:
@@ -249,7 +249,7 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
 
 
 def shard_counts(target: Path) -> list[int]:
-    """Return the numbers of shards into which a job was divided before, most frequent first."""
+    """Return the numbers of shards into which a job was already divided, most frequent first."""
     place = shards_of(target)
     names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
     return [count for count, _ in Counter(int(name[1]) for name in names if name).most_common()]
@@ -257,7 +257,7 @@ def shard_counts(target: Path) -> list[int]:
 
 @contextmanager
 def published(job: Job) -> Iterator[str]:
-    """Write the job file for workers, yield its token, and lock the job against other starts meanwhile.
+    """Write the job file for workers, yield its token, and keep others from starting the same job.
 
     Raises:
         LlmrecError: If the job is already running, or the folder cannot be written.

@@ -107,7 +107,7 @@ def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
 
 
 def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
-    """Return the environment of each process: its GPUs, selected from the visible ones, and number of threads.
+    """Return the environment variables of each process, with its GPUs and number of threads.
 
     Raises:
         RecipeError: If there are too few GPUs, or GPUs of several kinds.

@@ -113,7 +113,7 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
-    """Warn if a user id probably means "unknown user": it is a word for "missing", or has a large share of the rows."""
+    """Warn if a user id probably means "unknown user", such as "guest" or an id with a large share of the rows."""
     names, result = codes(frame["user_id"])
     sizes = pl.DataFrame({"user_id": names, "count": np.bincount(result, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
@@ -184,7 +184,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
 
 
 def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """Return rows whose ratings are the sums over all rows with the same user, item and part of the split."""
+    """Sum the ratings of rows with the same user, item and part of the split."""
     if frame["rating"].null_count() == frame.height:
         raise DataError.at(
             table.name,
@@ -217,7 +217,7 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
 def _scale(
     section: DataSection, table: Table, frame: pl.DataFrame, scale: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    """Return the rating scale set in the recipe or by the source; None if neither sets one, see `scale_of`."""
+    """Return the rating scale set in the recipe or by the source; None if it is not set, see `scale_of`."""
     named = section.rating_scale or scale
     if named is None or frame["rating"].drop_nulls().is_empty():
         return None
@@ -251,7 +251,7 @@ class _Listing:
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by id, without HTML; if rows differ, the most frequent text or a catalogue's last."""
+        """Return the text of a column by id, without HTML; if rows differ, the most frequent or last text."""
         if not self.unique:
             result = one_per_item(self.table, self.own, name)
         else:

@@ -163,7 +163,7 @@ class Touched(Mapping[str, frozenset[str]]):
         self._runs = Runs(users, rows)
 
     def places(self, user: str) -> NDArray[np.integer]:
-        """Return the indices in ``names`` of the items that a user interacted with."""
+        """Return the indices of the items that a user interacted with."""
         return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:

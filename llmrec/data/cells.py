@@ -19,7 +19,7 @@ _GUARDED = re.compile(_FORMULA)
 
 
 def cell(value: object) -> str:
-    """Return a text as a cell of a delimited file that a spreadsheet does not run as a formula.
+    """Escape a text as a cell of a delimited file, so that spreadsheets do not run it as a formula.
 
     Numbers have full precision, lists are JSON, and a text that would run as a formula gets a leading apostrophe.
     """
@@ -57,7 +57,7 @@ def write_rows(
 
 
 class _Rows:
-    """File object for a `csv.writer` that writes each row with another line end."""
+    """File object for a `csv.writer` that replaces the line end of each row."""
 
     def __init__(self, stream: TextIO, end: str) -> None:
         self._stream, self._end = stream, end

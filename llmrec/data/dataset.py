@@ -36,7 +36,7 @@ PARTS = ("train", "valid", "test")
 
 
 def conform(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the interaction columns of a frame in the order and types of the schema, with null for missing columns.
+    """Return the interaction columns in the order and types of the schema; missing columns become null.
 
     Raises:
         DataError: If user_id or item_id is missing or has nulls, or a column has another type.
@@ -200,7 +200,7 @@ class Dataset(Displayed):
         return {pair: review for pair, review in self.reviews.items() if pair in kept}
 
     def _told(self) -> list[str]:
-        """Return a hash over the reviews; empty without reviews, so that the fingerprint does not change."""
+        """Return a hash over the reviews; empty without reviews."""
         if not self.reviews:
             return []
         message = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))

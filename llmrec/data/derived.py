@@ -185,7 +185,7 @@ _LAST = ("n", "s", "r", "l", "na", "ra", "ro", "lin", "tan", "vel", "dor", "mi",
 
 
 def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
-    """Return a review data set with missing titles, names, features and sentences added; other data sets unchanged.
+    """Add missing titles, names, features and sentences to a review data set; other data sets are unchanged.
 
     Args:
         dataset: The data set. Results of an earlier derivation are replaced.
@@ -217,7 +217,7 @@ def _opinion(phrase: str) -> bool:
 
 
 def _about(review: Review, known: Collection[str]) -> Review:
-    """Return a review with its feature (the best training phrase in a suitable sentence) and the sentence."""
+    """Return a review with its feature and a sentence about it."""
     low, high = _SENTENCE
     fair = [sentence for sentence in sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
     for phrase in review.phrases:
@@ -249,7 +249,7 @@ def _titled(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mappi
 
 
 def _telling(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
-    """Yield an item's distinctive phrases, best first: frequent in its reviews, rare in others, sharing no words."""
+    """Yield the distinctive phrases of an item, best first."""
     usable = [phrase for phrase in phrases if not _opinion(phrase)]
     # Phrases of a single review are used only if no others are left.
     usable.sort(

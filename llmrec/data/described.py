@@ -101,7 +101,7 @@ def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str
 
 
 def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
-    """Return items with the texts of a feature store, if it has texts about items; raises the errors of `described`."""
+    """Return items with the texts of a feature store, if it has texts about items."""
     store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
     if section is None or store is None or "item" not in store.kinds:
         return items
@@ -114,7 +114,7 @@ def described_items(items: Mapping[str, Item], section: TextsSection | None) -> 
 
 
 def profile_of(user: str, section: TextsSection) -> str:
-    """Return the text about a user for prompts; empty if none is stored, and for the baseline with shuffled texts."""
+    """Return the text about a user for prompts; empty if there is none."""
     if section.sides == "item" or section.shuffled:
         return ""
     # Opened for each user, so that a text that was corrected or deleted in the meantime is not used.
@@ -123,7 +123,7 @@ def profile_of(user: str, section: TextsSection) -> str:
 
 
 def reshuffled(names: Sequence[str]) -> dict[str, str]:
-    """Return a random cyclic permutation of names for the baseline with shuffled texts: no name maps to itself."""
+    """Return a random cyclic permutation of names, which maps no name to itself."""
     drawn = np.random.default_rng(0).permutation(len(names))
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
@@ -166,7 +166,7 @@ def refuse_seen(
 
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
-    """Return the texts stored for these ids or, if shuffled, the texts of other ids."""
+    """Return the texts stored for these ids or, if shuffled, for other ids."""
     of = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     requested = [name for name in ids if name in of]
     result = store.texts(kind, {of[name] for name in requested})

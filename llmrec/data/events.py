@@ -17,7 +17,7 @@ _KEPT = 1_000_000
 
 
 class Events:
-    """The interactions of a frame by user, without copies of its columns.
+    """The interactions by user, without copies of the columns.
 
     Args:
         frame: Columns of `llmrec.data.dataset.SCHEMA`, with each user's rows in time order.
@@ -42,7 +42,7 @@ class Events:
         return int(part.stop - part.start)
 
     def counts(self, *, rated: bool) -> Mapping[str, int]:
-        """Return the number of interactions, or of rated interactions, by user in sorted order, without zeros."""
+        """Return the number of interactions (or rated interactions) by user."""
         whole = np.ones(len(self._items), dtype=bool)
         kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
         sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])

@@ -1,4 +1,4 @@
-"""Stores precomputed vectors and texts of users or items, with the interactions that they were made from.
+"""Stores vectors and texts of users or items, with the interactions from which they were made.
 
 A store is a folder that a service can memory-map and read without llmrec with numpy:
 docs/text-features-and-cold-start.md.
@@ -236,7 +236,7 @@ class FeatureStore:
         return int(self._tables[kind].vectors.shape[1])
 
     def fallback(self, kind: FeatureKind) -> NDArray[np.floating[Any]] | None:
-        """Return the vector used for unknown ids, if one was set; None if their mean is used."""
+        """Return the vector used for unknown ids; None if it is the mean of all vectors."""
         return None if self._meta["kinds"][kind]["fallback"] == "mean" else self._tables[kind].fallback
 
     def ids(self, kind: FeatureKind) -> list[str]:
@@ -405,7 +405,7 @@ def write_version(
 
 
 def drop_older(place: Path, *, keep: int = 1) -> None:
-    """Remove all versions but the current one and the ``keep`` - 1 newest others; requires the lock of `writing`."""
+    """Remove old versions, keeping the ``keep`` newest; requires the lock of `writing`."""
     current = _named(place / _CURRENT)
     versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)

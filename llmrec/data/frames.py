@@ -89,7 +89,7 @@ def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
 
 
 def write_frame(frame: Any, folder: Path, key: str) -> Path:
-    """Write a data frame as the table of ``data.path`` or ``data.items``, selected by ``key``, and return its file.
+    """Write a data frame as the table of ``data.path`` or ``data.items``, and return its file.
 
     Raises:
         DataError: If it is not a frame, or a column cannot be written.

@@ -1,4 +1,4 @@
-"""Stable seeded hashes for all random choices about data, which therefore depend on ids and not on the row order.
+"""Seeded hashes for all random choices about data, so that they depend on ids and not on the row order.
 
 blake2b is used instead of the hash of a library, so that a split does not change with the version of polars or numpy.
 """
@@ -64,7 +64,7 @@ def digest_frame(frame: pl.DataFrame) -> str:
 
 
 def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
-    """Add texts to a hash as `_digest_strings` does, one block at a time; categories count as their texts."""
+    """Add texts to a hash block by block, like `_digest_strings`."""
     starts = range(0, len(series), _BLOCK)
     if isinstance(series.dtype, pl.Enum) and not series.null_count():
         values, rows = series.dtype.categories, series.to_physical().to_numpy()

@@ -129,13 +129,13 @@ class Documents:
 
     @cached_property
     def _passages(self) -> tuple[tuple[str, ...], NDArray[np.int64], BM25]:
-        """All passages, the index of each document's first passage, and the BM25 weights of the passages."""
+        """All passages, the index of the first passage of each document, and BM25 weights."""
         cut = [sentences(text) for text in self.written]
         flat = tuple(passage for document in cut for passage in document)
         return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
 
     def about(self, item: Item) -> int | None:
-        """Return the index of an item's document: by id, else the best match that has all words of the item's title.
+        """Return the index of an item's document, found by id or by the words of its title.
 
         A title of one word must be a word of the document's title: many texts contain "heat", but few are about "Heat".
         """

@@ -95,13 +95,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Entities:
-    """The user and item columns that were given; without them, columns are recognised by their names."""
+    """The user and item columns given as options; otherwise columns are recognised by name."""
 
     user: str | None = None
     item: str | None = None
 
     def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
-        """Return the column of users or items: the given one, a default name, or a name with that meaning."""
+        """Return the column of users or items, as given or recognised by its name."""
         text, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
         if text in columns:
             return text
@@ -203,7 +203,7 @@ def _of_rows(table: Table, unit: Unit, names: Entities) -> Lists:
 
 
 def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
-    """Return the rows with an item, and the keys of rows in which llmrec recorded why a list is missing."""
+    """Separate rows with an item from rows in which llmrec recorded why a list is missing."""
     if "error" not in table.frame.columns or table.parts:
         return table, frozenset()
     message = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")

@@ -1,4 +1,4 @@
-"""Files of ranked lists: one record per request, stored in parts while a job runs and then as one table.
+"""Files of ranked lists, written in parts while a job runs and then merged into one table.
 
 A table has one row per request, or in the long form one per ranked item; a TREC run has one line per ranked item.
 """
@@ -146,7 +146,7 @@ def write_part(path: Path, records: Sequence[Ranked]) -> None:
 
 
 def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
-    """Return the records of a part; None if it is missing, was modified, or does not cover ``lines``."""
+    """Return the records of a part; None if the file is missing or damaged, or belongs to other requests."""
     try:
         records = [_checked(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     except (OSError, ValueError, TypeError, AttributeError):
@@ -175,7 +175,7 @@ def _line(record: DataclassInstance) -> str:
 
 
 def form_of(path: Path, asked: str) -> Form:
-    """Return the format of a file of ranked lists: the given one, or the one of its extension.
+    """Return the format of a file of ranked lists, as given or by its extension.
 
     Raises:
         RecipeError: If the two contradict each other.
@@ -232,7 +232,7 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
 
 
 def listed(record: Ranked) -> str:
-    """Return the id that identifies a record in formats with one id per row: the user, or else the request."""
+    """Return the id of a record in formats with one id: the user, or else the request."""
     return record.user_id or record.request_id or str(record.line)
 
 

@@ -296,7 +296,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
 
 def _values(batch: Any) -> Iterator[dict[str, object] | str]:
-    """Yield the rows of a batch as dictionaries; for an unreadable row, the reason as text."""
+    """Yield the rows of a batch as dictionaries, or why a row cannot be read."""
     try:
         yield from batch.to_pylist()
         return

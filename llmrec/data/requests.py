@@ -36,7 +36,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastEvent:
-    """An interaction in the history of a request, with the text that the request gives for its item."""
+    """A past interaction in a request, with the text given for its item."""
 
     item: Item
     rating: float | None = None
@@ -83,7 +83,7 @@ class RankRequest:
 
 @dataclass
 class _Remarks:
-    """Item names to mention in notes about a request, in order of occurrence."""
+    """Items to mention in notes about a request."""
 
     skipped: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -176,7 +176,7 @@ def unknown_id(record: Mapping[str, object]) -> str | None:
 
 
 def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
-    """Return the id and user of a request as far as they are valid, to identify a failed line."""
+    """Return the id and user of a request, if valid, to identify a failed line."""
     if record is None:
         return None, None
     results: list[str | None] = []

@@ -118,7 +118,7 @@ class SplitDataset(Displayed):
         return bool(self.valid.height or self.test.height)
 
     def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
-        """Return this split without the held-out pairs of another table in ``train`` and ``known``."""
+        """Return this split without the held-out pairs of another data set."""
         if not pairs:
             return self
         named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
@@ -158,7 +158,7 @@ class SplitDataset(Displayed):
         return self._events["train"].count(user_id)
 
     def train_counts(self, *, rated: bool = False) -> Mapping[str, int]:
-        """Return the number of training interactions, or of rated ones, by user in sorted order, without zeros."""
+        """Return the number of training interactions (or rated ones) by user."""
         return self._events["train"].counts(rated=rated)
 
     def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
@@ -304,7 +304,7 @@ def _in_time_order(dataset: Dataset, seed: int, *, moments: bool, ties: Ties) ->
 
 
 def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties = "hash") -> NDArray[np.integer]:
-    """Return the row indices of the interactions, oldest first; in row order without timestamps.
+    """Return the row indices of the interactions, oldest first; without timestamps in row order.
 
     Args:
         dataset: The data set.
@@ -331,7 +331,7 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties
 
 
 def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
-    """Return the indices of interactions that share their time with another one; of the same user if users are given.
+    """Return the indices of interactions with equal times, optionally only of the same user.
 
     Args:
         times: Ascending times, shape (n,).
@@ -362,7 +362,7 @@ def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
 
 
 def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:
-    """Count the held-out interactions that precede a training interaction of their user; 0 without timestamps."""
+    """Count the held-out interactions that precede a training interaction of the same user."""
     last = train.group_by("user_id").agg(pl.col("timestamp").max().alias("_last"))
     return held.join(last, on="user_id").filter(pl.col("timestamp") < pl.col("_last")).height
 
@@ -407,7 +407,7 @@ def others(events: Sequence[Event], item: str | None) -> tuple[Event, ...]:
 
 
 def threshold(scale: tuple[float, float], liked: float | None) -> float:
-    """Return the lowest rating that counts as a like; by default three quarters of the scale, which is 4 for 1 to 5."""
+    """Return the lowest rating that counts as a like; by default three quarters of the scale (4 for 1 to 5)."""
     low, high = scale
     return low + 0.75 * (high - low) if liked is None else liked
 
@@ -435,7 +435,7 @@ Part = Literal["sentence", "headline"]
 
 
 def written(data: SplitDataset, part: Part) -> SplitDataset:
-    """Return a split in which one part of each review is its text; data without reviews unchanged.
+    """Select one part of each review as the text of its interaction; data without reviews are unchanged.
 
     The task, baselines and metrics of a family then read the same column. An interaction without that part has no text.
     With sentences, the frames have an additional column ``feature``.

@@ -67,7 +67,7 @@ class Rows:
         return result
 
     def by_user(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return indices by user, their number per user, and how many follow of the same user, shape (n,) each."""
+        """Return indices grouped by user, with the group size and the number of later indices, shape (n,) each."""
         users = self.users[places]
         places = places[np.argsort(users, kind="stable")]
         counts = np.bincount(users, minlength=len(self.names))
@@ -106,7 +106,7 @@ def _lasts(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Hold out the last share of each user's items for test and the share before for validation; at least 1 each.
+    """Hold out the last share of each user's items for test, and the share before for validation.
 
     Shares are rounded down, and a user's first item is always training. Short users stay in training.
     """
@@ -122,7 +122,7 @@ def _last_shares(
     labels: Labels | int = TRAIN,
     after: str = "",
 ) -> Labels:
-    """Hold out the last shares of each user's rows among the given indices; other rows keep their labels.
+    """Hold out the last shares of each user's rows among the given indices.
 
     Raises:
         DataError: If no user has an interaction for each share and one more.
@@ -176,13 +176,13 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
 
 
 def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the last and first index of every user with rows, in rows that are grouped by user."""
+    """Return the last and first row of every user, in rows that are grouped by user."""
     ends = np.cumsum(counts)
     return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
 
 
 def _part(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the number of items for a share of each user's items, rounded down, but at least 1 for a share above 0."""
+    """Return the number of items for a share of each user's items, at least 1 for a share above 0."""
     # A tenth of 30 is 3, despite the rounding of the binary product.
     whole: NDArray[np.int64] = np.floor(sizes * share + 1e-9).astype(np.int64)
     return np.maximum(whole, int(share > 0))
@@ -269,7 +269,7 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
 
 
 def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Hold out items for test and others for validation; all other interactions with these items are removed.
+    """Hold out whole items for test and others for validation, and remove their other interactions.
 
     A user's targets are the last cold item after all the user's remaining interactions, and the last warm item. Users
     are evaluated only in test or only in validation, so that no history has a cold item.
@@ -290,7 +290,7 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
 
 
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Use the pairs that the source holds out, and the users whose other interactions are only history."""
+    """Use the held-out pairs and the history users given by the source."""
     given = dataset.given
     if given is None:
         raise DataError.at(

@@ -64,7 +64,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
 
 
 def tied_last_share(rows: pl.DataFrame) -> float | None:
-    """Return the share of users whose last timestamp has two or more interactions; None without timestamps."""
+    """Return the share of users with two or more interactions at their last timestamp."""
     if rows["timestamp"].null_count() == rows.height:
         return None
     names, users = codes(rows["user_id"])
@@ -80,7 +80,7 @@ BASKETS = 0.2
 
 
 def moments_shared(data: SplitDataset) -> float | None:
-    """Return the share of held-out interactions with the same time as one in their history; None without timestamps.
+    """Return the share of held-out interactions at the same time as an interaction of their history.
 
     When several items are bought or rated at once, the history then contains the rest of the target's basket.
     """
@@ -97,7 +97,7 @@ def moments_shared(data: SplitDataset) -> float | None:
 
 
 def baskets(data: SplitDataset) -> str:
-    """Return a warning that the split divides baskets, with the fix; empty if it does not."""
+    """Return a warning if the split divides baskets, with the fix; otherwise empty."""
     share = moments_shared(data)
     if share is None or share <= BASKETS:
         return ""
@@ -109,7 +109,7 @@ def baskets(data: SplitDataset) -> str:
 
 
 def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
-    """Return a warning about cut-offs that are not smaller than the number of ranked items; empty if there are none.
+    """Return a warning if cut-offs are not smaller than the number of ranked items; otherwise empty.
 
     Args:
         cutoffs: Ranks at which metrics are cut.
@@ -172,7 +172,7 @@ class Tally:
 
     @property
     def shown(self) -> dict[str, object] | None:
-        """Return ``count``, and ``mean`` rounded to 0.5 (None without ratings); None if there are no interactions."""
+        """Return ``count`` and ``mean``, the mean rating rounded to 0.5."""
         if not self.count:
             return None
         if not self.rated:
@@ -203,7 +203,7 @@ class Tallies:
         return {item: Tally(count, rated, total) for item, count, rated, total in counted.iter_rows()}
 
     def _of(self, user_id: str) -> Mapping[str, Tally]:
-        """Return the counts of a user by item; cached, because they are requested many times."""
+        """Return the counts of a user by item; cached."""
         if self._latest is None or self._latest[0] != user_id:
             self._latest = user_id, _by_item(self._data.train_events(user_id))
         return self._latest[1]

@@ -241,7 +241,7 @@ def _descended(
 
 @dataclass(frozen=True)
 class Branches:
-    """Continuations of kept prefixes: ``parents`` are the indices of the prefixes, ascending."""
+    """Possible next tokens of kept prefixes; ``parents`` are the indices of the prefixes."""
 
     parents: Index
     nodes: Index
@@ -265,7 +265,7 @@ def _branches(search: _Search, beams: Beams) -> Branches:
 
 
 def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
-    """Return branches as prefixes, with the other fields of their parents."""
+    """Turn possible next tokens into prefixes."""
     return replace(
         beams.take(branches.parents),
         nodes=branches.nodes,
@@ -277,7 +277,7 @@ def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
 
 
 def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
-    """Return the order of prefixes by request, best first, and the rank of each within its request.
+    """Sort prefixes by request and score, and return their ranks within each request.
 
     Args:
         pool: Prefixes.

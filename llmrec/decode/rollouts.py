@@ -31,7 +31,7 @@ Way = Literal["beam", "sampled", "without-replacement"]
 
 @dataclass(frozen=True)
 class Group:
-    """The rollouts for one prompt, all different, most likely first.
+    """The rollouts for one prompt, without duplicates, most likely first.
 
     Attributes:
         items: Catalogue indices, in the order of the given paths, shape (n,).
@@ -146,7 +146,7 @@ def _highest(
 
 
 def _in_order(pool: _Drawn) -> _Drawn:
-    """Sort prefixes by prompt and path, the order in which random numbers are drawn."""
+    """Sort prefixes by prompt and path, which fixes the order of random draws."""
     return pool.take(np.lexsort((pool.lows, pool.users)))
 
 

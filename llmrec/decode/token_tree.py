@@ -81,7 +81,7 @@ class Catalogue:
 
     @cached_property
     def places(self) -> Ints:
-        """The rank of each item among the sorted paths, shape (items,)."""
+        """The rank of each item when paths are sorted, shape (items,)."""
         result = np.empty(len(self.order), dtype=np.int32)
         result[self.order] = np.arange(len(self.order), dtype=np.int32)
         return result
@@ -128,7 +128,7 @@ class Catalogue:
         return tuple(token for token, _ in self.choices(place))
 
     def choices(self, place: int) -> list[tuple[int, Index]]:
-        """Return the tokens of a path, given its rank in sorted order, each with the tokens allowed at its position."""
+        """Return the tokens of a path, each with all tokens allowed at its position."""
         results: list[tuple[int, Index]] = []
         opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
         while len(opened.nodes):

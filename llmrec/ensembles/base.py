@@ -213,18 +213,18 @@ class _Option:
 
 
 def _bound(fit: Callable[..., Weights], cells: Cells, without: int | None, **settings: Any) -> Fit:
-    """Return the function that fits a form on a subset of the cases."""
+    """Return a function that fits one form of ensemble on a subset of the cases."""
     more = settings if without is None else {**settings, "off": without}
     return lambda rows, start: fit(cells.of(rows), start, **more)
 
 
 def _trees(setting: Setting, members: int) -> _Option:
-    """Return the form of gradient-boosted trees with these hyperparameters."""
+    """Return the ensemble form of gradient-boosted trees with these hyperparameters."""
     return _Option("ranker", setting.name, partial(_bound, ranker, setting=setting), tuple(range(members)))
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
-    """Return the forms that a given ensemble already outperformed, and that need not be tried: single members."""
+    """Return the forms that need not be tried, because a smaller ensemble outperformed them."""
     return {("alone", name) for base in bases for name in base.names}
 
 
@@ -250,7 +250,7 @@ class _Base:
         return " and ".join(names[place] for place in self.free)
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        """Return the weights of the smaller ensemble over all members, fitted without the users of other ``rows``."""
+        """Return the weights of the smaller ensemble, fitted without the users of the other rows."""
         inside = {self._users[row] for row in rows.tolist()}
         result = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))
@@ -261,7 +261,7 @@ class _Base:
         return self.as_is
 
     def put(self, cells: Cells, without: int | None) -> Fit:
-        """Return the function that adds the missing members to the smaller ensemble, optionally except one."""
+        """Return a function that adds the missing members to the smaller ensemble."""
         free = [member for member in self.free if member != without]
         if not free:
             return self.as_is

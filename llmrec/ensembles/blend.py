@@ -180,7 +180,7 @@ class Blend(Ensemble):
         return np.stack(columns, axis=1)
 
     def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Replace missing answers by the member's mean over the fitted cases."""
+        """Replace missing answers by the mean answer of the same member."""
         return np.where(np.isnan(said), self._mute, said)
 
     def line_apart_from(self, gone: frozenset[str]) -> _Line:
@@ -239,7 +239,7 @@ class Blend(Ensemble):
         features: NDArray[np.float64],
         truth: NDArray[np.float64],
     ) -> _Line:
-        """Add members to a fitted ensemble; the penalty shrinks its weight to 1 and new weights to 0."""
+        """Add members to a fitted ensemble, with a penalty that favours the ensemble's own prediction."""
         whole, places = line.of(features), list(free)
         result = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
         counts = 1 + result.weights[0]
@@ -301,7 +301,7 @@ class Blend(Ensemble):
 
 @dataclass(frozen=True)
 class _Put:
-    """A smaller ensemble, the indices of missing members, and the penalty for adding them."""
+    """A smaller ensemble, the members to add to it, and the penalty for adding them."""
 
     blend: Blend
     base: Blend
@@ -311,7 +311,7 @@ class _Put:
     users: Sequence[str]
 
     def fit(self, free: Sequence[int]) -> _Fit:
-        """Return the function that adds some of the missing members; without any, the original weights are kept."""
+        """Return a function that adds some of the missing members."""
         return partial(self._fitted, tuple(free))
 
     def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:

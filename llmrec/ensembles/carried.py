@@ -21,7 +21,7 @@ _KEPT = ("rating", "timestamp")
 
 
 def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
-    """Write the training interactions and ensembles of a run into an exported folder that has its ``items``.
+    """Write the training interactions and ensembles of a run into an exported folder.
 
     Users are numbered in the order of their ids, which are not written. Validation interactions for early stopping are
     included, with their sampling keys; those of the users for ensemble weights are not. So baselines fitted from the

@@ -112,7 +112,7 @@ class Cells:
     # ------------------------------------------------------------------ features
 
     def scores(self, member: int) -> NDArray[np.float32]:
-        """Return a member's scores on a log scale: log-shares of counts, or logits minus their maximum.
+        """Return the scores of a member on a log scale.
 
         Items outside the beams of a beam search get the probability of the last beam.
         """

@@ -37,7 +37,7 @@ NOTHING = "random"
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
-    """Return the data on which a member is fitted; with early stopping, without the users reserved for weights."""
+    """Return the data on which a member is fitted, without users reserved for ensemble weights if it stops early."""
     return halves(data, reserved)[0] if stops_early(name) else data
 
 

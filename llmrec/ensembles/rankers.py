@@ -431,7 +431,7 @@ class ListEnsemble(Ensemble):
 
 
 def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
-    """Return the candidates of each request, or else the union of the members' lists.
+    """Return the candidates of each request; without candidates, all items ranked by any member.
 
     They are sorted, so that sums do not depend on the order of the lists.
     """
@@ -443,7 +443,7 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
 
 
 def _with_least(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
-    """Return the scores of a member, shape (m,), with its lowest score for items that it cannot score."""
+    """Return the scores of a member, shape (m,); items that it cannot score get its lowest score."""
     known = scores[~strange]
     if not strange.any() or not len(known):
         return scores

@@ -49,7 +49,7 @@ class FusedFinder:
         return FUSED
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return the retrieving ensembles; for users on whom weights are fitted, cross-fitted in two halves."""
+        """Return the ensembles that retrieve candidates for held-out interactions."""
         parts = self._parts(data)
         choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
         context = Context(data)

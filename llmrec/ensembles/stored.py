@@ -120,7 +120,7 @@ def save(folder: Path, found: Stored) -> None:
 
 
 def settled(found: Stored) -> Stored:
-    """Return the stored ensembles for a folder that lacks the users reserved for ensemble weights."""
+    """Return the stored ensembles for a folder without the users reserved for ensemble weights."""
     return replace(found, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in found.fusions])
 
 
@@ -217,7 +217,7 @@ _SAME = 9
 
 
 def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Choice | None:
-    """Return the model to serve: the best on validation users in the first ranking task that has results for them.
+    """Return the model to serve, which is best on validation users.
 
     Models are compared on the validation users for ensemble weights, who were not used for model selection; ensembles
     by their cross-fitted result. Test users are not used.

@@ -111,7 +111,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Without:
-    """How much worse an ensemble is without one member, after fitting the weights again.
+    """The loss of an ensemble if one member is left out and the weights are fitted again.
 
     Attributes:
         name: The name of the member.
@@ -144,7 +144,7 @@ def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
 def limits_of(
     values: NDArray[np.float64], scores: NDArray[np.float64], curvature: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return 95 % limits of fitted values, with robust standard errors clustered by user (White, Econometrica 1982).
+    """Return 95 % limits of fitted values, robust and clustered by user (White, Econometrica 1982).
 
     Args:
         values: The values of maximum likelihood, shape (k,).
@@ -167,13 +167,13 @@ def left_out(
     users: Sequence[str],
     statistic: StatisticName = "mean",
 ) -> Without:
-    """Return the loss from leaving a member out: ``first`` (with it) − ``second`` (without it), by case."""
+    """Return the loss from leaving a member out, computed from the results with and without it."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
     return Without(name, result.value, result.low, result.high)
 
 
 def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
-    """Return the form to use: the best linear one, unless the trees are better by more than a standard error.
+    """Return the best linear form, or trees if they are better by more than a standard error.
 
     A ranker has thousands of parameters and could be chosen by noise, hence the one-standard-error rule on paired
     differences (Breiman et al., 1984, section 3.4.3). Weights have one parameter per member and compete with single
@@ -218,7 +218,7 @@ def member_of(feature: str) -> str | None:
 
 
 def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the features for trees, shape (cells, len(names)); NaN for missing values."""
+    """Return the features for trees, shape (candidates, features); NaN for missing values."""
     result = np.full((len(cells.had), len(names)), np.nan, dtype=np.float32)
     for place, name in enumerate(names):
         member, _, what = name.rpartition(": ")
@@ -232,7 +232,7 @@ def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
-    """Return the members' log-scale scores and, with ``repeats``, whether items are in the history, (k, cells)."""
+    """Return the members' log-scale scores and, optionally, whether items are in the history, (k, candidates)."""
     rows = [cells.scores(member) for member in range(len(cells.names))]
     return np.stack([*rows, cells.had.astype(np.float32)] if repeats else rows)
 
@@ -272,7 +272,7 @@ def _maximised(
     begin: NDArray[np.float64] | None = None,
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
 ) -> NDArray[np.float64]:
-    """Return maximum-likelihood weights with a ridge penalty on their standardised distance to ``centre``."""
+    """Return maximum-likelihood weights with a ridge penalty towards ``centre``."""
     spreads = np.array([float(row[row > _NEVER / 2].std(dtype=np.float64)) for row in logs])
     scales = np.maximum(spreads, 1e-6)
 
@@ -312,7 +312,7 @@ def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int
 
 
 def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
-    """Return the weights of a logit with 95 % limits; without limits if no case has its target as a candidate."""
+    """Return the weights of a logit with 95 % limits."""
     if not len(cells.hits):
         return weights
     known = cells.of(cells.hits)
@@ -346,7 +346,7 @@ def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int 
 
 
 def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Return each member's probability of the target and of history items, (n, k), and a mask of repeated targets."""
+    """Return each member's probabilities of the target and of all history items, shape (n, k)."""
     assert known.truth is not None
     shares = [known.shares(member) for member in range(len(known.names))]
     own = np.stack([values[known.truth] for values in shares], axis=1)
@@ -357,7 +357,7 @@ def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDA
 def _mixed(
     own: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, worth: float = 0.0
 ) -> tuple[NDArray[np.float64], float]:
-    """Fit the mixture shares and the log weight of history items (``worth`` without ``repeats``)."""
+    """Fit the mixture weights of members, and the log weight of history items."""
 
     def loss(free: NDArray[np.float64]) -> float:
         shares = _softmax(free[: own.shape[1]])
@@ -404,14 +404,14 @@ def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
 
 
 def alone(cells: Cells, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
-    """Return the weights of a single member; with ``repeats``, optionally with history items below all others."""
+    """Return the weights of a single member, with or without history items."""
     parts = tuple(float(member == place) for place in range(len(cells.names)))
     able = [Weights("alone", parts, worth) for worth in ((0.0, _NEVER) if repeats else (0.0,))]
     return max(able, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
 
 def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off: int | None = None) -> Weights:
-    """Fit gradient-boosted trees; ``parts`` of the result are the gain importances of the members."""
+    """Fit gradient-boosted trees, and report the importance of each member."""
     known = cells.of(cells.hits)
     names = feature_names(cells, off)
     booster = trees.fit(matrix(known, names), _labels(known), np.diff(known.starts), setting)
@@ -431,7 +431,7 @@ def _labels(known: Cells) -> NDArray[np.int8]:
 
 
 def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np.float64]] | None:
-    """Select the best setting of the trees, and return it with the cross-fitted NDCG@10 of each case, shape (n,).
+    """Select the best hyperparameters of the trees, and return the cross-fitted NDCG@10 of each case, shape (n,).
 
     Returns:
         None if there are too few cases for a ranker, or LightGBM is not installed.

@@ -1,1 +1,1 @@
-"""Evaluates models on test cases, and compares their results."""
+"""Evaluates models on test cases, and compares the results."""

@@ -33,7 +33,7 @@ BOTH: tuple[Seen, ...] = ("excluded", "included")
 
 
 def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
-    """Validate how items of the history are treated in full ranking, and return the valid names.
+    """Validate the options for the treatment of history items, and return them.
 
     Raises:
         ValueError: If a name is neither ``excluded`` nor ``included``.
@@ -168,7 +168,7 @@ def evaluate_catalogue(
 
 
 def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
-    """Return the protocol of full ranking: all items as candidates, and the number of users unless given."""
+    """Return the protocol of full ranking, in which all items are candidates."""
     users = protocol.users or str(len({case.request.user_id for case in cases}))
     return replace(protocol, candidates="full", users=users)
 
@@ -268,7 +268,7 @@ def _top(
 def _by_hash(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """Return the top items of each request in any order; ties at the cut-off are broken by the hash."""
+    """Return the top items of each request in any order, with a random choice among ties at the cut-off."""
     n, items = scores.shape
     border = np.partition(scores, items - length, axis=1)[:, items - length]
     rows, columns = np.divmod(np.flatnonzero(scores >= border[:, None]), items)

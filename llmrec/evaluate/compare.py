@@ -69,7 +69,7 @@ class Contrast:
     users: Sequence[str]
 
     def sampled(self, *, resamples: int, seed: int) -> Sampled:
-        """Return the difference with its bootstrap resamples; see `compare`."""
+        """Return the difference between the models, with its bootstrap resamples."""
         return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
 
     def detectable(self, found: Sampled, comparisons: int) -> float | None:
@@ -107,7 +107,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
-    """The results of a `Plan`, in its order, with the minimum detectable effects."""
+    """The comparisons of a `Plan` with their results and minimum detectable effects."""
 
     planned: Sequence[Pair]
     described: Sequence[Pair]
@@ -173,7 +173,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
 
 
 def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
-    """Return exploratory differences, each with an unadjusted 95 % interval, and without p-value and verdict."""
+    """Return exploratory differences with unadjusted 95 % intervals."""
     pairs = []
     for contrast in contrasts:
         drawn = contrast.sampled(resamples=resamples, seed=seed)
@@ -293,7 +293,7 @@ def _is_mean(metric: str) -> bool:
 def _means(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
-    """Return the values of two models averaged over seeds, with their users; or one value per user."""
+    """Return the values of two models, averaged over seeds or aggregated by user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
     if is_by_request(metric):
         first, second = left.mean(axis=0), right.mean(axis=0)
@@ -378,7 +378,7 @@ def over_runs(
 
 
 def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int) -> Interval:
-    """Return the interval of a result averaged over seeds, by the same method as for a single seed."""
+    """Return the confidence interval of a result averaged over seeds."""
     values, owners = np.array(seeds, dtype=np.float64), list(users)
     if not _is_mean(metric):
         statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))

@@ -20,7 +20,7 @@ from llmrec.results import Metric
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalProtocol:
-    """The evaluation protocol, which every metric's signature records.
+    """The evaluation protocol, which is recorded in the signature of every metric.
 
     Attributes:
         split: Kind of split.
@@ -65,7 +65,7 @@ class EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Metrics by name, and their per-request values for comparisons, shape (n,) each."""
+    """Metrics by name, and their per-request values, shape (n,) each."""
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -137,7 +137,7 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
 
 
 def statistic_of(metric: str) -> StatisticName:
-    """Return how a metric is computed from per-request values: by mean or root mean."""
+    """Return whether a metric is a mean or a root mean of per-request values."""
     entry = metric_of(metric)
     return "root_mean" if entry is not None and entry.root else "mean"
 

@@ -88,7 +88,7 @@ class Lists:
 
 
 def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background) -> Measurements:
-    """Return the list metrics of a model at cut-off 10, or the largest cut-off if the protocol does not have 10.
+    """Return the list metrics of a model at cut-off 10, or at the largest cut-off.
 
     Coverage, Gini and ColdItems are computed over all lists together; they have no interval, since a resample has fewer
     different lists. Cold-start metrics require a catalogue with cold-start items. Serendipity uses training popularity
@@ -126,7 +126,7 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
 def cold_figures(
     cases: Sequence[Case], background: Background, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return means over the requests with a cold-start target, and their number as ``n``.
+    """Return the metrics for requests with a cold-start target, and their number as ``n``.
 
     Args:
         cases: Requests with an item as truth.
@@ -154,7 +154,7 @@ def _places(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]
 def _popular(
     background: Background, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
 ) -> NDArray[np.int64]:
-    """Return the k most popular items that can be ranked for each request, ties by id, shape (n, k)."""
+    """Return the k most popular items that can be ranked for each request, shape (n, k)."""
     order = np.argsort(-background.counts, kind="stable")
     lists = np.full((len(hidden), k), -1, dtype=np.int64)
     for row, (gone, target) in enumerate(zip(hidden, targets, strict=True)):

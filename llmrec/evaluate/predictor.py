@@ -58,7 +58,7 @@ Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], M
 
 
 def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
-    """Return the function that computes the metrics for a type of answer; for ``background`` see `evaluate`."""
+    """Return the function that computes the metrics for a type of answer."""
     texts: Measure = partial(_texts, background=background)
     kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
     return kinds.get(kind, _rankings)
@@ -208,7 +208,7 @@ def _probabilities(
 
 
 def background_of(data: SplitDataset) -> explained.Background:
-    """Return the training texts of a split, and the features of its (user, item) pairs if there are any."""
+    """Return the training texts of a split, and the features of (user, item) pairs."""
     columns = ["user_id", "item_id", "feature"]
     features: dict[tuple[str, str], str] | None = None
     if "feature" in data.train.columns:

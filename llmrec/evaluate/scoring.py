@@ -139,7 +139,7 @@ def judging(
     whole: bool = True,
     several: bool = True,
 ) -> Judging:
-    """Validate the settings and return them; ``several`` means that two files are compared.
+    """Validate the settings for evaluating ranked lists, and return them.
 
     Raises:
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
@@ -251,7 +251,7 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
 
 
 def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[Judged, dict[str, int | float]]:
-    """Match ranked lists with relevant items, and count what has no match."""
+    """Match ranked lists with relevant items, and count lists and items without a match."""
     known = set(keys.to_list())
     listed = set(lists.frame["key"].unique().to_list())
     strangers = (listed | lists.empty) - known
@@ -276,7 +276,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
 
 
 def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
-    """Return the metrics for several relevant items with their cut-offs; metrics of whole lists last."""
+    """Return the metrics for several relevant items, with their cut-offs."""
     several = [(name, entry) for name, entry in METRICS.items() if entry.several]
     cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
     whole = [(name, entry, None) for name, entry in several if how.whole and (entry.both or not entry.cut)]

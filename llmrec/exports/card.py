@@ -261,7 +261,7 @@ def metadata(card: Card) -> dict[str, Json]:
 
 
 def code(text: object) -> Raw:
-    """Return text as a code span, or as escaped text if it has characters that a code span cannot contain."""
+    """Return text as a code span, or as escaped text if a code span is not possible."""
     return Raw(escape.code(str(text)))
 
 
@@ -377,7 +377,7 @@ def _signed(change: float) -> str:
 
 
 def literal(value: object) -> str:
-    """Return strings, lists or mappings as JSON that is also a valid Python literal and safe in a code block."""
+    """Return a value as JSON that is also a Python literal and safe in a code block."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(f"\\u{ord(entry):04x}" if entry in _UNSAFE or _hidden(entry) else entry for entry in text)
 
@@ -388,7 +388,7 @@ def _hidden(character: str) -> bool:
 
 
 def rank_snippet(card: Card) -> str:
-    """Return commands that rank the candidates of the example; empty if the model was not trained to rank."""
+    """Return commands that rank the candidates of the example."""
     example = card.example
     if card.adapter_only or not example.candidates:
         return ""

@@ -57,7 +57,7 @@ _TITLE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt about made-up items: its task, the longest answer in tokens, and the titles in it."""
+    """A prompt about made-up items, with its task, titles and answer length."""
 
     family: str
     prompt: Prompt
@@ -75,7 +75,7 @@ def sample_prompt(
     seed: int,
     index: ItemIndex | None = None,
 ) -> Sample:
-    """Return an example prompt for the first task that a chat server supports, or else for the first task.
+    """Return an example prompt for the first task that a chat server supports, or else the first task.
 
     Args:
         sections: The tuned families.
@@ -122,13 +122,13 @@ def sample_prompt(
 
 
 def _first(name: str) -> tuple[bool, bool, int]:
-    """Return the sort key of a task; tasks with unmodified chat templates come first, then rankings."""
+    """Return the sort key of a task, by how well it suits a code example."""
     family = family_of(name)
     return not family.lists, not family.ranks_for_users, family_names().index(name)
 
 
 def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index of the made-up items: titles, or codes of the real index, which reveal nothing."""
+    """Return an index of made-up items, with titles or real codes."""
     if index.scheme == "title":
         return ItemIndex("title", {}).extend(items)
     codes = sorted(index.codes.values())[: len(items)]
@@ -138,7 +138,7 @@ def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
 
 
 def example_of(sample: Sample, encoder: Encoder) -> Example:
-    """Return an example for code snippets, with chat messages if the chat template does not change them."""
+    """Return an example for code snippets."""
     prompt = sample.prompt
     messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
     template = encoder.tokenizer.chat_template or ""
@@ -190,7 +190,7 @@ _MOST_LICENCE_BYTES = 64 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The inputs of a model card; ``told`` is the content of ``llmrec.json``."""
+    """The inputs of a model card."""
 
     run: Path
     recipe: Recipe
@@ -379,7 +379,7 @@ def _filters(section: Filter) -> str:
 
 
 def _results(facts: Facts) -> tuple[Results | None, str | None]:
-    """Return the results of these weights, and the dtype in which they were evaluated."""
+    """Return the results of these weights, and the dtype used in the evaluation."""
     path = facts.run / "results.json"
     if not path.is_file():
         return None, None

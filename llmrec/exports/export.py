@@ -293,7 +293,7 @@ def _write(
 
 
 def _base(source: Source, origin: str) -> str:
-    """Return the folder of the adapter's base: the base model, a copy with item tokens, or a fine-tuned model."""
+    """Return the folder of the model to which the adapter belongs."""
     if source.recipe.train.start is not None:
         run = Path(source.recipe.train.start).expanduser()
         earlier(run)
@@ -323,7 +323,7 @@ def _origin(source: Source) -> str:
 
 
 def _study(source: Source, options: ExportOptions) -> Study | None:
-    """Build the study with validation cases; None if the data are missing and no option needs them."""
+    """Build the study with validation cases; None if the data are missing and not needed."""
     try:
         return agreement.on_validation(source.recipe, options.check_users)
     except DataError as error:

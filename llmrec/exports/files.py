@@ -60,7 +60,7 @@ def drop_places(path: Path) -> None:
 
 
 def settle_generation(draft: Path, encoder: Encoder) -> None:
-    """Set greedy decoding up to the end of the turn, as in evaluation, instead of the base model's sampling."""
+    """Set greedy decoding as the default for generation, as in evaluation."""
     path = draft / "generation_config.json"
     result = read_json(path, _RETRAIN) if path.is_file() else {}
     ends = result.get("eos_token_id") or []
@@ -142,7 +142,7 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 
 
 def made_from(folder: Path) -> str | None:
-    """Return the hash written by `put_bundle`; None if the folder is not an unchanged export."""
+    """Return the hash of an export's inputs; None if the folder is not an unchanged export."""
     try:
         result = checked((folder / bundle.FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
@@ -249,7 +249,7 @@ def _swap(draft: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the leftovers of dead processes; restore a folder that was moved away but never replaced."""
+    """Remove the leftovers of dead processes, and restore a folder that was not replaced."""
     if not target.parent.is_dir():
         return
     for kind in ("old", "tmp"):

@@ -59,7 +59,7 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
 
 
 def _paths(places: Iterable[Path]) -> list[str]:
-    """Return absolute paths that reveal something about this machine, without root folders."""
+    """Return the absolute paths that would reveal something about this machine."""
     result: set[str] = set()
     for place in (Path.home(), Path.cwd(), cache_dir(), *places):
         result |= {str(entry) for entry in (place.expanduser().absolute(), place.expanduser().resolve())}

@@ -168,7 +168,7 @@ def _ranked(names: Iterable[str]) -> list[str]:
 
 
 def _tokens(path: Path, numbers: Sequence[Mapping[str, int]]) -> Path:
-    """Return the tokens of the longest known prefix of a path; a special token if it is empty."""
+    """Return the tokens of the longest known prefix of a category path."""
     results = []
     for level, (name, known) in enumerate(zip(path, numbers, strict=False)):
         if name not in known:

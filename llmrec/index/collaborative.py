@@ -177,7 +177,7 @@ def _cold_room(clusters: int, leaf: int, levels: int) -> int:
 
 
 def _cold_path(settings: Mapping[str, Any], slot: int) -> tuple[str, ...]:
-    """Return the path for a position in the branch of cold-start items; short paths are filled first."""
+    """Return the path for a position in the branch of cold-start items."""
     clusters, leaf, levels = (int(settings[name]) for name in ("clusters", "leaf", "levels"))
     # With item tokens, any number of items may share a path.
     number, digits = slot // leaf % (_cold_room(clusters, leaf, levels) // leaf), []
@@ -249,7 +249,7 @@ def _shares(sizes: Sequence[int], k: int) -> list[int]:
 
 
 def _packed(components: Sequence[Ints], k: int) -> list[Ints]:
-    """Merge components into at most k clusters of similar size, each into the smallest cluster so far."""
+    """Merge components into at most k clusters of similar size."""
     bins: list[list[Ints]] = [[] for _ in range(k)]
     smallest = [(0, number) for number in range(k)]
     for members in components:

@@ -82,7 +82,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstWords:
-    """First words of codes with several words: how many there are, the most frequent one, and its items."""
+    """Statistics of the first words of codes with several words."""
 
     different: int
     common: str
@@ -126,11 +126,11 @@ class Diagnostics:
 
     @property
     def collisions(self) -> float | None:
-        """Share of items whose code was not unique before it was repaired; None if not recorded."""
+        """Share of items whose code had to be changed to be unique; None if unknown."""
         return self.figures.get("collisions")
 
     def as_json(self) -> dict[str, Json]:
-        """Return the properties as JSON; counts per token are reduced to their number and largest share."""
+        """Return the properties as JSON, with token counts summarised."""
         result = asdict(self)
         for level, entry in zip(self.levels, result["levels"], strict=True):
             del entry["counts"]
@@ -231,7 +231,7 @@ def neighbours(
 
 
 def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int = 5) -> tuple[Entry, ...]:
-    """Return the items that share the longest code prefix with an item; empty if codes share no tokens or are text.
+    """Return the items that share the longest code prefix with a given item.
 
     Raises:
         DataError: If the item is not in the index.
@@ -333,7 +333,7 @@ def _first_words(texts: Sequence[str]) -> FirstWords | None:
 
 
 def _begun(paths: Iterable[Sequence[str]]) -> int:
-    """Return how many codes are a prefix of another code, which is then the next one in sorted order."""
+    """Return how many codes are a prefix of another code."""
     ordered = sorted({tuple(path) if not isinstance(path, str) else path for path in paths})
     return sum(after[: len(before)] == before for before, after in pairwise(ordered))
 

@@ -210,7 +210,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
 
 
 def _kind(rows: Sequence[_Row]) -> Kind:
-    """Return the type of the codes in a file. A number counts as text if other codes are text.
+    """Return the type of the codes in a file (numbers, tokens or text).
 
     Raises:
         DataError: If a code is empty or malformed, or codes are of several kinds.
@@ -324,7 +324,7 @@ def _line(row: _Row, text: str) -> str:
 
 
 def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -> None:
-    """Check that no two items share a code, and that no token code is a prefix of another.
+    """Check that codes are unique, and that no token code is a prefix of another.
 
     Raises:
         DataError: The message has both items.

@@ -117,7 +117,7 @@ def _numbered(scheme: str, order: Sequence[str], section: IndexSection, seed: in
 
 
 def _cut(number: int, digits: int, levels: int) -> tuple[str, ...]:
-    """Split a number into tokens of ``digits`` digits: 1023 in two levels of two digits is 10 and 23."""
+    """Split a number into tokens of a fixed number of digits, such as 1023 into 10 and 23."""
     written = str(number).zfill(levels * digits)
     return tuple(token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
 

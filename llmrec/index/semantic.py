@@ -364,7 +364,7 @@ def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats,
 
 
 def _opened(x: Floats, first: Floats) -> Floats:
-    """Return the better centroids after a few steps, starting with unlimited or with tightly limited cluster sizes.
+    """Return initial centroids for limited cluster sizes.
 
     Residuals are distributed around zero in all directions: without a bound, a central centroid may get most of them,
     while others get a few distant ones. A single step with a tight bound divides the centre, and unbounded steps do
@@ -407,7 +407,7 @@ def _distances(x: Floats, norms: Floats, of: list[int] | Ints) -> Floats:
 
 
 def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats]:
-    """Return the centroid index of each vector, nearest or within the size limit, and the squared distance."""
+    """Return the nearest centroid of each vector within the size limits, and the squared distances."""
     codes, part = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     table = np.empty((len(x) if most else 0, len(centroids)), np.float32)
     offset, turned = np.einsum("ij,ij->i", centroids, centroids), np.ascontiguousarray(-2 * centroids.T)
@@ -697,7 +697,7 @@ def _moved(vectors: Floats, quantised: Quantised) -> Ints:
 
 
 def _by_distance(rest: Floats, codebooks: Floats, before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """Yield all codes, nearest index at each level first; the last level varies fastest."""
+    """Yield all codes in the order of their distance at each level."""
     level = len(before)
     if level == len(codebooks):
         yield before

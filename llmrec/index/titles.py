@@ -93,7 +93,7 @@ def _forms(title: str, remark: str) -> Iterator[str]:
 
 
 def _remarks(group: Mapping[str, Item]) -> dict[str, str]:
-    """Return the values of the first short field that distinguishes all items of a group; empty if there is none."""
+    """Return the values of the first short field that distinguishes all items of a group."""
     names = dict.fromkeys(name for item in group.values() for name in item.fields)
     for name in names:
         values = {item: clean(entry.fields.get(name, "")) for item, entry in group.items()}

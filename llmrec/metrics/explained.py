@@ -112,7 +112,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
 
 
 def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
-    """Return whether each generated text is similar enough to a training text or sentence to count as a copy.
+    """Return whether each generated text is a near copy of a training text or sentence.
 
     A text without words is not a copy. Short texts are often copies, so the copy rate of generated texts is reported
     with that of the true texts.
@@ -148,7 +148,7 @@ def _pieces(words: Words) -> list[tuple[str, int]]:
 
 
 def _prefixes(lengths: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Return how many of the rarest words of a text must be indexed, so that all similar texts share one of them.
+    """Return how many of the rarest words of a text must be indexed to find all similar texts.
 
     The shortest text that can be similar to one of n words has ``n t / (2 - t)`` words, all of them shared.
     """
@@ -192,7 +192,7 @@ def _shared(
 
 
 def _common(a: Words, b: Words) -> int:
-    """Return the length of the longest common subsequence, computed with the bits of an integer.
+    """Return the length of the longest common subsequence.
 
     Crochemore et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem" (2001).
     """

@@ -85,7 +85,7 @@ def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
 
 
 def _by_user(given: Any) -> Iterable[tuple[Any, Any]] | None:
-    """Yield the entry of each user; None for data frames, lists of dictionaries and paths."""
+    """Return the entries by user; None for data frames, lists of records and paths."""
     if isinstance(given, Mapping):
         return given.items()
     rows = isinstance(given, list) and given and isinstance(given[0], Mapping)

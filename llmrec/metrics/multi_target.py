@@ -51,7 +51,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The ranks of the relevant items of n requests, one entry per block of equal scores with relevant items.
+    """The ranks of the relevant items of n requests, grouped by equal scores.
 
     Attributes:
         request: Request index of the block, shape (b,), non-decreasing; blocks of a request are best first.
@@ -295,7 +295,7 @@ def recall(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def precision(judged: Judged, k: int) -> NDArray[np.float64]:
-    """Compute Precision@k: expected number of relevant items among the first k, over k, even for shorter lists.
+    """Compute Precision@k: expected number of relevant items among the first k, divided by k.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -445,7 +445,7 @@ def _log_choose(n: NDArray[np.int64], m: NDArray[np.int64]) -> NDArray[np.float6
 
 
 def _first_of_block(greater: int, tied: int, relevant: int, k: int | None) -> float:
-    """Return the expected reciprocal rank of the first of ``relevant`` items spread over a block."""
+    """Return the expected reciprocal rank of the first relevant item in a block of equal scores."""
     places = np.arange(1, tied - relevant + 2)
     if k is not None:
         places = places[places <= k - greater]

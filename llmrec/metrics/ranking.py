@@ -170,7 +170,7 @@ def expected_rank(greater: ArrayLike, tied: ArrayLike) -> NDArray[np.float64]:
 
 
 def tie_rate(tied: ArrayLike) -> float:
-    """Return the share of requests in which the target ties with another item; a missing target does not."""
+    """Return the share of requests in which the target ties with another item."""
     block = np.asarray(tied)
     if block.size == 0:
         raise ValueError("the tie rate without requests is undefined")

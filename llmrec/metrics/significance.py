@@ -43,7 +43,7 @@ def signflip(
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
 ) -> Sampled:
-    """Compare two systems on the same requests: difference a − b, two-sided p, and random halves for intervals.
+    """Compare two systems on the same requests by a sign-flip test: difference a − b and p-value.
 
     Args:
         a: Values of the first system, shape (n,).
@@ -65,7 +65,7 @@ def signflip(
 
 
 def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
-    """Add the variance over training seeds to resamples of a difference that vary over users only.
+    """Add the variance over training seeds to a difference that was resampled over users.
 
     Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
     (Bouthillier et al., "Accounting for Variance in Machine Learning Benchmarks", MLSys 2021). Each resample gets a
@@ -123,7 +123,7 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
 
 
 def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
-    """Return the largest p-value up to alpha that `flip_p` can return for these absolute differences.
+    """Return the largest p-value up to alpha that `flip_p` can return for these differences.
 
     It is the test's false-positive rate. If few users differ it is far below alpha, and 0 if no outcome can be
     significant: with 5 users of equal absolute differences, p is at least 0.06.
@@ -243,7 +243,7 @@ def _arms(
 
 
 def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return the influence of each user on a metric, whose standard error is their std over sqrt(n)."""
+    """Return the influence of each user on a metric, from which its standard error follows."""
     mean = sums.sum() / sizes.sum()
     moved: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
     if statistic == "mean":
@@ -389,7 +389,7 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
 
 
 def at_most(p_values: Sequence[float]) -> list[float]:
-    """Return the largest p-values before correction that Holm's method could have adjusted to these values.
+    """Return the largest possible p-values before Holm's adjustment, given the adjusted p-values.
 
     They are exact if adjusted values are strictly increasing and below 1. Equal adjusted values get the bound of the
     last of them. Correcting the bounds again in a larger family is conservative.
@@ -403,7 +403,7 @@ def at_most(p_values: Sequence[float]) -> list[float]:
 
 
 def enough(resamples: int, comparisons: int) -> int:
-    """Return the number of resamples needed: 20 beyond each end of the widest interval.
+    """Return the number of resamples needed for the confidence intervals.
 
     Args:
         resamples: The minimum number.
@@ -413,7 +413,7 @@ def enough(resamples: int, comparisons: int) -> int:
 
 
 def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> list[Decision]:
-    """Correct p-values for multiple tests, and return each difference with an interval that agrees with its p-value.
+    """Correct p-values for multiple tests, and adjust the confidence intervals to agree with them.
 
     The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
     decides, and the end of the interval moves: to 0 if the difference is not significant, else to the resampled

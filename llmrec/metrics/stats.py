@@ -219,7 +219,7 @@ def verdict(
     p: float | None = None,
     alpha: float = 0.05,
 ) -> Verdict:
-    """Return whether a difference supports, contradicts or leaves open that system a is better than system b.
+    """Return the verdict on whether system a is better than system b.
 
     Args:
         difference: The difference a − b.
@@ -287,7 +287,7 @@ def _statistic(sums: NDArray[np.float64], sizes: NDArray[np.float64], name: Stat
 
 
 def _left_out(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return the metric without each user in turn, in closed form, shape (users,)."""
+    """Return the metric with each user left out in turn, shape (users,)."""
     return root_or_not((sums.sum() - sums) / np.maximum(sizes.sum() - sizes, 1), statistic)
 
 
@@ -310,7 +310,7 @@ def _difference(
 
 
 def tail_p(draws: NDArray[np.float64]) -> float:
-    """Return twice the smaller share of resamples at or beyond 0, including the observed value."""
+    """Return the two-sided p-value of resampled differences."""
     below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
     return min(1.0, 2 * (min(below, above) + 1) / (len(draws) + 1))
 
@@ -340,7 +340,7 @@ def _resample(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArra
 
 
 def _tails(level: float, widened_for: int | None = None) -> NDArray[np.float64]:
-    """Return the two percentiles of an interval; see ``widen`` of `interval` for ``widened_for``."""
+    """Return the two percentiles that bound an interval."""
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if widened_for is None or widened_for < 2:
         return tails

@@ -67,7 +67,7 @@ def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.flo
 
 
 def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute BLEU-4 in [0, 1] from summed matches (4), totals (4), text length and reference length, shape (b, 10)."""
+    """Compute BLEU-4 in [0, 1] from summed n-gram counts and lengths, shape (b, 10)."""
     matches, totals = sums[:, :_ORDER], sums[:, _ORDER : 2 * _ORDER]
     length, reference = sums[:, -2], sums[:, -1]
     # Exponential smoothing: the j-th n-gram order without a match counts as 2**-j matches.
@@ -101,7 +101,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[
 
 
 def rouge_of(rouge: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
-    """Return one of the metrics computed by `rouge`, shape (n,)."""
+    """Return one of the ROUGE metrics, shape (n,)."""
     return rouge[name]
 
 

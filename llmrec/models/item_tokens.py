@@ -134,7 +134,7 @@ def grow(model: torch.nn.Module, size: int) -> None:
 
 
 def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Update a model's whole-word embeddings, if it has any, for a tokenizer with new tokens."""
+    """Update the whole-word embeddings of a model for a tokenizer with new tokens."""
     embeddings = words_of(model)
     if embeddings is not None:
         control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
@@ -143,7 +143,7 @@ def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBa
 
 
 def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return, for each token, the titles of items whose codes contain it; for many items a sample selected by hash."""
+    """Return, for each token, the titles of (a sample of) the items whose codes contain it."""
     holders: dict[str, list[str]] = defaultdict(list)
     for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
         for name in index.codes[item]:
@@ -157,7 +157,7 @@ def _levels(tokens: Sequence[str]) -> list[str]:
 
 
 def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
-    """Return each token's mean embedding of the titles of its items; None if it has no titles.
+    """Return, for each token, the mean title embedding of its items; None without titles.
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).
@@ -172,7 +172,7 @@ def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
 def _meanings(
     index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int, *, whitened: bool
 ) -> list[NDArray[np.float32] | None]:
-    """Return each token's mean feature vector of its items, in the embedding size; None if there are none.
+    """Return, for each token, the mean feature vector of its items; None without features.
 
     Vectors are rotated to their principal components. Text vectors are whitened: without that, few components hold most
     of the variance, and differences between similar items would be lost (WhitenRec, ICDE 2024, section 3). Vectors of

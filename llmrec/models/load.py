@@ -258,7 +258,7 @@ def dtype(section: ModelSection) -> Any:
 
 
 def device(section: ModelSection) -> Literal["cpu", "cuda"]:
-    """Return the device for training and inference: the GPU if there is one, unless the recipe sets the CPU.
+    """Return the device for training and inference: a GPU if there is one, unless the recipe sets the CPU.
 
     Raises:
         ModelError: If torch cannot use the GPU, or the recipe requires one and there is none; otherwise everything
@@ -419,7 +419,7 @@ def weights_stamp(folder: str) -> str:
 
 
 def content_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file; computed once per process as long as the file does not change."""
+    """Return the SHA-256 of a file; cached as long as the file does not change."""
     target = file.resolve()
     if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name

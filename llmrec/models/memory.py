@@ -108,7 +108,7 @@ def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
 
 
 def _with_room(size: int) -> float:
-    """Return the memory needed for inference on a few rows, for a model of ``size`` bytes."""
+    """Return the memory needed for inference with a model of ``size`` bytes."""
     return 1.05 * size + 1.5 * 2**30
 
 
@@ -158,7 +158,7 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
 
 
 def count_weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
-    """Count weights on the meta device: all, of the vocabulary, and of adapters or soft prompts."""
+    """Count the weights of a model: all, in the vocabulary, and in adapters or soft prompts."""
     torch = require("torch", "train")
     with torch.device("meta"):
         model = auto_class(config).from_config(config)

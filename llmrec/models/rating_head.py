@@ -47,7 +47,7 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class RatingHead:
-    """A rating head: its shape, and a float32 ``torch.nn.Linear`` with two additional buffers, see `standardise`."""
+    """A rating head: its shape, a linear layer in float32, and the statistics for standardising its input."""
 
     shape: HeadShape
     linear: Any

@@ -91,7 +91,7 @@ def names(count: int) -> list[str]:
 
 
 def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
-    """Return a copy of a tokenizer with soft-prompt tokens, which its chat template puts in front.
+    """Return a copy of a tokenizer whose chat template begins with the soft-prompt tokens.
 
     They are special tokens, so titles cannot contain them and answers do not show them.
 
@@ -114,7 +114,7 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
 
 
 def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
-    """Add an embedding for every soft prompt, and an untied head in which these rows are the mean of the others.
+    """Add an embedding for every soft prompt, and an output head that is not tied to the embeddings.
 
     So a soft prompt's logit is the mean of all logits and never the largest; with rows of 0 it would be in models whose
     logits are all negative (GPT-2).

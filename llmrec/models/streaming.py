@@ -134,7 +134,7 @@ def save_by_blocks(
 
 
 def _save_settings(model: Any, target: Path) -> None:
-    """Save what `save_pretrained` saves besides weights: configurations, and a model's own code."""
+    """Save configurations and the model's own code, as `save_pretrained` does."""
     for name in model.config.sub_configs:
         if (part := getattr(model.config, name, None)) is not None:
             part.dtype = model.dtype

@@ -124,7 +124,7 @@ def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 @contextmanager
 def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
-    """Mark, while PEFT reads it, which modules of a model share the table of the input embeddings."""
+    """Mark, while PEFT reads the model, which modules share the table of the input embeddings."""
     (source, _), *others = _groups(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys
     text = config.tie_word_embeddings
@@ -137,7 +137,7 @@ def marked_as_tied(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _groups(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
-    """Return the named modules with vocabulary rows, grouped by shared weights."""
+    """Return the named modules with one row per token, grouped by shared weights."""
     first = model.get_input_embeddings()
     holders = [first, model.get_output_embeddings()]
     if is_paired(model.config):

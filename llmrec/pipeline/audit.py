@@ -249,7 +249,7 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
 
 
 def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
-    """Compute HR@5 of the same rule on the codes of an item index: its numbers, or the ranks of its sorted codes.
+    """Compute HR@5 of the same rule applied to the codes of an item index.
 
     A model can reach the same HR@5 by counting from the codes of the history. Values above those of a random ranking
     are legitimate for numbers in training order, and for codes of a tree in which neighbours were chosen together.
@@ -346,7 +346,7 @@ def _signature(
 
 
 def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
-    """Report items with equal or nearly equal titles: ranking one of them high may count as a miss of the other."""
+    """Report items with equal or nearly equal titles, which a model cannot distinguish."""
     items = sorted(data.dataset.items)
     keys = [title_key(data.dataset.items[item].title) for item in items]
     equal: dict[str, list[str]] = defaultdict(list)
@@ -364,7 +364,7 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
 
 
 def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
-    """Report evaluated users with a near-duplicate among the training users who also chose the held-out item."""
+    """Report evaluated users with a near-duplicate training user who chose the held-out item."""
     held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
     trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
     users = [user for user in data.users() if len(trained[user]) >= 3]
@@ -386,7 +386,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 
 
 def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int = 200) -> Check:
-    """Measure whether a model can complete catalogue titles from their first half, compared with mixed titles.
+    """Measure whether a model can complete catalogue titles from their first half (memorisation).
 
     Each prompt shows a few whole titles and the first words of another; a completion is correct if its letters and
     digits equal the rest of the title. The control permutes the second halves, so that no such title exists: it gives

@@ -195,7 +195,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 
 
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
-    """Generate texts and vectors and write them to a feature store; an interrupted call is resumed by the next one.
+    """Generate texts and vectors, and write them to a feature store; resumes an interrupted call.
 
     An existing store of the same inputs is kept, with its corrections and erasures.
 
@@ -347,7 +347,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
 def _made_so(
     folder: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
 ) -> FeatureStore | None:
-    """Return the existing feature store if one of the engines would generate the same texts; otherwise None."""
+    """Return the existing feature store if it has the same texts; otherwise None."""
     try:
         store = FeatureStore.open(folder)
     except DataError:

@@ -111,7 +111,7 @@ def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
 
 
 def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[Versus]:
-    """Yield the comparison of the ensemble with the tuned model and the same ensemble without it."""
+    """Yield the comparison between the ensembles with and without the tuned model."""
     joined = [row for row in family_rows if row.figures.fusion is not None]
     for row in joined:
         if row.figures.arm == "tuned":
@@ -209,7 +209,7 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
 
 
 def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the tuned model that represents a task: its rating head or first strategy, with the first template."""
+    """Return the tuned model that represents a task in comparisons."""
     templates = [template.id for template in study.asked_with(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
     tuned = [row for row in family_rows if row.figures.arm == "tuned" and row.figures.predictor in strategies]
@@ -222,7 +222,7 @@ def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> Resu
 
 
 def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
-    """Whether two models use the same template and strategy; a rating head matches any strategy of the base model.
+    """Whether two models use the same template and strategy.
 
     If the untuned settings have custom templates, only the first of them matches.
     """

@@ -107,7 +107,7 @@ def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
 
 
 def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
-    """Yield the planned training examples as text, step by step; only examples that a later step repeats are kept."""
+    """Yield the planned training examples as text, step by step."""
     drawn = (row for _, row in drawn_rows(study, encoder, texts=True) if isinstance(row, TextRow))
     waiting: dict[int, TextRow] = {}
     count = 0

@@ -1,4 +1,4 @@
-"""Fine-tunes a text encoder on a recipe's training interactions."""
+"""Fine-tunes a text encoder on the training interactions of a recipe."""
 
 from __future__ import annotations
 

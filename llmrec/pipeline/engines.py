@@ -128,7 +128,7 @@ class Engines:
         return self.choices(strategy, folder)[0]
 
     def choices(self, strategy: str, folder: str) -> tuple[str, ...]:
-        """Return the engines that can run a strategy, the preferred one first; ``auto`` allows two."""
+        """Return the engines that can run a strategy, in order of preference."""
         section = self._section
         if strategy in TREES and section.scorer != AUTO:
             return (section.scorer,)
@@ -249,7 +249,7 @@ class Engines:
 
     @property
     def _shape(self) -> tuple[object, ...]:
-        """Return the properties that models must share, in addition to the base model, to use the same engine."""
+        """Return the properties that models must have in common to use the same engine."""
         # The folder names the model.
         sections = self._model.model_dump_json(exclude={"name"}), self._section.model_dump_json()
         return self._encoder.digest, self._encoder.max_length, sections
@@ -427,7 +427,7 @@ def gpus_of_engine(model: ModelSection, section: EvalSection) -> int:
 
 
 def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
-    """Return the number of GPUs that share a model, if there are several, since they add numbers in another order."""
+    """Return the number of GPUs that share a model, if there are several."""
     shape = [section.tensor_parallel, section.pipeline_parallel]
     return {"shared": [*shape]} if engine == "vllm" and shape != [1, 1] else {}
 

@@ -210,7 +210,7 @@ class Evaluation:
         return results
 
     def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
-        """Return the model that ranks best on validation users, to be served; None if no users are reserved."""
+        """Return the model that ranks best on validation users, which will be served."""
         ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
         return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
 
@@ -311,7 +311,7 @@ class Evaluation:
         )
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
-        """Return the evaluated ensemble in a list; an empty list if no users are reserved to fit its weights."""
+        """Fit and evaluate an ensemble; returns a list with the result, or an empty list without validation users."""
         cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
@@ -436,13 +436,13 @@ class Evaluation:
     # ------------------------------------------------------------------------- models and measurement
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
-        """Return the validation cases that fit ensemble weights, if the model is a member of any ensemble."""
+        """Return the validation cases for ensemble weights, if the model is a member of an ensemble."""
         if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
             return []
         return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
 
     def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
-        """Return a model's answers for the validation users that fit ensemble weights, by request id."""
+        """Return a model's answers for the validation users reserved for ensemble weights, by request id."""
         requests = [case.request for case in self._weighers(spec)]
         return {item.request_id: remembered(item) for item in predictor.answer(requests)} if requests else {}
 
@@ -481,7 +481,7 @@ class Evaluation:
         }
 
     def _background(self, family: str) -> Background:
-        """Return the training texts and features that generated explanations are compared with."""
+        """Return the training texts and features with which generated explanations are compared."""
         if family not in self._backgrounds:
             self._backgrounds[family] = background_of(self._study.task_data(family))
         return self._backgrounds[family]
@@ -498,7 +498,7 @@ class Evaluation:
         return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
-        """Return a function from a request to the mean rating of its user, used for answers that cannot be parsed."""
+        """Return a function that maps a request to its user's mean rating, a fallback for invalid answers."""
         means = UserMean()
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value

@@ -51,7 +51,7 @@ def product_of(dataset: Dataset, item_id: str) -> Product:
 
 
 def shortened(text: str, limit: int = INPUT) -> str:
-    """Return the beginning of a long text, followed by its length."""
+    """Return the beginning of a long text, with a note on its full length."""
     return text if len(text) <= limit else f"{cut(text, limit)} … ({len(text)} characters)"
 
 
@@ -232,7 +232,7 @@ def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[S
 
 
 def _told(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
-    """Yield the inputs of a request: what baselines also read, and the additional fields of each template."""
+    """Yield the inputs of a request that prompts can show."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
         yield PromptContents(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
@@ -286,7 +286,7 @@ _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
 def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
-    """Return examples of cold-start items and who gets them, the entry ``newcomers`` of results.json.
+    """Return examples of cold-start items and their users, the entry ``newcomers`` of results.json.
 
     They are drawn for each family that ranks for users, by the seed among the cold-start targets and independently of
     the rankings; empty if the split has no cold-start items.
@@ -346,7 +346,7 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
-    """Return the training items whose text vectors are most similar to each item's; empty without a text encoder."""
+    """Return the training items with the most similar texts for each item; empty without a text encoder."""
     data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}

@@ -98,7 +98,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
 
 
 def _holds_more(folder: Path) -> bool:
-    """Whether a folder has files that are not part of an index, which a new index would remove."""
+    """Whether a folder has other files than an index, which a new index would remove."""
     result = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return (folder.exists() and not folder.is_dir()) or bool(result - _FILES) or bool(result and not _digest(folder))
 

@@ -87,7 +87,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
 
 def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
-    """Load the index from a model folder; an empty index for titles, None if no scheme is set."""
+    """Load the index from a model folder; None if items are not encoded."""
     if scheme is None:
         return None
     if (folder / FOLDER).is_dir():
@@ -105,7 +105,7 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 
 
 def embed_of(index: ItemIndex) -> Embed | None:
-    """Return the text encoder with which an index was built, for `ItemIndex.extend`; None if it used none."""
+    """Return the text encoder with which an index was built; None if it used none."""
     stored = index.settings.get("semantic")
     if stored is None:
         return None

@@ -77,7 +77,7 @@ class Check:
 
 
 def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
-    """Return the result of a check, which is a leak if any locations are given."""
+    """Return the result of a check: a leak if ``places`` is not empty, otherwise clean."""
     if not places:
         return Check(name, f"none in {looked_at}")
     return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
@@ -352,7 +352,7 @@ def told_by_context(cells: Cells, again: Cells) -> list[str]:
 
 
 def tells(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
-    """Whether NDCG@10 is significantly higher with the members' scores after the exchange than before."""
+    """Whether NDCG@10 increases significantly after an exchange of held-out data."""
     gains = after - before
     return bool(gains.mean() > _SURE * gains.std() / len(gains) ** 0.5)
 
@@ -390,7 +390,7 @@ def _seen(baseline: BaselineSection) -> frozenset[Pair]:
 
 
 def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
-    """Return, by user with a generated text, the training items that the text was not generated from."""
+    """Return, by user, the training items that were not used to generate the user's text."""
     read: dict[str, set[str]] = defaultdict(set)
     for user, item in seen:
         read[user].add(item)
@@ -399,7 +399,7 @@ def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
 
 
 def feature_texts(study: Study) -> Check | None:
-    """Check that no feature text of a baseline was generated from a held-out interaction; None without features."""
+    """Check that no feature text of a baseline was generated from a held-out interaction."""
     stores = {
         folder: family
         for family in study.tasks
@@ -515,7 +515,7 @@ class _Secrets:
             )
 
     def negatives(self, example: Example, template: Template) -> Mapping[str, int]:
-        """Return the titles of randomly drawn negatives, and how often each may occur in the question.
+        """Return the titles of random negatives, with the number of times that each may occur.
 
         The number is that of the candidate named least often, or that of the item in a template about one item: a
         held-out item that is also in the history, or in a hint, occurs once more. Questions without candidates or an
@@ -546,7 +546,7 @@ def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> It
 
 
 def training_rows(study: Study, family: str, count: int) -> Check:
-    """Check the training examples of a task for held-out pairs, as declared by the example and in its text.
+    """Check that no training example of a task contains a held-out pair.
 
     A held-out item may be a negative, since negatives are drawn without reading held-out data (`rows_drawn_again`).
     It may occur nowhere else.
@@ -570,7 +570,7 @@ def training_rows(study: Study, family: str, count: int) -> Check:
 
 
 def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
-    """Yield the first training examples of a task; with packing, also the same number that share a history."""
+    """Yield the first training examples of a task, both unpacked and packed."""
     section = study.recipe.train
     if section.reward is not None:
         template = task.eval_templates[0]
@@ -615,7 +615,7 @@ def questions(study: Study, family: str) -> Check:
 
 
 def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
-    """Yield the templates whose prompt contains the answer; ``titles`` are all catalogue titles if it is an item."""
+    """Yield the templates whose prompt contains the answer."""
     data, request = study.task_data(family), case.request
     kind = family_of(family)
     ranked = kind.answers_with_items
@@ -659,13 +659,13 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
 
 
 def _other_than(case: Case, data: SplitDataset) -> str | None:
-    """Return a candidate with another title than the answer; a prompt about it must not contain the answer."""
+    """Return a candidate whose title differs from the answer, for a prompt that must not contain the answer."""
     titles, truth = data.dataset.titles, str(case.truth)
     return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
 
 
 def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
-    """Whether the prompt of a template must not contain the code of the answer, and whether not its title."""
+    """Return whether a prompt must not contain the code of the answer, and whether not the title."""
     if family.candidates == "items":
         # The prompt contains either the title or the code, and the answer is the other one.
         return template.answers_with_code, not template.answers_with_code
@@ -795,7 +795,7 @@ def _again(
 def _toward(
     study: Study, family: str, shown_by: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
 ) -> Mapping[str, Sequence[str]]:
-    """Return, by user, the items that training examples mention and that are not in the user's training interactions.
+    """Return, by user, the items in training examples that the user has no training interaction with.
 
     Other held-out items are drawn from these: a row that avoids held-out items as negatives changes if one of its own
     becomes held out. An item drawn from the whole catalogue would rarely be one that a row could show.
@@ -864,7 +864,7 @@ class _Pairs:
         self._items = {_line(index.encode(item)): item for item in held} if index is not None else {}
 
     def shown(self, row: Example) -> Iterator[str]:
-        """Yield the held-out items that an example declares, or mentions by both code and title."""
+        """Yield the held-out items in an example, as declared or by both code and title."""
         yield from (f"item {item}" for _, item in row.pairs if item in self._held)
         segments = chain(*(message.segments for message in row.messages), row.answer)
         lines = {_line(segment.text) for segment in segments if segment.kind != "text"}

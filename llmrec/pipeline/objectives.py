@@ -1,4 +1,4 @@
-"""Builds the training objectives of a recipe: losses, rewards, and the validation metric that selects a checkpoint."""
+"""Builds the training objectives of a recipe: losses, rewards, and the metric that selects a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
-    """Return the classes of the rating head, if the recipe trains one; they replace target tokens."""
+    """Return the classes of the rating head, if the recipe trains one."""
     rating = study.recipe.tasks.rating
     if rating is None or rating.head is None:
         return None
@@ -129,7 +129,7 @@ def _label_answers(study: Study, family: str) -> Iterator[str]:
 
 
 def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
-    """Return the soft prompt for the labels of the training examples; labels that occur later are not added."""
+    """Return the soft prompt for the labels of the training examples."""
     labels.closed = True
     result = tuple(labels.ids)
     return SoftPrompt(study.recipe.train.soft.prompts, result, tied=labels.tied, seed=study.training_seed)
@@ -252,12 +252,12 @@ METRIC = "NDCG@10"
 
 
 def judged(study: Study) -> list[str]:
-    """Return the trained tasks that rank items for users; the model in training is evaluated on the first of them."""
+    """Return the trained tasks that rank items for users, which can be evaluated during training."""
     return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
 
 
 def judges(study: Study) -> frozenset[str]:
-    """Return the validation users on which a model in training is evaluated; none of them fits ensemble weights."""
+    """Return the validation users on which a model is evaluated during training."""
     section, able = study.recipe.train.judge, judged(study)
     if section is None or not able:
         return frozenset()
@@ -313,7 +313,7 @@ class Judge:
         return Judge(asked, family, task, cases, encoder)
 
     def model(self, model: torch.nn.Module) -> float:
-        """Compute NDCG@10 of a model in training with the first strategy of the task; leaves it in evaluation mode."""
+        """Compute NDCG@10 of the model in training with the first strategy of the task."""
         section = self.study.recipe.eval
         # Adapters are part of the model's modules, so the backend needs no change.
         live = model.get_base_model() if hasattr(model, "get_base_model") else model

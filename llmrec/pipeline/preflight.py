@@ -150,7 +150,7 @@ def checked_study(recipe: Recipe) -> Study:
 
 
 def tokenizer_of(study: Study, base: str) -> tuple[Encoder, bool]:
-    """Load the tokenizer, if possible without transformers, and return whether the model is an encoder-decoder."""
+    """Load the tokenizer, and return whether the model is an encoder-decoder."""
     recipe = study.recipe
     # The tokenizer is compared with the tokenizer of the run that training continues.
     if recipe.train.start is None and recipe.train.teacher is None and is_plain_decoder(base, recipe.model):

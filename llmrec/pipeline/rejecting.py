@@ -61,7 +61,7 @@ class Beams:
         self._found: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return indices of a user's training interactions, with the model's top items that the user has not chosen."""
+        """Return a user's training interactions, with the model's top items that the user has not chosen."""
         if user not in self._found:
             self._found[user] = self._search(user)
         return self._found[user]

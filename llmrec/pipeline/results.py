@@ -117,7 +117,7 @@ def write_results(
 
 
 def too_wide(study: Study) -> str:
-    """Return a warning about cut-offs that are not smaller than the number of candidates; empty if there are none."""
+    """Return a warning if cut-offs are not smaller than the number of candidates; otherwise empty."""
     section, drawn = study.recipe.eval, study.candidates
     if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
         return ""
@@ -267,7 +267,7 @@ def _training_notes(study: Study) -> list[str]:
 
 
 def _ceilings(study: Study) -> dict[str, float]:
-    """Return the share of requests whose retrieved candidates include the target, by task; empty without retrieval."""
+    """Return the share of requests whose retrieved candidates include the target, by task."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
     asked = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
@@ -553,7 +553,7 @@ def _biases(
 def position_bias(
     position: NDArray[np.int64], rank: NDArray[np.float64], *, resamples: int, seed: int
 ) -> PositionBias | None:
-    """Test whether predicted ranks of targets depend on their position (statistic of Kruskal and Wallis, JASA 1952).
+    """Test whether the rank of targets depends on their position (Kruskal and Wallis, JASA 1952).
 
     Positions are drawn at random when candidate sets are made, so without a bias every assignment of positions to
     requests is equally likely, for any users and items: p is the share of drawn assignments with at least the observed

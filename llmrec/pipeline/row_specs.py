@@ -107,7 +107,7 @@ def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
 
 
 def unused_settings(spec: RowSpec, study: Study) -> set[str]:
-    """Return the evaluation settings without effect on a model, except its strategy's settings; see `asking_of`."""
+    """Return the evaluation settings that do not affect a model, except the settings of its strategy."""
     family, model = family_of(spec.family), spec.template is not None
     named = {f"tasks.{task}" for task in study.tasks if task != spec.family}
     named |= {f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS) for key in keys}

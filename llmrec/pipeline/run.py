@@ -327,7 +327,7 @@ class Session:
         return self.model
 
     def trained(self) -> Trained | None:
-        """Return the record of this recipe's training if the folder has it, or None."""
+        """Return the training record of this recipe in the folder; None if there is none."""
         return trained(self.study, self.model.start, self.folder) if self.model else None
 
     def tuned(self, home: Path) -> Trained | None:
@@ -502,6 +502,6 @@ def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:
-    """Sort settings so that settings of the base model are adjacent and share one engine start."""
+    """Sort settings so that those using the base model are adjacent, and its engine starts only once."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

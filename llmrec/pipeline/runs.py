@@ -27,7 +27,7 @@ _PLACES = ("path", "items", "users", "files", "facts", "texts")
 
 @dataclass(frozen=True)
 class Source:
-    """A run folder with a verified adapter; ``merged`` is the dtype of its merged model, None if that is damaged."""
+    """A run folder with a verified adapter; ``merged`` is the dtype of its merged model, if there is one."""
 
     folder: Path
     recipe: Recipe
@@ -102,7 +102,7 @@ _MODEL = ("name", "shape", "revision", "whole_words")
 
 
 def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
-    """Return the folder of the model that training starts from: ``base``, or the merged model of ``train.start``.
+    """Return the folder of the model from which training starts.
 
     Args:
         study: The study.
@@ -115,7 +115,7 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
 
 
 def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
-    """Return the merged model of ``train.teacher``; None if it is not set. Raises the errors of `start_of`."""
+    """Return the merged model of ``train.teacher``; None if it is not set."""
     teacher = study.recipe.train.teacher
     return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
 
@@ -211,7 +211,7 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
 
 
 def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
-    """Reject an earlier run on the same data with other held-out interactions or other held-out alignment items."""
+    """Reject an earlier run on the same data with other held-out interactions or items."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
             one, other = _held(theirs), _held(ours)

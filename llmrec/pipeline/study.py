@@ -81,7 +81,7 @@ class Study:
 
     @property
     def training_seed(self) -> int:
-        """Seed of training examples, their order, dropout and adapters; splits and candidates use the recipe's seed."""
+        """Seed of training examples, their order, dropout and adapters."""
         seed = self.recipe.train.seed
         return self.recipe.seed if seed is None else seed
 
@@ -113,14 +113,14 @@ class Study:
         return tuple(filter(None, (self.data, self.reviews)))
 
     def table_name(self, family: str) -> str:
-        """Return the name of a task's table in results: ``main``, or ``reviews`` for the second table."""
+        """Return the name of a task's data set in results: ``main``, or ``reviews`` for the second one."""
         return "reviews" if family_of(family).second_table and self.reviews is not None else "main"
 
     def _table(self, family: str) -> SplitDataset:
         return self.reviews if self.reviews is not None and self.table_name(family) == "reviews" else self.data
 
     def codes(self, family: str) -> ItemIndex | None:
-        """Return the item index of a task; None for tasks on the second table, whose items have no index."""
+        """Return the item index of a task; None for tasks on the second data set."""
         return self.index if self.task_data(family).dataset.items is self.data.dataset.items else None
 
     def sets(self, family: str) -> CandidateSets | None:
@@ -166,7 +166,7 @@ class Study:
         return frozenset(leaking_users(self.leaks(self._table(family))))
 
     def leaks(self, table: SplitDataset) -> tuple[ProfileLeak, ...]:
-        """Return the profile fields of a table that mention a held-out item of their user."""
+        """Return the profile fields of a data set that mention a held-out item of their user."""
         return self._leaks[id(table)]
 
     @cached_property
@@ -208,7 +208,7 @@ class Study:
         return tuple(template for template in templates if template.name not in untuned - both)
 
     def untuned_without_codes(self) -> bool:
-        """Whether zero-shot or few-shot models are evaluated, and none of them reads or writes item codes."""
+        """Whether base models are evaluated without reading or writing item codes."""
         asked = [
             template
             for family in self.tasks
@@ -413,7 +413,7 @@ def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
 
 
 def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
-    """Return the main data and, if the recipe has one, the second table, as tasks use them.
+    """Return the main data set and, if the recipe has one, the second data set.
 
     If the two share pairs, each excludes those that the other holds out: all tasks have one held-out set.
 

@@ -61,7 +61,7 @@ _PATIENCE = 2000
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
-    """Draw training examples by task weight to fill the recipe's steps; ``paired`` means an encoder-decoder."""
+    """Draw training examples by task weight to fill the steps of the recipe."""
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
@@ -220,13 +220,13 @@ def _scorers(recipe: Recipe) -> list[tuple[Table, str]]:
 
 
 def _encoder_stamp(study: Study) -> str | None:
-    """Return the identity of the text encoder, if examples show only similar items of a history."""
+    """Return the identity of the text encoder that selects history items, if the recipe uses one."""
     rules = {study.section(family).past for family in study.tasks}
     return text_embedder(study.recipe.encoder).stamp if "relevant" in rules else None
 
 
 def _judging(study: Study) -> dict[str, object] | None:
-    """Return the evaluation settings that affect which checkpoint is kept, if a metric selects it."""
+    """Return the evaluation settings that affect the selection of the checkpoint."""
     recipe = study.recipe
     if recipe.train.judge is None:
         return None
@@ -278,7 +278,7 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _unmerged(folder: Path, key: str) -> dict[str, Any] | None:
-    """Return the record of a finished training whose adapter is not merged yet, as after an interrupted merge."""
+    """Return the record of a finished training whose adapter is not merged yet."""
     done = read_stage(folder / "train.json", key, _record_of)
     adapter = folder / "adapter"
     if done is None or not adapter.is_dir() or weights_sha256(adapter) != done["adapter_sha256"]:
@@ -302,7 +302,7 @@ def train_stage(
     teacher: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train and merge, or reuse a finished training; return the section ``training`` of results.json."""
+    """Train and merge, or reuse a finished training; returns the section ``training`` of results.json."""
     done = trained(study, base, folder) if not processes.rank() else None
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
@@ -495,7 +495,7 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
 
 
 def clear_foreign(folder: Path, key: str) -> None:
-    """Remove checkpoints of other recipes; keep checkpoints of an interrupted run of this recipe."""
+    """Remove the checkpoints of other recipes from a run folder."""
     from llmrec.train.checkpoint import checkpoints
 
     mark = folder / "checkpoints" / "key"

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def fusible(study: Study, family: str) -> tuple[Reads, ...]:
-    """Return the kinds of ensembles of a task's baselines; none is evaluated on users that fit its weights.
+    """Return the kinds of ensembles that are built from a task's baselines.
 
     There is one for each kind of input, over the baselines that read at most this input, if these are two or more.
     """
@@ -73,7 +73,7 @@ class Weighing:
         return of_first_users(self._cases[family], most)
 
     def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
-        """Return the data that a baseline is fitted on; see `choosing`."""
+        """Return the data on which a baseline is fitted; see `choosing`."""
         section = self._study.recipe.eval.fusion
         if not section.controls:
             return data
@@ -110,7 +110,7 @@ class Weighing:
 
 
 def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]) -> list[ListEnsemble | Blend]:
-    """Return ensembles of subsets of the members, on which larger ensembles can build.
+    """Return ensembles of some of the members, on which larger ensembles can build.
 
     Args:
         study: The study.

@@ -1,4 +1,4 @@
-"""Prompt templates: versioned YAML with a small subset of Jinja that is safe from injection by data.
+"""Prompt templates: YAML files in a small subset of Jinja, safe from injection by data.
 
 A data value never enters a template as text. Each one is rendered as a placeholder of private-use characters, which
 neither cleaned data nor a template can contain, and the output is split back into segments. So a title ``{{ 7*7 }}``
@@ -275,12 +275,12 @@ class Template:
         object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
 
     def stored(self) -> dict[str, Any]:
-        """Return the template in the form stored in model folders, which `of_stored` reads."""
+        """Return the template in the form stored in model folders."""
         return {key: getattr(self, key) for key in _ALL_KEYS} | {"words": self.words.model_dump(mode="json")}
 
     @staticmethod
     def of_stored(entry: Mapping[str, Any]) -> Template:
-        """Return a template from its `stored` form; older ones, without words, are in English.
+        """Return a template from the form stored in model folders.
 
         Raises:
             RecipeError: As `Template`.
@@ -367,11 +367,11 @@ class Template:
         return self._render("lead", values)
 
     def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-        """Render the lead, and the target with its tail as one segment of kind ``target``."""
+        """Render the text before the target, and the target as one segment of kind ``target``."""
         return self.opening(values), (Segment("target", self.answer(values) + self.tail),)
 
     def answer(self, values: Mapping[str, object]) -> str:
-        """Render the target without its tail, as the text whose likelihood is scored."""
+        """Render the target as the text whose likelihood is scored."""
         return "".join(segment.text for segment in self._render("target", values))
 
     def _require(self, part: str, name: str, known: Collection[str]) -> None:

@@ -143,7 +143,7 @@ class Suite(Section):
         return tuple(results)
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
-        """Return the seeds of a stochastic model; an ensemble has as many as each of its members."""
+        """Return the seeds of a stochastic model; an ensemble has the seeds of its members."""
         own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.fuse))]
         return self.seeds[: min((many for many in own if many is not None), default=None)]
 

@@ -107,7 +107,7 @@ def _on_its_base(
     known: Mapping[str, Path],
     sought: dict[str, Path] | None = None,
 ) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
-    """Merge a file with its base, if it has one; ``sought`` collects missing paths."""
+    """Merge a file with its base file, if it has one."""
     base = values.pop("base", None)
     if base is None:
         return values, lines
@@ -190,7 +190,7 @@ def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
 
 
 def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "chat"]:
-    """Return the type of a file by its main key, such as ``suite``; ``recipe`` without one."""
+    """Return the type of a file by its main key: ``suite``, ``benchmark``, ``chat`` or ``recipe``."""
     try:
         keys = read_page(_find(Path(path), "eval"))[0]
     except RecipeError:
@@ -225,7 +225,7 @@ def _validated(
     *,
     given: bool = True,
 ) -> Page:
-    """Validate a file; its plug-ins are imported if the user has named the file or them (``given``)."""
+    """Validate a file, after importing its plug-ins if the user allows them."""
     overrides = in_words(overrides)
     for override in overrides:
         _override(values, override)
@@ -243,7 +243,7 @@ def _validated(
 
 
 def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
-    """Allow the model of a recipe to run its own code if the user named the recipe, or allowed the model earlier."""
+    """Allow the model of a recipe to run its own code if the user has permitted it."""
     if recipe.model.trust_remote_code:
         (plugins.allow_model if given else plugins.consent_model)(recipe.model.name, recipe.model.revision)
     return recipe
@@ -328,7 +328,7 @@ def _explained(
     lines: Mapping[KeyPath, Place],
     overrides: Sequence[str],
 ) -> RecipeError:
-    """Return one error for all problems in a file, located at the first."""
+    """Return one error for all problems in a file."""
     details = error.errors(include_url=False)
     # For a list with only wrong entries, do not also report that it is too short.
     inner = {tuple(detail["loc"])[:-1] for detail in details}
@@ -366,7 +366,7 @@ _KINDS: Mapping[str, ErrorKind] = {
 
 
 def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return the override that sets a key; empty if there is none."""
+    """Return the command-line override that sets a key; empty if there is none."""
     mine = dotted(path)
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -376,7 +376,7 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
 
 
 def _above(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return an override below a key that no file has; empty if there is none.
+    """Return an override below a key that is not in any file; empty if there is none.
 
     Its value is not shown: below a mistyped section any value may be a secret.
     """
@@ -464,7 +464,7 @@ def plug_ins(values: Mapping[str, Json]) -> list[Named]:
 def imported(
     values: Mapping[str, Json], line_of: Callable[[KeyPath], Place | str], file: Path, *, given: bool
 ) -> Iterator[None]:
-    """Import the plug-ins that a file names; the user's consent is stored if no error is raised.
+    """Import the plug-ins that a file names, and store the user's consent.
 
     Args:
         values: The values of a recipe or suite.

@@ -85,7 +85,7 @@ def both_places(recipe: Recipe) -> Iterator[None]:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a file, a folder, a spreadsheet or a file that matches a pattern exists."""
+    """Whether a path, a spreadsheet with sheet name, or a file pattern exists."""
     start = Path(Path(path).anchor)
     try:
         if Path(path).exists() or Path(path.partition("#")[0] or path).is_file():

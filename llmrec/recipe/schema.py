@@ -103,7 +103,7 @@ class Section(BaseModel):
 
 @cache
 def _takes_truth(section: type[BaseModel], name: str) -> bool:
-    """Whether a field accepts a boolean, or has no number type to which pydantic would convert it."""
+    """Whether a boolean is allowed as the value of a field."""
     parts, known = [section.model_fields[name].annotation], set[object]()
     while parts:
         part = parts.pop()
@@ -1118,7 +1118,7 @@ class TrainSection(Section):
         return self
 
     def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield settings that are incompatible with an item softmax, a teacher, pruning or rewards.
+        """Yield training settings that are incompatible with other settings.
 
         Each has the key that the message begins with, whether the recipe sets it, and the message.
         """
@@ -1554,7 +1554,7 @@ class Recipe(Displayed, Section):
 
     @property
     def sought(self) -> Mapping[str, Path]:
-        """Paths in its file that do not exist, each with the folder of the file, which was also searched."""
+        """Paths in the recipe file that do not exist, each with a folder that was searched."""
         return self._sought
 
     def _summary(self) -> Summary:
@@ -1737,7 +1737,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_candidates(self) -> None:
-        """Reject rankings of both the catalogue and stored candidates in one table."""
+        """Reject ranking of both the catalogue and stored candidates in one table."""
         whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
         if whole and self.tasks.direct is not None:
             raise ValueError(

@@ -124,7 +124,7 @@ def _columns(results: Results, task: str) -> list[Row]:
 
 
 def _metric(results: Results, task: str, rows: list[Row]) -> str:
-    """Return the main metric if it is available for subsets, else another one: AUC is not."""
+    """Return the metric that is shown for subsets: the main metric, if it is available."""
     carried = dict.fromkeys(name for row in rows for part in row.slices for name in part.metrics)
     headline = results.headline[task]
     return headline if headline in carried else next(iter(carried), headline)
@@ -266,7 +266,7 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
 
 
 def bias_words(bias: PositionBias) -> str:
-    """Return how much of the variance of ranks the position explains, with the corrected p-value, as text."""
+    """Describe how much of the variance of ranks the position explains, with the corrected p-value."""
     return _explained([bias])
 
 

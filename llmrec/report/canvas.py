@@ -1,4 +1,4 @@
-"""Shapes of a plot, rendered as SVG by the template ``svg.html.j2``, which escapes all texts.
+"""Shapes of a plot, which a template renders as SVG.
 
 Colours are classes of the style sheet, so a plot follows the reader's colour scheme; a plot has no script, id or inline
 style.
@@ -70,7 +70,7 @@ def _linear(low: float, high: float, wanted: int) -> tuple[float, ...]:
 
 
 def fitted(values: Iterable[float | None], start: float, end: float, *, holds: Sequence[float] = ()) -> Scale:
-    """Return a linear scale with some space around the values, but not beyond the limits ``holds``."""
+    """Return a linear scale with some space around the values, within the limits ``holds``."""
     known = [value for value in values if value is not None]
     every = [*known, *holds]
     low, high = min(every, default=0.0), max(every, default=1.0)
@@ -98,7 +98,7 @@ def tick_text(value: float) -> str:
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move positions on a line as little as possible so that neighbours are at least ``gap`` apart."""
+    """Move positions on a line so that neighbours are at least ``gap`` apart."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, (high - low) / max(1, len(places) - 1))
     result = [0.0] * len(places)
@@ -143,7 +143,7 @@ class Shape:
 
 @dataclass(slots=True, kw_only=True)
 class Canvas:
-    """A plot with ``width`` and ``height`` in pixels, and its shapes in drawing order."""
+    """The shapes of a plot in drawing order, with its width and height in pixels."""
 
     width: float
     height: float
@@ -169,7 +169,7 @@ class Canvas:
     def text(
         self, x: float, y: float, text: str, look: str = "", *, anchor: Anchor = "start", width: float | None = None
     ) -> None:
-        """Add a line of text at its baseline, cut to ``width`` pixels; the tooltip then has the full text."""
+        """Add a line of text, cut to ``width`` pixels."""
         line = flat(text)
         shown = line if width is None else cut(line, width)
         at = (("x", _figure(x)), ("y", _figure(y)), ("text-anchor", anchor))

@@ -25,7 +25,7 @@ from llmrec.results import Verdict, arm_name
 
 
 def pictures(plot: Plot) -> tuple[Canvas, Canvas]:
-    """Draw a plot for wide and for narrow screens; the page shows one of them."""
+    """Draw a plot for wide and for narrow screens."""
     one_line = plot["kind"] == "lines" and len(plot["series"]) == 1
     wide = HALF if one_line or plot["kind"] in ("differences", "cost") else WIDE
     return draw(plot, wide), draw(plot, NARROW)
@@ -179,7 +179,7 @@ _LEFT, _RIGHT = 54, 12
 
 
 def lines(plot: Lines, width: float) -> Canvas:
-    """Draw lines over optimiser steps, each named at its end; a wide range of values gets a logarithmic scale."""
+    """Draw lines over optimiser steps, each named at its end."""
     series = [entry for entry in plot["series"] if entry["x"]]
     narrow = width <= NARROW
     named = [entry for entry in series if len(series) > 1]
@@ -223,7 +223,7 @@ def _curve(canvas: Canvas, series: Series, along: Scale, rise: Scale, hue: str, 
 
 
 def cost(plot: CostPlot, width: float) -> Canvas:
-    """Draw results against tokens; numbered points are explained in the list below the plot."""
+    """Draw results against token cost."""
     points = sorted(plot["points"], key=lambda point: point["tokens"])
     named = [point for point in points if point["named"]]
     top, bottom = 30, 250
@@ -267,7 +267,7 @@ def cost(plot: CostPlot, width: float) -> Canvas:
 def _free(
     x: float, y: float, taken: list[tuple[float, float]], right: float, sides: tuple[float, float]
 ) -> tuple[float, float]:
-    """Return the position next to a marker for its number, not covered by other markers and numbers."""
+    """Return a free position next to a marker for its number."""
     around = [
         (x + reach * math.cos(turn * math.pi / 4), y + reach * math.sin(turn * math.pi / 4))
         for reach in (14, 22, 30, 40)

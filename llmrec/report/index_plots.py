@@ -15,7 +15,7 @@ _LEFT, _RIGHT = 48, 12
 
 
 class Usage(TypedDict):
-    """Number of items per token of a level, and the number if all tokens were used equally."""
+    """Number of items per token of a level, and the expected number if tokens were used equally."""
 
     title: str
     counts: list[int]
@@ -81,7 +81,7 @@ def branching_of(depths: Sequence[Depth]) -> list[Branching]:
 
 
 def usage(panels: list[Usage], width: float) -> Canvas:
-    """Draw the number of items per token, most used first, with a panel per level and equal use as a dashed line."""
+    """Draw the number of items per token, most used first, with one panel per level."""
     gap, head, body, foot = 44, 30, 132, 34
     across = width - _LEFT - _RIGHT
     most = max(1, int((across + gap) // (280 if width <= NARROW else 240)))
@@ -105,7 +105,7 @@ def usage(panels: list[Usage], width: float) -> Canvas:
 
 
 def _steps(canvas: Canvas, panel: Usage, along: Scale, rise: Scale) -> None:
-    """Draw tokens with equal counts as one box, so that a level with many tokens needs few shapes."""
+    """Draw tokens with equal counts as one box."""
     start = 0
     for index, count in enumerate(panel["counts"], 1):
         if index == len(panel["counts"]) or panel["counts"][index] != count:

@@ -1,4 +1,4 @@
-"""Describes an item index in words, for its HTML page and the report of a run."""
+"""Describes an item index as text, for its HTML page and the report of a run."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
 
 
 def line_of(found: Mapping[str, Any]) -> str:
-    """Return the same as `line`, from the content of the metrics file."""
+    """Return a line about an item index, from the content of its metrics file."""
     length = found["pieces"] or found["characters"]
     shown = spread(Spread(least=int(length["least"]), mean=float(length["mean"]), most=int(length["most"])))
     unit = "tokens" if found["pieces"] else "characters"

@@ -14,7 +14,7 @@ SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """The two comparison marks of a model; None if the comparison was not planned or is with the model itself.
+    """The marks for the two comparisons of a model in a table.
 
     Attributes:
         zero_shot: ``row - zero-shot`` with the same strategy and template.
@@ -33,7 +33,7 @@ def best_baseline(results: Results, task: str) -> Row | None:
 
 
 def marks(results: Results, task: str) -> dict[str, Mark]:
-    """Return the comparison marks of a task's language models, by row id."""
+    """Return the comparison marks of a task's language models."""
     control = best_baseline(results, task)
     rows = [row for row in results.rows if row.task == task]
     zero = {(row.predictor, row.template): row.id for row in rows if row.arm == "zero-shot"}

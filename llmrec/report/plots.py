@@ -67,7 +67,7 @@ class Difference(Bar):
 
 
 class Differences(TypedDict):
-    """Gains of models over their baselines by task, with the unit of the axis and the better side."""
+    """Gains of models over their baselines by task, with the unit of the axis."""
 
     kind: Literal["differences"]
     unit: str
@@ -138,7 +138,7 @@ class Positions(TypedDict):
 
 
 class Point(RowBar):
-    """A model with its token cost, both values as short text, and whether the point is labelled."""
+    """A model with its token cost, and whether its point is labelled."""
 
     tokens: float
     short: str
@@ -237,7 +237,7 @@ def differences(results: Results) -> Differences:
 
 
 def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
-    """Return the gain for a task, absolute or relative to the baseline; None if undefined."""
+    """Return the gain of a task over its baseline; None if undefined."""
     entry, model, control = found.difference, found.model, found.control
     if entry is None or entry.value is None or model is None or control is None:
         return None
@@ -356,7 +356,7 @@ def budget(results: Results) -> Bars:
 
 
 def by_position(results: Results, task: str) -> Positions:
-    """Return HR@1 and mean rank by target position for language models, each with the best baseline."""
+    """Return HR@1 and mean rank by target position, for language models and the best baseline."""
     rows = shown_rows(results, task)
     return {
         "kind": "positions",

@@ -164,7 +164,7 @@ def _latex() -> ImmutableSandboxedEnvironment:
 
 
 def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:
-    """Return a function that escapes printed values with ``form``, except numbers and finished markup."""
+    """Return a function that escapes printed values with ``form``."""
 
     def finalize(value: object) -> object:
         known = isinstance(value, Markup | Undefined | int | float)

@@ -124,7 +124,7 @@ def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
-    """Reject models with different candidate sets, or of which only some name their candidate sets."""
+    """Reject models with different or missing candidate sets."""
     digests: dict[str | None, str] = {}
     for row in rows:
         digests.setdefault(row.candidates, row.id)
@@ -221,7 +221,7 @@ def _check_comparisons(results: Results, source: str) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """The contents of a run's files, if this process wrote them and need not read them.
+    """The contents of a run's files, if they were just written by this process.
 
     Attributes:
         results: The content of ``results.json``.

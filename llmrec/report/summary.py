@@ -69,7 +69,7 @@ class Headline:
 
     @property
     def relative_to(self) -> float | None:
-        """The value of the baseline, if a difference can be relative to it."""
+        """The value of the baseline, if the difference can be expressed relative to it."""
         value = None if self.control is None else self.control.metrics[self.metric].value
         return value if value is not None and value > 0 else None
 
@@ -139,7 +139,7 @@ def sentence(found: Headline) -> str:
 
 
 def gain(metric: str, value: float) -> float:
-    """Return a difference with the sign changed if necessary, so that above 0 is better for every metric."""
+    """Return a difference with the sign chosen so that above 0 is better."""
     return -value if lower(metric) else value
 
 
@@ -152,14 +152,14 @@ def first_sentence(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return the first paragraph: what was run, the best baselines, and what fine-tuning and the model contribute."""
+    """Return the first paragraph of the summary."""
     verdicts = [verdict(results, task) for task in results.tasks]
     tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if _asks(results) else ()
     return " ".join(filter(None, (_what_ran(results), *tallies, first_sentence(results), caution(results))))
 
 
 def contribution(results: Results, task: str) -> Comparison | None:
-    """Return the fine-tuned model's contribution to the ensemble of baselines: with it − without it.
+    """Return the fine-tuned model's contribution to the ensemble of baselines, as a comparison.
 
     With several ensembles without it, the best one of the planned comparisons counts.
     """
@@ -232,7 +232,7 @@ def _asks(results: Results) -> bool:
 
 
 def brought(results: Results, task: str) -> str:
-    """Return which model of a task is served and why, its test result, and the contributions of its members.
+    """Return which model of a task is served and why, with its test result.
 
     Without a chosen row it is about the best ensemble.
 

@@ -138,7 +138,7 @@ def _csv_costs(row: Row, members: Sequence[Row]) -> tuple[object, ...]:
 
 
 def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return a table per task, and one of planned comparisons if there are any, each at most 80 columns wide.
+    """Return a terminal table for each task and for planned comparisons, at most 80 columns wide.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.

@@ -107,7 +107,7 @@ def screen(results: Results) -> list[str]:
 
 
 def coloured() -> Iterator[tuple[re.Pattern[str], str]]:
-    """Yield a pattern for each verdict, independent of line breaks, and its style."""
+    """Yield a pattern for each verdict, with its style."""
     for words, style in STYLES.items():
         yield re.compile(r"\s+".join(words.split())), style
 

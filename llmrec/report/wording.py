@@ -131,7 +131,7 @@ def outcome(verdict: Verdict | None) -> str:
 
 
 def outcome_of(entry: Comparison) -> str:
-    """Return the verdict of a comparison or, if it was not planned, the direction of its interval."""
+    """Return the verdict of a comparison, or the direction of its interval if it was not planned."""
     if entry.verdict is not None or entry.value is None or entry.low is None or entry.high is None:
         return outcome(entry.verdict)
     if entry.low <= 0 <= entry.high:
@@ -369,7 +369,7 @@ def verdict(results: Results, task: str) -> TaskVerdict:
 
 
 def winner_sentence(found: TaskVerdict) -> str:
-    """Return a sentence on which model is best; it says so explicitly if that is a baseline."""
+    """Return a sentence on which model is best."""
     if found.best is None:
         return f"No model has a value for {found.metric}."
     score = found.best.metrics[found.metric]

@@ -29,13 +29,13 @@ _HANGS = 5.0
 
 
 class Full(LlmrecError):
-    """The queue is too long to answer in time; ``after`` is the number of seconds until the client may retry."""
+    """The queue is too long to answer in time; ``after`` is the number of seconds to wait before a retry."""
 
     after: float = 1.0
 
     @classmethod
     def for_now(cls, after: float) -> Full:
-        """Return the error with the number of seconds until the client may retry."""
+        """Return the error with the number of seconds to wait before a retry."""
         error = cls(f"too many requests are queued; retry in {after:.0f} s", kind="busy")
         error.after = after
         return error

@@ -111,7 +111,7 @@ class Database(Protocol):
         ...
 
     def finish(self, raw: Any, wait: float) -> bool:
-        """Remove deleted data from the database log; return False if another process still reads it after the wait."""
+        """Remove deleted data from the database log; return False if another process still reads the data."""
         ...
 
 
@@ -233,7 +233,7 @@ class SQLite:
                 raw.execute(f"PRAGMA busy_timeout={int(1000 * self._wait)}")
 
     def _check(self) -> None:
-        """Reject a file of another type by its first bytes, since opening it could already change it."""
+        """Reject a file of another type, because opening it could change it."""
         problem = no_file(self._path)
         if problem:
             raise self.error("unreadable", f" {problem}; choose a file that the service may write to")

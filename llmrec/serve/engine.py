@@ -269,7 +269,7 @@ class Supervisor:
                     raise
 
     def change_items(self, put: dict[str, Item], removed: Sequence[str]) -> None:
-        """Pass changes of the catalogue to the engine; they are already stored, and a new engine reads them."""
+        """Pass stored changes of the catalogue to the engine."""
         with self._changing:
             if self._engine is not None:
                 with suppress(EngineLost):
@@ -453,7 +453,7 @@ def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Cal
 def _answered(
     models: Models, question: Question, requests: Sequence[RankRequest], listener: Callable[[str], None] | None
 ) -> list[Reply]:
-    """Answer all requests in one batch, or one at a time if that fails, to isolate failures."""
+    """Answer all requests in one batch or, if that fails, one at a time."""
     try:
         card = models.card(models.asked(question))
         return [replace(answer, card=card) for answer in models.answer(question, requests, listener)]

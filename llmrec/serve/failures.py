@@ -173,7 +173,7 @@ def _keys(request: Request) -> list[str]:
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the most informative error of a union type, which is the error of the best-matching member."""
+    """Return the most informative error of a union type."""
     return max(errors, key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM))
 
 

@@ -122,7 +122,7 @@ class Body(BaseModel):
 
 
 class ItemText(Body):
-    """An item by id, by title, or both; the title overrides that of the catalogue."""
+    """An item by id, by title, or both; the title replaces the catalogue's title."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -264,7 +264,7 @@ class CatalogueItem(BaseModel):
 
 
 class ChatBody(Body):
-    """A user message; ``state`` is the state in the last answer, and is omitted at the beginning."""
+    """A user message, with the ``state`` from the previous answer (none at the beginning)."""
 
     text: Words = Field(examples=["a comedy, but not horror"])
     state: State = State()

@@ -236,7 +236,7 @@ class Service:
             raise StoreError("timed out while reading the store", kind="busy") from None
 
     async def _write(self, call: Callable[[], _T], ends: float | None = None) -> _T:
-        """Run a write of the database after earlier writes; it is dropped if it cannot start in time.
+        """Run a write of the database after earlier writes, if it can start in time.
 
         Args:
             call: The write; it waits for other processes, for the fraction `WAITS` of a request's timeout.
@@ -327,7 +327,7 @@ class Service:
     async def listed(
         self, request: RankRequest, wanted: Wanted, verb: str = RANK
     ) -> tuple[tuple[Question, RankRequest], Answered]:
-        """Return a recommendation list, with the last question that was sent to a model."""
+        """Return a recommendation list, and the last question that was sent to a model."""
         steps = listing(request, wanted, self.catalogue, verb)
         step = next(steps)
         while True:
@@ -343,7 +343,7 @@ class Service:
 
 
 def _entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
-    """Return an item of a history or of candidates in the format of request files.
+    """Convert an item of a history or of candidates to the format of request files.
 
     Args:
         given: The received entry.
@@ -444,7 +444,7 @@ class Conversations:
         return Conversation(Tools(facts, lists), RuleManager(k=body.k), reader)
 
     def _asked(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
-        """Return an answer of the engine; waits in the thread of the reply."""
+        """Return an answer of the engine, waiting in the current thread."""
         waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
         try:
             return waiting.result(self._service.settings.patience + _GRACE)

@@ -159,7 +159,7 @@ class ServiceStore:
 
     @property
     def remains(self) -> list[str]:
-        """Where interactions of a deleted user may remain, in words."""
+        """Describe where interactions of a deleted user may remain."""
         remains = [] if self._database.keeps is None else [self._database.keeps]
         return [*remains, IN_LOG] if self._unfinished else remains
 
@@ -168,7 +168,7 @@ class ServiceStore:
         return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
 
     def put_items(self, items: Sequence[Item]) -> int:
-        """Add or replace items, including removed ones; the last item with an id counts.
+        """Add or replace items, including removed ones.
 
         Returns:
             The number of ids.
@@ -189,7 +189,7 @@ class ServiceStore:
         return self._insert(_PUT, sorted(rows.values()))
 
     def remove_items(self, ids: Sequence[str]) -> int:
-        """Record the removal of items, whether they were added or belong to the catalogue of the model.
+        """Record the removal of items.
 
         Returns:
             The number of ids not yet removed.
@@ -207,7 +207,7 @@ class ServiceStore:
         return put, frozenset(row[0] for row in rows if row[1] is None)
 
     def all_events(self) -> Iterator[StoredEvent]:
-        """Yield all interactions in order of arrival, possibly including those that arrive meanwhile."""
+        """Yield all interactions in order of arrival."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
         while rows := self._read(query, last, NOBODY, _BATCH):

@@ -234,7 +234,7 @@ class ItemBody(_About):
 async def about(
     service: Service, family: str, body: ItemBody, listener: Callable[[str], None] | None = None
 ) -> tuple[Answer, Mapping[str, Any]]:
-    """Answer a question about an item; returns the answer, and the fields that all answers share."""
+    """Answer a question about an item; also returns the fields that all answers share."""
     begun = time.monotonic()
     item = body.named
     if isinstance(item, str) and service.catalogue.items:
@@ -480,7 +480,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
 
 
 def _shares(scores: Sequence[float], card: Card) -> list[float]:
-    """Normalise scores to sum 1: probabilities of a language model, and rank discounts of other models."""
+    """Normalise scores to sum 1."""
     if card.kind == "language model":
         weights = np.exp(np.array(scores) - max(scores))
     else:

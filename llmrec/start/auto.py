@@ -294,7 +294,7 @@ Allowed = Callable[[Sequence[Tried]], float]
 
 
 def _promise(tried: Tried) -> float:
-    """Return the weight of a recommender when time is shared: 10 % more NDCG gives about 50 % more time."""
+    """Return the weight of a recommender when time is shared, which increases with NDCG."""
     best = tried.best
     return max(best.value, 1e-6) ** 4 if best else 0.0
 
@@ -514,7 +514,7 @@ class _Search:
         self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
 
     def _share(self, waiting: Sequence[Tried]) -> float:
-        """Return the seconds for the first waiting recommender: a quarter is shared equally, the rest by `_promise`."""
+        """Return the seconds for the first waiting recommender."""
         alike, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
         return self._left() * (0.25 * alike + 0.75 * promised)
 
@@ -560,7 +560,7 @@ class _Search:
         return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
 
     def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:
-        """Tune recommenders in turn; ``allowed`` returns the seconds for the first waiting one."""
+        """Tune recommenders one after another; ``allowed`` returns the seconds for the next one."""
         waiting = list(parts)
         while waiting:
             if self._left() <= 0:
@@ -631,7 +631,7 @@ class _Search:
 
 @dataclass
 class _Places:
-    """The progress of a subprocess: the index of its current recommender, read from a file."""
+    """The progress of a subprocess: the index of its current recommender."""
 
     file: Path
     count: int
@@ -641,7 +641,7 @@ class _Places:
         self.file.unlink(missing_ok=True)
 
     def passed(self, *, done: bool = False) -> range:
-        """Return the indices of recommenders finished since the last call; all remaining ones if ``done``."""
+        """Return the indices of recommenders that finished since the last call."""
         result = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
         before, self.now = self.now, result
         return range(before, result)

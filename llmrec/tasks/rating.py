@@ -132,7 +132,7 @@ class RatingTask(Task):
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training example in one pass; all tasks share the history at its beginning.
+        """Return a user's training example that begins with the same history in all tasks.
 
         None if the user has no ratings.
         """

@@ -58,7 +58,7 @@ def check_out(
 
 
 def outdate(out: Path) -> None:
-    """Mark an output as outdated by removing the inputs from its summary, so that it is merged again."""
+    """Mark an output as outdated, so that it is merged again."""
     if summary_beside(out).is_file():
         write_checked(summary_beside(out), {"key": "", "sha256": _recorded(out)})
 

@@ -106,7 +106,7 @@ def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
 
 
 def _check_named(options: RankOptions) -> None:
-    """Reject options without a model, or with a recipe in addition to a model."""
+    """Reject options without a model, or with both a recipe and a model."""
     if options.recipe is not None:
         fix = "drop --recipe or --model" if options.model else "add --baseline"
         raise RecipeError(

@@ -310,7 +310,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
 
 
 def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
-    """Reject a second list for the same user if the output identifies lists by user."""
+    """Reject a second list for the same user if users identify the lists in the output."""
     for record in records:
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(

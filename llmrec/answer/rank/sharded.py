@@ -167,7 +167,7 @@ def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
 
 
 def _summary(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
-    """Return what the summary of all shards needs from one shard, in addition to its records."""
+    """Return the values of a shard that the summary of all shards needs."""
     return {
         "requests": asked.requests,
         "form": asked.form,

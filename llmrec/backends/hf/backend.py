@@ -315,7 +315,7 @@ class HFBackend:
         self.model = self._tree = self._prefixes = None
 
     def _greedy(self, stored: Any, encoder: Encoder) -> Any:
-        """Return settings for greedy decoding, which keep only the start token of the model's own settings.
+        """Return settings for greedy decoding.
 
         Other settings of generation_config.json, such as beams, penalties or suppressed tokens, would change answers
         here but not in other engines.
@@ -330,14 +330,14 @@ class HFBackend:
         )
 
     def _reads_trees(self) -> bool:
-        """Whether a token tree can be computed as one sequence, tested as in `_may_pack` with two short texts."""
+        """Test whether a token tree can be computed as one sequence."""
         if self.packed and not self._proven:
             some = [self.encoder.piece(text) for text in ("one two", "three")]
             self._may_pack(list(self.encoder.piece("a b c")), some)
         return self.packed and takes_trees(self.model)
 
     def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
-        """Whether candidates can be packed in one sequence; tested once, since a model may ignore the mask."""
+        """Test whether candidates can be packed into one sequence, since a model may ignore the mask."""
         if self.packed and not self._proven and len(tails) > 1:
             some = tails[-2:]
             pairs = zip(self._score_packed(ids, some), self._score_rows(ids, some), strict=True)

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class Body(Protocol):
-    """Computes hidden states for columns of tokens, starting with whole prompts."""
+    """Computes hidden states for columns of token ids, starting with the prompts."""
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Start with new prompts, and return the initial tokens of the rows."""
+        """Start with new prompts, and return the first token ids of each row."""
         ...
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
@@ -57,7 +57,7 @@ def body_of(model: torch.nn.Module) -> Body:
 
 
 def takes_trees(model: torch.nn.Module) -> bool:
-    """Whether logits follow from hidden states row by row, and positions can be set."""
+    """Whether a model supports token trees: its logits are computed row by row, and positions can be set."""
     plain = plain_head(model.config, model.get_output_embeddings())
     return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
 
@@ -261,7 +261,7 @@ class MaskedTree:
         self._cache = None
 
     def _resume(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Take the kept cache, and return how many tokens of a single prompt it contains."""
+        """Reuse the cache, and return how many tokens of a single prompt it contains."""
         warm, self._warm = self._warm, None
         if warm is None or len(prompts) != 1:
             return 0
@@ -319,7 +319,7 @@ def shorten(cache: Any, length: int) -> None:
 
 
 def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the number of preceding tokens for the same prompt, shape (n,)."""
+    """Return the number of earlier tokens for the same prompt, shape (n,)."""
     order = np.argsort(users, kind="stable")
     counts = np.bincount(users)
     ranks = np.empty(len(users), dtype=np.int64)
@@ -378,7 +378,7 @@ class PlainTree:
         return self._answers(wanted)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Add tokens, and read the rows whose logits are needed; see `TreeEngine`."""
+        """Add tokens, and compute the rows whose logits are needed; see `TreeEngine`."""
         for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
             self._users.append(user)

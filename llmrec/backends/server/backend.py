@@ -135,7 +135,7 @@ class OpenAIBackend:
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
     ) -> list[SearchResult]:
-        """Not supported, because a search would send a small request over the network for each node.
+        """Not supported: a search would send a small request for each node over the network.
 
         Raises:
             BackendError: Always.
@@ -307,7 +307,7 @@ def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
 
 
 def _spellings(encoder: Encoder, token: int) -> tuple[str, ...]:
-    """Return the forms in which servers may write a token: as in the vocabulary, with a space, or decoded."""
+    """Return the ways in which servers may write a token."""
     raw = str(encoder.tokenizer.convert_ids_to_tokens(token))
     return raw, raw.replace("▁", " ").replace("Ġ", " "), str(encoder.tokenizer.decode([token]))
 

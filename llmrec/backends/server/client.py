@@ -119,7 +119,7 @@ class Spending:
             self._total, self._unbooked = self._total + cost, self._unbooked + cost
 
     def book(self) -> None:
-        """Record usage that is not yet in the ledger; call it only in the ledger's thread."""
+        """Record usage that is not yet stored; must be called in the thread of the database."""
         with self._lock:
             cost, self._unbooked = self._unbooked, Cost()
         if self._ledger is not None and cost != Cost():

@@ -1,4 +1,4 @@
-"""Detects what a server supports, with requests of a few tokens.
+"""Detects what a server supports, by sending short requests.
 
 Servers with the same protocol differ in their log-probabilities: of the most likely tokens, of named tokens, of
 prompts, or none. The probe goes by their answers, not by their names.
@@ -36,7 +36,7 @@ _THINKING = re.compile(r"<think(?:ing)?>")
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Log-probabilities of labels in nats, and the number of labels that were not returned and got the minimum."""
+    """Log-probabilities of labels in nats, and how many labels got the minimum because they were not returned."""
 
     logprobs: tuple[float, ...]
     floored: int
@@ -153,7 +153,7 @@ def chat_first(value: Any) -> dict[str, float]:
 
 
 def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
-    """Return the log-probability of each label, or `MARGIN` below the smallest returned one if it is missing.
+    """Return the log-probability of each label; missing labels get a value below the smallest returned one.
 
     Raises:
         ValueError: If nothing was returned.

@@ -68,7 +68,7 @@ class Adaptable(Protocol):
 
 
 def live_adapters(base: str, weights: str, folder: Path, digest: str) -> list[Adapter]:
-    """Return the adapter in a folder as a list; empty if vLLM does not support it. See `Adapter` for the arguments."""
+    """Return the adapter in a folder as a list; empty if vLLM does not support it."""
     rank = live_rank(folder)
     return [] if rank is None else [Adapter(base, weights, folder, digest, rank)]
 
@@ -95,5 +95,5 @@ def live_rank(folder: Path) -> int | None:
 
 
 def admitted_rank(rank: int) -> int:
-    """Return the smallest maximum rank with which an engine can serve adapters of this rank."""
+    """Return the maximum rank with which an engine must be started to serve adapters of this rank."""
     return next(known for known in _RANKS if known >= rank)

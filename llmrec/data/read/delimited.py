@@ -282,7 +282,7 @@ class Delimited:
             raise BrokenRow(error, 0, 0) from error
 
     def _second_header(self, piece: Piece, block: Table) -> int | None:
-        """Return the index of the first row that repeats the header, as in concatenated files."""
+        """Return the index of the first row that repeats the header, as happens in concatenated files."""
         frame, first = block.frame, block.frame.columns[0]
         if any(kind != pl.String for kind in frame.dtypes) or not (frame[first] == first).any():
             return None
@@ -299,7 +299,7 @@ class Delimited:
     # ---------------------------------------------------------------------- the rows
 
     def _fast(self, piece: Piece, chosen: Sequence[str], floats: Collection[str], row: int) -> Table | None:
-        """Return lines as a table if each is one regular row; None if they must be read row by row."""
+        """Parse lines to a table; None if they must be read row by row."""
         raw, height = piece.raw, piece.height
         if (self._quoted and b'"' in raw) or b"\0" in raw:
             return None
@@ -371,7 +371,7 @@ class Delimited:
 def _parsed(
     raw: bytes, separator: str, names: Sequence[str], chosen: Sequence[str], floats: Collection[str]
 ) -> pa.Table | None:
-    """Parse lines to columns; None if a row has too many or too few fields, is not UTF-8, or has an invalid number."""
+    """Parse lines to columns; None if a line is not a regular row of valid values."""
     try:
         return pa_csv.read_csv(
             in_arrow(raw),
@@ -392,7 +392,7 @@ def _parsed(
 
 
 def preamble(text: str, usual: str) -> int:
-    """Return the number of lines above the header: titles, notes and comments, as exported by spreadsheets.
+    """Return the number of lines above the header, such as titles and notes of spreadsheets.
 
     They have no separator and are followed by at least three lines that all have the same number of one; or they begin
     with ``#``.

@@ -58,7 +58,7 @@ class Source(Protocol):
 
     @property
     def published(self) -> bool:
-        """Whether errors advise to download the file again, instead of correcting it."""
+        """Whether errors advise the user to download the file again."""
         ...
 
     def open(self) -> AbstractContextManager[Any]:

@@ -67,7 +67,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_no_text(text: str) -> bool:
-    """Whether a string has a NUL or a lone surrogate, which is not valid text in UTF-8."""
+    """Whether a string has a NUL or a lone surrogate, which UTF-8 text cannot contain."""
     return "\0" in text or (not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text))
 
 
@@ -136,7 +136,7 @@ def require_file(path: Path, fix: str, what: str = "") -> None:
 
 
 def stranger(head: bytes) -> str:
-    """Return the type of a file that is not text, recognised by its first bytes, and the fix; empty if unknown."""
+    """Return the type of a file that is not text, and how to fix it; empty if unknown."""
     for start, what, fix in _STRANGERS:
         if head.startswith(start):
             return f"this is {what}; {fix}"

@@ -24,7 +24,7 @@ _MARKUP = re.compile(
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text has HTML; if it still does after `plain`, it is part of a scraped page and not a title."""
+    """Whether a text contains HTML, even after `plain` has removed complete tags."""
     return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
 
 

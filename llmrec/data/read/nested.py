@@ -92,7 +92,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def held(kind: Any) -> str:
-    """Return a description of the values of a column that has no plain values."""
+    """Describe the values of a column that cannot be used directly."""
     if is_read(kind):
         return OBJECTS if pa.types.is_struct(kind) else LISTS
     return shortened(str(kind), 60)
@@ -164,7 +164,7 @@ def in_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
 
 
 def _bare(column: Any) -> Any:
-    """Return a column without field names and metadata in its type, which may be invalid UTF-8."""
+    """Return a column without field names and metadata in its type, which may not be UTF-8."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return column.cast(pa.large_list(kind.value_type))

@@ -189,7 +189,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
 
 
 def _as_texts(frame: pl.DataFrame) -> list[pl.Series]:
-    """Convert columns as for JSON objects: join lists of texts by commas, and replace missing values by empty texts."""
+    """Convert columns to texts: join lists by commas, and replace missing values by empty texts."""
     joined = frame.with_columns(pl.col(pl.List(pl.String)).list.join(", "))
     return joined.with_columns(pl.all().cast(pl.String).fill_null("")).get_columns()
 
@@ -226,7 +226,7 @@ class _Shape:
             self.fractions = self.fractions or (isinstance(value, float) and not value.is_integer())
 
     def kind(self) -> pa.DataType:
-        """Return the type of the column, texts if values are single; `_NOTHING` if values cannot be a column."""
+        """Return the type of the column; `_NOTHING` if the values cannot be a column."""
         if self.odd or self.objects + self.lists + self.single > 1:
             return _NOTHING
         if self.objects:
@@ -392,7 +392,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
 def _first_object(
     piece: bytes, wanted: Mapping[str, Kind]
 ) -> tuple[list[str], dict[tuple[str, ...], Column], pa.Schema]:
-    """Return the columns, the requested columns by their nested keys, and the types."""
+    """Return the columns of an object, their nested keys, and their types."""
     try:
         record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
     except (ValueError, RecursionError):

@@ -166,7 +166,7 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
 
 
 def spelled_out(column: Any) -> int:
-    """Return the number of bytes that texts take with a copy per row; 0 if they are already stored that way."""
+    """Return the memory in bytes that texts would take with a copy per row; 0 if they already take that."""
     if not pa.types.is_dictionary(column.type):
         return 0
     lengths = pc.binary_length(column.dictionary)

@@ -1,4 +1,4 @@
-"""Reads one sheet in a process with limited memory; `sheets` runs this file directly, and it does not import llmrec.
+"""Reads one spreadsheet sheet in a process with limited memory; run as a script, without importing llmrec.
 
 A few bytes of a spreadsheet can name a cell in the last column of the last row. The library then requests memory for
 every cell up to there and, if that is refused, ends the process that called it.
@@ -23,7 +23,7 @@ _LARGE = r"^-?\d{16,}(\.\d+)?$"
 
 
 def limit(more: int) -> None:
-    """Limit the memory of this process to what its libraries have reserved plus ``more``, if the system supports it."""
+    """Limit the additional memory of this process to ``more`` bytes, if the system supports it."""
     try:
         import resource
 

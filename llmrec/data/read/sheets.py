@@ -34,7 +34,7 @@ def split_sheet(path: Path) -> tuple[Path, str | None]:
 
 
 def sheets_of(path: Path) -> list[str]:
-    """Return the sheets of a spreadsheet as written in recipes (``orders.xlsx#Sheet 2``); empty if it cannot be read.
+    """Return the sheets of a spreadsheet as written in recipes (``orders.xlsx#Sheet 2``).
 
     Raises:
         MissingExtra: If ``fastexcel`` is not installed.
@@ -127,7 +127,7 @@ def _asked(
 
 
 def _refuse_tricks(path: Path, raw: bytes) -> int:
-    """Reject an archive that decompresses to far more than its size (a zip bomb), and return the decompressed size."""
+    """Return the decompressed size of an archive, and reject zip bombs."""
     if not raw.startswith(b"PK"):
         return len(raw)
     try:

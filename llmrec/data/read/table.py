@@ -135,7 +135,7 @@ def header(source: Source, form: Form) -> tuple[str, ...]:
 
 
 def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Yield the rows of a published file as location and values by column, without missing values.
+    """Yield the rows of a published file, each with its location and its values by column.
 
     Raises:
         DataError: As `blocks`.
@@ -157,7 +157,7 @@ def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tupl
 
 
 def of_atomic(path: Path, ending: str) -> Path | None:
-    """Return the RecBole file with this extension next to the file of interactions; None if there is none.
+    """Return the RecBole file with this extension next to the file of interactions; None if it is missing.
 
     Args:
         path: The file of interactions, or of a part of them (``NAME.train.inter``); or the folder with one, or with one
@@ -184,7 +184,7 @@ def fitting(pattern: Path) -> list[Path]:
 
 
 def _endings(path: Path) -> tuple[str, str]:
-    """Return the format extension and the compression extension of a path; empty texts if unknown."""
+    """Return the format extension and the compression extension of a path."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
     return (suffixes[-1] if suffixes else ""), packing

@@ -132,7 +132,7 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
 
 
 def paths(table: Table) -> list[str]:
-    """Return the names of columns nested in the lists of a table."""
+    """Return the names of columns nested in lists."""
     first = table.parts[0] if table.parts else table
     return [path for name, column in first.lists.items() for path in paths_within(name, column.type.value_type)]
 
@@ -185,7 +185,7 @@ def check_usable(table: Table, column: str, key: str) -> None:
 
 
 def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
-    """Reject a user table that shares no user with the interactions, since its ids must have another format.
+    """Reject a user table that has no user in common with the interactions.
 
     Args:
         name: Name of the table.
@@ -265,7 +265,7 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
 
 
 def rows_of(table: Table, names: Iterable[str | None]) -> Table:
-    """Expand the list that contains the columns to one row per element; other tables unchanged.
+    """Expand a list to one row per element, if the given columns are in a list.
 
     Errors name the original rows. A row with an empty list is excluded.
 

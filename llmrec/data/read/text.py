@@ -176,7 +176,7 @@ class Pieces:
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the non-blank lines with their 0-based numbers; fast for millions of blank ones."""
+    """Yield non-blank lines with their 0-based numbers; skips many blank lines quickly."""
     line = last = 0
     for match in _LINE.finditer(text):
         line += text.count("\n", last, match.start())
@@ -185,7 +185,7 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def in_arrow(raw: bytes) -> pa.BufferReader:
-    """Return bytes as an Arrow buffer reader, in memory managed by Arrow.
+    """Return bytes as an Arrow buffer reader.
 
     Arrow's threads may release a file after the call that read it has returned. For a Python object they need the
     interpreter, so a program that exits at that time is aborted ("terminate called without an active exception").
@@ -242,7 +242,7 @@ def decode(name: str, raw: bytes) -> str:
 
 
 def first_encoding(source: Source, encodings: tuple[str, ...]) -> str:
-    """Return the first encoding that decodes the whole file; the last one is returned without a check."""
+    """Return the first of several encodings that can decode the whole file."""
     for encoding in encodings[:-1]:
         decoder = codecs.getincrementaldecoder(encoding)()
         try:

@@ -68,7 +68,7 @@ class Dates:
 
 @dataclass(frozen=True)
 class _Day:
-    """A day as its year and two numbers; with ``sure``, the first number is the month, otherwise it may be the day."""
+    """A day as its year and two numbers; ``sure`` means that the first number is the month."""
 
     year: int
     one: int
@@ -115,13 +115,13 @@ def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
 
 
 def in_seconds(micro: pl.Series) -> pl.Series:
-    """Convert microseconds to seconds by numpy, which rounds as Python does; polars multiplies by the inverse."""
+    """Convert microseconds to seconds, rounded as in Python."""
     seconds = pl.Series(micro.name, micro.fill_null(0).to_numpy() / _SECOND)
     return seconds.set(micro.is_null(), None)
 
 
 def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
-    """Return the parsed values of the different texts in a column, without texts that cannot be parsed."""
+    """Parse the distinct texts of a column, and return the valid ones with their values."""
     return {text: result for text in texts.drop_nulls().unique() if (result := read(text)) is not None}
 
 
@@ -182,7 +182,7 @@ def _clock(text: str) -> int | None:
 
 
 def _order(days: Sequence[_Day]) -> DateOrder | None:
-    """Return whether days or months come first: a number above 12 is a day, and so is a number before a dot."""
+    """Return whether days or months come first, derived from numbers above 12 and from dots."""
     first, second = sum(day.one > 12 for day in days), sum(day.two > 12 for day in days)
     if first or second:
         return "day-first" if first >= second else "month-first"
@@ -247,7 +247,7 @@ def unescaped(rows: Rows, column: str) -> pl.Series:
 
 
 def ids(rows: Rows, *columns: str) -> pl.Series:
-    """Return ids as text, as codes if the table has codes; of several id columns, the first non-blank value.
+    """Return ids as text; with several id columns, the first non-blank value counts.
 
     Raises:
         DataError: If an id is missing or blank, or is a float too large to be exact.
@@ -270,7 +270,7 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
 
 
 def _exact(rows: Rows, column: str) -> None:
-    """Reject floats so large that different integer ids would be equal."""
+    """Reject floats that are too large to distinguish integer ids."""
     series = rows.column(column)
     row = _first((series.fill_nan(None).abs() >= WHOLE).fill_null(False)) if series.dtype.is_float() else None
     if row is not None:
@@ -284,7 +284,7 @@ def _exact(rows: Rows, column: str) -> None:
 
 
 def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
-    """Return one text per item: the most frequent non-blank text, or the first in alphabetical order among equals."""
+    """Return the most frequent non-blank text of each item."""
     counts = pl.DataFrame({"item": items, "text": _spelled(rows, column)}).group_by("item", "text").len()
     counts = counts.with_columns(pl.col("text").cast(pl.String)).filter(pl.col("text").str.strip_chars() != "")
     counts = counts.sort(["item", "len", "text"], descending=[False, True, False])
@@ -292,7 +292,7 @@ def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
 
 
 def _spelled(rows: Rows, column: str) -> pl.Series:
-    """Return a column as texts, as codes if the table has codes."""
+    """Return a column as texts, coded if the table has codes."""
     if not isinstance(rows.column(column).dtype, pl.Enum):
         return texts(rows, column)
     result = rows.column(column)
@@ -397,7 +397,7 @@ _FIRST_DAY, _LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day 
 
 
 def off_calendar(series: pl.Series) -> int | None:
-    """Return the first row with a date outside the years 1 to 9999, which no library can write; None if there is none.
+    """Return the index of the first date outside the years 1 to 9999; None if there is none.
 
     Damaged files have such dates, and other libraries write sentinels for missing dates.
     """
@@ -427,13 +427,13 @@ _UNITS = {"seconds": 1e8, "milliseconds": _MILLISECONDS_FROM, "microseconds": 1e
 
 
 def per_second(latest: float) -> float:
-    """Return the number of time units per second, derived from the latest time of a table."""
+    """Return the number of time units per second, derived from the latest time in a table."""
     begins = [begin for name, begin in _UNITS.items() if name != "seconds"]
     return 1000.0 ** sum(latest >= begin for begin in begins)
 
 
 def since_1970(latest: float) -> bool:
-    """Whether the latest time of a table is plausible as a time since 1970, and not a position such as 1, 2, 3."""
+    """Whether the latest time in a table is plausible as a time since 1970."""
     return latest >= _UNITS["seconds"]
 
 
@@ -462,7 +462,7 @@ def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
 
 
 def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
-    """Return times as seconds since 1970; whether they are seconds or milliseconds is decided by the first row.
+    """Return times as seconds since 1970, from seconds or milliseconds.
 
     Args:
         rows: The table or block.
@@ -533,7 +533,7 @@ def _first(bad: pl.Series) -> int | None:
 
 
 def _first_of(found: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
-    """Return the index of the first row whose text is invalid; with codes, each different text is checked once."""
+    """Return the index of the first row with an invalid text."""
     if not isinstance(found.dtype, pl.Enum):
         return _first(bad(found))
     values, rows = codes(found)

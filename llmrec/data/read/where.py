@@ -48,7 +48,7 @@ _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
 
 
 def kept(table: Table, where: str) -> Table:
-    """Return the rows of a table that satisfy an expression; errors name rows by their position in the whole table.
+    """Return the rows of a table that satisfy an expression.
 
     A missing value is neither equal to, unequal to, less than nor greater than anything.
 

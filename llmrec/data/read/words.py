@@ -126,7 +126,7 @@ class Named:
     is_id: bool
 
     def weight(self, role: str) -> float:
-        """Return the weight of a role such as user or item for the name; 0 if the name does not have the role."""
+        """Return how strongly the name indicates a role such as user or item; 0 if it does not."""
         return self.roles.get(role, 0.0)
 
 
@@ -182,7 +182,7 @@ def named(name: str) -> Named:
 
 
 def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
-    """Return the possible roles of a column, without roles that other words of its name rule out."""
+    """Return the possible roles of a column, after considering all words of its name."""
     gone: set[str] = set()
     if "count" in roles:
         gone = set(roles) - {"count"}

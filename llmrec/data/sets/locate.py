@@ -203,7 +203,7 @@ def _complete(
     members: Sequence[Member],
     items: str | None,
 ) -> Located:
-    """Return the files of the data set that belong to a file of interactions."""
+    """Return all files of the data set to which a file of interactions belongs."""
     near = [member for member in members if member.folder == events.folder]
 
     def beside(patterns: Sequence[str]) -> Member | None:

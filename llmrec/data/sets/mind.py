@@ -76,7 +76,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _longest(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the longest history of each user; in the published files, all rows of a user have the same history."""
+    """Return the longest history of each user."""
     order = frame.with_columns(pl.col("items").str.len_bytes().alias("_size"))
     order = order.sort("_size", descending=True, maintain_order=True)
     return order.unique("user_id", keep="first", maintain_order=True).drop("_size")

@@ -212,7 +212,7 @@ class Known(Section):
 
     @property
     def shipped(self) -> bool:
-        """Whether the description is included in the package, and is selected by name instead of by path."""
+        """Whether the description is included in the package and can be selected by name."""
         return not self.name.lower().endswith((".yaml", ".yml"))
 
 

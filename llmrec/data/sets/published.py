@@ -105,7 +105,7 @@ def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
 
 
 def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
-    """Reject columns in the order of another edition, which would silently give wrong values."""
+    """Reject columns in the order of another edition, whose values would be wrong."""
     if page.item_width is None:
         return
     first = frame.head(1000)
@@ -258,7 +258,7 @@ def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) 
 
 
 def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
-    """Warn if items have no title, and return a note on them; empty if all have one."""
+    """Warn if items have no title, and return a note about them."""
     if not missing:
         return ()
     note = f"{missing} of {total} items have no title in {where}; a model gets their ids instead, which say little"

@@ -44,7 +44,7 @@ def _names(events: Events) -> set[str]:
 
 
 def source_of(place: Path) -> str | None:
-    """Return the source that reads a path, if it is a folder, a zip archive, or a file that is not a table.
+    """Return the data source for a path that is a folder, a zip archive, or not a table.
 
     None if the path is a table, or unknown to all sources.
 

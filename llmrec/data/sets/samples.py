@@ -1,4 +1,4 @@
-"""Loads published samples that are already split: train, valid and test files whose rows have a history and a target.
+"""Loads published samples that are already split into train, valid and test files.
 
 Each row is one request with its published history, so metrics are comparable with the papers that use the files. A
 held-out row becomes a separate user, whose history is shown but never used for training. Training rows of one person

@@ -260,7 +260,7 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
 
 
 def name_of(main: Member, usual: str) -> str:
-    """Return a short name for data: the file name, or the folder or archive name if the file has its default name."""
+    """Return a short name for data, derived from the file, folder or archive."""
     stem = main.plain.split(".")[0]
     around = Path(main.folder if main.inner is None else main.path.stem).name
     return (around or stem) if stem == usual else stem

@@ -58,7 +58,7 @@ def part_of(said: str) -> str | None:
 
 
 def parts_of(section: DataSection, table: Table) -> pl.Series | None:
-    """Return the index in `PARTS` for every row; None unless the split is given by the source.
+    """Return the part of the split (train, valid, test) for every row; None if the split is not given.
 
     Args:
         section: The recipe's section.
@@ -112,7 +112,7 @@ def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
 
 
 def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
-    """Return the provenance entries about a given split, and warn if the times of its parts overlap.
+    """Return the provenance entries of a given split, and warn if its parts overlap in time.
 
     Args:
         parts: The result of `parts_of`.
@@ -172,7 +172,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
 
 def located(section: DataSection) -> DataSection:
-    """Return a section whose paths exist, directly or in the folder LLMREC_DATA."""
+    """Return a data section with existing paths, searched also in the folder LLMREC_DATA."""
     folder = os.environ.get("LLMREC_DATA")
     if not folder:
         return section
@@ -302,7 +302,7 @@ def _wanted(columns: Columns) -> dict[str, Kind]:
 
 
 def _name(section: DataSection) -> str:
-    """Return the name of the data: the hub data set, the file without extension, or the folder of several files."""
+    """Return the name of a data set, derived from the file, folder or hub name."""
     path = section.path or (section.files.train if section.files else "")
     path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
     if is_hub(path):
