@@ -152,7 +152,7 @@ class Judged(Record):
 
 
 class Training(Record):
-    """The settings and the log of a training."""
+    """The settings and the log of a training run."""
 
     rows: dict[str, int] = Field(default_factory=dict)
     shares: dict[str, float] = Field(default_factory=dict)

@@ -94,7 +94,7 @@ def _is_new(record: logging.LogRecord) -> bool:
 
 
 def _by_full_path(arg: object) -> str:
-    """Return a message argument as text; paths are absolute, so that equal files compare equal."""
+    """Return a message argument as text, with absolute paths."""
     try:
         return str(Path(str(arg)).resolve(strict=True))
     except (OSError, ValueError):
@@ -137,7 +137,7 @@ def works_in(place: Path) -> None:
 
 
 def last_words() -> list[str]:
-    """Return the last library output before a failure, with the path of the log; empty if there is none."""
+    """Return the last library output before a failure, with the path of the log."""
     return _last
 
 

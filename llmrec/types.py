@@ -391,7 +391,7 @@ class ItemCodes(Protocol):
 
     @property
     def users(self) -> Mapping[str, str]:
-        """Tokens of users by id, for ``user_id`` in templates; empty if user ids are written as text."""
+        """Tokens of users by id, for ``user_id`` in templates; empty if user ids are text."""
         ...
 
     @property
@@ -411,13 +411,13 @@ class Predictor(Protocol):
     name: str
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer every request, in order; a failure is an `Unparsed`, never missing."""
+        """Answer every request, in order; failed requests get an `Unparsed` answer."""
         ...
 
 
 @runtime_checkable
 class CatalogueScorer(Protocol):
-    """A ranking model that scores all items at once, for ranking of the whole catalogue over many requests."""
+    """A ranking model that scores all items of the catalogue at once."""
 
     name: str
 
@@ -427,5 +427,5 @@ class CatalogueScorer(Protocol):
         ...
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return one finite score per request and item, shape (n, items), including seen items; higher is better."""
+        """Return one finite score per request and item, shape (n, items); higher is better."""
         ...

@@ -321,7 +321,7 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
 
 
 def _of_named(dataset: Dataset) -> Dataset:
-    """Return only the users that were exported with their ids, without users exported as numbers."""
+    """Return the interactions of the users whose ids were exported."""
     rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
     return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
 

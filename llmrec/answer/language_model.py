@@ -453,7 +453,7 @@ class LanguageModel:
     # ------------------------------------------------------------------- ranking
 
     def _way(self, **changes: Any) -> Way:
-        """Return the configuration for changed options, which must not affect the model, items or engine."""
+        """Return the ranking configuration for changed options."""
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
             options = replace(self.options, **changes)

@@ -58,7 +58,7 @@ _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
 
 @dataclass(repr=False)
 class Models(Displayed):
-    """Open models by name, with a common catalogue that can change.
+    """A set of open models by name, with a common catalogue.
 
     Attributes:
         opened: The models by name, the default first.

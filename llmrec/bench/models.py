@@ -94,7 +94,7 @@ class Models:
     _split: dict[str, tuple[SplitDataset, SplitDataset]] = field(default_factory=dict)
 
     def fit(self, row: SuiteRow, data: SplitDataset, seed: int, table: str, parameters: Mapping[str, Any]) -> Any:
-        """Return the fitted model of a row of the benchmark.
+        """Return the fitted model for an entry of the benchmark.
 
         Args:
             row: The row.
@@ -197,7 +197,7 @@ class Models:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Fit an ensemble for each table; the trials are its forms."""
+        """Fit an ensemble in all forms for each table of results."""
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         for table in tables:

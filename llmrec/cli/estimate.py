@@ -307,7 +307,7 @@ def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
 def _of(
     study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str, seen: Seen
 ) -> Work:
-    """Return the work of one request."""
+    """Return the token counts of one request."""
     task, section = study.tasks[family], study.recipe.eval
     asked = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
     if asked is not None:

@@ -101,7 +101,7 @@ def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reser
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of the stored file.
+    """The content of the file with stored ensembles.
 
     Attributes:
         fusions: The ensembles, in the order of their rows.

@@ -266,7 +266,7 @@ def finished(run: Path) -> Results:
 
 
 def stored_row(run: Path, figures: Row) -> ResultRow:
-    """Return a stored model result of a run folder.
+    """Return the stored result of a model in a run folder.
 
     Args:
         run: The folder.

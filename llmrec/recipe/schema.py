@@ -629,7 +629,7 @@ class DirectSection(TaskSection):
 
 
 class ExplanationSection(TaskSection):
-    """Generate an explanation why an item suits a user."""
+    """Generate an explanation of why an item suits a user."""
 
     strategies: tuple[str, ...] = ("text",)
     baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
@@ -734,7 +734,7 @@ class TasksSection(Section):
         return self
 
     def present(self) -> dict[str, TaskSection]:
-        """Return the chosen families by name."""
+        """Return the sections of the chosen tasks by name."""
         named = {name: section for name in type(self).model_fields if (section := getattr(self, name)) is not None}
         return named | (self.model_extra or {})
 

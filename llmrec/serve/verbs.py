@@ -425,7 +425,7 @@ class RerankBody(BaseModel):
 
 
 class RerankResult(BaseModel):
-    """A text with its relevance."""
+    """A ranked text with its relevance score."""
 
     index: int
     relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")

@@ -113,12 +113,12 @@ class Roles:
     dates: DateOrder | None = None
 
     def named(self, role: str, own: str) -> str | None:
-        """Return the recipe value for a role: its column, or `NONE` if another column has the default name."""
+        """Return the recipe value for a role: the name of its column, or `NONE`."""
         result: str | None = getattr(self, role)
         return result or (NONE if own in self.profiles else None)
 
     def again(self, item: str) -> Asked:
-        """Return the roles as options, for a copy of the table with another name of the item column."""
+        """Return the roles as options, after the item column was renamed."""
         return Asked(
             user=self.user,
             item=item,
@@ -136,7 +136,7 @@ class Roles:
         return column in self.fields or any(getattr(self, role) == column for role in ROLES)
 
     def taken_for(self, column: str) -> str:
-        """Return the recipe keys for which a column is used; ``-`` if it is not used."""
+        """Return the recipe keys for which a column is used; ``-`` if there are none."""
         result = [role for role in ROLES if getattr(self, role) == column]
         return ", ".join(result) or ("field" if column in self.fields else "-")
 
@@ -270,7 +270,7 @@ class _Guess:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
     def _tie(self, one: str, other: str) -> float | None:
-        """Return how well one column determines another, see `goes_with`; None if the table is too small."""
+        """Return how well one column determines another; None if the table is too small."""
         if (one, other) not in self._ties:
             self._ties[one, other] = goes_with(self._profiles[one].cells, self._profiles[other].cells)
         return self._ties[one, other]
@@ -353,7 +353,7 @@ class _Guess:
         return self._goes(one, other) and self._goes(other, one)
 
     def _id_like(self, *others: str) -> list[Profile]:
-        """Return the columns whose values could be ids, except columns that ``others`` determine."""
+        """Return the columns whose values could be ids."""
         return [
             col
             for col in self._free()
@@ -418,7 +418,7 @@ class _Guess:
     # ----------------------------------------------------------------------- other roles
 
     def _split(self) -> str | None:
-        """Return the only column whose values name parts of a split, including train and test; None if not unique."""
+        """Return the only column whose values name parts of a split; None if not unique."""
         result = {}
         for col in self._free():
             sizes = parts_in(col)

@@ -65,7 +65,7 @@ def _bad(col: Profile, values: pl.Series) -> tuple[int, int]:
 
 
 def _unused(peek: Peek, col: Profile, role: str, values: pl.Series) -> Fault | None:
-    """Return the error of a column with a default name that would be read although the user excluded it."""
+    """Return the error of a column that would be read by default although the user excluded it."""
     rows, row = _bad(col, values)
     if not rows:
         return None

@@ -110,7 +110,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def _recipe_for(
     interactions: Any, items: Any, roles: Mapping[str, Any], *, name: str, only_data: bool = False
 ) -> Iterator[tuple[Recipe, str]]:
-    """Yield the recipe of `init` for data frames or tables, and its findings; frames exist only in this block.
+    """Yield the recipe and the findings of `init` for data frames or tables.
 
     With ``only_data`` only its section ``data`` is of use, and faults of the table are fixed.
     """
@@ -315,7 +315,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
 
 
 def _with_baseline(recipe: Recipe, section: BaselineSection, family: str, seed: int) -> tuple[Recipe, Choice | None]:
-    """Add a baseline to a recipe, and return the choice by which the folder is opened again."""
+    """Add a baseline to a recipe, and return the baseline as the model to serve."""
     if section.name.startswith("__main__:"):
         return recipe, None
     values = recipe.model_dump(mode="json")

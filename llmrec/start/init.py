@@ -260,7 +260,7 @@ def _written(path: Path, target: Path) -> str:
 
 
 def _item_column(roles: Roles, items: Table | None) -> str:
-    """Return the item column in the item table: the one with the same name, or the one that shares most values."""
+    """Return the item column in the item table, by name or by shared values."""
     if items is None:
         return roles.item
     for name in (roles.item, leaf(roles.item)):
@@ -335,7 +335,7 @@ def _page(
 
 
 def _write(page: Page, target: Path, *, check: bool, dataset: Dataset | None = None) -> tuple[Plan, Recipe, str]:
-    """Write the recipe if `llmrec check` would accept it; return the plan, the recipe and a warning about the split.
+    """Write the recipe after checking it; return the plan, the recipe and a warning about the split.
 
     A family that `llmrec check` rejects is switched off.
 
@@ -374,7 +374,7 @@ def _cut(dataset: Dataset, recipe: Recipe) -> SplitDataset:
 
 
 def _write_schema(file: Path) -> None:
-    """Write the JSON schema next to the recipe, which refers to it, so that editors find it on any machine."""
+    """Write the JSON schema next to the recipe, for editors."""
     text = resource("docs", "schema", "recipe.json").read_text(encoding="utf-8")
     # a user's file with that name is not overwritten
     if not file.exists() or (file.is_file() and _TITLE in file.read_text(encoding="utf-8", errors="replace")[:200]):

@@ -102,7 +102,7 @@ def _template() -> Template:
 
 
 def where_line(column: str, value: str, core: int) -> str:
-    """Return the ``filter`` line of ``data`` that keeps rows with one value of a column, and the k-core filter."""
+    """Return the ``filter`` line of a recipe that keeps rows with one value of a column."""
     name = column if column.isidentifier() and not iskeyword(column) else f"col({column!r})"
     cores = f", user_core: {core}, item_core: {core}" if core > 1 else ""
     return f"filter: {{where: {_quoted(f'{name} == {value!r}')}{cores}}}"

@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def rates(self) -> bool:
-        """Whether the ratings can be used: no task supports a scale with too many steps."""
+        """Whether the ratings can be used, since no task supports a scale with very many steps."""
         return bool(self.facts.levels) and labels(self.facts.levels) <= _MOST_LABELS
 
     def without(self, family: str, reason: str) -> Plan:
@@ -242,7 +242,7 @@ class _Baskets:
 
     @property
     def are_cut(self) -> bool:
-        """Whether leave-one-out would divide many baskets, and holding out whole baskets is possible."""
+        """Whether leave-one-out would divide many baskets, so that whole baskets should be held out."""
         return self.tied > BASKETS and self.able >= _LEAST_BASKETS
 
 
@@ -277,7 +277,7 @@ def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
 
 
 def _tokens(cells: pl.Series) -> float:
-    """Estimate the mean number of tokens of a value with a separator, about one per 3.2 bytes of UTF-8."""
+    """Estimate the mean number of tokens of a value, about one per 3.2 bytes of UTF-8."""
     return min(_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
 
 
@@ -330,7 +330,7 @@ def _split(facts: Facts) -> str:
 
 
 def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
-    """Return the rating scale: a maximum of 5 or 10 implies a minimum of 1, unless a rating is lower."""
+    """Derive the rating scale, such as 1 to 5, from the ratings that occur."""
     if len(levels) < 2:
         return None
     low, high = levels[0], levels[-1]

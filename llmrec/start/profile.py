@@ -322,7 +322,7 @@ def _float(value: object) -> float:
 
 
 def goes_with(one: pl.Series, other: pl.Series) -> float | None:
-    """Return how well one column determines another: the share of rows with the most frequent value per group.
+    """Return how well one column determines another, between 0 and 1.
 
     1 means that ``one`` determines ``other``, as an item determines its title. Only repeated values of ``one`` are
     used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any column
@@ -517,7 +517,7 @@ def _all(path: Path) -> Peek:
 
 
 def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
-    """Read the beginning of a gzipped file; None if it is small enough to be read completely."""
+    """Read the beginning of a gzipped file; None if the whole file is small enough."""
     with gzip.open(path) as stream:
         raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
     return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")
@@ -549,7 +549,7 @@ def _utf8(head: bytes) -> bool:
 
 
 def _complete(raw: bytes) -> bytes:
-    """Truncate the beginning of a file after its last complete row, which ends outside quotes."""
+    """Truncate the beginning of a file after its last complete row."""
     end = raw.rfind(b"\n")
     while end > 0 and raw.count(b'"', 0, end) % 2:
         end = raw.rfind(b"\n", 0, end)
@@ -588,7 +588,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _row_groups(path: Path) -> Peek | None:
-    """Read the first rows of row groups spread over a Parquet file; None if it is small enough to be read whole."""
+    """Read some row groups of a Parquet file; None if the whole file is small enough."""
     file = pq.ParquetFile(path)
     check_size(str(path), file, path.stat().st_size)
     rows, groups = file.metadata.num_rows, file.metadata.num_row_groups

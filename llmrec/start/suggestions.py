@@ -123,7 +123,7 @@ def _unsaid() -> Iterator[None]:
 
 
 def companion_of(path: Path, item: str) -> Path | None:
-    """Return another file of the folder (or sheet of the spreadsheet) with the item column; None if not unique."""
+    """Return another file (or sheet) that has the item column; None if not unique."""
     result: list[Path] = []
     for other in _others(path):
         try:

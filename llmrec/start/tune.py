@@ -315,7 +315,7 @@ def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> o
 
 
 def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> None:
-    """Resume an interrupted search, or start one with the recipe's own values and all combinations of a grid."""
+    """Resume an interrupted search, or start a new one with the recipe's own values."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -443,7 +443,7 @@ class _Search:
         )
 
     def _same(self, study: optuna.Study, question: dict[str, Json], shown: str) -> None:
-        """Reject trials that are evaluated on different questions, because the easiest would win."""
+        """Reject trials that are evaluated on different test cases, because the easiest would win."""
         first = study.user_attrs.get("question")
         if first is None:
             study.set_user_attr("question", question)
@@ -460,7 +460,7 @@ class _Search:
             )
 
     def _value(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
-        """Evaluate hyperparameters on validation users; if a task has several results, the best one counts.
+        """Evaluate hyperparameters on validation users, by the best result of the task.
 
         Returns:
             The figure, and a description of the question that was evaluated.

@@ -167,5 +167,5 @@ class SearchedCatalogue:
 
 
 def _key(request: Request) -> tuple[str, int]:
-    """Return an id that includes the history length, since a user may have several requests."""
+    """Return an id for a request that is unique even if a user has several requests."""
     return request.id, len(request.history)

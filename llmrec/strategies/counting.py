@@ -67,7 +67,7 @@ def _setwise(n: int, section: EvalSection) -> Count:
 
 
 def _levels(node: int, size: int, children: int) -> int:
-    """Return the number of heap levels below a node, which limits the prompts for moving an item down."""
+    """Return the number of heap levels below a node."""
     levels = 0
     while (node := node * children + 1) < size:
         levels += 1

@@ -72,7 +72,7 @@ class TwoStepRanker:
         return self._second.first_prompt(_with(request, text))
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
-        """Return the generated profile of each request and its cost; None for a request that has a profile."""
+        """Return the generated profile of each request and its cost."""
         pending = [request for request in requests if not request.context.get("profile")]
         prompts = [self._task.profile_prompt(request) for request in pending]
         result = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])

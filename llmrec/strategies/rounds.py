@@ -235,7 +235,7 @@ def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
 
 
 def _places(request: Request, items: Sequence[str]) -> list[str]:
-    """Return items by index in the stored order, since item ids of a request may be arbitrary."""
+    """Return items by index in the stored order."""
     stored = {item: index for index, item in enumerate(request.candidates or ())}
     return [str(stored[item]) for item in items]
 
@@ -246,7 +246,7 @@ def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
 
 
 def by_score(said: Said) -> Order:
-    """Return items sorted by score, best first; ties keep their order."""
+    """Return items sorted by score, best first."""
     return sorted(said.items(), key=lambda pair: -pair[1])
 
 
@@ -276,7 +276,7 @@ def _with_candidates(request: Request) -> Request:
 
 
 def list_room(candidates: int) -> int:
-    """Return a token limit for a list of all labels: the number of characters with a comma and space per label.
+    """Return the maximum number of tokens of a list of all labels.
 
     Some tokenizers split every digit, so that labels of three digits take five tokens each.
     """
@@ -284,7 +284,7 @@ def list_room(candidates: int) -> int:
 
 
 def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
-    """Rank candidates by the next-token probability of their labels, one forward pass per order (arXiv 2406.15657).
+    """Rank candidates by the probabilities of their labels in one forward pass per order (arXiv 2406.15657).
 
     Args:
         asker: The setup of the strategy.
@@ -302,7 +302,7 @@ def _at_once(request: Request) -> Steps:
 def permutation_ranker(
     asker: Prompting, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
-    """Generate the order label by label among the remaining labels, so that it is always a permutation.
+    """Generate a ranking label by label, choosing only among the remaining labels.
 
     Each step appends the most likely label to the answer. After ``depth`` steps the others are ordered by the last
     distribution.
@@ -328,7 +328,7 @@ def _one_by_one(request: Request, *, depth: int) -> Steps:
 
 
 def _behind(chosen: Sequence[str], rest: Order) -> Order:
-    """Put the chosen items before the rest, whose scores are relative to the best of the rest, in nats."""
+    """Put the chosen items before the rest, and score the rest relative to its best item."""
     best = rest[0][1] if rest else 0.0
     places = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
     return [*places, *((item, value - best) for item, value in rest)]
@@ -383,7 +383,7 @@ def _slide(request: Request, *, window: int, step: int) -> Steps:
 
 
 def window_places(count: int, window: int, step: int) -> Iterator[tuple[int, int]]:
-    """Yield start and end of the windows over ``count`` items, from the last to the first; none for one item."""
+    """Yield start and end of the windows over ``count`` items, from the last to the first."""
     begin = max(0, count - window)
     while count > 1:
         yield begin, min(begin + window, count)

@@ -174,7 +174,7 @@ class AlignmentTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check(self, template: Template) -> None:
-        """Reject templates that map neither a code to a text nor a text to a code.
+        """Reject templates that do not map codes to texts or texts to codes.
 
         Raises:
             RecipeError: If the template is invalid; the message names it and the problem.

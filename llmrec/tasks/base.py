@@ -87,7 +87,7 @@ class View:
         return str(self.item(item_id)["title"])
 
     def about(self, item_id: str) -> Values:
-        """Return the template variables about an item: the item, and its details beyond the title.
+        """Return the template variables about an item.
 
         Without a user there are no statistics, since it is unknown whose interactions to exclude: see `pair`.
         """
@@ -118,7 +118,7 @@ class View:
         return {**self._shown(item_id), **counted}
 
     def _shown(self, item_id: str) -> Values:
-        """Return the template variables of an item in a list: its fields by name, title and details."""
+        """Return the template variables of an item in a list."""
         return {**self._fields, **self.item(item_id), "details": partial(self.details, item_id)}
 
     @cached_property
@@ -213,7 +213,7 @@ def counted_rows(data: SplitDataset, column: str | None = None) -> int:
 
 
 def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
-    """Return a random generator seeded by its arguments, independently of the order of examples or calls."""
+    """Return a random generator seeded by its arguments."""
     return random.Random(hash_one(purpose, seed, *parts))
 
 
@@ -322,7 +322,7 @@ def branch_events(
     *,
     seed: int,
 ) -> tuple[Template, tuple[Event, ...]]:
-    """Draw the template and the interactions of a user's example in one pass.
+    """Draw the template and the interactions of a user's training example.
 
     A chat template shows the history that all families show in the pass, and the next interaction.
     """
@@ -335,7 +335,7 @@ def branch_events(
 
 
 def branch_point(seed: int, number: int, user: str, events: int) -> int:
-    """Return how many interactions a user's history has in one pass; equal for tasks with equal interactions."""
+    """Return the history length of a user's training example, equal for tasks that share the history."""
     return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 

@@ -14,7 +14,7 @@ from llmrec.types import Case, Interaction, SplitName
 
 
 def held_out(data: SplitDataset, split: SplitName) -> Holdouts:
-    """Return the held-out interactions of validation or test; raises an error for the training split."""
+    """Return the held-out interactions of validation or test."""
     if split == "train":
         raise ValueError("the training split has no held-out interactions; use 'valid' or 'test'")
     return data.holdouts(split)

@@ -140,7 +140,7 @@ class CtrTask(Task):
             yield self._asking(template, row, user, events[:at], events[at])
 
     def kind(self, example: Example) -> str:
-        """Return the class of a training example, which is its last answer."""
+        """Return the class of a training example, such as yes or no, for balancing."""
         yes, _ = self._answers(example.template)
         text = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
         return YES if text == yes else NO
@@ -188,7 +188,7 @@ class CtrTask(Task):
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         item = asked_item(request, self.family)
         past = others(rated(request.history), item)
         return self._shots.draw(
@@ -228,7 +228,7 @@ class CtrTask(Task):
 
     @property
     def baseline_options(self) -> Mapping[str, float | None]:
-        """The rating from which the answer is yes, for models and baselines."""
+        """Lowest rating for which the answer is yes, for models and baselines."""
         return {"liked": self._section.liked}
 
     @property

@@ -70,7 +70,7 @@ _READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "p
 
 
 def asks_for(template: Template) -> Asks:
-    """Return what a template asks for: ``{{ answer }}``, a variable of ``item``, or a label."""
+    """Return what a template asks for: a label, the item, or yes/no."""
     written = template.names("target")
     return "yes" if "answer" in written else "item" if "item" in written else "label"
 
@@ -242,7 +242,7 @@ def refuse(template: Template, strategy: str) -> None:
 
 
 def candidate_labels(count: int) -> tuple[str, ...]:
-    """Return labels A, B, C, ... for up to 26 candidates, else numbers of equal width; no label is another's prefix."""
+    """Return labels A, B, C, ... for up to 26 candidates, otherwise numbers of equal width."""
     if count <= len(ascii_uppercase):
         return tuple(ascii_uppercase[:count])
     width = len(str(count))
@@ -429,7 +429,7 @@ class DirectTask(Task):
         return reader_of(template)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         about = listed(request, self.family)
         return self._shots.draw(
             request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
@@ -475,7 +475,7 @@ class DirectTask(Task):
 
     @cached_property
     def _asked_users(self) -> list[str]:
-        """Users with training examples; with retrieval, only users for whom a training item was retrieved.
+        """Users with training examples.
 
         Raises:
             DataError: If the retriever finds no training item.
@@ -563,7 +563,7 @@ class DirectTask(Task):
         return replace(example, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return an example with answer yes about the interaction's item or, equally often, no about a negative."""
+        """Return an example with answer yes about a chosen item or, equally often, no about a negative."""
         rng = keyed("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
         had = [event.item_id, *(entry.item_id for entry in past)]
@@ -602,7 +602,7 @@ class DirectTask(Task):
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
     ) -> tuple[Message, ...]:
-        """Return a few-shot example with the answer yes, or no for every second index."""
+        """Return a few-shot example with the answer yes or no, alternating by index."""
         chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
         values = self._asking(template, user, events[:-1], (other if place % 2 else chosen,), "yes")
         # Both exclude the same interaction, so that user statistics do not reveal the answer.
@@ -611,7 +611,7 @@ class DirectTask(Task):
         return solved_chat(template, values, values | {name: template.words.said(yes=not place % 2)})
 
     def _wanted(self, template: Template, want: str, request: Request) -> str:
-        """Return the requested type of answer; raises an error if the template does not support it."""
+        """Return the requested type of answer, if the template supports it."""
         asks = asks_for(template)
         if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):
             refuse(template, "list" if want == "ranking" else "pointwise-yes")

@@ -151,7 +151,7 @@ class ExplanationTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request,

@@ -81,7 +81,7 @@ class Family:
         return self.candidates == "users"
 
     def headline_at(self, cutoffs: Sequence[int]) -> str:
-        """Return the main metric at cut-off 10, or at the largest cut-off if the recipe does not have 10."""
+        """Return the main metric at cut-off 10, or else at the largest cut-off."""
         if not self.answers_with_items or 10 in cutoffs:
             return self.headline
         return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
@@ -134,7 +134,7 @@ def ranking_families() -> tuple[str, ...]:
 
 
 def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
-    """Check that the strategies and baselines of a task exist and support it, and that no required baseline is missing.
+    """Check that the strategies and baselines of a task exist, support it, and include the required baselines.
 
     Raises:
         RecipeError: If not; the message lists the valid or missing names.

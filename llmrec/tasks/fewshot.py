@@ -155,7 +155,7 @@ class ShotPool:
     def _own(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
     ) -> tuple[list[Window], tuple[Event, ...]]:
-        """Take examples from the start of the user's history; the question keeps at least the later half."""
+        """Take examples from the start of the user's history, but leave at least the later half for the question."""
         trained = {event.item_id for event in self._events.get(user, ())}
         usable = next((i for i, event in enumerate(past) if event.item_id not in trained), len(past))
         kept = min(history, max(len(past) - shots * (length + 1), -(-len(past) // 2)))
@@ -198,7 +198,7 @@ class ShotPool:
         )
 
     def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
-        """Return (user, end) pairs whose targets have all answers equally often, in seeded order.
+        """Return (user, end) pairs with balanced answers, in seeded order.
 
         With fewer examples than answers, the omitted answers are drawn for every request. An answer without further
         users is skipped.
@@ -246,12 +246,12 @@ class ShotPool:
 
     @cached_property
     def _latest(self) -> list[str]:
-        """Users by the time of their last training interaction, latest first; ties and missing times by hash."""
+        """Users sorted by the time of their last training interaction, latest first."""
         times = np.array([self._events[user][-1].timestamp or 0.0 for user in self._users])
         return [self._users[place] for place in np.lexsort((self._ties, -times))]
 
     def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
-        """Return users by cosine similarity between the mean vectors of their latest items and of the history."""
+        """Return users by similarity between the mean vector of their latest items and that of the history."""
         assert self._vectors is not None
         query = _mean(self._vectors.of([event.item_id for event in past]))
         likeness = self._means(len(past)) @ query
@@ -276,7 +276,7 @@ class ShotPool:
         return self._mean_vectors[length]
 
     def _similar(self, user: str, past: Sequence[Event]) -> list[str]:
-        """Return users by Jaccard similarity of their training items with the history, best first, ties by hash."""
+        """Return users by Jaccard similarity of their training items with the history."""
         items = {event.item_id for event in past}
         lists = [self._index[item] for item in items if item in self._index]
         if not lists:

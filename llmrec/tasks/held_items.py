@@ -50,7 +50,7 @@ class HeldItems:
 
 
 def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
-    """Reject templates of another task whose training examples would show held-out items with both code and title.
+    """Reject templates of other tasks that would show held-out items with both code and title.
 
     Raises:
         RecipeError: If there is one.

@@ -46,7 +46,7 @@ def interleave(
     seed: int,
     size: Callable[[T], int] | None = None,
 ) -> Iterator[tuple[str, T]]:
-    """Interleave streams of examples so that their shares follow the weights; also yields the name of the stream.
+    """Interleave streams of examples so that their shares follow the weights.
 
     The next row comes from the stream that is furthest below its share so far. This is deterministic, and after any
     number of rows each stream is within one row of its share.

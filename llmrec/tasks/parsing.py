@@ -161,7 +161,7 @@ class _Reader:
         return mark.end()
 
     def _alike(self, line: str) -> list[int]:
-        """Match a misspelt title if it is the only similar one, as LLMRank does (Hou et al., ECIR 2024).
+        """Match a misspelt title if it is the only similar one, as in LLMRank (Hou et al., ECIR 2024).
 
         Numbers must be equal, in digits or Roman numerals: the second part of a series is not a misspelling of the
         first. A line equally similar to two titles is neither.

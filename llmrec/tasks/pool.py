@@ -197,7 +197,7 @@ class Rejecting:
         return results
 
     def pair(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the index of a training interaction of one of the `users`, and its rejected items."""
+        """Return a training interaction of one of the `users` by its index, and its rejected items."""
         count = self.section.negatives
         if self.lists is not None or self.section.rejected == "ratings":
             at, items = rng.choice(self.lists.of(user) if self.lists is not None else list(self._lower(user)))
@@ -207,7 +207,7 @@ class Rejecting:
         return at, tuple(self.negatives.draw(user, count, rng))
 
     def _lower(self, user: str) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Yield indices of interactions, with items that the user chose later and rated lower, if there are enough."""
+        """Yield training interactions by index, with items that the user chose later and rated lower."""
         events = self.events[user]
         for at in range(min(1, len(events) - 1), len(events)):
             rating, known = events[at].rating, {event.item_id for event in events[: at + 1]}
@@ -227,7 +227,7 @@ def shuffled(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
 def with_other_texts(
     event: Event, events: Mapping[str, tuple[Event, ...]], text: Callable[[Event], str], size: int, rng: random.Random
 ) -> list[Event]:
-    """Return an interaction, followed by copies with texts of other training interactions, at most ``size`` in total.
+    """Return an interaction, followed by copies with texts of other training interactions.
 
     Args:
         event: The interaction of the true text.

@@ -170,7 +170,7 @@ class RatingTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request, rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
@@ -284,7 +284,7 @@ class RatingTask(Task):
 
 
 def learned_only(template: Template) -> bool:
-    """Whether a template is a yes/no question about a number of stars, which P5 trains but does not evaluate."""
+    """Whether a template is a yes/no question about a rating, which is trained but not evaluated."""
     return "answer" in template.names("target")
 
 
@@ -324,7 +324,7 @@ class Scale:
         return max(0.0, 1.0 - abs(rating - truth) / ((self.high - self.low) or 1.0))
 
     def misrated(self, event: Event, size: int, rng: random.Random) -> list[Event]:
-        """Return a rated interaction, followed by copies with other ratings in random order, at most ``size``."""
+        """Return a rated interaction, followed by copies with other ratings in random order."""
         true = self.label(event.rating or 0.0)
         others = [value for value, label in zip(self.values, self.labels, strict=True) if label != true]
         return [event, *(replace(event, rating=value) for value in rng.sample(others, min(size - 1, len(others))))]

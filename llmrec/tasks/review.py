@@ -60,7 +60,7 @@ Target = Literal["headline", "rating"]
 
 
 class ReviewTask(Task):
-    """The tasks ``review`` and ``stars``: predict the headline or the rating from the text of a review."""
+    """The tasks ``review`` and ``stars``: predict the headline or the rating of a review from its text."""
 
     family: str
 
@@ -138,7 +138,7 @@ class ReviewTask(Task):
                 yield preferred(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out reviews that have a headline or rating to predict, as context of requests."""
+        """Return the held-out reviews that have a headline or rating to predict."""
 
         def case(held: Interaction) -> Case:
             context = {"review": self._review(held.user_id, held.item_id)}
@@ -176,11 +176,11 @@ class ReviewTask(Task):
         return self._shots.draw(request, past, shots, self._section.history)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the labels of the rating scale, lowest first; empty for headlines, which are generated."""
+        """Return the labels of the rating scale, lowest first; empty for headlines."""
         return () if self._scale is None else self._scale.labels
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Return the headline on one line, or the first number on the rating scale; None if there is none."""
+        """Return the headline, or the first number on the rating scale; None if there is none."""
         if self._scale is None:
             text = clean(completion, TEXT_LIMIT)
             return Text(request_id=request.id, text=text) if text else None
@@ -200,7 +200,7 @@ class ReviewTask(Task):
         return f"text of the review{solved_examples(shots)}"
 
     def training_size(self) -> int:
-        """Return the number of training interactions that have a review and a headline or rating."""
+        """Return the number of training examples for reviews."""
         if self.target == "headline":
             return counted_rows(self._data, "text")
         rated = self._data.train.filter(pl.col("rating").is_not_null())
@@ -208,7 +208,7 @@ class ReviewTask(Task):
         return sum(pair in reviews for pair in rated.select("user_id", "item_id").iter_rows())
 
     def scored_by(self, template: Template) -> str | None:
-        """Return the strategy that predicts the mean over rating labels; None for headlines, which are generated."""
+        """Return the strategy that predicts the mean over rating labels; None for headlines."""
         return "expected" if self.target == "rating" else None
 
     @property
@@ -252,7 +252,7 @@ class ReviewTask(Task):
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
-    """Return the task of the templates, ``review`` or ``stars``, and what they predict.
+    """Return the task to which templates belong, and what they predict.
 
     Raises:
         RecipeError: If one is a list, or their answers differ.

@@ -38,7 +38,7 @@ class Listwise:
 
 
 def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:
-    """Return the template variables of each line of a list, including its number ``n`` from 1 and its answer."""
+    """Return the template variables of each line of a list."""
     return [answered(values | {"n": n}, event) for n, event in enumerate(events, start=1)]
 
 
@@ -102,7 +102,7 @@ def list_prompt(
     asked: Values,
     shots: Sequence[tuple[Message, ...]],
 ) -> Prompt:
-    """Return a prompt that asks for the step after the answered ``steps`` of a list."""
+    """Return a prompt that asks for the next step of a list."""
     opening = template.opening(values | asked | {"n": len(steps) + 1})
     return Prompt(
         messages=with_shots(template.turns(values), shots),
@@ -114,7 +114,7 @@ def list_prompt(
 def chat_example(
     template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
 ) -> Example:
-    """Return an example with one answer; ``past`` counts as shown only if the template contains a history."""
+    """Return an example with one answer."""
     shown = past if PAST & template.names("system", "user") else ()
     return Example(
         id=row,
@@ -129,13 +129,13 @@ def chat_example(
 
 
 def preferred(rows: Iterable[Example]) -> Example:
-    """Merge examples that differ only in their last target: the first is preferred and the others are rejected."""
+    """Merge examples that differ only in their last target into one preferred and several rejected answers."""
     first, *others = rows
     return replace(first, rejected=tuple(row.answer[-1].text for row in others))
 
 
 def against(example: Example) -> list[Example]:
-    """Split an example into itself and copies with each of its rejected texts as the last target."""
+    """Split an example with rejected answers into examples with one answer each."""
     begin = example.answer[:-1]
     return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]
 

@@ -105,7 +105,7 @@ class SequentialTask(Task):
 
     @cached_property
     def catalogue(self) -> tuple[str, ...]:
-        """All item ids, sorted: the candidates of a request that has none."""
+        """All item ids, sorted: the default candidates of a request."""
         return tuple(sorted(self._data.dataset.items))
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -138,7 +138,7 @@ class SequentialTask(Task):
             yield replace(example, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
-        """Yield training examples before rendering; `example` of each gives ``examples("train")`` in the same order."""
+        """Yield training examples before rendering, in the order of ``examples("train")``."""
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
@@ -171,7 +171,7 @@ class SequentialTask(Task):
         return self._example(template, row, user, events, first_target=self._section.warm_up)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return all held-out interactions with their candidates; none if the whole catalogue is ranked."""
+        """Return all held-out interactions with their candidates."""
         return ranking_cases(self._data, split, self._candidates, self.family)
 
     def training_cases(self) -> Iterator[Case]:
@@ -204,7 +204,7 @@ class SequentialTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         return self._shots.draw(request, request.history, shots, self._section.history, self._past.show)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -314,7 +314,7 @@ def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, t
 
 
 def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:
-    """Return the items that the first line of an answer names, all with rank 1; None if there are none."""
+    """Return the items that the first line of an answer names; None if there are none."""
     for key in read_line(completion):
         if key in known:
             items = known[key]

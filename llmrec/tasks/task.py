@@ -130,7 +130,7 @@ class Task(Protocol):
         ...
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Draw training interactions for few-shot examples; also returns the remaining history of the question."""
+        """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ class Task(Protocol):
 
     @property
     def catalogue(self) -> tuple[str, ...]:
-        """All item ids, sorted: the candidates of a request that has none.
+        """All item ids, sorted: the default candidates of a request.
 
         Raises:
             RecipeError: If the family does not rank the catalogue.
@@ -215,7 +215,7 @@ class Task(Protocol):
         return tuple(strategies)
 
     def scored_by(self, template: Template) -> str | None:
-        """Return the strategy that needs no generated text, whose results have less noise; None if there is none."""
+        """Return the strategy that needs no generated text; None if there is none."""
         return None
 
     @property

@@ -41,7 +41,7 @@ class Chosen:
         return any(template.shape == "chat" for template in self.train)
 
     def training(self, name: str) -> list[Template]:
-        """Return a template by name, or the training templates of a set for which the data has all variables.
+        """Return a template by name, or all templates of a set that can be used for training.
 
         Raises:
             RecipeError: As `get`; or if no template of the set is left.
@@ -60,7 +60,7 @@ class Chosen:
         return left
 
     def lacks(self, template: Template) -> str:
-        """Return the variables that a template needs and the data or recipe lacks; empty if it can be used."""
+        """Return the variables that a template needs and the data lacks; empty if it can be used."""
         if template.writes_codes and not self.coded:
             return "shows item codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
         if template.needs and not self.reviewed:
@@ -71,7 +71,7 @@ class Chosen:
         return ""
 
     def words(self, name: str) -> Words:
-        """Return the words of the language of a template; English for a template of another task."""
+        """Return the words in the language of a template."""
         result = self.every.get(name.rpartition("/")[2])
         return english() if result is None else result.words
 

@@ -239,7 +239,7 @@ class Classes:
         return result
 
     def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
-        """Return the index of a target on the rating scale; None if it is not a value or may be truncated."""
+        """Return the index of a target on the rating scale; None if it is not a valid rating."""
         if run not in self._texts:
             self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
         text = self._texts[run]
@@ -275,7 +275,7 @@ class Labels:
     _open: bool = False
 
     def row(self, row: TokenRow) -> TokenRow | None:
-        """Replace the labels of an example by label numbers at the start of each target; unchanged if not ``tied``.
+        """Replace the labels of an example by label numbers at the start of each target.
 
         None if no target is left: once labels are ``closed``, other answers have no loss.
 
@@ -294,7 +294,7 @@ class Labels:
         return made if made.targets else None
 
     def add(self, answer: tuple[int, ...]) -> bool:
-        """Add the tokens of an answer as a label, and return whether all answers are labels so far.
+        """Add an answer as a label, and return whether all answers so far are labels.
 
         Raises:
             RecipeError: If they must be labels, and this one is more than one token or exceeds the limit.
@@ -326,7 +326,7 @@ class Labels:
 
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the (start, end) range of each target, given labels; targets never touch, since an item precedes each."""
+    """Return the (start, end) range of each target, given labels."""
     results: list[tuple[int, int]] = []
     for index, label in enumerate(labels):
         if label == IGNORED:

@@ -59,7 +59,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
         self._since = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save a checkpoint if the time since the last one has passed, by the clock of the first process."""
+        """Save a checkpoint if enough time has passed since the last one."""
         if self._minutes is not None and state.global_step % self._every == 0:
             control.should_save |= bool(self._world.agree(time.monotonic() - self._since >= 60 * self._minutes))
 
@@ -86,7 +86,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def steps_of(folder: Path) -> list[int]:
-    """Return the step numbers of the checkpoints in a folder, newest first; errors as in `checkpoints`."""
+    """Return the step numbers of the checkpoints in a folder, newest first."""
     return [_step(path) for path in checkpoints(folder)]
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Best:
-    """Keeps the adapter of the best validation so far, also for each checkpoint that can be resumed.
+    """Keeps the adapter with the best validation result so far.
 
     A validation that is repeated after a kill may give a different value, since sums on a GPU are not deterministic. So
     the best adapter at a checkpoint is kept even if a later one is better.
@@ -67,7 +67,7 @@ class Best:
         return self._found[-1][0] if self._found else 0
 
     def resume(self, looks: Iterable[tuple[int, float]]) -> None:
-        """Read the validations of an interrupted run up to the checkpoint; the best adapter among them must exist."""
+        """Read the validation results of an interrupted run up to the checkpoint."""
         self._found, self._since = [], 0
         for step, value in looks:
             self._count(step, value)
@@ -176,7 +176,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             write_text(self._file, "")
 
     def speed(self) -> float:
-        """Tokens per second over the timed steps, without validation; the last logged value if no step was timed."""
+        """Tokens per second over the timed steps, without validation."""
         if not self._spent:
             return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
         return self._tokens_timed / self._spent

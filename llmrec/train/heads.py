@@ -193,7 +193,7 @@ def rows_of(model: torch.nn.Module) -> Any:
 
 
 def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
-    """Merge base and adapter into a plain float32 model, with its bottleneck adapters if it has any.
+    """Merge base and adapter into a plain float32 model.
 
     Args:
         folder: The base model.

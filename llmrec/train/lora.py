@@ -200,7 +200,7 @@ def _block_weights(base: torch.nn.Module) -> int:
 
 
 def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
-    """Warn if the default target modules cover less than half of the weights, as with experts in one tensor.
+    """Warn if the default target modules cover less than half of the weights.
 
     Their weights would silently not be adapted.
     """
@@ -216,7 +216,7 @@ def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
 
 
 def _trained_rows(base: torch.nn.Module, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Return the trainable token rows, by a module name of each embedding table."""
+    """Return the token rows to train, by the name of the embedding module."""
     return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
 
 

@@ -42,13 +42,13 @@ class ExitLoss:
     distill: float = 0.0
 
     def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Not supported: this loss needs the states of all depths."""
+        """Not supported, because this loss needs the hidden states of all layers."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class TaughtLoss:
-    """Distillation from a frozen teacher with the same tokens, of any size.
+    """Distillation loss with a frozen teacher that has the same vocabulary.
 
     Attributes:
         teacher: A causal language model with a plain head over the same vocabulary.
@@ -359,7 +359,7 @@ def _loss_at(
     by: StateLoss | None,
     counts: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed loss of targets and their total weight; ``pick`` selects the preceding hidden states."""
+    """Return the summed loss of targets and their total weight."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(by, ExitLoss):
         results = [pick(states) for states in exits.depths(base, **inputs)]
@@ -439,7 +439,7 @@ def _vocabulary_loss(
     share: float = 0.0,
     by: Any = None,
 ) -> torch.Tensor:
-    """Return the summed cross-entropy of hidden states, shape (n, d), through a plain head; see `_HeadLoss`."""
+    """Return the summed cross-entropy of hidden states, shape (n, d), through a linear head; see `_HeadLoss`."""
     head, rows, places = _head(base)
     kind = head.weight.dtype
     taught, other = (None if item is None else item.to(kind) for item in (teacher, by))
@@ -524,7 +524,7 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def _head(base: torch.nn.Module) -> tuple[Any, Any, Any]:
-    """Return the head and, if there are new tokens, its trained rows and their indices; otherwise None and None."""
+    """Return the output head and, if there are new tokens, its trained rows and their indices."""
     head = base.get_output_embeddings()
     adapter = getattr(head, "token_adapter", None)
     if adapter is None or adapter.disable_adapters:

@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The rows of a packed sequence, its number of columns, and how many preceding lines each token attends to."""
+    """The rows of a packed sequence, and its number of columns."""
 
     rows: tuple[TokenRow, ...]
     columns: int
@@ -133,7 +133,7 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
 
 
 def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
-    """Distribute rows over packed sequences of at most ``width`` columns, by first-fit decreasing on tries of rows.
+    """Distribute rows over packed sequences of at most ``width`` columns (first-fit decreasing).
 
     Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
     ``width`` gets its own sequence. ``band`` is that of `tree`.
@@ -210,7 +210,7 @@ def _sorted_bodies(rows: Sequence[TokenRow], band: int | None) -> list[_Body]:
 
 
 def _until(row: TokenRow, read: int, band: int | None) -> Ints:
-    """Return, for every token of the lines, the first position that does not attend to it; empty if all do.
+    """Return, for every token, the first position that does not attend to it; empty if all do.
 
     The last token of a line predicts the first of the next one, so its window is that of the next line.
     """
@@ -224,7 +224,7 @@ def _until(row: TokenRow, read: int, band: int | None) -> Ints:
 
 
 def _shared(one: _Body, two: _Body) -> int:
-    """Return the number of columns that two rows can share; rows with and without a band share none."""
+    """Return the number of columns that two rows can share."""
     if bool(len(one.until)) != bool(len(two.until)):
         return 0
     return min(alike(one.ids, two.ids), one.alone, two.alone)

@@ -18,7 +18,7 @@ _CASTS = "cast_input_dtype_enabled"
 
 
 def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
-    """Return the dtype of products under autocast; None if products use the dtype of the weights.
+    """Return the dtype of matrix products under autocast; None without autocast.
 
     bfloat16 where the hardware multiplies it natively. GPUs that only emulate it (Turing) multiply float16, in which
     small gradients underflow unless the loss is scaled up, as accelerate does with ``fp16=True``. A float32 model is
@@ -59,7 +59,7 @@ def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None
 
 
 def widen(model: torch.nn.Module, device: str) -> None:
-    """Convert trained float16 weights to float32, or the whole model if half precision is not available.
+    """Convert trained float16 weights to float32; the whole model if half precision is not available.
 
     Small optimiser steps would be lost in float16.
     """
@@ -78,7 +78,7 @@ def widen(model: torch.nn.Module, device: str) -> None:
 
 @contextmanager
 def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
-    """Keep adapters in float32 while the trainer is created: on a quantised base, TRL converts them to bfloat16.
+    """Keep adapters in float32 while the trainer is created, although TRL would convert them.
 
     In bfloat16 small optimiser steps would be lost, and gradients rounded.
     """

@@ -113,6 +113,6 @@ def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: Prefer
 
 
 def margins(rewards: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the reward of the chosen answer minus that of each rejected one, shape (lists, rejected)."""
+    """Return the reward margins between chosen and rejected answers, shape (lists, rejected)."""
     others = torch.ones_like(rewards, dtype=torch.bool).scatter(1, chosen[:, None], False)
     return rewards.gather(1, chosen[:, None]) - rewards[others].view(len(rewards), -1)

@@ -61,7 +61,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Update the masks before the first step, if due; a resumed run has loaded its masks."""
+        """Update the masks before the first step, if due."""
         if state.global_step == 0 and (share := self._at(0)) > 0:
             raise_to(self._model, share)
 
@@ -107,14 +107,14 @@ def attach(model: torch.nn.Module) -> None:
 
 
 def raise_to(model: torch.nn.Module, share: float) -> None:
-    """Prune the given share of each layer's weights, those with the smallest magnitude."""
+    """Prune the weights with the smallest magnitude in each layer, up to the given share."""
     with torch.no_grad():
         for _, layer in _masked(model):
             setattr(layer, _MASK, kept(_effective(layer), share))
 
 
 def kept(weight: torch.Tensor, share: float) -> Any:
-    """Return a mask of the weights to keep, in the shape of the weight; among equal weights, the first are pruned."""
+    """Return a mask of the weights to keep, in the shape of the weight."""
     count = round(share * weight.numel())
     size = weight.detach().abs().float().flatten()
     if not count:
@@ -181,7 +181,7 @@ def zeroing(model: torch.nn.Module, folder: Path) -> Callable[[Mapping[str, Any]
 
 
 def _read(folder: Path, weights: Mapping[str, Any], names: Iterable[str] | None = None) -> Mapping[str, Any]:
-    """Load the masks of a folder by layer, in the shapes of the weights; for the layers ``names`` or all."""
+    """Load the pruning masks of a folder by layer."""
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
             if set(file.keys()) != weights.keys():

@@ -54,7 +54,7 @@ class Branching(Protocol):
         ...
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return the user's example in a pass over the users; None if there is none."""
+        """Return the user's example for one pass over the users; None if there is none."""
         ...
 
 
@@ -69,7 +69,7 @@ def branching_rows(
     lines: bool = False,
     texts: bool = False,
 ) -> Iterator[tuple[str, TokenRow | None]]:
-    """Yield tasks and tokenised examples endlessly, in passes over the users, all examples of a user together.
+    """Yield tasks and tokenised examples endlessly, with all examples of a user together.
 
     For each user, the family furthest below its share of tokens yields a row, and so does every other family unless it
     would exceed its share. So after any number of users each family is within two rows of its share.
@@ -294,7 +294,7 @@ class LineTable:
         return Gathered(ids.take(source), labels.take(source), np.concatenate([[0], ends[bounds[1:] - 1]]))
 
     def _numbers(self, draws: Sequence[Draw]) -> Iterator[int]:
-        """Yield the table entries of all examples, with lines as context.
+        """Yield the table entries of all examples.
 
         Raises:
             KeyError: If a question or line is not in the table yet.
@@ -431,7 +431,7 @@ class Sources:
 def streams(
     sources: Sources, shares: Mapping[str, float], encoder: Encoder, *, texts: bool = False
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
-    """Return weighted streams of tokenised examples; packed tasks that can share a history form one stream.
+    """Return weighted streams of tokenised examples, by task or for several packed tasks.
 
     A row is None if none of its targets fits ``train.max_row_tokens``.
 

@@ -56,7 +56,7 @@ _PARTS = "parts"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The result of a training.
+    """The result of a training run.
 
     ``seconds`` includes ``seconds_before``, the time of killed invocations up to the resumed checkpoint.
     ``kept_step`` is the step of the adapter selected by validation. ``processes`` is the number of processes, and
@@ -119,13 +119,13 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     autocast: bool = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the planned order if steps are used several times, otherwise a seeded order."""
+        """Return the order of the steps: as planned, or random with a seed."""
         if self.objective is not None:
             return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return the steps in an order that does not depend on the processes; each gets a share of every step."""
+        """Return the optimiser steps in a fixed order; each process gets a share of every step."""
         loader = super().get_train_dataloader()
         if self.world.size > 1:
             # accelerate would give whole batches to processes; transformers disables this for its sampler the same way.
@@ -133,7 +133,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the learning-rate schedule of the recipe; warm-up starts above 0 and ends at the full rate.
+        """Create the learning-rate schedule of the recipe.
 
         With the Trainer's schedule the first warm-up step has rate 0, and a warm-up over all steps never reaches the
         full rate.
@@ -192,7 +192,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the values of a step, with those of the gradient scaler if there is one."""
+        """Log the values of a step."""
         scaled = {}
         if self.accelerator.scaler is not None:
             # An optimiser fused with the scaler skips steps itself, unnoticed by accelerate.
@@ -466,7 +466,7 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
 
 
 def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
-    """Return the number of a planned step instead of its tokens, because rollouts need the current model."""
+    """Return the number of a planned step, because its tokens depend on the current model."""
     (item,) = items
     return {"step": torch.tensor(item["step"])}
 
@@ -479,7 +479,7 @@ def _batch(
     limit: int | None,
     items: Sequence[Mapping[str, int]],
 ) -> dict[str, Any]:
-    """Return the batch of an optimiser step or, in parts of at most ``limit`` tokens, several batches.
+    """Return the batch of an optimiser step, divided into parts of at most ``limit`` tokens.
 
     All processes have the same number of parts, since sharded weights need all of them for each part.
     """

@@ -41,7 +41,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens computed, without padding; shared prefixes of packed sequences count once."""
+        """Number of tokens computed, without padding; shared prefixes count once."""
         if self.bins:
             return sum(item.columns for item in self.bins)
         return sum(len(row.ids) for row in self.rows)
@@ -151,7 +151,7 @@ class Steps(Sequence[Step]):
         self._sizes, self._columns, self._bin_ends = array("i"), array("i"), array("q", [0])
 
     def add(self, step: Step, numbers: Mapping[int, int]) -> None:
-        """Append a step; ``numbers`` maps the `id` of each example to its index."""
+        """Append a step; ``numbers`` contains the indices of its examples."""
         self._order.extend([numbers[id(row)] for row in step.rows])
         self._ends.append(len(self._order))
         self._sizes.extend([len(item.rows) for item in step.bins])
@@ -159,7 +159,7 @@ class Steps(Sequence[Step]):
         self._bin_ends.append(len(self._sizes))
 
     def weighing(self, weights: Sequence[float]) -> Steps:
-        """Return the same steps with weights of examples, by index."""
+        """Return the same steps with a weight for each example."""
         result = copy(self)
         result._weights = weights
         return result

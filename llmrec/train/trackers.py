@@ -98,7 +98,7 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
 
 
 def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
-    """Log the metrics of an evaluation; errors of trackers are only warnings, because the results are already written.
+    """Log the metrics of an evaluation; errors of trackers are only warnings.
 
     Args:
         names: Trackers; those that do not support evaluation metrics are skipped.

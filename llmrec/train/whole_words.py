@@ -12,7 +12,7 @@ from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, word
 
 
 def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) -> None:
-    """Add trainable whole-word embeddings to a model: its saved ones, or new ones.
+    """Add trainable whole-word embeddings to a model.
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.

@@ -45,7 +45,7 @@ _MOST = 2**32
 
 
 class Ledger(Protocol):
-    """Stores usage beyond the end of the process."""
+    """Stores the usage of a server when the process ends."""
 
     def spent(self) -> Cost:
         """Return the usage recorded so far."""

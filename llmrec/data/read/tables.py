@@ -290,7 +290,7 @@ def rows_of(table: Table, names: Iterable[str | None]) -> Table:
 
 
 def _along(table: Table, names: Sequence[str]) -> Table:
-    """Expand the list in one file, whose result may be empty."""
+    """Expand a list in one file to one row per element."""
     wanted = {name: lists_in(name) for name in names if name not in table.frame.columns}
     wanted = {name: lists for name, lists in wanted.items() if lists and lists[0] in table.lists}
     if not wanted:

@@ -153,7 +153,7 @@ def first_stage(
     sentences: Sentences | None,
     seed: int,
 ) -> Iterator[EpochResult]:
-    """Align a network with texts and yield after each epoch; without texts, train it on labels.
+    """Align a network with texts, and yield after each epoch; without texts, train it on labels.
 
     Args:
         config: The parameters.
@@ -201,7 +201,7 @@ def first_stage(
 
 
 def similar(rows: Any, sentences: Any, parts: int) -> Any:
-    """Return the CTRL similarity of rows and texts: the sum over m of the maximum of ``<row_m, text_m'>`` over m'.
+    """Return the CTRL similarity of rows and texts, which sums the best match of each part.
 
     Args:
         rows: Vectors of rows, shape (n, d).

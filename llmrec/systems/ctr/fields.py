@@ -113,7 +113,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Fields:
-    """Maps users, items and attribute values to indices, using training data and the catalogue.
+    """Maps users, items and attribute values to indices.
 
     Attributes:
         users: Index by id of the users with training ratings.
@@ -139,7 +139,7 @@ class Fields:
 
     @staticmethod
     def of(data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float) -> tuple[Fields, Rows]:
-        """Return the index mappings, and the training ratings as requests, each with the earlier ratings as history.
+        """Return the index mappings, and the training ratings as requests.
 
         Raises:
             DataError: If the training interactions carry no ratings.

@@ -146,7 +146,7 @@ H = TypeVar("H", bound=HostConfig)
 
 
 class Host(Baseline[H, Fitted]):
-    """Base class of CTR networks; subclasses implement the methods of *interface of hosts* and set ``POOLED``.
+    """Base class of CTR networks; subclasses implement the methods of *interface of hosts*.
 
     Fields are the item, its attributes, those of the user, the user (optional), the history, and one for each feature
     table. Count features are additional inputs. The loss is the cross-entropy; training ends when validation log-loss
@@ -242,7 +242,7 @@ class Host(Baseline[H, Fitted]):
     # ----------------------------------------------------------------------- building blocks
 
     def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
-        """Return the rows from which no feature text was generated; training on the others would overestimate texts."""
+        """Return the rows whose feature texts were not generated from them."""
         if not adaptor.seen:
             return rows
         if message := adaptor.seen & data.held_out:

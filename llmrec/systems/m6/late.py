@@ -153,7 +153,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     @classmethod
     def reads(cls, config: LateConfig) -> Reads:
-        """Return which item data the model reads; without joint layers no pretrained weight is fine-tuned."""
+        """Return which item data the model reads."""
         return cls.READS if config.joint else "texts"
 
     def learn(self, data: SplitDataset) -> None:
@@ -223,7 +223,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
         return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
 
     def _questions(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
-        """Return a prompt for each training rating, with the earlier ratings of the user, and the labels."""
+        """Return a prompt for each training rating, and the labels."""
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]

@@ -89,7 +89,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         self._known.clear()
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return the projections, the item vectors, and the whitening of states after histories as arrays."""
+        """Return the fitted state as arrays."""
         centre, whitening = self._lens
         return super().state() | {"lens.centre": centre, "lens.whitening": whitening}
 

@@ -101,7 +101,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self._taught, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Only pretrain on masked opinion words and ratings of single reviews, for `save`; errors as in `learn`."""
+        """Only pretrain, on masked opinion words and ratings of single reviews; errors as in `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -117,7 +117,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         self._carried(self._taught or self._fitted).save(Path(folder), data)
 
     def features(self, data: SplitDataset, *, reserved: float = _RESERVED) -> tuple[Features, Features]:
-        """Fit, and return user and item vectors for `llmrec.data.features.publish`, with their source interactions.
+        """Fit, and return user and item vectors for a feature store.
 
         Args:
             data: The split with which they will be used. With ``kind: prefix``, training uses the interactions that

@@ -125,7 +125,7 @@ def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
 
 
 def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
-    """Pretrain the user encoder on single reviews, and copy it to the item encoder without user embeddings.
+    """Pretrain the user encoder on single reviews, and copy it to the item encoder.
 
     The user encoder gets one review with masked opinion words. Each masked word is predicted from the state of its
     token and the user's vector (cross-entropy over the lexicon), and the review's rating from the user's vector

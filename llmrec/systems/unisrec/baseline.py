@@ -97,7 +97,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._model = model.finished()
 
     def pretrained(self, data: SplitDataset) -> None:
-        """Only train with contrastive losses and without validation, for `save`; raises the errors of `learn`."""
+        """Only train with contrastive losses; errors as in `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -125,7 +125,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         self._carried(self._fitted).save(Path(folder), data)
 
     def extended(self, data: SplitDataset) -> UniSRec:
-        """Return a model with the same weights for the catalogue of ``data``, whose interactions are not used.
+        """Return a model with the same weights for another catalogue.
 
         Raises:
             RecipeError: If the text vectors depend on the catalogue.

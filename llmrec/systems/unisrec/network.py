@@ -69,7 +69,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
 
     @property
     def named(self) -> bool:
-        """Whether vectors come from a pretrained encoder and therefore do not depend on the data set."""
+        """Whether text vectors come from a pretrained encoder, which does not depend on the data set."""
         return self.encoder != LSA and not self.encoder.startswith(STORE)
 
 
@@ -123,7 +123,7 @@ class Universal:
         return result
 
     def encoded(self, items: Any) -> Any:
-        """Return one normalised vector per position, shape (b, t, dim); ``items`` are vectors padded on the right."""
+        """Return one normalised vector per position, shape (b, t, dim)."""
         states = attended(self.network, items, self.config.heads, self.config.dropout)
         return require("torch", "baselines").nn.functional.normalize(states, dim=-1)
 

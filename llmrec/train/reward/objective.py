@@ -68,7 +68,7 @@ class PolicyLoss(NamedTuple):
 def policy_loss(
     own: Any, old: Any, reference: Any, gains: Any, weights: Any, *, clip: float, beta: float
 ) -> PolicyLoss:
-    """Return the sum over rollouts of weight * (beta * KL - min(ratio * gain, clipped ratio * gain)).
+    """Return the clipped policy loss with KL penalty, summed over rollouts.
 
     KL is estimated by exp(d) - d - 1 with d = log p_reference - log p (k3 of Schulman, Approximating KL Divergence,
     2020), which is never below 0.

@@ -83,7 +83,7 @@ class Rewards:
         return [0.0 if hit > 0 else -item / sum(discounts) for hit, item in zip(hits, discounts, strict=True)]
 
     def _prefix(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the length of the prefix that each code shares with the true code, divided by the longer length."""
+        """Return the relative length of the prefix that each code shares with the true code."""
         wanted = self._code(self.items.index(str(case.truth)))
         results = []
         for place in places:
@@ -108,7 +108,7 @@ class Rewards:
 
 
 def closing_of(catalogue: Catalogue) -> int:
-    """Return 1 if all token paths of a catalogue end with the same token, such as a line break, else 0.
+    """Return 1 if all token paths of a catalogue end with the same token, otherwise 0.
 
     Other shared tokens may be a level of the codes.
     """
@@ -120,7 +120,7 @@ def closing_of(catalogue: Catalogue) -> int:
 
 
 def question(task: Task, case: Case, template: str) -> Example:
-    """Return a question with its answer, whose target tokens are the answer's token path in the catalogue."""
+    """Return a training question with its answer in the form used for evaluation."""
     request, truth = case.request, str(case.truth)
     prompt = task.prompt(request, template=template)
     (text,) = task.continuations(replace(request, candidates=(truth,)), template=template)

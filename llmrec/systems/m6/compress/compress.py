@@ -112,7 +112,7 @@ def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
 
 
 def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
-    """Return the best model below the latency target, the fastest among equals; None if there is none."""
+    """Return the best model below the latency target; None if there is none."""
     fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
     return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
 
