@@ -15,7 +15,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-all check-extensions lint docs figures site bench gpu-check
+.PHONY: help setup quickstart demo notebooks test test-all check-extensions lint docs figures site site-check screenshots bench gpu-check
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,8 @@ help:
 	@echo "make docs              write the reference of commands, configuration and Python, docs/schema/ and docs/openapi.json"
 	@echo "make figures           write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make site              build the documentation site, build/site, and check its links; no model and no data is fetched"
+	@echo "make site-check        open every page of the site in Chromium, wide and narrow, light and dark; use search and leaderboard"
+	@echo "make screenshots       take the pictures in docs/ of the quickstart's report, the service, the leaderboard and a terminal"
 	@echo "make bench NAME=...    run a benchmark; without NAME: list them"
 	@echo "make gpu-check         on a machine with GPUs: check what ships, eval/results/gpu.json, docs/install.md; what passed is kept"
 
@@ -99,6 +101,12 @@ $(SITE)/ready: pyproject.toml
 site: $(SITE)/ready
 	@$(SITE)/bin/python -m docs.site
 	@$(SITE)/bin/python -m docs.site.check build/site
+
+site-check: site
+	@$(SITE)/bin/python -m docs.site.rendered build/site $(ARGS)
+
+screenshots: quickstart site
+	@$(BIN)/python -m docs.site.screenshots build/site runs/quickstart $(ARGS)
 
 bench: setup
 	@$(BIN)/python -m eval.benchmarks $(NAME)

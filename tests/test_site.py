@@ -14,7 +14,7 @@ import pytest
 
 import llmrec
 from docs.site import check, pages
-from docs.site.screenshots import SHOWN
+from docs.site.screenshots import LARGEST, PICTURES
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,13 @@ def test_files_are_shown_as_code_and_folders_as_lists(sources: Path) -> None:
     ).read_bytes()
 
 
+def test_notebooks_are_shown_with_their_outputs(sources: Path) -> None:
+    shown = (sources / "notebooks" / "demo.md").read_text(encoding="utf-8")
+    assert "````python\nimport llmrec" in shown and "(../code/recipes/demo.yaml.md)" in shown
+    assert '<img alt="Chart of forest-1" src="data:image/svg+xml;base64,' in shown
+    assert '<div class="output">' in shown and "<style" not in shown and 'class="dataframe"' not in shown
+
+
 def test_the_example_needs_no_library_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     recipe = llmrec.load_recipe(pages.ROOT / "recipes" / "made" / "classic.yaml", {"eval.bootstrap": 50})
@@ -127,6 +134,8 @@ def test_the_checker_finds_what_is_broken(tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_are_taken_of_pages_that_there_are(sources: Path) -> None:
-    for page in set(SHOWN.values()) - {pages.REPORT}:
-        assert (sources / page).with_suffix(".md").is_file(), page
+def test_every_picture_is_small_and_shown_with_a_description() -> None:
+    shown = "".join((pages.ROOT / path).read_text(encoding="utf-8") for path in pages.pages())
+    for name in PICTURES:
+        assert (pages.ROOT / "docs" / name).stat().st_size <= LARGEST, name
+        assert re.search(rf"!\[[^\]]{{20,}}\]\((?:\S*/)?{re.escape(name)}\)", shown), name

@@ -1,17 +1,22 @@
 """Copies what the site shows into ``build/site-src``, with its links led to where each thing then lies.
 
 The pages stay where a code host shows them: ``docs/``, ``eval/*.md`` and a few at the root. On the site those of
-``docs/`` lie at the top and all others at their path in the repository. A link to another Markdown file becomes a page
-too; a link to any other file leads to a page that shows it as code, to a folder to a page that lists it.
+``docs/`` lie at the top and all others at their path in the repository. A link to another Markdown file or a notebook
+becomes a page too; a link to any other file leads to a page that shows it as code, to a folder to a page that lists it.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shutil
 from collections import deque
+from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path(__file__).parent / "assets"
@@ -21,7 +26,7 @@ ROOT_PAGES = {
     **{name: name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md")},
 }
 """Pages at the root of the repository. The home page is docs/index.md, so that README.md has another name."""
-IMAGES = {".svg", ".png"}
+IMAGES = {".svg", ".webp"}
 LONGEST = 60_000
 """Bytes of a file that is shown as code; a longer one is handed out as it is."""
 LANGUAGES = {".yml": "yaml"}
@@ -41,9 +46,13 @@ _PIECES = re.compile(
 )
 
 
+# What pandas adds to a table.
+_STYLED = re.compile(r'<style.*?</style>| border="1"| class="dataframe"', re.DOTALL)
+
+
 def pages() -> list[str]:
-    """Return the Markdown files that are pages of the site by themselves, by their path in the repository."""
-    found = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "eval").glob("*.md")]
+    """Return the files that are pages of the site by themselves, by their path in the repository."""
+    found = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb"), *(ROOT / "eval").glob("*.md")]
     return sorted([*ROOT_PAGES, *(path.relative_to(ROOT).as_posix() for path in found)])
 
 
@@ -54,6 +63,8 @@ def place_of(path: str) -> str:
     file = ROOT / path
     if file.suffix == ".md" or file.suffix in IMAGES:
         return path.removeprefix("docs/")
+    if file.suffix == ".ipynb":
+        return file.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
     if file.is_dir():
         return f"code/{path}/index.md"
     return f"code/{path}" + (".md" if file.stat().st_size <= LONGEST else "")
@@ -102,12 +113,35 @@ def shown(path: str) -> str:
     file = ROOT / path
     if file.suffix == ".md":
         return file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        return notebook(json.loads(file.read_text(encoding="utf-8"))["cells"])
     head = f"---\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n"
     if file.is_dir():
         inside = sorted(each for each in file.rglob("*") if each.is_file() and "__pycache__" not in each.parts)
         return head + "\n".join(f"- [`{_inside(each, file)}`]({_inside(each, file)})" for each in inside) + "\n"
     language = LANGUAGES.get(file.suffix, file.suffix[1:])
     return f"{head}````{language}\n{file.read_text(encoding='utf-8').rstrip()}\n````\n"
+
+
+def notebook(cells: Iterable[Mapping[str, Any]]) -> str:
+    """Return the cells of a notebook as Markdown, with their outputs."""
+    parts = []
+    for cell in cells:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"````python\n{text}\n````")
+        parts += [_output(each) for each in cell.get("outputs", ())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: Mapping[str, Any]) -> str:
+    """Return an output of a cell: a picture or a table if it has one, else its text."""
+    data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+    if picture := data.get("image/svg+xml"):
+        source = base64.b64encode(picture.encode()).decode()
+        return f'<img alt="{escape(data["text/plain"])}" src="data:image/svg+xml;base64,{source}">'
+    if table := data.get("text/html"):
+        return f'<div class="output">{_STYLED.sub("", table)}</div>'
+    return f"````text\n{(data.get('text/plain') or ''.join(output.get('text', ()))).rstrip()}\n````"
 
 
 def _inside(file: Path, folder: Path) -> str:

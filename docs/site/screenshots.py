@@ -1,91 +1,100 @@
-"""Takes screenshots of the built site with an installed Chromium; ``CHROMIUM`` names another executable.
+"""Makes the pictures of the documentation from a run and the built site; ``make screenshots`` calls it.
 
-``python -m docs.site.screenshots build/site`` writes those that pages of ``docs/`` show.
-``python -m docs.site.screenshots build/site FOLDER`` writes some pages, wide and narrow, light and dark, into a folder.
+``python -m docs.site.screenshots build/site runs/quickstart`` writes the first screen of the run's report, the page of
+its service, the leaderboard and the output of a command into ``docs/``, and prints their paths; names such as
+``service`` after the folders select some.
 """
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from docs.site.pages import REPORT, ROOT
+from rich.console import Console
+from rich.text import Text
 
-SHOWN = {
-    "home": "index.html",
-    "tutorial": "your-data.html",
-    "guide": "install.html",
-    "reference": "python-api.html",
-    "leaderboard": "eval/LEADERBOARD.html",
-    "report": REPORT,
-}
-"""What is shown, by the name of its pictures."""
-PICTURES = {"report.png": (REPORT, (1200, 850))}
-"""Screenshots in ``docs/``: the page of the site, and the size in CSS pixels."""
-SIZES = {"desktop": (1400, 1800), "phone": (390, 1800)}
-"""Width and height in CSS pixels."""
-SCHEMES = {"dark": 0, "light": 1}
-"""Blink's numbers of colour schemes that a reader may prefer."""
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-# A window has a least width, a frame has none.
-FRAME = (
-    "<!doctype html><style>body{{margin:0}}iframe{{border:0;display:block;width:{0}px;height:{1}px}}</style>"
-    '<iframe src="{2}"></iframe>'
-)
+from docs.site.browser import Browser
+from docs.site.pages import ROOT
+from tests.servers.real import await_health, end, free_port
+
+DOCS = ROOT / "docs"
+LARGEST = 150_000
+"""Bytes."""
+COLUMNS = 80
+SECONDS = 300
+"""The longest wait, here for the answer of a language model."""
 
 
-def browser() -> str:
-    """Return the browser's executable."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        sys.exit(f"screenshots: none of {', '.join(NAMES)} is installed; install one, or name it: CHROMIUM=/path")
-    return found
+def report(browser: Browser, site: Path, run: Path) -> bytes:
+    """Return the first screen of a run's report."""
+    browser.view((1200, 850), "light")
+    browser.open((run / "report" / "index.html").resolve().as_uri())
+    return browser.screenshot()
 
 
-def take(page: Path, picture: Path, size: tuple[int, int], scheme: int, scratch: Path) -> None:
-    """Write one picture of a page."""
-    frame = scratch / "frame.html"
-    frame.write_text(FRAME.format(*size, page.resolve().as_uri()), encoding="utf-8")
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-    command += [f"--user-data-dir={scratch / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
-    # Time for scripts, in the browser's own clock, and no requests to other hosts.
-    command += ["--virtual-time-budget=8000", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command += [f"--window-size={size[0]},{size[1]}", f"--screenshot={picture}", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    if not picture.is_file():
-        sys.exit(f"screenshots: {page} has no picture\n{done.stderr[-2000:]}")
+def leaderboard(browser: Browser, site: Path, run: Path) -> bytes:
+    """Return the leaderboard of the built site, as it can be sorted and filtered."""
+    browser.view((1280, 800), "light")
+    browser.open((site / "eval" / "LEADERBOARD.html").resolve().as_uri())
+    return browser.screenshot()
 
 
-def pictures(site: Path) -> None:
-    """Write the screenshots of the documentation, and print their paths."""
-    for name, (page, size) in PICTURES.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            take(site / page, ROOT / "docs" / name, size, SCHEMES["light"], Path(scratch))
-        sys.stdout.write(f"{ROOT / 'docs' / name}\n")
+def service(browser: Browser, site: Path, run: Path) -> bytes:
+    """Serve a run, and return its page with the lists of two models for an example."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}/"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "service.log"
+        command = [sys.executable, "-m", "llmrec", "serve", str(run), "--port", str(port)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            await_health(process, f"{address}ready", log)
+            browser.view((1200, 850), "light")
+            browser.open(address)
+            browser.wait("document.querySelector('#example')?.checkVisibility()")
+            browser.run("document.querySelector('#example').click()")
+            browser.wait("[0, 1].every((each) => document.querySelector(`#list-${each} li`))")
+            return browser.screenshot()
+        finally:
+            end(process)
 
 
-def main(site: Path, out: Path) -> None:
-    """Write a picture of each page in each size and scheme, and print their paths."""
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    for name, page in SHOWN.items():
-        if not (site / page).is_file():
-            sys.exit(f"screenshots: there is no {site / page}; make site builds it")
-        for size, pixels in SIZES.items():
-            for scheme, number in SCHEMES.items():
-                picture = out / f"{name}-{size}-{scheme}.png"
-                picture.unlink(missing_ok=True)
-                with tempfile.TemporaryDirectory() as scratch:
-                    take(site / page, picture, pixels, number, Path(scratch))
-                sys.stdout.write(f"{picture}\n")
+def terminal(browser: Browser, site: Path, run: Path) -> bytes:
+    """Return the output of ``llmrec report RUN --table`` in a terminal as SVG, without the font that it would load."""
+    words = ["report", os.path.relpath(run, ROOT), "--table"]
+    command = [sys.executable, "-m", "llmrec", *words]
+    shown = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"FORCE_COLOR": "1"}, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(Text.from_ansi(f"$ llmrec {' '.join(words)}\n{shown}"))
+    drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="llmrec"), flags=re.DOTALL)
+    return drawn.replace("Fira Code", "ui-monospace").encode()
+
+
+PICTURES = {"report.webp": report, "service.webp": service, "leaderboard.webp": leaderboard, "terminal.svg": terminal}
+"""How each picture is made; pages show them."""
+
+
+def main(site: Path, run: Path, names: Sequence[str]) -> None:
+    """Write the pictures, or those with some names, and print their paths."""
+    with Browser(SECONDS) as browser:
+        for name, make in PICTURES.items():
+            if names and name.partition(".")[0] not in names:
+                continue
+            picture = make(browser, site, run)
+            if len(picture) > LARGEST:
+                sys.exit(f"screenshots: {name} has {len(picture)} bytes, more than {LARGEST}")
+            (DOCS / name).write_bytes(picture)
+            sys.stdout.write(f"docs/{name}\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
-    else:
-        pictures(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -206,13 +206,17 @@ class Canvas:
             middle = min(max(middle, room + 2), self.width - room - 2) if 2 * room < self.width else middle
             self.text(middle, bottom + 36, title, "axis-title", anchor="middle")
 
-    def left(self, scale: Scale, left: float, right: float, *, ticks: int = 5, named: bool = True) -> None:
-        """Add a vertical axis at ``left`` with grid lines up to ``right``."""
+    def left(
+        self, scale: Scale, left: float, right: float, title: str = "", *, ticks: int = 5, named: bool = True
+    ) -> None:
+        """Add a vertical axis at ``left`` with grid lines up to ``right``, and its title above it."""
         for value in scale.ticks(ticks):
             place = scale(value)
             self.line(left, place, right, place, "grid")
             if named:
                 self.text(left - 6, place + 4, tick_text(value), "tick", anchor="end")
+        if title:
+            self.text(2, scale.end - 12, title, "axis-title", width=self.width - 4)
 
     def _add(self, tag: Tag, look: str, *, title: str = "", **at: float) -> None:
         places = tuple((name, _figure(value)) for name, value in at.items())

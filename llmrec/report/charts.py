@@ -184,16 +184,15 @@ def lines(plot: Lines, width: float) -> Canvas:
     narrow = width <= NARROW
     named = [entry for entry in series if len(series) > 1]
     room = 0.0 if narrow or not named else min(0.4 * width, 36 + max(text_width(s["name"], SMALL) for s in named))
-    top, below = 10, 20 * len(named) if narrow else 0
+    top, below = 28, 20 * len(named) if narrow else 0
     bottom = top + 240
     canvas = Canvas(width=width, height=bottom + 46 + below)
     values = [value for entry in series for value in entry["y"]] or [0.0, 1.0]
     rise = spanning(values, bottom, top)
     steps = [step for entry in series for step in entry["x"]] or [0, 1]
     along = Scale(low=0.0, high=float(max(1, *steps)), start=_LEFT, end=width - _RIGHT - room)
-    canvas.left(rise, _LEFT, along.end, ticks=6)
-    unit = f"{plot['unit']}{', log scale' if rise.log else ''}"
-    canvas.below(along, bottom, bottom, f"{unit}, by optimiser step", ticks=4 if narrow else 6)
+    canvas.left(rise, _LEFT, along.end, f"{plot['unit']}{', log scale' if rise.log else ''}", ticks=6)
+    canvas.below(along, bottom, bottom, "optimiser step", ticks=4 if narrow else 6)
     ends = apart([rise(entry["y"][-1]) for entry in named], 16, top, bottom)
     held = 0
     for index, entry in enumerate(series):
@@ -226,7 +225,7 @@ def cost(plot: CostPlot, width: float) -> Canvas:
     """Draw results against token cost."""
     points = sorted(plot["points"], key=lambda point: point["tokens"])
     named = [point for point in points if point["named"]]
-    top, bottom = 30, 250
+    top, bottom = 52, 272
     canvas = Canvas(width=width, height=bottom + 50 + 20 * len(named))
     tokens = [point["tokens"] for point in points]
     far = max(tokens) / min(tokens) > 30
@@ -235,14 +234,13 @@ def cost(plot: CostPlot, width: float) -> Canvas:
         end=width - _RIGHT, log=far,
     )  # fmt: skip
     ends = [point[end] for point in points for end in ("value", "low", "high")]
-    rise = fitted([*ends, plot["reference"]], bottom, top)
-    canvas.left(rise, _LEFT, along.end)
-    unit = f"tokens {plot['unit']}{', log scale' if far else ''}"
-    canvas.below(along, bottom, bottom, f"{plot['metric']} ({plot['better']} is better) by {unit}", ticks=5)
-    if plot["reference"] is not None:
-        level = rise(plot["reference"])
+    rise = fitted([*ends, *plot["levels"].values()], bottom, top)
+    canvas.left(rise, _LEFT, along.end, f"{plot['metric']} ({plot['better']} is better)")
+    canvas.below(along, bottom, bottom, f"tokens {plot['unit']}{', log scale' if far else ''}", ticks=5)
+    for name, value in plot["levels"].items():
+        level = rise(value)
         canvas.line(_LEFT, level, along.end, level, "reference")
-        canvas.text(_LEFT + 4, level - 5, plot["control"] or "", "tick halo", width=0.6 * width)
+        canvas.text(_LEFT + 4, level - 5, name, "tick halo", width=0.6 * width)
     if len(named) < len(points):
         canvas.path([(along(point["tokens"]), rise(point["value"])) for point in named], "curve text")
     taken: list[tuple[float, float]] = [(along(point["tokens"]), rise(point["value"])) for point in points]

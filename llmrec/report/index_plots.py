@@ -129,9 +129,9 @@ def branching(panels: list[Branching], width: float) -> Canvas:
         along = Scale(low=-0.25, high=panel["x"][-1] + 0.25, start=left, end=left + one)
         rise = spanning([*panel["mean"], *panel["most"]], upper + body, upper)
         canvas.left(rise, left, along.end, ticks=5)
-        canvas.below(along, upper + body, upper + body, ticks=min(8, len(panel["x"])))
+        canvas.below(along, upper + body, upper + body, "length of the prefix, tokens", ticks=min(8, len(panel["x"])))
         scale = " (log scale)" if rise.log else ""
-        canvas.text(left, upper - 28, f"{panel['title']}{scale}, by its length", "tick", width=one)
+        canvas.text(left, upper - 28, f"{panel['title']}{scale}", "axis-title", width=one)
         x = left + 5
         for name, form, hue in (("mean", "circle", "zero-shot"), ("most", "square", "tuned")):
             values = panel["mean"] if name == "mean" else panel["most"]

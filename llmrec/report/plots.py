@@ -146,7 +146,7 @@ class Point(RowBar):
 
 
 class CostPlot(TypedDict):
-    """Quality against tokens per user or request, with a reference line.
+    """Quality against tokens per user or request, with lines at the values of models without tokens, by their names.
 
     If some points are unnamed, a line connects the named ones.
     """
@@ -156,15 +156,14 @@ class CostPlot(TypedDict):
     better: Better
     unit: str
     points: list[Point]
-    reference: float | None
-    control: str | None
+    levels: dict[str, float]
 
 
 Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 
 def plots(results: Results) -> dict[str, Plot]:
-    """Return the data of all plots by the id of their HTML element."""
+    """Return the data of all plots by the id of their HTML element, without plots of a single bar."""
     result: dict[str, Plot] = {}
     gains = differences(results)
     if gains["rows"]:
@@ -189,7 +188,7 @@ def plots(results: Results) -> dict[str, Plot]:
             result["training-speed"] = speed(results)
     if results.budget:
         result["budget"] = budget(results)
-    return result
+    return {name: plot for name, plot in result.items() if plot["kind"] != "bars" or len(plot["bars"]) > 1}
 
 
 def forest(results: Results, task: str) -> Forest:
@@ -405,13 +404,17 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
         )
     if not points:
         return None
-    control = best_baseline(results, task)
+    chance = [row for row in results.standings(task) if row.arm == "baseline" and row.predictor == "random"]
+    levels = [row for row in (best_baseline(results, task), *chance) if row is not None]
     return {
         "kind": "cost",
         "metric": flat(metric),
         "better": better(metric),
         "unit": "a user",
         "points": points,
-        "reference": control.metrics[metric].value if control else None,
-        "control": flat(label(control)) if control else None,
+        "levels": {
+            flat(label(row)): score.value
+            for row in levels
+            if (score := row.metrics.get(metric)) is not None and score.value is not None
+        },
     }

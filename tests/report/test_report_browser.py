@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from docs.site import browser
+from docs.site.browser import executable
 from llmrec.report.page import write
 from tests.report.made import hostile_audit, hostile_results, made_results, save_run
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
@@ -25,14 +26,10 @@ pytest.importorskip("llmrec.bench", reason="the extension is not there")
 
 from tests.bench.suites import hostile_suite, made_reference, page_of
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
+CHROMIUM = executable()
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
-    "--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--enable-logging=stderr",
-    "--virtual-time-budget=8000", "--dump-dom",
+    *browser.FLAGS, "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=8000",
+    "--dump-dom",
 )  # fmt: skip
 # Pages run in frames, so that this one can look into them without changing them.
 PROBE = """<!doctype html><pre id=found></pre><script>

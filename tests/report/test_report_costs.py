@@ -70,7 +70,7 @@ def test_arms_add_up(results: dict[str, Any]) -> None:
 def test_the_plot_sets_scores_against_tokens(results: dict[str, Any]) -> None:
     found = results_of(results)
     plot = quality_by_tokens(found, "direct")
-    assert plot is not None and plot["reference"] == 0.47 and plot["control"] == "item-knn"
+    assert plot is not None and plot["levels"]["item-knn"] == 0.47
     costs = {cost.row.id: cost for cost in cost_by_row(found, "direct")}
     tokens = {cost.tokens_per_user for cost in costs.values() if cost.row.arm != "baseline"}
     assert {point["tokens"] for point in plot["points"]} == tokens and len(plot["points"]) == 4

@@ -171,9 +171,31 @@ def test_weights_are_bars_from_0_the_heaviest_first(results: dict[str, Any]) -> 
 def test_a_fusion_is_drawn_in_the_page(results: dict[str, Any], save: Any) -> None:
     evil = "</title><script>window.__pwned=1</script>"
     row = next(row for row in results["rows"] if row["id"] == "direct/baseline/item-knn")
-    row["fusion"] = {"form": "logit", "parts": [{"name": evil, "weight": 0.4, "low": 0.2, "high": 0.6}]}
+    parts = [{"name": name, "weight": 0.4, "low": 0.2, "high": 0.6} for name in (evil, "markov")]
+    row["fusion"] = {"form": "logit", "parts": parts}
     text = write(save(results))["html"].read_text("utf-8")
     assert any(evil in each for each in Tree(plot_of(text, "weights-3-1")).texts) and "<script" not in text
+
+
+def test_a_single_bar_is_no_plot(results: dict[str, Any], save: Any) -> None:
+    row = next(row for row in results["rows"] if row["id"] == "direct/baseline/item-knn")
+    row["fusion"] = {"form": "logit", "parts": [{"name": "markov", "weight": 1.0}]}
+    results["budget"] = results["budget"][:1]
+    assert not {"weights-3-1", "budget"} & set(plots(results_of(results)))
+    assert 'id="weights-3-1"' not in write(save(results))["html"].read_text("utf-8")
+
+
+def test_every_axis_has_a_title_with_its_unit(results: dict[str, Any]) -> None:
+    found = plots(results_of(results))
+    wanted = {
+        "forest-1": {"RMSE (lower is better)"}, "budget": {"seconds"},
+        "training-loss": {"optimiser step", "loss, nats per token"}, "training-speed": {"optimiser step", "tokens/s"},
+    }  # fmt: skip
+    for name, titles in wanted.items():
+        for canvas in pictures(found[name]):
+            assert {
+                shape.text.removesuffix(", log scale") for shape in canvas.shapes if shape.look == "axis-title"
+            } == titles
 
 
 def test_every_plot_stays_inside_its_picture(results: dict[str, Any]) -> None:

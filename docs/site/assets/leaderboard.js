@@ -30,7 +30,6 @@
     { head: "model", text: (row) => row.model, note: (row) => row.source || "" },
     ...table.columns.map((column, place) => ({
       head: column.title,
-      page: column.page,
       key: (row) => (row.cells[place] ? row.cells[place].value : null),
       text: (row) => shown(row.cells[place] && row.cells[place].value, 4),
       bold: (row) => Boolean(row.cells[place] && row.cells[place].best),
@@ -44,7 +43,7 @@
     { head: "type", text: (row) => row.type },
     { head: "pretrained", text: (row) => row.pretrained || "–" },
     { head: "training", key: (row) => row.training, text: (row) => time(row.training), best: 1 },
-    { head: "ms a request", key: (row) => row.answer, text: (row) => shown(row.answer, 1), best: 1 },
+    { head: "ms per request", key: (row) => row.answer, text: (row) => shown(row.answer, 1), best: 1 },
   ];
 
   const build = (table) => {
@@ -108,9 +107,13 @@
     grid.append(top, body);
     const controls = element("p");
     controls.append(search, type);
+    const pages = element("p", "Details: ");
+    table.columns.forEach((column, place) => {
+      pages.append(place ? " · " : "", element("a", column.title, { href: column.page }));
+    });
     const scroller = element("div", "", { class: "scroller" });
     scroller.append(grid);
-    box.append(controls, scroller);
+    box.append(controls, scroller, pages);
     draw();
     return box;
   };

@@ -123,7 +123,7 @@ def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
 PAGE = "compress.html"
 # Marker shape and colour of each dtype.
 _LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "int8": ("diamond", "few-shot")}
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 34, 274
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 56, 296
 
 
 def write(found: Compressed, name: str, path: Path) -> None:
@@ -141,9 +141,8 @@ def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
     times = [row.ms for row in rows]
     along = spanning([*times, found.target_ms] if found.target_ms > 0 else times, _LEFT, width - _RIGHT)
     rise = fitted([row.quality for row in rows], _BOTTOM, _TOP)
-    canvas.left(rise, _LEFT, along.end)
-    scale = "milliseconds, log scale" if along.log else "milliseconds"
-    canvas.below(along, _TOP, _BOTTOM, f"{found.metric} by {scale}", ticks=5)
+    canvas.left(rise, _LEFT, along.end, found.metric)
+    canvas.below(along, _TOP, _BOTTOM, "milliseconds, log scale" if along.log else "milliseconds", ticks=5)
     if along.low <= found.target_ms <= along.high:
         place = along(found.target_ms)
         canvas.line(place, _TOP, place, _BOTTOM, "reference")
