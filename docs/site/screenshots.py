@@ -26,7 +26,8 @@ from tests.servers.real import await_health, end, free_port
 DOCS = ROOT / "docs"
 LARGEST = 150_000
 """Bytes."""
-COLUMNS = 80
+COLUMNS, LINES = 80, 30
+"""Of the terminal."""
 SECONDS = 300
 """The longest wait, here for the answer of a language model."""
 
@@ -67,14 +68,15 @@ def service(browser: Browser, site: Path, run: Path) -> bytes:
 
 
 def terminal(browser: Browser, site: Path, run: Path) -> bytes:
-    """Return the output of ``llmrec report RUN --table`` in a terminal as SVG, without the font that it would load."""
+    """Return the first lines of ``llmrec report RUN --table`` as SVG, without the font that it would load."""
     words = ["report", os.path.relpath(run, ROOT), "--table"]
     command = [sys.executable, "-m", "llmrec", *words]
     shown = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"FORCE_COLOR": "1"}, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
-    console.print(Text.from_ansi(f"$ llmrec {' '.join(words)}\n{shown}"))
+    lines = [f"$ llmrec {' '.join(words)}", *shown.splitlines()]
+    console.print(Text.from_ansi("\n".join(lines[:LINES])))
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="llmrec"), flags=re.DOTALL)
     return drawn.replace("Fira Code", "ui-monospace").encode()
 
