@@ -57,7 +57,7 @@ def service(browser: Browser, site: Path, run: Path) -> bytes:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             await_health(process, f"{address}ready", log)
-            browser.view((1200, 850), "light")
+            browser.view((1200, 640), "light")
             browser.open(address)
             browser.wait("document.querySelector('#example')?.checkVisibility()")
             browser.run("document.querySelector('#example').click()")
