@@ -410,7 +410,7 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
         "kind": "cost",
         "metric": flat(metric),
         "better": better(metric),
-        "unit": "a user",
+        "unit": "per user",
         "points": points,
         "levels": {
             flat(label(row)): score.value
