@@ -20,7 +20,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Summary:
-    """What to show of an object.
+    """The title, values, table and text that a notebook or terminal shows for an object.
 
     Attributes:
         title: One line.
@@ -41,7 +41,7 @@ class Displayed:
     """Base class of objects that define `_summary` to be displayed. It must precede other base classes."""
 
     def _summary(self) -> Summary:
-        """Return the content to show."""
+        """Return the title, values and table that a notebook or terminal shows for this object."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

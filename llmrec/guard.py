@@ -268,7 +268,7 @@ def _breaks(text: str, tokens: _Tokens) -> list[int]:
 
 
 def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
-    """Return the index of the character before which a space breaks a token."""
+    """Return the index at which a space must be inserted to break up a special token."""
     start, end = match.span()
     bracket = _ANY_BRACKET.search(match.group())
     wanted = start + bracket.end() if bracket and bracket.end() < end - start else end - 1

@@ -172,7 +172,7 @@ def on_gpu(options: RecommenderOptions, bundle: Bundle) -> bool:
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:
-    """Open the model that the options name, with their dtype, maximum length and item noun."""
+    """Read the model folder named in the options, and apply the options for dtype, maximum length and item noun."""
     bundle = bundles.read(options.model)
     changes: dict[str, Any] = {"dtype": options.dtype}
     if options.max_length is not None:

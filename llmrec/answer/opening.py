@@ -213,7 +213,7 @@ class Models(Displayed):
 
 
 def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
-    """Open the models of a folder.
+    """Open a run or exported folder, and return its models.
 
     Args:
         options: ``model`` names a run, an exported folder, or a model; the rest configures a language model.

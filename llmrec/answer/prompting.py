@@ -77,7 +77,7 @@ class TaskRequests:
 
 
 def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
-    """Convert requests for a task, and assign an id to each mention of an item.
+    """Convert ranking requests to requests of a task, and assign an id to each mention of an item.
 
     ``index`` replaces the bundle's index, for an index with added items.
     """
@@ -615,7 +615,7 @@ def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
 
 
 def _of_item(request: Request) -> Request:
-    """Convert a request with one candidate to a request about this item."""
+    """Return a request about one item, given a request whose only candidate is this item."""
     assert request.candidates is not None
     return replace(request, item=request.candidates[0], candidates=None)
 

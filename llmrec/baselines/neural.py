@@ -565,7 +565,7 @@ def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
 
 
 def info_nce_both(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
-    """Return the mean of the InfoNCE losses in both directions."""
+    """Return the mean of the InfoNCE losses over rows and over columns."""
     return (info_nce(logits, hidden) + info_nce(logits.T, hidden.T)) / 2
 
 

@@ -1,4 +1,4 @@
-"""Feature-store vectors as network inputs: item and user features by gated experts (KAR), and user vectors."""
+"""Feeds vectors of a feature store into networks: item and user features by gated experts (KAR), and user vectors."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ class Profiles:
         )
 
     def build(self, dim: int) -> Any:
-        """Build the network that maps a user vector to a sequence element of size ``dim``."""
+        """Build the network that maps a user vector to an input of size ``dim`` for the sequence encoder."""
         network = self.adaptor.build(dim, self.experts)
         # A buffer, so that it moves with the network; not persistent, since the feature store contains it.
         network.register_buffer("vectors", self.vectors, persistent=False)

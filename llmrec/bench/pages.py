@@ -480,7 +480,7 @@ def _where(pair: BenchmarkPair) -> str:
 
 
 def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
-    """Return the published results that treat history items in the same way."""
+    """Return tables of published results that treat items in the history in the same way as ``seen`` says."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
     same = _on_its_data(result, references, seen)

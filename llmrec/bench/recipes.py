@@ -341,7 +341,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _bare(figure: Figure) -> Figure:
-    """Return a metric without its signature."""
+    """Return a metric value with its interval, but without the settings of its computation."""
     return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 

@@ -70,7 +70,7 @@ class Explain(_Call):
 
 
 class Show(_Call):
-    """End the turn with a list and, if ``ask`` names a field, a question."""
+    """End the turn by showing recommendations; if ``ask`` names a field, also ask about it."""
 
     tool: Literal["show"] = "show"
     k: int = Field(ASKED, ge=1, le=50)

@@ -65,7 +65,7 @@ class Moment:
 
 
 def choices(moment: Moment, most: int) -> list[Call]:
-    """Return the calls that a model may choose from: the last ``most`` of the allowed ones.
+    """Return the tool calls that a model may choose from: the last ``most`` of the allowed calls.
 
     Each tool is available once per turn: greedy models would repeat it.
     """

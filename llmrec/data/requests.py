@@ -83,7 +83,7 @@ class RankRequest:
 
 @dataclass
 class _Remarks:
-    """Items to mention in notes about a request."""
+    """Lists of changed or ignored items, from which the notes about a request are written."""
 
     skipped: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)

@@ -172,7 +172,7 @@ class Tally:
 
     @property
     def shown(self) -> dict[str, object] | None:
-        """Return ``count`` and ``mean``, the mean rating rounded to 0.5."""
+        """Return the number of interactions and the mean rating, rounded to 0.5; None without interactions."""
         if not self.count:
             return None
         if not self.rated:

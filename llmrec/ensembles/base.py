@@ -257,7 +257,7 @@ class _Base:
         return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 
     def unchanged(self, cells: Cells, without: int | None) -> Fit:
-        """Return `as_is`; the arguments are ignored."""
+        """Return the function that fits the smaller ensemble, for any arguments."""
         return self.as_is
 
     def put(self, cells: Cells, without: int | None) -> Fit:

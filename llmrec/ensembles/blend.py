@@ -311,7 +311,7 @@ class _Put:
     users: Sequence[str]
 
     def fit(self, free: Sequence[int]) -> _Fit:
-        """Return a function that adds some of the missing members."""
+        """Return a function that fits the weights of the members ``free``, with the other members' weights fixed."""
         return partial(self._fitted, tuple(free))
 
     def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:

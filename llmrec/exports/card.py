@@ -455,7 +455,7 @@ def request_snippet(card: Card) -> str:
 
 
 def body_of(card: Card) -> tuple[str, dict[str, Json]]:
-    """Return path and body of a server request with the example."""
+    """Return the URL path and JSON body of a server request with the example prompt."""
     example = card.example
     body: dict[str, Json] = {"model": "tuned" if card.adapter_only else card.address, "temperature": 0}
     body["max_tokens"] = example.max_tokens

@@ -138,7 +138,7 @@ def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
 
 
 def example_of(sample: Sample, encoder: Encoder) -> Example:
-    """Return an example for code snippets."""
+    """Return an example prompt and answer for the code in the model card."""
     prompt = sample.prompt
     messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
     template = encoder.tokenizer.chat_template or ""

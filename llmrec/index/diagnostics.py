@@ -55,7 +55,7 @@ class Level:
 
     @property
     def share(self) -> float:
-        """Share of the most frequent token among the items with a token of this level."""
+        """Share of items with the most frequent token, among items whose code has this level."""
         return self.counts[0] / sum(self.counts) if self.counts else 0.0
 
 

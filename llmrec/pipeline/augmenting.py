@@ -319,7 +319,7 @@ def _weights(engine: str, planned: Plan) -> str:
 
 
 def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
-    """Return the provenance of texts without the text encoder; equal provenance means equal texts."""
+    """Return all settings that affect generated texts, which are reused if the settings are equal."""
     section, data = _section(recipe), planned.data
     template = template_of(kind, str(_template(section, kind)), recipe.prompts)
     # Texts about items use no interactions, except for titles derived from training reviews.

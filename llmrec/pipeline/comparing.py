@@ -190,7 +190,7 @@ def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, s
 
 
 def _row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the model with an id; None if its metric is undefined."""
+    """Return the results of a model by its id or as the best baseline; None if there are none."""
     if name.partition("/")[2] == BEST_BASELINE:
         return best_of([row for row in family_rows if row.figures.arm == "baseline"], metric)
     return next((row for row in family_rows if row.figures.id == name), None)

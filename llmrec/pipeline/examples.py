@@ -346,7 +346,7 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
-    """Return the training items with the most similar texts for each item; empty without a text encoder."""
+    """Return, for each item, the training items with the most similar texts; empty without a text encoder."""
     data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}

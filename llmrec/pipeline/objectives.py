@@ -214,7 +214,7 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
 
 
 def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjective:
-    """Return the reward objective for planned prompts."""
+    """Return the reinforcement-learning objective for the planned training prompts."""
     from llmrec.train.reward.objective import RewardObjective
 
     section, (family,) = _section(study), planned.rows

@@ -363,7 +363,7 @@ class Template:
         return self.shape == "list" or not _WORDS.search(_TAG.sub("", self.user))
 
     def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
-        """Render the lead, after which the answer is generated."""
+        """Render the fixed text at the start of the answer, after which the model generates."""
         return self._render("lead", values)
 
     def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:

@@ -535,7 +535,7 @@ def _named(values: Mapping[str, Any]) -> Iterator[Named]:
 
 
 def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[Named]:
-    """Yield the names in a list of texts or mappings."""
+    """Yield the names in a list, whose entries are names or mappings with a name."""
     for index, item in enumerate(values if isinstance(values, list | tuple) else ()):
         name = item.get(called) if isinstance(item, dict) else item
         if isinstance(name, str):

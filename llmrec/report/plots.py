@@ -129,7 +129,7 @@ class Measure(TypedDict):
 
 
 class Positions(TypedDict):
-    """Panels side by side, each compared with the baseline."""
+    """Charts of results by position of the true item, each with the baseline for comparison."""
 
     kind: Literal["positions"]
     panels: list[Panel]
@@ -259,7 +259,7 @@ def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
 
 
 def weights(row: Row) -> Bars:
-    """Return the weights of an ensemble, largest first."""
+    """Return the ensemble weights as a bar chart, largest first."""
     bars: list[Bar] = [
         {
             "label": flat(part.name),

@@ -71,7 +71,7 @@ class Insert:
 
 
 class Database(Protocol):
-    """Interface of both databases; ``raw`` is a connection object of the database library."""
+    """Interface of SQLite and PostgreSQL databases; ``raw`` is a connection object of the database library."""
 
     errors: tuple[type[Exception], ...]
     """Exceptions that the library raises."""
@@ -180,7 +180,7 @@ class SQLite:
         return _connect(self._path, self._wait)
 
     def prepare(self, raw: sqlite3.Connection) -> None:
-        """Check for damage; the tables were created with the file."""
+        """Reject a damaged file; the tables were created with the file."""
         if self._path.stat().st_size <= _READ_THROUGH:
             result = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
             if result != "ok":
@@ -223,7 +223,7 @@ class SQLite:
         return erased
 
     def finish(self, raw: sqlite3.Connection, wait: float) -> bool:
-        """See `Database.finish`; afterwards neither the file nor its log contains the interactions."""
+        """Write the log to the file and empty it, so that neither contains erased data; see `Database.finish`."""
         with self._writing:
             # A checkpoint blocks writers while it waits for readers.
             raw.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")

@@ -58,7 +58,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
 
 class _HandedOn(Response):
-    """A response written by another application, after authentication."""
+    """A response that is written by another ASGI application, after authentication."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__()

@@ -225,7 +225,7 @@ class ItemBody(_About):
 
     @property
     def named(self) -> str | ItemText:
-        """The item of the question."""
+        """The item id or item text in the request."""
         item = self.item_id if self.item is None else self.item
         assert item is not None
         return item

@@ -376,7 +376,7 @@ def tune(
 
 
 def _searched(over: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Return the search space in command-line form."""
+    """Return the search space as command-line arguments ``key=value,value``."""
     if not isinstance(over, Mapping):
         return [over] if isinstance(over, str) else list(over)
     lists = {key: values if isinstance(values, list | tuple | range) else [values] for key, values in over.items()}

@@ -338,7 +338,7 @@ def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
 
 
 def labels(levels: tuple[float, ...]) -> int:
-    """Return the number of labels for rating prediction, from the lowest to the highest rating."""
+    """Return the number of ratings that a model can answer, in steps of 1 or 0.5 from the lowest to the highest."""
     low, high = levels[0], levels[-1]
     step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MOST_LABELS // 2 else 0.5
     return math.ceil(high / step) - math.floor(low / step) + 1

@@ -517,7 +517,7 @@ def _all(path: Path) -> Peek:
 
 
 def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
-    """Read the beginning of a gzipped file; None if the whole file is small enough."""
+    """Read the beginning of a gzipped file; None if the file is small enough to be read completely."""
     with gzip.open(path) as stream:
         raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
     return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")

@@ -78,7 +78,7 @@ class PriorRanker:
         return answers
 
     def _bare(self, request: Request) -> tuple[str, ...]:
-        """Return the candidate titles as continuations of the prompt without a user."""
+        """Return the candidate titles as texts that follow the prompt without a user."""
         return self.asker.task.continuations(
             replace(_NOBODY, candidates=_candidates(request)), template=self.asker.template
         )

@@ -128,7 +128,7 @@ class Rounds:
         return self._pose(request, question).prompt
 
     def _round(self, games: Sequence[_Game]) -> None:
-        """Score the pending prompts of all requests at once, and pass the results on."""
+        """Score the pending prompts of all requests in one batch, and continue each request with its result."""
         pending = [
             (game, question, self._orders(game.request, question)) for game in games for question in game.waiting
         ]

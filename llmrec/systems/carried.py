@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Carried:
-    """A network whose weights can be used on another data set, without user and item embeddings.
+    """A network without user and item embeddings, whose weights can be used on another data set.
 
     Attributes:
         name: The name of the baseline, and of both files.

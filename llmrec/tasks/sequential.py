@@ -145,7 +145,7 @@ class SequentialTask(Task):
             yield Draw(row, user, template, events, self._section.warm_up)
 
     def example(self, draw: Draw) -> Example:
-        """Render a drawn example as text."""
+        """Render a sampled training example as text."""
         return self._example(draw.template, draw.id, draw.user_id, draw.events, first_target=draw.first_target)
 
     @property

@@ -54,7 +54,7 @@ class Branching(Protocol):
         ...
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return the user's example for one pass over the users; None if there is none."""
+        """Return the training example of a user for epoch ``number``; None if the user has too few interactions."""
         ...
 
 

@@ -90,11 +90,11 @@ class Objective(Protocol):
     updates: int
 
     def parts(self, model: torch.nn.Module, number: int) -> int:
-        """Return the number of parts of a step."""
+        """Return the number of micro-batches in an optimiser step."""
         ...
 
     def loss(self, model: torch.nn.Module, number: int, part: int) -> tuple[Any, float]:
-        """Return the summed loss of a part of a step, and the divisor of the step."""
+        """Return the summed loss of a micro-batch, and the divisor for the whole step."""
         ...
 
     def told(self) -> Mapping[str, float]:

@@ -36,7 +36,7 @@ class Body(Protocol):
         ...
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Compute new columns after those in the cache.
+        """Compute the hidden states of new tokens after the tokens in the key-value cache.
 
         Args:
             ids: Token ids, shape (rows, columns).
@@ -104,7 +104,7 @@ class CausalBody:
         self._decoder = model.get_decoder()
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Return the prompts; see `Body`."""
+        """Return the prompts unchanged, because a decoder reads them directly; see `Body`."""
         return prompts
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
@@ -582,7 +582,7 @@ class Candidates:
 
     @staticmethod
     def of(tails: Sequence[tuple[int, ...]]) -> Candidates:
-        """Merge the common prefixes of candidates."""
+        """Build a tree from the tokens of candidates, in which common prefixes occur once."""
         numbers: dict[tuple[int, ...], int] = {(): 0}
         parents: list[int] = []
         owners, after, wanted = [], [], []

@@ -182,7 +182,7 @@ class Fleet:
         self._next = 0
 
     def take(self, last: Server | None = None) -> Server:
-        """Return the server for an attempt.
+        """Return the server for the next attempt of a request.
 
         Args:
             last: The server of the failed previous attempt, which is avoided while another one answers.

@@ -203,7 +203,7 @@ class _Shape:
         self.elements: _Shape | None = None
 
     def see(self, value: object, depth: int = 0) -> None:
-        """Record the type of a value.
+        """Record whether a value is an object, a list or a scalar, for the column type.
 
         Raises:
             ValueError: If a key is not text.

@@ -62,7 +62,7 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
 
 
 def main() -> None:
-    """Read the sheet that standard input requests."""
+    """Read a spreadsheet from standard input, and write the requested sheet to standard output."""
     request = json.loads(sys.stdin.buffer.readline())
     raw = sys.stdin.buffer.read()
     limit(request["bytes"])

@@ -87,7 +87,7 @@ class Reviewed:
         return float(self.known.values.std()) or 1.0
 
     def read(self, places: NDArray[np.int64]) -> Any:
-        """Return the token vectors at some positions, shape (b, t, dim)."""
+        """Return token vectors by index, shape (b, t, dim)."""
         torch = require("torch", "baselines")
         if self.tokens.values.dtype != torch.float16:
             return self.tokens.values[torch.from_numpy(places)].to(self.network["down"].weight.dtype)

@@ -161,7 +161,7 @@ def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
 
 
 def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
-    """Return the mixture weights of the whitenings, shape (n, experts), with noise during training."""
+    """Return the mixture weights of the whitening experts, shape (n, experts), with noise during training."""
     torch, own = require("torch", "baselines"), network["adaptor"]
     logits = vectors @ own["gate"]
     if network.training:

@@ -92,7 +92,7 @@ def policy_loss(
 
 @dataclass
 class _Part:
-    """Rollouts of a step that are computed together, as concatenated groups.
+    """Rollouts of an optimiser step that are computed in one micro-batch.
 
     Attributes:
         packed: Their packed sequences as tensors.

@@ -36,7 +36,7 @@ class Rewards:
     scorer: CatalogueScorer | None = None
 
     def of(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the total reward of each item in a group.
+        """Return the total reward of each generated item in a group of rollouts.
 
         Args:
             case: The question and its true item.
