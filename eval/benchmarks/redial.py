@@ -1,4 +1,4 @@
-"""Evaluates conversational retrieval and rule-based slot filling on ReDial's test dialogues.
+"""Evaluates conversational retrieval on ReDial's test dialogues.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.redial eval/results/redial.json`` reads FOLDER/convrec and
 FOLDER/movie_facts. ReDial (Li et al., NeurIPS 2018) is used in CRSLab's preprocessing, test part only: 1,322 dialogues.
@@ -30,13 +30,14 @@ fitted on 1,000 cases of the others, with counts without that fold. A dual encod
 it, and one that scores cases for the fit is trained neither on their fold nor on the evaluated one. ``somebody else's
 context`` is the baseline for the text.
 
-Slots are evaluated by `eval.benchmarks.redial_slots`. ReDial is licensed under CC BY 4.0; the data are not in the
-repository.
+ReDial is licensed under CC BY 4.0; the data are not in the repository.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import os
 import re
 import sys
@@ -50,11 +51,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from eval.benchmarks.clustered import differences
 from eval.benchmarks.kar import table
 from eval.benchmarks.provenance import provenance
 from eval.benchmarks.redial_learned import TALKS, OtherDialogues, exchanged_items, named, synthetic
-from eval.benchmarks.redial_slots import PLACE, lines, slots
 from llmrec.chat.dual_encoder import ENCODER, LAST, mapped
 from llmrec.chat.facts import Facts
 from llmrec.chat.transcripts import Turn
@@ -64,7 +63,8 @@ from llmrec.durable import write_json
 from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.weights import FOLDS, Weights, folds_of, logit
 from llmrec.metrics.ranking import hit_rate
-from llmrec.metrics.stats import interval
+from llmrec.metrics.significance import decide, enough
+from llmrec.metrics.stats import by_user, interval, paired_of
 from llmrec.models.text_encoder import text_embedder
 from llmrec.types import Item
 
@@ -115,6 +115,7 @@ _FAMILIES = (PLANNED, PLANNED_OF_LEARNED, PLANNED_OF_SHUFFLED)
 LEARN = 1000
 """Number of cases for fitting the weights of a fold, sampled by a hash."""
 _YEAR = re.compile(r"\((\d{4})[^)]*\)\s*$")
+_SUFFIX = re.compile(r"\s*\([^()]*\)\s*$")
 
 Floats = NDArray[np.float32]
 
@@ -163,7 +164,8 @@ def items_of(folder: Path) -> list[Item]:
 def cases_of(folder: Path, items: Sequence[Item]) -> Cases:
     """Return the cases: targets that were not mentioned before."""
     place = {item.item_id: column for column, item in enumerate(items)}
-    turns = lines(folder / "convrec" / "redial_test.jsonl.gz")
+    with gzip.open(folder / "convrec" / "redial_test.jsonl.gz", "rt", encoding="utf-8") as stream:
+        turns = [json.loads(line) for line in stream]
     rows, targets = [], []
     for row, turn in enumerate(turns):
         for target in turn["targets"]:
@@ -213,7 +215,7 @@ def _table(pairs: set[tuple[int, int]], shape: tuple[int, int]) -> Any:
 
 def names_of(items: Sequence[Item]) -> tuple[list[str], list[str]]:
     """Return the names of items, and names with lead sections of pages."""
-    names = [PLACE.sub("", item.title) for item in items]
+    names = [_SUFFIX.sub("", item.title) for item in items]
     return names, [f"{name}. {item.fields.get('facts', '')}" for name, item in zip(names, items, strict=True)]
 
 
@@ -331,6 +333,32 @@ def row_of(name: str, found: Mapping[int, NDArray[np.float64]], clusters: Sequen
     return row
 
 
+def differences(
+    metric: str, gains: Sequence[tuple[str, str, NDArray[np.float64], Sequence[str]]]
+) -> list[dict[str, Any]]:
+    """Return planned differences, corrected together, with intervals over dialogues.
+
+    Args:
+        metric: Name of the metric.
+        gains: Names of two models, their difference (first − second) for every case, and the dialogue of every case.
+    """
+    sampled = []
+    for _, _, values, clusters in gains:
+        sums, sizes = by_user(values, clusters)
+        sampled.append(
+            paired_of(
+                lambda rows, sums=sums, sizes=sizes: sums[rows].sum(axis=1) / sizes[rows].sum(axis=1),  # type: ignore[misc]
+                len(sums),
+                resamples=enough(2000, len(gains)),
+                seed=0,
+            )
+        )
+    return [
+        {"metric": metric, "a": one, "b": other, **{key: round(value, 5) for key, value in asdict(each).items()}}
+        for (one, other, _, _), each in zip(gains, decide(sampled), strict=True)
+    ]
+
+
 def _wanted(talks: Sequence[Turn]) -> int:
     return len({turn.items for turn in talks if turn.user is None})
 
@@ -343,9 +371,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     folder, begin = Path(os.environ.get("LLMREC_DATA", ".")), time.perf_counter()
     items = items_of(folder)
-    slot_rows, turns = slots(folder, items)
-    for row in slot_rows:
-        sys.stdout.write(f"{row['slot']:24} gold {row['gold']:4} P {row['precision']:.3f} R {row['recall']:.3f}\n")
     cases = cases_of(folder, items)
     said, asked, told = texts(cases, items)
     single = {**counted(cases, len(items), np.ones(len(set(cases.dialogues)), dtype=bool)), **said}
@@ -387,8 +412,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "synthetic": {"conversations": TALKS, "turns": len(talks) - TALKS, "items": _wanted(talks)},
             "cases of the language model": given.named,
             "weights by fold": weights,
-            "slots": slot_rows,
-            "turns with slots": turns,
             "seconds": round(time.perf_counter() - begin, 1),
             **provenance(),
         },

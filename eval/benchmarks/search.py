@@ -10,7 +10,6 @@ only if both meet it. Random weights suffice for timing.
 - scoring: 100 candidates of one user, compared with one forward pass each.
 - warm: a user with one new interaction, compared with the same search without a prefix cache.
 - catalogue: building the tree of a million items, and the cost of a search step over ten thousand and a million items.
-- exact: how often 20 beams are proven exact, and the required number of beams otherwise.
 
 Section names after the file measure only these and keep the others; ``BENCH_CLOCK=processor`` measures processor time,
 for a busy machine.
@@ -35,7 +34,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eval.benchmarks import search_peers as peers
-from eval.benchmarks.search_alone import FIRST, made_codes, measure_catalogue, measure_exact
+from eval.benchmarks.search_alone import FIRST, made_codes, measure_catalogue
 from eval.benchmarks.timing import alternated, faster, measured, summary, within
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree
@@ -252,7 +251,6 @@ def main(target: Path, only: Sequence[str]) -> None:
         "scoring": lambda: measure_scoring(model, precise),
         "warm": lambda: measure_warm(model, precise),
         "catalogue": measure_catalogue,
-        "exact": measure_exact,
     }
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     head = {

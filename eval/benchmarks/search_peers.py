@@ -1,4 +1,4 @@
-"""Common implementations with transformers, for eval/benchmarks/search.py and rollouts.py: trie, beams and loops.
+"""Common implementations with transformers, for eval/benchmarks/search.py: trie, beams and loops.
 
 The trie is the nested dict of OpenP5, MiniOneRec and LC-Rec (from GENRE), which ``generate`` queries for each beam at
 each step through ``prefix_allowed_tokens_fn``. Log-probabilities are over the full vocabulary in all implementations.
@@ -57,26 +57,6 @@ def generate(
     scores = out.sequences_scores.tolist()
     cuts = range(0, len(paths), width)
     return [dict(zip(paths[at : at + width], scores[at : at + width], strict=True)) for at in cuts]
-
-
-def sample(model: Any, trie: Trie, prompts: Sequence[Sequence[int]], *, count: int, length: int) -> list[list[Path]]:
-    """Return the paths that ``generate`` samples for prompts of equal length, with duplicates."""
-    size, rows = len(prompts[0]), torch.tensor([list(prompt) for prompt in prompts])
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=rows,
-            attention_mask=torch.ones_like(rows),
-            num_return_sequences=count,
-            max_new_tokens=length,
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            prefix_allowed_tokens_fn=lambda _, row: trie.get(row[size:].tolist()),
-            pad_token_id=0,
-        )
-    paths = [tuple(row[size:].tolist()) for row in out]
-    return [paths[at : at + count] for at in range(0, len(paths), count)]
 
 
 def score(model: Any, prompt: Sequence[int], tails: Sequence[Path], *, all_logits: bool = True) -> list[float]:

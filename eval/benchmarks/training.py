@@ -11,7 +11,6 @@ only if both meet it. ``--quick`` is a smoke test with meaningless results.
 - memory: the peak memory of the loss, compared with full logits.
 - packing: tasks that share a history under a tree mask, compared with padded examples.
 - features: seconds and peak memory of a step with and without each setting that trades time for memory.
-- windows: the effect of context beyond the evaluation window on late targets; also with sliding-window attention.
 
 Section names after the file measure only these and keep the others; ``BENCH_CLOCK=processor`` measures processor time,
 for a busy machine.
@@ -42,7 +41,6 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
 from eval.benchmarks import training_peers as peers
-from eval.benchmarks import training_windows as windows
 from eval.benchmarks.timing import alternated, at_most, faster, measured, seconds_now, summary
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.machine import cpu_has_bf16
@@ -52,7 +50,7 @@ from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import fit_row, plan
+from llmrec.train.batches import plan
 from llmrec.train.kernels import faster_layers, recompute
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
@@ -435,23 +433,6 @@ def feature(name: str, steps: int) -> None:
     sys.stdout.write(json.dumps(record) + "\n")
 
 
-def measure_windows(setting: Setting) -> dict[str, Any]:
-    """The loss of late targets with the evaluation window, with the whole prefix, and with sliding-window attention."""
-    window = 4 if setting.quick else 20
-    study = made_study(2 * window)
-    folder = resolve(study.recipe.model)
-    encoder, task = encoder_of(study, folder), study.tasks["sequential"]
-    rows = (fit_row(task.example(draw), encoder, 10**6, lines=True) for draw in task.draws())  # type: ignore[attr-defined]
-    long = list(islice((row for row in rows if row is not None and len(row.lines) == 2 * window), 1))
-    precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
-    return {
-        "what": f"A list of {2 * window} titles of one user of MovieLens-100K, of which evaluation shows {window}; "
-        "pretrained SmolLM2-135M-Instruct in float32; nats a target token, over targets with more titles before them.",
-        "losses": windows.compare(precise, long, window),
-        "goals": {},
-    }
-
-
 def main(target: Path, *, quick: bool, only: Sequence[str]) -> None:
     """Measure and write."""
     quiet_libraries()
@@ -464,7 +445,6 @@ def main(target: Path, *, quick: bool, only: Sequence[str]) -> None:
         "memory": measure_memory,
         "packing": measure_packing,
         "features": measure_features,
-        "windows": measure_windows,
     }
     dtype = "bfloat16" if cpu_has_bf16() else "float32"
     head = {

@@ -30,7 +30,7 @@ from llmrec.chat.opening import MANAGERS
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
 from llmrec.report.breakdowns import in_words
-from llmrec.report.escape import cell, flat, without_surrogates
+from llmrec.report.escape import cell, code, flat, without_surrogates
 from llmrec.report.render import markdown_engine
 from llmrec.report.table import grid
 from llmrec.report.wording import (
@@ -186,6 +186,7 @@ def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str,
                 "undefined": _undefined(result, table),
                 "blocks": [*_fusions(result, table), *_cold(result, table)],
                 "planned": [pair for pair in result.pairs if pair.table == table.name],
+                "opponents": _opponents(result, table),
                 "explored": [pair for pair in result.explored if pair.table == table.name],
                 "published": _beside(result, references, table.name, "Published under the same protocol", ":"),
             }
@@ -237,6 +238,26 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     ]
     if given:
         lines.append(f"Hyperparameters fixed in this suite, not tuned: {', '.join(given)}.")
+    return lines
+
+
+def _opponents(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
+    """Return a line for each planned comparison of an ensemble with a single model that validation does not prefer."""
+    rows = {row.name: row for row in result.rows if table.name in row.tables}
+    lines = list[Markup]()
+    for pair in result.pairs:
+        if pair.table != table.name or pair.items is not None:
+            continue
+        ensemble, single = (rows[name].tables[table.name].fusion is not None for name in (pair.a, pair.b))
+        best = result.best_on_validation(table, rows[pair.a].reads)
+        if ensemble and not single and best and pair.b not in best:
+            names = ", ".join(code(name) for name in sorted(best))
+            lines.append(
+                Markup(
+                    f"{code(pair.a)} is compared with {code(pair.b)}, which is not the best single model on "
+                    f"validation; that is {names}."
+                )
+            )
     return lines
 
 

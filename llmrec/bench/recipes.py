@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 
 from llmrec.bench.engine import Made, MadeRow, Sample
 from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, place
+from llmrec.ensembles.members import FUSIONS
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import over_runs
 from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.study import BY_TEXT
+from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
 from llmrec.results import Figure, Results, Row
+from llmrec.tasks.family import family_of
 
 Shared = tuple[str, str, str, str | None]
 """The key of a table: family, headline metric, its signature, and the hash of the candidates, if any."""
@@ -101,43 +106,64 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
     Raises:
         RecipeError: If a recipe, a grid or a pair cannot be used.
     """
-    todo = list(points(benchmark))
-    _refuse_shared_folders(benchmark, todo)
-    recipes = [recipe_of(benchmark, point, out) for point in todo]  # find all errors before the first run
+    todo = planned_runs(benchmark, out)
     lines: dict[tuple[Shared, str], Line] = {}
     spent = 0.0
-    for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
+    for number, (point, recipe) in enumerate(todo, start=1):
         done = pipeline.run(recipe, out / point.folder, quiet=quiet)
         spent += float(done.results["seconds"])
         for line in _lines(point, done):
             _add(lines, line)
         yield made_of(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
-    _check_pairs(benchmark, lines)
-
-
-def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
-    """Reject comparisons that appear in no table, after all results are written.
-
-    Raises:
-        RecipeError: If there is one; the message names the missing row and the closest one.
-    """
     tables: dict[Shared, set[str]] = {}
     for table, name in lines:
         tables.setdefault(table, set()).add(name)
-    rows = sorted(set().union(*tables.values()))
-    for pair in benchmark.pairs:
-        if any(set(pair) <= names for names in tables.values()):
-            continue
-        unknown = next((name for name in pair if name not in rows), None)
-        why = "no table contains both of its models" if unknown is None else f"unknown model {unknown!r}"
-        near = "" if unknown is None else did_you_mean(unknown, rows)
+    if apart := next(
+        (pair for pair in benchmark.pairs if not any(set(pair) <= rows for rows in tables.values())), None
+    ):
         raise RecipeError(
-            f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so fix the pair and "
-            "run the same command again",
+            f"benchmark {benchmark.benchmark}, pairs: no table contains both {apart[0]!r} and {apart[1]!r}; all runs "
+            "are done and written, so fix the pair and run the same command again",
+            kind="mismatch",
+            column="pairs",
+        )
+
+
+def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[Point, Recipe]]:
+    """Return the runs of a benchmark with their recipes, and check everything that can be checked without data.
+
+    Args:
+        benchmark: From `llmrec.recipe.load.load_benchmark`.
+        out: Folder of the run folders.
+
+    Raises:
+        RecipeError: If a recipe or a grid cannot be used, or a pair names a model that no run has.
+    """
+    todo = list(points(benchmark))
+    _refuse_shared_folders(benchmark, todo)
+    runs = [(point, recipe_of(benchmark, point, out)) for point in todo]
+    known = {name for point, recipe in runs for name in _possible(point, recipe)} if benchmark.pairs else set()
+    if unknown := next((name for pair in benchmark.pairs for name in pair if name not in known), None):
+        raise RecipeError(
+            f"benchmark {benchmark.benchmark}, pairs: unknown model {unknown!r}{did_you_mean(unknown, sorted(known))}; "
+            "baselines are named as in the recipe, language models as METHOD · TEMPLATE · RUN",
             kind="unknown-name",
             column="pairs",
         )
+    return runs
+
+
+def _possible(point: Point, recipe: Recipe) -> Iterator[str]:
+    """Yield the names that rows of a run can have; which of them it has depends on its data."""
+    for family, section in recipe.tasks.present().items():
+        for name in (*(baseline.label for baseline in section.baselines), BY_TEXT, *FUSIONS.values()):
+            yield from (name, f"{name} · {point.label}")
+        chosen = section.eval_templates or section.templates
+        named = {name.rpartition("/")[2] for name in (*chosen, *section.untuned_templates)}
+        templates = named if chosen else load_templates(family, family_of(family).prompts, *recipe.prompts)
+        for method, template in itertools.product((*section.strategies, FUSIONS["language model"]), templates):
+            yield f"{method} · {template} · {point.label}"
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
@@ -165,7 +191,7 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
             )
 
 
-def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
+def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Recipe:
     """Return the recipe of a run; ``out`` contains the run folders.
 
     Raises:

@@ -6,7 +6,7 @@ one or more tables. As in `llmrec.results`, unknown keys are ignored and unset f
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -267,6 +267,26 @@ class BenchmarkResult(Record):
         """Return the models of a table with their results, best first."""
         results = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
         return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
+
+    def best_on_validation(self, table: BenchmarkTable, reads: Reads | None) -> set[str]:
+        """Return the best tuned single model on validation, and those equal to it.
+
+        Args:
+            table: A table of this result.
+            reads: What the model may read at most, in the order of `Reads`; None: interactions only.
+        """
+        order = get_args(Reads)
+        limit = order.index(reads or order[0])
+        known = {
+            row.name: min(place(trial.values[table.name], row.chosen_by) for trial in row.trials)
+            for row in self.rows
+            if row.trials
+            and table.name in row.tables
+            and row.tables[table.name].fusion is None
+            and order.index(row.reads or order[0]) <= limit
+            and all(table.name in trial.values for trial in row.trials)
+        }
+        return {name for name, value in known.items() if value == min(known.values())}
 
 
 def place(value: float | None, metric: str) -> tuple[bool, float]:

@@ -11,7 +11,7 @@ from typing import Literal
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.bench.conversations import conversation_rows
 from llmrec.bench.engine import Made, Page, Ran, name_of, write
-from llmrec.bench.recipes import points, recipe_of, recipe_rows
+from llmrec.bench.recipes import planned_runs, recipe_rows
 from llmrec.bench.suite import check_rows, suite_rows
 from llmrec.cli.console import say, store_facts, written
 from llmrec.pipeline.results import of_another
@@ -94,11 +94,12 @@ def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides
         say(f"suite {suite.suite} is valid: {len(suite.rows)} models, {len(suite.pairs)} planned comparisons")
     elif kind == "benchmark":
         bench = load_benchmark(page, overrides)
-        todo = list(points(bench))
-        for point in todo:
-            recipe_of(bench, point, Path("runs"))
-        store_facts(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
-        say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
+        todo = planned_runs(bench, Path("runs"))
+        store_facts(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo), pairs=bench.pairs)
+        say(
+            f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models, "
+            f"{len(bench.pairs)} planned comparisons"
+        )
     else:
         talks = load_chat(page, overrides)
         load_recipe(talks.recipe, talks.overrides)

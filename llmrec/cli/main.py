@@ -231,7 +231,7 @@ def main(program: typer.Typer = app) -> None:
     Of several processes that a launcher started, the first prints the result; the first that fails prints its error.
     """
     # OpenMP threads spin while they wait for each other. With another busy process, the thread that they wait for gets
-    # no core, and training takes at least twice as long (eval/results/waiting.json).
+    # no core, and training takes at least twice as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:

@@ -143,8 +143,7 @@ def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
 
 # Sums of ratings are rounded, because the order of addition must not decide how a mean is rounded.
 _DIGITS = 6
-# Means are shown in steps of 0.5: from exact means with and without a rating, the rating could be derived. Rounded
-# means describe items equally well (eval/results/shown_means.json).
+# Means are shown in steps of 0.5: from exact means with and without a rating, the rating could be derived.
 _STEP = 0.5
 
 

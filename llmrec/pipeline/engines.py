@@ -117,8 +117,7 @@ class Engines:
 
         Under ``scorer: auto``, likelihoods and searches use hf on the CPU, where one masked forward pass shares the
         prompt among all continuations while vLLM decodes a request per path. On a GPU they use the evaluation backend:
-        vLLM reads each path there as a prompt, and computes 1.3 times the tokens of the masked pass, prompt
-        included (`make bench NAME=tree_routes`), without a second engine beside the one that generates. Which is faster
+        vLLM reads each path there as a prompt, without a second engine beside the one that generates. Which is faster
         on a GPU has not been measured.
 
         Args:

@@ -46,8 +46,8 @@ from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 if TYPE_CHECKING:
     from llmrec.ensembles.retrieving import FusedFinder
 
-# A baseline that ranks by item texts only, in seconds and without a download.
-_BY_TEXT = "content"
+BY_TEXT = "content"
+"""A baseline that ranks by item texts only, in seconds and without a download."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) ->
     if not any(item.fields or item.title != item.item_id for item in items.values()):
         return known
     reads = any(lookup(BASELINES, entry.name, "baseline").READS == "texts" for entry in known)
-    return known if reads else (*known, *named(_BY_TEXT))
+    return known if reads else (*known, *named(BY_TEXT))
 
 
 def _check_parameters(family: str, baseline: BaselineSection) -> None:

@@ -16,11 +16,12 @@ from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.pages import own_pages
 from llmrec.bench.recipes import Line, _add, made_of, points, recipe_of
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
-from llmrec.bench.run import run_benchmark
+from llmrec.bench.run import check_page, run_benchmark
 from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import compare
 from llmrec.metrics.significance import holm
 from llmrec.recipe.load import kind_of_page, load_benchmark
+from llmrec.resources import resource
 from llmrec.results import Cost, Figure, Metric, Row
 from tests.facts import Facts, raises
 from tests.tasks.task_data import make_split
@@ -162,15 +163,39 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
     )
 
 
-def test_a_pair_that_no_table_holds_is_named(tmp_path: Path) -> None:
-    page = load_benchmark(
-        write(tmp_path, "  - {name: zero-shot}\n", 'pairs: [["label · after-history · zero-sho", "popularity"]]\n')
-    )
-    with raises(
-        RecipeError, Facts("unknown-name", column="pairs", says="did you mean 'label · after-history · zero-shot'")
-    ):
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("label · after-history · zero-sho", "label · after-history · zero-shot"),
+        ("label · after-histories · zero-shot", "label · after-history · zero-shot"),
+        ("labels · after-history · zero-shot", "label · after-history · zero-shot"),
+        ("popularitY", "popularity"),
+    ],
+)
+def test_a_pair_with_an_unknown_model_is_an_error_before_anything_runs(tmp_path: Path, name: str, near: str) -> None:
+    page = write(tmp_path, "  - {name: zero-shot}\n", f'pairs: [["{name}", "popularity"]]\n')
+    expected = Facts("unknown-name", column="pairs", says=f"did you mean {near!r}")
+    with raises(RecipeError, expected):
+        check_page("benchmark", str(page), [])
+    with raises(RecipeError, expected):
+        run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "eval").exists()
+
+
+def test_a_pair_whose_models_are_in_no_common_table_is_named(tmp_path: Path) -> None:
+    page = load_benchmark(write(tmp_path, "  - {name: zero-shot}\n", 'pairs: [["markov", "global-mean"]]\n'))
+    with raises(RecipeError, Facts("mismatch", column="pairs", says="no table contains both")):
         run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
     assert json.loads((tmp_path / "eval" / "results" / "small.json").read_text(encoding="utf-8"))["missing"] == 0
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in sorted(resource("eval/suites").glob("*.yaml")) if kind_of_page(page) == "benchmark"],
+    ids=lambda page: page.stem,
+)
+def test_committed_benchmarks_compare_models_that_they_have(page: Path) -> None:
+    check_page("benchmark", str(page), [])
 
 
 def test_a_figure_that_is_not_defined_stands_in_the_table_and_in_no_picture(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Chains of `llmrec run`, `export` and `rank` that are killed with SIGKILL at a named point or after some seconds.
 
 The command that was killed is given again, the others follow, and all that they left is compared with a chain that
-nothing disturbed. The processes are forked by `eval.benchmarks.faults.zygote`.
+nothing disturbed. The processes are forked by `tests.recovery.zygote`.
 
-    python -m tests.recovery.kills eval/results/recovery.json
+    python -m tests.recovery.kills build/recovery.json
 
 runs every named point and 20 random ones and writes what came out.
 """
@@ -23,11 +23,11 @@ from typing import Any
 
 import polars as pl
 
-from eval.benchmarks.faults import zygote as zygotes
-from eval.benchmarks.faults.zygote import Child, Ended
 from llmrec.durable import checked
 from tests.recovery import points
+from tests.recovery import zygote as zygotes
 from tests.recovery.points import POINTS, REQUESTS
+from tests.recovery.zygote import Child, Ended
 
 SMALL = (
     "eval.fusion={}",

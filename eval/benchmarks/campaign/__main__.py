@@ -16,8 +16,9 @@ from typing import Any
 from eval.benchmarks.campaign import good
 from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, Surface, cases
 from eval.benchmarks.campaign.watch import SECONDS, Worker
+from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
-from llmrec.machine import commit, machine
+from llmrec.machine import commit
 
 _HOWS = {"answered": "answered", "refused": "refused", "traceback": "tracebacks", "hang": "hangs", "death": "deaths"}
 _LONG = 200
@@ -67,7 +68,7 @@ def main() -> None:
         "command": "make bench NAME=campaign",
         "what": "malformed inputs of ten surfaces, each handed to what a user calls; how each call ended",
         "cpu_seconds": SECONDS,
-        "machine": machine(),
+        **provenance(),
     }
     kept = {key: stored[key] for key in ("further", "earlier") if key in stored}
     write_json(chosen.target, {**head, **state, **kept})

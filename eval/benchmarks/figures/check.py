@@ -102,7 +102,9 @@ def _page(name: str, text: str, allowed: Sequence[Allowed], results: Results) ->
             continue
         if written != f"{bound.figure.sign}{bound.figure.digits}":
             yield f"{where} is {written} in {bound.expression}"
-    for place, said in verdicts.faults(plain_claims(text), page.bound, results):
+    claims = plain_claims(text)
+    found = [*verdicts.faults(claims, page.bound, results), *verdicts.unfounded(claims, plain, page.bound)]
+    for place, said in found:
         yield f"{_where(name, text, place)}: {said}"
 
 

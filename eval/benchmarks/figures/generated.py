@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import experiments, metric_table, negative, performance, record
+from eval.benchmarks import metric_table, negative, performance, record
 from eval.benchmarks.figures import chart
 from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
@@ -41,7 +41,6 @@ def wanted(root: Path) -> dict[str, str]:
         pages |= own_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
-    found["eval/EXPERIMENTS.md"] = experiments.write(experiments.read(results))
     found[negative.PAGE] = negative.write(root)
     board = leaderboard.load_board(root / "eval")
     assert board is not None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks.gpu.measure import SHAPES
+from eval.benchmarks.provenance import provenance
 from llmrec.cli.estimate import CONTEXT, memory_of
 from llmrec.durable import write_json
 from llmrec.models.load import load_config, resolve
@@ -129,7 +130,9 @@ def main() -> None:
     out = parser.parse_args().out
     assumed = {"tflops": {str(card): peak for card, peak in PEAKS.items()}, "share_of_peak": [LARGE, SMALL, WRITING]}
     assumed |= {"seconds_of_a_step": LEAST}
-    write_json(out, {"command": "make bench NAME=gpu-recipes", "assumed": assumed, "recipes": estimates()})
+    write_json(
+        out, {"command": "make bench NAME=gpu-recipes", **provenance(), "assumed": assumed, "recipes": estimates()}
+    )
 
 
 if __name__ == "__main__":

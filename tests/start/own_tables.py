@@ -1,37 +1,26 @@
-"""Runs the documented commands (init, check, data and a run of baselines) on nine common kinds of tables.
+"""Nine common kinds of tables, generated from a seed, and what a recipe must read of them.
 
-``python -m eval.benchmarks.own_tables`` writes eval/results/own_tables.json, with exit code 1 if a table fails. The
-tables are generated from a seed: a shop with orders of several products, whose titles are HTML, and a folder in
-MovieLens' format. The data that a recipe reads must equal the written data: users, items, pairs, and plain-text titles.
+They are a shop with orders of several products, whose titles are HTML, and a folder in MovieLens' format. The data that
+a recipe reads must equal the written data: users, items, pairs, and plain-text titles.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
-import shlex
 import sqlite3
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from html import escape
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import polars as pl
 
-from eval.benchmarks.provenance import provenance
 from llmrec.data.dataset import Dataset
-from llmrec.data.sets.table import load
-from llmrec.durable import write_json
-from llmrec.recipe.load import load_recipe
 from tests.workbook import workbook
 
 SEED = 0
@@ -269,19 +258,11 @@ TABLES: Mapping[str, Table] = {
     "Parquet": Table(parquet, ("plain.parquet",)),
     "MovieLens folder": Table(movielens, ("ml-latest-small",)),
 }
-# No language model: the test is whether the table is read correctly.
-CLASSIC = ("eval.arms=[]", "eval.users=40", "eval.bootstrap=100")
 
 
 def commands(table: Table) -> list[list[str]]:
-    """Return the commands of a table, run in its folder; `llmrec run` is the last."""
-    page = "mine.yaml"
-    return [
-        ["init", *table.init, "--name", "mine"],
-        ["check", page, *CLASSIC],
-        ["data", page],
-        ["run", page, *CLASSIC, "-q"],
-    ]
+    """Return `init` and `check` of a table, run in its folder, without a language model."""
+    return [["init", *table.init, "--name", "mine"], ["check", "mine.yaml", "eval.arms=[]", "eval.users=40"]]
 
 
 def differences(made: Shop, table: Table, data: Dataset, split: str) -> list[str]:
@@ -300,58 +281,3 @@ def differences(made: Shop, table: Table, data: Dataset, split: str) -> list[str
         known = {" ".join(each.title.split()) for each in made.products}
         wanted["titles"] = (sorted(titles - known), [])
     return [f"{name}: {found} and not {said}" for name, (found, said) in wanted.items() if found != said]
-
-
-def taken(name: str, made: Shop, folder: Path) -> dict[str, Any]:
-    """Run the commands of one table, and return the outcome."""
-    table, done = TABLES[name], list[dict[str, Any]]()
-    table.write(made, folder)
-    for words in commands(table):
-        begin = perf_counter()
-        ended = subprocess.run(
-            [sys.executable, "-m", "llmrec", *words], cwd=folder, capture_output=True, text=True, check=False
-        )
-        done.append(
-            {"command": shlex.join(["llmrec", *words]), "seconds": round(perf_counter() - begin, 1)}
-            | ({"error": ended.stderr.strip()[-500:]} if ended.returncode else {})
-        )
-        if ended.returncode:
-            return {"ok": False, "commands": done}
-    recipe = load_recipe(folder / "mine.yaml")
-    section = recipe.data.model_copy(update={"path": _here(str(recipe.data.path), folder)})
-    if section.items is not None:
-        section = section.model_copy(update={"items": str(folder / section.items)})
-    wrong = differences(made, table, load(section, seed=0), recipe.data.split.kind)
-    return {"ok": not wrong, "commands": done} | ({"differences": wrong} if wrong else {})
-
-
-def _here(path: str, folder: Path) -> str:
-    kind, mark, rest = path.partition(":///")
-    return f"{kind}{mark}{folder / rest}" if mark else str(folder / path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all tables, write the outcomes, and return 1 if one failed."""
-    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.own_tables", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("eval/results/own_tables.json"))
-    given = parser.parse_args(arguments)
-    made, found = shop(), dict[str, dict[str, Any]]()
-    for name in TABLES:
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = taken(name, made, Path(folder))
-        seconds = sum(each["seconds"] for each in found[name]["commands"])
-        sys.stdout.write(f"{'ok' if found[name]['ok'] else 'FAILED'}  {name}  {seconds:.0f} s\n")
-    failed = sum(not each["ok"] for each in found.values())
-    result = {
-        "command": "python -m eval.benchmarks.own_tables",
-        "seed": SEED,
-        "tables": found,
-        "failed": failed,
-        **provenance(),
-    }
-    write_json(given.out, result)
-    return int(failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -66,7 +66,7 @@ class Zygote:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "eval.benchmarks.faults.zygote"],
+            [sys.executable, "-m", "tests.recovery.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,0 +1,82 @@
+"""Committed results record how they were made, and hold no data of other people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eval.benchmarks.provenance import EXCEPTIONS, lacking, provenance
+
+ROOT = Path(__file__).parent.parent
+BOARD = yaml.safe_load((ROOT / "eval" / "leaderboard.yaml").read_text(encoding="utf-8"))
+COLUMNS = sorted({column["suite"] for group in BOARD["groups"] for column in group["columns"]})
+READS = ("events", "texts", "language model")
+
+
+def results() -> dict[str, Any]:
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "eval" / "results").glob("*.json")
+    }
+
+
+def test_what_a_result_lacks_of_its_provenance_is_listed_with_a_reason() -> None:
+    listed: dict[str, set[str]] = {}
+    for entry in yaml.safe_load((ROOT / EXCEPTIONS).read_text(encoding="utf-8")):
+        assert entry["reason"]
+        for name in entry["results"]:
+            listed.setdefault(name, set()).update(entry["lacks"])
+    assert listed == {name: lacks for name, result in results().items() if (lacks := lacking(result, ROOT))}
+
+
+def test_a_result_needs_every_part() -> None:
+    whole = {"command": "llmrec eval eval/suites/toys.yaml", **provenance(), "commit": "abc"}
+    assert lacking(whole, ROOT) == set()
+    for part, without in (
+        ("command", {**whole, "command": ""}),
+        ("commit", {**whole, "commit": ""}),
+        ("version", {**whole, "versions": {}}),
+        ("machine", {**whole, "machine": {}}),
+        ("duration", {**whole, "duration": None}),
+        ("script", {**whole, "command": "llmrec run recipes/removed.yaml"}),
+        ("script", {**whole, "command": "python -m eval.benchmarks.removed OUT"}),
+        ("script", {**whole, "command": "make bench NAME=removed"}),
+    ):
+        assert lacking(without, ROOT) == {part}
+
+
+def test_no_result_holds_prompts_texts_or_titles_of_other_people() -> None:
+    for name, found in results().items():
+        shown = [key for key in ("example", "examples", "gallery", "newcomers", "texts") if found.get(key)]
+        failed = [row["id"] for row in found.get("rows", ()) if "id" in row and row.get("failures")]
+        assert not shown and not failed, (name, "write it with eval.benchmarks.record", shown, failed)
+
+
+@pytest.mark.parametrize("suite", COLUMNS)
+def test_an_ensemble_is_compared_with_the_best_single_model_on_validation_or_the_page_says_so(suite: str) -> None:
+    result = results()[suite]
+    page = (ROOT / "eval" / f"{suite}.md").read_text(encoding="utf-8")
+    for table in result["tables"]:
+        name = table["name"]
+        rows = {row["name"]: row for row in result["rows"] if name in row["tables"]}
+        single = {key: row for key, row in rows.items() if row["tables"][name].get("fusion") is None}
+        for pair in result["pairs"]:
+            if pair["table"] != name or pair["a"] in single or pair["b"] not in single:
+                continue
+            most = READS.index(rows[pair["a"]]["reads"])
+            sign = 1 if single[pair["b"]]["chosen_by"] in ("RMSE", "LogLoss") else -1
+            reached = {
+                key: min(sign * trial["values"][name] for trial in row["trials"])
+                for key, row in single.items()
+                if row["trials"] and READS.index(row["reads"]) <= most
+            }
+            best = min(reached, key=lambda key: reached[key])
+            said = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best single model on validation"
+            heading = {"excluded": "## Seen items filtered\n", "included": "## Seen items not filtered\n"}.get(
+                name, "## "
+            )
+            part = page.partition(heading)[2].partition("\n## ")[0]
+            assert (said in part) == (reached[pair["b"]] > reached[best]), (suite, name, pair["a"], pair["b"], best)
