@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,16 @@ def test_an_ensemble_is_compared_with_the_best_single_model_on_validation_or_the
             )
             part = page.partition(heading)[2].partition("\n## ")[0]
             assert (said in part) == (reached[pair["b"]] > reached[best]), (suite, name, pair["a"], pair["b"], best)
+
+
+def test_every_result_is_used_by_a_page() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "eval" / "negative_results.yaml"]
+    pages += [path for folder in ("docs", "eval") for path in (ROOT / folder).glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    used = set(re.findall(r"(?:^|[\s(\"`])([\w-]+):[\w\[$]", text, re.M)) | set(
+        re.findall(r"results/([\w-]+)\.json", text)
+    )
+    site = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    unused = {name for name in results() if name not in used and f'"eval/{name}.md"' not in site}
+    # The last campaign is checked by a test.
+    assert unused == {"campaign"}
