@@ -9,6 +9,7 @@ has width 0, which does not mean certainty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,7 @@ Method = Literal["percentile", "bca"]
 _CHUNK = 1 << 19
 # Minimum distance of percentiles from 0 and 1, whose normal quantiles are infinite.
 _OUTERMOST = 1e-9
+_Z = float(ndtri(0.975))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,13 @@ def interval(
     value = float(np.mean([root_or_not(sums.sum() / sizes.sum(), statistic) for sums, sizes in rows]))
     tails = _tails(level, left_out.size if widen else None)
     return Interval(value, *_bounds(draws, value, left_out, method, tails))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a share of n independent requests or votes (Wilson, JASA 1927)."""
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share) / n + _Z**2 / (4 * n**2)))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mean_of(statistics: Sequence[Statistic]) -> Statistic:

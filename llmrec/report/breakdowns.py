@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from scipy.special import ndtri, stdtrit
+from scipy.special import stdtrit
 
 from llmrec.guard import clean
+from llmrec.metrics.stats import wilson
 from llmrec.registry import lower
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import DASH, arm_label, label, listed, p_value
@@ -153,7 +154,6 @@ def _bare(figure: Metric | None) -> Metric | None:
 
 _A_BAND = 20  # number of requests
 _ALPHA = 0.05
-_Z = float(ndtri(0.975))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,13 +238,6 @@ def _band(first: int, last: int, entries: Sequence[AtPosition]) -> Band:
         rank_low=None if half is None else rank - half,
         rank_high=None if half is None else rank + half,
     )
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the Wilson 95 % interval of a proportion of n requests."""
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share) / n + _Z**2 / (4 * n**2)))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sentences(results: Results, task: str) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from fastapi.security import HTTPBearer
 
 from llmrec import __version__
 from llmrec.data.read.limits import ID_LIMIT
-from llmrec.errors import LlmrecError
+from llmrec.errors import DataError, LlmrecError
+from llmrec.metrics.stats import wilson
 from llmrec.serve import schema
 from llmrec.serve.failures import answer_failures, failure, failures
 from llmrec.serve.gates import Auth, Authenticated, BodyLimit, Measured, Metrics, Plain, SameOrigin, StrictRoute
@@ -48,6 +49,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_MOST_VOTES = 1_000_000
 _Id = Annotated[str, Path(min_length=1, max_length=ID_LIMIT, pattern=schema.NAME)]
 
 
@@ -132,7 +134,10 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        return _asset(_OWN, "page", "index.html", "text/html")
+        answer = _asset(_OWN, "page", "index.html", "text/html")
+        allowed = await asyncio.to_thread(service.image_origins)
+        answer.headers["Content-Security-Policy"] = _POLICY.replace("data:", " ".join(("data:", *allowed)))
+        return answer
 
     @router.get("/chat", include_in_schema=False)
     async def chat_page() -> Response:
@@ -238,6 +243,18 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
     async def models() -> schema.Models:
         """List the models, the default model first."""
         return schema.Models(models=[card_of(card) for card in service.engine.cards])
+
+    @router.get("/v1/preference")
+    async def preference(
+        first: Annotated[int, Query(ge=0, le=_MOST_VOTES, description="Votes for the first of two models.")],
+        second: Annotated[int, Query(ge=0, le=_MOST_VOTES, description="Votes for the second.")],
+    ) -> schema.Preference:
+        """Return the share of votes for the first of two models, with its 95 % interval; ties do not count."""
+        votes = first + second
+        if not votes:
+            raise DataError("first and second: there are no votes", kind="empty", column="first")
+        low, high = wilson(first / votes, votes)
+        return schema.Preference(share=first / votes, low=low, high=high)
 
     @router.get("/v1/items")
     async def items(

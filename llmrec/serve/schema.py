@@ -379,6 +379,14 @@ class Completion(BaseModel):
     items: list[CatalogueItem] = Field(description="The listed items, best first; not in OpenAI's format.")
 
 
+class Preference(BaseModel):
+    """The share of votes for the first of two models."""
+
+    share: float
+    low: float = Field(description="Lower end of Wilson's 95 % interval.")
+    high: float = Field(description="Upper end.")
+
+
 class FoundItems(BaseModel):
     """Items whose title or id contains the search text."""
 

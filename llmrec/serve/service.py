@@ -35,6 +35,7 @@ from llmrec.serve import schema
 from llmrec.serve.batching import Batcher, Full, TooLate
 from llmrec.serve.databases import StoreError
 from llmrec.serve.engine import EngineLost, Supervisor
+from llmrec.serve.images import origins
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.types import Event, Item
 
@@ -109,6 +110,7 @@ class Service:
             hangs=self.engine.kill,
         )
         self.conversations = Conversations(self)
+        self._images: tuple[Mapping[str, Item], tuple[str, ...]] | None = None
 
     def start(self) -> None:
         """Start the engine in the background."""
@@ -224,6 +226,14 @@ class Service:
             raise TooLate("this is stored; the models use it after their current batch", kind="exhausted")
         await telling
         return stored
+
+    def image_origins(self) -> tuple[str, ...]:
+        """Return the origins of the images of the catalogue."""
+        items = self.catalogue.items
+        if self._images is None or self._images[0] is not items:
+            # A change of the catalogue makes a new mapping.
+            self._images = items, origins(items.values())
+        return self._images[1]
 
     # ------------------------------------------------------------------- the database
 

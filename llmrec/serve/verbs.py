@@ -25,6 +25,7 @@ from llmrec.chat.state import State
 from llmrec.data.requests import read_request
 from llmrec.errors import DataError, LlmrecError
 from llmrec.guard import clean
+from llmrec.serve.images import image_of
 from llmrec.serve.schema import (
     LONGEST_TEXT,
     MOST_BATCH,
@@ -100,6 +101,7 @@ class RankedItem(BaseModel):
     score: float = Field(description="Score on the model's scale; higher is better.")
     rationale: str | None = None
     fields: dict[str, str] = {}
+    image: str | None = Field(None, description="URL of an image, http or https, of the fields; it is not loaded here.")
 
 
 def card_of(card: Card | None) -> ModelCard:
@@ -131,6 +133,7 @@ def ranked_items(found: Answered, items: Mapping[str, Item], reasons: Sequence[s
             score=score,
             rationale=(reasons[position - 1] or None) if position <= len(reasons) else None,
             fields=dict(items[name].fields) if name in items else {},
+            image=image_of(items[name].fields) if name in items else None,
         )
         for position, (name, title, score) in enumerate(rows, start=1)
     ]
@@ -354,6 +357,17 @@ class SimilarBody(Body):
     by: Annotated[Literal["interactions", "text"], Field(description="Similarity by common users, or by texts.")] = (
         "interactions"
     )
+    candidates: (
+        Annotated[
+            list[DataId],
+            Field(
+                min_length=1,
+                max_length=MOST_CANDIDATES,
+                description="Rank only these, such as the items of a history. Unknown ones are left out.",
+            ),
+        ]
+        | None
+    ) = None
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     rules: Rules = Rules()
 
@@ -373,11 +387,16 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
     rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
     for item in body.item_ids:
         service.catalogue.get(item)
-    request = read_request({"history": list(body.item_ids)}, 1, service.catalogue.items, whole=True)
+    items = service.catalogue.items
+    within = None if body.candidates is None else [item for item in body.candidates if item in items]
+    if within == []:
+        raise DataError("candidates: none of them is in the catalogue", kind="unknown-name", column="candidates")
+    record = {"history": list(body.item_ids), "candidates": within}
+    request = read_request(record, 1, items, whole=within is None)
     _, answer = await service.listed(request, Wanted(body.k, body.by, rules=rules), SIMILAR)
     return SimilarAnswer(
         model=card_of(answer.card),
-        items=ranked_items(answer, service.catalogue.items),
+        items=ranked_items(answer, items),
         notes=[*answer.notes, *service.unknown_note(body.rules.block)],
         milliseconds=since(begun),
     )
@@ -596,7 +615,14 @@ VERBS: Mapping[str, Verb] = {
             answer=AskAnswer,
             ask=ask,
         ),
-        Verb(name="similar", about="Find similar items.", body=SimilarBody, answer=SimilarAnswer, ask=similar),
+        Verb(
+            name="similar",
+            about="Find similar items, in the catalogue or among candidates.",
+            body=SimilarBody,
+            answer=SimilarAnswer,
+            ask=similar,
+            batch="Find similar items for several requests at once.",
+        ),
         Verb(
             name="chat",
             about="Answer one message of a conversation; streams with ``Accept: text/event-stream``.",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.metrics.significance import holm
-from llmrec.metrics.stats import Difference, interval, interval_of, mean_ranks, paired, paired_of, verdict
+from llmrec.metrics.stats import Difference, interval, interval_of, mean_ranks, paired, paired_of, verdict, wilson
 
 _VALUES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40)
 
@@ -292,3 +292,11 @@ def test_verdicts() -> None:
 @given(st.lists(st.integers(-3, 3) | st.floats(-2, 2), min_size=1, max_size=12))
 def test_equal_values_share_the_mean_of_their_ranks(values: list[float]) -> None:
     assert mean_ranks(values).tolist() == scipy.stats.rankdata(values).tolist()
+
+
+def test_wilson_by_hand() -> None:
+    # Wilson 1927 for 2 of 10, as in every table of it.
+    assert wilson(0.2, 10) == (pytest.approx(0.0567, abs=1e-4), pytest.approx(0.5098, abs=1e-4))
+    assert wilson(0.0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
+    low, high = wilson(1.0, 20)
+    assert low == pytest.approx(0.8389, abs=1e-4) and high == pytest.approx(1.0)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from llmrec.report.breakdowns import bands, bias_words, sentences, shown_rows, wilson
+from llmrec.report.breakdowns import bands, bias_words, sentences, shown_rows
 from llmrec.report.page import write
 from llmrec.report.plots import by_position
 from llmrec.report.results import results_of
@@ -54,14 +54,6 @@ def test_a_band_equals_the_requests_that_it_pools() -> None:
     )
     assert first.mean_rank == f"{pooled.mean():.1f}"
     assert first.rank_bounds == f"[{first.rank_low:.1f}, {first.rank_high:.1f}]"
-
-
-def test_wilson_by_hand() -> None:
-    # Wilson 1927 for 2 of 10, as in every table of it.
-    assert wilson(0.2, 10) == (pytest.approx(0.0567, abs=1e-4), pytest.approx(0.5098, abs=1e-4))
-    assert wilson(0.0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
-    low, high = wilson(1.0, 20)
-    assert low == pytest.approx(0.8389, abs=1e-4) and high == pytest.approx(1.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), max_size=40, unique_by=lambda each: each[0]))

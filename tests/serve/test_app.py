@@ -22,6 +22,7 @@ pytest.importorskip("prometheus_client", reason="the serve extra is not installe
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmrec.metrics.stats import wilson
 from llmrec.serve.schema import Failed
 
 CLASSIC = ("popularity", "item-knn", "markov-1", "markov")
@@ -471,6 +472,30 @@ def test_items_are_alike_by_text_however_new_they_are(asking: Asking) -> None:
         for by in ("interactions", "text"):
             found = asking.post("/v1/similar", item_ids=["q-1"], by=by, k=5)
             assert "q-1" not in ids(found) and all(math.isfinite(item["score"]) for item in found["items"])
+
+
+@pytest.mark.parametrize("by", ["interactions", "text"])
+def test_similar_items_of_a_history_are_found_for_several_items_at_once(asking: Asking, by: str) -> None:
+    past = ["k02", "k06", "k20", "no-such"]
+    requests = [{"item_ids": [name], "by": by, "candidates": past, "k": 2} for name in ("k01", "k06")]
+    found = asking.post("/v1/similar/batch", requests=[*requests, {**requests[0], "candidates": ["no-such"]}])[
+        "answers"
+    ]
+    for answer, name in zip(found, ("k01", "k06"), strict=False):
+        everything = ids(asking.post("/v1/similar", item_ids=[name], by=by, k=1000))
+        # Their order is that among all items; the item itself is the last resort.
+        expected = [item for item in everything if item in past]
+        assert [item for item in ids(answer) if item != name] == expected[: len(ids(answer)) - (name in ids(answer))]
+        assert len(ids(answer)) == 2
+    assert found[2]["error"]["kind"] == "unknown-name" and found[2]["error"]["at"] == "candidates"
+
+
+def test_a_preference_has_wilsons_interval(asking: Asking) -> None:
+    low, high = wilson(0.7, 10)
+    assert asking.get("/v1/preference?first=7&second=3") == {"share": 0.7, "low": low, "high": high}
+    assert asking.get("/v1/preference?first=0&second=4")["low"] == 0.0
+    for query in ("first=0&second=0", "first=-1&second=2", "first=1", "first=1&second=x"):
+        failure(asking.http.get(f"/v1/preference?{query}"), 422)
 
 
 def test_an_item_that_is_removed_is_never_listed_again(asking: Asking) -> None:

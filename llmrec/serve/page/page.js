@@ -8,11 +8,13 @@
  *
  * @typedef {{name: string, kind: string, answers: string[]}} ModelCard
  * @typedef {{id: string, rating: number | null}} Past  One event of the history.
- * @typedef {{item_id: string, title: string, fields?: Record<string, string>}} Item
+ * @typedef {{item_id: string, title: string, fields?: Record<string, string>, image?: string | null}} Item
  * @typedef {Item & {rank: number, score: number, rationale?: string | null}} Ranked
  * @typedef {{prompt_tokens?: number, completion_tokens?: number}} Usage
  * @typedef {{notes?: string[], prompt?: string | null, milliseconds: number, usage?: Usage}} Answer
  * @typedef {Answer & {items: Ranked[], cold: boolean}} RankAnswer
+ * @typedef {{item_id: string, title: string}[]} Similar  Items of the history, the most similar one first.
+ * @typedef {{whom: string, left: string, right: string, preferred: "left" | "right" | "none"}} Vote  And more, to save.
  * @typedef {{body?: object, signal?: AbortSignal, stream?: boolean, onWait?: (words: string) => void}} Options
  */
 
@@ -22,6 +24,11 @@ const MOST_FOUND = 20;
 const MOST_NAMED = 50; // titles that are requested one by one for the ids of a link
 const MOST_WAIT = 60; // seconds; longer waits need a manual retry
 const KEY = "llmrec-key";
+const VOTES = "llmrec-votes";
+const LEAST_VOTES = 10; // before the names of a blind test are shown without being asked for
+const MOST_EXPLAINED = 50; // items of a list, and of a history, so that a request stays small
+const LEAST_SIMILARITY = 1e-6; // without a common user, scores have only a smaller term that breaks ties
+const FACTS = { price: ["price"], category: ["category", "categories", "main_category", "genres"] };
 const COUNT = new Intl.NumberFormat("en");
 const SHORT = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const SCORE = new Intl.NumberFormat("en", { minimumSignificantDigits: 4, maximumSignificantDigits: 4 });
@@ -91,13 +98,13 @@ function words(status, body) {
   return status === 503 ? "The service is busy." : `The service returned an unreadable response (status ${status}).`;
 }
 
-let key = keep();
+let key = keep(KEY);
 
-/** The key, in this tab only; where storage is switched off, until the page is left. @param {string} [next] */
-function keep(next) {
+/** A text, in this tab only; where storage is switched off, until the page is left. @param {string} name @param {string} [next] */
+function keep(name, next) {
   try {
-    if (next) sessionStorage.setItem(KEY, next);
-    return next ?? sessionStorage.getItem(KEY) ?? "";
+    if (next) sessionStorage.setItem(name, next);
+    return next ?? sessionStorage.getItem(name) ?? "";
   } catch {
     return next ?? "";
   }
@@ -305,7 +312,7 @@ function about(side) {
   const own = state.user && !state.edited;
   const past = state.history.map(({ id, rating }) => (rating === null ? id : { item_id: id, rating }));
   const whom = { ...(state.user && { user_id: state.user }), ...(!own && { history: past }) };
-  return { model: state.models[side], show_prompt: true, ...whom };
+  return { model: modelOf(side), show_prompt: !blind.on, ...whom };
 }
 
 function rules() {
@@ -541,6 +548,7 @@ function startControls() {
     on(`model-${side}`, "change", ({ target }) => {
       state.models[side] = target.value;
       writeLink();
+      drawBlind();
       rank(side);
     });
   }
@@ -576,7 +584,7 @@ function startControls() {
     const text = $("key-text").value.trim();
     $("key-note").textContent = "An API key has only ASCII characters and no spaces.";
     if (!/^[\x21-\x7e]+$/.test(text)) return; // nothing else can stand in a header
-    key = keep(text);
+    key = keep(KEY, text);
     $("key-text").value = "";
     $("key").hidden = true;
     if (cards.size) history.replaceState(null, "", link());
@@ -592,6 +600,9 @@ function startControls() {
 
 /** @type {(RankAnswer | null)[]} */
 const answers = [null, null];
+/** Answers that are not shown yet. @type {(RankAnswer | null)[]} */
+const arrived = [null, null];
+const waiting = [false, false];
 const running = SIDES.map(() => new AbortController());
 const asking = SIDES.map(() => new AbortController()); // questions about the open item
 /** Rows by id. @type {Map<string, HTMLElement>[]} */
@@ -602,6 +613,8 @@ let soon = 0;
 function rankSoon() {
   clearTimeout(soon);
   for (const control of [...running, ...asking]) control.abort();
+  if (blind.on) answers.fill(null); // no vote on the lists of an earlier user
+  drawBallot();
   soon = setTimeout(() => SIDES.forEach(rank), 250);
 }
 
@@ -609,30 +622,79 @@ function rankSoon() {
 async function rank(side) {
   running[side].abort();
   const { signal } = (running[side] = new AbortController());
-  const [card, place, list] = [cards.get(state.models[side]), $(`state-${side}`), $(`list-${side}`)];
-  const anyone = state.user !== "" || state.history.length > 0;
+  const anyone = hasAnyone();
+  if (blind.on) shuffle();
+  const [card, place, list] = [cards.get(modelOf(side)), $(`state-${side}`), $(`list-${side}`)];
   $("welcome").hidden = anyone || !cards.size;
   $("columns").hidden = !anyone;
-  answers[side] = null;
+  answers[side] = arrived[side] = null;
+  waiting[side] = anyone && card !== undefined;
   mark();
-  place.replaceChildren(anyone && card ? "Ranking…" : "");
-  if (anyone && card) {
+  drawBallot();
+  place.replaceChildren(waiting[side] ? "Ranking…" : "");
+  if (waiting[side]) {
     list.setAttribute("aria-busy", "true");
-    const rationale = state.why && card.kind !== "classic" ? 3 : 0;
+    const rationale = state.why && !blind.on && card?.kind !== "classic" ? 3 : 0;
     const body = { ...about(side), k: state.k, exclude_seen: state.seen, rationale, rules: rules() };
     try {
-      answers[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
-      place.replaceChildren(answers[side]?.items.length ? "" : "No items left: the rules and seen items exclude all of them.");
+      arrived[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
     } catch (error) {
       if (signal.aborted) return;
       showError(place, error, () => rank(side));
     }
+    waiting[side] = false;
   }
-  list.removeAttribute("aria-busy");
+  // In a blind test both lists appear at once, so that the faster model cannot be recognised.
+  if (!blind.on) settle(side);
+  else if (!waiting.some(Boolean)) SIDES.forEach(settle);
+}
+
+/** Show the answer of a model. @param {number} side */
+function settle(side) {
+  const answer = (answers[side] = arrived[side]);
+  $(`list-${side}`).removeAttribute("aria-busy");
+  if (answer) {
+    $(`state-${side}`).replaceChildren(answer.items.length ? "" : "No items left: the rules and seen items exclude all of them.");
+  }
   drawList(side);
   mark();
-  const done = answers.flatMap((answer, one) => (answer ? [`${state.models[one]}: ${answer.items.length} items`] : []));
+  drawBallot();
+  const done = answers.flatMap((one, at) => (one ? [`${nameOfList(at)}: ${one.items.length} items`] : []));
   if (done.length && !document.querySelector(".ranked[aria-busy]")) say([...done, $("shared").textContent].join(". "));
+  if (answer) explainBySimilar(side, answer);
+}
+
+/** Say which items of the history each item of a list is most similar to. @param {number} side @param {RankAnswer} answer */
+async function explainBySimilar(side, answer) {
+  const { signal } = running[side];
+  const past = [...new Set(state.history.map(({ id }) => id))].slice(-MOST_EXPLAINED);
+  const items = answer.items.slice(0, MOST_EXPLAINED);
+  if (!past.length || !items.length) return;
+  const ask3 = (by) => ({
+    requests: items.map(({ item_id }) => ({ item_ids: [item_id], by, candidates: past, k: 4 })),
+  });
+  const asked = async (by) => (await ask("v1/similar/batch", { body: ask3(by), signal })).answers;
+  try {
+    let [by, found] = ["interactions", await asked("interactions")];
+    // A model without interactions has only texts.
+    if (found.every((each) => each.error)) [by, found] = ["text", await asked("text")];
+    items.forEach(({ item_id }, at) => {
+      const similar = (found[at].items ?? []).filter((each) => each.item_id !== item_id && each.score > LEAST_SIMILARITY);
+      drawBecause(rows[side].get(item_id), similar.slice(0, 3), by);
+    });
+  } catch (error) {
+    if (!signal.aborted) for (const row of rows[side].values()) part(row, ".because").replaceChildren();
+  }
+}
+
+/** @param {HTMLElement | undefined} row @param {Similar} similar @param {string} by */
+function drawBecause(row, similar, by) {
+  if (!row) return;
+  const names = similar.flatMap(({ item_id, title }, at) => [at ? " · " : "", bdi(title || item_id)]);
+  const how = by === "text" ? " (most similar texts)" : " (chosen by the same users)";
+  const words = names.length ? ["Because of ", ...names, el("span", { class: "how" }, how)] : ["No similar item in the history"];
+  part(row, ".because").replaceChildren(...words);
+  part(row, ".because").title = part(row, ".because").textContent; // in a closed row it is cut to one line
 }
 
 /** What an answer cost. @param {Answer} answer */
@@ -660,24 +722,63 @@ function drawList(side) {
   const [least, most] = [Math.min(...scores), Math.max(...scores)];
   const shareOf = (score) => (most > least ? (score - least) / (most - least) : 1);
   rows[side] = new Map(items.map((item) => [item.item_id, rowOf(side, item, shareOf(item.score))]));
+  // Each row has room for what others have, so that nothing moves when images and explanations arrive.
+  list.classList.toggle("pictured", items.some(({ image }) => isImage(image)));
+  list.classList.toggle("explained", state.history.length > 0);
   list.replaceChildren(...rows[side].values());
   if (rows[side].has(state.open[side])) openItem(side, state.open[side]);
   const cold = answer?.cold ? "popular items" : "";
-  const kind = cards.get(state.models[side])?.kind;
-  $(`meta-${side}`).replaceChildren([kind, answer && cost(answer), cold].filter(Boolean).join(" · "));
-  $(`foot-${side}`).replaceChildren(...(answer ? aside(answer) : []));
+  const kind = cards.get(modelOf(side))?.kind;
+  const meta = blind.on ? [cold] : [kind, answer && cost(answer), cold];
+  $(`meta-${side}`).replaceChildren(meta.filter(Boolean).join(" · "));
+  $(`foot-${side}`).replaceChildren(...(answer && !blind.on ? aside(answer) : []));
   // What had the focus went with the old list.
   if (focused !== null) (list.children[focused]?.firstElementChild ?? list).focus();
 }
 
+/** @param {number} score */
+function scoreText(score) {
+  return score !== 0 && Math.abs(score) < 1e-4 ? score.toExponential(2) : SCORE.format(score);
+}
+
+/** Only addresses of the web: the service checks them too, and the policy of this page allows only its images' hosts. */
+const isImage = (url) => typeof url === "string" && /^https?:\/\/[^\s"<>\\]+$/i.test(url);
+
+/** The image of an item, or nothing. @param {Item} item @param {number} size  In pixels. @returns {Node[]} */
+function pictureOf({ item_id, title, image }, size) {
+  if (!isImage(image)) return [];
+  const pixels = String(size);
+  const hints = { loading: "lazy", decoding: "async", referrerpolicy: "no-referrer" };
+  const img = el("img", { alt: title || item_id, width: pixels, height: pixels, ...hints });
+  img.addEventListener("error", () => img.remove());
+  img.src = image;
+  return [img];
+}
+
+/** The price and the category of an item, each with a name for screen readers. @param {Item} item @returns {Node[]} */
+function factsOf({ fields: values }) {
+  return Object.entries(FACTS).flatMap(([name, keys]) => {
+    const value = keys.map((field) => values?.[field]).find(Boolean);
+    // A number alone says too little.
+    const label = el("span", { class: name === "price" && /^[\d.,]+$/.test(value ?? "") ? "" : "sr" }, ` ${name} `);
+    return value ? [el("span", { class: name }, label, bdi(value))] : [];
+  });
+}
+
 /** @param {number} side @param {Ranked} item @param {number} share  Of the way from the lowest score to the highest. */
-function rowOf(side, { item_id, title, rank, score, rationale }, share) {
+function rowOf(side, item, share) {
+  const { item_id, title, rank, score, rationale } = item;
   const row = copy("row");
-  const tiny = score !== 0 && Math.abs(score) < 1e-4;
   part(row, ".rank").textContent = String(rank);
   part(row, ".title").textContent = title || item_id;
-  part(row, ".number").textContent = tiny ? score.toExponential(2) : SCORE.format(score);
-  part(row, ".fill").style.setProperty("width", `${Math.round(4 + 96 * share)}%`);
+  part(row, ".picture").append(...pictureOf(item, 40));
+  part(row, ".facts").append(...factsOf(item));
+  if (blind.on) part(row, ".score").remove(); // its distribution may tell the models apart
+  else {
+    part(row, ".score").title = `Score of the model: ${scoreText(score)}`;
+    part(row, ".number").textContent = String(Math.round(100 * share));
+    part(row, ".fill").style.setProperty("width", `${Math.round(4 + 96 * share)}%`);
+  }
   part(row, ".why").hidden = !rationale;
   part(row, ".why bdi").textContent = rationale ?? "";
   part(row, ".open").addEventListener("click", () => {
@@ -706,6 +807,7 @@ function openItem(side, id) {
 /** Mark where items stand in the other list, in signs and in words. */
 function mark() {
   const both = answers[0] !== null && answers[1] !== null;
+  const signs = both && !blind.on;
   const ranks = answers.map((answer) => new Map(answer?.items.map((item) => [item.item_id, item.rank])));
   for (const side of SIDES) {
     for (const [id, row] of rows[side]) {
@@ -715,12 +817,13 @@ function mark() {
       const text = there === undefined ? "not in the other list" : `rank ${there} in the other list`;
       const sign = { only: "only", same: "=", up: `↑${up}`, down: `↓${-up}` }[way];
       const seen = el("span", { class: `mark ${way}`, title: text, "aria-hidden": "true" }, sign);
-      part(row, ".marks").replaceChildren(...(both ? [seen, el("span", { class: "sr" }, `, ${text}, `)] : []));
+      part(row, ".marks").replaceChildren(...(signs ? [seen, el("span", { class: "sr" }, `, ${text}, `)] : []));
     }
   }
   const shared = [...ranks[0].keys()].filter((id) => ranks[1].has(id)).length;
   $("shared").textContent = both ? `${shared} ${shared === 1 ? "item" : "items"} in both lists` : "";
-  $("legend").hidden = !both;
+  $("legend").hidden = !signs;
+  $("scale").hidden = blind.on || !answers.some((answer) => answer?.items.length);
 }
 
 // --------------------------------------------------------------------------- one item
@@ -761,7 +864,8 @@ function showSimilar({ items }) {
 function detail(side, item) {
   const { signal } = (asking[side] = new AbortController());
   const below = el("div", { class: "answers" });
-  const can = cards.get(state.models[side])?.answers ?? [];
+  // In a blind test, what a model can answer would tell which one it is.
+  const can = (blind.on ? [] : cards.get(modelOf(side))?.answers) ?? [];
   const block = () => {
     $("block").value += `${$("block").value ? "\n" : ""}${item.item_id}`;
     takeControls();
@@ -773,7 +877,8 @@ function detail(side, item) {
   ];
   const list = el("dl", { class: "fields" });
   const show = (values) => {
-    const pairs = [["id", item.item_id], ...Object.entries(values ?? {})];
+    const score = blind.on ? [] : [["score of the model", scoreText(item.score)]];
+    const pairs = [["id", item.item_id], ...score, ...Object.entries(values ?? {})];
     const drawn = pairs.map(([name, value]) => el("div", {}, el("dt", {}, bdi(name)), el("dd", {}, bdi(value))));
     list.replaceChildren(...drawn);
   };
@@ -781,7 +886,7 @@ function detail(side, item) {
   if (Object.keys(item.fields ?? {}).length === 0) {
     askOf("v1/items/", item.item_id, { signal }).then((full) => show(full.fields), () => null);
   }
-  return [list, el("div", { class: "verbs" }, ...tools), below];
+  return [...pictureOf(item, 160), list, el("div", { class: "verbs" }, ...tools), below];
 }
 
 /**
@@ -819,6 +924,204 @@ function questionOf(side, item, question, below, signal) {
     block.removeAttribute("aria-busy");
   };
   return button(title, click);
+}
+
+// --------------------------------------------------------------------------- the blind test
+
+const blind = {
+  on: false,
+  whom: "", // the user or history that the order of the lists was drawn for
+  flip: false, // whether the second model is on the left
+  shown: false, // whether the names were asked for
+  tried: new Set(), // users of the queue that were loaded
+  votes: readVotes(),
+};
+
+/** The model of a list. @param {number} side */
+function modelOf(side) {
+  return state.models[blind.on && blind.flip ? 1 - side : side];
+}
+
+/** @param {number} side */
+const nameOfList = (side) => (blind.on ? `List ${"AB"[side]}` : state.models[side]);
+
+const hasAnyone = () => state.user !== "" || state.history.length > 0;
+const whom = () => JSON.stringify(state.user && !state.edited ? [state.user] : ["", ...state.history.map(({ id }) => id)]);
+
+/** Votes of this tab; what is not as this page writes it is left out. @returns {Vote[]} */
+function readVotes() {
+  try {
+    const isVote = (vote) =>
+      ["whom", "left", "right"].every((name) => typeof vote?.[name] === "string") &&
+      ["left", "right", "none"].includes(vote.preferred);
+    return JSON.parse(keep(VOTES) || "[]").filter(isVote);
+  } catch {
+    return [];
+  }
+}
+
+/** Votes on the two models that are chosen. */
+function votesNow() {
+  const pair = [...state.models].sort().join("\n");
+  return blind.votes.filter(({ left, right }) => [left, right].sort().join("\n") === pair);
+}
+
+const voteOn = (id) => votesNow().find((vote) => vote.whom === id);
+
+/** Draw the order of the lists, once for each user; a user who comes again has the same order. */
+function shuffle() {
+  if (blind.whom === whom()) return;
+  blind.whom = whom();
+  const before = voteOn(blind.whom);
+  blind.flip = before ? before.left !== state.models[0] : crypto.getRandomValues(new Uint8Array(1))[0] % 2 === 1;
+}
+
+/** @param {boolean} on */
+function setBlind(on) {
+  Object.assign(blind, { on, whom: "", shown: false });
+  blind.tried.clear();
+  Object.assign(state, { open: ["", ""] });
+  drawBlind();
+  SIDES.forEach((side) => $(`list-${side}`).replaceChildren());
+  SIDES.forEach(rank);
+  $(on ? "blind-title" : "blind-start").focus();
+}
+
+/** What the blind test shows apart from the lists. */
+function drawBlind() {
+  const two = cards.size > 1 && state.models[1] !== "" && state.models[0] !== state.models[1];
+  $("blind-start").hidden = $("why-label").hidden = blind.on;
+  $("blind-start").disabled = !two;
+  $("blind-start").title = two ? "" : "Choose two different models";
+  $("blind").hidden = !blind.on;
+  for (const side of SIDES) {
+    $(`model-${side}`).hidden = blind.on;
+    $(`label-${side}`).textContent = blind.on ? nameOfList(side) : ["First model", "Second model"][side];
+  }
+  drawBallot();
+  drawTally();
+}
+
+/** The buttons to vote with; they keep the focus while lists load. */
+function drawBallot() {
+  const ready = answers.every((answer) => answer?.items.length);
+  const before = blind.on ? voteOn(whom()) : undefined;
+  $("ballot").hidden = !blind.on || !hasAnyone();
+  for (const choice of $("ballot").querySelectorAll("button")) {
+    choice.setAttribute("aria-disabled", String(!ready));
+    choice.setAttribute("aria-pressed", String(before?.preferred === choice.dataset.vote));
+  }
+  $("next").setAttribute("aria-disabled", String(!queue().length));
+  $("blind-note").textContent = hasAnyone() ? (before ? "This user is judged; a new vote replaces the old one." : "") : "Load a user or add items.";
+}
+
+/** Users who are left to judge. @returns {string[]} */
+function queue() {
+  const ids = $("queue").value.split("\n").map((/** @type {string} */ line) => line.trim());
+  return [...new Set(ids)].filter((id) => isId(id) && !blind.tried.has(id) && !voteOn(JSON.stringify([id])));
+}
+
+/** Load another user of the queue, in random order. */
+function nextUser() {
+  const ids = queue();
+  if (!ids.length) return;
+  const id = ids[crypto.getRandomValues(new Uint32Array(1))[0] % ids.length];
+  blind.tried.add(id);
+  $("user").value = id;
+  loadUser(id);
+}
+
+/** @param {"left" | "right" | "none"} preferred */
+function vote(preferred) {
+  const [left, right] = SIDES.map(modelOf);
+  const lists = answers.map((answer) => answer?.items.map(({ item_id }) => item_id));
+  const made = {
+    whom: blind.whom,
+    left,
+    right,
+    preferred,
+    lists: { left: lists[0], right: lists[1] },
+    signatures: { left: cards.get(left)?.signature, right: cards.get(right)?.signature },
+    settings: { k: state.k, exclude_seen: state.seen, rules: rules() },
+    time: new Date().toISOString(),
+  };
+  blind.votes = [...blind.votes.filter((each) => each !== voteOn(made.whom)), made];
+  keep(VOTES, JSON.stringify(blind.votes));
+  drawBallot();
+  drawTally();
+  say(`Vote counted: ${{ left: "list A", right: "list B", none: "no difference" }[preferred]}. ${$("tally").textContent}`);
+  nextUser();
+}
+
+let tallying = new AbortController();
+
+/** How many votes there are, and from the tenth on, or on request, for which model. */
+async function drawTally() {
+  tallying.abort();
+  const { signal } = (tallying = new AbortController());
+  const [votes, place] = [votesNow(), $("tally")];
+  const shown = votes.length > 0 && (blind.shown || votes.length >= LEAST_VOTES);
+  $("reveal").hidden = shown || !votes.length;
+  $("votes-save").hidden = !shown;
+  $("votes-clear").hidden = !votes.length;
+  const count = votes.length === 1 ? "1 vote" : `${votes.length} votes`;
+  if (!shown) return place.replaceChildren(`${count}. The names are shown after ${LEAST_VOTES} votes.`);
+  const [first, second] = state.models.map((name) => votes.filter((each) => each.preferred !== "none" && each[each.preferred] === name).length);
+  const [a, b] = state.models;
+  const counts = [[a, first], [b, second], ["No difference", votes.length - first - second]];
+  const list = el("dl", { class: "counts" }, ...counts.map(([name, n]) => el("div", {}, el("dt", {}, bdi(name)), el("dd", {}, String(n)))));
+  place.replaceChildren(list);
+  if (!(first + second)) return place.append(el("p", {}, "No vote prefers a model yet."));
+  try {
+    const { share, low, high } = await ask(`v1/preference?first=${first}&second=${second}`, { signal });
+    const [percent, from, to] = [share, low, high].map((part) => Math.round(100 * part));
+    const verdict = `${low > 0.5 || high < 0.5 ? "a" : "no"} significant difference`;
+    const band = el("span", { class: "band" });
+    band.style.setProperty("left", `${100 * low}%`);
+    band.style.setProperty("width", `${100 * (high - low)}%`);
+    const dot = el("span", { class: "dot" });
+    dot.style.setProperty("left", `${100 * share}%`);
+    const sentence = ["Of ", String(first + second), first + second === 1 ? " vote for a model, " : " votes for a model, ", `${percent}% prefer `, bdi(a), ` (95% confidence interval ${from}% to ${to}%): ${verdict}.`];
+    place.append(el("div", { class: "interval", "aria-hidden": "true" }, band, dot), el("p", {}, ...sentence));
+  } catch (error) {
+    if (!signal.aborted) place.append(el("p", {}, "The interval cannot be computed now."));
+  }
+}
+
+function saveVotes() {
+  const url = URL.createObjectURL(new Blob([JSON.stringify(votesNow(), null, 1)], { type: "application/json" }));
+  const anchor = el("a", { download: "llmrec-votes.json" });
+  anchor.href = url;
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+function clearVotes() {
+  const gone = new Set(votesNow());
+  Object.assign(blind, { votes: blind.votes.filter((each) => !gone.has(each)), shown: false, whom: "" });
+  blind.tried.clear();
+  keep(VOTES, JSON.stringify(blind.votes));
+  drawBlind();
+  $("blind-title").focus(); // the button is hidden
+  say("Votes deleted");
+}
+
+function startBlind() {
+  $("blind-start").addEventListener("click", () => setBlind(true));
+  $("blind-end").addEventListener("click", () => setBlind(false));
+  $("queue").addEventListener("input", drawBallot);
+  $("next").addEventListener("click", nextUser);
+  $("votes-save").addEventListener("click", saveVotes);
+  $("votes-clear").addEventListener("click", clearVotes);
+  $("reveal").addEventListener("click", () => {
+    blind.shown = true;
+    drawTally();
+    $("votes-save").focus();
+  });
+  $("ballot").addEventListener("click", ({ target }) => {
+    const choice = target.closest("button");
+    if (choice && choice.getAttribute("aria-disabled") === "false") vote(choice.dataset.vote);
+  });
 }
 
 // --------------------------------------------------------------------------- the start
@@ -864,9 +1167,11 @@ function follow() {
   clearTimeout(writing);
   const { next, dropped } = readLink();
   state = next;
+  blind.whom = "";
   if (!cards.size) notice("No model of this service ranks items.");
   else notice(dropped ? "Some settings of the link are unknown here and were ignored." : "");
   drawControls();
+  drawBlind();
   drawHistory();
   if (state.user && !state.edited) return void loadUser(state.user);
   SIDES.forEach(rank);
@@ -875,5 +1180,6 @@ function follow() {
 
 startSearch();
 startControls();
+startBlind();
 window.addEventListener("hashchange", () => cards.size && follow());
 start();

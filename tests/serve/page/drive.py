@@ -1,6 +1,6 @@
 """Drive the page of a running service through its whole use, in a real Chromium, and look at what it shows.
 
-    python tests/serve/page/drive.py http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--user ID] [--seconds 60] [--key KEY]
+    python tests/serve/page/drive.py http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--user ID]... [--seconds 60] [--key KEY]
 
 It needs ``pip install playwright`` and an installed Chromium, and asserts after every step. Failures of the service
 (401, 429, 503, no network) are played by this script, so that any service will do. `HOSTILE` are texts that would run,
@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
+
+from llmrec.metrics.stats import wilson
 
 _RUN = "window.__hit=1;alert(1)"
 _TAGS = (
@@ -63,6 +65,13 @@ HOSTILE: tuple[str, ...] = (
     "line\nbreak\ttab",
 )
 """At least 100 titles."""
+
+IMAGES = "https://images.example.com"
+"""Where the images of items are, which this script plays."""
+_PICTURE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="80" height="80"><rect width="80" height="80" fill="#7a9"/>'
+    '<circle cx="40" cy="40" r="24" fill="#fff"/></svg>'
+)
 
 _CONTRAST = """() => {
   const rgb = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
@@ -128,6 +137,7 @@ class Drive:
             "window.__violations = [];"
             "addEventListener('securitypolicyviolation', (e) => __violations.push(e.violatedDirective + e.blockedURI));"
         )
+        context.route(f"{IMAGES}/**", self._picture)
         if self.key:
             context.add_init_script(f"sessionStorage.setItem('llmrec-key', {json.dumps(self.key)})")
         page = context.new_page()
@@ -144,8 +154,13 @@ class Drive:
             self.bad.append(f"console {message.type} {message.text}")
 
     def _asked(self, url: str) -> None:
-        if urlsplit(url).netloc not in ("", urlsplit(self.base).netloc):
+        if urlsplit(url).netloc not in ("", urlsplit(self.base).netloc) and not url.startswith(f"{IMAGES}/"):
             self.bad.append(f"request to {url}")
+
+    def _picture(self, route: Any) -> None:
+        if "referer" in route.request.headers:
+            self.bad.append(f"referrer {route.request.headers['referer']}")
+        route.fulfill(content_type="image/svg+xml", body=_PICTURE)
 
     def check(self, page: Any, name: str, *, whole: bool = True) -> None:
         """Assert that nothing bad happened, that the page fits, and can be read; keep a picture."""
@@ -250,6 +265,7 @@ def _controls(drive: Drive, page: Any) -> None:
     _settle(page)
     assert page.locator("#k").get_attribute("aria-invalid") == "true" and page.locator("#list-0 > li").count() <= 5
     page.fill("#k", "10")
+    _settle(page)
     assert _body(page, lambda: page.uncheck("#seen"))["exclude_seen"] is False
     page.check("#seen")
     page.click("#rules summary")
@@ -297,6 +313,233 @@ def _one_item(drive: Drive, page: Any, cards: dict[str, Any]) -> None:
     body = _body(page, lambda: row.locator(".verbs button", has_text="Block").click())
     assert len(body["rules"]["block"]) == 1 and blocked not in _titles(page, 0)[:1]
     assert page.evaluate("document.activeElement.className") == "open"
+
+
+def _shows(drive: Drive, items: list[dict[str, Any]]) -> None:
+    """Images, prices, categories, scores and similar items of the history; nothing moves when they arrive."""
+    pictured = [item for item in items if item["fields"].get("image_url", "").startswith(f"{IMAGES}/")]
+    past = [item["item_id"] for item in (pictured or items)[:3]]
+    page = drive.open()
+    held: list[Any] = []
+    page.route("**/v1/similar/batch", lambda route: held.append(route))
+    page.goto(drive.base + "#" + "&".join(f"h={quote(each, safe='')}" for each in past) + "&b=")
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    tops = "() => [...document.querySelectorAll('#list-0 > li')].map((row) => row.getBoundingClientRect().top)"
+    before = page.evaluate(tops)
+    for route in held:
+        route.continue_()
+    page.unroute("**/v1/similar/batch")
+    page.wait_for_selector("#list-0 .because:not(:empty)")
+    rows = page.locator("#list-0 > li").all()
+    listed = _ranked(drive, page, past, page.locator("#model-0").input_value())
+    assert len(rows) == len(listed)
+    titles = {item["item_id"]: item["title"] for item in items}
+    scores = [item["score"] for item in listed]
+    for row, item in zip(rows, listed, strict=True):
+        share = 1 if max(scores) == min(scores) else (item["score"] - min(scores)) / (max(scores) - min(scores))
+        assert abs(int(row.locator(".number").inner_text()) - 100 * share) <= 0.5 + 1e-9, item
+        told = row.locator(".score").get_attribute("title").removeprefix("Score of the model: ")
+        assert abs(float(told.replace(",", "")) - item["score"]) <= 1e-3 * abs(item["score"])
+        text = row.locator(".because").text_content()
+        names = row.locator(".because bdi").all_text_contents()
+        body = {"item_ids": [item["item_id"]], "candidates": past, "k": 3}
+        alike = page.request.post(f"{drive.base}v1/similar", headers=drive.headers, data=body).json()
+        by_users = [each["title"] for each in alike.get("items", []) if each["score"] > 1e-6]
+        if "error" not in alike:
+            assert names == by_users and text.startswith("Because of" if by_users else "No similar item"), (text, names)
+        assert 0 <= len(names) <= 3 and set(names) <= {titles[each] for each in past}
+        if pictured and item["image"]:
+            image = row.locator(".open img")
+            assert image.get_attribute("alt") == item["title"] and image.get_attribute("src") == item["image"]
+            assert image.get_attribute("referrerpolicy") == "no-referrer" and image.get_attribute("loading") == "lazy"
+        for name in ("price", "category"):
+            if value := item["fields"].get(name):
+                assert row.locator(f".{name} bdi").text_content() == value
+    if pictured:
+        page.wait_for_function("() => document.querySelector('#list-0 .open img')?.naturalWidth > 0")
+    page.set_viewport_size({"width": 1280, "height": 800})
+    assert page.evaluate(tops) == before, "rows moved"
+    rows[0].locator(".open").click()
+    assert "score of the model" in rows[0].locator(".detail").inner_text()
+    drive.check(page, "14-shows")
+    page.context.close()
+    _foreign(drive, link="#" + "&".join(f"h={quote(each, safe='')}" for each in past) + "&b=")
+
+
+def _foreign(drive: Drive, link: str) -> None:
+    """No image is loaded from a host that the catalogue does not name, or that is no address of the web."""
+    page = drive.open()
+    urls = [
+        "https://evil.example.org/x.png",
+        "data:image/png;base64,AAAA",
+        f"javascript:{_RUN}",
+        "x.png",
+        "//x.invalid/",
+    ]
+
+    def play(route: Any) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        for at, item in enumerate(body["items"]):
+            item["image"] = urls[at % len(urls)]
+        route.fulfill(response=answer, json=body)
+
+    drive.failing = True
+    reached: list[Any] = []
+    page.route("https://evil.example.org/**", lambda route: (reached.append(route), route.abort()))
+    page.route("**/v1/rank", play)
+    page.goto(drive.base + link)
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    # The policy stops the first kind, whose image is then removed, and the page the others.
+    assert page.locator("#list-0 img").count() == 0
+    violations = page.evaluate("window.__violations")
+    assert violations and all(each.startswith("img-srchttps://evil.example.org/") for each in violations), violations
+    assert all("evil.example.org" in each for each in drive.bad), drive.bad
+    assert reached == []
+    drive.bad.clear()
+    drive.failing = False
+    page.context.close()
+
+
+# The lists of another user are there, who is not judged yet.
+_NEXT = "() => !document.querySelector('#ballot [aria-pressed=true], #ballot [aria-disabled=true]')"
+_VOTE = {0: "left", 1: "right", None: "none"}
+
+
+def _blind(drive: Drive, items: list[dict[str, Any]], users: list[str]) -> None:
+    """A blind test of the first and the last model: always vote for the first, and look at the tally."""
+    page = drive.open()
+    names = page.locator("#model-0 option").all_text_contents()
+    if len(names) < 2:
+        return
+    models = [names[0], names[-1]]
+    page.context.close()
+    pasts = [[item["item_id"] for item in items[at : at + 3]] for at in range(0, 33, 3)]
+    links = [
+        "#"
+        + "&".join(f"h={quote(each, safe='')}" for each in past)
+        + "&"
+        + urlencode(dict(zip("ab", models, strict=True)))
+        for past in pasts
+    ]
+    page = drive.open(links[0])
+    # Every second user has the models the other way round.
+    page.evaluate("() => { let n = 0; crypto.getRandomValues = (array) => array.fill(n++); }")
+    _settle(page)
+    page.locator("#blind-start").focus()
+    page.keyboard.press("Enter")
+    _settle(page)
+    assert page.evaluate("document.activeElement.id") == "blind-title"
+    sides: list[int | None] = []
+    for at, (past, link) in enumerate(zip(pasts[:10], links, strict=False)):
+        if at:
+            page.evaluate("(link) => { location.hash = link }", link)
+            _settle(page)
+        page.wait_for_function(_NEXT)
+        shown = page.locator("#lists").inner_text()
+        assert not any(name in shown for name in models), shown
+        assert page.locator("#list-0 .score, #list-0 .mark, #foot-0 *").count() == 0
+        expected = [[item["title"] for item in _ranked(drive, page, past, model)] for model in models]
+        now = [_titles(page, side) for side in (0, 1)]
+        assert sorted(now) == sorted(expected), (now, expected)
+        side = None if now[0] == now[1] else now.index(expected[0])
+        sides.append(side)
+        choice = page.locator(f"[data-vote={_VOTE[side]}]")
+        choice.focus()
+        page.keyboard.press("Enter")
+        assert (
+            choice.get_attribute("aria-pressed") == "true"
+            and page.evaluate("document.activeElement.dataset.vote") == _VOTE[side]
+        )
+        if at == 0:
+            drive.check(page, "15-blind")
+    assert {0, 1} <= set(sides), sides
+    page.wait_for_selector("#tally p")
+    mine = sum(side is not None for side in sides)
+    low, high = (round(100 * end) for end in wilson(1.0, mine))
+    assert page.locator("#tally dd").all_text_contents() == [str(mine), "0", str(10 - mine)]
+    sentence = page.locator("#tally p").inner_text()
+    assert f"100% prefer {models[0]}" in sentence and f"interval {low}% to {high}%" in sentence, sentence
+    drive.check(page, "15-blind-names")
+    with page.expect_download() as loading:
+        page.click("#votes-save")
+    votes = json.loads(Path(loading.value.path()).read_text(encoding="utf-8"))
+    assert [vote["preferred"] for vote in votes] == [_VOTE[side] for side in sides]
+    for vote, past in zip(votes, pasts, strict=False):
+        assert {vote["left"], vote["right"]} == set(models) and set(vote["signatures"]) == {"left", "right"}
+        assert json.loads(vote["whom"]) == ["", *past]
+        for place in ("left", "right"):
+            assert vote["lists"][place] == [item["item_id"] for item in _ranked(drive, page, past, vote[place])]
+    _blind_again(drive, page, links, users)
+
+
+def _blind_again(drive: Drive, page: Any, links: list[str], users: list[str]) -> None:
+    """Votes of a tab outlive a reload, and can be replaced and deleted; names are shown on request."""
+    page.reload()
+    page.wait_for_selector(drive.ready)
+    _settle(page)
+    page.click("#blind-start")
+    _settle(page)
+    assert sum(map(int, page.locator("#tally dd").all_text_contents())) == 10
+    page.click("[data-vote=none]")
+    assert sum(map(int, page.locator("#tally dd").all_text_contents())) == 10
+    page.click("#votes-clear")
+    assert page.locator("#tally").inner_text().startswith("0 votes")
+    assert page.evaluate("document.activeElement.id") == "blind-title"
+    # The lists appear together, and no vote counts before.
+    held: list[Any] = []
+    page.route("**/v1/rank", lambda route: held.append(route))
+    page.evaluate("(link) => { location.hash = link }", links[10])
+    while len(held) < 2:
+        page.wait_for_timeout(50)
+    held[0].continue_()
+    page.wait_for_timeout(500)
+    assert page.locator(".ranked[aria-busy]").count() == 2
+    page.locator("[data-vote=left]").evaluate("(node) => node.click()")
+    held[1].continue_()
+    page.unroute("**/v1/rank")
+    _settle(page)
+    assert page.locator("#tally").inner_text().startswith("0 votes")
+    page.click("[data-vote=right]")
+    assert page.locator("#tally").inner_text().startswith("1 vote.")
+    page.click("#reveal")
+    page.wait_for_selector("#tally p")
+    assert page.locator("#tally dd").all_text_contents()[2] == "0"
+    if users:
+        page.fill("#queue", "\n".join(users))
+        page.click("#next")
+        seen = []
+        for _ in users:
+            page.wait_for_function(_NEXT)
+            seen.append(page.locator("#whom bdi").inner_text())
+            page.click("[data-vote=none]")
+        assert sorted(seen) == sorted(users), seen
+        assert page.locator("#next").get_attribute("aria-disabled") == "true"
+    page.click("#blind-end")
+    _settle(page)
+    assert page.evaluate("document.activeElement.id") == "blind-start" and page.locator("#model-0").is_visible()
+    assert page.locator("#ballot").is_hidden() and page.locator("#list-0 .score").count()
+    page.context.close()
+    # Another tab has no votes.
+    page = drive.open(links[0], width=390, height=844)
+    _settle(page)
+    page.click("#blind-start")
+    _settle(page)
+    assert page.locator("#tally").inner_text().startswith("0 votes")
+    box = page.locator("#ballot").bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 844, box
+    drive.check(page, "15-blind-phone")
+    page.context.close()
+
+
+def _ranked(drive: Drive, page: Any, past: list[str], model: str) -> list[dict[str, Any]]:
+    body = {"history": past, "model": model}
+    found: list[dict[str, Any]] = page.request.post(f"{drive.base}v1/rank", headers=drive.headers, data=body).json()[
+        "items"
+    ]
+    return found
 
 
 def _link(drive: Drive, page: Any) -> None:
@@ -434,8 +677,15 @@ def _hostile(drive: Drive, items: list[dict[str, Any]]) -> None:
         body = answer.json()
         for item in body.get("items", []):
             item |= {"title": next(some), "rationale": next(some), "fields": {next(some)[:200]: next(some)}}
+            item |= {"image": next(some)}
         return route.fulfill(response=answer, json=body | {"notes": list(HOSTILE), "prompt": "\n".join(HOSTILE)})
 
+    def alike(route: Any) -> None:
+        count = len(route.request.post_data_json["requests"])
+        found = [{"item_id": next(some), "title": next(some), "score": 1.0} for _ in range(3)]
+        route.fulfill(json={"answers": [{"items": found}] * count})
+
+    page.route("**/v1/similar/batch", alike)
     page.route("**/v1/*", lambda r: poison(r) if r.request.method == "POST" else r.continue_())
     page.goto(drive.base + "#" + "&".join(f"h={quote(item['item_id'], safe='')}" for item in items[:3]) + "&k=50")
     page.wait_for_selector("#list-0 > li")
@@ -505,7 +755,7 @@ def driving(given: argparse.Namespace) -> Iterator[Drive]:
 def main() -> None:
     """Drive it."""
     parser = arguments("Drive the page of a running service.")
-    parser.add_argument("--user", help="id of a known user with at least two events")
+    parser.add_argument("--user", action="append", default=[], help="id of a known user with at least two events")
     given = parser.parse_args()
     with driving(given) as drive:
         page = drive.open()
@@ -519,7 +769,9 @@ def main() -> None:
         _one_item(drive, page, {card["name"]: card for card in known})
         _link(drive, page)
         _looks(drive, page)
-        _users(drive, page, given.user)
+        _users(drive, page, given.user[0] if given.user else None)
+        _shows(drive, [item for item in items if item not in hostile])
+        _blind(drive, [item for item in items if item not in hostile], given.user)
         _failures(drive)
         _aborts(drive)
         _hostile(drive, [*hostile, *items[:20]])

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
-from tests.serve.page.drive import HOSTILE
+from tests.serve.page.drive import HOSTILE, IMAGES
 from tests.servers.real import await_health, end, free_port
 
 _RECIPE = "recipes/made/classic.yaml"
+_USERS = ("u51", "u02", "u03")
 
 
 def _table(run: Path, path: Path) -> None:
@@ -26,10 +27,12 @@ def _table(run: Path, path: Path) -> None:
     fields = sorted({name for item in items for name in item.fields})
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["item_id", "title", *fields])
-        rows.writerows([item.item_id, item.title, *(item.fields.get(name, "") for name in fields)] for item in items)
+        rows.writerow(["item_id", "title", "image_url", *fields])
+        for item in items:
+            image = f"{IMAGES}/{item.item_id}.png"
+            rows.writerow([item.item_id, item.title, image, *(item.fields.get(name, "") for name in fields)])
         for place, title in enumerate(HOSTILE):
-            rows.writerow([f"h{place}", title, *(HOSTILE[(place + at) % 20] for at, _ in enumerate(fields, start=1))])
+            rows.writerow([f"h{place}", title, *(HOSTILE[(place + at) % 20] for at in range(len(fields) + 1))])
 
 
 def main(shots: Path) -> None:
@@ -48,6 +51,7 @@ def main(shots: Path) -> None:
             await_health(service, f"{base}ready", log)
             for module in ("drive", "drive_chat", "drive_docs"):
                 drive = [sys.executable, "-m", f"tests.serve.page.{module}", base, str(shots / module)]
+                drive += [f"--user={name}" for name in _USERS] if module == "drive" else []
                 subprocess.run(drive, check=True)
         finally:
             end(service)

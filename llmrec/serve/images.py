@@ -1,0 +1,42 @@
+"""URLs of item images: which ones the web page shows, and the hosts that its content security policy allows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from llmrec.types import Item
+
+FIELDS = ("image", "image_url", "image_link")
+"""Item fields that hold the URL of an image, in order of preference; without them no page loads images."""
+MOST_ORIGINS = 20
+"""Maximum number of origins in a policy, so that its header stays below the limits of reverse proxies."""
+# A host name with a domain, so that no image is requested from an IP address or a machine of the reader's network, and
+# only characters that cannot end a directive of the policy. No user names, quotes or spaces.
+_URL = re.compile(
+    r"(https?://(?:[a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}(?::\d{1,5})?)(?:[/?#][!#$%&'()*+,./0-9:;=?@A-Z_a-z~-]*)?",
+    re.IGNORECASE,
+)
+_LONGEST = 2000
+
+
+def image_of(fields: Mapping[str, str]) -> str | None:
+    """Return the URL of an item's image, http or https; None without a valid one."""
+    return next((url for name in FIELDS if (url := _first(fields.get(name, ""))) and _origin(url)), None)
+
+
+def origins(items: Iterable[Item]) -> tuple[str, ...]:
+    """Return the origins of the images of items, such as ``https://images.example.com``; the most common ones first."""
+    found = Counter(origin for item in items if (url := image_of(item.fields)) and (origin := _origin(url)))
+    return tuple(origin for origin, _ in found.most_common(MOST_ORIGINS))
+
+
+def _first(value: str) -> str:
+    """Return the first value of a field; several are separated by a comma and a space."""
+    return value.strip().split(", ", 1)[0] if len(value) <= _LONGEST else ""
+
+
+def _origin(url: str) -> str | None:
+    match = _URL.fullmatch(url)
+    return match[1].lower() if match else None
