@@ -101,7 +101,9 @@ class RankedItem(BaseModel):
     score: float = Field(description="Score on the model's scale; higher is better.")
     rationale: str | None = None
     fields: dict[str, str] = {}
-    image: str | None = Field(None, description="URL of an image, http or https, of the fields; it is not loaded here.")
+    image: str | None = Field(
+        None, description="URL of the item's image, from the fields image, image_url or image_link if it is valid."
+    )
 
 
 def card_of(card: Card | None) -> ModelCard:

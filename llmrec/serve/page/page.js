@@ -1012,7 +1012,8 @@ function drawBallot() {
     choice.setAttribute("aria-pressed", String(before?.preferred === choice.dataset.vote));
   }
   $("next").setAttribute("aria-disabled", String(!queue().length));
-  $("blind-note").textContent = hasAnyone() ? (before ? "This user is judged; a new vote replaces the old one." : "") : "Load a user or add items.";
+  const note = before ? "Judged. A new vote replaces this one." : "Which list is better for this user?";
+  $("blind-note").textContent = hasAnyone() ? note : "Load a user or add items.";
 }
 
 /** Users who are left to judge. @returns {string[]} */
