@@ -1012,7 +1012,7 @@ function drawBallot() {
     choice.setAttribute("aria-pressed", String(before?.preferred === choice.dataset.vote));
   }
   $("next").setAttribute("aria-disabled", String(!queue().length));
-  const note = before ? "Judged. A new vote replaces this one." : "Which list is better for this user?";
+  const note = before ? "Judged. A new vote replaces this one." : "Not judged yet.";
   $("blind-note").textContent = hasAnyone() ? note : "Load a user or add items.";
 }
 
