@@ -216,7 +216,7 @@ class Canvas:
             if named:
                 self.text(left - 6, place + 4, tick_text(value), "tick", anchor="end")
         if title:
-            self.text(2, scale.end - 12, title, "axis-title", width=self.width - 4)
+            self.text(2, scale.end - 12, cut(title, self.width - 4), "axis-title")
 
     def _add(self, tag: Tag, look: str, *, title: str = "", **at: float) -> None:
         places = tuple((name, _figure(value)) for name, value in at.items())
