@@ -1,9 +1,9 @@
 """Load-tests a service with locust: throughput, overload, an engine crash and a model reload.
 
-``LOCUST=/path/to/locust python -m eval.benchmarks.serving TARGET.json --titles RUN --decoder RUN [--seconds 20]
-[--minutes 10]``. ``--titles`` names a run whose model ranks titles and explains, such as the quickstart's;
-``--decoder`` one that was fine-tuned on semantic IDs. locust needs a separate environment. Results are written after
-every part, and existing parts are not measured again.
+``LOCUST=/path/to/locust python -m eval.benchmarks.serving TARGET.json [--demo RUN] [--titles RUN] [--decoder RUN]``.
+``--demo`` names a run of ``recipes/demo.yaml``; ``--titles`` a run whose model ranks titles and explains, such as the
+quickstart's; ``--decoder`` one that was fine-tuned on semantic IDs. The parts of each given run are measured and
+replaced in the target, which is written after every part. locust needs a separate environment.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ def questions(service: Service, kind: str) -> tuple[str, list[Any]]:
     """Return an endpoint and distinct bodies over the service's items."""
     items = [each["item_id"] for each in httpx.get(f"{service.url}/v1/items?limit=600").json()["items"]]
     histories = [[items[(7 * n + 3 * k) % len(items)] for k in range(8)] for n in range(200)]
-    if kind == "decoder":
+    if kind in ("classic", "ensemble", "decoder"):
         return "/v1/rank", [{"history": each, "k": 10} for each in histories]
     if kind == "titles":
         return "/v1/rank", [
@@ -164,7 +166,8 @@ def questions(service: Service, kind: str) -> tuple[str, list[Any]]:
 
 
 def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> dict[str, Any]:
-    with serving(run, folder / f"{kind}.sqlite", "--batch", str(batch), "--models", "tuned") as service:
+    model = {"classic": "transitions", "ensemble": "fusion"}.get(kind, "tuned")
+    with serving(run, folder / f"{kind}.sqlite", "--batch", str(batch), "--models", model) as service:
         path, bodies = questions(service, kind)
         load(service, path, bodies, 4, 5, folder)
         levels = CLIENTS if batch > 1 else (32,)
@@ -178,9 +181,9 @@ def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
     Clients that retry at once are the worst case, since rejections use the processor; clients that wait for a second
     respect Retry-After.
     """
-    options = ("--models", "tuned", "--room", "32", "--timeout", "30")
+    options = ("--models", "fusion", "--room", "32", "--timeout", "30")
     with serving(run, folder / "overload.sqlite", *options) as service:
-        path, bodies = questions(service, "decoder")
+        path, bodies = questions(service, "ensemble")
         alone = told(load(service, path, bodies, 16, 10, folder))
         memory: list[float] = []
         ended = threading.Event()
@@ -266,27 +269,28 @@ def swapped(run: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--titles", required=True, help="a run that ranks titles and explains")
-    parser.add_argument("--decoder", required=True, help="a run that was fine-tuned on semantic IDs")
+    parser.add_argument("--demo", help="a run of recipes/demo.yaml")
+    parser.add_argument("--titles", help="a run that ranks titles and explains")
+    parser.add_argument("--decoder", help="a run that was fine-tuned on semantic IDs")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--minutes", type=float, default=10.0)
     given = parser.parse_args()
     folder = Path("runs") / "benchmarks" / "serving"
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(given.target.read_text()) if given.target.is_file() else {}
-    runs: Mapping[str, str] = {"decoder": given.decoder, "titles": given.titles, "generation": given.titles}
+    kinds = {"demo": ("classic", "ensemble"), "decoder": ("decoder",), "titles": ("titles", "generation")}
     parts: dict[str, Any] = {}
-    for kind, run in runs.items():
-        for way, batch in (("batched", 32), ("alone", 1)):
-            parts[f"{kind}_{way}"] = lambda kind=kind, run=run, batch=batch: workload(
-                kind, run, folder, given.seconds, batch
-            )
-    parts["overload"] = lambda: overload(given.decoder, folder, given.minutes)
-    parts["broken"] = lambda: broken(given.titles, folder)
-    parts["swapped"] = lambda: swapped(given.decoder, folder)
+    for name in kinds:
+        if (run := getattr(given, name)) is not None:
+            for kind, (way, batch) in product(kinds[name], (("batched", 32), ("alone", 1))):
+                parts[f"{kind}_{way}"] = partial(workload, kind, run, folder, given.seconds, batch)
+    if given.demo is not None:
+        parts["overload"] = partial(overload, given.demo, folder, given.minutes)
+    if given.titles is not None:
+        parts["broken"] = partial(broken, given.titles, folder)
+    if given.decoder is not None:
+        parts["swapped"] = partial(swapped, given.decoder, folder)
     for name, measure in parts.items():
-        if name in found:
-            continue
         begun = time.monotonic()
         found[name] = {**measure(), "seconds_taken": time.monotonic() - begun, "load_before": os.getloadavg()[0]}
         found |= {

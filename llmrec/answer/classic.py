@@ -219,8 +219,10 @@ class Classic(Displayed):
         if rest:
             assert isinstance(self.model, CatalogueScorer)
             whole = [replace(translated[n], candidates=None) for n in rest]
-            for n, row in zip(rest, np.array(self.model.scores(whole), dtype=np.float64), strict=True):
-                answers[n] = self._best(requests[n], translated[n], row, question.depth)
+            asked = [requests[n] for n in rest]
+            scores = np.asarray(self.model.scores(whole), dtype=np.float64)
+            able = listable(asked, whole, self._columns, self.items)
+            answers.update(zip(rest, best_of(asked, self.model.items, scores, able, question.depth), strict=True))
         return [
             answered(answers[n], request, self.items, self._naming.known(request)[1])
             for n, request in enumerate(requests)
@@ -229,36 +231,68 @@ class Classic(Displayed):
     def changed(self) -> None:
         """See `Recommender`; an item added after fitting is ranked last among candidates."""
 
-    def _best(self, request: RankRequest, translated: Request, scores: NDArray[np.float64], depth: int) -> Ranking:
+    @cached_property
+    def _columns(self) -> Mapping[str, int]:
         assert isinstance(self.model, CatalogueScorer)
-        able = listable(request, translated, self.model.items, self.items)
-        return best_of(request, self.model.items, scores, able, depth)
+        return columns_of(self.model)
+
+
+def columns_of(model: CatalogueScorer) -> Mapping[str, int]:
+    """Return the column of each item of a recommender, in the order of the columns."""
+    return {name: column for column, name in enumerate(model.items)}
 
 
 def listable(
-    request: RankRequest, translated: Request, names: Sequence[str], items: Container[str]
+    requests: Sequence[RankRequest],
+    translated: Sequence[Request],
+    columns: Mapping[str, int],
+    items: Container[str],
 ) -> NDArray[np.bool_]:
-    """Return a mask of the items that can be recommended for a request, shape (len(names),).
+    """Return a mask of the items that can be recommended for requests, shape (n, columns).
 
     Args:
-        request: The request.
+        requests: The requests.
         translated: The same with the ids of the data.
-        names: The items of the recommender.
+        columns: See `columns_of`.
         items: The catalogue.
     """
-    out = request.barred if request.keep_seen else request.barred | {event.item_id for event in translated.history}
-    return np.array([name not in out and name in items for name in names], dtype=bool)
+    # The catalogue may change between two calls.
+    inside = np.fromiter((name in items for name in columns), dtype=bool, count=len(columns))
+    able = np.tile(inside, (len(requests), 1))
+    for row, request, same in zip(able, requests, translated, strict=True):
+        seen = () if request.keep_seen else (event.item_id for event in same.history)
+        row[[columns[name] for name in (*request.barred, *seen) if name in columns]] = False
+    return able
 
 
 def best_of(
-    request: RankRequest, names: Sequence[str], scores: NDArray[np.float64], able: NDArray[np.bool_], depth: int
-) -> Ranking:
-    """Return the ``depth`` highest-scoring `listable` items."""
-    scores = np.where(able, scores, -np.inf)
-    order = np.argsort(-scores, kind="stable")[: min(depth, int(able.sum()))]
-    return Ranking(
-        request_id=request.id, items=tuple(names[row] for row in order), scores=tuple(scores[order].tolist())
-    )
+    requests: Sequence[RankRequest],
+    names: Sequence[str],
+    scores: NDArray[np.float64],
+    able: NDArray[np.bool_],
+    depth: int,
+) -> list[Ranking]:
+    """Return the ``depth`` highest-scoring `listable` items for each request.
+
+    Equal scores are in the order of the columns.
+
+    Args:
+        requests: The requests.
+        names: The items of the columns.
+        scores: Finite scores, shape (n, columns).
+        able: The `listable` items, shape (n, columns).
+        depth: The maximum length of a list.
+    """
+    rankings = []
+    for request, row in zip(requests, np.where(able, scores, -np.inf), strict=True):
+        length = min(depth, int(np.isfinite(row).sum()))
+        # Only items that can be in the list are sorted: all that are not below the last one.
+        border = np.partition(row, len(row) - length)[len(row) - length] if length else np.inf
+        top = np.flatnonzero(row >= border)
+        order = top[np.argsort(-row[top], kind="stable")[:length]]
+        items = tuple(names[column] for column in order.tolist())
+        rankings.append(Ranking(request_id=request.id, items=items, scores=tuple(row[order].tolist())))
+    return rankings
 
 
 class Retriever:

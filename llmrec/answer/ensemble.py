@@ -7,9 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
-from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, best_of, listable, retrieved
+from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, best_of, columns_of, listable, retrieved
 from llmrec.answer.recommender import (
     EXPLAIN,
     RANK,
@@ -253,21 +251,17 @@ class Ensemble:
         """Rank the whole catalogue for requests without candidates, using baselines that score all items."""
         if not requests:
             return []
-        translated = [self._naming.request(request) for request in requests]
-        able = np.array(
-            [
-                listable(request, same, self._whole.items, self._items)
-                for request, same in zip(requests, translated, strict=True)
-            ]
-        )
-        whole = [replace(same, candidates=None) for same in translated]
-        scores = self._whole.scores(whole, ~able)
+        whole = [replace(self._naming.request(request), candidates=None) for request in requests]
+        able = listable(requests, whole, self._columns, self._items)
+        rankings = best_of(requests, self._whole.items, self._whole.scores(whole, ~able), able, depth)
         return [
-            best_of(request, self._whole.items, row, some, depth)
-            if some.any()
-            else Unparsed(request_id=request.id, reason=NOTHING_LEFT)
-            for request, row, some in zip(requests, scores, able, strict=True)
+            ranking if ranking.items else Unparsed(request_id=ranking.request_id, reason=NOTHING_LEFT)
+            for ranking in rankings
         ]
+
+    @cached_property
+    def _columns(self) -> Mapping[str, int]:
+        return columns_of(self._whole)
 
     @cached_property
     def _whole(self) -> CatalogueEnsemble:

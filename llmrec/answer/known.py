@@ -182,7 +182,7 @@ class Histories:
             result.update(numbers.tobytes())
         return result.hexdigest()[:32]
 
-    @property
+    @cached_property
     def per_second(self) -> float:
         """Time units per second: 1, or more if the times are too large to be seconds."""
         return per_second(float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0)
@@ -194,14 +194,15 @@ class Histories:
         position = int(self.users.search_sorted(user_id))
         if position >= len(self.users) or self.users[position] != user_id:
             return []
-        rows = range(int(self.starts[position]), int(self.starts[position + 1]))
+        rows = slice(int(self.starts[position]), int(self.starts[position + 1]))
+        events = zip(self.items[rows].to_list(), self.ratings[rows].tolist(), self.times[rows].tolist(), strict=True)
         return [
             Event(
-                item_id=str(self.items[row]),
-                rating=None if np.isnan(self.ratings[row]) else float(self.ratings[row]),
-                timestamp=None if np.isnan(self.times[row]) else float(self.times[row]),
+                item_id=str(item),
+                rating=None if math.isnan(rating) else rating,
+                timestamp=None if math.isnan(time) else time,
             )
-            for row in rows
+            for item, rating, time in events
         ]
 
 

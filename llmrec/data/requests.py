@@ -212,8 +212,9 @@ def _candidates(
         except _Unknown as gap:
             unknown.setdefault(gap.item_id)
             continue
-        first = items.setdefault(item.item_id, item)
-        if first is not item:
+        if (first := items.get(item.item_id)) is None:
+            items[item.item_id] = item
+        else:
             (remarks.repeated if first == item else remarks.retold).append(item.item_id)
     if unknown:
         where = "there is no catalogue to look them up" if catalogue is None else "they are not in the catalogue"
@@ -240,13 +241,15 @@ def _history(
         except _Unknown as gap:
             remarks.skipped.append(gap.item_id)
             continue
-        message = entry if isinstance(entry, Mapping) else {}
-        text = message.get("text")
+        if not isinstance(entry, Mapping):
+            events.append(PastEvent(item=item))
+            continue
+        text = entry.get("text")
         events.append(
             PastEvent(
                 item=item,
-                rating=_number(f"{where}: rating", message.get("rating")),
-                timestamp=_moment(f"{where}: timestamp", message.get("timestamp")),
+                rating=_number(f"{where}: rating", entry.get("rating")),
+                timestamp=_moment(f"{where}: timestamp", entry.get("timestamp")),
                 text=None if text is None else _text(f"{where}: text", text),
             )
         )
@@ -268,6 +271,8 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
     known = None if catalogue is None or item_id is None else catalogue.get(item_id)
     if not clean(title) and known is not None:
         title = known.title
+        if title and clean(title) == title and not fields:
+            return known
     if not clean(title):
         if item_id is None:
             raise DataError(
@@ -285,8 +290,10 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
 def _fields(where: str, entry: Mapping[object, object]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for key, value in entry.items():
+        if key in _OWN_KEYS:
+            continue
         name = _text(f"{where}: a key", key)
-        if name in _OWN_KEYS or value is None:
+        if value is None:
             continue
         if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
             value = ", ".join(value)
@@ -350,7 +357,7 @@ def _optional_id(what: str, value: object) -> str | None:
             kind="too-large",
             column=what,
         )
-    if _NO_TEXT.search(value) or _CONTROL.search(value):
+    if not value.isprintable() and (_NO_TEXT.search(value) or _CONTROL.search(value)):
         raise DataError(f"{what} contains a control character; remove it", kind="bad-value", column=what)
     return value if value.strip() else None
 

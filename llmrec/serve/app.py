@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -184,9 +184,21 @@ def _asset(package: str, folder: str, name: str, kind: str) -> Response:
 
 
 def _questions(service: Service) -> APIRouter:
-    router = APIRouter(tags=["questions"], route_class=StrictRoute)
+    class Queued(StrictRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def admitted(request: Request) -> Response:
+                # Under overload most requests are rejected, so this precedes the parsing of the body.
+                service.admit()
+                return await handle(request)
+
+            return admitted
+
+    router = APIRouter(tags=["questions"])
 
     for verb in VERBS.values():
+        router.route_class = Queued if verb.engine else StrictRoute
         stream: dict[int | str, dict[str, Any]] = {
             200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
         }

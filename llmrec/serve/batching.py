@@ -136,7 +136,7 @@ class Batcher:
             EngineLost: If the engine ended, or the service is stopping.
             LlmrecError: If the question is invalid.
         """
-        self._admit(self.load.waiting)
+        self.admit()
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
         self._queues.setdefault(question, deque()).append(waiting)
         self.load.waiting += 1
@@ -180,8 +180,11 @@ class Batcher:
         finally:
             self._others -= 1
 
+    def admit(self) -> None:
+        """Raise an error if the queue does not accept another question; see `ask`."""
+        self._admit(self.load.waiting)
+
     def _admit(self, waiting: int) -> None:
-        """Raise an error if the queue does not accept another question."""
         if self._closed:
             raise _stopping()
         ahead = waiting * self._each

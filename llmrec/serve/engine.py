@@ -257,16 +257,25 @@ class Supervisor:
                 listener(piece)
 
         while True:
-            engine = self._engine
-            if engine is None:
-                why = f": {self.fault}" if self.fault else ""
-                raise EngineLost(f"the engine is starting{why}; try again in a moment", kind="failed")
+            engine = self.current()
             try:
                 return engine.call(name, *arguments, listener=None if listener is None else noted)
             except EngineLost:
                 # A replaced engine is not lost: the new engine answers.
                 if self._gone(engine) or begun.is_set():
                     raise
+
+    def current(self) -> Engine:
+        """Return the engine that answers questions.
+
+        Raises:
+            EngineLost: If it is starting.
+        """
+        engine = self._engine
+        if engine is None:
+            why = f": {self.fault}" if self.fault else ""
+            raise EngineLost(f"the engine is starting{why}; try again in a moment", kind="failed")
+        return engine
 
     def change_items(self, put: dict[str, Item], removed: Sequence[str]) -> None:
         """Pass stored changes of the catalogue to the engine."""

@@ -109,7 +109,7 @@ class StrictRoute(APIRoute):
         handle, known = super().get_route_handler(), [query_param.alias for query_param in self.dependant.query_params]
 
         async def strict(request: Request) -> Response:
-            for name in request.query_params:
+            for name in request.query_params if request.scope["query_string"] else ():
                 if name not in known:
                     takes = f"it takes {', '.join(known)}" if known else "it takes none"
                     raise DataError(
@@ -175,9 +175,8 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         length = _header(scope, b"content-length")
-        refused = failed(413, "too-large", f"the body is larger than {self._most} bytes")
         if length is not None and (not length.isdecimal() or len(length) > _DIGITS or int(length) > self._most):
-            await refused(scope, receive, send)
+            await self._refused()(scope, receive, send)
             return
         body, more = bytearray(), True
         # A body of unknown length is read here, so that later readers get at most the limit.
@@ -188,7 +187,7 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._most:
-                await refused(scope, receive, send)
+                await self._refused()(scope, receive, send)
                 return
         given = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
@@ -196,6 +195,9 @@ class BodyLimit:
             return next(given, None) or await receive()
 
         await self._app(scope, replay, send)
+
+    def _refused(self) -> ASGIApp:
+        return failed(413, "too-large", f"the body is larger than {self._most} bytes")
 
 
 class SameOrigin:

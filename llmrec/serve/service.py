@@ -274,6 +274,21 @@ class Service:
 
     # ------------------------------------------------------------------- questions
 
+    def admit(self) -> None:
+        """Check that the engine runs and its queue has room, before a question is read.
+
+        Raises:
+            Full: If the queue is full, or too long to answer in time.
+            EngineLost: If the engine does not run, or the service is stopping.
+        """
+        self.engine.current()
+        self.batcher.admit()
+
+    def rules_with(self, given: schema.Rules) -> Rules:
+        """Return the rules of the service joined with those of a request."""
+        rules = self.settings.rules
+        return rules.joined(Rules.read(given.model_dump())) if given.model_fields_set else rules
+
     async def request_of(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
         """Convert a request body to a request, with the history and the texts of items."""
         self.check_model(body.model)

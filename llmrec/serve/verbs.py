@@ -20,7 +20,6 @@ from pydantic_core import PydanticCustomError
 from llmrec.answer.listing import COLD, Wanted
 from llmrec.answer.prompting import CONTEXT
 from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, meant, ranking_of
-from llmrec.answer.rules import Rules as AppliedRules
 from llmrec.chat.state import State
 from llmrec.data.requests import read_request
 from llmrec.errors import DataError, LlmrecError
@@ -156,7 +155,7 @@ class RankBody(_About):
     strategy: Annotated[Id, Field(description="Ranking method of a language model; docs/ranking-methods.md.")] = "auto"
     exclude_seen: Bool = True
     rationale: Annotated[int, Field(ge=0, le=20, description="Number of first items to explain."), NUMBER] = 0
-    rules: Rules = Rules()
+    rules: Rules = Field(default_factory=Rules)
 
 
 class RankAnswer(_Answer):
@@ -169,7 +168,7 @@ class RankAnswer(_Answer):
 async def rank(service: Service, body: RankBody) -> RankAnswer:
     """Rank the given candidates, or the whole catalogue."""
     begun = time.monotonic()
-    rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
+    rules = service.rules_with(body.rules)
     service.check_strategy(body.model, body.strategy)
     request = await service.request_of(body, candidates=body.candidates)
     request = replace(request, notes=(*request.notes, *service.unknown_note(body.rules.block)))
@@ -371,7 +370,7 @@ class SimilarBody(Body):
         | None
     ) = None
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
-    rules: Rules = Rules()
+    rules: Rules = Field(default_factory=Rules)
 
 
 class SimilarAnswer(BaseModel):
@@ -386,7 +385,7 @@ class SimilarAnswer(BaseModel):
 async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
     """Find items that are similar to given items."""
     begun = time.monotonic()
-    rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
+    rules = service.rules_with(body.rules)
     for item in body.item_ids:
         service.catalogue.get(item)
     items = service.catalogue.items
@@ -537,6 +536,7 @@ class Verb:
         asks: What a model must support for it, `RANK` or a family; None: every service has it.
         batch: The description of its batch route; empty: none.
         event: The name of the events before its answer in a stream; then ``ask`` takes a listener. Empty: none.
+        engine: Whether every question needs the engine, so that it is rejected early while the queue is full.
         versions: The versions of its routes.
         failed: The body of its failures.
     """
@@ -549,6 +549,7 @@ class Verb:
     asks: str | None = None
     batch: str = ""
     event: str = ""
+    engine: bool = True
     versions: tuple[str, ...] = ("v1",)
     failed: type[BaseModel] = Failed
 
@@ -632,6 +633,7 @@ VERBS: Mapping[str, Verb] = {
             answer=ChatAnswer,
             ask=lambda service, body, *listener: service.conversations.answer(body, *listener),
             event="call",
+            engine=False,
         ),
         Verb(
             name="chat/completions",
@@ -639,6 +641,7 @@ VERBS: Mapping[str, Verb] = {
             body=CompletionBody,
             answer=Completion,
             ask=complete,
+            engine=False,
             failed=OpenAIFailed,
         ),
         Verb(

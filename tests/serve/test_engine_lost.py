@@ -107,9 +107,10 @@ def test_a_killed_engine_comes_back_and_no_event_is_lost(faked: Faked) -> None:
     told(faked.folder, seconds=1.0)
     pid = kill(faked)
     until(lambda: not faked.service.engine.ready, "the engine is not missed")
-    refused = ask(faked)
-    assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
-    assert failure(refused)["kind"] == "failed"
+    # The body, with a k that is no number, is not read.
+    for refused in (ask(faked), ask(faked, k="x")):
+        assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
+        assert failure(refused)["kind"] == "failed"
     assert httpx.get(f"{faked.url}/ready").status_code == 503
     assert "llmrec_engine_up 0.0" in httpx.get(f"{faked.url}/metrics").text
     # What needs no engine is answered meanwhile.
@@ -380,6 +381,12 @@ def test_too_many_questions_are_refused_and_the_others_answered(tmp_path: Path, 
             working(faked)
             rest = [pool.submit(ask, faked) for _ in range(19)]
             until(lambda: sum(each.done() for each in rest) == 16, "they are not refused")
+            # What is refused is not read, but a key, a method and a path are checked as always.
+            unread = httpx.post(f"{faked.url}/v1/rate", content=b"{", headers={"content-type": "application/json"})
+            assert unread.status_code == 429 and int(unread.headers["Retry-After"]) >= 1
+            assert httpx.get(f"{faked.url}/v1/rank").status_code == 405
+            hello = httpx.post(f"{faked.url}/v1/chat", json={"text": "hello"}, timeout=_LONG)
+            assert hello.status_code == 200, "an answer without the engine"
             go.touch()
             found = [each.result() for each in (first, *rest)]
         refused = [each for each in found if each.status_code == 429]
@@ -387,7 +394,8 @@ def test_too_many_questions_are_refused_and_the_others_answered(tmp_path: Path, 
         assert all(int(each.headers["Retry-After"]) >= 1 and failure(each)["kind"] == "busy" for each in refused)
         assert all(listed(each) == list(ITEMS) for each in found if each.status_code == 200)
         figures = httpx.get(f"{faked.url}/metrics").text
-        assert f"llmrec_refused_total {float(len(refused))}" in figures and "llmrec_queue 0.0" in figures
+        assert f"llmrec_refused_total {float(len(refused) + 1)}" in figures and "llmrec_queue 0.0" in figures
+        assert 'llmrec_requests_total{endpoint="/v1/rate",status="429"} 1.0' in figures
 
 
 def test_an_engine_that_hangs_is_killed_and_another_answers(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
