@@ -23,7 +23,8 @@ _LONGEST = 2000
 
 def image_of(fields: Mapping[str, str]) -> str | None:
     """Return the URL of an item's image, http or https; None without a valid one."""
-    return next((url for name in FIELDS if (url := _first(fields.get(name, ""))) and _origin(url)), None)
+    given = (_first(fields[name]) for name in FIELDS if name in fields)
+    return next((url for url in given if _origin(url)), None)
 
 
 def origins(items: Iterable[Item]) -> tuple[str, ...]:
