@@ -171,7 +171,7 @@ class Rates(Record):
 
 
 class Answered(Record):
-    """Results of a model for any kind of answer.
+    """Results that every model has, for rankings, ratings, probabilities and texts.
 
     Attributes:
         n: Number of requests.

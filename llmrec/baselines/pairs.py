@@ -163,7 +163,7 @@ class TransitionsTuned(TransitionsText):
         self._put(steps, self._tuned(data, steps).every().numpy())
 
     def tuned(self, data: SplitDataset) -> TunedEncoder:
-        """Return the text encoder of the best epoch; raises the errors of `learn`."""
+        """Fine-tune the text encoder, and return it after its best epoch; raises the same errors as `learn`."""
         return self._tuned(data, counted(data))
 
     def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:

@@ -259,7 +259,7 @@ class Models:
         return result
 
     def _kind(self, label: str) -> Kind:
-        """Return the scale of a model's scores, for an ensemble."""
+        """Return how an ensemble must convert a model's scores."""
         name = self._row(label).baseline
         return "beams" if name is None else kind_of(name)
 

@@ -190,7 +190,7 @@ class BenchmarkPair(Pair):
 
 
 class Size(Record):
-    """Numbers of users, items and interactions."""
+    """The number of users, items and interactions of a data set."""
 
     users: int
     items: int

@@ -122,7 +122,7 @@ def _last_shares(
     labels: Labels | int = TRAIN,
     after: str = "",
 ) -> Labels:
-    """Hold out the last shares of each user's rows among the given indices.
+    """Hold out the last validation and test share of each user's interactions, among the given rows.
 
     Raises:
         DataError: If no user has an interaction for each share and one more.

@@ -417,7 +417,7 @@ def _positive(k: int) -> int:
 
 
 def _within(judged: Judged, k: int) -> NDArray[np.int64]:
-    """Return the blocks that start within the first k ranks."""
+    """Return the blocks of equal scores that start within the first k ranks."""
     return np.flatnonzero(judged.greater < _positive(k))
 
 

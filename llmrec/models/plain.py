@@ -34,7 +34,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def is_plain_decoder(folder: str, section: ModelSection) -> bool:
-    """Whether a folder has a common decoder whose configuration can be read without transformers."""
+    """Whether a folder contains a decoder of a known type, whose configuration can be read without transformers."""
     config = _object(Path(folder) / "config.json")
     if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON):
         return False

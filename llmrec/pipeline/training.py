@@ -220,7 +220,7 @@ def _scorers(recipe: Recipe) -> list[tuple[Table, str]]:
 
 
 def _encoder_stamp(study: Study) -> str | None:
-    """Return the identity of the text encoder that selects history items, if the recipe uses one."""
+    """Return an identifier of the text encoder that selects relevant history items; None if none is used."""
     rules = {study.section(family).past for family in study.tasks}
     return text_embedder(study.recipe.encoder).stamp if "relevant" in rules else None
 

@@ -87,7 +87,7 @@ class Ledger:
             )
 
     def mark(self, text: str) -> str:
-        """Return a placeholder for a text."""
+        """Store a text, and return the placeholder that represents it in the rendered prompt."""
         self.spend(len(text))
         self.texts.append(text)
         return f"\ue000{len(self.texts) - 1}\ue001"

@@ -125,7 +125,7 @@ def forest(plot: Forest, width: float) -> Canvas:
 
 
 def settings(canvas: Canvas, arms: Sequence[str]) -> None:
-    """Draw the legend of settings at the top."""
+    """Draw the legend of the kinds of model (baseline, fine-tuned, ...) at the top."""
     legend(canvas, [(arm_name(arm), form, arm) for arm, form in MARKS.items() if arm in arms], _MARGIN)
 
 

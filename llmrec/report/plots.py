@@ -43,7 +43,7 @@ class Bar(TypedDict):
 
 
 class RowBar(Bar):
-    """A model with its value and interval."""
+    """A bar for a model: its value, confidence interval and kind of model."""
 
     arm: str
 
@@ -146,7 +146,7 @@ class Point(RowBar):
 
 
 class CostPlot(TypedDict):
-    """Quality against tokens per user or request, with lines at the values of models without tokens, by their names.
+    """Quality against tokens per user or request, with a labelled line for every model that uses no tokens.
 
     If some points are unnamed, a line connects the named ones.
     """

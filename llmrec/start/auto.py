@@ -514,7 +514,7 @@ class _Search:
         self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
 
     def _share(self, waiting: Sequence[Tried]) -> float:
-        """Return the seconds for the first waiting recommender."""
+        """Return the time for tuning the first of the waiting recommenders, in seconds."""
         alike, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
         return self._left() * (0.25 * alike + 0.75 * promised)
 

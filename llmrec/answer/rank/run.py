@@ -60,7 +60,7 @@ class Row:
 
     @classmethod
     def of(cls, raw: Raw, number: int, earlier: dict[bytes, int]) -> Row:
-        """Return a row with its id, after comparing it with the ids of ``earlier`` rows."""
+        """Return a row with its request id; a row whose id occurs in ``earlier`` rows gets an error."""
         request_id, user_id = identity(raw.record, number)
         error = raw.error
         if request_id is not None:
