@@ -26,16 +26,15 @@ PAGE = "eval/NEGATIVE_RESULTS.md"
 NO_DIFFERENCE = outcome("not shown")
 _HEAD = f"""# Negative results
 
-Ideas that were measured and did not help. The table is written by `make figures` from `{SOURCE}` and `eval/results/`.
+The table lists ideas that were measured and did not help. `make figures` writes it from `{SOURCE}` and `eval/results/`.
 
-- **Compared**: A − B, over the same users. **Effect**: the difference with its interval. Planned comparisons are
-  corrected for their number (Holm): their intervals exclude 0 exactly if p is at most .05. All others have an
+- The column *effect* is the difference A − B of the *compared* models on the same users, with its interval. Planned
+  comparisons are Holm-corrected, and their intervals exclude 0 exactly if p is at most .05. Other comparisons have an
   unadjusted 95 % interval and are *not tested*.
-- *No significant difference* does not mean equal: these users cannot tell.
-- \\* exploratory: fewer than {USERS} users or fewer than {SEEDS} training seeds. It describes this run, and nothing
-  more is claimed from it.
-- The language model is SmolLM2-135M-Instruct if no other is named.
-  [How differences are tested](../docs/evaluation-protocol-and-metrics.md#statistics).
+- *No significant difference* does not mean that both models are equal.
+- \\* marks exploratory results with fewer than {USERS} users or fewer than {SEEDS} training seeds.
+- The language model is SmolLM2-135M-Instruct unless the table names another model.
+  [Statistics](../docs/evaluation-protocol-and-metrics.md#statistics) explains the tests.
 """
 
 

@@ -230,14 +230,14 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     if tuned and all(
         any(trial.values.get(name) is not None for trial in row.trials) for row in tuned for name in names
     ):
-        lines.append("Hyperparameters are chosen on validation, separately for each table.")
+        lines.append("Hyperparameters are chosen on validation users, separately for each table.")
     given = [
         row.name
         for row in result.rows
         if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
     ]
     if given:
-        lines.append(f"Hyperparameters fixed in this suite, not tuned: {', '.join(given)}.")
+        lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(given)}.")
     return lines
 
 
@@ -411,15 +411,19 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         fusion = row.tables[table.name].fusion if table.name in row.tables else None
         if fusion is None:
             continue
-        limits = "; 95 % over users" if any(part.low is not None for part in fusion.parts) else ""
+        limits = "; 95 % intervals over users" if any(part.low is not None for part in fusion.parts) else ""
         worth = f" {note}" if (note := history_worth(fusion.repeat)) else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
+        single = next((part.name for part in fusion.parts if part.weight), "")
+        alone = f"{cell(row.name)} uses a single member, {cell(single)}."
+        several = f"The table shows the weights of {cell(row.name)} ({FORMS[fusion.form]}{limits})."
+        start = alone if fusion.form == "alone" else several
         block = (
-            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}{limits}).{worth} Fitting its members took {spent:.0f} "
-            f"s with tuning and all seeds, the ensemble itself {sum(row.seconds.values()):.0f} s."
+            f"{start}{worth} Fitting the members took {spent:.0f} s with tuning and all seeds, and fitting the "
+            f"ensemble took {sum(row.seconds.values()):.0f} s."
         )
         if fusion.form == "alone":
-            blocks.append(f"{block} The member is {cell(next(part.name for part in fusion.parts if part.weight))}.")
+            blocks.append(block)
             continue
         lines = [
             [
@@ -432,7 +436,8 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         blocks += [block, _left(["member", "weight", "ablation, on validation"], lines)]
         if fusion.features:
             shares = [[cell(feature.name), f"{feature.gain or 0.0:.3f}"] for feature in fusion.features[:_FEATURES]]
-            blocks += ["Its features with the largest share of the gain:", _left(["feature", "share"], shares)]
+            note = "These features of the ensemble have the largest share of the gain:"
+            blocks += [note, _left(["feature", "share"], shares)]
     return [Markup(block) for block in blocks]
 
 
@@ -460,7 +465,10 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     if not rows:
         return []
     few = max((figures.cold or {}).get("n", 0.0) for _, figures in entries)
-    note = f"Targets without training interactions, {few:.0f} requests; models that are not listed find none of them:"
+    note = (
+        f"The table shows {few:.0f} requests for items without training interactions. Models that are not listed find "
+        "none of these items:"
+    )
     ordered = [cells for _, cells in sorted(rows, key=lambda entry: -entry[0])]
     head = ["model", *metrics, f"{table.metric} on all other requests", *shown]
     return [note, Markup(_left(head, ordered))]

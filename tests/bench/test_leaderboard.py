@@ -83,11 +83,11 @@ def test_a_section_says_how_its_parameters_came_about() -> None:
     assert "Parameters are chosen" not in _page()
     values = {"excluded": 0.1, "included": 0.2}
     row |= {"baseline": "item-knn", "trials": [{"parameters": {"neighbours": k}, "values": values} for k in (10, 20)]}
-    assert "Hyperparameters are chosen on validation, separately for each table." in _page(suite)
+    assert "Hyperparameters are chosen on validation users, separately for each table." in _page(suite)
     del values["included"]
     assert "Parameters are chosen" not in _page(suite)
     suite["rows"][3]["baseline"] = "sasrec"
-    assert "Hyperparameters fixed in this suite, not tuned: sasrec." in _page(suite)
+    assert "The hyperparameters of these models are fixed and not tuned: sasrec." in _page(suite)
 
 
 @pytest.mark.parametrize(

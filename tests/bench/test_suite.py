@@ -210,7 +210,8 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
         assert fused.tables[seen].parameters["form"] == kept.parameters["form"]
         weights = fused.tables[seen].fusion
         assert weights is not None and [part.name for part in weights.parts] == rows[-1]["fuse"]
-        assert (weights.repeat is None) == (seen == "excluded") and "Weights of all (" in board
+        assert (weights.repeat is None) == (seen == "excluded")
+        assert ("all uses a single member" if weights.form == "alone" else "the weights of all (") in board
     # Nothing is reserved where nothing is fused, so that rows are chosen anew.
     chose.clear()
     run_benchmark(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
@@ -238,7 +239,7 @@ def test_a_ranker_is_a_row_unless_the_row_rules_it_out(tmp_path: Path) -> None:
         assert learned.parameters["form"] == "ranker" != linear.parameters["form"]
         assert learned.metrics["NDCG@10"].value > linear.metrics["NDCG@10"].value
         assert learned.fusion is not None and "history: length" in {item.name for item in learned.fusion.features}
-    assert "Its features with the largest share of the gain" in page_of(ran.results)
+    assert "These features of the ensemble have the largest share of the gain" in page_of(ran.results)
 
 
 def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
@@ -302,7 +303,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     board = page_of(found)
     few = "the 10 requests for items without training interactions, 2 items, clustered by item, exploratory"
     assert f"{few}: content − markov-1" in board
-    assert "Targets without training interactions, 10 requests" in board
+    assert "10 requests for items without training interactions. Models" in board
     assert not cold.slices and not warm.slices
     for kind in ("count", "words", "history"):
         parts = [part for part in every.slices if part.name.startswith(kind)]
