@@ -107,7 +107,7 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
         shown = [line for line in text.partition(heading)[2].partition("\n## ")[0].splitlines() if " [" in line]
         values = [float(line.split(" | ")[1].split(" ")[0].strip("*")) for line in shown if line.startswith("| ")]
         assert values == sorted(values, reverse=heading == "## Direct")
-    assert "exploratory: an unadjusted 95 % interval" in text and table["detectable"] in text
+    assert "exploratory and has an unadjusted 95 % interval" in text and table["detectable"] in text
     assert rewrite(tmp_path / "eval" / "results")[0].read_text(encoding="utf-8") == text
     assert "label · after-history · zero-shot" in text
     assert results["missing"] == 0 and "runs are missing" not in text

@@ -69,7 +69,7 @@ def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
     assert "The 2 planned comparisons have p-values that are Holm-adjusted over all tables of this file" in text
     assert "sasrec − item-knn: +0.0300 [+0.0001, +0.0600] (97.5 %), p 0.040, significantly better" in text
     assert "sasrec − item-knn: +0.0300 [-0.0100, +0.0600] (97.5 %), p 0.100, no significant difference" in text
-    assert "unadjusted 95 % intervals, no p-value and no verdict" in text
+    assert "unadjusted 95 % intervals, but no p-values and no verdicts" in text
 
 
 def test_notes_of_a_result_are_before_its_tables() -> None:
