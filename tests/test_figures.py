@@ -76,8 +76,8 @@ PLANTED = [
     ),
     (
         "docs/should-you-use-an-llm.md",
-        "is better than SASRec by",
-        "is better than SASRec, the best single model, by",
+        "is significantly better than SASRec, by",
+        "is significantly better than SASRec, the best single model, by",
         "which on validation is transitions and not sasrec",
     ),
     (EXCEPTIONS, "page: docs/baselines-and-ensembles.md", "page: docs/install.md", "docs/install.md has no figure in"),
