@@ -15,7 +15,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-all check-extensions lint docs figures site site-check screenshots bench gpu-check
+.PHONY: help setup quickstart demo notebooks test test-all test-trackers check-extensions lint docs figures site site-check screenshots bench gpu-check
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make notebooks         run the notebooks of docs/notebooks and write their outputs into them; NAME=demo: one of them"
 	@echo "make test              run the tests; CHANGED=1 those that differences from main affect"
 	@echo "make test-all          run slow tests too: killed engines, real servers, longer sweeps"
+	@echo "make test-trackers     run the tests of TensorBoard, W&B and MLflow with their packages, offline, in an environment of its own"
 	@echo "make check-extensions  remove each extension with its tests from a copy, and check the rest"
 	@echo "make lint              ruff, mypy, import-linter, licences; schemas for docker/, CITATION.cff and workflows, hadolint if there"
 	@echo "make docs              write the reference of commands, configuration and Python, docs/schema/ and docs/openapi.json"
@@ -64,6 +65,18 @@ endif
 
 test-all: setup
 	@LLMREC_SLOW=1 $(PYTEST) $(ARGS)
+
+# An environment of its own: trackers bring about a hundred packages.
+TRACKERS := build/trackers-env
+$(TRACKERS)/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make test-trackers PYTHON=/path/to/python"; exit 2; }
+	rm -rf $(TRACKERS)
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --quiet --editable '.[train,baselines,trackers]' pytest hypothesis
+	touch $@
+
+test-trackers: $(TRACKERS)/ready
+	@$(TRACKERS)/bin/python -m pytest tests/train/test_real_trackers.py $(ARGS)
 
 check-extensions: setup
 	$(BIN)/python -m tests.extensions $(ARGS)

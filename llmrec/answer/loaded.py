@@ -34,6 +34,7 @@ from llmrec.answer.rules import Rules
 from llmrec.answer.saving import drafted, link, publish, refuse_other_files, rows_of, write
 from llmrec.data.frames import as_arrow, like
 from llmrec.data.lists import Entities, read_lists, read_truth
+from llmrec.data.ranked import LISTS
 from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, identity, read_request, some
 from llmrec.display import Displayed, Summary, listed
@@ -580,18 +581,7 @@ class Loaded(Displayed):
         return reader.prompt(self._request(record, 1), Question(verb=verb))
 
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("user_id", pa.string()),
-        ("rank", pa.int64()),
-        ("item_id", pa.string()),
-        ("title", pa.string()),
-        ("score", pa.float64()),
-        ("error", pa.string()),
-        ("notes", pa.string()),
-    ]
-)
+_SCHEMA = pa.schema([("id", pa.string()), *LISTS, ("notes", pa.string())])
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

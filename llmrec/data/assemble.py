@@ -261,7 +261,9 @@ class _Listing:
         return {key: plain(text) for key, text in result.items()}
 
 
-def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:
+def catalogue(
+    section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None, *, whole: bool = False
+) -> dict[str, Item]:
     """Return the `Item` of every item that has interactions.
 
     A column is taken from the item table or, if it is missing there, from the interactions. Items missing in the item
@@ -272,6 +274,7 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
         interactions: The table of interactions.
         item_ids: The item of each of its rows.
         items: The table of items, if any.
+        whole: Also return the entries of the other items of that table.
 
     Raises:
         DataError: If a column is in neither table, an item is listed twice, or no item has a title.
@@ -282,7 +285,7 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
         listing = _listing(section, items, "item")
         listings.insert(0, listing)
         listed = set(listing.own)
-        known = [item for item in known if item in listed]
+        known = list(dict.fromkeys(listing.own)) if whole else [item for item in known if item in listed]
     fields = {
         name: _source(listings, name, "data.columns.fields=[...]").column(name) for name in section.columns.fields
     }

@@ -102,12 +102,38 @@ class Predicted:
     completion_tokens: int = 0
 
 
+PREDICTIONS = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("value", pa.float64()),
+        ("text", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""Columns of a table of predictions."""
 COLUMNS: Mapping[Form, tuple[str, str, str, str]] = {
     "long": ("user", "item", "rank", "score"),
     "rectools": ("user_id", "item_id", "rank", "score"),
     "recbole": ("user_id:token", "item_id:token", "rank:float", "score:float"),
 }
 """Columns of the forms with one row per ranked item and a header."""
+TABLE = "recommendations"
+"""The table of ranked lists in a database."""
+LISTS = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("rank", pa.int64()),
+        ("item_id", pa.string()),
+        ("title", pa.string()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+"""Columns of a table of ranked lists: one row per item; a request without a list has one row with the error."""
+LISTED_BY = ("user_id", "rank")
+"""The columns that identify a row of it."""
 TREC = (".trec", ".run")
 """Ending of files in TREC form."""
 ENDINGS: Mapping[str, Form] = {**dict.fromkeys(TREC, "trec"), ".inter": "recbole"}
@@ -152,6 +178,12 @@ def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | 
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return records if lines is None or [record.line for record in records] == list(lines) else None
+
+
+def read_records(path: Path) -> Iterator[Ranked]:
+    """Yield the records of a JSON Lines file that `write_records` wrote."""
+    with path.open(encoding="utf-8") as stream:
+        yield from (_record(json.loads(line)) for line in stream)
 
 
 def _checked(line: str) -> Ranked:
@@ -229,6 +261,19 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
         else:
             with _text_file(draft, packed=packed) as stream:
                 _write_long(stream, COLUMNS[form], rows, suffix)
+
+
+def as_table(records: Iterable[Ranked]) -> pa.Table:
+    """Return ranked lists as a table with the columns `LISTS`."""
+    rows: list[tuple[Any, ...]] = []
+    for record in records:
+        key = listed(record)
+        if record.error is not None:
+            rows.append((key, None, None, None, None, record.error))
+        lists = zip(record.items, record.titles, record.scores, strict=True)
+        rows += [(key, rank, item, title, score, None) for rank, (item, title, score) in enumerate(lists, start=1)]
+    columns = zip(*rows, strict=True) if rows else [()] * len(LISTS)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTS, strict=True)], schema=LISTS)
 
 
 def listed(record: Ranked) -> str:

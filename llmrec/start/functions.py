@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.baselines.base import Trainable
 from llmrec.baselines.parameters import make
 from llmrec.data.frames import only_for_a_moment, write_frame
+from llmrec.data.sets.table import listed_items
 from llmrec.data.sets.table import load as read_data
 from llmrec.data.split import whole
 from llmrec.display import Displayed, Summary, listed
@@ -38,6 +39,8 @@ from llmrec.types import Predictor
 _ROLES = ("user", "item", "rating", "time", "title", "text", "fields", "dates", "split")
 # Share of users on whose last interaction early stopping of neural networks is based.
 _STOPS = 0.1
+LANGUAGE_MODEL = "smollm2-lora"
+"""The name of SmolLM2-135M-Instruct, fine-tuned with LoRA to predict the next item, for `fit`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -228,11 +231,14 @@ def fit(
     Args:
         interactions: Interactions as a frame, see `llmrec.data.frames.with_frames`, or the path of a table. Optional
             with a recipe that names its data.
-        items: Items as a frame or the path of a table, one row per item.
+        items: Items as a frame or the path of a table, one row per item. Baselines that read texts also rank items
+            without interactions.
         model: One of: ``"auto"``, the best ensemble that `llmrec.auto` finds within the budget; the name of a baseline
             (docs/baselines-and-ensembles.md), such as ``"transitions-tuned"`` or ``"sasrec"``; a baseline, such as
-            ``llmrec.baselines.ItemKNN(history=5)``; or a recipe as `llmrec.run` takes it, such as the path of a file.
-            A baseline learns from all interactions; the others hold some out, on which they are measured.
+            ``llmrec.baselines.ItemKNN(history=5)``; ``"smollm2-lora"``, SmolLM2-135M-Instruct fine-tuned with LoRA to
+            predict the next item, by the recipe of `llmrec.init`; or a recipe as `llmrec.run` takes it, such as the
+            path of a file. A baseline learns from all interactions; the others hold some out, on which they are
+            measured.
         budget: Wall time of ``"auto"``, such as ``"90s"``, ``"5m"`` or ``"2h"``.
         out: The run folder of ``"auto"`` or of a recipe; by default as in `llmrec.auto` and `llmrec.run`.
         seed: The random seed of a baseline given by name.
@@ -257,6 +263,9 @@ def fit(
         named = {role: column for role, column in columns.items() if role != "text"}
         made = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
         return load(str(made.folder), frame=frame)
+    if isinstance(model, str) and model == LANGUAGE_MODEL:
+        model, columns = _language_model(interactions, items, columns), {}
+        fields = None
     if isinstance(model, Recipe | Mapping) or (isinstance(model, str | Path) and str(model).endswith(PAGES)):
         tables = {"path": interactions, "items": items}
         changed = {f"data.{key}": str(table) for key, table in tables.items() if isinstance(table, str | Path)}
@@ -268,6 +277,20 @@ def fit(
     return _fit_baseline(interactions, items, _baseline(model, seed), columns, frame)
 
 
+def _language_model(interactions: Any, items: Any, columns: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of `init` for the prediction of the next item by a fine-tuned language model."""
+    recipe = init(interactions, items, name=LANGUAGE_MODEL, **{"rating": "none", "text": "none", **columns}).recipe
+    if recipe.tasks.sequential is None:
+        raise DataError(
+            f"model: {LANGUAGE_MODEL} predicts the next item, and no user has 3 or more different items",
+            kind="too-few",
+            column="model",
+        )
+    only = dict.fromkeys(recipe.tasks.present()) | {"sequential": recipe.tasks.sequential}
+    tasks = recipe.tasks.model_copy(update=only)
+    return recipe.model_copy(update={"tasks": tasks, "eval": recipe.eval.model_copy(update={"arms": ("tuned",)})})
+
+
 def _baseline(model: Any, seed: int) -> Any:
     """Return a baseline by name, or the given baseline."""
     if not isinstance(model, str | Path):
@@ -276,7 +299,7 @@ def _baseline(model: Any, seed: int) -> Any:
         raise RecipeError(f"model: {model!r} has no fit and answer; give a baseline", kind="bad-value", column="model")
     name = str(model)
     if name not in BASELINES and not is_plugin(BASELINES, name):
-        known = ["auto", *BASELINES]
+        known = ["auto", LANGUAGE_MODEL, *BASELINES]
         raise RecipeError(
             f"model: unknown {name!r}{did_you_mean(name, known)}; give the path of a recipe, or one of: "
             f"{', '.join(known)}",
@@ -306,6 +329,8 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
         core = recipe.data.filter.model_copy(update={"user_core": 1, "item_core": 1})
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filter": core})})
         dataset = read_data(recipe.data, seed=seed)
+        if items is not None and getattr(kind, "READS", "events") != "events":
+            dataset = replace(dataset, items={**listed_items(recipe.data), **dataset.items})
     stops = getattr(getattr(model, "config", None), "patience", None) is not None
     data = whole(dataset, seed=seed, ties=recipe.data.split.ties, valid=_STOPS if stops else 0.0)
     models = open_fitted(section, data, seed=seed, model=model)

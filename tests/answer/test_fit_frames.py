@@ -103,6 +103,17 @@ def test_candidates_are_ranked_and_lists_are_shown(rec: Loaded) -> None:
     assert {item.item_id for item in rec.similar(["i3"], k=2)} <= {f"i{n}" for n in range(12)}
 
 
+def test_items_without_interactions_are_ranked_by_models_that_read_texts(tmp_path: Path) -> None:
+    items = pl.DataFrame([*ITEMS, {"article": "new", "title": "Tale 3 again", "genre": "odd"}])
+    rec = llmrec.fit(pl.DataFrame(ROWS), items, "content", **COLUMNS)
+    assert rec.rank(history=["i3"], k=1)[0].item_id == "new"
+    rec.save(tmp_path / "saved")
+    with llmrec.load(tmp_path / "saved") as again:
+        assert again.rank(history=["i3"], k=1)[0].item_id == "new"
+    # A model of interactions has nothing to say about it.
+    assert "new" not in llmrec.fit(pl.DataFrame(ROWS), items, "item-knn", **COLUMNS).items
+
+
 def test_evaluation_against_the_metrics_of_the_lists(rec: Loaded) -> None:
     scores = rec.evaluate(pd.DataFrame(TEST), k=(1, 3), resamples=50)
     lists = rec.recommend(k=3).group_by("user_id", maintain_order=True).agg("item_id").rows()

@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.users import rank_users
 from llmrec.data.dataset import Dataset, conform
+from llmrec.data.read.databases import read_query
 from llmrec.data.requests import read_request
 from llmrec.data.split import halves
 from llmrec.errors import DataError, LlmrecError, RecipeError
@@ -306,12 +308,68 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return (pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)).to_dicts()
 
 
+def test_a_table_of_lists_is_replaced_only_if_asked(run: Path, tmp_path: Path) -> None:
+    given = RankOptions(
+        model=str(run), all_users=True, to=str(tmp_path / "lists.db"), by="item-knn", top=2, backend="hf"
+    )
+    rank_users(given)
+    before = _rows(tmp_path / "lists.db")
+    with raises(DataError, Facts(kind="exists", column="--to", says="--restart")):
+        rank_users(replace(given, top=1))
+    assert _rows(tmp_path / "lists.db") == before
+    rank_users(replace(given, top=1, restart=True))
+    assert _rows(tmp_path / "lists.db") == [row for row in before if row["rank"] == 1]
+
+
+def test_requests_and_questions_into_tables(
+    rec: Loaded, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    to = f"sqlite:///{tmp_path}/shop.db"
+    asked = [{"id": "a", "history": ["k01"], "candidates": ["k03", "k04"]}, {"id": "b", "candidates": ["nowhere"]}]
+    wanted = RankOptions(requests=jsonl(tmp_path / "q.jsonl", asked), to=to, model=str(run), by="item-knn")
+    told = rank_file(wanted)
+    assert (told["ranked"], told["failed"], told["out"]) == (1, 1, f"{tmp_path}/shop.db")
+    found = read_query(to, "SELECT user_id, rank, item_id, title, error FROM recommendations").frame.rows()
+    best = [each.item_id for each in rec.rank(["k03", "k04"], history=["k01"], model="item-knn", id="a")]
+    assert [(row[0], row[2]) for row in found[:2]] == [("a", item) for item in best] and found[0][3]
+    assert found[2][:4] == ("b", None, None, None) and "nowhere" in found[2][4]
+    questions = [{"id": "a", "user_id": "u01", "item": "k03"}, {"id": "b"}]
+    about = PredictOptions(
+        requests=jsonl(tmp_path / "p.jsonl", questions), to=to, model=str(run), family="rating", backend="hf"
+    )
+    about = replace(about, dtype="float32")
+    predict_file(about)
+    rows = read_query(to, "SELECT request_id, user_id, item_id, value FROM predictions").frame.rows()
+    assert rows == [("a", "u01", "k03", pytest.approx(rec.rate("k03", user="u01"))), ("b", None, None, None)]
+    assert not list((tmp_path / "here").iterdir())
+    # Neither is overwritten unless asked, and one output is enough.
+    exists = Facts(kind="exists", column="--to", says="--restart")
+    with raises(DataError, exists):
+        rank_file(wanted)
+    with raises(DataError, exists):
+        predict_file(about)
+    predict_file(replace(about, restart=True, limit=1))
+    assert read_query(to, "SELECT count(*) AS n FROM predictions").frame.rows() == [(1,)]
+    for wrong, kind in (("lists.csv", "wrong-format"), ("mysql://host/shop", "wrong-format")):
+        with raises(DataError, Facts(kind=kind, column="--to")):
+            rank_file(replace(wanted, to=wrong))
+    with raises(RecipeError, Facts(kind="contradiction", column="--to")):
+        predict_file(replace(about, out=tmp_path / "x.csv"))
+    with raises(RecipeError, Facts(kind="missing-key", column="--out")):
+        predict_file(replace(about, to=None))
+    twice = jsonl(tmp_path / "twice.jsonl", [{"id": n, "user_id": "u01", "candidates": ["k03"]} for n in "ab"])
+    with raises(DataError, Facts(kind="duplicate", column="user_id")):
+        rank_file(replace(wanted, requests=twice, restart=True))
+
+
 def test_where_lists_of_every_user_can_go(run: Path, tmp_path: Path) -> None:
     with raises(DataError, Facts(kind="missing-key", column="--to")):
         rank_users(RankOptions(model=str(run), all_users=True))
     with raises(DataError, Facts(kind="wrong-format", column="--to")):
         rank_users(RankOptions(model=str(run), all_users=True, to=str(tmp_path / "lists.xlsx")))
-    for address in ("duckdb:///lists.db", "sqlite://lists.db", "sqlite:///", "https://example.org/lists.csv"):
+    for address in ("mysql:///lists.db", "sqlite://lists.db", "sqlite:///", "https://example.org/lists.csv"):
         with raises(DataError, Facts(kind="wrong-format", column="--to", says="sqlite:///FILE")):
             rank_users(RankOptions(model=str(run), all_users=True, to=address))
 

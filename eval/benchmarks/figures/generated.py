@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import metric_table, negative, performance, record
+from eval.benchmarks import lines_of_code, metric_table, negative, performance, record
 from eval.benchmarks.figures import chart
 from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
@@ -42,6 +42,7 @@ def wanted(root: Path) -> dict[str, str]:
     found = {f"eval/{name}": text for name, text in pages.items()}
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
     found[negative.PAGE] = negative.write(root)
+    found[lines_of_code.PAGE] = lines_of_code.page(root)
     board = leaderboard.load_board(root / "eval")
     assert board is not None
     matrix = leaderboard.featured(board, next(leaderboard.matrices(board, benchmarks, references)))

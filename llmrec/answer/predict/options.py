@@ -17,7 +17,15 @@ class PredictOptions(ModelOptions):
     requests: Annotated[
         Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with an item in each row.")
     ]
-    out: Annotated[Path, About(help="Output file, in any of these formats.")]
+    out: Annotated[Path | None, About(help="Output file, in any of these formats.")] = None
+    to: Annotated[
+        str | None,
+        About(
+            metavar="URL",
+            help="Database for the table predictions, in place of --out: .db, sqlite:///FILE, duckdb:///FILE or "
+            "postgresql://...",
+        ),
+    ] = None
     family: Annotated[
         str,
         About(
@@ -31,3 +39,4 @@ class PredictOptions(ModelOptions):
     )
     batch: BatchSize = BATCH
     limit: Annotated[int | None, About(least=1, help="Process only the first N rows.")] = None
+    restart: Annotated[bool, About(help="Overwrite an output file that was changed, or an existing table.")] = False

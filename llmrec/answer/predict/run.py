@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
 
 from llmrec.answer.checks import decided
 from llmrec.answer.known import read_known
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.prompting import CONTEXT, value_of
-from llmrec.answer.rank.outputs import check_out, write_summary
+from llmrec.answer.rank.outputs import check_out, into_table, write_summary
 from llmrec.answer.rank.run import RankBar
 from llmrec.answer.strategy import about_families, way_about
-from llmrec.data.ranked import Predicted, write_records
+from llmrec.data.ranked import PREDICTIONS, Predicted, write_records
 from llmrec.data.request_file import Raw, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 from llmrec.types import Answer, Text, Unparsed
+
+_TABLE = "predictions"
 
 
 def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
@@ -29,10 +34,27 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     Raises:
         LlmrecError: If a file, a model or an option cannot be used.
     """
-    kind_of(options.out)
-    check_out(options.out, (options.requests, options.items), option="--out", by="predict")
+    if options.to is not None:
+        with into_table(options.to, _TABLE, PREDICTIONS, replace=options.restart, out=options.out) as (database, out):
+            summary, records = _predict(options, out)
+            rows = {name: [getattr(record, name) for record in records] for name in PREDICTIONS.names}
+            table = pa.table(rows, schema=PREDICTIONS)
+            database.write(_TABLE, table, index=("request_id",), replace=options.restart)
+        return {**summary, "file": database.shown}
+    if options.out is None:
+        raise RecipeError(
+            "--out is missing: give the output file, or a database with --to", kind="missing-key", column="--out"
+        )
+    return _predict(options, options.out)[0]
+
+
+def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int], list[Predicted]]:
+    """Answer a file of questions into a file, and return what to print and the records."""
+    kind_of(out)
+    reads = (options.requests, options.items)
+    check_out(out, reads, option="--out", by="predict", restart=options.restart)
     source = open_requests(options.requests)
-    stored = options.out.with_name(options.out.name + ".answers.sqlite")
+    stored = out.with_name(out.name + ".answers.sqlite")
     model_options = options.recommender(batch=options.batch)
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
@@ -53,7 +75,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
                 records.append(_record(raw, len(records) + 1, request, result))
                 failed += records[-1].error is not None
             bar.advance(len(raws))
-        write_records(options.out, records, Predicted)
+        write_records(out, records, Predicted)
         digest = recommender.weights[:12]
     for ending in ("", "-wal", "-shm", "-journal"):
         stored.with_name(stored.name + ending).unlink(missing_ok=True)
@@ -64,10 +86,10 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
         "weights": digest or "a server's own",
         "answered": len(records) - failed,
         "failed": failed,
-        "file": str(options.out),
+        "file": str(out),
     }
-    write_summary(options.out, dict(summary))
-    return summary
+    write_summary(out, dict(summary))
+    return summary, records
 
 
 def _family(recommender: LanguageModel, asked: str) -> str:

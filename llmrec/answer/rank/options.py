@@ -46,8 +46,8 @@ class RankOptions(RecommenderOptions):
         str | None,
         About(
             metavar="FILE|URL",
-            help="With --all-users: output file or database (.parquet, .csv, .jsonl, .run, .inter, .db, "
-            "sqlite:///FILE or postgresql://...).",
+            help="Database for the table recommendations, in place of --out: .db, sqlite:///FILE, duckdb:///FILE or "
+            "postgresql://...; with --all-users also a file: .parquet, .csv, .jsonl, .run or .inter.",
         ),
     ] = None
     by: Annotated[
@@ -80,7 +80,11 @@ class RankOptions(RecommenderOptions):
         About(least=1, help="With --ray: number of shards. Default: the existing ones, otherwise four per process."),
     ] = None
     restart: Annotated[
-        bool, About(help="Discard partial results of an earlier run, and overwrite an output file that was changed.")
+        bool,
+        About(
+            help="Discard partial results of an earlier run, and overwrite an output file that was changed or an "
+            "existing table."
+        ),
     ] = False
 
     @property

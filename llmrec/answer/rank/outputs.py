@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+
+from llmrec.data.database_output import ADDRESSES, DATABASES, Database, without_password
 from llmrec.durable import Json, checked, sha256_of, write_checked, write_json
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
+from llmrec.fingerprint import digest_of
 
 
 def summary_beside(out: Path) -> Path:
@@ -55,6 +60,46 @@ def check_out(
             at=out,
             column=option,
         )
+
+
+@contextmanager
+def into_table(
+    to: str, name: str, schema: pa.Schema, *, replace: bool, out: Path | None
+) -> Iterator[tuple[Database, Path]]:
+    """Yield the database of ``--to``, and a file in the working folder for rows that are not yet in its table.
+
+    The file is removed at the end, and kept after an error, so that the same command can resume.
+
+    Args:
+        to: The address or path of the database.
+        name: The name of the table.
+        schema: Its columns.
+        replace: Whether to overwrite an existing table.
+        out: The value of ``--out``, which must be missing.
+
+    Raises:
+        RecipeError: If both options are given.
+        DataError: If there is no such database, or its table cannot be written.
+    """
+    if out is not None:
+        raise RecipeError(
+            "--out and --to name two outputs; give a file with --out, or a database with --to",
+            kind="contradiction",
+            column="--to",
+        )
+    database = Database.of(to, "--to")
+    if database is None:
+        shown = without_password(to) if "://" in to else to
+        raise DataError(
+            f"--to {shown}: supported databases are {', '.join(DATABASES)}, {ADDRESSES}; give a file with --out",
+            kind="wrong-format",
+            column="--to",
+        )
+    database.check(name, schema, replace=replace)
+    rows = Path(f"{name}-{digest_of(to=to)[:8]}.jsonl")
+    yield database, rows
+    for path in (rows, summary_beside(rows)):
+        path.unlink(missing_ok=True)
 
 
 def outdate(out: Path) -> None:

@@ -19,14 +19,26 @@ from typing import Any
 
 from llmrec import terminal
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.rank.outputs import check_out, summary_beside
+from llmrec.answer.rank.outputs import check_out, into_table, summary_beside
 from llmrec.answer.rank.ranker import Ranker, open_ranker, resolved
 from llmrec.answer.recommender import Answered
-from llmrec.data.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
+from llmrec.data.ranked import (
+    LISTED_BY,
+    LISTS,
+    TABLE,
+    Ranked,
+    as_table,
+    form_of,
+    listed,
+    read_part,
+    read_records,
+    write_lists,
+    write_part,
+)
 from llmrec.data.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
-from llmrec.errors import DataError, LlmrecError, Place
+from llmrec.errors import DataError, LlmrecError, Place, RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.machine import machine, versions
 from llmrec.pipeline.resume import LOCK, Budget, locked, read_stage
@@ -111,6 +123,8 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
         LlmrecError: If a file, a model or an option cannot be used.
     """
     options = resolved(options)
+    if options.to is not None:
+        return _rank_into_table(options, options.to)
     if options.target != STDOUT:
         return _rank_into(options)
     with TemporaryDirectory(prefix="llmrec-rank-") as folder:
@@ -120,6 +134,20 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
             shutil.copyfileobj(stream, terminal.out().buffer)
         terminal.out().flush()
     return {**summary, "out": str(STDOUT)}
+
+
+def _rank_into_table(options: RankOptions, to: str) -> Mapping[str, Any]:
+    """Rank a file of requests into a table of a database; a file in the working folder keeps the lists until then."""
+    with into_table(to, TABLE, LISTS, replace=options.restart, out=options.out) as (database, out):
+        if options.form != "auto":
+            raise RecipeError(
+                "--form has no effect with --to, whose table has one row per item; drop one of them",
+                kind="contradiction",
+                column="--form",
+            )
+        summary = _rank_into(replace(options, out=out))
+        database.write(TABLE, as_table(read_records(out)), index=LISTED_BY, replace=options.restart)
+    return {**summary, "out": database.shown}
 
 
 def _rank_into(options: RankOptions) -> Mapping[str, Any]:
@@ -299,7 +327,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
     owners: dict[str, int] = {}
     paths: list[Path] = []
     for records in rank_parts(options, source, recommender, options.parts, key, tally):
-        if form != "records":
+        if form != "records" or options.to is not None:
             check_owners(source.path, records, owners)
         paths.append(options.parts / part_name(len(paths)))
     with budget.stage("write"):
@@ -315,8 +343,8 @@ def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
                 f"{source}, line {record.line} requests a second list of {listed(record)[:60]!r}, after line {first}, "
-                "but forms with one row per item identify lists by user; omit user_id, so that the id of the request "
-                "is used, or use --form records",
+                "but outputs with one row per item identify lists by user; omit user_id, so that the id of the request "
+                "is used, or write records to a file",
                 kind="duplicate",
                 at=Place(str(source), line=record.line),
                 column="user_id",

@@ -5,14 +5,12 @@ Users are ranked in parts, which are kept until all are complete, so that a kill
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import polars as pl
 import pyarrow as pa
@@ -25,26 +23,17 @@ from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.ranker import open_loaded
 from llmrec.answer.rank.run import RankBar
 from llmrec.data.cells import write_rows
-from llmrec.data.ranked import ENDINGS, Ranked, write_lists
-from llmrec.data.read.databases import file_of
+from llmrec.data.database_output import ADDRESSES, DATABASES, Database, without_password
+from llmrec.data.ranked import ENDINGS, LISTED_BY, LISTS, TABLE, Ranked, write_lists
 from llmrec.durable import replacing
-from llmrec.errors import DataError, LlmrecError, require
+from llmrec.errors import DataError
 from llmrec.fingerprint import digest_of
 from llmrec.pipeline.resume import LOCK, locked
-
-TABLE = "recommendations"
-"""The table in a database; it is replaced in one transaction."""
 
 _PART = 256
 # Options that do not change the lists.
 _NEUTRAL = frozenset({"gpu_memory", "enforce_eager"})
 _FILES = (".parquet", ".csv", ".jsonl", *ENDINGS)
-_DATABASES = (".db", ".sqlite", ".sqlite3")
-_COLUMNS = ("user_id", "rank", "item_id", "title", "score", "error")
-_TABLE_COLUMNS = (
-    "SELECT column_name FROM information_schema.columns WHERE table_schema = current_schema() "
-    f"AND table_name = '{TABLE}' ORDER BY ordinal_position"
-)
 
 
 def rank_users(options: RankOptions) -> Mapping[str, str | int]:
@@ -56,10 +45,12 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     if options.to is None:
         raise DataError("--all-users requires --to with a file or a database", kind="missing-key", column="--to")
     _refuse_others(options)
-    kind, to = _target(options.to)
-    if kind == "sqlite":
-        _check_sqlite(Path(to))
-    elif "://" not in to:
+    database = Database.of(options.to, "--to")
+    to = options.to if database is None else database.at
+    if database is not None:
+        database.check(TABLE, LISTS, replace=options.restart)
+    else:
+        _check_ending(to)
         by = "rank --all-users"
         check_out(Path(to), (options.items,), option="--to", by=by, parts=_parts(to), restart=options.restart)
     k = options.top or 10
@@ -82,9 +73,12 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
                 path.unlink()
         paths = list(_ranked(rec, users, _parts(to), key, k, options.strategy))
         table = pa.concat_tables([pq.read_table(path) for path in paths])
-        _write(kind, to, table, (options.by or rec.models[0]).replace(" ", "-"))
+        if database is not None:
+            database.write(TABLE, table, index=LISTED_BY, replace=options.restart)
+        else:
+            _write(Path(to), table, (options.by or rec.models[0]).replace(" ", "-"))
         failed = int(table.num_rows - table["error"].null_count)
-        if "://" not in to:
+        if database is None or database.file is not None:
             write_summary(Path(to), {"model": signature, "users": len(users), "rows": table.num_rows, "failed": failed})
         for path in paths:
             path.unlink()
@@ -97,7 +91,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         "users": len(users),
         "rows": table.num_rows - failed,
         "failed": failed,
-        "written to": _shown(to),
+        "written to": to if database is None else database.shown,
     }
 
 
@@ -126,49 +120,36 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
             else:
                 result = rec.recommend(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
                 with replacing(path) as draft:
-                    pq.write_table(result.select(_COLUMNS), draft)
+                    pq.write_table(result.select(LISTS.names), draft)
                 bar.advance(len(part))
             yield path
 
 
-def _target(to: str) -> tuple[str, str]:
-    """Return the type of the target (a file extension, ``sqlite`` or ``postgresql``), and its path or address."""
-    if to.startswith(("postgresql://", "postgres://")):
-        require("adbc_driver_postgresql", "tables")
-        return "postgresql", to
-    if to.startswith("sqlite:///") and (file := file_of(to)).name:
-        return "sqlite", str(file)
-    suffix = Path(to).suffix.lower()
-    if "://" not in to and suffix in _DATABASES:
-        return "sqlite", to
-    if "://" not in to and suffix in _FILES:
-        return suffix, to
-    raise DataError(
-        f"--to {_shown(to)}: supported targets are {', '.join((*_FILES, *_DATABASES))}, sqlite:///FILE or "
-        "postgresql://...",
-        kind="wrong-format",
-        column="--to",
-    )
+def _check_ending(to: str) -> None:
+    """Reject a path or an address whose type is not supported."""
+    if "://" in to or Path(to).suffix.lower() not in _FILES:
+        raise DataError(
+            f"--to {without_password(to) if '://' in to else to}: supported targets are "
+            f"{', '.join((*_FILES, *DATABASES))}, {ADDRESSES}",
+            kind="wrong-format",
+            column="--to",
+        )
 
 
-def _write(kind: str, to: str, table: pa.Table, tag: str) -> None:
-    if kind == "postgresql":
-        _write_postgres(to, table)
-    elif kind == "sqlite":
-        _write_sqlite(Path(to), table)
-    elif kind in ENDINGS:
-        write_lists(Path(to), _records(table), ENDINGS[kind], tag)
-    else:
-        with replacing(Path(to)) as draft:
-            if kind == ".parquet":
-                pq.write_table(table, draft)
-                return
-            if kind == ".jsonl":
-                pl.DataFrame(pl.from_arrow(table)).write_ndjson(draft)
-                return
+def _write(path: Path, table: pa.Table, tag: str) -> None:
+    kind = path.suffix.lower()
+    if kind in ENDINGS:
+        write_lists(path, _records(table), ENDINGS[kind], tag)
+        return
+    with replacing(path) as draft:
+        if kind == ".parquet":
+            pq.write_table(table, draft)
+        elif kind == ".jsonl":
+            pl.DataFrame(pl.from_arrow(table)).write_ndjson(draft)
+        else:
             with draft.open("w", encoding="utf-8", newline="") as stream:
                 rows = (row.values() for batch in table.to_batches() for row in batch.to_pylist())
-                write_rows(stream, _COLUMNS, rows)
+                write_rows(stream, LISTS.names, rows)
 
 
 def _records(table: pa.Table) -> Iterator[Ranked]:
@@ -182,73 +163,6 @@ def _records(table: pa.Table) -> Iterator[Ranked]:
             items=tuple(row["item_id"] for row in ranked),
             scores=tuple(row["score"] for row in ranked),
         )
-
-
-def _write_sqlite(path: Path, table: pa.Table) -> None:
-    """Replace a table in an SQLite file; other tables are unchanged."""
-    rows = [tuple(row[name] for name in _COLUMNS) for row in table.to_pylist()]
-    try:
-        with closing(sqlite3.connect(path)) as database, database:
-            database.execute("BEGIN IMMEDIATE")
-            _check_table(path, database)
-            database.execute(f"DROP TABLE IF EXISTS {TABLE}")
-            database.execute(
-                f"CREATE TABLE {TABLE} (user_id TEXT, rank INTEGER, item_id TEXT, title TEXT, score REAL, error TEXT)"
-            )
-            database.executemany(f"INSERT INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?)", rows)
-            database.execute(f"CREATE INDEX {TABLE}_by_user ON {TABLE} (user_id, rank)")
-    except sqlite3.Error as error:
-        raise DataError(f"--to {path}: {error}", kind="unreadable", at=path, column="--to") from None
-
-
-def _check_sqlite(path: Path) -> None:
-    """Raise an error if a database cannot be written, before ranking; see `_check_table`."""
-    if not path.exists():
-        return
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            _check_table(path, database)
-    except sqlite3.Error as error:
-        raise DataError(f"--to {path}: {error}", kind="unreadable", at=path, column="--to") from None
-
-
-def _check_table(path: Path, database: sqlite3.Connection) -> None:
-    """Reject a database file of another program, and an existing table that is not a table of ranked lists."""
-    owner = database.execute("PRAGMA application_id").fetchone()[0]
-    columns = tuple(row[1] for row in database.execute(f"PRAGMA table_info({TABLE})"))
-    if owner or columns not in ((), _COLUMNS):
-        what = "belongs to another program" if owner else f"has another table {TABLE!r}"
-        raise DataError(f"--to {path} {what}; choose another file", kind="exists", at=path, column="--to")
-
-
-def _write_postgres(url: str, table: pa.Table) -> None:
-    dbapi = require("adbc_driver_postgresql.dbapi", "tables")
-    try:
-        with dbapi.connect(url) as database, database.cursor() as cursor:
-            cursor.execute(_TABLE_COLUMNS)
-            columns = tuple(row[0] for row in cursor.fetchall())
-            if columns not in ((), _COLUMNS):
-                raise DataError(
-                    f"--to {_shown(url)} has another table {TABLE!r}; choose another database or schema",
-                    kind="exists",
-                    column="--to",
-                )
-            cursor.adbc_ingest(TABLE, table, mode="replace")
-            database.commit()
-    except LlmrecError:
-        raise
-    except Exception as error:
-        # The message of the driver may contain the address with its password.
-        message = str(error).replace(url, _shown(url)).splitlines()[0]
-        raise LlmrecError(f"--to {_shown(url)}: {message}", kind="failed", column="--to") from None
-
-
-def _shown(to: str) -> str:
-    """Return a target without the password in its address."""
-    if "://" not in to:
-        return to
-    parts = urlsplit(to)
-    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
 
 
 def _parts(to: str) -> Path:

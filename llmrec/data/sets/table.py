@@ -245,6 +245,21 @@ def table(section: DataSection, *, seed: int) -> Dataset:
     )
 
 
+def listed_items(section: DataSection) -> dict[str, Item]:
+    """Return the `Item` of every row of the table of items, also without interactions.
+
+    Args:
+        section: A section of the source `table` with a table of items.
+
+    Raises:
+        DataError: If a file or column cannot be used; the message names it.
+    """
+    main = _main(section)
+    listed = rows_of(_read(section.items or ""), _named(section.columns))
+    item_ids = ids(main, find(main, section.columns.item, "item_id", "data.columns.item") or "")
+    return catalogue(section, main, item_ids, listed, whole=True)
+
+
 def _main(section: DataSection) -> Table:
     """Return the interaction rows that the recipe keeps, from one table or from the files of a given split."""
     if section.files is not None:

@@ -1,0 +1,1 @@
+llamafactory-cli train language_model.yaml

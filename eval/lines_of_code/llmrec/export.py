@@ -1,0 +1,3 @@
+import llmrec
+
+llmrec.fit("train.csv", model="ease").save("shop")

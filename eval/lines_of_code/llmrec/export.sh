@@ -1,0 +1,2 @@
+llmrec rank --model shop --all-users --to lists.parquet
+llmrec rank --model shop --all-users --to lists.db

@@ -1,0 +1,4 @@
+import llmrec
+
+rec = llmrec.fit("train.csv", "products.csv", model="smollm2-lora")
+rec.save("model")

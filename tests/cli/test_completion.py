@@ -1,0 +1,20 @@
+"""Completion in a shell: commands and options, from the script that ``--show-completion`` prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MAIN = "import sys; sys.argv = ['llmrec']; from llmrec.cli.main import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("llmrec ran", "rank"), ("llmrec rank --all", "--all-users"), ("llmrec pre", "predict")]
+)
+def test_a_word_is_completed(typed: str, expected: str) -> None:
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LLMREC_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-c", MAIN], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == [expected], done.stderr

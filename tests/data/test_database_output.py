@@ -1,0 +1,99 @@
+"""Tables in databases: written in one transaction, never over an existing table unless asked."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from llmrec.data.database_output import Database
+from llmrec.data.read.databases import read_query
+from llmrec.errors import DataError, LlmrecError
+from tests.facts import Facts, raises
+
+ROWS = pa.table({"user_id": ["a", "b", None], "rank": [1, 2, None], "score": [0.5, -1.0, None]})
+OTHER = ROWS.rename_columns(["who", "rank", "score"])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pgserver = pytest.importorskip("pgserver")
+    pytest.importorskip("adbc_driver_postgresql.dbapi")
+    with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
+        yield running.get_uri()
+
+
+@pytest.fixture(params=["sqlite", "duckdb", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("server"))
+    pytest.importorskip("sqlite3" if request.param == "sqlite" else "duckdb")
+    return f"{request.param}:///{tmp_path}/shop.{request.param}"
+
+
+def rows(address: str, name: str) -> list[tuple[object, ...]]:
+    return pl.DataFrame(read_query(address, f"SELECT * FROM {name}").frame).rows()
+
+
+def test_a_table_is_written_and_replaced_only_if_asked(address: str) -> None:
+    database = Database.of(address, "--to")
+    assert database is not None
+    expected = list(zip(*ROWS.to_pydict().values(), strict=True))
+    database.check("lists", ROWS.schema, replace=False)
+    database.write("lists", ROWS, index=("user_id", "rank"), replace=False)
+    assert rows(address, "lists") == expected
+    # Other tables stay.
+    database.write("more", ROWS, index=("user_id",), replace=False)
+    exists = Facts("exists", column="--to", says="--restart")
+    with raises(DataError, exists):
+        database.check("lists", ROWS.schema, replace=False)
+    with raises(DataError, exists):
+        database.write("lists", ROWS.slice(1), index=("user_id",), replace=False)
+    assert rows(address, "lists") == expected
+    database.write("lists", ROWS.slice(1), index=("user_id", "rank"), replace=True)
+    assert rows(address, "lists") == expected[1:] and rows(address, "more") == expected
+    for replace in (True, False):
+        with raises(DataError, Facts("exists", column="--to", says="another table 'lists'")):
+            database.write("lists", OTHER, index=("who",), replace=replace)
+    assert rows(address, "lists") == expected[1:]
+
+
+def test_a_write_that_fails_changes_nothing(address: str) -> None:
+    database = Database.of(address, "--to")
+    assert database is not None
+    database.write("kept", ROWS, index=("user_id",), replace=False)
+    with raises(LlmrecError, Facts("failed", column="--to", says="nothing in it was changed")):
+        database.write("kept", ROWS, index=("no_such_column",), replace=True)
+    assert len(rows(address, "kept")) == 3
+
+
+def test_what_is_a_database(tmp_path: Path) -> None:
+    for name in ("lists.db", "lists.sqlite", "lists.sqlite3"):
+        found = Database.of(str(tmp_path / name), "--to")
+        assert found is not None and (found.kind, found.file) == ("sqlite", tmp_path / name)
+    for name in ("lists.csv", "mysql://host/shop", "sqlite://lists.db", "sqlite:///", "https://example.org/lists.db"):
+        assert Database.of(name, "--to") is None
+
+
+def test_files_of_other_programs_and_passwords(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.db"
+    with closing(sqlite3.connect(theirs)) as file:
+        file.execute("PRAGMA application_id = 7")
+    database = Database.of(str(theirs), "--to")
+    assert database is not None
+    with raises(DataError, Facts("exists", column="--to", says="another program")):
+        database.check("lists", ROWS.schema, replace=True)
+    theirs.write_text("no database, but a text that is long enough to be read as the header of a page of one" * 9)
+    with raises(LlmrecError, Facts("failed", column="--to")):
+        database.check("lists", ROWS.schema, replace=False)
+    pytest.importorskip("adbc_driver_postgresql.dbapi")
+    away = Database.of("postgresql://me:secret@127.0.0.1:1/shop", "--to")
+    assert away is not None
+    with pytest.raises(LlmrecError) as caught:
+        away.check("lists", ROWS.schema, replace=False)
+    assert "secret" not in str(caught.value) and "postgresql://127.0.0.1/shop" in str(caught.value)
