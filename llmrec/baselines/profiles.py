@@ -247,7 +247,7 @@ class Profiles:
     def before(
         self, histories: Sequence[NDArray[np.int64]], users: Sequence[str], items: int
     ) -> list[NDArray[np.int64]]:
-        """Return each history with the index of its user in front."""
+        """Return each history with the index of the user before the item indices."""
         numbers = self.numbers(users, items)
         return [np.concatenate([numbers[row : row + 1], history]) for row, history in enumerate(histories)]
 

@@ -213,7 +213,7 @@ class Tuned:
 
     @property
     def parameters(self) -> Parameters:
-        """Parameters chosen for the first table."""
+        """The hyperparameters chosen for the first result table."""
         return next(iter(self.choices.values())).parameters
 
 

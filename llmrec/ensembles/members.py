@@ -144,7 +144,7 @@ def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, With
 
 
 def restored(record: FusionWeights) -> Weights:
-    """Restore the weights of an ensemble from their stored form.
+    """Restore the weights of an ensemble from a stored record.
 
     Raises:
         ModelError: If its trees are damaged.

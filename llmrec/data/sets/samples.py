@@ -164,7 +164,7 @@ def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
 
 
 def _first_place(person: _Person) -> tuple[int, int]:
-    """Return the part and the line of the first row of a user."""
+    """Return the file part and the line number of the first row of a user."""
     part = next(number for number, part_rows in enumerate(person.rows.values()) if part_rows)
     return part, min(row.line for row in list(person.rows.values())[part])
 
