@@ -41,9 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.is_dir():
         refuse_link(path)
     elif path.exists() and not path.is_file():
-        raise LlmrecError(
-            f"{path} is a device or a pipe, which a file would replace; choose another name", kind="exists", at=path
-        )
+        raise LlmrecError(f"{path} is a device or a pipe, not a file; choose another path", kind="exists", at=path)
     draft = path.with_name(f".{path.name}.llmrec.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(draft)
@@ -54,7 +52,9 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(path)
         elif path.is_dir():
             raise LlmrecError(
-                f"{path} is a folder, and a file is to be written there; move it away", kind="exists", at=path
+                f"{path} is a folder, but llmrec writes a file of this name; move the folder away",
+                kind="exists",
+                at=path,
             )
         draft.replace(path)
     finally:
@@ -88,7 +88,7 @@ def loads(text: str | bytes) -> Any:
     try:
         result = json.loads(text)
     except RecursionError:
-        raise ValueError("it nests too deeply") from None
+        raise ValueError("the JSON is nested too deeply") from None
     if (rb"\ud" if isinstance(text, bytes) else r"\ud") in (text.lower()):  # type: ignore[operator]
         json.dumps(result, ensure_ascii=False).encode()
     return result
@@ -130,7 +130,7 @@ def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
     """
     end = _END.search(content)
     if end is not None and checksum(content[: end.start()]) != end[1].decode():
-        raise Changed("it does not fit its checksum, so the file was changed")
+        raise Changed("the file does not match its checksum")
     result = parse(content)
     return {key: item for key, item in result.items() if key != CHECKSUM} if end is not None else result
 
@@ -226,7 +226,9 @@ def refuse_link(path: Path) -> None:
     """
     if path.is_symlink():
         raise LlmrecError(
-            f"{path} is a link, and llmrec writes to no other place through it; remove the link", kind="unsafe", at=path
+            f"{path} is a symbolic link, and llmrec does not write through links; remove the link",
+            kind="unsafe",
+            at=path,
         )
 
 

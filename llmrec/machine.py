@@ -140,8 +140,8 @@ def gpu_trouble() -> str:
     if torch.version.cuda is None:
         return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU only"
     return (
-        f"nvidia-smi lists a GPU that torch {torch.__version__} cannot use; its driver must be one for "
-        f"CUDA {torch.version.cuda}"
+        f"nvidia-smi lists a GPU that torch {torch.__version__} cannot use; install a driver that supports CUDA "
+        f"{torch.version.cuda}"
     )
 
 

@@ -66,7 +66,7 @@ KINDS: Mapping[str, Kind] = {
         "derive it from llmrec.baselines.base.Baseline, and define name, Config, learn(data) and answer(requests)",
     ),
     "strategies": Kind(
-        "strategy", (), "write a class that is made from a Prompting, with asker, engine and answer(requests)"
+        "strategy", (), "write a class that takes a Prompting and defines asker, engine and answer(requests)"
     ),
     "tasks": Kind(
         "task family",
@@ -96,7 +96,7 @@ KINDS: Mapping[str, Kind] = {
     "backends": Kind(
         "backend",
         ("name", "capabilities", "close"),
-        "define name, capabilities, their methods, and close(), as in llmrec.types.Backend",
+        "define name, capabilities, a method for each capability, and close(), as in llmrec.types.Backend",
         takes=("folder", "encoder", "*", "model", "section", "seed"),
     ),
     "metrics": Kind(
@@ -340,8 +340,8 @@ def consent(address: str, folder: str | None = None) -> None:
         return
     where = f" ({origin})" if Path(origin).is_absolute() else ""
     raise RecipeError(
-        f"the plug-in {address!r} would run the code of the module {top}{where}, which none of your recipes names; "
-        f"if you trust it, set the environment variable {VARIABLE}={top}",
+        f"the plug-in {address!r} would run code of the module {top}{where}, which no recipe that you passed names; "
+        f"if you trust this module, set the environment variable {VARIABLE}={top}",
         kind="unsafe",
         at=address,
     )
@@ -369,8 +369,8 @@ def consent_model(name: str, revision: str | None) -> None:
     if code in _NAMED or code in remembered() or name in _variable():
         return
     raise RecipeError(
-        f"model.trust_remote_code would run the code of the model {name!r}, which none of your recipes has "
-        f"allowed; if you trust it, set the environment variable {VARIABLE}={name}",
+        f"model.trust_remote_code would run code of the model {name!r}, which no recipe that you passed allows; if "
+        f"you trust this code, set the environment variable {VARIABLE}={name}",
         kind="unsafe",
         at=name,
         column="model.trust_remote_code",

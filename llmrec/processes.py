@@ -83,8 +83,8 @@ def is_first_to_fail() -> bool:
 def lost(count: int) -> LlmrecError:
     """Return the error to raise if another process has ended."""
     return LlmrecError(
-        f"training: another of the {count} processes ended, so this one stops too; run the same command to resume at "
-        "the last checkpoint, with any number of processes",
+        f"training: another of the {count} processes ended, so this process stops too; run the same command again to "
+        "resume at the last checkpoint, with any number of processes",
         kind="failed",
     )
 

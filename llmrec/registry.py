@@ -440,7 +440,7 @@ def _installed_metrics() -> dict[str, MetricEntry]:
             if name not in _METRICS:
                 result[name] = plugins.find("metrics", name)
         except RecipeError as error:
-            log.warning("the metric %s is left out: %s", name, error)
+            log.warning("the metric %s is not computed: %s", name, error)
     return result
 
 
@@ -680,7 +680,7 @@ def open_family(name: str) -> Any:
     other = result.name if result.name in TASKS else _FURTHER.setdefault(result.name, written)
     if other != written:
         raise RecipeError(
-            f"the task family {written!r} has the name {result.name!r}, which {other!r} has too; rename its Family",
+            f"the task families {written!r} and {other!r} have the same name, {result.name!r}; rename one of them",
             kind="duplicate",
         )
     return result

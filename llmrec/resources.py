@@ -22,7 +22,9 @@ def resource(*parts: str) -> Path:
         if path.exists():
             return path
     raise LlmrecError(
-        f"llmrec ships no {'/'.join(parts)}; reinstall the package or use a complete checkout", kind="missing-file"
+        f"{'/'.join(parts)} is missing in this installation of llmrec; reinstall the package or use a complete "
+        "checkout",
+        kind="missing-file",
     )
 
 

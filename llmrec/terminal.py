@@ -229,4 +229,4 @@ def _printed_lines(apart: _Apart) -> list[str]:
     if not result:
         return []
     where = f" ({apart.path})" if apart.path else ""
-    return [f"what libraries printed last{where}:", *(f"    {line}" for line in result[-_LINES:])]
+    return [f"last output of libraries{where}:", *(f"    {line}" for line in result[-_LINES:])]

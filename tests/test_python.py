@@ -190,8 +190,8 @@ def test_export_hands_its_keywords_on(run: Any, tmp_path: Path, monkeypatch: pyt
     ("text", "spoken"),
     [
         ("say it with --user COLUMN --item COLUMN.", 'say it with user="COLUMN" item="COLUMN".'),
-        ("--fields 'Farbe x' lets templates show it", 'fields="Farbe x" lets templates show it'),
-        ("--fields Farbe lets templates show it", 'fields="Farbe" lets templates show it'),
+        ("set --fields 'Farbe x'", 'set fields="Farbe x"'),
+        ("--fields Farbe shows it", 'fields="Farbe" shows it'),
         ("which is named by --user; its columns", "which is named by user; its columns"),
         ("lower --overrides and try again", "lower overrides and try again"),
         ("--user=... --item=...", 'user="..." item="..."'),

@@ -44,20 +44,21 @@ def check_choices(options: RecommenderOptions) -> None:
             )
     if options.whole and options.retrieve is not None:
         raise RecipeError(
-            "--candidates all ranks every item, so there is nothing to retrieve; drop --retrieve",
+            "--candidates all ranks every item, so --retrieve has no effect; drop --retrieve",
             kind="contradiction",
             column="--retrieve",
         )
     if options.whole and options.fuse != "none":
         raise RecipeError(
-            "--candidates all searches with the model only, and --fuse combines rankings of candidates; "
-            "give each request candidates, or retrieve them with --retrieve",
+            "--candidates all is incompatible with --fuse, which combines rankings of candidates; give each request "
+            "candidates, or retrieve candidates with --retrieve",
             kind="contradiction",
             column="--fuse",
         )
     if options.whole and options.backend == "openai":
         raise RecipeError(
-            "--backend openai: a server cannot search the catalogue; use --candidates all with --backend hf or vllm",
+            "--backend openai: servers do not support searching the catalogue (--candidates all); use --backend hf "
+            "or vllm",
             kind="contradiction",
             column="--backend",
         )
@@ -77,7 +78,7 @@ def _check_vllm(options: RecommenderOptions) -> None:
     for key, option in _ENGINE.items():
         if options.backend in ("hf", "openai") and getattr(options, key) != defaults[key]:
             raise RecipeError(
-                f"{option} configures vLLM on a GPU, and the engine is {options.backend}; drop it, or use "
+                f"{option} configures vLLM on a GPU, but the engine is {options.backend}; drop {option}, or use "
                 "--backend vllm",
                 kind="contradiction",
                 column=option,
@@ -88,7 +89,7 @@ def strategy_of(options: RecommenderOptions) -> str:
     """Return the requested strategy; if the whole catalogue is ranked, this is beam search."""
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
-            f"--candidates all requires a search; --strategy {options.strategy} ranks given candidates",
+            f"--candidates all requires a search, unlike --strategy {options.strategy}; drop one of them",
             kind="contradiction",
             column="--strategy",
         )

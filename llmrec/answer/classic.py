@@ -124,8 +124,8 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         if (result := carried(Path(bundle.folder), seed=bundle.seed)) is not None:
             return result
         raise DataError(
-            f"{option} needs the interactions of a run, and {bundle.folder} contains none; give the run folder with "
-            "--model, or export it with --with-interactions",
+            f"{option} needs the interactions of a run, but {bundle.folder} has no interactions; give the run folder "
+            "with --model, or export the run with --with-interactions",
             kind="unsupported",
             at=bundle.folder,
             column=option,
@@ -135,7 +135,7 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         data = load_tables(recipe)[0]
     except DataError as error:
         raise DataError(
-            f"{error}. This is the data of the run {bundle.run}, which {option} needs",
+            f"{error}. {option} needs this data of the run {bundle.run}",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -150,8 +150,8 @@ def _warn_of_change(run: Path, data: SplitDataset) -> None:
     measured = content_of(run).get("data", {}).get("main", {})
     if measured.get("split_fingerprint") not in (None, data.fingerprint):
         log.warning(
-            "the data of %s have changed since its evaluation (%s interactions then, %s now): its results and "
-            "ensemble weights belong to the old data; run its recipe again, or add the new data with llmrec refresh",
+            "the data of %s have changed since its evaluation (%s interactions then, %s now), so its results and "
+            "ensemble weights are outdated; run its recipe again, or add the new data with llmrec refresh",
             run,
             f"{measured['interactions']:,}",
             f"{data.dataset.interactions.height:,}",
@@ -340,7 +340,7 @@ class Retriever:
         order = shuffled(retrieved, request.id, self._seed)
         notes = list(request.notes)
         if unknown:
-            notes.append(f"retrieval: ignored, not in the run's data: {_some(unknown)}")
+            notes.append(f"retrieval: ignored items missing in the run's data: {_some(unknown)}")
         if cold:
             notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
         items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
@@ -376,7 +376,7 @@ def answered(
     answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
 ) -> Answered:
     """Return the answer to a request, with notes on ``unknown`` items of its history."""
-    ignored = (f"history: ignored, not in the training data: {some(unknown)}",) if unknown else ()
+    ignored = (f"history: ignored items missing in the training data: {some(unknown)}",) if unknown else ()
     given = {item.item_id: item for item in request.candidates}
     titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)
     return Answered(

@@ -277,7 +277,7 @@ class Ensemble:
 def _in_words(parts: Mapping[str, float] | None) -> str:
     """Return the contributions to an item's score as text, largest first."""
     if parts is None:
-        return "no member ranks it among its best items"
+        return "not among the best items of any member"
     ordered = sorted(parts.items(), key=lambda part: -abs(part[1]))
     texts = [f"{name} {value:+.3g}" for name, value in ordered[:_NAMED]]
     if rest := ordered[_NAMED:]:

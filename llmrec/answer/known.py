@@ -278,7 +278,7 @@ def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
         return load(recipe.data, seed=recipe.seed)
     except DataError as error:
         raise DataError(
-            f"{error}. This is the data of the run {bundle.run}; alternatively, give a table with --items",
+            f"{error}. The data of the run {bundle.run} are needed; alternatively, give a table with --items",
             kind=error.kind,
             at=error.place,
             column=error.column,

@@ -341,7 +341,7 @@ class LanguageModel:
         if name is None:
             return ""
         return (
-            f"names the item {shortened(name, 60)!r}, but {self.options.model} has no item table; give one with "
+            f"names the item {shortened(name, 60)!r}, but {self.options.model} has no item table; give a table with "
             '--items, or give each item a title: {"item_id": ..., "title": ...}'
         )
 
@@ -574,7 +574,7 @@ class LanguageModel:
             return request
         reason = "there are no 'candidates'; give a list of items to rank"
         if self.retriever is not None and way is self.default:
-            reason = "the history contains every item of the run's data, so none is left to retrieve"
+            reason = "the history contains every item of the run's data, so no item is left to retrieve"
         return Unparsed(request_id=request.id, reason=reason)
 
     def _with_model(

@@ -529,7 +529,7 @@ class Loaded(Displayed):
         if seen:
             log.warning(
                 "%s of %s relevant items are in the histories of their users, so no list contains them; fit without "
-                "them or pass exclude_seen=False",
+                "these interactions, or pass exclude_seen=False",
                 f"{seen:,}",
                 f"{relevant.height:,}",
             )
@@ -593,7 +593,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     if rows and not set(names) & set(_KEYS[1:]):
         close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _KEYS))), "")
         raise DataError(
-            f"requests frame: none of its columns {names} can be used; give user_id, history, candidates or "
+            f"requests frame: the columns {names} are not columns of a request; use user_id, history, candidates or "
             f"profile{close}",
             kind="missing-column",
             column="user_id",

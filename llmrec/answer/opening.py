@@ -161,7 +161,7 @@ class Models(Displayed):
         """Return explanations for the first items of lists; if there are none, a note says why."""
         model = self.get(question.model)
         if not isinstance(model, LanguageModel | Ensemble):
-            note = f"{model.name} is neither a language model nor an ensemble, so it has no rationales"
+            note = f"{model.name} is neither a language model nor an ensemble, so it cannot explain its rankings"
             return [Reasons(notes=[note]) for _ in requests]
         try:
             return model.reasons(requests, lists, question, first)
@@ -271,7 +271,7 @@ def _open_languages(
     if runs:
         together = [bundle, *runs.values()]
         _check_equal("base model", {str(item.run): weights_stamp(_pretrained(item)) for item in together})
-        _check_equal("set of item codes", {str(item.run): item.index and item.index.digest for item in together})
+        _check_equal("item codes", {str(item.run): item.index and item.index.digest for item in together})
     asks_own = not {own, *fusions}.isdisjoint(names)
     tuned = [*([bundle] if asks_own else []), *runs.values()]
     adapters = _adapters(tuned, _untuned(bundle)) if len(tuned) + len(base) > 1 else []
@@ -346,8 +346,8 @@ def _check_equal(what: str, values: Mapping[str, object]) -> None:
     for folder, value in others:
         if value != wanted:
             raise RecipeError(
-                f"--models: {folder} has a different {what} from {served}, so one service cannot use both; serve it "
-                "separately",
+                f"--models: {folder} and {served} do not have the same {what}, so one service cannot use both; "
+                "serve them separately",
                 kind="mismatch",
                 at=folder,
                 column="--models",

@@ -42,7 +42,7 @@ class About:
 
 BatchSize = Annotated[int, About(least=1, help="Number of requests sent to the model at a time.")]
 Template = Annotated[
-    str | None, About(metavar="NAME", help="Prompt template. Default: the one used in the evaluation.")
+    str | None, About(metavar="NAME", help="Prompt template. Default: the template of the evaluation.")
 ]
 
 
@@ -59,7 +59,7 @@ class ModelOptions:
         str,
         About(
             choices=("auto", "vllm", "hf", "openai"),
-            help="Inference engine. auto: the faster one on this machine; openai: a server with an "
+            help="Inference engine. auto: the faster engine on this machine; openai: a server with an "
             "OpenAI-compatible API.",
         ),
     ] = "auto"
@@ -68,8 +68,8 @@ class ModelOptions:
         About(
             names=("--server-url",),
             metavar="URL",
-            help="With --backend openai: base URL of the server, ending in /v1. Repeat it for several servers of "
-            "the same model.",
+            help="With --backend openai: base URL of the server, ending in /v1. Repeat the option for several servers "
+            "of the same model.",
         ),
     ] = ()
     server_model: Annotated[
@@ -81,7 +81,7 @@ class ModelOptions:
     ] = None
     gpu_memory: Annotated[
         float | None,
-        About(metavar="SHARE", help="vLLM: fraction of GPU memory to use, such as 0.5. Default: what is free."),
+        About(metavar="SHARE", help="vLLM: fraction of GPU memory to use, such as 0.5. Default: the free memory."),
     ] = None
     tensor_parallel: Annotated[
         int, About(least=1, metavar="N", help="vLLM: number of GPUs for tensor parallelism.")
@@ -100,26 +100,29 @@ class ModelOptions:
 class RecommenderOptions(ModelOptions):
     """Options that define a model and how it ranks, without input and output files."""
 
-    task: Annotated[str, About(metavar="auto|sequential|direct", help="Task whose prompts rank the items.")] = "auto"
+    task: Annotated[str, About(metavar="auto|sequential|direct", help="Task whose prompts are used for ranking.")] = (
+        "auto"
+    )
     template: Template = None
     candidates: Annotated[
         str,
         About(
             choices=("file", "all"),
-            help="Items to rank. file: the candidates of each request; all: every item that is not in the history.",
+            help="Items to rank. file: the candidates of each request; all: the whole catalogue, except items of the "
+            "history.",
         ),
     ] = "file"
     strategy: Annotated[str, About(metavar="auto|NAME", help="Ranking method, see docs/ranking-methods.md.")] = "auto"
-    beams: Annotated[
-        int, About(least=1, help="With --candidates all: beam width, which is also the number of items returned.")
-    ] = BEAMS
+    beams: Annotated[int, About(least=1, help="With --candidates all: beam width and number of returned items.")] = (
+        BEAMS
+    )
     exact: Annotated[bool, About(help="With --candidates all: continue the search until the result is exact.")] = EXACT
     settings: Annotated[
         tuple[str, ...],
         About(
             names=("--set",),
             metavar="KEY=VALUE",
-            help="Setting of the ranking method, such as eval.permutations=3. Repeatable.",
+            help="Setting of the ranking method as KEY=VALUE, such as eval.permutations=3. Repeatable.",
         ),
     ] = ()
     retrieve: Annotated[
@@ -130,12 +133,12 @@ class RecommenderOptions(ModelOptions):
         str,
         About(
             choices=("none", "model", "baselines"),
-            help="model: rank by the ensemble of the model and the run's baselines; baselines: by the ensemble of "
-            "the baselines alone.",
+            help="Rank with an ensemble. model: of the model and the run's baselines; baselines: of the run's "
+            "baselines only.",
         ),
     ] = "none"
     rationale: Annotated[
-        int, About(metavar="N", least=0, help="Also generate an explanation for each of the first N items.")
+        int, About(metavar="N", least=0, help="Also generate explanations for the first N items of each list.")
     ] = 0
     top: Annotated[int | None, About(least=1, help="Number of ranked items to return per request. Default: all.")] = (
         None

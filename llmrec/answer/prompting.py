@@ -187,8 +187,8 @@ def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     extended = placed(index, items)
     if extended.tokens != index.tokens:
         raise DataError(
-            f"the model was tuned on one token per item (index scheme {index.scheme!r}), so it has no token for new "
-            "items; leave them out, or tune on codes with shared tokens",
+            f"the model was tuned on one token per item (index scheme {index.scheme!r}), so new items have no token; "
+            "remove new items, or tune on codes with shared tokens",
             kind="unsupported",
             column="index.scheme",
         )
@@ -256,7 +256,7 @@ def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> t
     if way.strategy == TWO_STEP and not request.history and answer.raw:
         return ("two-step: the profile was generated without a history",)
     left_out = sum(score == 0.0 for score in answer.scores) if way.strategy == "list" else 0
-    return (f"the answer omits {left_out} candidates, which share the last rank",) if left_out else ()
+    return (f"the answer omits {left_out} candidates; they share the last rank",) if left_out else ()
 
 
 @dataclass
@@ -525,7 +525,7 @@ class CatalogueRanking:
         if length + self._longest > self._encoder.max_length:
             return (
                 f"the prompt has {length} tokens and the longest answer {self._longest}, together more than the "
-                f"maximum of {self._encoder.max_length}; shorten its texts,  or raise --max-length"
+                f"maximum of {self._encoder.max_length}; shorten its texts, or raise --max-length"
             )
         return ""
 

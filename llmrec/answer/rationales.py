@@ -33,7 +33,7 @@ def rationale_template() -> Template:
     known = load_templates(FAMILY)
     if not known:
         raise RecipeError(
-            f"--rationale: there is no template; add one under prompts/{FAMILY}",
+            f"--rationale: there is no prompt template; add a template to prompts/{FAMILY}",
             kind="missing-file",
             column="--rationale",
         )
@@ -119,8 +119,8 @@ class Reasoner:
         length = len(self._encoder.prompt(prompt))
         if length + TOKENS > self._encoder.max_length:
             raise RecipeError(
-                f"the prompt has {length} tokens, which leaves less than {TOKENS} of the maximum of "
-                f"{self._encoder.max_length}; raise --max-length",
+                f"the prompt has {length} tokens, which leaves less than {TOKENS} of {self._encoder.max_length} for "
+                "the answer; raise --max-length",
                 kind="too-large",
                 column="--max-length",
             )

@@ -168,7 +168,7 @@ def check_only_auto(model: Recommender, question: Question) -> None:
     """Reject a strategy if the model has only one way to rank."""
     if question.strategy != "auto":
         raise RecipeError(
-            f"strategy: {model.name} has no choice of strategies; omit it, or use a language model",
+            f"strategy: {model.name} has only one strategy; omit the key, or use a language model",
             kind="unsupported",
             column="strategy",
         )

@@ -43,7 +43,10 @@ class Quota:
 
     def __post_init__(self) -> None:
         if self.most < 1:
-            wrong = f"quotas: {self.field!r} at most {self.most} times; use at least 1, or forbid values with 'without'"
+            wrong = (
+                f"quotas: the maximum of {self.field!r} is {self.most}; use at least 1, or exclude values with "
+                "'without'"
+            )
             raise DataError(wrong, kind="bad-value", column=f"quotas.{self.field}")
 
 
@@ -388,7 +391,7 @@ def _mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str,
         raise _wrong(key or "rules", "a mapping is expected", value)
     for name in value:
         if not isinstance(name, str) or not name:
-            raise _wrong(key or "rules", "string keys are expected; write keys in quotes", name)
+            raise _wrong(key or "rules", "keys must be strings; write keys in quotes", name)
         if known and name not in known:
             dotted = f"{key}.{name}".removeprefix(".")
             raise DataError(
@@ -411,7 +414,7 @@ def _texts(key: str, value: object) -> frozenset[str]:
         # The table's own spelling of a boolean or float is not known here.
         text = str(entry) if isinstance(entry, int) and not isinstance(entry, bool) else entry
         if not isinstance(text, str) or not text.strip():
-            raise _wrong(key, "non-empty strings are expected; write values in quotes", entry)
+            raise _wrong(key, "values must be non-empty strings; write values in quotes", entry)
         texts.add(text)
     return frozenset(texts)
 
@@ -427,7 +430,7 @@ def _quota(key: str, value: object) -> Quota:
             raise DataError(f"key '{key}.{part}' is missing; add it", kind="missing-key", column=f"{key}.{part}")
     name, most = given["field"], given["most"]
     if not isinstance(name, str) or not name:
-        raise _wrong(f"{key}.field", "the name of a field is expected", name)
+        raise _wrong(f"{key}.field", "a field name is expected", name)
     if not isinstance(most, int) or isinstance(most, bool):
         raise _wrong(f"{key}.most", "an integer is expected", most)
     return Quota(name, most)

@@ -88,8 +88,8 @@ def choose_way(
     if not here:
         tuned = ", ".join(bundle.tasks.present())
         raise RecipeError(
-            f"{bundle.folder} was tuned on {tuned}, which do not rank; tune on tasks.sequential or tasks.direct, or "
-            "give a pretrained model with --model",
+            f"{bundle.folder} was tuned on {tuned}, which are not ranking tasks; tune on tasks.sequential or "
+            "tasks.direct, or give a pretrained model with --model",
             kind="unsupported",
             at=bundle.folder,
         )
@@ -111,7 +111,7 @@ def choose_way(
         for family in here
     )
     raise RecipeError(
-        f"{' '.join(filter(None, given))} are incompatible for {bundle.folder}, which has: {known}",
+        f"{' '.join(filter(None, given))} are incompatible; {bundle.folder} has {known}",
         kind="contradiction",
         at=bundle.folder,
     )
@@ -157,7 +157,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
             )
         if key in ("debias", "debias_questions"):
             raise RecipeError(
-                f"--set eval.{key}: position bias is measured on training questions, which requests do not have; "
+                f"--set eval.{key}: position bias is measured on training examples, which are not available here; "
                 "average over candidate orders instead (--set eval.permutations=4)",
                 kind="unsupported",
                 column=f"eval.{key}",
@@ -177,7 +177,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
                 column=f"eval.{key}",
             )
         if key in values:
-            raise RecipeError(f"--set eval.{key}: given twice; keep one", kind="duplicate", column=f"eval.{key}")
+            raise RecipeError(f"--set eval.{key}: given twice; keep one value", kind="duplicate", column=f"eval.{key}")
         values[key] = value_of(text, f"eval.{key}")
     try:
         return EvalSection(**values)
@@ -221,8 +221,8 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
     if not shows:
         could = ", ".join(name for name, item in known.items() if item.shows_profile) or "none"
         raise RecipeError(
-            f"--template {asked}: two-step writes a user profile, which this template does not show; templates of "
-            f"{bundle.folder} that show it: {could}",
+            f"--template {asked}: two-step generates a user profile, but this template does not show profiles; use "
+            f"one of {could}",
             kind="contradiction",
             at=bundle.folder,
             column="--template",

@@ -63,7 +63,7 @@ def of_texts(
     """
     kept = {item: text for item, text in sorted(written.items()) if text.strip()}
     if not kept:
-        raise DataError(f"no {kind} has a text, so no features can be created", kind="empty")
+        raise DataError(f"no {kind} has a text, so there are no features to create", kind="empty")
     embedder = text_embedder(encoder)
     return Features(
         kind,
@@ -111,12 +111,13 @@ def from_table(
             raise DataError.at(
                 message.name,
                 "mismatch",
-                f" contains none of the {kind}s of {table.name}, such as {told_of[0]!r}; use the same ids",
+                f" contains none of the {kind}s of {table.name}, such as {told_of[0]!r}; use the same ids in both",
                 "user_id" if person else "item_id",
             )
         if without:
             log.warning(
-                "%s: %s of the %s %ss of %s are missing, such as %r; their texts count as written from no interactions",
+                "%s: %s of the %s %ss of %s are missing, such as %r; their texts are treated as written from no "
+                "interactions",
                 message.name,
                 f"{len(without):,}",
                 f"{len(told_of):,}",

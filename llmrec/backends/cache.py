@@ -119,7 +119,7 @@ class AnswerStore:
             return Cost()
         if result[3] != _sum(*result[:3]):
             if not self._told:
-                log.warning("the budget record of %s is damaged in %s; counting starts again from 0", name, self._path)
+                log.warning("the spent budget of %s in %s is damaged; it is counted again from 0", name, self._path)
             self._told = True
             return Cost()
         return Cost(prompt_tokens=result[1], completion_tokens=result[2])
@@ -187,7 +187,7 @@ class AnswerStore:
         version = run("PRAGMA user_version").fetchone()[0]
         tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if version != _VERSION and (version, tables) != (0, 0):
-            raise sqlite3.DatabaseError("its answers have no checksums" if version == 1 else f"of version {version}")
+            raise sqlite3.DatabaseError("it has answers without checksums" if version == 1 else f"of version {version}")
         run("PRAGMA journal_mode=WAL")
         run("PRAGMA synchronous=NORMAL")
         run("BEGIN IMMEDIATE")
@@ -217,7 +217,7 @@ class AnswerStore:
             self.close()
             raise BackendError(
                 f"the answer cache {self._path} cannot be used: {error}; fix this and run the same command again, or "
-                "move it away",
+                "move the file away",
                 kind="unreadable",
                 at=self._path,
             ) from error
@@ -262,7 +262,8 @@ class AnswerStore:
         kept = [(*row[:3], sums[name]) for name, row in booked.items() if row[3:] in ((), (sums[name],))]
         self._together((_SPENT, kept))
         log.warning(
-            "%s is damaged (%s); it was renamed to %s, %d of its answers are used and the others are requested again",
+            "%s is damaged (%s) and was renamed to %s; %d of its answers are reused, and the others are requested "
+            "again",
             *(self._path, error, aside.name, connection.execute("SELECT count(*) FROM answers").fetchone()[0]),
         )
         return connection

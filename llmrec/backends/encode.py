@@ -242,7 +242,7 @@ class Encoder:
             known = tuple(self.tokenizer.encode(neutralise(text, self.control), add_special_tokens=False))
             if any(i in self._control_ids for i in known):
                 raise BackendError(
-                    f"the text {text!r} would become a control token; remove it from the data", kind="unsafe"
+                    f"the text {text!r} is a control token of the tokenizer; remove it from the data", kind="unsafe"
                 )
             self._pieces[text] = known
         return known
@@ -263,7 +263,7 @@ class Encoder:
         if self._marks(ids) != self._scaffold[roles]:
             raise BackendError(
                 "a title, review or user text contains a control token of the chat template; remove it from the "
-                f"data; the turns begin {messages[-1].text[:120]!r}",
+                f"data. The prompt begins with {messages[-1].text[:120]!r}",
                 kind="unsafe",
             )
         self._last = (tuple(messages), tuple(ids))

@@ -80,7 +80,7 @@ class FakeBackend:
                 place: self._prefer(text_of(prompt), text) for place, text in enumerate(texts) if place not in out
             }
             best = sorted(scores, key=lambda place: -scores[place])[:k]
-            short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items may be given"
+            short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items are valid answers"
             result = tuple(scores[place] for place in best)
             results.append(
                 SearchResult(

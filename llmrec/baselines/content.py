@@ -49,11 +49,11 @@ class ContentConfig(WhitenedConfig):
     """Parameters of `Content`."""
 
     history: Positive = Field(20, description="Number of latest interactions to use.")
-    decay: Decay = Field(0.7, description="Weight of an interaction relative to the next one.")
+    decay: Decay = Field(0.7, description="Weight of an interaction relative to the next interaction.")
     synthetic: str = Field(
-        "", description="Feature store with synthetic items, which are put before the history of users with few items."
+        "", description="Feature store with synthetic items, which precede the history of users with few items."
     )
-    cold: Positive = Field(5, description="Maximum number of interactions of such users.")
+    cold: Positive = Field(5, description="Maximum history length of users with a synthetic item.")
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -127,6 +127,6 @@ def _synthetic(data: SplitDataset, config: ContentConfig) -> FeatureStore:
         raise DataError.at(
             config.synthetic,
             "mismatch",
-            f" has vectors of another encoder than {config.encoder}; name the one that augment.encoder names",
+            f" has vectors of another encoder than {config.encoder}; set the encoder of augment.encoder",
         )
     return store

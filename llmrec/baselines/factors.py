@@ -48,14 +48,16 @@ class ALSConfig(Section):
 
     factors: Positive = Field(128, description="Number of dimensions.")
     regularization: float = Field(1.0, ge=0, description="L2 penalty.")
-    alpha: AboveZero = Field(10.0, description="Confidence of an interaction; that of all other items is 1.")
+    alpha: AboveZero = Field(
+        10.0, description="Confidence of an observed interaction. Unobserved items have confidence 1."
+    )
     iterations: Positive = Field(15, description="Number of iterations.")
     user: Literal["mean", "solve"] = Field(
         "mean",
-        description="User vector: `mean` of the history's item vectors, or `solve` for it by least squares.",
+        description="Computation of the user vector: `mean` of the history's item vectors, or least squares (`solve`).",
     )
-    decay: Decay = Field(0.8, description="Weight of an item of the history relative to the next one.")
-    threads: int = Field(1, ge=0, description="Number of threads, 0: all cores. Does not change the result.")
+    decay: Decay = Field(0.8, description="Weight of a history item relative to the next item.")
+    threads: int = Field(1, ge=0, description="Number of threads. 0: all cores. Does not change the result.")
 
 
 class ALS(ScoredBaseline[ALSConfig, _Vectors]):
@@ -138,11 +140,11 @@ class BPRConfig(Section):
     learning_rate: AboveZero = Field(0.05, description="Learning rate of SGD.")
     regularization: float = Field(0.001, ge=0, description="L2 penalty.")
     iterations: Positive = Field(100, description="Number of epochs.")
-    decay: Decay = Field(0.8, description="Weight of an interaction of the history relative to the next one.")
+    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next interaction.")
     threads: int = Field(
         1,
         ge=0,
-        description="Number of threads, 0: all cores. With more than one, the result is not reproducible.",
+        description="Number of threads. 0: all cores. With several threads, the result is not reproducible.",
     )
 
 

@@ -110,9 +110,9 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
         seconds = float(metadata["seconds"])
         os.utime(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        log.warning("the stored fit %s cannot be used (%s); fitting %s again", path, error, model.name)
+        log.warning("the stored model %s cannot be used (%s); fitting %s again", path, error, model.name)
         return None
-    log.info("%s: reusing the stored fit %s", model.name, path)
+    log.info("%s: reusing the stored model %s", model.name, path)
     return seconds
 
 
@@ -138,7 +138,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
             Path(draft).unlink(missing_ok=True)
         _trim(path.parent, limit)
     except OSError as error:
-        log.warning("the fit of %s cannot be stored in %s (%s)", model.name, path.parent, error)
+        log.warning("the fitted model %s cannot be stored in %s (%s)", model.name, path.parent, error)
 
 
 def _trim(folder: Path, limit: float) -> None:
@@ -178,7 +178,7 @@ def _limit() -> float:
         size = -1.0
     if not 0 <= size < float("inf"):
         raise RecipeError(
-            f"{SWITCH} is {value[:40]!r}; set the limit of stored fits in GiB, such as 4, or off",
+            f"{SWITCH} is {value[:40]!r}; set the maximum size of stored models in GiB, such as 4, or off",
             kind="bad-value",
             column=SWITCH,
         )

@@ -43,8 +43,8 @@ def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
     """
     if encoder == LSA or encoder.startswith(STORE):
         raise RecipeError(
-            f"{name} needs a pretrained encoder, and {encoder} is not a pretrained model; name one, or use the "
-            f"baseline {instead}",
+            f"{name} needs a pretrained text encoder, and {encoder} is not one; set encoder, or use the baseline "
+            f"{instead}",
             kind="bad-value",
             column="encoder",
         )
@@ -55,8 +55,8 @@ class TextsConfig(Section):
 
     encoder: str = Field(
         LSA,
-        description="`lsa`; a text encoder such as `all-MiniLM-L6-v2` (name or folder); or `store:FOLDER`, a feature "
-        "store.",
+        description="Source of text embeddings: `lsa`; a text encoder such as `all-MiniLM-L6-v2` (name or folder); or "
+        "`store:FOLDER`, a feature store.",
     )
     shuffled: bool = Field(False, description="Ablation: assign the texts to random items.")
 
@@ -79,7 +79,7 @@ class WhitenedConfig(TextsConfig):
     """Parameters of item text vectors and their whitening."""
 
     whitening: float = Field(
-        0.5, ge=0, le=1, description="Exponent of the whitening of the embeddings. 0: none, 1: full."
+        0.5, ge=0, le=1, description="Strength of the whitening of the embeddings. 0: none, 1: full."
     )
 
 
@@ -157,7 +157,9 @@ def text_vectors(
     if config.encoder.startswith(STORE):
         folder = config.encoder.removeprefix(STORE)
         if change is not None:
-            raise DataError(f"{folder} has vectors but no texts, so words cannot be left out", kind="unsupported")
+            raise DataError(
+                f"{folder} has vectors but no texts, so no words can be dropped from them", kind="unsupported"
+            )
         return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
@@ -183,7 +185,7 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
             folder,
             "leak",
             f": the texts of {PLURALS[kind]} were written from {len(leaked)} held-out interactions, such as user "
-            f"{user!r} with item {item!r}; write them from the training part of this split",
+            f"{user!r} with item {item!r}; create the texts from the training interactions of this split",
         )
     return store
 
@@ -201,7 +203,7 @@ def texts_of(items: Sequence[Item]) -> list[str]:
         DataError: If no item has a title or a field.
     """
     if not any(item.title or item.fields for item in items):
-        raise DataError("this baseline needs item texts, and no item has a title or a field", kind="missing-value")
+        raise DataError("this baseline needs item texts, but no item has a title or a field", kind="missing-value")
     fields = item_fields(items, SemanticIndex())
     return [item_text(item, fields) for item in items]
 

@@ -147,7 +147,9 @@ class ItemKNNConfig(Section):
     """Parameters of `ItemKNN`."""
 
     history: Positive = Field(20, description="Number of latest interactions to use.")
-    decay: Decay = Field(0.7, description="Weight of an interaction relative to the next one. 1: equal weights.")
+    decay: Decay = Field(
+        0.7, description="Weight of an interaction relative to the next interaction. 1: equal weights."
+    )
     asymmetry: float = Field(
         0.5,
         ge=0,
@@ -160,7 +162,7 @@ class ItemKNNConfig(Section):
         "`tf-idf`: lower weights for popular items, with normalised rows.",
     )
     shrinkage: float = Field(
-        0.0, ge=0, description="Shrinkage term in the denominator, which lowers the similarity of rare items."
+        0.0, ge=0, description="Shrinkage term in the denominator, which lowers similarities of rare items."
     )
 
 
@@ -216,11 +218,13 @@ class RP3BetaConfig(Section):
     """Parameters of `RP3Beta`."""
 
     history: Positive = Field(100, description="Number of latest interactions to use.")
-    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next one. 1: equal weights.")
+    decay: Decay = Field(
+        0.8, description="Weight of an interaction relative to the next interaction. 1: equal weights."
+    )
     alpha: float = Field(
         0.8, ge=0, description="Exponent of the transition probabilities of the second and third step."
     )
-    beta: float = Field(0.6, ge=0, description="Exponent of the popularity that scores are divided by.")
+    beta: float = Field(0.6, ge=0, description="Exponent of the item popularity by which scores are divided.")
 
 
 class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):

@@ -44,7 +44,7 @@ class MarkovConfig(Section):
     """Parameters of `Markov`; defaults were chosen on the validation split of MovieLens-100K."""
 
     order: Positive = Field(10, description="Number of latest items to use, and maximum distance of a transition.")
-    decay: Decay = Field(0.85, description="Weight of an interaction relative to the next one.")
+    decay: Decay = Field(0.85, description="Weight of an interaction relative to the next interaction.")
 
 
 class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
@@ -105,8 +105,10 @@ class MarkovCooccurrenceConfig(Section):
     """Parameters of `MarkovCooccurrence`."""
 
     history: Positive = Field(20, description="Number of latest interactions to use for co-occurrence.")
-    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next one.")
-    transition: float = Field(1.0, ge=0, description="Weight of one transition from the last item.")
+    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next interaction.")
+    transition: float = Field(
+        1.0, ge=0, description="Weight of a transition from the last item, relative to co-occurrence."
+    )
 
 
 class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):

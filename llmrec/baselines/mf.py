@@ -74,7 +74,7 @@ class MFConfig(RecencyConfig):
     """Parameters of `MF`."""
 
     factors: Positive = Field(10, description="Number of dimensions.")
-    penalty: AboveZero = Field(0.1, description="L2 penalty of a vector, per rating.")
+    penalty: AboveZero = Field(0.1, description="L2 penalty of user and item vectors, per rating.")
     user_penalty: AboveZero = Field(5.0, description="L2 penalty of user biases.")
     item_penalty: AboveZero = Field(3.0, description="L2 penalty of item biases.")
     rounds: Positive = Field(20, description="Number of alternating iterations.")

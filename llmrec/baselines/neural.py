@@ -217,7 +217,7 @@ class NeuralConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Precision of the matrix products with the item embeddings in the loss. `auto`: bfloat16 where "
-        "the processor supports it. All else is in single precision.",
+        "the processor supports it. All other computations use float32.",
     )
     batch: Positive = Field(512, description="Approximate number of targets per optimiser step.")
     learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
@@ -256,7 +256,7 @@ class SequenceConfig(NeuralConfig):
             return "cuda"
         if self.device == "cuda":
             raise RecipeError(
-                "device=cuda: PyTorch finds no GPU; see `llmrec doctor`. Set the parameter to auto or cpu",
+                "device=cuda: PyTorch finds no GPU (see `llmrec doctor`); set device to auto or cpu",
                 kind="unsupported",
                 column="device",
             )
@@ -266,13 +266,13 @@ class SequenceConfig(NeuralConfig):
 class ProfiledConfig(SequenceConfig):
     """Parameters of a sequence model with user features."""
 
-    features: str = Field("", description="Feature store whose user features precede the history.")
+    features: str = Field("", description="Feature store of user features, the first element of each sequence.")
     shuffled: bool = Field(False, description="Ablation: assign features to random users.")
     whitening: float = Field(
-        1.0, ge=0, le=1, description="Exponent of the whitening of the features. 0: none, 1: full."
+        1.0, ge=0, le=1, description="Strength of the whitening of the features. 0: none, 1: full."
     )
     experts: Positive = Field(
-        3, description="Number of experts that project the features, in addition to two shared ones."
+        3, description="Number of experts that project the features, in addition to two shared experts."
     )
 
     @property

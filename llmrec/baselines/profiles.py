@@ -134,7 +134,9 @@ class Adaptor:
             able = [kind for kind in store.kinds if kind in kinds]
             if not able:
                 raise DataError.at(
-                    folder, "missing-value", f" has only features of {' and '.join(store.kinds)}s; set another side"
+                    folder,
+                    "missing-value",
+                    f" has only features of {' and '.join(store.kinds)}s; set sides accordingly",
                 )
             for kind in able:
                 names = sorted(set((rows.user_names if kind == "user" else rows.item_names).tolist()))
@@ -221,7 +223,9 @@ class Profiles:
         store = FeatureStore.open(folder, split=data.readable)
         if "user" not in store.kinds:
             raise DataError.at(
-                folder, "missing-value", f" has only features of {store.kinds[0]}s, and features of users are needed"
+                folder,
+                "missing-value",
+                f" has only features of {store.kinds[0]}s, but this baseline needs user features",
             )
         refuse_seen(folder, store, data)
         table = Table.of(store, "user", list(data.train_counts()), exponent, shuffle=shuffle)

@@ -34,7 +34,7 @@ class RecencyConfig(Section):
     """Parameters of a correction by the latest ratings in the history."""
 
     recency: float = Field(0.6, ge=0, description="Weight of the decayed mean error on the history's ratings. 0: none.")
-    decay: Decay = Field(0.7, description="Weight of a rating of the history relative to the next one.")
+    decay: Decay = Field(0.7, description="Weight of a rating relative to the user's next rating.")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
     rated = data.train.drop_nulls("rating").select("user_id", "item_id", "rating").with_row_index("order")
     if rated.is_empty():
         raise DataError(
-            f"the baseline {name!r} needs ratings, and the training interactions of {data.dataset.name!r} have none; "
-            "name the rating column under data.columns.rating, or leave the rating task out",
+            f"the baseline {name!r} needs ratings, but the training interactions of {data.dataset.name!r} have no "
+            "ratings; set data.columns.rating to the rating column, or remove the rating task",
             kind="missing-column",
             at=data.dataset.name,
             column="rating",

@@ -81,8 +81,8 @@ class Single:
         """Return the baseline, fitted on the interactions of the other folds; see `Finder`."""
         if stops_early(self.name):
             raise RecipeError(
-                f"{self.key}: {self.name} uses the validation split for early stopping, so its lists cannot be used "
-                "for training; choose another retriever, such as transitions, or train other families only "
+                f"{self.key}: {self.name} uses the validation split for early stopping, so its candidates cannot be "
+                "used for training; choose another retriever, such as transitions, or train only other tasks "
                 "(train.only)",
                 kind="unsupported",
                 column=self.key,

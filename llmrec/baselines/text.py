@@ -246,8 +246,8 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         rows = [row for row, pair in enumerate(pairs) if pair in reviews and reviews[pair].text]
         if not rows:
             raise DataError(
-                f"the baseline {self.name!r} needs reviews, and the training interactions of {data.dataset.name!r} "
-                "have none; use a source with reviews, such as amazon-reviews, or remove the stars task",
+                f"the baseline {self.name!r} needs reviews, but the training interactions of {data.dataset.name!r} "
+                "have no reviews; use a source with reviews, such as amazon-reviews, or remove the stars task",
                 kind="missing-value",
             )
         texts, values = [reviews[pairs[row]].text for row in rows], known.values[rows]
@@ -290,8 +290,8 @@ def _texts(data: SplitDataset, name: str) -> _Texts:
     kept = [(user, item, text.strip()) for user, item, text in rows.iter_rows() if text.strip()]
     if not kept:
         raise DataError(
-            f"the baseline {name!r} needs texts, and the training interactions of {data.dataset.name!r} have none; "
-            "set data.columns.text to the text column, or remove the explanation task",
+            f"the baseline {name!r} needs texts, but the training interactions of {data.dataset.name!r} have no "
+            "texts; set data.columns.text to the text column, or remove the explanation task",
             kind="missing-column",
             at=data.dataset.name,
             column="text",

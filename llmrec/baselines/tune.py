@@ -250,7 +250,7 @@ def tune(
     made = lookup(BASELINES, name, "baseline")
     if _answers(name, Text):
         raise RecipeError(
-            f"the baseline {name!r} writes texts, which have no metric for tuning; remove it from the tuning",
+            f"the baseline {name!r} generates texts, which have no metric for tuning; do not tune this baseline",
             kind="contradiction",
         )
     metric, measure = _measured(name, data, tables)
@@ -341,9 +341,9 @@ def _measured(
     cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)
     if not cases:
         raise DataError(
-            f"{data.dataset.name}: tuning {name!r} needs validation {'ratings' if rates or judges else 'interactions'},"
-            f" and the split {data.kind} has none; set data.split.valid above 0, give a valid part, or use "
-            "leave_one_out",
+            f"{data.dataset.name}: tuning {name!r} needs validation "
+            f"{'ratings' if rates or judges else 'interactions'}, which the split {data.kind} does not have; set "
+            "data.split.valid above 0, provide a validation split, or use leave_one_out",
             kind="empty",
             at=data.dataset.name,
             column="data.split.valid",

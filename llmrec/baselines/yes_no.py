@@ -30,7 +30,7 @@ class LikeRatioConfig(Section):
     """Parameters of `LikeRatio`."""
 
     liked: float | None = Field(
-        None, description="Lowest rating that counts as a like. `null`: three quarters up the rating scale."
+        None, description="Lowest rating that counts as a like. `null`: at three quarters of the rating scale."
     )
 
 
@@ -76,9 +76,10 @@ class LogisticConfig(LikeRatioConfig):
     penalty: AboveZero = Field(1.0, description="L2 penalty.")
     features: Literal["counts", "recent", "ids"] = Field(
         "recent",
-        description="`recent`: add features of the user's latest ratings; `ids`: also a weight per user and per item.",
+        description="Additional features. `recent`: the user's latest ratings; `ids`: also a weight per user and per "
+        "item.",
     )
-    decay: Decay = Field(0.8, description="`recent`: weight of a rating relative to the user's next one.")
+    decay: Decay = Field(0.8, description="`recent`: weight of a rating relative to the user's next rating.")
     id_penalty: AboveZero = Field(100.0, description="`ids`: L2 penalty of user and item weights.")
 
 

@@ -19,12 +19,14 @@ class CompareOptions:
     b: Annotated[
         Path,
         About(
-            argument=True, metavar="RUN_B", help="Finished run folder to compare it with, evaluated on the same cases."
+            argument=True,
+            metavar="RUN_B",
+            help="Finished run folder to compare with, evaluated on the same test cases.",
         ),
     ]
     to: Annotated[
         Path | None,
-        About(metavar="FILE", help="Also write all differences to this file (.csv, .tsv, .jsonl or .parquet)."),
+        About(metavar="FILE", help="Output file for all differences (.csv, .tsv, .jsonl or .parquet)."),
     ] = None
     resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples for the confidence intervals.")] = (
         RESAMPLES

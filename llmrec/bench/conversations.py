@@ -128,7 +128,7 @@ def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) ->
     recipe, items = load_recipe(page.recipe, page.overrides), None if page.items is None else Path(page.items)
     if items is not None and not items.is_file():
         raise RecipeError(
-            f"chat {page.chat}: items: there is no table {items}; make it, or drop the key for the recipe's own items",
+            f"chat {page.chat}: items: there is no table {items}; create it, or drop the key to use the recipe's items",
             kind="missing-file",
             at=page.chat,
             column="items",
@@ -159,8 +159,8 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
         for field in row.knows:
             if field not in facts.values:
                 raise RecipeError(
-                    f"chat {page.chat}, row {row.label!r}: no user can know the field {field!r}"
-                    f"{did_you_mean(field, facts.values)}; items have {', '.join(facts.values) or 'none'}",
+                    f"chat {page.chat}, row {row.label!r}: items have no field {field!r}"
+                    f"{did_you_mean(field, facts.values)}; they have {', '.join(facts.values) or 'none'}",
                     kind="unknown-name",
                     at=page.chat,
                     column="knows",

@@ -143,7 +143,7 @@ def load_board(folder: Path) -> Board | None:
         return Board.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
     except (OSError, RecipeError, ValidationError, ValueError) as error:
         raise DataError(
-            f"{path}: not settings of a leaderboard ({flat(str(error))}); see llmrec.bench.leaderboard.Board",
+            f"{path}: invalid leaderboard settings ({flat(str(error))}); see llmrec.bench.leaderboard.Board",
             kind="wrong-format",
             at=path,
         ) from error

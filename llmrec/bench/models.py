@@ -238,7 +238,8 @@ class Models:
             part = self._row(label)
             if part.fuse:
                 raise RecipeError(
-                    f"suite {self.suite.suite}: {row.label} joins {label}, which is itself joined; name its rows",
+                    f"suite {self.suite.suite}: {row.label} has the ensemble {label} as a member; list its members "
+                    "instead",
                     kind="unsupported",
                     column="rows.fuse",
                 )
@@ -276,7 +277,7 @@ class Models:
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
             raise RecipeError(
-                f"{row.recipe}: a suite ranks the catalogue by tasks.sequential, which it lacks; add it",
+                f"{row.recipe}: a suite ranks the catalogue with tasks.sequential, which this recipe lacks; add it",
                 kind="missing-key",
                 at=str(row.recipe),
                 column="tasks.sequential",

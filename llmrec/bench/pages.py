@@ -77,13 +77,13 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{file}: is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
+                f"{file} is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
             ) from error
         if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
             result = result_of({"benchmark": file.stem, **content})
             if result.benchmark != file.stem:
                 raise DataError(
-                    f"{file}: holds the result of {flat(result.benchmark)!r}, and a result's name is that of its file; "
+                    f"{file}: contains the result of {flat(result.benchmark)!r}, which is not the name of the file; "
                     "rename the file, or write it again with `llmrec eval`",
                     kind="mismatch",
                     at=file,
@@ -103,7 +103,7 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
     for key in () if content.get("kind") == "benchmark" else ("data", "protocol"):
         if content.get(key) is None:
             raise DataError(
-                f"benchmark {name!r}: there is no {key}; write it again with `llmrec eval`",
+                f"benchmark {name!r}: the key {key} is missing; write the result again with `llmrec eval`",
                 kind="missing-key",
                 at=name,
                 column=key,
@@ -114,7 +114,7 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
         problem = error.errors(include_url=False, include_context=False)[0]
         key = flat(".".join(map(str, problem["loc"])))
         raise DataError(
-            f"benchmark {name!r}: key {key!r}: {problem['msg']}; write it again with `llmrec eval`",
+            f"benchmark {name!r}: key {key!r}: {problem['msg']}; write the result again with `llmrec eval`",
             kind="missing-key" if problem["type"] == "missing" else "bad-value",
             at=name,
             column=key,
@@ -132,8 +132,8 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
     whole = result.kind == "benchmark" or len(rows) == len(result.rows)
     if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
         raise DataError(
-            f"benchmark {result.benchmark!r}: a row of table {table.name!r} lacks figures; write it again with "
-            "`llmrec eval`",
+            f"benchmark {result.benchmark!r}: a row of table {table.name!r} lacks metrics; write the result again "
+            "with `llmrec eval`",
             kind="missing-value",
             at=result.benchmark,
         )
@@ -143,7 +143,8 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
             (one, first), (two, second) = list(signatures.items())[:2]
             raise LlmrecError(
                 f"benchmark {result.benchmark!r}: rows of table {table.name!r} were measured under different "
-                f"protocols, {first!r} ({one}) and {second!r} ({two}), so they cannot share it; run it again",
+                f"protocols, {first!r} ({one}) and {second!r} ({two}), so they are not comparable; run the benchmark "
+                "again",
                 kind="mismatch",
                 at=result.benchmark,
             )

@@ -29,7 +29,7 @@ from llmrec.tasks.family import family_of
 Shared = tuple[str, str, str, str | None]
 """The key of a table: family, headline metric, its signature, and the hash of the candidates, if any."""
 
-_UNEQUAL = "evaluated different users or items; give them the same data, split, seed, eval.users and questions a user"
+_UNEQUAL = "evaluated different users or items; use the same data, split, seed, eval.users and cases per user for both"
 # Metrics that the page shows in addition to the metric of comparisons.
 _SHOWN = 3
 
@@ -124,7 +124,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
     ):
         raise RecipeError(
             f"benchmark {benchmark.benchmark}, pairs: no table contains both {apart[0]!r} and {apart[1]!r}; all runs "
-            "are done and written, so fix the pair and run the same command again",
+            "are finished and stored, so correct the pair and run the same command again",
             kind="mismatch",
             column="pairs",
         )
@@ -184,8 +184,8 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
         other = known.setdefault(point.folder, point)
         if other is not point:
             raise RecipeError(
-                f"benchmark {benchmark.benchmark}: the runs {other.label!r} and {point.label!r} would share the folder "
-                f"{point.folder}; give one another name, and no value twice in a grid or in seeds",
+                f"benchmark {benchmark.benchmark}: the runs {other.label!r} and {point.label!r} would share the "
+                f"folder {point.folder}; rename one run, and remove repeated values of a grid or of seeds",
                 kind="duplicate",
                 column="runs",
             )

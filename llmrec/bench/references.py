@@ -64,7 +64,7 @@ def reference(name: str) -> Reference:
     if not path.is_file():
         known = ", ".join(sorted(page.stem for page in folder.glob("*.yaml")))
         raise RecipeError(
-            f"references: there is no page {name!r} under eval/references; known: {known}",
+            f"references: there is no file {name!r} in eval/references; known: {known}",
             kind="unknown-name",
             column="references",
         )
@@ -81,7 +81,7 @@ def load_reference(path: Path) -> Reference:
         return Reference.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
     except (OSError, RecipeError, ValueError) as error:
         raise DataError(
-            f"{path}: not a page of published figures ({flat(str(error))}); see the other pages in its folder",
+            f"{path}: invalid file of published results ({flat(str(error))}); see the other files in its folder",
             kind="wrong-format",
             at=path,
         ) from error

@@ -100,9 +100,9 @@ def compare(
     if test is None and not any(opened):
         return compare_runs(a, b, resamples=resamples, seed=seed)
     if test is None or not all(opened):
-        wrong = "recommenders are compared on test interactions" if any(opened) else "runs have their own test users"
+        wrong = "recommenders are compared on test interactions" if any(opened) else "runs already have test users"
         raise DataError(
-            f"test: {wrong}; give two recommenders and test, or two runs", kind="contradiction", column="test"
+            f"test: {wrong}; pass two recommenders and test, or two runs", kind="contradiction", column="test"
         )
     scores: Scores = a.evaluate(test, against=b, resamples=resamples, seed=seed, **options)
     return scores

@@ -419,8 +419,8 @@ def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
             cases.append(Case(request=request, truth=truth))
     if not cases:
         raise RecipeError(
-            f"suite {suite.suite}: no held-out interaction of its users has {suite.min_history} known events before "
-            "it; lower min_history",
+            f"suite {suite.suite}: no held-out interaction has {suite.min_history} earlier known interactions of its "
+            "user; lower min_history",
             kind="too-few",
             column="min_history",
         )

@@ -64,8 +64,8 @@ def data_users(
     """
     if not any(facts.told(name) for name in facts.items):
         raise DataError(
-            "no item has a field that a user could ask for; add columns such as genres or brand to the item table, and "
-            "list them in data.columns.fields",
+            "items have no fields to talk about; add columns such as genres or brand to the item table, and list "
+            "them in data.columns.fields",
             kind="empty",
             column="data.columns.fields",
         )
@@ -81,7 +81,7 @@ def data_users(
     names = [user for user, item in wanted.items() if all(item != name for name, _ in known.get(user, ()))]
     if not names:
         raise DataError(
-            f"no user has a new item in the part {split}, so there is no target; choose another split",
+            f"no user has a new item in the split {split}, so there is no target; choose another split",
             kind="empty",
             column="split",
         )

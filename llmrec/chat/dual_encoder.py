@@ -186,7 +186,8 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
     names = rng.permutation(np.unique(asked.dialogues))
     if len(names) < _FEWEST:
         raise DataError(
-            f"a dual encoder needs at least {_FEWEST} dialogues, and there are {len(names)}; simulate more",
+            f"a dual encoder needs at least {_FEWEST} dialogues, but there are only {len(names)}; simulate more "
+            "dialogues",
             kind="too-few",
         )
     aside = np.isin(asked.dialogues, names[: len(names) // 10])

@@ -62,7 +62,10 @@ def tuned(
     say(f"{done.steps} steps in {done.seconds:.0f} s; held-out loss {', '.join(f'{loss:.3f}' for loss in losses)}")
     for name, item in result.items():
         for part, one in item.items():
-            say(f"{name}, {part}: {one.call:.3f} of {one.moments} calls, {one.tool:.3f} of the tools")
+            say(
+                f"{name}, {part}: {one.call:.3f} of {one.moments} calls are correct, {one.tool:.3f} select the "
+                "correct tool"
+            )
     store_facts(
         rows=len(trained),
         conversations=len(names),

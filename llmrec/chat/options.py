@@ -26,7 +26,7 @@ class ChatOptions(ModelOptions):
         About(
             names=("--models",),
             metavar="NAME",
-            help="Model that ranks: tuned, fusion, a baseline or another run. Default: that of the run.",
+            help="Model that ranks: tuned, fusion, a baseline or another run. Default: the default model of the run.",
         ),
     ] = ()
     manager: Annotated[
@@ -46,22 +46,26 @@ class ChatOptions(ModelOptions):
         About(metavar="FILE", help="Replay the conversations of a transcript. Exit code 1 if an answer differs."),
     ] = None
     simulate: Annotated[
-        int | None, About(least=1, metavar="N", help="Run N conversations with simulated users who do not name titles.")
+        int | None,
+        About(
+            least=1,
+            metavar="N",
+            help="Run N conversations with simulated users, who describe items without naming titles.",
+        ),
     ] = None
     seed: Annotated[int, About(least=0, help="Random seed of the simulated users.")] = 0
     learn: Annotated[
         Path | None,
         About(
             metavar="FOLDER",
-            help="Train a dual encoder on the simulated conversations, starting from --encoder, and write it to "
-            "this folder.",
+            help="Train a dual encoder on the simulated conversations, starting from --encoder. Output folder.",
         ),
     ] = None
     tune: Annotated[
         Path | None,
         About(
             metavar="RECIPE",
-            help="Fine-tune the recipe's model to select tools, on the conversations of --simulate or --replay.",
+            help="Fine-tune the recipe's model to select tools, with the conversations of --simulate or --replay.",
         ),
     ] = None
     calls: Annotated[bool, About(help="Also print tool calls and the latency of each answer.")] = False

@@ -88,7 +88,7 @@ def _check(options: ChatOptions) -> None:
             column="--learn",
         )
     if options.simulate is not None and options.replay is not None:
-        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
+        raise DataError("--simulate and --replay cannot be combined", kind="contradiction", column="--simulate")
     if options.tune is None:
         return
     if options.simulate is None and options.replay is None:

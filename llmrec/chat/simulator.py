@@ -259,7 +259,7 @@ def dialogues(
     names = [name for name in facts.items if facts.told(name)]
     if not names:
         raise DataError(
-            "no item has a field that a user could ask for; add columns such as genres or brand to the item table",
+            "items have no fields to talk about; add columns such as genres or brand to the item table",
             kind="empty",
             column="--items",
         )

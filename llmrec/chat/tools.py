@@ -211,7 +211,7 @@ class Tools:
         value = call.value if call.op in ("from", "until") else self.facts.value(call.field, call.value) or ""
         wish = Wish(field=call.field, op=call.op, value=value, source="inferred", turn=state.turn)
         if not self.facts.legal(wish):
-            return state, Outcome(note="there is no such value")
+            return state, Outcome(note="this value does not exist")
         state = state.with_(profile=learned(state.profile, [wish]))
         left = self.allowed(state)
         return _with_buffer(state, [name for name in state.buffer if name in left], f"{len(left)} items are left")
@@ -265,7 +265,7 @@ class Tools:
 
     def _explain(self, call: Explain, state: State) -> Outcome:
         if call.item > len(state.shown):
-            return Outcome(note="there is no such place in the list")
+            return Outcome(note="the list has no item of this number")
         name = state.shown[call.item - 1]
         text = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.told(name))
         lines = [f"{self.titles[name]}: {text}"]
@@ -291,13 +291,13 @@ class Tools:
             profile, out = eased(state.profile)
             if out is None:
                 break
-            message.append(f"Nothing is left, so this is only a preference now: {out.told(self.titles)}.")
+            message.append(f"No item satisfies this, so it is only a preference now: {out.told(self.titles)}.")
             state, made = self._rank(Rank(), state.with_(profile=profile, buffer=()))
             result, took = self._listed(state)
             cost += made.cost + took
         items = tuple(result[: call.k])
         if not items:
-            message.append("There is nothing left to show under these wishes.")
+            message.append("No more items satisfy these wishes.")
         fields = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
         past = (*state.past, *items)[-MOST_SHOWN:]
         return state.with_(shown=items, past=past, asked=fields), Outcome(items, tuple(message), call.ask, cost=cost)
@@ -316,7 +316,7 @@ class Tools:
             state = state.with_(profile=(), buffer=(), query="", past=(), asked=(), lines=())
             return state, Outcome(told=("The profile is empty now.",))
         if call.wish > len(state.profile):
-            return state, Outcome(note="there is no such wish")
+            return state, Outcome(note="this wish is not in the profile")
         wish = state.profile[call.wish - 1]
         profile = revoked(state.profile, wish.field, wish.value)
         return state.with_(profile=profile, buffer=()), Outcome(told=(f"Forgotten: {wish.told(self.titles)}.",))

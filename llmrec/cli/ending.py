@@ -83,7 +83,7 @@ def _answer(program: Callable[..., Any]) -> tuple[Mapping[str, Any], int]:
     except _UsageError as error:
         wrong = _error("usage", error.format_message())
     except typer.Abort:
-        return {"error": _error("closed", "it was broken off")}, 1
+        return {"error": _error("closed", "it was interrupted")}, 1
     except Exception as error:
         fix = fix_of(error)
         _last_output(error, fix.kind if fix else "defect")
@@ -132,7 +132,7 @@ def fix_of(error: BaseException) -> LlmrecError | None:
             file = (seen.filename if isinstance(seen, OSError) else None) or _written(error)
             where = f" ({file})" if file else ""
             return LlmrecError(
-                f"{os.strerror(number)}{where}; fix this and run the same command again: it resumes where it stopped",
+                f"{os.strerror(number)}{where}; fix this and run the same command again to resume",
                 kind=_MENDABLE[number],
                 at=str(file) if file else None,
             )
@@ -236,7 +236,7 @@ def _kept(folder: Path) -> list[str]:
         else []
     )
     result += [f"{rows} finished {'row' if rows == 1 else 'rows'}"] if rows else []
-    return result + (["every answer so far"] if (folder / "answers.sqlite").is_file() else [])
+    return result + (["all answers so far"] if (folder / "answers.sqlite").is_file() else [])
 
 
 def _error_stream() -> int:

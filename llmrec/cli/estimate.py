@@ -90,9 +90,9 @@ def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
         return _timed(config, model, train)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"layers of a {config.model_type} cannot be timed alone ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}), so its time cannot be estimated; run it with train.steps=5 and "
-            "eval.users=5, and see the budget",
+            f"layers of a {config.model_type} cannot be timed separately ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}), so the run time is unknown; try train.steps=5 eval.users=5, and "
+            "see the report",
             kind="unsupported",
             at=model.name,
             column="model.name",

@@ -34,11 +34,11 @@ class ImportOptions:
     texts: Annotated[
         str, About(argument=True, metavar="TEXTS", help="Table with user_id or item_id, and a text column.")
     ]
-    out: Annotated[Path, About(help="Feature store to write; an existing one gets a new version.")]
+    out: Annotated[Path, About(help="Feature store to write. An existing store gets a new version.")]
     kind: Kind = "item"
     text: Annotated[str, About(help="Name of the text column.")] = "text"
     seen: Annotated[
-        str | None, About(help="Table with user_id and item_id: the interactions that the texts were written from.")
+        str | None, About(help="Table of the interactions from which the texts were written, with user_id and item_id.")
     ] = None
     encoder: Annotated[str, About(help="Text encoder: name or folder.")] = "all-MiniLM-L6-v2"
 
@@ -69,7 +69,7 @@ class ShowOptions(StoreOptions):
 
     ids: Annotated[
         tuple[str, ...],
-        About(argument=True, metavar="[ID]...", help="IDs whose texts to print. Default: a summary of the store."),
+        About(argument=True, metavar="[ID]...", help="IDs of the texts to print. Default: a summary of the store."),
     ] = ()
     kind: Kind = "user"
 
@@ -128,7 +128,7 @@ def diff(options: DiffOptions) -> None:
 class EditOptions(StoreOptions):
     """Options of `llmrec features edit`."""
 
-    name: Annotated[str, About(argument=True, metavar="ID", help="ID whose text to change.")]
+    name: Annotated[str, About(argument=True, metavar="ID", help="ID of the text to change.")]
     text: Annotated[str, About(help="New text.")]
     kind: Kind = "user"
 
@@ -148,8 +148,8 @@ def edit(options: EditOptions) -> None:
     store_facts(kind=kind, id=name, text=text, made_from_it=made)
     for other in made:
         say(
-            f"not updated, although it was written from this text: the text of {other} {name}; change it with edit "
-            f"--kind {other}"
+            f"not updated: the text of {other} {name}, which was written from this text; change it with edit --kind "
+            f"{other}"
         )
 
 
@@ -174,7 +174,10 @@ def forget(options: ForgetOptions) -> None:
     store_facts(erased=gone)
     say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; earlier versions are removed")
     if gone.others:
-        say(f"generate these texts again, they were written from erased interactions too: {', '.join(gone.others)}")
+        say(
+            "generate these texts again, since they were written from erased interactions too: "
+            f"{', '.join(gone.others)}"
+        )
 
 
 def bench(options: StoreOptions) -> None:

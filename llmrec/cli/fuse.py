@@ -16,7 +16,7 @@ class FuseOptions:
 
     runs: Annotated[
         tuple[Path, ...],
-        About(argument=True, metavar="RUN...", help="Finished run folders, evaluated on the same cases."),
+        About(argument=True, metavar="RUN...", help="Folders of finished runs, evaluated on the same test cases."),
     ]
     out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
 

@@ -54,7 +54,8 @@ def refuse_several(shard: str | None, ray: str | None, launch: int | None = None
     given = [name for name, value in (("--shard", shard), ("--ray", ray), ("--launch", launch)) if value is not None]
     if len(given) > 1:
         raise RecipeError(
-            f"{' and '.join(given)}: --shard processes one shard, --ray and --launch process all; keep one of them",
+            f"{' and '.join(given)}: --shard processes one shard, --ray and --launch process all shards; keep one of "
+            "these options",
             kind="contradiction",
             column=given[0],
         )

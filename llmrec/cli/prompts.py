@@ -62,7 +62,7 @@ class PromptsOptions(RecipeOptions):
     ] = False
     evaluation: Annotated[
         bool,
-        About(names=("--eval",), help="Show evaluation prompts instead, including few-shot examples."),
+        About(names=("--eval",), help="Show evaluation prompts (with few-shot examples) instead of training prompts."),
     ] = False
     diff: Annotated[
         tuple[str, str] | None,
@@ -137,15 +137,15 @@ def _write_chat(study: Study, file: Path) -> None:
     say(f"{file}: {done.rows:,} training examples in {done.steps:,} steps, in training order")
     if done.partly:
         say(
-            f"{done.partly:,} of them continue lists: llmrec trains on {done.share:.0%} of their tokens, other "
-            "trainers on all"
+            f"{done.partly:,} examples continue lists: llmrec trains on {done.share:.0%} of their tokens, other "
+            "trainers on all tokens"
         )
     if done.cut:
-        say(f"{done.cut:,} of them end within train.max_row_tokens")
+        say(f"{done.cut:,} examples are truncated at train.max_row_tokens")
     if done.dropped:
-        say(f"{done.dropped:,} examples were left out because their answer is longer than train.max_row_tokens")
+        say(f"{done.dropped:,} examples were excluded, because their answer is longer than train.max_row_tokens")
     if done.different:
-        say(f"{done.different:,} of them have other tokens if the chat template of the model includes the answer")
+        say(f"{done.different:,} examples have different tokens if the chat template of the model includes the answer")
 
 
 def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
@@ -224,7 +224,7 @@ def find(study: Study, name: str) -> Template:
             )
         close = did_you_mean(name, [*every, *(template.name for template in every.values())])
         raise RecipeError(
-            f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists those of its tasks",
+            f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists the templates of its tasks",
             kind="unknown-name",
             at=name,
         )
@@ -374,8 +374,8 @@ def evaluated(study: Study, encoder: Encoder, templates: Sequence[Template]) -> 
                 result.setdefault(_first(study, encoder, spec, spec.template), []).append(spec.id)
     if not result:
         raise RecipeError(
-            "no evaluation prompt to show: the recipe evaluates none of these templates; name them in "
-            "tasks.<family>.eval_templates, and settings in eval.arms",
+            "no evaluation prompt to show: the recipe evaluates none of these templates; add them to "
+            "tasks.<family>.eval_templates, and set eval.arms",
             kind="empty",
         )
     return {rows[0]: [f"[{', '.join(rows)}]\n{text}"] for text, rows in result.items()}
@@ -459,8 +459,8 @@ def recorded(folder: Path, template: Template) -> Template:
     files = [file for file in (folder / "merged" / FILE, folder / FILE) if file.is_file()]
     if not files:
         raise RecipeError(
-            f"{folder} holds no {FILE}, which says what templates a model was trained with; give a run folder whose "
-            "training is finished, or an exported one",
+            f"{folder} has no {FILE}, which records the templates of a training; give a run folder with finished "
+            "training, or an exported folder",
             kind="missing-file",
             at=folder,
         )
@@ -478,8 +478,8 @@ def recorded(folder: Path, template: Template) -> Template:
         return Template.of_stored(entries[template.name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            f"{files[0]} records no templates of {template.family} that can be read ({type(error).__name__}: {error}); "
-            "give the folder of a run that trained this family",
+            f"{files[0]} records no templates of {template.family} that can be read ({type(error).__name__}: "
+            f"{error}); give the folder of a run that trained this task",
             kind="damaged",
             at=files[0],
         ) from error
@@ -527,13 +527,13 @@ def _prompts(study: Study, encoder: Encoder, left: Template, right: Template) ->
     except LlmrecError as error:
         lacking, pair = str(error), None
     if pair is None:
-        why = lacking or f"no training event was drawn for both among {_SEARCHED} rows of each"
+        why = lacking or f"no training target is common to the first {_SEARCHED} examples of both"
         yield from textwrap.wrap(f"The prompts are not compared: {why}", WIDTH, subsequent_indent="  ")
         return
     one, other = pair
     user, item = one.pairs[-1] if one.pairs else (one.user_id, "")
     about = "".join(f", {name} {value}" for name, value in (("user", user), ("item", item)) if value)
-    yield f"The prompt of a training event{about}"
+    yield f"The prompt of a training example{about}"
     before, after = (marked(example, encoder).split("\n") for example in (one, other))
     if before == after:
         yield "  the same in both"

@@ -35,7 +35,7 @@ _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 class SchemaOptions:
     """Options of `llmrec schema`."""
 
-    kind: Annotated[PageKind, About(argument=True, help="File type. suite also covers benchmarks.")] = "recipe"
+    kind: Annotated[PageKind, About(argument=True, help="Type of the file; suite includes benchmarks.")] = "recipe"
     out: Annotated[Path | None, About(metavar="FILE", help="Output file. Default: print the schema.")] = None
 
 
@@ -81,7 +81,7 @@ def _recipe() -> Schema:
     del defs["BaselineSection"]
     base = {
         "type": "string",
-        "description": "Another recipe, relative to this one, whose keys are used where this one has none.",
+        "description": "Base recipe, relative to this file, with the values of keys that this recipe does not set.",
     }
     made["properties"] = {"base": base} | made["properties"]
     needed = made.pop("required")
@@ -129,7 +129,7 @@ def _baseline(defs: Schema) -> Schema:
             }
         )
     return {
-        "description": "A classic predictor, written as its name, or as a mapping of its name and parameters.",
+        "description": "A baseline, written as its name, or as a mapping of its name and parameters.",
         "anyOf": [
             _named(BASELINES),
             {"type": "object", "properties": {"name": _named(BASELINES)}, "required": ["name"]},

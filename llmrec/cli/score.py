@@ -16,8 +16,8 @@ from llmrec.results import Pair
 
 _UNITS = {"user": "users", "request": "requests"}
 _ORDERS = {
-    "rank": "there is no score, so the column of ranks orders the lists",
-    "order": "there is neither a score nor a rank, so the order of the rows is that of the lists",
+    "rank": "there is no score column, so lists are ordered by rank",
+    "order": "there is neither a score nor a rank column, so lists are in row order",
 }
 
 
@@ -30,7 +30,7 @@ class ScoreOptions:
         About(
             argument=True,
             metavar="RANKED [OTHER]",
-            help="File of ranked lists; a second file is compared with the first.",
+            help="File of ranked lists. A second file is compared with the first file.",
         ),
     ] = ()
     truth: Annotated[Path, About(help="Relevant items: a table with a user and an item in each row, or TREC qrels.")]
@@ -63,7 +63,7 @@ def score_files(options: ScoreOptions) -> None:
     """
     if len(options.ranked) not in (1, 2):
         raise RecipeError(
-            f"{len(options.ranked)} files of ranked lists; give one, or two to compare",
+            f"{len(options.ranked)} files of ranked lists were given; give one or two",
             kind="missing-key",
             column="RANKED",
         )
@@ -101,7 +101,7 @@ def lines(scores: Scores) -> Iterator[str]:
     units = _UNITS[scores.unit]
     yield f"{scores.relevant:,} relevant items of {scores.lists[0].judged:,} {units} in {scores.truth}"
     if scores.barren:
-        yield f"  {scores.barren:,} {units} of the truth have nothing relevant and are left out"
+        yield f"  {scores.barren:,} {units} have no relevant item and are excluded"
     for entry in scores.lists:
         yield from _counted(entry, units)
     wide = max(map(len, scores.metrics))
@@ -120,11 +120,11 @@ def lines(scores: Scores) -> Iterator[str]:
 
 def _counted(entry: ScoredLists, units: str) -> Iterator[str]:
     yield entry.name
-    yield f"  without a list, counted as 0: {entry.without_list:,} of {entry.judged:,} {units}"
-    yield f"  ranked without truth, left out: {entry.without_truth:,} {units}"
+    yield f"  without a list, scored as 0: {entry.without_list:,} of {entry.judged:,} {units}"
+    yield f"  with a list but no relevant items, excluded: {entry.without_truth:,} {units}"
     if entry.short:
         yield f"  lists shorter than the largest cut-off: {entry.short:,}"
-    yield f"  relevant items in ties, expected over their orders: {100 * entry.tied:.1f} % of {units}"
+    yield f"  relevant items tied with others, averaged over their orders: {100 * entry.tied:.1f} % of {units}"
     if entry.order in _ORDERS:
         yield f"  {_ORDERS[entry.order]}"
 

@@ -116,7 +116,8 @@ def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(
             "environment",
             f"{', '.join(names)} set",
-            note="every program that is started from here can read them; set a key for the one command that needs it",
+            note="every program that is started from here can read these keys; set a key only for the command that "
+            "needs it",
         )
     else:
         yield Finding("environment", "no keys")
@@ -129,7 +130,7 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
         yield Finding(
             "keys in recipes",
             _listed(holding),
-            "remove the key and replace it at its provider; recipes name an environment variable (eval.server.key_env)",
+            "remove the key and replace it at the provider; set eval.server.key_env to an environment variable",
         )
     else:
         yield Finding("keys in recipes", f"none in {len(pages)} pages")
@@ -138,7 +139,8 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
         yield Finding(
             "trust_remote_code",
             f"on in {_listed(trusting)}",
-            "code of the model runs with your permissions: read it and pin model.revision, or remove the key",
+            "code of the model runs with your permissions: review the code and pin model.revision, or remove the "
+            "setting",
         )
     else:
         yield Finding("trust_remote_code", "off everywhere")

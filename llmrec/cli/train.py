@@ -87,8 +87,8 @@ def train_together(recipe: str, overrides: Sequence[str], folder: Path, count: i
         if error.first.status > 0:
             raise typer.Exit(error.first.status) from None
         raise LlmrecError(
-            f"training: process {error.first.process} of {count} {error.first.why}; the same command resumes at the "
-            "last checkpoint",
+            f"training: process {error.first.process} of {count} {error.first.why}; run the same command again to "
+            "resume at the last checkpoint",
             kind="failed",
         ) from None
     return read_json(folder / "train.json", "train again")

@@ -90,10 +90,10 @@ def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: in
         most -= 1
     if most < least:
         raise RecipeError(
-            f"--ray: {len(nodes)} nodes with {cpus:g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs have "
-            f"room for {most} actors of {asked.cpus:g} CPUs and {gpus:g} GPUs (one CPU is reserved for Ray Data); "
-            f"requested: {least}. Request fewer or smaller ones (ray.actors, ray.cpus, ray.gpus; llmrec rank: "
-            "--actors, --cpus, --gpus), or start more nodes first",
+            f"--ray: {len(nodes)} nodes with {cpus:g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs "
+            f"have room for {most} actors of {asked.cpus:g} CPUs and {gpus:g} GPUs (one CPU is reserved for Ray "
+            f"Data); requested: {least}. Request fewer or smaller actors (ray.actors, ray.cpus, ray.gpus; llmrec "
+            "rank: --actors, --cpus, --gpus), or start more nodes first",
             kind="exhausted",
             column="--ray",
         )
@@ -155,8 +155,9 @@ def knock(address: str) -> None:
     except (OSError, OverflowError, subprocess.SubprocessError) as error:
         why = "it is not a Ray head node, or requires its token"
         raise LlmrecError(
-            f"--ray {address}: no Ray there ({why if isinstance(error, subprocess.SubprocessError) else error})"
-            "; check that the head node runs (ray status), and that its token is here (ray get-auth-token)",
+            f"--ray {address}: no Ray cluster found "
+            f"({why if isinstance(error, subprocess.SubprocessError) else error}); check that the head node runs (ray "
+            "status), and its token (ray get-auth-token)",
             kind="unreachable",
             column="--ray",
         ) from None
@@ -277,7 +278,7 @@ def rank_on(options: RankOptions, address: str) -> None:
         LlmrecError: See `work_on` and `llmrec.answer.rank.run.rank_file`.
     """
     if options.target == STDOUT:
-        raise RecipeError("--out -: shards are merged into a file; name one", kind="unsupported", column="--out")
+        raise RecipeError("--out -: shards are merged into a file; name a file", kind="unsupported", column="--out")
     options = resolved(options)
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
     settings = {name: getattr(options, name) for name in OF_CLUSTERS}

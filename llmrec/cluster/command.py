@@ -22,7 +22,7 @@ class MergeOptions:
         About(
             argument=True,
             metavar="TARGET",
-            help="Output of the job: the --out file of llmrec rank, a run folder or a feature store.",
+            help="Output of the job: an output file of llmrec rank, a run folder or a feature store.",
         ),
     ]
     shards: Annotated[

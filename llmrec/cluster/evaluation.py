@@ -65,10 +65,10 @@ def evaluate_shard(
         evaluation, batch, budget = session.evaluation(), recipe.eval.batch, session.budget
         key = _key_of(session, training, home)
         if done_before(folder, key):
-            log.warning("shard %s is complete already", shard)
+            log.warning("shard %s is already complete", shard)
         else:
             if training is not None:
-                log.warning("a shard does not train: it uses the fine-tuned model of %s", home)
+                log.warning("shards do not train; they use the fine-tuned model of %s", home)
             with session.asking(training, home) as (weights, engines):
                 ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet, report=report)
             with closing(AnswerStore(folder / ANSWERS)) as store:
@@ -84,8 +84,8 @@ def refuse_without_model(recipe: Recipe) -> None:
     """Reject a recipe without a language model, because baselines are not evaluated in shards."""
     if not recipe.eval.arms:
         raise RecipeError(
-            "this recipe has no language model (eval.arms is empty), so there is nothing to distribute; run it in "
-            "one process",
+            "this recipe has no language model (eval.arms is empty), so there is nothing to distribute; run the "
+            "recipe in one process",
             kind="unsupported",
             column="eval.arms",
         )

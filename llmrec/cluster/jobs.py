@@ -109,7 +109,7 @@ def read_job(folder: Path, token: str) -> Job:
         fields = {}
     if fields.get("token") != token:
         raise LlmrecError(
-            f"{folder} is another folder here than where the command was started; set --out to a folder on a file "
+            f"{folder} is not the same folder here as where the command was started; set --out to a folder on a file "
             "system that all nodes share, with the same path",
             kind="missing-file",
             at=folder,
@@ -239,8 +239,8 @@ def count_of(target: Path, wanted: int | None, default: int) -> int:
     place, counts = shards_of(target), shard_counts(target)
     if len(counts) > 1 or (counts and wanted not in (None, counts[0])):
         raise RecipeError(
-            f"{place} has shards of a job that was split into {' and '.join(map(str, counts))}, not "
-            f"into {wanted or 'one number'}; set --shards to that number, or move the folder away",
+            f"{place} has shards of a job that was split into {' and '.join(map(str, counts))}, not into "
+            f"{wanted or 'one number'}; set --shards to the existing number, or move the folder away",
             kind="mismatch",
             at=place,
             column="--shards",
@@ -308,14 +308,14 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
             fruitless = 0 if len(done) > before else fruitless + bool(lost)
             if fruitless == LOST:
                 raise LlmrecError(
-                    f"{len(lost)} of {count} shards were lost {LOST} times in a row with the processes that ran "
-                    f"them, first {lost[0]}/{count}: memory or nodes may be insufficient. Finished shards are kept: "
-                    f"the same command resumes, and llmrec {job.command} --shard {lost[0]}/{count} shows the error",
+                    f"{len(lost)} of {count} shards failed {LOST} times in a row because their processes died, first "
+                    f"{lost[0]}/{count}; memory or nodes may be insufficient. Run the same command to resume from the "
+                    f"finished shards, or llmrec {job.command} --shard {lost[0]}/{count} to see the error",
                     kind="failed",
                     at=shard_folder(job.target, Shard(lost[0], count)),
                 )
             if lost:
-                log.warning("%d shards were lost with their processes; processing them again", len(lost))
+                log.warning("the processes of %d shards died; processing these shards again", len(lost))
     return [done[number] for number in sorted(done)]
 
 

@@ -98,8 +98,8 @@ def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
         except processes.ProcessEnded as error:
             first, log = error.first, logs[error.first.process]
             raise LlmrecError(
-                f"{job.command}: process {first.process + 1} of {count} {first.why}, and the others were stopped; the "
-                f"same command resumes. Its last messages ({log}):{_last_lines(log)}",
+                f"{job.command}: process {first.process + 1} of {count} {first.why}, so all processes were stopped; "
+                f"run the same command to resume. Its last messages ({log}):{_last_lines(log)}",
                 kind="failed",
                 at=log,
             ) from None
@@ -126,16 +126,16 @@ def environments_of(recipe: Recipe, count: int) -> list[dict[str, str]]:
     if count * size > len(names):
         need = "a GPU each" if size == 1 else f"{size} GPUs each (eval.tensor_parallel * eval.pipeline_parallel)"
         raise RecipeError(
-            f"--launch {count}: {count} processes with {need} need {count * size} GPUs, and {len(names)} are visible "
-            f"here; use --launch {max(1, len(names) // size)}",
+            f"--launch {count}: {count} processes with {need} need {count * size} GPUs, but only {len(names)} are "
+            f"visible; use --launch {max(1, len(names) // size)}",
             kind="unsupported",
             column="--launch",
         )
     kinds = {str(cuda.get_device_name(index)) for index in range(count * size)}
     if len(kinds) > 1:
         raise RecipeError(
-            f"--launch {count}: the GPUs are of several kinds ({', '.join(sorted(kinds))}), whose answers differ in "
-            "the last digits; name GPUs of one kind in CUDA_VISIBLE_DEVICES",
+            f"--launch {count}: the GPUs are of several types ({', '.join(sorted(kinds))}), whose answers differ in "
+            "the last digits; set CUDA_VISIBLE_DEVICES to GPUs of one type",
             kind="unsupported",
             column="--launch",
         )

@@ -121,8 +121,8 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
     large = (pl.col("count") > _LARGE * frame.height) & (sizes.height >= _SEVERAL)
     for user, count in sizes.filter(nobody | large).sort("count", descending=True).iter_rows():
         log.warning(
-            "%s: user %s has %d of %d rows; if it means unknown users, leave these rows out, or name another column "
-            "as the user",
+            "%s: user %s has %d of %d rows; if this ID stands for unknown users, remove these rows, or use another "
+            "column for the user",
             *(table.name, shown(user), count, frame.height),
         )
 
@@ -143,8 +143,8 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         if not pairs.is_empty():
             what = column.removesuffix("_id")
             log.warning(
-                "%s: %d %ss differ from others only in surrounding spaces or invisible characters, such as %s and "
-                "%s, and count as different; if they are the same, write their ids identically",
+                "%s: the ids of %d %ss differ only in surrounding spaces or invisible characters, such as %s and %s; "
+                "if they mean the same, write them identically",
                 *(table.name, pairs.height, what, ascii(pairs["name"][0]), ascii(pairs["name"][1])),
             )
 
@@ -164,8 +164,8 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
         where = f"row {place.row}" if not table.parts else str(place)
         names, kept = "", "the latest of each"
         if first[_PART] != part:
-            names = f", in the parts {PARTS[first[_PART]]} and {PARTS[part]}"
-            kept = "that of test before that of valid and train, and of one part the latest"
+            names = f", in the splits {PARTS[first[_PART]]} and {PARTS[part]}"
+            kept = "test before valid before train, and the latest within a split"
         raise DataError.at(
             table.where(row),
             "duplicate",
@@ -189,8 +189,7 @@ def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFra
         raise DataError.at(
             table.name,
             "contradiction",
-            " has no ratings to add up; set data.columns.rating to the column of quantities, or "
-            "data.duplicates=keep_last",
+            " has no ratings to sum; set data.columns.rating to the column of quantities, or data.duplicates=keep_last",
             "data.duplicates",
         )
     key = [*_PAIR, _PART]
@@ -208,8 +207,8 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
         raise DataError.at(
             table.where(row),
             "unknown-name",
-            f": item {shown(absent[0])} is not in the table of items ({len(absent)} items are missing); "
-            "add it there, or drop its rows here",
+            f": item {shown(absent[0])} is not in the table of items ({len(absent)} items are missing); add the item, "
+            "or drop its rows",
             "item_id",
         )
 
@@ -234,8 +233,8 @@ def _scale(
         raise DataError.at(
             table.where(row),
             "bad-value",
-            f": the rating {rating:g} is off the scale from {low:g} to {high:g}; correct the row, "
-            "or set data.rating_scale=[lowest, highest]",
+            f": the rating {rating:g} is outside the scale from {low:g} to {high:g}; correct the row, or set "
+            "data.rating_scale=[lowest, highest]",
             "rating",
         )
     return float(low), float(high)
@@ -356,9 +355,9 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
         check_usable(listing.table, column, setting.partition("=")[0])
     columns = [name for listing in listings for name in listing.table.frame.columns]
     raise DataError(
-        f"{' and '.join(listing.table.name for listing in listings)}: there is no column {column!r}"
-        f"{did_you_mean(column, columns)}; the columns are: {enumerated(columns)}. "
-        f"Set the right one in the recipe as {setting}",
+        f"{' and '.join(listing.table.name for listing in listings)}: there is no column "
+        f"{column!r}{did_you_mean(column, columns)}; the columns are: {enumerated(columns)}. Correct {setting} in the "
+        "recipe",
         kind="missing-column",
         at=listings[0].table.name,
         column=column,
@@ -388,16 +387,16 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         )
     if blank:
         log.warning(
-            "%d of %d items have no title in column %r of %s, such as %s; their ids are shown instead, which are of "
-            "little use to a language model",
+            "%d of %d items have no title in column %r of %s, such as %s; their ids are shown instead, which contain "
+            "little information for a language model",
             *(len(blank), len(known), column, listing.table.name, shown(blank[0])),
         )
         titles = dict(titles) | dict(zip(blank, blank, strict=True))
     scraped = [item for item in known if has_markup(titles[item])]
     if scraped:
         log.warning(
-            "%d of %d items have HTML instead of a title in column %r of %s, such as %s; their ids are shown instead, "
-            "which are of little use to a language model",
+            "%d of %d items have HTML instead of a title in column %r of %s, such as %s; their ids are shown "
+            "instead, which contain little information for a language model",
             *(len(scraped), len(known), column, listing.table.name, shown(titles[scraped[0]])),
         )
     return titles | dict(zip(scraped, scraped, strict=True))
@@ -434,8 +433,8 @@ def read_items(path: Path) -> dict[str, Item]:
             raise DataError.at(
                 table.name,
                 "missing-column",
-                f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-                f"{enumerated(columns)}. Rename the right one",
+                f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: {enumerated(columns)}. "
+                "Rename the column that contains it",
                 name,
             )
     item_ids = ids(table, "item_id")

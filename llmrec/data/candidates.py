@@ -93,7 +93,9 @@ class CandidateSets:
             ) from error
         if result.digest != stored or len(result.sets) != len(names):
             raise DataError.at(
-                path, "damaged", ": the candidates do not match their digest, so the file was modified; draw them again"
+                path,
+                "damaged",
+                ": the candidates do not match their digest, so the file was modified; draw the candidates again",
             )
         return result
 
@@ -216,7 +218,9 @@ def draw_among(
     for name, target in targets.items():
         banned = members[groups[target]]
         if len(pool) - len(banned) < count - 1:
-            raise DataError(f"{kind} candidates: only {len(pool)} items to draw {count} from", kind="too-few")
+            raise DataError(
+                f"{kind} candidates: {count} items are requested, but there are only {len(pool)}", kind="too-few"
+            )
         numbers = _Numbers(hash_one(f"candidates {kind}", seed, name))
         chosen = [place[target], *_negatives(numbers, weights, total, banned, count - 1)]
         sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))

@@ -247,7 +247,7 @@ def apply(dataset: Dataset, section: Filter) -> Dataset:
             raise DataError.at(
                 dataset.name,
                 "contradiction",
-                " has no ratings, so data.filter.min_rating cannot be applied; leave it out",
+                " has no ratings, so data.filter.min_rating cannot be applied; remove the key",
                 "data.filter.min_rating",
             )
         rows = rows.filter(pl.col("rating") >= section.min_rating)

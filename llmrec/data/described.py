@@ -62,7 +62,11 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
         silent = {user for user, text in message.items() if any(names(text, title) for title in titles.get(user, ()))}
         shown = {user: Profile(text) for user, text in message.items() if user not in silent}
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
-        left = f" ({len(silent)} more excluded: their text names an item held out for them)" if silent else ""
+        left = (
+            f" ({len(silent)} more users excluded, because their text names one of their held-out items)"
+            if silent
+            else ""
+        )
         counted.append(f"{len(shown)} of {len(data.users())} users{left}")
     if section.sides in ("both", "item") and "item" in store.kinds:
         refuse_seen(section.path, store, data, kind="item", held=held)
@@ -72,8 +76,8 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
         raise DataError.at(
             section.path,
             "missing-value",
-            f" has no text on users or items of {data.dataset.name} ({', '.join(counted) or section.sides}); compare "
-            "ids, or set data.texts.sides",
+            f" has no text on users or items of {data.dataset.name} ({', '.join(counted) or section.sides}); check "
+            "that the ids match, or set data.texts.sides",
         )
     fields = {"texts": store.stamp, "have texts": ", ".join(counted)}
     dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **fields})
@@ -160,8 +164,8 @@ def refuse_seen(
                 path,
                 "leak",
                 f": the text on {PLURALS[kind]} was made from the interaction of user {user!r} with item {item!r}, "
-                f"which is {what} here, so prompts would contain their answer; set "
-                "data.split.kind=prefix and run llmrec augment again",
+                f"which is {what} here, so prompts would contain the answer; set data.split.kind=prefix and run "
+                "llmrec augment again",
             )
 
 
@@ -178,5 +182,6 @@ def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) ->
         raise DataError.at(
             path,
             "contradiction",
-            f": its texts become the field {name!r}, and the data already have this field; drop it from data.columns",
+            f": its texts are stored in the field {name!r}, which the data already have; drop this field from "
+            "data.columns",
         )

@@ -116,25 +116,32 @@ class Features:
         """
         of, shape = PLURALS[self.kind], self.vectors.shape
         if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
-            raise DataError(f"{len(self.ids)} {of} have vectors of shape {shape}; provide one each", kind="mismatch")
+            raise DataError(
+                f"{len(self.ids)} {of} have vectors of shape {shape}; provide one vector per id", kind="mismatch"
+            )
         if self.texts and len(self.texts) != len(self.ids):
-            message = f"{len(self.texts)} texts for {len(self.ids)} ids; provide one per id"
+            message = f"{len(self.texts)} texts for {len(self.ids)} ids; provide one text per id"
             raise DataError(message, kind="mismatch")
         if repeated := [name for name, times in Counter(self.ids).items() if times > 1]:
             message = f"the {self.kind} {repeated[0]!r} is repeated in the features; keep one"
             raise DataError(message, kind="duplicate")
         if unknown := self.seen.keys() - set(self.ids):
-            message = f"seen: {min(unknown)!r} is not one of the {of} of these features; drop it, or add its features"
+            message = (
+                f"seen: {min(unknown)!r} is not among the {of} of these features; remove this id, or add its features"
+            )
             raise DataError(message, kind="mismatch", column="seen")
         fallback = self.fallback
         if fallback is not None and (fallback.shape != shape[1:] or not np.isfinite(fallback).all()):
             message = (
-                f"fallback: shape {fallback.shape} with vectors of shape {shape}; provide one finite number per column"
+                f"fallback: the shape is {fallback.shape}, but vectors have shape {shape}; provide one finite number "
+                "per column"
             )
             raise DataError(message, kind="mismatch", column="fallback")
         if not np.isfinite(self.vectors).all():
             row = int(np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))[0])
-            message = f"the vector of the {self.kind} {self.ids[row]!r} contains NaN or infinity; compute it again"
+            message = (
+                f"the vector of the {self.kind} {self.ids[row]!r} contains NaN or infinity; compute the vector again"
+            )
             raise DataError(message, kind="bad-value")
         for name in self.ids:
             if not name or "\0" in name or len(name.encode()) > _WIDEST:
@@ -189,12 +196,15 @@ class FeatureStore:
                 place, "missing-file", " has no features; create them with llmrec augment, or correct the path"
             ) from error
         except (OSError, ValueError) as error:
-            raise DataError.at(place, "damaged", f" is not a feature store ({error}); create it again") from error
+            raise DataError.at(
+                place, "damaged", (f" is not a feature store ({error}); create the store again")
+            ) from error
         if meta.get("format") != _FORMAT:
             raise DataError.at(
                 place,
                 "wrong-format",
-                f" is a store of format {meta.get('format')}, but this version reads {_FORMAT}; create it again",
+                f" is a feature store of format {meta.get('format')}, but this version reads format {_FORMAT}; create "
+                "the store again",
             )
         try:
             if (version / MANIFEST).is_file() and not unchanged(version):
@@ -205,14 +215,16 @@ class FeatureStore:
         for kind in store.kinds:
             table, rows = store._tables[kind], meta["kinds"][kind]["rows"]
             if len(table.ids) != rows or len(table.vectors) != rows:
-                raise DataError.at(place, "damaged", f" lacks some of its {rows} {PLURALS[kind]}; create it again")
+                raise DataError.at(
+                    place, "damaged", (f" lacks some of its {rows} {PLURALS[kind]}; create the store again")
+                )
             made_from = store.provenance(kind).split
             if split is not None and made_from and made_from != split:
                 raise DataError.at(
                     place,
                     "mismatch",
-                    f": the texts of its {PLURALS[kind]} come from other training interactions ({made_from[:12]}, here "
-                    f"{split[:12]}), and may reveal held-out interactions; run llmrec augment on this recipe",
+                    f": the texts of its {PLURALS[kind]} were written from another split ({made_from[:12]}, here "
+                    f"{split[:12]}) and may reveal held-out interactions; run llmrec augment with this recipe",
                 )
         return store
 
@@ -330,7 +342,7 @@ def writing(folder: str | Path) -> Iterator[Path]:
         others = [path.name for path in place.iterdir() if not _is_own(path)]
         if others:
             raise LlmrecError(
-                f"{place} contains files other than features, such as {min(others)!r}; use another folder",
+                f"{place} contains other files than a feature store, such as {min(others)!r}; use another folder",
                 kind="exists",
                 at=place,
             )
@@ -339,7 +351,7 @@ def writing(folder: str | Path) -> Iterator[Path]:
     with (place / _LOCK).open("a") as held:
         if not lock(held):
             raise LlmrecError(
-                f"{place} is being written by another process; wait until it has ended", kind="busy", at=place
+                f"{place} is being written by another process; wait until that process has ended", kind="busy", at=place
             )
         with writing_to(place):
             yield place
@@ -384,7 +396,7 @@ def write_version(
         keep: Versions kept for processes that have them open, including this one.
     """
     if not tables or len({table.kind for table in tables}) != len(tables):
-        raise DataError("a store has one table per kind; pass users once and items once", kind="duplicate")
+        raise DataError("a feature store has one table per kind; pass users once and items once", kind="duplicate")
     # unfinished versions of interrupted calls
     for path in [path for path in place.iterdir() if _DRAFT.fullmatch(path.name)]:
         shutil.rmtree(path, ignore_errors=True)
@@ -423,7 +435,7 @@ def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
         stored, default = table.vectors[order].astype(dtype), fallback.astype(dtype)
     if not (np.isfinite(stored).all() and np.isfinite(default).all()):
         raise DataError(
-            f"a vector of the {PLURALS[table.kind]} has a number too large for {dtype}; use float32", kind="too-large"
+            f"a vector of the {PLURALS[table.kind]} is too large for {dtype}; use float32", kind="too-large"
         )
     np.save(folder / f"{table.kind}-ids.npy", ids[order], allow_pickle=False)
     np.save(folder / f"{table.kind}-vectors.npy", stored, allow_pickle=False)

@@ -44,9 +44,9 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
         return recipe
     section = recipe.data
     if section.source != "table" or section.files is not None:
-        what = "data.files names the files of the parts" if section.files is not None else f"it is {section.source!r}"
+        what = "data.files names files" if section.files is not None else f"it is {section.source!r}"
         raise RecipeError(
-            f"data.source: a frame is a table, but {what}; set data.source=table and drop the keys of other sources",
+            f"data.source: a frame was passed, but {what}; set data.source=table and drop the keys of other sources",
             kind="contradiction",
             column="data.source",
         )
@@ -134,8 +134,8 @@ def as_arrow(frame: Any, name: str) -> Any:
             at=name,
         ) from error
     raise DataError(
-        f"{name}: {type(frame).__module__}.{type(frame).__name__} is no frame; use a pandas or polars frame, an Arrow "
-        "table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
+        f"{name}: {type(frame).__module__}.{type(frame).__name__} is not a frame; use a pandas or polars frame, an "
+        "Arrow table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
         kind="wrong-format",
         at=name,
     )

@@ -114,7 +114,9 @@ class Documents:
         names = unescaped(table, key).fill_null("") if by_title else [str(name) for name in ids(table, key)]
         repeated = {name for name, times in Counter(names).items() if times > 1 and name}
         if repeated and not by_title:
-            raise DataError.at(table.name, "duplicate", f": {min(repeated)!r} has several documents; join them", key)
+            raise DataError.at(
+                table.name, "duplicate", (f": {min(repeated)!r} has several documents; join them into one"), key
+            )
         return Documents(
             tuple(names), tuple(unescaped(table, text).fill_null("")), by_title, f"{table.name} {table.sha256[:16]}"
         )
@@ -191,7 +193,9 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
     had = sum(FIELD in item.fields for item in items.values())
     if not had:
         raise DataError.at(
-            section.path, "empty", f" has no document on any item of {dataset.name}; compare ids, or raise tokens"
+            section.path,
+            "empty",
+            f" has no document about an item of {dataset.name}; check that the ids match, or raise tokens",
         )
     fields = {"facts": documents.source, "items with facts": f"{had} of {len(items)}"}
     return replace(dataset, items=items, provenance={**dataset.provenance, **fields})

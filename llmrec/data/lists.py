@@ -296,8 +296,8 @@ def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
             raise DataError.at(
                 place,
                 "duplicate",
-                f": {shown(key)} already has a list in row {earlier.row}; for several lists per user, add a "
-                "column request_id to the truth",
+                f": {shown(key)} already has a list in row {earlier.row}; for several lists per user, add a column "
+                "request_id to the relevant items",
                 "request_id" if unit == "request" else "user_id",
             )
         names, values = _listed(place, record)
@@ -310,7 +310,7 @@ def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
         rows += [len(places)] * len(names)
         places.append(place)
     if not places:
-        raise DataError.at(records.name, "empty", " contains no lists; write at least one")
+        raise DataError.at(records.name, "empty", " contains no lists; write at least one list")
     frame = pl.DataFrame(
         {"key": keys, "item": items, "score": scores},
         schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
@@ -327,7 +327,7 @@ def _key(place: Place, record: Mapping[str, Any], unit: Unit, asked: Entities) -
         value = record.get(name)
         if value is not None and str(value).strip():
             return str(value)
-    raise DataError.at(place, "missing-value", f": the list has no {names[0]}; every list needs one", names[0])
+    raise DataError.at(place, "missing-value", f": the list has no {names[0]}; add the {names[0]}", names[0])
 
 
 def _listed(place: Place, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
@@ -349,12 +349,12 @@ def _list(place: Place, column: str, value: Any) -> list[Any]:
             value = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError) as error:
             raise DataError.at(
-                place, "syntax", f": column {column!r} is not a JSON list ({reason(error)}); write one", column
+                place, "syntax", f": column {column!r} is not a JSON list ({reason(error)}); write a JSON list", column
             ) from None
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError.at(place, "bad-value", f": column {column!r} is not a list; write one", column)
+        raise DataError.at(place, "bad-value", f": column {column!r} is not a list; write a list", column)
     return value
 
 

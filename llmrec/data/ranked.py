@@ -217,7 +217,8 @@ def form_of(path: Path, asked: str) -> Form:
     own = ENDINGS.get(ending.lower())
     if own is not None and asked not in ("auto", own):
         raise RecipeError(
-            f"--form {asked}: {path} ends in {ending}, which is --form {own}; name another file, or drop --form",
+            f"--form {asked}: {path} ends in {ending}, which means --form {own}; choose another file name, or drop "
+            "--form",
             kind="contradiction",
             column="--form",
         )
@@ -306,8 +307,8 @@ def _separated(path: Path, rows: Iterable[tuple[str, str, int, float]], form: Fo
                 raise DataError.at(
                     path,
                     "bad-value",
-                    f": {name} separates columns by {separator}, which the {what} {value[:60]!r} contains; "
-                    "use --form long",
+                    f": {name} separates columns by {separator}, but the {what} {value[:60]!r} contains this "
+                    "character; use --form long",
                     what,
                 )
         cells = (user, "Q0", item, str(rank), repr(score), tag) if trec else (user, item, str(rank), repr(score))

@@ -115,7 +115,7 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
         blank, rows = filled
         sha256 = source.sha256
     if rows == 0:
-        raise DataError.at(path, "empty", " contains no requests; write at least one")
+        raise DataError.at(path, "empty", " contains no requests; write at least one request")
     return RequestFile(path, suffix, sha256, rows, blank, bare)
 
 
@@ -211,7 +211,7 @@ def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | Non
             raise DataError.at(
                 Place(source.name, line=pieces.line),
                 "too-large",
-                f" is longer than {text.LONGEST} bytes; is this a table?",
+                f" is longer than {text.LONGEST} bytes; check that the file is a table",
             ) from error
     if not columns:
         _header(source.name, "", separator, bare)
@@ -235,7 +235,7 @@ def _has_columns(name: str, columns: list[str], bare: bool) -> None:
             name,
             "missing-column",
             f" has no column 'candidates'{did_you_mean('candidates', columns)}; its columns are: "
-            f"{enumerated(columns) or 'none'}. A request needs candidates, and may have: {', '.join(KEYS)}",
+            f"{enumerated(columns) or 'none'}. A request needs candidates. It may also have: {', '.join(KEYS)}",
             "candidates",
         )
 
@@ -245,13 +245,13 @@ def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Raw
         return Raw(
             line,
             None,
-            f"{len(cells)} fields where the header has {len(columns)}; a field that contains {separator!r} or a double "
-            "quote needs double quotes around it",
+            f"the line has {len(cells)} fields, but the header has {len(columns)}; put double quotes around fields "
+            f"that contain {separator!r} or a double quote",
         )
     if cells == columns:
         return Raw(line, None, "the line repeats the header; remove it")
     if any(_NO_UTF8.search(cell) for cell in cells):
-        return Raw(line, None, "not UTF-8; save the file as UTF-8")
+        return Raw(line, None, "the line is not UTF-8; save the file as UTF-8")
     return _unpacked(line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()})
 
 
@@ -273,7 +273,7 @@ def _list(key: str, cell: str) -> list[Any]:
             result = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{key!r} begins like a JSON list but is invalid ({reason(error)})", kind="syntax", column=key
+                f"{key!r} begins like a JSON list, but is not valid JSON ({reason(error)})", kind="syntax", column=key
             ) from error
         return list(result)
     return [part.strip() for part in text.split("|")]
@@ -306,8 +306,11 @@ def _values(batch: Any) -> Iterator[dict[str, object] | str]:
         try:
             result = batch.slice(place, 1).to_pylist()[0]
         except UnicodeDecodeError:
-            yield "not UTF-8; write it again"
+            yield "a value is not UTF-8; write the file again"
         except FAULTS as error:
-            yield f"a value that cannot be used ({reason(error)}); write texts, numbers and lists of them"
+            yield (
+                f"a value has an unsupported type ({reason(error)}); write texts, numbers, and lists of texts or "
+                "numbers"
+            )
         else:
             yield result

@@ -93,9 +93,9 @@ class _Remarks:
 
     def notes(self) -> list[str]:
         text = (
-            ("history: left out, unknown and without a title", self.skipped),
-            ("candidates: repeated, ranked once", self.repeated),
-            ("candidates: repeated with another text, the first was ranked", self.retold),
+            ("history: ignored unknown items without a title", self.skipped),
+            ("candidates: repeated items are ranked once", self.repeated),
+            ("candidates: an item is repeated with another text; only the first is ranked", self.retold),
             (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
         )
         return [f"{what}: {some(names)}" for what, names in text if names]
@@ -139,7 +139,7 @@ def read_request(
     notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _near_miss(key))] + remarks.notes()
     times = [past.timestamp for past in history if past.timestamp is not None]
     if any(later < earlier for earlier, later in pairwise(times)):
-        notes.append("history: the timestamps are not oldest first; the order was kept as given")
+        notes.append("history: the timestamps are not in ascending order; the given order was used")
     if not history:
         notes.append("no history")
     if whole and record.get("candidates") is not None:
@@ -217,11 +217,11 @@ def _candidates(
         else:
             (remarks.repeated if first == item else remarks.retold).append(item.item_id)
     if unknown:
-        where = "there is no catalogue to look them up" if catalogue is None else "they are not in the catalogue"
+        where = "there is no catalogue" if catalogue is None else "they are not in the catalogue"
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
         raise DataError(
-            f"candidates without a title: {some(list(unknown))}; {where}: write each as {example}, or name a table "
-            "of items with --items",
+            f"candidates without a title: {some(list(unknown))}; {where}: write each candidate as {example}, or give "
+            "a table of items with --items",
             kind="unknown-name",
             column="candidates",
         )
@@ -376,7 +376,7 @@ def _number(what: str, value: object) -> float | None:
         result = math.nan
     if not math.isfinite(result):
         raise DataError(
-            f"{what} is {_kind(value)} that is not a finite number; write a number or leave it out",
+            f"{what} is {_kind(value)} that is not a finite number; write a number, or remove the key",
             kind="bad-value",
             column=what,
         )

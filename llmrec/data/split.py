@@ -239,8 +239,8 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         and not 0 < section.valid + section.test < 1
     ):
         raise DataError(
-            f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
-            "together they must be more than 0 and less than 1",
+            f"data.split: valid ({section.valid}) and test ({section.test}) are shares; their sum must be between 0 "
+            "and 1",
             kind="bad-value",
             column="data.split",
         )
@@ -251,7 +251,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": the split {section.kind} leaves no training interaction; hold out less",
+            f": the split {section.kind} leaves no training interaction; hold out fewer interactions",
             "data.split",
         )
     cold = rows.frame[:0]
@@ -423,7 +423,7 @@ def scale_of(data: SplitDataset) -> tuple[float, float]:
     values = data.train["rating"].drop_nulls().to_numpy()
     if not len(values):
         raise DataError(
-            f"{data.dataset.name} has no training ratings; name data.columns.rating, or drop what requires ratings",
+            f"{data.dataset.name} has no training ratings; set data.columns.rating, or remove what requires ratings",
             kind="missing-column",
             at=data.dataset.name,
             column="rating",

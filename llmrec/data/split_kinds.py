@@ -152,7 +152,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
         raise DataError.at(
             dataset.name,
             "contradiction",
-            " has no timestamps, which identify baskets; name data.columns.time, or use another data.split.kind",
+            " has no timestamps, which identify baskets; set data.columns.time, or use another data.split.kind",
             "data.split.kind",
         )
     places, _, _ = rows.by_user(rows.latest)
@@ -258,7 +258,7 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
             raise DataError.at(
                 dataset.name,
                 "contradiction",
-                " has no timestamps, which data.split.after requires; name data.columns.time, or drop the key",
+                " has no timestamps, which data.split.after requires; set data.columns.time, or drop the key",
                 "data.split.after",
             )
         first = np.full(len(names), np.inf)
@@ -309,7 +309,9 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     # a pair in both parts is held out for test
     valid, test = named(given.valid - given.test), named(given.test)
     if not len(valid) and not len(test):
-        raise DataError.at(dataset.name, "too-few", ": the filter removes all held-out pairs; relax it", "data.filter")
+        raise DataError.at(
+            dataset.name, "too-few", (": the filter removes all held-out pairs; relax the filter"), "data.filter"
+        )
     away = np.zeros(len(rows.names), dtype=bool)
     known = Names(rows.names)
     away[[code for user in given.history_only if (code := known.code(user)) is not None]] = True

@@ -103,8 +103,8 @@ def baskets(data: SplitDataset) -> str:
         return ""
     return (
         f"{share:.0%} of the held-out interactions of {data.dataset.name} have the same timestamp as an interaction "
-        "of their history, for example items of one order, so the history can reveal them. data.split.kind=last_basket "
-        "holds out whole orders, global_time everything after a date"
+        "of their history, for example items of one order, so the history can reveal them. "
+        "data.split.kind=last_basket holds out whole orders, global_time everything after a date"
     )
 
 
@@ -118,7 +118,7 @@ def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
     wide = sorted(k for k in cutoffs if k >= count)
     if not wide:
         return ""
-    return f"{count} items are ranked per request, so HR@{wide[0]} is 1 by definition; use cut-offs below that"
+    return f"{count} items are ranked per request, so HR@{wide[0]} is always 1; use smaller cut-offs"
 
 
 def _histogram(rows: pl.DataFrame) -> dict[str, int]:

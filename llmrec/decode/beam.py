@@ -148,7 +148,7 @@ def beam(
         One result per request, in order: ``k`` items, or all remaining ones if they are fewer.
     """
     if k < 1 or width < 1:
-        raise ValueError(f"k and width are at least 1, not {k} and {width}")
+        raise ValueError(f"k and width must be at least 1, not {k} and {width}")
     barred = [_none()] * len(prompts)
     if excluded:
         barred = [np.unique(catalogue.places[list(items)]).astype(np.int64) for items in excluded]
@@ -366,7 +366,7 @@ def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> Searc
     rows = rows[np.lexsort((beams.lows[rows], -beams.scores[rows]))][:k]
     places = beams.lows[rows]
     scores = tuple(float(score) for score in beams.scores[rows])
-    short = "" if len(rows) == k else f"only {left} of {len(search.catalogue)} items may be given"
+    short = "" if len(rows) == k else f"only {left} of {len(search.catalogue)} items are valid results"
     # If fewer than k items are left, nothing was pruned.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
     items = tuple(int(item) for item in search.catalogue.order[places])

@@ -191,10 +191,10 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
         flat = np.fromiter(chain.from_iterable(paths), dtype=np.int32, count=int(lengths.sum()))
         table[np.arange(table.shape[1]) < lengths[:, None]] = flat
     if len(table) == 0:
-        raise DataError("the catalogue has no items; add some", kind="empty")
+        raise DataError("the catalogue has no items; add items", kind="empty")
     if lengths.min() == 0:
         raise DataError(
-            f"item {int(lengths.argmin())} of the catalogue has no tokens; give it a code", kind="missing-value"
+            f"item {int(lengths.argmin())} of the catalogue has no tokens; give the item a code", kind="missing-value"
         )
     if int(table[:, 0].min()) < 0 or table.min() < -1:
         raise DataError("the catalogue has a negative token id", kind="bad-value")
@@ -247,14 +247,15 @@ def _refuse_ambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fres
     if len(equal):
         one, two = sorted((int(order[equal[0] - 1]), int(order[equal[0]])))
         raise DataError(
-            f"items {one} and {two} of the catalogue have the same tokens; give each its own code", kind="duplicate"
+            f"items {one} and {two} of the catalogue have the same tokens; give each item a unique code",
+            kind="duplicate",
         )
     for place in np.flatnonzero(lengths[:-1] < lengths[1:]):
         size = int(lengths[place])
         if np.array_equal(table[place, :size], table[place + 1, :size]):
             one, two = int(order[place]), int(order[place + 1])
             raise DataError(
-                f"the tokens of item {one} of the catalogue are a prefix of those of item {two}; end codes with a line "
-                "break or the end of the turn",
+                f"the tokens of item {one} of the catalogue are a prefix of the tokens of item {two}; end codes with "
+                "a line break or the end of the turn",
                 kind="duplicate",
             )

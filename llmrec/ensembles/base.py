@@ -111,9 +111,9 @@ class Ensemble:
         for name, part in parts:
             if seen := users & getattr(part, "looked_at", frozenset()):
                 raise LlmrecError(
-                    f"{self.name}: {len(seen)} of {len(users)} users for the ensemble weights were used to choose "
-                    f"parameters or the epoch of {name}, which would overestimate it; reserve other users "
-                    "(llmrec.data.split.halves)",
+                    f"{self.name}: {len(seen)} of {len(users)} users for the ensemble weights were also used to "
+                    f"choose parameters or the epoch of {name}, which would overestimate this member; reserve other "
+                    "users (llmrec.data.split.halves)",
                     kind="leak",
                 )
 

@@ -39,7 +39,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     result = stored.read(run)
     if not result.fusions or not items.is_file():
         lacks = "ensemble of rankings; evaluate its recipe with eval.fusion.controls=true"
-        what = lacks if items.is_file() else "catalogue, which the interactions need; remove --no-items"
+        what = lacks if items.is_file() else "catalogue, which --with-interactions needs; remove --no-items"
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )

@@ -107,7 +107,7 @@ def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -
     if users < 2 * FOLDS:
         raise DataError(
             f"eval.candidates.retriever: {FUSED} needs {2 * FOLDS} users for its weights, in validation and in each "
-            f"fifth of training, and there are {users}; use more data or hold out more users, or choose a single "
+            f"fifth of training, but there are {users}; use more data, hold out more users, or choose a single "
             "retriever such as transitions",
             kind="too-few",
             column="eval.candidates.retriever",

@@ -138,7 +138,7 @@ def _arrays(text: str, features: int) -> _Arrays:
         trees = [dict(line.split("=", 1) for line in block.split("\n") if "=" in line) for block in blocks]
         counts = [int(tree["num_leaves"]) for tree in trees]
         if not trees or min(counts) < 1 or any(tree.get("num_cat", "0") != "0" for tree in trees):
-            raise ValueError("it has no tree, or categorical splits")
+            raise ValueError("the ranker has no tree, or has categorical splits")
         widest = max(counts)
 
         def table(key: str, dtype: Any, extra: int = 0) -> NDArray[Any]:

@@ -134,8 +134,8 @@ def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
     """
     if len(set(users)) < 2 * FOLDS:
         raise LlmrecError(
-            f"{name}: ensemble weights need validation cases of at least {2 * FOLDS} users, and there are "
-            f"{len(set(users))}; reserve more users for them",
+            f"{name}: ensemble weights need validation cases of at least {2 * FOLDS} users, but there are "
+            f"{len(set(users))}; reserve more validation users",
             kind="too-few",
         )
     return (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)

@@ -100,7 +100,7 @@ def rank_catalogue(
         LlmrecError: If there are no cases, or scores are not finite or of the wrong shape.
     """
     if not cases:
-        raise LlmrecError("there is no case to rank; lower the filters or choose another split", kind="empty")
+        raise LlmrecError("there are no test cases; relax the filters, or choose another split", kind="empty")
     items = scorer.items
     index = {item: place for place, item in enumerate(items)}
     if not items or len(index) != len(items):
@@ -151,8 +151,8 @@ def evaluate_catalogue(
     """
     if len(scorer.items) != protocol.catalogue:
         raise LlmrecError(
-            f"{scorer.name} scores {len(scorer.items)} items, but the catalogue has {protocol.catalogue}; fit it on "
-            "the data from which the cases come, since metrics over different catalogues are not comparable",
+            f"{scorer.name} scores {len(scorer.items)} items, but the catalogue has {protocol.catalogue}; fit the "
+            "model on the data of the test cases, since metrics over different catalogues are not comparable",
             kind="mismatch",
         )
     protocol = whole(protocol, cases)
@@ -209,8 +209,8 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
         row, column = (int(place[0]) for place in np.nonzero(~finite))
         raise LlmrecError(
             f"request {cases[row].request.id!r}: {scorer.name} gave item {scorer.items[column]!r} the score "
-            f"{scores[row, column]}, which cannot be ranked. Training diverged or values overflow; lower the learning "
-            "rate or use float32",
+            f"{scores[row, column]}, which cannot be ranked because training diverged or values overflowed; lower the "
+            "learning rate, or use float32",
             kind="bad-value",
         )
     return scores

@@ -329,7 +329,10 @@ def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return the true answers, which are stored as the signs of the values."""
     truth: NDArray[np.bool_] = ~np.signbit(rows[0])
     if any(not np.array_equal(truth, ~np.signbit(row)) for row in rows):
-        raise LlmrecError(f"{metric}: the two models have different truths, so they cannot be paired", kind="mismatch")
+        raise LlmrecError(
+            f"{metric}: the two models were evaluated with different targets, so they cannot be compared",
+            kind="mismatch",
+        )
     return truth
 
 

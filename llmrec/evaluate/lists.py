@@ -65,7 +65,7 @@ class Background:
             words = tuple(_words(data.dataset.items[item].fields.get(field, "")) for item in items)
             if not any(words):
                 raise LlmrecError(
-                    f"{data.dataset.name}: no item has the field {field!r}; choose a field of the items",
+                    f"{data.dataset.name}: no item has the field {field!r}; choose another field",
                     kind="unknown-name",
                     at=data.dataset.name,
                 )

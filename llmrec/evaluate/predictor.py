@@ -113,7 +113,7 @@ def _ratings(
             predicted[i] = fallback(case.request)
         else:
             raise LlmrecError(
-                f"request {answer.request_id}: the rating cannot be parsed, and there is no fallback",
+                f"request {answer.request_id}: the rating could not be parsed, and there is no fallback",
                 kind="missing-value",
             )
     users = _users(cases)
@@ -270,7 +270,7 @@ def evaluate(
     """
     if not cases:
         raise LlmrecError(
-            f"{name}: the split has no cases to evaluate; lower the filters or choose another split", kind="empty"
+            f"{name}: the split has no test cases; relax the filters, or choose another split", kind="empty"
         )
     start = time.monotonic()
     answers = predictor.answer([case.request for case in cases])

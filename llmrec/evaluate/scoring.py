@@ -145,10 +145,14 @@ def judging(
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
     """
     if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
-        raise RecipeError("k: give ranks of at least 1, such as 5,10", kind="bad-value", column="--k")
+        raise RecipeError("k: give cut-offs of at least 1, such as 5,10", kind="bad-value", column="--k")
     how = Judging(tuple(dict.fromkeys(k)), resamples, seed, graded, planned, whole)
     if planned is not None and not (several and planned in how.names):
-        what = f"choose from {', '.join(how.names)}" if several else "it is tested on two lists; give another"
+        what = (
+            f"choose from {', '.join(how.names)}"
+            if several
+            else ("it is only for two files of lists; give a second file")
+        )
         raise RecipeError(
             f"planned: {planned!r} cannot be tested{did_you_mean(planned, how.names) if several else ''}; {what}",
             kind="unknown-name" if several else "contradiction",
@@ -200,7 +204,7 @@ def score(
     for option, column in (("--user", user), ("--item", item)):
         if column is not None and column not in known:
             raise DataError(
-                f"{option} {column}: no file has this column{did_you_mean(column, known)}; their columns are: "
+                f"{option} {column}: neither file has this column{did_you_mean(column, known)}; the columns are: "
                 f"{', '.join(dict.fromkeys(known))}",
                 kind="missing-column",
                 column=option,

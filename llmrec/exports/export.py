@@ -198,7 +198,7 @@ def _consistent(options: ExportOptions) -> None:
         )
     if options.adapter_only and options.dtype != "auto":
         raise LlmrecError(
-            "--dtype applies to merged weights, which --adapter-only does not write; drop one of them",
+            "--dtype applies to merged weights, which --adapter-only does not write; drop one of these options",
             kind="contradiction",
             column="--dtype",
         )
@@ -215,8 +215,8 @@ def _write(
     base = _base(source, origin)
     if is_paired(load_config(base, recipe.model)):
         raise LlmrecError(
-            f"{source.folder} contains an encoder-decoder, and exports support only decoder models; "
-            f"use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load",
+            f"{source.folder} contains an encoder-decoder, which exports do not support; use the folder "
+            f"{source.folder / 'merged'}, which transformers and `llmrec rank` load",
             kind="unsupported",
             at=source.folder,
         )
@@ -226,7 +226,7 @@ def _write(
     notes = _notes(source, base, study, options)
     made_from = _made_from(source, base, study, dtype, options, changed=change is not None)
     if not options.force and export_files.made_from(options.out) == made_from:
-        say(f"{options.out} is already complete; --force writes it again")
+        say(f"{options.out} is already complete; use --force to export again")
         files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
         return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
     refuse(options.out, force=options.force, ours=ours)
@@ -332,8 +332,8 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
         if not needed:
             return None
         raise DataError(
-            f"{error} (an export reads the data of the run; without it, use {' and '.join(needed)}; the card then "
-            "states this)",
+            f"{error}. To export without the data of the run, use {' and '.join(needed)}; the model card then states "
+            "this",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -397,8 +397,8 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
     free = shutil.disk_usage(place).free
     if free < needed + _SLACK:
         raise LlmrecError(
-            f"{place} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; "
-            "free disk space, choose another --out, or a smaller --dtype",
+            f"{place} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; free "
+            "disk space, or choose another --out or a smaller --dtype",
             kind="exhausted",
             at=place,
         )
@@ -451,7 +451,7 @@ def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft
     elif study is not None and training_key(study, base) == source.record["key"]:
         return
     raise LlmrecError(
-        f"the adapter in {source.folder} was not trained on the model that is now in {base}, or this cannot be "
+        f"the adapter in {source.folder} was trained on another model than the one in {base}, or this cannot be "
         "verified; restore the base model (model.name, model.revision), or train again with `llmrec train`",
         kind="mismatch",
         at=source.folder,

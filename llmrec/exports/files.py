@@ -78,7 +78,7 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
     """Copy the adapter, and name the base model in it as the recipe does."""
     if source.record["method"] in soft_prompt.METHODS:
         raise LlmrecError(
-            f"{source.folder} has soft prompts, which the base does not have; drop --adapter-only",
+            f"{source.folder} has soft prompts, which an adapter does not contain; drop --adapter-only",
             kind="unsupported",
             at=source.folder,
             column="--adapter-only",
@@ -228,8 +228,8 @@ def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
         )
     if target.is_symlink() or not target.is_dir() or not ours(target):
         raise LlmrecError(
-            f"{target} was not written by `llmrec export`, or was changed since, so --force does not replace it; "
-            "remove it, or choose another --out",
+            f"{target} was not written by `llmrec export`, or was changed afterwards, so --force does not replace it; "
+            "remove this folder, or choose another --out",
             kind="exists",
             at=target,
         )
@@ -281,7 +281,7 @@ def _plain(name: str) -> str:
 def _unwritable(target: Path, error: OSError) -> LlmrecError:
     reason = error.strerror or str(error)
     return LlmrecError(
-        f"the export to {target} cannot be written: {reason}; fix this, or choose another --out",
+        f"the export to {target} cannot be written ({reason}); fix this, or choose another --out",
         kind="unreadable",
         at=target,
     )

@@ -21,7 +21,7 @@ class ExportOptions:
         str,
         About(
             metavar="auto|float32|bfloat16|float16",
-            help="Data type of the weights. auto: the one used in the evaluation.",
+            help="Data type of the weights. auto: the data type of the evaluation.",
         ),
     ] = "auto"
     adapter_only: Annotated[bool, About(help="Export only the LoRA adapter.")] = False
@@ -34,7 +34,9 @@ class ExportOptions:
     with_interactions: Annotated[
         bool, About(help="Also include the training interactions, which --fuse and chat need.")
     ] = False
-    check_users: Annotated[int, About(least=0, help="Number of validation cases per task that verify the export.")] = 50
+    check_users: Annotated[
+        int, About(least=0, help="Number of validation cases per task with which to verify the export.")
+    ] = 50
     licence: Annotated[str | None, About(help="Licence of the fine-tuned weights and the model card.")] = None
     base_licence: Annotated[str | None, About(help="Licence of the base model, if the model does not declare it.")] = (
         None
@@ -67,8 +69,8 @@ def refuse_untuned(run: Path) -> None:
     arms = load_stored(run).eval.arms
     if not arms:
         raise LlmrecError(
-            f"{run} has only baselines, and an export needs a fine-tuned language model; serve the run folder: llmrec "
-            f"serve {run}",
+            f"{run} has only baselines, but an export needs a fine-tuned language model; serve the run folder "
+            f"instead: llmrec serve {run}",
             kind="unsupported",
             at=run,
         )

@@ -39,20 +39,23 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
         known = file.suffix in _SUFFIXES or file.name in _NAMES or (own_code and file.suffix == ".py")
         if file.is_symlink() or not known:
             raise LlmrecError(
-                f"the export would contain {name}, whose file type is not allowed; remove it", kind="unsafe", at=name
+                f"the export would contain {name}, whose file type is not allowed; remove the file",
+                kind="unsafe",
+                at=name,
             )
         text = _text(file)
         for secret in secrets:
             if secret in text:
                 raise LlmrecError(
-                    f"{name} would contain a secret of the environment; remove it from the run",
+                    f"{name} would contain the value of a secret environment variable; remove the secret from the run",
                     kind="unsafe",
                     at=name,
                 )
         for path in paths if file.name not in _VOCABULARIES else ():
             if re.search(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", text):
                 raise LlmrecError(
-                    f"{name} would contain the path {path} of this machine; remove it from the recipe or the templates",
+                    f"{name} would contain the path {path} of this machine; remove the path from the recipe or the "
+                    "templates",
                     kind="unsafe",
                     at=name,
                 )
@@ -151,7 +154,7 @@ def check(name: str) -> None:
         )
     if require("huggingface_hub.constants", "train").HF_HUB_OFFLINE:
         raise LlmrecError(
-            "--push needs the hub, which HF_HUB_OFFLINE disables; unset it, or drop --push",
+            "--push needs the hub, which HF_HUB_OFFLINE disables; unset this variable, or drop --push",
             kind="unreachable",
             column="--push",
         )
@@ -180,8 +183,8 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
         address = str(api.create_repo(name, private=private, exist_ok=True))
         if private and not api.repo_info(name).private:
             raise LlmrecError(
-                f"{name} exists on the hub and is public, and --push uploads to private repositories unless --public "
-                f"is given; choose another name or add --public. The folder {folder} is complete",
+                f"{name} is a public repository on the hub, and without --public, --push uploads only to private "
+                f"ones; choose another name, or add --public. The folder {folder} is complete",
                 kind="contradiction",
                 column="--push",
             )

@@ -125,8 +125,8 @@ class _Filing:
         known = list(dict.fromkeys(field for item in sorted(items) for field in items[item].fields))
         if not known:
             raise DataError(
-                f"{name}: the items have no fields to use as categories; name columns in data.columns.fields "
-                "or use another index.scheme",
+                f"{name}: the items have no fields with categories; set data.columns.fields, or use another "
+                "index.scheme",
                 kind="missing-column",
                 at=name,
                 column="data.columns.fields",

@@ -106,8 +106,8 @@ class Collaborative:
         room = _cold_room(int(known["clusters"]), int(known["leaf"]), int(known["levels"]))
         if not known["item_token"] and start + len(items) > room:
             raise DataError(
-                f"index collaborative: only {room - start} of {len(items)} new items fit the known tokens; "
-                "build the index again with these items, or with a higher index.collaborative.leaf",
+                f"index collaborative: there are tokens for only {room - start} of {len(items)} new items; build the "
+                "index again with these items, or with a higher index.collaborative.leaf",
                 kind="exhausted",
                 column="index.collaborative.leaf",
             )
@@ -165,8 +165,8 @@ def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:
     for count, most, what in ((warm, room, "items"), (cold, aside, "items without training interactions")):
         if count > most:
             raise RecipeError(
-                f"index.collaborative: {count} {what} do not fit a tree of clusters={shape.clusters}, "
-                f"depth={shape.depth} and leaf={shape.leaf}, which has room for {most}; increase one of them",
+                f"index.collaborative: {count} {what} do not fit into a tree with clusters={shape.clusters}, "
+                f"depth={shape.depth} and leaf={shape.leaf}, which holds {most}; increase one of these keys",
                 kind="too-few",
                 column="index.collaborative",
             )

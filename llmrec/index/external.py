@@ -60,8 +60,8 @@ class External:
         missing = [item for item in items if item not in codes]
         if missing:
             raise DataError(
-                f"{path}: {len(missing)} of {len(items)} items have no code, such as {enumerated(missing[:3])}; "
-                "add them, or drop them from the data",
+                f"{path}: {len(missing)} of {len(items)} items have no code, such as {enumerated(missing[:3])}; add "
+                "codes for these items, or drop them from the data",
                 kind="missing-value",
                 at=path,
                 column=_CODE,
@@ -90,8 +90,8 @@ class External:
         missing = [item for item in sorted(items) if item not in spare]
         if missing:
             raise DataError(
-                f"index external: its file had no code for {len(missing)} new items, such as "
-                f"{enumerated(missing[:3])}; add them to the file and build the index again",
+                f"index external: the file of codes has no code for {len(missing)} new items, such as "
+                f"{enumerated(missing[:3])}; add codes to the file and build the index again",
                 kind="missing-value",
             )
         codes = {item: tuple(spare[item]) for item in sorted(items)}
@@ -128,7 +128,7 @@ def _object(path: Path) -> tuple[list[_Row], str]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:
             raise DataError(
-                f"{path}: the item {shown(repeated[0])} is repeated; keep one",
+                f"{path}: the item {shown(repeated[0])} is repeated; keep one entry",
                 kind="duplicate",
                 at=path,
                 column=_ITEM,
@@ -168,8 +168,8 @@ def _table(path: Path) -> tuple[list[_Row], str]:
             )
         if column not in table.frame.columns:
             raise DataError(
-                f"{path}: a table of codes requires the columns {_ITEM} and {_CODE}, but {column} is not among "
-                f"{enumerated(table.frame.columns)}; rename one",
+                f"{path}: a table of codes requires the columns {_ITEM} and {_CODE}, but there is no {column} among "
+                f"{enumerated(table.frame.columns)}; rename a column",
                 kind="missing-column",
                 at=path,
                 column=column,
@@ -181,7 +181,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
         where = f"{place}, item {shown(item)}"
         if item is None or not str(item).strip():
             raise DataError(
-                f"{place}: the {_ITEM} is missing; add it, or remove the row",
+                f"{place}: the {_ITEM} is missing; add the {_ITEM}, or remove the row",
                 kind="missing-value",
                 at=place,
                 column=_ITEM,
@@ -189,7 +189,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
         item = str(item)
         if item in first:
             raise DataError(
-                f"{where} is also in row {first[item] + 1}; keep one",
+                f"{where} is also in row {first[item] + 1}; keep one row",
                 kind="duplicate",
                 at=place,
                 column=_ITEM,
@@ -227,8 +227,8 @@ def _kind(rows: Sequence[_Row]) -> Kind:
     if len(result) > 1:
         other = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
         raise DataError(
-            f"{rows[other].where}: the code {shown(rows[other].code)} consists of {kinds[other]}, but that of item "
-            f"{shown(rows[0].item)} of {kinds[0]}; use one format for all codes of a file",
+            f"{rows[other].where}: the code {shown(rows[other].code)} consists of {kinds[other]}, but the code of "
+            f"item {shown(rows[0].item)} of {kinds[0]}; use the same format for all codes of a file",
             kind="contradiction",
             at=rows[other].place,
             column=_CODE,
@@ -241,7 +241,7 @@ def _kind_of(row: _Row) -> Kind:
     if isinstance(code, str):
         if not code.strip():
             raise DataError(
-                f"{row.where}: the code is empty; add it, or remove the row",
+                f"{row.where}: the code is empty; add a code, or remove the row",
                 kind="missing-value",
                 at=row.place,
                 column=_CODE,
@@ -251,7 +251,7 @@ def _kind_of(row: _Row) -> Kind:
         return "numbers" if _NUMBERS.fullmatch(code.strip()) else "text"
     if not code:
         raise DataError(
-            f"{row.where}: the code is empty; add it, or remove the item",
+            f"{row.where}: the code is empty; add a code, or remove the item",
             kind="missing-value",
             at=row.place,
             column=_CODE,
@@ -308,14 +308,14 @@ def _line(row: _Row, text: str) -> str:
     line = clean(text, len(text))
     if not line or len(text.strip().splitlines()) != 1:
         raise DataError(
-            f"{row.where}: the code {shown(text)} is not a single line of text; rewrite it",
+            f"{row.where}: the code {shown(text)} is not a single line; rewrite it",
             kind="bad-value",
             at=row.place,
             column=_CODE,
         )
     if without_item_tokens(line) != line:
         raise DataError(
-            f"{row.where}: the code {shown(text)} mixes an item token with text; use one of them",
+            f"{row.where}: the code {shown(text)} mixes item tokens and text; use either",
             kind="bad-value",
             at=row.place,
             column=_CODE,
@@ -336,8 +336,8 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
         other = first.setdefault(pieces, row.item)
         if other != row.item:
             raise DataError(
-                f"{row.where}: the code {shown(''.join(codes[row.item]))} is also that of item {shown(other)}; use "
-                "unique codes, for instance with an additional number",
+                f"{row.where}: the code {shown(''.join(codes[row.item]))} is also the code of item {shown(other)}; "
+                "make the codes unique, for example with an additional number",
                 kind="duplicate",
                 at=row.place,
                 column=_CODE,
@@ -349,8 +349,8 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
         shorter = next((pieces[:n] for n in range(1, len(pieces)) if pieces[:n] in first), None)
         if shorter is not None:
             raise DataError(
-                f"{row.where}: its code {''.join(pieces)} begins with that of item {shown(first[shorter])}, "
-                f"{''.join(shorter)}, so its end would be ambiguous; lengthen the shorter one",
+                f"{row.where}: its code {''.join(pieces)} begins with the code {''.join(shorter)} of item "
+                f"{shown(first[shorter])}, so codes are ambiguous; lengthen the shorter code",
                 kind="duplicate",
                 at=row.place,
                 column=_CODE,

@@ -128,8 +128,8 @@ def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     digits, levels = (int(index.settings.get(key, 0)) for key in ("digits", "levels"))
     if digits and start + len(items) > 10 ** (digits * levels):
         raise DataError(
-            f"index {index.scheme}: {len(items)} more items from number {start} on do not fit into {levels} tokens of "
-            f"{digits} digits; build the index again with them, and fine-tune again",
+            f"index {index.scheme}: {len(items)} more items, numbered from {start}, do not fit into {levels} tokens "
+            f"of {digits} digits; build the index again with these items, and fine-tune again",
             kind="exhausted",
         )
     codes = {item: _cut(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()}

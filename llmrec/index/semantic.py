@@ -139,7 +139,7 @@ def _place(section: RQVAEIndex) -> str:
         return "cuda"
     if section.device == "cuda":
         raise RecipeError(
-            "index.semantic.rqvae.device=cuda: torch finds no GPU here; see `llmrec doctor`. Set it to auto or cpu",
+            "index.semantic.rqvae.device=cuda: torch finds no GPU (see `llmrec doctor`); set the key to auto or cpu",
             kind="unsupported",
             column="index.semantic.rqvae.device",
         )
@@ -607,14 +607,15 @@ def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
     """Return normalised vectors of texts, shape (n, d)."""
     if embed is None:
         raise DataError(
-            "index semantic: the index requires a text encoder; pass embed=",
+            "index semantic: the index requires a text encoder; pass it as embed",
             kind="missing-value",
             column="embed",
         )
     x = np.array(embed(texts), np.float32, order="C")
     if x.ndim != 2 or len(x) != len(texts) or not x.size:
         raise DataError(
-            f"index semantic: the text encoder returned an array of {x.shape} for {len(texts)} texts", kind="defect"
+            f"index semantic: the text encoder returned an array of shape {x.shape} for {len(texts)} texts",
+            kind="defect",
         )
     wrong = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(wrong):
@@ -633,8 +634,8 @@ def _quantised(
     if section.quantizer == "kmeans":
         if 0 < section.balance < 1:
             raise RecipeError(
-                f"index.semantic.balance: {section.balance:g} of an even share has no room for all items; use 1 or "
-                "more, or 0 for no bound",
+                f"index.semantic.balance: {section.balance:g} is less than 1, so not all items fit into the clusters; "
+                "use at least 1, or 0 for no limit",
                 kind="bad-value",
                 column="index.semantic.balance",
             )
@@ -681,8 +682,8 @@ def _moved(vectors: Floats, quantised: Quantised) -> Ints:
     for rows in np.split(order, np.cumsum(np.bincount(group.ravel()))[:-1]):
         if len(rows) > len(codebook):
             raise RecipeError(
-                f"index.semantic.repair: last_level cannot distinguish {len(rows)} items of equal first numbers with "
-                f"{len(codebook)} codes; use extra_level, more codes or levels, or a tighter index.semantic.balance",
+                f"index.semantic.repair: last_level cannot distinguish {len(rows)} items of equal first codes with "
+                f"{len(codebook)} codes; use extra_level, more codes or levels, or a lower index.semantic.balance",
                 kind="contradiction",
                 column="index.semantic.repair",
             )

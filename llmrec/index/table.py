@@ -104,7 +104,8 @@ class ItemIndex:
         wrong = [name for name in self.vocabulary if not is_item_token(name)]
         if wrong:
             raise DataError(
-                f"index {self.scheme}: {wrong[0]!r} is not an item token; write it as {token(0, 12)}", kind="bad-value"
+                f"index {self.scheme}: {wrong[0]!r} is not an item token; write item tokens like {token(0, 12)}",
+                kind="bad-value",
             )
         for item, pieces in self.codes.items():
             text = "".join(pieces)
@@ -227,7 +228,8 @@ class ItemIndex:
             result = checked(file.read_bytes())
             if result["format"] != _FORMAT:
                 raise DataError(
-                    f"{file} is of format {result['format']}, but this llmrec reads {_FORMAT}; build the index again",
+                    f"{file} has format {result['format']}, but this version of llmrec reads format {_FORMAT}; build "
+                    "the index again",
                     kind="wrong-format",
                     at=file,
                     column="format",

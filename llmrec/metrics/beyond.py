@@ -90,7 +90,7 @@ def gini(lists: ArrayLike, k: int, items: int) -> float:
     """
     shown = np.sort(exposure(lists, k, items)).astype(np.float64)
     if shown.sum() == 0:
-        raise ValueError("the Gini coefficient of empty lists is undefined")
+        raise ValueError("the Gini coefficient is undefined for empty lists")
     if items == 1:
         return 0.0
     place = np.arange(1, items + 1)
@@ -159,7 +159,7 @@ def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> S
     if after.shape != before.shape or after.ndim != 1 or not after.size:
         raise ValueError(f"lists and histories must have the same shape (n,), not {after.shape} and {before.shape}")
     if before.sum() <= 0:
-        raise ValueError("the histories have no items with training users, so there is nothing to compare with")
+        raise ValueError("the histories contain no items with training users, so the popularity lift is undefined")
 
     def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
         base = before[rows].sum(axis=1)
@@ -190,7 +190,7 @@ def popularity_lift(
     share = counts / max(users, 1)
     some = np.array([len(history) > 0 for history in histories])
     if not some.any() or not sum(float(share[history].sum()) for history in histories):
-        return Taken(result=None, undefined="no history has an item with training users")
+        return Taken(result=None, undefined="no history contains an item with training users")
     names = [owner for owner, kept in zip(owners, some, strict=True) if kept]
     before, _ = by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
     after, _ = by_user(popularity(lists, k, counts, users)[some], names)
@@ -277,7 +277,7 @@ def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLik
     own, usual = np.asarray(lists)[:, :k], np.asarray(expected)[:, :k]
     goal = np.asarray(targets).reshape(len(own), -1)
     if k < 1 or len(usual) != len(own):
-        raise ValueError(f"serendipity@{k}: {len(own)} lists but {len(usual)} expected lists")
+        raise ValueError(f"serendipity@{k}: {len(own)} lists, but {len(usual)} popularity lists")
     hit = ((own[:, :, None] == goal[:, None, :]) & (goal[:, None, :] >= 0)).any(axis=2)
     known = (own[:, :, None] == usual[:, None, :]).any(axis=2)
     return np.asarray(np.sum(hit & ~known & (own >= 0), axis=1) / k, dtype=np.float64)
@@ -291,7 +291,7 @@ def _cut(lists: ArrayLike, k: int, items: int) -> Lists:
     if table.ndim != 2 or (table.size and table.dtype.kind not in "iu"):
         raise ValueError(f"lists must be integers of shape (n, k), not {table.dtype} of shape {table.shape}")
     if not 1 <= k <= table.shape[1]:
-        raise ValueError(f"lists of {table.shape[1]} items cannot be cut at {k}")
+        raise ValueError(f"the cut-off {k} exceeds lists of {table.shape[1]} items")
     if table.size and (int(table.min()) < -1 or int(table.max()) >= items):
         raise ValueError(f"item indices must be between -1 and {items - 1}")
     return table[:, :k]

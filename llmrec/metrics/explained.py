@@ -84,7 +84,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
         ValueError: If the threshold is not above 0 and at most 1.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"the threshold of a copy must be above 0 and at most 1, not {threshold}")
+        raise ValueError(f"the threshold for a copied text must be above 0 and at most 1, not {threshold}")
     units = [words_of(unit) for text in texts for unit in _units(text)]
     known = tuple(dict.fromkeys(unit for unit in units if unit))
     results = [piece for unit in known for piece in _pieces(unit)]
@@ -302,7 +302,7 @@ def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Wo
         ValueError: If there are no features.
     """
     if not vocabulary:
-        raise ValueError("feature coverage without features is undefined")
+        raise ValueError("feature coverage is undefined without features")
     return len(frozenset().union(*found) & vocabulary) / len(vocabulary)
 
 
@@ -331,7 +331,7 @@ def unique_sentences(texts: Sequence[str]) -> float:
         ValueError: If there are no texts.
     """
     if not texts:
-        raise ValueError("a text metric without requests is undefined")
+        raise ValueError("text metrics are undefined without requests")
     return len({words for text in texts if (words := words_of(text))}) / len(texts)
 
 
@@ -434,7 +434,7 @@ def copy_rate(texts: Sequence[str], background: Background) -> Taken:
 def match_rate(named: Named, owners: Sequence[str]) -> Taken:
     """Compute FMR over the requests whose reference has a feature; see `feature_match`."""
     if not len(named.known):
-        return Taken(result=None, how=named.how, undefined="no reference has a feature")
+        return Taken(result=None, how=named.how, undefined="no reference text contains a feature")
     return Taken(result=named.match, users=[owners[place] for place in named.known], how=named.how)
 
 
@@ -445,13 +445,13 @@ def coverage_rate(named: Named) -> Taken:
 
 def shared_features(named: Named) -> Taken:
     """DIV: see `feature_diversity`."""
-    return Taken(result=named.diversity, how=named.how, undefined="a single text has no pair to compare")
+    return Taken(result=named.diversity, how=named.how, undefined="a single text has no pairs")
 
 
 def hallucination_rate(named: Named, owners: Sequence[str]) -> Taken:
     """Hallucination: see `hallucination_statistic`."""
     if not named.counts[:, 0].sum():
-        return Taken(result=None, how=named.how, undefined="no text names a feature")
+        return Taken(result=None, how=named.how, undefined="no text contains a feature")
     return Taken(result=hallucination_statistic(named.counts, owners), how=named.how)
 
 

@@ -53,7 +53,9 @@ class Metric:
         entry = METRICS[self.name]
         whole = k is None and entry.both
         if isinstance(k, bool) or not (whole or (isinstance(k, int) and k >= 1)):
-            raise RecipeError(f"k: {k!r} is no rank for {self.name}; give 1 or more", kind="bad-value", column="k")
+            raise RecipeError(
+                f"k: {k!r} is not a valid cut-off for {self.name}; use at least 1", kind="bad-value", column="k"
+            )
         relevant = read_truth(_relevant(truth))
         ranked = read_lists(_ranked(lists), relevant.unit)
         keys = relevant.frame["key"].unique().sort()

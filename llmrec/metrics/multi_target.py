@@ -91,7 +91,7 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
     request, item, score, begins = _sorted(ranked, n)
     wanted, goal, gain, goal_begins = _sorted(relevant, n)
     if gain.size and not (gain[-1] > 0 and np.isfinite(gain).all() and (gain > 0).all()):
-        raise ValueError("the gain of a relevant item must be above 0; remove items that are not relevant")
+        raise ValueError("the gain of a relevant item must be above 0; remove items without gain")
     hits = _matches(request, item, begins, wanted, goal, goal_begins)
     starts, sizes, block = _blocks(request, score, hits)
     first = _changes(block)
@@ -181,7 +181,7 @@ def _sorted(
         total = value.sum()
     if np.isnan(total) and np.isnan(value).any():
         where = int(request[np.flatnonzero(np.isnan(value))[0]])
-        raise LlmrecError(f"request number {where}: a score is NaN, which cannot be ranked", kind="bad-value")
+        raise LlmrecError(f"request at index {where}: a score is NaN, which cannot be ranked", kind="bad-value")
     later = request[1:] > request[:-1]
     if not (later | ((request[1:] == request[:-1]) & (value[1:] <= value[:-1]))).all():
         order = np.lexsort((-value, request))
@@ -397,7 +397,7 @@ def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
     every = np.arange(len(judged.request))
     result = _sum(judged, every, judged.relevant.astype(np.float64))
     if (judged.ranked + (judged.total - result) > size).any():
-        raise ValueError("a pool has fewer items than are ranked or relevant")
+        raise ValueError("a request has more ranked or relevant items than candidates")
     above = judged.greater - judged.before
     lost = _sum(judged, every, judged.relevant * (above + (judged.tied - judged.relevant) / 2))
     ranked_others = judged.ranked - result

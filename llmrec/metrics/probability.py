@@ -93,7 +93,7 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: We
     """
     guess, truth = _checked(scores, labels)
     if len(users) != len(guess):
-        raise ValueError(f"every answer needs a user: {len(guess)} answers but {len(users)} users")
+        raise ValueError(f"each answer needs a user: there are {len(guess)} answers, but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
     values = _auc_by(owner, guess, truth, len(names))
     sizes = np.bincount(owner) if weights == "requests" else np.ones(len(names))
@@ -107,7 +107,7 @@ def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str
     """Compute AUC over all answers, for resampling over users; see `auc_statistic`."""
     truth = np.asarray(labels)
     if truth.min() == truth.max():
-        return Taken(result=None, undefined="all truths are of one class, so there is no pair of a yes and a no")
+        return Taken(result=None, undefined="all labels are of the same class")
     return Taken(result=auc_statistic(probabilities, labels, owners))
 
 
@@ -116,7 +116,7 @@ def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[st
     within = gauc(probabilities, labels, owners)
     both = within.weights > 0
     if not both.any():
-        return Taken(result=None, undefined="no user has both a yes and a no")
+        return Taken(result=None, undefined="no user has both positive and negative labels")
     names = [name for name, kept in zip(within.users, both, strict=True) if kept]
     return Taken(result=within.values[both], users=names)
 
@@ -259,9 +259,9 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64],
     if guess.shape != truth.shape or guess.ndim != 1:
         raise ValueError(f"scores and labels must have the same shape (n,), not {guess.shape} and {truth.shape}")
     if guess.size == 0:
-        raise ValueError("a metric without answers is undefined")
+        raise ValueError("the metric is undefined without answers")
     if np.isnan(guess).any():
-        raise ValueError("a score is NaN; replace answers that cannot be parsed by a fallback")
+        raise ValueError("a score is NaN; use a fallback for answers that cannot be parsed")
     if not np.isin(truth, (0.0, 1.0)).all():
         raise ValueError("labels must be 0 or 1")
     return guess, truth

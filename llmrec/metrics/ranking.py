@@ -57,16 +57,18 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
     """
     items, scores = ranking.items, ranking.scores
     if len(items) != len(scores):
-        raise ValueError(f"request {ranking.request_id!r}: {len(items)} items but {len(scores)} scores")
+        raise ValueError(f"request {ranking.request_id!r}: there are {len(items)} items, but {len(scores)} scores")
     if (ranked := len(items) + ranking.unlisted) > pool:
-        raise ValueError(f"request {ranking.request_id!r}: {ranked} items ranked out of a pool of {pool}")
+        raise ValueError(
+            f"request {ranking.request_id!r}: {ranked} items are ranked, but there are only {pool} candidates"
+        )
     if len(set(items)) != len(items):
         raise ValueError(f"request {ranking.request_id!r}: the ranking has a duplicate item")
     for item, score in zip(items, scores, strict=True):
         if math.isnan(score):
             raise LlmrecError(
-                f"request {ranking.request_id!r}: the score of item {item!r} is NaN, which cannot be ranked. This "
-                "happens if values overflow; set model.dtype to float32 and run again.",
+                f"request {ranking.request_id!r}: the score of item {item!r} is NaN, which cannot be ranked because "
+                "values overflowed; set model.dtype=float32 and run again",
                 kind="bad-value",
             )
     if target not in items and not ranking.unlisted:
@@ -158,7 +160,7 @@ def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.floa
     above, block = _checked(greater, tied, 1)
     others = np.broadcast_to(np.asarray(pool, dtype=np.int64), above.shape) - 1
     if (above + np.maximum(block - 1, 0) > np.maximum(others, 0) + (block == 0)).any():
-        raise ValueError("a pool has fewer items than are ranked above or tied with its target")
+        raise ValueError("more items are ranked above or tied with a target than there are candidates")
     share = 1 - (above + (block - 1) / 2) / np.maximum(others, 1)
     return np.where(block == 0, 0.0, np.where(others > 0, share, 0.5))
 
@@ -173,7 +175,7 @@ def tie_rate(tied: ArrayLike) -> float:
     """Return the share of requests in which the target ties with another item."""
     block = np.asarray(tied)
     if block.size == 0:
-        raise ValueError("the tie rate without requests is undefined")
+        raise ValueError("the tie rate is undefined without requests")
     return float(np.mean(block > 1))
 
 

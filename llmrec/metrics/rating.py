@@ -48,7 +48,9 @@ def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:
 def _difference(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
     guess, true = np.asarray(predicted, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if guess.shape != true.shape or guess.ndim != 1:
-        raise ValueError(f"predictions and truths must have the same shape (n,), not {guess.shape} and {true.shape}")
+        raise ValueError(
+            f"predictions and true ratings must have the same shape (n,), not {guess.shape} and {true.shape}"
+        )
     if not (np.isfinite(guess).all() and np.isfinite(true).all()):
         raise ValueError("a rating is not finite; return Unparsed for answers without a rating")
     return guess - true
@@ -56,5 +58,5 @@ def _difference(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
 
 def _some(values: NDArray[np.float64]) -> NDArray[np.float64]:
     if values.size == 0:
-        raise ValueError("an error without requests is undefined")
+        raise ValueError("rating metrics are undefined without requests")
     return values

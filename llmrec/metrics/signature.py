@@ -90,7 +90,7 @@ def signature(
     if entry.kind not in ("ranking", "lists"):
         return str(common)
     if candidates is None or seen is None:
-        raise ValueError(f"{metric} needs candidates and seen in its signature")
+        raise ValueError(f"the signature of {metric} needs candidates and seen")
     common = replace(common, candidates=_part(candidates), seen=_part(seen))
     if entry.kind == "lists":
         return str(replace(common, ties="seeded"))

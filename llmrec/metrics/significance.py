@@ -224,8 +224,8 @@ def detectable_line(metric: str, found: Sequence[float | None], *, users: int, c
     if not comparisons:
         start, what = (f"With {users:,} users", "leave 0 outside an unadjusted 95 % interval")
     return (
-        f"{start}, a true difference in {metric} of {reach} would {what} in 80 of 100 repetitions. "
-        "Smaller differences would usually not be, so no significant difference does not mean equal."
+        f"{start}, a true difference in {metric} of {reach} would {what} in 80 of 100 repetitions. Smaller "
+        "differences would usually not be, so no significant difference does not mean equal."
     )
 
 
@@ -237,7 +237,7 @@ def _arms(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
-        raise ValueError(f"paired systems must have the same requests: {first.size} values and {second.size} values")
+        raise ValueError(f"paired models must have the same requests, but have {first.size} and {second.size} values")
     (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
     return left, right, sizes
 

@@ -203,7 +203,7 @@ def paired(
     """
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
-        raise ValueError(f"paired systems must have the same requests: {first.size} values and {second.size} values")
+        raise ValueError(f"paired models must have the same requests, but have {first.size} and {second.size} values")
     (sums, sizes), (others, _) = by_user(first, users), by_user(second, users)
     if statistic == "mean":
         # One lookup instead of two; the difference of equal systems is exactly 0.
@@ -261,7 +261,7 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise ValueError("a value is not finite; give a failed request the metric's worst value")
     if statistic == "root_mean" and array.min() < 0:
-        raise ValueError("a root mean requires non-negative values, such as squared errors")
+        raise ValueError("a root mean square needs non-negative values")
     return array
 
 
@@ -283,7 +283,7 @@ def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[ND
     if users is None:
         return array, np.ones(array.size)
     if len(users) != array.size:
-        raise ValueError(f"every value needs a user: {array.size} values but {len(users)} users")
+        raise ValueError(f"each value needs a user: there are {array.size} values, but {len(users)} users")
     owner = np.unique(np.array(users, dtype=object), return_inverse=True)[1]
     sums = np.bincount(owner, weights=array).astype(np.float64)
     return sums, np.bincount(owner).astype(np.float64)

@@ -59,7 +59,7 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Seq
 
 def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
     if len(users) != len(counts):
-        raise ValueError(f"every text needs a user: {len(counts)} texts but {len(users)} users")
+        raise ValueError(f"each text needs a user: there are {len(counts)} texts, but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
     total = np.zeros((len(names), counts.shape[1]))
     np.add.at(total, owner, counts)
@@ -130,4 +130,4 @@ def _alike(texts: Sequence[str], references: Sequence[str]) -> None:
     if len(texts) != len(references):
         raise ValueError(f"{len(texts)} texts but {len(references)} references")
     if not texts:
-        raise ValueError("a text metric without requests is undefined")
+        raise ValueError("text metrics are undefined without requests")

@@ -109,8 +109,8 @@ def _parts(model: torch.nn.Module) -> list[Any]:
     parts = [getattr(layer, "mlp", None) for layer in layers or ()]
     if not parts or any(part is None or hasattr(part, "experts") for part in parts):
         raise ModelError(
-            f"train.method: a {_base(model).config.model_type} has no layers with one plain feed-forward block each, "
-            "as bottleneck adapters need; set train.method=option",
+            f"train.method: a {_base(model).config.model_type} does not have one plain feed-forward block per layer, "
+            "which bottleneck adapters need; set train.method=option",
             kind="unsupported",
             column="train.method",
         )

@@ -36,8 +36,8 @@ def check(model: torch.nn.Module, key: str) -> None:
     wrapper = getattr(head, "token_adapter", None)
     if not (layered and plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
         raise ModelError(
-            f"{key}: a {model.config.model_type} does not have the layers, norm and plain head of a decoder that early "
-            "exits need; remove the key",
+            f"{key}: early exits need a decoder with layers, a final norm and a linear output layer, unlike "
+            f"{model.config.model_type}; remove the key",
             kind="unsupported",
             column=key,
         )
@@ -82,8 +82,8 @@ class Exits:
         self.whole = 0
         if exit > len(self._layers):
             raise RecipeError(
-                f"eval.exit: this model has {len(self._layers)} layers; set a number up to that, or a probability "
-                "below 1",
+                f"eval.exit: this model has only {len(self._layers)} layers; set at most this number, or a "
+                "probability below 1",
                 kind="bad-value",
                 column="eval.exit",
             )

@@ -122,7 +122,7 @@ def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, 
         )
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
         return "unreadable", (
-            f"the hub's cache {place} cannot be written; make it writable (chown), or set HF_HOME to a folder of yours"
+            f"the hub's cache {place} is not writable; change its owner (chown), or set HF_HOME to another folder"
         )
     return None
 
@@ -141,16 +141,18 @@ def _answered(
             "HF_TOKEN to a token of that account"
         )
     if "RevisionNotFoundError" in kinds:
-        return "unknown-name", f"the hub has it, but no revision {revision!r}; see {page}/tree/main, or remove the key"
+        return "unknown-name", (
+            f"the model has no revision {revision!r} on the hub; see {page}/tree/main, or remove the key model.revision"
+        )
     if status == 401:
         return "unreachable", (
             f"it is not on the hub, or it is private and needs a valid token: {token}. Check the name at {page}, and "
-            "set HF_TOKEN to a token that may read it"
+            "set HF_TOKEN to a token with access to the model"
         )
     if status == 403:
         return "unreachable", (
             f"the hub denies access (403): {token}. Set HF_TOKEN to a token with read access; a fine-grained token "
-            f"has to list the model; see {page}"
+            f"must include the model; see {page}"
         )
     if status == 404 or "RepositoryNotFoundError" in kinds:
         return (
@@ -170,8 +172,8 @@ def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
     """Return the error for a failed connection to the hub."""
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
-            f"HF_HUB_OFFLINE is set, and the hub's cache {_cache()} does not have the complete model; download it once "
-            "without HF_HUB_OFFLINE, or set model.name to a folder"
+            f"HF_HUB_OFFLINE is set, and the hub's cache {_cache()} does not contain the complete model; download the "
+            "model once without HF_HUB_OFFLINE, or set model.name to a folder"
         )
     if "ProxyError" in kinds or "proxy" in said.lower() or (kinds & _UNREACHED and _behind_proxy()):
         return "unreachable", (
@@ -183,7 +185,9 @@ def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
             f"{_endpoint()} cannot be reached ({said}); check the network, set HF_ENDPOINT to a mirror, or set "
             "model.name to a folder"
         )
-    return "failed", (f"the download from {_endpoint()} was interrupted ({said}); run the command again to resume it")
+    return "failed", (
+        f"the download from {_endpoint()} was interrupted ({said}); run the command again to resume the download"
+    )
 
 
 def _behind_proxy() -> bool:

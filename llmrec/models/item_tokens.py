@@ -46,7 +46,7 @@ def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -
     written = tokenizer.encode("".join(tokens), add_special_tokens=False)
     if written != ids:
         raise ModelError(
-            f"the tokenizer {type(tokenizer).__name__} does not encode item tokens such as {tokens[0]} as one id each; "
+            f"the tokenizer {type(tokenizer).__name__} splits item tokens such as {tokens[0]} into several tokens; "
             "choose another model, or an index of numbers or titles",
             kind="unsupported",
             column="model.name",

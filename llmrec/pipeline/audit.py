@@ -75,7 +75,8 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     writable = os.access(folder, os.W_OK)
     if not recipe.is_file() or not stored.is_file():
         raise LlmrecError(
-            f"{folder} holds no finished run (recipe.yaml and results.json); finish it with `llmrec run`",
+            f"{folder} does not contain a finished run (recipe.yaml and results.json); finish the run with `llmrec "
+            "run`",
             kind="missing-file",
             at=folder,
         )
@@ -244,7 +245,7 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
     """
     numbers = {item: int(result[0]) for item in data.dataset.items if len(result := re.findall(r"\d+", item)) == 1}
     if len(numbers) < 0.9 * len(data.dataset.items):
-        return Check("id arithmetic", "not tested: item IDs contain no single number")
+        return Check("id arithmetic", "not tested: item IDs do not contain exactly one number")
     return _arithmetic("id arithmetic", "ids", numbers, data, split)
 
 
@@ -276,7 +277,7 @@ def _arithmetic(name: str, what: str, numbers: dict[str, int], data: SplitDatase
     dealt = [_rule(pairs, dict(zip(items, rng.permutation(values).tolist(), strict=True))) for _ in range(_ROUNDS)]
     chance = float(np.mean(dealt))
     figures = {"HR@5": rate, "chance": chance}
-    return Check(name, f"the rule has HR@5 {rate:.4f}, with random {what} {chance:.4f}", "notice", (), figures)
+    return Check(name, f"counting rule: HR@5 {rate:.4f}; with random {what}: {chance:.4f}", "notice", (), figures)
 
 
 def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> float:
@@ -358,7 +359,10 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
     examples = tuple(
         f"{data.dataset.items[items[a]].title!r} and {data.dataset.items[items[b]].title!r}" for a, b, _ in near[:5]
     )
-    result = f"{twins} of {len(items):,} items have the title of another item; {len(near)} more pairs are nearly equal"
+    result = (
+        f"{twins} of {len(items):,} items share a title with another item; {len(near)} more pairs of titles are "
+        "nearly equal"
+    )
     figures = {"equal": float(twins), "near_pairs": float(len(near))}
     return Check("near-duplicate items", result, "notice" if twins or near else "clean", examples, figures)
 
@@ -378,7 +382,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
     asked = sum(user in held for user in users)
     examples = tuple(f"held-out user {user} and user {twin}" for user, twin in sorted(twins)[:5])
     count = len({user for user, _ in twins})
-    result = f"{count} of {asked:,} held-out users have a duplicate user in training with the held-out item"
+    result = f"{count} of {asked:,} held-out users have a near-duplicate training user with the held-out item"
     return Check("near-duplicate users", result, "notice" if count else "clean", examples, {"users": float(count)})
 
 
@@ -402,7 +406,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
     name = f"memorisation of {data.dataset.name}"
     halves = _halves(data)
     if len(halves) < 2 * _SOLVED:
-        return Check(name, "not tested: fewer than 8 titles have three words")
+        return Check(name, "not tested: fewer than 8 titles have at least three words")
     rng = keyed("memorisation", seed, data.dataset.name)
     chosen = rng.sample(halves, min(titles, len(halves)))
     tails = [tail for _, tail in chosen]
@@ -417,7 +421,9 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
         rates.append(sum(right) / len(right))
     true, control = rates
     figures = {"completed": true, "control": control, "titles": float(len(chosen))}
-    result = f"the base model completes {true:.1%} of {len(chosen)} titles; control with permuted titles: {control:.1%}"
+    result = (
+        f"the base model completes {true:.1%} of {len(chosen)} titles, and {control:.1%} of permuted titles (baseline)"
+    )
     return Check(name, result, "notice" if true > control + 0.02 else "clean", (), figures)
 
 

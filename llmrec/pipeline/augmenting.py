@@ -126,7 +126,7 @@ def refuse_other_store(recipe: Recipe, store: Path) -> None:
     if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
         return
     raise RecipeError(
-        f"data.texts.path: prompts would show {texts.path}, and what augment writes of this run goes to {store}; set "
+        f"data.texts.path: prompts use {texts.path}, but the texts of this run are written to {store}; set "
         f"data.texts.path={store}, or augment=null",
         kind="contradiction",
         column="data.texts.path",
@@ -144,8 +144,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     data, asked = questions(recipe)
     if not {"user", "item"} & asked.keys():
         raise RecipeError(
-            "the control has users and items, and augment asks for synthetic items alone; set augment.users or "
-            "augment.items",
+            "a reference store needs texts about users or items; set augment.users or augment.items",
             kind="unsupported",
             column="augment",
         )

@@ -114,7 +114,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
                 raise
             # An unreadable file is treated as an unfinished run.
         raise ModelError(
-            f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
+            f"the run folder {run} has no merged model; finish the run with `llmrec train` or `llmrec run` first",
             kind="missing-file",
             at=run,
         )
@@ -129,8 +129,8 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         result = checked(stored.read_bytes())
         if result["format"] != _FORMAT:
             raise ModelError(
-                f"{stored} is of format {result['format']} and this llmrec reads format {_FORMAT}; "
-                f"use llmrec {result['llmrec']}, or export the run again",
+                f"{stored} has format {result['format']}, but this version of llmrec reads format {_FORMAT}; use "
+                f"llmrec {result['llmrec']}, or export the run again",
                 kind="wrong-format",
                 at=stored,
                 column="format",
@@ -181,7 +181,9 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise _changed(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
         if recorded != weights:
-            raise _changed(opened.folder, "is not as training left it", "run `llmrec train` on its recipe again")
+            raise _changed(
+                opened.folder, ("does not match the record of its training"), "run `llmrec train` on its recipe again"
+            )
         return
     folder = Path(opened.folder)
     if not (folder / SUMS).is_file():
@@ -196,11 +198,11 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
         if name.startswith("LICENSE") or name.endswith(".md"):
             continue
         if not (folder / name).is_file() or content_sha256(folder / name) != digest:
-            raise _changed(folder / name, f"is not as {SUMS} says", "export the run again, or put the file back")
+            raise _changed(folder / name, f"does not match {SUMS}", "export the run again, or restore the file")
 
 
 def _changed(path: Path | str, what: str, fix: str) -> ModelError:
-    return ModelError(f"{path} {what}, so it was changed; {fix}", kind="damaged", at=path)
+    return ModelError(f"{path} {what}; {fix}", kind="damaged", at=path)
 
 
 def _classic(run: Path, recipe: Recipe) -> Bundle:

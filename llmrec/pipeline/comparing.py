@@ -160,13 +160,13 @@ def refuse_unknown(study: Study) -> None:
         for name in (a, b):
             if name not in known:
                 raise RecipeError(
-                    f"eval.planned: there is no row {name!r}{did_you_mean(name, known)}; the rows are "
+                    f"eval.planned: there is no model {name!r}{did_you_mean(name, known)}; the models are "
                     f"{', '.join(known)}",
                     kind="unknown-name",
                     column="eval.planned",
                 )
         if _family(a) != _family(b):
-            what = f"eval.planned: {a!r} and {b!r} are rows of two families; compare rows of one"
+            what = f"eval.planned: {a!r} and {b!r} are models of different tasks; compare models of the same task"
             raise RecipeError(what, kind="contradiction", column="eval.planned")
 
 

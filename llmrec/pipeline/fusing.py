@@ -60,9 +60,9 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
             joined += _fusions(study, weighing, family, own)
         if not joined:
             raise DataError(
-                f"{', '.join(map(str, runs))}: no two rows answered the same validation users, who weigh a fusion; run "
-                "the recipes again with eval.fusion.controls=true, and eval.fusion.model_users=200 for the rows of a "
-                "language model",
+                f"{', '.join(map(str, runs))}: no two models answered the same validation users, on which ensemble "
+                "weights are fitted; run the recipes again with eval.fusion.controls=true, and with "
+                "eval.fusion.model_users=200 for language models",
                 kind="empty",
                 at=runs[0],
                 column="eval.fusion",
@@ -91,7 +91,8 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(
-            f"{run} was measured on another table or split than the first run, so that their rows cannot be joined",
+            f"{run} was evaluated on another table or split than the first run, so their models cannot form an "
+            "ensemble",
             kind="mismatch",
             at=run,
             column="data",
@@ -104,8 +105,8 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
         asked = [case.request.id for case in study.cases(figures.task)]
         if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
             raise DataError(
-                f"{run}: {figures.id} was asked about other users or candidates than the first run asks about; run "
-                "both with one eval.users, eval.candidates and seed",
+                f"{run}: {figures.id} was evaluated on other users or candidates than the first run; run both with "
+                "the same eval.users, eval.candidates and seed",
                 kind="mismatch",
                 at=run,
                 column="eval",

@@ -73,13 +73,13 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
     folder = out if out is not None else folder_of(recipe, None) / index_summary.FOLDER
     if _holds_more(folder):
         raise LlmrecError(
-            f"{folder} holds something other than an index, and would be replaced; name another --out",
+            f"{folder} contains other files than an index, which would be replaced; choose another --out",
             kind="exists",
             at=folder,
         )
     if recipe.index is None:
         raise RecipeError(
-            f"recipe {recipe.name} has no section index; add one, or override it, such as 'index={{scheme: semantic}}'",
+            f"the recipe {recipe.name} has no section index; add or override it, such as 'index={{scheme: semantic}}'",
             kind="missing-key",
             at=recipe.name,
             column="index",
@@ -137,8 +137,8 @@ def summary(made: Indexed) -> dict[str, dict[str, str]]:
     if result.levels:
         tables["levels"] = {
             index_summary.level_title(level): (
-                f"{level.used:,} of {level.available:,} used, perplexity {level.perplexity:,.1f}, "
-                f"most used {share(level.share)}, never trained {level.untrained:,}"
+                f"{level.used:,} of {level.available:,} used, perplexity {level.perplexity:,.1f}, most frequent "
+                f"{share(level.share)}, without training {level.untrained:,}"
             )
             for level in result.levels
         }

@@ -95,7 +95,8 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
     if scheme == "title":
         return ItemIndex("title", {})
     raise DataError(
-        f"{folder} was tuned on codes of the scheme {scheme!r}, and its folder {FOLDER}/ is gone; export again",
+        f"{folder} was tuned on codes of the scheme {scheme!r}, but its folder {FOLDER}/ is missing; export the run "
+        "again",
         kind="missing-file",
         at=folder / FOLDER,
     )
@@ -112,8 +113,8 @@ def embed_of(index: ItemIndex) -> Embed | None:
     embed, stamp = text_embedder(str(stored["encoder"])), index.settings.get(_STAMP)
     if stamp not in (None, embed.stamp):
         raise DataError(
-            f"the text encoder {stored['encoder']!r} is not the one that the index was built with, so new items cannot "
-            "be placed in it; put that encoder back, or build the index and tune again",
+            f"the index was built with another version of the text encoder {stored['encoder']!r}, so new items cannot "
+            "be encoded; restore this encoder, or build the index and tune again",
             kind="mismatch",
             column="index.semantic.encoder",
         )

@@ -90,30 +90,36 @@ def training_interactions(data: SplitDataset) -> Check:
     """Check that no training interaction is held out, follows its user's held-out one, or has a cold-start item."""
     train = data.train.select("user_id", "item_id", "timestamp")
     places = [
-        f"user {user}, item {item} is held out and trained on"
+        f"user {user}, item {item}: held out, but in the training data"
         for user, item in train.select("user_id", "item_id").iter_rows()
         if (user, item) in data.held_out
     ]
     places += [
-        f"item {item} is cold, and an event of user {user} on it is learned from or shown"
+        f"cold-start item {item}: an interaction of user {user} is used in training or shown"
         for frame in (data.train, data.known)
         for user, item in frame.select("user_id", "item_id").iter_rows()
         if item in data.cold
     ]
     if data.cold:
         both = set(data.valid["user_id"]) & set(data.test["user_id"])
-        places += [f"user {user} is asked about in both splits, and histories hold cold items" for user in sorted(both)]
+        places += [
+            f"user {user}: evaluated in both splits, so the test history contains cold-start items"
+            for user in sorted(both)
+        ]
     if data.kind in ("leave_one_out", "last_share", "last_basket", "cold_items") and data.dataset.has_time:
         first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
         late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
         places += [
-            f"user {user}, item {item} is trained on and later than what is held out"
+            f"user {user}, item {item}: in the training data, but later than a held-out interaction of this user"
             for user, item in late.select("user_id", "item_id").iter_rows()
         ]
     name, looked = f"training interactions of {data.dataset.name}", f"{len(train):,} interactions"
     if not places and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
-        result = f"none is held out; {early:,} held-out ones are earlier than a training interaction of their user"
-        return Check(name, f"{result}: histories show what came later", "notice", figures={"earlier": early})
+        result = (
+            f"none is held out, but {early:,} held-out interactions are earlier than a training interaction of their "
+            "user"
+        )
+        return Check(name, f"{result}, so histories contain later interactions", "notice", figures={"earlier": early})
     return verdict(name, looked, places)
 
 
@@ -121,7 +127,7 @@ def profiles(data: SplitDataset) -> Check:
     """Check user profiles for titles of held-out items; such users are excluded from evaluation."""
     name, result = f"user profiles of {data.dataset.name}", profile_leaks(data)
     if not result:
-        return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
+        return Check(name, f"none of {len(data.dataset.users):,} profiles names a held-out item")
     places = tuple(f"user {item.user_id}: field {item.field!r} names held-out item {item.item_id}" for item in result)
     return Check(name, leak_warning(data, result), "notice", places[:_SHOWN], {"users": len(leaking_users(result))})
 
@@ -150,7 +156,10 @@ def candidate_sets(study: Study) -> list[Check]:
         # As in production, retrieved candidates may lack the target or contain other items that the user chose later.
         result = len(sets.sets) - len(lacking)
         about = [
-            Check("retrieved sets", f"{result:,} of {len(sets.sets):,} hold the target, which bounds HR over them")
+            Check(
+                "retrieved sets",
+                f"{result:,} of {len(sets.sets):,} candidate sets contain the target, which limits HR",
+            )
         ]
     else:
         about = [
@@ -331,13 +340,14 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
         weights = restored(row.fusion)
         other = redrawn(redrawn(data, "valid", 1), "test", 2)
         cells, again = (ListEnsemble(row.id, parts, weights, Context(known)).known(cases)[0] for known in (data, other))
-        wrong += [f"{row.id}: {name} depends on what is held out" for name in told_by_context(cells, again)]
+        wrong += [f"{row.id}: {name} depends on held-out interactions" for name in told_by_context(cells, again)]
         if not len(cells.hits):
             continue
         before, after = (known.ndcg(weights.scores(known)) for known in (cells, cells.redrawn(study.recipe.seed)))
         if tells(before, after):
             wrong.append(
-                f"{row.id}: NDCG@10 {before.mean():.3f}, and {after.mean():.3f} without its members' knowledge"
+                f"{row.id}: NDCG@10 {before.mean():.3f}, but {after.mean():.3f} if the members' scores of the target "
+                "are randomised"
             )
     return verdict("held-out items in the features of ensemble rankers", f"{len(learned)} rankers", wrong)
 
@@ -417,7 +427,9 @@ def feature_texts(study: Study) -> Check | None:
         places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
         rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
     result = verdict("generated texts based on held-out interactions", f"{len(stores)} stores", places)
-    told_too = f"{result.found}; {rows:,} training interactions were seen too, which CTR networks leave out"
+    told_too = (
+        f"{result.found}; the texts also use {rows:,} training interactions, which CTR networks exclude from training"
+    )
     return replace(result, found=told_too, figures={"training_rows_seen": float(rows)})
 
 
@@ -431,7 +443,7 @@ def item_index(study: Study) -> Check | None:
         return None
     name = "item index that learned from held-out interactions"
     if section.scheme == "external":
-        return Check(name, "not tested: its codes come from a file, and how they were made is not known", "notice")
+        return Check(name, "not tested: the codes were read from a file, so their origin is unknown", "notice")
     other = study.data
     for split in ("valid", "test"):
         other = redrawn(other, split)
@@ -440,9 +452,13 @@ def item_index(study: Study) -> Check | None:
         # The stored index may have been built with another number of threads, which round differently.
         index = build_index(section, study.data, seed=study.recipe.seed, fresh=True)
     if again.digest == index.digest:
-        return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
+        return Check(name, f"none: all {len(index.codes):,} codes stay the same with other held-out interactions")
     moved = [f"item {item}" for item, pieces in index.codes.items() if again.codes.get(item) != pieces]
-    result = f"{len(moved):,} of {len(index.codes):,} codes move with them" if moved else "its codebooks move with them"
+    result = (
+        f"{len(moved):,} of {len(index.codes):,} codes depend on held-out interactions"
+        if moved
+        else "the codebooks depend on held-out interactions"
+    )
     return Check(name, result, "leak", tuple(moved[:_SHOWN]))
 
 
@@ -606,10 +622,10 @@ def questions(study: Study, family: str) -> Check:
     for case in cases:
         request, truth = case.request, str(case.truth)
         if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
-            places.append(f"request {request.id}: the history holds the target")
+            places.append(f"request {request.id}: the history contains the target")
         places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
         if request.item is not None and any(event.item_id == request.item for event in request.history):
-            places.append(f"request {request.id}: the history holds the item that is asked about")
+            places.append(f"request {request.id}: the history contains the item to predict")
     names = ", ".join(template.name for template in study.eval_templates(family))
     return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
 
@@ -883,7 +899,7 @@ def _wrong(case: Case, part: set[str]) -> Iterator[str]:
     candidates, name = case.request.candidates or (), case.request.id
     if case.truth not in candidates:
         yield f"request {name}: the answer is missing"
-    yield from (f"request {name}: {item} stands twice" for item, n in Counter(candidates).items() if n > 1)
-    yield from (f"request {name}: {item} is never an answer" for item in candidates if item not in part)
+    yield from (f"request {name}: {item} is repeated" for item, n in Counter(candidates).items() if n > 1)
+    yield from (f"request {name}: {item} is not an item of this split" for item in candidates if item not in part)
     if case.request.item is not None:
-        yield f"request {name}: it names the answer"
+        yield f"request {name}: the request names the answer"

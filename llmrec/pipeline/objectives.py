@@ -50,8 +50,8 @@ def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Class
         return None
     if paired:
         raise RecipeError(
-            f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and a head reads the states of a "
-            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model",
+            f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and rating heads need a decoder; "
+            "drop the section and 'head' from tasks.rating.strategies, or choose another model",
             kind="unsupported",
             column="tasks.rating.head",
         )
@@ -59,8 +59,8 @@ def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Class
     assert isinstance(task, RatingTask)
     if other := [template.id for template in task.training_templates if learned_only(template)]:
         raise RecipeError(
-            f"tasks.rating.templates: {other[0]} is answered by yes or no, and tasks.rating.head learns ratings alone; "
-            "leave it out, or drop the head",
+            f"tasks.rating.templates: {other[0]} has yes/no answers, but tasks.rating.head is trained only on "
+            "ratings; remove the template, or drop tasks.rating.head",
             kind="contradiction",
             column="tasks.rating.templates",
         )
@@ -74,15 +74,19 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
     result = common(tasks, preference=recipe.train.preference is not None, paired=refused)
     if result is not None and recipe.train.exits:
         raise RecipeError(
-            "train.exits: a loss over candidates stands after the last layer alone; set tasks.<family>.loss=answer, "
-            "train.preference=null, or drop the key",
+            "train.exits: losses over candidates are computed only at the last layer; set tasks.<family>.loss=answer "
+            "and train.preference=null, or drop train.exits",
             kind="contradiction",
             column="train.exits",
         )
     if recipe.train.teacher is not None and (result is not None or paired):
-        what = f"{recipe.model.name} is an encoder-decoder" if paired else "a loss over candidates compares no tokens"
+        what = (
+            f"{recipe.model.name} is an encoder-decoder"
+            if paired
+            else ("the loss over candidates is not a loss over tokens")
+        )
         raise RecipeError(
-            f"train.teacher: {what}; it teaches decoders that learn answers (tasks.<family>.loss=answer)",
+            f"train.teacher: {what}; distillation needs a decoder and tasks.<family>.loss=answer",
             kind="contradiction",
             column="train.teacher",
         )
@@ -96,10 +100,14 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
         return None
     tied, lists = train.method in TIED, listwise_of(study, paired=paired) is not None
     if paired or (tied and lists):
-        what = f"{study.recipe.model.name} is an encoder-decoder" if paired else "a loss over candidates has no labels"
+        what = (
+            f"{study.recipe.model.name} is an encoder-decoder"
+            if paired
+            else ("the loss over candidates is not a loss over labels")
+        )
         raise RecipeError(
-            f"train.method: {what}, and {train.method} trains a decoder on {'labels' if tied else 'tokens'}; set "
-            "train.method=lora",
+            f"train.method: {what}, but {train.method} needs a decoder that is trained on "
+            f"{'labels' if tied else 'tokens'}; set train.method=lora",
             kind="contradiction",
             column="train.method",
         )
@@ -108,8 +116,8 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
         family, *others = study.shares
         if others:
             raise RecipeError(
-                f"train.method: {train.method} trains one family of labels, and these are {family} and "
-                f"{', '.join(others)}; name one in train.only",
+                f"train.method: {train.method} supports one task with labels, but {family} and {', '.join(others)} "
+                "are trained; set train.only to one task",
                 kind="contradiction",
                 column="train.method",
             )
@@ -148,23 +156,25 @@ def rewarded(study: Study, *, paired: bool) -> str:
     (family, *others) = study.shares
     why = ""
     if paired:
-        why = f"{study.recipe.model.name} is an encoder-decoder, whose rollouts are not packed; choose another model"
+        why = f"{study.recipe.model.name} is an encoder-decoder, which is not supported; choose a decoder"
     elif processes.size() > 1:
-        why = "its rollouts are drawn by one process; start the training without --launch"
+        why = "rollouts need a single process; start the training without --launch"
     elif others:
-        why = f"it trains one family, and these are {family} and {', '.join(others)}; name one in train.only"
+        why = f"it supports one task, but {family} and {', '.join(others)} are trained; set train.only to one task"
     elif not family_of(family).ranks_for_users:
-        why = f"tasks.{family} ranks no items for users; train sequential alone (train.only)"
+        why = f"tasks.{family} does not rank items for users; set train.only=[sequential]"
     elif not study.tasks[family].writes_alike(study.tasks[family].eval_templates[0]):
-        why = f"the answers of tasks.{family} are not items of the catalogue alone; choose another template first"
+        why = f"answers of tasks.{family} contain more than an item; choose another first template"
     elif "prefix" in section.kind and study.index is None:
-        why = "kind=prefix compares codes, and this recipe has no index; set index.scheme, or choose another kind"
+        why = "kind=prefix compares item codes, but the recipe has no index; set index.scheme, or choose another kind"
     elif section.baseline is not None and not hasattr(lookup(BASELINES, section.baseline, "baseline"), "scores"):
-        why = f"the baseline {section.baseline} does not score the whole catalogue; choose another, such as ease"
+        why = (
+            f"the baseline {section.baseline} does not score the whole catalogue; choose another baseline, such as ease"
+        )
     elif section.baseline is not None and stops_early(section.baseline):
         why = (
-            f"the baseline {section.baseline} chooses its epoch on the validation split, on which no reward may "
-            "depend; choose another, such as ease"
+            f"the baseline {section.baseline} uses the validation split for early stopping, so it cannot provide a "
+            "reward; choose another baseline, such as ease"
         )
     if why:
         raise RecipeError(f"train.reward: {why}", kind="contradiction", column="train.reward")
@@ -197,8 +207,8 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
                 dropped, since = dropped + 1, since + 1
                 if since > _PATIENCE:
                     raise RecipeError(
-                        f"train.max_row_tokens={train.max_row_tokens}: {_PATIENCE} questions of tasks.{family} in a "
-                        "row were longer; raise it, or show less history",
+                        f"train.max_row_tokens={train.max_row_tokens}: {_PATIENCE} consecutive prompts of "
+                        f"tasks.{family} were longer; raise train.max_row_tokens, or show less history",
                         kind="too-large",
                         column="train.max_row_tokens",
                     )
@@ -293,8 +303,8 @@ class Judge:
         able = judged(study)
         if not able or (rating is not None and rating.head is not None):
             raise RecipeError(
-                "train.judge: it measures rankings, and none is trained here; train sequential or direct, without "
-                "tasks.rating.head, or drop the section",
+                "train.judge: early stopping needs a ranking task, but none is trained; train sequential or direct, "
+                "without tasks.rating.head, or drop the section",
                 kind="contradiction",
                 column="train.judge",
             )
@@ -304,8 +314,8 @@ class Judge:
         cases = of_first_users(task.cases("valid"), None, among=users)
         if not cases:
             raise DataError(
-                f"{data.dataset.name}: the validation split has no case of {family} to judge a model by; give it "
-                "users, or drop train.judge",
+                f"{data.dataset.name}: the validation split has no cases of tasks.{family}, which train.judge needs; "
+                "hold out validation users, or drop train.judge",
                 kind="empty",
                 at=data.dataset.name,
                 column="train.judge",

@@ -55,8 +55,8 @@ def refuse_together(recipe: Recipe) -> None:
     teacher = recipe.train.teacher
     if processes.size() > 1 and teacher is not None and teacher.relations:
         raise RecipeError(
-            f"train.teacher.relations: it compares all states of a step with each other, and {processes.size()} "
-            "processes would have some of them each; train in one process, or set it to 0",
+            "train.teacher.relations: it needs all hidden states of a step in one process, but training has "
+            f"{processes.size()} processes; train in one process, or set the key to 0",
             kind="unsupported",
             column="train.teacher.relations",
         )
@@ -82,8 +82,8 @@ def refuse_shape(recipe: Recipe) -> None:
     shape = recipe.model.shape
     if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
         raise RecipeError(
-            "eval.backend: model.shape is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and leave "
-            "eval.scorer as it is",
+            "eval.backend: model.shape is an encoder-decoder, which vLLM does not support; set eval.backend=hf, and "
+            "do not set eval.scorer",
             kind="unsupported",
             column="eval.backend",
         )
@@ -97,10 +97,10 @@ def refuse_weights(recipe: Recipe) -> None:
     if not loaded or not (folder / "config.json").is_file() or is_whole(folder):
         return
     pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending))
-    why = f"only {pickled[0]}, a pickle file, and these run code when they are loaded" if pickled else "or not all"
+    why = f"only the pickle file {pickled[0]}, which could run code when loaded" if pickled else "or not all"
     raise ModelError(
-        f"model folder {folder} holds no safetensors weights, {why}; write them with save_pretrained of transformers, "
-        "on a machine where you trust the folder, or name another one",
+        f"the model folder {folder} has no safetensors weights, {why}; convert the weights with save_pretrained of "
+        "transformers if you trust the folder, or choose another model",
         kind="unsafe" if pickled else "missing-file",
         at=folder,
         column="model.name",

@@ -85,8 +85,8 @@ class Beams:
             assert isinstance(answer, Ranking)  # the result of a search is always a ranking
             if len(answer.items) < section.negatives:
                 raise DataError(
-                    f"user {user!r} has had all but {len(answer.items)} of the items in training; set "
-                    "train.preference.negatives to at most that",
+                    f"user {user!r} has only {len(answer.items)} items without a training interaction; set "
+                    "train.preference.negatives to at most this number",
                     kind="too-few",
                     column="train.preference.negatives",
                 )

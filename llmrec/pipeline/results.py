@@ -138,7 +138,7 @@ def of_another(file: Path, key: str, hashed: str) -> str:
         return ""
     if earlier in (None, hashed):
         return ""
-    return f"{file} holds results of other settings, and will be written over; give this run another name to keep both"
+    return f"{file} contains results of other settings and will be overwritten; rename this run to keep both"
 
 
 def _spent_before(path: Path, hashed: str) -> dict[str, float]:
@@ -176,7 +176,7 @@ def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
     """Yield notes on models that were not evaluated, grouped by reason."""
     for reason, count in Counter(row.reason for row in missing).items():
         what = "1 model was" if count == 1 else f"{count} models were"
-        yield f"{what} not evaluated: {reason}. Run the same command again to evaluate them."
+        yield f"{what} not evaluated: {reason}. Run the same command again to evaluate the missing models."
 
 
 def notes(study: Study) -> list[str]:
@@ -203,8 +203,8 @@ def notes(study: Study) -> list[str]:
     if study.candidates and study.recipe.eval.candidates.kind == "retrieved":
         name = study.recipe.eval.candidates.retriever
         results += [
-            f"Ranking metrics of {family} are over the {study.candidates.count} items that {name} retrieves; "
-            f"they contain {share:.1%} of the targets, which is the maximum of HR."
+            f"Ranking metrics of {family} are over the {study.candidates.count} items retrieved by {name}. These "
+            f"contain {share:.1%} of the targets, which is the maximum of HR."
             for family, share in _ceilings(study).items()
         ]
     elif study.candidates:
@@ -216,16 +216,16 @@ def notes(study: Study) -> list[str]:
             results.append(f"{wide}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         results.append(
-            "Ranking metrics are over the whole catalogue without the items of the history. A model returns as many "
-            "items as it has beams, a baseline 100; a target that is not returned is a miss. This lowers MRR, but no "
-            "metric with a cut-off of at most the number of beams."
+            "Ranking metrics are over the whole catalogue without the items of the history. A language model returns "
+            "one item per beam, a baseline 100 items; a target that is not returned is a miss. This lowers MRR, but "
+            "not metrics with a cut-off of at most the number of beams."
         )
     results += [f"{cut}." for table in study.tables if (cut := baskets(table))]
     if study.aligned is not None:
         results.append(
-            f"Alignment metrics are over {study.aligned.count} candidates per prompt, all of them items whose ID and "
-            f"text were never trained together; random HR@1 is {1 / study.aligned.count:.3f}. Each item counts as "
-            "one user."
+            f"Alignment metrics are over {study.aligned.count} candidates per prompt, all of them held-out items, "
+            f"whose ID and text were never trained together; random HR@1 is {1 / study.aligned.count:.3f}. Each item "
+            "counts as one user."
         )
     rating = study.recipe.tasks.rating
     if rating is not None and rating.head is not None:
@@ -236,8 +236,8 @@ def notes(study: Study) -> list[str]:
     judged = study.recipe.tasks.ctr
     if judged is not None and judged.balance == "user":
         results.append(
-            "Yes/no questions are balanced within each user, so a model that uses only the user, such as the share of "
-            "likes, has AUC and GAUC 0.5."
+            "Yes/no cases are balanced within each user, so a model that uses only user information, such as the "
+            "share of likes, has an AUC and GAUC of 0.5."
         )
     if "tuned" in study.recipe.eval.arms:
         results += _training_notes(study)
@@ -253,8 +253,8 @@ def _training_notes(study: Study) -> list[str]:
     untaught = [family for family in weighted if family not in study.shares]
     if untaught:
         results.append(
-            f"The fine-tuned model was not trained on {', '.join(untaught)}; its answers there come from the base "
-            f"model and from training on {', '.join(study.shares)}."
+            f"The fine-tuned model was not trained on {', '.join(untaught)}; its answers for these tasks come from "
+            f"the base model and from training on {', '.join(study.shares)}."
         )
     if study.recipe.train.start is not None:
         results.append(

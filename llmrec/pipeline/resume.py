@@ -32,14 +32,14 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
     try:
         stored = checked(path.read_bytes())
     except (OSError, ValueError) as error:
-        log.warning("%s is damaged (%s); it is computed again", path, error)
+        log.warning("%s is damaged (%s) and is computed again", path, error)
         return None
     if not isinstance(stored, dict) or stored.get("key") != key:
         return None
     try:
         form(stored)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s); it is computed again", path, type(error).__name__)
+        log.warning("%s is damaged (%s) and is computed again", path, type(error).__name__)
         return None
     return stored
 
@@ -89,14 +89,14 @@ def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> I
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LlmrecError(
-            f"the run folder {folder} cannot be made: {error.strerror}; choose another with --out",
+            f"the run folder {folder} cannot be created ({error.strerror}); choose another folder with --out",
             kind="unreadable",
             at=folder,
         ) from None
     with open_lock(folder) as file:
         if not lock(file):
             raise LlmrecError(
-                f"another run is writing to {folder}; wait for it, or choose a folder with --out",
+                f"another run is writing to {folder}; wait until it has finished, or choose another folder with --out",
                 kind="busy",
                 at=folder,
             )
@@ -110,7 +110,7 @@ def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> I
 
 
 LOCK = ".lock"
-_MARK = "llmrec works in this folder: it writes, replaces and removes its own files there\n"
+_MARK = "This is a folder of llmrec, which writes, replaces and removes files here\n"
 RUN = (
     *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "best", "adapter", "merged"),
     *("train.json", "train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
@@ -141,8 +141,9 @@ def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -
         foreign, begun = [LOCK], False
     if foreign and not begun:
         raise LlmrecError(
-            f"{folder} holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}, which llmrec did not "
-            "write and could replace; move them away, or choose another place with --out",
+            f"{folder} contains files that llmrec did not write and could overwrite: "
+            f"{', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}; move these files away, or choose "
+            "another folder with --out",
             kind="exists",
             at=folder,
         )
@@ -154,7 +155,7 @@ def open_lock(folder: Path) -> IO[str]:
     refuse_link(path)
     if path.exists() and not path.is_file():
         raise LlmrecError(
-            f"{path} is no file, so the folder cannot be locked; move it away", kind="unreadable", at=path
+            f"{path} is not a file, so the folder cannot be locked; move it away", kind="unreadable", at=path
         )
     opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
     return os.fdopen(opened, "a", encoding="utf-8")

@@ -153,8 +153,8 @@ def run(
 def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
     missing, first = len(done.results["unevaluated"]), failures[0]
     return EngineFailure(
-        f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} models were not evaluated and are "
-        f"marked in {done.report}; run the same command again to evaluate them",
+        f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} models were not evaluated, as "
+        f"marked in {done.report}; run the same command again to evaluate the missing models",
         kind=first.kind,
         at=first.place,
         column=first.column,
@@ -323,7 +323,7 @@ class Session:
 
     @property
     def _asked(self) -> OpenedModel:
-        assert self.model is not None, "a recipe that asks no language model opens none"
+        assert self.model is not None, "the recipe does not use a language model"
         return self.model
 
     def trained(self) -> Trained | None:
@@ -337,8 +337,8 @@ class Session:
         result = trained(self.study, self.start, home)
         if result is None:
             raise RecipeError(
-                f"{home} holds no adapter made by this recipe, which the tuned setting needs; run `llmrec train` "
-                "first, or evaluate other settings with 'eval.arms=[zero-shot, few-shot]'",
+                f"{home} has no adapter of this recipe, which evaluating the tuned model needs; run `llmrec train` "
+                "first, or set 'eval.arms=[zero-shot, few-shot]'",
                 kind="missing-file",
                 at=home,
                 column="eval.arms",

@@ -39,7 +39,7 @@ def open_run(run: Path) -> Source:
     """Open a run folder and verify that its adapter matches its training record."""
     if not (run / "recipe.yaml").is_file():
         raise LlmrecError(
-            f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart",
+            f"{run} is not a run folder (recipe.yaml is missing); give one such as runs/quickstart",
             kind="missing-file",
             at=run,
         )
@@ -50,20 +50,22 @@ def open_run(run: Path) -> Source:
         recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
     except FileNotFoundError:
         raise LlmrecError(
-            f"{run} holds no finished training (train.json); finish it with `llmrec train` first",
+            f"{run} has no finished training (train.json); finish the training with `llmrec train` first",
             kind="missing-file",
             at=path,
         ) from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise LlmrecError(
-            f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
+            f"{path} is not a valid training record ({error!r}); train again with `llmrec train`",
+            kind="damaged",
+            at=path,
         ) from error
     # Early stopping may have ended training before the planned steps.
     ended = recipe.train.judge is not None and "judged" in record and 0 < steps <= recipe.train.steps
     if method != recipe.train.method or (steps != recipe.train.steps and not ended):
         raise LlmrecError(
-            f"{run / 'recipe.yaml'} says {recipe.train.method} for {recipe.train.steps} steps, but {path} records "
-            f"{method} for {steps}: another recipe was tried on this folder since. Run the one that trained it again",
+            f"{run / 'recipe.yaml'} has {recipe.train.method} and {recipe.train.steps} steps, but {path} records "
+            f"{method} and {steps}: another recipe used this folder after training; run the trained recipe again",
             kind="mismatch",
             at=path,
             column="train",
@@ -71,8 +73,8 @@ def open_run(run: Path) -> Source:
     result = weights_sha256(run / "adapter")
     if result != recorded:
         raise LlmrecError(
-            f"the weights in {run / 'adapter'} are not those that training recorded: their sha256 is {result}, and "
-            f"{path} says {recorded}. Put the right files back, or train again with `llmrec train`",
+            f"the weights in {run / 'adapter'} have the sha256 {result}, but {path} records {recorded}; restore the "
+            "files of the training, or train again with `llmrec train`",
             kind="damaged",
             at=run / "adapter",
         )
@@ -133,7 +135,7 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
     run = run.expanduser()
     if run.resolve() == folder.resolve():
         raise RecipeError(
-            f"{key}: {run} is this run's own folder; give this run another one with --out or name",
+            f"{key}: {run} is the folder of this run itself; choose another folder with --out, or another name",
             kind="contradiction",
             at=run,
             column=key,
@@ -144,9 +146,8 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
     merged = run / "merged"
     if Encoder(load_tokenizer(str(merged), study.recipe.model), max_length=1).digest != encoder.digest:
         raise RecipeError(
-            f"{key}: the tokenizer of {merged} is not that of model.name {study.recipe.model.name} with the "
-            "tokens of this recipe's index, so the same text would be other tokens; train both from one model "
-            "with one index",
+            f"{key}: the tokenizer of {merged} differs from the tokenizer of model.name {study.recipe.model.name} "
+            "with the tokens of this recipe's index; use the same model and index in both runs",
             kind="mismatch",
             at=merged,
             column=key,
@@ -163,8 +164,8 @@ def earlier(run: Path, key: str = "train.start") -> Source:
         raise RecipeError(f"{key}: {error}", kind=error.kind, at=error.place, column=key) from error
     if source.merged is None:
         raise RecipeError(
-            f"{key}: {run / 'merged'} is not what training left there; make it again with `llmrec train` of that "
-            "run's recipe",
+            f"{key}: {run / 'merged'} does not match the record of its training; run `llmrec train` with the recipe "
+            "of that run again",
             kind="damaged",
             at=run / "merged",
             column=key,
@@ -177,8 +178,8 @@ def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Seque
         ours, theirs = (getattr(recipe.model, name) for recipe in (second, first))
         if ours != theirs:
             raise RecipeError(
-                f"{key}: {run} was tuned with model.{name} {theirs!r} and this recipe has {ours!r}; its other "
-                "settings would be of another model; give both the same",
+                f"{key}: {run} was tuned with model.{name} {theirs!r}, but this recipe has {ours!r}; use the same "
+                "model in both runs",
                 kind="mismatch",
                 at=run,
                 column=key,
@@ -190,8 +191,8 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
     theirs, ours = source.recipe.index, study.recipe.index
     if (theirs and theirs.scheme) != (ours and ours.scheme):
         raise RecipeError(
-            f"{key}: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
-            f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same",
+            f"{key}: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, but this "
+            f"recipe has {f'index.scheme={ours.scheme}' if ours else 'no index'}; use the same index in both runs",
             kind="mismatch",
             at=run,
             column=key,
@@ -201,9 +202,8 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
     known = stored_index(run / "merged", theirs.scheme)
     if known is None or known.digest != study.index.digest:
         raise RecipeError(
-            f"{key}: {run} was tuned on codes of other items than this recipe's index gives, so what it learned "
-            "of a code would be told of another item; write items as titles (index.scheme=title, or no index), or use "
-            "the same data, index and seed in both runs",
+            f"{key}: in {run}, item codes stand for other items than in this recipe; write items as titles "
+            "(index.scheme=title, or no index), or use the same data, index and seed in both runs",
             kind="mismatch",
             at=run,
             column=key,
@@ -218,8 +218,8 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
             same = (one["source"], one["path"]) == (other["source"], other["path"])
             if same and (one, first.seed) != (other, second.seed):
                 raise RecipeError(
-                    f"{key}: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
-                    "seed, so it may have learned what is held out here; give both runs the same",
+                    f"{key}: {run} was trained on {ours.path or ours.source} with another filter, split or seed, so "
+                    "it may have seen interactions held out here; use the same in both runs",
                     kind="mismatch",
                     at=run,
                     column=key,
@@ -229,8 +229,8 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
         held_out = codes[0].held_out if codes[0] is not None else None
         if held_out != codes[1].held_out or first.seed != second.seed:
             raise RecipeError(
-                f"{key}: {run} did not hold out the items that tasks.alignment asks about here; give both runs "
-                "the same tasks.alignment.held_out and seed",
+                f"{key}: {run} did not hold out the items that tasks.alignment evaluates here; use the same "
+                "tasks.alignment.held_out and seed in both runs",
                 kind="mismatch",
                 at=run,
                 column=key,
@@ -258,7 +258,7 @@ def finished(run: Path) -> Results:
     path = run / "results.json"
     if not path.is_file() or not (run / "rows").is_dir():
         raise DataError(
-            f"{run} is no finished run: it has no results.json with rows/ beside it; run its recipe",
+            f"{run} is not a finished run, since results.json or rows/ is missing; run its recipe",
             kind="missing-file",
             at=run,
         )

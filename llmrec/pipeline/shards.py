@@ -70,8 +70,8 @@ class Finished:
         """Reject a shard that was computed from other inputs."""
         if self.key != key:
             raise LlmrecError(
-                f"{self.folder} was made from another recipe, data, model, device or versions than are here "
-                f"({self.key}, here {key}); merge where the shards were made, or run them again",
+                f"{self.folder} was made with another recipe, data, model, device or versions ({self.key}, here "
+                f"{key}); merge on the machine where the shards were made, or run the shards again",
                 kind="mismatch",
                 at=self.folder,
             )
@@ -103,7 +103,7 @@ def read(folder: Path) -> Finished:
     path = folder / SHARD
     if not path.is_file():
         raise LlmrecError(
-            f"{folder} holds no finished shard ({SHARD} is missing); {_AGAIN}", kind="missing-file", at=folder
+            f"{folder} does not contain a finished shard ({SHARD} is missing); {_AGAIN}", kind="missing-file", at=folder
         )
     result = read_json(path, _AGAIN)
     try:
@@ -111,12 +111,14 @@ def read(folder: Path) -> Finished:
         if command not in get_args(Command) or not 1 <= shard.index <= shard.count:
             raise ValueError(f"{command} {shard}")
         if any(Path(name).name != name for name in result["files"]):
-            raise ValueError("a file that counts lies elsewhere")
+            raise ValueError("a file is outside the folder of the shard")
         return Finished(
             folder, cast("Command", command), shard, str(result["key"]), dict(result["files"]), dict(result["told"])
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise LlmrecError(f"{path} is no record of a shard ({error!r}); {_AGAIN}", kind="damaged", at=path) from None
+        raise LlmrecError(
+            f"{path} is not a valid record of a shard ({error!r}); {_AGAIN}", kind="damaged", at=path
+        ) from None
 
 
 def done_before(folder: Path, key: str) -> Finished | None:
@@ -130,7 +132,7 @@ def done_before(folder: Path, key: str) -> Finished | None:
     if result.key != key:
         return None
     if (name := result.damaged()) is not None:
-        log.warning("%s was changed since it was written; it is computed again", folder / name)
+        log.warning("%s was changed after it was written, and is computed again", folder / name)
         return None
     return result
 
@@ -142,7 +144,7 @@ def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
         folders = sorted(path for path in shards.iterdir() if path.is_dir())
     if not folders:
         raise LlmrecError(
-            f"there are no shards in {shards}; make them with --shard, or name their folders after {target}",
+            f"there are no shards in {shards}; create shards with --shard, or list their folders after {target}",
             kind="missing-file",
             at=shards,
         )
@@ -163,7 +165,7 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
     for one, other in pairwise(results):
         if one.shard == other.shard:
             raise LlmrecError(
-                f"{one.folder} and {other.folder} are both shard {one.shard}; name each shard once",
+                f"{one.folder} and {other.folder} are both shard {one.shard}; give only one of these folders",
                 kind="duplicate",
                 at=other.folder,
             )
@@ -171,15 +173,16 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
     if missing := [number for number in range(1, first.shard.count + 1) if number not in there]:
         names = ", ".join(f"{number}/{first.shard.count}" for number in missing[:8])
         raise LlmrecError(
-            f"{len(missing)} of {first.shard.count} shards of {target} are missing: {names}"
-            f"{' and more' if len(missing) > 8 else ''}; run them, or name their folders",
+            f"{len(missing)} of {first.shard.count} shards of {target} are missing: "
+            f"{names}{' and more' if len(missing) > 8 else ''}; run these shards, or give their folders",
             kind="missing-file",
             at=shards_of(target),
         )
     for item in results:
         if (name := item.damaged()) is not None:
             raise LlmrecError(
-                f"{item.folder / name} is not as shard {item.shard} wrote it; {_AGAIN}, or copy the folder once more",
+                f"{item.folder / name} was changed after shard {item.shard} wrote it; {_AGAIN}, or copy the folder "
+                "again",
                 kind="damaged",
                 at=item.folder / name,
             )
@@ -195,8 +198,8 @@ def _same_job(first: Finished, other: Finished) -> None:
     ):
         if one != two:
             raise LlmrecError(
-                f"{first.folder} and {other.folder} are no shards of one job: their {what} differ ({one}, {two}); "
-                "move away those that do not belong here, or name the others",
+                f"{first.folder} and {other.folder} are shards of different jobs: their {what} differ ({one}, {two}); "
+                "move the wrong folders away, or give only the right ones",
                 kind="mismatch",
                 at=other.folder,
             )

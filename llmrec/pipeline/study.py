@@ -239,7 +239,7 @@ def _check_parameters(family: str, baseline: BaselineSection) -> None:
     config_of(baseline.name, baseline.parameters, key)
     if "liked" in baseline.parameters:
         raise RecipeError(
-            f"{key}: what is a yes is said once, for every row of the table; set tasks.{family}.liked, not liked of "
+            f"{key}: liked applies to all models of a task; set tasks.{family}.liked instead of liked of "
             f"{baseline.name!r}",
             kind="contradiction",
             column=key,
@@ -278,23 +278,24 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
             name = study.task_data(family).dataset.name
             if study.tasks[family].cases(recipe.eval.split):
                 raise DataError(
-                    f"tasks.{family}: the profiles of {name} name what is held out for every user that could be asked "
-                    "about; write them from training interactions alone",
+                    f"tasks.{family}: all user profiles of {name} name held-out items, so there is no user to "
+                    "evaluate; create profiles from training interactions only",
                     kind="empty",
                     at=name,
                     column=f"tasks.{family}",
                 )
             raise DataError(
-                f"tasks.{family}: the {recipe.eval.split} split of {name} holds no case; "
-                "hold out more (data.split), or evaluate another split (eval.split)",
+                f"tasks.{family}: the {recipe.eval.split} split of {name} has no cases; hold out more interactions "
+                "(data.split), or evaluate another split (eval.split)",
                 kind="empty",
                 at=name,
                 column="eval.split",
             )
         if study.tasks[family].calibrates and not study.cases(family, "valid"):
             raise DataError(
-                f"tasks.{family}.calibrate: {study.task_data(family).dataset.name} holds out nothing for validation, "
-                "which it fits; set it to none, or hold some out (data.split.valid, or a valid part of a given split)",
+                f"tasks.{family}.calibrate: {study.task_data(family).dataset.name} has no validation split, which "
+                "calibration needs; set the key to none, or hold out validation interactions (data.split.valid, or a "
+                "validation file of a given split)",
                 kind="empty",
                 column=f"tasks.{family}.calibrate",
             )
@@ -307,8 +308,8 @@ def _check_slices(study: Study) -> None:
         if name not in known:
             there = f"the attributes are {', '.join(map(shown, known))}" if known else "the data has no attributes"
             raise RecipeError(
-                f"eval.slices: no user has an attribute {shown(name)}{did_you_mean(name, known)}; {there}. A table of "
-                "your own gets them by data.columns.user_fields",
+                f"eval.slices: no user has an attribute {shown(name)}{did_you_mean(name, known)}; {there}. For your "
+                "own table, set data.columns.user_fields",
                 kind="unknown-name",
                 column="eval.slices",
             )
@@ -462,8 +463,8 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
     sets = recipe.eval.candidates
     if kind.ranks_for_users and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
         raise DataError(
-            f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
-            f"{sets.count}; lower it",
+            f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count={sets.count}; "
+            "lower this key",
             kind="too-few",
             at=data.dataset.name,
             column="eval.candidates.count",

@@ -67,8 +67,8 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         refuse_words(study.recipe.model.name)
     if section.softmax == "items" and (paired or study.index is None or not study.index.vocabulary):
         raise RecipeError(
-            "train.softmax: items needs a decoder and an index whose items are new tokens, such as index: {scheme: "
-            "token}; set it to vocabulary",
+            "train.softmax: items needs a decoder and an index with item tokens, such as index: {scheme: token}; set "
+            "train.softmax=vocabulary",
             kind="contradiction",
             column="train.softmax",
         )
@@ -88,8 +88,9 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
             if row is None:
                 if section.examples is not None:
                     raise RecipeError(
-                        f"train.examples: one of the {section.examples} rows of tasks.{family} is longer than "
-                        f"train.max_row_tokens={section.max_row_tokens}; raise it, or show less history",
+                        f"train.examples: one of the {section.examples} examples of tasks.{family} is longer than "
+                        f"train.max_row_tokens={section.max_row_tokens}; raise train.max_row_tokens, or show less "
+                        "history",
                         kind="too-large",
                         column="train.max_row_tokens",
                     )
@@ -97,8 +98,8 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
                 since += 1
                 if since > _PATIENCE:
                     raise RecipeError(
-                        f"no training row fits train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} rows of "
-                        f"tasks.{family} in a row were longer; raise it, or show less history",
+                        f"train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} consecutive training examples of "
+                        f"tasks.{family} were longer; raise train.max_row_tokens, or show less history",
                         kind="too-large",
                         column="train.max_row_tokens",
                     )
@@ -273,7 +274,7 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
             log.warning("training: llmrec has changed since %s was trained; remove %s to train again", merged, folder)
         return done
     if done["merged_sha256"] is not None:
-        log.warning("training: %s was changed after training; it is written again", merged)
+        log.warning("training: %s was changed after training and is written again", merged)
     return None
 
 
@@ -395,8 +396,8 @@ def _stored(folder: Path, key: str) -> dict[str, Any]:
     result = read_stage(folder / "train.json", key, _record_of)
     if result is None:
         raise LlmrecError(
-            f"{folder / 'train.json'} was written by the first process, and this one does not see it; put the run "
-            "folder on storage that all machines share",
+            f"{folder / 'train.json'} was written by the first process, but another process does not see it; put the "
+            "run folder on storage that all machines share",
             kind="missing-file",
             at=folder,
         )

@@ -102,7 +102,7 @@ class Weighing:
         result = len({case.request.user_id for case in cases})
         if result < 2 * FOLDS:
             log.warning(
-                "%s: no ensemble of the baselines: it needs %d validation users, and there are %d",
+                "%s: no ensemble of the baselines, which needs %d validation users, but there are %d",
                 *(family, 2 * FOLDS, result),
             )
             return []

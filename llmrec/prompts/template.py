@@ -102,7 +102,7 @@ def _finalize(value: object) -> object:
         return ""
     if isinstance(value, list) or (callable(value) and not isinstance(value, Undefined)):
         raise RecipeError(
-            "a list or record cannot be rendered; loop over it, or name one of its fields", kind="bad-value"
+            "a list or record cannot be rendered; loop over the list, or use a field of the record", kind="bad-value"
         )
     return value
 
@@ -136,7 +136,7 @@ def compiled(source: str) -> Compiled:
     except TemplateError as error:
         raise Refused(getattr(error, "lineno", None) or 1, str(error.message)) from None
     except (RecursionError, ValueError, MemoryError, OverflowError, SyntaxError):
-        raise Refused(1, "an expression that is too deep or a number that is too long") from None
+        raise Refused(1, "an expression that is nested too deeply, or a number that is too long") from None
 
 
 def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
@@ -144,7 +144,7 @@ def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> N
     if depth > _DEPTH_LIMIT:
         raise Refused(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
     if not isinstance(node, _STATEMENTS + _EXPRESSIONS):
-        raise Refused(node.lineno, f"{type(node).__name__.lower()} is not in the grammar")
+        raise Refused(node.lineno, f"{type(node).__name__.lower()}, which is not supported")
     if isinstance(node, nodes.Const) and isinstance(node.value, str) and FORBIDDEN.search(node.value):
         raise Refused(node.lineno, "a control or private-use character")
     if isinstance(node, nodes.Getattr):
@@ -178,7 +178,7 @@ def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -
     if bound is not None:
         raise Refused(node.lineno, "a for inside a for")
     if node.recursive or node.test is not None:
-        raise Refused(node.lineno, "a recursive or filtered for; put an if inside it")
+        raise Refused(node.lineno, "a recursive or filtered for; put an if inside the loop")
     if not isinstance(node.iter, nodes.Name) or not isinstance(node.target, nodes.Name):
         raise Refused(node.lineno, "a for over an expression that is not a plain list variable")
     if node.target.name == "loop":
@@ -445,14 +445,14 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
             raise RecipeError.at(
                 file,
                 "contradiction",
-                f": family is {template.family!r} but the file is among those of {family!r}; move it",
+                f": family is {template.family!r}, but the file is in the folder of {family!r}; move the file",
                 "family",
             )
         if template.name in result:
             raise RecipeError.at(
                 file,
                 "duplicate",
-                f": {template.id} is already read from {result[template.name][1]}; rename one of them",
+                f": {template.id} is also defined in {result[template.name][1]}; rename one of the templates",
                 "name",
             )
         result[template.name] = (template, file)
@@ -484,8 +484,8 @@ def _check_source(part: str, source: str) -> None:
         raise _fault(
             part,
             "syntax",
-            f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may have variables such as "
-            "item.title, if, one for over a list, comparisons, and, or, not",
+            f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may contain variables such "
+            "as item.title, if, one for over a list, comparisons, and, or, not",
         ) from None
 
 
@@ -520,7 +520,7 @@ def _check_fields(template: Template) -> None:
             "tail",
             "contradiction",
             f"tail is {template.tail!r}; list steps end with a newline, which titles cannot have. Only a list of "
-            'codes alone, target "{{ item.code }}" without a lead, may have no tail',
+            'codes, with target "{{ item.code }}" and without a lead, may have no tail',
         )
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):
@@ -529,7 +529,9 @@ def _check_fields(template: Template) -> None:
         raise _fault("set", "bad-value", f"set is {template.set!r}; use lower-case letters, digits and hyphens")
     if template.also and not _ALSO.fullmatch(template.also):
         raise _fault(
-            "also", "bad-value", f"also is {template.also!r}; write a set and the number in it, such as 'p5-yelp 3-2'"
+            "also",
+            "bad-value",
+            f"also is {template.also!r}; write a set and the template's number in this set, such as 'p5-yelp 3-2'",
         )
     for key in ("number", "also", "leak"):
         if FORBIDDEN.search(getattr(template, key)):
@@ -552,7 +554,7 @@ def _read(file: Path) -> Template:
         if key not in values:
             raise RecipeError.at(file, "missing-key", f": key {key!r} is missing; add it", key)
     if values["name"] != file.stem:
-        rest = f": name is {values['name']!r} but the file is {file.stem!r}; make them equal"
+        rest = f": name is {values['name']!r}, but the file is {file.stem!r}; use the same name"
         raise RecipeError.at(places[("name",)], "contradiction", rest, "name")
     try:
         language = values.get("language", ENGLISH)

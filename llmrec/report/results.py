@@ -44,7 +44,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
     """
     if not results.rows:
         raise LlmrecError(
-            f"{source}: 'rows' is empty, so there is nothing to report; evaluate at least one task",
+            f"{source}: the key 'rows' is empty, so there is nothing to report; evaluate at least one task",
             kind="empty",
             at=source,
             column="rows",
@@ -52,7 +52,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
     doubled = [row_id for row_id, count in Counter(row.id for row in results.rows).items() if count > 1]
     if doubled:
         raise LlmrecError(
-            f"{source}: row id {doubled[0]!r} appears more than once; give every row its own id",
+            f"{source}: row id {doubled[0]!r} is repeated; give every row a unique id",
             kind="duplicate",
             at=source,
             column="rows",
@@ -62,16 +62,16 @@ def check(results: Results, *, source: str = "results.json") -> None:
         metric = results.headline.get(task)
         if metric is None or not any(metric in row.metrics for row in rows):
             raise LlmrecError(
-                f"{source}: key 'headline' must name, for task {task!r}, a metric that its rows carry; "
-                f"it holds {metric!r}",
+                f"{source}: the metric {metric!r} of key 'headline' is missing in rows of task {task!r}; set another "
+                "metric",
                 kind="bad-value",
                 at=source,
                 column="headline",
             )
         if not any(row.arm == "baseline" for row in rows):
             raise LlmrecError(
-                f"{source}: task {task!r} has no row with setting 'baseline', so its results cannot be compared with a "
-                f"baseline; list some under tasks.{task}.baselines in the recipe and evaluate again",
+                f"{source}: task {task!r} has no row with setting 'baseline', so its results cannot be compared with "
+                f"a baseline; add baselines to tasks.{task}.baselines in the recipe and evaluate again",
                 kind="missing-value",
                 at=source,
                 column=f"tasks.{task}.baselines",
@@ -88,9 +88,9 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
     lacking = missing_controls(task, there) if is_family(task) else []
     if lacking or not there:
         raise LlmrecError(
-            f"{source}: task {task!r} lacks the baselines {', '.join(lacking) or '(any)'} with its "
-            f"headline metric {metric!r}, so other models cannot be compared with a baseline; list them under "
-            f"tasks.{task}.baselines in the recipe and evaluate again",
+            f"{source}: task {task!r} has no baseline {', '.join(lacking) or '(any)'} with the metric {metric!r}, so "
+            f"other models cannot be compared with a baseline; add it to tasks.{task}.baselines in the recipe and "
+            "evaluate again",
             kind="missing-value",
             at=source,
             column=f"tasks.{task}.baselines",
@@ -145,8 +145,8 @@ def _check_candidates(results: Results, source: str) -> None:
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
             raise LlmrecError(
-                f"{source}: row {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that key 'candidates' "
-                "does not list; evaluate it again in this run",
+                f"{source}: row {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that are missing in the "
+                "key 'candidates'; evaluate this model again in this run",
                 kind="mismatch",
                 at=source,
                 column="candidates",
@@ -260,7 +260,7 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
 def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
     """Return an error that names the first invalid key."""
     if isinstance(error, RecursionError):
-        deep = "it is nested too deeply to be a results file"
+        deep = "it is nested too deeply for a results file"
         return DataError(f"{source}: {deep}. {fix}".strip(), kind="wrong-format", at=source)
     problem = error.errors(include_url=False, include_context=False)[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
@@ -324,7 +324,7 @@ def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
         raise DataError(f"{path}: cannot be read ({error.strerror}). {fix}", kind=kind, at=path) from None
     if path.name in files and result != files[path.name]:
         raise DataError(
-            f"{path}: is not the file that results.json was written with, so it was changed. {fix}",
+            f"{path} was changed after results.json was written. {fix}",
             kind="damaged",
             at=path,
         )
@@ -357,7 +357,7 @@ def failure_reasons(
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(
-            f"{path}: is not a readable predictions file ({reason}). {fix}", kind="damaged", at=path
+            f"{path} cannot be read as a predictions file ({reason}). {fix}", kind="damaged", at=path
         ) from error
     total: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
@@ -368,8 +368,8 @@ def failure_reasons(
     for row in results.rows:
         if total[row.id] != row.n:
             raise DataError(
-                f"{path}: holds {total[row.id]} predictions of row {row.id!r}, results.json says n = {row.n}; the two "
-                f"files are from different runs. {fix}",
+                f"{path} contains {total[row.id]} predictions of row {row.id!r}, but results.json has n = {row.n}, so "
+                f"the two files are from different runs. {fix}",
                 kind="mismatch",
                 at=path,
             )

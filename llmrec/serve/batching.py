@@ -268,7 +268,7 @@ class Batcher:
         try:
             done, _ = await asyncio.wait({running}, timeout=_HANGS * self._patience)
             if not done:
-                log.error("the engine hangs: one call has taken %.0f s", _HANGS * self._patience)
+                log.error("the engine hangs: a call has taken %.0f s", _HANGS * self._patience)
                 await asyncio.to_thread(self._hangs)
             return await running
         finally:

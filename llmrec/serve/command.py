@@ -43,7 +43,9 @@ def refresh(options: RefreshOptions) -> None:
 class KeyOptions:
     """Options of `llmrec serve-key`: a key file and a key."""
 
-    file: Annotated[Path, About(argument=True, metavar="FILE", help="File of API keys; created if it does not exist.")]
+    file: Annotated[
+        Path, About(argument=True, metavar="FILE", help="File of API keys. It is created if it does not exist.")
+    ]
     name: Annotated[str, About(argument=True, metavar="NAME", help="Name of the key in logs and rate limits.")]
     admin: Annotated[bool, About(help="Allow the key to change the catalogue and erase users.")] = False
     revoke: Annotated[bool, About(help="Revoke the key of this name.")] = False

@@ -27,7 +27,7 @@ from llmrec.machine import flush_folder
 
 VERSION = 1
 """Version of the tables."""
-MOVE = "restore a backup, or move the file and its log away; it was not changed"
+MOVE = "restore a backup, or move the file and its log away. The file was not changed"
 """Advice for a damaged database."""
 
 _APPLICATION = 0x6C6C6D72
@@ -118,8 +118,8 @@ class Database(Protocol):
 # --------------------------------------------------------------------------- SQLite
 
 _LEAVE = "give the service permission to write there, or choose another path"
-_ROOM = "free disk space and send it again; nothing was stored"
-_OTHER = "choose another file; this one was not changed"
+_ROOM = "free disk space and send the request again; nothing was stored"
+_OTHER = "choose another file; this file was not changed"
 _SQLITE_MENDS: dict[int, _Mend] = {
     **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), ("damaged", MOVE)),
     **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), ("unreadable", _LEAVE)),
@@ -152,7 +152,10 @@ class SQLite:
             orphan = log_file.exists()
             if not (path.exists() or path.is_symlink()):
                 if orphan:
-                    raise self.error("damaged", f" is missing, but its log {log_file.name} exists; restore or move it")
+                    raise self.error(
+                        "damaged",
+                        f" is missing, but its log {log_file.name} exists; restore the file, or move the log",
+                    )
                 self._make()
             self._check()
             self._file = self._inode()
@@ -193,7 +196,9 @@ class SQLite:
         except OSError:
             moved = True
         if moved:
-            raise self.error("unreadable", " was moved or replaced while in use; put it back, or restart the service")
+            raise self.error(
+                "unreadable", (" was moved or replaced while in use; restore the file, or restart the service")
+            )
 
     def _inode(self) -> tuple[int, int]:
         status = self._path.stat()
@@ -240,7 +245,7 @@ class SQLite:
         with self._path.open("rb") as file:
             head = file.read(100)
         if not head:
-            raise self.error("empty", " is an empty file; remove it, or choose another")
+            raise self.error("empty", " is an empty file; remove it, or choose another file")
         if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
             raise self.error("wrong-format", f" is not an SQLite database, or its beginning is damaged; {_OTHER}")
         if int.from_bytes(head[68:72], "big") != _APPLICATION:
@@ -343,9 +348,7 @@ class Postgres:
         MissingExtra: If the PostgreSQL package is not installed.
     """
 
-    keeps: str | None = (
-        "PostgreSQL keeps erased interactions until its next vacuum, and in its log and backups while these exist"
-    )
+    keeps: str | None = "PostgreSQL keeps erased interactions until its next vacuum, and in its log and backups"
 
     def __init__(self, url: str, wait: float = WAIT) -> None:
         self._wait = wait
@@ -452,7 +455,7 @@ class Postgres:
 def _no_url() -> DataError:
     # The URL is not shown, because it may contain a password anywhere.
     return DataError(
-        "the address of the store is not a URL; use postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
-        "password as %40 %3A %2F %3F %23 %25",
+        "the address of the store is not a valid URL; use postgresql://USER:PASSWORD@HOST:PORT/NAME, and write @ : / "
+        "? # % in a password as %40 %3A %2F %3F %23 %25",
         kind="bad-value",
     )

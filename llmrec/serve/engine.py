@@ -171,7 +171,7 @@ class Engine:
 
 
 def _lost() -> EngineLost:
-    return EngineLost("the engine ended; it is being restarted, try again in a moment", kind="failed")
+    return EngineLost("the engine ended and is being restarted; try again in a moment", kind="failed")
 
 
 # --------------------------------------------------------------------------- supervision

@@ -62,7 +62,7 @@ _FORMS = {"constrained-str", "str", "float", "datetime", "user"} | {
 _OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
 # Messages that replace pydantic's.
 _MESSAGES = {
-    "string_pattern_mismatch": "Input should be text without control characters, and not only space",
+    "string_pattern_mismatch": "Input should be text without control characters that is not blank",
     "extra_forbidden": "unknown key",
 }
 

@@ -136,7 +136,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, value in pairs:
         if name in results:
-            raise HTTPException(422, f"an object has the key {shown(name)} twice; remove one")
+            raise HTTPException(422, f"an object has the key {shown(name)} twice; remove one of them")
         results[name] = value
     return results
 

@@ -163,7 +163,7 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
 
 def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
     """Read a key file, and return its properties and keys."""
-    require_file(file, "create it with llmrec serve-key, or choose another", "the key file")
+    require_file(file, "create it with llmrec serve-key, or choose another file", "the key file")
     try:
         with file.open("rb") as stream:
             status = os.fstat(stream.fileno())
@@ -202,7 +202,7 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise LlmrecError(
-            f"{file} is not a key file, or is damaged: {where or 'it'}: {first['msg']}; {fix}",
+            f"{file} is not a key file, or is damaged ({where or 'file'}: {first['msg']}); {fix}",
             kind="damaged",
             at=file,
             column=where or None,
@@ -212,7 +212,7 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
     twice = len({key.name for key in keys}) < len(keys)
     if twice:
         raise LlmrecError(
-            f"{file} contains two keys of the same name; rename one", kind="duplicate", at=file, column="name"
+            f"{file} contains two keys of the same name; rename one of them", kind="duplicate", at=file, column="name"
         )
     return keys
 
@@ -323,9 +323,7 @@ class RateLimit:
             0.0 if the request is accepted; else the seconds to wait, without taking tokens.
         """
         if not (math.isfinite(cost) and cost >= 0):
-            raise DataError(
-                f"a request cannot cost {cost}; use a number of at least 0", kind="bad-value", column="cost"
-            )
+            raise DataError(f"the cost of a request is {cost}; use at least 0", kind="bad-value", column="cost")
         now = time.monotonic() if now is None else now
         with self._lock:
             left, since = self._left.get(name, (self._burst, now))

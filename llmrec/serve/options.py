@@ -25,7 +25,7 @@ class ServeOptions(ModelOptions):
             names=("--models",),
             metavar="NAME",
             help="Model to serve: tuned, untuned, a model of the report, a baseline or another run. Repeatable; the "
-            "first one is the default.",
+            "first model is the default.",
         ),
     ] = ()
     host: Annotated[str, About(help="Address to listen on. 0.0.0.0 listens on all interfaces and requires --keys.")] = (
@@ -64,7 +64,7 @@ class RefreshOptions:
     """Options of `llmrec refresh`."""
 
     model: Annotated[
-        str, About(argument=True, metavar="MODEL", help="Run folder, or a folder that was refreshed before.")
+        str, About(argument=True, metavar="MODEL", help="Run folder, or the output folder of an earlier refresh.")
     ]
     events: Annotated[
         str | None,
@@ -76,14 +76,15 @@ class RefreshOptions:
     items: Annotated[Path | None, About(help="Table of new items with item_id, title and fields.")] = None
     out: Annotated[
         Path | None,
-        About(metavar="FOLDER", help="Output folder. A folder that was refreshed before is updated in place."),
+        About(metavar="FOLDER", help="Output folder. Default: the folder of an earlier refresh, updated in place."),
     ] = None
     train: Annotated[
         int | None,
-        About(least=1, metavar="STEPS", help="Also continue training for this many steps on all interactions."),
+        About(least=1, metavar="STEPS", help="Also continue training for this number of steps, on all interactions."),
     ] = None
     server: Annotated[
-        str | None, About(metavar="URL", help="URL of a running service of this folder, which then reloads it.")
+        str | None,
+        About(metavar="URL", help="URL of a running service of the output folder, which reloads its models."),
     ] = None
     key_env: Annotated[
         str | None, About(metavar="VARIABLE", help="With --server: environment variable that holds an admin API key.")

@@ -91,7 +91,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
     refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
     if options.out is None and not refreshed:
         raise DataError(
-            f"{options.model} is a run, which is not changed; give an output folder with --out",
+            f"{options.model} is a run folder, which is never changed; give an output folder with --out",
             kind="missing-key",
             column="--out",
         )
@@ -99,8 +99,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
     refuse_other_files(out, "--out")
     if options.train is not None and bundle.run is None:
         raise DataError(
-            f"--train continues from a run, and {options.model} is not a run folder; give the run folder, with --out "
-            f"{out}",
+            f"--train needs a run folder, and {options.model} is not one; give the run folder, with --out {out}",
             kind="unsupported",
             column="--train",
         )
@@ -276,7 +275,8 @@ def _reload(url: str, key_env: str | None) -> None:
         answer = httpx.post(f"{url.rstrip('/')}/v1/reload", headers=headers, timeout=600)
     except httpx.HTTPError as error:
         raise LlmrecError(
-            f"--server {url}: {type(error).__name__}; the folder is written; reload the service with POST /v1/reload",
+            f"--server {url}: {type(error).__name__}; reload the service with POST /v1/reload. The output folder is "
+            "complete",
             kind="unreachable",
             column="--server",
         ) from None

@@ -103,9 +103,9 @@ def _check_open(options: ServeOptions) -> None:
     """Reject an address that other machines can reach, if no API keys are set."""
     if options.host not in _LOOPBACK and options.keys is None:
         raise DataError(
-            f"--host {options.host} makes this service reachable from other machines, and without --keys everyone "
-            "there can use it and change its catalogue; create a key with `llmrec serve-key keys.json NAME`, and "
-            "give the file with --keys",
+            f"--host {options.host} makes this service reachable from other machines, and without --keys anyone can "
+            "use it and change its catalogue; create a key with `llmrec serve-key keys.json NAME`, and pass the file "
+            "with --keys",
             kind="unsafe",
             column="--keys",
         )

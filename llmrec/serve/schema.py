@@ -245,7 +245,9 @@ class ModelCard(BaseModel):
     name: str
     kind: Literal["language model", "classic", "fusion"]
     signature: str = Field(description="Hash of everything that can change an answer, except the request.")
-    answers: list[str] = Field(description="rank, and tasks about an item: rating, ctr, explanation, review, stars.")
+    answers: list[str] = Field(
+        description="Supported tasks: rank, or tasks about an item (rating, ctr, explanation, review, stars)."
+    )
     strategies: list[str] = []
 
 
@@ -268,7 +270,7 @@ class ChatBody(Body):
 
     text: Words = Field(examples=["a comedy, but not horror"])
     state: State = State()
-    model: Id | None = Field(None, description="Model that ranks; the default one if not given.")
+    model: Id | None = Field(None, description="Model that ranks. Default: the default model.")
     k: Annotated[int, Field(ge=1, le=50), NUMBER] = 5
 
 
@@ -322,7 +324,7 @@ class CompletionBody(BaseModel):
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "a comedy, but not horror"}]}]},
     )
 
-    model: Id | None = Field(None, description="Model that ranks; the default one if not given.")
+    model: Id | None = Field(None, description="Model that ranks. Default: the default model.")
     messages: Annotated[
         list[Annotated[UserMessage | OtherMessage, Field(discriminator="role")]],
         Field(min_length=1, max_length=MOST_MESSAGES),
@@ -335,14 +337,14 @@ class CompletionBody(BaseModel):
     @classmethod
     def _whole(cls, value: bool | None) -> bool | None:
         if value:
-            raise PydanticCustomError("stream", "streaming is not supported; leave stream out")
+            raise PydanticCustomError("stream", "streaming is not supported; remove stream")
         return value
 
     @field_validator("n")
     @classmethod
     def _single(cls, value: int | None) -> int | None:
         if value not in (None, 1):
-            raise PydanticCustomError("choices", "one choice is supported; leave n out")
+            raise PydanticCustomError("choices", "only one choice is supported; remove n")
         return value
 
     @field_validator("messages")
@@ -432,7 +434,7 @@ class Erased(BaseModel):
     user_id: str
     events: int
     features: int
-    remains: list[str] = Field(description="Remaining data, such as in weights until the next training.")
+    remains: list[str] = Field(description="Remaining user data, for example in model weights until the next training.")
 
 
 class Health(BaseModel):

@@ -173,8 +173,8 @@ class Service:
         remains += [schema.IN_MEMORY] if features else []
         if known:
             remains.append(
-                "the training data of the run still contains interactions of this user, which answers no longer use; "
-                "remove them from the table and train again to remove them from the model"
+                "the training data of the run still contain interactions of this user, which answers no longer use; "
+                "to remove these from the model, remove them from the table and train again"
             )
         return schema.Erased(user_id=user_id, events=events, features=features, remains=remains)
 
@@ -194,7 +194,7 @@ class Service:
     async def reload(self) -> None:
         """Replace the engine by a new one that reads all files again."""
         if self._reloading.locked():
-            raise LlmrecError("the models are being reloaded already; wait until this has finished", kind="busy")
+            raise LlmrecError("the models are already being reloaded; wait until this has finished", kind="busy")
         async with self._reloading:
             options = self.settings.options
             try:
@@ -223,7 +223,7 @@ class Service:
             telling = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
             await asyncio.wait({telling}, timeout=max(0.0, ends - time.monotonic()))
         if not telling.done():
-            raise TooLate("this is stored; the models use it after their current batch", kind="exhausted")
+            raise TooLate("the change is stored; the models use it after the current batch", kind="exhausted")
         await telling
         return stored
 
@@ -261,7 +261,9 @@ class Service:
             raise StoreError("timed out while waiting for other writes to the store", kind="busy")
         await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic()))
         if not done.done():
-            raise TooLate("the store is slow; check whether this was stored before you send it again", kind="failed")
+            raise TooLate(
+                "the store is slow; check whether the change was stored before you send it again", kind="failed"
+            )
         return await done
 
     async def _finish_erasures(self) -> None:

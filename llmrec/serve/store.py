@@ -29,8 +29,8 @@ _IDLE = 1.0
 _BATCH = 10_000
 _EVERY = 2**62
 IN_LOG = (
-    "another process reads the store, whose log keeps erased interactions meanwhile; removal is retried until it "
-    "succeeds"
+    "another process is reading the store, so its log still contains erased interactions; removal is retried until "
+    "it succeeds"
 )
 _MOMENT = 1.0
 """Seconds that an erasure waits for concurrent readers."""
@@ -273,7 +273,7 @@ class ServiceStore:
         while True:
             with self._lock:
                 if self._closed:
-                    raise self._database.error("closed", " was closed; open it again")
+                    raise self._database.error("closed", " was closed; open the store again")
                 if not self._idle:
                     return None
                 since, raw = self._idle.pop()

@@ -59,7 +59,7 @@ _History = Annotated[
     Field(max_length=schema.MOST_EVENTS, description="Items that the user chose, by id, oldest first."),
 ]
 _User = Annotated[schema.DataId | None, Field(description="A known user, instead of a history.")]
-_Model = Annotated[schema.Id | None, Field(description="A model from list_models. Default: the first.")]
+_Model = Annotated[schema.Id | None, Field(description="A model from list_models. Default: the first model.")]
 _Count = Annotated[int, Field(ge=1, le=MOST_LISTED)]
 
 

@@ -67,7 +67,7 @@ MOST_DOCUMENTS = 1000
 class _About(Body):
     """The user of a question: a known user, or a history, which takes precedence."""
 
-    model: Annotated[Id, Field(description="A model from GET /v1/models. Default: the first.")] | None = None
+    model: Annotated[Id, Field(description="A model from GET /v1/models. Default: the first model.")] | None = None
     id: Annotated[Id, Field(description="Seed of the request, for the order of equal scores and of labels.")] = "1"
     user_id: DataId | None = None
     history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
@@ -154,8 +154,8 @@ class RankBody(_About):
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     strategy: Annotated[Id, Field(description="Ranking method of a language model; docs/ranking-methods.md.")] = "auto"
     exclude_seen: Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="Number of first items to explain."), NUMBER] = 0
-    rules: Rules = Field(default_factory=Rules)
+    rationale: Annotated[int, Field(ge=0, le=20, description="Number of top items to explain."), NUMBER] = 0
+    rules: Rules = Rules()
 
 
 class RankAnswer(_Answer):
@@ -219,7 +219,7 @@ class ItemBody(_About):
     item: Annotated[
         ItemText | None, BeforeValidator(_no_id), Field(description="Instead of item_id: an item with a title.")
     ] = None
-    context: Fields = Field({}, description="Additional inputs: review, feature, headline, rating.")
+    context: Fields = Field({}, description="Further task inputs: review, feature, headline, rating.")
 
     @model_validator(mode="after")
     def _about_one(self) -> Self:
@@ -448,7 +448,7 @@ class RerankResult(BaseModel):
     """A ranked text with its relevance score."""
 
     index: int
-    relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")
+    relevance_score: float = Field(description="Score in [0, 1]. The scores of all texts add up to 1.")
     document: dict[str, str] | None = None
 
 
@@ -467,7 +467,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
     texts = [_text_of(document) for document in body.documents]
     history = [{"title": line} for line in body.query.splitlines() if line.strip()]
     if len(history) > MOST_EVENTS:
-        reason = f"the query has {len(history)} lines, more than {MOST_EVENTS}; send the last of them"
+        reason = f"the query has {len(history)} lines, more than {MOST_EVENTS}; send only the last lines"
         raise DataError(reason, kind="too-large", column="query")
     # Texts are not items of the catalogue, even with equal ids: titles identify them, without duplicates.
     candidates = [{"title": text} for text in dict.fromkeys(texts)]

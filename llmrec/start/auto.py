@@ -106,9 +106,9 @@ def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
     allowed = budget * _SHARE
     if allowed < least:
         need = duration(least / _SHARE)
-        return Plan(0, 0.0, f"no language model: fine-tuning one takes a budget of at least {need} on this machine")
+        return Plan(0, 0.0, f"no language model: fine-tuning needs a budget of at least {need} on this machine")
     steps = int((allowed - asking) * _TRAINS[device] / BATCH_TOKENS)
-    return Plan(steps, allowed, f"the last {duration(allowed)} of the budget are for a language model")
+    return Plan(steps, allowed, f"the last {duration(allowed)} of the budget are reserved for a language model")
 
 
 def with_model(recipe: Recipe, planned: Plan) -> Recipe:
@@ -389,8 +389,8 @@ def build(
             search.rest()
         except KeyboardInterrupt:
             say(
-                "stopped: finishing with the results so far; press Ctrl-C again to end at once; the same command "
-                "resumes"
+                "stopped: finishing with the results so far; press Ctrl-C again to end immediately; run the same "
+                "command to resume"
             )
         chosen = search.chosen(options.users)
         best = search.best(chosen, split)

@@ -178,7 +178,8 @@ def check_asked(
     if twice is not None:
         raise DataError(
             f"the column {twice!r} is used for two options: "
-            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; give each one a column of its own",
+            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; use a different column for each "
+            "option",
             kind="contradiction",
             column=twice,
         )
@@ -313,7 +314,7 @@ class _Guess:
             if col.name == other or not weight:
                 continue
             if fault := no_id(col):
-                self._why[col.name] = f"called like the {role}, but {fault}"
+                self._why[col.name] = f"named like the {role}, but {fault}"
                 continue
             scored.append((self._score(col, role, weight), col))
         if not scored:
@@ -329,7 +330,7 @@ class _Guess:
             raise DataError.at(
                 self._name,
                 "ambiguous",
-                f": {' and '.join(map(repr, both))} could each be the {role}; say which with "
+                f": {' and '.join(map(repr, both))} could each be the {role}; choose with "
                 + " or ".join(f"--{role} {shell(h)}" for h in (best.name, *(h.name for h in rivals))),
             )
         for score, col in scored[1:]:
@@ -337,9 +338,9 @@ class _Guess:
             if not same and score < 0.7:
                 continue
             self._why[col.name] = (
-                f"stands for the same as {shown(best.name)}"
+                f"equivalent to {shown(best.name)}"
                 if same
-                else (f"could be the {role} too; --{role} {shell(col.name)} takes it")
+                else (f"could also be the {role}; select it with --{role} {shell(col.name)}")
             )
         self._why[best.name] = f"its name; {repeats(best)}"
         return best.name
@@ -373,11 +374,11 @@ class _Guess:
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
         for result, reason in (
-            (listed, "the table of items has it too"),
+            (listed, "also in the table of items"),
             (tied, f"goes with {shown(titles[0].name)}" if titles else ""),
-            (marked, "the only id left"),
-            (titles, "titles, which stand in for an id"),
-            (ids, "the only column left whose values repeat like ids"),
+            (marked, "the only remaining ID column"),
+            (titles, "titles, which are used as IDs"),
+            (ids, "the only remaining column with repeated values, like IDs"),
         ):
             if len(result) == 1:
                 self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
@@ -388,8 +389,8 @@ class _Guess:
         ids = self._id_like(item)
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
         for result, reason in (
-            (marked, "the only id left"),
-            (ids, "the only column left whose values repeat like ids"),
+            (marked, "the only remaining ID column"),
+            (ids, "the only remaining column with repeated values, like IDs"),
         ):
             if len(result) == 1:
                 self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
@@ -397,16 +398,18 @@ class _Guess:
         return None
 
     def _nothing_fits(self, missing: Sequence[str]) -> str:
-        text = [f"{shown(c)!r} is {why}" for c, why in self._why.items() if why.startswith("called like")]
+        text = [f"{shown(c)!r} is {why}" for c, why in self._why.items() if why.startswith("named like")]
         columns = ", ".join(f"{shown(c)} ({h.distinct} values)" for c, h in self._profiles.items())
         return (
-            f"{self._name}: no column could be told to be the {' or the '.join(missing)}"
+            f"{self._name}: found no column for the {' or the '.join(missing)}"
             + (f" ({'; '.join(text)})" if text else "")
-            + f"; say which it is with {' '.join(f'--{role} COLUMN' for role in missing)}. The columns of "
-            f"{self._rows()} rows are: {columns}"
-            + (f"; those in lists are: {', '.join(map(shown, self._inner))}" if self._inner else "")
+            + (
+                f"; set {' '.join(f'--{role} COLUMN' for role in missing)}. The columns ({self._rows()} rows) "
+                f"are: {columns}"
+            )
+            + (f"; columns in lists: {', '.join(map(shown, self._inner))}" if self._inner else "")
             + "".join(
-                f"; {shown(c)} holds {col}, which cannot be used"
+                f"; {shown(c)} contains {col}, which cannot be used"
                 for c, col in self._unusable.items()
                 if col not in (OBJECTS, LISTS)
             )
@@ -426,7 +429,9 @@ class _Guess:
                 result[col.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
         for name, counted in result.items():
             self._why[name] = (
-                f"its values; {counted}" if len(result) == 1 else f"could be the split; --split {shell(name)}"
+                f"its values; {counted}"
+                if len(result) == 1
+                else (f"could be the split; select it with --split {shell(name)}")
             )
         return next(iter(result)) if len(result) == 1 else None
 
@@ -440,8 +445,8 @@ class _Guess:
             raise DataError.at(
                 self._name,
                 "bad-value",
-                f": column {shown(column)!r} cannot be the split, since it says {shown(other)!r}; every row has to say "
-                f"one of {', '.join(SPELLED)}, or name another --split",
+                f": column {shown(column)!r} cannot be the split, since it contains {shown(other)!r}; every row needs "
+                f"one of {', '.join(SPELLED)}. Correct it, or choose another --split",
                 column,
             )
 
@@ -452,7 +457,7 @@ class _Guess:
             times = col.times
             if times.form == "no times" or col.distinct < 2 or col.named.weight("count"):
                 if weight and col.filled and col.distinct > 1:
-                    self._why[col.name] = "called like a time, but holds neither numbers nor dates"
+                    self._why[col.name] = "named like a time, but contains neither numbers nor dates"
                 continue
             unix = times.low is not None and any(low <= times.low and (times.high or 0) < high for low, high in UNIX)
             if not weight and ((times.form == "numbers" and not unix) or col.filled < col.rows):
@@ -468,13 +473,13 @@ class _Guess:
             weight = col.named.weight("rating")
             if not col.numeric or col.distinct < 2 or col.named.weight("count") or self._owned(col):
                 if weight and col.filled and not col.numeric:
-                    self._why[col.name] = "called like a rating, but holds no numbers"
+                    self._why[col.name] = "named like a rating, but contains no numbers"
                 continue
             if col.counts:
                 if weight:
                     self._why[col.name] = (
-                        f"called like a rating, but its numbers look like {self._amounts(col)}, from "
-                        f"{col.levels[0]:g} to {col.levels[-1]:g}; --rating {shell(col.name)} takes it all the same"
+                        f"named like a rating, but its numbers look like {self._amounts(col)}, from {col.levels[0]:g} "
+                        f"to {col.levels[-1]:g}; to use it, set --rating {shell(col.name)}"
                     )
                 continue
             if weight:
@@ -484,7 +489,7 @@ class _Guess:
                 others.append((0.1, col))
         if not named and len(others) > 1:
             for _, col in others:
-                self._why[col.name] = f"could be a rating; --rating {shell(col.name)} takes it"
+                self._why[col.name] = f"could be a rating; select it with --rating {shell(col.name)}"
             return None
         return self._first(named or others, "rating", levels)
 
@@ -511,7 +516,7 @@ class _Guess:
             many = col.distinct >= 0.7 * self._profiles[self._item].distinct
             if weight and not self._may_go(self._item, col.name):
                 if not self._goes(self._user, col.name):
-                    self._why[col.name] = f"called like a title, but one {shown(self._item)} has several"
+                    self._why[col.name] = f"named like a title, but one {shown(self._item)} has several"
                 continue
             if weight or (goes and many and col.words >= 1.5):
                 scored.append((weight + 0.1, col))
@@ -544,20 +549,19 @@ class _Guess:
                 continue
             if col.words < 2 or (not weight and (col.words < 5 or col.distinct < 0.5 * col.filled)):
                 if weight:
-                    self._why[col.name] = f"called like a text, but has {col.words:.1f} words on average"
+                    self._why[col.name] = f"named like a text, but has {col.words:.1f} words on average"
                 continue
             if self._owned(col):
                 continue
             if not review and (rating is None or about_orders(col.name)):
                 self._why[col.name] = (
-                    f"a text, but nothing says that it is about {shown(self._item)}; if it is a review, --text "
-                    f"{shell(col.name)} takes it"
+                    f"a text, possibly not about {shown(self._item)}; if it is a review, set --text {shell(col.name)}"
                 )
                 continue
             scored.append((weight + min(col.words, 100) / 1000, col))
         share = self._rows()
         return self._first(
-            scored, "text", lambda col: f"{col.words:.0f} words each; in {col.filled / share:.0%} of the rows"
+            scored, "text", lambda col: f"{col.words:.0f} words on average; in {col.filled / share:.0%} of the rows"
         )
 
     def _owned(self, col: Profile) -> bool:
@@ -570,7 +574,7 @@ class _Guess:
         scored.sort(key=lambda pair: -pair[0])
         best = scored[0][1]
         for _, col in scored[1:]:
-            self._why[col.name] = f"could be the {role} too; --{role} {shell(col.name)} takes it"
+            self._why[col.name] = f"could also be the {role}; select it with --{role} {shell(col.name)}"
         self._why[best.name] = f"{'its name' if best.named.weight(role) else 'its values'}; {say(best)}"
         return best.name
 
@@ -600,11 +604,11 @@ class _Guess:
         for _, name in sorted(scored, key=lambda pair: -pair[0]):
             same = next((other for other in kept if self._equal(name, other)), None)
             if same is not None:
-                self._why[name] = f"holds the same values as {shown(same)}"
+                self._why[name] = f"has the same values as {shown(same)}"
             elif len(kept) < _MOST_FIELDS:
                 kept.append(name)
             else:
-                self._why[name] = f"goes with {shown(self._item)}; --fields {shell(name)} lets templates show it"
+                self._why[name] = f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(name)}"
         return tuple(name for _, name in scored if name in kept)
 
     def _equal(self, one: str, other: str) -> bool:
@@ -622,24 +626,24 @@ class _Guess:
         if col.distinct == 1:
             return "the same value in every row"
         if col.unique and col.words < 3:
-            return "a different value in every row: an id of rows"
+            return "a different value in every row, like a row ID"
         if col.named.weight("row"):
-            return "an id of orders or rows, by its name"
+            return "an order or row ID, by its name"
         if self._goes(self._item, col.name):
-            return f"goes with {shown(self._item)}; --fields {shell(col.name)} lets templates show it"
+            return f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(col.name)}"
         if self._goes(self._user, col.name):
-            return f"goes with {shown(self._user)}; a table has no columns about users"
+            return f"describes {shown(self._user)}; user columns need a table of users"
         if col.named.weight("count"):
             return "a count or an amount, by its name"
         if kinds_of_events(col):
-            return "kinds of events, by its values; see the note"
+            return "kinds of interactions, by its values; see the note"
         if col.numeric and col.counts:
             return f"looks like {self._amounts(col)}, not like ratings"
-        return "nothing that llmrec uses"
+        return "not used by llmrec"
 
     def _idle_item(self, col: Profile) -> str:
         if col.name == leaf(self._item):
             return f"the same as {shown(self._item)}"
         if not col.filled or col.distinct == 1:
             return "it is empty" if not col.filled else "the same value in every row"
-        return f"--fields {shell(col.name)} lets templates show it"
+        return f"to show it in prompts, set --fields {shell(col.name)}"

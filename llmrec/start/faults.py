@@ -72,8 +72,8 @@ def _unused(peek: Peek, col: Profile, role: str, values: pl.Series) -> Fault | N
     return Fault(
         col.name,
         peek.place(row),
-        f"{_place(peek, col, row, role)}, which is no {role}, and a column of this name would be taken for one",
-        f"{col.name} is not in it",
+        f"{_place(peek, col, row, role)}, which is not a {role}, although the column has the default name of {role}s",
+        f"the copy does not contain {col.name}",
         f"rename the column {col.name}",
     )
 
@@ -86,7 +86,7 @@ def _numbers(peek: Peek, roles: Roles) -> Fault | None:
     col = roles.profiles[roles.rating]
     form, values = col.numbers.form, col.numbers.values
     rows, row = _bad(col, values)
-    name, place = shown(col.name), "--rating none leaves ratings out"
+    name, place = shown(col.name), "set --rating none to ignore ratings"
     if form == "no numbers":
         text = f"{_place(peek, col, row, 'rating')}, which is not a number"
         return Fault(col.name, peek.place(row), text, "", place)
@@ -95,15 +95,15 @@ def _numbers(peek: Peek, roles: Roles) -> Fault | None:
         kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
         first = int(commas.arg_max() or 0)
         text = f"{_place(peek, col, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
-        text += ", where llmrec reads 4.5"
+        text += ", but llmrec needs numbers like 4.5"
         return Fault(
-            col.name, peek.place(first), text, f"{name} is written with decimal points{_left_out(rows)}", place
+            col.name, peek.place(first), text, (f"{name} is written with decimal points{_left_out(rows)}"), place
         )
     if not rows:
         return None
-    text = f"{_place(peek, col, row, 'rating')}, which is no number ({rows} of {col.rows} rows)"
-    text += "; ratings stand in every row or in none"
-    return Fault(col.name, peek.place(row), text, f"rows without a number in {name} are left out", place)
+    text = f"{_place(peek, col, row, 'rating')}, which is not a number ({rows} of {col.rows} rows)"
+    text += "; either every row or no row must have a rating"
+    return Fault(col.name, peek.place(row), text, f"rows without a number in {name} are removed", place)
 
 
 def _times(peek: Peek, roles: Roles) -> Fault | None:
@@ -116,22 +116,25 @@ def _times(peek: Peek, roles: Roles) -> Fault | None:
     rows, row = _bad(col, values)
     first = int((col.cells != "").arg_max() or 0)
     filled = _place(peek, col, first, "time")
-    place = "--time none takes the order of the rows"
+    place = "set --time none to use the row order"
     if form == "no times":
         return Fault(col.name, peek.place(first), f"{filled}, which is neither a number nor a date", "", place)
     if form == "dates whose day and month cannot be told apart":
-        text = f"{filled}, in which day and month cannot be told apart, here as in all others"
+        text = f"{filled}, in which day and month are ambiguous, as in all other rows"
         return Fault(
             col.name,
             peek.place(first),
             text,
             "",
-            f"--dates day-first or --dates month-first says which stands first. {place}",
+            f"set --dates day-first or --dates month-first. {place}",
         )
     if not rows:
         return None
-    text = f"{_place(peek, col, row, 'time')}, which is no time like the others ({rows} of {col.rows} rows)"
-    return Fault(col.name, peek.place(row), text, f"rows without a time in {shown(col.name)} are left out", place)
+    text = (
+        f"{_place(peek, col, row, 'time')}, which does not have the format of the other times ({rows} of {col.rows} "
+        "rows)"
+    )
+    return Fault(col.name, peek.place(row), text, f"rows without a time in {shown(col.name)} are removed", place)
 
 
 def _read(values: pl.Series, plain: bool) -> pl.Series:
@@ -139,7 +142,7 @@ def _read(values: pl.Series, plain: bool) -> pl.Series:
 
 
 def _left_out(rows: int) -> str:
-    return f", {rows} rows without one are left out" if rows else ""
+    return f", and {rows} rows without a number are removed" if rows else ""
 
 
 def _ids(peek: Peek, roles: Roles) -> list[Fault]:
@@ -154,7 +157,7 @@ def _ids(peek: Peek, roles: Roles) -> list[Fault]:
                     peek.place(row),
                     f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is missing "
                     f"({col.rows - col.filled} of {col.rows} rows)",
-                    f"rows without {_a(role)} are left out",
+                    f"rows without {_a(role)} are removed",
                     kind="missing-value",
                 )
             )
@@ -171,9 +174,9 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
                 Fault(
                     roles.item,
                     Place(peek.table.name),
-                    f"{items.name} calls the item {shown(column)!r} and {peek.table.name} calls it "
-                    f"{shown(roles.item)!r}; the two are joined on one name",
-                    f"the item is called {shown(column)}",
+                    f"the item column is {shown(column)!r} in {items.name}, but {shown(roles.item)!r} in "
+                    f"{peek.table.name}; both must have the same name",
+                    f"the item column is renamed to {shown(column)}",
                     kind="missing-column",
                 )
             )
@@ -185,8 +188,8 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
                     roles.item,
                     peek.place(first),
                     f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
-                    f"{len(kept)} items are not)",
-                    f"rows whose item is not in {items.name} are left out",
+                    f"{len(kept)} items are missing)",
+                    f"rows whose item is not in {items.name} are removed",
                     kind="unknown-name",
                 )
             )
@@ -213,7 +216,9 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
     if copy is None:
         instead = instead or ["Fix the frame"]
     elif all(fault.mend for fault in listed):
-        ways.append(f"`--mend {shell(str(copy))}` writes a copy of the table and a recipe for it: {', '.join(mends)}")
+        ways.append(
+            f"To write a repaired copy and a recipe for it, set `--mend {shell(str(copy))}`: {', '.join(mends)}"
+        )
     return f"{message}. {'. '.join([*ways, *map(_capital, instead)])}"
 
 
@@ -243,8 +248,8 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
         raise DataError.at(
             table.name,
             "contradiction",
-            f" has a column {shown(item_column)!r} that is not the item, and the table of items calls the "
-            "item so; rename one of the two",
+            f" has another column {shown(item_column)!r}, the name of the item column in the table of items; rename "
+            "one of the two",
             item_column,
         )
     columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}
@@ -272,7 +277,7 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
 def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.DataFrame:
     kept = frame.filter(keep)
     if kept.height < frame.height:
-        done.append(f"{frame.height - kept.height} rows without {what} were left out")
+        done.append(f"{frame.height - kept.height} rows without {what} were removed")
     return kept
 
 
@@ -289,9 +294,11 @@ def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
             at=path,
         )
     if path.exists() and not force:
-        raise DataError.at(path, "exists", " exists; name another file after --mend, or write over it with --force")
+        raise DataError.at(path, "exists", " exists; choose another file for --mend, or overwrite it with --force")
     if frame.is_empty():
-        raise DataError(f"--mend {path}: no row can be used, so there is nothing to copy", kind="empty", at=path)
+        raise DataError(
+            f"--mend {path}: no row of the table can be used, so the copy would be empty", kind="empty", at=path
+        )
     with replacing(path) as draft:
         if path.suffix.lower() == ".parquet":
             frame.write_parquet(draft)

@@ -296,12 +296,16 @@ def _baseline(model: Any, seed: int) -> Any:
     if not isinstance(model, str | Path):
         if isinstance(model, Predictor) and isinstance(model, Trainable):
             return model
-        raise RecipeError(f"model: {model!r} has no fit and answer; give a baseline", kind="bad-value", column="model")
+        raise RecipeError(
+            f"model: {model!r} does not have the methods fit and answer; pass a baseline",
+            kind="bad-value",
+            column="model",
+        )
     name = str(model)
     if name not in BASELINES and not is_plugin(BASELINES, name):
         known = ["auto", LANGUAGE_MODEL, *BASELINES]
         raise RecipeError(
-            f"model: unknown {name!r}{did_you_mean(name, known)}; give the path of a recipe, or one of: "
+            f"model: unknown {name!r}{did_you_mean(name, known)}; pass the path of a recipe, or one of: "
             f"{', '.join(known)}",
             kind="unknown-name",
             column="model",
@@ -313,7 +317,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
     """Fit a baseline on all interactions, in memory."""
     if interactions is None:
         raise DataError(
-            "interactions: give a frame or the path of a table", kind="missing-value", column="interactions"
+            "interactions: pass a frame or the path of a table", kind="missing-value", column="interactions"
         )
     kind = type(model)
     registered = model.name in BASELINES and lookup(BASELINES, model.name, "baseline") is kind

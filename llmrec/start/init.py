@@ -106,7 +106,7 @@ def init(
         raise DataError(f"--query: {table} is not a database; remove the option", kind="contradiction")
     if mend is not None and mend.exists() and any(_is(mend, given) for given in (path, items_path) if given):
         raise DataError(
-            f"--mend {mend} is the table itself, which is never overwritten; choose another file",
+            f"--mend {mend}: this is the table itself, which is never overwritten; choose another file",
             kind="exists",
             at=mend,
         )
@@ -131,7 +131,7 @@ def init(
         frame, notes = mended(read.table, roles, listed, column)
         write_copy(frame, mend, force=force)
         notes = [
-            f"{mend} is a copy of {path or table} that llmrec can read",
+            f"{mend} is a repaired copy of {path or table}",
             *dict.fromkeys(f.mend for f in wrong),
             *notes,
         ]
@@ -183,8 +183,8 @@ def name_of(name: str | None, table: str) -> str:
         return stem or "mine"
     if not _NAME.fullmatch(name):
         raise RecipeError(
-            f"--name {shown(name)!r}: a recipe's name starts with a letter or digit and has letters, digits, dots, "
-            "hyphens and underscores",
+            f"--name {shown(name)!r}: use letters, digits, dots, hyphens and underscores, starting with a letter or "
+            "digit",
             kind="bad-value",
             column="name",
         )
@@ -196,9 +196,9 @@ def _target(out: Path | None, name: str, force: bool) -> Path:
     if target.suffix.lower() not in (".yaml", ".yml"):
         raise RecipeError(f"--out {target}: the name of a recipe must end in .yaml", kind="wrong-format", at=target)
     if target.is_dir():
-        raise RecipeError.at(target, "unreadable", " is a folder; name a file after --out")
+        raise RecipeError.at(target, "unreadable", " is a folder; give a file with --out")
     if target.exists() and not force:
-        raise RecipeError.at(target, "exists", " exists; name another file after --out, or write over it with --force")
+        raise RecipeError.at(target, "exists", " exists; choose another file for --out, or overwrite it with --force")
     return target
 
 
@@ -229,7 +229,7 @@ def _file(text: str) -> Path:
         raise DataError.at(
             text,
             "wrong-format",
-            f": this is a database; name it as {url}, with --query {shlex.quote(suggested(url))}",
+            f": this is a database; write it as {url}, with --query {shlex.quote(suggested(url))}",
         )
     return path
 
@@ -239,8 +239,8 @@ def _items_file(text: str, table: str) -> Path:
         return _file(text)
     way = "save its rows as CSV or Parquet and give that file"
     if is_database(text) and text == table:
-        way = f"join it in the query, such as --query {shlex.quote(suggested(table))}, and leave --items out"
-    raise DataError.at(text, "wrong-format", f": the table of items is a file; {way}")
+        way = f"join the items in the query, such as --query {shlex.quote(suggested(table))}, and drop --items"
+    raise DataError.at(text, "wrong-format", f": the table of items must be a file; {way}")
 
 
 def _is(copy: Path, given: Path) -> bool:
@@ -276,8 +276,8 @@ def _item_column(roles: Roles, items: Table | None) -> str:
         raise DataError.at(
             items.name,
             "missing-column",
-            f" has no column {shown(roles.item)!r}, and none that holds the same values; its columns are "
-            f"{', '.join(map(shown, roles.items))}. Call the item's column the same in both tables",
+            f" has no column {shown(roles.item)!r}, and no column with the same values; its columns are "
+            f"{', '.join(map(shown, roles.items))}. Use the same name for the item column in both tables",
             roles.item,
         )
     return best
@@ -321,7 +321,7 @@ def _page(
     elif twice:
         duplicates = "some items are listed twice; the last entry of each is kept"
     elif not used.whole:
-        duplicates = "only a part of the table was looked at; of repeated rows the latest is kept"
+        duplicates = "only a part of the table was read; of repeated rows the latest is kept"
     return Page(
         name=name,
         made_from=called if items is None else f"{called} and {items.name}",
@@ -366,7 +366,7 @@ def _write(page: Page, target: Path, *, check: bool, dataset: Dataset | None = N
         _write_schema(target.with_name(SCHEMA))
         return page.plan, recipe, cut
     off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
-    raise DataError.at(page.path, "too-few", f": this table can carry none of the four tasks: {off}")
+    raise DataError.at(page.path, "too-few", f": this table does not support any of the four tasks: {off}")
 
 
 def _cut(dataset: Dataset, recipe: Recipe) -> SplitDataset:
@@ -417,7 +417,7 @@ def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
         ("rows", f"{facts.rows}" + ("" if plan.core == 1 else f", after user_core and item_core {plan.core}")),
         ("users", f"{facts.users}"),
         ("items", f"{facts.items}, called {plan.noun} in prompts"),
-        ("history", f"a median of {median:g} different items a user, from {low} to {high}"),
+        ("history", f"{low} to {high} different items per user, median {median:g}"),
     ]
     if facts.repeats:
         rows.append(("repeats", f"{facts.repeats} rows repeat a user with an item; the latest is kept (keep_last)"))
@@ -444,8 +444,9 @@ def _plan_hints(plan: Plan, cut: str) -> list[str]:
     hints = [cut] if cut else []
     if plan.split == "last_basket":
         hints.append(
-            f"{plan.facts.tied:.0%} of the users took several {plan.noun} at their last time, as in one order, so the "
-            "recipe holds out whole orders (data.split.kind: last_basket): the rest of an order would give an item away"
+            f"{plan.facts.tied:.0%} of the users chose several {plan.noun} at their last timestamp, as in one order, "
+            "so the recipe holds out whole orders (data.split.kind: last_basket), since the rest of an order would "
+            "reveal the target"
         )
     if plan.facts.zeros > 0.3:
         hints.append(
@@ -453,8 +454,8 @@ def _plan_hints(plan: Plan, cut: str) -> list[str]:
         )
     if plan.candidates < 20 and {"direct", "sequential"} & set(plan.on):
         hints.append(
-            f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
-            f"of {plan.facts.items} items"
+            f"requests have {plan.candidates} candidates instead of 20, because a user has interacted with "
+            f"{plan.facts.history[2]} of {plan.facts.items} items"
         )
     return hints
 
@@ -463,9 +464,8 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
     hints = _plan_hints(plan, cut)
     if known := sources_with(used.table.frame.columns):
         hints.append(
-            f"its columns are those of {', '.join(known)}: `llmrec init FOLDER` with the folder of such a set, or the "
-            "name as data.source, reads the files as they were published, with titles and terms "
-            "(docs/datasets-and-output-files.md)"
+            f"the columns are the same as in {', '.join(known)}: to read the published files with titles, use `llmrec "
+            "init FOLDER` with their folder, or set data.source to the name (docs/datasets-and-output-files.md)"
         )
     hints += [_events_hint(col, kinds, plan) for col, kinds in _events(roles)]
     if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
@@ -477,17 +477,21 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
         companion = companion_of(path, roles.item) if items is None and path is not None else None
         if companion is not None:
             option = f"--items {shlex.quote(str(companion))}"
-            hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
+            hints.append(
+                f"{companion.name} also has a column {shown(roles.item)}: to read titles from it, set {option}"
+            )
     if path is not None and (people := of_atomic(path, ".user")) is not None:
-        hints.append(f"{people} is about users: data.users and data.columns.user_fields read it (docs/your-data.md)")
+        hints.append(
+            f"{people} contains user data: to read it, set data.users and data.columns.user_fields (docs/your-data.md)"
+        )
     beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
     if beside is not None and beside.is_file() and roles.split is None:
         hints.append(
-            f"{beside.name} is in the same folder: if both are a published split, write data.files and "
-            "data.split.kind=given in place of data.path (docs/your-data.md)"
+            f"{beside.name} is in the same folder: if both files are a published split, set data.files and "
+            "data.split.kind=given instead of data.path (docs/your-data.md)"
         )
     if not used.whole:
-        hints.append("only a part of the table was read; `llmrec check` reads it whole")
+        hints.append("only a part of the table was read; `llmrec check` reads the whole table")
     return hints
 
 
@@ -506,8 +510,8 @@ def _events_hint(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
     """Return a hint on how to keep only one event type."""
     counted = ", ".join(f"{shown(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
     return (
-        f"{shown(col.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "
-        f"kind, write below data:  {_where(col, kinds, plan)}"
+        f"{shown(col.name)} contains the kind of each interaction ({counted}), and the recipe uses all kinds; to keep "
+        f"only one kind, add to data:  {_where(col, kinds, plan)}"
     )
 
 

@@ -29,7 +29,7 @@ class TableOptions:
     )
     title: Annotated[str | None, About(help="Column of item titles; none to use item IDs. Default: detected.")] = None
     fields: Annotated[
-        str | None, About(help="Comma-separated item feature columns; none to use none. Default: detected.")
+        str | None, About(help="Comma-separated item feature columns; none for no features. Default: detected.")
     ] = None
     dates: Annotated[str | None, About(help="Order of dates such as 03/04/2024: day-first or month-first.")] = None
     split: Annotated[
@@ -53,7 +53,9 @@ class InitOptions(TableOptions):
     out: Annotated[Path | None, About(help="Recipe file to write. Default: NAME.yaml.")] = None
     name: Annotated[str | None, About(help="Name of the recipe. Default: the name of the table.")] = None
     text: Annotated[str | None, About(help="Column of review texts; none to ignore texts. Default: detected.")] = None
-    mend: Annotated[Path | None, About(help="Fix faults of the table in a copy at this path, and use the copy.")] = None
+    mend: Annotated[
+        Path | None, About(help="Write a repaired copy of the table to this file, and use it in the recipe.")
+    ] = None
     force: Annotated[bool, About(help="Overwrite an existing recipe or copy.")] = False
 
 
@@ -66,7 +68,7 @@ class AutoOptions(TableOptions):
         About(
             argument=True,
             metavar="TABLE",
-            help="Table as for llmrec init, or a recipe file whose data to use.",
+            help="Table, as for llmrec init, or a recipe file with the data.",
         ),
     ]
     budget: Annotated[
@@ -75,8 +77,8 @@ class AutoOptions(TableOptions):
     out: Annotated[Path | None, About(help="Run folder. Default: runs/NAME-auto.")] = None
     name: Annotated[str | None, About(help="Name of the run. Default: the name of the table.")] = None
     users: Annotated[int, About(help="Number of test users for the final evaluation.", least=1)] = 5000
-    classic: Annotated[bool, About(help="Do not fine-tune a language model, whatever the budget.")] = False
-    rating: Annotated[str | None, About(help="Column of ratings, which are not used. Default: none.")] = None
+    classic: Annotated[bool, About(help="Do not fine-tune a language model, even if the budget allows it.")] = False
+    rating: Annotated[str | None, About(help="Column of ratings, which is ignored. Default: none.")] = None
 
     @property
     def seconds(self) -> float:
@@ -99,7 +101,11 @@ class TuneOptions:
     ]
     overrides: Annotated[
         tuple[str, ...],
-        About(names=("--set",), metavar="KEY=VALUE", help="Recipe key to override in all trials. Repeatable."),
+        About(
+            names=("--set",),
+            metavar="KEY=VALUE",
+            help="Recipe key to override in all trials, as KEY=VALUE. Repeatable.",
+        ),
     ] = ()
     budget: Annotated[str, About(metavar="TIME", help="Time budget of this call, such as 90s, 30m or 2h.")] = "2h"
     trials: Annotated[

@@ -345,23 +345,23 @@ def labels(levels: tuple[float, ...]) -> int:
 
 
 def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, str]]:
-    order = f"in order of {events.time}" if events.time else "in the order of the rows, since there is no time"
+    order = f"in order of {events.time}" if events.time else "in row order, since there are no timestamps"
     few = f"{facts.able} of {facts.users} users have 3 or more different items"
-    short = "needs users with 4 or more different items: 2 are held out, 2 show an order"
+    short = "needs users with 4 or more different items: 2 held-out items, 2 training items"
     if facts.tied:
         few = f"{facts.able} of {facts.users} users have items at 3 or more times"
-        short = "needs users with 2 or more items before the baskets that are held out, which show an order"
+        short = "needs users with 2 or more items before the held-out baskets"
     if events.parts is not None:
         few = f"{facts.able} of {facts.users} users have test rows and training rows"
-        short = "needs users with 2 or more training rows, which show an order"
+        short = "needs users with 2 or more training rows"
     result: dict[str, tuple[bool, str]] = {}
     if events.ratings is None:
         result["rating"] = (False, "needs a column of ratings")
     elif len(facts.levels) < 2:
-        result["rating"] = (False, f"needs ratings with at least 2 values, and {events.rating} has {len(facts.levels)}")
+        result["rating"] = (False, f"needs ratings with at least 2 values, but {events.rating} has {len(facts.levels)}")
     elif labels(facts.levels) > _MOST_LABELS:
         many = labels(facts.levels)
-        result["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, and {events.rating} has {many}")
+        result["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, but {events.rating} has {many}")
     else:
         low, high = facts.levels[0], facts.levels[-1]
         result["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")
@@ -374,12 +374,15 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
     if facts.able:
         result["direct"] = (True, f"{facts.items} items, {count} candidates a request")
         if count < 2:
-            why = f"needs items that a user has not had, and one user has {facts.history[2]} of {facts.items}"
+            why = (
+                f"needs items without interactions of a user, but one user has {facts.history[2]} of {facts.items} "
+                "items"
+            )
             result["direct"] = result["sequential"] = (False, why)
     if events.texts is None:
-        result["explanation"] = (False, "needs a column of texts that users wrote")
+        result["explanation"] = (False, "needs a column of texts written by users")
     elif facts.with_texts < _LEAST_TEXTS:
-        why = f"needs at least {_LEAST_TEXTS} texts, and {events.text} has {facts.with_texts}"
+        why = f"needs at least {_LEAST_TEXTS} texts, but {events.text} has {facts.with_texts}"
         result["explanation"] = (False, why)
     else:
         result["explanation"] = (True, f"{facts.with_texts} texts in {events.text}")

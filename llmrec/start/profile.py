@@ -269,8 +269,8 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
         raise DataError.at(
             table.name,
             "missing-column",
-            f" has one column, {shown(columns[0], 80)!r}; a table needs a user and an item, and commas, "
-            "semicolons or tabs between its columns",
+            f" has only one column, {shown(columns[0], 80)!r}; a table needs user and item columns, separated by "
+            "commas, semicolons or tabs",
         )
     result = {name: _profile(table, name, dates) for name in columns}
     values = [not name.strip() or _is_value(name) for name in columns]
@@ -280,8 +280,8 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
         raise DataError.at(
             table.name,
             "wrong-format",
-            f" seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; write the "
-            "names of the columns above it",
+            f" seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; add a first line with "
+            "the column names",
         )
     return result
 
@@ -359,9 +359,9 @@ def no_id(col: Profile, *, named: bool = False) -> str:
     if col.times.form not in ("no times", "numbers"):
         return "it holds dates"
     if col.numeric and not col.whole:
-        return "it holds numbers with fractions"
+        return "it contains fractional numbers"
     if col.words > 12:
-        return "it holds long texts"
+        return "it contains long texts"
     return ""
 
 
@@ -559,7 +559,7 @@ def _complete(raw: bytes) -> bytes:
 def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     name = str(path)
     if not head.strip():
-        raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
+        raise DataError.at(name, "empty", ": the beginning of the file has no complete row; write the table again")
     # Later rows are used only for statistics: `llmrec check` reads the whole file and reports errors there.
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
     if kind in _JSON:

@@ -31,8 +31,8 @@ def no_query(url: str) -> DataError:
     return DataError.at(
         url,
         "missing-key",
-        f": say which rows are the interactions, such as --query {shlex.quote(suggested(url, tables))}; its tables "
-        f"are: {enumerated(tables)}",
+        f": select the interactions, for example with --query {shlex.quote(suggested(url, tables))}; its tables are: "
+        f"{enumerated(tables)}",
         "data.query",
     )
 

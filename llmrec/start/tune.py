@@ -98,13 +98,13 @@ def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
     result = tuple(map(_space, texts))
     if not result:
         raise RecipeError(
-            "nothing to search: name a key and its values, such as --over train.learning_rate=1e-4..1e-3",
+            "nothing to search: give a key and its values, such as --over train.learning_rate=1e-4..1e-3",
             kind="missing-key",
             column="--over",
         )
     keys = [space.key for space in result]
     if len(set(keys)) < len(keys):
-        raise RecipeError(f"--over: a key is given twice: {', '.join(keys)}", kind="duplicate", column="--over")
+        raise RecipeError(f"--over: a key is repeated: {', '.join(keys)}", kind="duplicate", column="--over")
     return result
 
 
@@ -452,9 +452,8 @@ class _Search:
         if other:
             raise RecipeError(
                 f"--over: the trial with {shown} was evaluated with another {' and another '.join(other)} than the "
-                "first, "
-                "so their figures cannot be compared; search keys that change the model, and set those that change "
-                "the evaluation with --set",
+                "first trial, so the two are not comparable; search keys of the model, and set keys of the "
+                "evaluation with --set",
                 kind="mismatch",
                 column="--over",
             )
@@ -476,7 +475,7 @@ class _Search:
         known = [row for row in models or rows if row["metrics"].get(self.metric, {}).get("value") is not None]
         if not known:
             raise RecipeError(
-                f"--metric: no row of {self.family} has {self.metric}; they have "
+                f"--metric: no model of {self.family} has the metric {self.metric}; choose one of "
                 f"{', '.join(sorted({name for row in rows for name in row['metrics']}))}",
                 kind="unknown-name",
                 column="--metric",

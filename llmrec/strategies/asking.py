@@ -67,7 +67,7 @@ class Prompting:
         if capability not in self.backend.capabilities:
             offered = ", ".join(sorted(self.backend.capabilities))
             raise BackendError(
-                f"backend {self.backend.name!r} cannot {capability}; it offers {offered}",
+                f"the backend {self.backend.name!r} does not support {capability}; it supports {offered}",
                 kind="unsupported",
                 column="eval.backend",
             )
@@ -117,8 +117,8 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
     except TypeError as error:
         arguments = ", ".join(["a Prompting", *options])
         raise RecipeError(
-            f"the strategy {name!r} cannot be created with {arguments} ({error}); accept these, eval keys by its "
-            "attribute keys",
+            f"the strategy {name!r} cannot be created with {arguments} ({error}); accept these arguments, and declare "
+            "eval keys in its attribute keys",
             kind="defect",
             at=name,
         ) from error

@@ -83,8 +83,8 @@ class CatalogueRanker:
         task = self.asker.task
         if not task.writes_alike(self.asker.template):
             raise RecipeError(
-                f"template {self.asker.template}: its answer depends on the request, and a search needs the same "
-                "catalogue for all requests; let the answer contain only the item",
+                f"template {self.asker.template}: a search needs the same answers for all requests, but the answers "
+                "of this template depend on the request; use only the item in the answer",
                 kind="unsupported",
                 at=self.asker.template,
             )

@@ -176,7 +176,7 @@ def ranked(found: Scored) -> Ranking:
 def _candidates(request: Request) -> tuple[str, ...]:
     if request.candidates is None:
         raise LlmrecError(
-            f"request {request.id} has no candidates to rank; give it a candidate set",
+            f"request {request.id} has no candidates to rank; set Request.candidates",
             kind="missing-value",
             column="candidates",
         )

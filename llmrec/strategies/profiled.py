@@ -36,8 +36,8 @@ class TwoStepRanker:
         self._task = task
         if not task.shows_profile(asker.template):
             raise RecipeError(
-                f"template {asker.template}: the strategy two-step puts its summary of the user into the profile, "
-                "which this template does not show; use with-profile, or another one with `profile`",
+                f"template {asker.template}: the strategy two-step generates a user profile, but this template does "
+                "not show `profile`; use with-profile, or another template with `profile`",
                 kind="contradiction",
                 at=asker.template,
             )

@@ -196,8 +196,9 @@ class Calibrated:
         known = [(a.value, case.truth) for a, case in zip(answers, cases, strict=True) if isinstance(a, Probability)]
         if not known:
             raise LlmrecError(
-                f"tasks.ctr.calibrate: {self.name} gave no answer to the {len(cases)} validation cases that could be "
-                "parsed; set it to none, or hold out more (data.split.valid, or the valid part of a given split)",
+                f"tasks.ctr.calibrate: no answer of {self.name} to the {len(cases)} validation cases could be parsed; "
+                "set the key to none, or hold out more validation interactions (data.split.valid, or the validation "
+                "file of a given split)",
                 kind="too-few",
                 column="tasks.ctr.calibrate",
             )

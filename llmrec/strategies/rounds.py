@@ -194,8 +194,8 @@ class Rounds:
             usable = [request for request in self._training if len(request.candidates or ()) >= size]
             if not usable:
                 raise LlmrecError(
-                    f"eval.debias: no training question has {size} candidates, the number of a request; set it to "
-                    "none, or lower eval.candidates.count",
+                    f"eval.debias: requests have {size} candidates, but no training example has so many; set "
+                    "eval.debias=none, or lower eval.candidates.count",
                     kind="too-few",
                     column="eval.debias",
                 )
@@ -264,7 +264,7 @@ def _left(question: Question) -> tuple[str, ...]:
 def _with_candidates(request: Request) -> Request:
     if not request.candidates:
         raise LlmrecError(
-            f"request {request.id} has no candidates to rank; give it a candidate set",
+            f"request {request.id} has no candidates to rank; set Request.candidates",
             kind="missing-value",
             column="candidates",
         )

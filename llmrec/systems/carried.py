@@ -67,9 +67,11 @@ class Carried:
             ModelError: If the folder is incomplete or damaged, or the weights are of another shape or encoder.
             DataError: If they were learned from these data under another split.
         """
-        path, fix = Path(folder), f"write it again with the method save of a fitted {self.name}"
+        path, fix = Path(folder), f"save the weights again with the method save of a fitted {self.name}"
         if not verifies(path):
-            raise ModelError(f"start: {folder} has no intact weights of {self.name}; {fix}", kind="damaged", at=path)
+            raise ModelError(
+                f"start: the weights of {self.name} in {folder} are missing or damaged; {fix}", kind="damaged", at=path
+            )
         message = read_json(path / f"{self.name}.json", fix)
         for key, value in {**self.shape, "stamp": find_encoder(self.config.encoder)[1]}.items():
             if message.get(key) != value:
@@ -84,7 +86,7 @@ class Carried:
         if same and message.get("train") != digest_frame(data.train):
             raise DataError(
                 f"start: {folder} was trained on another split of {data.dataset.name}, which may include interactions "
-                "that are held out here; train it again on the training part of this split",
+                "that are held out here; train the weights again on the training interactions of this split",
                 kind="leak",
                 at=folder,
                 column="start",

@@ -46,8 +46,8 @@ class AlignmentTask(Task):
         data, seed, index = inputs.data, inputs.seed, inputs.index
         if index is None:
             raise RecipeError(
-                "tasks.alignment: it trains the meaning of item codes and needs an index; add one to the recipe, such "
-                "as index: {scheme: semantic}, or remove the task",
+                "tasks.alignment: the task trains the meaning of item codes and needs an index; add an index to the "
+                "recipe, such as index: {scheme: semantic}, or remove the task",
                 kind="missing-key",
                 column="index",
             )
@@ -58,7 +58,7 @@ class AlignmentTask(Task):
         self._trained = tuple(item for item in sorted(data.dataset.items) if item not in self.held.items)
         if not self._trained:
             raise RecipeError(
-                f"tasks.alignment.held_out: {section.held_out:g} leaves no item to train on; lower it",
+                f"tasks.alignment.held_out: {section.held_out:g} leaves no item to train on; lower this share",
                 kind="too-few",
                 column="tasks.alignment.held_out",
             )
@@ -93,7 +93,7 @@ class AlignmentTask(Task):
         part = self.held.part(split)
         if self._candidates is None:
             raise RecipeError(
-                "tasks.alignment ranks stored candidates; draw them first (llmrec.tasks.held_items)",
+                "tasks.alignment ranks stored candidates; draw candidates first (llmrec.tasks.held_items)",
                 kind="missing-value",
                 column="candidates",
             )
@@ -102,8 +102,8 @@ class AlignmentTask(Task):
             name = request_name(item, self._seed)
             if name not in self._candidates.sets:
                 raise DataError(
-                    "tasks.alignment: the stored candidates have no set for a held-out item, so they were drawn for "
-                    "another split, seed or data set; draw them again",
+                    "tasks.alignment: a held-out item has no stored candidates, which were drawn for another split, "
+                    "seed or data set; draw the candidates again",
                     kind="mismatch",
                     column="tasks.alignment",
                 )
@@ -133,8 +133,8 @@ class AlignmentTask(Task):
         drawn = [item for item in sample if item != self._item(request)][:shots]
         if len(drawn) < shots:
             raise DataError(
-                f"tasks.alignment: {shots} few-shot examples are requested, but only {len(self._trained)} items are "
-                "training items, including that of the question; lower eval.shots.k",
+                f"tasks.alignment: {shots} few-shot examples are requested, but there are only {len(self._trained)} "
+                "training items, including the item of the request; lower eval.shots.k",
                 kind="too-few",
                 column="eval.shots.k",
             )
@@ -189,7 +189,7 @@ class AlignmentTask(Task):
         if template.asks_with_code == template.answers_with_code:
             raise RecipeError(
                 f"template {template.id}: an alignment template shows item.code and asks for item.title, or shows "
-                "item.title and asks for item.code; write item.code in one of user and target",
+                "item.title and asks for item.code; use item.code in either user or target",
                 kind="bad-value",
                 at=template.id,
             )
@@ -225,8 +225,7 @@ class AlignmentTask(Task):
         item = request.item if request.item is not None else self._named.get(request.id)
         if item is None:
             raise DataError(
-                f"request {request.id!r}: the alignment task needs an item, and this is none of its cases; set "
-                "Request.item",
+                f"request {request.id!r}: the alignment task needs an item; set Request.item",
                 kind="missing-value",
                 column="item",
             )

@@ -83,8 +83,8 @@ class CtrTask(Task):
         self._events = Pasts(data, rated=True)
         if inputs.learns and not self._events:
             raise DataError(
-                f"tasks.ctr: {data.dataset.name} has no ratings to derive yes or no from; remove the task or set "
-                "data.columns.rating",
+                f"tasks.ctr: {data.dataset.name} has no ratings, from which likes are derived; set "
+                "data.columns.rating, or remove the task",
                 kind="missing-column",
                 at=data.dataset.name,
                 column="rating",
@@ -166,8 +166,9 @@ class CtrTask(Task):
                 kept.append(held)
         if result and not kept:
             raise DataError(
-                f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set needs; "
-                "hold out several interactions per user (data.split.kind=last_share), or set tasks.ctr.balance=none",
+                f"tasks.ctr.balance: no user of the {split} split has both likes and dislikes, which balanced cases "
+                "need; hold out several interactions per user (data.split.kind=last_share), or set "
+                "tasks.ctr.balance=none",
                 kind="too-few",
                 column="tasks.ctr.balance",
             )
@@ -248,7 +249,8 @@ class CtrTask(Task):
         yes, no = (chosen.answer({"answer": text}) for text in (chosen.words.says_yes, chosen.words.says_no))
         if yes == no:
             raise RecipeError(
-                f"template {chosen.id}: its target is {yes!r} for both yes and no; write it with {{{{ answer }}}}",
+                f"template {chosen.id}: the target is {yes!r} for both yes and no; write the target with {{{{ answer "
+                "}}",
                 kind="bad-value",
                 at=chosen.id,
                 column="target",

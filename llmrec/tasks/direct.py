@@ -111,7 +111,8 @@ def check_words(template: Template) -> None:
         words = (template.words.says_yes, template.words.says_no)
         if any(template.answer({"answer": word}).strip().casefold() != word.casefold() for word in words):
             raise RecipeError(
-                f"template {template.id}: its target is not {' or '.join(words)}; write it with {{{{ answer }}}}",
+                f"template {template.id}: the target is not {' or '.join(words)}; write the target with {{{{ answer "
+                "}}",
                 kind="bad-value",
                 at=template.id,
                 column="target",
@@ -132,9 +133,8 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
     for template in templates if strategies else ():
         if not any(fits(template, strategy) for strategy in strategies):
             raise RecipeError(
-                f"tasks.direct.strategies: {template.id} {_WORDS[asks_for(template)]}, and none of "
-                f"{', '.join(strategies)} reads that; add {reader_of(template)}, or name another template in "
-                "tasks.direct.eval_templates",
+                f"tasks.direct.strategies: {template.id} {_WORDS[asks_for(template)]}, which {', '.join(strategies)} "
+                f"cannot evaluate; add {reader_of(template)}, or set another template in tasks.direct.eval_templates",
                 kind="contradiction",
                 at=template.id,
                 column="tasks.direct.strategies",
@@ -153,9 +153,8 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
     other = next((template for template in templates if asks_for(template) != "item"), None)
     if loss != "answer" and other is not None:
         raise RecipeError(
-            f"tasks.direct.loss: {loss} is over the likelihoods of the candidates' texts, and {other.id} "
-            f"{_WORDS[asks_for(other)]}; train templates that answer with the item, such as which-title, or set it to "
-            "answer",
+            f"tasks.direct.loss: {loss} needs templates that answer with the item itself, but {other.id} "
+            f"{_WORDS[asks_for(other)]}; train templates such as which-title, or set tasks.direct.loss=answer",
             kind="contradiction",
             at=other.id,
             column="tasks.direct.loss",
@@ -174,7 +173,7 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
     """
     if template.turns(values("one")) == template.turns(values("yes")):
         raise RecipeError(
-            f"template {template.id} has no question for the strategy 'pointwise-yes'; write one under "
+            f"template {template.id} has no question for the strategy 'pointwise-yes'; add it under "
             '{% if want == "yes" %}, or choose another template',
             kind="unsupported",
             at=template.id,
@@ -194,15 +193,15 @@ def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool
     """
     if preference.negatives >= count:
         raise RecipeError(
-            f"train.preference.negatives: a question of tasks.direct shows {count} candidates (eval.candidates.count), "
-            f"of which at most {count - 1} can be rejected",
+            f"train.preference.negatives: a prompt of tasks.direct shows {count} candidates (eval.candidates.count), "
+            f"so at most {count - 1} can be rejected",
             kind="too-large",
             column="train.preference.negatives",
         )
     if preference.rejected not in ("uniform", "ratings") or (preference.rejected == "ratings" and retrieved):
         raise RecipeError(
-            f"train.preference.rejected: tasks.direct rejects other candidates of its question, not "
-            f"{preference.rejected}; remove the key, and set their difficulty by eval.candidates.kind",
+            "train.preference.rejected: tasks.direct rejects other candidates of the prompt, not "
+            f"{preference.rejected}; remove the key, and choose harder candidates with eval.candidates.kind",
             kind="contradiction",
             column="train.preference.rejected",
         )
@@ -331,7 +330,7 @@ class DirectTask(Task):
         """
         if self._candidates is None:
             raise RecipeError(
-                "tasks.direct ranks stored candidates; draw them first (llmrec.data.candidates.draw)",
+                "tasks.direct ranks stored candidates; draw candidates first (llmrec.data.candidates.draw)",
                 kind="missing-value",
                 column="candidates",
             )
@@ -485,8 +484,9 @@ class DirectTask(Task):
         results = [user for user in self._events if self._lists.of(user)]
         if not results:
             raise DataError(
-                f"tasks.direct: the retriever finds no training item among {self._count} items, so there is no "
-                "list to train on; raise eval.candidates.count, or choose another eval.candidates.retriever",
+                f"tasks.direct: the retriever finds no target of a training example among its {self._count} "
+                "candidates, so there is nothing to train on; raise eval.candidates.count, or choose another "
+                "eval.candidates.retriever",
                 kind="too-few",
                 column="eval.candidates",
             )
@@ -620,7 +620,7 @@ class DirectTask(Task):
         pool = listed(request, self.family)
         if len(pool) != 1:
             raise DataError(
-                f"request {request.id!r}: a yes-or-no question is about one candidate, but it has {len(pool)}",
+                f"request {request.id!r}: a yes/no question needs one candidate, but the request has {len(pool)}",
                 kind="bad-value",
                 column="candidates",
             )

@@ -71,7 +71,7 @@ class ExplanationTask(Task):
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; set data.columns.text, "
-                "give a reviews table, or remove the task",
+                "add a table `reviews`, or remove the task",
                 kind="missing-column",
                 at=data.dataset.name,
                 column="text",
@@ -81,8 +81,8 @@ class ExplanationTask(Task):
         unrated = sum(event.rating is None for events in self._events.values() for event in events)
         if rated and unrated:
             raise DataError(
-                f"tasks.explanation: the template {rated[0]} writes a rating before the text, and {unrated} training "
-                f"texts of {data.dataset.name} have none; choose other templates in tasks.explanation.templates",
+                f"tasks.explanation: the template {rated[0]} writes a rating before the text, but {unrated} training "
+                f"texts of {data.dataset.name} have no rating; choose other templates in tasks.explanation.templates",
                 kind="missing-value",
                 at=data.dataset.name,
                 column="tasks.explanation.templates",
@@ -259,10 +259,7 @@ FAMILY = Family(
     baselines=answering(BASELINES, "explanation"),
     controls=("frequent-text",),
     column="text",
-    lacking=(
-        "needs texts, and {data} has none; name the column with {where}.columns.text, or give a second table under "
-        "`reviews:`"
-    ),
+    lacking="needs texts, but {data} has no texts; set {where}.columns.text, or add a second table `reviews`",
     writes="sentence",
     second_table=True,
     grounded=True,

@@ -21,7 +21,7 @@ from llmrec.types import Answer, Ranking
 
 RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")
 RATING_CONTROLS = ("global-mean", "user-mean", "item-mean", "user-item-bias")
-NO_RATINGS = "needs ratings, and {data} has none; name the column with {where}.columns.rating"
+NO_RATINGS = "needs ratings, but {data} has no ratings; set {where}.columns.rating"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
             if name in known or answers(record, table, name):
                 continue
             exists = name in table or registry.is_plugin(table, name)
-            why = "does not support this family" if exists else f"is unknown{did_you_mean(name, known)}"
+            why = "does not support this task" if exists else f"is unknown{did_you_mean(name, known)}"
             raise RecipeError(
                 f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}",
                 kind="unknown-name",
@@ -157,8 +157,8 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
     lacking = missing_controls(family, baselines)
     if lacking:
         raise RecipeError(
-            f"tasks.{family}.baselines: the required baselines {', '.join(lacking)} are missing, without which results "
-            "cannot be interpreted; add them, or remove the key for the default",
+            f"tasks.{family}.baselines: the required baselines {', '.join(lacking)} are missing; add them, or remove "
+            "the key to use the default",
             kind="missing-value",
             column=f"tasks.{family}.baselines",
         )

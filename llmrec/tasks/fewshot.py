@@ -83,14 +83,14 @@ class ShotPool:
             )
         if choice == "balanced" and label is None:
             raise RecipeError(
-                f"eval.shots.choice: 'balanced' balances the answers of examples, but those of tasks.{family} are "
-                "not a few labels; choose another, or remove the task",
+                f"eval.shots.choice: 'balanced' needs a few answer labels, which tasks.{family} does not have; choose "
+                "another value, or remove the task",
                 kind="contradiction",
                 column="eval.shots.choice",
             )
         if choice in BY_TEXT and vectors is None:
             raise RecipeError(
-                f"eval.shots.choice: {choice!r} compares item texts, and there is no text encoder",
+                f"eval.shots.choice: {choice!r} compares item texts, but there is no text encoder",
                 kind="unsupported",
                 column="eval.shots.choice",
             )
@@ -191,8 +191,8 @@ class ShotPool:
 
     def _too_few(self, count: int) -> DataError:
         return DataError(
-            f"tasks.{self._family}: {count} few-shot examples are requested, but only {len(self._users)} users "
-            "have training interactions to draw them from; lower eval.shots.k",
+            f"tasks.{self._family}: {count} few-shot examples are requested, but only {len(self._users)} users have "
+            "training interactions for examples; lower eval.shots.k",
             kind="too-few",
             column="eval.shots.k",
         )

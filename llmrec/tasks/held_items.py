@@ -58,8 +58,8 @@ def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
     for template in templates:
         if template.writes_both:
             raise RecipeError(
-                f"tasks.{family}.templates: {template.id} shows items by code and title, and tasks.alignment "
-                "needs pairs that no training example shows; choose other templates, or remove that task",
+                f"tasks.{family}.templates: {template.id} shows codes with titles, so tasks.alignment has no pairs "
+                "that are unseen in training; choose other templates, or remove tasks.alignment",
                 kind="contradiction",
                 at=template.id,
                 column=f"tasks.{family}.templates",
@@ -107,8 +107,8 @@ def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> Ca
     if alone < count:
         raise DataError(
             f"tasks.alignment.held_out: {len(part)} of {len(held.groups)} items are held out for the {split} split, "
-            f"of {alone} titles, fewer than the {count} candidates of a question; raise it, or lower "
-            "eval.candidates.count",
+            f"with {alone} different titles, fewer than the {count} candidates of a request; raise this share, or "
+            "lower eval.candidates.count",
             kind="too-few",
             column="tasks.alignment.held_out",
         )

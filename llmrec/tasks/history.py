@@ -86,7 +86,7 @@ class HistorySelector:
         self.history, self._rule, self._dataset, self._vectors = section.history, section.past, dataset, vectors
         if self._rule == "relevant" and vectors is None:
             raise RecipeError(
-                "tasks: past=relevant compares item texts, and there is no text encoder",
+                "tasks: past=relevant compares item texts, but there is no text encoder",
                 kind="unsupported",
                 column="past",
             )
@@ -94,8 +94,8 @@ class HistorySelector:
             blind = [template.id for template in templates if not template.shows_profile]
             if blind:
                 raise RecipeError(
-                    f"tasks: past=summary writes a summary of earlier interactions into the profile, which template "
-                    f"{blind[0]} does not show; choose templates that do, or another rule",
+                    "tasks: past=summary writes a summary of earlier interactions into the profile, which template "
+                    f"{blind[0]} does not show; choose templates that show profiles, or another value of past",
                     kind="contradiction",
                     at=blind[0],
                     column="past",

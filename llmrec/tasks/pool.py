@@ -72,7 +72,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
     if len(chosen) < count:
         raise RecipeError(
             f"train.examples: tasks.{task.family} has only {len(chosen)} different training examples, but {count} are "
-            "requested; lower it, or remove it",
+            "requested; lower train.examples, or remove the key",
             kind="too-few",
             column="train.examples",
         )
@@ -134,8 +134,8 @@ class Negatives:
         free = len(self._catalogue) - len(had)
         if free < count:
             raise DataError(
-                f"user {user!r} has {len(had)} of {len(self._catalogue)} items, which leaves {free}, fewer than the "
-                f"{count} requested negatives; set {self._key} to at most {free + self._key.endswith('count')}",
+                f"user {user!r} has interactions with {len(had)} of {len(self._catalogue)} items, so only {free} are "
+                f"left for {count} negatives; set {self._key} to at most {free + self._key.endswith('count')}",
                 kind="too-few",
                 column=self._key,
             )
@@ -188,9 +188,9 @@ class Rejecting:
             results = list(self.events)
         if not results:
             raise DataError(
-                f"tasks.{self.family}: no user has a training interaction with {self.section.negatives} items from "
-                f"train.preference.rejected={self.section.rejected}; lower train.preference.negatives, or reject "
-                "others",
+                f"tasks.{self.family}: no user has a training interaction with {self.section.negatives} rejected "
+                f"items by train.preference.rejected={self.section.rejected}; lower train.preference.negatives, or "
+                "change train.preference.rejected",
                 kind="too-few",
                 column="train.preference.rejected",
             )

@@ -82,8 +82,8 @@ class RatingTask(Task):
         self._listwise = inputs.listwise
         if (other := next(filter(learned_only, self._chosen.train), None)) is not None and self._listwise is not None:
             raise RecipeError(
-                f"train.preference: {other.id} is answered by yes or no, but preference training compares ratings; "
-                "remove it from tasks.rating.templates",
+                f"train.preference: {other.id} has yes/no answers, but preference training compares ratings; remove "
+                "this template from tasks.rating.templates",
                 kind="contradiction",
                 column="tasks.rating.templates",
             )
@@ -291,8 +291,8 @@ def learned_only(template: Template) -> bool:
 def _refuse_learned(template: Template) -> None:
     if learned_only(template):
         raise RecipeError(
-            f"tasks.rating.eval_templates: {template.id} is a yes/no question on a number of stars, which is only "
-            "used in training; choose templates that ask for the rating, such as name-item",
+            f"tasks.rating.eval_templates: {template.id} asks a yes/no question about a rating, which is only for "
+            "training; choose templates that ask for the rating, such as name-item",
             kind="contradiction",
             at=template.id,
             column="tasks.rating.eval_templates",

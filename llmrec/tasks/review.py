@@ -106,7 +106,7 @@ class ReviewTask(Task):
         """
         if self._scale is None:
             raise RecipeError(
-                f"tasks.{self.family}: its answers are headlines, which have no scale",
+                f"tasks.{self.family}: the answers are headlines, which have no scale",
                 kind="unsupported",
                 column=f"tasks.{self.family}",
             )
@@ -261,7 +261,7 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     for template in templates.values():
         if template.shape == "list":
             raise RecipeError(
-                f"template {template.id}: a review has one answer; use shape: chat",
+                f"template {template.id}: review templates have one answer; use shape: chat",
                 kind="unsupported",
                 at=template.id,
                 column="shape",
@@ -272,8 +272,8 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     family = next(iter(templates.values())).family
     if len(targets) > 1:
         raise RecipeError(
-            f"templates {' and '.join(sorted(targets.values()))}: one answers with a headline and the other with a "
-            "rating; headlines belong in prompts/review and ratings in prompts/stars",
+            f"templates {' and '.join(sorted(targets.values()))}: one template answers with a headline, the other "
+            "with a rating; move headlines to prompts/review and ratings to prompts/stars",
             kind="contradiction",
             column="target",
         )

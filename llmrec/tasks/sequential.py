@@ -84,8 +84,8 @@ class SequentialTask(Task):
         least = max(2, section.warm_up + 1)
         if section.window < least:
             raise RecipeError(
-                f"tasks.sequential.window is {section.window}, which leaves no target after {section.warm_up} items of "
-                f"warm_up; set it to at least {least}",
+                f"tasks.sequential.window={section.window} leaves no target after the first {section.warm_up} items "
+                f"(warm_up); set it to at least {least}",
                 kind="bad-value",
                 column="tasks.sequential.window",
             )
@@ -189,7 +189,7 @@ class SequentialTask(Task):
         """
         if want != "one":
             raise RecipeError(
-                "tasks.sequential cannot answer with a list; use the strategy 'likelihood', or the direct task",
+                "tasks.sequential does not answer with a list; use the strategy 'likelihood', or the direct task",
                 kind="unsupported",
                 column="tasks.sequential",
             )
@@ -261,8 +261,9 @@ class SequentialTask(Task):
         some = next(iter(self._data.dataset.items), None)
         if bare and some is not None and not isinstance(self._view.item(some)["code"], Code):
             raise RecipeError(
-                f"tasks.sequential.templates: {bare[0]} lists codes without separators, and those of this index are "
-                "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template continue-codes",
+                f"tasks.sequential.templates: {bare[0]} lists codes without separators, but codes of this index are "
+                "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template "
+                "continue-codes",
                 kind="contradiction",
                 at=f"{self.family}/{bare[0]}",
                 column="tasks.sequential.templates",

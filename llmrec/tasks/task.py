@@ -205,7 +205,7 @@ class Task(Protocol):
             RecipeError: If the family has no candidates.
         """
         raise RecipeError(
-            f"tasks.{self.family} lists no candidates, so no position bias can be measured",
+            f"tasks.{self.family} does not list candidates, so it has no position bias",
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
@@ -253,7 +253,7 @@ class Task(Protocol):
             RecipeError: If the family has no profile.
         """
         raise RecipeError(
-            f"tasks.{self.family} asks for no profile; tasks.direct does",
+            f"tasks.{self.family} does not generate profiles; use tasks.direct",
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
@@ -266,7 +266,7 @@ class Task(Protocol):
     def profile_prompt(self, request: Request) -> Prompt:
         """Render the prompt for a user profile, which shows only the history."""
         raise RecipeError(
-            f"tasks.{self.family} asks for no profile; tasks.direct does",
+            f"tasks.{self.family} does not generate profiles; use tasks.direct",
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
@@ -284,7 +284,7 @@ def only_one(family: str, want: Want) -> None:
     """
     if want != "one":
         raise RecipeError(
-            f"tasks.{family} has one answer and lists no candidates; use the direct task",
+            f"tasks.{family} does not list candidates; use tasks.direct",
             kind="unsupported",
             column=f"tasks.{family}",
         )

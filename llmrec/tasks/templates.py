@@ -62,11 +62,13 @@ class Chosen:
     def lacks(self, template: Template) -> str:
         """Return the variables that a template needs and the data lacks; empty if it can be used."""
         if template.writes_codes and not self.coded:
-            return "shows item codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
+            return (
+                "shows item codes, but there is no index; add an index to the recipe, such as index: {scheme: semantic}"
+            )
         if template.needs and not self.reviewed:
             return (
-                "shows parts of reviews, such as a headline, and the data has none; use a source with reviews, such as "
-                "amazon-reviews"
+                "shows parts of reviews, such as a headline, but the data has no reviews; use a source with reviews, "
+                "such as amazon-reviews"
             )
         return ""
 
@@ -85,7 +87,7 @@ class Chosen:
         if bare not in self.every:
             known = ", ".join(self.every)
             raise RecipeError(
-                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}. Add your own "
+                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}. Add your own templates "
                 "with the recipe key prompts",
                 kind="unknown-name",
             )
@@ -124,8 +126,8 @@ def choose(
     for template in named:
         if template.use == "unseen":
             raise RecipeError(
-                f"tasks.{family}.templates: {template.id} is reserved for evaluating new wordings; "
-                "use it in eval_templates instead",
+                f"tasks.{family}.templates: {template.id} is reserved for evaluation with unseen templates; use it in "
+                "eval_templates instead",
                 kind="contradiction",
                 at=template.id,
                 column=f"tasks.{family}.templates",
@@ -138,7 +140,7 @@ def choose(
     train = tuple(named or (coded if index is not None and coded else plain))
     if not train:
         raise RecipeError(
-            f"tasks.{family}: there is no training template; add one in prompts/{family}",
+            f"tasks.{family}: there is no training template; add a template to prompts/{family}",
             kind="missing-file",
             column=f"tasks.{family}",
         )

@@ -302,9 +302,8 @@ class Labels:
         why = "" if self.closed else self._read(answer)
         if why and self.tied:
             raise RecipeError(
-                f"train.method: {why}, but option tuning needs families whose answers are a few one-token labels, "
-                "such as ctr; exclude the others (train.only), or set train.method=prompt or "
-                "lora",
+                f"train.method: {why}, but option tuning needs tasks with a few one-token labels, such as ctr; "
+                "exclude other tasks (train.only), or set train.method=prompt or lora",
                 kind="contradiction",
                 column="train.method",
             )

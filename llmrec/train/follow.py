@@ -103,7 +103,8 @@ class Best:
         kept = self._folder / str(self.step)
         if not kept.is_dir():
             raise LlmrecError(
-                f"{kept}, the adapter of the best validation, is missing; remove {self._checkpoints} and train again",
+                f"{kept}, the adapter with the best validation result, is missing; remove {self._checkpoints} and "
+                "train again",
                 kind="missing-file",
                 at=kept,
             )
@@ -260,8 +261,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             # The loss of the previous step was finite, so its backward pass failed, whatever the learning rate.
             column = "model.dtype"
             advice = (
-                "its loss was finite, so the backward pass overflowed or its attention kernel is faulty, and a lower "
-                "train.learning_rate does not help; set model.dtype=float32, or train.packing=none if rows are packed"
+                "the loss was finite, so the backward pass overflowed or an attention kernel is faulty; set "
+                "model.dtype=float32, or train.packing=none. A lower train.learning_rate does not help"
             )
         return LlmrecError(
             f"training: the loss is {loss} at step {step}{before}; {advice}", kind="failed", column=column

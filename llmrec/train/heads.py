@@ -265,15 +265,15 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
     teacher = load_model(folder, model).to(device(model)).eval().requires_grad_(False)
     if is_paired(teacher.config) or not plain_head(teacher.config, teacher.get_output_embeddings()):
         raise ModelError(
-            f"train.teacher: a {teacher.config.model_type} is not a decoder with a plain head; choose a run of a "
-            "different model",
+            f"train.teacher: a {teacher.config.model_type} is not a decoder with a linear output layer; choose a run "
+            "of another model",
             kind="unsupported",
             column="train.teacher",
         )
     if (size := len(teacher.get_output_embeddings().weight)) != vocabulary:
         raise ModelError(
-            f"train.teacher: the head of {folder} has {size} rows, but that of the trained model {vocabulary}; "
-            "heads of one tokenizer may be padded differently, so choose a teacher with a head of the same size",
+            f"train.teacher: the output layer of {folder} has {size} rows, but the trained model has {vocabulary}; "
+            "choose a teacher with an output layer of the same size (the same tokenizer may be padded differently)",
             kind="mismatch",
             column="train.teacher",
         )

@@ -70,7 +70,7 @@ def _apply_liger(base: torch.nn.Module) -> None:
     known = require("liger_kernel.transformers.monkey_patch", "liger").MODEL_TYPE_TO_APPLY_LIGER_FN
     if base.config.model_type not in known:
         raise RecipeError(
-            f"train.use_liger_kernel: Liger has no kernels for a {base.config.model_type}; set it to false",
+            f"train.use_liger_kernel: Liger has no kernels for a {base.config.model_type}; set the key to false",
             kind="unsupported",
             column="train.use_liger_kernel",
         )

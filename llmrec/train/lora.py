@@ -208,8 +208,8 @@ def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
     reached = sum(m.base_layer.weight.numel() for m in base.modules() if hasattr(m, "lora_A") and len(m.lora_A))
     if 2 * reached < blocks:
         log.warning(
-            "training: adapters cover %d %% of the weights of the blocks of a %s; experts stored as one tensor are not "
-            "linear layers and are not trained",
+            "training: adapters cover only %d %% of the weights of a %s, because experts that are stored as one "
+            "tensor are not trained",
             100 * reached // blocks,
             base.config.model_type,
         )
@@ -264,15 +264,16 @@ def refuse_method(model: ModelSection, train: TrainSection) -> None:
     if train.use_liger_kernel:
         if device(model) == "cpu":
             raise RecipeError(
-                "train.use_liger_kernel: Liger's kernels are written in Triton and need a CUDA GPU; set it to false",
+                "train.use_liger_kernel: Liger's kernels are written in Triton and need a CUDA GPU; set the key to "
+                "false",
                 kind="unsupported",
                 column="train.use_liger_kernel",
             )
         require("liger_kernel", "liger")
     if train.torch_compile and not any(map(shutil.which, ("gcc", "clang", "cc"))):
         raise RecipeError(
-            "train.torch_compile: torch needs a C compiler, and there is none on the PATH; install gcc and g++, or set "
-            "it to false",
+            "train.torch_compile: torch needs a C compiler, but none is on the PATH; install gcc and g++, or set the "
+            "key to false",
             kind="unsupported",
             column="train.torch_compile",
         )

@@ -143,13 +143,13 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
     others = [name for name in tasks if name != family]
     key, instead = ("train.preference", "null") if preference else (f"tasks.{family}.loss", "answer")
     if family not in result:
-        reason = f"examples of tasks.{family} have no rejected answers; train another family (train.only)"
+        reason = f"examples of tasks.{family} have no rejected answers; train another task (train.only)"
     elif paired is not None:
         reason = f"{paired} is an encoder-decoder, which does not support packing; choose another model"
     elif others:
         reason = (
-            f"lists of tasks.{family} cannot be trained together with tasks.{others[0]}; remove one of them from "
-            "training (train.only)"
+            f"lists of tasks.{family} cannot be trained together with tasks.{others[0]}; train only one of these "
+            "tasks (train.only)"
         )
     else:
         return result[family]
@@ -400,7 +400,7 @@ class RowStream:
         if all(rows[n] == self._plain(draws[n]) for n in sample):
             return rows
         log.warning(
-            "%s: lines have other tokens alone than in a text, so texts are tokenised one by one",
+            "%s: the tokens of a line depend on the text around it, so texts are tokenised one by one",
             template.id,
         )
         self._tables[template.id] = None

@@ -457,8 +457,8 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
     checkpoint = folder / f"checkpoint-{step}"
     if (checkpoint / OF_FSDP).is_file() != sharded:
         raise LlmrecError(
-            f"{checkpoint} was saved {'without' if sharded else 'with'} FSDP and can only be resumed that way; start "
-            f"the training as before, with any number of processes, or remove {folder}",
+            f"{checkpoint} was saved {'without' if sharded else 'with'} FSDP and can only be resumed the same way; "
+            f"start the training as before, with any number of processes, or remove {folder}",
             kind="mismatch",
             at=checkpoint,
         )

@@ -59,7 +59,7 @@ def refuse_trackers(names: Sequence[str]) -> None:
         if name not in known.get_available_reporting_integrations():
             raise MissingExtra(
                 f"train.report_to: the package of {name!r} is not installed; install it with: pip install {name}, or "
-                "remove it",
+                "remove the tracker",
                 kind="not-installed",
                 column="train.report_to",
             )
@@ -89,8 +89,8 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
                 result.append(known[name]())
         except Exception as error:
             raise RecipeError(
-                f"train.report_to: {name} cannot start a run ({type(error).__name__}: {' '.join(str(error).split())}); "
-                "fix that, or remove the tracker",
+                f"train.report_to: {name} cannot start a run ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); fix this, or remove the tracker",
                 kind="failed",
                 column="train.report_to",
             ) from error

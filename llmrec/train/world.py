@@ -126,7 +126,7 @@ def kind_asked(device: str) -> str:
     sharded = _set("ACCELERATE_USE_FSDP")
     if sharded and device == "cpu":
         raise RecipeError(
-            "FSDP is requested on a CPU, where accelerate silently uses MULTI_CPU: every process would hold the "
+            "FSDP is requested on a CPU, where accelerate uses MULTI_CPU instead and every process would hold the "
             "whole model; train on GPUs, or unset ACCELERATE_USE_FSDP",
             kind="unsupported",
         )
@@ -135,8 +135,8 @@ def kind_asked(device: str) -> str:
         if count > 1:
             raise RecipeError(
                 f"the environment sets {count} processes (WORLD_SIZE) but not the rank of this one (RANK, "
-                "LOCAL_RANK), so each would train alone; start them with `llmrec train RECIPE --launch N`, "
-                "torchrun or accelerate launch",
+                "LOCAL_RANK), so each process would train separately; start the processes with `llmrec train RECIPE "
+                "--launch N`, torchrun or accelerate launch",
                 kind="unsupported",
             )
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:

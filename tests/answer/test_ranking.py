@@ -319,7 +319,7 @@ def test_lists_are_completed_and_bad_ones_fail(tools: tuple[bundle.Bundle, HFBac
     first, second, third = rank_requests(found, requests, way=LIST, backend=backend, encoder=encoder, batch=8)
     assert isinstance(first, Ranking) and sorted(first.items) == ["Alien", "Jaws", "Rocky"]
     assert first.scores == (1.0, 0.0, 0.0)
-    assert ranking.notes_of(LIST, requests[0], first) == ("the answer omits 2 candidates, which share the last rank",)
+    assert ranking.notes_of(LIST, requests[0], first) == ("the answer omits 2 candidates; they share the last rank",)
     assert isinstance(second, Unparsed) and "none of these" in second.reason
     assert isinstance(third, Ranking) and third.items == ("Alien",) and third.cost.prompt_tokens == 0
     assert "without the model" in ranking.notes_of(LIST, requests[2], third)[0]
@@ -521,7 +521,7 @@ def test_a_complete_output_is_not_made_again(
     assert rank_file(chosen) == first and not calls
     # What somebody has changed is not written over unasked.
     chosen.out.write_text("mine by now", encoding="utf-8")
-    with raises(DataError, Facts("exists", "out.jsonl", column="--out", says="was changed since")):
+    with raises(DataError, Facts("exists", "out.jsonl", column="--out", says="was changed")):
         rank_file(chosen)
     assert chosen.out.read_text(encoding="utf-8") == "mine by now" and not calls
     chosen.out.unlink()

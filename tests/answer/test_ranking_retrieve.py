@@ -101,13 +101,13 @@ def test_without_a_known_item_the_popular_ones_stand_in(data: SplitDataset, retr
         assert noted in " ".join(request.notes)
     known = sorted(data.dataset.items)[0]
     (mixed,) = retriever.fill(asked(data, {"history": [known, {"title": "nor this"}]}))
-    assert mixed.notes == ("retrieval: ignored, not in the run's data: 'nor this'",)
+    assert mixed.notes == ("retrieval: ignored items missing in the run's data: 'nor this'",)
 
 
 def test_an_id_that_is_a_title_elsewhere_is_no_id(data: SplitDataset, retriever: Retriever) -> None:
     known = sorted(data.dataset.items)[0]
     (request,) = retriever.fill(asked(data, {"history": [{"title": known}]}))
-    assert "not in the run's data" in request.notes[0]
+    assert "missing in the run's data" in request.notes[0]
 
 
 def test_the_order_tells_nothing(data: SplitDataset, retriever: Retriever) -> None:
@@ -152,7 +152,7 @@ def test_a_file_of_histories_is_ranked_and_says_how(
                for n in range(3))  # fmt: skip
     assert found["own"]["retrieved"] == 0 and sorted(found["own"]["items"]) == every[:3]
     assert "most popular" in found["cold"]["notes"][-1]
-    assert found["all"]["error"] is not None and "none is left to retrieve" in found["all"]["error"]
+    assert found["all"]["error"] is not None and "no item is left to retrieve" in found["all"]["error"]
     assert summary["retriever"] == {"retriever": "item-knn", "k": 4, "data": data.fingerprint, "seed": 0}
     assert (summary["with_retrieved"], summary["failed"]) == (4, 1) and "retrieving" in summary["seconds"]
 

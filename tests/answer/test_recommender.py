@@ -98,7 +98,7 @@ def test_candidates_are_retrieved_in_a_call_too(run: Path) -> None:
     assert (known.retrieved, own.retrieved) == (4, 0)
     assert len(kept(known)[0]) == 3 and not set(kept(known)[0]) & set(every[:2])
     assert sorted(kept(own)[0]) == every[:3]
-    assert isinstance(none.answer, Unparsed) and "none is left to retrieve" in none.answer.reason
+    assert isinstance(none.answer, Unparsed) and "no item is left to retrieve" in none.answer.reason
     assert isinstance(bad.answer, Unparsed) and "'history' is a number" in bad.answer.reason
 
 

@@ -209,7 +209,7 @@ def test_an_ensemble_explains_its_lists_by_the_contributions_of_its_members(
     with monkeypatch.context() as patch:
         patch.setattr(rankers, "TOP", 3)
         last = rec.rank(history=whole["history"], k=100)[-1]
-        assert rec.explain(last.item_id, history=whole["history"]) == "no member ranks it among its best items"
+        assert rec.explain(last.item_id, history=whole["history"]) == "not among the best items of any member"
     rank_file(replace(asked, by="popularity", out=tmp_path / "p.jsonl"))
     assert all(not line["rationale"] and "popularity" in line["notes"][-1] for line in lines(tmp_path / "p.jsonl"))
     with raises(RecipeError, Facts("unsupported", column="model")):
@@ -337,7 +337,7 @@ def test_an_item_that_a_recommender_has_not_learned_from_is_told(linear: pipelin
     with llmrec.load(str(linear.folder)) as rec:
         (found,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], Wanted(k=1))
         assert isinstance(found, Answered) and found.unknown_items == ("Tomorrow",)
-        assert "not in the training data: 'Tomorrow'" in found.notes[0]
+        assert "missing in the training data: 'Tomorrow'" in found.notes[0]
         request = rec.read({"user_id": "nobody", "history": None}, 1, whole=True)
         (found,) = rec.lists([request], Wanted(k=1))
         assert isinstance(found, Answered) and found.unknown_user and found.cold and not found.unknown_items

@@ -150,7 +150,7 @@ def test_a_recipe_without_the_section_or_with_an_unknown_template_is_refused(
         augmenting.plan(bare)
     with raises(RecipeError, Facts("unknown-name", column="augment.users", says="user-reasoning")):
         augmenting.plan(augmenting_recipe(llama_folder, users="user-reasonin"))
-    with pytest.raises(RecipeError, match="neither users nor items"):
+    with pytest.raises(RecipeError, match="no template is set"):
         augmenting_recipe(llama_folder, users=None, items=None)
     assert template_of("item", "item-facts").shape == "chat"
 

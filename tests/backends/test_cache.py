@@ -242,8 +242,8 @@ def test_a_table_without_checksums_is_set_aside_with_what_was_spent(tmp_path: Pa
     assert store.spent("server") == Cost(prompt_tokens=11, completion_tokens=7)
     assert (tmp_path / "answers.sqlite.damaged").is_file()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path} is damaged (its answers have no checksums); it was renamed to answers.sqlite.damaged, 0 of its "
-        "answers are used and the others are requested again"
+        f"{path} is damaged (it has answers without checksums) and was renamed to answers.sqlite.damaged; 0 of its "
+        "answers are reused, and the others are requested again"
     ]
 
 
@@ -259,7 +259,7 @@ def test_pages_that_are_overwritten_cost_their_answers_alone(tmp_path: Path, cap
         store.put([("new", 1)])
         assert store.get(["new"]) == {"new": 1}
         store.close()
-    assert len([record for record in caplog.records if "it was renamed to" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "was renamed to" in record.getMessage()]) == 1
     assert 100 < len(AnswerStore(path)) < 261
     assert (tmp_path / "answers.sqlite.damaged").stat().st_size >= len(content)
 

@@ -60,7 +60,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytes
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with raises(
         ModelError,
-        Facts("unsupported", column="model.device", says=("driver must be one for CUDA 13.0", "model.device=cpu")),
+        Facts("unsupported", column="model.device", says=("a driver that supports CUDA 13.0", "model.device=cpu")),
     ):
         load.device(AUTO)
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -157,7 +157,7 @@ def test_a_key_in_an_answer_is_masked_before_anything_is_stored(
         store.close()
     for file in tmp_path.iterdir():
         assert SECRET.encode() not in file.read_bytes()
-    assert sum("repeats the key" in record.message for record in caplog.records) == 1
+    assert sum("repeats the API key" in record.message for record in caplog.records) == 1
     assert SECRET not in caplog.text
 
 

@@ -141,7 +141,7 @@ def test_a_server_that_dies_and_comes_back_costs_no_answer(
     # An answer that the dead server had sent and that did not arrive is asked again, of another one.
     assert min(done) == 1 and sum(done) <= COUNT + 12
     assert sum(victim.answered.values()) < min(sum(server.answered.values()) for server in others)
-    assert [text for text in caplog.messages if "is left out" in text and victim.url in text][1:] == []
+    assert [text for text in caplog.messages if "is not used for" in text and victim.url in text][1:] == []
     again = replace(victim.behaviour, port=urlsplit(victim.url).port or 0)
     (client,) = started
     with running(again) as returned:
@@ -179,7 +179,7 @@ def test_where_no_server_is_left_the_error_names_them(three: list[FaultyServer])
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (Behaviour(weights="others"), "the log-probability"),
+        (Behaviour(weights="others"), "the log-probabilities"),
         (Behaviour(offers=EVERYTHING - {"chat logprobs"}), "top is 20 and 0"),
     ],
 )
@@ -202,7 +202,7 @@ def test_servers_are_compared_over_completions_too() -> None:
         backend = OpenAIBackend(section((one.url, two.url)), encoder)
         assert backend.offers.exact and backend.offers.named
         backend.close()
-        with raises(BackendError, Facts("mismatch", three.url, says="after one prompt")):
+        with raises(BackendError, Facts("mismatch", three.url, says="after the same prompt")):
             OpenAIBackend(section((one.url, three.url)), encoder)
 
 

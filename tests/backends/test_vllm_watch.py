@@ -70,7 +70,7 @@ def test_no_work_and_no_step_is_told_when_the_limit_is_over(used: list[float]) -
     looks = [([core(sum(used[:n]))], 3) for n in range(len(used))]
     found = judged(looks)
     assert found[:20] == [None] * 20
-    assert all(trouble is not None and "did no work" in trouble for trouble in found[20:])
+    assert all(trouble is not None and "is idle" in trouble for trouble in found[20:])
 
 
 @given(st.lists(st.floats(0.06, 4.0), min_size=25, max_size=80), st.booleans())
@@ -191,7 +191,7 @@ def test_a_stopped_process_is_noticed_and_killed(sleeper: tuple[Watch, Child]) -
 
 def test_a_process_that_waits_for_nothing_is_noticed_and_killed(sleeper: tuple[Watch, Child]) -> None:
     watch, child = sleeper
-    with pytest.raises(EngineLost, match="did no work and finished no step"):
+    with pytest.raises(EngineLost, match="is idle and has not finished a step"):
         watch.run(for_ever)
     assert child.exitcode == -signal.SIGKILL
 

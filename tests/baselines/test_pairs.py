@@ -97,5 +97,5 @@ def test_a_kept_fit_gives_the_same_scores() -> None:
 
 def test_what_cannot_be_tuned_is_refused() -> None:
     for name in ("lsa", "store:features"):
-        with raises(RecipeError, Facts("bad-value", column="encoder", says=f"{name} is not a pretrained model")):
+        with raises(RecipeError, Facts("bad-value", column="encoder", says=f"and {name} is not one")):
             _fitted(encoder=name)

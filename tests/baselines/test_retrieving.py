@@ -141,7 +141,7 @@ def test_direct_rows_show_what_is_retrieved() -> None:
         def held(self) -> dict[str, tuple[str, ...]]:
             return {}
 
-    with raises(DataError, Facts("too-few", column="eval.candidates", says="the retriever finds no training item")):
+    with raises(DataError, Facts("too-few", column="eval.candidates", says="the retriever finds no target")):
         next(make_task("direct", DATA, lists=Nothing()).examples("train"))
 
 
@@ -275,7 +275,7 @@ def test_a_run_counts_what_was_not_retrieved_and_says_so(tmp_path: Path) -> None
         assert "retrieved-item-knn-8" in row["metrics"]["HR@10"]["signature"]
     # Chance among eight candidates, times the share of them that hold the target.
     assert lines["random"]["metrics"]["HR@1"]["value"] == pytest.approx(most / 8)
-    assert f"they contain {most:.1%} of the targets" in " ".join(results["notes"])
+    assert f"These contain {most:.1%} of the targets" in " ".join(results["notes"])
     audit = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
     assert not [check for check in audit["checks"] if check["verdict"] == "leak"]
     page_text = found.report.read_text(encoding="utf-8")

@@ -138,7 +138,7 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))
     assert {row["tables"]["excluded"]["cold"]["n"] for row in rows.values()} == {cold}
-    with pytest.raises(ValueError, match="no row 'nobody'"):
+    with pytest.raises(ValueError, match="no model 'nobody'"):
         Suite(**page | {"pairs": [["nobody", "both"]]})
 
 
@@ -164,7 +164,7 @@ def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ra
     ("row", "said"),
     [
         ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe and fuse"),
-        ({"fuse": ["ease", "markov-1"]}, "not an earlier row"),
+        ({"fuse": ["ease", "markov-1"]}, "not an earlier model"),
         ({"fuse": ["markov-1"]}, "at least two members"),
     ],
 )

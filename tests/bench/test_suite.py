@@ -264,11 +264,11 @@ def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
 
 
 def test_a_fusion_names_rows_above_it() -> None:
-    with pytest.raises(ValueError, match="not an earlier row"):
+    with pytest.raises(ValueError, match="not an earlier model"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})
     with pytest.raises(ValueError, match="at least two members"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity"]}]})
-    with pytest.raises(ValueError, match="two rows are called 'ease'"):
+    with pytest.raises(ValueError, match="two models are called 'ease'"):
         Suite(**PAGE | {"rows": [{"baseline": "ease"}, {"baseline": "popularity", "name": "ease"}]})
 
 
@@ -325,7 +325,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
     assert none.pairs[1].value is None and "content − markov-1: no such requests" in page_of(none)
-    with pytest.raises(ValueError, match="requires the task ranking"):
+    with pytest.raises(ValueError, match="requires task: ranking"):
         Suite(**page | {"task": "rating"})
 
 
@@ -348,8 +348,8 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     whole = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
     assert len(whole.pairs) == 3 and whole.unrun == 0 and not whole.skipped
     for wrong, said in (
-        (["markof"], "there is no row 'markof'"),
-        (["popularity", "markov-1", "markov"], "all rows are skipped"),
+        (["markof"], "there is no model 'markof'"),
+        (["popularity", "markov-1", "markov"], "all models are skipped"),
     ):
         with pytest.raises(ValueError, match=said):
             Suite(**page, skip=wrong)
@@ -368,7 +368,7 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
     assert plain == "" and "how:jaccard-category" in words and "how:cosine-chance" in vectors
     with raises(LlmrecError, Facts("unknown-name", "made-reviews", says="'colour'")):
         run_benchmark(Suite(**page, diversity={"field": "colour"}), out=tmp_path / "out", results=tmp_path / "results")
-    with pytest.raises(ValueError, match="set one of field and encoder"):
+    with pytest.raises(ValueError, match="set either field or encoder"):
         Suite(**page, diversity={})
 
 
@@ -389,7 +389,7 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
     assert made == [] and again.results.rows == first.results.rows and "other settings" not in caplog.text
     rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}, "tune": False}]
     assert _again(folder, rows=rows).results.rows[-1].tables["excluded"].parameters == {"penalty": 500.0}
-    assert made == ["ease"] and "made.json holds results of other settings" in caplog.text
+    assert made == ["ease"] and "made.json contains results of other settings" in caplog.text
     made.clear()
     _again(folder, bootstrap=61)
     assert made == [row["baseline"] for row in PAGE["rows"]]
@@ -512,8 +512,8 @@ def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:
     assert {trial.parameters["history"] for trial in found.trials} <= {5, 20}
     assert {(trial.parameters["decay"], trial.parameters["shrinkage"]) for trial in found.trials} == {(1.0, 0.0)}
     for wrong, said in (
-        ({"grid": {"history": [5]}, "parameters": {"history": 5}}, "drop one"),
-        ({"tune": False}, "drop it"),
+        ({"grid": {"history": [5]}, "parameters": {"history": 5}}, "keep one"),
+        ({"tune": False}, "drop the grid"),
     ):
         with pytest.raises(ValueError, match=said):
             Suite(**page | {"rows": [row | wrong]})

@@ -221,7 +221,7 @@ def test_bounds_and_values_hold_together_and_ease_where_nothing_is_left() -> Non
     assert {items()[name].fields["director"] for name in replies[1].items} == {"Cy Marsh"}
     # A ban never eases.
     replies = said(talk, "no western, no comedy, no horror, no drama, no thriller, no sci-fi, no romance, no musical")
-    assert not replies[0].items and "nothing left" in replies[0].text
+    assert not replies[0].items and "No more items" in replies[0].text
 
 
 # --------------------------------------------------------------------------- the profile

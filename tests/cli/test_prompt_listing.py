@@ -80,7 +80,7 @@ def test_the_list_says_what_a_template_shows_and_writes(study: Study) -> None:
 
 
 def test_a_template_that_cannot_be_used_says_why(study: Study) -> None:
-    assert "cannot be used here: it shows item codes, and there is no index" in block(study, "next-code")
+    assert "cannot be used here: it shows item codes, but there is no index" in block(study, "next-code")
     missing = block(study, "name-title-headline")
     assert "needs reviews" in missing and "cannot be used here: it shows parts of reviews" in missing
     assert "cannot be used" not in block(study, "m6-rate")
@@ -152,7 +152,7 @@ def test_the_diff_shows_parts_and_the_prompt_of_one_event(study: Study, encoder:
     assert "use: seen -> named" in told and "set: none -> m6" in told
     assert "the same in both: version, shape, target" in told
     assert any(line.startswith("  - Predict how a user rates") for line in told)
-    prompt = told[[line.startswith("The prompt of a training event") for line in told].index(True) :]
+    prompt = told[[line.startswith("The prompt of a training example") for line in told].index(True) :]
     assert any(line.startswith("  - What rating does") for line in prompt)
     assert any(line.startswith("  + To be rated: ") for line in prompt)
     assert sum("«" in line for line in prompt) == 1

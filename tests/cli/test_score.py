@@ -266,7 +266,10 @@ def test_the_command_prints_lines_or_json(truth: Path, tmp_path: Path) -> None:
     write_lists(tmp_path / "x.run", RECORDS[:1], "trec")
     asked = ["score", str(tmp_path / "r.jsonl"), "--truth", str(truth), "--k", "2", "--resamples", "50"]
     told = CliRunner().invoke(cli.app, asked).output
-    assert "without a list, counted as 0: 1 of 3 users" in told and "ranked without truth, left out: 2 users" in told
+    assert (
+        "without a list, scored as 0: 1 of 3 users" in told
+        and "with a list but no relevant items, excluded: 2 users" in told
+    )
     both = CliRunner().invoke(cli.app, [asked[0], asked[1], str(tmp_path / "x.run"), *asked[2:]]).output
     assert "A - B" in both
     found = json.loads(command(*asked, "--json").stdout)

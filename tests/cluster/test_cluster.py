@@ -77,7 +77,7 @@ def test_what_a_dead_process_leaves_is_worked_again_and_nothing_twice(
         done = work_all(job_in(tmp_path), COUNT, spread)
     assert passes == [[1, 2, 3, 4, 5], [2, 3, 5], [2, 3, 5], [3]]
     assert [each.shard for each in done] == [1, 2, 3, 4, 5]
-    assert facts_of(done) == (1, 3, 50) and "3 shards were lost" in caplog.text
+    assert facts_of(done) == (1, 3, 50) and "the processes of 3 shards died" in caplog.text
 
 
 def test_one_bar_has_the_progress_of_all_shards(tmp_path: Path) -> None:

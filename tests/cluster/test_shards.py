@@ -202,7 +202,7 @@ def test_an_evaluation_in_shards_has_the_figures_of_one_process(
     with monkeypatch.context() as patch:
         patch.setattr(Engines, "_start", _no_engine)
         evaluate_shard(chosen, home, Shard(1, 2), quiet=True)
-        assert "complete already" in caplog.text
+        assert "already complete" in caplog.text
         merge_run(home, quiet=True)
     assert figures(home) == figures(whole)
     predictions = [(place / "predictions.parquet").read_bytes() for place in (home, whole)]

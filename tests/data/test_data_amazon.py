@@ -109,7 +109,7 @@ def test_2014(beauty: Path) -> None:
     assert data.items[PICK].fields == {"categories": "", "brand": "", "price": ""}
     assert (data.name, data.noun, data.rating_scale) == ("amazon-2014-beauty", "products", (1.0, 5.0))
     notes = data.provenance["notes"]
-    assert "1 of 2 items have no title" in notes and "lists 1 items again; the first entry counts" in notes
+    assert "1 of 2 items have no title" in notes and "repeats 1 items; the first entry is used" in notes
 
 
 def test_2018(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     index = table.column_names.index("candidates")
     changed = table.set_column(index, table.schema.field("candidates"), [lists])
     pq.write_table(changed, path)
-    with raises(DataError, Facts("damaged", "candidates.parquet", says="draw them again")):
+    with raises(DataError, Facts("damaged", "candidates.parquet", says="draw the candidates again")):
         CandidateSets.load(path)
 
 

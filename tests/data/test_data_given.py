@@ -152,7 +152,7 @@ def test_test_rows_earlier_than_training_rows_are_pointed_out(tmp_path: Path, ca
 def test_without_a_valid_part_there_is_only_a_test_part(tmp_path: Path, written: Any) -> None:
     data = cut(written(tmp_path, [row for row in ROWS if row[-1] != "valid"]))
     assert data.valid.is_empty() and data.test.height == 2
-    assert "no validation part" in data.dataset.provenance["notes"]
+    assert "no validation split" in data.dataset.provenance["notes"]
 
 
 # --------------------------------------------------------------------------- refusals

@@ -243,7 +243,7 @@ def test_games_without_an_id_are_left_out_and_counted(tmp_path: Path, caplog: py
     data = read("steam", folder(tmp_path, {**STEAM, "steam_games.json": blank + STEAM["steam_games.json"]}))
     assert titles(data) == {"725280": "Lost & Found", "328100": "Reversion"}
     assert "2 rows of " in data.provenance["notes"]
-    assert caplog.text.count("have no id and are left out") == 1
+    assert caplog.text.count("have no id and are ignored") == 1
 
 
 def test_yelp(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_goodreads_csv_joins_books_through_the_map(tmp_path: Path, caplog: pytes
     assert titles(data) == {"1": "Cats", "2": "2"}  # book 1 of the other file is another one
     assert "1 of 2 items have no title" in data.provenance["notes"] and "1 of 2 items" in caplog.text
     assert data.interactions["rating"].to_list() == [5.0, None, 3.0]
-    assert "a seeded hash orders a user's items" in data.provenance["notes"]
+    assert "a seeded hash orders the items of a user" in data.provenance["notes"]
 
 
 def test_goodreads_csv_needs_the_map(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_mind_puts_the_history_first_and_clicks_in_time(tmp_path: Path) -> None:
     ("old", "new", "facts"),
     [
         (b"N4-1", b"N1-1", Facts("duplicate", line=1, says="data.duplicates=keep_last")),
-        (b"N4-1", b"N4", Facts("bad-value", line=1, column="impressions", says="use the train or the dev part")),
+        (b"N4-1", b"N4", Facts("bad-value", line=1, column="impressions", says="use the train or dev split")),
         (b"11/11/2019 9", b"2019-11-11 9", Facts("bad-value", row=1, column="time")),
         (b"\tN1-1 N2-0", b"", Facts("ragged-row", row=3)),
     ],
@@ -640,7 +640,7 @@ def test_a_difference_from_what_is_published_is_said(tmp_path: Path, caplog: pyt
     data = read("movielens-1m", folder(tmp_path, ML_1M))
     told = data.provenance["published"]
     assert told.startswith("published: 6,040 users / 3,706 items / 1,000,209 interactions (the set's README); here: ")
-    assert "here: 2 users / 3 items / 4 interactions; expected when the file was filtered" in told
+    assert "here: 2 users / 3 items / 4 interactions. This is expected if the file was filtered" in told
     assert told in caplog.text
 
 

@@ -62,7 +62,7 @@ def test_without_a_catalogue_a_text_is_its_own_title() -> None:
         ("1984", "1984"),
         ("Jaws", "Jaws"),
     ]
-    assert found.notes == ("candidates: repeated, ranked once: 'Heat'",)
+    assert found.notes == ("candidates: repeated items are ranked once: 'Heat'",)
 
 
 def test_unknown_items() -> None:
@@ -73,7 +73,7 @@ def test_unknown_items() -> None:
         read({"candidates": [{"item_id": "1"}]}, None)
     found = read({"history": ["99", "1", "3"], "candidates": ["1"]})
     assert [past.item.item_id for past in found.history] == ["1"]
-    assert found.notes == ("history: left out, unknown and without a title: '99', '3'",)
+    assert found.notes == ("history: ignored unknown items without a title: '99', '3'",)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_notes_name_what_was_left_out_or_changed() -> None:
     )
     assert found.notes == (
         "'histroy' was ignored (did you mean 'history'?)",
-        "candidates: repeated, ranked once: '1'",
-        "candidates: repeated with another text, the first was ranked: '2'",
+        "candidates: repeated items are ranked once: '1'",
+        "candidates: an item is repeated with another text; only the first is ranked: '2'",
         f"cut to 300 characters, the title of: '{found.candidates[2].item_id[:59]}…'",
         "no history",
         "profile: cut to 300 characters",
@@ -152,7 +152,7 @@ def test_times_are_numbers_or_dates_and_their_order_is_only_noted() -> None:
     found = read({"history": past, "candidates": ["1"]})
     assert [event.timestamp for event in found.history] == [1717113600.0, 1.0]
     assert found.history[1].rating == 4.0
-    assert found.notes == ("history: the timestamps are not oldest first; the order was kept as given",)
+    assert found.notes == ("history: the timestamps are not in ascending order; the given order was used",)
     assert read({"history": past[::-1], "candidates": ["1"]}).notes == ()
 
 
@@ -320,7 +320,7 @@ def test_parquet_holds_lists_structs_or_texts(tmp_path: Path) -> None:
         assert requests[0].candidates[0] == ITEMS["1"]
     pq.write_table(pa.table({"candidates": pa.array([b"ok", b"\xff"]).cast(pa.string(), safe=False)}), path)
     rows = rows_of(path)
-    assert [row.error for row in rows] == ["", "not UTF-8; write it again"]
+    assert [row.error for row in rows] == ["", "a value is not UTF-8; write the file again"]
     pq.write_table(pa.table({"candidate": [["1"]]}), path)
     with raises(DataError, Facts("missing-column", path, column="candidates", says="did you mean 'candidate'")):
         open_requests(path)

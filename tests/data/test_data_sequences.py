@@ -190,9 +190,9 @@ def test_samples(tmp_path: Path) -> None:
     }
     assert data.name == "films" and data.provenance["rows"] == "train 5 / valid 2 / test 2"
     notes = data.provenance["notes"]
-    assert "5 training rows are merged into the histories of 3 people" in notes
+    assert "5 training rows are merged into the histories of 3 users" in notes
     assert "each of 4 held-out rows counts as a user" in notes
-    assert "1 held-out targets are also in their histories, and 1 training interactions" in notes
+    assert "removed: 1 held-out targets that are in their histories, and 1 training interactions" in notes
     assert parts.fingerprint.startswith("a053c72f04e1")
 
 
@@ -271,7 +271,7 @@ def test_rows_of_people_without_names_may_stand_in_any_order(tmp_path: Path) -> 
 def test_rows_that_continue_nothing_are_said(tmp_path: Path) -> None:
     files = {**SAMPLES, "test.tsv": "user_id\thistory\ttarget\nu9\tb c d\ta\n"}
     notes = read("samples", folder(tmp_path, files), **KEEP).provenance["notes"]
-    assert "1 held-out rows continue no training row, so it is unknown whether" in notes
+    assert "1 held-out rows do not continue a training row" in notes
 
 
 def test_samples_repeat_an_item(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_text_that_names_what_its_user_is_asked_about_is_left_out(
     publish(tmp_path / "store", [Features("user", users, np.eye(2), made, texts=said)])
     told = described(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
     assert USER_FIELD not in told.users.get("u2", {})
-    assert "1 more excluded" in told.provenance["have texts"]
+    assert "1 more users excluded" in told.provenance["have texts"]
     # Nobody is set aside for it, so that all arms ask the same users.
     assert not any(each.user_id == "u2" for each in set_aside(replace(data, dataset=told)))
 

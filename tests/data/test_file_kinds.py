@@ -226,7 +226,7 @@ def test_what_is_of_another_part_of_the_world_is_not_guessed(text: str, encoding
         ("a.csv.bz2", bz2.compress(bytes(40 * 2**20)), Facts("too-large", says="decompresses to more than")),
         ("a.zip", zipped(("a.csv", TEXT), ("b.csv", TEXT)), Facts("ambiguous", says=("a.csv", "b.csv", "extract"))),
         ("a.zip", zipped(("readme.txt.md", b"x")), Facts("missing-file", says="no table")),
-        ("a.zip", zipped(("../a.csv", TEXT)), Facts("unsafe", says="a path outside of it")),
+        ("a.zip", zipped(("../a.csv", TEXT)), Facts("unsafe", says="a path outside the archive")),
         ("a.zip", zipped(("a.csv", b"a,b\n" + b"1,2\n" * 10**7)), Facts("too-large", says="decompresses to more than")),
         ("a.zip", TEXT, Facts("damaged", says="zip")),
         ("a.json", b'[{"user_id": "u"}, 3]', Facts("wrong-format", row=2, says="array of objects")),
@@ -258,7 +258,7 @@ def test_recboles_files_of_one_data_set_are_found_together(tmp_path: Path) -> No
         made = start.init(str(given), out=tmp_path / "mine.yaml", force=True)
         data = load_recipe(made.recipe).data
         assert data.items == str(folder / "shop.item") and data.columns.title == "movie_title"
-        assert data.columns.fields == ("class",) and "shop.user is about users" in made.found
+        assert data.columns.fields == ("class",) and "shop.user contains user data" in made.found
     # A copy that is sorted does not hide which one is meant.
     (folder / "shop.sorted.inter").write_bytes(ATOMIC)
     assert of_atomic(folder, ".inter") == folder / "shop.inter"

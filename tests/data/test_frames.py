@@ -131,7 +131,7 @@ def test_ways_out_for_a_frame_are_those_of_python() -> None:
     holes = ROWS.with_columns(pl.Series("rating", [None, *ROWS["rating"].to_list()[1:]]))
     with pytest.raises(DataError) as caught:
         llmrec.init(holes, rating="rating")
-    assert 'rating="none" leaves ratings out' in str(caught.value) and "--" not in str(caught.value)
+    assert 'rating="none" to ignore ratings' in str(caught.value) and "--" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_init_speaks_of_arguments_and_not_of_options(
 def test_check_names_cut_offs_of_the_recipes_own_that_are_beyond_what_is_ranked() -> None:
     recipe = {**RECIPE, "eval": {**RECIPE["eval"], "cutoffs": [1, 5]}}
     found = llmrec.check(recipe, data=ROWS, items=ITEMS)
-    assert any("5 items are ranked per request, so HR@5 is 1" in warning for warning in found.warnings)
+    assert any("5 items are ranked per request, so HR@5 is always 1" in warning for warning in found.warnings)
 
 
 def test_init_looks_at_a_frame_and_its_recipe_runs_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

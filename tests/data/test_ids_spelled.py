@@ -63,7 +63,7 @@ def test_ids_of_json_lines_that_are_written_as_1_and_1_0_are_one(tmp_path: Path)
 )
 def test_times_of_two_units_are_refused(times: list[int], row: int, tmp_path: Path) -> None:
     FRAME.with_columns(timestamp=pl.Series([*times, *[times[0]] * (len(ROWS) - 3)])).write_csv(tmp_path / "t.csv")
-    with raises(DataError, Facts("bad-value", "t.csv", row=row, column="timestamp", says="one unit")):
+    with raises(DataError, Facts("bad-value", "t.csv", row=row, column="timestamp", says="the same unit")):
         loaded(tmp_path / "t.csv")
 
 

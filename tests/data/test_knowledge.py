@@ -128,7 +128,7 @@ def test_documents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     pl.DataFrame({"name": ["x"], "text": ["a"]}).write_csv(tmp_path / "nameless.csv")
     for file, facts in {
         "twice.csv": Facts("duplicate", says="i0"),
-        "others.csv": Facts("empty", says="compare ids"),
+        "others.csv": Facts("empty", says="check that the ids match"),
         "nameless.csv": Facts("missing-column", says="item_id or title"),
     }.items():
         assert section.facts is not None

@@ -192,7 +192,7 @@ def test_values_within_objects_are_spelled_as_others(tmp_path: Path) -> None:
     bad = [*rows, {"user": {"id": "a\0"}}]
     with raises(DataError, Facts("encoding", row=4, column="user", line=4)):
         read_table(write(tmp_path, bad, "jsonl"))
-    with raises(DataError, Facts("duplicate", column="user.id", says="as a path")):
+    with raises(DataError, Facts("duplicate", column="user.id", says="in a nested value")):
         read_table(write(tmp_path, [{"user": {"id": 1}, "user.id": 2}], "parquet"))
     with raises(DataError, Facts("duplicate", column="user.id")):
         read_table(write(tmp_path, [{"user": {"id": 1}, "user.id": 2}], "jsonl"))

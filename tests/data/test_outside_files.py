@@ -97,7 +97,7 @@ def test_a_cell_far_outside_of_the_table_is_one_error(tmp_path: Path, reference:
     with zipfile.ZipFile(book, "w") as archive:
         for name, content in parts.items():
             archive.writestr(name, content)
-    with raises(LlmrecError, Facts("too-large", "shop.xlsx", says="a cell may be far outside the table")):
+    with raises(LlmrecError, Facts("too-large", "shop.xlsx", says="a cell is far outside the table")):
         loaded(book)
     assert sheets_of(book) == [f"{book}#Orders"]
 

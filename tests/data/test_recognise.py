@@ -43,7 +43,7 @@ def test_init_says_so(tmp_path: Path) -> None:
     rows = "".join(",".join(map(str, event)) + "\n" for event in events)
     (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + rows, encoding="utf-8")
     made = start.init(str(tmp_path / "ratings.csv"), out=tmp_path / "r.yaml", name="r", backend="hf")
-    assert "its columns are those of movielens-" in made.found and "data.source" in made.found
+    assert "the columns are the same as in movielens-" in made.found and "data.source" in made.found
     (tmp_path / "ratings.csv").write_text("who,what,rating,timestamp\n" + rows, encoding="utf-8")
     again = start.init(
         str(tmp_path / "ratings.csv"),
@@ -52,7 +52,7 @@ def test_init_says_so(tmp_path: Path) -> None:
         backend="hf",
         asked=start.Asked(user="who", item="what"),
     )
-    assert "its columns are those of" not in again.found
+    assert "the columns are the same as in" not in again.found
 
 
 # --------------------------------------------------------------------------- folders and archives

@@ -132,7 +132,7 @@ def test_a_row_that_cannot_be_used_is_named(change: dict[str, object], facts: Fa
 
 def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "other.json", [{"user_id": "a", "item_id": "b", "rating": 1.0}])
-    with raises(DataError, Facts("missing-column", path, column="reviewerID", says="not this data set")):
+    with raises(DataError, Facts("missing-column", path, column="reviewerID", says="unlike this data set")):
         section_data(path)
     (tmp_path / "none.json").write_text("\n\n", encoding="utf-8")
     with raises(DataError, Facts("empty", "none.json")):

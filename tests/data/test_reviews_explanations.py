@@ -63,11 +63,11 @@ def test_a_question_shows_both_profiles_and_not_the_explanation(tmp_path: Path) 
     ("less", "keys", "facts"),
     [
         (True, {}, Facts("missing-column", "rows.jsonl", column="explanation")),
-        (False, {"items": "items.csv"}, Facts("contradiction", column="data.columns", says="drop data.items")),
+        (False, {"items": "items.csv"}, Facts("contradiction", column="data.columns", says="remove data.items")),
         (
             False,
             {"columns": {"user": "uid"}},
-            Facts("contradiction", column="data.columns", says="drop data.items"),
+            Facts("contradiction", column="data.columns", says="remove data.items"),
         ),
         (False, {"path": None}, Facts("missing-key", column="data.path")),
     ],

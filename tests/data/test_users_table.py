@@ -33,4 +33,4 @@ def test_few_users_are_told_and_more_than_there_are_pass(tmp_path: Path, caplog:
     caplog.set_level(logging.WARNING)
     assert set(loaded(tmp_path, "1 2 3 4 5 6 7 8").users) == {"1", "2", "3"} and not caplog.records
     assert set(loaded(tmp_path, "1 9").users) == {"1"}
-    assert "2 of 3 users are not in it" in caplog.text
+    assert "2 of 3 users are missing" in caplog.text

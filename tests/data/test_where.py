@@ -132,14 +132,14 @@ def test_rows_of_several_files_are_named_by_their_own(tmp_path: Path) -> None:
         ("b.csv", 1, 2),
         ("b.csv", 2, 3),
     ]
-    with raises(DataError, Facts("empty", tmp_path, says="none of 6 rows")):
+    with raises(DataError, Facts("empty", tmp_path, says="no row of 6")):
         kept(whole, "ev == 'x'")
 
 
 @pytest.mark.parametrize(
     ("where", "says"),
     [
-        ("event", "neither true nor false"),
+        ("event", "is not a condition"),
         ("event == ", "not an expression"),
         ("__import__('os').system('true') == 0", "is a call"),
         ("event.upper() == 'VIEW'", "is a call"),
@@ -150,9 +150,9 @@ def test_rows_of_several_files_are_named_by_their_own(tmp_path: Path) -> None:
         ("event in []", "require a list"),
         ("quantity + 1 > 2", "not a column"),
         ("[x for x in event] == 'view'", "not a column"),
-        ("lambda: 1", "neither true nor false"),
+        ("lambda: 1", "is not a condition"),
         ("event == b'view'", "not a value"),
-        ("event == 'view' if quantity > 1 else quantity > 2", "neither true nor false"),
+        ("event == 'view' if quantity > 1 else quantity > 2", "is not a condition"),
         ("not " * 60 + "event == 'a'", "too deep"),
         ("event == '" + "a" * 2000 + "'", "characters"),
         ("col(quantity) == 'a'", "not a value"),
@@ -170,7 +170,7 @@ def test_faults_of_the_table_name_column_and_row() -> None:
     with raises(DataError, Facts("bad-value", "t.csv", row=3, column="quantity", says="quotes")):
         rows(bad, "quantity > 1")
     assert rows(bad, "quantity == 'two'") == [2]
-    with raises(DataError, Facts("empty", "t.csv", column="data.filter.where", says="none of 6 rows")):
+    with raises(DataError, Facts("empty", "t.csv", column="data.filter.where", says="no row of 6")):
         rows(TEXTS, "event == 'buy'")
     with raises(RecipeError, Facts("syntax", says="2024-05-31")):
         rows(TYPED, "when > 'May'")

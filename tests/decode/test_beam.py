@@ -217,7 +217,9 @@ def test_one_item_and_one_token() -> None:
         (found,) = beam(MadeEngine(0), Catalogue.of(paths), [(4,)], k=3, width=1)
         assert len(found.items) == len(paths) and found.short and found.certified
     (none,) = beam(MadeEngine(0), Catalogue.of([(1,), (2,)]), [(4,)], k=1, width=1, excluded=[[0, 1]])
-    assert none == SearchResult(items=(), scores=(), certified=True, width=1, short="only 0 of 2 items may be given")
+    assert none == SearchResult(
+        items=(), scores=(), certified=True, width=1, short="only 0 of 2 items are valid results"
+    )
 
 
 @pytest.mark.parametrize("values", [{"k": 0, "width": 1}, {"k": 1, "width": 0}])

@@ -168,10 +168,10 @@ def test_yes_no_answers_of_one_class_have_no_auc() -> None:
         "low": None,
         "high": None,
         "signature": PROTOCOL.sign("AUC"),
-        "undefined": "all truths are of one class, so there is no pair of a yes and a no",
+        "undefined": "all labels are of the same class",
     }
     assert found.figures.metrics["GAUC"].value is None
-    assert found.figures.metrics["GAUC"].undefined == "no user has both a yes and a no"
+    assert found.figures.metrics["GAUC"].undefined == "no user has both positive and negative labels"
     assert "undefined" not in found.figures.metrics["LogLoss"].as_json()
     json.dumps(found.figures.as_json(), allow_nan=False)
     with raises(LlmrecError, Facts("too-few", says="GAUC")):

@@ -465,7 +465,7 @@ def test_the_same_command_finds_its_finished_work(run: Path, tmp_path: Path) -> 
     written = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     said: list[str] = []
     again = export.write_export(ExportOptions(run=run, out=out, check_users=0), say=said.append)
-    assert said == [f"{out} is already complete; --force writes it again"]
+    assert said == [f"{out} is already complete; use --force to export again"]
     assert again.files == done.files and again.notes == done.notes
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == written
     changes: list[dict[str, Any]] = [
@@ -494,7 +494,7 @@ def test_an_existing_folder_is_replaced_by_force_alone(run: Path, tmp_path: Path
     (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for place in (tmp_path / "out", tmp_path / "link", run):
-        with raises(LlmrecError, Facts("exists", place, says=("`llmrec export`", "remove it, or"))):
+        with raises(LlmrecError, Facts("exists", place, says=("`llmrec export`", "remove this folder, or"))):
             write(run, place, force=True)
     assert (tmp_path / "out" / "mine.txt").is_file() and (run / "train.json").is_file()
 

@@ -49,4 +49,4 @@ def test_no_library_of_models_is_imported_for_it(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and done.stdout == "[]\n"
-    assert len(done.stderr.splitlines()) == 1 and "finish it" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "finish the run" not in done.stderr

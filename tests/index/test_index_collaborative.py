@@ -248,13 +248,11 @@ def test_a_tree_that_is_too_small_is_refused_with_its_keys() -> None:
     data = chosen({"u": [f"i{n:03d}" for n in range(13)]}, [f"n{n}" for n in range(13)])
     with raises(
         RecipeError,
-        Facts(
-            "too-few", column="index.collaborative", says=("13 items", "clusters=2, depth=2 and leaf=3", "room for 12")
-        ),
+        Facts("too-few", column="index.collaborative", says=("13 items", "clusters=2, depth=2 and leaf=3", "holds 12")),
     ):
         coded(data, clusters=2, leaf=3, depth=2)
     with raises(
-        RecipeError, Facts("too-few", column="index.collaborative", says=("13 items without training", "room for 12"))
+        RecipeError, Facts("too-few", column="index.collaborative", says=("13 items without training", "holds 12"))
     ):
         coded(data, clusters=2, leaf=4, depth=2)
     assert coded(data, clusters=2, leaf=5, depth=2).figures["depth"] == 2

@@ -42,7 +42,7 @@ def test_more_items_take_the_next_numbers_until_there_are_none() -> None:
     assert len(index.codes) == 8 and index.tokens == tuple(f"<a_{n}>" for n in range(10))
     one = index.extend({"new": Item(item_id="new", title="new")})
     assert one.codes["new"] == ("<a_9>",) and one.tokens == index.tokens
-    with raises(DataError, Facts("exhausted", says=("1 more items from number 10 on", "1 tokens of 1 digits"))):
+    with raises(DataError, Facts("exhausted", says=("1 more items, numbered from 10", "1 tokens of 1 digits"))):
         one.extend({"newer": Item(item_id="newer", title="newer")})
 
 

@@ -204,7 +204,7 @@ def test_the_index_finds_what_all_pairs_find(training: list[str], texts: list[st
 
 def test_a_threshold_is_a_share() -> None:
     for threshold in (0.0, 1.1):
-        with pytest.raises(ValueError, match="threshold of a copy"):
+        with pytest.raises(ValueError, match="threshold for a copied text"):
             library(["x"], threshold=threshold)
 
 

@@ -55,7 +55,7 @@ def test_popularity_and_its_lift() -> None:
         assert beyond.popularity_lift_statistic(of_lists, before)(everybody).tolist() == pytest.approx([lift])
     statistic = beyond.popularity_lift_statistic([0.5, 0.2], [0.1, 0.2])
     assert statistic(np.array([[0, 0], [1, 1]])).tolist() == pytest.approx([4.0, 0.0])
-    with pytest.raises(ValueError, match="nothing to compare"):
+    with pytest.raises(ValueError, match="popularity lift is undefined"):
         beyond.popularity_lift_statistic([0.5], [0.0])
     with pytest.raises(ValueError, match="same shape"):
         beyond.popularity_lift_statistic([0.5], [0.5, 0.1])
@@ -86,14 +86,14 @@ def test_serendipity() -> None:
     assert beyond.serendipity(LISTS, 1, expected, [1, 1, 3]).tolist() == [0.0, 0.0, 0.0]
     several = beyond.serendipity(LISTS, 3, expected, [[1, 2], [-1, -1], [0, -1]])
     assert several.tolist() == pytest.approx([2 / 3, 0.0, 0.0])
-    with pytest.raises(ValueError, match="expected lists"):
+    with pytest.raises(ValueError, match="popularity lists"):
         beyond.serendipity(LISTS, 3, expected[:1], [1, 1, 3])
 
 
 def test_malformed_lists_are_errors() -> None:
     with pytest.raises(ValueError, match="integers"):
         beyond.coverage(np.array([[0.5]]), 1, 3)
-    with pytest.raises(ValueError, match="cut at 4"):
+    with pytest.raises(ValueError, match="cut-off 4"):
         beyond.coverage(LISTS, 4, 9)
     with pytest.raises(ValueError, match="between -1 and 2"):
         beyond.coverage(LISTS, 3, 3)

@@ -186,5 +186,5 @@ def test_malformed_answers_are_errors() -> None:
             metric([1.2], [1])
     with pytest.raises(ValueError, match="bins must"):
         calibration_error([0.2], [1], bins=0)
-    with pytest.raises(ValueError, match="1 answers but 2 users"):
+    with pytest.raises(ValueError, match="1 answers, but 2 users"):
         gauc([0.2], [1], ["a", "b"])

@@ -53,7 +53,7 @@ def test_a_list_that_is_cut_inside_the_block_at_its_end() -> None:
     assert standing(cut, "a", pool=9) == Standing(greater=0, tied=1, missing=False)
     for target in ("b", "c", "elsewhere"):
         assert standing(cut, target, pool=9) == Standing(greater=1, tied=6, missing=False)
-    with pytest.raises(ValueError, match="7 items ranked out of a pool of 6"):
+    with pytest.raises(ValueError, match="7 items are ranked, but there are only 6 candidates"):
         standing(cut, "a", pool=6)
 
 
@@ -97,7 +97,7 @@ def test_precision_average_precision_and_auc() -> None:
     missing = standing(_ranking({"a": 1.0}), "target", pool=5)
     assert _one(auc, missing, 5) == 0.0
     assert _one(auc, Standing(0, 1, False), 1) == 0.5
-    with pytest.raises(ValueError, match="fewer items"):
+    with pytest.raises(ValueError, match="more items"):
         _one(auc, place, 3)
 
 
@@ -110,16 +110,16 @@ def test_tie_rate_counts_targets_that_share_a_score() -> None:
 
 @pytest.mark.parametrize("where", ["target", "other"])
 def test_a_nan_score_is_an_error(where: str) -> None:
-    with raises(LlmrecError, Facts("bad-value", says=("request 'r'", "model.dtype to float32"))):
+    with raises(LlmrecError, Facts("bad-value", says=("request 'r'", "model.dtype=float32"))):
         standing(_ranking({"target": 1.0, "other": 2.0} | {where: math.nan}), "target", pool=2)
 
 
 def test_malformed_rankings_are_errors() -> None:
     with pytest.raises(ValueError, match="duplicate item"):
         standing(Ranking(request_id="r", items=("a", "a"), scores=(1.0, 0.0)), "a", pool=3)
-    with pytest.raises(ValueError, match="2 items but 1 scores"):
+    with pytest.raises(ValueError, match="2 items, but 1 scores"):
         standing(Ranking(request_id="r", items=("a", "b"), scores=(1.0,)), "a", pool=3)
-    with pytest.raises(ValueError, match="pool of 1"):
+    with pytest.raises(ValueError, match="only 1 candidates"):
         standing(_ranking({"a": 1.0, "b": 0.0}), "a", pool=1)
 
 

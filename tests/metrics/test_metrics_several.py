@@ -103,7 +103,7 @@ def test_nothing_ranked_and_nothing_relevant() -> None:
 def test_what_is_not_ranked_ties_below_what_is() -> None:
     judged = _one({0: 1.0}, {1: 1.0})  # pool of 4: 1, 2 and 3 are left out
     assert multi_target.auc(judged, 4)[0] == pytest.approx((0 + 0.5 + 0.5) / 3)
-    with pytest.raises(ValueError, match="fewer items"):
+    with pytest.raises(ValueError, match="more ranked or relevant items"):
         multi_target.auc(judged, 1)
 
 
@@ -112,7 +112,7 @@ def test_what_is_not_ranked_ties_below_what_is() -> None:
 
 def test_malformed_tables_are_errors() -> None:
     good = _pairs([(0, 1, 1.0)])
-    with raises(LlmrecError, Facts("bad-value", says="request number 0")):
+    with raises(LlmrecError, Facts("bad-value", says="request at index 0")):
         judge(_pairs([(0, 1, math.nan), (0, 2, 1.0)]), good, 1)
     with pytest.raises(ValueError, match="duplicate items"):
         judge(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), good, 1)

@@ -167,7 +167,7 @@ def test_swapping_the_arms_turns_the_difference_round(pairs: list[tuple[float, f
 
 
 def test_arms_that_cannot_be_paired_are_errors() -> None:
-    with pytest.raises(ValueError, match="2 values and 1"):
+    with pytest.raises(ValueError, match="2 and 1 values"):
         signflip([0.5, 1.0], [0.5], resamples=10, seed=0)
     with pytest.raises(ValueError, match="not finite"):
         signflip([math.nan], [0.5], resamples=10, seed=0)

@@ -109,7 +109,7 @@ def test_values_that_cannot_be_resampled_are_errors() -> None:
         interval([0.5, -1.0], resamples=10, seed=0, statistic="root_mean")
     with pytest.raises(ValueError, match="resamples"):
         interval([0.5], resamples=0, seed=0)
-    with pytest.raises(ValueError, match="2 values and 1"):
+    with pytest.raises(ValueError, match="2 and 1 values"):
         paired([0.5, 1.0], [0.5], resamples=10, seed=0)
 
 
@@ -254,7 +254,7 @@ def test_ignoring_users_would_call_too_many_differences_real(users: list[str] | 
 
 
 def test_every_value_needs_its_user() -> None:
-    with pytest.raises(ValueError, match="3 values but 2 users"):
+    with pytest.raises(ValueError, match="3 values, but 2 users"):
         interval([1.0, 2.0, 3.0], resamples=10, seed=0, users=["a", "b"])
 
 

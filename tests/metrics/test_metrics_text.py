@@ -79,7 +79,7 @@ def test_the_statistic_can_count_users(sacrebleu: object) -> None:
     places = [[1, 4, 0, 2, 3, 5], [3, 5, 3, 5, 1, 4]]
     expected = [bleu4([TEXTS[i] for i in each], [REFERENCES[i] for i in each]) for each in places]
     assert by_user(rows).tolist() == pytest.approx(expected)
-    with pytest.raises(ValueError, match="6 texts but 1 users"):
+    with pytest.raises(ValueError, match="6 texts, but 1 users"):
         bleu4_statistic(TEXTS, REFERENCES, ["a"])
 
 

@@ -163,6 +163,6 @@ def test_an_index_takes_the_place_of_an_index_alone(tmp_path: Path) -> None:
 
 def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "row.json").mkdir()
-    with raises(LlmrecError, Facts("exists", tmp_path / "row.json", says="move it away")):
+    with raises(LlmrecError, Facts("exists", tmp_path / "row.json", says="move the folder away")):
         write_text(tmp_path / "row.json", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["row.json"]

@@ -135,8 +135,8 @@ def test_a_recipe_names_other_pairs_and_the_best_control_by_its_name() -> None:
             ["rating/tuned/expectd/list-ratings", "rating/best-baseline"],
             "did you mean 'rating/tuned/expected/list-ratings'",
         ),
-        (["rating/tuned/expected/list-ratings", "sequential/best-baseline"], "rows of two families"),
-        (["rating/tuned/expected/list-ratings", "explanation/best-baseline"], "there is no row 'explanation/best-b"),
+        (["rating/tuned/expected/list-ratings", "sequential/best-baseline"], "models of different tasks"),
+        (["rating/tuned/expected/list-ratings", "explanation/best-baseline"], "there is no model 'explanation/best-b"),
     ],
 )
 def test_rows_that_the_run_will_not_have_are_refused_before_it_begins(pair: list[str], said: str) -> None:

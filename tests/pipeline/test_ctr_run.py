@@ -284,4 +284,4 @@ def test_the_audit_finds_training_events_after_a_users_held_out_ones(llama_folde
     late = data.train.head(1).with_columns(timestamp=pl.lit(data.test["timestamp"].max()) + 1.0)
     assert late["user_id"][0] in data.test["user_id"]
     found = training_interactions(replace(data, train=pl.concat([data.train, late])))
-    assert found.verdict == "leak" and "later than what is held out" in found.examples[0]
+    assert found.verdict == "leak" and "later than a held-out interaction" in found.examples[0]

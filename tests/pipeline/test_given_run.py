@@ -95,7 +95,7 @@ def test_what_chooses_on_validation_says_that_there_is_none(page: Path, folder: 
         build_study(load_recipe(str(page), [bare, "tasks.ctr.calibrate=valid"]))
     section = load_recipe(str(page), [bare]).data
     suite = Suite(suite="made", data=section, bootstrap=50, rows=[{"baseline": "item-knn"}])
-    with raises(DataError, Facts("empty", column="data.split.valid", says="valid part")):
+    with raises(DataError, Facts("empty", column="data.split.valid", says="validation split")):
         run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results")
 
 
@@ -158,4 +158,4 @@ def test_the_audit_notes_that_such_a_split_is_not_cut_in_time(movielens: Path) -
     )
     check = training_interactions(build_study(recipe).data)
     assert check.verdict == "notice" and check.figures["earlier"] > 10_000
-    assert "histories show what came later" in check.found
+    assert "histories contain later interactions" in check.found

@@ -255,7 +255,7 @@ def test_the_key_holds_what_training_starts_from_and_not_where_it_lies(
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("train.start=nowhere", ["train.start", "is no run folder"]),
+        ("train.start=nowhere", ["train.start", "is not a run folder"]),
         ("data.split.kind=global_time", ["train.start", "held out here"]),
         ("seed=3", ["train.start", "held out here"]),
         ("index={scheme: random}", ["train.start", "no index", "random"]),

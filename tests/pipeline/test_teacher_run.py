@@ -76,7 +76,7 @@ def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"train.teacher.run": "nowhere"}, "is no run folder"),
+        ({"train.teacher.run": "nowhere"}, "is not a run folder"),
         ({"seed": 3}, "held out here"),
         ({"data.split.kind": "global_time"}, "held out here"),
         ({"index": {"scheme": "random"}}, "token"),
@@ -93,7 +93,7 @@ def test_what_does_not_go_with_a_teacher_is_refused(
 
 
 def test_no_run_teaches_itself(teacher: Path) -> None:
-    with raises(RecipeError, Facts("contradiction", column="train.teacher", says="own folder")):
+    with raises(RecipeError, Facts("contradiction", column="train.teacher", says="the folder of this run itself")):
         pipeline.run(recipe(32, **{"train.teacher.run": str(teacher)}), teacher, quiet=True)
 
 

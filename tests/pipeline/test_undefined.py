@@ -20,8 +20,8 @@ pytest.importorskip("llmrec.bench", reason="the extension is not there")
 
 from llmrec.bench.run import run_benchmark
 
-ONE_CLASS = "all truths are of one class, so there is no pair of a yes and a no"
-OF_USERS = "no user has both a yes and a no"
+ONE_CLASS = "all labels are of the same class"
+OF_USERS = "no user has both positive and negative labels"
 NOTHING = "Models without a value are not compared."
 
 

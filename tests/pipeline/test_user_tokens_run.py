@@ -151,5 +151,5 @@ def test_rank_knows_the_users_of_training_and_takes_others(ran: Run, study: Stud
 
 def test_it_is_refused_beside_codes_that_are_held_out() -> None:
     tasks = {**RECIPE["tasks"], "alignment": {}}
-    with pytest.raises(ValidationError, match=r"index\.ids: templates with item_id would show the codes"):
+    with pytest.raises(ValidationError, match=r"index\.ids: templates with item_id would show held-out codes"):
         Recipe(**{**RECIPE, "tasks": tasks})

@@ -71,7 +71,7 @@ def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path, monkeypatch: py
     with_them = scores("with.jsonl")
     away = table.rename(tmp_path / WEIGHTS)
     try:
-        with pytest.raises(AssertionError, match="not as training left it"):
+        with pytest.raises(AssertionError, match="does not match the record of its training"):
             scores("refused.jsonl")
         monkeypatch.setattr("llmrec.answer.language_model.refuse_changed", lambda *told: None)
         without = scores("without.jsonl")

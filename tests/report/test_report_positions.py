@@ -80,7 +80,7 @@ def test_places_without_figures_and_single_requests_are_no_obstacle() -> None:
 def test_it_is_said_which_rows_are_biased(results: dict[str, Any]) -> None:
     found = results_of(results)
     assert sentences(found, "direct") == (
-        "Significant position bias (the position of the target among its candidates changes its rank): zero-shot · "
+        "Significant position bias (the rank of the target depends on its position among the candidates): zero-shot · "
         "label · pick-one (46 % of the variance of the rank, 10 % expected by chance; rank correlation +0.41; "
         "corrected p < 0.001).",
         "No significant position bias: few-shot · label · pick-one and fine-tuned · label with both templates.",

@@ -172,7 +172,7 @@ def test_times_are_numbers_or_iso_8601(faked: Faked, written: Any, seconds: floa
     past = [{"item_id": "i0", "timestamp": seconds}, {"item_id": "i1", "timestamp": written}]
     assert not ask(faked, "/v1/rank", history=past).json()["notes"]
     past = [{"item_id": "i0", "timestamp": seconds + 1}, {"item_id": "i1", "timestamp": written}]
-    assert any("oldest first" in note for note in ask(faked, "/v1/rank", history=past).json()["notes"])
+    assert any("ascending order" in note for note in ask(faked, "/v1/rank", history=past).json()["notes"])
 
 
 @pytest.mark.parametrize("written", ["1704547680", "yesterday", "06.01.2024", "2024-13-01", "", True, [], "NaN"])

@@ -400,7 +400,7 @@ def test_rows_are_kept_where_nothing_needs_what_they_lack_and_lost_ones_are_told
     data = load_split(recipe.data, 0).dataset
     lost = sum("s11," in row for row in rows) + 1
     assert len(data.interactions) == 100 - lost and data.items["s3"].title == "s3" and data.name == "orders"
-    assert "1 rows without a time were left out" in told
+    assert "1 rows without a time were removed" in told
     assert any(line.startswith(f"{lost - 1} rows without an entry in ") for line in told)
 
 

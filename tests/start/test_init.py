@@ -353,7 +353,7 @@ def test_tasks_are_off_for_a_reason() -> None:
     plan = plan_of(pairs, ("user", "item"))
     assert plan.on == ("sequential", "direct")
     assert "column of ratings" in plan.tasks["rating"][1] and "texts" in plan.tasks["explanation"][1]
-    assert "order of the rows" in plan.tasks["sequential"][1]
+    assert "in row order" in plan.tasks["sequential"][1]
     same = [(*pair, 5) for pair in pairs]
     assert "at least 2 values" in plan_of(same, ("user", "item", "stars"), rating="stars").tasks["rating"][1]
     wide = [(*pair, n) for n, pair in enumerate(pairs)]
@@ -396,7 +396,7 @@ def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path)
     pl.DataFrame(baskets(30, 4, 3), schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
     said = llmrec("init", "t.csv")
     (note,) = [line for line in said.splitlines() if "last_basket" in line]
-    assert "100% of the users took several products at their last time" in note and "whole orders" in note
+    assert "100% of the users chose several products at their last timestamp" in note and "whole orders" in note
     recipe = load_recipe("t.yaml")
     assert recipe.data.split.kind == "last_basket"
     study = build_study(recipe)

@@ -60,7 +60,7 @@ def test_a_sheet_is_named_behind_a_hash(book: Path, absolute: bool) -> None:
 
 
 def test_a_sheet_of_items_is_pointed_out(book: Path) -> None:
-    assert "--items 'book.xlsx#Items' reads titles from it" in init("book.xlsx#Clicks 2024", backend="hf").found
+    assert "set --items 'book.xlsx#Items'" in init("book.xlsx#Clicks 2024", backend="hf").found
 
 
 def test_a_wrong_sheet_or_book_is_named(book: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -112,7 +112,7 @@ def test_the_query_is_of_the_table_with_a_user_and_an_item_and_has_titles(folder
     for table, items in (("shop.db", None), (url, url)):
         with raises(DataError, Facts("wrong-format", says=query)):
             init(table, items=items, force=True)
-    with raises(DataError, Facts("wrong-format", says=f"name it as sqlite:///{folder / 'shop.db'}")):
+    with raises(DataError, Facts("wrong-format", says=f"write it as sqlite:///{folder / 'shop.db'}")):
         init(str(folder / "shop.db"), force=True)
 
 

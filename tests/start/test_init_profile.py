@@ -212,7 +212,7 @@ def test_an_order_line_table() -> None:
     )
     assert found(answer) == ("customer_id", "sku", None, "order_date", "product", None)
     assert set(answer.fields) == {"unit_price", "colour"}
-    assert "orders or rows" in answer.why["order_id"]
+    assert "order or row" in answer.why["order_id"]
     assert "every row" in answer.why["line_id"]
     assert "same value" in answer.why["currency"]
     assert "count" in answer.why["quantity"]
@@ -263,7 +263,7 @@ def test_a_text_may_be_a_review_by_its_name(name: str) -> None:
 def test_of_two_columns_of_the_same_prices_one_is_shown() -> None:
     prices = [f"{10 + item},50" for _, item in PAIRS]
     answer = roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": prices, "Marke": TITLES})
-    assert answer.fields == ("Preis", "Marke") and answer.why["Einzelpreis"] == "holds the same values as Preis"
+    assert answer.fields == ("Preis", "Marke") and answer.why["Einzelpreis"] == "has the same values as Preis"
     pointed = [price.replace(",", ".") for price in prices]
     assert (
         "Einzelpreis" not in roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": pointed}).fields
@@ -429,10 +429,10 @@ def test_damage_is_one_paragraph(tmp_path: Path) -> None:
 
 SPOILERS: dict[str, tuple[str, Callable[[list[str]], list[str]], str]] = {
     "decimal commas": ("stars", lambda cells: [f"{cell},5" for cell in cells], "decimal comma"),
-    "no stars in a row": ("stars", lambda cells: ["", *cells[1:]], "no number"),
-    "no day in a row": ("day", lambda cells: [cells[0], "", *cells[2:]], "no time"),
+    "no stars in a row": ("stars", lambda cells: ["", *cells[1:]], "not a number"),
+    "no day in a row": ("day", lambda cells: [cells[0], "", *cells[2:]], "format of the other times"),
     "no user in a row": ("user", lambda cells: ["", *cells[1:]], "the user"),
-    "a timestamp of words": ("timestamp", lambda cells: ["at noon"] * len(cells), "no time"),
+    "a timestamp of words": ("timestamp", lambda cells: ["at noon"] * len(cells), "not a time"),
 }
 
 

@@ -188,7 +188,7 @@ def test_a_text_encoder_reads_the_parts_and_a_seed_decides_all() -> None:
 def test_settings_that_cannot_be_are_named() -> None:
     with raises(RecipeError, Facts("bad-value", says="multiple of parts")):
         make("dcn", {"align": {"width": 10, "parts": 4}}, seed=0)
-    with raises(RecipeError, Facts("bad-value", says="no vectors of titles")):
+    with raises(RecipeError, Facts("bad-value", says="cannot encode titles")):
         make("dcn", {"align": {"encoder": "store:features"}}, seed=0)
     with raises(RecipeError, Facts("unknown-key", says="align.text")):
         make("dcn", {"align": {"text": "own"}}, seed=0)

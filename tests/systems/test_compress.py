@@ -167,7 +167,7 @@ def test_a_run_is_measured_cut_and_exported(tmp_path: Path, monkeypatch: pytest.
         compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,), force=True)
     assert verify(tmp_path / "out") and (tmp_path / "out" / SUMS).read_bytes() == before
     assert not list(tmp_path.glob("out.*"))
-    with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsupported", column="tasks", says="one token")):
+    with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsupported", column="tasks", says="one-token")):
         patched.setattr("llmrec.backends.hf.backend.single_token_labels", lambda tails, closed: None)
         compress(run, tmp_path / "labels", target_ms=1e9, users=4, depths=(2,))
     compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(1,), force=True)

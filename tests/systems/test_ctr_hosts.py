@@ -108,7 +108,7 @@ def test_rows_that_a_feature_has_seen_are_left_out_or_refused(tmp_path: Path) ->
     with raises(DataError, Facts("leak", says="held-out")):
         make("din", QUICK | {"features": folder}, seed=0).fit(data)
     folder = _store(tmp_path / "all", users, items, seen={"u0": frozenset(pairs)})
-    with raises(DataError, Facts("leak", says="none is left for training")):
+    with raises(DataError, Facts("leak", says="no example is left for training")):
         make("din", QUICK | {"features": folder}, seed=0).fit(data)
 
 
@@ -157,7 +157,7 @@ def test_widths_that_are_none_are_named(widths: str) -> None:
 def test_a_side_that_a_store_lacks_is_said(tmp_path: Path) -> None:
     data, users, _ = _planted()
     publish(tmp_path, [Features("user", [f"u{n}" for n in range(USERS)], users, Provenance(system="x"))])
-    with raises(DataError, Facts("missing-value", says="only features of users")):
+    with raises(DataError, Facts("missing-value", says="has only features of users")):
         make("dcn", QUICK | {"features": str(tmp_path), "sides": "item"}, seed=0).fit(data)
 
 

@@ -170,7 +170,7 @@ def test_models_that_cannot_be_read_so_are_refused(folder: Path, tmp_path: Path)
         fitted(tuned)
     with raises(RecipeError, Facts("bad-value", column="encoder", says="use the baseline text-matcher")):
         fitted("lsa")
-    with raises(ModelError, Facts("bad-value", column="layers", says="has 2 layers")):
+    with raises(ModelError, Facts("bad-value", column="layers", says="the 2 layers")):
         fitted(folder, layers=3)
     with raises(ModelError, Facts("too-large", column="max_len", says="lower max_len")):
         fitted(folder, epochs=1).reader.after("x", [["anvil"] * 4096], most=2)

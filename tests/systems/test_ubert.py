@@ -212,7 +212,7 @@ def test_opinion_words_come_from_a_file_or_from_what_tells_ratings_apart(encoder
     assert lexicon(told, texts, truth) == ("awful", "great")
     with raises(RecipeError, Facts("unreadable", column="lexicon")):
         lexicon(UBert.Config(lexicon=str(tmp_path / "none.txt")), texts, truth)
-    with pytest.raises(ValueError, match="no token states"):
+    with pytest.raises(ValueError, match="no token embeddings"):
         UBert.Config(encoder="lsa")
     with raises(ModelError, Facts("unsupported", column="pretrain")):
         _model(tiny_encoder(), pretrain=1).pretrained(data)

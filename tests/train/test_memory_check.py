@@ -132,5 +132,5 @@ def test_a_killed_merge_is_repeated_without_training(
 def test_memory_is_compared_before_training(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 2**20)
     monkeypatch.setattr(lora, "load_trainable", lambda *_, **__: pytest.fail("a model is loaded"))
-    with raises(LlmrecError, Facts("exhausted", column="model.name", says="for its merge")):
+    with raises(LlmrecError, Facts("exhausted", column="model.name", says="and merging")):
         pipeline.train(recipe, tmp_path, quiet=True)

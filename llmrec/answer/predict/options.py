@@ -17,7 +17,7 @@ class PredictOptions(ModelOptions):
     requests: Annotated[
         Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with an item in each row.")
     ]
-    out: Annotated[Path | None, About(help="Output file, in any of these formats.")] = None
+    out: Annotated[Path | None, About(help="Output file, in any format of the input.")] = None
     to: Annotated[
         str | None,
         About(
@@ -30,7 +30,7 @@ class PredictOptions(ModelOptions):
         str,
         About(
             metavar="NAME",
-            help="Task: rating, ctr, explanation, review or stars. Default: the only one that was trained.",
+            help="Task: rating, ctr, explanation, review or stars. Default: the trained task, if there is only one.",
         ),
     ] = "auto"
     template: Template = None

@@ -113,7 +113,7 @@ def _read(raw: Raw, number: int, recommender: LanguageModel) -> RankRequest | Un
     if raw.error or raw.record is None:
         return Unparsed(request_id=request_id, reason=raw.error)
     if raw.record.get("item") is None:
-        return Unparsed(request_id=request_id, reason="'item' is missing; give the item of the question")
+        return Unparsed(request_id=request_id, reason="'item' is missing; give the item to predict for")
     context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
     record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
     try:

@@ -32,13 +32,14 @@ class RankOptions(RecommenderOptions):
             help="Requests: .jsonl, .csv, .tsv (also with .gz) or .parquet, see docs/batch-inference-and-export.md.",
         ),
     ] = None
-    out: Annotated[Path | None, About(help="Output file, in any of these formats; - for standard output.")] = None
+    out: Annotated[Path | None, About(help="Output file, in any format of --in; - for standard output.")] = None
     form: Annotated[
         str,
         About(
             choices=("auto", *get_args(Form)),
             help="Output format. records: one record per request; long: one row per ranked item; trec: a TREC run; "
-            "recbole: an .inter file; rectools: long with the columns of RecTools; auto: from the file name of --out.",
+            "recbole: an .inter file; rectools: one row per ranked item, with RecTools columns; auto: from the file "
+            "name of --out.",
         ),
     ] = "auto"
     all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data.")] = False
@@ -52,9 +53,7 @@ class RankOptions(RecommenderOptions):
     ] = None
     by: Annotated[
         str | None,
-        About(
-            metavar="NAME", help="Which model of the run folder: tuned, untuned, a model of the report or a baseline."
-        ),
+        About(metavar="NAME", help="Model of the run folder: tuned, untuned, a model of the report, or a baseline."),
     ] = None
     limit: Annotated[int | None, About(least=1, help="Rank only the first N requests.")] = None
     shard: Annotated[
@@ -77,7 +76,9 @@ class RankOptions(RecommenderOptions):
     )
     shards: Annotated[
         int | None,
-        About(least=1, help="With --ray: number of shards. Default: the existing ones, otherwise four per process."),
+        About(
+            least=1, help="With --ray: number of shards. Default: as many as exist already, otherwise four per process."
+        ),
     ] = None
     restart: Annotated[
         bool,

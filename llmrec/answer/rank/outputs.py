@@ -42,7 +42,9 @@ def check_out(
         raise DataError(f"{option} {out} is a folder; give a file", kind="unreadable", at=out, column=option)
     for given in reads:
         if given is not None and given.exists() and given.resolve() == out.resolve():
-            raise DataError(f"{option} {out} is an input file; choose another", kind="exists", at=out, column=option)
+            raise DataError(
+                f"{option} {out} is an input file; choose another file", kind="exists", at=out, column=option
+            )
     waits = parts is not None and parts.exists()
     if waits or not out.exists():
         return

@@ -42,7 +42,7 @@ def resolved(options: RankOptions) -> RankOptions:
     if options.baseline is not None:
         if options.by is not None:
             raise RecipeError(
-                "--by selects a model of the --model folder, and --baseline uses no folder; drop one of them",
+                "--by selects a model of the --model folder, and --baseline uses no folder; drop one of these options",
                 kind="contradiction",
                 column="--by",
             )
@@ -55,7 +55,7 @@ def resolved(options: RankOptions) -> RankOptions:
     if not bundle.weights:
         changed += _changed(options, _OPENED)
     if by != own and changed:
-        ranks = f"--by selects {by!r}" if own else f"{options.model} has none and ranks with {by}"
+        ranks = f"--by selects {by!r}" if own else f"{options.model} has no language model and ranks with {by}"
         raise RecipeError(
             f"{changed[0]} configures a language model, but {ranks}; drop {changed[0]}",
             kind="contradiction",
@@ -130,7 +130,8 @@ def _open_classic(options: RankOptions) -> Models:
             option = f"--{name.replace('_', '-')}"
             more = "; --top sets the number of items" if option == "--k" else ""
             raise RecipeError(
-                f"{option} configures a language model, and --baseline uses none; drop one of them{more}",
+                f"{option} configures a language model, but --baseline does not use one; drop one of these "
+                f"options{more}",
                 kind="contradiction",
                 column=option,
             )

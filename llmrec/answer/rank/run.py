@@ -164,7 +164,7 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
             done = None if options.restart else finished(options.target, options.layout, key)
             summary = done or _work(options, source, recommender, key)
         if done is not None:
-            log.warning("%s is already complete; --restart ranks again", options.target)
+            log.warning("%s is already complete; use --restart to rank again", options.target)
         remove(options.parts)
     return summary
 
@@ -236,7 +236,7 @@ def _claim(folder: Path, key: str) -> None:
         return
     others = [path for path in folder.glob(part_name("*")) if own(path.name)]
     if others:
-        log.warning("%d parts in %s were made from other inputs or options; they are discarded", len(others), folder)
+        log.warning("%d partial results in %s are from other inputs or options and are discarded", len(others), folder)
     for path in others:
         path.unlink()
     write_text(mark, key)
@@ -343,8 +343,8 @@ def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
                 f"{source}, line {record.line} requests a second list of {listed(record)[:60]!r}, after line {first}, "
-                "but outputs with one row per item identify lists by user; omit user_id, so that the id of the request "
-                "is used, or write records to a file",
+                "but outputs with one row per item identify lists by user; omit user_id to use the id of the request, "
+                "or write records to a file",
                 kind="duplicate",
                 at=Place(str(source), line=record.line),
                 column="user_id",
@@ -484,7 +484,7 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
     if summary["seconds_per_request"] is not None:
         item = summary["seconds_per_request"]
         rows["seconds per request"] = (
-            f"{item['mean']:.3f}, from {item['fastest_part']:.3f} in the fastest part to {item['slowest_part']:.3f}"
+            f"{item['mean']:.3f} on average ({item['fastest_part']:.3f} to {item['slowest_part']:.3f} per part)"
         )
     if "signature" not in summary:
         rows["cost"] = _cost(summary)

@@ -64,7 +64,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     """
     options = resolved(options)
     if options.target == STDOUT:
-        raise RecipeError("--out -: shards are merged into a file; give one", kind="unsupported", column="--out")
+        raise RecipeError("--out -: shards are merged into a file; give a file", kind="unsupported", column="--out")
     form_of(options.target, options.form)
     reads = (options.source, options.items)
     check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
@@ -87,7 +87,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
             with opened as (recommender, key):
                 done = done_before(folder, key)
                 if done is not None and done.told["form"] == options.layout:
-                    log.warning("shard %s is already complete; --restart ranks it again", shard)
+                    log.warning("shard %s is already complete; use --restart to rank it again", shard)
                 else:
                     tally = Tally()
                     deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)

@@ -103,7 +103,7 @@ def _refuse_others(options: RankOptions) -> None:
         if getattr(options, name) != getattr(plain, name):
             option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")
             raise DataError(
-                f"{option} has no effect with --all-users, which ranks the catalogue with --by; drop one of them",
+                f"{option} has no effect with --all-users, which ranks the catalogue with --by; drop {option}",
                 kind="contradiction",
                 column=option,
             )

@@ -345,7 +345,7 @@ class HFBackend:
             self.packed = all(abs(a - b) <= (1.0 + 0.02 * abs(b) if loose else 0.01) for a, b in pairs)
             self._proven = True
             if not self.packed:
-                log.warning("this model ignores block masks, so candidates are scored one by one")
+                log.warning("this model ignores custom attention masks, so candidates are scored one by one")
         return self.packed
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -482,8 +482,8 @@ def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
     )
     if rope.get("rope_type") in ("dynamic", "longrope") and longest > known:
         log.warning(
-            "this model scales positions by the longest row of a batch if that has more than %d tokens: "
-            "scores of prompts near model.max_length=%d depend on the batch; set model.max_length=%d to avoid it",
+            "this model rescales positions in batches with a row of more than %d tokens, so scores of prompts near "
+            "model.max_length=%d depend on the batch; set model.max_length=%d to avoid this",
             known,
             longest,
             known,

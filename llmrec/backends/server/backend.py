@@ -52,7 +52,7 @@ _NAMED = 20
 # Candidates per request.
 _TOGETHER = 32
 _SHOWN, _LONG = 60, 100_000
-_WRITTEN = "strategies that parse generated text still work: list, parsed and text"
+_WRITTEN = "the strategies list, parsed and text, which parse generated text, still work"
 
 
 class OpenAIBackend:
@@ -141,7 +141,7 @@ class OpenAIBackend:
             BackendError: Always.
         """
         raise BackendError(
-            "the openai backend does not search; use eval.backend=hf or vllm for the strategy 'search'",
+            "the openai backend does not support the strategy 'search'; use eval.backend=hf or vllm",
             kind="unsupported",
             column="eval.backend",
         )
@@ -153,7 +153,7 @@ class OpenAIBackend:
             BackendError: Always.
         """
         raise BackendError(
-            "the openai backend generates and scores; for embeddings use the hf backend",
+            "the openai backend does not compute embeddings; use the hf backend",
             kind="unsupported",
             column="eval.backend",
         )
@@ -169,7 +169,7 @@ class OpenAIBackend:
 
     def _each(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> Iterator[tuple[int, T]]:
         if self._loop is None:
-            raise BackendError("this client was closed; build a new one", kind="closed")
+            raise BackendError("this client was closed; create a new client", kind="closed")
         try:
             for result in self._loop.each(jobs, self._section.concurrency):
                 # Recorded before it is returned: if interrupted in between, it is requested and paid again.
@@ -207,9 +207,9 @@ class OpenAIBackend:
         if self.offers.likelihood:
             return lambda: self._whole(asked, ids, tails)
         raise BackendError(
-            f"the server {self._section.where} returns log-probabilities of the first token only, but "
-            f"{asked.named()} needs those of longer texts, such as {texts[0]!r}; scores of one-token labels (label, "
-            f"expected) and {_WRITTEN} (tasks.<family>.strategies)",
+            f"the server {self._section.where} returns log-probabilities of the first token only, but {asked.named()} "
+            f"needs log-probabilities of longer texts, such as {texts[0]!r}. Strategies with one-token labels (label, "
+            f"expected) work, and {_WRITTEN} (tasks.<family>.strategies)",
             kind="unsupported",
             at=self._section.where,
         )
@@ -250,10 +250,10 @@ class OpenAIBackend:
         labels = [text.strip() for text in texts]
         if closed or len(set(labels)) != len(labels) or not all(label.isalnum() for label in labels):
             raise BackendError(
-                f"the server {self._section.where} is used by chat, which returns log-probabilities of the first token "
-                f"only, but {asked.named()} needs those of whole texts, such as {texts[0]!r}; {_WRITTEN} "
-                "(tasks.<family>.strategies). If model.name is the server's model, eval.server.chat=completions may "
-                "score them",
+                f"the server {self._section.where} is used through the chat API, which returns log-probabilities of "
+                f"the first token only, but {asked.named()} needs log-probabilities of whole texts, such as "
+                f"{texts[0]!r}; {_WRITTEN} (tasks.<family>.strategies). If model.name is the server's model, "
+                "eval.server.chat=completions may score them",
                 kind="unsupported",
                 at=self._section.where,
                 column="eval.server.chat",
@@ -279,8 +279,8 @@ class OpenAIBackend:
         if found.floored and not self._floored:
             self._floored = True
             log.warning(
-                "%s returns log-probabilities of the %d most likely tokens; other labels get a score %g nats below the "
-                "least likely one, and tie",
+                "%s returns log-probabilities of only the %d most likely tokens; all other labels get the same "
+                "score, %g nats below the least likely of these tokens",
                 self._section.where,
                 self.offers.top,
                 MARGIN,

@@ -97,7 +97,7 @@ class Spending:
         """
         section, total = self._section, self.total
         used = total.prompt_tokens + total.completion_tokens
-        kept = "answers so far are kept; raise the cap and run the same command again to continue"
+        kept = "answers so far are kept; raise the budget and run the same command again to continue"
         if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
             raise EngineFailure(
                 f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
@@ -228,7 +228,7 @@ class Fleet:
             return
         rest = max(wait or 0.0, server.rest if gone else 0.0)
         if not server.tried:
-            log.warning("%s is not used for %.0f s (%s); the other servers are used", server.url, rest, fault)
+            log.warning("%s is not used for %.0f s (%s); requests go to the other servers", server.url, rest, fault)
         if gone:
             server.rest = min(self._longest, 2 * server.rest)
         server.until, server.tried = self._clock() + rest, False
@@ -253,9 +253,9 @@ _NO_ROUTE = frozenset({404, 405, 501})
 _SHOWN = 300
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 _MENDS: Mapping[int, str] = {
-    401: "set eval.server.key_env to the environment variable that holds a valid key",
+    401: "set eval.server.key_env to the environment variable with a valid API key",
     402: "the account has no credit left",
-    403: "set eval.server.key_env to the environment variable that holds a key for this model",
+    403: "set eval.server.key_env to the environment variable with an API key for this model",
     404: "see eval.server.url, which ends in /v1 on most servers, and eval.server.model",
     413: "show less history (tasks.<family>.history)",
 }
@@ -352,8 +352,8 @@ class Wire:
                 if wait is not None and wait > self._section.longest_wait:
                     raise EngineFailure(
                         f"{server.url}{path} asks to wait {wait:.0f} s before {what()}, longer than "
-                        f"eval.server.longest_wait={self._section.longest_wait:g}; answers so far are kept, run the "
-                        "same command again later, or raise that key",
+                        f"eval.server.longest_wait={self._section.longest_wait:g}; raise this key, or run the same "
+                        "command again later. Answers so far are kept",
                         kind="unreachable",
                         at=f"{server.url}{path}",
                         column="eval.server.longest_wait",
@@ -367,8 +367,8 @@ class Wire:
             return result
         seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
         raise EngineFailure(
-            f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; answers so far are "
-            "kept, run the same command again to continue, or raise eval.server.attempts or eval.server.timeout",
+            f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; run the same command "
+            "again to continue, or raise eval.server.attempts or eval.server.timeout. Answers so far are kept",
             kind="unreachable",
             at=f"{self.where}{path}",
         )
@@ -460,7 +460,7 @@ class Wire:
         masked = _replaced(value, self._key, _MASK)
         if masked != value and not self._told:
             self._told.add(_MASK)
-            log.warning("%s repeats the key in its answers; it is replaced with %s", self.where, _MASK)
+            log.warning("%s repeats the API key in its answers; the key is replaced with %s", self.where, _MASK)
         return masked
 
 
@@ -544,14 +544,15 @@ def key_of(section: ServerSection) -> str | None:
     key = os.environ.get(section.key_env, "").strip()
     if not key:
         raise BackendError(
-            f"eval.server.key_env: the environment variable {section.key_env} is not set; export it, or remove the "
-            "setting if the server needs no key",
+            f"eval.server.key_env: the environment variable {section.key_env} is not set; set the variable, or remove "
+            "the setting if the server needs no key",
             kind="missing-value",
             column="eval.server.key_env",
         )
     if not key.isascii() or not key.isprintable():
         raise BackendError(
-            f"eval.server.key_env: {section.key_env} contains characters that are not valid in a key; set it again",
+            f"eval.server.key_env: {section.key_env} contains characters that are not valid in an API key; set the "
+            "variable again",
             kind="bad-value",
             column="eval.server.key_env",
         )

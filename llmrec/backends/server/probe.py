@@ -180,7 +180,7 @@ def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[fl
     for choice, tail in zip(choices(value, len(tails)), tails, strict=True):
         rows = choice["logprobs"]["token_logprobs"]
         if len(rows) < start + len(tail):
-            raise ValueError(f"{start + len(tail)} log-probabilities expected, {len(rows)} received")
+            raise ValueError(f"expected {start + len(tail)} log-probabilities, received {len(rows)}")
         sums.append(sum(_nats(row) for row in rows[start : start + len(tail)]))
     return sums
 
@@ -259,7 +259,7 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
         if difference:
             raise BackendError(
                 f"eval.server.url: {wires[0].where} and {one.where} do not serve the same model: {difference}; serve "
-                f"{section.model} on all of them, or remove one from the list",
+                f"{section.model} on all servers, or remove one server from the list",
                 kind="mismatch",
                 at=one.where,
                 column="eval.server.url",
@@ -308,11 +308,11 @@ def _different(one: Offers, other: Offers) -> str:
 def _contradicts(one: _Reported, other: _Reported) -> str:
     """Return the evidence that two servers have different models; empty if there is none."""
     if None not in (one.listed, other.listed) and one.listed != other.listed:
-        return "only one of them lists it"
+        return "only one of the two servers lists the model"
     for token in one.tokens.keys() | other.tokens.keys():
         here, there = (item.tokens.get(token, min(item.tokens.values(), default=0.0)) for item in (one, other))
         if max(here, there) > _LIKELY and abs(here - there) > _ALIKE:
-            return f"after one prompt {token!r} has the log-probability {here:.2f} and {there:.2f}"
+            return f"after the same prompt, {token!r} has the log-probabilities {here:.2f} and {there:.2f}"
     return ""
 
 
@@ -328,8 +328,8 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
             return result
         if section.chat == "completions":
             raise BackendError(
-                f"eval.server.chat: {wire.where} cannot continue token ids: {result}; set model.name to the "
-                "server's model, or eval.server.chat=chat",
+                f"eval.server.chat: {wire.where} does not accept token IDs as a prompt ({result}); set model.name to "
+                "the server's model, or eval.server.chat=chat",
                 kind="mismatch",
                 at=wire.where,
                 column="eval.server.chat",
@@ -348,7 +348,7 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
         except Refused as refusal:
             if refusal.status in (401, 402, 403):
                 raise
-            return "it has no completions" if refusal.no_route else str(refusal)
+            return "it has no completions API" if refusal.no_route else str(refusal)
         if read is None:
             return "it does not report a prompt's tokens, so the tokenizer of model.name cannot be checked"
         if read not in lengths:

@@ -275,8 +275,8 @@ def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
         return [value for values in (*before, *steps) for value in values]
     if tuple(text.token_ids[: len(ask.forced)]) != ask.forced:
         raise BackendError(
-            "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
-            "the vLLM version",
+            "vLLM did not generate the forced tokens, so scores would be wrong; set eval.scorer=hf, and report the "
+            "vLLM version",
             kind="defect",
             column="eval.scorer",
         )
@@ -529,7 +529,7 @@ class VLLMBackend:
 
     def _llm(self) -> Any:
         if self._process.llm is None:
-            raise EngineFailure("this vLLM engine was closed; build a new one", kind="closed")
+            raise EngineFailure("this vLLM engine was closed; create a new engine", kind="closed")
         return self._process.llm
 
     def search(
@@ -567,7 +567,7 @@ class VLLMBackend:
             BackendError: Always.
         """
         raise BackendError(
-            "the vllm backend generates and scores; for embeddings use the hf backend",
+            "the vllm backend does not compute embeddings; use the hf backend",
             kind="unsupported",
             column="eval.backend",
         )

@@ -172,12 +172,12 @@ class Vigil:
         used = max((cpu - samples[0].cpu.get(pid, 0.0) for pid, cpu in samples[-1].cpu.items()), default=0.0)
         if used >= IDLE_SHARE * span or 2 * sum(sample.waiting for sample in samples) >= len(samples):
             return None
-        return f"hangs: {named(s for s in seen if s.vital)} did no work and finished no step for {limit:.0f} s"
+        return f"hangs: {named(s for s in seen if s.vital)} is idle and has not finished a step for {limit:.0f} s"
 
     def _endless(self, now: float) -> str | None:
         if now - self._stepped < self._limits.step:
             return None
-        return f"hangs: it is busy, but finished no step for {self._limits.step / 60:.0f} minutes"
+        return f"hangs: it is busy, but has not finished a step for {self._limits.step / 60:.0f} minutes"
 
 
 def named(seen: Iterable[Seen]) -> str:
@@ -459,7 +459,7 @@ def _quietly(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception as error:
-        log.debug("vLLM did not shut down in order: %s", error)
+        log.debug("vLLM did not shut down cleanly: %s", error)
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -480,5 +480,5 @@ def _guard() -> subprocess.Popen[bytes] | None:
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
     except OSError as error:
-        log.debug("the vLLM engine has no guard: %s", error)
+        log.debug("the vLLM engine is not supervised: %s", error)
         return None

@@ -57,8 +57,8 @@ def read_query(url: str, query: str) -> Table:
     parts = urlsplit(url)
     if parts.password or "password" in parts.query.lower():
         raise DataError(
-            "data.path: the URL contains a password, and recipes are copied into results; remove it, and set "
-            "PGPASSWORD or use ~/.pgpass",
+            "data.path: the URL contains a password, and recipes are copied into results; remove the password, and "
+            "set PGPASSWORD or use ~/.pgpass",
             kind="unsafe",
             column="data.path",
         )
@@ -185,8 +185,8 @@ def read_hub(path: str) -> Table:
         raise DataError.at(
             path,
             "unreachable",
-            f" cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
-            "data.path, and the connection to the hub, or download the table and set its file as data.path",
+            f" cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in data.path, "
+            "and the connection to the hub, or download the table and set data.path to its file",
             "data.path",
         ) from error
     return from_arrow(path, values)

@@ -60,8 +60,8 @@ class BrokenRow(Exception):
         self.problem = f"{reason(error)}; check the double quotes in this row"
         if "new-line character" in str(error):
             self.problem = (
-                "it contains a lone carriage return; end every line with a line feed, or put double quotes around the "
-                "field"
+                "it contains a carriage return without a line feed; end every line with a line feed, or put double "
+                "quotes around the field"
             )
 
 
@@ -258,8 +258,8 @@ class Delimited:
             raise DataError.at(
                 Place(name, 0, 1),
                 "wrong-format",
-                f": the first line has {len(first)} characters, so it is not a table or has no line ends; write "
-                "it again",
+                f": the first line has {len(first)} characters, so the file is not a table or has no line breaks; "
+                "write the file again",
             )
         self._separator = separator_of(first, self._form.separator)
         self._quoted = self._form.quoted and len(self._separator) == 1
@@ -355,8 +355,8 @@ class Delimited:
         width = len(self.names)
         if self._source.published:
             text = (
-                f"it should have {width} ({shortened(enumerated(self.names), 200)}); the file is damaged or not of "
-                "this data set, so download it again"
+                f"it should have {width} ({shortened(enumerated(self.names), 200)}); the file is damaged or does not "
+                "belong to this data set; download it again"
             )
         else:
             text = f"{'it should have' if self._form.columns else 'the header has'} {width}; "

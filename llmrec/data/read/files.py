@@ -144,7 +144,9 @@ class Stored:
         try:
             size = self._path.stat().st_size
             if self._limit is not None and size > self._limit:
-                raise DataError.at(self.name, "too-large", f" has {size} bytes, more than {self._limit}; split it")
+                raise DataError.at(
+                    self.name, "too-large", (f" has {size} bytes, more than {self._limit}; split the file")
+                )
             with self._path.open("rb") as file:
                 hashed = _Hashed(file)
                 if packing and not size:
@@ -253,8 +255,8 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
                 raise DataError.at(
                     path,
                     "ambiguous" if tables else "missing-file",
-                    f" contains {'several tables' if tables else 'no table'} ({names}); extract it and set the file as "
-                    "data.path",
+                    f" contains {'several tables' if tables else 'no table'} ({names}); extract the archive and set "
+                    "data.path to the file",
                 )
             (entry,) = tables
             with archive.open(entry) as stream:
@@ -262,7 +264,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
                 return entry.filename, _all_of(capped)
     except (*BROKEN, ValueError) as error:
         raise DataError.at(
-            path, "damaged", f" is not a readable zip archive ({reason(error)}); create it again"
+            path, "damaged", f" is not a readable zip archive ({reason(error)}); create the archive again"
         ) from error
 
 
@@ -319,7 +321,7 @@ class Member:
             raise DataError.at(
                 self.name,
                 "damaged",
-                f" cannot be read to its end ({reason(error)}); it is damaged or truncated, so download it again",
+                f" cannot be read completely ({reason(error)}); the file is damaged or truncated, so download it again",
             ) from error
 
     def _unpacked(self, stream: Any, stored: int) -> BinaryIO:

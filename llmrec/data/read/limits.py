@@ -188,8 +188,8 @@ class Capped:
             raise DataError.at(
                 self._name,
                 "too-large",
-                f" decompresses to more than {self._limit} bytes from {self._stored}, so it is malformed or too large; "
-                "check its origin, or decompress or split it",
+                f" has {self._stored} bytes and decompresses to more than {self._limit} bytes, so it is malformed or "
+                "too large; check its origin, or decompress or split it",
             )
         return raw
 
@@ -208,22 +208,28 @@ def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     entries = archive.infolist()
     if len(entries) > MAX_MEMBERS:
         raise DataError.at(
-            place, "too-large", f" contains {len(entries)} files, too many for a data set; check its origin"
+            place, "too-large", f" contains {len(entries)} files, which is too many for a data set; check its origin"
         )
     for entry in entries:
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or parts[0].endswith(":"):
             raise DataError.at(
-                place, "unsafe", f" contains {shown(entry.filename)}, a path outside of it; download it again"
+                place,
+                "unsafe",
+                f" contains {shown(entry.filename)}, a path outside the archive; download the archive again",
             )
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise DataError.at(
-                place, "unsafe", f" contains {shown(entry.filename)}, which is a link, not a file; download it again"
+                place,
+                "unsafe",
+                f" contains {shown(entry.filename)}, which is a link, not a file; download the archive again",
             )
     names = Counter(entry.filename for entry in entries)
     repeated = next((name for name, count in names.items() if count > 1), None)
     if repeated is not None:
         raise DataError.at(
-            place, "duplicate", f" contains two files called {shown(repeated)}; create it again with one of them"
+            place,
+            "duplicate",
+            f" contains two files called {shown(repeated)}; create the archive again with one of them",
         )
     return [entry for entry in entries if not entry.is_dir()]

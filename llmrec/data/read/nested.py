@@ -137,7 +137,7 @@ class Opened:
             raise DataError.at(
                 self.file,
                 "duplicate",
-                f": the column {name!r} occurs twice, by its name and as a path; rename one",
+                f": there are two columns {name!r}, one of them in a nested value; rename one column",
                 name,
             )
         else:

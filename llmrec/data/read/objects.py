@@ -100,7 +100,7 @@ def _array(source: Source) -> Table:
     except _Twice as twice:
         raise _twice(name, twice) from None
     except (ValueError, RecursionError) as error:
-        raise DataError.at(name, "syntax", f" is not JSON ({reason(error)}); write it again") from error
+        raise DataError.at(name, "syntax", f" is not JSON ({reason(error)}); write the file again") from error
 
     def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
         for number, record in enumerate(result, start=1):
@@ -131,7 +131,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
                 _text(place, f": the key {shown(key)}", key, key)
         if len(names) > MAX_COLUMNS:
             raise DataError.at(
-                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep only the required ones"
+                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep only the required keys"
             )
         row = {}
         for key, value in record.items():
@@ -158,7 +158,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
     # If some values of a column are plain, a nested value is an error in its row.
     bad = next((key for key in places if key in plain), None)
     if bad is not None:
-        what = f", column {shown(bad)} is a nested value; flatten it or drop it"
+        what = f", column {shown(bad)} is a nested value; flatten or drop the column"
         raise DataError.at(places[bad], "bad-value", what, bad)
     # An id must not depend on how a library wrote the number.
     for key in whole.keys() - fractions:
@@ -512,7 +512,7 @@ def _cell(place: Place, name: str, value: object) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError.at(
-            place, "bad-value", f": column {name!r} is neither text nor number; the file is not of this data set", name
+            place, "bad-value", f": column {name!r} is neither text nor number; use the file of this data set", name
         )
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -545,7 +545,7 @@ def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
             raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); download the file again") from error
         value = _literal(place, text)
     if not isinstance(value, dict):
-        raise DataError.at(place, "wrong-format", " is not an object with keys; the file is not of this data set")
+        raise DataError.at(place, "wrong-format", " is not a JSON object; use the file of this data set")
     return value
 
 
@@ -555,8 +555,8 @@ def _literal(place: Place, text: str) -> object:
         raise DataError.at(
             place,
             "too-large",
-            f" is not JSON and has {len(text)} characters, more than {_LONGEST_LITERAL} of a Python literal; "
-            "write it as JSON, or download the file again",
+            f" is not JSON, and with {len(text)} characters too long for a Python literal (at most "
+            f"{_LONGEST_LITERAL}); write it as JSON, or download the file again",
         )
     try:
         with warnings.catch_warnings():

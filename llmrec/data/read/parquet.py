@@ -88,7 +88,7 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
         raise DataError.at(
             name,
             "too-large",
-            f" declares {rows} rows and {size} bytes in a file of {stored}, so it is malformed or too large; "
+            f" declares {rows} rows and {size} bytes in a file of {stored} bytes, so it is malformed or too large; "
             "write it again, or split it",
         )
 
@@ -103,7 +103,7 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
     schema = file.schema_arrow
     wanted = [field.name for field in schema if is_read(field.type)]
     if not wanted:
-        raise DataError.at(name, "empty", " has no plain columns; write columns of texts, numbers or times")
+        raise DataError.at(name, "empty", " has no columns of texts, numbers or times; add such columns")
     columns = wanted if len(wanted) < len(schema) else None
     first = next(file.iter_batches(batch_size=_FEW, columns=columns), None)
     few = first is not None and first.nbytes > _LONG_ROW * first.num_rows
@@ -115,8 +115,8 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
             raise DataError.at(
                 name,
                 "too-large",
-                f" decompresses to more than {room(stored)} bytes from {stored}, so it is malformed or too large; "
-                "write it again, or split it",
+                f" has {stored} bytes and decompresses to more than {room(stored)} bytes, so it is malformed or too "
+                "large; write it again, or split it",
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
@@ -191,13 +191,17 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
         )
         column_names(name, result.columns)
         if not table.num_rows or not result.columns:
-            raise DataError.at(name, "empty", " has no rows or no plain columns; write the table again")
+            raise DataError.at(
+                name, "empty", (" has no rows, or no columns of texts, numbers or times; write the table again")
+            )
         frame = in_polars(result.columns)
         for column in result.lists.values():
             column.validate(full=True)
     except FAULTS as error:
         raise DataError.at(
-            name, "bad-value", f" has a column that cannot be used ({reason(error)}); write plain columns"
+            name,
+            "bad-value",
+            f" has a column of an unsupported type ({reason(error)}); write columns of texts, numbers or times",
         ) from error
     odd = {column.name: row for column in frame if (row := off_calendar(column)) is not None}
     for column, row in odd.items():

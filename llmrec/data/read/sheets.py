@@ -112,8 +112,8 @@ def _asked(
         raise DataError.at(
             path,
             "too-large",
-            f" cannot be read: {size} bytes require more memory than expected, so a cell may be far outside the "
-            "table, or the file is damaged; delete the empty rows and columns, or save its sheet as CSV",
+            f" cannot be read: its {size} bytes need more memory than expected, because a cell is far outside the "
+            "table or the file is damaged; delete the empty rows and columns, or save its sheet as CSV",
         )
     answer = json.loads(line)
     if "error" in answer:
@@ -139,6 +139,6 @@ def _refuse_tricks(path: Path, raw: bytes) -> int:
         raise DataError.at(
             path,
             "too-large",
-            f" decompresses to {size} bytes from {len(raw)}, so it is malformed; save its sheet as CSV",
+            f" has {len(raw)} bytes and decompresses to {size} bytes, so it is malformed; save its sheet as CSV",
         )
     return size

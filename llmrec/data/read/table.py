@@ -71,7 +71,7 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
         raise DataError.at(
             name,
             "wrong-format",
-            f": a file that ends in {repr(kind) if kind else 'nothing'} is not a table; use one that ends in "
+            f": files that end in {repr(kind) if kind else 'nothing'} are not tables; use a file that ends in "
             f"{', '.join(sorted((*_TABLES, *SHEETS)))}",
         )
     if kind in _PARQUET:

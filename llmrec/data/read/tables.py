@@ -122,8 +122,8 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
             raise DataError.at(
                 name,
                 "missing-column",
-                f" has no column {column!r}{did_you_mean(column, names)}, so it is not this data set; its "
-                f"columns are: {enumerated(names)}. Correct it, or download the file again",
+                f" has no column {column!r}{did_you_mean(column, names)}, unlike this data set; its columns are: "
+                f"{enumerated(names)}. Correct data.path, or download the file again",
                 column,
             )
 
@@ -160,8 +160,8 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
         raise DataError.at(
             table.name,
             "missing-column",
-            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: "
-            f"{enumerated(known)}. Set the right one in the recipe as {key}=...",
+            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: {enumerated(known)}. Set "
+            f"{key}=COLUMN in the recipe",
             name,
         )
     return name
@@ -178,7 +178,7 @@ def check_usable(table: Table, column: str, key: str) -> None:
     within = [path for path in (*table.frame.columns, *paths(table)) if path.startswith((f"{column}.", column + EACH))]
     what = f"has {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
     if within:
-        what = f"has {table.unusable[column]}; name a column within it, such as {enumerated(within[:4])}"
+        what = f"has {table.unusable[column]}; name a column inside these values, such as {enumerated(within[:4])}"
     raise DataError.at(
         table.name, "bad-value", f": column {column!r} {what}, or name another column as {key}=...", column
     )
@@ -201,11 +201,12 @@ def check_matched(name: str, users: pl.Series, known: pl.Series) -> None:
         raise DataError.at(
             name,
             "mismatch",
-            f" (data.users): none of {len(users)} users, such as {shown(str(users.sort()[0]))}, has an interaction. "
-            f"Users there have ids such as {shown(str(known.sort()[0]))}; use the same ids in both tables",
+            f" (data.users): none of its {len(users)} users, such as {shown(str(users.sort()[0]))}, has an "
+            f"interaction. The interactions have user ids such as {shown(str(known.sort()[0]))}; use the same ids in "
+            "both tables",
         )
     if 2 * result < len(known):
-        log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - result, len(known))
+        log.warning("%s (data.users): %d of %d users are missing in this table", name, len(known) - result, len(known))
 
 
 # --------------------------------------------------------------------------- several tables
@@ -225,8 +226,8 @@ def joined(tables: Sequence[Table]) -> Table:
                 raise DataError.at(
                     other.name,
                     "missing-column",
-                    f" has no column {absent[0]!r}, which {one.name} has; use the same columns in the files of all "
-                    "parts, or name a single file",
+                    f" has no column {absent[0]!r}, which {one.name} has; use the same columns in all files, or a "
+                    "single file",
                     absent[0],
                 )
     columns = first.frame.columns
@@ -237,7 +238,7 @@ def joined(tables: Sequence[Table]) -> Table:
         raise DataError.at(
             "; ".join(table.name for table in tables),
             "bad-value",
-            f": a column has values of different types in these files ({reason(error)}); use the same type in all",
+            f": a column has different types in these files ({reason(error)}); use the same type in all files",
         ) from error
     return Table(
         "; ".join(table.name for table in tables),
@@ -301,8 +302,8 @@ def _along(table: Table, names: Sequence[str]) -> Table:
             raise DataError.at(
                 table.name,
                 "contradiction",
-                f": the columns {longest!r} and {name!r} are in two lists, but a row is an element of one list; name "
-                "columns of one list",
+                f": the columns {longest!r} and {name!r} are in different lists; name columns of one list, whose "
+                "elements become rows",
                 name,
             )
     for name in wanted[longest]:
@@ -321,8 +322,8 @@ def _exploded(table: Table, name: str) -> Table:
         raise DataError.at(
             table.name,
             "too-large",
-            f": with a row for each element of {name} its texts take more than {limits.MAX_BYTES} bytes; write fewer "
-            "columns, or split it",
+            f": with one row per element of {name}, the texts take more than {limits.MAX_BYTES} bytes; write fewer "
+            "columns, or split the file",
             name,
         )
     result = opened(table.name, {name: pc.list_flatten(column)})

@@ -169,9 +169,9 @@ class Pieces:
         return TooLong.at(
             self._source.name,
             "too-large",
-            f" has a line{' or a quoted field' if self._quoted else ''} of more than {LONGEST} bytes, so it is not "
-            f"{'this data set' if published else 'a table'} or is damaged; {'download' if published else 'write'} it "
-            "again",
+            f" has a line{' or a quoted field' if self._quoted else ''} of more than {LONGEST} bytes, so the file is "
+            f"not {'this data set' if published else 'a table'} or is damaged; {'download' if published else 'write'} "
+            "it again",
         )
 
 
@@ -219,7 +219,7 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
     if nul >= 0:
         damage = "the file is damaged; download it again"
         if not published:
-            damage = "it is not a text table or is damaged; write it again, as UTF-8"
+            damage = "the file is not a text table or is damaged; write it again, as UTF-8"
         raise DataError.at(place(nul), "encoding", f": it contains a NUL byte, so {damage}")
     try:
         return piece.raw.decode(encoding)
@@ -285,7 +285,7 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
     encoding, text = again
     odd = Counter(mark for mark in text if mark > "\x7f")
     log.warning(
-        "%s is not UTF-8 and was read as %s: %d characters are not ASCII, such as %s; if they look wrong, save the "
+        "%s is not UTF-8 and was read as %s: %d characters are not ASCII, such as %s; if these look wrong, save the "
         "file as UTF-8",
         *(source.name, encoding, sum(odd.values()), ", ".join(shown(mark) for mark, _ in odd.most_common(5)) or "none"),
     )

@@ -277,8 +277,8 @@ def _exact(rows: Rows, column: str) -> None:
         raise DataError.at(
             rows.where(row),
             "bad-value",
-            f": column {column!r} is {series[row]:.17g} as a floating-point number, which cannot distinguish ids from "
-            f"{WHOLE} on; write the ids as texts or whole numbers",
+            f": column {column!r} is the floating-point number {series[row]:.17g}; floating-point numbers cannot "
+            f"distinguish ids above {WHOLE}, so write ids as texts or whole numbers",
             column,
         )
 
@@ -376,8 +376,8 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
     message = f": the time in column {column!r} is {shown(text[row])}"
     if not result.unsure[row]:
         message += (
-            ", which is neither a number nor a date such as 2024-05-31, 2024-05-31T08:15:00Z or 31.05.2024 08:15; all "
-            "rows must have the same type, so correct the row"
+            ", which is neither a number nor a date such as 2024-05-31, 2024-05-31T08:15:00Z or 31.05.2024 08:15; "
+            "correct the row, since all rows must have the same type"
         )
     elif result.order is None:
         message += ", in which day and month are ambiguous, as in all other rows; set "
@@ -456,7 +456,7 @@ def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
         rows.where(at),
         "bad-value",
         f": the time in column {column!r} is {values[at]:.15g}, which looks like {other} since 1970, but earlier rows "
-        f"look like {first}; write all rows in one unit",
+        f"look like {first}; write all times in the same unit",
         column,
     )
 
@@ -481,8 +481,8 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
         raise DataError.at(
             rows.where(row),
             "bad-value",
-            f": the time in column {column!r} is {result[row]:g}, while the file begins with "
-            f"{unit} since 1970; a file must have one unit, so correct the row",
+            f": the time in column {column!r} is {result[row]:g}, but the file begins with {unit} since 1970; correct "
+            "the row (all times need the same unit)",
             column,
         )
     return (result / 1000 if unit == "milliseconds" else result), unit

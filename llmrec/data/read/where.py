@@ -63,7 +63,10 @@ def kept(table: Table, where: str) -> Table:
     results = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
     if not results:
         raise DataError.at(
-            table.name, "empty", f": {KEY} ({shown(where)}) keeps none of {table.frame.height} rows; correct it", KEY
+            table.name,
+            "empty",
+            f": no row of {table.frame.height} satisfies {KEY} ({shown(where)}); correct the condition",
+            KEY,
         )
     return replace(joined(results), name=table.name, sha256=table.sha256) if table.parts else results[0]
 
@@ -110,7 +113,7 @@ class _Parser:
             return ~self._truth(node.operand, depth + 1)
         if isinstance(node, ast.Compare):
             return self._comparison(node)
-        raise _wrong(f"{_said(node)} is neither true nor false; compare a column with something")
+        raise _wrong(f"{_said(node)} is not a condition; compare a column with a value")
 
     def _comparison(self, node: ast.Compare) -> pl.Expr:
         """Translate a comparison; ``1 <= stars <= 5`` becomes the conjunction of its two comparisons."""
@@ -127,27 +130,27 @@ class _Parser:
         if left is None and right is not None and type(op) in _TURNED:
             return self._pair(two, _TURNED[type(op)](), one)
         if left is None:
-            raise _wrong(f"{_said(one)} is not a column; write the column first")
+            raise _wrong(f"{_said(one)} is not a column; write the column on the left")
         if isinstance(op, ast.In | ast.NotIn):
             return self._among(left, two, isinstance(op, ast.NotIn))
         if isinstance(op, ast.Is | ast.IsNot):
             if not (isinstance(two, ast.Constant) and two.value is None):
-                raise _wrong("is and is not accept only None")
+                raise _wrong("`is` and `is not` accept only None")
             empty = self._text(left).is_null()
             return empty if isinstance(op, ast.Is) else ~empty
         if right is not None:
             return _COMPARED[type(op)](*self._both(left, right))
         value = _value(two)
         if value is None:
-            raise _wrong(f"{left} is compared with None; write is None or is not None")
+            raise _wrong(f"{left} is compared with None; write `is None` or `is not None` instead")
         return _COMPARED[type(op)](*self._alike(left, value))
 
     def _among(self, column: str, node: ast.expr, out: bool) -> pl.Expr:
         if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
-            raise _wrong("in and not in require a list of values, such as ['view', 'buy']")
+            raise _wrong("`in` and `not in` require a list of values, such as ['view', 'buy']")
         values = [_value(element) for element in node.elts]
         if None in values:
-            raise _wrong("a list contains None; use is None or is not None in addition")
+            raise _wrong("a list contains None; add a condition with `is None` or `is not None`")
         result = pl.lit(value=False)
         for value in values:
             cells, other = self._alike(column, value)
@@ -206,8 +209,8 @@ class _Parser:
             raise DataError.at(
                 self.table.where(int(bad[0])),
                 "bad-value",
-                f": column {column!r} is {shown(cells[int(bad[0])])}, and {KEY} compares it with a number; correct the "
-                "row, or compare it with a text in quotes",
+                f": column {column!r} is {shown(cells[int(bad[0])])}, but {KEY} compares this column with a number; "
+                "correct the row, or compare the column with a text in quotes",
                 column,
             )
         return self._text(column).str.strip_chars().cast(pl.Float64)

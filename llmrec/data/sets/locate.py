@@ -118,8 +118,8 @@ def _cached(known: Known) -> Path:
         fetch(known.download, archive, md5=known.md5)
     except DataError as error:
         raise DataError(
-            f"{known.name} is not on this machine: {error}. Options: {_ways(known)}, or use a "
-            f"network that reaches {urlsplit(known.download).hostname}",
+            f"{known.name} is not on this machine: {error}. Options: {_ways(known)}, or use a network with access to "
+            f"{urlsplit(known.download).hostname}",
             kind=error.kind,
             at=error.place,
         ) from error
@@ -171,7 +171,7 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
     raise DataError.at(
         where,
         "ambiguous",
-        f" holds several files of interactions of {known.name} ({names}); set one of them as data.path{way}",
+        f" contains several interaction files of {known.name} ({names}); set data.path to one of these files{way}",
         "data.path",
     )
 
@@ -190,7 +190,7 @@ def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
     raise DataError.at(
         events.name,
         "wrong-format",
-        f": {known.name} has no file with this ending, but {wanted}; {_ways(known)}",
+        f": {known.name} has files that end in {wanted}, not in this ending; {_ways(known)}",
     )
 
 
@@ -221,7 +221,7 @@ def _complete(
             raise _missing(known, where, layout.items.files[0], "the file of items")
     elif items is not None:
         raise DataError(
-            f"data.items: source {known.name!r} has no file of items; drop the key",
+            f"data.items: the source {known.name!r} has no item file; drop the key",
             kind="contradiction",
             column="data.items",
         )
@@ -258,7 +258,8 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     except OSError as error:
         raise DataError(
-            f"the download folder {target.parent} is not writable ({reason(error)}); set LLMREC_CACHE",
+            f"the download folder {target.parent} is not writable ({reason(error)}); set LLMREC_CACHE to another "
+            "folder",
             kind="unreadable",
             at=target.parent,
         ) from error

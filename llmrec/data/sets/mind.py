@@ -47,7 +47,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     frame = _in_order(_longest(pl.concat(histories)), pl.concat(clicks))
     if frame.is_empty():
         raise DataError.at(
-            result.events.name, "empty", " contains neither histories nor clicks; use the train or the dev part"
+            result.events.name, "empty", " contains neither histories nor clicks; use the train or dev split of MIND"
         )
     lines_of = frame[_LINE]
     refuse_repeats(section, frame, lambda row: Place(result.events.name, line=lines_of[row]))
@@ -92,8 +92,8 @@ def _clicks(block: Table, rows: pl.DataFrame) -> pl.DataFrame:
         raise DataError.at(
             Place(block.name, line=line),
             "bad-value",
-            f": {shown(item)} lacks the click label ({_CLICKED} or {_SHOWN} at "
-            "the end); the test part is published without this, so use the train or the dev part",
+            f": {shown(item)} lacks the click label ({_CLICKED} or {_SHOWN} at the end); the test split of MIND has "
+            "no labels, so use the train or dev split",
             "impressions",
         )
     clicked = listed.filter(pl.col("item_id").str.ends_with(_CLICKED))

@@ -301,5 +301,5 @@ def comparison(known: Counts, here: Counts) -> tuple[str, bool]:
     """
     if known.agrees(here):
         return f"as published: {known} ({known.origin})", False
-    sentence = f"published: {known} ({known.origin}); here: {here}; expected when the file was filtered or cut"
+    sentence = f"published: {known} ({known.origin}); here: {here}. This is expected if the file was filtered or cut"
     return sentence, True

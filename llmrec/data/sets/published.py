@@ -67,7 +67,7 @@ def load(page: Known, section: DataSection) -> Dataset:
         people = read_people(result.people, result.layout.people)
     notes = [*page.notes, *catalogue.notes]
     if result.layout.events.time is None:
-        notes.append("no timestamps are published: a seeded hash orders a user's items")
+        notes.append("the data have no timestamps: a seeded hash orders the items of a user")
     read = [member for member in (result.events, result.items, result.people, result.renames) if member is not None]
     provenance = {
         "source": page.name,
@@ -120,7 +120,7 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
             if other.item_width and layout.events.form.columns
         )
         raise DataError(
-            f"{file}: the user column contains product ids, so the file is another edition; use source {others}",
+            f"{file}: the user column contains product ids, so this is another edition; use the source {others}",
             kind="wrong-format",
             at=file,
         )
@@ -261,7 +261,10 @@ def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
     """Warn if items have no title, and return a note about them."""
     if not missing:
         return ()
-    note = f"{missing} of {total} items have no title in {where}; a model gets their ids instead, which say little"
+    note = (
+        f"{missing} of {total} items have no title in {where}; prompts show their ids instead, which contain little "
+        "information"
+    )
     log.warning("%s", note)
     return (note,)
 
@@ -297,13 +300,13 @@ class Listed:
     def notes(self, file: str) -> tuple[str, ...]:
         """Warn of missing titles or fields, and return notes on them."""
         lost = {
-            f"{self.nameless} rows of {file} have no id and are left out": self.nameless,
+            f"{self.nameless} rows of {file} have no id and are ignored": self.nameless,
             f"{self.markup} titles in {file} are HTML and count as missing": self.markup,
         }
         result = tuple(note for note, count in lost.items() if count)
         for note in result:
             log.warning("%s", note)
-        again = f"{file} lists {self.repeated} items again; the first entry counts"
+        again = f"{file} repeats {self.repeated} items; the first entry is used"
         return (*result, again) if self.repeated else result
 
 

@@ -42,8 +42,8 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
     own = Columns(title=section.columns.title, fields=section.columns.fields)
     if section.columns != own:
         raise DataError(
-            "source 'amazon-reviews' has fixed columns; of data.columns it accepts only title and fields, "
-            "which name columns of data.items, so drop the others",
+            "source 'amazon-reviews' has fixed columns; in data.columns, set only title and fields, which name "
+            "columns of data.items",
             kind="contradiction",
             column="data.columns",
         )

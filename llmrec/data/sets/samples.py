@@ -60,8 +60,8 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     check_keys("samples", section)
     if section.split.kind != "given":
         raise DataError(
-            f"data.split.kind={section.split.kind}: source 'samples' has its own split, and its rows cannot be split "
-            "otherwise; set data.split.kind=given",
+            f"data.split.kind={section.split.kind}: the source 'samples' comes with a fixed split; set "
+            "data.split.kind=given",
             kind="contradiction",
             column="data.split.kind",
         )
@@ -220,14 +220,15 @@ def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropp
     held = [row for part in ("valid", "test") for row in rows[part]]
     learned = sum(bool(person.rows["train"]) for person in people)
     notes = [
-        f"{len(rows['train'])} training rows are merged into the histories of {learned} people",
-        f"each of {len(held)} held-out rows counts as a user, so intervals treat rows of one person as independent",
+        f"{len(rows['train'])} training rows are merged into the histories of {learned} users",
+        f"each of {len(held)} held-out rows counts as a user, so confidence intervals treat rows of the same user as "
+        "independent",
     ]
     seen = sum(row.target in row.history for row in held)
     if seen or dropped:
         notes.append(
-            f"{seen} held-out targets are also in their histories, and {dropped} training interactions are of people "
-            "who have them held out: both are removed"
+            f"removed: {seen} held-out targets that are in their histories, and {dropped} training interactions that "
+            "are held out for the same user"
         )
     lost = sum(
         len(person.rows["valid"]) + len(person.rows["test"])
@@ -235,9 +236,7 @@ def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropp
         if not person.rows["train"] and max(len(row.history) for row in _first_rows(person)) > 1
     )
     if lost:
-        notes.append(
-            f"{lost} held-out rows continue no training row, so it is unknown whether their items were trained on"
-        )
+        notes.append(f"{lost} held-out rows do not continue a training row, so their items may be in the training data")
     return notes
 
 

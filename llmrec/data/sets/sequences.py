@@ -100,7 +100,7 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
         raise DataError.at(
             Place(piece.source.name, line=line),
             "missing-value",
-            f": user {shown(user)} has no items; write the user and then its items, separated by spaces",
+            f": user {shown(user)} has no items; write the user and then the user's items, separated by spaces",
         )
     return frame
 
@@ -219,7 +219,7 @@ def items_of(
         raise DataError.at(
             entries.name,
             "duplicate",
-            f" lists {listed.repeated} items again; drop the repeats, or set data.duplicates=keep_last",
+            f" lists {listed.repeated} items more than once; drop the repeats, or set data.duplicates=keep_last",
         )
     _all_listed(item_ids, known, entries, place)
     catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
@@ -235,8 +235,8 @@ def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, plac
         raise DataError.at(
             place(absent[0]),
             "unknown-name",
-            f": item {shown(item)} is not in {entries.name} "
-            f"({item_ids.gather(absent).n_unique()} items are missing); add it there, or drop it here",
+            f": item {shown(item)} is not in {entries.name} ({item_ids.gather(absent).n_unique()} items are missing); "
+            "add the item there, or drop it here",
         )
 
 

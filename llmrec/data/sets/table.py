@@ -78,9 +78,8 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
         raise DataError.at(
             table.name,
             "missing-column",
-            " has no column 'split', which data.split.kind=given requires; name the column whose "
-            f"values are train, valid and test as {_KEY}=..., name a file per part as data.files, or choose "
-            "another kind",
+            f" has no column 'split', which data.split.kind=given requires; set {_KEY} to the column with the values "
+            "train, valid and test, set data.files to one file per split, or choose another kind",
             "split",
         )
     text = texts(table, column).str.strip_chars().str.to_lowercase()
@@ -96,7 +95,7 @@ def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
         raise DataError.at(
             table.where(row),
             "bad-value",
-            f": column {column!r} has {shown(table.frame[column][row])}, which is not a part of a split "
+            f": column {column!r} has {shown(table.frame[column][row])}, which is not the name of a split "
             f"({unknown.len()} rows); write {', '.join(SPELLED)}",
             column,
         )
@@ -121,12 +120,12 @@ def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     sizes = ", ".join(f"{name} {int((parts == index).sum())}" for index, name in enumerate(PARTS))
     notes = []
     if not (parts == PARTS.index("valid")).any():
-        notes.append("there is no validation part, so no choice can be made on it")
+        notes.append("there is no validation split, so nothing can be tuned")
     train, test = (frame.filter(parts == PARTS.index(name)) for name in ("train", "test"))
     if "timestamp" in frame.columns and (early := earlier(train, test)):
         notes.append(
-            f"{early} of {test.height} test rows are earlier than a training row of their user: histories contain "
-            "later interactions, so figures for next-item prediction mean little",
+            f"{early} of {test.height} test rows are earlier than a training row of their user, so histories contain "
+            "later interactions and next-item metrics are not meaningful",
         )
         log.warning("data.split.kind=given: %s", notes[-1])
     return {"split": sizes, **({"notes": "; ".join(notes)} if notes else {})}
@@ -350,7 +349,7 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
         )
     if section.items is not None or section.columns != Columns():
         raise DataError(
-            "source 'explanations' has fixed columns and titles; drop data.items and data.columns",
+            "source 'explanations' has fixed columns and titles; remove data.items and data.columns",
             kind="contradiction",
             column="data.columns",
         )

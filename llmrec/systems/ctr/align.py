@@ -51,13 +51,13 @@ class Align(TextsConfig):
         description="Text encoder: name or folder. `lsa`: no language model; `chance`: random vectors, an ablation.",
     )
     sides: Literal["both", "user", "item"] = Field(
-        "both", description="Content of the sentences: the user with the latest interactions, the item, or both."
+        "both", description="Content of the texts: the user's latest interactions, the item, or both."
     )
-    longer: bool = Field(False, description="Ablation: no texts, but as many more epochs on the labels.")
+    longer: bool = Field(False, description="Ablation: replace the epochs on texts by epochs on the labels.")
     epochs: Positive = Field(3, description="Number of epochs.")
     batch: Positive = Field(512, description="Examples per optimiser step, with in-batch negatives.")
-    width: Positive = Field(128, description="Dimension of the compared vectors.")
-    parts: Positive = Field(4, description="Number of sub-vectors, each matched with its most similar one.")
+    width: Positive = Field(128, description="Dimension of the aligned vectors.")
+    parts: Positive = Field(4, description="Number of sub-vectors; each is matched with its most similar sub-vector.")
     temperature: AboveZero = Field(0.7, description="Temperature of the similarities.")
     learning_rate: AboveZero = Field(
         5e-4, description="Learning rate of AdamW, with warm-up over the first tenth of the steps."
@@ -69,7 +69,9 @@ class Align(TextsConfig):
         if self.width % self.parts:
             raise ValueError(f"width must be a multiple of parts, not {self.width} and {self.parts}")
         if self.encoder.startswith(STORE):
-            raise ValueError("encoder: a store has no vectors of titles; name a text encoder, such as all-MiniLM-L6-v2")
+            raise ValueError(
+                "encoder: a feature store cannot encode titles; name a text encoder, such as all-MiniLM-L6-v2"
+            )
         return self
 
 

@@ -46,18 +46,20 @@ class HostConfig(LikeRatioConfig):
     window: Positive = Field(20, description="Maximum number of latest rated interactions to use.")
     hidden: str = Field("128,64", description="Comma-separated widths of the hidden layers.")
     user_id: bool = Field(False, description="Learn an embedding per training user.")
-    numbers: bool = Field(True, description="Also use the input features of `logistic`.")
-    decay: Decay = Field(0.8, description="With `numbers`: weight of a rating relative to the user's next one.")
+    numbers: bool = Field(True, description="Also use the input features of the baseline `logistic`.")
+    decay: Decay = Field(0.8, description="With `numbers`: weight of a rating relative to the user's next rating.")
     features: str = Field("", description="Comma-separated folders of feature stores.")
-    sides: Literal["both", "user", "item"] = Field("both", description="Use user features, item features or both.")
+    sides: Literal["both", "user", "item"] = Field("both", description="Features to use: of users, of items, or both.")
     shuffled: bool = Field(False, description="Ablation: assign features to random users and items.")
     seen: Literal["leave", "refuse"] = Field(
-        "leave", description="Training examples that a feature was computed from: `leave` them out, or raise an error."
+        "leave",
+        description="If features were computed from training examples: `leave` out these examples, or raise an error "
+        "(`refuse`).",
     )
     whitening: float = Field(
-        1.0, ge=0, le=1, description="Exponent of the whitening of the features. 0: none, 1: full."
+        1.0, ge=0, le=1, description="Strength of the whitening of the features. 0: none, 1: full."
     )
-    experts: Positive = Field(3, description="Number of experts per feature store, in addition to two shared ones.")
+    experts: Positive = Field(3, description="Number of experts per feature store, in addition to two shared experts.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate.")
     batch: Positive = Field(1024, description="Examples per optimiser step.")
     learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
@@ -248,8 +250,9 @@ class Host(Baseline[H, Fitted]):
         if message := adaptor.seen & data.held_out:
             user, item = min(message)
             raise DataError(
-                f"{self.name}: feature texts were written from {len(message)} held-out interactions, such as that of "
-                f"user {user!r} with item {item!r}; write them from the training part of this split (llmrec augment)",
+                f"{self.name}: feature texts were written from {len(message)} held-out interactions, such as user "
+                f"{user!r} with item {item!r}; create the texts from the training interactions of this split (llmrec "
+                "augment)",
                 kind="leak",
             )
         pairs = zip(rows.user_names.tolist(), rows.item_names.tolist(), strict=True)
@@ -258,18 +261,18 @@ class Host(Baseline[H, Fitted]):
         if lost and self._config.seen == "refuse":
             raise DataError(
                 f"{self.name}: feature texts were written from {lost} of {len(kept)} training examples; set "
-                "seen=leave, or use data.split.kind=prefix, which separates them",
+                "seen=leave, or data.split.kind=prefix, which separates texts and training",
                 kind="leak",
             )
         if not kept.any():
             raise DataError(
-                f"{self.name}: feature texts were written from all training examples, so none is left for training; "
-                "use data.split.kind=prefix",
+                f"{self.name}: feature texts were written from all training examples, so no example is left for "
+                "training; set data.split.kind=prefix",
                 kind="leak",
             )
         if lost:
             log.info(
-                "%s: %d of %d training examples are left out, since feature texts were written from them",
+                "%s: %d of %d training examples are excluded, because feature texts were written from them",
                 self.name,
                 lost,
                 len(kept),

@@ -69,7 +69,8 @@ class EndStates:
         folder = resolve(section)
         if (Path(folder) / BUNDLE).is_file():
             raise ModelError(
-                f"{name} was fine-tuned by llmrec on interactions that may be held out here; name its base model",
+                f"{name} was fine-tuned by llmrec on interactions that may be held out here; use the base model of "
+                f"{name}",
                 kind="leak",
                 at=name,
                 column="encoder",
@@ -87,7 +88,7 @@ class EndStates:
             check(model, "layers")
             if layers > (whole := len(self._body.layers)):
                 raise ModelError(
-                    f"layers={layers} is not possible: {name} has {whole} layers; lower layers",
+                    f"layers={layers} is more than the {whole} layers of {name}; lower layers",
                     kind="bad-value",
                     at=name,
                     column="layers",

@@ -42,11 +42,12 @@ class LateConfig(LikeRatioConfig):
     joint: int = Field(
         3,
         ge=0,
-        description="Number of last layers that process all segments jointly and are trained. 0, an ablation: a head "
-        "on averaged states.",
+        description="Number of last layers that process all segments jointly and are trained. 0 (ablation): a head on "
+        "averaged hidden states.",
     )
     layers: Depth | None = Field(
-        None, description="Number of model layers to keep. Equal to `joint`, an ablation: a small model."
+        None,
+        description="Number of model layers to keep. Equal to `joint` (ablation): a small model.",
     )
     history: Positive = Field(10, description="Maximum number of latest rated interactions in the prompt.")
     rows: Positive = Field(2000, description="Number of sampled training ratings.")
@@ -232,8 +233,8 @@ class LateInteraction(Baseline[LateConfig, Late]):
             result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
         if not result:
             raise DataError(
-                f"{self.name} needs users with at least two training ratings, and {data.dataset.name} has none; use "
-                "data with ratings, or remove the baseline",
+                f"{self.name} needs users with at least two training ratings, but {data.dataset.name} has no such "
+                "user; use data with ratings, or remove the baseline",
                 kind="too-few",
                 at=data.dataset.name,
                 column="rating",

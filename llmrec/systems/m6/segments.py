@@ -73,8 +73,8 @@ class Lower:
         used = whole if layers is None else layers
         if joint > used or used > whole:
             raise RecipeError(
-                f"joint={joint} of {used} layers is not possible: {section.name} has {whole} layers; lower joint or "
-                "layers",
+                f"joint={joint} of {used} layers is not possible, since {section.name} has {whole} layers; lower "
+                "joint or layers",
                 kind="bad-value",
                 column="joint",
             )
@@ -167,7 +167,7 @@ class Lower:
             except LlmrecError as error:
                 if error.kind != "busy":
                     raise
-                log.info("%s; the states of texts are not stored", error)
+                log.info("%s; hidden states of texts are not stored", error)
         return result
 
     def _load(self, texts: Iterable[str]) -> int:

@@ -27,19 +27,21 @@ _ROWS = 64
 class UBertConfig(TextsConfig):
     """Parameters of `UBert`."""
 
-    encoder: str = Field("all-MiniLM-L6-v2", description="Frozen text encoder whose token states are used.")
+    encoder: str = Field("all-MiniLM-L6-v2", description="Frozen text encoder that provides token embeddings.")
     shuffled: bool = Field(False, description="Ablation: assign the texts to random training reviews.")
     reviews: Positive = Field(8, description="Maximum number of latest training reviews per user and per item.")
     tokens: Positive = Field(64, description="Maximum review length, in tokens.")
     dim: Width = Field(32, description="Dimension of user, item and token vectors.")
     start: str | None = Field(None, description="Folder of weights pretrained on another domain.")
-    pretrain: int = Field(0, ge=0, description="Pretraining epochs on masked opinion words and single-review ratings.")
+    pretrain: int = Field(
+        0, ge=0, description="Pretraining epochs, on masked opinion words and ratings of single reviews."
+    )
     lexicon: str | None = Field(
         None,
         description="Pretraining: file of opinion words, one per line. `null`: words of the training reviews with "
         "the most extreme ratings.",
     )
-    opinions: Positive = Field(200, description="Pretraining: number of such words without a file.")
+    opinions: Positive = Field(200, description="Pretraining: number of opinion words if no file is given.")
     masked: float = Field(0.5, gt=0, le=1, description="Pretraining: share of opinion words to mask.")
     beta: float = Field(1.0, ge=0, description="Pretraining: weight of the rating loss.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
@@ -56,7 +58,7 @@ class UBertConfig(TextsConfig):
     @model_validator(mode="after")
     def _reads_tokens(self) -> UBertConfig:
         if self.encoder == LSA or self.encoder.startswith(STORE):
-            raise ValueError(f"encoder: {self.encoder} has no token states; name a text encoder")
+            raise ValueError(f"encoder: {self.encoder} has no token embeddings; name a text encoder")
         return self
 
 

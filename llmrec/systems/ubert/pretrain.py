@@ -143,8 +143,8 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     torch, config, reviews = require("torch", "baselines"), model.config, model.reviews
     if frozen.mask is None:
         raise ModelError(
-            f"pretrain: the text encoder {config.encoder} has no token for masked words; name one that has "
-            "one, such as all-MiniLM-L6-v2, or set pretrain=0",
+            f"pretrain: the text encoder {config.encoder} has no mask token; name another encoder, such as "
+            "all-MiniLM-L6-v2, or set pretrain=0",
             kind="unsupported",
             at=config.encoder,
             column="pretrain",

@@ -62,8 +62,8 @@ class Reviews:
                 results.append((known.user_index[user], known.item_index[item], message))
         if not results:
             raise DataError(
-                f"the baseline 'ubert' needs reviews, and no training rating of {data.dataset.name!r} has one; use a "
-                "source with reviews, such as amazon-reviews, or set data.columns.text to the text column",
+                f"the baseline 'ubert' needs reviews, but no training rating of {data.dataset.name!r} has a review; "
+                "use a source with reviews, such as amazon-reviews, or set data.columns.text to the text column",
                 kind="missing-column",
                 at=data.dataset.name,
                 column="text",

@@ -33,7 +33,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
 
     experts: Positive = Field(8, description="Number of mixed whitening transformations.")
     temperature: AboveZero = Field(0.07, description="Temperature of the cosine similarities.")
-    ids: bool = Field(False, description="Transductive setting: training items also have a learned embedding.")
+    ids: bool = Field(False, description="Transductive setting: add a learned embedding to each training item.")
     start: str | None = Field(
         None, description="Folder of weights pretrained on another domain; only the adaptor is trained further."
     )
@@ -46,7 +46,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
         0.2,
         ge=0,
         lt=1,
-        description="Pretraining: share of words to drop from the texts of half of the augmented sequences.",
+        description="Pretraining: share of words to drop from item texts, in half of the augmented sequences.",
     )
     device: Literal["cpu"] = Field("cpu", description="Device.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
@@ -62,8 +62,8 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
     def _vectors_are_the_same(self) -> UniSRecConfig:
         if self.start is not None and not self.named:
             raise ValueError(
-                f"start needs the encoder with which its weights were trained, and vectors of {self.encoder} are "
-                "specific to a data set; name a text encoder"
+                f"start needs the encoder of its pretrained weights, and vectors of {self.encoder} are specific to a "
+                "data set; name a text encoder"
             )
         return self
 

@@ -17,7 +17,7 @@ class CompressOptions:
     """Options of `llmrec compress`."""
 
     run: Annotated[
-        Path, About(argument=True, metavar="RUN", help="Finished run folder whose model answers with labels.")
+        Path, About(argument=True, metavar="RUN", help="Finished run folder of a model that predicts labels.")
     ]
     target_ms: Annotated[
         float, About(least=0, help="Maximum latency of scoring 20 candidates on this machine, in milliseconds.")
@@ -56,6 +56,6 @@ def compress(options: CompressOptions) -> None:
     }
     show("20 candidates", lines, record={"compressed": made})
     if made.chosen is None:
-        say(f"no combination takes {options.target_ms:g} ms or less, so nothing was exported")
+        say(f"no compressed model takes at most {options.target_ms:g} ms, so nothing was exported")
         raise typer.Exit(1)
     say(f"exported: {options.out}, {made.chosen.layers} layers, {made.chosen.dtype}")

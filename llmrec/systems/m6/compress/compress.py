@@ -282,8 +282,8 @@ def _family(study: Study) -> str:
         if (strategy := study.tasks[family].scored_by(template)) is not None and strategy in ("yes-no", "expected"):
             return family
     raise LlmrecError(
-        "early exit needs a task that is answered by label probabilities, and no trained task of this run is; compress "
-        "a run with yes/no or rating prediction",
+        "early exit needs a task with label probabilities, and this run trained none; compress a run with yes/no or "
+        "rating prediction",
         kind="unsupported",
         column="tasks",
     )
@@ -342,8 +342,8 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
         done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocols.protocol(family))
         if backend.exits is None or backend.exits.whole or not backend.exits.taken:
             raise LlmrecError(
-                f"early exit needs labels of one token each, which the labels of {family} are not for this tokenizer; "
-                "compress a run with yes/no or whole-star ratings",
+                f"early exit needs one-token labels, and this tokenizer splits the labels of {family} into several "
+                "tokens; compress a run with yes/no or whole-star ratings",
                 kind="unsupported",
                 column="tasks",
             )
