@@ -414,7 +414,7 @@ def test_runs_that_cannot_be_exported_say_why(run: Path, tmp_path: Path) -> None
         write(tmp_path, tmp_path / "out")
     other = load_recipe(run / "recipe.yaml", ["train.steps=7"])
     (run / "recipe.yaml").write_text(dump(other), encoding="utf-8")
-    with raises(LlmrecError, Facts("mismatch", run / "train.json", column="train", says="lora for 7 steps")):
+    with raises(LlmrecError, Facts("mismatch", run / "train.json", column="train", says="lora and 7 steps")):
         write(run, tmp_path / "out")
     (run / "train.json").write_text("{", encoding="utf-8")
     with raises(LlmrecError, Facts("damaged", run / "train.json", says="`llmrec train`")):
