@@ -194,6 +194,7 @@ def _events(page: Any) -> list[str]:
 def _body(page: Any, act: Callable[[], Any], side: int = 0) -> Any:
     """Return the body of the request for one list that an act leads to."""
     model = page.locator(f"#model-{side}").input_value()
+    _settle(page)  # a request for an earlier change
     with page.expect_request(lambda r: r.url.endswith("/v1/rank") and r.post_data_json["model"] == model) as asked:
         act()
     body = asked.value.post_data_json
@@ -265,11 +266,11 @@ def _controls(drive: Drive, page: Any) -> None:
     _settle(page)
     assert page.locator("#k").get_attribute("aria-invalid") == "true" and page.locator("#list-0 > li").count() <= 5
     page.fill("#k", "10")
-    _settle(page)
     assert _body(page, lambda: page.uncheck("#seen"))["exclude_seen"] is False
     page.check("#seen")
     page.click("#rules summary")
     page.fill("#quota-field", "no-such-field")
+    page.keyboard.press("Tab")
     body = _body(page, lambda: (page.fill("#quota-most", "3"), page.keyboard.press("Tab")))
     assert body["rules"]["quotas"] == [{"field": "no-such-field", "most": 3}]
     page.fill("#quota-most", "")
