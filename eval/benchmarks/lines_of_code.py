@@ -229,7 +229,8 @@ def page(root: Path) -> str:
             _HEAD,
             grid(["Task", *names], rows, numeric_from=1),
             "",
-            f"Run with {versions}.",
+            f"Run with {versions}. RecBole needs old versions of ray and hyperopt, and "
+            "`TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1` to read its checkpoints with this version of torch.",
             "",
             "## Results of the scripts",
             "",

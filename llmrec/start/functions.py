@@ -282,7 +282,8 @@ def _language_model(interactions: Any, items: Any, columns: Mapping[str, Any]) -
     recipe = init(interactions, items, name=LANGUAGE_MODEL, **{"rating": "none", "text": "none", **columns}).recipe
     if recipe.tasks.sequential is None:
         raise DataError(
-            f"model: {LANGUAGE_MODEL} predicts the next item, and no user has 3 or more different items",
+            f"model: {LANGUAGE_MODEL} predicts the next item, for which these interactions are too few; llmrec.init "
+            "gives the reason",
             kind="too-few",
             column="model",
         )

@@ -208,6 +208,33 @@ def test_a_table_a_recipe_and_auto_are_fitted_too(tmp_path: Path, monkeypatch: p
     assert seen[0][1] == {"budget": "90s", "out": None, "quiet": False, **COLUMNS}
 
 
+@pytest.mark.parametrize("paths", [False, True])
+def test_the_name_of_a_language_model_is_the_recipe_of_init_for_the_next_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: bool
+) -> None:
+    saved = llmrec.fit(pl.DataFrame(ROWS), pl.DataFrame(ITEMS), "popularity", **COLUMNS).save(tmp_path / "saved")
+    seen: list[Any] = []
+    done = type("Run", (), {"folder": saved})
+    monkeypatch.setattr("llmrec.start.functions.run", lambda *given, **named: seen.append((given, named)) or done)
+    tables: list[Any] = [pl.DataFrame(ROWS), pl.DataFrame(ITEMS)]
+    if paths:
+        for n, name in enumerate(("rows.csv", "items.csv")):
+            tables[n].write_csv(tmp_path / name)
+            tables[n] = tmp_path / name
+    with llmrec.fit(*tables, "smollm2-lora", **COLUMNS, fields="genre", out=tmp_path / "run") as made:
+        assert made.models[0] == "popularity"
+    ((recipe, out), named) = seen[0]
+    assert (recipe.name, recipe.model.name, out) == ("smollm2-lora", "SmolLM2-135M-Instruct", tmp_path / "run")
+    assert list(recipe.tasks.present()) == ["sequential"] and recipe.eval.arms == ("tuned",)
+    assert (recipe.data.columns.item, recipe.data.columns.fields) == ("article", ("genre",))
+    given = {f"data.{key}": str(table) for key, table in zip(("path", "items"), tables, strict=True)} if paths else {}
+    assert named["overrides"] == given
+    assert (named["data"], named["items"]) == ((None, None) if paths else tuple(tables))
+    alone = [{**row, "buyer": f"u{n // 2}", "article": f"i{n // 2 % 12}"} for n, row in enumerate(ROWS)]
+    with raises(DataError, Facts(kind="too-few")):
+        llmrec.fit(alone, ITEMS, "smollm2-lora", **COLUMNS)
+
+
 def test_a_baseline_of_ones_own_needs_no_registry(tmp_path: Path) -> None:
     model = Rare().fit(pl.DataFrame(ROWS[:50]), **COLUMNS)
     (first, *_) = model.recommend(["u1"], k=3)["item_id"]
