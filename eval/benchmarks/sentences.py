@@ -23,7 +23,7 @@ from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = 20261130
+SEED = 20261201
 SIZES = {"documentation": 52, "docstrings": 18, "help": 15, "messages": 15}
 CLASSES = ("plain", "awkward", "private")
 # Fewer words are a label, no sentence.
@@ -82,12 +82,14 @@ def documentation() -> Iterator[tuple[str, str]]:
             text = pattern.sub("", text)
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
         for line in text.splitlines():
-            for cell in line.split("|") if line.lstrip().startswith("|") else [line]:
+            # A vertical bar in code does not end a cell.
+            cells = re.split(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)", line) if line.lstrip().startswith("|") else [line]
+            for cell in cells:
                 yield from _sentences(path, re.sub(r"^[\s>*#-]+(?:\d+\. )?", "", cell))
 
 
 def _sentences(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z*`])", text.replace("**", "").strip()):
+    for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z*`])", text.replace("**", "").strip()):
         if len(re.findall(r"[A-Za-z]{2,}", sentence)) >= _LEAST:
             yield path.relative_to(ROOT).as_posix(), sentence.strip()
 

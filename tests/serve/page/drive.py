@@ -194,6 +194,7 @@ def _events(page: Any) -> list[str]:
 def _body(page: Any, act: Callable[[], Any], side: int = 0) -> Any:
     """Return the body of the request for one list that an act leads to."""
     model = page.locator(f"#model-{side}").input_value()
+    _settle(page)  # a request for an earlier change
     with page.expect_request(lambda r: r.url.endswith("/v1/rank") and r.post_data_json["model"] == model) as asked:
         act()
     body = asked.value.post_data_json
@@ -265,11 +266,11 @@ def _controls(drive: Drive, page: Any) -> None:
     _settle(page)
     assert page.locator("#k").get_attribute("aria-invalid") == "true" and page.locator("#list-0 > li").count() <= 5
     page.fill("#k", "10")
-    _settle(page)
     assert _body(page, lambda: page.uncheck("#seen"))["exclude_seen"] is False
     page.check("#seen")
     page.click("#rules summary")
     page.fill("#quota-field", "no-such-field")
+    page.keyboard.press("Tab")
     body = _body(page, lambda: (page.fill("#quota-most", "3"), page.keyboard.press("Tab")))
     assert body["rules"]["quotas"] == [{"field": "no-such-field", "most": 3}]
     page.fill("#quota-most", "")
@@ -319,18 +320,10 @@ def _shows(drive: Drive, items: list[dict[str, Any]]) -> None:
     """Images, prices, categories, scores and similar items of the history; nothing moves when they arrive."""
     pictured = [item for item in items if item["fields"].get("image_url", "").startswith(f"{IMAGES}/")]
     past = [item["item_id"] for item in (pictured or items)[:3]]
-    page = drive.open()
-    held: list[Any] = []
-    page.route("**/v1/similar/batch", lambda route: held.append(route))
-    page.goto(drive.base + "#" + "&".join(f"h={quote(each, safe='')}" for each in past) + "&b=")
-    page.wait_for_selector("#list-0 > li")
-    _settle(page)
-    tops = "() => [...document.querySelectorAll('#list-0 > li')].map((row) => row.getBoundingClientRect().top)"
-    before = page.evaluate(tops)
-    for route in held:
-        route.continue_()
-    page.unroute("**/v1/similar/batch")
-    page.wait_for_selector("#list-0 .because:not(:empty)")
+    link = "#" + "&".join(f"h={quote(each, safe='')}" for each in past) + "&b="
+    page = _unmoved(drive, link, 390, 844)
+    page.context.close()
+    page = _unmoved(drive, link, 1280, 800)
     rows = page.locator("#list-0 > li").all()
     listed = _ranked(drive, page, past, page.locator("#model-0").input_value())
     assert len(rows) == len(listed)
@@ -358,13 +351,63 @@ def _shows(drive: Drive, items: list[dict[str, Any]]) -> None:
                 assert row.locator(f".{name} bdi").text_content() == value
     if pictured:
         page.wait_for_function("() => document.querySelector('#list-0 .open img')?.naturalWidth > 0")
-    page.set_viewport_size({"width": 1280, "height": 800})
-    assert page.evaluate(tops) == before, "rows moved"
     rows[0].locator(".open").click()
     assert "score of the model" in rows[0].locator(".detail").inner_text()
     drive.check(page, "14-shows")
     page.context.close()
-    _foreign(drive, link="#" + "&".join(f"h={quote(each, safe='')}" for each in past) + "&b=")
+    _explains(drive, link)
+    _foreign(drive, link)
+
+
+def _unmoved(drive: Drive, link: str, width: int, height: int) -> Any:
+    """Return a page with a list whose rows stay in place when images and similar items arrive."""
+    page = drive.open(width=width, height=height)
+    held: list[Any] = []
+    for path in ("**/v1/similar/batch", f"{IMAGES}/**"):
+        page.route(path, lambda route: held.append(route))
+    page.goto(drive.base + link)
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    tops = "() => [...document.querySelectorAll('#list-0 > li')].map((row) => row.getBoundingClientRect().top)"
+    before = page.evaluate(tops)
+    for route in held:
+        route.fallback()
+    for path in ("**/v1/similar/batch", f"{IMAGES}/**"):
+        page.unroute(path)
+    page.wait_for_selector("#list-0 .because:not(:empty)")
+    _settle(page)
+    assert page.evaluate(tops) == before, "rows moved"
+    return page
+
+
+def _explains(drive: Drive, link: str) -> None:
+    """Without interactions, texts explain; without a similar item, or an answer, the page says so or nothing."""
+    page = drive.open()
+    other: list[str] = []
+
+    def play(route: Any) -> None:
+        requests = route.request.post_data_json["requests"]
+        assert all(len(each["item_ids"]) == 1 and each["candidates"] for each in requests)
+        unsupported = {"error": {"kind": "unsupported", "message": "no interactions"}}
+        near = [{"item_id": f"near{at}", "title": f"Near {at}", "score": 1.0 - at / 10} for at in range(4)]
+        found = [{"items": []}, *({"items": near} for _ in requests[1:])]
+        other.append(requests[0]["by"])
+        route.fulfill(json={"answers": [unsupported] * len(requests) if requests[0]["by"] == "interactions" else found})
+
+    page.route("**/v1/similar/batch", play)
+    page.goto(drive.base + link)
+    page.wait_for_selector("#list-0 .because:not(:empty)")
+    told = page.locator("#list-0 .because").all_text_contents()
+    assert told[0] == "No similar item in the history", told
+    assert set(told[1:]) == {"Because of Near 0 · Near 1 · Near 2 (most similar texts)"} and "text" in other
+    page.unroute("**/v1/similar/batch")
+    drive.failing = True
+    page.route("**/v1/similar/batch", lambda route: route.fulfill(status=500, json={"error": {"message": "x"}}))
+    page.fill("#k", "4")
+    _settle(page)
+    assert page.locator("#list-0 .because").all_text_contents() == [""] * page.locator("#list-0 > li").count()
+    drive.failing = False
+    page.context.close()
 
 
 def _foreign(drive: Drive, link: str) -> None:
