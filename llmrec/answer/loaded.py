@@ -593,8 +593,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     if rows and not set(names) & set(_KEYS[1:]):
         close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _KEYS))), "")
         raise DataError(
-            f"requests frame: the columns {names} are not columns of a request; use user_id, history, candidates or "
-            f"profile{close}",
+            f"data frame of requests: unknown columns {names}; use user_id, history, candidates or profile{close}",
             kind="missing-column",
             column="user_id",
         )

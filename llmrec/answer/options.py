@@ -42,7 +42,7 @@ class About:
 
 BatchSize = Annotated[int, About(least=1, help="Number of requests sent to the model at a time.")]
 Template = Annotated[
-    str | None, About(metavar="NAME", help="Prompt template. Default: the template of the evaluation.")
+    str | None, About(metavar="NAME", help="Prompt template. Default: the template used in the evaluation.")
 ]
 
 
@@ -108,7 +108,7 @@ class RecommenderOptions(ModelOptions):
         str,
         About(
             choices=("file", "all"),
-            help="Items to rank. file: the candidates of each request; all: the whole catalogue, except items of the "
+            help="Items to rank. file: the candidates of each request; all: the whole catalogue, except items in the "
             "history.",
         ),
     ] = "file"
@@ -133,8 +133,8 @@ class RecommenderOptions(ModelOptions):
         str,
         About(
             choices=("none", "model", "baselines"),
-            help="Rank with an ensemble. model: of the model and the run's baselines; baselines: of the run's "
-            "baselines only.",
+            help="Rank with an ensemble. model: the model and the run's baselines; baselines: the run's baselines "
+            "only.",
         ),
     ] = "none"
     rationale: Annotated[

@@ -158,7 +158,7 @@ def check_verb(model: Recommender, verb: str) -> None:
     """Reject a question that a model cannot answer."""
     if verb not in model.verbs:
         raise RecipeError(
-            f"the model {model.name!r} does not answer {verb!r}; it answers {', '.join(model.verbs)}",
+            f"the model {model.name!r} does not support {verb!r}; it supports {', '.join(model.verbs)}",
             kind="unsupported",
             column="model",
         )

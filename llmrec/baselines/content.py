@@ -49,7 +49,7 @@ class ContentConfig(WhitenedConfig):
     """Parameters of `Content`."""
 
     history: Positive = Field(20, description="Number of latest interactions to use.")
-    decay: Decay = Field(0.7, description="Weight of an interaction relative to the next interaction.")
+    decay: Decay = Field(0.7, description="Decay of older interactions: weight relative to the next newer one.")
     synthetic: str = Field(
         "", description="Feature store with synthetic items, which precede the history of users with few items."
     )

@@ -38,7 +38,7 @@ class EASEConfig(Section):
 
     penalty: AboveZero = Field(250.0, description="Ridge penalty.")
     decay: Decay = Field(
-        0.9, description="Weight of an interaction relative to the next interaction. 1: equal weights."
+        0.9, description="Decay of older interactions: weight relative to the next newer one. 1: equal weights."
     )
     dtype: Literal["float32", "float64"] = Field(
         "float64", description="Data type of the matrix. float32 halves memory and time."

@@ -54,9 +54,10 @@ class ALSConfig(Section):
     iterations: Positive = Field(15, description="Number of iterations.")
     user: Literal["mean", "solve"] = Field(
         "mean",
-        description="Computation of the user vector: `mean` of the history's item vectors, or least squares (`solve`).",
+        description="User vector: the `mean` of the item vectors in the history, or a least-squares solution "
+        "(`solve`).",
     )
-    decay: Decay = Field(0.8, description="Weight of a history item relative to the next item.")
+    decay: Decay = Field(0.8, description="Decay of older history items: weight relative to the next newer one.")
     threads: int = Field(1, ge=0, description="Number of threads. 0: all cores. Does not change the result.")
 
 
@@ -140,7 +141,7 @@ class BPRConfig(Section):
     learning_rate: AboveZero = Field(0.05, description="Learning rate of SGD.")
     regularization: float = Field(0.001, ge=0, description="L2 penalty.")
     iterations: Positive = Field(100, description="Number of epochs.")
-    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next interaction.")
+    decay: Decay = Field(0.8, description="Decay of older interactions: weight relative to the next newer one.")
     threads: int = Field(
         1,
         ge=0,

@@ -157,9 +157,7 @@ def text_vectors(
     if config.encoder.startswith(STORE):
         folder = config.encoder.removeprefix(STORE)
         if change is not None:
-            raise DataError(
-                f"{folder} has vectors but no texts, so no words can be dropped from them", kind="unsupported"
-            )
+            raise DataError(f"{folder} has vectors but no texts, so words cannot be dropped", kind="unsupported")
         return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)

@@ -148,7 +148,7 @@ class ItemKNNConfig(Section):
 
     history: Positive = Field(20, description="Number of latest interactions to use.")
     decay: Decay = Field(
-        0.7, description="Weight of an interaction relative to the next interaction. 1: equal weights."
+        0.7, description="Decay of older interactions: weight relative to the next newer one. 1: equal weights."
     )
     asymmetry: float = Field(
         0.5,
@@ -219,12 +219,12 @@ class RP3BetaConfig(Section):
 
     history: Positive = Field(100, description="Number of latest interactions to use.")
     decay: Decay = Field(
-        0.8, description="Weight of an interaction relative to the next interaction. 1: equal weights."
+        0.8, description="Decay of older interactions: weight relative to the next newer one. 1: equal weights."
     )
     alpha: float = Field(
-        0.8, ge=0, description="Exponent of the transition probabilities of the second and third step."
+        0.8, ge=0, description="Exponent of the transition probabilities in the second and third steps."
     )
-    beta: float = Field(0.6, ge=0, description="Exponent of the item popularity by which scores are divided.")
+    beta: float = Field(0.6, ge=0, description="Exponent of item popularity in the divisor of the scores.")
 
 
 class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):

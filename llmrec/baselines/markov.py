@@ -43,8 +43,8 @@ class _Transitions:
 class MarkovConfig(Section):
     """Parameters of `Markov`; defaults were chosen on the validation split of MovieLens-100K."""
 
-    order: Positive = Field(10, description="Number of latest items to use, and maximum distance of a transition.")
-    decay: Decay = Field(0.85, description="Weight of an interaction relative to the next interaction.")
+    order: Positive = Field(10, description="Number of latest items to use; also the maximum distance of a transition.")
+    decay: Decay = Field(0.85, description="Decay of older interactions: weight relative to the next newer one.")
 
 
 class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
@@ -105,7 +105,7 @@ class MarkovCooccurrenceConfig(Section):
     """Parameters of `MarkovCooccurrence`."""
 
     history: Positive = Field(20, description="Number of latest interactions to use for co-occurrence.")
-    decay: Decay = Field(0.8, description="Weight of an interaction relative to the next interaction.")
+    decay: Decay = Field(0.8, description="Decay of older interactions: weight relative to the next newer one.")
     transition: float = Field(
         1.0, ge=0, description="Weight of a transition from the last item, relative to co-occurrence."
     )

@@ -50,7 +50,7 @@ class TowersConfig(WhitenedConfig, NeuralConfig):
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
     max_len: Positive = Field(10, description="Maximum number of latest items to use.")
     batch: Positive = Field(1024, description="Targets per optimiser step.")
-    negatives: None = Field(None, description="Not used: the softmax is over all items.")
+    negatives: None = Field(None, description="No effect: the softmax always includes all items.")
     learning_rate: AboveZero = Field(2e-3, description="Learning rate of Adam.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
     epochs: Positive = Field(30, description="Maximum number of epochs.")

@@ -266,7 +266,9 @@ class SequenceConfig(NeuralConfig):
 class ProfiledConfig(SequenceConfig):
     """Parameters of a sequence model with user features."""
 
-    features: str = Field("", description="Feature store of user features, the first element of each sequence.")
+    features: str = Field(
+        "", description="Feature store of user features, which become the first element of each sequence."
+    )
     shuffled: bool = Field(False, description="Ablation: assign features to random users.")
     whitening: float = Field(
         1.0, ge=0, le=1, description="Strength of the whitening of the features. 0: none, 1: full."

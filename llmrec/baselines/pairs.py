@@ -52,7 +52,10 @@ class TransitionsTunedConfig(TransitionsTextConfig):
     blocks: Positive = Field(2, description="Number of last layers of the encoder to fine-tune.")
     apart: Positive = Field(3, le=20, description="Maximum distance between the two items of a training pair.")
     nearby: float = Field(
-        0.6, gt=0, le=1, description="Weight of a pair relative to a pair whose items are one position closer."
+        0.6,
+        gt=0,
+        le=1,
+        description="Decay with distance: weight of a pair relative to a pair that is one position closer.",
     )
     temperature: AboveZero = Field(0.05, description="Temperature of the contrastive loss.")
     batch: Positive = Field(256, description="Pairs per optimiser step, with in-batch negatives.")

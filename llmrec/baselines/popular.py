@@ -98,7 +98,7 @@ class RecentPopularityConfig(Section):
     """Parameters of `RecentPopularity`."""
 
     half_life: AboveZero = Field(
-        0.1, description="Half-life of the weight of an interaction, as a share of all training interactions."
+        0.1, description="Half-life of interaction weights, as a share of all training interactions."
     )
 
 

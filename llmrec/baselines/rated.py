@@ -33,8 +33,10 @@ _PRIOR = 2.0
 class RecencyConfig(Section):
     """Parameters of a correction by the latest ratings in the history."""
 
-    recency: float = Field(0.6, ge=0, description="Weight of the decayed mean error on the history's ratings. 0: none.")
-    decay: Decay = Field(0.7, description="Weight of a rating relative to the user's next rating.")
+    recency: float = Field(
+        0.6, ge=0, description="Weight of the correction by recent errors on the history's ratings. 0: no correction."
+    )
+    decay: Decay = Field(0.7, description="Decay of older ratings: weight of a rating relative to the next newer one.")
 
 
 @dataclass(frozen=True)

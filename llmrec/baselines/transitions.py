@@ -57,7 +57,7 @@ class TransitionsConfig(Section):
 
     reach: int = Field(10, ge=1, le=_FURTHEST, description="Maximum distance of a transition, in positions.")
     fade: Decay = Field(
-        0.7, description="Weight of a transition relative to a transition that is one position shorter."
+        0.7, description="Decay with distance: weight of a transition relative to one that is one position shorter."
     )
     backward: float = Field(0.5, ge=0, le=1, description="Weight of transitions in the reverse direction.")
     smoothing: float = Field(
@@ -70,7 +70,7 @@ class TransitionsConfig(Section):
         0.1, ge=0, le=1, description="Exponent of the target item's popularity in the normalisation."
     )
     history: Positive = Field(10, description="Number of latest interactions to use.")
-    decay: Decay = Field(0.6, description="Weight of an interaction relative to the next interaction.")
+    decay: Decay = Field(0.6, description="Decay of older interactions: weight relative to the next newer one.")
 
 
 class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
@@ -115,13 +115,13 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
 class TransitionsTextConfig(TransitionsConfig, TextsConfig):
     """Parameters of `TransitionsText`."""
 
-    text: float = Field(0.3, ge=0, description="Weight of items with texts similar to the latest items.")
+    text: float = Field(0.3, ge=0, description="Weight of text similarity to the latest items.")
     sharpness: float = Field(8.0, gt=0, description="Exponent of text similarities before normalisation.")
     text_history: Positive = Field(3, description="Number of latest interactions to use for text similarity.")
     text_decay: Decay = Field(
-        0.5, description="Weight of an interaction relative to the next interaction, for text similarity."
+        0.5, description="Decay of older interactions: weight relative to the next newer one, for text similarity."
     )
-    onward: float = Field(0.5, ge=0, description="Weight of items with texts similar to the targets of transitions.")
+    onward: float = Field(0.5, ge=0, description="Weight of text similarity to the targets of transitions.")
 
 
 class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):

@@ -30,7 +30,8 @@ class LikeRatioConfig(Section):
     """Parameters of `LikeRatio`."""
 
     liked: float | None = Field(
-        None, description="Lowest rating that counts as a like. `null`: at three quarters of the rating scale."
+        None,
+        description="Lowest rating that counts as a like. `null`: the value at three quarters of the rating scale.",
     )
 
 
@@ -79,7 +80,9 @@ class LogisticConfig(LikeRatioConfig):
         description="Additional features. `recent`: the user's latest ratings; `ids`: also a weight per user and per "
         "item.",
     )
-    decay: Decay = Field(0.8, description="`recent`: weight of a rating relative to the user's next rating.")
+    decay: Decay = Field(
+        0.8, description="`recent`: decay of older ratings, the weight relative to the next newer one."
+    )
     id_penalty: AboveZero = Field(100.0, description="`ids`: L2 penalty of user and item weights.")
 
 

@@ -21,7 +21,7 @@ class CompareOptions:
         About(
             argument=True,
             metavar="RUN_B",
-            help="Finished run folder to compare with, evaluated on the same test cases.",
+            help="Folder of a finished run to compare with, evaluated on the same test cases.",
         ),
     ]
     to: Annotated[

@@ -277,7 +277,8 @@ class Models:
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
             raise RecipeError(
-                f"{row.recipe}: a suite ranks the catalogue with tasks.sequential, which this recipe lacks; add it",
+                f"{row.recipe}: a suite ranks the catalogue with tasks.sequential, which this recipe lacks; add this "
+                "task",
                 kind="missing-key",
                 at=str(row.recipe),
                 column="tasks.sequential",

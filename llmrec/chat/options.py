@@ -37,7 +37,7 @@ class ChatOptions(ModelOptions):
         About(metavar="NAME", help="Text encoder (name, or folder written by --learn) for semantic search."),
     ] = None
     ranker: Annotated[
-        str | None, About(metavar="MODEL", help="Language model (name or folder) that reranks items and explains them.")
+        str | None, About(metavar="MODEL", help="Language model (name or folder) that reranks and explains items.")
     ] = None
     k: Annotated[int, About(least=1, most=MOST, help="Number of items in a list.")] = 5
     save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript as JSON lines.")] = None
@@ -65,7 +65,7 @@ class ChatOptions(ModelOptions):
         Path | None,
         About(
             metavar="RECIPE",
-            help="Fine-tune the recipe's model to select tools, with the conversations of --simulate or --replay.",
+            help="Fine-tune the recipe's model to select tools, on the conversations from --simulate or --replay.",
         ),
     ] = None
     calls: Annotated[bool, About(help="Also print tool calls and the latency of each answer.")] = False

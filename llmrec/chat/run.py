@@ -99,7 +99,8 @@ def _check(options: ChatOptions) -> None:
         )
     if options.manager != RULES or options.learn is not None or options.ranker is not None:
         raise DataError(
-            "--tune trains the recipe's model on the calls of rules or a transcript; drop --manager, --learn and "
+            "--tune trains the recipe's model on tool calls of the rule-based manager or a transcript; drop "
+            "--manager, --learn and "
             "--ranker",
             kind="contradiction",
             column="--tune",

@@ -138,7 +138,7 @@ def read_state(record: object) -> State:
         first = error.errors()[0]
         key = ".".join(("state", *map(str, first["loc"])))
         raise DataError(
-            f"{key}: {first['msg']}; send back the state of the last answer", kind="bad-value", column=key
+            f"{key}: {first['msg']}; send the state from the last answer", kind="bad-value", column=key
         ) from None
 
 

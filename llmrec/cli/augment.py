@@ -23,12 +23,12 @@ _SHOWN = 3
 class AugmentOptions(RecipeOptions):
     """Options of `llmrec augment`."""
 
-    out: Annotated[Path | None, About(help="Folder of the feature store. Default: features in the run folder.")] = None
+    out: Annotated[Path | None, About(help="Folder of the feature store. Default: features/ in the run folder.")] = None
     dry_run: Annotated[bool, About(help="Print the estimated cost and an example prompt; generate nothing.")] = False
     without_model: Annotated[
         bool,
         About(
-            help="Write a reference feature store without a language model. Default folder: control in the run folder."
+            help="Write a reference feature store without a language model. Default folder: control/ in the run folder."
         ),
     ] = False
     shard: Shard = None

@@ -22,7 +22,7 @@ class CheckOptions(RecipeOptions):
 
     recipe: Annotated[str, About(argument=True, metavar="PAGE", help="Recipe, suite or benchmark file.")]
     dry_run: Annotated[
-        bool, About(help="Also count training rows and tokens, render prompts, and estimate time and memory.")
+        bool, About(help="Also count training examples and tokens, render prompts, and estimate time and memory.")
     ] = False
 
 

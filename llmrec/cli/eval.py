@@ -22,7 +22,9 @@ class EvalOptions(RunOptions):
     ]
     results: Annotated[
         Path,
-        About(help="Suites and benchmarks: folder for the results. The Markdown page is written next to this folder."),
+        About(
+            help="With a suite or benchmark: folder for the results. The Markdown page is written next to this folder."
+        ),
     ] = Path("eval/results")
 
 

@@ -38,7 +38,7 @@ class ImportOptions:
     kind: Kind = "item"
     text: Annotated[str, About(help="Name of the text column.")] = "text"
     seen: Annotated[
-        str | None, About(help="Table of the interactions from which the texts were written, with user_id and item_id.")
+        str | None, About(help="Table of the interactions on which the texts are based, with user_id and item_id.")
     ] = None
     encoder: Annotated[str, About(help="Text encoder: name or folder.")] = "all-MiniLM-L6-v2"
 
@@ -69,7 +69,11 @@ class ShowOptions(StoreOptions):
 
     ids: Annotated[
         tuple[str, ...],
-        About(argument=True, metavar="[ID]...", help="IDs of the texts to print. Default: a summary of the store."),
+        About(
+            argument=True,
+            metavar="[ID]...",
+            help="IDs of the users or items whose texts to print. Default: print a summary.",
+        ),
     ] = ()
     kind: Kind = "user"
 
@@ -128,7 +132,7 @@ def diff(options: DiffOptions) -> None:
 class EditOptions(StoreOptions):
     """Options of `llmrec features edit`."""
 
-    name: Annotated[str, About(argument=True, metavar="ID", help="ID of the text to change.")]
+    name: Annotated[str, About(argument=True, metavar="ID", help="ID of the user or item whose text to change.")]
     text: Annotated[str, About(help="New text.")]
     kind: Kind = "user"
 

@@ -54,7 +54,7 @@ class PromptsOptions(RecipeOptions):
     ] = ()
     sets: Annotated[
         tuple[str, ...],
-        About(names=("--set",), metavar="NAME", help="Show only the templates of this set, such as m6. Repeatable."),
+        About(names=("--set",), metavar="NAME", help="Show only the templates in this set, such as m6. Repeatable."),
     ] = ()
     every: Annotated[
         bool,
@@ -72,7 +72,7 @@ class PromptsOptions(RecipeOptions):
         Path | None,
         About(
             metavar="FILE",
-            help="Write the training rows as chat messages (JSONL) for TRL, axolotl or LLaMA-Factory.",
+            help="Write the training examples as chat messages (JSONL) for TRL, axolotl or LLaMA-Factory.",
         ),
     ] = None
 
@@ -99,8 +99,8 @@ def prompts(options: PromptsOptions) -> None:
     if options.chat is not None:
         if options.template or options.sets or options.every or options.diff:
             raise RecipeError(
-                "--chat writes the rows of all training templates; remove the other options, and select templates "
-                "with tasks.<family>.templates",
+                "--chat cannot be combined with --template, --set, --all or --diff; select templates with "
+                "tasks.<family>.templates",
                 kind="contradiction",
                 column="--chat",
             )
@@ -209,7 +209,7 @@ def find(study: Study, name: str) -> Template:
     result = [template for template in every.values() if name in (template.id, template.name)]
     if len(result) > 1:
         raise RecipeError(
-            f"template {name!r}: it exists in several tasks; choose one of "
+            f"template {name!r}: several tasks have a template of this name; choose one of "
             f"{', '.join(template.id for template in result)}",
             kind="ambiguous",
             at=name,
@@ -459,7 +459,7 @@ def recorded(folder: Path, template: Template) -> Template:
     files = [file for file in (folder / "merged" / FILE, folder / FILE) if file.is_file()]
     if not files:
         raise RecipeError(
-            f"{folder} has no {FILE}, which records the templates of a training; give a run folder with finished "
+            f"{folder} has no {FILE}, which records the templates used in training; give a run folder with finished "
             "training, or an exported folder",
             kind="missing-file",
             at=folder,
@@ -470,8 +470,8 @@ def recorded(folder: Path, template: Template) -> Template:
         }
         if template.name not in entries:
             raise RecipeError(
-                f"{files[0]} records no template {template.id}{did_you_mean(template.name, entries)}; it has "
-                f"{', '.join(entries)}",
+                f"{files[0]} records no template {template.id}{did_you_mean(template.name, entries)}; its templates "
+                f"are {', '.join(entries)}",
                 kind="missing-key",
                 at=files[0],
             )

@@ -23,7 +23,7 @@ class ReportOptions:
             help="Run folder such as runs/quickstart, or a folder of suite results such as eval/results.",
         ),
     ]
-    table: Annotated[bool, About(help="Run folder: also print the tables.")] = False
+    table: Annotated[bool, About(help="With a run folder: also print the tables.")] = False
 
 
 def report(options: ReportOptions) -> None:

@@ -35,7 +35,9 @@ _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 class SchemaOptions:
     """Options of `llmrec schema`."""
 
-    kind: Annotated[PageKind, About(argument=True, help="Type of the file; suite includes benchmarks.")] = "recipe"
+    kind: Annotated[PageKind, About(argument=True, help="File type of the schema; suite also covers benchmarks.")] = (
+        "recipe"
+    )
     out: Annotated[Path | None, About(metavar="FILE", help="Output file. Default: print the schema.")] = None
 
 

@@ -44,9 +44,7 @@ class ScoreOptions:
     )
     planned: Annotated[
         str | None,
-        About(
-            metavar="METRIC", help="With two files: metric of the planned comparison, which gets a significance test."
-        ),
+        About(metavar="METRIC", help="With two files: metric for the comparison with a significance test."),
     ] = None
     resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples over users.")] = RESAMPLES
     seed: Annotated[int, About(help="Random seed of the bootstrap.")] = 0

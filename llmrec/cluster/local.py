@@ -99,7 +99,7 @@ def work_here(job: Job, recipe: Recipe, count: int) -> list[Path]:
             first, log = error.first, logs[error.first.process]
             raise LlmrecError(
                 f"{job.command}: process {first.process + 1} of {count} {first.why}, so all processes were stopped; "
-                f"run the same command to resume. Its last messages ({log}):{_last_lines(log)}",
+                f"run the same command to resume. Last messages of this process ({log}):{_last_lines(log)}",
                 kind="failed",
                 at=log,
             ) from None

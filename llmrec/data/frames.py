@@ -46,7 +46,8 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
     if section.source != "table" or section.files is not None:
         what = "data.files names files" if section.files is not None else f"it is {section.source!r}"
         raise RecipeError(
-            f"data.source: a frame was passed, but {what}; set data.source=table and drop the keys of other sources",
+            f"data.source: a data frame was passed, but {what}; set data.source=table and drop the keys of other "
+            "sources",
             kind="contradiction",
             column="data.source",
         )
@@ -112,7 +113,7 @@ def as_arrow(frame: Any, name: str) -> Any:
         DataError: If it is not a frame, or a column has values of several types.
     """
     if isinstance(frame, list | Mapping) and not frame:
-        raise DataError(f"{name}: it is empty; provide rows", kind="empty", at=name)
+        raise DataError(f"{name}: the data frame is empty; provide rows", kind="empty", at=name)
     try:
         if isinstance(frame, list):
             return _of_dictionaries(frame)
@@ -134,7 +135,8 @@ def as_arrow(frame: Any, name: str) -> Any:
             at=name,
         ) from error
     raise DataError(
-        f"{name}: {type(frame).__module__}.{type(frame).__name__} is not a frame; use a pandas or polars frame, an "
+        f"{name}: {type(frame).__module__}.{type(frame).__name__} is not a data frame; use a pandas or polars frame, "
+        "an "
         "Arrow table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
         kind="wrong-format",
         at=name,

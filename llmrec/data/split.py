@@ -423,7 +423,8 @@ def scale_of(data: SplitDataset) -> tuple[float, float]:
     values = data.train["rating"].drop_nulls().to_numpy()
     if not len(values):
         raise DataError(
-            f"{data.dataset.name} has no training ratings; set data.columns.rating, or remove what requires ratings",
+            f"{data.dataset.name} has no training ratings; set data.columns.rating, or remove settings that require "
+            "ratings",
             kind="missing-column",
             at=data.dataset.name,
             column="rating",

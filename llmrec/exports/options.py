@@ -21,14 +21,15 @@ class ExportOptions:
         str,
         About(
             metavar="auto|float32|bfloat16|float16",
-            help="Data type of the weights. auto: the data type of the evaluation.",
+            help="Data type of the weights. auto: as in the evaluation.",
         ),
     ] = "auto"
     adapter_only: Annotated[bool, About(help="Export only the LoRA adapter.")] = False
     with_items: Annotated[
         bool,
         About(
-            names=("--with-items/--no-items",), help="Whether to include the item catalogue; check its licence first."
+            names=("--with-items/--no-items",),
+            help="Whether to include the item catalogue; check the data licence first.",
         ),
     ] = True
     with_interactions: Annotated[
@@ -77,7 +78,7 @@ def refuse_untuned(run: Path) -> None:
     if "tuned" not in arms:
         raise LlmrecError(
             f"{run} did not fine-tune its language model (eval.arms={', '.join(arms)}), so there is nothing to export; "
-            "add tuned to eval.arms and run it again",
+            "add tuned to eval.arms and run the recipe again",
             kind="unsupported",
             at=run,
             column="eval.arms",

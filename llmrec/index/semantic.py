@@ -607,7 +607,7 @@ def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
     """Return normalised vectors of texts, shape (n, d)."""
     if embed is None:
         raise DataError(
-            "index semantic: the index requires a text encoder; pass it as embed",
+            "index semantic: the index requires a text encoder; pass one as embed",
             kind="missing-value",
             column="embed",
         )

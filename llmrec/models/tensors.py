@@ -54,7 +54,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
         parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
         faults = "; ".join(f"{what}: {_named(names)}" for what, names in parts.items() if names)
         raise ModelError(
-            f"the weights in {folder} do not match its config.json ({type(model).__name__}): {faults}. Restore "
+            f"the weights in {folder} do not match config.json ({type(model).__name__}): {faults}. Restore "
             "config.json and the safetensors files from one save_pretrained folder, or choose another model",
             kind="damaged",
             at=folder,

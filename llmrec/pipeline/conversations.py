@@ -124,7 +124,7 @@ def _in_order(study: Study, encoder: Encoder, plan: Plan) -> Iterator[TextRow]:
                 waiting[count], count = next(drawn), count + 1
             row = waiting.pop(n)
             if row.ids != plan.steps.table.row(n).ids:
-                raise RuntimeError(f"training example {n} has other tokens as text")
+                raise RuntimeError(f"training example {n} has different tokens when written as text")
             yield row
 
 

@@ -91,8 +91,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(
-            f"{run} was evaluated on another table or split than the first run, so their models cannot form an "
-            "ensemble",
+            f"{run} was evaluated on another table or split than the first run, so the models cannot form an ensemble",
             kind="mismatch",
             at=run,
             column="data",

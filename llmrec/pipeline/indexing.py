@@ -114,7 +114,7 @@ def embed_of(index: ItemIndex) -> Embed | None:
     if stamp not in (None, embed.stamp):
         raise DataError(
             f"the index was built with another version of the text encoder {stored['encoder']!r}, so new items cannot "
-            "be encoded; restore this encoder, or build the index and tune again",
+            "be encoded; restore that version, or build the index and tune again",
             kind="mismatch",
             column="index.semantic.encoder",
         )

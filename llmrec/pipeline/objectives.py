@@ -304,7 +304,7 @@ class Judge:
         if not able or (rating is not None and rating.head is not None):
             raise RecipeError(
                 "train.judge: early stopping needs a ranking task, but none is trained; train sequential or direct, "
-                "without tasks.rating.head, or drop the section",
+                "without tasks.rating.head, or drop train.judge",
                 kind="contradiction",
                 column="train.judge",
             )

@@ -55,7 +55,7 @@ def refuse_together(recipe: Recipe) -> None:
     teacher = recipe.train.teacher
     if processes.size() > 1 and teacher is not None and teacher.relations:
         raise RecipeError(
-            "train.teacher.relations: it needs all hidden states of a step in one process, but training has "
+            "train.teacher.relations: this loss needs all hidden states of a step in one process, but training has "
             f"{processes.size()} processes; train in one process, or set the key to 0",
             kind="unsupported",
             column="train.teacher.relations",

@@ -67,7 +67,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         refuse_words(study.recipe.model.name)
     if section.softmax == "items" and (paired or study.index is None or not study.index.vocabulary):
         raise RecipeError(
-            "train.softmax: items needs a decoder and an index with item tokens, such as index: {scheme: token}; set "
+            "train.softmax: 'items' needs a decoder and an index with item tokens, such as index: {scheme: token}; set "
             "train.softmax=vocabulary",
             kind="contradiction",
             column="train.softmax",

@@ -36,19 +36,19 @@ class Words(Section):
     )
     joining: tuple[str, ...] = Field((), description="words between the entries of a list, such as and")
     linking: tuple[str, ...] = Field(
-        (), description="words that may follow a label, such as is; before other words, a letter is not a label"
+        (), description="words that may follow a label, such as is; a letter before any other word is not a label"
     )
     words_alone: tuple[str, ...] = Field(
-        (), description="capital letters that are also words of the language, such as A"
+        (), description="capital letters that are also words in the language, such as A"
     )
     answer: str = Field("", description="noun at the beginning of an answer, as in: my answer is ...")
-    before_answer: tuple[str, ...] = Field((), description="words that may precede the noun, such as my")
-    after_answer: tuple[str, ...] = Field((), description="words that may follow the noun, such as is")
+    before_answer: tuple[str, ...] = Field((), description="words that may precede the answer noun, such as my")
+    after_answer: tuple[str, ...] = Field((), description="words that may follow the answer noun, such as is")
 
     @model_validator(mode="after")
     def _usable(self) -> Words:
         if self.says_yes.casefold() == self.says_no.casefold():
-            raise ValueError("says_no: it equals says_yes; use different words")
+            raise ValueError("says_no: says_yes has the same value; use different words")
         if self.numbers and len(self.numbers) != _NUMBERS:
             raise ValueError(f"numbers: write {_NUMBERS} words, from zero to ten, or none")
         return self

@@ -30,11 +30,10 @@ class SuiteRow(Section):
     )
     fuse: tuple[str, ...] = Field(
         (),
-        description="Ensemble of earlier models of the suite, by name. Its weights are fitted on reserved validation "
-        "users.",
+        description="Ensemble of models listed earlier in the suite, with weights fitted on reserved validation users.",
     )
     ranker: bool = Field(True, description="With `fuse`: also try a learned ranker for the ensemble.")
-    name: str = Field("", description="Name in tables. Empty: the baseline, recipe or members.")
+    name: str = Field("", description="Name in tables. Empty: the name of the baseline, recipe or members.")
     seeds: Positive | None = Field(
         None, description="Number of the suite's seeds to use, for models that are slow to train. Unset: all."
     )
@@ -62,7 +61,7 @@ class SuiteRow(Section):
 class DiversitySection(Section):
     """Item similarity for intra-list diversity: words of a field, or text embeddings."""
 
-    field: str | None = Field(None, description="Item field with words, such as genres.")
+    field: str | None = Field(None, description="Item field whose words are compared, such as genres.")
     encoder: str | None = Field(None, description="Text encoder of titles and fields, such as `all-MiniLM-L6-v2`.")
 
     @model_validator(mode="after")
@@ -102,13 +101,15 @@ class Suite(Section):
     )
     cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1, description="Cut-offs k of the metrics.")
     liked: float | None = Field(
-        None, description="`ctr`: lowest rating that counts as a yes. Unset: at three quarters of the rating scale."
+        None,
+        description="`ctr`: lowest rating that counts as a yes. Unset: the value at three quarters of the rating "
+        "scale.",
     )
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="Random seeds of stochastic models.")
     split_seeds: tuple[Seed, ...] = Field(
         (0,),
         min_length=1,
-        description="Random seeds of the split (order of equal timestamps). With several, results are a range.",
+        description="Random seeds of the split (order of equal timestamps). With several seeds, results are ranges.",
     )
     diversity: DiversitySection | None = Field(
         None, description="`ranking`: item similarity for intra-list diversity (ILD). Unset: no ILD."
@@ -119,8 +120,8 @@ class Suite(Section):
         0.5,
         gt=0,
         lt=1,
-        description="Share of validation users that fit ensemble weights; the others select hyperparameters and "
-        "epochs.",
+        description="Share of validation users for fitting ensemble weights; the others are for selecting "
+        "hyperparameters and epochs.",
     )
     min_history: int = Field(0, ge=0, description="Minimum history length of evaluated requests.")
     rows: tuple[SuiteRow, ...] = Field(min_length=1, description="Models to compare.")
@@ -190,13 +191,13 @@ class BenchmarkRun(Section):
     recipe: str = Field("", description="Recipe. Empty: the recipe of the benchmark.")
     overrides: tuple[str, ...] = Field((), description="Overridden keys, such as `eval.arms=[zero-shot]`.")
     start: str = Field(
-        "", description="Earlier run, from whose fine-tuned model of the same seed training continues (`train.start`)."
+        "", description="Earlier run whose fine-tuned model with the same seed is trained further (`train.start`)."
     )
     teacher: str = Field(
-        "", description="Earlier run with the teacher: its fine-tuned model of the same seed (`train.teacher.run`)."
+        "", description="Earlier run whose fine-tuned model with the same seed is the teacher (`train.teacher.run`)."
     )
     grid: dict[str, tuple[Any, ...]] = Field(
-        default={}, description="Lists of values of recipe keys. Every combination is a run."
+        default={}, description="Lists of values for recipe keys. Every combination is a run."
     )
     seeds: tuple[int, ...] = Field((), description="Values of `train.seed` to average over. Empty: the recipe's seed.")
 
@@ -206,8 +207,8 @@ class Benchmark(Section):
 
     benchmark: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the benchmark.")
     description: str = Field("", description="Description for the results page.")
-    recipe: str = Field("", description="Recipe of runs without a recipe.")
-    overrides: tuple[str, ...] = Field((), description="Keys overridden in every run.")
+    recipe: str = Field("", description="Default recipe for runs that name none.")
+    overrides: tuple[str, ...] = Field((), description="Recipe keys overridden in every run.")
     runs: tuple[BenchmarkRun, ...] = Field(min_length=1, description="Runs to compare.")
     bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
     pairs: tuple[tuple[str, str], ...] = Field(
@@ -253,10 +254,10 @@ class ChatRow(Section):
     ranker: str | None = Field(
         None,
         min_length=1,
-        description="Language model that grades the top items. Its ranking is combined with that of the recommender. "
-        "Unset: the recommender only.",
+        description="Language model that grades the top items. The two rankings are combined. Unset: only the "
+        "recommender ranks.",
     )
-    name: str = Field("", description="Name in tables. Empty: manager and ranker.")
+    name: str = Field("", description="Name in tables. Empty: the names of manager and ranker.")
     users: Positive | None = Field(None, description="Number of the suite's users to use. Unset: all.")
     knows: tuple[str, ...] = Field((), description="Item fields that the simulated users know. Empty: all.")
 
@@ -275,7 +276,7 @@ class ChatSuite(Section):
     overrides: tuple[str, ...] = Field((), description="Overridden keys of the recipe.")
     recommender: str = Field("item-knn", description="Baseline that recommends, fitted on the training split.")
     items: str | None = Field(
-        None, description="Table of items with the fields to talk about. Unset: the items of the recipe."
+        None, description="Item table with the fields used in conversations. Unset: the items in the recipe."
     )
     split: Literal["valid", "test"] = Field("test", description="Split with the target items of the simulated users.")
     users: Positive = Field(200, description="Number of users per seed.")
@@ -293,7 +294,8 @@ class ChatSuite(Section):
     past: int = Field(40, ge=0, le=90, description="Number of latest history items in the initial profile.")
     liked: float | None = Field(
         None,
-        description="Lowest rating of a liked item. Unset: at three quarters of the scale; without ratings, all items.",
+        description="Lowest rating of a liked item. Unset: the value at three quarters of the scale; without ratings, "
+        "all items are liked.",
     )
     bootstrap: Resamples = Field(2000, description="Number of bootstrap resamples.")
     rows: tuple[ChatRow, ...] = Field(min_length=1, description="Systems to compare.")

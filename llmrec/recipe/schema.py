@@ -186,8 +186,8 @@ class Split(Section):
     prefix_most: Positive = Field(30, description="`prefix`: maximum number of history-only interactions per user.")
     after: str | float | None = Field(
         None,
-        description="`cold_items`: ISO date (UTC) or timestamp. Items that appear later are the cold-start test "
-        "items. Unset: the share `test` of items.",
+        description="`cold_items`: ISO date (UTC) or timestamp. Items that first occur later are the cold-start test "
+        "items. Unset: a random share of items, set by `test`.",
     )
 
     ties: Literal["hash", "file"] = Field(
@@ -206,7 +206,7 @@ class Split(Section):
     @model_validator(mode="after")
     def _after_belongs(self) -> Split:
         if self.after is not None and self.kind != "cold_items":
-            raise ValueError(f"after: it requires kind: cold_items, not {self.kind}; drop the key")
+            raise ValueError(f"after: this key requires kind: cold_items, not {self.kind}; drop the key")
         self.since  # noqa: B018  a date that is none is refused where it is written
         return self
 
@@ -249,7 +249,9 @@ class TextsSection(Section):
     """Texts of a feature store in prompts: a user's text as the profile, an item's as its field ``about``."""
 
     path: str = Field(description="Folder of a feature store, for example one written by `llmrec augment`.")
-    sides: Literal["both", "user", "item"] = Field("both", description="Use the texts on users, on items, or both.")
+    sides: Literal["both", "user", "item"] = Field(
+        "both", description="Use the texts about users, about items, or both."
+    )
     shuffled: bool = Field(False, description="Ablation: assign the texts to random users and items.")
 
 
@@ -277,7 +279,7 @@ class DataSection(Section):
     )
     facts: FactsSection | None = Field(None, description="Documents about items, retrieved for prompts.")
     texts: TextsSection | None = Field(
-        None, description="Generated texts on users and items from a feature store, for prompts."
+        None, description="Generated texts about users and items from a feature store, for prompts."
     )
     columns: Columns = Field(Columns(), description="Column names of the table.")
     filter: Filter = Field(Filter(), description="Filters that are applied before the split.")
@@ -291,25 +293,26 @@ class DataSection(Section):
     )
     rating_scale: tuple[float, float] | None = Field(
         None,
-        description="Lowest and highest possible rating. Unset: from the data set, or from the training ratings.",
+        description="Lowest and highest possible rating. Unset: as defined by the data set, or else the range of the "
+        "training ratings.",
     )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> DataSection:
         if self.filter.where is not None and self.source != "table":
             raise ValueError(
-                f"data.filter.where: it requires the source 'table', not {self.source!r}; set "
+                f"data.filter.where: this key requires the source 'table', not {self.source!r}; set "
                 "data.source=table, or drop the key"
             )
         if self.query is not None and self.source != "table":
             raise ValueError(
-                f"data.query: it requires the source 'table', not {self.source!r}; set data.source=table, or "
+                f"data.query: this key requires the source 'table', not {self.source!r}; set data.source=table, or "
                 "drop the key"
             )
         for key, given in (("data.users", self.users), ("data.columns.user_fields", self.columns.user_fields)):
             if given and self.source != "table":
                 raise ValueError(
-                    f"{key}: it requires the source 'table', not {self.source!r}; set "
+                    f"{key}: this key requires the source 'table', not {self.source!r}; set "
                     "data.source=table, or drop the key"
                 )
         if self.users is not None and not self.columns.user_fields:
@@ -319,7 +322,7 @@ class DataSection(Section):
             )
         if self.files is not None and self.source != "table":
             raise ValueError(
-                f"data.files: it requires the source 'table', not {self.source!r}; set data.source=table, "
+                f"data.files: this key requires the source 'table', not {self.source!r}; set data.source=table, "
                 "or drop the key"
             )
         if self.files is not None and self.path is not None:
@@ -329,7 +332,8 @@ class DataSection(Section):
         for key, value in (("data.files", self.files), ("data.columns.split", self.columns.split)):
             if value is not None and self.split.kind != "given":
                 raise ValueError(
-                    f"{key}: it defines the held-out rows, but data.split.kind={self.split.kind} selects others; "
+                    f"{key}: this key defines the held-out interactions, but data.split.kind={self.split.kind} "
+                    "selects others; "
                     "set data.split.kind=given, or drop the key"
                 )
         return self
@@ -384,7 +388,8 @@ class SemanticIndex(Section):
     )
     repair: Literal["extra_level", "last_level"] = Field(
         "extra_level",
-        description="Items with equal codes: number them in an extra level, or use free codes of the last level.",
+        description="How to make equal codes unique: number the items in an extra level, or use free codes in the "
+        "last level.",
     )
     rqvae: RQVAEIndex = Field(RQVAEIndex(), description="RQ-VAE settings.")
 
@@ -393,7 +398,7 @@ class CategoryIndex(Section):
     """Item IDs from categories, most general first, and a last token that distinguishes the items of a category."""
 
     fields: tuple[str, ...] = Field(
-        (), description="Item fields with categories, most general first. Empty: the first field of the data."
+        (), description="Item fields that contain categories, most general first. Empty: use the first item field."
     )
     separator: str = Field(
         "",
@@ -437,8 +442,8 @@ class IndexSection(Section):
     )
     ids: Annotated[Literal["text", "codes", "tokens"], Affects("train", "evaluate")] = Field(
         "text",
-        description="Values of `item_id` and `user_id` in templates. `text`: IDs of the data; `codes`: item IDs of "
-        "this section (P5); `tokens`: also one new token per training user (P5-I).",
+        description="Values of `item_id` and `user_id` in templates. `text`: IDs from the data; `codes`: item IDs "
+        "from this section (P5); `tokens`: also one new token per training user (P5-I).",
     )
     tokens: Annotated[Literal["words", "vectors", "collaborative", "random"], Affects("tokens")] = Field(
         "words",
@@ -526,7 +531,7 @@ class TaskSection(Section):
         1.0, ge=0, description="Share of training tokens and of the loss, relative to other tasks. 0: not trained."
     )
     templates: Annotated[tuple[str, ...], Affects("train", "rows")] = Field(
-        (), description="Prompt templates or template sets to train on. Empty: all templates marked as seen."
+        (), description="Prompt templates or template sets to train on. Empty: all templates with `use: seen`."
     )
     eval_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
         (), description="Prompt templates for the evaluation. Empty: the first template of `templates`."
@@ -544,8 +549,9 @@ class TaskSection(Section):
     history: Positive = Field(10, description="Number of interactions shown in a prompt.")
     past: Literal["latest", "relevant", "summary"] = Field(
         "latest",
-        description="Interactions to show. `latest`; `relevant`: the latest, and those most similar to the candidates "
-        "(by `encoder`); `summary`: the latest, with a summary of earlier ones as user profile.",
+        description="Interactions to show. `latest`: the latest; `relevant`: the latest one, and the interactions "
+        "most similar to the candidates (by `encoder`); `summary`: the latest, with a summary of earlier "
+        "interactions as user profile.",
     )
     users: Annotated[Positive | None, Affects("evaluate")] = Field(
         None, description="Number of evaluated users. Unset: `eval.users`."
@@ -557,8 +563,8 @@ class HeadSection(Section):
 
     alpha: Fraction = Field(
         0.0,
-        description="Weight of the cross-entropy over rating classes; the squared error has the rest. 0: squared "
-        "error only, with one output unit.",
+        description="Weight of the cross-entropy over rating classes; the squared error has the remaining weight. 0: "
+        "squared error only, with one output unit.",
     )
     frozen: bool = Field(False, description="Train the head only, on the hidden states of the frozen model.")
 
@@ -578,15 +584,17 @@ class RatingSection(TaskSection):
         None, description="Rating head for the method `head`."
     )
     liked: Annotated[float | None, Affects("evaluate")] = Field(
-        None, description="Lowest rating that counts as liked, for AUC. Unset: at three quarters of the rating scale."
+        None,
+        description="Lowest rating that counts as liked, for AUC. Unset: the value at three quarters of the rating "
+        "scale.",
     )
 
     @model_validator(mode="after")
     def _a_head_is_trained_and_asked(self) -> RatingSection:
         if (self.head is not None) != ("head" in self.strategies):
             raise ValueError(
-                "tasks.rating.head: it configures the training of a head, and the strategy 'head' evaluates it; set "
-                "both, such as strategies: [head, expected] and head: {alpha: 0.5}, or neither"
+                "tasks.rating.head: this section and the strategy 'head' require each other; set both, such as "
+                "strategies: [head, expected] and head: {alpha: 0.5}, or neither"
             )
         return self
 
@@ -665,7 +673,7 @@ class CtrSection(TaskSection):
         30, description="List templates: number of rated items per training example. Each item is a target."
     )
     liked: float | None = Field(
-        None, description="Lowest rating that counts as a yes. Unset: at three quarters of the rating scale."
+        None, description="Lowest rating that counts as a yes. Unset: the value at three quarters of the rating scale."
     )
     balance: Annotated[Literal["none", "user"], Affects("evaluate")] = Field(
         "none",
@@ -760,7 +768,9 @@ class ShapeSection(Section):
     layers: Depth = Field(2, description="Number of layers, in encoder and decoder each.")
     width: Width = Field(128, description="Hidden size.")
     heads: Width = Field(4, description="Number of attention heads.")
-    head_width: Width | None = Field(None, description="Encoder-decoder: size of a head. Unset: `width` / `heads`.")
+    head_width: Width | None = Field(
+        None, description="Encoder-decoder: size of an attention head. Unset: `width` / `heads`."
+    )
     feedforward: Width = Field(512, description="Inner size of the feed-forward layers.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
 
@@ -793,7 +803,7 @@ class ModelSection(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = Field(
         "auto", description="Device. `auto`: a GPU if there is one; a GPU that PyTorch cannot use is an error."
     )
-    trust_remote_code: bool = Field(False, description="Allow code that is part of the model to run.")
+    trust_remote_code: bool = Field(False, description="Allow the model to run its own code.")
     max_length: Tokens = Field(1024, description="Maximum length of prompt and answer, in tokens.")
     whole_words: bool = Field(
         False,
@@ -808,9 +818,7 @@ class ModelSection(Section):
                 "drop the key"
             )
         if (self.name == "new") != (self.shape is not None):
-            raise ValueError(
-                "model.shape: it is required by model.name=new, and not allowed otherwise; set both, or neither"
-            )
+            raise ValueError("model.shape: this section and model.name=new require each other; set both, or neither")
         return self
 
 
@@ -830,7 +838,7 @@ class LoraSection(Section):
         (), description="Module names to adapt. Empty: every linear layer of the transformer blocks."
     )
     top_layers: Depth | None = Field(
-        None, description="Adapt only this many of the last layers, which makes the backward pass cheaper."
+        None, description="Number of last layers to adapt. Fewer layers make the backward pass cheaper."
     )
     rslora: bool = Field(False, description="Use rank-stabilised scaling (rsLoRA).")
     dora: bool = Field(False, description="Use weight-decomposed adapters (DoRA).")
@@ -851,8 +859,7 @@ class TeacherSection(Section):
         0.5,
         ge=0,
         le=1,
-        description="Weight of the distillation loss (targets are the teacher's token distributions) against the "
-        "answer loss.",
+        description="Share of the loss whose target is the teacher's token distribution; the rest is the answer loss.",
     )
     relations: float = Field(
         0.0,
@@ -863,7 +870,9 @@ class TeacherSection(Section):
     @model_validator(mode="after")
     def _teaches_something(self) -> TeacherSection:
         if not self.share and not self.relations:
-            raise ValueError("train.teacher: with share 0 and relations 0 it has no effect; drop the section")
+            raise ValueError(
+                "train.teacher: with share 0 and relations 0, distillation has no effect; drop the section"
+            )
         return self
 
 
@@ -888,7 +897,9 @@ class PruneSection(Section):
 class JudgeSection(Section):
     """Early stopping by validation NDCG@10; the best adapter is kept."""
 
-    users: Positive = Field(100, description="Number of validation users for early stopping, not for ensemble weights.")
+    users: Positive = Field(
+        100, description="Number of validation users for early stopping; ensemble weights use other users."
+    )
     patience: Positive | None = Field(
         5, description="Stop after this many evaluations without improvement. `null`: never stop early."
     )
@@ -978,8 +989,8 @@ class RewardSection(Section):
     def _a_percentile_is_of_a_baseline(self) -> RewardSection:
         if ("percentile" in self.kind) != (self.baseline is not None):
             raise ValueError(
-                "train.reward.baseline: it is only for train.reward.kind=percentile, which requires it; set both, "
-                "or neither"
+                "train.reward.baseline: this key and train.reward.kind=percentile require each other; set both, or "
+                "neither"
             )
         return self
 
@@ -1060,14 +1071,14 @@ class TrainSection(Section):
     exits: bool = Field(False, description="Experimental: train every layer to answer, for early exit (`eval.exit`).")
     distill: Fraction = Field(
         0.0,
-        description="With `exits`: share of the loss of earlier layers whose target is the last layer's output.",
+        description="With `exits`: share of the earlier layers' loss that is distilled from the last layer.",
     )
     teacher: TeacherSection | None = Field(None, description="Experimental: knowledge distillation from another run.")
     prune: PruneSection | None = Field(None, description="Experimental: magnitude pruning during training.")
     valid_rows: int = Field(32, ge=0, description="Number of validation examples for the validation loss. 0: none.")
     valid_every: Positive = Field(50, description="Optimiser steps between evaluations on the validation split.")
     preference: PreferenceSection | None = Field(
-        None, description="Preference optimisation from the model of `start`, see docs/preference-and-rl.md."
+        None, description="Preference optimisation of the model in `start`, see docs/preference-and-rl.md."
     )
     judge: JudgeSection | None = Field(
         None,
@@ -1076,7 +1087,7 @@ class TrainSection(Section):
     )
     reward: RewardSection | None = Field(
         None,
-        description="Reinforcement learning (GRPO) from the model of `start`, see docs/preference-and-rl.md. Needs "
+        description="Reinforcement learning (GRPO) of the model in `start`, see docs/preference-and-rl.md. Requires "
         "`start` and `judge`.",
     )
     save_every: Annotated[Positive, Affects()] = Field(50, description="Optimiser steps between checkpoints.")
@@ -1103,16 +1114,17 @@ class TrainSection(Section):
     report_to: Annotated[tuple[str, ...] | None, Affects()] = Field(
         None,
         description="Experiment trackers: `tensorboard`, `wandb`, `mlflow`, `trackio` (losses and evaluation "
-        "results), and others of transformers (losses). Unset: TensorBoard if installed.",
+        "results), and other trackers that transformers supports (losses only). Unset: TensorBoard if installed.",
     )
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         if self.band is not None and self.packing != "tree":
-            raise ValueError("train.band: it requires packed examples; set train.packing=tree")
+            raise ValueError("train.band: this key requires packed examples; set train.packing=tree")
         if self.distill and not self.exits:
             raise ValueError(
-                "train.distill: it requires losses at earlier layers; set train.exits=true, or drop train.distill"
+                "train.distill: distillation requires losses at earlier layers; set train.exits=true, or drop "
+                "train.distill"
             )
         if self.distill and self.method in ("option", "option-adapter"):
             raise ValueError(
@@ -1123,10 +1135,10 @@ class TrainSection(Section):
             if wrong:
                 raise ValueError(f"train.{key}: {fault}")
         if self.only and self.without:
-            raise ValueError("train.without: train.only already selects the trained tasks; set one of them, or neither")
+            raise ValueError("train.without: train.only already selects the trained tasks; drop one of the two keys")
         if self.mixture_limit is not None and self.mixture not in ("proportional", "temperature"):
             raise ValueError(
-                f"train.mixture_limit: it limits the sizes of tasks, which train.mixture={self.mixture} does not "
+                f"train.mixture_limit: this key limits task sizes, which train.mixture={self.mixture} does not "
                 "use; set train.mixture=proportional or temperature, or drop the key"
             )
         return self
@@ -1205,8 +1217,8 @@ class CandidateSection(Section):
     count: int = Field(20, ge=2, description="Number of candidates per request, including the target.")
     kind: Literal["uniform", "popularity", "retrieved", "catalogue"] = Field(
         "uniform",
-        description="Negative sampling. `uniform`; `popularity`; `retrieved`: the top items of `retriever`, with or "
-        "without the target; `catalogue`: rank every item that is not in the history.",
+        description="Negative sampling. `uniform`; `popularity`; `retrieved`: the top items of `retriever`, even if "
+        "the target is missing; `catalogue`: rank every item that is not in the history.",
     )
     retriever: str | None = Field(
         None,
@@ -1218,7 +1230,7 @@ class CandidateSection(Section):
     def _retrieved_by_something(self) -> CandidateSection:
         if (self.kind == "retrieved") != (self.retriever is not None):
             raise ValueError(
-                "eval.candidates.retriever: it is only for eval.candidates.kind=retrieved, which requires it; set "
+                "eval.candidates.retriever: this key and eval.candidates.kind=retrieved require each other; set "
                 "both, or neither"
             )
         return self
@@ -1295,15 +1307,17 @@ class ServerSection(Section):
             raise ValueError("eval.server.url: a URL is repeated; keep one")
         if self.key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.key_env):
             raise ValueError(
-                "eval.server.key_env: it must be the name of an environment variable in capitals, such as "
+                "eval.server.key_env: write the name of an environment variable in capitals, such as "
                 "OPENAI_API_KEY, not the key itself"
             )
         secret = re.compile(r"key|secret|password|authorization", re.IGNORECASE)
         refused = [name for name in _names(self.extra) if secret.search(name)] + sorted(_SET_HERE & self.extra.keys())
         if refused:
-            raise ValueError(f"eval.server.extra: {refused[0]!r} cannot be set in a recipe; drop it")
+            raise ValueError(f"eval.server.extra: {refused[0]!r} cannot be set in a recipe; drop the field")
         if self.max_cost is not None and not (self.price_in or self.price_out):
-            raise ValueError("eval.server.max_cost: it requires prices; set eval.server.price_in and price_out")
+            raise ValueError(
+                "eval.server.max_cost: a cost limit requires prices; set eval.server.price_in and price_out"
+            )
         return self
 
     def answering(self) -> dict[str, Json]:
@@ -1370,14 +1384,14 @@ class FusionSection(Section):
         0.5,
         gt=0,
         lt=1,
-        description="Share of validation users that fit ensemble weights; the others select hyperparameters and "
-        "epochs.",
+        description="Share of validation users for fitting ensemble weights; the others are for selecting "
+        "hyperparameters and epochs.",
     )
     model_users: int = Field(
         0,
         ge=0,
-        description="Number of reserved validation users on whom language models are evaluated, to join ensembles. 0: "
-        "no ensembles with language models.",
+        description="Number of reserved validation users on whom language models are evaluated, to fit their ensemble "
+        "weights. 0: no ensembles with language models.",
     )
     arms: Arms | None = Field(None, description="Model variants in ensembles (subset of `eval.arms`). Unset: all.")
 
@@ -1482,7 +1496,7 @@ class EvalSection(Section):
             )
         if (self.backend == "openai") != (self.server is not None):
             raise ValueError(
-                "eval.server: it is only for eval.backend=openai, which requires it; set both, "
+                "eval.server: this section and eval.backend=openai require each other; set both, "
                 "such as server: {url: 'http://127.0.0.1:8000/v1', model: films}, or neither"
             )
         if self.server is not None and "tuned" in self.arms:
@@ -1492,11 +1506,10 @@ class EvalSection(Section):
             )
         if self.exit is not None and (self.backend != "hf" or (self.exit >= 1 and not self.exit.is_integer())):
             raise ValueError(
-                "eval.exit: it must be a number of layers or a probability below 1, and requires transformers; set "
-                "eval.backend=hf and such a number, or drop the key"
+                "eval.exit: write a number of layers or a probability below 1, and set eval.backend=hf, or drop the key"
             )
         if self.server is not None and self.scorer != AUTO:
-            raise ValueError("eval.scorer: the server's model scores too; drop the key")
+            raise ValueError("eval.scorer: the server computes all scores itself; drop the key")
         return self
 
 
@@ -1631,13 +1644,13 @@ class Recipe(Displayed, Section):
                 if len(set(names)) != len(names):
                     raise ValueError(f"tasks.{family}.{key}: a name is repeated in {names}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):
-            raise ValueError(f"eval.arms: a setting is repeated in {list(self.eval.arms)}; keep one")
+            raise ValueError(f"eval.arms: a model variant is repeated in {list(self.eval.arms)}; keep one")
         self._check_candidates()
         self._check_alignment()
         if self.tasks.ctr is not None and self.tasks.ctr.calibrate == "valid" and self.eval.split == "valid":
             raise ValueError(
-                "tasks.ctr.calibrate: it is fitted on the validation split, which eval.split=valid evaluates; change "
-                "one of them"
+                "tasks.ctr.calibrate: calibration is fitted on the validation split, which eval.split=valid "
+                "evaluates; change one of the keys"
             )
         self._check_head()
         self._check_preference()
@@ -1710,7 +1723,7 @@ class Recipe(Displayed, Section):
                 f"and set the weight of {', '.join(others) or 'the others'} to 0, or train.only=[rating]"
             )
         if self.train.distill:
-            raise ValueError("train.distill: the loss of tasks.rating.head cannot be distilled; drop one of them")
+            raise ValueError("train.distill: the loss of tasks.rating.head cannot be distilled; drop one of the keys")
         if self.train.teacher is not None:
             raise ValueError(
                 "train.teacher: a rating head (tasks.rating.head) cannot be distilled; drop one of the two keys"
@@ -1741,10 +1754,13 @@ class Recipe(Displayed, Section):
                 f"{self.train.method} has no adapter; set train.method=lora"
             )
         if self.train.exits:
-            raise ValueError("train.exits: the loss of train.preference is only at the last layer; drop one of them")
+            raise ValueError(
+                "train.exits: the loss of train.preference is only at the last layer; drop one of the keys"
+            )
         if rating is not None and rating.head is not None:
             raise ValueError(
-                "train.preference: it compares likelihoods, which tasks.rating.head does not have; drop one of the keys"
+                "train.preference: preference losses compare likelihoods, which tasks.rating.head does not compute; "
+                "drop one of the keys"
             )
         if direct is not None and direct.loss != "answer":
             raise ValueError(
@@ -1758,7 +1774,7 @@ class Recipe(Displayed, Section):
             return
         if self.index is None:
             raise ValueError(
-                "tasks.alignment: it trains on codes and requires an index; add one to the recipe, such as "
+                "tasks.alignment: this task trains on item codes and requires an index; add one, such as "
                 "index: {scheme: semantic}, or drop the task"
             )
         if self.index.scheme == "title":
@@ -1777,8 +1793,8 @@ class Recipe(Displayed, Section):
         whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
         if whole and self.tasks.direct is not None:
             raise ValueError(
-                "tasks.direct: it needs candidates for the prompt, unlike eval.candidates.kind=catalogue; drop one "
-                "of them"
+                "tasks.direct: this task shows candidates in the prompt, unlike eval.candidates.kind=catalogue; drop "
+                "one of them"
             )
         asked = sequential is not None and bool(self.eval.arms)
         if whole and asked and sequential is not None and sequential.strategies != ("search",):
@@ -1789,5 +1805,5 @@ class Recipe(Displayed, Section):
         if not whole and sequential is not None and "search" in sequential.strategies:
             raise ValueError(
                 "tasks.sequential.strategies: 'search' ranks the whole catalogue, which is a different protocol from "
-                "stored candidates; set eval.candidates.kind=catalogue, or drop it"
+                "stored candidates; set eval.candidates.kind=catalogue, or drop 'search'"
             )

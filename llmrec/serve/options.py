@@ -24,8 +24,8 @@ class ServeOptions(ModelOptions):
         About(
             names=("--models",),
             metavar="NAME",
-            help="Model to serve: tuned, untuned, a model of the report, a baseline or another run. Repeatable; the "
-            "first model is the default.",
+            help="Model to serve: tuned, untuned, a baseline, another model in the report, or the folder of another "
+            "run. Repeatable; the first model is the default.",
         ),
     ] = ()
     host: Annotated[str, About(help="Address to listen on. 0.0.0.0 listens on all interfaces and requires --keys.")] = (
@@ -80,11 +80,11 @@ class RefreshOptions:
     ] = None
     train: Annotated[
         int | None,
-        About(least=1, metavar="STEPS", help="Also continue training for this number of steps, on all interactions."),
+        About(least=1, metavar="STEPS", help="Number of further training steps, on all interactions."),
     ] = None
     server: Annotated[
         str | None,
-        About(metavar="URL", help="URL of a running service of the output folder, which reloads its models."),
+        About(metavar="URL", help="URL of the service that serves the output folder, to make it reload the models."),
     ] = None
     key_env: Annotated[
         str | None, About(metavar="VARIABLE", help="With --server: environment variable that holds an admin API key.")

@@ -280,7 +280,7 @@ class ChatAnswer(BaseModel):
     text: str
     items: list[CatalogueItem]
     calls: list[Call]
-    profile: list[str] = Field(description="The profile in words, in the order of the state's.")
+    profile: list[str] = Field(description="The user profile in words, in the same order as in the state.")
     state: State
     milliseconds: float
 
@@ -329,7 +329,9 @@ class CompletionBody(BaseModel):
         list[Annotated[UserMessage | OtherMessage, Field(discriminator="role")]],
         Field(min_length=1, max_length=MOST_MESSAGES),
     ]
-    k: Annotated[int, Field(ge=1, le=50, description="Length of lists; not in OpenAI's format."), NUMBER] = 5
+    k: Annotated[
+        int, Field(ge=1, le=50, description="Number of items per list; an extension of OpenAI's format."), NUMBER
+    ] = 5
     stream: Annotated[bool | None, Field(description="Streaming is not supported.")] = None
     n: Annotated[int | None, Field(description="Only 1 is supported.")] = None
 
@@ -378,7 +380,7 @@ class Completion(BaseModel):
     created: int = Field(description="Seconds since 1970.")
     model: str
     choices: list[CompletionChoice]
-    items: list[CatalogueItem] = Field(description="The listed items, best first; not in OpenAI's format.")
+    items: list[CatalogueItem] = Field(description="The listed items, best first; an extension of OpenAI's format.")
 
 
 class Preference(BaseModel):

@@ -80,7 +80,7 @@ class Recommend(_Whom):
     """Arguments of ``recommend``."""
 
     k: _Count = 10
-    exclude_seen: Annotated[bool, Field(description="Exclude the items of the history.")] = True
+    exclude_seen: Annotated[bool, Field(description="Exclude the items in the history.")] = True
     rules: schema.Rules = schema.Rules()
 
 

@@ -72,7 +72,7 @@ class _About(Body):
     user_id: DataId | None = None
     history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
     profile: Prose = ""
-    show_prompt: Annotated[Bool, Field(description="Also return the prompt of the model.")] = False
+    show_prompt: Annotated[Bool, Field(description="Also return the model's prompt.")] = False
 
 
 class Usage(BaseModel):
@@ -217,7 +217,7 @@ class ItemBody(_About):
 
     item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
     item: Annotated[
-        ItemText | None, BeforeValidator(_no_id), Field(description="Instead of item_id: an item with a title.")
+        ItemText | None, BeforeValidator(_no_id), Field(description="An item given by its title, instead of item_id.")
     ] = None
     context: Fields = Field({}, description="Further task inputs: review, feature, headline, rating.")
 
@@ -245,7 +245,7 @@ async def about(
         service.catalogue.get(item)
     if unknown := sorted(body.context.keys() - CONTEXT):
         raise DataError(
-            f"context: {unknown[0]!r} is not a known context field; known are {', '.join(sorted(CONTEXT))}",
+            f"context: {unknown[0]!r} is not a known context field; known fields: {', '.join(sorted(CONTEXT))}",
             kind="unknown-key",
             column="context",
         )
@@ -321,7 +321,9 @@ class AskBody(ItemBody):
         json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
     )
 
-    family: Annotated[Id, Field(description="Task: rating, ctr, explanation, review or stars; see the model's card.")]
+    family: Annotated[
+        Id, Field(description="Task: rating, ctr, explanation, review or stars, if the model supports it.")
+    ]
 
 
 class AskAnswer(_Answer):
@@ -364,7 +366,7 @@ class SimilarBody(Body):
             Field(
                 min_length=1,
                 max_length=MOST_CANDIDATES,
-                description="Rank only these, such as the items of a history. Unknown ones are left out.",
+                description="Rank only these items, such as the items in a history. Unknown items are left out.",
             ),
         ]
         | None
@@ -391,7 +393,7 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
     items = service.catalogue.items
     within = None if body.candidates is None else [item for item in body.candidates if item in items]
     if within == []:
-        raise DataError("candidates: none of them is in the catalogue", kind="unknown-name", column="candidates")
+        raise DataError("candidates: no candidate is in the catalogue", kind="unknown-name", column="candidates")
     record = {"history": list(body.item_ids), "candidates": within}
     request = read_request(record, 1, items, whole=within is None)
     _, answer = await service.listed(request, Wanted(body.k, body.by, rules=rules), SIMILAR)

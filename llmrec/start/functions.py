@@ -318,7 +318,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
     """Fit a baseline on all interactions, in memory."""
     if interactions is None:
         raise DataError(
-            "interactions: pass a frame or the path of a table", kind="missing-value", column="interactions"
+            "interactions: pass a data frame or the path of a table", kind="missing-value", column="interactions"
         )
     kind = type(model)
     registered = model.name in BASELINES and lookup(BASELINES, model.name, "baseline") is kind

@@ -33,7 +33,7 @@ class TableOptions:
     ] = None
     dates: Annotated[str | None, About(help="Order of dates such as 03/04/2024: day-first or month-first.")] = None
     split: Annotated[
-        str | None, About(help="Column with the values train, valid and test; none to split by llmrec.")
+        str | None, About(help="Column with the values train, valid and test; none to let llmrec split the data.")
     ] = None
 
 
@@ -54,9 +54,9 @@ class InitOptions(TableOptions):
     name: Annotated[str | None, About(help="Name of the recipe. Default: the name of the table.")] = None
     text: Annotated[str | None, About(help="Column of review texts; none to ignore texts. Default: detected.")] = None
     mend: Annotated[
-        Path | None, About(help="Write a repaired copy of the table to this file, and use it in the recipe.")
+        Path | None, About(help="Write a repaired copy of the table to this file, and use the copy in the recipe.")
     ] = None
-    force: Annotated[bool, About(help="Overwrite an existing recipe or copy.")] = False
+    force: Annotated[bool, About(help="Overwrite an existing recipe or repaired table.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class AutoOptions(TableOptions):
         About(
             argument=True,
             metavar="TABLE",
-            help="Table, as for llmrec init, or a recipe file with the data.",
+            help="Table (as for llmrec init), or a recipe file that names the data.",
         ),
     ]
     budget: Annotated[
@@ -78,7 +78,7 @@ class AutoOptions(TableOptions):
     name: Annotated[str | None, About(help="Name of the run. Default: the name of the table.")] = None
     users: Annotated[int, About(help="Number of test users for the final evaluation.", least=1)] = 5000
     classic: Annotated[bool, About(help="Do not fine-tune a language model, even if the budget allows it.")] = False
-    rating: Annotated[str | None, About(help="Column of ratings, which is ignored. Default: none.")] = None
+    rating: Annotated[str | None, About(help="Column of ratings to ignore. Default: none.")] = None
 
     @property
     def seconds(self) -> float:
@@ -119,7 +119,7 @@ class TuneOptions:
             "the order rating, sequential, direct, explanation, alignment, ctr, review, stars.",
         ),
     ] = None
-    out: Annotated[Path | None, About(help="Folder of the trials. Default: runs/NAME-tune.")] = None
+    out: Annotated[Path | None, About(help="Folder for the trials. Default: runs/NAME-tune.")] = None
 
 
 def budget_seconds(text: str, option: str) -> float:

@@ -173,7 +173,7 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
     """
     if template.turns(values("one")) == template.turns(values("yes")):
         raise RecipeError(
-            f"template {template.id} has no question for the strategy 'pointwise-yes'; add it under "
+            f"template {template.id} has no question for the strategy 'pointwise-yes'; add one under "
             '{% if want == "yes" %}, or choose another template',
             kind="unsupported",
             at=template.id,
@@ -351,7 +351,7 @@ class DirectTask(Task):
             RecipeError: If the template has no text for the requested answer.
         """
         if want not in _WANTS:
-            raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
+            raise ValueError(f"want must be 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = listed(request, self.family)
         form = self._wanted(chosen, want, request)

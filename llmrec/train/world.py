@@ -134,7 +134,7 @@ def kind_asked(device: str) -> str:
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         if count > 1:
             raise RecipeError(
-                f"the environment sets {count} processes (WORLD_SIZE) but not the rank of this one (RANK, "
+                f"the environment sets {count} processes (WORLD_SIZE) but not the rank of this process (RANK, "
                 "LOCAL_RANK), so each process would train separately; start the processes with `llmrec train RECIPE "
                 "--launch N`, torchrun or accelerate launch",
                 kind="unsupported",
@@ -206,8 +206,8 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: 
     if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type) or plugin.cpu_ram_efficient_loading:
         raise RecipeError(
             "FSDP needs fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT and fsdp_cpu_ram_efficient_loading: "
-            "false in accelerate's configuration, as in docs/scaling.md; sharded ones hold pickled metadata, which "
-            "llmrec never reads",
+            "false in accelerate's configuration, as in docs/scaling.md; sharded checkpoints contain pickled "
+            "metadata, which llmrec never reads",
             kind="unsupported",
         )
     if not plain or section.judge or section.prune or section.method not in ("lora", "full"):
@@ -262,8 +262,8 @@ def refuse_different(world: World, digest: str, what: str) -> None:
     mine = int(digest[:15], 16)
     if world.agree(mine) != mine:
         raise LlmrecError(
-            f"training: process {world.rank} of {world.size} has different {what} than the first one; give all of them "
-            "the same data, recipe, model and version of llmrec",
+            f"training: process {world.rank} of {world.size} has different {what} than the first process; give all "
+            "processes the same data, recipe, model and version of llmrec",
             kind="mismatch",
         )
 

@@ -211,7 +211,7 @@ def test_the_table_of_users_lists_every_user_once_and_has_the_columns(tmp_path: 
     fails(main, Facts("missing-file", "gone.csv", says="data.users"), users=str(gone), columns=columns)
     with pytest.raises(ValueError, match=r"data\.users: no column of this table"):
         section(main, users=str(users))
-    with pytest.raises(ValueError, match=r"data\.users: it requires the source 'table'"):
+    with pytest.raises(ValueError, match=r"data\.users: this key requires the source 'table'"):
         DataSection(source="made-reviews", users=str(users), columns=columns)
 
 

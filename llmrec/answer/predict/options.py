@@ -15,14 +15,14 @@ class PredictOptions(ModelOptions):
     """Input file, output file and model of `llmrec predict`."""
 
     requests: Annotated[
-        Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with an item in each row.")
+        Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with one item per row.")
     ]
-    out: Annotated[Path | None, About(help="Output file, in any format of the input.")] = None
+    out: Annotated[Path | None, About(help="Output file, in any of the input formats.")] = None
     to: Annotated[
         str | None,
         About(
             metavar="URL",
-            help="Database for the table predictions, in place of --out: .db, sqlite:///FILE, duckdb:///FILE or "
+            help="Database for the table predictions, instead of --out: .db, sqlite:///FILE, duckdb:///FILE or "
             "postgresql://...",
         ),
     ] = None

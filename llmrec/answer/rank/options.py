@@ -32,7 +32,7 @@ class RankOptions(RecommenderOptions):
             help="Requests: .jsonl, .csv, .tsv (also with .gz) or .parquet, see docs/batch-inference-and-export.md.",
         ),
     ] = None
-    out: Annotated[Path | None, About(help="Output file, in any format of --in; - for standard output.")] = None
+    out: Annotated[Path | None, About(help="Output file, in any of the formats of --in; - for standard output.")] = None
     form: Annotated[
         str,
         About(
@@ -47,13 +47,15 @@ class RankOptions(RecommenderOptions):
         str | None,
         About(
             metavar="FILE|URL",
-            help="Database for the table recommendations, in place of --out: .db, sqlite:///FILE, duckdb:///FILE or "
+            help="Database for the table recommendations, instead of --out: .db, sqlite:///FILE, duckdb:///FILE or "
             "postgresql://...; with --all-users also a file: .parquet, .csv, .jsonl, .run or .inter.",
         ),
     ] = None
     by: Annotated[
         str | None,
-        About(metavar="NAME", help="Model of the run folder: tuned, untuned, a model of the report, or a baseline."),
+        About(
+            metavar="NAME", help="Model in the run folder: tuned, untuned, a baseline, or another model in the report."
+        ),
     ] = None
     limit: Annotated[int | None, About(least=1, help="Rank only the first N requests.")] = None
     shard: Annotated[

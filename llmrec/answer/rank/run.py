@@ -141,7 +141,7 @@ def _rank_into_table(options: RankOptions, to: str) -> Mapping[str, Any]:
     with into_table(to, TABLE, LISTS, replace=options.restart, out=options.out) as (database, out):
         if options.form != "auto":
             raise RecipeError(
-                "--form has no effect with --to, whose table has one row per item; drop one of them",
+                "--form has no effect with --to, whose table has one row per item; drop one of the options",
                 kind="contradiction",
                 column="--form",
             )

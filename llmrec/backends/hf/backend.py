@@ -267,8 +267,8 @@ class HFBackend:
         """Predict ratings in batches of similar length, with one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:
             raise BackendError(
-                "this model has no rating head: it was not fine-tuned with tasks.rating.head; remove 'head' from "
-                "tasks.rating.strategies, or fine-tune it with that key",
+                "this model was fine-tuned without tasks.rating.head, so it has no rating head; remove 'head' from "
+                "tasks.rating.strategies, or fine-tune a model with tasks.rating.head",
                 kind="unsupported",
                 column="tasks.rating.strategies",
             )

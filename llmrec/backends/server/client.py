@@ -485,7 +485,7 @@ async def unpacked(response: Any) -> bytes:
         parts.append(chunk)
         size += len(chunk)
         if max(size, sent) > LARGEST:
-            raise _Again(f"an answer of more than {LARGEST // 2**20} MiB")
+            raise _Again(f"the answer is larger than {LARGEST // 2**20} MiB")
     if unpacker is not None and sent and not unpacker.eof:
         raise _Again("answer cut off")
     return b"".join(parts)

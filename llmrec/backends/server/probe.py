@@ -54,7 +54,7 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     result = value["choices"]
     places = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
     if len(result) != count or set(places) != set(range(count)):
-        raise ValueError(f"expected {count} choices, received those with index {places}")
+        raise ValueError(f"expected {count} choices, received choices with the indices {places}")
     ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, result, strict=True), key=_place)]
     return ordered
 

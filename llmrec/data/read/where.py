@@ -95,7 +95,7 @@ class _Parser:
 
     def parsed(self, where: str) -> pl.Expr:
         if len(where) > _LONGEST:
-            raise _wrong(f"it has {len(where)} characters, more than {_LONGEST}")
+            raise _wrong(f"the condition has {len(where)} characters, more than {_LONGEST}")
         try:
             return self._truth(ast.parse(where.strip(), mode="eval").body, 0)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -103,7 +103,7 @@ class _Parser:
 
     def _truth(self, node: ast.expr, depth: int) -> pl.Expr:
         if depth > _DEEPEST:
-            raise _wrong("it is nested too deeply")
+            raise _wrong("the condition is nested too deeply")
         if isinstance(node, ast.BoolOp):
             first, *rest = (self._truth(value, depth + 1) for value in node.values)
             for other in rest:

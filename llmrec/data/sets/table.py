@@ -154,7 +154,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
         raise broken(f"data.source: the plug-in {section.source!r}", error, section.source, "data.source") from error
     if not isinstance(result, Dataset):
         raise DataError(
-            f"data.source: {section.source!r} returned a {type(result).__name__}; a source returns a "
+            f"data.source: {section.source!r} returned a {type(result).__name__}; a source must return a "
             "llmrec.data.dataset.Dataset",
             kind="defect",
             at=section.source,

@@ -57,7 +57,9 @@ class Align(TextsConfig):
     epochs: Positive = Field(3, description="Number of epochs.")
     batch: Positive = Field(512, description="Examples per optimiser step, with in-batch negatives.")
     width: Positive = Field(128, description="Dimension of the aligned vectors.")
-    parts: Positive = Field(4, description="Number of sub-vectors; each is matched with its most similar sub-vector.")
+    parts: Positive = Field(
+        4, description="Number of sub-vectors per vector; each is matched with the most similar sub-vector of the text."
+    )
     temperature: AboveZero = Field(0.7, description="Temperature of the similarities.")
     learning_rate: AboveZero = Field(
         5e-4, description="Learning rate of AdamW, with warm-up over the first tenth of the steps."

@@ -47,7 +47,9 @@ class HostConfig(LikeRatioConfig):
     hidden: str = Field("128,64", description="Comma-separated widths of the hidden layers.")
     user_id: bool = Field(False, description="Learn an embedding per training user.")
     numbers: bool = Field(True, description="Also use the input features of the baseline `logistic`.")
-    decay: Decay = Field(0.8, description="With `numbers`: weight of a rating relative to the user's next rating.")
+    decay: Decay = Field(
+        0.8, description="With `numbers`: decay of older ratings, the weight relative to the next newer one."
+    )
     features: str = Field("", description="Comma-separated folders of feature stores.")
     sides: Literal["both", "user", "item"] = Field("both", description="Features to use: of users, of items, or both.")
     shuffled: bool = Field(False, description="Ablation: assign features to random users and items.")
@@ -250,7 +252,7 @@ class Host(Baseline[H, Fitted]):
         if message := adaptor.seen & data.held_out:
             user, item = min(message)
             raise DataError(
-                f"{self.name}: feature texts were written from {len(message)} held-out interactions, such as user "
+                f"{self.name}: feature texts were generated from {len(message)} held-out interactions, such as user "
                 f"{user!r} with item {item!r}; create the texts from the training interactions of this split (llmrec "
                 "augment)",
                 kind="leak",
@@ -260,19 +262,19 @@ class Host(Baseline[H, Fitted]):
         lost = int((~kept).sum())
         if lost and self._config.seen == "refuse":
             raise DataError(
-                f"{self.name}: feature texts were written from {lost} of {len(kept)} training examples; set "
+                f"{self.name}: feature texts were generated from {lost} of {len(kept)} training examples; set "
                 "seen=leave, or data.split.kind=prefix, which separates texts and training",
                 kind="leak",
             )
         if not kept.any():
             raise DataError(
-                f"{self.name}: feature texts were written from all training examples, so no example is left for "
+                f"{self.name}: feature texts were generated from all training examples, so no example is left for "
                 "training; set data.split.kind=prefix",
                 kind="leak",
             )
         if lost:
             log.info(
-                "%s: %d of %d training examples are excluded, because feature texts were written from them",
+                "%s: %d of %d training examples are excluded, because feature texts were generated from them",
                 self.name,
                 lost,
                 len(kept),

@@ -47,7 +47,7 @@ class LateConfig(LikeRatioConfig):
     )
     layers: Depth | None = Field(
         None,
-        description="Number of model layers to keep. Equal to `joint` (ablation): a small model.",
+        description="Number of model layers to keep. The value of `joint` (ablation): no layers are cached.",
     )
     history: Positive = Field(10, description="Maximum number of latest rated interactions in the prompt.")
     rows: Positive = Field(2000, description="Number of sampled training ratings.")

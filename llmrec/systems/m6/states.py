@@ -40,7 +40,7 @@ class StateTowerConfig(TowersConfig):
         2, description="Number of latest training windows of `max_len` items per user. `null`: all."
     )
     batch: Positive = Field(512, description="Targets per optimiser step, with in-batch negatives.")
-    negatives: None = Field(None, description="Not used: the softmax is over the targets of a batch.")
+    negatives: None = Field(None, description="No effect: the softmax includes only the targets in a batch.")
     temperature: AboveZero = Field(0.07, description="Temperature of the cosine similarities.")
     corrected: bool = Field(
         False, description="Apply logQ correction: subtract the log frequency of an item from its logit in training."

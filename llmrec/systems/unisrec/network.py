@@ -50,7 +50,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
     )
     device: Literal["cpu"] = Field("cpu", description="Device.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
-    negatives: None = Field(None, description="Not used: the softmax is over all items.")
+    negatives: None = Field(None, description="No effect: the softmax always includes all items.")
     batch: Positive = Field(2048, description="Approximate number of targets per optimiser step.")
     epochs: Positive = Field(50, description="Maximum number of epochs.")
     patience: Positive | None = Field(

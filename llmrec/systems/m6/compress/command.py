@@ -17,7 +17,7 @@ class CompressOptions:
     """Options of `llmrec compress`."""
 
     run: Annotated[
-        Path, About(argument=True, metavar="RUN", help="Finished run folder of a model that predicts labels.")
+        Path, About(argument=True, metavar="RUN", help="Folder of a finished run whose model predicts labels.")
     ]
     target_ms: Annotated[
         float, About(least=0, help="Maximum latency of scoring 20 candidates on this machine, in milliseconds.")
