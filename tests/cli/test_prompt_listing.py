@@ -200,7 +200,7 @@ def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encode
     stored = json.loads(file.read_text("utf-8"))
     stored["templates"]["rating"] = [t for t in stored["templates"]["rating"] if t["name"] != "rate-next"]
     file.write_text(json.dumps(stored), "utf-8")
-    with raises(RecipeError, Facts("missing-key", file, says=("rating/rate-next", "it has list-ratings"))):
+    with raises(RecipeError, Facts("missing-key", file, says=("rating/rate-next", "its templates are list-ratings"))):
         list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     file.write_text("[]", "utf-8")
     with raises(RecipeError, Facts("damaged", file, says="rating")):
