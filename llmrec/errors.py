@@ -171,7 +171,7 @@ def require(module: str, extra: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         raise MissingExtra(
-            f"this needs the package {module.split('.')[0]!r}, which cannot be imported ({error}). "
+            f"the required package {module.split('.')[0]!r} cannot be imported ({error}). "
             f"Install it with: pip install 'llmrec[{extra}]'",
             kind="not-installed",
         ) from error

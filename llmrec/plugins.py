@@ -340,7 +340,7 @@ def consent(address: str, folder: str | None = None) -> None:
         return
     where = f" ({origin})" if Path(origin).is_absolute() else ""
     raise RecipeError(
-        f"the plug-in {address!r} would run code of the module {top}{where}, which no recipe that you passed names; "
+        f"the plug-in {address!r} would run code of the module {top}{where}, which none of your recipes names; "
         f"if you trust this module, set the environment variable {VARIABLE}={top}",
         kind="unsafe",
         at=address,
@@ -399,7 +399,7 @@ def use(folder: str | None) -> None:
 
 
 def remembered() -> frozenset[str]:
-    """Return the modules and models with code that config files of the user have named.
+    """Return the modules and models with code that the user's config files name.
 
     They are the lines of ``~/.config/llmrec/plugins.txt``.
     """

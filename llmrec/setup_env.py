@@ -283,7 +283,9 @@ def make(env: Environment, lock: int) -> None:
         state = "absent"
     needed = NEEDED_BYTES[env.engine]
     if state == "absent" and shutil.disk_usage(ROOT).free < needed:
-        raise SetupError(f"{ROOT} has less than {needed / 1e9:.0f} GB free, which .venv requires. Free some space.")
+        raise SetupError(
+            f"{ROOT} has less than {needed / 1e9:.0f} GB of free space, too little for .venv. Free some space."
+        )
     started = time.monotonic()
     version = env.python.split()[-2]
     say(f"setting up {env.venv.name} with Python {version}, engine {env.engine} (a few minutes, once)")

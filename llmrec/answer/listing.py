@@ -62,7 +62,7 @@ Asked = tuple[Question, RankRequest]
 def listing(
     request: RankRequest, wanted: Wanted, catalogue: Catalogue, verb: str = RANK
 ) -> Generator[Asked, Answered, Answered]:
-    """Generate the questions to ask models; receives their answers and returns the final list.
+    """Yield the questions for models, receive the answers, and return the final list.
 
     The depth increases while quotas leave too few items, up to the whole catalogue.
 

@@ -557,7 +557,7 @@ class Loaded(Displayed):
         return value
 
     def _warn(self, asked: Answered | RankRequest, user: object) -> None:
-        """Warn once of each unknown user and item in a request."""
+        """Warn once about each unknown user and item in a request."""
         messages = []
         if asked.unknown_user:
             messages.append(f"unknown user {shown(str(user))}")

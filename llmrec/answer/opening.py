@@ -410,7 +410,7 @@ class Default:
 
     @property
     def sentence(self) -> str:
-        """Sentence that explains the choice."""
+        """Sentence that explains why this model is the default."""
         choice = self.choice
         if not choice.users:
             return f"the default is {self.name}"

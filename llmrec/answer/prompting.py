@@ -188,7 +188,7 @@ def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     if extended.tokens != index.tokens:
         raise DataError(
             f"the model was tuned on one token per item (index scheme {index.scheme!r}), so new items have no token; "
-            "remove new items, or tune on codes with shared tokens",
+            "remove the new items, or fine-tune with codes that share tokens",
             kind="unsupported",
             column="index.scheme",
         )

@@ -24,7 +24,7 @@ EXPLAIN = "explanation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked about all requests of a batch.
+    """The question that is asked about all requests of a batch.
 
     Attributes:
         model: The name of a model; None: the default. With `SIMILAR`, ``interactions`` or ``text``.

@@ -66,7 +66,7 @@ class TextsConfig(Section):
         return (self.encoder.removeprefix(STORE),) if self.encoder.startswith(STORE) else ()
 
     def order(self, count: int) -> list[int]:
-        """Return the index of the item whose text each item gets: its own, or with ``shuffled`` another's."""
+        """Return, for each item, the index of the item whose text is used: the same, or with ``shuffled`` another."""
         order = np.arange(count)
         if self.shuffled:
             drawn = np.random.default_rng(0).permutation(count)

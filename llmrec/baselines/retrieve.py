@@ -141,7 +141,7 @@ def retrieve(
             for request, items in zip(requests, best(model, requests, section.count), strict=True):
                 if len(items) < section.count:
                     raise DataError(
-                        f"user {request.user_id!r} has only {len(items)} unseen items of {len(model.items)}; set "
+                        f"user {request.user_id!r} has only {len(items)} unseen items out of {len(model.items)}; set "
                         "eval.candidates.count to at most this number",
                         kind="too-few",
                         column="eval.candidates.count",

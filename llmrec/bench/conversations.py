@@ -160,7 +160,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
             if field not in facts.values:
                 raise RecipeError(
                     f"chat {page.chat}, row {row.label!r}: items have no field {field!r}"
-                    f"{did_you_mean(field, facts.values)}; they have {', '.join(facts.values) or 'none'}",
+                    f"{did_you_mean(field, facts.values)}; the fields are {', '.join(facts.values) or 'none'}",
                     kind="unknown-name",
                     at=page.chat,
                     column="knows",

@@ -64,7 +64,7 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _form(tried: Tried | None) -> dict[str, Any]:
-    """Return the form of an ensemble as parameters for its record."""
+    """Return the type of an ensemble as parameters for its record."""
     assert tried is not None
     return {"form": tried.form, "of": tried.name}
 
@@ -123,7 +123,7 @@ class Models:
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Select form and weights of an ensemble on validation users."""
+        """Select the type and the weights of an ensemble on validation users."""
         if row.fuse:
             return self._weighed(row, data, tables)
         only = Choice(dict(self._recipe(row)[1]))
@@ -197,7 +197,7 @@ class Models:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Fit an ensemble in all forms for each table of results."""
+        """Fit all types of ensemble for each table of results."""
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         for table in tables:

@@ -132,7 +132,7 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
     whole = result.kind == "benchmark" or len(rows) == len(result.rows)
     if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
         raise DataError(
-            f"benchmark {result.benchmark!r}: a row of table {table.name!r} lacks metrics; write the result again "
+            f"benchmark {result.benchmark!r}: a model in table {table.name!r} lacks metrics; write the result again "
             "with `llmrec eval`",
             kind="missing-value",
             at=result.benchmark,
@@ -142,7 +142,7 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
         if len(signatures) > 1:
             (one, first), (two, second) = list(signatures.items())[:2]
             raise LlmrecError(
-                f"benchmark {result.benchmark!r}: rows of table {table.name!r} were measured under different "
+                f"benchmark {result.benchmark!r}: models in table {table.name!r} were measured under different "
                 f"protocols, {first!r} ({one}) and {second!r} ({two}), so they are not comparable; run the benchmark "
                 "again",
                 kind="mismatch",
@@ -510,7 +510,7 @@ def _where(pair: BenchmarkPair) -> str:
 
 
 def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
-    """Return tables of published results that treat items in the history in the same way as ``seen`` says."""
+    """Return tables of published results with a given treatment of items in the history, ``seen``."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
     same = _on_its_data(result, references, seen)

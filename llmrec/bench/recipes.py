@@ -155,7 +155,7 @@ def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[Point, Recipe]]:
 
 
 def _possible(point: Point, recipe: Recipe) -> Iterator[str]:
-    """Yield the names that rows of a run can have; which of them it has depends on its data."""
+    """Yield the names that models of a run can have; the data determine which of them occur."""
     for family, section in recipe.tasks.present().items():
         for name in (*(baseline.label for baseline in section.baselines), BY_TEXT, *FUSIONS.values()):
             yield from (name, f"{name} · {point.label}")

@@ -21,7 +21,7 @@ class Page(BaseModel):
 
 
 class Published(Page):
-    """A published result; ``seen`` is whether history items could be ranked, if the source says."""
+    """A published result; ``seen`` is whether history items could be ranked, if known."""
 
     system: str
     source: str

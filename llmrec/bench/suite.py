@@ -148,7 +148,7 @@ def check_rows(suite: Suite) -> None:
         able = family(suite).baselines
         if not answers(family(suite), BASELINES, row.baseline):
             raise RecipeError(
-                f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}"
+                f"suite {suite.suite}: {row.baseline!r} does not support the task {suite.task}"
                 f"{did_you_mean(row.baseline, able)}; choose from {', '.join(able)}",
                 kind="unsupported",
                 at=suite.suite,
@@ -289,7 +289,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
 
 
 def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
-    """Return weights without the text of their trees, which is very large."""
+    """Return ensemble weights without the texts of trees, which are very large."""
     return weights and weights.model_copy(update={"trees": None})
 
 
@@ -419,8 +419,8 @@ def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
             cases.append(Case(request=request, truth=truth))
     if not cases:
         raise RecipeError(
-            f"suite {suite.suite}: no held-out interaction has {suite.min_history} earlier known interactions of its "
-            "user; lower min_history",
+            f"suite {suite.suite}: no user has {suite.min_history} known interactions before a held-out one; lower "
+            "min_history",
             kind="too-few",
             column="min_history",
         )

@@ -100,8 +100,7 @@ def _check(options: ChatOptions) -> None:
     if options.manager != RULES or options.learn is not None or options.ranker is not None:
         raise DataError(
             "--tune trains the recipe's model on tool calls of the rule-based manager or a transcript; drop "
-            "--manager, --learn and "
-            "--ranker",
+            "--manager, --learn and --ranker",
             kind="contradiction",
             column="--tune",
         )

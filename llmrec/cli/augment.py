@@ -52,7 +52,7 @@ def augment(options: AugmentOptions) -> None:
     refuse_several(options.shard, options.ray)
     if options.without_model and (options.shard, options.ray) != (None, None):
         raise RecipeError(
-            "--without-model makes no model calls, so --shard and --ray do not apply; remove one of them",
+            "--without-model makes no model calls, so --shard and --ray do not apply; remove one of the options",
             kind="contradiction",
             column="--without-model",
         )

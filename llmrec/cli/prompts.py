@@ -192,7 +192,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
     for name in sets:
         if name not in known_sets:
             raise RecipeError(
-                f"unknown template set {name!r}{did_you_mean(name, known_sets)}; the tasks of this recipe have "
+                f"unknown template set {name!r}{did_you_mean(name, known_sets)}; the sets of this recipe are "
                 f"{', '.join(known_sets) or 'none'}",
                 kind="unknown-name",
             )

@@ -257,7 +257,7 @@ def shard_counts(target: Path) -> list[int]:
 
 @contextmanager
 def published(job: Job) -> Iterator[str]:
-    """Write the job file for workers, yield its token, and keep others from starting the same job.
+    """Write the job file for workers, yield its token, and prevent other processes from starting the same job.
 
     Raises:
         LlmrecError: If the job is already running, or the folder cannot be written.

@@ -56,7 +56,7 @@ class Database:
 
     @property
     def file(self) -> Path | None:
-        """The file; None for a server."""
+        """The database file; None for a server."""
         return None if self.kind == "postgresql" else Path(self.at)
 
     @property

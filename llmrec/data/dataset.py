@@ -44,7 +44,7 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
     for name in ("user_id", "item_id"):
         if name not in frame.columns:
             raise DataError(
-                f"interactions need a column {name!r}; these have {', '.join(frame.columns)}",
+                f"interactions need a column {name!r}; the columns are {', '.join(frame.columns)}",
                 kind="missing-column",
                 column=name,
             )

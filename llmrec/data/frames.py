@@ -136,8 +136,7 @@ def as_arrow(frame: Any, name: str) -> Any:
         ) from error
     raise DataError(
         f"{name}: {type(frame).__module__}.{type(frame).__name__} is not a data frame; use a pandas or polars frame, "
-        "an "
-        "Arrow table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
+        "an Arrow table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
         kind="wrong-format",
         at=name,
     )

@@ -1,4 +1,4 @@
-"""Base class of ensembles: members, weights, and how the scores are combined (the form)."""
+"""Base class of ensembles: members, weights, and how the scores are combined (the type of ensemble)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
 
 
 class Ensemble:
-    """Base class of ensembles of rankers, with the fitted weights and the forms that were compared.
+    """Base class of ensembles of rankers, with the fitted weights and the types that were compared.
 
     Attributes:
         name: Name in tables.
@@ -90,7 +90,7 @@ class Ensemble:
         raise NotImplementedError
 
     def apart_from(self, gone: frozenset[str]) -> Weights:
-        """Return the weights fitted in the chosen form without some users, for evaluation on these users.
+        """Return the weights of the chosen type, fitted without some users, for evaluation on these users.
 
         Args:
             gone: Users whose cases are ignored.
@@ -127,7 +127,7 @@ class Ensemble:
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Fit all forms on all cases, and keep the form with the best cross-fitted NDCG@10; see `preferred`.
+        """Fit all types of ensemble on all cases, and keep the one with the best cross-fitted NDCG@10; see `preferred`.
 
         The forms include the ensembles ``onto``, unchanged and with the members that they lack, but not the single
         members of these, since an ensemble may have been chosen on more users.
@@ -176,7 +176,7 @@ class Ensemble:
     def _options(
         self, cells: Cells, users: Sequence[str], *, repeats: bool, onto: Sequence[Ensemble]
     ) -> Iterator[_Option]:
-        """Yield every form except gradient-boosted trees."""
+        """Yield every type of ensemble except gradient-boosted trees."""
         every = range(len(self.names))
         yield _Option("logit", "logit", partial(_bound, logit, repeats=repeats), tuple(every))
         yield _Option("pool", "pool", partial(_bound, pool, repeats=repeats), tuple(every))
@@ -192,7 +192,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class _Option:
-    """A form of ensemble that can be fitted.
+    """A type of ensemble that can be fitted.
 
     Attributes:
         form: The form.
@@ -208,23 +208,23 @@ class _Option:
 
     @property
     def key(self) -> tuple[Form, str]:
-        """Identifies the form by kind and name."""
+        """Identifies the type of ensemble by kind and name."""
         return self.form, self.name
 
 
 def _bound(fit: Callable[..., Weights], cells: Cells, without: int | None, **settings: Any) -> Fit:
-    """Return a function that fits one form of ensemble on a subset of the cases."""
+    """Return a function that fits one type of ensemble on a subset of the cases."""
     more = settings if without is None else {**settings, "off": without}
     return lambda rows, start: fit(cells.of(rows), start, **more)
 
 
 def _trees(setting: Setting, members: int) -> _Option:
-    """Return the ensemble form of gradient-boosted trees with these hyperparameters."""
+    """Return gradient-boosted trees with these hyperparameters as a type of ensemble."""
     return _Option("ranker", setting.name, partial(_bound, ranker, setting=setting), tuple(range(members)))
 
 
 def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
-    """Return the forms that need not be tried, because a smaller ensemble outperformed them."""
+    """Return the members of smaller ensembles, which need not be tried alone."""
     return {("alone", name) for base in bases for name in base.names}
 
 
@@ -250,7 +250,7 @@ class _Base:
         return " and ".join(names[place] for place in self.free)
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        """Return the weights of the smaller ensemble, fitted without the users of the other rows."""
+        """Return the weights of the smaller ensemble, fitted only on the users of these cases."""
         inside = {self._users[row] for row in rows.tolist()}
         result = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))

@@ -31,7 +31,7 @@ _SURE = 1e-6
 
 @dataclass(frozen=True)
 class _Line:
-    """A fitted form: an intercept and one weight per member, on the scale of the features."""
+    """A fitted ensemble: an intercept and one weight per member, on the scale of the features."""
 
     intercept: float
     weights: NDArray[np.float64]
@@ -86,7 +86,7 @@ class Blend(Ensemble):
         only: Tried | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
-        """Fit the weights in all forms, and keep the form with the lowest cross-fitted error.
+        """Fit all types of ensemble, and keep the type with the lowest cross-fitted error.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member, with a rating as truth, or 1
@@ -184,7 +184,7 @@ class Blend(Ensemble):
         return np.where(np.isnan(said), self._mute, said)
 
     def line_apart_from(self, gone: frozenset[str]) -> _Line:
-        """Return the weights fitted in the chosen form without some users, for evaluation on these users."""
+        """Return the weights of the chosen type, fitted without some users, for evaluation on these users."""
         if gone not in self._lines:
             users, fit = self._refit
             rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
@@ -194,7 +194,7 @@ class Blend(Ensemble):
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
-        """Return, by name, the functions that fit each form or extend a smaller ensemble."""
+        """Return, by name, the functions that fit each type of ensemble or extend a smaller one."""
         form: Form = "logit" if self._judges else "ridge"
 
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:

@@ -1,4 +1,4 @@
-"""Scores of ensemble members for the candidates of requests: the input of every form of ensemble.
+"""Scores of ensemble members for the candidates of requests: the input of every type of ensemble.
 
 Candidates of all requests are in flat arrays, grouped by request, without padding. If the whole catalogue is ranked,
 the candidates are the union of the members' top items: candidate generation by several models, and a second stage that

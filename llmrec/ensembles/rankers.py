@@ -95,7 +95,7 @@ class CatalogueEnsemble(Ensemble):
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
-        """Fit the weights of all forms, and keep the preferred form by cross-fitted NDCG@10.
+        """Fit all types of ensemble, and keep the preferred type by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member.
@@ -305,7 +305,7 @@ class ListEnsemble(Ensemble):
         return tuple(part.name for part in self.parts)
 
     def fit(self, cases: Sequence[Case], *, dissect: bool = False, onto: Sequence[Ensemble] = ()) -> None:
-        """Fit the weights of all forms, and keep the best form by cross-fitted NDCG@10.
+        """Fit all types of ensemble, and keep the best type by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member. Cases whose target is not a

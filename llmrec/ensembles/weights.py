@@ -102,7 +102,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Tried:
-    """A form of ensemble with its cross-fitted result, higher is better."""
+    """A type of ensemble with its cross-fitted result; higher is better."""
 
     form: Form
     name: str
@@ -173,7 +173,7 @@ def left_out(
 
 
 def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
-    """Return the best linear form, or trees if they are better by more than a standard error.
+    """Return the best linear ensemble, or trees if trees are better by more than a standard error.
 
     A ranker has thousands of parameters and could be chosen by noise, hence the one-standard-error rule on paired
     differences (Breiman et al., 1984, section 3.4.3). Weights have one parameter per member and compete with single
@@ -449,7 +449,7 @@ def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np
 
 
 def setting_of(form: Tried | None) -> Setting | None:
-    """Return the hyperparameters of trees from their stored name; None for other forms of ensemble."""
+    """Return the hyperparameters of trees from their stored name; None for other types of ensemble."""
     if form is None or form.form != "ranker":
         return None
     objective, _, rounds = form.name.partition(", ")

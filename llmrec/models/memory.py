@@ -210,7 +210,7 @@ class CpuMemory:
 
     @property
     def fix(self) -> str:
-        """How to reduce the memory, if it is too small."""
+        """How to reduce the required memory, if there is too little."""
         fewer = "train in fewer processes, " if self.processes > 1 else ""
         return f"{fewer}choose a smaller model.name, train.method=lora, or a machine with more memory"
 

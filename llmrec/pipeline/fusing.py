@@ -91,7 +91,8 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(
-            f"{run} was evaluated on another table or split than the first run, so the models cannot form an ensemble",
+            f"{run} was evaluated on other data or another split than the first run, so the models cannot form an "
+            "ensemble",
             kind="mismatch",
             at=run,
             column="data",

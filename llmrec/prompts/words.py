@@ -48,7 +48,7 @@ class Words(Section):
     @model_validator(mode="after")
     def _usable(self) -> Words:
         if self.says_yes.casefold() == self.says_no.casefold():
-            raise ValueError("says_no: says_yes has the same value; use different words")
+            raise ValueError("says_no: the value equals says_yes; use different words")
         if self.numbers and len(self.numbers) != _NUMBERS:
             raise ValueError(f"numbers: write {_NUMBERS} words, from zero to ten, or none")
         return self

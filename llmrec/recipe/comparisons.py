@@ -160,7 +160,7 @@ class Suite(Section):
                 raise ValueError(f"rows: {row.label} ranks the catalogue; use task: ranking, not {self.task}")
             for part in row.fuse:
                 if part not in known:
-                    raise ValueError(f"rows: {row.label} has the member {part!r}, which is not an earlier model")
+                    raise ValueError(f"rows: {row.label} has the member {part!r}, but no earlier model has this name")
             if row.label in known:
                 raise ValueError(f"rows: two models are called {row.label!r}; rename one")
             known.add(row.label)

@@ -246,7 +246,7 @@ class FactsSection(Section):
 
 
 class TextsSection(Section):
-    """Texts of a feature store in prompts: a user's text as the profile, an item's as its field ``about``."""
+    """Texts of a feature store in prompts: a user's text as the profile, an item's text as the field ``about``."""
 
     path: str = Field(description="Folder of a feature store, for example one written by `llmrec augment`.")
     sides: Literal["both", "user", "item"] = Field(
@@ -333,8 +333,7 @@ class DataSection(Section):
             if value is not None and self.split.kind != "given":
                 raise ValueError(
                     f"{key}: this key defines the held-out interactions, but data.split.kind={self.split.kind} "
-                    "selects others; "
-                    "set data.split.kind=given, or drop the key"
+                    "selects others; set data.split.kind=given, or drop the key"
                 )
         return self
 

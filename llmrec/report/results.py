@@ -62,15 +62,15 @@ def check(results: Results, *, source: str = "results.json") -> None:
         metric = results.headline.get(task)
         if metric is None or not any(metric in row.metrics for row in rows):
             raise LlmrecError(
-                f"{source}: the metric {metric!r} of key 'headline' is missing in rows of task {task!r}; set another "
-                "metric",
+                f"{source}: the metric {metric!r} of key 'headline' is missing for models of task {task!r}; set "
+                "another metric",
                 kind="bad-value",
                 at=source,
                 column="headline",
             )
         if not any(row.arm == "baseline" for row in rows):
             raise LlmrecError(
-                f"{source}: task {task!r} has no row with setting 'baseline', so its results cannot be compared with "
+                f"{source}: task {task!r} has no model with setting 'baseline', so its results cannot be compared with "
                 f"a baseline; add baselines to tasks.{task}.baselines in the recipe and evaluate again",
                 kind="missing-value",
                 at=source,
@@ -131,8 +131,8 @@ def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
     if len(digests) > 1:
         one, two = (f"{row_id!r} ({_digest(digest)})" for digest, row_id in list(digests.items())[:2])
         raise LlmrecError(
-            f"{source}: rows of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot share a "
-            "table; evaluate both again in one run",
+            f"{source}: models of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot "
+            "share a table; evaluate both again in one run",
             kind="mismatch",
             at=source,
             column="candidates",
@@ -145,7 +145,7 @@ def _check_candidates(results: Results, source: str) -> None:
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
             raise LlmrecError(
-                f"{source}: row {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that are missing in the "
+                f"{source}: model {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that are missing in the "
                 "key 'candidates'; evaluate this model again in this run",
                 kind="mismatch",
                 at=source,
@@ -199,7 +199,7 @@ def _same_slices(task: str, rows: Sequence[Row], source: str) -> None:
 
 def _mixed(task: str, one: str, two: str, source: str) -> str:
     return (
-        f"{source}: rows of task {task!r} were measured under different protocols, {one} and {two}, so they cannot "
+        f"{source}: models of task {task!r} were measured under different protocols, {one} and {two}, so they cannot "
         f"share a table; evaluate both on the same split and candidate file, or report them as separate runs"
     )
 
@@ -211,8 +211,8 @@ def _check_comparisons(results: Results, source: str) -> None:
         for side in (comparison.a, comparison.b):
             if task_of.get(side) != comparison.task:
                 raise LlmrecError(
-                    f"{source}: comparisons[{position}] names row {side!r}, which task {comparison.task!r} does not "
-                    f"have; drop the comparison or evaluate again",
+                    f"{source}: comparisons[{position}] names model {side!r}, which task {comparison.task!r} does "
+                    "not have; drop the comparison or evaluate again",
                     kind="unknown-name",
                     at=source,
                     column="comparisons",
@@ -368,8 +368,8 @@ def failure_reasons(
     for row in results.rows:
         if total[row.id] != row.n:
             raise DataError(
-                f"{path} contains {total[row.id]} predictions of row {row.id!r}, but results.json has n = {row.n}, so "
-                f"the two files are from different runs. {fix}",
+                f"{path} contains {total[row.id]} predictions of model {row.id!r}, but results.json has n = {row.n}, "
+                f"so the two files are from different runs. {fix}",
                 kind="mismatch",
                 at=path,
             )

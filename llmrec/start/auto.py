@@ -131,7 +131,7 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
 
 
 def judged(results: Results) -> Judged:
-    """Return whether the fine-tuned model improves the ensemble of baselines, judged on validation users only."""
+    """Return whether the fine-tuned model improves the ensemble of baselines, measured on validation users only."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
     parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]

@@ -102,8 +102,8 @@ class AlignmentTask(Task):
             name = request_name(item, self._seed)
             if name not in self._candidates.sets:
                 raise DataError(
-                    "tasks.alignment: a held-out item has no stored candidates, which were drawn for another split, "
-                    "seed or data set; draw the candidates again",
+                    "tasks.alignment: the stored candidates lack a held-out item, since they were drawn for another "
+                    "split, seed or data set; draw the candidates again",
                     kind="mismatch",
                     column="tasks.alignment",
                 )

@@ -89,8 +89,8 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
     name = request_id(held.user_id, held.item_id)
     if name not in sets.sets:
         raise DataError(
-            f"tasks.{family}: request {name!r} has no stored candidates, which were drawn for another split, seed or "
-            "data set; draw the candidates again",
+            f"tasks.{family}: the stored candidates lack request {name!r}, since they were drawn for another split, "
+            "seed or data set; draw the candidates again",
             kind="mismatch",
             column=f"tasks.{family}",
         )

@@ -319,7 +319,7 @@ class CtrTask(Task):
 
 
 def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Keep only the last rating of each item, since an earlier one would reveal it."""
+    """Keep only the last rating of each item, since earlier ratings would reveal the answer."""
     last = {event.item_id: index for index, event in enumerate(events)}
     return tuple(event for index, event in enumerate(events) if last[event.item_id] == index)
 

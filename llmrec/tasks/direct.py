@@ -154,7 +154,7 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
     if loss != "answer" and other is not None:
         raise RecipeError(
             f"tasks.direct.loss: {loss} needs templates that answer with the item itself, but {other.id} "
-            f"{_WORDS[asks_for(other)]}; train templates such as which-title, or set tasks.direct.loss=answer",
+            f"{_WORDS[asks_for(other)]}; use templates such as which-title, or set tasks.direct.loss=answer",
             kind="contradiction",
             at=other.id,
             column="tasks.direct.loss",

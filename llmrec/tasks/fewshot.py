@@ -43,7 +43,7 @@ class Drawn:
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the context of a request, with the summary of the history as profile if it has no profile."""
+        """Return the context of a request; if there is no profile, a summary of the history replaces it."""
         return Shown(self.history, self.summary).context(given)
 
 

@@ -63,7 +63,7 @@ class Shown:
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the context of a request, with the summary of the history as profile if it has no profile."""
+        """Return the context of a request; if there is no profile, a summary of the history replaces it."""
         return {"profile": self.summary, **given} if self.summary else given
 
 

@@ -164,7 +164,7 @@ def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ra
     ("row", "said"),
     [
         ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe and fuse"),
-        ({"fuse": ["ease", "markov-1"]}, "not an earlier model"),
+        ({"fuse": ["ease", "markov-1"]}, "no earlier model"),
         ({"fuse": ["markov-1"]}, "at least two members"),
     ],
 )

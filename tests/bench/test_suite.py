@@ -264,7 +264,7 @@ def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
 
 
 def test_a_fusion_names_rows_above_it() -> None:
-    with pytest.raises(ValueError, match="not an earlier model"):
+    with pytest.raises(ValueError, match="no earlier model"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})
     with pytest.raises(ValueError, match="at least two members"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity"]}]})

@@ -106,7 +106,7 @@ def test_names_and_sets_narrow_it(study: Study) -> None:
         (["rate-nxt"], [], ("rate-nxt", "did you mean 'rate-next'")),
         (["one-history"], [], ("choose one of", "rating/one-history", "sequential/one-history")),
         (["ctr/by-taste"], [], ("no task 'ctr'", "rating, ")),
-        ([], ["m-6"], ("unknown template set 'm-6'", "did you mean 'm6'", "tasks of this recipe have de, m6")),
+        ([], ["m-6"], ("unknown template set 'm-6'", "did you mean 'm6'", "sets of this recipe are de, m6")),
     ],
 )
 def test_unknown_names_are_refused(study: Study, names: list[str], sets: list[str], parts: tuple[str, ...]) -> None:

@@ -103,7 +103,7 @@ def fields(
 
 
 def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = None) -> Table:
-    """Read a table of the user.
+    """Read a table provided by the user.
 
     Args:
         source: The file.

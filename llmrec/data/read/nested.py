@@ -92,7 +92,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def held(kind: Any) -> str:
-    """Describe the values of a column that cannot be used directly."""
+    """Describe the values of a nested or unsupported column."""
     if is_read(kind):
         return OBJECTS if pa.types.is_struct(kind) else LISTS
     return shortened(str(kind), 60)

@@ -166,7 +166,7 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
 
 
 def spelled_out(column: Any) -> int:
-    """Return the memory in bytes that texts would take with a copy per row; 0 if they already take that."""
+    """Return the memory in bytes that texts would take with a copy per row; 0 if each row has a copy already."""
     if not pa.types.is_dictionary(column.type):
         return 0
     lengths = pc.binary_length(column.dictionary)

@@ -176,7 +176,7 @@ class Host(Baseline[H, Fitted]):
 
     @classmethod
     def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
-        """Return the text encoder of the alignment; None if it uses no texts."""
+        """Return the text encoder for the alignment; None without texts."""
         align = Align.model_validate(parameters["align"]) if isinstance(parameters.get("align"), Mapping) else None
         return None if align is None or align.longer else super().text_encoder(align.model_dump())
 
