@@ -340,7 +340,7 @@ class HeadBackend(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A language model engine with four methods; ``capabilities`` lists those that a backend supports."""
+    """A language model engine with four methods; ``capabilities`` lists the supported ones."""
 
     name: str
     capabilities: frozenset[Capability]

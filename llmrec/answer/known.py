@@ -252,7 +252,7 @@ class Known(Displayed):
 
 
 def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
-    """Return the items that requests can name by id, and the data of the run if they were loaded.
+    """Return the items that requests can name by id, and the data of the run if loaded.
 
     The items come from a table, the run's data, or the folder. They are empty for a tuned model without an item table,
     whose requests must name titles, and None for a plain pretrained model.

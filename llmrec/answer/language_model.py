@@ -290,7 +290,7 @@ class LanguageModel:
 
     @property
     def histories(self) -> str:
-        """Hash of the stored user data that requests can use; empty if they cannot be read."""
+        """Hash of the stored user data that requests can use; empty if the data cannot be read."""
         try:
             return self.known().digest
         except DataError:

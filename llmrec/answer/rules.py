@@ -1,4 +1,4 @@
-"""Business rules of recommendation lists: allowed items, quotas and diversity; lists always satisfy them.
+"""Business rules that recommendation lists always satisfy: allowed items, quotas and diversity.
 
 Rules compare the values of an item's fields. A field may list several, separated by commas: ``Comedy, Drama`` has the
 values ``comedy`` and ``drama``, and also the whole text ``comedy, drama``, so that ``Acme, Inc.`` can be named. Values
@@ -272,7 +272,7 @@ def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
 
 
 def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
-    """Simplify conditions, by removing those that others imply."""
+    """Simplify conditions by removing conditions that others imply."""
     known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
     needed = [rule for rule in known if not any(rule.field == by.field and by.values < rule.values for by in known)]
     only: dict[str, frozenset[str]] = {}

@@ -112,7 +112,7 @@ def about_users(
 
 
 def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
-    """Return prompts about all items; they show no interactions."""
+    """Return prompts about all items, without interactions."""
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
     results = []

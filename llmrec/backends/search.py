@@ -90,7 +90,7 @@ class Labels:
 
 
 def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> Labels | None:
-    """Return labels that differ in exactly their last token; None if they do not.
+    """Return the labels if they differ in exactly their last token; otherwise None.
 
     A shared first token (some tokenizers write ``" 4"`` as a space and a digit) is moved into the prompt; it adds
     the same amount to every label, so order and normalised distribution stay exact. Closed texts are scored

@@ -269,7 +269,7 @@ class BenchmarkResult(Record):
         return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
 
     def best_on_validation(self, table: BenchmarkTable, reads: Reads | None) -> set[str]:
-        """Return the best tuned single model on validation, and those equal to it.
+        """Return the best tuned single models on validation; several if they are equal.
 
         Args:
             table: A table of this result.

@@ -92,7 +92,7 @@ _OPTIONS = get_command(_holder).params
 
 
 class _Shared:
-    """Adds the shared options to a command or group, and applies them before it runs."""
+    """Adds the shared options to a command or group, and applies them before the command runs."""
 
     def get_params(self, ctx: Any) -> Any:
         return [*super().get_params(ctx), *_OPTIONS]  # type: ignore[misc]

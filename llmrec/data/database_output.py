@@ -132,7 +132,7 @@ class Database:
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
-        """Yield a connection; errors of its library become those of llmrec, and what is not committed is undone."""
+        """Yield a connection; errors of its library are converted, and uncommitted changes are undone."""
         try:
             with closing(_OPEN[self.kind](self.at)) as connection:
                 yield connection

@@ -154,7 +154,7 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
 
 
 def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
-    """Copy the last soft prompts to the head rows of the label tokens, if they are tied."""
+    """Copy the last soft prompts to the head rows of the label tokens, if the two are tied."""
     if prompt.tied:
         with require("torch", "train").no_grad():
             vectors = model.get_input_embeddings().weight[list(ids)[-len(prompt.labels) :]]

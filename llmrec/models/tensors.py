@@ -66,7 +66,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
 
 
 def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the unexpected tensors outside the modules of the model, and those inside.
+    """Return the unexpected tensors outside and inside the modules of the model.
 
     The first are further heads and towers in checkpoints (``cls``, ``v_head``, ``mtp``, ``vision_tower``), which the
     model does not use. An additional layer, or a norm within a layer, is different: the model was trained with it and
@@ -90,7 +90,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def damaged(what: str, at: Path, error: Exception) -> ModelError:
-    """Return the error for a file next to trained weights that does not match them."""
+    """Return the error for a file that does not match the trained weights next to it."""
     reason = " ".join(str(error).split())[:200]
     message = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
     return ModelError(message, kind="damaged", at=at)

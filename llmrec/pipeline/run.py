@@ -502,6 +502,6 @@ def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:
-    """Sort settings so that those using the base model are adjacent, and its engine starts only once."""
+    """Sort settings so that the engine of the base model starts only once."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

@@ -287,7 +287,7 @@ class Service:
         self.batcher.admit()
 
     def rules_with(self, given: schema.Rules) -> Rules:
-        """Return the rules of the service joined with those of a request."""
+        """Return the combined rules of the service and of a request."""
         rules = self.settings.rules
         return rules.joined(Rules.read(given.model_dump())) if given.model_fields_set else rules
 
@@ -403,7 +403,7 @@ class Conversations:
         self._known: tuple[Catalogue, int, Facts, Reader] | None = None
 
     def close(self) -> None:
-        """Reject further messages; those that have not started are cancelled."""
+        """Reject further messages, and cancel messages that have not started."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 

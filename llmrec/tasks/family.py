@@ -109,7 +109,7 @@ def family_of(name: str) -> Family:
 
 
 def families() -> Mapping[str, Family]:
-    """Return all families by name, in the order of tables, including those of plug-ins."""
+    """Return all task families by name, in the order of tables, including plug-ins."""
     return {name: family_of(name) for name in registry.family_names()}
 
 

@@ -251,7 +251,7 @@ class ShotPool:
         return [self._users[place] for place in np.lexsort((self._ties, -times))]
 
     def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
-        """Return users by similarity between the mean vector of their latest items and that of the history."""
+        """Return users, sorted by the similarity of their latest items to the history, by mean vectors."""
         assert self._vectors is not None
         query = _mean(self._vectors.of([event.item_id for event in past]))
         likeness = self._means(len(past)) @ query

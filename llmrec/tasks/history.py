@@ -1,4 +1,4 @@
-"""Selects which interactions of a history are shown: the latest, or those similar to the question, with a summary."""
+"""Selects which interactions of a history are shown: the latest or the most similar ones, with a summary."""
 
 from __future__ import annotations
 

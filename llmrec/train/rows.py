@@ -486,7 +486,7 @@ def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterat
 
 
 def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:
-    """Tokenise held-out examples for the validation loss, and leave out those with no target within ``limit``."""
+    """Tokenise held-out examples for the validation loss, and leave out examples with no target within ``limit``."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]
     return [row for example in examples if (row := fit_row(example, encoder, limit)) is not None]

@@ -402,7 +402,7 @@ def _no_lists(listwise: Listwise) -> str:
 
 
 def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
-    """Compute the loss of synthetic examples packed and unpacked, and reject a model for which they differ.
+    """Compute the loss of synthetic examples packed and unpacked, and reject a model for which the losses differ.
 
     Args:
         model: The model.
@@ -466,7 +466,7 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
 
 
 def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
-    """Return the number of a planned step, because its tokens depend on the current model."""
+    """Return only the number of a planned step, because the tokens depend on the current model."""
     (item,) = items
     return {"step": torch.tensor(item["step"])}
 

@@ -249,7 +249,7 @@ def told(world: World, kind: str) -> None:
 
 
 def refuse_different(world: World, digest: str, what: str) -> None:
-    """Reject training if the inputs of a process differ from those of the first.
+    """Reject training if the inputs of a process differ from the inputs of the first.
 
     Args:
         world: The processes.

@@ -160,7 +160,7 @@ def test_a_task_that_lacks_one_control_is_refused(results: dict[str, Any], famil
     results["comparisons"] = []
     with raises(
         LlmrecError,
-        Facts("missing-value", "results.json", column=f"tasks.{family}.baselines", says=f"baselines {name} "),
+        Facts("missing-value", "results.json", column=f"tasks.{family}.baselines", says=f"no baseline {name} "),
     ):
         results_of(results)
 

@@ -474,7 +474,7 @@ class HFBackend:
 
 
 def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
-    """Warn if the positions of a batch are scaled by its longest row."""
+    """Warn if position scaling depends on the longest prompt of a batch."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     known = int(

@@ -296,7 +296,7 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
 
 
 def _different(one: Offers, other: Offers) -> str:
-    """Return how the capabilities of two servers differ; empty if they do not."""
+    """Return how the capabilities of two servers differ; empty if they are equal."""
     names = [
         name
         for name in ("exact", "top", "named", "likelihood", "continues")

@@ -210,7 +210,7 @@ class VLLMTree:
         return self._answers(wanted)
 
     def close(self) -> None:
-        """Discard the texts; the engine's cache keeps them until it needs the space."""
+        """Discard the texts; the engine's cache keeps them until the space is needed."""
         self._texts = []
 
     def _answers(self, wanted: Wanted) -> Floats:
@@ -261,7 +261,7 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
 
 
 def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
-    """Parse the output of an engine; None if vLLM dropped values because they came from the cache.
+    """Parse the output of an engine; None if vLLM omitted values of cached tokens.
 
     Raises:
         BackendError: If the engine did not follow forced tokens.

@@ -93,7 +93,7 @@ class Sentences:
 
     @staticmethod
     def of(data: SplitDataset, fields: Fields, config: Align) -> Sentences:
-        """Encode the texts of users and items; with ``shuffled``, they get texts of others.
+        """Encode the texts of users and items; with ``shuffled``, assign the texts at random.
 
         Raises:
             DataError: If no item has a title or a field, or the encoder was fine-tuned on another split.

@@ -246,7 +246,7 @@ class Host(Baseline[H, Fitted]):
     # ----------------------------------------------------------------------- building blocks
 
     def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
-        """Return the rows whose feature texts were not generated from them."""
+        """Return the training rows from which their own feature texts were not generated."""
         if not adaptor.seen:
             return rows
         if message := adaptor.seen & data.held_out:

@@ -121,7 +121,7 @@ class _Drawn:
 
 
 class RewardObjective:
-    """Computes the loss of a step from rollouts of its questions.
+    """Computes the loss of a step from rollouts for the questions of the step.
 
     Attributes:
         updates: Number of optimiser steps with the same rollouts.
