@@ -349,7 +349,7 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
         shorter = next((pieces[:n] for n in range(1, len(pieces)) if pieces[:n] in first), None)
         if shorter is not None:
             raise DataError(
-                f"{row.where}: its code {''.join(pieces)} begins with the code {''.join(shorter)} of item "
+                f"{row.where}: the code {''.join(pieces)} begins with the code {''.join(shorter)} of item "
                 f"{shown(first[shorter])}, so codes are ambiguous; lengthen the shorter code",
                 kind="duplicate",
                 at=row.place,
