@@ -119,6 +119,6 @@ def _allowed(request: RankRequest, wanted: Wanted, catalogue: Catalogue) -> Rank
     kept = tuple(item for item in request.candidates if item.item_id in left)
     if not (kept if given else left):
         raise DataError(
-            "the rules exclude every item; relax them, or change the candidates", kind="empty", column="rules"
+            "the rules exclude every item; relax the rules, or change the candidates", kind="empty", column="rules"
         )
     return replace(request, candidates=kept, barred=frozenset() if given else frozenset(items.keys() - left))

@@ -493,7 +493,7 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
                 baseline.label for part in recipe.tasks.present().values() for baseline in part.baselines
             )
             raise RecipeError(
-                f"--baseline: the recipe has no baseline {item.name!r}; it has {', '.join(rows)}",
+                f"--baseline: the recipe has no baseline {item.name!r}; its baselines are {', '.join(rows)}",
                 kind="unknown-name",
                 column="--baseline",
             )

@@ -79,7 +79,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
         )
     if recipe.index is None:
         raise RecipeError(
-            f"the recipe {recipe.name} has no section index; add or override it, such as 'index={{scheme: semantic}}'",
+            f"the recipe {recipe.name} has no section index; add one, such as 'index={{scheme: semantic}}'",
             kind="missing-key",
             at=recipe.name,
             column="index",

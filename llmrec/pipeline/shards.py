@@ -199,7 +199,7 @@ def _same_job(first: Finished, other: Finished) -> None:
         if one != two:
             raise LlmrecError(
                 f"{first.folder} and {other.folder} are shards of different jobs: their {what} differ ({one}, {two}); "
-                "move the wrong folders away, or give only the right ones",
+                "move other folders away, or give only shards of one job",
                 kind="mismatch",
                 at=other.folder,
             )

@@ -458,7 +458,7 @@ class IndexSection(Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> IndexSection:
         if self.scheme == "external" and self.path is None:
-            raise ValueError("index.path: the scheme 'external' requires a file of codes; set it")
+            raise ValueError("index.path: the scheme 'external' requires a file of codes; set the key")
         if self.scheme != "external" and self.path is not None:
             raise ValueError(f"index.path: only the scheme 'external' reads a file, not {self.scheme!r}; drop the key")
         if self.item_token and self.scheme not in ("collaborative", "semantic", "category"):
@@ -938,8 +938,8 @@ class PreferenceSection(Section):
     def _keys_fit_the_loss(self) -> PreferenceSection:
         if self.label_smoothing and self.loss not in ("dpo", "simpo"):
             raise ValueError(
-                f"train.preference.label_smoothing: the loss {self.loss} does not support it; "
-                "set train.preference.loss=dpo or simpo, or drop the key"
+                f"train.preference.label_smoothing: the loss {self.loss} does not support label smoothing; set "
+                "train.preference.loss=dpo or simpo, or drop the key"
             )
         if self.loss == "ipo" and (self.margin or self.reference_free):
             raise ValueError(
@@ -1490,8 +1490,8 @@ class EvalSection(Section):
     def _keys_agree(self) -> Self:
         if self.window_step >= self.window:
             raise ValueError(
-                f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap; "
-                "set it below eval.window"
+                f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap; set a "
+                "value below eval.window"
             )
         if (self.backend == "openai") != (self.server is not None):
             raise ValueError(
@@ -1700,13 +1700,13 @@ class Recipe(Displayed, Section):
             for name in names:
                 if name not in present:
                     raise ValueError(
-                        f"train.{key}: the recipe has no task {name!r}{did_you_mean(name, present)}; it has "
+                        f"train.{key}: the recipe has no task {name!r}{did_you_mean(name, present)}; its tasks are "
                         f"{', '.join(present)}"
                     )
         if self.train.only and (untaught := [name for name in self.train.only if present[name].weight == 0]):
             raise ValueError(
                 f"train.only: the weight of {untaught[0]} is 0, so that it is not trained; set "
-                f"tasks.{untaught[0]}.weight, or remove it"
+                f"tasks.{untaught[0]}.weight, or drop the task"
             )
         if self.train.without and not self.trained():
             raise ValueError("train.without: no task is left to train on; remove a task from the list")

@@ -105,7 +105,7 @@ def test_an_extension_gets_the_next_numbers() -> None:
 @pytest.mark.parametrize(
     ("section", "what"),
     [
-        ({"scheme": "external"}, "requires a file of codes; set it"),
+        ({"scheme": "external"}, "requires a file of codes; set the key"),
         ({"scheme": "random", "path": "x.csv"}, "only the scheme 'external' reads a file"),
         ({"scheme": "random", "item_token": True}, "not supported by the scheme"),
     ],

@@ -362,7 +362,7 @@ def test_templates_without_words_for_yes_are_refused() -> None:
         RecipeError, Facts("unsupported", "direct/after-history", says=("'pointwise-yes'", '{% if want == "yes" %}'))
     ):
         blind.prompt(one, template="after-history", want="yes")
-    with raises(LlmrecError, Facts("bad-value", column="candidates", says="it has 2")):
+    with raises(LlmrecError, Facts("bad-value", column="candidates", says="the request has 2")):
         direct.prompt(replace(one, candidates=("i20", "i21")), template="after-history", want="yes")
 
 
