@@ -1,4 +1,4 @@
-"""Converts ONCE's Goodreads data to sequences for ``eval/suites/goodreads.yaml``.
+"""Converts ONCE's Goodreads data to sequences for ``eval/suites/books.yaml``.
 
 ``python -m eval.benchmarks.goodreads_sequences SOURCE TARGET`` reads the folder ``data/goodreads`` of
 github.com/Jyonn/ONCE (Liu et al., WSDM 2024) and writes ``sequences.txt`` and ``items.tsv``:
