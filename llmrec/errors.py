@@ -108,6 +108,10 @@ class LlmrecError(Exception):
         """Location of the error, for an error that wraps this one."""
         return None if self.file is None else Place(self.file, self.row, self.line)
 
+    def reworded(self, message: str) -> Self:
+        """Return the same error with another message."""
+        return type(self)(message, kind=self.kind, at=self.place, column=self.column)
+
     @classmethod
     def at(cls, place: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
         """Return an error whose message begins with a location."""

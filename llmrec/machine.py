@@ -40,11 +40,12 @@ ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cp
 def versions() -> dict[str, str]:
     """Return the versions of the packages that can change results."""
     result = {"python": platform.python_version(), "llmrec": __version__}
-    return result | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+    return result | {name: version for name in _PACKAGES if (version := version_of(name)) is not None}
 
 
 @cache
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from llmrec.errors import BackendError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -374,16 +376,27 @@ class Backend(Protocol):
         Texts are closed, as in `score`, and distinct. The search keeps ``width`` prefixes of each request, or with
         ``exact`` as many as needed to certify the result; ``excluded`` are indices into ``texts`` that a request must
         not get.
+
+        Raises:
+            BackendError: If the backend does not search.
         """
-        ...
+        raise _lacks(self.name, "does not support the strategy 'search'; use eval.backend=hf or vllm")
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector per text, shape (n, d)."""
-        ...
+        """Return one vector per text, shape (n, d).
+
+        Raises:
+            BackendError: If the backend has no text vectors.
+        """
+        raise _lacks(self.name, "does not compute embeddings; use eval.backend=hf")
 
     def close(self) -> None:
         """Release the engine; repeated calls have no effect."""
         ...
+
+
+def _lacks(name: str, what: str) -> BackendError:
+    return BackendError(f"the {name} backend {what}", kind="unsupported", column="eval.backend")
 
 
 class ItemCodes(Protocol):

@@ -134,12 +134,7 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
     try:
         data = load_tables(recipe)[0]
     except DataError as error:
-        raise DataError(
-            f"{error}. {option} needs this data of the run {bundle.run}",
-            kind=error.kind,
-            at=error.place,
-            column=error.column,
-        ) from None
+        raise error.reworded(f"{error}. {option} needs this data of the run {bundle.run}") from None
     _warn_of_change(bundle.run, data)
     return data
 

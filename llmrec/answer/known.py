@@ -277,11 +277,8 @@ def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
     try:
         return load(recipe.data, seed=recipe.seed)
     except DataError as error:
-        raise DataError(
-            f"{error}. The data of the run {bundle.run} are needed; alternatively, give a table with --items",
-            kind=error.kind,
-            at=error.place,
-            column=error.column,
+        raise error.reworded(
+            f"{error}. The data of the run {bundle.run} are needed; alternatively, give a table with --items"
         ) from None
 
 

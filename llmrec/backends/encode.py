@@ -185,12 +185,9 @@ class Encoder:
         try:
             return Catalogue.of([self.continuation(prompt, text, closed=True) for text in texts])
         except DataError as error:
-            raise DataError(
+            raise error.reworded(
                 f"{error} (items are numbered from 0 in the order of their texts; an index such as index: "
-                "{scheme: title} gives every item a unique text)",
-                kind=error.kind,
-                at=error.place,
-                column=error.column,
+                "{scheme: title} gives every item a unique text)"
             ) from None
 
     def row(self, example: Example) -> TokenRow:

@@ -7,7 +7,6 @@ removed first, then those that save the least time for their size.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
 import os
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 from llmrec.baselines.parameters import hashes_of, make
 from llmrec.errors import RecipeError
 from llmrec.fingerprint import fingerprint
-from llmrec.machine import cpu_has_bf16, has_cuda, versions
+from llmrec.machine import cpu_has_bf16, has_cuda, version_of, versions
 from llmrec.progress import Bar
 from llmrec.resources import cache_dir
 
@@ -84,7 +83,7 @@ def fit_key(model: torch.nn.Module, data: SplitDataset, seed: int) -> str:
         bf16=cpu_has_bf16(),
         # GPUs compute sums in another order.
         cuda="device" in config and config["device"] != "cpu" and has_cuda(),
-        versions={**versions(), "implicit": _version("implicit")},
+        versions={**versions(), "implicit": version_of("implicit")},
     )
 
 
@@ -191,13 +190,6 @@ def _digest(state: State, seconds: str) -> str:
         result.update(f"{name} {array.dtype} {array.shape}".encode())
         result.update(np.asarray(array, order="C").tobytes())
     return result.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # --------------------------------------------------------------------------- fitting

@@ -208,12 +208,7 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Recipe:
     try:
         return load_recipe(point.run.recipe or benchmark.recipe, overrides)
     except RecipeError as error:
-        raise RecipeError(
-            f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}",
-            kind=error.kind,
-            at=error.place,
-            column=error.column,
-        ) from None
+        raise error.reworded(f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}") from None
 
 
 def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:

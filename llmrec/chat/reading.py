@@ -114,11 +114,6 @@ class Reader:
             wishes += _about_list(plain, state, places, intents)
         return ParsedMessage(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
 
-    def canonical(self, phrase: str) -> str:
-        """Return the field value that a phrase denotes, or the phrase itself."""
-        known = self._values(phrase) or self._values(singular(phrase))
-        return title_key(known[0][1]) if known else phrase
-
     # ------------------------------------------------------------------- wishes
 
     def _wishes(self, bare: str, start: int, inside: Sequence[_Mention], state: State) -> Iterator[tuple[Wish, bool]]:

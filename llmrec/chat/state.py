@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 
 Op = Literal["is", "or", "not", "from", "until", "seen"]
@@ -128,18 +127,6 @@ class State(BaseModel):
     def saying(self, role: Literal["user", "assistant"], text: str) -> State:
         """Return the state with an additional message."""
         return self.with_(lines=(*self.lines, Line(role=role, text=text[:4000]))[-MOST_LINES:])
-
-
-def read_state(record: object) -> State:
-    """Parse a state sent by a client."""
-    try:
-        return State.model_validate(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(("state", *map(str, first["loc"])))
-        raise DataError(
-            f"{key}: {first['msg']}; send the state from the last answer", kind="bad-value", column=key
-        ) from None
 
 
 # --------------------------------------------------------------------------- the profile

@@ -9,7 +9,7 @@ from llmrec.cli.console import show, store_facts
 from llmrec.cli.options import RecipeOptions
 
 if TYPE_CHECKING:
-    from llmrec.data.candidates import CandidateSets
+    pass
 
 _HASH = 12
 # Provenance entries that are not printed again, or are shortened.
@@ -33,7 +33,11 @@ def data(options: RecipeOptions) -> None:
         show(table.dataset.name, lines(figures), record={})
     if (sets := study.candidates) is not None:
         record = {"candidates": {"count": sets.count, "kind": sets.kind, "digest": sets.digest}}
-        show("candidates", of_candidates(sets), record=record)
+        show(
+            "candidates",
+            {"each request": f"{sets.count} items, {sets.kind}", "hash": sets.digest[:_HASH]},
+            record=record,
+        )
 
 
 def lines(figures: Mapping[str, Any]) -> dict[str, str]:
@@ -61,11 +65,6 @@ def lines(figures: Mapping[str, Any]) -> dict[str, str]:
         "data hash": f"{figures['fingerprint'][:_HASH]}, with split {figures['split_fingerprint'][:_HASH]}",
     }
     return {name: value for name, value in rows.items() if value}
-
-
-def of_candidates(sets: CandidateSets) -> dict[str, str]:
-    """Return a description of candidate sets."""
-    return {"each request": f"{sets.count} items, {sets.kind}", "hash": sets.digest[:_HASH]}
 
 
 def _share(value: float) -> str:

@@ -1,8 +1,8 @@
 """Stored candidate sets: each held-out item with its sampled negatives, and a hash over all sets.
 
-Sets are drawn once and stored, so that every predictor ranks the same items and a run can be reproduced from the file
-alone. Random numbers come from SplitMix64 (Steele et al., OOPSLA 2014) keyed by the request id: a set depends only on
-the data, the seed and the request, not on the version of a random number library.
+Sets are drawn once and stored, so that every predictor ranks the same items. Random numbers come from SplitMix64
+(Steele et al., OOPSLA 2014) keyed by the request id: a set depends only on the data, the seed and the request, not on
+the version of a random number library.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.data.read.codes import Runs, codes, in_numbers
-from llmrec.data.read.limits import reason
 from llmrec.data.split import SplitDataset, request_id
-from llmrec.durable import loads
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection
 from llmrec.types import SplitName
@@ -69,35 +67,6 @@ class CandidateSets:
         head = {"kind": self.kind, "count": self.count, "seed": self.seed, "digest": self.digest}
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata({_META: json.dumps(head).encode()}), path)
-
-    @staticmethod
-    def load(path: Path) -> CandidateSets:
-        """Read stored sets and verify their hash.
-
-        Raises:
-            DataError: If the file is missing, is not a candidate file, or was modified.
-        """
-        try:
-            table = pq.read_table(path)
-            head = loads((table.schema.metadata or {})[_META])
-            names, sets = table["request_id"].to_pylist(), table["candidates"].to_pylist()
-            result = _sets(head["kind"], head["count"], head["seed"], dict(zip(names, map(tuple, sets), strict=True)))
-            stored = head["digest"]
-        except FileNotFoundError as error:
-            raise DataError.at(
-                path, "missing-file", ": the candidate file is missing; draw the candidates again"
-            ) from error
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError.at(
-                path, "wrong-format", f" is not a candidate file of llmrec ({reason(error)}); draw the candidates again"
-            ) from error
-        if result.digest != stored or len(result.sets) != len(names):
-            raise DataError.at(
-                path,
-                "damaged",
-                ": the candidates do not match their digest, so the file was modified; draw the candidates again",
-            )
-        return result
 
 
 def _sets(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]]) -> CandidateSets:

@@ -153,10 +153,6 @@ class SplitDataset(Displayed):
         """Return the interactions of a user that are only history, oldest first; empty for an unknown user."""
         return self._events["known"].of(user_id)
 
-    def train_count(self, user_id: str) -> int:
-        """Return the number of training interactions of a user."""
-        return self._events["train"].count(user_id)
-
     def train_counts(self, *, rated: bool = False) -> Mapping[str, int]:
         """Return the number of training interactions (or rated ones) by user."""
         return self._events["train"].counts(rated=rated)

@@ -216,13 +216,9 @@ def _figures(
 @reporting_full_memory("measuring the export", _SMALLER, "--check-users")
 def _placed(model: torch.nn.Module, section: ModelSection) -> Any:
     """Move a model to its device; quantised models are already placed and must not be moved."""
-    if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         return model
     return placed(model, device(section))
-
-
-def _eight_bit(model: torch.nn.Module) -> bool:
-    return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:

@@ -314,12 +314,7 @@ def _origin(source: Source) -> str:
     try:
         return resolve(source.recipe.model, seed=source.recipe.seed)
     except ModelError as error:
-        raise ModelError(
-            f"the base model of {source.folder} is needed for the export: {error}",
-            kind=error.kind,
-            at=error.place,
-            column=error.column,
-        ) from error
+        raise error.reworded(f"the base model of {source.folder} is needed for the export: {error}") from error
 
 
 def _study(source: Source, options: ExportOptions) -> Study | None:
@@ -331,12 +326,9 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
         needed = [*(["--no-items"] if options.with_items else []), *(["--check-users 0"] if checked else [])]
         if not needed:
             return None
-        raise DataError(
+        raise error.reworded(
             f"{error}. To export without the data of the run, use {' and '.join(needed)}; the model card then states "
-            "this",
-            kind=error.kind,
-            at=error.place,
-            column=error.column,
+            "this"
         ) from error
 
 

@@ -195,9 +195,7 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
             return None
         if "/" in name and Path(name).parent.is_dir():
             raise _no_folder(name, "; it cannot be downloaded from the hub either") from error.__cause__
-        raise ModelError(
-            f"{error}{_instead(name)}", kind=error.kind, at=error.place, column=error.column
-        ) from error.__cause__
+        raise error.reworded(f"{error}{_instead(name)}") from error.__cause__
 
 
 def _no_folder(name: str, more: str = "") -> ModelError:

@@ -121,7 +121,7 @@ def _on_its_base(
             # Base files in the package have no cycles.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
     except RecipeError as error:
-        raise RecipeError(f"{asking}: base: {error}", kind=error.kind, at=error.place, column=error.column) from None
+        raise error.reworded(f"{asking}: base: {error}") from None
     if "base" in base_values:
         raise RecipeError.at(
             file, "contradiction", f": its base {base} has a base too; only one level is supported", "base"
@@ -565,7 +565,7 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
             names = _mapping({"": section}, "").get(key)
             if not isinstance(names, list | tuple):
                 continue
-            if files := [name for name in names if _is_file(name)]:
+            if files := [name for name in names if isinstance(name, str) and name.lower().endswith(_YAML)]:
                 result += [_whole(file, beside, f"tasks.{family}.{key}") for file in files]
                 names = [Path(name).stem if name in files else name for name in names]
                 tasks[family] = {**tasks[family], key: names}
@@ -577,10 +577,6 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
     if isinstance(folder, str):
         made[PLUGINS] = _whole(folder, beside, PLUGINS)
     return made
-
-
-def _is_file(name: object) -> bool:
-    return isinstance(name, str) and name.lower().endswith(_YAML)
 
 
 def _whole(path: str, beside: Path, key: str) -> str:

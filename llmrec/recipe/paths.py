@@ -75,12 +75,9 @@ def both_places(recipe: Recipe) -> Iterator[None]:
         folder = recipe.sought.get(str(Path(error.file))) if error.file and error.kind == "missing-file" else None
         if folder is None or folder.resolve() == Path.cwd():
             raise
-        raise type(error)(
+        raise error.reworded(
             f"{error}. Paths of a recipe are relative to the working folder, {Path.cwd()}, or else to the recipe's "
-            f"folder, {folder.resolve()}",
-            kind=error.kind,
-            at=error.place,
-            column=error.column,
+            f"folder, {folder.resolve()}"
         ) from error
 
 

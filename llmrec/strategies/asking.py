@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from llmrec.errors import BackendError, RecipeError
 from llmrec.registry import STRATEGIES, is_plugin, lookup
@@ -94,6 +94,17 @@ class Strategy(Predictor, Protocol):
 
     asker: Prompting
     engine: str
+
+
+class Asking:
+    """The state of a strategy that scores or generates answers; subclasses define ``answer``."""
+
+    verb: ClassVar[Literal["score", "generate"]] = "score"
+
+    def __init__(self, asker: Prompting) -> None:
+        asker.needs(self.verb)
+        self.asker = asker
+        self.engine = f"{asker.backend.name}:generate" if self.verb == "generate" else ""
 
 
 def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:

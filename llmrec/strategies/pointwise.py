@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.asking import Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
+from llmrec.strategies.asking import Asking, Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
 from llmrec.strategies.rounds import by_score, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
@@ -17,7 +17,7 @@ _PRIORS = 64
 _NOBODY = Request(id="prior", user_id="")
 
 
-class LikelihoodRanker:
+class LikelihoodRanker(Asking):
     """Ranks candidates by log P(title | prompt), summed over tokens including the end token.
 
     The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
@@ -25,11 +25,6 @@ class LikelihoodRanker:
     """
 
     name = "likelihood"
-
-    def __init__(self, asker: Prompting) -> None:
-        asker.needs("score")
-        self.asker = asker
-        self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""
@@ -40,7 +35,7 @@ class LikelihoodRanker:
         return answers
 
 
-class PriorRanker:
+class PriorRanker(Asking):
     """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt without user).
 
     The second term is the prior of a title, independent of the user. Its prompt uses the same template for a user
@@ -51,9 +46,7 @@ class PriorRanker:
     name = "likelihood-prior"
 
     def __init__(self, asker: Prompting, *, prior_weight: float) -> None:
-        asker.needs("score")
-        self.asker = asker
-        self.engine = ""
+        super().__init__(asker)
         self._weight = prior_weight
         self._priors: dict[str, float] = {}
 
@@ -92,7 +85,7 @@ class PriorRanker:
         return sum(map(cost_of, scores), Cost())
 
 
-class YesRanker:
+class YesRanker(Asking):
     """Ranks candidates by log P(yes) - log P(no) to the question whether the user would choose the candidate.
 
     P is the summed probability of all spellings in the template's language, as complete answers. A prompt contains
@@ -100,11 +93,6 @@ class YesRanker:
     """
 
     name = "pointwise-yes"
-
-    def __init__(self, asker: Prompting) -> None:
-        asker.needs("score")
-        self.asker = asker
-        self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of every request; see `Predictor.answer`."""

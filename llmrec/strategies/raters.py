@@ -13,22 +13,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrec.errors import BackendError, LlmrecError
-from llmrec.strategies.asking import Prompting, cost_of, generated, prompt_hash, scored
+from llmrec.strategies.asking import Asking, Prompting, cost_of, generated, prompt_hash, scored
 from llmrec.tasks.rating import expected
 from llmrec.types import Answer, Case, Cost, HeadBackend, Predictor, Probability, Rating, Request, Text
 
 _NUMBER_TOKENS = 8
 
 
-class ExpectedRater:
+class ExpectedRater(Asking):
     """Predicts the mean rating sum_r r P(r | prompt), with P normalised over the labels of the scale."""
 
     name = "expected"
-
-    def __init__(self, asker: Prompting) -> None:
-        asker.needs("score")
-        self.asker = asker
-        self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate the item of every request; see `Predictor.answer`."""
@@ -46,15 +41,11 @@ class ExpectedRater:
         return answers
 
 
-class ParsedRater:
+class ParsedRater(Asking):
     """Generates an answer and parses a number from it."""
 
     name = "parsed"
-
-    def __init__(self, asker: Prompting) -> None:
-        asker.needs("generate")
-        self.asker = asker
-        self.engine = f"{asker.backend.name}:generate"
+    verb = "generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate the item of every request; see `Predictor.answer`."""
@@ -107,7 +98,7 @@ _ANSWER_TOKENS = 8
 _CERTAIN = 2.0**-53
 
 
-class YesNoJudge:
+class YesNoJudge(Asking):
     """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of an answer.
 
     TALLRec (Bao et al., RecSys 2023) uses the softmax over the first tokens of the two answers, whose ids depend on the
@@ -116,11 +107,6 @@ class YesNoJudge:
     """
 
     name = "yes-no"
-
-    def __init__(self, asker: Prompting) -> None:
-        asker.needs("score")
-        self.asker = asker
-        self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer yes or no about the item of every request; see `Predictor.answer`."""
@@ -138,18 +124,14 @@ class YesNoJudge:
         return answers
 
 
-class ParsedYesNoJudge:
+class ParsedYesNoJudge(Asking):
     """Generates an answer, and parses yes as probability 1 and no as probability 0.
 
     A text without either is unparsed, and counts in every denominator as a wrong answer.
     """
 
     name = "parsed-yes-no"
-
-    def __init__(self, asker: Prompting) -> None:
-        asker.needs("generate")
-        self.asker = asker
-        self.engine = f"{asker.backend.name}:generate"
+    verb = "generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer yes or no about the item of every request; see `Predictor.answer`."""
@@ -239,16 +221,15 @@ def _odds(value: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-class Writer:
+class Writer(Asking):
     """Generates one text per request by greedy decoding, of at most ``max_tokens`` tokens."""
 
     name = "text"
+    verb = "generate"
 
     def __init__(self, asker: Prompting, *, max_tokens: int = 48) -> None:
-        asker.needs("generate")
-        self.asker = asker
+        super().__init__(asker)
         self._max_tokens = max_tokens
-        self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Generate a text for every request; see `Predictor.answer`."""

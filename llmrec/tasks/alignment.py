@@ -66,11 +66,6 @@ class AlignmentTask(Task):
         for template in inputs.templates.values():
             self._check(template)
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the evaluation templates."""
-        return self._chosen.evaluate
-
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`. Validation examples use the training templates in turn."""
         refuse_test(split)

@@ -107,11 +107,6 @@ class CtrTask(Task):
         """The templates used in training."""
         return tuple(self._chosen.train)
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the evaluation templates."""
-        return self._chosen.evaluate
-
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`. Validation uses all rated interactions."""
         refuse_test(split)

@@ -286,11 +286,6 @@ class DirectTask(Task):
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events)
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the evaluation templates."""
-        return self._chosen.evaluate
-
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
         refuse_test(split)

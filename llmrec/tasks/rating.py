@@ -96,11 +96,6 @@ class RatingTask(Task):
         """The templates used in training."""
         return tuple(self._chosen.train)
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the evaluation templates."""
-        return self._chosen.evaluate
-
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
         refuse_test(split)

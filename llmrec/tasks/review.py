@@ -112,11 +112,6 @@ class ReviewTask(Task):
             )
         return self._scale
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the evaluation templates."""
-        return self._chosen.evaluate
-
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples; see `Task`."""
         refuse_test(split)

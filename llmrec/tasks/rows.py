@@ -54,7 +54,16 @@ def list_row(
 ) -> Example:
     """Return an example in list form whose lines are training targets from ``first_target`` on."""
     answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
-    return list_example(template, row, user_id, values, answer, events)
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,
+        template=template.id,
+        messages=template.turns(values),
+        answer=answer,
+        ends_turn=False,
+        pairs=pairs_of(user_id, events),
+    )
 
 
 def solved_list(template: Template, values: Values, events: Sequence[Event], answered: Answered) -> tuple[Message, ...]:
@@ -138,19 +147,3 @@ def against(example: Example) -> list[Example]:
     """Split an example with rejected answers into examples with one answer each."""
     begin = example.answer[:-1]
     return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]
-
-
-def list_example(
-    template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
-) -> Example:
-    """Return an example in list form whose target steps are marked in ``answer``."""
-    return Example(
-        id=row,
-        user_id=user_id,
-        task=template.family,
-        template=template.id,
-        messages=template.turns(values),
-        answer=answer,
-        ends_turn=False,
-        pairs=pairs_of(user_id, events),
-    )

@@ -98,11 +98,6 @@ class SequentialTask(Task):
             drawn = Negatives(data, preference.rejected, key="train.preference.negatives")
             self._rejecting = Rejecting(self.family, self._events, preference, drawn, inputs.hard)
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the evaluation templates."""
-        return self._chosen.evaluate
-
     @cached_property
     def catalogue(self) -> tuple[str, ...]:
         """All item ids, sorted: the default candidates of a request."""

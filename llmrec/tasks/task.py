@@ -19,6 +19,7 @@ from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import HistorySelector, ItemVectors
 from llmrec.tasks.rows import Listwise
+from llmrec.tasks.templates import Chosen
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName
 
 Want = Literal["one", "ranking", "yes"]
@@ -101,12 +102,13 @@ class Task(Protocol):
     """A recommendation task on one data set; the same object is used for training, evaluation and rewards."""
 
     family: str
+    _chosen: Chosen
     _listwise: Listwise | None = None
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
         """Names of the evaluation templates."""
-        ...
+        return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield training or validation examples with targets.
@@ -162,11 +164,7 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family does not rank the catalogue.
         """
-        raise RecipeError(
-            f"tasks.{self.family} does not rank the catalogue; use tasks.sequential",
-            kind="unsupported",
-            column=f"tasks.{self.family}",
-        )
+        raise self._lacks("does not rank the catalogue; use tasks.sequential")
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
@@ -188,11 +186,7 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family does not predict an item of the catalogue.
         """
-        raise RecipeError(
-            f"tasks.{self.family} does not predict items of the catalogue; use tasks.sequential",
-            kind="unsupported",
-            column=f"tasks.{self.family}",
-        )
+        raise self._lacks("does not predict items of the catalogue; use tasks.sequential")
 
     def writes_alike(self, template: str) -> bool:
         """Whether a template writes an item the same way in all requests, as beam search requires."""
@@ -204,11 +198,7 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family has no candidates.
         """
-        raise RecipeError(
-            f"tasks.{self.family} does not list candidates, so it has no position bias",
-            kind="unsupported",
-            column=f"tasks.{self.family}",
-        )
+        raise self._lacks("does not list candidates, so it has no position bias")
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies that support the answers of a template, for the fine-tuned or the base model."""
@@ -252,11 +242,7 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family has no profile.
         """
-        raise RecipeError(
-            f"tasks.{self.family} does not generate profiles; use tasks.direct",
-            kind="unsupported",
-            column=f"tasks.{self.family}",
-        )
+        raise self._lacks("does not generate profiles; use tasks.direct")
 
     @property
     def profile_tokens(self) -> int:
@@ -265,15 +251,14 @@ class Task(Protocol):
 
     def profile_prompt(self, request: Request) -> Prompt:
         """Render the prompt for a user profile, which shows only the history."""
-        raise RecipeError(
-            f"tasks.{self.family} does not generate profiles; use tasks.direct",
-            kind="unsupported",
-            column=f"tasks.{self.family}",
-        )
+        raise self._lacks("does not generate profiles; use tasks.direct")
 
     def shows_profile(self, template: str) -> bool:
         """Whether a template shows a profile."""
         return False
+
+    def _lacks(self, what: str) -> RecipeError:
+        return RecipeError(f"tasks.{self.family} {what}", kind="unsupported", column=f"tasks.{self.family}")
 
 
 def only_one(family: str, want: Want) -> None:

@@ -179,7 +179,7 @@ def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int]
         layers_to_transform=layers,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        trainable_token_indices=_trained_rows(base, tokens),
+        trainable_token_indices={name: list(tokens) for name, _ in named_tables(base)} if tokens else None,
         task_type="SEQ_2_SEQ_LM" if is_paired(base.config) else "CAUSAL_LM",
     )
     try:
@@ -213,11 +213,6 @@ def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
             100 * reached // blocks,
             base.config.model_type,
         )
-
-
-def _trained_rows(base: torch.nn.Module, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Return the token rows to train, by the name of the embedding module."""
-    return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
 
 
 def _block_linears(base: torch.nn.Module) -> list[str]:

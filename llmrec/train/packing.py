@@ -61,7 +61,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
+class Stacked(Packed):
     """The packed sequences of a step, padded on the right.
 
     Attributes:
@@ -73,14 +73,6 @@ class Stacked:
         weights: The weight of each target, float32, shape (targets,).
         owners: The number of each target's row, counted over all packed sequences, shape (targets,).
     """
-
-    ids: Ints
-    places: Ints
-    ends: Ints
-    after: Ints
-    wanted: Ints
-    weights: NDArray[np.float32]
-    owners: Ints
 
 
 def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:

@@ -34,7 +34,7 @@ from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import load_model, load_tokenizer, resolve
-from llmrec.pipeline import bundle, engines
+from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
 from llmrec.tasks.direct import reader_of
 from llmrec.types import Ranking, Unparsed
@@ -63,12 +63,6 @@ def tools(llama_folder: Path) -> tuple[bundle.Bundle, HFBackend, Encoder]:
     found = bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
     encoder = Encoder(load_tokenizer(found.folder, found.model), max_length=found.model.max_length)
     return found, HFBackend(load_model(found.folder, found.model), encoder), encoder
-
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of these tests are small; collecting garbage after each would take longer than ranking."""
-    monkeypatch.setattr(engines, "release_memory", lambda: None)
 
 
 @pytest.fixture

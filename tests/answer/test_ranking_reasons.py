@@ -19,7 +19,7 @@ from llmrec.answer.strategy import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.requests import read_request
-from llmrec.pipeline import bundle, engines
+from llmrec.pipeline import bundle
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import Killed, dying, items_csv, jsonl, lines, options, records
 
@@ -38,11 +38,6 @@ COLD = """\
 user: Recommended next: Jaws
 Say in one short sentence why people choose it.
 assistant: """
-
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "release_memory", lambda: None)
 
 
 def written(

@@ -16,7 +16,7 @@ from llmrec.baselines.popular import Popularity
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
-from llmrec.pipeline import bundle, engines
+from llmrec.pipeline import bundle
 from llmrec.types import Event, Request
 from tests.answer.rank_cases import Killed, dying, jsonl, lines, make_run, options
 from tests.facts import Facts, raises
@@ -24,11 +24,6 @@ from tests.facts import Facts, raises
 pytest.importorskip("torch", reason="the train extra is not installed")
 
 K = 6
-
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "release_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")

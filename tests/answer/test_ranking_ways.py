@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import ErrorKind, LlmrecError, RecipeError
-from llmrec.pipeline import bundle, engines
+from llmrec.pipeline import bundle
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import items_csv, jsonl, lines, make_run, options, records
 from tests.conftest import make_tokenizer
@@ -26,11 +26,6 @@ pytest.importorskip("torch", reason="the train extra is not installed")
 
 TWO = Asking("direct", "with-profile", "two-step")
 POOL = ["Alien", "Jaws", "Rocky"]
-
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "release_memory", lambda: None)
 
 
 def asked(*found: dict[str, Any]) -> list[RankRequest]:

@@ -29,11 +29,6 @@ from tests.facts import Facts, raises
 pytest.importorskip("torch", reason="the train extra is not installed")
 
 
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "release_memory", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(llama_folder, tmp_path_factory.mktemp("run"))

@@ -156,7 +156,7 @@ def test_what_is_history_alone_counts_for_the_user_in_training_as_in_requests() 
     cut = replace(data, train=late.select(data.train.columns), known=early.select(data.train.columns))
     counted, known, rows = liked.Counted.of(cut, "logistic", None, 0.7)
     plain = rows * counted.scale + counted.mean
-    sizes = {user: len(cut.known_events(user)) + cut.train_count(user) for user in known.user_index}
+    sizes = {user: len(cut.known_events(user)) + cut.train_counts()[user] for user in known.user_index}
     for user, place in known.user_index.items():
         own = known.users == place
         assert plain[own, 1] == pytest.approx(np.log1p(sizes[user] - 1))

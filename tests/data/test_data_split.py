@@ -319,7 +319,7 @@ def test_a_prefix_is_history_and_never_learned_from() -> None:
     known = data.known.group_by("user_id").len().sort("user_id")["len"].to_list()
     assert known == [4, 10, 30, 1]
     assert data.test.group_by("user_id").len().sort("user_id")["len"].to_list() == [1, 2, 12]
-    assert data.train_count("u2") == 60 - 24 and data.train_count("u3") == 1
+    assert data.train_counts()["u2"] == 60 - 24 and data.train_counts()["u3"] == 1
     past = [event.item_id for event in data.history("u0", "test")]
     assert (
         past == [f"i{step}" for step in range(7)] and data.test.filter(pl.col("user_id") == "u0")["item_id"][0] == "i7"

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from llmrec.baselines.factors import ALS
-from llmrec.data.candidates import CandidateSets
 from llmrec.errors import RecipeError
 from llmrec.pipeline import audit
 from llmrec.pipeline import run as pipeline
@@ -95,20 +95,22 @@ def test_every_arm_is_asked_both_ways_beside_chance(done: tuple[Recipe, pipeline
 
 def test_files_and_report_say_what_was_ranked(done: tuple[Recipe, pipeline.Run]) -> None:
     run, results = done[1], done[1].results
-    stored = CandidateSets.load(run.folder / "candidates" / "alignment-test.parquet")
+    path = run.folder / "candidates" / "alignment-test.parquet"
+    sets, digest = dict(pl.read_parquet(path).iter_rows()), results["candidates"]["alignment"]["digest"]
+    assert digest in str(pq.read_schema(path).metadata)
     assert results["candidates"]["alignment"] == {
-        "digest": stored.digest,
+        "digest": digest,
         "count": 5,
         "kind": "held-out-items",
         "ceiling": None,
     }
-    assert results["candidates"]["main"]["digest"] != stored.digest
-    assert {row["candidates"] for row in results["rows"] if row["task"] == "alignment"} == {stored.digest}
+    assert results["candidates"]["main"]["digest"] != digest
+    assert {row["candidates"] for row in results["rows"] if row["task"] == "alignment"} == {digest}
     page = (run.folder / "report" / "report.md").read_text(encoding="utf-8")
     assert "### Item IDs and item texts" in page and "random HR@1 is 0.200" in page
     answers = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("task") == "alignment")
     for request, truth in answers.select("request_id", "truth").iter_rows():
-        assert truth in stored.sets[request]
+        assert truth in sets[request]
     shown = [each for each in results["examples"] if each["task"] == "alignment"]
     titles = {item.title for item in build_study(done[0]).data.dataset.items.values()}
     assert shown and all(each["truth"] in titles for each in shown)

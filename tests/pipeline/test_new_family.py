@@ -72,10 +72,6 @@ class FameTask(Task):
         counts = inputs.data.train["item_id"].value_counts().sort("count", "item_id", descending=True)
         self._famous = frozenset(counts["item_id"][: len(counts) // 2])
 
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        return self._chosen.evaluate
-
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         if split == "valid":
             for held in held_out(self._data, "valid")[:limit]:

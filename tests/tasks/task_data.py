@@ -36,7 +36,7 @@ from llmrec.tasks.mixture import interleave
 from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
-from llmrec.types import Example, Item, Message, Prompt
+from llmrec.types import Example, Item, Prompt
 from tests.tasks.making import make
 
 FAMILIES = ("rating", "sequential", "direct", "explanation", "ctr", "review", "stars")
@@ -168,10 +168,6 @@ def example_text(example: Example) -> str:
 
 def targets(example: Example) -> list[str]:
     return [segment.text for segment in example.answer if segment.kind == "target"]
-
-
-def turns_of(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
-    return ((message.role, message.text) for message in messages)
 
 
 def mixture(tasks: Mapping[str, tuple[Any, float]], seed: int, size: Any = None) -> Iterator[Example]:

@@ -37,11 +37,10 @@ from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
-from llmrec.types import Capability, Completion, Cost, Prompt, Scores, SearchResult
+from llmrec.types import Backend, Capability, Completion, Cost, Prompt, Scores
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ _SHOWN, _LONG = 60, 100_000
 _WRITTEN = "the strategies list, parsed and text, which parse generated text, still work"
 
 
-class OpenAIBackend:
+class OpenAIBackend(Backend):
     """A client of one server, or of several servers with the same model.
 
     Args:
@@ -124,39 +123,6 @@ class OpenAIBackend:
         route = self._exact_scores if self.offers.exact else self._chat_scores
         pairs = zip(_questions(prompts), candidates, strict=True)
         return self._each([route(question, tuple(texts), closed) for question, texts in pairs])
-
-    def search(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Sequence[str],
-        *,
-        k: int,
-        width: int,
-        excluded: Sequence[Sequence[int]] = (),
-        exact: bool = False,
-    ) -> list[SearchResult]:
-        """Not supported: a search would send a small request for each node over the network.
-
-        Raises:
-            BackendError: Always.
-        """
-        raise BackendError(
-            "the openai backend does not support the strategy 'search'; use eval.backend=hf or vllm",
-            kind="unsupported",
-            column="eval.backend",
-        )
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Raise an error, because text vectors are not supported.
-
-        Raises:
-            BackendError: Always.
-        """
-        raise BackendError(
-            "the openai backend does not compute embeddings; use the hf backend",
-            kind="unsupported",
-            column="eval.backend",
-        )
 
     def close(self) -> None:
         """Close all connections; calling it twice is harmless."""

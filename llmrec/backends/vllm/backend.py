@@ -21,7 +21,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmrec import terminal
 from llmrec.backends.encode import Encoder
@@ -32,11 +31,10 @@ from llmrec.decode.beam import Fed, Floats, Wanted
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.machine import Node, node_memory
 from llmrec.progress import count_answers
-from llmrec.types import Capability, Completion, Prompt, Scores, SearchResult
+from llmrec.types import Backend, Capability, Completion, Prompt, Scores, SearchResult
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 
 
 # Size of the KV cache on a CPU: what the requests need, within the free memory.
@@ -339,7 +337,7 @@ class _Process:
     llm: Any
 
 
-class VLLMBackend:
+class VLLMBackend(Backend):
     """A vLLM engine for a model folder.
 
     Args:
@@ -559,18 +557,6 @@ class VLLMBackend:
     def tree(self) -> VLLMTree:
         """Return a `TreeEngine` for this engine, for searches and rollouts."""
         return VLLMTree(self._read, chains=self.route != "nodes", limit=_MAX_IDS)
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Not supported, because a vLLM engine either generates or embeds.
-
-        Raises:
-            BackendError: Always.
-        """
-        raise BackendError(
-            "the vllm backend does not compute embeddings; use the hf backend",
-            kind="unsupported",
-            column="eval.backend",
-        )
 
     def close(self) -> None:
         """End the engine processes and free their memory, within seconds even if they are dead or stopped."""
