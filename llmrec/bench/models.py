@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits import fitted
@@ -37,9 +37,6 @@ from llmrec.strategies.asking import Prompting
 from llmrec.strategies.catalogue import CatalogueRanker, SearchedCatalogue
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

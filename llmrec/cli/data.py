@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmrec.cli.console import show, store_facts
 from llmrec.cli.options import RecipeOptions
-
-if TYPE_CHECKING:
-    pass
 
 _HASH = 12
 # Provenance entries that are not printed again, or are shortened.

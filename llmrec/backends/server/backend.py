@@ -17,7 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import Labels, single_token_labels
@@ -38,9 +38,6 @@ from llmrec.errors import BackendError
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Backend, Capability, Completion, Cost, Prompt, Scores
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
