@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import lines_of_code, metric_table, negative, performance, record
+from eval.benchmarks import lines_of_code, negative, performance, record
 from eval.benchmarks.figures import chart
 from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
@@ -15,7 +15,7 @@ from llmrec.bench import leaderboard
 from llmrec.bench.pages import own_pages, read_results
 from llmrec.bench.references import all_references
 from llmrec.data.sets.pages import Known, Layout, published
-from llmrec.registry import SOURCES
+from llmrec.registry import METRICS, SOURCES
 from llmrec.report.table import grid
 
 PUBLISHED = "llmrec.data.sets.published:published"
@@ -23,6 +23,7 @@ PUBLISHED = "llmrec.data.sets.published:published"
 
 TIMED = ("search", "search_vllm", "training")
 """Results that eval/PERFORMANCE.md shows."""
+_KINDS = {"ranking": "rankings", "lists": "lists", "rating": "ratings", "probability": "yes/no", "text": "texts"}
 
 
 def wanted(root: Path) -> dict[str, str]:
@@ -48,7 +49,7 @@ def wanted(root: Path) -> dict[str, str]:
     matrix = leaderboard.featured(board, next(leaderboard.matrices(board, benchmarks, references)))
     parts = {
         "eval/PERFORMANCE.md": {"performance:figures": performance.page([results / f"{name}.json" for name in TIMED])},
-        metric_table.PAGE: {"metrics:table": metric_table.table()},
+        "docs/evaluation-protocol-and-metrics.md": {"metrics:table": _metrics()},
         "README.md": {"leaderboard:matrix": leaderboard.short_grid(matrix, "eval/")},
         "docs/quickstart.md": {
             "quickstart:screen": record.screen(_read(results / "quickstart.json")),
@@ -135,3 +136,15 @@ def endpoints(document: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def _metrics() -> str:
+    """Return every registered metric with its meaning, direction, and use in comparisons."""
+    rows = []
+    for name, entry in METRICS.items():
+        names = [name] * (entry.both or not entry.cut) + [f"{name}@k"] * (entry.both or entry.cut)
+        where = _KINDS[entry.kind] + (", full ranking" if entry.full else "")
+        better = "lower" if entry.lower else "higher"
+        shown = ", ".join(f"`{each}`" for each in names)
+        rows.append([shown, where, entry.about, better, "yes" if entry.compared else "no"])
+    return grid(["metric", "of", "meaning", "better", "compared"], rows, 5)
