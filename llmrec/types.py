@@ -388,7 +388,7 @@ class Backend(Protocol):
         Raises:
             BackendError: If the backend has no text vectors.
         """
-        raise _lacks(self.name, "does not compute embeddings; use eval.backend=hf")
+        raise _lacks(self.name, "does not compute embeddings; use the hf backend")
 
     def close(self) -> None:
         """Release the engine; repeated calls have no effect."""
