@@ -23,7 +23,7 @@ from eval.benchmarks.provenance import provenance
 from llmrec.durable import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = 20261201
+SEED = 20261202
 SIZES = {"documentation": 52, "docstrings": 18, "help": 15, "messages": 15}
 CLASSES = ("plain", "awkward", "private")
 # Fewer words are a label, no sentence.
