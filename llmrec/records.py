@@ -1,4 +1,4 @@
-"""Frozen records: base class, shards, and a run's data sets, training and example texts.
+"""Immutable records of a run: its shards, data sets, training and example texts.
 
 Figures are in `llmrec.results`.
 """

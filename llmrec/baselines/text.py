@@ -176,7 +176,7 @@ class FirstSentence(Baseline[NoParameters, str]):
     READS = "texts"
 
     def learn(self, data: SplitDataset) -> None:
-        """Find the text for requests without a review.
+        """Find the most frequent training text, for requests without a review.
 
         Raises:
             DataError: If the training interactions carry no texts.

@@ -335,7 +335,7 @@ def branch_events(
 
 
 def branch_point(seed: int, number: int, user: str, events: int) -> int:
-    """Return the history length of a user's training example, equal for tasks that share the history."""
+    """Return the history length of a user's training example; the same for tasks with the same history."""
     return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
