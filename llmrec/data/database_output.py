@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
@@ -43,7 +44,7 @@ class Database:
         Raises:
             MissingExtra: If the package for this kind of database is not installed.
         """
-        scheme = urlsplit(text).scheme
+        scheme = text.partition("://")[0].lower()
         if "://" not in text:
             return cls("sqlite", text, option) if Path(text).suffix.lower() in DATABASES else None
         if scheme in ("postgresql", "postgres"):
@@ -76,6 +77,8 @@ class Database:
             DataError: If the table exists and must not be overwritten, or the file belongs to another program.
             LlmrecError: If the database cannot be opened.
         """
+        if self.file is not None and not self.file.parent.is_dir():
+            raise self._error("failed", f" cannot be written: there is no folder {self.file.parent}; create it")
         if self.file is None or self.file.exists():
             with self._open() as connection:
                 self._check(connection, name, schema, replace)
@@ -97,9 +100,11 @@ class Database:
             cursor = self._cursor(connection)
             if self.kind != "postgresql":
                 cursor.execute("BEGIN IMMEDIATE" if self.kind == "sqlite" else "BEGIN")
-            self._check(connection, name, table.schema, replace)
+            exists = self._check(connection, name, table.schema, replace)
             columns = ", ".join(f"{field.name} {_TYPES[field.type]}" for field in table.schema)
-            cursor.execute(f"DROP TABLE IF EXISTS {name}")
+            # A table that was not checked, such as one of another schema in the search path, is never dropped.
+            if exists:
+                cursor.execute(f"DROP TABLE {name}")
             cursor.execute(f"CREATE TABLE {name} ({columns})")
             if self.kind == "postgresql":
                 cursor.adbc_ingest(name, table, mode="append")
@@ -113,7 +118,7 @@ class Database:
             cursor.execute(f"CREATE INDEX {name}_by_{index[0]} ON {name} ({', '.join(index)})")
             connection.commit()
 
-    def _check(self, connection: Any, name: str, schema: pa.Schema, replace: bool) -> None:
+    def _check(self, connection: Any, name: str, schema: pa.Schema, replace: bool) -> bool:
         if self.kind == "sqlite" and connection.execute("PRAGMA application_id").fetchone()[0]:
             raise self._error("exists", " belongs to another program; choose another file")
         cursor = self._cursor(connection)
@@ -125,6 +130,7 @@ class Database:
             raise self._error(
                 "exists", f" has a table {name!r}; overwrite it with --restart, or choose another database"
             )
+        return bool(columns)
 
     def _cursor(self, connection: Any) -> Any:
         # A cursor of DuckDB is a second connection, outside the transaction of the first.
@@ -140,7 +146,7 @@ class Database:
             raise
         except Exception as error:  # each library has its own errors
             # The message may contain the address, which may contain a password.
-            message = reason(RuntimeError(str(error).replace(self.at, self.shown)))
+            message = reason(RuntimeError(_without_secrets(str(error), self.at).replace(self.at, self.shown)))
             raise self._error("failed", f" cannot be written ({message}); nothing in it was changed") from None
 
     def _error(self, kind: Any, rest: str) -> DataError:
@@ -149,8 +155,19 @@ class Database:
 
 def without_password(address: str) -> str:
     """Return an address without user, password and parameters."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # such as a [ in a password that is not written as %5B
+        return f"{address.partition('://')[0]}://..."
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+
+
+def _without_secrets(message: str, address: str) -> str:
+    """Return a message without the password of an address, which libpq repeats if it is not percent-encoded."""
+    found = re.findall(r"://[^/@]*?:([^/]*)@|[?&]password=([^&#]*)", address)
+    for secret in filter(None, (part for pair in found for part in pair)):
+        message = message.replace(secret, "***").replace(unquote(secret), "***")
+    return message
 
 
 _INFORMATION = (
@@ -159,7 +176,8 @@ _INFORMATION = (
 )
 _COLUMNS_OF: Mapping[str, str] = {
     "sqlite": "SELECT name FROM pragma_table_info('{name}')",
-    "duckdb": _INFORMATION,
+    # Names of tables are case-insensitive.
+    "duckdb": _INFORMATION.replace("table_name =", "lower(table_name) ="),
     "postgresql": _INFORMATION,
 }
 _OPEN: Mapping[str, Callable[[str], Any]] = {

@@ -16,9 +16,11 @@ MOST_ORIGINS = 20
 # only characters that cannot end a directive of the policy. No user names, quotes or spaces.
 _URL = re.compile(
     r"(https?://(?:[a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}(?::\d{1,5})?)(?:[/?#][!#$%&'()*+,./0-9:;=?@A-Z_a-z~-]*)?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 _LONGEST = 2000
+# Names that are never hosts of the web.
+_LOCAL = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".intranet", ".corp", ".home")
 
 
 def image_of(fields: Mapping[str, str]) -> str | None:
@@ -40,4 +42,8 @@ def _first(value: str) -> str:
 
 def _origin(url: str) -> str | None:
     match = _URL.fullmatch(url)
-    return match[1].lower() if match else None
+    if not match:
+        return None
+    origin = match[1].lower()
+    host = origin.partition("://")[2].partition(":")[0]
+    return None if host.endswith(_LOCAL) else origin

@@ -279,6 +279,7 @@ def fit(
 
 def _language_model(interactions: Any, items: Any, columns: Mapping[str, Any]) -> Recipe:
     """Return the recipe of `init` for the prediction of the next item by a fine-tuned language model."""
+    _refuse_missing(interactions)
     recipe = init(interactions, items, name=LANGUAGE_MODEL, **{"rating": "none", "text": "none", **columns}).recipe
     if recipe.tasks.sequential is None:
         raise DataError(
@@ -314,12 +315,17 @@ def _baseline(model: Any, seed: int) -> Any:
     return make(name, {}, seed=seed)
 
 
-def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[str, Any], frame: Any) -> Loaded:
-    """Fit a baseline on all interactions, in memory."""
+def _refuse_missing(interactions: Any) -> None:
+    """Reject a call without interactions."""
     if interactions is None:
         raise DataError(
             "interactions: pass a data frame or the path of a table", kind="missing-value", column="interactions"
         )
+
+
+def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[str, Any], frame: Any) -> Loaded:
+    """Fit a baseline on all interactions, in memory."""
+    _refuse_missing(interactions)
     kind = type(model)
     registered = model.name in BASELINES and lookup(BASELINES, model.name, "baseline") is kind
     section = BaselineSection(

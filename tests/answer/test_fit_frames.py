@@ -233,6 +233,8 @@ def test_the_name_of_a_language_model_is_the_recipe_of_init_for_the_next_item(
     alone = [{**row, "buyer": f"u{n // 2}", "article": f"i{n // 2 % 12}"} for n, row in enumerate(ROWS)]
     with raises(DataError, Facts(kind="too-few")):
         llmrec.fit(alone, ITEMS, "smollm2-lora", **COLUMNS)
+    with raises(DataError, Facts("missing-value", column="interactions")):
+        llmrec.fit(None, model="smollm2-lora")
 
 
 def test_a_baseline_of_ones_own_needs_no_registry(tmp_path: Path) -> None:

@@ -72,6 +72,44 @@ def test_a_write_that_fails_changes_nothing(address: str) -> None:
     assert len(rows(address, "kept")) == 3
 
 
+def test_a_table_with_capitals_is_never_replaced_by_another(tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    address = f"duckdb:///{tmp_path}/shop.duckdb"
+    with closing(duckdb.connect(f"{tmp_path}/shop.duckdb")) as theirs:
+        theirs.execute('CREATE TABLE "Lists" (precious INTEGER); INSERT INTO "Lists" VALUES (7)')
+    database = Database.of(address, "--to")
+    assert database is not None
+    for replace in (False, True):
+        with raises(DataError, Facts("exists", column="--to", says="another table 'lists'")):
+            database.write("lists", ROWS, index=("user_id",), replace=replace)
+    assert rows(address, '"Lists"') == [(7,)]
+
+
+def test_a_table_of_another_schema_is_never_dropped(server: str) -> None:
+    dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
+    with closing(dbapi.connect(server)) as theirs:
+        for line in (
+            "CREATE SCHEMA app",
+            "CREATE SCHEMA shared",
+            "CREATE TABLE shared.offers (precious BIGINT)",
+            "INSERT INTO shared.offers VALUES (7)",
+        ):
+            theirs.cursor().execute(line)
+        theirs.commit()
+    joined = f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3Dapp%2Cshared"
+    database = Database.of(joined, "--to")
+    assert database is not None
+    database.write("offers", ROWS, index=("user_id",), replace=False)
+    assert len(rows(server, "app.offers")) == 3 and rows(server, "shared.offers") == [(7,)]
+
+
+def test_the_folder_is_checked_before_any_work(tmp_path: Path) -> None:
+    database = Database.of(f"{tmp_path}/missing/lists.db", "--to")
+    assert database is not None
+    with raises(DataError, Facts("failed", column="--to", says="there is no folder")):
+        database.check("lists", ROWS.schema, replace=False)
+
+
 def test_what_is_a_database(tmp_path: Path) -> None:
     for name in ("lists.db", "lists.sqlite", "lists.sqlite3"):
         found = Database.of(str(tmp_path / name), "--to")
@@ -97,3 +135,11 @@ def test_files_of_other_programs_and_passwords(tmp_path: Path) -> None:
     with pytest.raises(LlmrecError) as caught:
         away.check("lists", ROWS.schema, replace=False)
     assert "secret" not in str(caught.value) and "postgresql://127.0.0.1/shop" in str(caught.value)
+    # Passwords that libpq repeats in its messages, or that urllib rejects.
+    for address in ("me:se%zzcret@127.0.0.1:1/db", "127.0.0.1:1/db?user=me&password=se%zzcret", "me:se[zzcret@h:1/db"):
+        odd = Database.of(f"postgresql://{address}", "--to")
+        assert odd is not None
+        with pytest.raises(LlmrecError) as caught:
+            odd.check("lists", ROWS.schema, replace=False)
+        assert "zzcret" not in str(caught.value)
+    assert Database.of("https://me:x@[h/l.csv", "--to") is None

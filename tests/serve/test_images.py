@@ -52,6 +52,12 @@ def test_urls_of_the_web_are_images(url: str) -> None:
         "http://127.0.0.1/x.png",
         "http://2130706433/x.png",
         "http://[::1]/x.png",
+        "http://shop.localhost:8080/x.png",
+        "https://printer.local/x.png",
+        "https://metadata.google.internal/x.png",
+        # Letters and digits that a header cannot hold.
+        "https://a.example.com:\u0661\u0662/x.png",
+        "https://img.\u017fhop.com/x.png",
         # Nothing that ends a directive, or hides the host.
         "https://example.com; script-src https://evil.example.com",
         "https://example.com;script-src/x.png",

@@ -40,12 +40,26 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
             rows = {name: [getattr(record, name) for record in records] for name in PREDICTIONS.names}
             table = pa.table(rows, schema=PREDICTIONS)
             database.write(_TABLE, table, index=("request_id",), replace=options.restart)
+        _forget(out)
         return {**summary, "file": database.shown}
     if options.out is None:
         raise RecipeError(
             "--out is missing: give the output file, or a database with --to", kind="missing-key", column="--out"
         )
-    return _predict(options, options.out)[0]
+    summary, _ = _predict(options, options.out)
+    _forget(options.out)
+    return summary
+
+
+def _store(out: Path) -> Path:
+    """Return the file of the answers that a killed call reads again."""
+    return out.with_name(out.name + ".answers.sqlite")
+
+
+def _forget(out: Path) -> None:
+    """Remove the answers of a call that is complete."""
+    for ending in ("", "-wal", "-shm", "-journal"):
+        _store(out).with_name(_store(out).name + ending).unlink(missing_ok=True)
 
 
 def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int], list[Predicted]]:
@@ -54,12 +68,11 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
     reads = (options.requests, options.items)
     check_out(out, reads, option="--out", by="predict", restart=options.restart)
     source = open_requests(options.requests)
-    stored = out.with_name(out.name + ".answers.sqlite")
     model_options = options.recommender(batch=options.batch)
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
-        LanguageModel.open(decided(model_options), store=stored, ranks=False) as recommender,
+        LanguageModel.open(decided(model_options), store=_store(out), ranks=False) as recommender,
         RankBar(total) as bar,
     ):
         family = _family(recommender, options.family)
@@ -77,8 +90,6 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
             bar.advance(len(raws))
         write_records(out, records, Predicted)
         digest = recommender.weights[:12]
-    for ending in ("", "-wal", "-shm", "-journal"):
-        stored.with_name(stored.name + ending).unlink(missing_ok=True)
     summary: dict[str, str | int] = {
         "family": family,
         "template": way.template,

@@ -640,7 +640,9 @@ async function rank(side) {
       arrived[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
     } catch (error) {
       if (signal.aborted) return;
-      showError(place, error, () => rank(side));
+      // A message may name the model, which the reader of a blind test must not know.
+      const message = { error: { message: "This list cannot be shown." } };
+      showError(place, blind.on ? new Refused(500, message) : error, () => rank(side));
     }
     waiting[side] = false;
   }
@@ -1037,7 +1039,7 @@ function vote(preferred) {
   const [left, right] = SIDES.map(modelOf);
   const lists = answers.map((answer) => answer?.items.map(({ item_id }) => item_id));
   const made = {
-    whom: blind.whom,
+    whom: whom(),
     left,
     right,
     preferred,
@@ -1103,6 +1105,7 @@ function clearVotes() {
   blind.tried.clear();
   keep(VOTES, JSON.stringify(blind.votes));
   drawBlind();
+  if (blind.on) SIDES.forEach(rank); // in a new order: the names may have been shown
   $("blind-title").focus(); // the button is hidden
   say("Votes deleted");
 }
@@ -1169,6 +1172,7 @@ function follow() {
   const { next, dropped } = readLink();
   state = next;
   blind.whom = "";
+  if (blind.on) answers.fill(null); // lists of the last user take no votes
   if (!cards.size) notice("No model of this service ranks items.");
   else notice(dropped ? "Some settings of the link are unknown here and were ignored." : "");
   drawControls();
