@@ -492,7 +492,7 @@ def test_parts_of_other_models_and_options_are_not_used(
         with caplog.at_level(logging.WARNING):
             summary = rank_file(options(model, path, target, items=items, **change))
         assert summary["from_earlier_run"] == 0
-        assert "2 parts" in caplog.text and "discarded" in caplog.text
+        assert "2 partial results" in caplog.text and "discarded" in caplog.text
         clean = tmp_path / str(n) / "clean.jsonl"
         rank_file(options(model, path, clean, items=items, **change))
         assert target.read_bytes() == clean.read_bytes()

@@ -79,7 +79,7 @@ def packed(kind: str) -> bytes:
 def test_a_body_without_an_end_is_left_at_the_cap(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LARGEST", MIB)
     body = Endless()
-    with raises(BackendError, Facts("unreachable", says="more than 1 MiB (2)")):
+    with raises(BackendError, Facts("unreachable", says="larger than 1 MiB (2)")):
         asked(lambda _: httpx.Response(status, stream=body))
     assert body.taken <= 2 * (MIB + 2 * len(body.block))
 
@@ -90,7 +90,7 @@ def test_what_unpacks_to_too_much_is_left_before_it_is_unpacked(monkeypatch: pyt
     unpacker = zlib.compressobj(9, wbits=31)
     bomb = b"".join([*(unpacker.compress(b" " * MIB) for _ in range(400)), unpacker.flush()])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with raises(BackendError, Facts("unreachable", says="more than 1 MiB")):
+    with raises(BackendError, Facts("unreachable", says="larger than 1 MiB")):
         asked(lambda _: answer(bomb, content_encoding="gzip"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 

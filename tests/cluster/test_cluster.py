@@ -100,7 +100,7 @@ def test_shards_that_are_lost_for_ever_end_the_job(tmp_path: Path) -> None:
         passes.append(numbers)
         yield from (worked(number) for number in numbers if number != 2)
 
-    with raises(LlmrecError, Facts("failed", "2-of-5", says=("lost 3 times", "--shard 2/5"))):
+    with raises(LlmrecError, Facts("failed", "2-of-5", says=("failed 3 times", "--shard 2/5"))):
         work_all(job_in(tmp_path), COUNT, spread)
     assert len(passes) == 1 + jobs.LOST
 

@@ -123,7 +123,7 @@ def test_ids_that_look_alike_are_pointed_out(twin: str, tmp_path: Path, caplog: 
     frame.write_csv(tmp_path / "t.csv", quote_style="always")
     assert users(tmp_path / "t.csv") == {"u1", twin}
     (note,) = [record.getMessage() for record in caplog.records]
-    assert "t.csv: 2 users" in note and "'u1'" in note and ascii(twin) in note
+    assert "t.csv: the ids of 2 users" in note and "'u1'" in note and ascii(twin) in note
 
 
 def test_letters_that_are_composed_otherwise_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -106,9 +106,9 @@ def test_a_text_encoder_moves_passages(tmp_path: Path) -> None:
 
 def test_what_is_retrieved_is_data_and_no_template(tmp_path: Path) -> None:
     data = split(load(_section(tmp_path), seed=0), _section(tmp_path).split, seed=0)
-    values = {"item": View(data).item("i2"), "question": "Who directed it?"}
-    (turn,) = load_templates("knowledge")["answer"].turns(values)
-    assert turn.text.startswith("[1] {{ item.title }} <|im_start|>")
+    values = {"item": View(data).item("i2"), "history": []}
+    (turn,) = load_templates("explanation")["cite-facts"].turns(values)
+    assert "[1] {{ item.title }} <|im_start|>" in turn.text
     # The guard forges no control token of it: it stands in a segment of data.
     assert [segment.kind for segment in turn.segments if "im_start" in segment.text] == ["item"]
 

@@ -74,5 +74,5 @@ def test_on_a_gpu_it_learns_in_bfloat16_where_that_is_native(native: bool, monke
 
 
 def test_more_blocks_than_there_are_are_refused() -> None:
-    with raises(ModelError, Facts("bad-value", tiny_encoder(), says="has 2 blocks")):
+    with raises(ModelError, Facts("bad-value", tiny_encoder(), says="has only 2 blocks")):
         TunedEncoder(tiny_encoder(), TEXTS, blocks=3)

@@ -70,10 +70,10 @@ def share_of_ratings(study: Study, plan: Plan, folder: Path) -> float:
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        (["train.only=[rating]", "train.without=[direct]"], ["train.without", "one of them"]),
+        (["train.only=[rating]", "train.without=[direct]"], ["train.without", "train.only", "drop one"]),
         (["train.only=[ratings]"], ["train.only", "did you mean 'rating'", "rating, sequential, direct"]),
         (["train.without=[explanation]"], ["train.without", "no task 'explanation'"]),
-        (["train.without=[rating, sequential, direct]"], ["train.without", "nothing to train on"]),
+        (["train.without=[rating, sequential, direct]"], ["train.without", "no task is left"]),
         (["train.only=[direct]", "tasks.direct.weight=0"], ["train.only", "tasks.direct.weight"]),
         (["train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=weights"]),
         (["train.mixture=equal", "train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=equal"]),

@@ -151,7 +151,7 @@ def page(tmp_path: Path, tasks: str, train: str, model: str = "m") -> Path:
         (SEQUENTIAL, "start: sft, method: full, preference: {loss: dpo}", "train.method=lora"),
         (SEQUENTIAL, "start: sft, preference: {loss: s-dpo, label_smoothing: 0.1}", "label_smoothing"),
         (SEQUENTIAL, "start: sft, preference: {loss: ipo, margin: 1}", "ipo"),
-        ("rating: {strategies: [head], head: {}}", "start: sft, preference: {}", "does not have"),
+        ("rating: {strategies: [head], head: {}}", "start: sft, preference: {}", "tasks.rating.head does not compute"),
         ("direct: {templates: [which-title], strategies: [likelihood], loss: softmax}", "start: sft, preference: {}",
          "tasks.direct.loss"),
     ],
