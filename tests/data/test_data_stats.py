@@ -65,5 +65,7 @@ def test_hashes_are_pinned_and_tell_parts_apart() -> None:
 
 
 def test_cut_offs_beyond_what_is_ranked_are_named() -> None:
-    assert "20 items are ranked" in wide_cutoffs((50, 1, 20), 20) and "HR@20 is always 1" in wide_cutoffs((50, 1, 20), 20)
+    assert "20 items are ranked" in wide_cutoffs((50, 1, 20), 20) and "HR@20 is always 1" in wide_cutoffs(
+        (50, 1, 20), 20
+    )
     assert wide_cutoffs((1, 10), 20) == ""

@@ -141,7 +141,8 @@ def test_refusals() -> None:
         capabilities = frozenset({"embed"})  # type: ignore[assignment]
 
     with raises(
-        BackendError, Facts("unsupported", column="eval.backend", says=("'fake' does not support score", "supports embed"))
+        BackendError,
+        Facts("unsupported", column="eval.backend", says=("'fake' does not support score", "supports embed")),
     ):
         LikelihoodRanker(asker(Mute()))
     with raises(LlmrecError, Facts("missing-value", column="candidates")):
