@@ -38,9 +38,9 @@ _STOP_CASES, _LATEST, _DECAY = 5_000, 5, 0.5
 # Share of the log frequency of a target that is subtracted from its similarity (logQ correction). With 1, the softmax
 # over a batch models how often an item follows (Yi et al., RecSys 2019, section 4); with 0, how much more often than by
 # chance.
-_FREQUENT = 0.5
+FREQUENT = 0.5
 # Warm-up steps of the learning rate.
-_WARM = 20
+WARM_UP = 20
 # Minimum time budget in seconds for `llmrec auto` to try it: a fit takes minutes on two cores.
 _LONG = 3600.0
 
@@ -119,7 +119,7 @@ class _Learner:
 
 
 @dataclass
-class _Alike:
+class SimilarToLatest:
     """Scores items by vector similarity to the latest history items."""
 
     steps: Steps
@@ -128,6 +128,7 @@ class _Alike:
 
     @property
     def items(self) -> tuple[str, ...]:
+        """Ids of all items, in column order."""
         return self.steps.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
@@ -180,12 +181,16 @@ class TransitionsTuned(TransitionsText):
         pairs = Pairs.of(steps, config.apart, config.nearby)
         if not len(pairs.first):
             return encoder
+
+        def evaluate() -> float:
+            return -mean_ndcgs(SimilarToLatest(steps, encoder.every().numpy()), cases)["excluded"]
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             learn = _Epoch(encoder, pairs, config, np.random.default_rng(self._seed))
             until_least(
                 _Learner(torch.nn.ModuleDict({"encoder": encoder.blocks}), self.name),
-                (lambda: -mean_ndcgs(_Alike(steps, encoder.every().numpy()), cases)["excluded"]) if cases else None,
+                evaluate if cases else None,
                 config,
                 learn,
                 measure="NDCG@10 of similarity",
@@ -224,7 +229,7 @@ class _Epoch:
         """Train for one epoch, and return the mean loss in nats."""
         config, total = self._config, 0.0
         for _ in range(config.steps):
-            rate = min(1.0, (self._done + 1) / _WARM) * (1 - self._done / (config.epochs * config.steps))
+            rate = min(1.0, (self._done + 1) / WARM_UP) * (1 - self._done / (config.epochs * config.steps))
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * rate
             drawn = self._rng.choice(len(self._pairs.first), config.batch, p=self._pairs.weights)
@@ -239,13 +244,13 @@ class _Epoch:
     def _loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
         torch = require("torch", "train")
         rows, places = np.unique(np.concatenate([first, then]), return_inverse=True)
-        vectors = _read(self._encoder, rows)[torch.from_numpy(places)]
+        vectors = read_texts(self._encoder, rows)[torch.from_numpy(places)]
         logits = vectors[: len(first)] @ vectors[len(first) :].T / self._config.temperature
         against = torch.from_numpy(self._pairs.unknown(first, then))
-        return info_nce(logits - _FREQUENT * torch.from_numpy(self._often[then]).float(), ~against)
+        return info_nce(logits - FREQUENT * torch.from_numpy(self._often[then]).float(), ~against)
 
 
-def _read(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
+def read_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
     """Encode texts in groups of similar length, with gradients; returns vectors of shape (n, d)."""
     torch = require("torch", "train")
     groups = batches_of([encoder.length(int(row)) for row in rows])

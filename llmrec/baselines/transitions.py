@@ -108,7 +108,7 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transitions for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        votes = recent(requests, model.catalogue, config.history, config.decay) @ _normalised(model, config)
+        votes = recent(requests, model.catalogue, config.history, config.decay) @ normalised(model, config)
         return filled(votes.toarray(), model.popular)
 
 
@@ -161,7 +161,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transitions and similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        steps = _normalised(model, config)
+        steps = normalised(model, config)
         alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
         votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
@@ -197,7 +197,7 @@ def counted(data: SplitDataset) -> Steps:
     return Steps(catalogue, gaps, counts(log, catalogue))
 
 
-def _normalised(model: Steps, config: TransitionsConfig) -> Any:
+def normalised(model: Steps, config: TransitionsConfig) -> Any:
     """Return the normalised transitions in both directions, sparse, shape (items, items)."""
     shape = config.reach, config.fade, config.backward
 

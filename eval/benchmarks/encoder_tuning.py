@@ -1,0 +1,234 @@
+"""Compares ways to fine-tune a text encoder on item pairs, on validation users of Amazon 2014 Toys.
+
+``LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 python -m eval.benchmarks.encoder_tuning eval/results/encoder_tuning.json``
+
+Each variant changes one thing of `transitions-tuned`. No test user is read. The curve of a variant has NDCG@10 after
+every 120 steps: of similarity to the latest items alone, and in `transitions-text`, whose weight of texts is chosen on
+5,000 validation users and evaluated on the others. Finished variants are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from eval.benchmarks.provenance import provenance
+from llmrec.baselines.item_texts import texts_of
+from llmrec.baselines.neural import info_nce
+from llmrec.baselines.pairs import (
+    FREQUENT,
+    WARM_UP,
+    Pairs,
+    SimilarToLatest,
+    TransitionsTuned,
+    TransitionsTunedConfig,
+    read_texts,
+)
+from llmrec.baselines.transitions import Steps, counted, normalised
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases
+from llmrec.durable import write_json
+from llmrec.models.text_encoder import TunedEncoder, find_encoder
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.load import load_suite
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+SUITE, ROW = "eval/suites/toys.yaml", "transitions-tuned"
+CHOOSING = 5_000
+EVERY = 120
+WEIGHTS = (3.0, 8.0, 20.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to fine-tune.
+
+    Attributes:
+        encoder: Name of the text encoder.
+        blocks: Number of fine-tuned layers.
+        steps: Number of optimiser steps, over which the learning rate decays to 0.
+        learning_rate: Learning rate after the warm-up.
+        hard: Draw one additional negative per pair among this many nearest items, which are found again every 120
+            steps.
+        distilled: Learn the transition weights of all items of the batch instead of the drawn pair.
+    """
+
+    encoder: str = "all-MiniLM-L6-v2"
+    blocks: int = 2
+    steps: int = 240
+    learning_rate: float = 1e-4
+    hard: int = 0
+    distilled: bool = False
+
+
+VARIANTS = {
+    "default": Variant(),
+    "720 steps": Variant(steps=720),
+    "all 6 blocks": Variant(blocks=6),
+    "distilled from transitions": Variant(distilled=True),
+    "hard negatives": Variant(hard=50),
+    "learning rate 3e-4": Variant(learning_rate=3e-4),
+    "all-mpnet-base-v2": Variant(encoder="sentence-transformers/all-mpnet-base-v2"),
+    "SmolLM2-135M": Variant(encoder="SmolLM2-135M-Instruct"),
+    "1 block": Variant(blocks=1),
+    "4 blocks": Variant(blocks=4),
+}
+
+
+class Judge:
+    """Evaluates item vectors on validation users."""
+
+    def __init__(self, data: SplitDataset, parameters: Mapping[str, Any]) -> None:
+        self._data, self._steps = data, counted(data)
+        self._parameters = parameters
+        cases = ranking_cases(data)
+        self._chosen, self._others = cases[:CHOOSING], cases[CHOOSING:]
+        bought = dict(zip(self._steps.catalogue.ids, self._steps.popular, strict=True))
+        self._cold = [case for case in cases if not bought[str(case.truth)]]
+
+    @property
+    def users(self) -> dict[str, int]:
+        """The numbers of validation users."""
+        return {"chosen": len(self._chosen), "others": len(self._others), "cold": len(self._cold)}
+
+    def __call__(self, vectors: NDArray[np.float32]) -> dict[str, float]:
+        """Return NDCG@10 of similarity alone, and of `transitions-text` with these vectors."""
+        model = TransitionsTuned(**self._parameters)
+        model.restore(self._data, {"vectors": vectors})
+        models = [model.with_config(model.config.model_copy(update={"text": weight})) for weight in WEIGHTS]
+        values = [mean_ndcgs(weighted, self._chosen)["excluded"] for weighted in models]
+        best = int(np.argmax(values))
+        return {
+            "similarity": mean_ndcgs(SimilarToLatest(self._steps, vectors), self._chosen)["excluded"],
+            "weight": WEIGHTS[best],
+            "chosen": values[best],
+            "others": mean_ndcgs(models[best], self._others)["excluded"],
+            "cold": mean_ndcgs(models[best], self._cold)["excluded"],
+        }
+
+
+class Trainer:
+    """Fine-tunes an encoder on pairs of items."""
+
+    def __init__(self, variant: Variant, encoder: TunedEncoder, steps: Steps, config: TransitionsTunedConfig) -> None:
+        self._variant, self._encoder, self._config = variant, encoder, config
+        self._pairs = Pairs.of(steps, config.apart, config.nearby)
+        frequencies = np.bincount(self._pairs.then, weights=self._pairs.weights, minlength=len(steps.popular))
+        self._frequencies = np.log(np.maximum(frequencies, 1e-12))
+        self._weights = normalised(steps, config) if variant.distilled else None
+        self._rng = np.random.default_rng(0)
+        self._near: NDArray[np.int64] | None = None
+        self._optimiser = torch.optim.AdamW(
+            encoder.blocks.parameters(), lr=variant.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def step(self, step: int) -> float:
+        """Take an optimiser step, and return its loss in nats."""
+        variant, batch = self._variant, self._config.batch
+        rate = variant.learning_rate * min(1.0, step / WARM_UP) * (1 - (step - 1) / variant.steps)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        if variant.hard and (step - 1) % EVERY == 0:
+            vectors = self._encoder.every()
+            self._near = (vectors @ vectors.T).fill_diagonal_(-1).topk(variant.hard).indices.numpy()
+        drawn = self._rng.choice(len(self._pairs.first), batch, p=self._pairs.weights)
+        first, then = self._pairs.first[drawn], self._pairs.then[drawn]
+        others = [] if self._near is None else [self._near[first, self._rng.integers(0, variant.hard, batch)]]
+        loss = self._loss(first, np.concatenate([then, *others]))
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimiser.step()
+        return float(loss.detach())
+
+    def _loss(self, first: NDArray[np.int64], candidates: NDArray[np.int64]) -> Any:
+        rows, places = np.unique(np.concatenate([first, candidates]), return_inverse=True)
+        vectors = read_texts(self._encoder, rows)[torch.from_numpy(places)]
+        logits = vectors[: len(first)] @ vectors[len(first) :].T / self._config.temperature
+        logits = logits - FREQUENT * torch.from_numpy(self._frequencies[candidates]).float()
+        same = first[:, None] == candidates[None, :]
+        if self._weights is not None:
+            # The drawn pair keeps a positive target even if its weight is 0.
+            target = self._weights[first][:, candidates].toarray() + 1e-6 * np.eye(len(first), len(candidates))
+            target = torch.from_numpy(np.where(same, 0.0, target)).float()
+            target = target / target.sum(1, keepdim=True)
+            logits = logits.masked_fill(torch.from_numpy(same), -1e9)
+            return -(target * torch.log_softmax(logits, dim=1)).sum(1).mean()
+        known = same | (self._pairs.seen[first][:, candidates].toarray() > 0)
+        known[np.arange(len(first)), np.arange(len(first))] = False
+        return info_nce(logits, torch.from_numpy(known))
+
+
+def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Fine-tune, and yield the evaluation of the pretrained and of the fine-tuned vectors every 120 steps."""
+    torch.manual_seed(0)
+    judge, steps, config = Judge(data, parameters), counted(data), TransitionsTunedConfig(**parameters)
+    texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
+    begin = time.monotonic()
+    encoder = TunedEncoder(find_encoder(variant.encoder)[0], texts, blocks=variant.blocks)
+    pretrained = encoder.every().numpy()
+    seconds = time.monotonic() - begin
+    yield {"users": judge.users, "step": 0, "seconds": seconds, "tuned": judge(pretrained)}
+    trainer, losses = Trainer(variant, encoder, steps, config), []
+    for step in range(1, variant.steps + 1):
+        begin = time.monotonic()
+        losses.append(trainer.step(step))
+        seconds += time.monotonic() - begin
+        if step % EVERY == 0:
+            vectors = encoder.every().numpy()
+            both = np.concatenate([vectors, pretrained], axis=1) / np.sqrt(2, dtype=np.float32)
+            yield {
+                "step": step,
+                "seconds": seconds,
+                "loss": float(np.mean(losses)),
+                "tuned": judge(vectors),
+                "tuned and pretrained": judge(both),
+            }
+            losses = []
+
+
+def finished(target: Path) -> dict[str, Any]:
+    """Return the results of finished variants."""
+    return dict(json.loads(target.read_text(encoding="utf-8"))["variants"]) if target.is_file() else {}
+
+
+def main(target: Path, names: Sequence[str]) -> None:
+    """Run variants, each in a process of its own, so that their memory can be compared."""
+    if len(names) != 1:
+        for name in names or VARIANTS:
+            subprocess.run([sys.executable, "-m", "eval.benchmarks.encoder_tuning", str(target), name], check=True)
+        return
+    (name,) = names
+    if name in finished(target):
+        return
+    suite = load_suite(SUITE)
+    (row,) = (row for row in suite.rows if row.label == ROW)
+    looks = []
+    for look in curve(VARIANTS[name], load_split(suite.data, suite.split_seeds[0]), row.parameters):
+        looks.append(look)
+        sys.stdout.write(f"{name}: {json.dumps(look)}\n")
+        sys.stdout.flush()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    variant = {**asdict(VARIANTS[name]), "curve": looks, "megabytes": memory, **provenance()}
+    result = {
+        "command": "LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 make bench NAME=encoder-tuning",
+        "what": "NDCG@10 of validation users of Amazon 2014 Toys, seen items filtered, one seed",
+        "variants": {**finished(target), name: variant},
+    }
+    write_json(target, result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
