@@ -78,8 +78,8 @@ VARIANTS = {
     "default": Variant(),
     "720 steps": Variant(steps=720),
     "all 6 blocks": Variant(blocks=6),
-    "distilled from transitions": Variant(distilled=True),
-    "hard negatives": Variant(hard=50),
+    "distilled": Variant(distilled=True),
+    "hard-negatives": Variant(hard=50),
     "learning rate 3e-4": Variant(learning_rate=3e-4),
     "all-mpnet-base-v2": Variant(encoder="sentence-transformers/all-mpnet-base-v2"),
     "SmolLM2-135M": Variant(encoder="SmolLM2-135M-Instruct"),
@@ -194,7 +194,7 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
                 "seconds": seconds,
                 "loss": float(np.mean(losses)),
                 "tuned": judge(vectors),
-                "tuned and pretrained": judge(both),
+                "concatenated": judge(both),
             }
             losses = []
 
