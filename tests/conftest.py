@@ -52,6 +52,15 @@ if _has_room(Path("/dev/shm")):
 _LEVELS = {logger: logger.level for logger in map(logging.getLogger, (None, "llmrec", "llmrec.progress"))}
 
 
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the URL of a real server of PostgreSQL, which listens on a socket in a folder of its own."""
+    pgserver = pytest.importorskip("pgserver")
+    pytest.importorskip("adbc_driver_postgresql.dbapi")
+    with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
+        yield running.get_uri()
+
+
 @pytest.fixture(autouse=True)
 def _levels() -> Iterator[None]:
     """Put back what a command sets for its process: levels of logs, and that there are no bars."""

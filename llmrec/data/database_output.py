@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from llmrec.data.read.databases import file_of
+from llmrec.data.read.databases import file_of, without_secrets
 from llmrec.data.read.limits import reason
 from llmrec.errors import DataError, LlmrecError, require
 
@@ -146,7 +145,7 @@ class Database:
             raise
         except Exception as error:  # each library has its own errors
             # The message may contain the address, which may contain a password.
-            message = reason(RuntimeError(_without_secrets(str(error), self.at).replace(self.at, self.shown)))
+            message = reason(RuntimeError(without_secrets(str(error), self.at).replace(self.at, self.shown)))
             raise self._error("failed", f" cannot be written ({message}); nothing in it was changed") from None
 
     def _error(self, kind: Any, rest: str) -> DataError:
@@ -160,14 +159,6 @@ def without_password(address: str) -> str:
     except ValueError:  # such as a [ in a password that is not written as %5B
         return f"{address.partition('://')[0]}://..."
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-
-
-def _without_secrets(message: str, address: str) -> str:
-    """Return a message without the password of an address, which libpq repeats if it is not percent-encoded."""
-    found = re.findall(r"://[^/@]*?:([^/]*)@|[?&]password=([^&#]*)", address)
-    for secret in filter(None, (part for pair in found for part in pair)):
-        message = message.replace(secret, "***").replace(unquote(secret), "***")
-    return message
 
 
 _INFORMATION = (

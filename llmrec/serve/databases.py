@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, TypeAlias
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
+from llmrec.data.read.databases import without_secrets
 from llmrec.data.read.limits import no_file, reason, shown
 from llmrec.errors import DataError, ErrorKind, LlmrecError, require
 from llmrec.machine import flush_folder
@@ -367,9 +368,6 @@ class Postgres:
         # Without a timeout, a server that drops all packets would block forever.
         mark = "&" if parts.query else "?"
         self._url = url if "connect_timeout=" in parts.query else f"{url}{mark}connect_timeout=10"
-        pairs = [pair.partition("=") for pair in parts.query.split("&")]
-        words = [parts.password or "", *(value for name, _, value in pairs if "password" in name.lower())]
-        self._secrets = sorted({form for word in words for form in (word, unquote(word)) if form}, key=len)
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
         """See `Database.error`."""
@@ -382,8 +380,7 @@ class Postgres:
         # Only one line, since the others repeat the query or values.
         message = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
         message = re.split(r"(?:ERROR|FATAL): +", message, maxsplit=1)[-1].partition("\n")[0]
-        for word in reversed(self._secrets):
-            message = message.replace(word, "***")
+        message = without_secrets(message, self._url)
         return self.error(kind, f" cannot be used ({reason(ValueError(message))}); {fix}")
 
     def connect(self) -> Any:

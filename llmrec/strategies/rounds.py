@@ -194,7 +194,7 @@ class Rounds:
             usable = [request for request in self._training if len(request.candidates or ()) >= size]
             if not usable:
                 raise LlmrecError(
-                    f"eval.debias: requests have {size} candidates, but no training example has so many; set "
+                    f"eval.debias: requests have {size} candidates, but all training examples have fewer; set "
                     "eval.debias=none, or lower eval.candidates.count",
                     kind="too-few",
                     column="eval.debias",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,18 +19,10 @@ ROWS = pa.table({"user_id": ["a", "b", None], "rank": [1, 2, None], "score": [0.
 OTHER = ROWS.rename_columns(["who", "rank", "score"])
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pgserver = pytest.importorskip("pgserver")
-    pytest.importorskip("adbc_driver_postgresql.dbapi")
-    with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
-        yield running.get_uri()
-
-
 @pytest.fixture(params=["sqlite", "duckdb", "postgresql"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgresql":
-        return str(request.getfixturevalue("server"))
+        return str(request.getfixturevalue("postgres"))
     pytest.importorskip("sqlite3" if request.param == "sqlite" else "duckdb")
     return f"{request.param}:///{tmp_path}/shop.{request.param}"
 
@@ -85,9 +76,9 @@ def test_a_table_with_capitals_is_never_replaced_by_another(tmp_path: Path) -> N
     assert rows(address, '"Lists"') == [(7,)]
 
 
-def test_a_table_of_another_schema_is_never_dropped(server: str) -> None:
+def test_a_table_of_another_schema_is_never_dropped(postgres: str) -> None:
     dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
-    with closing(dbapi.connect(server)) as theirs:
+    with closing(dbapi.connect(postgres)) as theirs:
         for line in (
             "CREATE SCHEMA app",
             "CREATE SCHEMA shared",
@@ -96,11 +87,11 @@ def test_a_table_of_another_schema_is_never_dropped(server: str) -> None:
         ):
             theirs.cursor().execute(line)
         theirs.commit()
-    joined = f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3Dapp%2Cshared"
+    joined = f"{postgres}{'&' if '?' in postgres else '?'}options=-csearch_path%3Dapp%2Cshared"
     database = Database.of(joined, "--to")
     assert database is not None
     database.write("offers", ROWS, index=("user_id",), replace=False)
-    assert len(rows(server, "app.offers")) == 3 and rows(server, "shared.offers") == [(7,)]
+    assert len(rows(postgres, "app.offers")) == 3 and rows(postgres, "shared.offers") == [(7,)]
 
 
 def test_the_folder_is_checked_before_any_work(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 import re
 import sqlite3
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -139,18 +139,15 @@ def in_duckdb(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server of PostgreSQL, which listens on a socket in a folder of its own."""
-    pgserver = pytest.importorskip("pgserver")
+def server(postgres: str) -> str:
+    """Return the URL of a server with a table of interactions."""
     dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
-    with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
-        url = running.get_uri()
-        with dbapi.connect(url) as connection, connection.cursor() as cursor:
-            cursor.execute(CREATE)
-            for row in ROWS:
-                cursor.execute("INSERT INTO events VALUES ($1, $2, $3, $4, $5)", row)
-            connection.commit()
-        yield url
+    with dbapi.connect(postgres) as connection, connection.cursor() as cursor:
+        cursor.execute(CREATE)
+        for row in ROWS:
+            cursor.execute("INSERT INTO events VALUES ($1, $2, $3, $4, $5)", row)
+        connection.commit()
+    return postgres
 
 
 @pytest.mark.parametrize("made", [in_sqlite, in_duckdb])

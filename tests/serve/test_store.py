@@ -32,15 +32,6 @@ def items_of(store: ServiceStore, user: str) -> list[str]:
     return [each.item_id for each in store.events_of(user)]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server of PostgreSQL, which listens on a socket in a folder of its own."""
-    pgserver = pytest.importorskip("pgserver")
-    pytest.importorskip("adbc_driver_postgresql.dbapi")
-    with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
-        yield running.get_uri()
-
-
 def ask(where: str, query: str) -> list[tuple[Any, ...]]:
     """Run one statement past the store."""
     if "://" not in where:
@@ -53,18 +44,18 @@ def ask(where: str, query: str) -> list[tuple[Any, ...]]:
         return list(cursor.fetchall()) if cursor.description else []
 
 
-def schema(server: str) -> str:
+def schema(postgres: str) -> str:
     """Make an empty schema, which costs less than a database, and return a URL that leads to it."""
     name = f"shop{next(_NUMBERS)}"
-    ask(server, f"CREATE SCHEMA {name}")
-    return f"{server}&options=-csearch_path%3D{name}"
+    ask(postgres, f"CREATE SCHEMA {name}")
+    return f"{postgres}&options=-csearch_path%3D{name}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "shop" / "service.db")
-    return schema(request.getfixturevalue("server"))
+    return schema(request.getfixturevalue("postgres"))
 
 
 @contextmanager
@@ -295,8 +286,8 @@ def test_an_erasure_that_was_not_finished_is_finished_when_the_store_is_opened_a
         assert not store.unfinished and held(tmp_path, "annabel") == [] and store.erased("annabel")
 
 
-def test_what_postgresql_keeps_of_an_erased_user_is_said(server: str) -> None:
-    with opened(schema(server)) as store:
+def test_what_postgresql_keeps_of_an_erased_user_is_said(postgres: str) -> None:
+    with opened(schema(postgres)) as store:
         store.add_events([event("ann")])
         assert store.erase("ann") == 1 and not store.unfinished
         assert len(store.remains) == 1 and "vacuum" in store.remains[0]
@@ -605,16 +596,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("table", ["llmrec_events (n INT)", "llmrec_service (n INT)"])
-def test_tables_of_another_program_are_left_as_they_are(server: str, table: str) -> None:
-    where = schema(server)
+def test_tables_of_another_program_are_left_as_they_are(postgres: str, table: str) -> None:
+    where = schema(postgres)
     ask(where, f"CREATE TABLE {table}")
     with raises(LlmrecError, Facts("wrong-format", says="another database")):
         ServiceStore.open(where)
     assert ask(where, "SELECT count(*) FROM information_schema.tables WHERE table_schema = current_schema()") == [(1,)]
 
 
-def test_a_user_without_leave_is_one_error(server: str) -> None:
-    where = schema(server)
+def test_a_user_without_leave_is_one_error(postgres: str) -> None:
+    where = schema(postgres)
     ask(where, "CREATE ROLE reader LOGIN")
     as_reader, only_read = where.replace("postgres:@", "reader@"), f"{where}%20-cdefault_transaction_read_only%3Don"
     for refused in (as_reader, only_read):
@@ -628,19 +619,19 @@ def test_a_user_without_leave_is_one_error(server: str) -> None:
             store.add_events([event("a")])
 
 
-def test_a_database_that_is_not_there_is_one_error(server: str) -> None:
+def test_a_database_that_is_not_there_is_one_error(postgres: str) -> None:
     with raises(LlmrecError, Facts("unreachable", says="nowhere")):
-        ServiceStore.open(server.replace("/postgres?", "/nowhere?"))
+        ServiceStore.open(postgres.replace("/postgres?", "/nowhere?"))
 
 
-def test_letters_that_a_database_cannot_keep_are_refused_at_once(server: str) -> None:
-    ask(server, "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
+def test_letters_that_a_database_cannot_keep_are_refused_at_once(postgres: str) -> None:
+    ask(postgres, "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
     with raises(LlmrecError, Facts("unsupported", says="UTF8")):
-        ServiceStore.open(server.replace("/postgres?", "/latin?"))
+        ServiceStore.open(postgres.replace("/postgres?", "/latin?"))
 
 
-def test_a_server_that_was_started_anew_costs_no_call(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = schema(server)
+def test_a_server_that_was_started_anew_costs_no_call(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = schema(postgres)
     monkeypatch.setattr(module, "_IDLE", float("inf"))
     others = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND "
     with opened(where) as store:
@@ -655,8 +646,8 @@ def test_a_server_that_was_started_anew_costs_no_call(server: str, monkeypatch: 
         assert store.add_events([event("a")]) == 1 and len(store.events_of("a")) == 3
 
 
-def test_connections_are_bounded_and_none_waits_inside_a_transaction(server: str) -> None:
-    where = f"{schema(server)}&application_name=bounded"
+def test_connections_are_bounded_and_none_waits_inside_a_transaction(postgres: str) -> None:
+    where = f"{schema(postgres)}&application_name=bounded"
     with opened(where) as store:
         threads = [threading.Thread(target=store.events_of, args=("a",)) for _ in range(30)]
         for thread in threads:
@@ -664,5 +655,5 @@ def test_connections_are_bounded_and_none_waits_inside_a_transaction(server: str
         for thread in threads:
             thread.join()
         query = "SELECT state FROM pg_stat_activity WHERE application_name = 'bounded'"
-        states = ask(server, query)
+        states = ask(postgres, query)
         assert 1 <= len(states) <= module._MOST and {state for (state,) in states} == {"idle"}

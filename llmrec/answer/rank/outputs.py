@@ -81,7 +81,7 @@ def into_table(
 
     Raises:
         RecipeError: If both options are given.
-        DataError: If there is no such database, or its table cannot be written.
+        DataError: If ``to`` names no supported database, or the table cannot be written.
     """
     if out is not None:
         raise RecipeError(

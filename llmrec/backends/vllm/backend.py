@@ -411,7 +411,7 @@ class VLLMBackend(Backend):
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                # Logits of a bfloat16 head have steps of 1/8 from 16 on, so many labels would tie.
+                # In bfloat16, logits above 16 are multiples of 1/8, so labels would often have equal logits.
                 hf_overrides={"head_dtype": "float32"},
                 # Settings in generation_config.json would change answers here but not in other engines.
                 generation_config="vllm",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import polars as pl
 import pyarrow as pa
@@ -114,6 +115,20 @@ class _Sink:
 
     def close(self) -> None:
         """Ignore the call."""
+
+
+_SECRET = re.compile(r"://[^/@]*?:([^/]*)@|[?&][^=&]*password[^=&]*=([^&#]*)", re.IGNORECASE)
+
+
+def without_secrets(message: str, url: str) -> str:
+    """Return a message with ``***`` in place of the passwords of a URL, which libpq may repeat in its messages.
+
+    The URL may be invalid, as libpq repeats a password above all if its characters are not percent-encoded.
+    """
+    words = {form for found in _SECRET.findall(url) for word in found for form in (word, unquote(word)) if form}
+    for word in sorted(words, key=len, reverse=True):
+        message = message.replace(word, "***")
+    return message
 
 
 def file_of(url: str) -> Path:

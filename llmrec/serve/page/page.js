@@ -353,11 +353,11 @@ function drawHistory(at, verb) {
   (tools.find((tool) => tool.dataset.verb === verb) ?? tools[0]).focus();
 }
 
-/** @param {string} told */
-function edited(told) {
+/** @param {string} message */
+function edited(message) {
   if (!state.history.length) state.user = "";
   state.edited = state.user !== "";
-  say(told);
+  say(message);
   changed();
 }
 
@@ -385,7 +385,7 @@ let people = new AbortController();
 async function loadUser(id) {
   people.abort();
   const { signal } = (people = new AbortController());
-  const tell = (told) => $("known-note").replaceChildren(told);
+  const tell = (message) => $("known-note").replaceChildren(message);
   tell("Loading…");
   try {
     const user = await askOf("v1/users/", id, { signal, onWait: tell });
@@ -458,7 +458,7 @@ function startSearch() {
   const look = async () => {
     control.abort();
     const { signal } = (control = new AbortController());
-    const tell = (told) => (note.replaceChildren(told), open(true));
+    const tell = (message) => (note.replaceChildren(message), open(true));
     if (!items.length) tell("Searching…");
     try {
       const query = new URLSearchParams({ q: input.value.trim(), limit: String(MOST_FOUND), offset: "0" });
@@ -572,7 +572,7 @@ function startControls() {
   on("example", "click", async () => {
     const note = $("welcome-note");
     try {
-      const { items } = await ask("v1/items?limit=3", { onWait: (told) => note.replaceChildren(told) });
+      const { items } = await ask("v1/items?limit=3", { onWait: (message) => note.replaceChildren(message) });
       note.replaceChildren(items.length ? "" : "The catalogue is empty.");
       if (items.length) add(...items);
     } catch (error) {
@@ -637,7 +637,7 @@ async function rank(side) {
     const rationale = state.why && !blind.on && card?.kind !== "classic" ? 3 : 0;
     const body = { ...about(side), k: state.k, exclude_seen: state.seen, rationale, rules: rules() };
     try {
-      arrived[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
+      arrived[side] = await ask("v1/rank", { body, signal, onWait: (message) => place.replaceChildren(message) });
     } catch (error) {
       if (signal.aborted) return;
       // A message may name the model, which the reader of a blind test must not know.
@@ -910,7 +910,7 @@ function questionOf(side, item, question, below, signal) {
     below.append(block);
     const similar = { item_ids: [item.item_id], by, k: 5, rules: rules() };
     const asked = by ? similar : { ...about(side), item_id: item.item_id };
-    const options = { body: asked, signal, onWait: (told) => body.replaceChildren(told) };
+    const options = { body: asked, signal, onWait: (message) => body.replaceChildren(message) };
     const grow = (text) => (prose.append(text), prose.isConnected || body.replaceChildren(prose));
     try {
       const call = /** @type {Function} */ (verb === "explain" ? askForText : ask);
@@ -1140,9 +1140,9 @@ async function start() {
   try {
     for (;;) {
       const answer = await fetch("ready", { signal }).catch(() => null);
-      const told = await answer?.json().catch(() => null);
+      const body = await answer?.json().catch(() => null);
       // If this fails, the request for the models reports why.
-      if (!answer || (answer.status !== 503 && told?.ready !== false)) break;
+      if (!answer || (answer.status !== 503 && body?.ready !== false)) break;
       notice("The service is loading its models. Retrying every few seconds.");
       await pause(Math.min(retryAfter(answer) ?? 3, 10), signal);
     }

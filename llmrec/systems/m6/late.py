@@ -233,8 +233,8 @@ class LateInteraction(Baseline[LateConfig, Late]):
             result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
         if not result:
             raise DataError(
-                f"{self.name} needs users with at least two training ratings, but {data.dataset.name} has no such "
-                "user; use data with ratings, or remove the baseline",
+                f"{self.name} needs users with at least two training ratings, but no user of {data.dataset.name} "
+                "has two; use data with ratings, or remove the baseline",
                 kind="too-few",
                 at=data.dataset.name,
                 column="rating",
