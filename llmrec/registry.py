@@ -160,6 +160,7 @@ BASELINES = extended(
         "als": BaselineEntry("llmrec.baselines.factors:ALS", _RANKED, needs="implicit"),
         "bpr": BaselineEntry("llmrec.baselines.factors:BPR", _RANKED, needs="implicit"),
         "gru4rec": BaselineEntry("llmrec.baselines.gru4rec:GRU4Rec", _RANKED, needs="torch"),
+        "llm-sequence": BaselineEntry("llmrec.baselines.llm_sequence:LLMSequence", _RANKED, needs="torch"),
         "sasrec": BaselineEntry("llmrec.baselines.sasrec:SASRec", _RANKED, needs="torch"),
         "transitions-tuned": BaselineEntry("llmrec.baselines.pairs:TransitionsTuned", _RANKED, needs="torch"),
         "text-matcher": BaselineEntry("llmrec.baselines.matcher:TextMatcher", _RANKED, needs="torch"),

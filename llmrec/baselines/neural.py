@@ -323,7 +323,7 @@ class Trained:
         return self.warm.spread(result, histories)
 
 
-N = TypeVar("N", bound=ProfiledConfig)
+N = TypeVar("N", bound=SequenceConfig)
 
 
 class SequenceNetwork(ScoredBaseline[N, Trained]):
@@ -342,7 +342,14 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """
         self._open(data)
         self._model = train(
-            data, self._whole, self._encode, self._config, self._seed, name=self.name, profiles=self._profiles
+            data,
+            self._whole,
+            self._encode,
+            self._config,
+            self._seed,
+            name=self.name,
+            profiles=self._profiles,
+            rates=self._rates,
         )
         self.looked_at = self._model.looked_at
 
@@ -373,7 +380,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
     def _open(self, data: SplitDataset) -> None:
         config = self._config
         self._profiles = None
-        if config.features:
+        if isinstance(config, ProfiledConfig) and config.features:
             self._profiles = Profiles.of(
                 config.features, data, config.whitening, shuffle=config.shuffled, experts=config.experts
             )
@@ -394,6 +401,10 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         raise NotImplementedError
 
+    def _rates(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]] | None:
+        """Return groups of parameters with separate learning rates; None: one rate for all."""
+        return None
+
 
 def train(
     data: SplitDataset,
@@ -404,6 +415,7 @@ def train(
     *,
     name: str = "network",
     profiles: Profiles | None = None,
+    rates: Callable[[Any], Sequence[Mapping[str, Any]] | None] = lambda network: None,
 ) -> Trained:
     """Train a network on the training sequences, and keep the weights of the best epoch.
 
@@ -415,6 +427,7 @@ def train(
         seed: Seeds weights, dropout, order and negatives.
         name: The name in the progress display.
         profiles: The user vectors that precede the sequences.
+        rates: Returns groups of parameters with separate learning rates; None: one rate for all.
     """
     torch = require("torch", "baselines")
     catalogue = Catalogue.of(data)
@@ -432,7 +445,13 @@ def train(
         loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
         rng = np.random.default_rng(seed)
         batches = partial(batches_of, sequences, config.batch, rng)
-        epoch = until_best(model, cases, config, lambda optimiser: _epoch(network, encode, batches(), optimiser, loss))
+        epoch = until_best(
+            model,
+            cases,
+            config,
+            lambda optimiser: _epoch(network, encode, batches(), optimiser, loss),
+            rates=rates(network),
+        )
     return replace(model, epochs=epoch, looked_at=stopped_by(cases))
 
 

@@ -47,7 +47,7 @@ HOSTS = ("din", "deepfm", "dcn", "autoint")
 # CTR hosts differ in one function (tests/systems); what they share is tested of one.
 ALIKE = {"din", "dcn", "autoint"}
 # They read tokens by a model: tests/systems.
-ELSEWHERE = ALIKE | {"late-interaction", "ubert", "state-tower"}
+ELSEWHERE = ALIKE | {"late-interaction", "llm-sequence", "ubert", "state-tower"}
 # What needs a package of the extra `baselines` is left out where that is not installed.
 ALL = tuple(
     name for name, entry in BASELINES.items() if find_spec(entry.needs or "numpy") is not None and name not in ELSEWHERE

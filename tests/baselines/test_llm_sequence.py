@@ -1,0 +1,66 @@
+"""Layers of a language model as a sequence model: the same checks as for other networks, and what is its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmrec.baselines.llm_sequence import LLMSequence, first_layers
+from llmrec.data.split import SplitDataset
+from llmrec.errors import ModelError
+from tests.baselines.test_baselines_neural import _request, _ring, _tests
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", reason="the train extra is not installed")
+SHORT = {"encoder": tiny_encoder(), "layers": 1, "epochs": 2, "patience": 1, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def data() -> SplitDataset:
+    ring = _ring()
+    items = {name: replace(item, title=f"number {name}") for name, item in ring.dataset.items.items()}
+    return replace(ring, dataset=replace(ring.dataset, items=items))
+
+
+def test_a_planted_sequence_is_learned(data: SplitDataset, llama_folder: Path) -> None:
+    rates = {"learning_rate": 0.01, "layer_learning_rate": 0.003, "batch": 64}
+    model = LLMSequence(**SHORT | rates | {"epochs": 20, "patience": None, "dropout": 0.1}, model=str(llama_folder))
+    model.fit(data)
+    requests, targets = _tests(data)
+    requests = [replace(request, history=request.history[-5:]) for request in requests]
+    assert np.mean(model.scores(requests).argmax(axis=1) == targets) > 0.95
+
+
+def test_a_restored_model_has_the_same_scores(data: SplitDataset, llama_folder: Path) -> None:
+    model, other = (LLMSequence(**SHORT, model=str(llama_folder)) for _ in range(2))
+    model.fit(data)
+    other.restore(data, model.state())
+    asked = [_request(4, 5, 6), _request(6)]
+    np.testing.assert_array_equal(model.scores(asked), other.scores(asked))
+    assert not any("embed_tokens" in name for name in model.state()), "items replace the tokens"
+
+
+@pytest.mark.parametrize("change", [{"pretrained": False}, {"shuffled": True}])
+def test_an_ablation_is_another_model(data: SplitDataset, llama_folder: Path, change: dict[str, Any]) -> None:
+    scores = []
+    for more in ({}, change):
+        model = LLMSequence(**SHORT | more, model=str(llama_folder), seed=1)
+        model.fit(data)
+        scores.append(model.scores([_request(4, 5, 6)]))
+    assert not np.allclose(*scores)
+
+
+def test_layers_are_the_first_ones_and_keep_their_weights(llama_folder: Path) -> None:
+    layers, width, length = first_layers(str(llama_folder), 1, pretrained=True)
+    whole, _, _ = first_layers(str(llama_folder), 2, pretrained=True)
+    assert len(layers.layers) == 1 and layers.config.hidden_size == width and length > 0
+    for one, two in zip(layers.layers[0].parameters(), whole.layers[0].parameters(), strict=True):
+        assert torch.equal(one, two)
+    with raises(ModelError, Facts("bad-value", llama_folder, column="layers", says="only 2 layers")):
+        first_layers(str(llama_folder), 3, pretrained=True)
