@@ -76,15 +76,15 @@ class Variant:
 
 VARIANTS = {
     "default": Variant(),
-    "720 steps": Variant(steps=720),
-    "all 6 blocks": Variant(blocks=6),
+    "720-steps": Variant(steps=720),
+    "all-6-blocks": Variant(blocks=6),
     "distilled": Variant(distilled=True),
     "hard-negatives": Variant(hard=50),
-    "learning rate 3e-4": Variant(learning_rate=3e-4),
+    "learning-rate-3e-4": Variant(learning_rate=3e-4),
     "all-mpnet-base-v2": Variant(encoder="sentence-transformers/all-mpnet-base-v2"),
     "SmolLM2-135M": Variant(encoder="SmolLM2-135M-Instruct"),
-    "1 block": Variant(blocks=1),
-    "4 blocks": Variant(blocks=4),
+    "1-block": Variant(blocks=1),
+    "4-blocks": Variant(blocks=4),
 }
 
 

@@ -23,7 +23,7 @@ from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
-from llmrec.results import Figure, Results, Row
+from llmrec.results import Figure, Results, Row, arm_name
 from llmrec.tasks.family import family_of
 
 Shared = tuple[str, str, str, str | None]
@@ -147,7 +147,8 @@ def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[Point, Recipe]]:
     if unknown := next((name for pair in benchmark.pairs for name in pair if name not in known), None):
         raise RecipeError(
             f"benchmark {benchmark.benchmark}, pairs: unknown model {unknown!r}{did_you_mean(unknown, sorted(known))}; "
-            "baselines are named as in the recipe, language models as METHOD · TEMPLATE · RUN",
+            "baselines are named as in the recipe, language models as METHOD · TEMPLATE · RUN, or as METHOD · "
+            "TEMPLATE · RUN · SETTING if a run evaluates several settings",
             kind="unknown-name",
             column="pairs",
         )
@@ -162,8 +163,10 @@ def _possible(point: Point, recipe: Recipe) -> Iterator[str]:
         chosen = section.eval_templates or section.templates
         named = {name.rpartition("/")[2] for name in (*chosen, *section.untuned_templates)}
         templates = named if chosen else load_templates(family, family_of(family).prompts, *recipe.prompts)
+        arms = recipe.eval.arms if len(recipe.eval.arms) > 1 else ()
         for method, template in itertools.product((*section.strategies, FUSIONS["language model"]), templates):
-            yield f"{method} · {template} · {point.label}"
+            name = f"{method} · {template} · {point.label}"
+            yield from (f"{name} · {arm_name(arm)}" for arm in arms) if arms else (name,)
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
@@ -222,6 +225,7 @@ def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
 
 def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
     results = Results.model_validate(done.results)
+    several = len({row.arm for row in results.rows} - {"baseline"}) > 1
     for row, made in zip(results.rows, done.rows, strict=True):
         headline = results.headline[row.task]
         if headline not in row.metrics:
@@ -231,22 +235,23 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
         yield Line(
             # The signature of the metric includes split, candidates and everything else that results must share.
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
-            name=_name(row, point.label),
+            name=_name(row, point.label, several=several),
             label=label,
             run=point.label,
             figures=[row],
             values=[made.values],
             users=[record.user_id for record in made.records],
             requests=[record.request_id for record in made.records],
-            members=[_name(member, point.label) for member in results.members(row)] if row.fusion else (),
+            members=[_name(part, point.label, several=several) for part in results.members(row)] if row.fusion else (),
         )
 
 
-def _name(row: Row, label: str) -> str:
-    """Return the name of a model in tables."""
-    return " · ".join(
-        [row.predictor, *([] if row.arm == "baseline" else [(row.template or "").partition("/")[2], label])]
-    )
+def _name(row: Row, label: str, *, several: bool) -> str:
+    """Return the name of a model in tables; ``several``: the run evaluates several settings of the language model."""
+    if row.arm == "baseline":
+        return row.predictor
+    parts = [row.predictor, (row.template or "").partition("/")[2], label]
+    return " · ".join([*parts, *([arm_name(row.arm)] if several else [])])
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:

@@ -64,6 +64,9 @@ class PromptsOptions(RecipeOptions):
         bool,
         About(names=("--eval",), help="Show evaluation prompts (with few-shot examples) instead of training prompts."),
     ] = False
+    user: Annotated[
+        str | None, About(metavar="ID", help="With --eval: the evaluated user (default: the first one).")
+    ] = None
     diff: Annotated[
         tuple[str, str] | None,
         About(metavar="A B", help="Compare two templates, or template A with its version in run folder B."),
@@ -81,7 +84,7 @@ def prompts(options: PromptsOptions) -> None:
     """Show the prompt templates and rendered prompts of a recipe.
 
     Lists the templates of the recipe and prints one training prompt per task, with the learned text in «these marks».
-    --template also renders templates that the recipe does not train on. --eval prints the prompt of the first evaluated
+    --template also renders templates that the recipe does not train on. --eval prints the prompt of an evaluated
     request for each model of the results table.
 
     Example:
@@ -96,6 +99,8 @@ def prompts(options: PromptsOptions) -> None:
             kind="contradiction",
             column="--eval",
         )
+    if options.user is not None and not options.evaluation:
+        raise RecipeError("--user selects an evaluation prompt; add --eval", kind="contradiction", column="--user")
     if options.chat is not None:
         if options.template or options.sets or options.every or options.diff:
             raise RecipeError(
@@ -109,7 +114,8 @@ def prompts(options: PromptsOptions) -> None:
     chosen = named(study, wanted, options.sets)
     alone = bool(options.template or options.sets)
     if options.evaluation:
-        show_prompts(evaluated(study, encoder_of(study, resolve(recipe.model, seed=recipe.seed)), chosen))
+        encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
+        show_prompts(evaluated(study, encoder, chosen, options.user))
         return
     if options.diff is None:
         store_facts(templates=chosen)
@@ -354,8 +360,10 @@ def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, lis
     return shown
 
 
-def evaluated(study: Study, encoder: Encoder, templates: Sequence[Template]) -> dict[str, list[str]]:
-    """Return the first evaluation prompt of each model, without duplicates.
+def evaluated(
+    study: Study, encoder: Encoder, templates: Sequence[Template], user: str | None = None
+) -> dict[str, list[str]]:
+    """Return an evaluation prompt of each model, without duplicates.
 
     Of a strategy that asks several questions per request, it is a question of the form and size that it asks.
 
@@ -363,15 +371,16 @@ def evaluated(study: Study, encoder: Encoder, templates: Sequence[Template]) -> 
         study: The study.
         encoder: Renders the prompts.
         templates: The templates whose rows are shown.
+        user: The evaluated user; None: the first one of each task.
 
     Raises:
-        RecipeError: If the recipe evaluates none of the templates with a language model.
+        RecipeError: If the recipe evaluates none of the templates with a language model, or not this user.
     """
     wanted, result = {template.id for template in templates}, dict[str, list[str]]()
     for arm in study.recipe.eval.arms:
         for spec in specs_of(study, arm):
             if spec.template is not None and spec.template.id in wanted and not spec.joins:
-                result.setdefault(_first(study, encoder, spec, spec.template), []).append(spec.id)
+                result.setdefault(_prompt(study, encoder, spec, spec.template, user), []).append(spec.id)
     if not result:
         raise RecipeError(
             "no evaluation prompt to show: the recipe evaluates none of these templates; add them to "
@@ -381,9 +390,18 @@ def evaluated(study: Study, encoder: Encoder, templates: Sequence[Template]) -> 
     return {rows[0]: [f"[{', '.join(rows)}]\n{text}"] for text, rows in result.items()}
 
 
-def _first(study: Study, encoder: Encoder, spec: RowSpec, template: Template) -> str:
+def _prompt(study: Study, encoder: Encoder, spec: RowSpec, template: Template, user: str | None) -> str:
     task, section = study.tasks[spec.family], study.recipe.eval
-    request = study.cases(spec.family)[0].request
+    requests = [case.request for case in study.cases(spec.family)]
+    request = next((each for each in requests if user in (None, each.user_id)), None)
+    if request is None:
+        raise RecipeError(
+            f"--user: {user!r} is not among the {len(requests)} evaluated requests of {spec.family}; use a user_id of "
+            "the test users, or increase eval.users",
+            kind="unknown-name",
+            at=user,
+            column="--user",
+        )
     if spec.predictor == "two-step":
         return encoder.text(task.profile_prompt(request))
     candidates = request.candidates or ()

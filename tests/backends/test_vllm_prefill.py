@@ -237,6 +237,7 @@ def test_adapters_that_vllm_cannot_put_on_are_merged(llama_folder: Path, tmp_pat
     assert [admitted_rank(rank) for rank in (1, 8, 9, 300)] == [8, 8, 16, 320]
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_the_runner_of_gpus_scores_searches_and_takes_adapters(llama_folder: Path, tmp_path: Path) -> None:
     """The real V2 runner, its kernels interpreted, beside transformers: base, adapter on the engine, merged weights."""

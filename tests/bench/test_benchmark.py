@@ -127,6 +127,18 @@ def test_what_was_done_before_a_kill_is_there(tmp_path: Path) -> None:
     assert "1 runs are missing" in (tmp_path / "eval" / "small.md").read_text(encoding="utf-8")
 
 
+def test_settings_of_one_run_are_rows_of_their_own(tmp_path: Path) -> None:
+    both = '  - {name: both, overrides: ["eval.arms=[zero-shot, few-shot]"]}\n'
+    names = [f"label · after-history · both · {arm}" for arm in ("zero-shot", "few-shot")]
+    page = load_benchmark(write(tmp_path, both, f"pairs: [{json.dumps(names, ensure_ascii=False)}]\n"))
+    made = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files
+    results = json.loads(made["results"].read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in results["rows"] if row["arm"] != "baseline"}
+    assert all(rows[name]["arm"] == arm for name, arm in zip(names, ("zero-shot", "few-shot"), strict=True))
+    assert all(row["seeds"] == 1 for row in rows.values())
+    assert [[pair["a"], pair["b"]] for pair in results["pairs"]] == [names]
+
+
 def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
     page = load_benchmark(write(tmp_path, "  - {name: zero-shot}\n"))
     first = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files

@@ -210,7 +210,7 @@ def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encode
 # --------------------------------------------------------------------------- the command
 
 
-def test_the_evaluation_prompts_are_those_of_the_first_case(encoder: Encoder) -> None:
+def test_the_evaluation_prompts_are_those_of_a_case(encoder: Encoder) -> None:
     strategies = "tasks.direct.strategies=[label, list, pointwise-yes]"
     study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, strategies]))
     shown = evaluated(study, encoder, named(study, ["rate-next", "continue-list", "after-history"]))
@@ -228,6 +228,13 @@ def test_the_evaluation_prompts_are_those_of_the_first_case(encoder: Encoder) ->
     assert {row.partition("/")[0] for row in shown} == {"sequential", "direct", "rating"}
     with pytest.raises(RecipeError, match="no evaluation prompt to show"):
         evaluated(study, encoder, named(study, ["m6-rate"]))
+    other = study.cases("sequential")[1]
+    assert other.request.user_id != case.request.user_id
+    row = "sequential/few-shot/likelihood/continue-list"
+    (text,) = evaluated(study, encoder, named(study, ["continue-list"]), other.request.user_id)[row]
+    assert text.partition("\n")[2] == encoder.text(task.prompt(other.request, template="continue-list", shots=1))
+    with pytest.raises(RecipeError, match="not among"):
+        evaluated(study, encoder, named(study, ["continue-list"]), "nobody")
 
 
 def command(*arguments: str) -> str:

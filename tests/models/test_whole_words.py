@@ -389,6 +389,7 @@ def test_an_adapter_is_trained_and_merged_with_its_table(base: Path, tmp_path: P
     assert live == pytest.approx(merged, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tuned_model_goes_on_with_its_table(base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path / "first")
     folder = tmp_path / "first" / "adapter"

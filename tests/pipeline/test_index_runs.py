@@ -59,9 +59,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(
     scope="module",
     params=[
-        "index={scheme: title}",
         MEANING,
-        *(pytest.param(index, marks=pytest.mark.slow) for index in (TREE, "index={scheme: token}")),
+        *(
+            pytest.param(index, marks=pytest.mark.slow)
+            for index in (TREE, "index={scheme: title}", "index={scheme: token}")
+        ),
     ],
 )
 def done(

@@ -191,6 +191,7 @@ def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_service_opens_one_engine_for_the_models_of_several_runs(
     device: Callable[[bool], None], runs: Path, llama_folder: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_narrower_model_learns_from_a_finished_run(teacher: Path, tmp_path: Pa
     assert any("was distilled from the run" in note for note in done.results["notes"])
 
 
+@pytest.mark.slow
 def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path) -> None:
     other = pipeline.run(recipe(32, **{"train.steps": 3}), tmp_path / "other", quiet=True).folder
     keys = []
@@ -121,6 +122,7 @@ def test_a_teacher_is_looked_for_beside_the_page_too(teacher: Path, tmp_path: Pa
     assert found is not None and Path(found.run) == tmp_path / "runs" / "wide"
 
 
+@pytest.mark.slow
 def test_tokens_of_items_are_taught_through_an_adapter(teacher: Path, tmp_path: Path) -> None:
     changes = {"train.start": str(teacher), "train.method": "lora", "train.packing": "tree"}
     more = {"train.teacher.run": str(teacher), "train.teacher.relations": 1.0}

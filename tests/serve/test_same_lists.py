@@ -185,7 +185,13 @@ def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, mod
     )
 
 
-@pytest.mark.parametrize(("model", "fuse"), [("fusion with texts", "baselines"), ("fusion with models", "model")])
+@pytest.mark.parametrize(
+    ("model", "fuse"),
+    [
+        ("fusion with texts", "baselines"),
+        pytest.param("fusion with models", "model", marks=pytest.mark.slow),
+    ],
+)
 def test_a_learned_ranker_gives_one_list(ranker_run: Path, tmp_path: Path, model: str, fuse: str) -> None:
     run, drawn = shutil.copytree(ranker_run, tmp_path / "r"), random.Random(5)
     names = [f"i{n:02d}" for n in range(ITEMS)]

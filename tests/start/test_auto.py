@@ -248,6 +248,7 @@ def test_a_part_that_breaks_or_takes_too_long_leaves_the_others(table: Path, tmp
     assert "ease" not in names and "popularity" in names
 
 
+@pytest.mark.slow
 def test_a_network_whose_epochs_are_too_slow_is_not_begun(table: Path, tmp_path: Path, few: None) -> None:
     pytest.importorskip("torch")
     lines: list[str] = []

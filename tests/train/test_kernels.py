@@ -245,7 +245,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     "name",
     # Slow are those that differ from another one in their kernel alone, or in where their state lies.
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("adamw_torch", "paged_adamw_8bit") else ())
+        pytest.param(name, marks=pytest.mark.slow if name == "adamw_torch" or "paged" in name else ())
         for name in OPTIMISERS
     ],
 )

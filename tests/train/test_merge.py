@@ -218,6 +218,7 @@ lora.merge(base, section, Path(adapter), Path(target) / "second")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux counts it")
 def test_a_merge_fits_in_the_memory_of_a_few_blocks(tmp_path: Path) -> None:
     """A model whose weights take 150 MB in float32 is merged in 24 MB beside its file, which is mapped."""
