@@ -11,10 +11,9 @@ from pydantic import Field
 from llmrec.baselines.base import AboveZero, Catalogue, Log, Warm
 from llmrec.baselines.item_texts import Turned, WhitenedConfig, text_vectors
 from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
-from llmrec.errors import ModelError, require
-from llmrec.models.load import resolve
-from llmrec.models.tensors import load_whole
-from llmrec.recipe.schema import ModelSection, Positive
+from llmrec.errors import require
+from llmrec.models.first_layers import first_layers
+from llmrec.recipe.schema import Positive
 from llmrec.results import Reads
 
 if TYPE_CHECKING:
@@ -53,7 +52,8 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
     the input ``W_in x_i`` of the layers, and another one maps the last hidden state h to the score
     ``x_j . W_out h``. The loss is the cross-entropy over all items at every position, all weights are trained, and
     early stopping is that of `SASRec`. Unlike in the papers there is no prompt and no low-rank adapter. With
-    ``pretrained=False`` the same network starts from random weights, which measures what pretraining adds.
+    ``pretrained=False`` the same network starts from random weights, which measures what pretraining adds. A model that
+    llmrec fine-tuned is rejected, since held-out interactions may have been among its training data.
     """
 
     name = "llm-sequence"
@@ -75,7 +75,14 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
     def _build(self, items: int) -> Any:
         torch, config = require("torch", "baselines"), self._config
         nn, width = torch.nn, self._vectors.shape[1]
-        layers, hidden, length = first_layers(config.model, config.layers, pretrained=config.pretrained)
+        layers, _ = first_layers(config.model, config.layers, column="model")
+        length = float(layers.get_input_embeddings().weight.detach().norm(dim=1).mean())
+        if not config.pretrained:
+            layers = type(layers)(layers.config)
+        layers.requires_grad_(True)
+        # Items have vectors of their own.
+        layers.set_input_embeddings(nn.Identity())
+        hidden = int(layers.config.hidden_size)
         # The noise tells apart items with equal texts, or none.
         vectors = torch.from_numpy(self._vectors) + torch.randn(items, width) * _NOISE
         network = nn.ModuleDict(
@@ -104,36 +111,3 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
         layers = list(network["layers"].parameters())
         others = [part for name in ("table", "into", "out") for part in network[name].parameters()]
         return [{"params": others}, {"params": layers, "lr": self._config.layer_learning_rate}]
-
-
-def first_layers(name: str, count: int, *, pretrained: bool) -> tuple[Any, int, float]:
-    """Return the first layers of a decoder with its last norm, its width, and the mean length of token embeddings.
-
-    Args:
-        name: Name or folder of the model.
-        count: Number of layers.
-        pretrained: False for random weights of the same shape, drawn from torch's global generator.
-
-    Raises:
-        ModelError: If the model is missing, damaged, or has fewer layers.
-    """
-    torch, transformers = require("torch", "train"), require("transformers", "train")
-    folder = resolve(ModelSection(name=name))
-    model = load_whole(transformers.AutoModel, folder, use_safetensors=True, dtype=torch.float32)
-    length = float(model.get_input_embeddings().weight.detach().norm(dim=1).mean())
-    if count > len(model.layers):
-        raise ModelError(
-            f"{name} has only {len(model.layers)} layers; set layers to at most that number",
-            kind="bad-value",
-            at=folder,
-            column="layers",
-        )
-    model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]
-    if not pretrained:
-        model = transformers.AutoModel.from_config(model.config)
-    model.layers = model.layers[:count]
-    # Items have vectors of their own.
-    model.set_input_embeddings(torch.nn.Identity())
-    return model, int(model.config.hidden_size), length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.baselines.llm_sequence import LLMSequence, first_layers
+from llmrec.baselines.llm_sequence import LLMSequence
 from llmrec.data.split import SplitDataset
 from llmrec.errors import ModelError
+from llmrec.models.first_layers import first_layers
+from llmrec.models.load import BUNDLE
 from tests.baselines.test_baselines_neural import _request, _ring, _tests
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -57,10 +60,17 @@ def test_an_ablation_is_another_model(data: SplitDataset, llama_folder: Path, ch
 
 
 def test_layers_are_the_first_ones_and_keep_their_weights(llama_folder: Path) -> None:
-    layers, width, length = first_layers(str(llama_folder), 1, pretrained=True)
-    whole, _, _ = first_layers(str(llama_folder), 2, pretrained=True)
-    assert len(layers.layers) == 1 and layers.config.hidden_size == width and length > 0
+    layers, folder = first_layers(str(llama_folder), 1, column="model")
+    whole, _ = first_layers(str(llama_folder), None, column="model")
+    assert len(layers.layers) == 1 and len(whole.layers) == 2 and folder == str(llama_folder)
     for one, two in zip(layers.layers[0].parameters(), whole.layers[0].parameters(), strict=True):
         assert torch.equal(one, two)
-    with raises(ModelError, Facts("bad-value", llama_folder, column="layers", says="only 2 layers")):
-        first_layers(str(llama_folder), 3, pretrained=True)
+
+
+def test_models_that_cannot_be_used_are_refused(data: SplitDataset, llama_folder: Path, tmp_path: Path) -> None:
+    tuned = shutil.copytree(llama_folder, tmp_path / "tuned")
+    (tuned / BUNDLE).write_text("{}", encoding="utf-8")
+    with raises(ModelError, Facts("leak", tuned, column="model", says="base model")):
+        LLMSequence(**SHORT, model=str(tuned)).fit(data)
+    with raises(ModelError, Facts("bad-value", llama_folder, column="layers", says="2 layers")):
+        LLMSequence(**SHORT | {"layers": 3}, model=str(llama_folder)).fit(data)

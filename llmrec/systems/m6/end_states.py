@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +19,9 @@ from llmrec.backends.encode import Encoder
 from llmrec.durable import replacing
 from llmrec.errors import ModelError, require
 from llmrec.machine import has_cuda
-from llmrec.models.exits import check
-from llmrec.models.load import BUNDLE, load_model, load_tokenizer, resolve, weights_stamp
+from llmrec.models.first_layers import first_layers
+from llmrec.models.load import load_tokenizer, weights_stamp
 from llmrec.models.text_encoder import batches_of, find_encoder
-from llmrec.models.traits import is_paired
 from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
@@ -64,42 +62,15 @@ class EndStates:
     """
 
     def __init__(self, name: str, *, half: bool, layers: int | None = None) -> None:
-        torch = self._torch = require("torch", "train")
+        self._torch = require("torch", "train")
+        body, folder = first_layers(name, layers, column="encoder")
+        self._body = body.eval().requires_grad_(False).to("cuda" if has_cuda() else "cpu")
         section = ModelSection(name=name, dtype="float32")
-        folder = resolve(section)
-        if (Path(folder) / BUNDLE).is_file():
-            raise ModelError(
-                f"{name} was fine-tuned by llmrec on interactions that may be held out here; use the base model of "
-                f"{name}",
-                kind="leak",
-                at=name,
-                column="encoder",
-            )
-        model = load_model(folder, section, dtype=torch.float32)
-        if is_paired(model.config):
-            raise ModelError(
-                f"{name} is an encoder-decoder, which is not supported; name a causal language model",
-                kind="unsupported",
-                at=name,
-                column="encoder",
-            )
-        self._body = model.get_decoder().eval().requires_grad_(False).to("cuda" if has_cuda() else "cpu")
-        if layers is not None:
-            check(model, "layers")
-            if layers > (whole := len(self._body.layers)):
-                raise ModelError(
-                    f"layers={layers} is more than the {whole} layers of {name}; lower layers",
-                    kind="bad-value",
-                    at=name,
-                    column="layers",
-                )
-            self._body.layers = torch.nn.ModuleList(list(self._body.layers)[:layers])
-            self._body.config.num_hidden_layers = layers
         self._encoder = Encoder(load_tokenizer(folder, section), max_length=section.max_length)
         self._name, self._half, self._stamp = name, half, f"{weights_stamp(folder)}-{layers}"
         self._known: dict[tuple[str, ...], NDArray[np.float32]] = {}
-        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.width = int(model.config.get_text_config().hidden_size)
+        self._limit = getattr(body.config, "max_position_embeddings", None)
+        self.width = int(body.config.hidden_size)
         self.read = 0
 
     def ids(self, text: str, most: int | None = None) -> list[int]:
