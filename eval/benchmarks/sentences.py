@@ -3,7 +3,8 @@
 ``python -m eval.benchmarks.sentences draw SAMPLE.json`` draws 100 with a seed: from README and docs/, first lines of
 docstrings, the help of options and settings, and error messages. Readers who know the field but not the project write a
 list of classes, one of plain, awkward and private for each sentence. ``python -m eval.benchmarks.sentences join
-SAMPLE.json READER.json READER.json eval/results/sentences.json`` counts and stores them.
+SAMPLE.json READER.json READER.json eval/results/sentences.json`` counts and stores them. ``... count CHECKOUT`` prints
+the numbers of pages and of visible words.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ast
 import json
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +41,11 @@ def main() -> None:
     join = what.add_parser("join")
     for name in ("sample", "first", "second", "target"):
         join.add_argument(name, type=Path)
+    what.add_parser("count").add_argument("checkout", type=Path, nargs="?", default=ROOT)
     chosen = parser.parse_args()
-    if chosen.what == "draw":
+    if chosen.what == "count":
+        sys.stdout.write(f"{json.dumps(counts(chosen.checkout))}\n")
+    elif chosen.what == "draw":
         write_json(chosen.sample, drawn())
     else:
         write_json(chosen.target, joined(chosen.sample, [chosen.first, chosen.second]))
@@ -71,6 +76,19 @@ def joined(sample: Path, readers: list[Path]) -> dict[str, object]:
         "sentences": [
             row | {"classes": list(pair)} for row, pair in zip(rows, zip(*classes, strict=True), strict=True)
         ],
+    }
+
+
+def counts(checkout: Path) -> dict[str, dict[str, int]]:
+    """Return the numbers of pages and visible words: README, pages written by hand, and generated parts of pages."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((checkout / "docs").rglob("*.md"))}
+    texts = {path: COMMENT.sub("", text.partition(MARK)[0]) for path, text in texts.items()}
+    generated = {path: len(path.read_text(encoding="utf-8").partition(MARK)[2].split()) for path in texts}
+    readme = COMMENT.sub("", (checkout / "README.md").read_text(encoding="utf-8"))
+    return {
+        "README": {"pages": 1, "words": len(readme.split())},
+        "docs": {"pages": len(texts), "words": sum(len(text.split()) for text in texts.values())},
+        "generated": {"pages": sum(1 for words in generated.values() if words), "words": sum(generated.values())},
     }
 
 
