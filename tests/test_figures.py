@@ -111,8 +111,11 @@ def test_another_result_is_found_and_written(checkout: Path) -> None:
 def test_the_command_says_what_is_wrong_and_puts_it_right(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(checkout, "docs/baselines-and-ensembles.md", "+.0061 [", "+.0071 [")
-    wrong = r"docs/baselines-and-ensembles\.md, line .*\.0071 is \+\.0061 in toys:"
+    page = "docs/baselines-and-ensembles.md"
+    found = re.search(r"significantly better, by \+(\.\d{4}) \[", (checkout / page).read_text(encoding="utf-8"))
+    assert found is not None
+    plant(checkout, page, f"+{found[1]} [", "+.9999 [")
+    wrong = rf"docs/baselines-and-ensembles\.md, line .*\.9999 is \+{re.escape(found[1])} in toys:"
     for flag, code, says in (("--check", 1, wrong), ("--write", 0, r"written: docs/baselines-and-ensembles\.md\n$")):
         monkeypatch.setattr(sys, "argv", ["figures", flag, "--root", str(checkout)])
         assert command() == code
