@@ -81,14 +81,15 @@ def joined(sample: Path, readers: list[Path]) -> dict[str, object]:
 
 def counts(checkout: Path) -> dict[str, dict[str, int]]:
     """Return the numbers of pages and visible words: README, pages written by hand, and generated parts of pages."""
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted((checkout / "docs").rglob("*.md"))}
-    texts = {path: COMMENT.sub("", text.partition(MARK)[0]) for path, text in texts.items()}
-    generated = {path: len(path.read_text(encoding="utf-8").partition(MARK)[2].split()) for path in texts}
-    readme = COMMENT.sub("", (checkout / "README.md").read_text(encoding="utf-8"))
+
+    def words(*texts: str) -> dict[str, int]:
+        return {"pages": len(texts), "words": sum(len(COMMENT.sub("", text).split()) for text in texts)}
+
+    parts = [path.read_text(encoding="utf-8").partition(MARK) for path in (checkout / "docs").rglob("*.md")]
     return {
-        "README": {"pages": 1, "words": len(readme.split())},
-        "docs": {"pages": len(texts), "words": sum(len(text.split()) for text in texts.values())},
-        "generated": {"pages": sum(1 for words in generated.values() if words), "words": sum(generated.values())},
+        "README": words((checkout / "README.md").read_text(encoding="utf-8")),
+        "docs": words(*(written for written, _, _ in parts)),
+        "generated": words(*(generated for _, _, generated in parts if generated)),
     }
 
 

@@ -415,7 +415,7 @@ def train(
     *,
     name: str = "network",
     profiles: Profiles | None = None,
-    rates: Callable[[Any], Sequence[Mapping[str, Any]] | None] = lambda network: None,
+    rates: Callable[[Any], Sequence[Mapping[str, Any]] | None],
 ) -> Trained:
     """Train a network on the training sequences, and keep the weights of the best epoch.
 

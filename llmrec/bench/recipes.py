@@ -112,7 +112,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
     for number, (point, recipe) in enumerate(todo, start=1):
         done = pipeline.run(recipe, out / point.folder, quiet=quiet)
         spent += float(done.results["seconds"])
-        for line in _lines(point, done):
+        for line in _lines(point, done, several=_several(recipe)):
             _add(lines, line)
         yield made_of(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
@@ -163,10 +163,9 @@ def _possible(point: Point, recipe: Recipe) -> Iterator[str]:
         chosen = section.eval_templates or section.templates
         named = {name.rpartition("/")[2] for name in (*chosen, *section.untuned_templates)}
         templates = named if chosen else load_templates(family, family_of(family).prompts, *recipe.prompts)
-        arms = recipe.eval.arms if len(recipe.eval.arms) > 1 else ()
-        for method, template in itertools.product((*section.strategies, FUSIONS["language model"]), templates):
-            name = f"{method} · {template} · {point.label}"
-            yield from (f"{name} · {arm_name(arm)}" for arm in arms) if arms else (name,)
+        methods = (*section.strategies, FUSIONS["language model"])
+        for parts in itertools.product(methods, templates, recipe.eval.arms):
+            yield _model_name(*parts, point.label, several=_several(recipe))
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
@@ -223,9 +222,13 @@ def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
 # --------------------------------------------------------------------------- results
 
 
-def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
+def _several(recipe: Recipe) -> bool:
+    """Whether a run evaluates several settings of the language model, whose names must differ."""
+    return len(recipe.eval.arms) > 1
+
+
+def _lines(point: Point, done: pipeline.Run, *, several: bool) -> Iterator[Line]:
     results = Results.model_validate(done.results)
-    several = len({row.arm for row in results.rows} - {"baseline"}) > 1
     for row, made in zip(results.rows, done.rows, strict=True):
         headline = results.headline[row.task]
         if headline not in row.metrics:
@@ -247,11 +250,15 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
 
 
 def _name(row: Row, label: str, *, several: bool) -> str:
-    """Return the name of a model in tables; ``several``: the run evaluates several settings of the language model."""
+    """Return the name of a model in tables."""
     if row.arm == "baseline":
         return row.predictor
-    parts = [row.predictor, (row.template or "").partition("/")[2], label]
-    return " · ".join([*parts, *([arm_name(row.arm)] if several else [])])
+    return _model_name(row.predictor, (row.template or "").partition("/")[2], row.arm, label, several=several)
+
+
+def _model_name(method: str, template: str, arm: str, label: str, *, several: bool) -> str:
+    """Return the name of a language model in tables; ``several``: the run evaluates several settings."""
+    return " · ".join([method, template, label, *([arm_name(arm)] if several else [])])
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:

@@ -54,6 +54,20 @@ def list_row(
 ) -> Example:
     """Return an example in list form whose lines are training targets from ``first_target`` on."""
     answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
+    return _example(template, row, user_id, values, answer, events, ends_turn=False)
+
+
+def _example(
+    template: Template,
+    row: str,
+    user_id: str,
+    values: Values,
+    answer: tuple[Segment, ...],
+    events: Sequence[Event],
+    *,
+    ends_turn: bool,
+) -> Example:
+    """Return an example of a template, whose prompt and answer contain the given interactions."""
     return Example(
         id=row,
         user_id=user_id,
@@ -61,7 +75,7 @@ def list_row(
         template=template.id,
         messages=template.turns(values),
         answer=answer,
-        ends_turn=False,
+        ends_turn=ends_turn,
         pairs=pairs_of(user_id, events),
     )
 
@@ -125,16 +139,7 @@ def chat_example(
 ) -> Example:
     """Return an example with one answer."""
     shown = past if PAST & template.names("system", "user") else ()
-    return Example(
-        id=row,
-        user_id=user_id,
-        task=template.family,
-        template=template.id,
-        messages=template.turns(values),
-        answer=template.step(answer)[1],
-        ends_turn=True,
-        pairs=pairs_of(user_id, (*shown, event)),
-    )
+    return _example(template, row, user_id, values, template.step(answer)[1], (*shown, event), ends_turn=True)
 
 
 def preferred(rows: Iterable[Example]) -> Example:
