@@ -69,10 +69,17 @@ def service(browser: Browser, site: Path, run: Path) -> bytes:
 
 def terminal(browser: Browser, site: Path, run: Path) -> bytes:
     """Return the first lines of ``llmrec report RUN --table`` as SVG, without the font that it would load."""
-    words = ["report", os.path.relpath(run, ROOT), "--table"]
+    # The picture shows a path as a user types it, and none of this machine.
+    run = run.resolve()
+    words = ["report", f"{run.parent.name}/{run.name}", "--table"]
     command = [sys.executable, "-m", "llmrec", *words]
     shown = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"FORCE_COLOR": "1"}, stdout=subprocess.PIPE, text=True, check=True
+        command,
+        cwd=run.parent.parent,
+        env=os.environ | {"FORCE_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     ).stdout
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     lines = [f"$ llmrec {' '.join(words)}", *shown.splitlines()]
