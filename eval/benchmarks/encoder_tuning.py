@@ -1,8 +1,8 @@
-"""Compares ways to fine-tune a text encoder on item pairs, on validation users of Amazon 2014 Toys.
+"""Compares text encoders and ways to fine-tune them on item pairs, on validation users of Amazon 2014 Toys and Beauty.
 
 ``LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 python -m eval.benchmarks.encoder_tuning eval/results/encoder_tuning.json``
 
-Each variant changes one thing of `transitions-tuned`. No test user is read. The curve of a variant has NDCG@10 after
+Each variant changes one thing of `transitions-tuned`; "beauty-" marks those on the second data set. No test user is read. The curve of a variant has NDCG@10 after
 every 120 steps: of similarity to the latest items alone, and in `transitions-text`, whose weight of texts is chosen on
 5,000 validation users and evaluated on the others. Finished variants are not run again.
 """
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from eval.benchmarks.provenance import provenance
-from llmrec.baselines.item_texts import texts_of
+from llmrec.baselines.base import LSA
+from llmrec.baselines.item_texts import latent, texts_of
 from llmrec.baselines.neural import info_nce
 from llmrec.baselines.pairs import (
     FREQUENT,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-SUITE, ROW = "eval/suites/toys.yaml", "transitions-tuned"
+SUITES, ROW = "eval/suites/{}.yaml", "transitions-tuned"
 CHOOSING = 5_000
 EVERY = 120
 WEIGHTS = (3.0, 8.0, 20.0, 30.0)
@@ -57,13 +58,14 @@ class Variant:
     """A way to fine-tune.
 
     Attributes:
-        encoder: Name of the text encoder.
+        encoder: Name of the text encoder; `lsa`: none, and nothing to fine-tune.
         blocks: Number of fine-tuned layers.
         steps: Number of optimiser steps, over which the learning rate decays to 0.
         learning_rate: Learning rate after the warm-up.
         hard: Draw one additional negative per pair among this many nearest items, which are found again every 120
             steps.
         distilled: Learn the transition weights of all items of the batch instead of the drawn pair.
+        data: The data set, by its file in eval/suites/.
     """
 
     encoder: str = "all-MiniLM-L6-v2"
@@ -72,8 +74,10 @@ class Variant:
     learning_rate: float = 1e-4
     hard: int = 0
     distilled: bool = False
+    data: str = "toys"
 
 
+MPNET, SMOLLM = "sentence-transformers/all-mpnet-base-v2", "SmolLM2-135M-Instruct"
 VARIANTS = {
     "default": Variant(),
     "720-steps": Variant(steps=720),
@@ -81,8 +85,13 @@ VARIANTS = {
     "distilled": Variant(distilled=True),
     "hard-negatives": Variant(hard=50),
     "learning-rate-3e-4": Variant(learning_rate=3e-4),
-    "all-mpnet-base-v2": Variant(encoder="sentence-transformers/all-mpnet-base-v2"),
-    "SmolLM2-135M": Variant(encoder="SmolLM2-135M-Instruct"),
+    "all-mpnet-base-v2": Variant(encoder=MPNET),
+    "SmolLM2-135M": Variant(encoder=SMOLLM),
+    "lsa": Variant(encoder=LSA, steps=0),
+    "beauty-lsa": Variant(encoder=LSA, steps=0, data="beauty"),
+    "beauty-default": Variant(data="beauty"),
+    "beauty-all-mpnet-base-v2": Variant(encoder=MPNET, data="beauty"),
+    "beauty-SmolLM2-135M": Variant(encoder=SMOLLM, data="beauty"),
     "1-block": Variant(blocks=1),
     "4-blocks": Variant(blocks=4),
 }
@@ -177,6 +186,10 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
     judge, steps, config = Judge(data, parameters), counted(data), TransitionsTunedConfig(**parameters)
     texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
     begin = time.monotonic()
+    if variant.encoder == LSA:
+        vectors = latent(texts, texts).astype(np.float32)
+        yield {"users": judge.users, "step": 0, "seconds": time.monotonic() - begin, "tuned": judge(vectors)}
+        return
     encoder = TunedEncoder(find_encoder(variant.encoder)[0], texts, blocks=variant.blocks)
     pretrained = encoder.every().numpy()
     seconds = time.monotonic() - begin
@@ -213,19 +226,20 @@ def main(target: Path, names: Sequence[str]) -> None:
     (name,) = names
     if name in finished(target):
         return
-    suite = load_suite(SUITE)
+    variant = VARIANTS[name]
+    suite = load_suite(SUITES.format(variant.data))
     (row,) = (row for row in suite.rows if row.label == ROW)
     looks = []
-    for look in curve(VARIANTS[name], load_split(suite.data, suite.split_seeds[0]), row.parameters):
+    for look in curve(variant, load_split(suite.data, suite.split_seeds[0]), row.parameters):
         looks.append(look)
         sys.stdout.write(f"{name}: {json.dumps(look)}\n")
         sys.stdout.flush()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    variant = {**asdict(VARIANTS[name]), "curve": looks, "megabytes": memory, **provenance()}
+    entry = {**asdict(variant), "curve": looks, "megabytes": memory, **provenance()}
     result = {
         "command": "LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 make bench NAME=encoder-tuning",
-        "what": "NDCG@10 of validation users of Amazon 2014 Toys, seen items filtered, one seed",
-        "variants": {**finished(target), name: variant},
+        "what": "NDCG@10 of validation users of Amazon 2014 Toys and Beauty, seen items filtered, one seed",
+        "variants": {**finished(target), name: entry},
     }
     write_json(target, result)
 

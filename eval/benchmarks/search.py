@@ -24,7 +24,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 # Waiting threads sleep: on a busy machine spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -151,7 +152,11 @@ def plain_forwards(model: Any, asked: Sequence[Sequence[int]], behind: int) -> N
 
 
 class TokenIds:
-    """Replaces an encoder: prompts and candidates are token ids."""
+    """Replaces an encoder: prompts and candidates are token ids, and no token ends an answer."""
+
+    stop_ids: ClassVar[frozenset[int]] = frozenset()
+    tokenizer: ClassVar[Any] = SimpleNamespace(pad_token_id=None)
+    max_length: ClassVar[int] = 1024
 
     def prompt(self, prompt: Any) -> list[int]:
         return list(prompt)

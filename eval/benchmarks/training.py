@@ -330,8 +330,11 @@ def packed_losses(folder: str, step: Step) -> dict[str, float]:
     stacked = stack([tree(each.rows) for each in step.bins], 0)
     with torch.no_grad():
         total, count = packed_loss(precise, {name: torch.from_numpy(each) for name, each in asdict(stacked).items()})
-        apart = [label_loss(precise, torch.tensor([row.ids]), torch.tensor([row.labels])) for row in step.rows]
-    ours, theirs = float(total) / count, sum(float(loss) for loss, _ in apart) / count
+        apart = [
+            label_loss(precise, torch.tensor([row.ids]), torch.tensor([row.labels]), weights=torch.tensor([row.weight]))
+            for row in step.rows
+        ]
+    ours, theirs = float(total) / count, sum(float(loss) for loss, _ in apart) / sum(weight for _, weight in apart)
     assert abs(ours - theirs) <= 1e-4, (ours, theirs)
     return {"loss_in_float32": ours, "loss_of_rows_in_float32": theirs}
 
