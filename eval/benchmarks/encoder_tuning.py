@@ -2,9 +2,10 @@
 
 ``LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 python -m eval.benchmarks.encoder_tuning eval/results/encoder_tuning.json``
 
-Each variant changes one thing of `transitions-tuned`; "beauty-" marks those on the second data set. No test user is read. The curve of a variant has NDCG@10 after
-every 120 steps: of similarity to the latest items alone, and in `transitions-text`, whose weight of texts is chosen on
-5,000 validation users and evaluated on the others. Finished variants are not run again.
+Each variant changes one thing of `transitions-tuned`; "beauty-" marks those on the second data set. No test user is
+read. The curve of a variant has NDCG@10 after every 120 steps: of similarity to the latest items alone, and in
+`transitions-text`, whose weight of texts is chosen on 5,000 validation users and evaluated on the others. Finished
+variants are not run again.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Variant:
     """A way to fine-tune.
 
     Attributes:
-        encoder: Name of the text encoder; `lsa`: none, and nothing to fine-tune.
+        encoder: Name of the text encoder; `lsa` or `none`: nothing to fine-tune.
         blocks: Number of fine-tuned layers.
         steps: Number of optimiser steps, over which the learning rate decays to 0.
         learning_rate: Learning rate after the warm-up.
@@ -77,7 +78,7 @@ class Variant:
     data: str = "toys"
 
 
-MPNET, SMOLLM = "sentence-transformers/all-mpnet-base-v2", "SmolLM2-135M-Instruct"
+NONE, MPNET, SMOLLM = "none", "sentence-transformers/all-mpnet-base-v2", "SmolLM2-135M-Instruct"
 VARIANTS = {
     "default": Variant(),
     "720-steps": Variant(steps=720),
@@ -87,7 +88,9 @@ VARIANTS = {
     "learning-rate-3e-4": Variant(learning_rate=3e-4),
     "all-mpnet-base-v2": Variant(encoder=MPNET),
     "SmolLM2-135M": Variant(encoder=SMOLLM),
+    "no-text": Variant(encoder=NONE, steps=0),
     "lsa": Variant(encoder=LSA, steps=0),
+    "beauty-no-text": Variant(encoder=NONE, steps=0, data="beauty"),
     "beauty-lsa": Variant(encoder=LSA, steps=0, data="beauty"),
     "beauty-default": Variant(data="beauty"),
     "beauty-all-mpnet-base-v2": Variant(encoder=MPNET, data="beauty"),
@@ -186,8 +189,11 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
     judge, steps, config = Judge(data, parameters), counted(data), TransitionsTunedConfig(**parameters)
     texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
     begin = time.monotonic()
-    if variant.encoder == LSA:
-        vectors = latent(texts, texts).astype(np.float32)
+    if variant.encoder in (LSA, NONE):
+        # Vectors of zeros are alike to none.
+        vectors = np.zeros((len(texts), 1), dtype=np.float32)
+        if variant.encoder == LSA:
+            vectors = latent(texts, texts).astype(np.float32)
         yield {"users": judge.users, "step": 0, "seconds": time.monotonic() - begin, "tuned": judge(vectors)}
         return
     encoder = TunedEncoder(find_encoder(variant.encoder)[0], texts, blocks=variant.blocks)
