@@ -169,7 +169,9 @@ class Trainer:
         rows, places = np.unique(np.concatenate([first, candidates]), return_inverse=True)
         vectors = read_texts(self._encoder, rows)[torch.from_numpy(places)]
         logits = vectors[: len(first)] @ vectors[len(first) :].T / self._config.temperature
-        logits = logits - FREQUENT * torch.from_numpy(self._frequencies[candidates]).float()
+        # Only targets are drawn by their frequency; additional negatives are not.
+        often = np.where(np.arange(len(candidates)) < len(first), self._frequencies[candidates], 0.0)
+        logits = logits - FREQUENT * torch.from_numpy(often).float()
         same = first[:, None] == candidates[None, :]
         if self._weights is not None:
             # The drawn pair keeps a positive target even if its weight is 0.

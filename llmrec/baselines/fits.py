@@ -26,10 +26,6 @@ from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
     import torch
-
-    from llmrec.data.split import SplitDataset
-
-if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset

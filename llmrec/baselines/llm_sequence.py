@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -36,6 +36,11 @@ class LLMSequenceConfig(SequenceConfig, WhitenedConfig):
         "all-MiniLM-L6-v2", description="Text encoder of the initial item vectors: name, folder, or `lsa`."
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate of item vectors and of the output.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Precision of the layers, and of the matrix products with the item embeddings in the loss. `auto`: "
+        "bfloat16 where the processor supports it.",
+    )
     layer_learning_rate: AboveZero = Field(1e-4, description="Learning rate of the layers of the language model.")
     epochs: Positive = Field(20, description="Maximum number of epochs.")
     patience: Positive | None = Field(

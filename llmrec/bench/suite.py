@@ -295,7 +295,10 @@ def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
     """Return the settings of a model's text encoder for its record; empty without one."""
-    name = lookup(BASELINES, row.baseline, "baseline").text_encoder(row.parameters) if row.baseline else None
+    if row.baseline is None:
+        return {}
+    config = config_of(row.baseline, row.parameters, row.label)
+    name = lookup(BASELINES, row.baseline, "baseline").text_encoder(config.model_dump())
     if name is None:
         return {}
     if name.startswith(STORE):

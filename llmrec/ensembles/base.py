@@ -136,15 +136,17 @@ class Ensemble:
         values: dict[tuple[Form, str], NDArray[np.float64]] = {}
         if only is None:
             options = {option.key: option for option in self._options(cells, users, repeats=repeats, onto=onto)}
+            trees: tuple[Form, str] | None = None
             if self._learns and (result := learned(cells, folds)) is not None:
                 option = _trees(result[0], len(self.names))
-                options[option.key], values[option.key] = option, result[1]
+                trees, options[option.key], values[option.key] = option.key, option, result[1]
             for key in options.keys() - values.keys():
                 fit = options[key].on(cells, None)
                 values[key] = crossed(cells, fit, fit(every, None), folds)
             values = {key: values[key] for key in options}
             self.tried = tuple(Tried(form, name, float(item.mean())) for (form, name), item in values.items())
-            best = options[preferred(values, next((key for key in values if key[0] == "ranker"), None), users)]
+            # A smaller ensemble may be a ranker too: only the trees that are learned here need the margin.
+            best = options[preferred(values, trees, users)]
             self.chosen = next(entry for entry in self.tried if (entry.form, entry.name) == best.key)
         else:
             self.tried, self.chosen = (only,), only

@@ -8,7 +8,7 @@ combines them (Covington et al., RecSys 2016, section 2).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,18 +76,6 @@ class Cells:
             truth = np.where(own >= 0, own - self.starts[cases] + starts[:-1], -1)
         context = {name: values[cells] for name, values in self.context.items()}
         return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
-
-    def redrawn(self, seed: int) -> Cells:
-        """Swap the members' scores of each target and a random candidate.
-
-        The scores then have no information about the targets: an ensemble that still finds them has a leak.
-        """
-        assert self.truth is not None
-        rng, raw = np.random.default_rng(seed), self.raw.copy()
-        known = self.hits
-        others = self.starts[known] + rng.integers(0, np.diff(self.starts)[known])
-        raw[:, self.truth[known]], raw[:, others] = self.raw[:, others], self.raw[:, self.truth[known]]
-        return replace(self, raw=raw)
 
     # ------------------------------------------------------------------ reductions by request
 

@@ -8,6 +8,7 @@ from typing import Any
 from llmrec.errors import ModelError, require
 from llmrec.models.exits import check
 from llmrec.models.load import BUNDLE, load_model, resolve
+from llmrec.models.text_encoder import TUNED
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import ModelSection
 
@@ -29,7 +30,7 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
     torch = require("torch", "train")
     section = ModelSection(name=name, dtype="float32")
     folder = resolve(section)
-    if (Path(folder) / BUNDLE).is_file():
+    if any((Path(folder) / name).is_file() for name in (BUNDLE, TUNED)):
         raise ModelError(
             f"{name} was fine-tuned by llmrec on interactions that may be held out here; use the base model of {name}",
             kind="leak",

@@ -31,7 +31,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
 
     Raises:
         LlmrecError: If the folder has foreign files.
-        DataError: If no item has a text.
+        DataError: If no item has a text, or the encoder was fine-tuned on another split.
         ModelError: If the encoder is missing.
     """
     written = json.loads((out / TUNED).read_text(encoding="utf-8")).get("files", []) if (out / TUNED).is_file() else []

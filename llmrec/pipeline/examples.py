@@ -351,7 +351,7 @@ def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tu
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
     try:
-        vectors = vectors_of(shown, study.recipe.encoder)
+        vectors = vectors_of(shown, study.recipe.encoder, data)
         likeness = vectors.of(asked) @ vectors.of(warm).T
     except LlmrecError as error:
         # An error in an example must not discard the metrics, which are computed by now.

@@ -25,7 +25,7 @@ from llmrec.index.semantic import item_vectors
 from llmrec.index.table import ItemIndex
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
-from llmrec.models.text_encoder import text_embedder
+from llmrec.models.text_encoder import fitting
 from llmrec.pipeline.indexing import build_index
 from llmrec.pipeline.rejecting import hard_of
 from llmrec.prompts.template import Template, load_templates
@@ -382,7 +382,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         candidates=study.sets(family),
         shot_choice=study.recipe.eval.shots.choice,
         index=study.codes(family),
-        vectors=vectors_of(used.dataset.items, study.recipe.encoder),
+        vectors=vectors_of(used.dataset.items, study.recipe.encoder, used),
         lists=_lists(study.recipe, family, used, seed),
         held=study.held,
     )
@@ -403,12 +403,12 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists 
     return Lists(data, section, seed, fused_finder(recipe))
 
 
-def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
-    """Return the text vectors of items; the text encoder is loaded on first use."""
+def vectors_of(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:
+    """Return the text vectors of items; the text encoder is loaded on first use, unless `fitting` refuses it."""
 
     def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
         fields = dict.fromkeys(name for item in entries for name in item.fields)
-        return item_vectors(entries, tuple(fields), text_embedder(encoder))
+        return item_vectors(entries, tuple(fields), fitting(encoder, data))
 
     return ItemVectors(items, embed)
 

@@ -15,6 +15,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import ModelError
 from llmrec.models.first_layers import first_layers
 from llmrec.models.load import BUNDLE
+from llmrec.models.text_encoder import TUNED
 from tests.baselines.test_baselines_neural import _request, _ring, _tests
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -68,9 +69,10 @@ def test_layers_are_the_first_ones_and_keep_their_weights(llama_folder: Path) ->
 
 
 def test_models_that_cannot_be_used_are_refused(data: SplitDataset, llama_folder: Path, tmp_path: Path) -> None:
-    tuned = shutil.copytree(llama_folder, tmp_path / "tuned")
-    (tuned / BUNDLE).write_text("{}", encoding="utf-8")
-    with raises(ModelError, Facts("leak", tuned, column="model", says="base model")):
-        LLMSequence(**SHORT, model=str(tuned)).fit(data)
+    for record in (BUNDLE, TUNED):
+        tuned = shutil.copytree(llama_folder, tmp_path / record)
+        (tuned / record).write_text("{}", encoding="utf-8")
+        with raises(ModelError, Facts("leak", tuned, column="model", says="base model")):
+            LLMSequence(**SHORT, model=str(tuned)).fit(data)
     with raises(ModelError, Facts("bad-value", llama_folder, column="layers", says="2 layers")):
         LLMSequence(**SHORT | {"layers": 3}, model=str(llama_folder)).fit(data)

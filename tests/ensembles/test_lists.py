@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llmrec.ensembles import base as module
 from llmrec.ensembles.base import _Base
 from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
-from llmrec.ensembles.weights import Form, Tried, Weights, onto
+from llmrec.ensembles.trees import Setting
+from llmrec.ensembles.weights import Form, Tried, Weights, onto, preferred, ranker
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -105,6 +107,23 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
     assert weights.form == form and weights.parts[2] > 0.1
     assert weights.parts[0] / weights.parts[1] == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
     assert known.ndcg(weights.scores(known)).mean() > known.ndcg(before.scores(known)).mean() + 0.03
+
+
+def test_new_trees_need_the_margin_also_where_a_smaller_ensemble_is_a_ranker(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, setting, passed = np.random.default_rng(1), Setting("lambdarank", 5), []
+    one, two, new = _halves(rng, USERS)
+    cases = _cases(rng, one + two + new)
+    base = ListEnsemble("base", [_voice("one", one), _voice("two", two)])
+    base.fit(cases)
+    base.weights = ranker(base.known(cases)[0], setting=setting)
+    monkeypatch.setattr(module, "learned", lambda cells, folds: (setting, np.zeros(len(cells.starts) - 1)))
+    monkeypatch.setattr(
+        module, "preferred", lambda values, trees, users: (passed.append(trees), preferred(values, trees, users))[1]
+    )
+    joined = ListEnsemble("joined", [_voice("one", one), _voice("two", two), _voice("new", new)])
+    joined.fit(cases, onto=[base])
+    assert ("ranker", "base") in {(each.form, each.name) for each in joined.tried}
+    assert passed == [("ranker", setting.name)]
 
 
 def test_who_judges_a_fusion_has_no_say_in_it() -> None:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llmrec.baselines.content import Content
-from llmrec.baselines.pairs import TransitionsTunedConfig
+from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.baselines.parameters import hashes_of
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles.members import reads_of
@@ -23,7 +23,7 @@ from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import RowSpec
-from llmrec.pipeline.study import build_study, load_split
+from llmrec.pipeline.study import build_study, load_split, vectors_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import DataSection
 from tests.encoders import tiny_encoder
@@ -130,12 +130,16 @@ def test_vectors_are_those_of_the_folder_as_it_is_now(tuned: Path, tmp_path: Pat
 
 
 def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:
-    model = Content(Content.Config(encoder=str(tuned)))
-    model.fit(_split(table))
-    assert len(model.items) == 24
-    other = _split(table, split={"kind": "last_share", "valid": 0.2, "test": 0.5})
+    same, other = _split(table), _split(table, split={"kind": "last_share", "valid": 0.2, "test": 0.5})
+    more = TransitionsTunedConfig(encoder=str(tuned), blocks=1, epochs=1, steps=1, quiet=True)
+    for model in (Content(Content.Config(encoder=str(tuned))), TransitionsTuned(more)):
+        model.fit(same)
+        assert len(model.items) == 24
+        with raises(DataError, Facts("leak", str(tuned), column="encoder")):
+            model.fit(other)
+    vectors_of(same.dataset.items, str(tuned), same).of(["00"])
     with raises(DataError, Facts("leak", str(tuned), column="encoder")):
-        model.fit(other)
+        vectors_of(other.dataset.items, str(tuned), other).of(["00"])
 
 
 def test_it_is_written_anew_and_nobody_elses_files_are_replaced(table: Path, tuned: Path, tmp_path: Path) -> None:
