@@ -93,8 +93,8 @@ VARIANTS = {
     "beauty-no-text": Variant(encoder=NONE, steps=0, data="beauty"),
     "beauty-lsa": Variant(encoder=LSA, steps=0, data="beauty"),
     "beauty-default": Variant(data="beauty"),
-    "beauty-all-mpnet-base-v2": Variant(encoder=MPNET, data="beauty"),
-    "beauty-SmolLM2-135M": Variant(encoder=SMOLLM, data="beauty"),
+    "beauty-all-mpnet-base-v2": Variant(encoder=MPNET, steps=0, data="beauty"),
+    "beauty-SmolLM2-135M": Variant(encoder=SMOLLM, steps=0, data="beauty"),
     "1-block": Variant(blocks=1),
     "4-blocks": Variant(blocks=4),
 }
