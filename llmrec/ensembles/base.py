@@ -69,9 +69,9 @@ class Ensemble:
         self.chosen: Tried | None = None
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
-        # Users and forms of the last fit, and cached results of `apart_from`.
-        self._fitted_to: tuple[tuple[str, ...], Fit] = (), _nothing
-        self._apart: dict[frozenset[str], Weights] = {}
+        # Users and form of the last fit, and cached results of `apart_from`: that of no users is the fit itself.
+        self._fitted_to: tuple[tuple[str, ...], Callable[[NDArray[np.int64], Any], Any]] = (), _nothing
+        self._apart: dict[frozenset[str], Any] = {}
 
     @property
     def fitted(self) -> Weights:
@@ -89,16 +89,19 @@ class Ensemble:
         """Names of the members."""
         raise NotImplementedError
 
-    def apart_from(self, gone: frozenset[str]) -> Weights:
+    def apart_from(self, gone: frozenset[str]) -> Any:
         """Return the weights of the chosen type, fitted without some users, for evaluation on these users.
 
         Args:
             gone: Users whose cases are ignored.
+
+        Returns:
+            `Weights` of rankings; an intercept and weights of ratings and probabilities.
         """
         if gone not in self._apart:
-            users, fit = self._fitted_to
+            (users, fit), whole = self._fitted_to, self._apart[frozenset()]
             rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
-            self._apart[gone] = self.fitted if len(rows) == len(users) else fit(rows, self.fitted)
+            self._apart[gone] = whole if len(rows) == len(users) else fit(rows, whole)
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
@@ -160,10 +163,9 @@ class Ensemble:
         self.crossed = values.get(best.key)
         fit = best.on(cells, None)
         self.weights = fit(every, None)
-        self._apart = {}
-        self._fitted_to = tuple(users), fit
         if self.weights.form == "logit" and len(best.members) == len(self.names):
             self.weights = limits(cells, self.weights, users, repeats=repeats)
+        self._fitted_to, self._apart = (tuple(users), fit), {frozenset(): self.weights}
         if dissect and best.members:
             few = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.had)))])
             count = len(few.starts) - 1
@@ -254,7 +256,7 @@ class _Base:
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
         """Return the weights of the smaller ensemble, fitted only on the users of these cases."""
         inside = {self._users[row] for row in rows.tolist()}
-        result = self.of.apart_from(frozenset(self._users) - inside)
+        result: Weights = self.of.apart_from(frozenset(self._users) - inside)
         known = dict(zip(self.of.names, result.parts, strict=True))
         return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 

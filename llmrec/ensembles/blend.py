@@ -44,10 +44,6 @@ _Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
 """Fits a form to some of the cases, given by their row indices, and to all features."""
 
 
-def _nothing(rows: NDArray[np.int64]) -> _Line:
-    raise RuntimeError("the ensemble is not fitted; call fit() first")
-
-
 class Blend(Ensemble):
     """An ensemble of rating models or CTR models."""
 
@@ -69,9 +65,6 @@ class Blend(Ensemble):
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mute: NDArray[np.float64] = np.zeros(len(parts))
-        # Cached results of `line_apart_from`, and users and forms of the last fit.
-        self._lines: dict[frozenset[str], _Line] = {}
-        self._refit: tuple[tuple[str, ...], Callable[[NDArray[np.int64]], _Line]] = (), _nothing
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,8 +119,8 @@ class Blend(Ensemble):
         form, name = best
         self.chosen = Tried(form, name, -printed[best])
         self._line = fits[best](every, features)
-        self._lines = {frozenset(): self._line}
-        self._refit = tuple(users), lambda rows: fits[best](rows, features)
+        self._apart = {frozenset(): self._line}
+        self._fitted_to = tuple(users), lambda rows, whole: fits[best](rows, features)
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
         if name in (base.name for base in bases):
             return
@@ -182,14 +175,6 @@ class Blend(Ensemble):
     def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
         """Replace missing answers by the mean answer of the same member."""
         return np.where(np.isnan(said), self._mute, said)
-
-    def line_apart_from(self, gone: frozenset[str]) -> _Line:
-        """Return the weights of the chosen type, fitted without some users, for evaluation on these users."""
-        if gone not in self._lines:
-            users, fit = self._refit
-            rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
-            self._lines[gone] = self._lines[frozenset()] if len(rows) == len(users) else fit(rows)
-        return self._lines[gone]
 
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
@@ -316,7 +301,7 @@ class _Put:
 
     def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
         inside = {self.users[row] for row in rows.tolist()}
-        result = self.base.line_apart_from(frozenset(self.users) - inside)
+        result: _Line = self.base.apart_from(frozenset(self.users) - inside)
         weights = np.zeros(features.shape[1])
         weights[[self.blend.names.index(name) for name in self.base.names]] = result.weights
         line = _Line(result.intercept, weights)
