@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import lines_of_code, negative, performance, record
-from eval.benchmarks.figures import chart
+from eval.benchmarks.figures import chart, model_size
 from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
 from llmrec.bench import leaderboard
@@ -42,6 +42,7 @@ def wanted(root: Path) -> dict[str, str]:
         pages |= own_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
+    #     found[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])
     found[negative.PAGE] = negative.write(root)
     found[lines_of_code.PAGE] = lines_of_code.page(root)
     board = leaderboard.load_board(root / "eval")

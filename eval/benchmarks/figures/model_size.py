@@ -28,7 +28,7 @@ def chart(variants: Mapping[str, Any]) -> str:
     wide = (WIDE - _LEFT - _GAP) / 2 - _LABELS
     for place, (title, prefix) in enumerate(_PANELS):
         left = _LEFT + place * (wide + _LABELS + _GAP)
-        curves = {name: _points(variants[prefix + name]) for name in _ENCODERS}
+        curves = {name: _points(variants[prefix + name]) for name in _ENCODERS if prefix + name in variants}
         base = variants[f"{prefix}no-text"]["curve"][0]["tuned"]["others"]
         rise = fitted([base, *(value for points in curves.values() for _, value in points)], _BOTTOM, _TOP)
         minutes = [time for points in curves.values() for time, _ in points]
@@ -40,7 +40,8 @@ def chart(variants: Mapping[str, Any]) -> str:
         canvas.line(left, rise(base), along.end, rise(base), "reference")
         canvas.text(left + 4, rise(base) - 5, "without text", "tick halo")
         ends = apart([rise(points[-1][1]) for points in curves.values()], 16, _TOP, _BOTTOM)
-        for (name, (label, hue, form)), end in zip(_ENCODERS.items(), ends, strict=True):
+        for name, end in zip(curves, ends, strict=True):
+            label, hue, form = _ENCODERS[name]
             points = [(along(time), rise(value)) for time, value in curves[name]]
             canvas.path(points, f"curve {hue}")
             for (x, y), (time, value) in zip(points, curves[name], strict=True):
