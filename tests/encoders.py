@@ -9,10 +9,10 @@ from functools import cache
 
 
 @cache
-def tiny_encoder() -> str:
-    """Return the folder of a BERT of two blocks with random weights; it is there until the tests end."""
+def tiny_encoder(kind: str = "Bert") -> str:
+    """Return the folder of an encoder of two blocks with random weights; it is there until the tests end."""
     import torch
-    from transformers import BertConfig, BertModel
+    import transformers
 
     from tests.conftest import make_tokenizer
 
@@ -22,6 +22,7 @@ def tiny_encoder() -> str:
     shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        BertModel(BertConfig(**shape, num_hidden_layers=2, initializer_range=0.2)).save_pretrained(folder)
+        config = getattr(transformers, f"{kind}Config")(**shape, num_hidden_layers=2, initializer_range=0.2)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -337,11 +337,11 @@ class TunedEncoder:
         self._tokens = self._encoder.tokens(texts)
         self._states = self._below()
         self._given: Any = None
-        # Replaces all lower blocks: it returns their stored output, with the attributes of the first of them.
-        recall = copy.copy(layers[0])
-        recall.forward = lambda *given, **named: self._given
-        setattr(holder, name, self._torch.nn.ModuleList([recall, *self.blocks]))
+        # Replaces all lower blocks: it returns their stored output, as they do, with the attributes of the first one.
+        recall, whole = copy.copy(layers[0]), self._gives_tuples(layers[-1])
+        recall.forward = lambda *given, **named: (self._given,) if whole else self._given
         self._whole = holder, name, layers
+        self._put([recall, *self.blocks])
 
     def __call__(self, rows: Sequence[int]) -> Any:
         """Return the vectors of some texts, with gradients if enabled, shape (n, d)."""
@@ -379,14 +379,28 @@ class TunedEncoder:
         Args:
             folder: The folder for weights (safetensors), tokenizer and pooling; created if missing.
         """
-        holder, name, layers = self._whole
-        setattr(holder, name, self._torch.nn.ModuleList(layers))
+        self._put(self._whole[2])
         self._encoder.model.save_pretrained(folder)
         self._encoder.tokenizer.save_pretrained(folder)
         for beside in _BESIDE:
             if (self._folder / beside).is_file():
                 (folder / beside).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._folder / beside, folder / beside)
+
+    def _put(self, blocks: Sequence[Any]) -> None:
+        """Put blocks into the model, with their number, at which decoders stop."""
+        holder, name, _ = self._whole
+        setattr(holder, name, self._torch.nn.ModuleList(blocks))
+        self._encoder.model.config.num_hidden_layers = len(blocks)
+
+    def _gives_tuples(self, block: torch.nn.Module) -> bool:
+        """Test whether blocks return a tuple, as those of MPNet do, or their output alone, as those of BERT do."""
+        found: list[bool] = []
+        hook = block.register_forward_hook(lambda _, __, output: found.append(isinstance(output, tuple)))
+        with self._torch.inference_mode():
+            self._encoder.model(**self._encoder.padded(self._tokens[:1]))
+        hook.remove()
+        return found[0]
 
     def _below(self) -> list[NDArray[np.float16]]:
         """Return the input of the first trainable block for each text, shape (tokens, d) each."""

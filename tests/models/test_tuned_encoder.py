@@ -19,9 +19,11 @@ from transformers import BertModel  # noqa: E402
 TEXTS = ["a long garden hose", "toy", "the wooden toy train with rails", "a knife", "knife"]
 
 
+@pytest.mark.parametrize("kind", ["Bert", "MPNet", "Llama"])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_before_it_learns_its_vectors_are_those_of_the_encoder(blocks: int) -> None:
-    whole, encoder = encode_texts(tiny_encoder(), TEXTS), TunedEncoder(tiny_encoder(), TEXTS, blocks=blocks)
+def test_before_it_learns_its_vectors_are_those_of_the_encoder(blocks: int, kind: str) -> None:
+    folder = tiny_encoder(kind)
+    whole, encoder = encode_texts(folder, TEXTS), TunedEncoder(folder, TEXTS, blocks=blocks)
     # States below are kept in half precision.
     assert np.abs(encoder.every().numpy() - whole).max() < 0.02
     assert np.abs(encoder([2, 0]).detach().numpy() - whole[[2, 0]]).max() < 0.02

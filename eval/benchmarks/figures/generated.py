@@ -42,7 +42,7 @@ def wanted(root: Path) -> dict[str, str]:
         pages |= own_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
-    #     found[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])
+    found[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])
     found[negative.PAGE] = negative.write(root)
     found[lines_of_code.PAGE] = lines_of_code.page(root)
     board = leaderboard.load_board(root / "eval")
