@@ -388,10 +388,10 @@ class TunedEncoder:
                 shutil.copyfile(self._folder / beside, folder / beside)
 
     def _put(self, blocks: Sequence[Any]) -> None:
-        """Put blocks into the model, with their number, at which decoders stop."""
-        holder, name, _ = self._whole
+        """Put blocks into the model; decoders stop at the number in the configuration and cache as many."""
+        holder, name, layers = self._whole
         setattr(holder, name, self._torch.nn.ModuleList(blocks))
-        self._encoder.model.config.num_hidden_layers = len(blocks)
+        self._encoder.model.config.num_hidden_layers = max(len(layers), len(blocks))
 
     def _gives_tuples(self, block: torch.nn.Module) -> bool:
         """Test whether blocks return a tuple, as those of MPNet do, or their output alone, as those of BERT do."""
