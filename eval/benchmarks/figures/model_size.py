@@ -38,7 +38,7 @@ def chart(variants: Mapping[str, Any]) -> str:
         canvas.text(left, _TOP - 14, "NDCG@10", "axis-title")
         canvas.below(along, _BOTTOM, _BOTTOM, "minutes on one core (log scale)", ticks=5)
         canvas.line(left, rise(base), along.end, rise(base), "reference")
-        canvas.text(left + 4, rise(base) - 5, "without text", "tick halo")
+        canvas.text(along.end, rise(base) - 5, "without text", "tick halo", anchor="end")
         ends = apart([rise(points[-1][1]) for points in curves.values()], 16, _TOP, _BOTTOM)
         for name, end in zip(curves, ends, strict=True):
             label, hue, form = _ENCODERS[name]
