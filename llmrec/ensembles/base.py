@@ -99,7 +99,8 @@ class Ensemble:
             `Weights` of rankings; an intercept and weights of ratings and probabilities.
         """
         if gone not in self._apart:
-            (users, fit), whole = self._fitted_to, self._apart[frozenset()]
+            # An ensemble whose weights were given was not fitted to anybody.
+            (users, fit), whole = self._fitted_to, self._apart[frozenset()] if self._apart else self.fitted
             rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
             self._apart[gone] = whole if len(rows) == len(users) else fit(rows, whole)
         return self._apart[gone]

@@ -30,7 +30,7 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
     torch = require("torch", "train")
     section = ModelSection(name=name, dtype="float32")
     folder = resolve(section)
-    if any((Path(folder) / name).is_file() for name in (BUNDLE, TUNED)):
+    if any((Path(folder) / record).is_file() for record in (BUNDLE, TUNED)):
         raise ModelError(
             f"{name} was fine-tuned by llmrec on interactions that may be held out here; use the base model of {name}",
             kind="leak",
